@@ -1,0 +1,87 @@
+# `make` lists what there is to make. Each target says so after its `##`.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+# The targets are steps of one another, in their order.
+.NOTPARALLEL:
+MAKEFLAGS += --no-print-directory
+
+# The kernels that the integration tests run under, beside this machine's own.
+KERNELS ?= 6.1 6.12
+# How many virtual machines at a time.
+VM_JOBS ?= 1
+# More for every call of cargo that builds: CI says --locked.
+CARGO_FLAGS ?=
+
+# A login would set these; sudo and CI do not always.
+export HOME ?= $(shell getent passwd "$$(id -u)" | cut -d: -f6)
+export SOCKPOLICY_CACHE ?= $(HOME)/.cache/sockpolicy
+CARGO_HOME_OR_DEFAULT := $(or $(CARGO_HOME),$(HOME)/.cargo)
+export PATH := $(CARGO_HOME_OR_DEFAULT)/bin:$(or $(PATH),/usr/local/bin:/usr/bin:/bin):/usr/local/sbin:/usr/sbin:/sbin
+
+# BPF takes root: where we are not, cargo builds as we are and sudo runs.
+comma := ,
+quote := "
+passed_by_sudo := PATH HOME SOCKPOLICY_CACHE RUST_BACKTRACE RUST_LOG
+SUDO := $(if $(filter-out 0,$(shell id -u)),sudo $(passed_by_sudo:%=--preserve-env=%))
+# cargo's --config takes a program with its arguments as a TOML list.
+as_list = [$(foreach word,$(1),$(quote)$(word)$(quote)$(comma))]
+run_tests_by = --config 'target."cfg(all())".runner=$(call as_list,$(1))'
+
+BPF := bpf-programs/Cargo.toml
+SCRIPTS := bootstrap .ci/run $(wildcard examples/*/run) \
+	$(addprefix integration-tests/vm/,fetch-kernel run-in-vm matrix guest/init guest/session)
+UNIT := --workspace --exclude sockpolicy-integration-tests
+INTEGRATION := --package sockpolicy-integration-tests --test integration
+MATRIX := $(SUDO) $(CURDIR)/integration-tests/vm/matrix -j $(VM_JOBS) $(foreach kernel,$(KERNELS),-k $(kernel)) --
+
+.PHONY: help build demo test unit integration vm-test lint fmt clean bootstrap debug-build
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+build: ## build the agent, its BPF programs inside, as target/release/sockpolicy
+	@./bootstrap build
+	@echo 'build: target/release/sockpolicy'
+	@cargo build --quiet --release $(CARGO_FLAGS)
+
+demo: ## install what is needed, build, and try it on a Redis
+	@./bootstrap build demo
+	@$(MAKE) build
+	@examples/redis-demo/run
+
+test: bootstrap lint unit integration vm-test ## install what is needed, then lint and run every test
+
+unit: ## the tests that need neither root nor BPF
+	@echo 'unit: tests without a kernel'
+	@cargo build --quiet --all-targets $(CARGO_FLAGS)
+	@cargo test $(CARGO_FLAGS) $(UNIT)
+
+integration: debug-build ## the tests on this machine's kernel, as root
+	@echo "integration: tests on this kernel, $$(uname -r)"
+	@cargo test $(CARGO_FLAGS) $(INTEGRATION) $(if $(SUDO),$(call run_tests_by,$(SUDO)))
+
+vm-test: debug-build ## the same tests on other kernels (KERNELS), in virtual machines
+	@echo 'vm-test: the same on $(KERNELS), in virtual machines'
+	@cargo test $(CARGO_FLAGS) $(INTEGRATION) $(call run_tests_by,$(MATRIX))
+
+lint: ## check the format and look for doubtful code
+	@echo 'lint: format, then clippy and shellcheck'
+	@{ cargo fmt --all --check && cargo fmt --manifest-path $(BPF) --check; } || { echo '  help: make fmt' >&2; exit 1; }
+	@cargo clippy --quiet --workspace --all-targets $(CARGO_FLAGS) -- -D warnings
+	@shellcheck $(SCRIPTS)
+
+fmt: ## format the code
+	@cargo fmt --all
+	@cargo fmt --manifest-path $(BPF)
+
+clean: ## remove what was built; the fetched kernels stay
+	@cargo clean
+
+bootstrap: ## install what is missing for all of the above
+	@./bootstrap
+
+# What the integration tests run: the agent, as target/debug/sockpolicy.
+debug-build:
+	@cargo build --quiet --workspace --all-targets $(CARGO_FLAGS)
