@@ -1,0 +1,173 @@
+//! The contract between the agent and its BPF programs.
+//!
+//! Holds every layout that crosses the boundary and, in [`select`] and [`judge`], the *meaning* of a
+//! policy: the kernel runs this code and so do the host's tests, `check` and the property test that
+//! compares it with a naive evaluation.
+//!
+//! It does no I/O, knows no TOML and no aya (but for the `Pod` marks behind the feature `user`).
+//!
+//! Invariants:
+//! - Every shared type is `#[repr(C)]`, has no hidden padding (asserted below each) and is valid
+//!   for any bytes.
+//! - **Zero is inert**: a zeroed map decides nothing, changes nothing and reports nothing.
+
+#![no_std]
+
+pub mod event;
+pub mod judge;
+pub mod select;
+pub mod setting;
+pub mod socket;
+
+/// Rules that one set of policies can hold: rules are the bits of a `u64`.
+pub const RULES_MAX: usize = 64;
+
+/// Options that one set of policies can name with `set`: bits of [`socket::State`], and the length of a
+/// [`SiteList`]. More than there are options to set.
+pub const SETTABLE_MAX: usize = 48;
+
+/// Options that can be set at [`site::BIRTH`].
+pub const BIRTH_MAX: usize = 3;
+
+/// Deepest cgroup at which a target can be, counted from the root of the hierarchy (level 0).
+///
+/// Kubernetes nests its containers five levels deep; each level costs the audit one comparison.
+pub const CGROUP_LEVELS_MAX: u32 = 32;
+
+/// Declares that a type may be read from and written to maps byte by byte.
+///
+/// Fails to compile where the fields leave padding, because the verifier refuses uninitialised
+/// bytes and because padding would leak kernel stack to user space.
+macro_rules! shared {
+    ($type:ty, size $size:expr) => {
+        const _: () = assert!(size_of::<$type>() == $size, "layout changed or has padding");
+
+        // SAFETY: `repr(C)`, `Copy`, no padding (the assertion above sums the fields), no pointers,
+        // and every bit pattern is a valid value.
+        #[cfg(feature = "user")]
+        unsafe impl aya::Pod for $type {}
+    };
+}
+pub(crate) use shared;
+
+/// Everything that is global to one set of policies. Map `CONFIG`, index 0; written by the agent
+/// last, after every other map and before the programs are attached.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Config {
+    /// 0: inert. 1: decide and report, change nothing. 2: enforce. See [`mode`].
+    pub mode: u32,
+    /// Which calls the audit reports beside the conflicts. See [`calls`].
+    pub calls: u32,
+    /// Bit n is set where a target is n levels below the root of the cgroup hierarchy.
+    pub target_levels: u64,
+    /// At the least this long between two events of one process, option and verdict, after the
+    /// first one. Nanoseconds.
+    pub event_interval_ns: u64,
+}
+shared!(Config, size 4 + 4 + 8 + 8);
+
+/// Values of [`Config::mode`].
+pub mod mode {
+    pub const INERT: u32 = 0;
+    pub const DRY_RUN: u32 = 1;
+    pub const ENFORCE: u32 = 2;
+}
+
+/// Values of [`Config::calls`].
+pub mod calls {
+    /// Calls that conflict with the policy, nothing else.
+    pub const CONFLICTS: u32 = 0;
+    /// Every call on an option that a rule names.
+    pub const GOVERNED: u32 = 1;
+    /// Every call.
+    pub const ALL: u32 = 2;
+}
+
+/// The places where a setting can be applied. An index of map `SITES`.
+///
+/// Stream and datagram sockets pass the same cgroup hooks, but a stream socket has later and better
+/// places for most options, so these hooks have a list for each.
+pub mod site {
+    /// cgroup/sock_create
+    pub const BIRTH: u32 = 0;
+    /// cgroup/bind4, bind6 of a TCP socket
+    pub const BIND_STREAM: u32 = 1;
+    /// cgroup/bind4, bind6 of any other socket
+    pub const BIND_DATAGRAM: u32 = 2;
+    /// cgroup/connect4, connect6 of a TCP socket: before the route is looked up
+    pub const CONNECT_STREAM: u32 = 3;
+    /// cgroup/connect4, connect6 of any other socket
+    pub const CONNECT_DATAGRAM: u32 = 4;
+    /// sock_ops TCP_CONNECT: before the SYN is built
+    pub const SYN: u32 = 5;
+    /// sock_ops ACTIVE_ESTABLISHED
+    pub const ACTIVE: u32 = 6;
+    /// sock_ops PASSIVE_ESTABLISHED
+    pub const PASSIVE: u32 = 7;
+    /// sock_ops TCP_LISTEN
+    pub const LISTEN: u32 = 8;
+    /// How many there are.
+    pub const COUNT: usize = 9;
+}
+
+/// The options to apply at one site, in the order in which to apply them.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct SiteList {
+    pub len: u32,
+    /// Indices of map `OPTIONS`.
+    pub options: [u32; SETTABLE_MAX],
+}
+shared!(SiteList, size 4 + 4 * SETTABLE_MAX);
+
+impl Default for SiteList {
+    fn default() -> Self {
+        Self { len: 0, options: [0; SETTABLE_MAX] }
+    }
+}
+
+/// What happened to one setting, summed over all sockets and calls. Map `COUNTERS`, one per setting
+/// and CPU; the programs add, nobody subtracts.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Sockets on which the setting changed the value (in dry-run: would have).
+    pub set: u64,
+    /// Sockets that had the value already.
+    pub unchanged: u64,
+    /// Sockets on which the kernel refused the value.
+    pub failed: u64,
+    /// The last errno that the kernel refused it with; 0 if none.
+    pub failed_errno: u64,
+    /// Application calls that asked for what the policy wants.
+    pub agreed: u64,
+    /// Application calls in conflict, by [`judge::verdict`] less one.
+    pub verdicts: [u64; judge::verdict::COUNT],
+    /// Application reads that returned another value than the policy wants.
+    pub reads: u64,
+    /// Conflict events that were sent.
+    pub reported: u64,
+    /// Conflict events that were held back by the rate limit.
+    pub suppressed: u64,
+}
+shared!(Counters, size 8 * (8 + judge::verdict::COUNT));
+
+/// What could not be reported or decided, by reason. Map `LOSSES`, one per CPU.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Losses {
+    /// Events that found the ring buffer full.
+    pub ring_full: u64,
+    /// Calls that found no room in map `CALLS`: their result and process are not reported.
+    pub calls_full: u64,
+    /// Arguments of a call that could not be read from the caller's memory.
+    pub unreadable: u64,
+    /// Sockets for which the kernel had no memory to keep our notes: they are decided afresh
+    /// each time.
+    pub no_storage: u64,
+    /// Rewritten values that did not fit the buffer the kernel gave us: the call went through
+    /// as the application made it.
+    pub no_room: u64,
+}
+shared!(Losses, size 8 * 5);

@@ -1,0 +1,294 @@
+//! Policies as the programs see them: options, and for each rule that names one, a setting.
+
+use crate::{judge, select::Candidates, shared};
+
+/// Longest text an option takes: a congestion control or a device name with its NUL
+/// (`TCP_CA_NAME_MAX` and `IFNAMSIZ` are both 16).
+pub const TEXT_LEN: usize = 16;
+
+/// The first [`TEXT_LEN`] bytes of a value as they lie in memory. Words, because a program that
+/// moves them byte by byte runs out of registers.
+pub type Words = [u64; 2];
+
+/// What the kernel calls an option. Key of map `OPTION_INDEX`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct OptionKey {
+    pub level: i32,
+    pub name: i32,
+}
+shared!(OptionKey, size 4 + 4);
+
+/// Values of [`Governed::kind`]: how the bytes of a value are read.
+pub mod kind {
+    /// No value that we understand: the option can only be denied.
+    pub const OPAQUE: u8 = 0;
+    /// `int`
+    pub const INT: u8 = 1;
+    /// `unsigned int`
+    pub const UNSIGNED: u8 = 2;
+    /// `int`, where everything but 0 means on
+    pub const BOOL: u8 = 3;
+    /// Up to [`super::TEXT_LEN`] bytes, ended by NUL or by the length
+    pub const TEXT: u8 = 4;
+}
+
+/// Bits of [`Governed::traits`].
+pub mod traits {
+    /// Exists on TCP sockets only.
+    pub const TCP: u8 = 1;
+    /// Exists on AF_INET sockets only.
+    pub const INET: u8 = 2;
+    /// Exists on AF_INET6 sockets only.
+    pub const INET6: u8 = 4;
+    /// The kernel also takes the value as one byte (`do_ip_setsockopt`).
+    pub const BYTE: u8 = 8;
+    /// The kernel also takes the value as eight bytes (SO_MAX_PACING_RATE in `sk_setsockopt`).
+    pub const WIDE: u8 = 16;
+    /// Is applied to a socket once: a second time the kernel may refuse it (SO_BINDTODEVICE).
+    pub const ONCE: u8 = 32;
+}
+
+/// Values of [`Governed::read_back`]: what getsockopt shows after the option was set to v.
+pub mod read_back {
+    /// Nothing: the option cannot be read by a program, or what it shows says nothing about v.
+    pub const NONE: u8 = 0;
+    /// v
+    pub const SAME: u8 = 1;
+    /// 2v: the kernel doubles buffer sizes to have room for its own bookkeeping.
+    pub const DOUBLED: u8 = 2;
+}
+
+/// An option that at least one rule names. Map `OPTIONS`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Governed {
+    /// The rules that name the option, in any way.
+    pub names: u64,
+    /// Those of them that set it (and do not limit or deny it).
+    pub sets: u64,
+    pub key: OptionKey,
+    /// Index in map `SETTINGS` of the setting of the first rule that names the option; those of
+    /// the others follow in the order of the rules.
+    pub first_setting: u32,
+    /// See [`kind`].
+    pub kind: u8,
+    /// See [`traits`].
+    pub traits: u8,
+    /// See [`read_back`].
+    pub read_back: u8,
+    pub _pad: u8,
+}
+shared!(Governed, size 8 + 8 + 8 + 4 + 4);
+
+impl Governed {
+    /// The setting that governs this option on a socket that `rules` may match: an index of map
+    /// `SETTINGS`, or `None` where no rule decides (yet).
+    ///
+    /// The first rule that names the option and surely matches wins. Where an earlier rule may yet
+    /// turn out to match and does not set but limit or deny the option, nothing is decided: what
+    /// this rule would set now, that rule would never have set. (An earlier rule that *sets* it
+    /// comes into its own at a later hook and overwrites.)
+    #[inline(always)]
+    #[must_use]
+    pub fn winner(&self, rules: Candidates) -> Option<u32> {
+        let matching = self.names & rules.sure;
+        if matching == 0 {
+            return None;
+        }
+        let first = matching & matching.wrapping_neg();
+        let earlier = first - 1;
+        if self.names & !self.sets & rules.possible & earlier != 0 {
+            return None;
+        }
+        Some(self.first_setting + (self.names & earlier).count_ones())
+    }
+}
+
+/// Values of [`Setting::form`].
+pub mod form {
+    /// A zeroed setting: decides nothing.
+    pub const NONE: u8 = 0;
+    pub const SET: u8 = 1;
+    pub const LIMIT: u8 = 2;
+    pub const DENY: u8 = 3;
+}
+
+/// Values of [`Setting::on_conflict`].
+pub mod on_conflict {
+    /// The application wins; it is reported.
+    pub const ALLOW: u8 = 0;
+    /// The application's value is replaced; its call succeeds.
+    pub const REWRITE: u8 = 1;
+    /// The call succeeds and does nothing.
+    pub const IGNORE: u8 = 2;
+    /// The call fails with [`super::Setting::errno`].
+    pub const DENY: u8 = 3;
+}
+
+/// What one rule says about one option. Map `SETTINGS`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Setting {
+    /// The limit's lower bound.
+    pub min: i64,
+    /// The limit's upper bound.
+    pub max: i64,
+    /// The value to set; bits outside `mask` are 0.
+    pub value: u32,
+    /// The bits of the value that are the policy's; the others stay the application's.
+    pub mask: u32,
+    /// The text to set, padded with NUL.
+    pub text: Words,
+    /// See [`form`].
+    pub form: u8,
+    /// See [`on_conflict`].
+    pub on_conflict: u8,
+    /// What a denied call fails with; positive.
+    pub errno: u16,
+    pub _pad: u32,
+}
+shared!(Setting, size 8 + 8 + 4 + 4 + 16 + 4 + 4);
+
+impl Setting {
+    /// The value that an option which now has `current` is to be given.
+    #[inline(always)]
+    #[must_use]
+    pub fn apply_to(&self, current: u32) -> u32 {
+        (current & !self.mask) | self.value
+    }
+
+    /// Whether setting the option leaves some of its bits as they are, so that its current value
+    /// must be known first.
+    #[inline(always)]
+    #[must_use]
+    pub fn is_partial(&self) -> bool {
+        self.mask != u32::MAX
+    }
+}
+
+/// A value of an option as it crosses to user space: its length and, as far as they fit, its bytes.
+/// A length of 0 means that the value is not known.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Value {
+    pub words: Words,
+    pub len: u32,
+    pub _pad: u32,
+}
+shared!(Value, size 16 + 4 + 4);
+
+impl Value {
+    pub const UNKNOWN: Self = Self { words: [0; 2], len: 0, _pad: 0 };
+
+    #[inline(always)]
+    #[must_use]
+    pub fn new(words: Words, len: u32) -> Self {
+        Self { words, len, _pad: 0 }
+    }
+
+    #[inline(always)]
+    #[must_use]
+    pub fn int(value: u32) -> Self {
+        Self::new(words_of(value), 4)
+    }
+
+    #[inline(always)]
+    #[must_use]
+    pub fn text(text: Words) -> Self {
+        Self::new(text, TEXT_LEN as u32)
+    }
+
+    /// What the policy wants of an option that the application would give `asked`.
+    #[inline(always)]
+    #[must_use]
+    pub fn wanted(kind: u8, setting: &Setting, asked: &judge::Asked) -> Self {
+        if setting.form != form::SET {
+            return Self::UNKNOWN;
+        }
+        if kind == kind::TEXT { Self::text(setting.text) } else { Self::int(setting.apply_to(asked.number as u32)) }
+    }
+
+    /// The bytes as they lie in memory.
+    #[must_use]
+    pub fn bytes(&self) -> [u8; TEXT_LEN] {
+        let mut bytes = [0; TEXT_LEN];
+        bytes[..8].copy_from_slice(&self.words[0].to_ne_bytes());
+        bytes[8..].copy_from_slice(&self.words[1].to_ne_bytes());
+        bytes
+    }
+}
+
+/// An `int` as the first bytes of a value.
+#[inline(always)]
+#[must_use]
+pub fn words_of(value: u32) -> Words {
+    let [a, b, c, d] = value.to_ne_bytes();
+    [u64::from_ne_bytes([a, b, c, d, 0, 0, 0, 0]), 0]
+}
+
+/// The `int` in the first bytes of a value.
+#[inline(always)]
+#[must_use]
+pub fn word_in(words: &Words) -> u32 {
+    let [a, b, c, d, ..] = words[0].to_ne_bytes();
+    u32::from_ne_bytes([a, b, c, d])
+}
+
+/// A text as the first bytes of a value; what is longer than a name can be is cut.
+#[must_use]
+pub fn words_of_text(text: &[u8]) -> Words {
+    let mut bytes = [[0; 8]; 2];
+    for (at, byte) in text.iter().take(TEXT_LEN - 1).enumerate() {
+        bytes[at / 8][at % 8] = *byte;
+    }
+    bytes.map(u64::from_ne_bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OPTION: Governed = Governed {
+        names: 0b1110,
+        sets: 0b1010,
+        key: OptionKey { level: 6, name: 1 },
+        first_setting: 100,
+        kind: kind::BOOL,
+        traits: 0,
+        read_back: 0,
+        _pad: 0,
+    };
+
+    fn winner(sure: u64, possible: u64) -> Option<u32> {
+        OPTION.winner(Candidates { sure, possible: sure | possible })
+    }
+
+    #[test]
+    fn first_matching_rule_that_names_the_option_wins() {
+        assert_eq!(winner(0b1111, 0), Some(100));
+        assert_eq!(winner(0b1100, 0), Some(101));
+        assert_eq!(winner(0b1000, 0), Some(102));
+    }
+
+    #[test]
+    fn rule_that_does_not_name_the_option_does_not_decide() {
+        assert_eq!(winner(0b0001, 0), None);
+    }
+
+    #[test]
+    fn earlier_rule_that_may_set_it_later_does_not_hold_it_up() {
+        assert_eq!(winner(0b1000, 0b0010), Some(102));
+    }
+
+    #[test]
+    fn earlier_rule_that_may_forbid_it_holds_it_up() {
+        assert_eq!(winner(0b1000, 0b0100), None);
+    }
+
+    #[test]
+    fn zeroed_option_is_governed_by_nobody() {
+        let rules = Candidates { sure: u64::MAX, possible: u64::MAX };
+        assert_eq!(Governed::default().winner(rules), None);
+    }
+}
