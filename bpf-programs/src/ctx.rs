@@ -1,0 +1,457 @@
+//! What each kind of context tells about its socket.
+//!
+//! The kernel rewrites each access to a context into an access to its own structures, and for that
+//! wants it to be of the field's own size: hence `read_volatile` field by field, which keeps the
+//! compiler from merging neighbours.
+
+use abi::{
+    setting::{TEXT_LEN, Words, words_of},
+    socket::{Address, Facts, direction, known, protocol, sk_family},
+};
+use aya_ebpf::{
+    bindings::{bpf_sock, bpf_sock_addr, bpf_sock_ops, bpf_sockopt},
+    cty::c_void,
+    helpers::generated::{bpf_getsockopt, bpf_setsockopt},
+};
+
+use crate::maps::lose;
+
+/// `tcp_states` of include/net/tcp_states.h, part of the uapi as BPF_TCP_*.
+const TCP_ESTABLISHED: u32 = 1;
+const TCP_CLOSE: u32 = 7;
+const TCP_LISTEN: u32 = 10;
+
+const IPPROTO_ICMP: u32 = 1;
+const IPPROTO_TCP: u32 = 6;
+const IPPROTO_UDP: u32 = 17;
+const IPPROTO_ICMPV6: u32 = 58;
+const IPPROTO_SCTP: u32 = 132;
+const IPPROTO_MPTCP: u32 = 262;
+const SOCK_RAW: u32 = 3;
+
+/// Reads one field of a context or of a socket.
+macro_rules! field {
+    ($base:expr, $($path:tt)+) => {
+        // SAFETY: the kernel gave us the pointer, and the verifier checks this very access.
+        unsafe { core::ptr::read_volatile(&raw const (*$base).$($path)+) }
+    };
+}
+
+/// Writes one field of a context.
+macro_rules! set_field {
+    ($base:expr, $field:ident, $value:expr) => {
+        // SAFETY: as in `field!`.
+        unsafe { core::ptr::write_volatile(&raw mut (*$base).$field, $value) }
+    };
+}
+
+#[inline(always)]
+fn is_specific(address: &Address) -> bool {
+    *address != [0; 4]
+}
+
+/// The class of a socket's protocol.
+#[inline(always)]
+fn protocol(kind: u32, number: u32) -> u8 {
+    if kind == SOCK_RAW {
+        return protocol::OTHER;
+    }
+    match number {
+        IPPROTO_TCP | IPPROTO_MPTCP => protocol::TCP,
+        IPPROTO_UDP => protocol::UDP,
+        IPPROTO_ICMP | IPPROTO_ICMPV6 => protocol::ICMP,
+        IPPROTO_SCTP => protocol::SCTP,
+        _ => protocol::OTHER,
+    }
+}
+
+/// Whether this is a socket of the families that policies are about.
+#[inline(always)]
+fn is_inet(family: u32) -> bool {
+    family == sk_family::INET || family == sk_family::INET6
+}
+
+/// A hook that may read and set options.
+pub(crate) trait Socket {
+    /// The argument of the socket option helpers.
+    fn as_ptr(&self) -> *mut c_void;
+
+    /// Reads an option; `Err` is the errno.
+    #[inline(always)]
+    fn get(&self, level: i32, name: i32, value: &mut Words, len: i32) -> Result<(), i32> {
+        // SAFETY: `value` has room for `len` bytes, which the verifier checks.
+        let ret = unsafe { bpf_getsockopt(self.as_ptr(), level, name, value.as_mut_ptr().cast(), len) };
+        if ret == 0 { Ok(()) } else { Err(-(ret as i32)) }
+    }
+
+    /// Sets an option; `Err` is the errno.
+    #[inline(always)]
+    fn set(&self, level: i32, name: i32, value: &Words, len: i32) -> Result<(), i32> {
+        // SAFETY: as in `get`; the helper does not write through the pointer.
+        let ret = unsafe { bpf_setsockopt(self.as_ptr(), level, name, value.as_ptr().cast_mut().cast(), len) };
+        if ret == 0 { Ok(()) } else { Err(-(ret as i32)) }
+    }
+}
+
+/// cgroup/sock_create: a socket that has just been made.
+pub(crate) struct Birth(pub(crate) *mut bpf_sock);
+
+impl Birth {
+    #[inline(always)]
+    pub(crate) fn facts(&self) -> Facts {
+        let mut facts =
+            Facts { protocol: protocol(field!(self.0, type_), field!(self.0, protocol)), ..Facts::default() };
+        facts.settle_family(field!(self.0, family));
+        facts
+    }
+
+    #[inline(always)]
+    pub(crate) fn sk(&self) -> *mut c_void {
+        self.0.cast()
+    }
+
+    #[inline(always)]
+    pub(crate) fn fields(&self) -> BirthFields {
+        BirthFields {
+            mark: field!(self.0, mark),
+            priority: field!(self.0, priority),
+            device: field!(self.0, bound_dev_if),
+        }
+    }
+
+    /// Writes all of them: the verifier takes writes to a context at constant offsets only, and
+    /// the compiler would turn a choice between fields into a computed one.
+    #[inline(always)]
+    pub(crate) fn set_fields(&self, fields: &BirthFields) {
+        set_field!(self.0, mark, fields.mark);
+        set_field!(self.0, priority, fields.priority);
+        set_field!(self.0, bound_dev_if, fields.device);
+    }
+}
+
+/// What a program may change of a new socket.
+pub(crate) struct BirthFields {
+    pub(crate) mark: u32,
+    pub(crate) priority: u32,
+    /// Interface index; 0 for any.
+    pub(crate) device: u32,
+}
+
+/// cgroup/bind and cgroup/connect: a socket and the address that it is about to take or to call.
+pub(crate) struct Addressed {
+    ctx: *mut bpf_sock_addr,
+    sk: *mut bpf_sock,
+}
+
+impl Addressed {
+    #[inline(always)]
+    pub(crate) fn new(ctx: *mut bpf_sock_addr) -> Option<Self> {
+        let sk = field!(ctx, __bindgen_anon_1.sk);
+        (!sk.is_null()).then_some(Self { ctx, sk })
+    }
+
+    #[inline(always)]
+    pub(crate) fn ctx(&self) -> *mut bpf_sock_addr {
+        self.ctx
+    }
+
+    #[inline(always)]
+    pub(crate) fn sk(&self) -> *mut c_void {
+        self.sk.cast()
+    }
+
+    #[inline(always)]
+    pub(crate) fn is_inet6(&self) -> bool {
+        field!(self.ctx, family) == sk_family::INET6
+    }
+
+    /// The address in the context. Only the fields of the hook's own family may be read.
+    #[inline(always)]
+    fn address(&self, inet6: bool) -> Address {
+        if inet6 {
+            [
+                field!(self.ctx, user_ip6[0]),
+                field!(self.ctx, user_ip6[1]),
+                field!(self.ctx, user_ip6[2]),
+                field!(self.ctx, user_ip6[3]),
+            ]
+        } else {
+            [field!(self.ctx, user_ip4), 0, 0, 0]
+        }
+    }
+
+    /// The port in the context.
+    #[inline(always)]
+    fn port(&self) -> u16 {
+        u16::from_be(field!(self.ctx, user_port) as u16)
+    }
+
+    /// What is known at connect. `inet6` must be a constant: whether this is connect6.
+    #[inline(always)]
+    pub(crate) fn connect_facts(&self, inet6: bool) -> Facts {
+        let mut facts = self.facts();
+        facts.direction = direction::OUTBOUND;
+        facts.remote = self.address(inet6);
+        facts.remote_port = self.port();
+        facts.known |= known::REMOTE;
+        local_facts(self.sk, inet6, &mut facts);
+        facts.settle_family(field!(self.ctx, family));
+        facts
+    }
+
+    /// What is known at bind. `inet6` as above.
+    #[inline(always)]
+    pub(crate) fn bind_facts(&self, inet6: bool) -> Facts {
+        let mut facts = self.facts();
+        facts.local = self.address(inet6);
+        facts.local_port = self.port();
+        if is_specific(&facts.local) {
+            facts.known |= known::LOCAL_ADDRESS;
+        }
+        if facts.local_port != 0 {
+            facts.known |= known::LOCAL_PORT;
+        }
+        facts.settle_family(field!(self.ctx, family));
+        facts
+    }
+
+    #[inline(always)]
+    fn facts(&self) -> Facts {
+        Facts { protocol: protocol(field!(self.ctx, type_), field!(self.ctx, protocol)), ..Facts::default() }
+    }
+}
+
+impl Socket for Addressed {
+    #[inline(always)]
+    fn as_ptr(&self) -> *mut c_void {
+        self.ctx.cast()
+    }
+}
+
+/// Notes what a socket itself says about its local end.
+#[inline(always)]
+fn local_facts(sk: *mut bpf_sock, inet6: bool, facts: &mut Facts) {
+    facts.local = if inet6 {
+        [field!(sk, src_ip6[0]), field!(sk, src_ip6[1]), field!(sk, src_ip6[2]), field!(sk, src_ip6[3])]
+    } else {
+        [field!(sk, src_ip4), 0, 0, 0]
+    };
+    if is_specific(&facts.local) {
+        facts.known |= known::LOCAL_ADDRESS;
+    }
+    facts.local_port = field!(sk, src_port) as u16; // host byte order
+    if facts.local_port != 0 {
+        facts.known |= known::LOCAL_PORT;
+    }
+}
+
+/// sock_ops: a TCP socket at a turn of its life.
+pub(crate) struct Turn {
+    ctx: *mut bpf_sock_ops,
+    sk: *mut bpf_sock,
+}
+
+impl Turn {
+    /// `None` where there is no full socket (a connection request, for instance).
+    #[inline(always)]
+    pub(crate) fn new(ctx: *mut bpf_sock_ops) -> Option<Self> {
+        let sk = field!(ctx, __bindgen_anon_2.sk);
+        (!sk.is_null()).then_some(Self { ctx, sk })
+    }
+
+    #[inline(always)]
+    pub(crate) fn sk(&self) -> *mut c_void {
+        self.sk.cast()
+    }
+
+    #[inline(always)]
+    pub(crate) fn is_inet6(&self) -> bool {
+        field!(self.ctx, family) == sk_family::INET6
+    }
+
+    /// What is known of a socket that listens or, with `peer`, is connected.
+    #[inline(always)]
+    pub(crate) fn facts(&self, direction: u8, peer: bool) -> Facts {
+        let mut facts = Facts { protocol: protocol::TCP, direction, ..Facts::default() };
+        let inet6 = self.is_inet6();
+        facts.local = if inet6 {
+            [
+                field!(self.ctx, local_ip6[0]),
+                field!(self.ctx, local_ip6[1]),
+                field!(self.ctx, local_ip6[2]),
+                field!(self.ctx, local_ip6[3]),
+            ]
+        } else {
+            [field!(self.ctx, local_ip4), 0, 0, 0]
+        };
+        if is_specific(&facts.local) {
+            facts.known |= known::LOCAL_ADDRESS;
+        }
+        facts.local_port = field!(self.ctx, local_port) as u16; // host byte order
+        facts.known |= known::LOCAL_PORT;
+        if peer {
+            facts.remote = if inet6 {
+                [
+                    field!(self.ctx, remote_ip6[0]),
+                    field!(self.ctx, remote_ip6[1]),
+                    field!(self.ctx, remote_ip6[2]),
+                    field!(self.ctx, remote_ip6[3]),
+                ]
+            } else {
+                [field!(self.ctx, remote_ip4), 0, 0, 0]
+            };
+            facts.remote_port = u32::from_be(field!(self.ctx, remote_port)) as u16;
+            facts.known |= known::REMOTE;
+        }
+        facts.settle_family(field!(self.ctx, family));
+        facts
+    }
+}
+
+impl Socket for Turn {
+    #[inline(always)]
+    fn as_ptr(&self) -> *mut c_void {
+        self.ctx.cast()
+    }
+}
+
+/// cgroup/setsockopt and cgroup/getsockopt: an application's call.
+pub(crate) struct OptionCall {
+    ctx: *mut bpf_sockopt,
+    sk: *mut bpf_sock,
+}
+
+/// Bytes of an argument that the kernel passes to programs (PAGE_SIZE). A program that leaves a
+/// longer one alone must set `optlen` to 0, or older kernels refuse the call with EFAULT
+/// (`__cgroup_bpf_run_filter_setsockopt`, kernel/bpf/cgroup.c).
+const ARGUMENT_MAX: i32 = 4096;
+
+impl OptionCall {
+    #[inline(always)]
+    pub(crate) fn new(ctx: *mut bpf_sockopt) -> Self {
+        Self { ctx, sk: field!(ctx, __bindgen_anon_1.sk) }
+    }
+
+    #[inline(always)]
+    pub(crate) fn sk(&self) -> *mut c_void {
+        self.sk.cast()
+    }
+
+    #[inline(always)]
+    pub(crate) fn level(&self) -> i32 {
+        field!(self.ctx, level)
+    }
+
+    #[inline(always)]
+    pub(crate) fn name(&self) -> i32 {
+        field!(self.ctx, optname)
+    }
+
+    #[inline(always)]
+    pub(crate) fn len(&self) -> i32 {
+        field!(self.ctx, optlen)
+    }
+
+    /// What the kernel's own getsockopt returned.
+    #[inline(always)]
+    pub(crate) fn retval(&self) -> i32 {
+        field!(self.ctx, retval)
+    }
+
+    /// Lets the kernel take the call as the application made it.
+    #[inline(always)]
+    pub(crate) fn pass(&self) {
+        if self.len() > ARGUMENT_MAX {
+            set_field!(self.ctx, optlen, 0);
+        }
+    }
+
+    /// Makes the call succeed without reaching the kernel's own handler.
+    #[inline(always)]
+    pub(crate) fn skip(&self) {
+        set_field!(self.ctx, optlen, -1);
+    }
+
+    /// The first bytes of the argument, as far as there are any.
+    ///
+    /// The kernel's buffer has room for 16 bytes at the least in setsockopt; in getsockopt it is as
+    /// long as the caller's.
+    #[inline(always)]
+    pub(crate) fn argument(&self) -> Words {
+        let value = field!(self.ctx, __bindgen_anon_2.optval).cast::<u8>();
+        let end = field!(self.ctx, __bindgen_anon_3.optval_end).cast::<u8>();
+        if value.wrapping_add(TEXT_LEN) <= end {
+            // SAFETY: within the buffer by the comparison above, as the verifier sees too.
+            unsafe { value.cast::<Words>().read_unaligned() }
+        } else if value.wrapping_add(4) <= end {
+            // SAFETY: as above.
+            words_of(unsafe { value.cast::<u32>().read_unaligned() })
+        } else {
+            [0; 2]
+        }
+    }
+
+    /// Puts another argument of `len` bytes (4 or 16) in place of the application's.
+    ///
+    /// Setting `optlen` makes the kernel use the program's buffer even where the application's
+    /// argument was longer than that.
+    #[inline(always)]
+    pub(crate) fn replace(&self, words: Words, len: u32) -> bool {
+        let value = field!(self.ctx, __bindgen_anon_2.optval).cast::<u8>();
+        let end = field!(self.ctx, __bindgen_anon_3.optval_end).cast::<u8>();
+        if value.wrapping_add(TEXT_LEN) > end {
+            lose(|losses| &mut losses.no_room);
+            return false;
+        }
+        // SAFETY: within the buffer by the comparison above, as the verifier sees too.
+        unsafe { value.cast::<Words>().write_unaligned(words) };
+        set_field!(self.ctx, optlen, len as i32);
+        true
+    }
+
+    /// What is known of the socket, but for its direction. `None` for families that policies are
+    /// not about: this hook runs for all of them.
+    #[inline(always)]
+    pub(crate) fn facts(&self) -> Option<Facts> {
+        let family = field!(self.sk, family);
+        if !is_inet(family) {
+            return None;
+        }
+        let mut facts =
+            Facts { protocol: protocol(field!(self.sk, type_), field!(self.sk, protocol)), ..Facts::default() };
+        let inet6 = family == sk_family::INET6;
+        local_facts(self.sk, inet6, &mut facts);
+        let state = field!(self.sk, state);
+        if state == TCP_LISTEN {
+            facts.direction = direction::INBOUND;
+        } else if state != TCP_CLOSE {
+            facts.remote = if inet6 {
+                [
+                    field!(self.sk, dst_ip6[0]),
+                    field!(self.sk, dst_ip6[1]),
+                    field!(self.sk, dst_ip6[2]),
+                    field!(self.sk, dst_ip6[3]),
+                ]
+            } else {
+                [field!(self.sk, dst_ip4), 0, 0, 0]
+            };
+            facts.remote_port = u16::from_be(field!(self.sk, dst_port));
+            facts.known |= known::REMOTE;
+            // A connected datagram socket has the state of an established connection, and only
+            // the application itself can have connected it.
+            if state == TCP_ESTABLISHED && facts.protocol != protocol::TCP {
+                facts.direction = direction::OUTBOUND;
+            }
+        }
+        facts.settle_family(family);
+        Some(facts)
+    }
+}
+
+/// In cgroup/setsockopt the helpers take the socket, not the context.
+impl Socket for OptionCall {
+    #[inline(always)]
+    fn as_ptr(&self) -> *mut c_void {
+        self.sk.cast()
+    }
+}

@@ -1,0 +1,148 @@
+//! The only writer of the ring buffer: builds events, holds back repeated ones, counts losses.
+
+use abi::{
+    event::{COMM_LEN, Call, Event, Limit, LimitKey, flags, kind, source},
+    judge::verdict,
+    setting::OptionKey,
+};
+use aya_ebpf::helpers::{
+    bpf_get_current_comm, bpf_get_current_pid_tgid,
+    generated::{bpf_get_current_cgroup_id, bpf_ktime_get_ns},
+};
+
+use crate::maps::{self, count, lose};
+
+/// The task an event is about.
+#[derive(Clone, Copy)]
+pub(crate) struct Task {
+    pub(crate) pid: u32,
+    pub(crate) tid: u32,
+    pub(crate) cgroup: u64,
+    pub(crate) comm: [u8; COMM_LEN],
+}
+
+impl Task {
+    /// Where nothing is known: the kernel runs sock_ops in whatever task it interrupted.
+    pub(crate) const UNKNOWN: Self = Self { pid: 0, tid: 0, cgroup: 0, comm: [0; COMM_LEN] };
+
+    /// The task that makes the call.
+    #[inline(always)]
+    pub(crate) fn current() -> Self {
+        let id = bpf_get_current_pid_tgid();
+        Self {
+            pid: (id >> 32) as u32,
+            tid: id as u32,
+            // SAFETY: has no arguments.
+            cgroup: unsafe { bpf_get_current_cgroup_id() },
+            comm: bpf_get_current_comm().unwrap_or_default(),
+        }
+    }
+}
+
+/// What every event says first.
+#[derive(Clone, Copy)]
+pub(crate) struct Head {
+    pub(crate) key: OptionKey,
+    /// See [`abi::event::call`].
+    pub(crate) call: u32,
+    /// See [`source`].
+    pub(crate) source: u32,
+    pub(crate) result: i64,
+}
+
+/// Reports a call in conflict with the policy, unless one like it was reported just now. `fill`
+/// completes the record, which is otherwise zeroed.
+#[inline(always)]
+pub(crate) fn conflict(head: Head, setting: u32, verdict: u32, task: Task, fill: impl FnOnce(&mut Call)) {
+    let Some(config) = maps::config() else { return };
+    let key = LimitKey {
+        key: head.key,
+        pid: task.pid,
+        verdict,
+        what: (u64::from(kind::CONFLICT) << 32) | u64::from(head.call),
+    };
+    let Some(suppressed) = admit(&key, config.event_interval_ns) else {
+        count(setting, |counters| &mut counters.suppressed);
+        return;
+    };
+    if send(head, kind::CONFLICT, task, suppressed, fill) {
+        count(setting, |counters| &mut counters.reported);
+    }
+}
+
+/// Reports a call that conflicts with nothing. Not held back: who asks for all calls gets them.
+#[inline(always)]
+pub(crate) fn call(head: Head, task: Task, fill: impl FnOnce(&mut Call)) {
+    send(head, kind::CALL, task, 0, fill);
+}
+
+/// Reports a setting that the kernel refused with `errno`.
+#[inline(always)]
+pub(crate) fn outcome(key: OptionKey, errno: i32, fill: impl FnOnce(&mut Call)) {
+    let Some(config) = maps::config() else { return };
+    let limit = LimitKey { key, pid: 0, verdict: errno as u32, what: u64::from(kind::OUTCOME) << 32 };
+    if let Some(suppressed) = admit(&limit, config.event_interval_ns) {
+        let head = Head { key, call: 0, source: source::HOOK, result: -i64::from(errno) };
+        send(head, kind::OUTCOME, Task::UNKNOWN, suppressed, fill);
+    }
+}
+
+/// Whether an event may be sent now, and if so how many like it were held back before it.
+///
+/// Two CPUs may both find the interval over and both send: an event too many, never one too few
+/// counted.
+#[inline(always)]
+fn admit(key: &LimitKey, interval_ns: u64) -> Option<u64> {
+    // SAFETY: has no arguments.
+    let now = unsafe { bpf_ktime_get_ns() };
+    let Some(limit) = maps::limit(key) else {
+        maps::begin_limit(key, &Limit { sent_ns: now, suppressed: 0 });
+        return Some(0);
+    };
+    if now.wrapping_sub(limit.sent_ns) < interval_ns {
+        maps::increment(&mut limit.suppressed);
+        return None;
+    }
+    limit.sent_ns = now;
+    let suppressed = limit.suppressed;
+    limit.suppressed = 0;
+    Some(suppressed)
+}
+
+/// Builds the event where it will be read: the stack has no room for it, and nothing is built that
+/// is not sent.
+#[inline(always)]
+fn send(head: Head, kind: u32, task: Task, suppressed: u64, fill: impl FnOnce(&mut Call)) -> bool {
+    let Some(mut entry) = maps::EVENTS.reserve::<Event>(0) else {
+        lose(|losses| &mut losses.ring_full);
+        return false;
+    };
+    let event = entry.as_mut_ptr();
+    // SAFETY: the entry is ours until it is submitted, and has room for an event; zero is valid
+    // for each of its fields.
+    let event = unsafe {
+        event.write_bytes(0, 1);
+        &mut *event
+    };
+    // SAFETY: has no arguments.
+    event.time_ns = unsafe { bpf_ktime_get_ns() };
+    event.cgroup = task.cgroup;
+    event.result = head.result;
+    event.suppressed = suppressed;
+    event.kind = kind;
+    event.source = head.source;
+    event.pid = task.pid;
+    event.tid = task.tid;
+    event.comm = task.comm;
+    event.call.key = head.key;
+    event.call.kind = head.call;
+    fill(&mut event.call);
+    entry.submit(0);
+    true
+}
+
+/// Whether a call was found in conflict.
+#[inline(always)]
+pub(crate) fn is_conflict(call: &Call) -> bool {
+    call.flags & flags::DECIDED != 0 && call.verdict != u32::from(verdict::NONE)
+}

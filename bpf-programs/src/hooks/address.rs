@@ -1,0 +1,75 @@
+//! cgroup/bind4, bind6, connect4, connect6: what must hold before an address is taken or a route
+//! looked up, and everything for datagram sockets, which have no later turn.
+
+use abi::{
+    SETTABLE_MAX, site,
+    socket::{Facts, direction, protocol},
+};
+use aya_ebpf::{helpers::generated::bpf_get_socket_cookie, macros::cgroup_sock_addr, programs::SockAddrContext};
+
+use crate::{
+    apply::{Subject, apply, set_addressed},
+    ctx::{Addressed, Socket as _},
+    storage,
+};
+
+/// Lets every call go on.
+const GO_ON: i32 = 1;
+
+#[cgroup_sock_addr(bind4)]
+pub(crate) fn bind4_apply(ctx: SockAddrContext) -> i32 {
+    bind(&ctx, false);
+    GO_ON
+}
+
+#[cgroup_sock_addr(bind6)]
+pub(crate) fn bind6_apply(ctx: SockAddrContext) -> i32 {
+    bind(&ctx, true);
+    GO_ON
+}
+
+#[cgroup_sock_addr(connect4)]
+pub(crate) fn connect4_apply(ctx: SockAddrContext) -> i32 {
+    connect(&ctx, false);
+    GO_ON
+}
+
+#[cgroup_sock_addr(connect6)]
+pub(crate) fn connect6_apply(ctx: SockAddrContext) -> i32 {
+    connect(&ctx, true);
+    GO_ON
+}
+
+#[inline(always)]
+fn bind(ctx: &SockAddrContext, inet6: bool) {
+    let Some(socket) = Addressed::new(ctx.sock_addr) else { return };
+    let facts = socket.bind_facts(inet6);
+    let site = if facts.protocol == protocol::TCP { site::BIND_STREAM } else { site::BIND_DATAGRAM };
+    apply_at(site, &socket, &facts);
+}
+
+#[inline(always)]
+fn connect(ctx: &SockAddrContext, inet6: bool) {
+    let Some(socket) = Addressed::new(ctx.sock_addr) else { return };
+    let facts = socket.connect_facts(inet6);
+    let site = if facts.protocol == protocol::TCP { site::CONNECT_STREAM } else { site::CONNECT_DATAGRAM };
+    apply_at(site, &socket, &facts);
+}
+
+#[inline(always)]
+fn apply_at(site: u32, socket: &Addressed, facts: &Facts) {
+    // SAFETY: the context's socket, checked for NULL.
+    let Some(state) = (unsafe { storage::state(socket.sk()) }) else { return };
+    if state.cookie == 0 {
+        // SAFETY: the helper takes this context.
+        state.cookie = unsafe { bpf_get_socket_cookie(socket.as_ptr()) };
+    }
+    if facts.direction == direction::OUTBOUND {
+        state.direction = direction::OUTBOUND.into();
+    }
+    let mut subject = Subject { facts, is_inet6: socket.is_inet6(), state };
+    let cookie = subject.state.cookie;
+    apply::<SETTABLE_MAX>(site, &mut subject, |index, winner, dry_run| {
+        set_addressed(socket.ctx(), index, winner, dry_run.into(), cookie)
+    });
+}

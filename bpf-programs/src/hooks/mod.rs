@@ -1,0 +1,7 @@
+//! One file for each kind of attach point.
+
+mod address;
+mod audit;
+mod birth;
+mod calls;
+mod turns;

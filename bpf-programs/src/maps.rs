@@ -1,0 +1,189 @@
+//! Every map: who writes it, who reads it, how large it is, and what happens when it is full.
+//!
+//! The agent fills the policy maps once, before it attaches the programs. It gives those marked
+//! "sized at load" the number of entries that the policy takes; the sizes here are placeholders.
+
+use core::arch::asm;
+
+use abi::{
+    Config, Counters, Losses, SiteList,
+    event::{Call, Limit, LimitKey},
+    select::{PrefixData, Prefixes, Selectors},
+    setting::{Governed, OptionKey, Setting},
+    site,
+};
+use aya_ebpf::{
+    macros::map,
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, lpm_trie::Key},
+};
+
+/// Index 0. Written last: until then its mode is `INERT`.
+#[map]
+static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
+
+/// Index 0: the small dimensions of the rules' matches.
+#[map]
+static SELECTORS: Array<Selectors> = Array::with_max_entries(1, 0);
+
+/// Rules by prefix of a port or an address. Sized at load.
+#[map]
+static PREFIXES: LpmTrie<PrefixData, u64> = LpmTrie::with_max_entries(1, 0);
+
+/// The options that rules name; those that can be set come first. Sized at load.
+#[map]
+static OPTIONS: Array<Governed> = Array::with_max_entries(1, 0);
+
+/// From an option's level and number to its index in `OPTIONS`. Sized at load.
+#[map]
+static OPTION_INDEX: HashMap<OptionKey, u32> = HashMap::with_max_entries(1, 0);
+
+/// What each rule says about each option it names. Sized at load.
+#[map]
+static SETTINGS: Array<Setting> = Array::with_max_entries(1, 0);
+
+/// What to apply where, by [`site`].
+#[map]
+static SITES: Array<SiteList> = Array::with_max_entries(site::COUNT as u32, 0);
+
+/// Ids of the targets' cgroups, for the audit; the value means nothing. Sized at load.
+#[map]
+static TARGETS: HashMap<u64, u32> = HashMap::with_max_entries(1, 0);
+
+/// By setting: written by the programs, read by the agent. Sized at load.
+#[map]
+static COUNTERS: PerCpuArray<Counters> = PerCpuArray::with_max_entries(1, 0);
+
+/// Index 0: written by the programs, read by the agent.
+#[map]
+static LOSSES: PerCpuArray<Losses> = PerCpuArray::with_max_entries(1, 0);
+
+/// Calls under way, by task. Written at entry, removed at exit. When it is full the call is
+/// decided all the same, but reported without its result; counted in [`Losses::calls_full`].
+#[map]
+static CALLS: HashMap<u64, Call> = HashMap::with_max_entries(8192, 0);
+
+/// When each kind of conflict was last reported. The least recently used entry makes room: its
+/// next event is then sent as if it were the first.
+#[map]
+static LIMITS: LruHashMap<LimitKey, Limit> = LruHashMap::with_max_entries(8192, 0);
+
+/// Events for the agent. When it is full the event is dropped and counted in
+/// [`Losses::ring_full`].
+#[map]
+pub(crate) static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
+
+/// The configuration, unless it is inert.
+#[inline(always)]
+pub(crate) fn config() -> Option<&'static Config> {
+    CONFIG.get(0).filter(|config| config.mode != abi::mode::INERT)
+}
+
+#[inline(always)]
+pub(crate) fn selectors() -> Option<&'static Selectors> {
+    SELECTORS.get(0)
+}
+
+#[inline(always)]
+pub(crate) fn option(index: u32) -> Option<&'static Governed> {
+    OPTIONS.get(index)
+}
+
+/// The index of an option that a rule names.
+#[inline(always)]
+pub(crate) fn option_index(key: OptionKey) -> Option<u32> {
+    // SAFETY: the agent does not write this map while programs are attached.
+    unsafe { OPTION_INDEX.get(key) }.copied()
+}
+
+#[inline(always)]
+pub(crate) fn setting(index: u32) -> Option<&'static Setting> {
+    SETTINGS.get(index)
+}
+
+#[inline(always)]
+pub(crate) fn site(index: u32) -> Option<&'static SiteList> {
+    SITES.get(index)
+}
+
+#[inline(always)]
+pub(crate) fn is_target(cgroup: u64) -> bool {
+    // SAFETY: only whether there is an entry is looked at.
+    unsafe { TARGETS.get(cgroup) }.is_some()
+}
+
+/// Adds one to a counter of a setting.
+#[inline(always)]
+pub(crate) fn count(setting: u32, field: impl FnOnce(&mut Counters) -> &mut u64) {
+    if let Some(counters) = COUNTERS.get_ptr_mut(setting) {
+        // SAFETY: the slot is valid for as long as the program runs.
+        increment(field(unsafe { &mut *counters }));
+    }
+}
+
+/// Adds one to a count of losses.
+#[inline(always)]
+pub(crate) fn lose(field: impl FnOnce(&mut Losses) -> &mut u64) {
+    if let Some(losses) = LOSSES.get_ptr_mut(0) {
+        // SAFETY: as in `count`.
+        increment(field(unsafe { &mut *losses }));
+    }
+}
+
+/// Adds one atomically. Per-CPU slots need it too: a program that runs for a task can be preempted
+/// by another task's, and interrupted by sock_ops in softirq, on the same CPU.
+///
+/// In assembly because the target declares no compare-and-swap (its first instruction set had
+/// none), for which `core` withholds `fetch_add` as well; the kernel has always had this one.
+#[inline(always)]
+pub(crate) fn increment(counter: &mut u64) {
+    // SAFETY: valid and aligned, being a reference; all who write it do so with this instruction.
+    unsafe {
+        asm!(
+            "lock *(u64 *)({counter} + 0) += {one}",
+            counter = in(reg) counter,
+            one = in(reg) 1u64,
+        );
+    }
+}
+
+/// The call that a task is in.
+#[inline(always)]
+pub(crate) fn call(task: u64) -> Option<&'static mut Call> {
+    // SAFETY: only the task itself writes its entry, and it is in one call at a time.
+    CALLS.get_ptr_mut(task).map(|call| unsafe { &mut *call })
+}
+
+#[inline(always)]
+pub(crate) fn begin_call(task: u64, call: &Call) {
+    if CALLS.insert(task, call, 0).is_err() {
+        lose(|losses| &mut losses.calls_full);
+    }
+}
+
+#[inline(always)]
+pub(crate) fn end_call(task: u64) {
+    // Fails only where there is none.
+    let _ = CALLS.remove(task);
+}
+
+#[inline(always)]
+pub(crate) fn limit(key: &LimitKey) -> Option<&'static mut Limit> {
+    // SAFETY: a race between CPUs can at worst send an event too many; see `emit`.
+    LIMITS.get_ptr_mut(key).map(|limit| unsafe { &mut *limit })
+}
+
+#[inline(always)]
+pub(crate) fn begin_limit(key: &LimitKey, limit: &Limit) {
+    // Fails only where another CPU holds the last free entries: the next event counts as a first.
+    let _ = LIMITS.insert(key, limit, 0);
+}
+
+/// The table of `abi::select`, as a map.
+pub(crate) struct PrefixMap;
+
+impl Prefixes for PrefixMap {
+    #[inline(always)]
+    fn longest(&self, data: &PrefixData) -> Option<u64> {
+        PREFIXES.get(Key::new(8 * size_of::<PrefixData>() as u32, *data)).copied()
+    }
+}

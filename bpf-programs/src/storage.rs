@@ -1,0 +1,64 @@
+//! Notes kept with each socket ([`State`]), in storage that the kernel frees with the socket.
+//!
+//! aya-ebpf's `SkStorage` takes only connect and sendmsg contexts and cannot ask for notes to be
+//! copied to accepted sockets, so the map is defined here.
+
+use abi::socket::State;
+use aya_ebpf::{
+    bindings::{BPF_F_CLONE, BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_map_type::BPF_MAP_TYPE_SK_STORAGE},
+    cty::c_void,
+    helpers::generated::bpf_sk_storage_get,
+};
+
+use crate::maps::lose;
+
+/// A map definition as loaders read it from BTF: only the types of the fields say something.
+#[repr(C)]
+struct SocketStorage {
+    r#type: *const [i32; BPF_MAP_TYPE_SK_STORAGE as usize],
+    key: *const i32,
+    value: *const State,
+    max_entries: *const [i32; 0],
+    map_flags: *const [i32; (BPF_F_NO_PREALLOC | BPF_F_CLONE) as usize],
+}
+
+// SAFETY: nobody follows these pointers.
+unsafe impl Sync for SocketStorage {}
+
+/// Written and read by the programs only. Where the kernel has no memory for an entry, the socket
+/// is decided without notes; counted in [`abi::Losses::no_storage`].
+#[unsafe(link_section = ".maps")]
+#[unsafe(no_mangle)]
+static SOCKETS: SocketStorage = SocketStorage {
+    r#type: core::ptr::null(),
+    key: core::ptr::null(),
+    value: core::ptr::null(),
+    max_entries: core::ptr::null(),
+    map_flags: core::ptr::null(),
+};
+
+/// The notes of a socket, made if there are none.
+///
+/// # Safety
+///
+/// `sk` must be what the verifier takes as a socket: a `bpf_sock` pointer from a context, checked
+/// for NULL, or the context of cgroup/sock_create.
+#[inline(always)]
+pub(crate) unsafe fn state(sk: *mut c_void) -> Option<&'static mut State> {
+    // SAFETY: the caller vouches for `sk`; the kernel zeroes a new value.
+    let state = unsafe {
+        bpf_sk_storage_get(
+            (&raw const SOCKETS).cast_mut().cast(),
+            sk,
+            core::ptr::null_mut(),
+            BPF_SK_STORAGE_GET_F_CREATE.into(),
+        )
+    };
+    if state.is_null() {
+        lose(|losses| &mut losses.no_storage);
+        return None;
+    }
+    // SAFETY: not NULL, so it is this socket's value; two CPUs that write it at once can at worst
+    // lose a note, and with it count a socket twice.
+    Some(unsafe { &mut *state.cast::<State>() })
+}
