@@ -1,0 +1,104 @@
+//! The command line: one file for each command. The only place that prints.
+//!
+//! Exit status: 0 done; 1 findings (an invalid policy, conflicts with `--fail-on-conflict`); 2
+//! could not. `exec` passes the command's own status on and keeps 125 to 127 for itself.
+
+mod check;
+mod doctor;
+mod exec;
+mod options;
+mod output;
+mod run;
+mod signals;
+
+use std::{
+    error::Error,
+    io::{self, Write},
+    path::PathBuf,
+    process::ExitCode,
+};
+
+use clap::{Parser, Subcommand};
+
+use crate::enclosure;
+
+/// Done, and something was found that should not be.
+const FINDINGS: u8 = 1;
+/// Could not be done.
+const FAILURE: u8 = 2;
+
+/// Socket options as policy: the kernel makes it so, and every application call that disagrees is
+/// reported.
+#[derive(Debug, Parser)]
+#[command(name = "sockpolicy", version, max_term_width = 100, disable_help_subcommand = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Check(check::Check),
+    Exec(exec::Exec),
+    Run(run::Run),
+    Options(options::Options),
+    Doctor(doctor::Doctor),
+    /// Removes a cgroup when standard input ends. sockpolicy starts it for itself.
+    #[command(name = enclosure::GUARD, hide = true)]
+    Guard {
+        cgroup: PathBuf,
+        home: PathBuf,
+    },
+    /// Opens sockets of each kind and ends. `doctor` starts it for itself.
+    #[command(name = doctor::SAMPLE, hide = true)]
+    Sample,
+}
+
+/// Runs the program.
+#[must_use]
+pub fn main() -> ExitCode {
+    env_logger::Builder::from_env(env_logger::Env::new().filter_or("SOCKPOLICY_LOG", "warn")).init();
+    match Arguments::parse().command {
+        Command::Check(check) => check.run(),
+        Command::Exec(exec) => exec.run(),
+        Command::Run(run) => run.run(),
+        Command::Options(options) => options.run(),
+        Command::Doctor(doctor) => doctor.run(),
+        Command::Guard { cgroup, home } => match enclosure::guard(&cgroup, &home) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(reason) => {
+                let _ = writeln!(io::stdout(), "{reason}");
+                FAILURE.into()
+            }
+        },
+        Command::Sample => doctor::sample(),
+    }
+}
+
+/// Says what went wrong, on standard error.
+#[expect(clippy::print_stderr, reason = "this is the command line")]
+fn complain(error: &(dyn Error + 'static)) {
+    eprintln!("error: {}", with_causes(error));
+}
+
+/// An error, and what its own text does not say of its causes. The help line stays last.
+fn with_causes(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let part = error.to_string();
+        if !text.contains(&part) {
+            text = format!("{text}: {part}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
+/// A result of writing to a pipe that nobody reads any more is not a failure.
+fn unless_closed(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        other => other,
+    }
+}

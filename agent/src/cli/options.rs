@@ -1,0 +1,126 @@
+//! `sockpolicy options`: the option table.
+
+use std::{
+    io::{self, Write},
+    process::ExitCode,
+};
+
+use comfy_table::{Table, presets};
+use serde_json::json;
+
+use super::{FAILURE, complain, output::Format, unless_closed};
+use crate::options::{Class, OPTIONS, SocketOption, ValueKind};
+
+/// List the socket options that policies can name
+#[derive(Debug, clap::Args)]
+pub(super) struct Options {
+    /// Only options whose name contains this
+    #[arg(value_name = "NAME")]
+    name: Option<String>,
+    /// Form of the list
+    #[arg(long, short, value_enum, default_value_t)]
+    output: Format,
+}
+
+impl Options {
+    pub(super) fn run(self) -> ExitCode {
+        let wanted = self.name.unwrap_or_default().to_uppercase();
+        let options: Vec<&SocketOption> = OPTIONS.iter().filter(|option| option.name.contains(&wanted)).collect();
+        if options.is_empty() {
+            complain(&NoOption(wanted));
+            return FAILURE.into();
+        }
+        let written = match self.output {
+            Format::Text => writeln!(io::stdout(), "{}", table(&options)),
+            Format::Json => options.iter().try_for_each(|option| writeln!(io::stdout(), "{}", line(option))),
+        };
+        match unless_closed(written) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                complain(&error);
+                FAILURE.into()
+            }
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("no option has `{0}` in its name\n  help: `sockpolicy options` lists all")]
+struct NoOption(String);
+
+fn table(options: &[&SocketOption]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING).set_header([
+        "option",
+        "number",
+        "policies can",
+        "value",
+        "since",
+        "what it does",
+    ]);
+    for option in options {
+        table.add_row([
+            option.name.to_owned(),
+            format!("{}:{}", option.level.0, option.number),
+            verbs(option).join(", "),
+            value(option),
+            option.settable().map_or_else(String::new, |settable| settable.since.to_owned()),
+            option.about.to_owned(),
+        ]);
+    }
+    table
+}
+
+/// What a policy can do with an option.
+fn verbs(option: &SocketOption) -> Vec<&'static str> {
+    let mut verbs = Vec::new();
+    if matches!(option.class, Class::Settable(_)) {
+        verbs.push("set");
+    }
+    if option.value.can_be_limited() {
+        verbs.push("limit");
+    }
+    verbs.push("deny");
+    verbs
+}
+
+fn value(option: &SocketOption) -> String {
+    let (min, max) = option.range;
+    match option.value {
+        ValueKind::Bool => "true, false".to_owned(),
+        ValueKind::Opaque => "structure".to_owned(),
+        ValueKind::CongestionControl => "name".to_owned(),
+        ValueKind::Device => "device name".to_owned(),
+        ValueKind::Dscp => "DSCP".to_owned(),
+        ValueKind::Mark => "number, value/mask".to_owned(),
+        kind => format!("{}{min} to {max}", unit(kind)),
+    }
+}
+
+fn unit(kind: ValueKind) -> &'static str {
+    match kind {
+        ValueKind::Seconds => "seconds, ",
+        ValueKind::Milliseconds => "milliseconds, ",
+        ValueKind::Microseconds => "microseconds, ",
+        ValueKind::Bytes => "bytes, ",
+        ValueKind::Rate => "bytes/s, ",
+        _ => "",
+    }
+}
+
+fn line(option: &SocketOption) -> serde_json::Value {
+    let (min, max) = option.range;
+    let is_number = option.value.can_be_limited();
+    json!({
+        "option": option.name,
+        "level": option.level.0,
+        "level_name": option.level.name(),
+        "optname": option.number,
+        "can": verbs(option),
+        "value": option.value.describe(),
+        "min": is_number.then_some(min),
+        "max": is_number.then_some(max),
+        "set_since": option.settable().map(|settable| settable.since),
+        "about": option.about,
+    })
+}

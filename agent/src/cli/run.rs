@@ -1,0 +1,167 @@
+//! `sockpolicy run`: puts policies in force on cgroups and reports until it is told to end.
+
+use std::{io, os::fd::AsFd, path::PathBuf, process::ExitCode};
+
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::signal::Signal,
+};
+
+use super::{
+    FAILURE, FINDINGS, complain,
+    output::{Format, Writer},
+    signals::Signals,
+};
+use crate::{
+    host::cgroup::{Cgroup, CgroupError, Mount},
+    kernel::BackendChoice,
+    policy::model::Policy,
+    session::{self, Session, SessionError},
+};
+
+/// Put policies in force on cgroups, and report until interrupted
+///
+/// The policies are in force while this runs, and end with it, however it ends. Sockets that were
+/// there before are left as they are; only their later calls are judged.
+#[derive(Debug, clap::Args)]
+pub(super) struct Run {
+    /// Policy files
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+    /// Target, in place of the files' own: a cgroup's path below the cgroup2 mount, or absolute; can be given
+    /// several times
+    #[arg(long, value_name = "PATH")]
+    cgroup: Vec<PathBuf>,
+    /// Change nothing; report what would be done
+    #[arg(long)]
+    dry_run: bool,
+    /// Report summary only, no events
+    #[arg(long, short)]
+    quiet: bool,
+    /// Form of the report
+    #[arg(long, short, value_enum, default_value_t)]
+    output: Format,
+    /// How to see the calls' results
+    #[arg(long, value_enum, default_value_t, value_name = "BACKEND")]
+    audit_backend: BackendChoice,
+    /// Exit with 1 if a call disagreed with the policy
+    #[arg(long)]
+    fail_on_conflict: bool,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum RunError {
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    #[error("no target: policy `{policy}` names none\n  help: say which cgroup with --cgroup PATH")]
+    NoTarget { policy: String },
+    #[error(
+        "policies `{one}` and `{other}` have different targets\n  help: run them one by one, or give a common target \
+         with --cgroup PATH"
+    )]
+    TwoTargets { one: String, other: String },
+    #[error(
+        "no cgroup matches {patterns}\n  help: the cgroups of this host are the folders below {}; `find {} -type d` \
+         lists them",
+        mount.display(), mount.display()
+    )]
+    NoMatch { patterns: String, mount: PathBuf },
+    #[error("cannot watch for signals and events: {0}")]
+    Watch(#[source] io::Error),
+    #[error("cannot write the report: {0}")]
+    Write(#[source] io::Error),
+}
+
+impl Run {
+    pub(super) fn run(self) -> ExitCode {
+        let Some(policies) = super::check::load(&self.files) else { return FAILURE.into() };
+        match self.run_policies(&policies) {
+            Ok(conflicts) if self.fail_on_conflict && conflicts > 0 => FINDINGS.into(),
+            Ok(_) => ExitCode::SUCCESS,
+            // Whoever read the report has gone, and with them the reason to run.
+            Err(RunError::Write(error)) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+            Err(error) => {
+                complain(&error);
+                FAILURE.into()
+            }
+        }
+    }
+
+    /// Gives the number of conflicts.
+    fn run_policies(&self, policies: &[Policy]) -> Result<u64, RunError> {
+        let mut signals = Signals::watch().map_err(RunError::Watch)?;
+        let desired = session::prepare(policies, self.dry_run)?;
+        crate::kernel::check_privileges().map_err(SessionError::from)?;
+        let mount = Mount::find()?;
+        let targets = self.targets(&mount, policies)?;
+        let mut writer = Writer::new(self.output, self.quiet, io::stdout());
+        let mut session = Session::start(desired, targets, mount, self.audit_backend)?;
+        let names: Vec<&str> = session.targets().iter().map(|target| target.name.as_str()).collect();
+        log::info!("in force on {}", names.join(", "));
+        writer.announce(&session).map_err(RunError::Write)?;
+        watch(&mut session, &mut signals, &mut writer)?;
+        let summary = session.finish()?;
+        writer.summary(&summary).map_err(RunError::Write)?;
+        Ok(summary.conflicts())
+    }
+
+    fn targets(&self, mount: &Mount, policies: &[Policy]) -> Result<Vec<Cgroup>, RunError> {
+        if !self.cgroup.is_empty() {
+            for policy in policies.iter().filter(|policy| !policy.target.is_empty()) {
+                log::warn!("the target of policy `{}` gives way to --cgroup", policy.name);
+            }
+            let targets = self.cgroup.iter().map(|path| mount.open(path)).collect::<Result<Vec<_>, _>>()?;
+            return Ok(outermost(targets));
+        }
+        let Some((first, rest)) = policies.split_first() else { return Ok(Vec::new()) };
+        for policy in policies {
+            if policy.target.is_empty() {
+                return Err(RunError::NoTarget { policy: policy.name.clone() });
+            }
+        }
+        if let Some(other) = rest.iter().find(|policy| policy.target != first.target) {
+            return Err(RunError::TwoTargets { one: first.name.clone(), other: other.name.clone() });
+        }
+        let targets = mount.matching(&first.target)?;
+        if targets.is_empty() {
+            return Err(RunError::NoMatch { patterns: first.target.join(", "), mount: mount.path.clone() });
+        }
+        Ok(targets)
+    }
+}
+
+/// Leaves out what another target covers: its sockets would be decided twice.
+fn outermost(mut targets: Vec<Cgroup>) -> Vec<Cgroup> {
+    targets.sort_by(|one, other| one.path.cmp(&other.path));
+    let mut kept: Vec<Cgroup> = Vec::new();
+    for target in targets {
+        if !kept.iter().any(|outer| target.path.starts_with(&outer.path)) {
+            kept.push(target);
+        }
+    }
+    kept
+}
+
+/// Reports until a signal asks for the end.
+fn watch(session: &mut Session, signals: &mut Signals, writer: &mut Writer) -> Result<(), RunError> {
+    loop {
+        let mut polled =
+            [PollFd::new(signals.as_fd(), PollFlags::POLLIN), PollFd::new(session.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut polled, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => return Err(RunError::Watch(error.into())),
+        }
+        let mut is_over = false;
+        while let Some(received) = signals.next().map_err(RunError::Watch)? {
+            is_over |= matches!(received.signal, Signal::SIGINT | Signal::SIGTERM | Signal::SIGHUP | Signal::SIGQUIT);
+        }
+        session.drain(|event| writer.event(event)).map_err(RunError::Write)?;
+        writer.flush().map_err(RunError::Write)?;
+        if is_over {
+            return Ok(());
+        }
+    }
+}

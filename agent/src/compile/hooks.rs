@@ -1,0 +1,148 @@
+//! Where the options of a policy are applied, and which hooks that takes.
+
+use std::fmt;
+
+use abi::{
+    SiteList,
+    setting::{Governed, read_back},
+    site,
+};
+
+use crate::{
+    options,
+    policy::model::{Protocol, Rule},
+};
+
+/// A kernel attach point of a cgroup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Hook {
+    /// cgroup/sock_create
+    Birth,
+    Bind4,
+    Bind6,
+    Connect4,
+    Connect6,
+    /// sock_ops
+    Turns,
+    /// cgroup/setsockopt
+    Set,
+    /// cgroup/getsockopt
+    Get,
+}
+
+impl Hook {
+    pub const ALL: [Self; 8] =
+        [Self::Birth, Self::Bind4, Self::Bind6, Self::Connect4, Self::Connect6, Self::Turns, Self::Set, Self::Get];
+
+    /// What the kernel's documentation calls it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Birth => "cgroup/sock_create",
+            Self::Bind4 => "cgroup/bind4",
+            Self::Bind6 => "cgroup/bind6",
+            Self::Connect4 => "cgroup/connect4",
+            Self::Connect6 => "cgroup/connect6",
+            Self::Turns => "sock_ops",
+            Self::Set => "cgroup/setsockopt",
+            Self::Get => "cgroup/getsockopt",
+        }
+    }
+
+    /// The program for it.
+    #[must_use]
+    pub fn program(self) -> &'static str {
+        match self {
+            Self::Birth => "birth_apply",
+            Self::Bind4 => "bind4_apply",
+            Self::Bind6 => "bind6_apply",
+            Self::Connect4 => "connect4_apply",
+            Self::Connect6 => "connect6_apply",
+            Self::Turns => "turn_apply",
+            Self::Set => "set_judge",
+            Self::Get => "get_compare",
+        }
+    }
+
+    /// The first kernel on which sockpolicy's program for it runs, as far as is known.
+    #[must_use]
+    pub fn since(self) -> &'static str {
+        match self {
+            // bpf_setsockopt in these: 5.15
+            Self::Bind4 | Self::Bind6 => "5.15",
+            _ => "5.10",
+        }
+    }
+}
+
+impl fmt::Display for Hook {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Sites that only TCP sockets, or only other sockets pass. Those not named here both may pass.
+const STREAM: [u32; 6] =
+    [site::BIND_STREAM, site::CONNECT_STREAM, site::SYN, site::ACTIVE, site::PASSIVE, site::LISTEN];
+const DATAGRAM: [u32; 2] = [site::BIND_DATAGRAM, site::CONNECT_DATAGRAM];
+
+/// What to apply at each site. An option is left out where no rule that sets it can match.
+pub(super) fn sites(options: &[Governed], rules: &[&Rule]) -> [SiteList; site::COUNT] {
+    let mut sites = [SiteList::default(); site::COUNT];
+    for (index, option) in options.iter().enumerate() {
+        let Some(settable) = options::by_key(option.key).and_then(|known| known.settable()) else { continue };
+        let setting: Vec<&&Rule> = rules
+            .iter()
+            .enumerate()
+            .filter(|(number, _)| option.sets & (1 << number) != 0)
+            .map(|(_, rule)| rule)
+            .collect();
+        let is_tcp_only = option.traits & abi::setting::traits::TCP != 0;
+        for (number, list) in sites.iter_mut().enumerate() {
+            let number = number as u32;
+            if !settable.sites.contains(number)
+                || (is_tcp_only && DATAGRAM.contains(&number))
+                || !setting.iter().any(|rule| may_pass(rule, number))
+            {
+                continue;
+            }
+            list.options[list.len as usize] = index as u32;
+            list.len += 1;
+        }
+    }
+    sites
+}
+
+/// Whether sockets that a rule matches can come by a site.
+fn may_pass(rule: &Rule, site: u32) -> bool {
+    let protocols = &rule.selector.protocols;
+    if protocols.is_empty() {
+        return true;
+    }
+    if STREAM.contains(&site) {
+        return protocols.contains(&Protocol::Tcp);
+    }
+    if DATAGRAM.contains(&site) {
+        return protocols.iter().any(|protocol| *protocol != Protocol::Tcp);
+    }
+    true
+}
+
+/// The hooks that a policy needs.
+pub(super) fn needed(options: &[Governed], sites: &[SiteList; site::COUNT], rules: &[&Rule], reads: bool) -> Vec<Hook> {
+    let any = |numbers: &[u32]| numbers.iter().any(|number| sites[*number as usize].len > 0);
+    // Whether a call is made on an inbound or an outbound socket is known from these hooks' notes.
+    let asks_direction = rules.iter().any(|rule| rule.selector.direction.is_some());
+    let compares = options.iter().any(|option| option.sets != 0 && option.read_back != read_back::NONE);
+    Hook::ALL
+        .into_iter()
+        .filter(|hook| match hook {
+            Hook::Birth => any(&[site::BIRTH]),
+            Hook::Bind4 | Hook::Bind6 => any(&[site::BIND_STREAM, site::BIND_DATAGRAM]),
+            Hook::Connect4 | Hook::Connect6 => any(&[site::CONNECT_STREAM, site::CONNECT_DATAGRAM]),
+            Hook::Turns => asks_direction || any(&[site::SYN, site::ACTIVE, site::PASSIVE, site::LISTEN]),
+            Hook::Set => !options.is_empty(),
+            Hook::Get => reads && compares,
+        })
+        .collect()
+}

@@ -1,0 +1,323 @@
+//! Compiled policies decide as the policies themselves would.
+//!
+//! The other side of the comparison is written from the design's words and knows neither bits nor
+//! prefixes: rules in order, each asked in turn whether it matches.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    ops::RangeInclusive,
+    path::PathBuf,
+};
+
+use abi::{
+    select::{PrefixData, Prefixes, select},
+    socket::{Facts, direction, family, known, protocol},
+};
+use ipnet::IpNet;
+use proptest::{collection::vec, option, prelude::*, sample};
+
+use super::{prefixes::address_words, *};
+use crate::{
+    options::by_name,
+    policy::model::{Audit, Errno, Selector, any_contains},
+};
+
+/// A socket, as far as it is known.
+#[derive(Clone, Debug)]
+struct Socket {
+    protocol: Protocol,
+    family: Option<Family>,
+    direction: Option<Direction>,
+    local: Option<IpAddr>,
+    local_port: Option<u16>,
+    remote: Option<(IpAddr, u16)>,
+}
+
+/// What is known of whether a rule matches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Matches {
+    No,
+    Perhaps,
+    Yes,
+}
+
+/// Whether one condition holds: `asked` says if there is one at all.
+fn holds<T>(asked: bool, fact: Option<T>, test: impl Fn(T) -> bool) -> Matches {
+    match fact.map(test) {
+        _ if !asked => Matches::Yes,
+        None => Matches::Perhaps,
+        Some(true) => Matches::Yes,
+        Some(false) => Matches::No,
+    }
+}
+
+fn rule_matches(selector: &Selector, socket: &Socket) -> Matches {
+    let Selector { protocols, family, direction, local, remote, not_remote, local_ports, remote_ports } = selector;
+    let within = |networks: &[IpNet], address| networks.is_empty() || any_contains(networks, address);
+    [
+        holds(!protocols.is_empty(), Some(socket.protocol), |protocol| protocols.contains(&protocol)),
+        holds(family.is_some(), socket.family, |known| Some(known) == *family),
+        holds(direction.is_some(), socket.direction, |known| Some(known) == *direction),
+        holds(!local.is_empty(), socket.local, |address| any_contains(local, address)),
+        holds(!(remote.is_empty() && not_remote.is_empty()), socket.remote, |(address, _)| {
+            within(remote, address) && !any_contains(not_remote, address)
+        }),
+        holds(!local_ports.is_empty(), socket.local_port, |port| local_ports.iter().any(|range| range.contains(&port))),
+        holds(!remote_ports.is_empty(), socket.remote, |(_, port)| {
+            remote_ports.iter().any(|range| range.contains(&port))
+        }),
+    ]
+    .into_iter()
+    .min()
+    .unwrap()
+}
+
+/// The rule, by number, whose clause decides an option.
+fn naive_winner(rules: &[Rule], named: Named, socket: &Socket) -> Option<usize> {
+    for (number, rule) in rules.iter().enumerate() {
+        let Some(clause) = rule.clauses.iter().find(|clause| clause.option == named) else { continue };
+        match rule_matches(&rule.selector, socket) {
+            Matches::Yes => return Some(number),
+            // It may come to forbid what a later rule would set now.
+            Matches::Perhaps if !matches!(clause.form, Form::Set(_)) => return None,
+            Matches::Perhaps | Matches::No => {}
+        }
+    }
+    None
+}
+
+/// Map `PREFIXES`, looked through from end to end.
+struct Table<'a>(&'a [Prefix]);
+
+impl Prefixes for Table<'_> {
+    fn longest(&self, data: &PrefixData) -> Option<u64> {
+        let bit = |data: &PrefixData, at: u32| data[at as usize / 32].to_be() >> (31 - at % 32) & 1;
+        let covers = |prefix: &&Prefix| (0..prefix.bits).all(|at| bit(&prefix.data, at) == bit(data, at));
+        self.0.iter().filter(covers).max_by_key(|prefix| prefix.bits).map(|prefix| prefix.rules)
+    }
+}
+
+fn facts(socket: &Socket) -> Facts {
+    let mut facts = Facts {
+        protocol: match socket.protocol {
+            Protocol::Tcp => protocol::TCP,
+            Protocol::Udp => protocol::UDP,
+            Protocol::Icmp => protocol::ICMP,
+            Protocol::Sctp => protocol::SCTP,
+            Protocol::Other => protocol::OTHER,
+        },
+        family: match socket.family {
+            None => family::UNKNOWN,
+            Some(Family::Ipv4) => family::IPV4,
+            Some(Family::Ipv6) => family::IPV6,
+        },
+        direction: match socket.direction {
+            None => direction::UNKNOWN,
+            Some(Direction::Outbound) => direction::OUTBOUND,
+            Some(Direction::Inbound) => direction::INBOUND,
+        },
+        ..Facts::default()
+    };
+    if let Some(address) = socket.local {
+        facts.local = address_words(address).1;
+        facts.known |= known::LOCAL_ADDRESS;
+    }
+    if let Some(port) = socket.local_port {
+        facts.local_port = port;
+        facts.known |= known::LOCAL_PORT;
+    }
+    if let Some((address, port)) = socket.remote {
+        facts.remote = address_words(address).1;
+        facts.remote_port = port;
+        facts.known |= known::REMOTE;
+    }
+    facts
+}
+
+/// Few addresses and ports, near each other, so that they meet.
+fn address(family: Family) -> BoxedStrategy<IpAddr> {
+    match family {
+        Family::Ipv4 => (0u8..3, 0u8..3).prop_map(|(a, b)| Ipv4Addr::new(10, a, 0, b).into()).boxed(),
+        Family::Ipv6 => (0u16..3, 0u16..3).prop_map(|(a, b)| Ipv6Addr::new(0xfd00, a, 0, 0, 0, 0, 0, b).into()).boxed(),
+    }
+}
+
+fn any_family() -> impl Strategy<Value = Family> {
+    sample::select(vec![Family::Ipv4, Family::Ipv6])
+}
+
+fn port() -> impl Strategy<Value = u16> {
+    sample::select(vec![0, 1, 22, 80, 443, 444, 8000, 8001, 8999, 9000, 65534, 65535])
+}
+
+fn ports() -> impl Strategy<Value = Vec<RangeInclusive<u16>>> {
+    vec((port(), port()).prop_map(|(one, other)| one.min(other)..=one.max(other)), 0..3)
+}
+
+fn network() -> impl Strategy<Value = IpNet> {
+    any_family().prop_flat_map(|family| {
+        let lengths = match family {
+            Family::Ipv4 => vec![0, 7, 8, 14, 16, 24, 31, 32],
+            Family::Ipv6 => vec![0, 8, 16, 31, 32, 127, 128],
+        };
+        (address(family), sample::select(lengths)).prop_map(|(address, len)| IpNet::new(address, len).unwrap().trunc())
+    })
+}
+
+fn selector() -> impl Strategy<Value = Selector> {
+    let protocols = vec(sample::select(vec![Protocol::Tcp, Protocol::Udp, Protocol::Other]), 0..3);
+    let direction = option::of(sample::select(vec![Direction::Outbound, Direction::Inbound]));
+    let networks = || vec(network(), 0..3);
+    (protocols, option::of(any_family()), direction, networks(), networks(), networks(), ports(), ports()).prop_map(
+        |(protocols, family, direction, local, remote, not_remote, local_ports, remote_ports)| Selector {
+            protocols,
+            family,
+            direction,
+            local,
+            remote,
+            not_remote,
+            local_ports,
+            remote_ports,
+        },
+    )
+}
+
+const NAMES: [&str; 4] = ["TCP_NODELAY", "SO_MARK", "SO_SNDBUF", "IP_TTL"];
+
+fn clause() -> impl Strategy<Value = Option<Form>> {
+    option::of(prop_oneof![
+        any::<u32>().prop_map(|value| Form::Set(Wanted::Number { value, mask: u32::MAX })),
+        (0i64..9, 9i64..99).prop_map(|(min, max)| Form::Limit { min, max }),
+        Just(Form::Deny),
+    ])
+}
+
+fn rule() -> impl Strategy<Value = Rule> {
+    (selector(), vec(clause(), NAMES.len())).prop_map(|(selector, forms)| {
+        let clauses = NAMES.iter().zip(forms).filter_map(|(name, form)| {
+            Some(Clause {
+                option: Named::Known(by_name(name).unwrap()),
+                line: 1,
+                form: form?,
+                on_conflict: OnConflict::Rewrite,
+                errno: Errno::default(),
+            })
+        });
+        Rule { name: "rule".to_owned(), line: 1, selector, clauses: clauses.collect() }
+    })
+}
+
+fn socket() -> impl Strategy<Value = Socket> {
+    any_family().prop_flat_map(|family| {
+        let protocol = sample::select(vec![Protocol::Tcp, Protocol::Udp, Protocol::Other, Protocol::Icmp]);
+        let direction = option::of(sample::select(vec![Direction::Outbound, Direction::Inbound]));
+        let remote = option::of((address(family), port()));
+        (protocol, any::<bool>(), direction, option::of(address(family)), option::of(port()), remote).prop_map(
+            move |(protocol, is_family_known, direction, local, local_port, remote)| Socket {
+                protocol,
+                // Programs settle the family as soon as they know an address.
+                family: (is_family_known || local.is_some() || remote.is_some()).then_some(family),
+                direction,
+                local,
+                local_port,
+                remote,
+            },
+        )
+    })
+}
+
+fn policy(rules: Vec<Rule>) -> Policy {
+    Policy {
+        path: PathBuf::from("test.toml"),
+        name: "test".to_owned(),
+        description: None,
+        mode: Mode::Enforce,
+        target: Vec::new(),
+        audit: Audit::default(),
+        rules,
+    }
+}
+
+/// The number of the rule that decides an option, by the compiled tables.
+fn compiled_winner(desired: &Desired, named: Named, facts: &Facts) -> Option<usize> {
+    let option = &desired.options[option_index(&desired.options, named.key())?];
+    let rules = select(facts, &desired.selectors, &Table(&desired.prefixes));
+    let winner = option.winner(rules)?;
+    let source = &desired.sources[winner as usize];
+    assert_eq!(source.option, named, "a setting of another option");
+    Some(source.rule)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn compiled_policy_decides_as_the_policy_itself(
+        rules in vec(rule(), 1..12),
+        sockets in vec(socket(), 1..8),
+    ) {
+        let desired = compile(&[policy(rules.clone())]).unwrap();
+        for socket in sockets {
+            for name in NAMES {
+                let named = Named::Known(by_name(name).unwrap());
+                let compiled = compiled_winner(&desired, named, &facts(&socket));
+                prop_assert_eq!(compiled, naive_winner(&rules, named, &socket), "{} on {:?}", name, socket);
+            }
+        }
+    }
+}
+
+fn plain_rule(name: &str, selector: Selector, forms: &[(&str, Form)]) -> Rule {
+    let clauses = forms.iter().map(|(option, form)| Clause {
+        option: Named::Known(by_name(option).unwrap()),
+        line: 1,
+        form: form.clone(),
+        on_conflict: OnConflict::Rewrite,
+        errno: Errno::default(),
+    });
+    Rule { name: name.to_owned(), line: 1, selector, clauses: clauses.collect() }
+}
+
+fn on() -> Form {
+    Form::Set(Wanted::Number { value: 1, mask: u32::MAX })
+}
+
+#[test]
+fn sixty_four_rules_fit_and_one_more_does_not() {
+    let rules = |count| vec![plain_rule("r", Selector::default(), &[("TCP_NODELAY", on())]); count];
+    assert!(compile(&[policy(rules(64))]).is_ok());
+    assert_eq!(compile(&[policy(rules(32)), policy(rules(33))]).unwrap_err(), CompileError::TooManyRules { count: 65 });
+}
+
+#[test]
+fn enforcing_and_dry_policies_do_not_mix() {
+    let enforced = policy(Vec::new());
+    let dry = Policy { mode: Mode::DryRun, ..enforced.clone() };
+    assert!(matches!(compile(&[enforced, dry]), Err(CompileError::MixedModes { .. })));
+}
+
+#[test]
+fn only_the_hooks_that_a_policy_needs_are_attached() {
+    let hooks =
+        |selector, forms: &[(&str, Form)]| compile(&[policy(vec![plain_rule("r", selector, forms)])]).unwrap().hooks;
+    let tcp = Selector { protocols: vec![Protocol::Tcp], ..Selector::default() };
+    assert_eq!(hooks(tcp.clone(), &[("TCP_NODELAY", on())]), [Hook::Turns, Hook::Set, Hook::Get]);
+    assert_eq!(hooks(Selector::default(), &[("IP_TTL", Form::Deny)]), [Hook::Set]);
+    let inbound = Selector { direction: Some(Direction::Inbound), ..Selector::default() };
+    assert_eq!(hooks(inbound, &[("IP_TTL", Form::Deny)]), [Hook::Turns, Hook::Set]);
+    assert_eq!(
+        hooks(tcp, &[("SO_MARK", on())]),
+        [Hook::Birth, Hook::Connect4, Hook::Connect6, Hook::Turns, Hook::Set, Hook::Get]
+    );
+}
+
+#[test]
+fn rules_of_all_files_stand_in_the_order_of_the_files() {
+    let first = policy(vec![plain_rule("a", Selector::default(), &[("TCP_NODELAY", on())])]);
+    let second = policy(vec![plain_rule("b", Selector::default(), &[("TCP_NODELAY", Form::Deny)])]);
+    let desired = compile(&[first, second]).unwrap();
+    let socket = Facts { protocol: protocol::TCP, ..Facts::default() };
+    let named = Named::Known(by_name("TCP_NODELAY").unwrap());
+    assert_eq!(compiled_winner(&desired, named, &socket), Some(0));
+    assert_eq!(desired.rules.iter().map(|rule| rule.rule.as_str()).collect::<Vec<_>>(), ["a", "b"]);
+}

@@ -1,0 +1,111 @@
+//! An event as a line of JSON. Fields are only ever added.
+
+use serde::Serialize;
+use serde_json::Value as Json;
+
+use super::{Event, Kind, Socket, Source};
+use crate::{options::display_name, values};
+
+/// The version of the format.
+pub const SCHEMA: u32 = 1;
+
+#[derive(Serialize)]
+struct Line<'a> {
+    schema: u32,
+    time: String,
+    event: &'static str,
+    call: Option<&'static str>,
+    policy: Option<&'a str>,
+    rule: Option<&'a str>,
+    file: Option<&'a str>,
+    option: String,
+    level: i32,
+    optname: i32,
+    wanted: Json,
+    asked: Json,
+    now: Json,
+    verdict: Option<String>,
+    outcome: Option<String>,
+    result: Option<i64>,
+    pid: Option<u32>,
+    tid: Option<u32>,
+    comm: Option<&'a str>,
+    exe: Option<&'a str>,
+    cgroup: Option<&'a str>,
+    container: Option<&'a str>,
+    socket: Option<SocketLine>,
+    via: Option<&'static str>,
+    backend: Option<&'static str>,
+    suppressed: u64,
+    duration_ns: Option<u64>,
+}
+
+#[derive(Serialize)]
+struct SocketLine {
+    protocol: Option<&'static str>,
+    family: Option<&'static str>,
+    local: Option<String>,
+    remote: Option<String>,
+    cookie: Option<u64>,
+}
+
+impl Event {
+    /// The event as one line of JSON, without its end.
+    #[must_use]
+    pub fn to_json(&self) -> String {
+        let (event, call, verdict, outcome) = match self.kind {
+            Kind::Conflict { call, verdict } => ("conflict", Some(call.name()), Some(verdict.to_string()), None),
+            Kind::Call(call) => ("call", Some(call.name()), None, None),
+            Kind::Outcome { errno } => {
+                ("outcome", None, None, Some(format!("failed({})", crate::report::errno_name(errno))))
+            }
+        };
+        let cause = self.cause.as_ref();
+        let task = self.task.as_ref();
+        let line = Line {
+            schema: SCHEMA,
+            time: format!("{:.6}", self.time),
+            event,
+            call,
+            policy: cause.map(|cause| cause.policy.as_str()),
+            rule: cause.map(|cause| cause.rule.as_str()),
+            file: cause.map(|cause| cause.place.as_str()),
+            option: display_name(self.key),
+            level: self.key.level,
+            optname: self.key.name,
+            wanted: values::json(self.key, &self.wanted),
+            asked: values::json(self.key, &self.asked),
+            now: values::json(self.key, &self.now),
+            verdict,
+            outcome,
+            result: match self.kind {
+                Kind::Outcome { errno } => Some(-i64::from(errno)),
+                _ => self.result,
+            },
+            pid: task.map(|task| task.pid),
+            tid: task.map(|task| task.tid),
+            comm: task.map(|task| task.comm.as_str()),
+            exe: task.and_then(|task| task.exe.as_deref()),
+            cgroup: task.and_then(|task| task.cgroup.as_deref()),
+            container: None,
+            socket: self.socket.as_ref().map(socket_line),
+            via: (self.source != Source::Hook).then_some("syscall"),
+            backend: self.source.backend(),
+            suppressed: self.suppressed,
+            duration_ns: None,
+        };
+        // Cannot fail: the keys are strings and no number is a float.
+        serde_json::to_string(&line).unwrap_or_default()
+    }
+}
+
+fn socket_line(socket: &Socket) -> SocketLine {
+    let Socket { protocol, family, local, remote, cookie } = *socket;
+    SocketLine {
+        protocol,
+        family,
+        local: local.map(|address| address.to_string()),
+        remote: remote.map(|address| address.to_string()),
+        cookie,
+    }
+}

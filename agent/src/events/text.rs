@@ -1,0 +1,72 @@
+//! An event as a line for people.
+
+use std::fmt;
+
+use super::{Call, Event, Kind, Socket};
+use crate::{options::display_name, report::errno_name, values};
+
+impl fmt::Display for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let option = display_name(self.key);
+        let shown = |value| values::text(self.key, value);
+        match self.kind {
+            Kind::Outcome { errno } => {
+                write!(f, "failed    {option} = {} was refused: {}", shown(&self.wanted), errno_name(errno))?;
+            }
+            Kind::Call(call) => {
+                write!(f, "call      {} {}({option}) = {}", self.who(), call.name(), shown(&self.asked))?;
+                self.write_result(f)?;
+            }
+            Kind::Conflict { call, verdict } => {
+                let verb = match call {
+                    Call::Set => "asked for",
+                    Call::Get => "was shown",
+                };
+                write!(f, "conflict  {} {verb} {option} = {}", self.who(), shown(&self.asked))?;
+                if self.wanted.len > 0 {
+                    write!(f, ", policy wants {}", shown(&self.wanted))?;
+                }
+                write!(f, ": {verdict}")?;
+                if self.now.len > 0 && call == Call::Set {
+                    write!(f, ", now {}", shown(&self.now))?;
+                }
+                self.write_result(f)?;
+            }
+        }
+        if let Some(cause) = &self.cause {
+            write!(f, "  ({}, rule {})", cause.place, cause.rule)?;
+        }
+        if let Some(socket) = &self.socket {
+            write_socket(f, socket)?;
+        }
+        if self.suppressed > 0 {
+            write!(f, "  (+{} like it)", self.suppressed)?;
+        }
+        Ok(())
+    }
+}
+
+impl Event {
+    fn who(&self) -> String {
+        self.task.as_ref().map_or_else(|| "a process".to_owned(), |task| format!("{}[{}]", task.comm, task.pid))
+    }
+
+    fn write_result(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.result {
+            Some(result) if result < 0 => {
+                write!(f, ", call failed with {}", errno_name(i32::try_from(-result).unwrap_or_default()))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn write_socket(f: &mut fmt::Formatter<'_>, socket: &Socket) -> fmt::Result {
+    let protocol = socket.protocol.unwrap_or("socket");
+    match (socket.local, socket.remote) {
+        (Some(local), Some(remote)) => write!(f, "  {protocol} {local} - {remote}"),
+        (Some(local), None) => write!(f, "  {protocol} {local}"),
+        (None, Some(remote)) => write!(f, "  {protocol} - {remote}"),
+        (None, None) => Ok(()),
+    }
+}

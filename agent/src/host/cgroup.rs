@@ -1,0 +1,260 @@
+//! Where cgroup2 is mounted and what is in it.
+//!
+//! Only the unified hierarchy counts: sockets belong to a cgroup of version 2, also on hosts that
+//! use version 1 for their controllers beside it.
+
+use std::{
+    collections::HashMap,
+    ffi::OsString,
+    fs::{self, File},
+    io,
+    os::{
+        fd::AsFd,
+        unix::{ffi::OsStringExt, fs::MetadataExt},
+    },
+    path::{Component, Path, PathBuf},
+};
+
+use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
+use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, fstatfs};
+
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    #[error(
+        "cgroup2 is not mounted on this host\n  help: mount it, and run this again: \
+         mkdir -p /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified"
+    )]
+    NotMounted,
+    #[error("cannot read {path}: {source}")]
+    Proc { path: &'static str, source: io::Error },
+    #[error(
+        "no cgroup {path}: {source}\n  help: cgroups are the folders below {mount}; `find {mount} -type d` lists them"
+    )]
+    Missing { path: PathBuf, mount: PathBuf, source: io::Error },
+    #[error("{path} is a file, and a cgroup is a folder\n  help: did you mean {folder}?")]
+    NotAFolder { path: PathBuf, folder: PathBuf },
+    #[error(
+        "{path} is not in the cgroup2 hierarchy: it is a cgroup of version 1, or no cgroup at all\n  help: give a \
+         folder below {mount}"
+    )]
+    NotCgroup2 { path: PathBuf, mount: PathBuf },
+    #[error(
+        "cgroup {path} is {level} levels deep, and targets can be {max} at the most\n  help: take one of its parents \
+         as the target"
+    )]
+    TooDeep { path: PathBuf, level: u32, max: u32 },
+    #[error("cannot read cgroup {path}: {source}")]
+    Walk { path: PathBuf, source: io::Error },
+    #[error("`{pattern}` is not a glob: {source}")]
+    Glob { pattern: String, source: globset::Error },
+}
+
+/// The mount of the unified hierarchy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mount {
+    pub path: PathBuf,
+    /// How many levels the mount's own top is below the root of the hierarchy: more than 0 in a container
+    /// that sees a part of it.
+    depth: u32,
+}
+
+/// A cgroup, held open so that it cannot be mistaken for another that takes its name later.
+#[derive(Debug)]
+pub struct Cgroup {
+    /// In the file system.
+    pub path: PathBuf,
+    /// As the kernel names it: from the top of the mount, with a leading slash.
+    pub name: String,
+    /// The kernel's id: the folder's inode number.
+    pub id: u64,
+    /// Levels below the root of the hierarchy.
+    pub level: u32,
+    pub folder: File,
+}
+
+impl Mount {
+    /// Finds the mount.
+    ///
+    /// # Errors
+    ///
+    /// Where there is none, or `/proc` cannot be read.
+    pub fn find() -> Result<Self, CgroupError> {
+        const PATH: &str = "/proc/self/mountinfo";
+        let mountinfo = fs::read(PATH).map_err(|source| CgroupError::Proc { path: PATH, source })?;
+        mountinfo.split(|byte| *byte == b'\n').find_map(parse_mount).ok_or(CgroupError::NotMounted)
+    }
+
+    /// Opens the cgroup at a path: absolute in the file system, or relative to the mount.
+    ///
+    /// # Errors
+    ///
+    /// Where it is not there, not a folder, not of cgroup2, or too deep.
+    pub fn open(&self, path: &Path) -> Result<Cgroup, CgroupError> {
+        let full = self.path.join(path);
+        let missing = |source| CgroupError::Missing { path: full.clone(), mount: self.path.clone(), source };
+        let full = full.canonicalize().map_err(missing)?;
+        let folder = File::open(&full).map_err(missing)?;
+        let metadata = folder.metadata().map_err(missing)?;
+        if !metadata.is_dir() {
+            let folder = full.parent().unwrap_or(&self.path).to_owned();
+            return Err(CgroupError::NotAFolder { path: full, folder });
+        }
+        let is_cgroup2 = fstatfs(folder.as_fd()).is_ok_and(|stat| stat.filesystem_type() == CGROUP2_SUPER_MAGIC);
+        let below = full.strip_prefix(&self.path).ok().filter(|_| is_cgroup2);
+        let Some(below) = below else {
+            return Err(CgroupError::NotCgroup2 { path: full, mount: self.path.clone() });
+        };
+        let level = self.depth + below.components().count() as u32;
+        if level > abi::CGROUP_LEVELS_MAX {
+            return Err(CgroupError::TooDeep { path: full, level, max: abi::CGROUP_LEVELS_MAX });
+        }
+        let name = format!("/{}", below.display());
+        Ok(Cgroup { name, id: metadata.ino(), level, folder, path: full })
+    }
+
+    /// The cgroup that this process is in.
+    ///
+    /// # Errors
+    ///
+    /// Where `/proc` cannot be read, or the process is in a part of the hierarchy that it cannot see.
+    pub fn own(&self) -> Result<Cgroup, CgroupError> {
+        const PATH: &str = "/proc/self/cgroup";
+        let cgroups = fs::read_to_string(PATH).map_err(|source| CgroupError::Proc { path: PATH, source })?;
+        let name = cgroups.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+        self.open(Path::new(name))
+    }
+
+    /// The cgroups that any of the globs matches, without those below another one (which
+    /// covers them).
+    ///
+    /// # Errors
+    ///
+    /// Where a glob cannot be used or the tree cannot be read.
+    pub fn matching(&self, patterns: &[String]) -> Result<Vec<Cgroup>, CgroupError> {
+        let globs = glob_set(patterns)?;
+        let mut found = Vec::new();
+        let mut left = vec![PathBuf::new()];
+        while let Some(below) = left.pop() {
+            if globs.is_match(&below) {
+                found.push(self.open(&below)?);
+                continue;
+            }
+            left.extend(self.children(&below)?);
+        }
+        found.sort_by(|one, other| one.path.cmp(&other.path));
+        Ok(found)
+    }
+
+    fn children(&self, below: &Path) -> Result<Vec<PathBuf>, CgroupError> {
+        let path = self.path.join(below);
+        let entries = match fs::read_dir(&path) {
+            Ok(entries) => entries,
+            // Gone since it was listed.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(source) => return Err(CgroupError::Walk { path, source }),
+        };
+        Ok(entries
+            .flatten()
+            .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+            .map(|entry| below.join(entry.file_name()))
+            .collect())
+    }
+}
+
+fn glob_set(patterns: &[String]) -> Result<GlobSet, CgroupError> {
+    let mut set = GlobSetBuilder::new();
+    for pattern in patterns {
+        let glob_error = |source| CgroupError::Glob { pattern: pattern.clone(), source };
+        set.add(GlobBuilder::new(pattern.trim_matches('/')).literal_separator(true).build().map_err(glob_error)?);
+    }
+    set.build().map_err(|source| CgroupError::Glob { pattern: patterns.join(" "), source })
+}
+
+/// Reads a line of `/proc/self/mountinfo` (proc_pid_mountinfo(5)): `None` unless it is a cgroup2
+/// mount.
+fn parse_mount(line: &[u8]) -> Option<Mount> {
+    let mut fields = line.split(|byte| *byte == b' ');
+    let root = unescape(fields.nth(3)?);
+    let path = unescape(fields.next()?);
+    let mut after_optional = fields.skip_while(|field| *field != b"-");
+    if after_optional.nth(1)? != b"cgroup2" {
+        return None;
+    }
+    let depth = root.components().filter(|part| matches!(part, Component::Normal(_))).count() as u32;
+    Some(Mount { path, depth })
+}
+
+/// Undoes the octal escapes of space, tab, newline and backslash.
+fn unescape(field: &[u8]) -> PathBuf {
+    let mut bytes = Vec::with_capacity(field.len());
+    let mut at = 0;
+    while let Some(byte) = field.get(at) {
+        let code = field.get(at + 1..at + 4).filter(|_| *byte == b'\\');
+        let code = code.and_then(|digits| u8::from_str_radix(str::from_utf8(digits).ok()?, 8).ok());
+        bytes.push(code.unwrap_or(*byte));
+        at += if code.is_some() { 4 } else { 1 };
+    }
+    OsString::from_vec(bytes).into()
+}
+
+/// Names of cgroups by id, learnt as they are asked for.
+#[derive(Debug)]
+pub struct Names {
+    mount: Mount,
+    known: HashMap<u64, String>,
+}
+
+impl Names {
+    #[must_use]
+    pub fn new(mount: Mount) -> Self {
+        Self { mount, known: HashMap::new() }
+    }
+
+    /// The name of a cgroup below one of `targets`; `None` if it is gone and was never asked for.
+    pub fn name(&mut self, id: u64, targets: &[Cgroup]) -> Option<&str> {
+        if !self.known.contains_key(&id) {
+            for target in targets {
+                self.learn(target);
+            }
+        }
+        self.known.get(&id).map(String::as_str)
+    }
+
+    fn learn(&mut self, target: &Cgroup) {
+        let mut left = vec![target.path.clone()];
+        while let Some(path) = left.pop() {
+            let Ok(metadata) = fs::metadata(&path) else { continue };
+            let Ok(below) = path.strip_prefix(&self.mount.path) else { continue };
+            self.known.insert(metadata.ino(), format!("/{}", below.display()));
+            left.extend(self.mount.children(below).unwrap_or_default().iter().map(|child| self.mount.path.join(child)));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cgroup2_mount_is_found_wherever_it_is() {
+        let line = b"31 24 0:27 / /sys/fs/cgroup/unified rw,nosuid shared:9 - cgroup2 cgroup2 rw";
+        assert_eq!(parse_mount(line), Some(Mount { path: "/sys/fs/cgroup/unified".into(), depth: 0 }));
+        let line = b"31 24 0:27 /a/b /my\\040cgroups rw - cgroup2 none rw";
+        assert_eq!(parse_mount(line), Some(Mount { path: "/my cgroups".into(), depth: 2 }));
+    }
+
+    #[test]
+    fn other_mounts_are_not_taken_for_it() {
+        assert_eq!(parse_mount(b"30 24 0:26 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu"), None);
+        assert_eq!(parse_mount(b""), None);
+        assert_eq!(parse_mount(b"31 24 0:27 / /sys/fs/cgroup"), None);
+    }
+
+    #[test]
+    fn star_stays_within_a_level_and_two_stars_do_not() {
+        let set = glob_set(&["kubepods.slice/**/cri-*.scope".into(), "a/*".into()]).unwrap();
+        assert!(set.is_match("kubepods.slice/x/y/cri-1.scope"));
+        assert!(set.is_match("a/b"));
+        assert!(!set.is_match("a/b/c"));
+    }
+}

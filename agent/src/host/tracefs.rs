@@ -1,0 +1,43 @@
+//! tracefs, where the kernel lists its tracepoints.
+//!
+//! Hosts without systemd often do not have it mounted. It is then mounted where only one thread of
+//! ours sees it, for as long as that thread runs, so that nothing is left behind.
+
+use std::{io, path::Path, thread};
+
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+};
+
+/// Where tracefs is mounted, by convention of the kernel's documentation.
+const PLACE: &str = "/sys/kernel/tracing";
+
+/// Whether tracepoints can be looked up.
+#[must_use]
+pub fn is_mounted() -> bool {
+    [PLACE, "/sys/kernel/debug/tracing"].iter().any(|place| Path::new(place).join("events").is_dir())
+}
+
+/// Runs `work` where tracefs is mounted.
+///
+/// # Errors
+///
+/// Where it is not mounted, and cannot be mounted for this either.
+pub fn with_tracefs<T: Send>(work: impl FnOnce() -> T + Send) -> io::Result<T> {
+    if is_mounted() {
+        return Ok(work());
+    }
+    thread::scope(|scope| {
+        let thread = scope.spawn(|| mount_for_this_thread().map(|()| work()));
+        thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread that mounts tracefs panicked")))
+    })
+}
+
+fn mount_for_this_thread() -> io::Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    // What is mounted from here on must not spread to the host.
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;
+    mount(Some("tracefs"), PLACE, Some("tracefs"), MsFlags::empty(), None::<&str>)?;
+    Ok(())
+}

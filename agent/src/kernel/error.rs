@@ -1,0 +1,79 @@
+//! What can go wrong between us and the kernel.
+
+use std::{error::Error, io, path::PathBuf};
+
+use aya::programs::ProgramError;
+
+use super::Backend;
+use crate::compile::Hook;
+
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    #[error(
+        "not permitted to load BPF programs: this process lacks {missing}\n  help: run it as root, or give it these \
+         capabilities"
+    )]
+    Privileges { missing: String },
+    #[error("cannot prepare the BPF programs: {}", chain(.0))]
+    Object(#[from] aya::EbpfError),
+    #[error("map {map} of the BPF object: {}\n  help: this is a fault of the build: build it anew", chain(.source))]
+    Map { map: &'static str, source: aya::maps::MapError },
+    #[error("the BPF object has no {what}\n  help: this is a fault of the build: build it anew")]
+    Incomplete { what: &'static str },
+    #[error(
+        "this kernel cannot load the program for {hook}: {reason}\n  help: `sockpolicy doctor` shows what this kernel \
+         can do; {hook} is known to work from {} on",
+        hook.since()
+    )]
+    Load { hook: Hook, reason: String },
+    #[error("cannot attach to {hook} of cgroup {}: {reason}{}", cgroup.display(), attach_help(.reason))]
+    Attach { hook: Hook, cgroup: PathBuf, reason: String },
+    #[error(
+        "the audit cannot use {backend}: {reason}\n  help: leave out --audit-backend and the best one that this kernel \
+         has is taken; `sockpolicy doctor` shows which these are"
+    )]
+    Backend { backend: Backend, reason: String },
+    #[error(
+        "the audit found no way to see calls: {reasons}\n  help: build the kernel with kprobes or syscall tracepoints, \
+         or give --audit-backend none to go without results and processes of calls"
+    )]
+    NoBackend { reasons: String },
+    #[error("cannot watch the ring buffer: {0}")]
+    Ring(#[source] io::Error),
+}
+
+/// An error and its causes, on one line.
+pub(super) fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let part = error.to_string();
+        if !text.contains(&part) {
+            text.push_str(": ");
+            text.push_str(&part);
+        }
+        cause = error.source();
+    }
+    text
+}
+
+/// Why a program was not taken: the verifier's last word before its statistics, or the errno.
+pub(super) fn load_reason(error: &ProgramError) -> String {
+    if let ProgramError::LoadError { io_error, verifier_log } = error {
+        let log = verifier_log.to_string();
+        let statistics = ["processed ", "verification time", "stack depth"];
+        let last = log
+            .lines()
+            .rfind(|line| !line.trim().is_empty() && !statistics.iter().any(|start| line.starts_with(start)));
+        return last.map_or_else(|| io_error.to_string(), |line| format!("{io_error}: {line}"));
+    }
+    chain(error)
+}
+
+fn attach_help(reason: &str) -> &'static str {
+    if reason.contains("os error 1)") {
+        "\n  help: another tool attached a program there that allows no other beside it; `bpftool cgroup tree` shows it"
+    } else {
+        ""
+    }
+}

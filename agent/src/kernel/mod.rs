@@ -1,0 +1,36 @@
+//! The kernel side, from user space: loads the programs, fills their maps, attaches them, reads
+//! what they say. The only module that uses aya.
+//!
+//! It knows no policies: it is handed a [`crate::compile::Desired`].
+//!
+//! Invariant: nothing is half in force. Programs are attached while their configuration is inert,
+//! and the last step of [`Object::enable`] is what makes all of them act at once. Everything is held
+//! by file descriptors of this process, so whatever ends it ends the policy.
+
+mod audit;
+mod error;
+mod maps;
+mod object;
+mod probe;
+
+pub use self::{
+    audit::{Backend, BackendChoice},
+    error::KernelError,
+    object::Object,
+    probe::{Answer, audit_backends, hooks},
+};
+
+use crate::host::privileges;
+
+/// Whether this process may do what it is about to do, as far as its capabilities say.
+///
+/// # Errors
+///
+/// Names the capabilities that are missing.
+pub fn check_privileges() -> Result<(), KernelError> {
+    match privileges::missing_capabilities() {
+        Some(missing) if !missing.is_empty() => Err(KernelError::Privileges { missing: missing.join(", ") }),
+        // Where they cannot be told, the kernel will say.
+        _ => Ok(()),
+    }
+}

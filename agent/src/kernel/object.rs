@@ -1,0 +1,276 @@
+//! The BPF object: loading, attaching, putting in force, reading.
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+    thread,
+};
+
+use abi::{Config, Counters, Losses, calls, event::Event, mode};
+use aya::{
+    Ebpf, EbpfLoader, VerifierLogLevel, include_bytes_aligned,
+    maps::{MapData, RingBuf},
+    programs::{CgroupAttachMode, Program, ProgramError},
+};
+
+use super::{
+    Backend, BackendChoice, KernelError, audit,
+    error::{chain, load_reason},
+    maps,
+};
+use crate::{
+    compile::{Desired, Hook},
+    host::cgroup::Cgroup,
+    policy::model::{Calls, Mode},
+};
+
+/// The programs, as build.rs made them.
+static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sockpolicy-bpf"));
+
+/// At the least this long between two events of one process, option and verdict: five a second.
+const EVENT_INTERVAL_NS: u64 = 200_000_000;
+
+/// Programs in the kernel, and what they are attached to. Ends with this value, or with the process.
+pub struct Object {
+    ebpf: Ebpf,
+    ring: RingBuf<MapData>,
+    abilities: Abilities,
+    backend: Option<Backend>,
+}
+
+/// What programs at cgroup/setsockopt may call on this kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Abilities {
+    /// Read options (5.15).
+    pub get: bool,
+    /// Choose the errno of a denied call (5.18).
+    pub set_retval: bool,
+    /// See who calls (6.1).
+    pub see_task: bool,
+}
+
+impl Abilities {
+    /// What to try, the most able first. Each kernel that has one of these has all before it.
+    const TRIES: [Self; 4] = [
+        Self { get: true, set_retval: true, see_task: true },
+        Self { get: true, set_retval: true, see_task: false },
+        Self { get: true, set_retval: false, see_task: false },
+        Self { get: false, set_retval: false, see_task: false },
+    ];
+}
+
+impl Object {
+    /// Loads the programs for the hooks of `desired` and fills their maps. Nothing is attached yet.
+    ///
+    /// # Errors
+    ///
+    /// Where this process lacks capabilities, or this kernel refuses a program.
+    pub fn load(desired: &Desired, targets: &[Cgroup]) -> Result<Self, KernelError> {
+        super::check_privileges()?;
+        raise_memlock();
+        let [first, rest @ ..] = Abilities::TRIES;
+        let mut result = Self::load_with(first, desired, targets);
+        for abilities in rest {
+            match result {
+                // Only this program makes use of them.
+                Err(KernelError::Load { hook: Hook::Set, reason }) => {
+                    log::debug!("cgroup/setsockopt was refused ({reason}); trying with {abilities:?}");
+                    result = Self::load_with(abilities, desired, targets);
+                }
+                _ => break,
+            }
+        }
+        result
+    }
+
+    fn load_with(abilities: Abilities, desired: &Desired, targets: &[Cgroup]) -> Result<Self, KernelError> {
+        let globals = [abilities.get, abilities.set_retval, abilities.see_task].map(u8::from);
+        let mut loader = EbpfLoader::new();
+        // The programs have no relocations against the kernel's types, and reading those takes
+        // longer than all the rest.
+        loader.btf(None).verifier_log_level(VerifierLogLevel::DEBUG);
+        loader.override_global("CAN_GET", &globals[0], true);
+        loader.override_global("CAN_SET_RETVAL", &globals[1], true);
+        loader.override_global("CAN_SEE_TASK", &globals[2], true);
+        maps::size(&mut loader, desired, targets);
+        let mut ebpf = loader.load(OBJECT)?;
+        maps::fill(&mut ebpf, desired, targets)?;
+        load_programs(&mut ebpf, &desired.hooks)?;
+        let ring = ebpf.take_map(maps::EVENTS).ok_or(KernelError::Incomplete { what: maps::EVENTS })?;
+        let ring = RingBuf::try_from(ring).map_err(|source| KernelError::Map { map: maps::EVENTS, source })?;
+        Ok(Self { ebpf, ring, abilities, backend: None })
+    }
+
+    /// What cgroup/setsockopt can do here, as was found when it was loaded.
+    #[must_use]
+    pub fn abilities(&self) -> Abilities {
+        self.abilities
+    }
+
+    /// Attaches the programs of `desired` to each target, beside whatever is attached there.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses; what was attached until then goes with this value.
+    pub fn attach(&mut self, desired: &Desired, targets: &[Cgroup]) -> Result<(), KernelError> {
+        for target in targets {
+            for hook in &desired.hooks {
+                let program =
+                    self.ebpf.program_mut(hook.program()).ok_or(KernelError::Incomplete { what: hook.program() })?;
+                attach_program(program, target).map_err(|error| KernelError::Attach {
+                    hook: *hook,
+                    cgroup: target.path.clone(),
+                    reason: chain(&error),
+                })?;
+                log::debug!("attached {hook} to {}", target.path.display());
+            }
+        }
+        Ok(())
+    }
+
+    /// Attaches the audit to the kernel's setsockopt and getsockopt.
+    ///
+    /// # Errors
+    ///
+    /// Where the backend that was asked for cannot be had, or none can.
+    pub fn attach_audit(&mut self, choice: BackendChoice) -> Result<Option<Backend>, KernelError> {
+        self.backend = audit::attach(&mut self.ebpf, choice)?;
+        Ok(self.backend)
+    }
+
+    /// Puts everything in force, at once.
+    ///
+    /// # Errors
+    ///
+    /// Where the configuration cannot be written.
+    pub fn enable(&mut self, desired: &Desired, targets: &[Cgroup]) -> Result<(), KernelError> {
+        let config = Config {
+            mode: match desired.mode {
+                Mode::Enforce => mode::ENFORCE,
+                Mode::DryRun => mode::DRY_RUN,
+            },
+            calls: match desired.audit.calls {
+                Calls::Conflicts => calls::CONFLICTS,
+                Calls::Governed => calls::GOVERNED,
+                Calls::All => calls::ALL,
+            },
+            target_levels: targets.iter().fold(0, |levels, target| levels | 1 << target.level),
+            event_interval_ns: EVENT_INTERVAL_NS,
+        };
+        maps::enable(&mut self.ebpf, config)
+    }
+
+    /// The next event, if one is there. `Err` holds a record of another size than an event's.
+    pub fn next_event(&mut self) -> Option<Result<Event, usize>> {
+        let record = self.ring.next()?;
+        if record.len() != size_of::<Event>() {
+            return Some(Err(record.len()));
+        }
+        // SAFETY: of the right size, and every bit pattern is a valid event; records are aligned to
+        // 8 bytes, but nothing depends on it.
+        Some(Ok(unsafe { record.as_ptr().cast::<Event>().read_unaligned() }))
+    }
+
+    /// The counters of each setting, in the order of [`Desired::settings`].
+    ///
+    /// # Errors
+    ///
+    /// Where the map cannot be read.
+    pub fn counters(&self, desired: &Desired) -> Result<Vec<Counters>, KernelError> {
+        let mut counters = maps::counters(&self.ebpf)?;
+        counters.truncate(desired.settings.len());
+        Ok(counters)
+    }
+
+    /// What was lost.
+    ///
+    /// # Errors
+    ///
+    /// Where the map cannot be read.
+    pub fn losses(&self) -> Result<Losses, KernelError> {
+        maps::losses(&self.ebpf)
+    }
+}
+
+/// Readable when there are events.
+impl AsFd for Object {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the ring owns the descriptor and lives as long as `self`.
+        unsafe { BorrowedFd::borrow_raw(self.as_raw_fd()) }
+    }
+}
+
+impl AsRawFd for Object {
+    fn as_raw_fd(&self) -> RawFd {
+        self.ring.as_raw_fd()
+    }
+}
+
+/// Has the kernel check the programs, several at a time: that is what takes the time.
+fn load_programs(ebpf: &mut Ebpf, hooks: &[Hook]) -> Result<(), KernelError> {
+    let programs: Vec<(Hook, &mut Program)> = ebpf
+        .programs_mut()
+        .filter_map(|(name, program)| {
+            let hook = hooks.iter().find(|hook| hook.program() == name)?;
+            Some((*hook, program))
+        })
+        .collect();
+    if programs.len() != hooks.len() {
+        return Err(KernelError::Incomplete { what: "program for one of the hooks" });
+    }
+    let mut results: Vec<(Hook, Result<(), ProgramError>)> = thread::scope(|scope| {
+        let threads: Vec<_> =
+            programs.into_iter().map(|(hook, program)| (hook, scope.spawn(move || load_program(program)))).collect();
+        let joined = threads.into_iter().map(|(hook, thread)| {
+            let result = thread.join().unwrap_or_else(|_| Err(ProgramError::NotLoaded));
+            (hook, result)
+        });
+        joined.collect()
+    });
+    // The same error each time, whichever thread was first.
+    results.sort_by_key(|(hook, _)| *hook);
+    for (hook, result) in results {
+        result.map_err(|error| KernelError::Load { hook, reason: load_reason(&error) })?;
+    }
+    Ok(())
+}
+
+pub(super) fn load_program(program: &mut Program) -> Result<(), ProgramError> {
+    match program {
+        Program::CgroupSock(program) => program.load(),
+        Program::CgroupSockAddr(program) => program.load(),
+        Program::CgroupSockopt(program) => program.load(),
+        Program::SockOps(program) => program.load(),
+        Program::KProbe(program) => program.load(),
+        Program::TracePoint(program) => program.load(),
+        _ => Err(ProgramError::UnexpectedProgramType),
+    }
+}
+
+/// Attaches by link. `Single` gives the link no flags, which is what the kernel wants of links: they
+/// always stand beside each other.
+pub(super) fn attach_program(program: &mut Program, target: &Cgroup) -> Result<(), ProgramError> {
+    const BY_LINK: CgroupAttachMode = CgroupAttachMode::Single;
+    match program {
+        Program::CgroupSock(program) => program.attach(&target.folder, BY_LINK).map(drop),
+        Program::CgroupSockAddr(program) => program.attach(&target.folder, BY_LINK).map(drop),
+        Program::CgroupSockopt(program) => program.attach(&target.folder, BY_LINK).map(drop),
+        Program::SockOps(program) => program.attach(&target.folder, BY_LINK).map(drop),
+        _ => Err(ProgramError::UnexpectedProgramType),
+    }
+}
+
+/// The object without a policy, for probing.
+pub(super) fn bare() -> Result<Ebpf, KernelError> {
+    raise_memlock();
+    Ok(EbpfLoader::new().btf(None).load(OBJECT)?)
+}
+
+/// Before 5.11 maps are charged to RLIMIT_MEMLOCK. Where it cannot be raised, loading says so.
+fn raise_memlock() {
+    let unlimited = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: a valid pointer to a limit.
+    if unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const unlimited) } != 0 {
+        log::debug!("cannot raise RLIMIT_MEMLOCK: {}", io::Error::last_os_error());
+    }
+}

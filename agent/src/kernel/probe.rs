@@ -1,0 +1,73 @@
+//! What this kernel can do, found by doing it and undoing it.
+//!
+//! Three answers, never two: that something could not be found out is not the same as that it is
+//! not there.
+
+use aya::programs::ProgramError;
+
+use super::{
+    Backend, KernelError, audit,
+    error::{chain, load_reason},
+    object,
+};
+use crate::{compile::Hook, host::cgroup::Cgroup};
+
+/// Whether this kernel has an ability.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    Yes,
+    /// The kernel said no, and why.
+    No(String),
+    /// Something else stood in the way.
+    Unknown(String),
+}
+
+/// Whether each hook can be loaded and attached, tried on `cgroup`, which must be one's own.
+///
+/// # Errors
+///
+/// Where the object cannot be prepared at all.
+pub fn hooks(cgroup: &Cgroup) -> Result<Vec<(Hook, Answer)>, KernelError> {
+    let mut ebpf = object::bare()?;
+    let mut answers = Vec::new();
+    for hook in Hook::ALL {
+        let program = ebpf.program_mut(hook.program()).ok_or(KernelError::Incomplete { what: hook.program() })?;
+        let answer = match object::load_program(program) {
+            Err(error) => refused(&error),
+            Ok(()) => match object::attach_program(program, cgroup) {
+                Err(error) => Answer::No(chain(&error)),
+                Ok(()) => Answer::Yes,
+            },
+        };
+        answers.push((hook, answer));
+    }
+    Ok(answers)
+}
+
+/// Whether each backend of the audit can be attached. Its programs are inert while this runs.
+///
+/// # Errors
+///
+/// Where the object cannot be prepared at all.
+pub fn audit_backends() -> Result<Vec<(Backend, Answer)>, KernelError> {
+    let mut ebpf = object::bare()?;
+    let answer = |backend| match audit::attach_backend(&mut ebpf, backend) {
+        Ok(()) => (backend, Answer::Yes),
+        Err(reason) => (backend, Answer::No(reason)),
+    };
+    Ok(Backend::ALL.map(answer).into())
+}
+
+/// A program that was not loaded for want of rights or memory says nothing about the kernel.
+fn refused(error: &ProgramError) -> Answer {
+    let reason = load_reason(error);
+    match error {
+        ProgramError::LoadError { io_error, verifier_log } => {
+            let errno = io_error.raw_os_error();
+            let is_ours =
+                errno == Some(libc::ENOMEM) || (errno == Some(libc::EPERM) && verifier_log.to_string().is_empty());
+            if is_ours { Answer::Unknown(reason) } else { Answer::No(reason) }
+        }
+        _ => Answer::Unknown(reason),
+    }
+}

@@ -1,0 +1,23 @@
+//! sockpolicy: socket options as policy.
+//!
+//! The flow is one way, pure in the middle, with I/O at the edges:
+//!
+//! ```text
+//! TOML → policy → compile → kernel → events → report
+//! ```
+//!
+//! [`policy`], [`compile`], [`events`] and [`report`] are functions of values; [`host`] reads facts
+//! about this machine; [`kernel`] is the only module that knows aya, and [`cli`] the only one that
+//! prints.
+
+pub mod cli;
+pub mod compile;
+pub mod enclosure;
+pub mod events;
+pub mod host;
+pub mod kernel;
+pub mod options;
+pub mod policy;
+pub mod report;
+pub mod session;
+pub mod values;

@@ -1,0 +1,333 @@
+//! What is wrong with a policy, where it stands, and what to type instead.
+//!
+//! A [`Problem`] is what a check finds, a [`Diagnostic`] the same with its file: enough to be shown
+//! anywhere. This module words nothing and prints nothing; it only renders.
+//!
+//! Invariant: text of a file reaches a terminal with its control characters made visible (here for
+//! messages, by the renderer for source lines), never raw.
+
+use std::{
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use annotate_snippets::{AnnotationKind, Group, Level, Origin, Renderer, Snippet};
+
+/// Bytes of a source file.
+pub type Span = Range<usize>;
+
+/// How many characters of what somebody wrote are repeated to them.
+const QUOTED_MAX: usize = 60;
+
+/// Source lines longer than this are not shown: no person wrote them, nor would anybody read them.
+const LINE_MAX: usize = 2000;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Severity {
+    Error,
+    Warning,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Style {
+    Plain,
+    Coloured,
+}
+
+/// A file, and what it holds.
+#[derive(Debug)]
+pub struct Source {
+    path: PathBuf,
+    text: String,
+    line_starts: Vec<usize>,
+}
+
+impl Source {
+    #[must_use]
+    pub fn new(path: &Path, text: String) -> Arc<Self> {
+        let after_newlines = text.match_indices('\n').map(|(at, _)| at + 1);
+        let line_starts = std::iter::once(0).chain(after_newlines).collect();
+        Arc::new(Self { path: path.to_owned(), text, line_starts })
+    }
+
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    #[must_use]
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// The line, counted from 1, of the byte at `offset`.
+    #[must_use]
+    pub fn line(&self, offset: usize) -> usize {
+        self.line_starts.partition_point(|start| *start <= offset)
+    }
+
+    /// The first line that the span touches: its number, where it begins, and its text without the
+    /// newline.
+    fn first_line(&self, span: &Span) -> (usize, usize, &str) {
+        let number = self.line(span.start);
+        let start = self.line_starts.get(number - 1).copied().unwrap_or(0);
+        let line = self.text.get(start..).unwrap_or("").split('\n').next().unwrap_or("");
+        (number, start, line.strip_suffix('\r').unwrap_or(line))
+    }
+}
+
+/// Something wrong, in the words of the one who found it. What is not known yet (the place, the
+/// help) can be added by a caller who knows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    pub span: Option<Span>,
+    pub message: String,
+    pub help: Option<String>,
+}
+
+impl Problem {
+    #[must_use]
+    pub fn new(message: impl Into<String>) -> Self {
+        Self { span: None, message: message.into(), help: None }
+    }
+
+    /// What to type. Replaces an earlier help.
+    #[must_use]
+    pub fn help(mut self, help: impl Into<String>) -> Self {
+        self.help = Some(help.into());
+        self
+    }
+
+    /// Where it is. The first to say so is nearest, and right.
+    #[must_use]
+    pub fn at(mut self, span: Span) -> Self {
+        self.span.get_or_insert(span);
+        self
+    }
+}
+
+/// An error or a warning about a file.
+#[derive(Clone, Debug)]
+pub struct Diagnostic {
+    pub severity: Severity,
+    /// `None`: about no text that could be shown; the message names the file.
+    pub source: Option<Arc<Source>>,
+    pub span: Option<Span>,
+    pub message: String,
+    pub help: Option<String>,
+}
+
+impl Diagnostic {
+    /// An error about no text that could be shown: the file cannot be read, say.
+    #[must_use]
+    pub fn without_source(problem: Problem) -> Self {
+        let Problem { span: _, message, help } = problem;
+        let (message, help) = (visible(&message), help.map(|help| visible(&help)));
+        Self { severity: Severity::Error, source: None, span: None, message, help }
+    }
+
+    #[must_use]
+    pub fn new(severity: Severity, source: &Arc<Source>, problem: Problem) -> Self {
+        let Problem { span, message, help } = problem;
+        let (message, help) = (visible(&message), help.map(|help| visible(&help)));
+        Self { severity, source: Some(Arc::clone(source)), span, message, help }
+    }
+
+    /// Several lines, the last one ended too: what, where with the source line, `help:`.
+    #[must_use]
+    pub fn render(&self, style: Style) -> String {
+        let renderer = match style {
+            Style::Plain => Renderer::plain(),
+            Style::Coloured => Renderer::styled(),
+        };
+        let level = match self.severity {
+            Severity::Error => Level::ERROR,
+            Severity::Warning => Level::WARNING,
+        };
+        let mut group = Group::with_title(level.primary_title(&self.message));
+        if let Some(source) = &self.source {
+            let path = visible(&source.path.display().to_string());
+            group = match &self.span {
+                Some(span) => with_place(group, source, path, span),
+                None => group.element(Origin::path(path)),
+            };
+        }
+        if let Some(help) = &self.help {
+            group = group.element(Level::HELP.message(help));
+        }
+        let mut text = renderer.render(&[group]);
+        text.push('\n');
+        text
+    }
+}
+
+/// Adds `--> file:line:column` and the line.
+fn with_place<'a>(group: Group<'a>, source: &'a Source, path: String, span: &Span) -> Group<'a> {
+    let (number, start, line) = source.first_line(span);
+    let from = line.floor_char_boundary((span.start - start).min(line.len()));
+    let to = line.floor_char_boundary((span.end.max(span.start) - start).min(line.len()));
+    if line.len() > LINE_MAX {
+        let column = line[..from].chars().count() + 1;
+        return group.element(Origin::path(path).line(number).char_column(column));
+    }
+    let underlined = AnnotationKind::Primary.span(from..to.max(from));
+    // The renderer knows the other control characters. This one is as long, so that spans still fit.
+    let line = line.replace(|c| matches!(c, '\u{80}'..='\u{9f}'), "¿");
+    group.element(Snippet::source(line).line_start(number).path(path).annotation(underlined))
+}
+
+/// What somebody wrote, as it can be repeated to them: in backquotes, on one line, not too long.
+#[must_use]
+pub fn quote(text: &str) -> String {
+    let mut quoted = String::from("`");
+    let mut characters = text.chars();
+    for character in characters.by_ref().take(QUOTED_MAX) {
+        push_visible(&mut quoted, character);
+    }
+    if characters.next().is_some() {
+        quoted.push('…');
+    }
+    quoted.push('`');
+    quoted
+}
+
+fn visible(text: &str) -> String {
+    let mut out = String::new();
+    text.chars().for_each(|character| push_visible(&mut out, character));
+    out
+}
+
+/// Letters of any script stay; what would move the cursor or reorder the line is escaped, which is
+/// what `escape_debug` does, but for quotes and backslashes.
+fn push_visible(out: &mut String, character: char) {
+    match character {
+        '"' | '\'' | '\\' => out.push(character),
+        _ => out.extend(character.escape_debug()),
+    }
+}
+
+/// The candidate that was probably meant.
+#[must_use]
+pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let word = word.to_lowercase();
+    // Far longer than any of the candidates: not worth the time.
+    if word.len() > QUOTED_MAX {
+        return None;
+    }
+    let tolerated = (word.chars().count() / 3).max(1);
+    candidates
+        .into_iter()
+        .map(|candidate| (strsim::damerau_levenshtein(&word, &candidate.to_lowercase()), candidate))
+        .filter(|(distance, candidate)| *distance <= tolerated && *distance < candidate.len())
+        .min_by_key(|(distance, _)| *distance)
+        .map(|(_, candidate)| candidate)
+}
+
+/// `a, b or c`
+#[must_use]
+pub fn list_of(words: &[String], last: &str) -> String {
+    match words {
+        [] => String::new(),
+        [only] => only.clone(),
+        [all @ .., end] => format!("{} {last} {end}", all.join(", ")),
+    }
+}
+
+/// What was found in one file so far.
+#[derive(Debug)]
+pub(crate) struct Findings {
+    source: Arc<Source>,
+    found: Vec<Diagnostic>,
+}
+
+impl Findings {
+    pub(crate) fn new(source: &Arc<Source>) -> Self {
+        Self { source: Arc::clone(source), found: Vec::new() }
+    }
+
+    pub(crate) fn error(&mut self, problem: Problem) {
+        self.found.push(Diagnostic::new(Severity::Error, &self.source, problem));
+    }
+
+    pub(crate) fn warning(&mut self, problem: Problem) {
+        self.found.push(Diagnostic::new(Severity::Warning, &self.source, problem));
+    }
+
+    /// Keeps what went well, notes what did not.
+    pub(crate) fn ok<T>(&mut self, result: Result<T, Problem>) -> Option<T> {
+        result.map_err(|problem| self.error(problem)).ok()
+    }
+
+    pub(crate) fn errors(&self) -> usize {
+        self.found.iter().filter(|diagnostic| diagnostic.severity == Severity::Error).count()
+    }
+
+    /// In the order of the file.
+    pub(crate) fn into_sorted(mut self) -> Vec<Diagnostic> {
+        self.found.sort_by_key(|diagnostic| diagnostic.span.as_ref().map(|span| span.start));
+        self.found
+    }
+
+    /// Where the file ends, but for empty lines.
+    pub(crate) fn end(&self) -> Span {
+        let end = self.source.text.trim_end().len();
+        end..end
+    }
+
+    pub(crate) fn line(&self, span: &Span) -> usize {
+        self.source.line(span.start)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_counted_from_one_and_begins_after_the_newline() {
+        let source = Source::new(Path::new("a.toml"), "a\nb\n\nc".to_owned());
+        assert_eq!([0, 1, 2, 4, 5, 6].map(|offset| source.line(offset)), [1, 1, 2, 3, 4, 4]);
+    }
+
+    #[test]
+    fn what_was_written_is_repeated_on_one_line_and_without_escapes_for_the_terminal() {
+        assert_eq!(quote("a\n\u{1b}[31m\u{202e}é\"\\"), "`a\\n\\u{1b}[31m\\u{202e}é\"\\`");
+        assert_eq!(quote(&"x".repeat(100)), format!("`{}…`", "x".repeat(60)));
+    }
+
+    #[test]
+    fn the_nearest_name_is_near() {
+        let names = ["TCP_NODELAY", "TCP_CORK", "SO_MARK"];
+        assert_eq!(nearest("TCP_NODELY", names), Some("TCP_NODELAY"));
+        assert_eq!(nearest("so_mrak", names), Some("SO_MARK"));
+        assert_eq!(nearest("keepalive", names), None);
+        assert_eq!(nearest("", names), None);
+    }
+
+    #[test]
+    fn a_place_in_a_line_that_nobody_could_read_is_named_but_not_shown() {
+        let source = Source::new(Path::new("a.toml"), format!("x\n{}", "é".repeat(LINE_MAX)));
+        let problem = Problem::new("too long").at(6..8);
+        let shown = Diagnostic::new(Severity::Error, &source, problem).render(Style::Plain);
+        assert_eq!(shown, "error: too long\n--> a.toml:2:3\n");
+    }
+
+    #[test]
+    fn nothing_in_a_file_moves_the_cursor_or_reorders_the_line() {
+        let strange = "a\u{1b}[2J\u{202e}b\u{9b}c\r\u{7}";
+        let source = Source::new(Path::new(strange), strange.to_owned());
+        let diagnostic = Diagnostic::new(Severity::Error, &source, Problem::new(strange).help(strange).at(0..1));
+        let shown = diagnostic.render(Style::Plain);
+        assert!(!shown.contains(['\u{1b}', '\u{202e}', '\u{9b}', '\r', '\u{7}']), "{shown:?}");
+    }
+
+    #[test]
+    fn a_coloured_diagnostic_says_the_same() {
+        let source = Source::new(Path::new("a.toml"), "a = 1\n".to_owned());
+        let diagnostic = Diagnostic::new(Severity::Warning, &source, Problem::new("odd").help("write 2").at(4..5));
+        let coloured = diagnostic.render(Style::Coloured);
+        assert!(coloured.contains("\u{1b}["), "{coloured}");
+        assert!(coloured.contains("a.toml:1:5"), "{coloured}");
+    }
+}

@@ -1,0 +1,423 @@
+//! The shape of a policy file: text → [`PolicyFile`], what a person typed with the place of each part.
+//!
+//! Knows which keys go where and whether they hold a string, a list or a table. Does not know what
+//! any of it means: that is for [`super::validate`]. Values of options are left as they are.
+//!
+//! Invariant: a key that is not known is an error, never skipped; and one error does not hide the
+//! others, except that a file that is not TOML has one for each line and says nothing more.
+
+mod keys;
+
+use std::borrow::Cow;
+
+use toml::{
+    Spanned,
+    de::{DeTable, DeValue},
+};
+
+use self::keys::{AUDIT, LIMIT, MATCH, RULE, SETTING, TARGET, TOP, unknown_key};
+use super::diagnostic::{Findings, Problem, Span, quote};
+
+pub(crate) type Text<'a> = Spanned<Cow<'a, str>>;
+pub(crate) type Value<'a> = Spanned<DeValue<'a>>;
+
+/// A list, never empty.
+pub(crate) type List<T> = Spanned<Vec<T>>;
+
+/// A policy as typed.
+#[derive(Debug, Default)]
+pub(crate) struct PolicyFile<'a> {
+    pub(crate) name: Option<Text<'a>>,
+    pub(crate) description: Option<Text<'a>>,
+    pub(crate) mode: Option<Text<'a>>,
+    /// Below `[target]`.
+    pub(crate) cgroup: Option<List<Text<'a>>>,
+    pub(crate) audit: AuditFile<'a>,
+    pub(crate) rules: Vec<RuleFile<'a>>,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct AuditFile<'a> {
+    pub(crate) calls: Option<Text<'a>>,
+    pub(crate) reads: Option<bool>,
+    pub(crate) timing: Option<bool>,
+}
+
+#[derive(Debug)]
+pub(crate) struct RuleFile<'a> {
+    pub(crate) header: Span,
+    pub(crate) name: Option<Text<'a>>,
+    pub(crate) selector: SelectorFile<'a>,
+    pub(crate) set: Vec<SettingFile<'a>>,
+    pub(crate) limit: Vec<LimitFile<'a>>,
+    pub(crate) deny: Vec<Text<'a>>,
+    pub(crate) on_conflict: Option<Text<'a>>,
+    pub(crate) errno: Option<Value<'a>>,
+    /// Whether all of the rule is here: nothing was wrong with its shape.
+    pub(crate) complete: bool,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct SelectorFile<'a> {
+    pub(crate) protocol: Option<List<Text<'a>>>,
+    pub(crate) family: Option<Text<'a>>,
+    pub(crate) direction: Option<Text<'a>>,
+    pub(crate) local: Option<List<Text<'a>>>,
+    pub(crate) remote: Option<List<Text<'a>>>,
+    pub(crate) not_remote: Option<List<Text<'a>>>,
+    pub(crate) local_port: Option<List<Value<'a>>>,
+    pub(crate) remote_port: Option<List<Value<'a>>>,
+}
+
+/// One option under `set`.
+#[derive(Debug)]
+pub(crate) struct SettingFile<'a> {
+    pub(crate) option: Text<'a>,
+    /// `None`: missing or wrong, and noted.
+    pub(crate) value: Option<Value<'a>>,
+    pub(crate) on_conflict: Option<Text<'a>>,
+    pub(crate) errno: Option<Value<'a>>,
+}
+
+/// One option under `limit`.
+#[derive(Debug)]
+pub(crate) struct LimitFile<'a> {
+    pub(crate) option: Text<'a>,
+    pub(crate) min: Option<Value<'a>>,
+    pub(crate) max: Option<Value<'a>>,
+    pub(crate) on_conflict: Option<Text<'a>>,
+    pub(crate) errno: Option<Value<'a>>,
+}
+
+/// Reads a policy. `None` where the text is not TOML; else what could be made out, the rest being
+/// noted in `findings`.
+pub(crate) fn parse<'a>(text: &'a str, findings: &mut Findings) -> Option<PolicyFile<'a>> {
+    let (document, errors) = DeTable::parse_recoverable(text);
+    if errors.is_empty() {
+        return Some(policy(document.into_inner(), findings));
+    }
+    let mut problems: Vec<_> = errors
+        .iter()
+        .map(|error| {
+            let span = error.span().unwrap_or_else(|| findings.end());
+            syntax(error.message(), text.get(span.clone()).unwrap_or("")).at(span)
+        })
+        .collect();
+    problems.sort_by_key(|problem| problem.span.as_ref().map(|span| span.start));
+    // Where the parser has lost its way, what else it says of the line is noise.
+    problems.dedup_by_key(|problem| problem.span.as_ref().map(|span| findings.line(span)));
+    problems.into_iter().for_each(|problem| findings.error(problem));
+    None
+}
+
+/// What the parser says, in words for people where it has none. It knows what it expected, but not
+/// always.
+fn syntax(message: &str, written: &str) -> Problem {
+    let (what, expected) = match message.split_once(", expected ") {
+        Some((what, expected)) => (what, Some(expected)),
+        None => (message, None),
+    };
+    match (what, expected) {
+        ("duplicate key", _) => {
+            Problem::new("this key was given before").help("leave one of the two out, or make a [[rule]] for each")
+        }
+        ("string values must be quoted", _) => {
+            Problem::new("text must be in quotes").help(format!("write \"{written}\""))
+        }
+        ("key with no value", _) => Problem::new(what).help("write `key = value`"),
+        // Most often the line before is at fault: its bracket is still open.
+        ("missing comma between key-value pairs" | "missing key for inline table element", _) => {
+            Problem::new(what).help("write `,` here, or close the `{` before it with `}`")
+        }
+        ("missing comma between array elements", _) => {
+            Problem::new(what).help("write `,` here, or close the `[` before it with `]`")
+        }
+        _ if written.starts_with("//") => Problem::new("this is not TOML").help("comments begin with #"),
+        (_, Some(expected)) => Problem::new(what).help(format!("write {} here", expected.replace(", ", " or "))),
+        (_, None) => Problem::new(what),
+    }
+}
+
+fn policy<'a>(table: DeTable<'a>, findings: &mut Findings) -> PolicyFile<'a> {
+    let mut file = PolicyFile::default();
+    for (key, value) in in_order(table) {
+        match key.get_ref().as_ref() {
+            "name" => file.name = findings.ok(text(&key, value)),
+            "description" => file.description = findings.ok(text(&key, value)),
+            "mode" => file.mode = findings.ok(text(&key, value)),
+            "target" => file.cgroup = target(&key, value, findings),
+            "audit" => file.audit = audit(&key, value, findings),
+            "rule" => file.rules = rules(value, findings),
+            _ => findings.error(unknown_key(&key, &TOP)),
+        }
+    }
+    file
+}
+
+fn target<'a>(key: &Text<'a>, value: Value<'a>, findings: &mut Findings) -> Option<List<Text<'a>>> {
+    const HELP: &str = "name a cgroup, or leave [target] out: the policy then waits for `--cgroup`";
+    let before = findings.errors();
+    let (header, table) = findings.ok(table(key, value, "write [target] on a line of its own"))?;
+    let mut cgroup = None;
+    for (key, value) in in_order(table) {
+        match key.get_ref().as_ref() {
+            "cgroup" => cgroup = texts(&key, value, HELP, findings),
+            _ => findings.error(unknown_key(&key, &TARGET)),
+        }
+    }
+    if cgroup.is_none() && findings.errors() == before {
+        findings.error(Problem::new("[target] names no cgroup").help(HELP).at(header));
+    }
+    cgroup
+}
+
+fn audit<'a>(key: &Text<'a>, value: Value<'a>, findings: &mut Findings) -> AuditFile<'a> {
+    let mut audit = AuditFile::default();
+    let Some((_, table)) = findings.ok(table(key, value, "write [audit] on a line of its own")) else {
+        return audit;
+    };
+    for (key, value) in in_order(table) {
+        match key.get_ref().as_ref() {
+            "calls" => audit.calls = findings.ok(text(&key, value)),
+            "reads" => audit.reads = findings.ok(boolean(&key, &value)),
+            "timing" => audit.timing = findings.ok(boolean(&key, &value)),
+            _ => findings.error(unknown_key(&key, &AUDIT)),
+        }
+    }
+    audit
+}
+
+fn rules<'a>(value: Value<'a>, findings: &mut Findings) -> Vec<RuleFile<'a>> {
+    let span = value.span();
+    let help = "write [[rule]], with two brackets on each side: there may be many";
+    let DeValue::Array(items) = value.into_inner() else {
+        findings.error(Problem::new("`rule` is not a list of rules").help(help).at(span));
+        return Vec::new();
+    };
+    let mut rules = Vec::new();
+    for item in items {
+        let span = item.span();
+        match item.into_inner() {
+            DeValue::Table(table) => rules.push(rule(span, table, findings)),
+            other => {
+                let message = format!("a rule must be a table, not {}", type_of(&other));
+                findings.error(Problem::new(message).help(help).at(span));
+            }
+        }
+    }
+    rules
+}
+
+fn rule<'a>(header: Span, table: DeTable<'a>, findings: &mut Findings) -> RuleFile<'a> {
+    let mut rule = RuleFile {
+        header,
+        name: None,
+        selector: SelectorFile::default(),
+        set: Vec::new(),
+        limit: Vec::new(),
+        deny: Vec::new(),
+        on_conflict: None,
+        errno: None,
+        complete: true,
+    };
+    let before = findings.errors();
+    for (key, value) in in_order(table) {
+        match key.get_ref().as_ref() {
+            "name" => rule.name = findings.ok(text(&key, value)),
+            "match" => rule.selector = selector(&key, value, findings),
+            "set" => rule.set = settings(&key, value, findings),
+            "limit" => rule.limit = limits(&key, value, findings),
+            "deny" => {
+                let help = "name an option, or leave `deny` out";
+                rule.deny = texts(&key, value, help, findings).map(Spanned::into_inner).unwrap_or_default();
+            }
+            "on_conflict" => rule.on_conflict = findings.ok(text(&key, value)),
+            "errno" => rule.errno = Some(value),
+            _ => findings.error(unknown_key(&key, &RULE)),
+        }
+    }
+    rule.complete = findings.errors() == before;
+    rule
+}
+
+fn selector<'a>(key: &Text<'a>, value: Value<'a>, findings: &mut Findings) -> SelectorFile<'a> {
+    const EMPTY: &str = "an empty list matches no socket; a key that is left out matches every socket";
+    let mut selector = SelectorFile::default();
+    let help = "write match = { protocol = \"tcp\" }";
+    let Some((_, table)) = findings.ok(table(key, value, help)) else { return selector };
+    for (key, value) in in_order(table) {
+        match key.get_ref().as_ref() {
+            "protocol" => selector.protocol = texts(&key, value, EMPTY, findings),
+            "family" => selector.family = findings.ok(one_word(&key, value)),
+            "direction" => selector.direction = findings.ok(one_word(&key, value)),
+            "local" => selector.local = texts(&key, value, EMPTY, findings),
+            "remote" => selector.remote = texts(&key, value, EMPTY, findings),
+            "not_remote" => selector.not_remote = texts(&key, value, EMPTY, findings),
+            "local_port" => selector.local_port = findings.ok(list(&key, value, EMPTY)),
+            "remote_port" => selector.remote_port = findings.ok(list(&key, value, EMPTY)),
+            _ => findings.error(unknown_key(&key, &MATCH)),
+        }
+    }
+    selector
+}
+
+fn settings<'a>(key: &Text<'a>, value: Value<'a>, findings: &mut Findings) -> Vec<SettingFile<'a>> {
+    let help = "write set = { TCP_NODELAY = true }";
+    let Some((_, table)) = findings.ok(table(key, value, help)) else { return Vec::new() };
+    in_order(table).into_iter().map(|(option, value)| setting(option, value, findings)).collect()
+}
+
+fn setting<'a>(option: Text<'a>, value: Value<'a>, findings: &mut Findings) -> SettingFile<'a> {
+    let mut setting = SettingFile { option, value: None, on_conflict: None, errno: None };
+    if !value.get_ref().is_table() {
+        setting.value = Some(value);
+        return setting;
+    }
+    let before = findings.errors();
+    let DeValue::Table(table) = value.into_inner() else { return setting };
+    for (key, value) in in_order(table) {
+        match key.get_ref().as_ref() {
+            "value" => setting.value = Some(value),
+            "on_conflict" => setting.on_conflict = findings.ok(text(&key, value)),
+            "errno" => setting.errno = Some(value),
+            "min" | "max" => findings.error(
+                Problem::new(format!("{} belongs to a limit", quote(key.get_ref())))
+                    .help(format!("move {} from `set` to `limit`", quote(setting.option.get_ref())))
+                    .at(key.span()),
+            ),
+            _ => findings.error(unknown_key(&key, &SETTING)),
+        }
+    }
+    if setting.value.is_none() && findings.errors() == before {
+        let option = setting.option.get_ref();
+        findings.error(
+            Problem::new(format!("{} has no `value`", quote(option)))
+                .help(format!("write {option} = {{ value = … }}, with the value it is to have"))
+                .at(setting.option.span()),
+        );
+    }
+    setting
+}
+
+fn limits<'a>(key: &Text<'a>, value: Value<'a>, findings: &mut Findings) -> Vec<LimitFile<'a>> {
+    let help = "write limit = { SO_SNDBUF = { max = \"4MiB\" } }";
+    let Some((_, table)) = findings.ok(table(key, value, help)) else { return Vec::new() };
+    in_order(table).into_iter().filter_map(|(option, value)| limit(option, value, findings)).collect()
+}
+
+fn limit<'a>(option: Text<'a>, value: Value<'a>, findings: &mut Findings) -> Option<LimitFile<'a>> {
+    let help = format!("write {} = {{ max = … }}, or put it under `set`", option.get_ref());
+    let (_, table) = findings.ok(table(&option, value, help))?;
+    let mut limit = LimitFile { option, min: None, max: None, on_conflict: None, errno: None };
+    let before = findings.errors();
+    for (key, value) in in_order(table) {
+        match key.get_ref().as_ref() {
+            "min" => limit.min = Some(value),
+            "max" => limit.max = Some(value),
+            "on_conflict" => limit.on_conflict = findings.ok(text(&key, value)),
+            "errno" => limit.errno = Some(value),
+            _ => findings.error(unknown_key(&key, &LIMIT)),
+        }
+    }
+    if limit.min.is_none() && limit.max.is_none() {
+        if findings.errors() == before {
+            findings.error(
+                Problem::new(format!("the limit of {} has no bound", quote(limit.option.get_ref())))
+                    .help("give `min`, `max` or both")
+                    .at(limit.option.span()),
+            );
+        }
+        return None;
+    }
+    Some(limit)
+}
+
+/// The entries as they stand in the file.
+fn in_order<'a>(table: DeTable<'a>) -> Vec<(Text<'a>, Value<'a>)> {
+    let mut entries: Vec<_> = table.into_iter().collect();
+    entries.sort_by_key(|(key, _)| key.span().start);
+    entries
+}
+
+/// What a value is, for people.
+pub(crate) fn type_of(value: &DeValue<'_>) -> &'static str {
+    match value {
+        DeValue::String(_) => "a string",
+        DeValue::Integer(_) => "an integer",
+        DeValue::Float(_) => "a fraction",
+        DeValue::Boolean(_) => "a boolean",
+        DeValue::Datetime(_) => "a date",
+        DeValue::Array(_) => "a list",
+        DeValue::Table(_) => "a table",
+    }
+}
+
+fn wrong_type(key: &Text<'_>, value: &Value<'_>, wanted: &str) -> Problem {
+    let found = type_of(value.get_ref());
+    Problem::new(format!("{} must be {wanted}, not {found}", quote(key.get_ref()))).at(value.span())
+}
+
+fn text<'a>(key: &Text<'a>, value: Value<'a>) -> Result<Text<'a>, Problem> {
+    let span = value.span();
+    match value.into_inner() {
+        DeValue::String(text) => Ok(Spanned::new(span, text)),
+        other => {
+            let problem = wrong_type(key, &Spanned::new(span, other), "a string");
+            Err(problem.help(format!("write {} = \"…\"", key.get_ref())))
+        }
+    }
+}
+
+/// A key that takes one word where its neighbours take lists.
+fn one_word<'a>(key: &Text<'a>, value: Value<'a>) -> Result<Text<'a>, Problem> {
+    if value.get_ref().is_array() {
+        let help = format!("leave {} out to match every socket, or make a rule for each", quote(key.get_ref()));
+        return Err(wrong_type(key, &value, "a single string").help(help));
+    }
+    text(key, value)
+}
+
+fn boolean(key: &Text<'_>, value: &Value<'_>) -> Result<bool, Problem> {
+    value
+        .get_ref()
+        .as_bool()
+        .ok_or_else(|| wrong_type(key, value, "true or false").help(format!("write {} = true", key.get_ref())))
+}
+
+fn table<'a>(key: &Text<'a>, value: Value<'a>, help: impl Into<String>) -> Result<(Span, DeTable<'a>), Problem> {
+    let span = value.span();
+    match value.into_inner() {
+        DeValue::Table(table) => Ok((span, table)),
+        other => Err(wrong_type(key, &Spanned::new(span, other), "a table").help(help)),
+    }
+}
+
+/// A list, or one value that stands for a list of itself.
+fn list<'a>(key: &Text<'a>, value: Value<'a>, help_if_empty: &str) -> Result<List<Value<'a>>, Problem> {
+    let span = value.span();
+    let items = match value.into_inner() {
+        DeValue::Array(items) => items.into_iter().collect(),
+        one => vec![Spanned::new(span.clone(), one)],
+    };
+    if items.is_empty() {
+        return Err(Problem::new(format!("{} is an empty list", quote(key.get_ref()))).help(help_if_empty).at(span));
+    }
+    Ok(Spanned::new(span, items))
+}
+
+fn texts<'a>(key: &Text<'a>, value: Value<'a>, help_if_empty: &str, findings: &mut Findings) -> Option<List<Text<'a>>> {
+    let items = findings.ok(list(key, value, help_if_empty))?;
+    let span = items.span();
+    let mut texts = Vec::new();
+    for item in items.into_inner() {
+        match item.get_ref() {
+            DeValue::String(text) => texts.push(Spanned::new(item.span(), text.clone())),
+            other => findings.error(
+                Problem::new(format!("{} takes strings, not {}", quote(key.get_ref()), type_of(other)))
+                    .help(format!("write {} = [\"…\"]", key.get_ref()))
+                    .at(item.span()),
+            ),
+        }
+    }
+    if texts.is_empty() { None } else { Some(Spanned::new(span, texts)) }
+}

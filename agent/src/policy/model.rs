@@ -1,0 +1,218 @@
+//! A policy that is valid: every name known, every value in range and in the kernel's unit.
+//!
+//! Made by [`super::validate`], which is the only place that checks; whoever holds one of these
+//! types need not look again.
+
+use std::{fmt, net::IpAddr, ops::RangeInclusive, path::PathBuf};
+
+use ipnet::IpNet;
+
+use crate::options::SocketOption;
+
+/// One policy file.
+#[derive(Clone, Debug)]
+pub struct Policy {
+    /// The file, as it was named.
+    pub path: PathBuf,
+    pub name: String,
+    pub description: Option<String>,
+    pub mode: Mode,
+    /// Globs of cgroup paths below the cgroup2 mount, without a leading slash. Empty: the policy is
+    /// a template.
+    pub target: Vec<String>,
+    pub audit: Audit,
+    /// In order: the first that matches and names an option decides it.
+    pub rules: Vec<Rule>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// Do what the policy says.
+    #[default]
+    Enforce,
+    /// Say what would be done.
+    DryRun,
+}
+
+/// What the audit reports, beside the conflicts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Audit {
+    pub calls: Calls,
+    /// Whether getsockopt calls are looked at too.
+    pub reads: bool,
+    /// Whether each call is measured.
+    pub timing: bool,
+}
+
+impl Default for Audit {
+    fn default() -> Self {
+        Self { calls: Calls::Conflicts, reads: true, timing: false }
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Calls {
+    /// Nothing beside the conflicts.
+    #[default]
+    Conflicts,
+    /// Every call on an option that a rule names.
+    Governed,
+    /// Every call.
+    All,
+}
+
+#[derive(Clone, Debug)]
+pub struct Rule {
+    /// Unique in its file; `rule-N` (counted from 1) where the file gives none.
+    pub name: String,
+    /// Line of `[[rule]]` in the file, counted from 1.
+    pub line: usize,
+    pub selector: Selector,
+    /// One for each option that the rule names, in the order of the file.
+    pub clauses: Vec<Clause>,
+}
+
+/// Which of the target's sockets a rule is about. An empty list, or `None`, asks nothing.
+#[derive(Clone, Debug, Default)]
+pub struct Selector {
+    pub protocols: Vec<Protocol>,
+    pub family: Option<Family>,
+    pub direction: Option<Direction>,
+    pub local: Vec<IpNet>,
+    pub remote: Vec<IpNet>,
+    pub not_remote: Vec<IpNet>,
+    pub local_ports: Vec<RangeInclusive<u16>>,
+    pub remote_ports: Vec<RangeInclusive<u16>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    Tcp,
+    Udp,
+    Icmp,
+    Sctp,
+    /// Raw sockets and every other protocol.
+    Other,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    Ipv4,
+    Ipv6,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    Outbound,
+    Inbound,
+}
+
+/// What a rule says about one option.
+#[derive(Clone, Debug)]
+pub struct Clause {
+    pub option: Named,
+    /// Line in the file, counted from 1.
+    pub line: usize,
+    pub form: Form,
+    /// What becomes of an application's call that disagrees. Always `Deny` for [`Form::Deny`].
+    pub on_conflict: OnConflict,
+    /// What a denied call fails with.
+    pub errno: Errno,
+}
+
+/// An option as a policy names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Named {
+    Known(&'static SocketOption),
+    /// `"LEVEL:NUMBER"`, which can only be denied.
+    Numeric(abi::setting::OptionKey),
+}
+
+impl Named {
+    #[must_use]
+    pub fn key(self) -> abi::setting::OptionKey {
+        match self {
+            Self::Known(option) => option.key(),
+            Self::Numeric(key) => key,
+        }
+    }
+}
+
+impl fmt::Display for Named {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Known(option) => f.write_str(option.name),
+            Self::Numeric(key) => write!(f, "{}:{}", key.level, key.name),
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Form {
+    Set(Wanted),
+    /// Both in the option's unit; the option's own bound where the file gives none.
+    Limit {
+        min: i64,
+        max: i64,
+    },
+    Deny,
+}
+
+/// A value that a policy wants.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// The bits of `mask` have this value; bits outside it are 0 here.
+    Number { value: u32, mask: u32 },
+    /// At most 15 bytes.
+    Text(String),
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnConflict {
+    /// The application wins; it is reported.
+    Allow,
+    /// The application's value is replaced, or brought within the limit.
+    #[default]
+    Rewrite,
+    /// The call succeeds and does nothing.
+    Ignore,
+    /// The call fails.
+    Deny,
+}
+
+/// An errno that denied calls fail with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Errno(pub u16);
+
+impl Errno {
+    pub const EPERM: Self = Self(libc::EPERM as u16);
+}
+
+impl Default for Errno {
+    fn default() -> Self {
+        Self::EPERM
+    }
+}
+
+impl Selector {
+    /// Whether a rule with this selector asks about anything at all.
+    #[must_use]
+    pub fn matches_everything(&self) -> bool {
+        let Self { protocols, family, direction, local, remote, not_remote, local_ports, remote_ports } = self;
+        protocols.is_empty()
+            && family.is_none()
+            && direction.is_none()
+            && local.is_empty()
+            && remote.is_empty()
+            && not_remote.is_empty()
+            && local_ports.is_empty()
+            && remote_ports.is_empty()
+    }
+}
+
+/// Whether one of the networks holds the address, IPv4-mapped addresses being IPv4 ones.
+#[must_use]
+pub fn any_contains(networks: &[IpNet], address: IpAddr) -> bool {
+    let address = address.to_canonical();
+    networks.iter().any(|network| network.contains(&address))
+}

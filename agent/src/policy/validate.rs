@@ -1,0 +1,179 @@
+//! The meaning of a policy file: `PolicyFile` → [`Policy`].
+//!
+//! The only place that checks: names, values, ranges, what goes together. Does no I/O and asks
+//! nothing of this machine; that a congestion control is not loaded, say, is found out elsewhere.
+//!
+//! Invariant: a [`Policy`] comes out only where there is no error, and every error of the file is
+//! found in one go.
+
+mod clauses;
+mod selector;
+mod shadow;
+mod target;
+mod values;
+mod words;
+
+use std::{collections::BTreeMap, path::Path, sync::Arc};
+
+use abi::RULES_MAX;
+
+use self::shadow::Candidate;
+use super::{
+    diagnostic::{Diagnostic, Findings, Problem, Source, Span, quote},
+    file::{self, AuditFile, PolicyFile, RuleFile, Text},
+    model::{Audit, Calls, Policy, Rule},
+};
+
+/// Where the keys of the file itself stand, or would.
+pub(crate) const TOP: Span = 0..0;
+
+/// Longest name of a policy: it becomes a file name.
+const POLICY_NAME_MAX: usize = 64;
+
+/// A valid policy, what is odd about it, and where its name stands or would.
+#[derive(Debug)]
+pub(crate) struct Checked {
+    pub(crate) policy: Policy,
+    pub(crate) warnings: Vec<Diagnostic>,
+    pub(crate) name: Span,
+}
+
+/// Checks a policy file.
+pub(crate) fn check(source: &Arc<Source>) -> Result<Checked, Vec<Diagnostic>> {
+    let mut findings = Findings::new(source);
+    let checked = file::parse(source.text(), &mut findings).map(|file| {
+        let name = file.name.as_ref().map_or(TOP, Text::span);
+        (validate(&file, source.path(), &mut findings), name)
+    });
+    let valid = findings.errors() == 0;
+    let found = findings.into_sorted();
+    match checked {
+        Some((policy, name)) if valid => Ok(Checked { policy, warnings: found, name }),
+        _ => Err(found),
+    }
+}
+
+/// A policy that holds what is valid in the file: all of it where nothing was noted.
+fn validate(file: &PolicyFile<'_>, path: &Path, findings: &mut Findings) -> Policy {
+    let shape_is_right = findings.errors() == 0;
+    let PolicyFile { name, description, mode, cgroup, audit, rules: rule_files } = file;
+    let candidates = rules(rule_files, findings);
+    if findings.errors() == 0 {
+        shadow::warn(&candidates, findings);
+    }
+    let policy = Policy {
+        path: path.to_owned(),
+        name: policy_name(name.as_ref(), path, findings),
+        description: description.as_ref().map(|text| text.get_ref().clone().into_owned()),
+        mode: mode.as_ref().and_then(|word| findings.ok(words::pick("mode", word, words::MODES))).unwrap_or_default(),
+        target: target::target(cgroup.as_ref(), findings),
+        audit: audit_of(audit, findings),
+        rules: candidates.into_iter().map(rule_of).collect(),
+    };
+    if shape_is_right && rule_files.is_empty() {
+        refuse_idleness(audit, policy.audit.calls, findings);
+    }
+    policy
+}
+
+fn policy_name(given: Option<&Text<'_>>, path: &Path, findings: &mut Findings) -> String {
+    if let Some(given) = given {
+        let name = given.get_ref().as_ref();
+        if !is_policy_name(name) {
+            findings.error(
+                Problem::new(format!("{} cannot be the name of a policy", quote(name)))
+                    .help(format!("use up to {POLICY_NAME_MAX} letters, digits, `-`, `_` and `.`, the first not a `.`"))
+                    .at(given.span()),
+            );
+        }
+        return name.to_owned();
+    }
+    match path.file_stem().and_then(|stem| stem.to_str()).filter(|stem| is_policy_name(stem)) {
+        Some(stem) => stem.to_owned(),
+        None => {
+            findings.error(
+                Problem::new("a policy cannot be named after this file").help("give it a name: name = \"web\"").at(TOP),
+            );
+            String::new()
+        }
+    }
+}
+
+fn is_policy_name(name: &str) -> bool {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    (1..=POLICY_NAME_MAX).contains(&name.len()) && !name.starts_with('.') && name.chars().all(allowed)
+}
+
+fn audit_of(file: &AuditFile<'_>, findings: &mut Findings) -> Audit {
+    let AuditFile { calls, reads, timing } = file;
+    let default = Audit::default();
+    let calls = calls.as_ref().and_then(|word| findings.ok(words::pick("calls", word, words::CALLS)));
+    Audit {
+        calls: calls.unwrap_or(default.calls),
+        reads: reads.unwrap_or(default.reads),
+        timing: timing.unwrap_or(default.timing),
+    }
+}
+
+/// A policy without rules is for something only if it listens to everything.
+fn refuse_idleness(audit: &AuditFile<'_>, calls: Calls, findings: &mut Findings) {
+    if calls == Calls::All {
+        return;
+    }
+    // Without a wrong word to point at: where the rules would be.
+    let span = audit.calls.as_ref().map_or_else(|| findings.end(), Text::span);
+    findings.error(
+        Problem::new("this policy has no rules, so it does nothing")
+            .help("add a [[rule]]; or, to see every call and change none, write calls = \"all\" in [audit]")
+            .at(span),
+    );
+}
+
+fn rules(files: &[RuleFile<'_>], findings: &mut Findings) -> Vec<Candidate> {
+    if let Some(first_too_many) = files.get(RULES_MAX) {
+        findings.error(
+            Problem::new(format!("this policy has {} rules; it can have {RULES_MAX} at the most", files.len()))
+                .help("join rules that differ only in an address or a port: `match` takes lists")
+                .at(first_too_many.header.clone()),
+        );
+    }
+    let mut lines_by_name = BTreeMap::new();
+    let mut candidates = Vec::new();
+    for (at, file) in files.iter().enumerate() {
+        let line = findings.line(&file.header);
+        let name = rule_name(file, at, findings);
+        if let Some(first) = lines_by_name.insert(name.clone(), line) {
+            findings.error(
+                Problem::new(format!("two rules have the name {}: the first one is on line {first}", quote(&name)))
+                    .help("give this one a name of its own: reports tell rules apart by name")
+                    .at(file.name.as_ref().map_or_else(|| file.header.clone(), Text::span)),
+            );
+        }
+        candidates.push(Candidate {
+            name,
+            line,
+            header: file.header.clone(),
+            selector: selector::selector(&file.selector, findings),
+            clauses: clauses::clauses(file, findings),
+        });
+    }
+    candidates
+}
+
+fn rule_name(file: &RuleFile<'_>, at: usize, findings: &mut Findings) -> String {
+    let Some(given) = &file.name else { return format!("rule-{}", at + 1) };
+    let name = given.get_ref().as_ref();
+    if name.trim().is_empty() || name.chars().count() > POLICY_NAME_MAX || name.contains(char::is_control) {
+        findings.error(
+            Problem::new(format!("{} cannot be the name of a rule", quote(name)))
+                .help(format!("use one line of up to {POLICY_NAME_MAX} characters, or leave `name` out"))
+                .at(given.span()),
+        );
+    }
+    name.to_owned()
+}
+
+fn rule_of(candidate: Candidate) -> Rule {
+    let Candidate { name, line, header: _, selector, clauses } = candidate;
+    Rule { name, line, selector, clauses: clauses.into_iter().map(|placed| placed.clause).collect() }
+}

@@ -1,0 +1,234 @@
+//! `set`, `limit` and `deny` of one rule → one [`Clause`] for each option that it names.
+
+use std::collections::BTreeMap;
+
+use abi::setting::OptionKey;
+
+use super::{values, words};
+use crate::{
+    options::{self, OPTIONS, SocketOption, ValueKind},
+    policy::{
+        diagnostic::{Findings, Problem, Span, nearest, quote},
+        file::{LimitFile, RuleFile, SettingFile, Text, Value},
+        model::{Clause, Errno, Form, Named, OnConflict},
+        units,
+    },
+};
+
+/// A clause, and where its option stands.
+pub(super) struct Placed {
+    pub(super) clause: Clause,
+    pub(super) span: Span,
+}
+
+/// What holds for the options of a rule that say nothing else.
+struct Defaults {
+    on_conflict: OnConflict,
+    errno: Option<Errno>,
+}
+
+/// Every option that the rule names, in the order of the file.
+pub(super) fn clauses(rule: &RuleFile<'_>, findings: &mut Findings) -> Vec<Placed> {
+    let before = findings.errors();
+    let defaults = Defaults {
+        on_conflict: on_conflict(rule.on_conflict.as_ref(), findings).unwrap_or_default(),
+        errno: rule.errno.as_ref().and_then(|errno| findings.ok(words::errno(errno))),
+    };
+    let mut placed = Vec::new();
+    placed.extend(rule.set.iter().filter_map(|setting| set(setting, &defaults, findings)));
+    placed.extend(rule.limit.iter().filter_map(|limit| limited(limit, &defaults, findings)));
+    placed.extend(rule.deny.iter().filter_map(|option| denied(option, &defaults, findings)));
+    placed.sort_by_key(|placed| placed.span.start);
+    refuse_doubles(&placed, findings);
+    // Where something is wrong, that may have been what the errno was for.
+    if rule.complete && findings.errors() == before {
+        refuse_idle_errno(rule, &placed, findings);
+        refuse_emptiness(rule, &placed, findings);
+    }
+    placed
+}
+
+fn set(file: &SettingFile<'_>, defaults: &Defaults, findings: &mut Findings) -> Option<Placed> {
+    let SettingFile { option, value, on_conflict: own_action, errno } = file;
+    let action = on_conflict(own_action.as_ref(), findings).unwrap_or(defaults.on_conflict);
+    let errno = own_errno(errno.as_ref(), action, defaults, findings);
+    let option = findings.ok(named_option(option))?;
+    if option.settable().is_none() {
+        findings.error(
+            Problem::new(format!("the kernel does not let programs set {}", option.name))
+                .help(how_to_guard(option))
+                .at(file.option.span()),
+        );
+        return None;
+    }
+    let wanted = findings.ok(values::wanted(option, value.as_ref()?))?;
+    Some(place(&file.option, Named::Known(option), Form::Set(wanted), action, errno?, findings))
+}
+
+/// What can be done about an option that cannot be set.
+fn how_to_guard(option: &SocketOption) -> String {
+    let deny = format!("deny = [\"{}\"]", option.name);
+    if !option.value.can_be_limited() {
+        return format!("keep applications from setting it: {deny}");
+    }
+    format!(
+        "keep applications from setting it: {deny}, or within bounds: limit = {{ {} = {{ max = … }} }}",
+        option.name
+    )
+}
+
+fn limited(file: &LimitFile<'_>, defaults: &Defaults, findings: &mut Findings) -> Option<Placed> {
+    let LimitFile { option, min, max, on_conflict: own_action, errno } = file;
+    let action = on_conflict(own_action.as_ref(), findings).unwrap_or(defaults.on_conflict);
+    let errno = own_errno(errno.as_ref(), action, defaults, findings);
+    let option = findings.ok(named_option(option))?;
+    if !option.value.can_be_limited() {
+        findings.error(no_bounds(option).at(file.option.span()));
+        return None;
+    }
+    let mut bound = |value: Option<&Value<'_>>, default| match value {
+        Some(value) => findings.ok(values::number(option, value)),
+        None => Some(default),
+    };
+    let (least, most) = (bound(min.as_ref(), option.range.0), bound(max.as_ref(), option.range.1));
+    let (least, most) = (least?, most?);
+    if least > most {
+        let [least, most] = [least, most].map(|bound| units::show_literal(option.value, bound));
+        let span = max.as_ref().or(min.as_ref()).map_or_else(|| file.option.span(), Value::span);
+        findings.error(
+            Problem::new(format!("the limit of {} holds no value: its `max` is below its `min`", option.name))
+                .help(format!("write {{ min = {most}, max = {least} }}"))
+                .at(span),
+        );
+        return None;
+    }
+    let form = Form::Limit { min: least, max: most };
+    Some(place(&file.option, Named::Known(option), form, action, errno?, findings))
+}
+
+fn no_bounds(option: &SocketOption) -> Problem {
+    let kind = option.value.describe();
+    let kind = if option.value == ValueKind::Bool { "either true or false" } else { kind };
+    let problem = Problem::new(format!("{} cannot be limited: it is {kind}", option.name));
+    let deny = format!("deny = [\"{}\"]", option.name);
+    if option.settable().is_some() {
+        problem.help(format!("give it a value: set = {{ {} = {} }}, or {deny}", option.name, option.example))
+    } else {
+        problem.help(format!("keep applications from setting it: {deny}"))
+    }
+}
+
+fn denied(option: &Text<'_>, defaults: &Defaults, findings: &mut Findings) -> Option<Placed> {
+    let named = findings.ok(match numeric(option.get_ref()) {
+        Some(key) => Ok(options::by_key(key).map_or(Named::Numeric(key), Named::Known)),
+        None => named_option(option).map(Named::Known),
+    })?;
+    let errno = defaults.errno.unwrap_or_default();
+    Some(place(option, named, Form::Deny, OnConflict::Deny, errno, findings))
+}
+
+fn place(
+    name: &Text<'_>,
+    option: Named,
+    form: Form,
+    on_conflict: OnConflict,
+    errno: Errno,
+    findings: &Findings,
+) -> Placed {
+    let span = name.span();
+    Placed { clause: Clause { option, line: findings.line(&span), form, on_conflict, errno }, span }
+}
+
+fn on_conflict(word: Option<&Text<'_>>, findings: &mut Findings) -> Option<OnConflict> {
+    findings.ok(words::pick("on_conflict", word?, words::ON_CONFLICT))
+}
+
+/// The errno for one option; `None` where what the file says is wrong, which is noted.
+fn own_errno(
+    value: Option<&Value<'_>>,
+    action: OnConflict,
+    defaults: &Defaults,
+    findings: &mut Findings,
+) -> Option<Errno> {
+    let Some(value) = value else { return Some(defaults.errno.unwrap_or_default()) };
+    let errno = findings.ok(words::errno(value))?;
+    if action == OnConflict::Deny {
+        return Some(errno);
+    }
+    findings.error(idle_errno(value));
+    None
+}
+
+fn idle_errno(value: &Value<'_>) -> Problem {
+    Problem::new("`errno` says how denied calls fail, but none is denied here")
+        .help("write on_conflict = \"deny\" beside it, or leave `errno` out")
+        .at(value.span())
+}
+
+fn refuse_idle_errno(rule: &RuleFile<'_>, placed: &[Placed], findings: &mut Findings) {
+    let denies = placed.iter().any(|placed| placed.clause.on_conflict == OnConflict::Deny);
+    if let Some(errno) = rule.errno.as_ref().filter(|_| !denies) {
+        findings.error(idle_errno(errno));
+    }
+}
+
+fn refuse_emptiness(rule: &RuleFile<'_>, placed: &[Placed], findings: &mut Findings) {
+    if placed.is_empty() {
+        findings.error(
+            Problem::new("this rule names no option, so it does nothing")
+                .help("add set = { TCP_NODELAY = true }, say, or remove the rule")
+                .at(rule.header.clone()),
+        );
+    }
+}
+
+fn refuse_doubles(placed: &[Placed], findings: &mut Findings) {
+    let mut lines_by_key = BTreeMap::new();
+    for second in placed {
+        let option = second.clause.option;
+        let Some(first) = lines_by_key.insert(option.key(), second.clause.line) else { continue };
+        findings.error(
+            Problem::new(format!("this rule names {option} twice: the first time on line {first}"))
+                .help("leave one of the two out, or make a rule of its own for it")
+                .at(second.span.clone()),
+        );
+    }
+}
+
+/// The option of this name.
+fn named_option(name: &Text<'_>) -> Result<&'static SocketOption, Problem> {
+    let word = name.get_ref().as_ref();
+    if let Some(option) = options::by_name(word) {
+        return Ok(option);
+    }
+    if let Some(key) = numeric(word) {
+        let problem = Problem::new(format!("{}: options given by number can only be denied", quote(word)));
+        return Err(match options::by_key(key) {
+            Some(option) => problem.help(format!("write {} for it", option.name)),
+            None => problem.help(format!("write deny = [\"{word}\"]")),
+        }
+        .at(name.span()));
+    }
+    let problem = Problem::new(format!("unknown option {}", quote(word))).at(name.span());
+    Err(match nearest_option(word) {
+        Some(near) => problem.help(format!("did you mean {}?", quote(near))),
+        None if word.contains(':') => problem.help("write LEVEL:NUMBER with two numbers, such as \"6:99\""),
+        None => problem.help("see which there are: sockpolicy options"),
+    })
+}
+
+/// The option that was probably meant. People leave the prefix out, and forget the capitals.
+fn nearest_option(word: &str) -> Option<&'static str> {
+    let names = || OPTIONS.iter().map(|option| option.name);
+    let without_prefix = |name: &str| name.split_once('_').map(|(_, rest)| rest.to_owned());
+    names()
+        .find(|name| without_prefix(name).is_some_and(|rest| rest.eq_ignore_ascii_case(word)))
+        .or_else(|| nearest(word, names()))
+}
+
+/// `LEVEL:NUMBER`
+fn numeric(text: &str) -> Option<OptionKey> {
+    let number = |text: &str| text.parse().ok().filter(|_| text.bytes().all(|byte| byte.is_ascii_digit()));
+    let (level, name) = text.split_once(':')?;
+    Some(OptionKey { level: number(level)?, name: number(name)? })
+}

@@ -1,0 +1,109 @@
+//! The summary for people: two tables, of what was set and of who disagreed.
+
+use std::fmt;
+
+use comfy_table::{CellAlignment, Table, presets};
+
+use super::{Line, Summary, errno_name};
+use crate::policy::model::Mode;
+
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mode = match self.mode {
+            Mode::Enforce => "enforced",
+            Mode::DryRun => "dry run, nothing was changed",
+        };
+        writeln!(f, "sockpolicy: {} on {} ({mode})", self.policies.join(", "), self.targets.join(", "))?;
+        self.write_settings(f)?;
+        self.write_conflicts(f)?;
+        if self.backend.is_none() {
+            writeln!(f, "\nno audit: results of calls were not seen")?;
+        }
+        for (what, count) in self.lost() {
+            writeln!(f, "\nlost: {count} {what}")?;
+        }
+        Ok(())
+    }
+}
+
+impl Summary {
+    fn write_settings(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let set: Vec<&Line> = self.lines.iter().filter(|line| line.is_set()).collect();
+        if set.is_empty() {
+            return Ok(());
+        }
+        let done = match self.mode {
+            Mode::Enforce => "set",
+            Mode::DryRun => "would set",
+        };
+        let mut table = table(&["option", "value", "rule", &format!("sockets {done}"), "had it", "refused"]);
+        for line in set {
+            let counters = &line.counters;
+            let refused = if counters.failed == 0 {
+                "0".to_owned()
+            } else {
+                format!("{} ({})", counters.failed, errno_name(counters.failed_errno as i32))
+            };
+            table.add_row([
+                line.source.option.to_string(),
+                line.wanted(),
+                format!("{} ({})", line.rule, line.place),
+                counters.set.to_string(),
+                counters.unchanged.to_string(),
+                refused,
+            ]);
+        }
+        for column in 3..6 {
+            align_right(&mut table, column);
+        }
+        writeln!(f, "\n{table}")
+    }
+
+    fn write_conflicts(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let lines: Vec<&Line> = self.lines.iter().filter(|line| line.conflicts() > 0).collect();
+        if lines.is_empty() {
+            return writeln!(f, "\nno application call disagreed with the policy");
+        }
+        let mut table = table(&["option", "policy", "applications asked for", "calls", "verdict", "who won"]);
+        for line in lines {
+            for (verdict, count) in line.verdicts(self.mode) {
+                table.add_row([
+                    line.source.option.to_string(),
+                    line.wanted(),
+                    line.asked.join("\n"),
+                    count.to_string(),
+                    verdict.to_string(),
+                    winner(verdict.what, self.mode).to_owned(),
+                ]);
+            }
+            if line.counters.reads > 0 {
+                table.add_row([
+                    line.source.option.to_string(),
+                    line.wanted(),
+                    line.asked.join("\n"),
+                    line.counters.reads.to_string(),
+                    "read another value".to_owned(),
+                    String::new(),
+                ]);
+            }
+        }
+        align_right(&mut table, 3);
+        writeln!(f, "\n{table}")
+    }
+}
+
+fn winner(deed: crate::events::Deed, mode: Mode) -> &'static str {
+    if deed == crate::events::Deed::Allowed || mode == Mode::DryRun { "application" } else { "policy" }
+}
+
+fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING).set_header(header);
+    table
+}
+
+fn align_right(table: &mut Table, column: usize) {
+    if let Some(column) = table.column_mut(column) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+}

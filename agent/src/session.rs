@@ -1,0 +1,215 @@
+//! One policy in force: from valid policies to events and a summary.
+//!
+//! Holds the programs and what is needed to put their records into words. It has no loop and does not print:
+//! whoever owns it waits on its descriptor and drains it.
+
+use std::{
+    fs,
+    os::fd::{AsFd, BorrowedFd},
+};
+
+use abi::setting::on_conflict;
+use nix::time::{ClockId, clock_gettime};
+
+use crate::{
+    compile::{CompileError, Desired, compile},
+    events::{Event, Surroundings, decode},
+    host::{
+        cgroup::{Cgroup, Mount, Names},
+        tcp,
+    },
+    kernel::{Backend, BackendChoice, KernelError, Object},
+    policy::model::{Errno, Mode, Policy},
+    report::{Report, Summary, errno_name},
+};
+
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    #[error(transparent)]
+    Compile(#[from] CompileError),
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    #[error(
+        "congestion control `{name}` is not loaded in this kernel, which has {}\n  help: modprobe tcp_{name}, or name \
+         one of those",
+        available.join(", ")
+    )]
+    CongestionControl { name: String, available: Vec<String> },
+    #[error(
+        "this kernel cannot let a denied call fail with {errno}: only EPERM\n  help: leave `errno` out of {place}; \
+         5.18 is the first kernel that lets programs choose"
+    )]
+    Errno { errno: String, place: String },
+}
+
+/// What the caller decides about a session.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Change nothing, whatever the policies say.
+    pub dry_run: bool,
+    pub backend: BackendChoice,
+}
+
+/// A policy in force on its targets, until this is dropped.
+pub struct Session {
+    object: Object,
+    desired: Desired,
+    targets: Vec<Cgroup>,
+    backend: Option<Backend>,
+    names: Names,
+    report: Report,
+    monotonic_epoch_ns: i128,
+}
+
+/// Compiles policies for a session.
+///
+/// # Errors
+///
+/// Where they do not go together, or want a congestion control that this kernel does not have.
+pub fn prepare(policies: &[Policy], dry_run: bool) -> Result<Desired, SessionError> {
+    let mut desired = compile(policies)?;
+    if dry_run {
+        desired.mode = Mode::DryRun;
+    }
+    check_congestion_controls(&desired)?;
+    Ok(desired)
+}
+
+impl Session {
+    /// Puts `desired` in force on `targets`.
+    ///
+    /// # Errors
+    ///
+    /// Where this kernel cannot do it; then nothing is in force.
+    pub fn start(
+        desired: Desired,
+        targets: Vec<Cgroup>,
+        mount: Mount,
+        backend: BackendChoice,
+    ) -> Result<Self, SessionError> {
+        let mut object = Object::load(&desired, &targets)?;
+        if !object.abilities().set_retval {
+            check_errnos(&desired)?;
+        }
+        object.attach(&desired, &targets)?;
+        let backend = object.attach_audit(backend)?;
+        object.enable(&desired, &targets)?;
+        Ok(Self {
+            object,
+            desired,
+            targets,
+            backend,
+            names: Names::new(mount),
+            report: Report::default(),
+            monotonic_epoch_ns: monotonic_epoch_ns(),
+        })
+    }
+
+    #[must_use]
+    pub fn desired(&self) -> &Desired {
+        &self.desired
+    }
+
+    #[must_use]
+    pub fn targets(&self) -> &[Cgroup] {
+        &self.targets
+    }
+
+    #[must_use]
+    pub fn backend(&self) -> Option<Backend> {
+        self.backend
+    }
+
+    /// Hands every event that is there to `tell`.
+    ///
+    /// # Errors
+    ///
+    /// The first that `tell` gives.
+    pub fn drain<E>(&mut self, mut tell: impl FnMut(&Event) -> Result<(), E>) -> Result<(), E> {
+        while let Some(record) = self.object.next_event() {
+            let event = record.ok().and_then(|raw| {
+                let surroundings = Surroundings {
+                    exe: executable(raw.pid),
+                    cgroup: self.names.name(raw.cgroup, &self.targets).map(str::to_owned),
+                    monotonic_epoch_ns: self.monotonic_epoch_ns,
+                };
+                decode(&raw, &self.desired, surroundings).ok()
+            });
+            match event {
+                Some(event) => {
+                    self.report.fold(&event);
+                    tell(&event)?;
+                }
+                None => self.report.fold_unknown(),
+            }
+        }
+        Ok(())
+    }
+
+    /// Sums up and takes the policy out of force.
+    ///
+    /// # Errors
+    ///
+    /// Where the counters cannot be read.
+    pub fn finish(self) -> Result<Summary, SessionError> {
+        let counters = self.object.counters(&self.desired)?;
+        let losses = self.object.losses()?;
+        let targets = self.targets.iter().map(|target| target.name.clone()).collect();
+        Ok(self.report.summarize(&self.desired, &counters, losses, targets, self.backend))
+    }
+}
+
+/// Readable when there are events.
+impl AsFd for Session {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.object.as_fd()
+    }
+}
+
+fn check_congestion_controls(desired: &Desired) -> Result<(), SessionError> {
+    let wanted = desired.congestion_controls();
+    if wanted.is_empty() {
+        return Ok(());
+    }
+    let available = match tcp::congestion_controls() {
+        Ok(available) => available,
+        Err(error) => {
+            // Then a refusal on a socket will say it.
+            log::warn!("cannot tell which congestion controls this kernel has: {error}");
+            return Ok(());
+        }
+    };
+    match wanted.into_iter().find(|name| !available.iter().any(|known| known == name)) {
+        Some(name) => Err(SessionError::CongestionControl { name: name.to_owned(), available }),
+        None => Ok(()),
+    }
+}
+
+fn check_errnos(desired: &Desired) -> Result<(), SessionError> {
+    let denies = |setting: &abi::setting::Setting| {
+        setting.form == abi::setting::form::DENY || setting.on_conflict == on_conflict::DENY
+    };
+    let other = |setting: &abi::setting::Setting| denies(setting) && setting.errno != Errno::EPERM.0;
+    let Some(index) = desired.settings.iter().position(other) else { return Ok(()) };
+    let place = desired.source(index as u32).map(|(source, rule)| format!("{}:{}", rule.path.display(), source.line));
+    Err(SessionError::Errno {
+        errno: errno_name(desired.settings[index].errno.into()),
+        place: place.unwrap_or_default(),
+    })
+}
+
+/// The program that a process runs, if it is still there.
+fn executable(pid: u32) -> Option<String> {
+    if pid == 0 {
+        return None;
+    }
+    fs::read_link(format!("/proc/{pid}/exe")).ok().map(|path| path.display().to_string())
+}
+
+/// What to add to the kernel's time stamps.
+fn monotonic_epoch_ns() -> i128 {
+    let now = |clock| {
+        clock_gettime(clock).map_or(0, |time| i128::from(time.tv_sec()) * 1_000_000_000 + i128::from(time.tv_nsec()))
+    };
+    now(ClockId::CLOCK_REALTIME) - now(ClockId::CLOCK_MONOTONIC)
+}

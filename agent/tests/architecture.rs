@@ -1,0 +1,58 @@
+//! The rules of ARCHITECTURE.md that a compiler does not check.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// Rust files below a folder of the agent's sources.
+fn sources(folder: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            files.extend(sources(&path));
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            files.push(path);
+        }
+    }
+    files
+}
+
+/// Fails for each file outside `allowed` in which one of `words` stands.
+fn only_in(allowed: &[&str], words: &[&str], reason: &str) {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let files = sources(&root);
+    assert!(files.len() > 20, "found only {} files below {}", files.len(), root.display());
+    for file in files {
+        let below = file.strip_prefix(&root).unwrap();
+        if allowed.iter().any(|place| below.starts_with(place)) {
+            continue;
+        }
+        let text = fs::read_to_string(&file).unwrap();
+        let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
+        for line in code {
+            for word in words {
+                assert!(!line.contains(word), "{}: `{word}` in `{}`: {reason}", below.display(), line.trim());
+            }
+        }
+    }
+}
+
+#[test]
+fn only_the_kernel_module_uses_aya() {
+    only_in(&["kernel"], &["aya::", "use aya"], "the kernel is spoken to in one place");
+}
+
+#[test]
+fn only_the_command_line_prints() {
+    only_in(&["cli"], &["println!", "print!(", "stdout()", "stderr()"], "libraries return, the command line prints");
+}
+
+#[test]
+fn pure_modules_do_no_io() {
+    let io = ["std::fs", "std::process", "std::thread", "nix::", "File::open", "File::create"];
+    let places = ["cli", "enclosure.rs", "host", "kernel", "main.rs", "session.rs", "policy/mod.rs", "policy/model.rs"];
+    let words_and_errnos = ["policy/validate/words.rs", "report/mod.rs"];
+    only_in(&[places.as_slice(), &words_and_errnos].concat(), &io, "the middle is functions of values");
+}

@@ -1,0 +1,213 @@
+//! What somebody with a wrong policy gets to read, word for word.
+//!
+//! Each `tests/invalid/NAME.toml` has its `NAME.stderr`. To accept what is said now, and review it
+//! with `git diff`: `UPDATE_GOLDENS=1 cargo test --test policy_invalid`.
+
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on has failed")]
+
+use std::{
+    collections::BTreeSet,
+    env, fs,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    process,
+};
+
+use nix::{sys::stat::Mode, unistd::mkfifo};
+use sockpolicy::policy::{self, PolicyErrors, diagnostic::Style};
+
+/// As people would name it: tests run in the directory of their crate.
+const INVALID: &str = "tests/invalid";
+
+fn files_with(extension: &str) -> Vec<PathBuf> {
+    let entries = fs::read_dir(INVALID).unwrap().map(|entry| entry.unwrap().path());
+    let mut paths: Vec<_> = entries.filter(|path| path.extension().is_some_and(|it| it == extension)).collect();
+    paths.sort();
+    paths
+}
+
+fn errors_of(path: &Path) -> PolicyErrors {
+    match policy::load(path) {
+        Ok(_) => panic!("{} is valid", path.display()),
+        Err(errors) => errors,
+    }
+}
+
+#[test]
+fn each_invalid_policy_is_refused_in_these_words() {
+    let update = env::var_os("UPDATE_GOLDENS").is_some();
+    let mut different = Vec::new();
+    for path in files_with("toml") {
+        let golden = path.with_extension("stderr");
+        let said = errors_of(&path).render(Style::Plain);
+        if update {
+            fs::write(&golden, said).unwrap();
+        } else if fs::read_to_string(&golden).ok().as_ref() != Some(&said) {
+            different.push(format!("{}:\n{said}", golden.display()));
+        }
+    }
+    assert!(
+        different.is_empty(),
+        "not what is in these files; if it is better, UPDATE_GOLDENS=1 cargo test --test policy_invalid\n\n{}",
+        different.join("\n")
+    );
+}
+
+#[test]
+fn each_golden_has_its_policy() {
+    let stems =
+        |extension| -> BTreeSet<_> { files_with(extension).into_iter().map(|path| path.with_extension("")).collect() };
+    assert_eq!(stems("stderr"), stems("toml"));
+}
+
+#[test]
+fn each_error_names_its_place_and_says_what_to_type() {
+    for path in files_with("toml") {
+        for diagnostic in errors_of(&path).diagnostics {
+            let said = diagnostic.render(Style::Plain);
+            assert!(said.contains(&format!("--> {}", path.display())), "{said}");
+            assert!(diagnostic.help.is_some(), "{said}");
+        }
+    }
+}
+
+/// A directory of this test's own, removed at its end.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(name: &str) -> Self {
+        let path = env::temp_dir().join(format!("sockpolicy-{name}-{}", process::id()));
+        fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    fn file(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
+        fs::write(self.path(name), content).unwrap();
+        self.path(name)
+    }
+
+    /// What is said about a path, with the scratch directory called `DIR`.
+    fn refusal(&self, path: &Path) -> String {
+        errors_of(path).render(Style::Plain).replace(&self.0.display().to_string(), "DIR")
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+const MINIMAL: &str = "[[rule]]\nset = { TCP_NODELAY = true }\n";
+
+#[test]
+fn what_is_no_file_is_refused_by_what_it_is() {
+    let dir = Scratch::new("kinds");
+    mkfifo(&dir.path("fifo"), Mode::S_IRUSR).unwrap();
+    symlink(dir.path("loop"), dir.path("loop")).unwrap();
+    for (path, said) in [
+        (
+            dir.path("gone.toml"),
+            "error: cannot read DIR/gone.toml: no such file or directory\n |\n = help: see what is there: ls DIR\n",
+        ),
+        (dir.path(""), "error: DIR/ is a directory, not a policy\n |\n = help: name the files in it: DIR/*.toml\n"),
+        (dir.path("fifo"), "error: DIR/fifo is a pipe\n |\n = help: write the policy to a file and name that\n"),
+        (
+            PathBuf::from("/dev/null"),
+            "error: /dev/null is a device\n |\n = help: write the policy to a file and name that\n",
+        ),
+        (dir.path("loop"), "error: cannot read DIR/loop: too many symbolic links encountered\n"),
+    ] {
+        assert_eq!(dir.refusal(&path), said);
+    }
+}
+
+#[test]
+fn a_file_too_large_for_a_policy_is_not_read() {
+    let dir = Scratch::new("size");
+    let mut content = MINIMAL.to_owned();
+    content.push_str(&"#".repeat((1 << 20) - content.len()));
+    let path = dir.file("web.toml", &content);
+    assert!(policy::load(&path).is_ok());
+    content.push('#');
+    dir.file("web.toml", &content);
+    assert!(dir.refusal(&path).starts_with("error: DIR/web.toml is larger than 1 MiB, and so no policy\n"));
+}
+
+#[test]
+fn a_file_that_is_not_utf8_is_shown_where_it_is_not() {
+    let dir = Scratch::new("utf8");
+    let path = dir.file("web.toml", b"name = \"web\"\ndescription = \"caf\xe9\"\n");
+    assert_eq!(
+        dir.refusal(&path),
+        "error: this file is not UTF-8: it has the byte 0xe9 here
+ --> DIR/web.toml:2:19
+  |
+2 | description = \"caf\u{fffd}\"
+  |                   ^
+  |
+  = help: convert it: iconv -f LATIN1 -t UTF-8 DIR/web.toml
+"
+    );
+}
+
+#[test]
+fn policies_come_in_the_order_of_their_file_names_and_errors_of_all_files_at_once() {
+    let dir = Scratch::new("several");
+    fs::create_dir(dir.path("a")).unwrap();
+    let late = dir.file("a/20-late.toml", MINIMAL);
+    let early = dir.file("10-early.toml", MINIMAL);
+    let (policies, warnings) = policy::load_all(&[late.clone(), early.clone()]).unwrap();
+    assert_eq!(policies.iter().map(|policy| policy.name.as_str()).collect::<Vec<_>>(), ["10-early", "20-late"]);
+    assert!(warnings.is_empty());
+
+    fs::write(&early, "nmae = \"x\"\n[[rule]]\nset = { TCP_NODELAY = 1 }\n").unwrap();
+    fs::write(&late, "[[rule]\n").unwrap();
+    let errors = policy::load_all(&[late, dir.path("gone.toml"), early]).unwrap_err();
+    let said: Vec<_> = errors.diagnostics.iter().map(|diagnostic| diagnostic.message.as_str()).collect();
+    assert_eq!(said.len(), 4, "{said:?}");
+    assert_eq!(errors.count(), 4);
+    assert!(said[0].contains("`nmae`") && said[1].contains("TCP_NODELAY") && said[3].contains("gone.toml"), "{said:?}");
+}
+
+#[test]
+fn two_policies_of_one_name_are_refused() {
+    let dir = Scratch::new("names");
+    let first = dir.file("a.toml", format!("name = \"web\"\n{MINIMAL}"));
+    let second = dir.file("web.toml", MINIMAL);
+    let errors = policy::load_all(&[second, first.clone()]).unwrap_err();
+    let said = errors.to_string().replace(&dir.0.display().to_string(), "DIR");
+    assert_eq!(
+        said,
+        "error: two policies have the name `web`: the other is in DIR/a.toml
+ --> DIR/web.toml:1:1
+  |
+1 | [[rule]]
+  | ^
+  |
+  = help: give this one another: name = \"…\" at the top of the file"
+    );
+    let errors = policy::load_all(&[first.clone(), first]).unwrap_err();
+    assert!(errors.to_string().contains("this file is given twice"), "{errors}");
+}
+
+#[test]
+fn a_file_whose_name_is_no_name_must_give_one() {
+    let dir = Scratch::new("stems");
+    let path = dir.file("my policy.toml", MINIMAL);
+    assert!(dir.refusal(&path).starts_with("error: a policy cannot be named after this file\n"));
+    dir.file("my policy.toml", format!("name = \"mine\"\n{MINIMAL}"));
+    assert_eq!(policy::load(&path).unwrap().0.name, "mine");
+}
+
+#[test]
+fn nobody_is_shown_a_thousand_errors() {
+    let text = (0..1000).map(|n| format!("x{n} = 1\n")).collect::<String>();
+    let errors = policy::parse(Path::new("web.toml"), &text).unwrap_err();
+    assert_eq!(errors.count(), 1000);
+    assert!(errors.render(Style::Plain).ends_with("\n… and 900 more\n"));
+}

@@ -1,0 +1,312 @@
+//! The agent: a process of the built `sockpolicy`, in a cgroup of its own.
+
+use std::{
+    env, fs,
+    io::{BufRead, BufReader, Read},
+    path::PathBuf,
+    process::{Child, Command, ExitStatus, Output, Stdio},
+    sync::{Arc, Mutex, PoisonError},
+    thread::{self, JoinHandle},
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+use crate::{
+    built,
+    cgroup::Cgroup,
+    must,
+    policy::{PolicyFile, temporary_folder},
+    probe::{self, Probe},
+    report::Report,
+    residue::Residue,
+    wait,
+};
+
+/// What `run` logs when its policy is in force.
+const IN_FORCE: &str = "in force";
+
+/// The agent's program: SOCKPOLICY_BIN, or what cargo has built.
+#[must_use]
+pub fn program() -> PathBuf {
+    match env::var_os("SOCKPOLICY_BIN") {
+        Some(path) => {
+            let path = PathBuf::from(path);
+            assert!(path.is_file(), "SOCKPOLICY_BIN is {}, which is not there", path.display());
+            path
+        }
+        None => built("sockpolicy"),
+    }
+}
+
+/// The agent with these arguments, not started yet.
+pub fn command<A: AsRef<std::ffi::OsStr>>(arguments: &[A]) -> Command {
+    let mut command = Command::new(program());
+    command.args(arguments).stdin(Stdio::null());
+    command
+}
+
+/// Runs the agent to its end, in a cgroup of its own that must be empty afterwards.
+#[track_caller]
+pub fn output<A: AsRef<std::ffi::OsStr>>(arguments: &[A]) -> Output {
+    crate::require_root();
+    let home = Cgroup::new();
+    let mut command = command(arguments);
+    home.enclose(&mut command);
+    let output = must(command.output(), "run the agent");
+    assert_no_children(&home);
+    output
+}
+
+/// `sockpolicy exec` of a probe.
+///
+/// Dropped without [`Exec::finish`], it is ended and nothing is checked.
+#[derive(Debug)]
+pub struct Exec {
+    pub probe: Probe,
+    process: Process,
+    /// The cgroup that the agent itself is in: the parent of the target's.
+    pub home: Cgroup,
+    report: PathBuf,
+    held: Residue,
+}
+
+impl Exec {
+    /// Starts the agent and the probe under a policy, which is in force when this returns.
+    #[must_use]
+    #[track_caller]
+    pub fn start(policy: &PolicyFile) -> Self {
+        Self::with(policy, &[])
+    }
+
+    /// The same with more arguments for `exec`.
+    #[must_use]
+    #[track_caller]
+    pub fn with(policy: &PolicyFile, arguments: &[&str]) -> Self {
+        crate::require_root();
+        let home = Cgroup::new();
+        let report = temporary_folder().join("report.jsonl");
+        let mut command = Command::new(program());
+        command.arg("exec").args(arguments).args(["--output", "json", "--report"]).arg(&report);
+        command.arg(policy.path()).arg("--").arg(probe::program()).stdin(Stdio::piped()).stdout(Stdio::piped());
+        home.enclose(&mut command);
+        let mut process = Process::start(command);
+        let (input, output) = (process.child.stdin.take(), process.child.stdout.take());
+        let probe = match Probe::of(input, output) {
+            Ok(probe) => probe,
+            Err(reason) => {
+                let status = process.wait();
+                panic!("no probe under the agent: {reason}\n{status}: {}", process.stderr());
+            }
+        };
+        let held = Residue::of(process.child.id());
+        Self { probe, home, process, report, held }
+    }
+
+    /// The agent's process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.process.child.id()
+    }
+
+    /// The cgroup of the probe, which is the target.
+    #[must_use]
+    #[track_caller]
+    pub fn target(&self) -> PathBuf {
+        match self.home.children().as_slice() {
+            [only] => self.home.path().join(only),
+            others => panic!("the agent has made {others:?}, not one cgroup"),
+        }
+    }
+
+    /// Lets the probe end, and gives the report once the agent has ended too: with the probe's
+    /// status, and leaving nothing behind.
+    #[track_caller]
+    pub fn finish(self) -> Report {
+        let (status, report) = self.finish_with_status();
+        assert!(status.success(), "{status}: {}", String::from_utf8_lossy(&report.output.stderr));
+        report
+    }
+
+    /// The same, whatever the agent's exit status.
+    #[track_caller]
+    pub fn finish_with_status(mut self) -> (ExitStatus, Report) {
+        self.probe.end();
+        let status = self.process.wait();
+        let output = Output { status, stdout: Vec::new(), stderr: self.process.stderr().into_bytes() };
+        let lines = fs::read_to_string(&self.report)
+            .unwrap_or_else(|error| panic!("no report: {error}\n{status}: {}", self.process.stderr()));
+        let report = Report::read(&lines, output);
+        self.held.assert_gone();
+        assert_no_children(&self.home);
+        (status, report)
+    }
+}
+
+impl Drop for Exec {
+    fn drop(&mut self) {
+        self.probe.end();
+        if let Some(folder) = self.report.parent() {
+            let _ = fs::remove_dir_all(folder);
+        }
+    }
+}
+
+/// `sockpolicy run` on a cgroup.
+///
+/// Dropped without [`Run::finish`], it is ended and nothing is checked.
+#[derive(Debug)]
+pub struct Run {
+    process: Process,
+    home: Cgroup,
+    lines: JoinHandle<String>,
+    held: Residue,
+}
+
+impl Run {
+    /// Starts the agent with a policy on a target, where it is in force when this returns.
+    #[must_use]
+    #[track_caller]
+    pub fn start(policy: &PolicyFile, target: &Cgroup) -> Self {
+        Self::with(policy, target, &[])
+    }
+
+    /// The same with more arguments for `run`.
+    #[must_use]
+    #[track_caller]
+    pub fn with(policy: &PolicyFile, target: &Cgroup, arguments: &[&str]) -> Self {
+        let target = target.path().display().to_string();
+        Self::started(policy, &[&["--cgroup", &target], arguments].concat())
+    }
+
+    /// With these arguments only: the policy names its target, or they do.
+    #[must_use]
+    #[track_caller]
+    pub fn started(policy: &PolicyFile, arguments: &[&str]) -> Self {
+        crate::require_root();
+        let home = Cgroup::new();
+        let mut command = Command::new(program());
+        command.arg("run").args(arguments).args(["--output", "json"]).arg(policy.path());
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).env("SOCKPOLICY_LOG", "info");
+        home.enclose(&mut command);
+        let mut process = Process::start(command);
+        let stdout = process.child.stdout.take();
+        let lines = thread::spawn(move || {
+            let mut lines = String::new();
+            if let Some(mut stdout) = stdout {
+                let _ = stdout.read_to_string(&mut lines);
+            }
+            lines
+        });
+        let is_in_force = wait::until(wait::PATIENCE, || process.stderr().contains(IN_FORCE) || process.has_ended());
+        assert!(is_in_force && !process.has_ended(), "the policy did not come in force: {}", process.stderr());
+        let held = Residue::of(process.child.id());
+        Self { home, process, lines, held }
+    }
+
+    /// The agent's process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.process.child.id()
+    }
+
+    /// What the agent holds in the kernel.
+    #[must_use]
+    pub fn held(&self) -> &Residue {
+        &self.held
+    }
+
+    /// Ends the agent with SIGTERM, and gives its report: status 0, and nothing left behind.
+    #[track_caller]
+    pub fn finish(self) -> Report {
+        self.process.signal(Signal::SIGTERM);
+        let (status, report) = self.finish_with_status();
+        assert!(status.success(), "{status}: {}", String::from_utf8_lossy(&report.output.stderr));
+        report
+    }
+
+    /// Waits for the agent's end, which somebody else has brought about.
+    #[track_caller]
+    pub fn finish_with_status(mut self) -> (ExitStatus, Report) {
+        let status = self.process.wait();
+        let lines = self.lines.join().unwrap_or_default();
+        let output = Output { status, stdout: Vec::new(), stderr: self.process.stderr().into_bytes() };
+        let report = Report::read(&lines, output);
+        self.held.assert_gone();
+        assert_no_children(&self.home);
+        (status, report)
+    }
+}
+
+#[track_caller]
+fn assert_no_children(home: &Cgroup) {
+    let left = home.children();
+    assert!(left.is_empty(), "the agent left cgroups behind: {left:?}");
+}
+
+/// A child and what it says on standard error. Ended when dropped.
+#[derive(Debug)]
+struct Process {
+    child: Child,
+    stderr: Arc<Mutex<String>>,
+    reader: Option<JoinHandle<()>>,
+}
+
+impl Process {
+    #[track_caller]
+    fn start(mut command: Command) -> Self {
+        let mut child = must(command.stderr(Stdio::piped()).spawn(), "start the agent");
+        let stderr = Arc::new(Mutex::new(String::new()));
+        let reader = child.stderr.take().map(|pipe| {
+            let stderr = Arc::clone(&stderr);
+            thread::spawn(move || {
+                for line in BufReader::new(pipe).lines().map_while(Result::ok) {
+                    let mut text = stderr.lock().unwrap_or_else(PoisonError::into_inner);
+                    text.push_str(&line);
+                    text.push('\n');
+                }
+            })
+        });
+        Self { child, stderr, reader }
+    }
+
+    fn stderr(&self) -> String {
+        self.stderr.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn has_ended(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(Some(_)))
+    }
+
+    fn signal(&self, signal: Signal) {
+        if let Ok(pid) = i32::try_from(self.child.id()) {
+            // Fails only where it has ended.
+            let _ = kill(Pid::from_raw(pid), signal);
+        }
+    }
+
+    /// Waits for the end, of the process and of what it says.
+    #[track_caller]
+    fn wait(&mut self) -> ExitStatus {
+        let has_ended = wait::until(wait::PATIENCE, || self.has_ended());
+        assert!(has_ended, "the agent did not end: {}", self.stderr());
+        let status = must(self.child.wait(), "wait for the agent");
+        if let Some(reader) = self.reader.take() {
+            let _ = reader.join();
+        }
+        status
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if !self.has_ended() {
+            self.signal(Signal::SIGTERM);
+            wait::until(std::time::Duration::from_secs(5), || self.has_ended());
+            let _ = self.child.kill();
+        }
+        let _ = self.child.wait();
+    }
+}

@@ -1,0 +1,181 @@
+//! The owning process: does with sockets what it is told on standard input, a JSON line a step, and
+//! says on standard output what came of each.
+//!
+//! It works in a network namespace of its own in which the loopback interface is up, and ends with
+//! its input, or after [`LIFE_S`] seconds.
+
+use std::{
+    fs,
+    io::{self, BufRead, Write},
+    mem,
+    net::SocketAddr,
+    os::fd::AsRawFd,
+    process::ExitCode,
+};
+
+use nix::{
+    sched::{CloneFlags, unshare},
+    sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, SockaddrStorage, socket},
+};
+use sockpolicy_integration_tests::script::{Answer, Argument, Family, Fd, Hello, Kind, Step};
+
+/// Nobody waits that long for a step. A probe that hangs ends, and the test sees it.
+const LIFE_S: u32 = 240;
+
+const IPPROTO_MPTCP: i32 = 262;
+
+fn main() -> ExitCode {
+    match serve() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "sockprobe: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve() -> io::Result<()> {
+    nix::unistd::alarm::set(LIFE_S);
+    unshare(CloneFlags::CLONE_NEWNET)?;
+    bring_loopback_up()?;
+    say(&Hello { pid: std::process::id() })?;
+    for line in io::stdin().lock().lines() {
+        let step: Step = serde_json::from_str(&line?)?;
+        say(&perform(step))?;
+    }
+    Ok(())
+}
+
+fn say(what: &impl serde::Serialize) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    serde_json::to_writer(&mut out, what)?;
+    out.write_all(b"\n")?;
+    out.flush()
+}
+
+fn bring_loopback_up() -> io::Result<()> {
+    let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    // SAFETY: zero is valid for each field.
+    let mut request: libc::ifreq = unsafe { mem::zeroed() };
+    request.ifr_name[..2].copy_from_slice(&[b'l' as libc::c_char, b'o' as libc::c_char]);
+    request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
+    // SAFETY: the request is of the kind that this ioctl takes.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+fn perform(step: Step) -> Answer {
+    match step {
+        Step::Socket { family, kind } => open(family, kind),
+        Step::Bind { fd, to } => with_address(to, |address, len| {
+            // SAFETY: `len` bytes of address.
+            unsafe { libc::bind(fd, address, len) }.into()
+        }),
+        // SAFETY: takes numbers.
+        Step::Listen { fd } => answer(unsafe { libc::listen(fd, 16) }.into()),
+        Step::Connect { fd, to } => with_address(to, |address, len| {
+            // SAFETY: `len` bytes of address.
+            unsafe { libc::connect(fd, address, len) }.into()
+        }),
+        Step::Disconnect { fd } => disconnect(fd),
+        // SAFETY: no address is asked for.
+        Step::Accept { fd } => answer(unsafe { libc::accept(fd, std::ptr::null_mut(), std::ptr::null_mut()) }.into()),
+        Step::Set { fd, level, name, argument } => set(fd, level, name, &argument),
+        Step::Get { fd, level, name, len, bad_pointer } => get(fd, level, name, len, bad_pointer),
+        Step::LocalAddress { fd } => local_address(fd),
+        Step::Send { fd, to } => send(fd, to),
+        Step::Receive { fd } => {
+            let mut byte = [0; 1];
+            // SAFETY: a buffer of one byte.
+            answer(unsafe { libc::recv(fd, byte.as_mut_ptr().cast(), 1, 0) } as i64)
+        }
+        // SAFETY: of a descriptor that only the script uses.
+        Step::Close { fd } => answer(unsafe { libc::close(fd) }.into()),
+        Step::EnterCgroup { path } => match fs::write(format!("{path}/cgroup.procs"), "0") {
+            Ok(()) => Answer::default(),
+            Err(error) => Answer { result: -1, errno: error.raw_os_error().unwrap_or(libc::EIO), ..Answer::default() },
+        },
+    }
+}
+
+fn answer(result: i64) -> Answer {
+    let errno = if result < 0 { io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO) } else { 0 };
+    Answer { result, errno, ..Answer::default() }
+}
+
+fn open(family: Family, kind: Kind) -> Answer {
+    let domain = match (kind, family) {
+        (Kind::Unix, _) => libc::AF_UNIX,
+        (_, Family::Inet) => libc::AF_INET,
+        (_, Family::Inet6) => libc::AF_INET6,
+    };
+    let (form, protocol) = match (kind, family) {
+        (Kind::Tcp | Kind::Unix, _) => (libc::SOCK_STREAM, 0),
+        (Kind::Mptcp, _) => (libc::SOCK_STREAM, IPPROTO_MPTCP),
+        (Kind::Udp, _) => (libc::SOCK_DGRAM, 0),
+        (Kind::Raw, Family::Inet) => (libc::SOCK_RAW, SockProtocol::Icmp as i32),
+        (Kind::Raw, Family::Inet6) => (libc::SOCK_RAW, SockProtocol::IcmpV6 as i32),
+    };
+    // SAFETY: takes numbers.
+    answer(unsafe { libc::socket(domain, form | libc::SOCK_CLOEXEC, protocol) }.into())
+}
+
+fn with_address(to: SocketAddr, call: impl FnOnce(*const libc::sockaddr, libc::socklen_t) -> i64) -> Answer {
+    use nix::sys::socket::SockaddrLike;
+    let address = SockaddrStorage::from(to);
+    answer(call(address.as_ptr(), address.len()))
+}
+
+fn disconnect(fd: Fd) -> Answer {
+    let address = libc::sockaddr { sa_family: libc::AF_UNSPEC as libc::sa_family_t, sa_data: [0; 14] };
+    // SAFETY: an address of the length that is given.
+    answer(unsafe { libc::connect(fd, &raw const address, size_of_val(&address) as libc::socklen_t) }.into())
+}
+
+fn set(fd: Fd, level: i32, name: i32, argument: &Argument) -> Answer {
+    let value = argument.bytes.as_ref().map_or(BAD_POINTER, |bytes| bytes.as_ptr().cast());
+    // SAFETY: goes to the kernel, which checks what it is given. It may read beyond the bytes where
+    // the script gives a greater length, but not change them.
+    answer(unsafe { libc::setsockopt(fd, level, name, value, argument.len as libc::socklen_t) }.into())
+}
+
+/// In the first page, where nothing is ever mapped.
+const BAD_POINTER: *const libc::c_void = std::ptr::without_provenance(8);
+
+fn get(fd: Fd, level: i32, name: i32, len: u32, bad_pointer: bool) -> Answer {
+    let mut value = vec![0u8; len as usize];
+    let mut left: libc::socklen_t = len;
+    let room = if bad_pointer { BAD_POINTER.cast_mut() } else { value.as_mut_ptr().cast() };
+    // SAFETY: `left` bytes of room, or an address that the kernel refuses.
+    let result = unsafe { libc::getsockopt(fd, level, name, room, &raw mut left) };
+    let mut answer = answer(result.into());
+    if answer.result == 0 {
+        value.truncate(left as usize);
+        answer.value = value;
+    }
+    answer
+}
+
+fn local_address(fd: Fd) -> Answer {
+    match nix::sys::socket::getsockname::<SockaddrStorage>(fd) {
+        Ok(address) => Answer { address: socket_address(&address), ..Answer::default() },
+        Err(errno) => Answer { result: -1, errno: errno as i32, ..Answer::default() },
+    }
+}
+
+fn socket_address(address: &SockaddrStorage) -> Option<SocketAddr> {
+    let four = address.as_sockaddr_in().map(|address| SocketAddr::new(address.ip().into(), address.port()));
+    four.or_else(|| address.as_sockaddr_in6().map(|address| SocketAddr::new(address.ip().into(), address.port())))
+}
+
+fn send(fd: Fd, to: Option<SocketAddr>) -> Answer {
+    let byte = [b'x'];
+    let Some(to) = to else {
+        // SAFETY: a buffer of one byte.
+        return answer(unsafe { libc::send(fd, byte.as_ptr().cast(), 1, libc::MSG_NOSIGNAL) } as i64);
+    };
+    with_address(to, |address, len| {
+        // SAFETY: a buffer of one byte, and `len` bytes of address.
+        unsafe { libc::sendto(fd, byte.as_ptr().cast(), 1, libc::MSG_NOSIGNAL, address, len) as i64 }
+    })
+}

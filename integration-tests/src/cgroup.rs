@@ -1,0 +1,126 @@
+//! Cgroups of our own.
+
+use std::{
+    ffi::OsString,
+    fs,
+    io::{self, Write},
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::LazyLock,
+    time::Duration,
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+use crate::{must, policy::unique_name, wait};
+
+/// Where cgroup2 is mounted, found in the kernel's own list.
+pub fn mount() -> &'static Path {
+    static MOUNT: LazyLock<PathBuf> = LazyLock::new(|| {
+        let mounts = must(fs::read_to_string("/proc/self/mounts"), "read /proc/self/mounts");
+        let mut words = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+        let found = words.find(|words| words.get(2) == Some(&"cgroup2"));
+        let Some(path) = found.and_then(|words| words.get(1).copied()) else {
+            panic!("no cgroup2 is mounted\n  help: mount -t cgroup2 cgroup2 /sys/fs/cgroup");
+        };
+        path.into()
+    });
+    &MOUNT
+}
+
+/// A cgroup. Dropping it kills who is in it and removes it and those below it.
+#[derive(Debug)]
+pub struct Cgroup {
+    path: PathBuf,
+}
+
+impl Cgroup {
+    /// Makes one right below the mount.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::at(mount().join(unique_name()))
+    }
+
+    /// Makes one below this one.
+    #[must_use]
+    pub fn child(&self, name: &str) -> Self {
+        Self::at(self.path.join(name))
+    }
+
+    fn at(path: PathBuf) -> Self {
+        crate::require_root();
+        must(fs::create_dir(&path), format_args!("make cgroup {}", path.display()));
+        Self { path }
+    }
+
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// As events name it: the path below the mount, with a leading `/`.
+    #[must_use]
+    pub fn name(&self) -> String {
+        format!("/{}", self.path.strip_prefix(mount()).unwrap_or(&self.path).display())
+    }
+
+    /// The names of the cgroups right below it.
+    #[must_use]
+    pub fn children(&self) -> Vec<OsString> {
+        let entries = must(fs::read_dir(&self.path), format_args!("list cgroup {}", self.path.display()));
+        let folders = entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        folders.map(|entry| entry.file_name()).collect()
+    }
+
+    /// Has a command run in it from its first moment.
+    pub fn enclose(&self, command: &mut Command) {
+        let procs = self.path.join("cgroup.procs");
+        let mut file = must(fs::File::options().write(true).open(&procs), format_args!("open {}", procs.display()));
+        // SAFETY: only makes a system call on a descriptor that the closure owns.
+        unsafe {
+            // 0 is the process that writes.
+            command.pre_exec(move || file.write_all(b"0"));
+        }
+    }
+}
+
+impl Default for Cgroup {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        let mut last = Ok(());
+        let is_gone = wait::until(Duration::from_secs(10), || {
+            last = remove(&self.path);
+            last.is_ok()
+        });
+        if !is_gone && !std::thread::panicking() {
+            panic!("cannot remove cgroup {}: {last:?}", self.path.display());
+        }
+    }
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    let entries = match fs::read_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries.flatten() {
+        if entry.file_type()?.is_dir() {
+            remove(&entry.path())?;
+        }
+    }
+    let members = fs::read_to_string(path.join("cgroup.procs"))?;
+    for pid in members.lines().filter_map(|line| line.parse().ok()) {
+        // One that has just ended needs no killing.
+        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+    }
+    fs::remove_dir(path)
+}

@@ -1,0 +1,63 @@
+//! Policy files.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicU32, Ordering},
+};
+
+use crate::must;
+
+/// A policy in a folder of its own, which goes with it.
+#[derive(Debug)]
+pub struct PolicyFile {
+    folder: PathBuf,
+    path: PathBuf,
+}
+
+impl PolicyFile {
+    /// A policy of this text, as `policy.toml`.
+    #[must_use]
+    pub fn new(text: impl AsRef<[u8]>) -> Self {
+        Self::named("policy.toml", text)
+    }
+
+    #[must_use]
+    pub fn named(name: &str, text: impl AsRef<[u8]>) -> Self {
+        let folder = temporary_folder();
+        let path = folder.join(name);
+        must(fs::write(&path, text), format_args!("write {}", path.display()));
+        Self { folder, path }
+    }
+
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where there is room for more files, which go with this one.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+}
+
+impl Drop for PolicyFile {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.folder);
+    }
+}
+
+/// A new folder. The caller removes it.
+#[must_use]
+pub(crate) fn temporary_folder() -> PathBuf {
+    let path = std::env::temp_dir().join(unique_name());
+    must(fs::create_dir(&path), format_args!("make {}", path.display()));
+    path
+}
+
+/// A name that nothing else of this machine has.
+pub(crate) fn unique_name() -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    format!("sockpolicy-test-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+}

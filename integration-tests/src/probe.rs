@@ -1,0 +1,245 @@
+//! A running sockprobe: the process whose sockets the policies are about.
+
+use std::{
+    io::{BufRead, BufReader, Write},
+    net::SocketAddr,
+    path::PathBuf,
+    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+};
+
+use nix::errno::Errno;
+
+use crate::{
+    built,
+    cgroup::Cgroup,
+    must,
+    options::SocketOption,
+    script::{Answer, Argument, Family, Fd, Hello, Kind, Step},
+};
+
+/// Ends with this value.
+#[derive(Debug)]
+pub struct Probe {
+    pub pid: u32,
+    input: Option<ChildStdin>,
+    output: BufReader<ChildStdout>,
+    /// The process, where it is this fixture's own and not the agent's.
+    child: Option<Child>,
+}
+
+/// A TCP connection within a probe.
+#[derive(Clone, Copy, Debug)]
+pub struct Pair {
+    pub listener: Fd,
+    /// Where `listener` listens.
+    pub address: SocketAddr,
+    /// The outbound end.
+    pub client: Fd,
+    /// The inbound end, accepted from `listener`.
+    pub server: Fd,
+}
+
+/// The probe's program.
+#[must_use]
+pub fn program() -> PathBuf {
+    built("sockprobe")
+}
+
+impl Probe {
+    /// Starts one in a cgroup, without an agent.
+    #[must_use]
+    pub fn start(cgroup: &Cgroup) -> Self {
+        let mut command = Command::new(program());
+        cgroup.enclose(&mut command);
+        let mut child = must(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn(), "start sockprobe");
+        let (input, output) = (child.stdin.take(), child.stdout.take());
+        let mut probe = Self::of(input, output).unwrap_or_else(|reason| panic!("sockprobe did not start: {reason}"));
+        probe.child = Some(child);
+        probe
+    }
+
+    /// Takes over one that somebody else has started.
+    pub(crate) fn of(input: Option<ChildStdin>, output: Option<ChildStdout>) -> Result<Self, String> {
+        let mut output = BufReader::new(output.ok_or("no standard output")?);
+        let mut line = String::new();
+        output.read_line(&mut line).map_err(|error| error.to_string())?;
+        let Hello { pid } = serde_json::from_str(&line).map_err(|error| format!("{error} in {line:?}"))?;
+        Ok(Self { pid, input, output, child: None })
+    }
+
+    /// Does one step.
+    #[track_caller]
+    pub fn perform(&mut self, step: &Step) -> Answer {
+        let line = must(serde_json::to_string(step), "write a step");
+        let Some(input) = &mut self.input else { panic!("the probe has ended") };
+        must(writeln!(input, "{line}"), format_args!("tell the probe {line}"));
+        let mut line = String::new();
+        must(self.output.read_line(&mut line), format_args!("read what came of {step:?}"));
+        assert!(!line.is_empty(), "the probe ended at {step:?}");
+        must(serde_json::from_str(&line), format_args!("understand {line:?}"))
+    }
+
+    /// Does a step, and gives what the system call returned.
+    #[track_caller]
+    fn call(&mut self, step: &Step) -> Result<Answer, Errno> {
+        let answer = self.perform(step);
+        if answer.result < 0 { Err(Errno::from_raw(answer.errno)) } else { Ok(answer) }
+    }
+
+    /// Does a step that must succeed.
+    #[track_caller]
+    fn succeed(&mut self, step: &Step) -> Answer {
+        match self.call(step) {
+            Ok(answer) => answer,
+            Err(errno) => panic!("{step:?} failed with {errno:?}"),
+        }
+    }
+
+    pub fn try_open(&mut self, family: Family, kind: Kind) -> Result<Fd, Errno> {
+        self.call(&Step::Socket { family, kind }).map(|answer| descriptor(&answer))
+    }
+
+    #[track_caller]
+    pub fn open(&mut self, family: Family, kind: Kind) -> Fd {
+        descriptor(&self.succeed(&Step::Socket { family, kind }))
+    }
+
+    /// Binds a socket, and gives the address that it has then.
+    #[track_caller]
+    pub fn bind(&mut self, fd: Fd, to: SocketAddr) -> SocketAddr {
+        self.succeed(&Step::Bind { fd, to });
+        self.local_address(fd)
+    }
+
+    #[track_caller]
+    pub fn local_address(&mut self, fd: Fd) -> SocketAddr {
+        self.succeed(&Step::LocalAddress { fd }).address.unwrap_or_else(|| panic!("socket {fd} has no address"))
+    }
+
+    #[track_caller]
+    pub fn listen(&mut self, fd: Fd) {
+        self.succeed(&Step::Listen { fd });
+    }
+
+    pub fn try_connect(&mut self, fd: Fd, to: SocketAddr) -> Result<(), Errno> {
+        self.call(&Step::Connect { fd, to }).map(drop)
+    }
+
+    #[track_caller]
+    pub fn connect(&mut self, fd: Fd, to: SocketAddr) {
+        self.succeed(&Step::Connect { fd, to });
+    }
+
+    /// connect(AF_UNSPEC)
+    #[track_caller]
+    pub fn disconnect(&mut self, fd: Fd) {
+        self.succeed(&Step::Disconnect { fd });
+    }
+
+    #[track_caller]
+    pub fn accept(&mut self, fd: Fd) -> Fd {
+        descriptor(&self.succeed(&Step::Accept { fd }))
+    }
+
+    /// Sends a byte, to the peer or to an address.
+    #[track_caller]
+    pub fn send(&mut self, fd: Fd, to: Option<SocketAddr>) {
+        self.succeed(&Step::Send { fd, to });
+    }
+
+    /// Waits for a byte.
+    #[track_caller]
+    pub fn receive(&mut self, fd: Fd) {
+        let answer = self.succeed(&Step::Receive { fd });
+        assert_eq!(answer.result, 1, "nothing came, the connection is closed");
+    }
+
+    #[track_caller]
+    pub fn close(&mut self, fd: Fd) {
+        self.succeed(&Step::Close { fd });
+    }
+
+    /// Sockets opened from now on belong to `cgroup`.
+    #[track_caller]
+    pub fn enter(&mut self, cgroup: &Cgroup) {
+        self.succeed(&Step::EnterCgroup { path: cgroup.path().display().to_string() });
+    }
+
+    /// setsockopt
+    #[track_caller]
+    pub fn set(&mut self, fd: Fd, option: SocketOption, argument: impl Into<Argument>) -> Result<(), Errno> {
+        let SocketOption { level, number: name, .. } = option;
+        self.call(&Step::Set { fd, level, name, argument: argument.into() }).map(drop)
+    }
+
+    /// getsockopt, with room for `len` bytes.
+    #[track_caller]
+    pub fn get(&mut self, fd: Fd, option: SocketOption, len: u32) -> Result<Vec<u8>, Errno> {
+        let SocketOption { level, number: name, .. } = option;
+        self.call(&Step::Get { fd, level, name, len, bad_pointer: false }).map(|answer| answer.value)
+    }
+
+    /// getsockopt of an `int`, which must succeed.
+    #[track_caller]
+    pub fn int(&mut self, fd: Fd, option: SocketOption) -> i32 {
+        let value = self.get(fd, option, 4).unwrap_or_else(|errno| panic!("{} cannot be read: {errno:?}", option.name));
+        let bytes = value.as_slice().try_into();
+        i32::from_ne_bytes(bytes.unwrap_or_else(|_| panic!("{} is no int: {value:?}", option.name)))
+    }
+
+    /// getsockopt of a name, which must succeed.
+    #[track_caller]
+    pub fn text(&mut self, fd: Fd, option: SocketOption) -> String {
+        let value =
+            self.get(fd, option, 16).unwrap_or_else(|errno| panic!("{} cannot be read: {errno:?}", option.name));
+        let text = value.split(|byte| *byte == 0).next().unwrap_or_default();
+        String::from_utf8_lossy(text).into_owned()
+    }
+
+    /// A listener on a loopback address.
+    #[track_caller]
+    pub fn listener(&mut self, family: Family, kind: Kind) -> (Fd, SocketAddr) {
+        let fd = self.open(family, kind);
+        let address = self.bind(fd, family.loopback());
+        self.listen(fd);
+        (fd, address)
+    }
+
+    /// A connection over a loopback address.
+    #[track_caller]
+    pub fn pair(&mut self, family: Family, kind: Kind) -> Pair {
+        let (listener, address) = self.listener(family, kind);
+        let client = self.open(family, kind);
+        self.connect(client, address);
+        let server = self.accept(listener);
+        Pair { listener, address, client, server }
+    }
+
+    /// Sends a byte each way.
+    #[track_caller]
+    pub fn talk(&mut self, one: Fd, other: Fd) {
+        self.send(one, None);
+        self.receive(other);
+        self.send(other, None);
+        self.receive(one);
+    }
+
+    /// Lets the process end: closes its input.
+    pub fn end(&mut self) {
+        drop(self.input.take());
+    }
+}
+
+impl Drop for Probe {
+    fn drop(&mut self) {
+        self.end();
+        if let Some(child) = &mut self.child {
+            // It does not wait for anything but its input, or ends by its own alarm.
+            let _ = child.wait();
+        }
+    }
+}
+
+fn descriptor(answer: &Answer) -> Fd {
+    i32::try_from(answer.result).unwrap_or(-1)
+}

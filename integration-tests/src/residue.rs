@@ -1,0 +1,90 @@
+//! What an agent holds in the kernel, and whether it is gone.
+//!
+//! Which programs and links are an agent's is read from its descriptors while it runs; whether they
+//! are still there, from the kernel's own lists. So tests can run at the same time. Numbers are
+//! not given out again soon (`idr_alloc_cyclic`).
+
+use std::{collections::BTreeSet, fs, io, time::Duration};
+
+use crate::{must, wait};
+
+/// The kernel frees programs and links a moment after the last descriptor is closed.
+const DEADLINE: Duration = Duration::from_secs(20);
+
+/// The programs and links of one agent.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Residue {
+    pub programs: BTreeSet<u32>,
+    pub links: BTreeSet<u32>,
+}
+
+impl Residue {
+    /// What the process holds now.
+    #[must_use]
+    pub fn of(pid: u32) -> Self {
+        let mut found = Self::default();
+        let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fdinfo")) else { return found };
+        for entry in entries.flatten() {
+            let Ok(info) = fs::read_to_string(entry.path()) else { continue };
+            for line in info.lines() {
+                let Some((key, value)) = line.split_once(':') else { continue };
+                let Ok(number) = value.trim().parse() else { continue };
+                match key {
+                    "prog_id" => found.programs.insert(number),
+                    "link_id" => found.links.insert(number),
+                    _ => false,
+                };
+            }
+        }
+        found
+    }
+
+    /// The part of it that is still there.
+    #[must_use]
+    pub fn left(&self) -> Self {
+        let programs = ids(libc_bpf::PROG_GET_NEXT_ID);
+        let links = ids(libc_bpf::LINK_GET_NEXT_ID);
+        Self { programs: &self.programs & &programs, links: &self.links & &links }
+    }
+
+    /// Waits until nothing of it is there.
+    #[track_caller]
+    pub fn assert_gone(&self) {
+        assert!(!self.programs.is_empty(), "the agent held no BPF program: was it in force at all?");
+        let is_gone = wait::until(DEADLINE, || self.left() == Self::default());
+        assert!(is_gone, "still there after the agent ended: {:?}", self.left());
+    }
+}
+
+/// Commands of bpf(2), which libc does not name (include/uapi/linux/bpf.h).
+mod libc_bpf {
+    pub(super) const PROG_GET_NEXT_ID: libc::c_int = 11;
+    pub(super) const LINK_GET_NEXT_ID: libc::c_int = 31;
+}
+
+/// The numbers of every program, or of every link.
+fn ids(command: libc::c_int) -> BTreeSet<u32> {
+    let mut found = BTreeSet::new();
+    let mut start = 0;
+    while let Some(id) = next_id(command, start) {
+        found.insert(id);
+        start = id;
+    }
+    found
+}
+
+fn next_id(command: libc::c_int, start: u32) -> Option<u32> {
+    // start_id, next_id, open_flags of `union bpf_attr`.
+    let mut attributes = [start, 0, 0];
+    let len = size_of_val(&attributes);
+    // SAFETY: attributes of the length that is given, as these commands take them.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, attributes.as_mut_ptr(), len) };
+    if result == 0 {
+        return Some(attributes[1]);
+    }
+    let error = io::Error::last_os_error();
+    if error.raw_os_error() == Some(libc::ENOENT) {
+        return None;
+    }
+    must(Err(error), "list BPF programs and links")
+}

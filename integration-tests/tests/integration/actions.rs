@@ -1,0 +1,282 @@
+//! Each action on an application's call that disagrees with the policy: what becomes of the socket,
+//! of the call, and what is reported.
+
+use std::collections::BTreeMap;
+
+use nix::errno::Errno;
+use serde_json::{Value, json};
+use sockpolicy_integration_tests::{
+    agent::Exec,
+    options::{
+        IP_TTL, SO_BINDTODEVICE, SO_COOKIE, SO_KEEPALIVE, SO_LINGER, SO_MARK, SO_PRIORITY, SO_RCVBUF, SO_SNDBUF,
+        TCP_CONGESTION, TCP_KEEPCNT, TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_NODELAY, TCP_SYNCNT, TCP_USER_TIMEOUT,
+    },
+    policy::PolicyFile,
+    probe,
+    report::{Event, Sockets},
+    script::{Family, Kind},
+};
+
+use crate::number;
+
+/// The number of the process's own socket cookie, as `ss -e` shows it.
+fn cookie(exec: &mut Exec, fd: i32) -> u64 {
+    u64::from_ne_bytes(exec.probe.get(fd, SO_COOKIE, 8).unwrap().try_into().unwrap())
+}
+
+/// wanted, asked, now, result of an event.
+fn values(event: &Event) -> [Value; 4] {
+    [event.wanted.clone(), event.asked.clone(), event.now.clone(), json!(event.result)]
+}
+
+#[test]
+fn rewritten_call_succeeds_and_the_socket_has_the_policys_value() {
+    let policy = PolicyFile::new(
+        "name = \"demo\"\n\
+         [[rule]]\n\
+         name = \"all\"\n\
+         set = { TCP_NODELAY = true, TCP_KEEPIDLE = \"33s\" }\n",
+    );
+    let mut exec = Exec::start(&policy);
+    let pair = exec.probe.pair(Family::Inet, Kind::Tcp);
+    let cookie = cookie(&mut exec, pair.client);
+    let local = exec.probe.local_address(pair.client);
+    assert_eq!(exec.probe.set(pair.client, TCP_NODELAY, 0), Ok(()));
+    assert_eq!(exec.probe.int(pair.client, TCP_NODELAY), 1);
+    assert_eq!(exec.probe.set(pair.client, TCP_KEEPIDLE, 44), Ok(()));
+    assert_eq!(exec.probe.int(pair.client, TCP_KEEPIDLE), 33);
+    assert_eq!(exec.probe.set(pair.client, TCP_KEEPIDLE, 33), Ok(()), "this one agrees");
+    let (pid, target) = (exec.probe.pid, exec.target());
+    let home = exec.home.name();
+    let report = exec.finish();
+
+    let event = report.conflict("TCP_NODELAY");
+    assert_eq!(event.schema, 1);
+    assert_eq!(event.call.as_deref(), Some("setsockopt"));
+    assert_eq!(event.policy.as_deref(), Some("demo"));
+    assert_eq!(event.rule.as_deref(), Some("all"));
+    assert_eq!(event.file, Some(format!("{}:4", policy.path().display())));
+    assert_eq!((event.level, event.optname), (TCP_NODELAY.level, TCP_NODELAY.number));
+    assert_eq!(event.verdict.as_deref(), Some("rewritten"));
+    assert_eq!(values(event), [json!(1), json!(0), json!(1), json!(0)], "wanted, asked, now, result");
+    assert_eq!((event.pid, event.tid), (Some(pid), Some(pid)));
+    assert_eq!(event.comm.as_deref(), Some("sockprobe"));
+    assert_eq!(event.exe, Some(probe::program().display().to_string()));
+    let target = target.file_name().unwrap().to_str().unwrap();
+    assert_eq!(event.cgroup, Some(format!("{home}/{target}")));
+    assert_eq!(event.via.as_deref(), Some("syscall"));
+    assert_eq!(event.backend, report.summary.backend);
+    let socket = event.socket.as_ref().unwrap();
+    assert_eq!(socket.protocol.as_deref(), Some("tcp"));
+    assert_eq!(socket.family.as_deref(), Some("ipv4"));
+    assert_eq!(socket.local, Some(local.to_string()));
+    assert_eq!(socket.remote, Some(pair.address.to_string()));
+    assert_eq!(socket.cookie, Some(cookie));
+
+    assert_eq!(values(report.conflict("TCP_KEEPIDLE")), [json!(33), json!(44), json!(33), json!(0)]);
+    let setting = report.setting("TCP_KEEPIDLE");
+    assert_eq!(setting.calls.verdicts(), BTreeMap::from([("rewritten", 1)]));
+    assert_eq!((setting.calls.agreed, setting.calls.reads), (1, 0));
+    // The listener and the client; the accepted socket inherits the value.
+    assert_eq!(setting.sockets, Sockets { set: 2, unchanged: 1, ..Sockets::default() });
+    assert_eq!(report.summary.conflicts, 2);
+    assert_eq!(report.summary.mode, "enforce");
+    assert_eq!(report.summary.policies, ["demo"]);
+    report.assert_nothing_lost();
+}
+
+#[test]
+fn clamped_call_succeeds_with_the_nearer_end_of_the_limit() {
+    let policy = PolicyFile::new(
+        "[[rule]]\n\
+         limit = { TCP_KEEPCNT = { min = 5, max = 10 }, SO_SNDBUF = { max = \"32KiB\" }, TCP_SYNCNT = { min = 3 } }\n",
+    );
+    let mut exec = Exec::start(&policy);
+    let fd = exec.probe.open(Family::Inet6, Kind::Tcp);
+    for (asked, left) in [(2, 5), (7, 7), (99, 10)] {
+        assert_eq!(exec.probe.set(fd, TCP_KEEPCNT, asked), Ok(()));
+        assert_eq!(exec.probe.int(fd, TCP_KEEPCNT), left, "asked for {asked}");
+    }
+    assert_eq!(exec.probe.set(fd, SO_SNDBUF, 64 * 1024), Ok(()));
+    assert_eq!(exec.probe.int(fd, SO_SNDBUF), 2 * 32 * 1024, "the kernel doubles it");
+    assert_eq!(exec.probe.set(fd, TCP_SYNCNT, 1), Ok(()));
+    assert_eq!(exec.probe.int(fd, TCP_SYNCNT), 3);
+    let report = exec.finish();
+
+    let setting = report.setting("TCP_KEEPCNT");
+    assert_eq!(setting.calls.verdicts(), BTreeMap::from([("clamped", 2)]));
+    assert_eq!(setting.calls.agreed, 1);
+    assert_eq!(setting.sockets, Sockets::default(), "a limit sets nothing");
+    let event = report.conflict("SO_SNDBUF");
+    assert_eq!(event.verdict.as_deref(), Some("clamped"));
+    // What the kernel made of 32 KiB is not in sight of the programs.
+    assert_eq!(values(event), [Value::Null, json!(65536), Value::Null, json!(0)], "wanted, asked, now, result");
+    assert_eq!(values(report.conflict("TCP_SYNCNT")), [Value::Null, json!(1), json!(3), json!(0)]);
+}
+
+#[test]
+fn ignored_call_succeeds_and_does_nothing() {
+    let policy = PolicyFile::new(
+        "[[rule]]\n\
+         on_conflict = \"ignore\"\n\
+         set = { TCP_USER_TIMEOUT = \"20s\" }\n\
+         limit = { TCP_KEEPINTVL = { max = \"50s\" } }\n",
+    );
+    let mut exec = Exec::start(&policy);
+    let pair = exec.probe.pair(Family::Inet6, Kind::Tcp);
+    assert_eq!(exec.probe.set(pair.server, TCP_USER_TIMEOUT, 1234), Ok(()));
+    assert_eq!(exec.probe.int(pair.server, TCP_USER_TIMEOUT), 20_000);
+    let before = exec.probe.int(pair.server, TCP_KEEPINTVL);
+    assert_eq!(exec.probe.set(pair.server, TCP_KEEPINTVL, 51), Ok(()));
+    assert_eq!(exec.probe.int(pair.server, TCP_KEEPINTVL), before);
+    let report = exec.finish();
+
+    let event = report.conflict("TCP_USER_TIMEOUT");
+    assert_eq!(event.verdict.as_deref(), Some("ignored"));
+    assert_eq!(values(event), [json!(20_000), json!(1234), json!(20_000), json!(0)], "wanted, asked, now, result");
+    assert_eq!(report.setting("TCP_USER_TIMEOUT").calls.verdicts(), BTreeMap::from([("ignored", 1)]));
+    assert_eq!(report.verdicts("TCP_KEEPINTVL"), ["ignored"]);
+    assert_eq!(report.summary.conflicts, 2);
+}
+
+#[test]
+fn denied_call_fails_with_the_errno_that_the_policy_chose() {
+    let policy = PolicyFile::new(
+        "[[rule]]\n\
+         name = \"strict\"\n\
+         set = { TCP_NODELAY = { value = true, on_conflict = \"deny\" }, \
+                 SO_MARK = { value = 32, on_conflict = \"deny\", errno = \"EACCES\" } }\n\
+         limit = { SO_RCVBUF = { max = \"16KiB\", on_conflict = \"deny\", errno = \"ENOBUFS\" } }\n\
+         deny = [\"SO_BINDTODEVICE\", \"SO_LINGER\", \"6:99\"]\n",
+    );
+    let mut exec = Exec::start(&policy);
+    let pair = exec.probe.pair(Family::Inet, Kind::Tcp);
+    let fd = pair.client;
+    let buffer = exec.probe.int(fd, SO_RCVBUF);
+    assert_eq!(exec.probe.set(fd, TCP_NODELAY, 0), Err(Errno::EPERM));
+    assert_eq!(exec.probe.int(fd, TCP_NODELAY), 1);
+    assert_eq!(exec.probe.set(fd, SO_MARK, 33), Err(Errno::EACCES));
+    assert_eq!(exec.probe.int(fd, SO_MARK), 32);
+    assert_eq!(exec.probe.set(fd, SO_MARK, 32), Ok(()), "what the policy wants is not denied");
+    assert_eq!(exec.probe.set(fd, SO_RCVBUF, 1 << 20), Err(Errno::ENOBUFS));
+    assert_eq!(exec.probe.int(fd, SO_RCVBUF), buffer);
+    assert_eq!(exec.probe.set(fd, SO_BINDTODEVICE, "lo"), Err(Errno::EPERM));
+    assert_eq!(exec.probe.text(fd, SO_BINDTODEVICE), "");
+    let linger: Vec<u8> = [1i32, 5].into_iter().flat_map(i32::to_ne_bytes).collect();
+    assert_eq!(exec.probe.set(fd, SO_LINGER, linger), Err(Errno::EPERM));
+    assert_eq!(exec.probe.get(fd, SO_LINGER, 8), Ok(vec![0; 8]));
+    assert_eq!(exec.probe.set(fd, number(6, 99), 1), Err(Errno::EPERM));
+    let report = exec.finish();
+
+    for (option, errno, wanted, asked, now) in [
+        ("TCP_NODELAY", Errno::EPERM, json!(1), json!(0), json!(1)),
+        ("SO_MARK", Errno::EACCES, json!(32), json!(33), json!(32)),
+        ("SO_RCVBUF", Errno::ENOBUFS, Value::Null, json!(1 << 20), json!(buffer)),
+        ("SO_BINDTODEVICE", Errno::EPERM, Value::Null, json!("lo"), Value::Null),
+        ("SO_LINGER", Errno::EPERM, Value::Null, json!("0x0100000005000000"), Value::Null),
+        ("6:99", Errno::EPERM, Value::Null, json!("0x01000000"), Value::Null),
+    ] {
+        let event = report.conflict(option);
+        assert_eq!(event.verdict.as_deref(), Some("denied"), "{option}");
+        assert_eq!(values(event), [wanted, asked, now, json!(-(errno as i32))], "{option}: wanted, asked, now, result");
+        assert_eq!(event.rule.as_deref(), Some("strict"));
+        assert_eq!(report.setting(option).calls.verdicts(), BTreeMap::from([("denied", 1)]), "{option}");
+    }
+    assert_eq!(report.conflict("6:99").file, Some(format!("{}:5", policy.path().display())));
+    assert_eq!(report.summary.conflicts, 6);
+}
+
+#[test]
+fn option_that_can_only_be_guarded_is_limited() {
+    let policy = PolicyFile::new("[[rule]]\nlimit = { IP_TTL = { min = 10, max = 40 } }\n");
+    let mut exec = Exec::start(&policy);
+    let fd = exec.probe.open(Family::Inet, Kind::Udp);
+    assert_eq!(exec.probe.set(fd, IP_TTL, 200), Ok(()));
+    assert_eq!(exec.probe.int(fd, IP_TTL), 40);
+    assert_eq!(exec.probe.set(fd, IP_TTL, 1u8), Ok(()), "one byte is enough for this option");
+    assert_eq!(exec.probe.int(fd, IP_TTL), 10);
+    let report = exec.finish();
+    assert_eq!(report.setting("IP_TTL").calls.verdicts(), BTreeMap::from([("clamped", 2)]));
+}
+
+/// The values that an application has chosen under `on_conflict = "allow"`.
+#[test]
+fn application_wins_where_the_policy_allows_it_also_later() {
+    let policy = PolicyFile::new(
+        "[[rule]]\n\
+         on_conflict = \"allow\"\n\
+         set = { SO_MARK = 32, SO_PRIORITY = 3, TCP_KEEPCNT = 5, SO_KEEPALIVE = true, TCP_CONGESTION = \"reno\" }\n",
+    );
+    let mut exec = Exec::start(&policy);
+    let probe = &mut exec.probe;
+    let (listener, address) = probe.listener(Family::Inet, Kind::Tcp);
+    assert_eq!(probe.int(listener, SO_MARK), 32, "until the application says otherwise");
+    assert_eq!(probe.set(listener, TCP_KEEPCNT, 77), Ok(()));
+    let client = probe.open(Family::Inet, Kind::Tcp);
+    assert_eq!(probe.int(client, SO_PRIORITY), 3, "from birth");
+    assert_eq!(probe.set(client, SO_PRIORITY, 5), Ok(()));
+    assert_eq!(probe.set(client, SO_MARK, 7), Ok(()));
+    assert_eq!(probe.set(client, TCP_KEEPCNT, 9), Ok(()));
+    assert_eq!(probe.set(client, TCP_CONGESTION, "cubic"), Ok(()));
+    probe.connect(client, address);
+    let server = probe.accept(listener);
+
+    assert_eq!(probe.int(client, SO_PRIORITY), 5, "connect does not bring the policy's value back");
+    assert_eq!(probe.int(client, SO_MARK), 7);
+    assert_eq!(probe.int(client, TCP_KEEPCNT), 9);
+    assert_eq!(probe.text(client, TCP_CONGESTION), "cubic");
+    assert_eq!(probe.int(client, SO_KEEPALIVE), 1, "of this the application said nothing");
+    assert_eq!(probe.int(server, TCP_KEEPCNT), 77, "accepted sockets have what the application gave their listener");
+    assert_eq!(probe.int(server, SO_KEEPALIVE), 1);
+    assert_eq!(probe.text(server, TCP_CONGESTION), "reno");
+    probe.set(client, TCP_KEEPCNT, 5).unwrap();
+    assert_eq!(probe.int(client, TCP_KEEPCNT), 5);
+    let report = exec.finish();
+
+    let event = report.conflict("SO_PRIORITY");
+    assert_eq!(event.verdict.as_deref(), Some("allowed"));
+    assert_eq!(values(event), [json!(3), json!(5), json!(5), json!(0)], "wanted, asked, now, result");
+    assert_eq!(
+        values(report.conflict("TCP_CONGESTION")),
+        [json!("reno"), json!("cubic"), json!("cubic"), json!(0)],
+        "wanted, asked, now, result"
+    );
+    let setting = report.setting("TCP_KEEPCNT");
+    assert_eq!(setting.calls.verdicts(), BTreeMap::from([("allowed", 2)]));
+    assert_eq!(setting.calls.agreed, 1);
+}
+
+#[test]
+fn setting_of_its_own_overrides_the_action_of_the_rule() {
+    let policy = PolicyFile::new(
+        "[[rule]]\n\
+         on_conflict = \"deny\"\n\
+         set = { TCP_NODELAY = { value = true, on_conflict = \"rewrite\" }, SO_KEEPALIVE = true }\n",
+    );
+    let mut exec = Exec::start(&policy);
+    let pair = exec.probe.pair(Family::Inet, Kind::Tcp);
+    assert_eq!(exec.probe.set(pair.client, TCP_NODELAY, 0), Ok(()));
+    assert_eq!(exec.probe.set(pair.client, SO_KEEPALIVE, 0), Err(Errno::EPERM));
+    let report = exec.finish();
+    assert_eq!(report.verdicts("TCP_NODELAY"), ["rewritten"]);
+    assert_eq!(report.verdicts("SO_KEEPALIVE"), ["denied"]);
+}
+
+#[test]
+fn repeated_calls_are_counted_each_and_reported_now_and_then() {
+    const CALLS: u64 = 300;
+    let policy = PolicyFile::new("[[rule]]\nset = { TCP_NODELAY = true }\n");
+    let mut exec = Exec::start(&policy);
+    let fd = exec.probe.open(Family::Inet, Kind::Tcp);
+    for _ in 0..CALLS {
+        exec.probe.set(fd, TCP_NODELAY, 0).unwrap();
+    }
+    let report = exec.finish();
+    let setting = report.setting("TCP_NODELAY");
+    assert_eq!(setting.calls.verdicts(), BTreeMap::from([("rewritten", CALLS)]));
+    let events = report.of("conflict", "TCP_NODELAY");
+    assert_eq!(setting.events.reported, events.len() as u64);
+    assert_eq!(setting.events.reported + setting.events.suppressed, CALLS);
+    assert_eq!(events[0].suppressed, 0, "the first is reported at once");
+    report.assert_nothing_lost();
+}

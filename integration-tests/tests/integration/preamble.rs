@@ -1,0 +1,62 @@
+//! What every other test takes for granted.
+
+use std::collections::BTreeSet;
+
+use serde_json::Value;
+use sockpolicy_integration_tests::{
+    agent,
+    cgroup::Cgroup,
+    kernels::Kernel,
+    options,
+    probe::Probe,
+    script::{Family, Kind},
+};
+
+/// The names in a part of the doctor's answer, if they work.
+fn working(doctor: &Value, part: &str) -> BTreeSet<String> {
+    let lines = doctor[part].as_array().unwrap().iter();
+    lines.filter(|line| line["works"] == "yes").map(|line| line["name"].as_str().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn doctor_says_what_kernels_toml_says() {
+    let kernel = Kernel::current();
+    let output = agent::output(&["doctor", "--output", "json"]);
+    assert!(output.status.success(), "{output:?}");
+    let doctor: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(doctor["kernel"], kernel.release.as_str());
+    let known = &kernel.known;
+    for (part, names) in [("hooks", &known.hooks), ("audit", &known.audit), ("options", &known.options)] {
+        let expected: BTreeSet<String> = names.iter().filter(|name| kernel.has(name)).cloned().collect();
+        let found = working(&doctor, part);
+        assert_eq!(found, expected, "{part} of {}: doctor on the left, kernels.toml on the right", kernel.release);
+        let all: BTreeSet<String> =
+            doctor[part].as_array().unwrap().iter().map(|line| line["name"].as_str().unwrap().to_owned()).collect();
+        assert_eq!(&all, names, "{part} that doctor tries on the left, kernels.toml on the right");
+    }
+}
+
+#[test]
+fn mptcp_is_there_if_kernels_toml_says_so() {
+    let cgroup = Cgroup::new();
+    let opened = Probe::start(&cgroup).try_open(Family::Inet, Kind::Mptcp);
+    assert_eq!(opened.is_ok(), Kernel::current().has("mptcp"), "{opened:?}");
+}
+
+#[test]
+fn options_that_can_be_set_have_the_numbers_of_the_kernels_headers() {
+    let output = agent::output(&["options", "--output", "json"]);
+    let mut settable = BTreeSet::new();
+    for line in String::from_utf8(output.stdout).unwrap().lines() {
+        let line: Value = serde_json::from_str(line).unwrap();
+        let name = line["option"].as_str().unwrap();
+        if let Some(option) = options::ALL.iter().find(|option| option.name == name) {
+            assert_eq!((&line["level"], &line["optname"]), (&option.level.into(), &option.number.into()), "{name}");
+        }
+        if line["can"].as_array().unwrap().iter().any(|verb| verb == "set") {
+            assert!(options::ALL.iter().any(|option| option.name == name), "{name} is not in src/options.rs");
+            settable.insert(name.to_owned());
+        }
+    }
+    assert_eq!(settable, Kernel::current().known.options, "`options` on the left, kernels.toml on the right");
+}
