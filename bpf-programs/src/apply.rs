@@ -1,52 +1,49 @@
 //! Applies the settings of one site to one socket. The only caller of bpf_setsockopt.
 //!
-//! The part that deals with a single option stands in functions of their own ([`set_turn`],
-//! [`set_addressed`]) that the verifier checks once, however many options a loop may meet: they are
-//! global functions to it, for which they must be exported and take nothing but the context and
+//! What concerns a single option stands in functions of their own ([`apply_turn`],
+//! [`apply_addressed`]) that the verifier checks once, however many options a loop may meet: they
+//! are global functions to it, for which they must be exported and take nothing but the context and
 //! numbers.
 
 use abi::{
     event::flags,
     mode,
-    select::select,
+    select::{Candidates, select},
     setting::{Governed, Setting, TEXT_LEN, Value, form, kind, read_back, traits, word_in, words_of},
-    socket::{Facts, State, protocol},
+    socket::{State, protocol},
 };
-use aya_ebpf::bindings::{bpf_sock_addr, bpf_sock_ops};
+use aya_ebpf::{
+    bindings::{bpf_sock_addr, bpf_sock_ops},
+    cty::c_void,
+};
 
 use crate::{
     ctx::{Addressed, Socket, Turn},
     emit,
     maps::{self, PrefixMap, count},
+    storage,
 };
 
 /// What became of a setting on a socket: a number, because it crosses from one function to another.
 pub(crate) mod outcome {
-    /// No setting applies.
-    pub(crate) const NONE: u32 = 0;
     pub(crate) const SET: u32 = 1;
     pub(crate) const UNCHANGED: u32 = 2;
     /// Plus the kernel's errno.
     pub(crate) const FAILED: u32 = 0x1000;
 }
 
-/// One socket, at one site.
-pub(crate) struct Subject<'a> {
-    pub(crate) facts: &'a Facts,
-    /// The socket's own family, which decides what options it has (`facts.family` is the
-    /// family of its traffic).
-    pub(crate) is_inet6: bool,
-    pub(crate) state: &'a mut State,
-}
-
-/// Applies what the policy says at `site`, which has `MAX` options at the most. `set` gets the
-/// indices of the option and of its setting, and whether this is a dry run; it returns an
-/// [`outcome`].
+/// Applies what the policy says at `site`, which has `MAX` options at the most, to a socket whose
+/// notes are `state`. `apply` gets the number of an option, the rules that match, what applies to
+/// all options, and the notes.
+///
+/// `is_inet6` is the socket's own family, which decides what options it has; `state.facts.family` is
+/// that of its traffic.
 #[inline(always)]
 pub(crate) fn apply<const MAX: usize>(
     site: u32,
-    subject: &mut Subject<'_>,
-    mut set: impl FnMut(u32, u32, bool) -> u32,
+    state: &mut State,
+    is_inet6: bool,
+    mut apply: impl FnMut(u32, Candidates, Terms, &mut State),
 ) {
     let Some(config) = maps::config() else { return };
     let Some(list) = maps::site(site) else { return };
@@ -54,41 +51,82 @@ pub(crate) fn apply<const MAX: usize>(
         return;
     }
     let Some(selectors) = maps::selectors() else { return };
-    let rules = select(subject.facts, selectors, &PrefixMap);
+    let rules = select(&state.facts, selectors, &PrefixMap);
     if rules.sure == 0 {
         return;
     }
-    let dry_run = config.mode != mode::ENFORCE;
-    let missing = missing_traits(subject);
+    let terms = Terms::new(config.mode != mode::ENFORCE, missing_traits(state, is_inet6));
     for position in 0..MAX {
         if position as u32 >= list.len {
             break;
         }
-        let index = list.options[position];
-        let Some(option) = maps::option(index) else { break };
-        let bit = 1u64 << (index & 63);
-        let done = if option.traits & traits::ONCE != 0 { subject.state.settled & bit } else { 0 };
-        if option.traits & missing != 0 || (subject.state.yielded & bit) | done != 0 {
-            continue;
-        }
-        let Some(winner) = option.winner(rules) else { continue };
-        note(subject.state, bit, winner, set(index, winner, dry_run));
+        apply(list.options[position], rules, terms, state);
     }
 }
 
-/// The traits of options that this socket does not have.
-#[inline(always)]
-fn missing_traits(subject: &Subject<'_>) -> u8 {
-    let tcp = if subject.facts.protocol == protocol::TCP { 0 } else { traits::TCP };
-    tcp | if subject.is_inet6 { traits::INET } else { traits::INET6 }
+/// What applies to all options of a socket, as a number.
+#[derive(Clone, Copy)]
+pub(crate) struct Terms(u32);
+
+impl Terms {
+    const DRY_RUN: u32 = 0x100;
+
+    #[inline(always)]
+    fn new(is_dry_run: bool, missing_traits: u8) -> Self {
+        Self(u32::from(missing_traits) | if is_dry_run { Self::DRY_RUN } else { 0 })
+    }
+
+    #[inline(always)]
+    pub(crate) fn is_dry_run(self) -> bool {
+        self.0 & Self::DRY_RUN != 0
+    }
+
+    /// The traits of options that the socket does not have.
+    #[inline(always)]
+    fn missing_traits(self) -> u8 {
+        self.0 as u8
+    }
 }
 
-/// Counts an outcome, once for each socket.
+impl From<Terms> for u32 {
+    #[inline(always)]
+    fn from(terms: Terms) -> Self {
+        terms.0
+    }
+}
+
 #[inline(always)]
-fn note(state: &mut State, bit: u64, winner: u32, outcome: u32) {
-    if outcome == outcome::NONE {
+fn missing_traits(state: &State, is_inet6: bool) -> u8 {
+    let tcp = if state.facts.protocol == protocol::TCP { 0 } else { traits::TCP };
+    tcp | if is_inet6 { traits::INET } else { traits::INET6 }
+}
+
+/// Applies option number `index`: `set` is told the option and the setting, and gives an
+/// [`outcome`], which is noted and counted.
+#[inline(always)]
+pub(crate) fn apply_option(
+    index: u32,
+    rules: Candidates,
+    terms: Terms,
+    state: &mut State,
+    set: impl FnOnce(&Governed, &Setting, u32) -> u32,
+) {
+    let Some(option) = maps::option(index) else { return };
+    let bit = 1u64 << (index & 63);
+    let done = if option.traits & traits::ONCE != 0 { state.settled & bit } else { 0 };
+    if option.traits & terms.missing_traits() != 0 || (state.yielded & bit) | done != 0 {
         return;
     }
+    let Some(winner) = option.winner(rules) else { return };
+    let Some(setting) = maps::setting(winner) else { return };
+    if setting.form == form::SET {
+        note(state, bit, winner, set(option, setting, winner));
+    }
+}
+
+/// Notes and counts an outcome, once for each socket.
+#[inline(always)]
+fn note(state: &mut State, bit: u64, winner: u32, outcome: u32) {
     if outcome >= outcome::FAILED {
         if state.failed & bit == 0 {
             state.failed |= bit;
@@ -99,39 +137,60 @@ fn note(state: &mut State, bit: u64, winner: u32, outcome: u32) {
         }
     } else if state.settled & bit == 0 {
         state.settled |= bit;
-        count(winner, |counters| if outcome == outcome::SET { &mut counters.set } else { &mut counters.unchanged });
+        if outcome == outcome::SET {
+            count(winner, |counters| &mut counters.set);
+        } else {
+            count(winner, |counters| &mut counters.unchanged);
+        }
     }
 }
 
-/// Sets one option in sock_ops.
+/// Applies one option in sock_ops.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn set_turn(ctx: *mut bpf_sock_ops, index: u32, winner: u32, dry_run: u32, cookie: u64) -> u32 {
-    let Some(turn) = Turn::new(ctx) else { return outcome::NONE };
-    set_option(&turn, index, winner, dry_run != 0, cookie)
+pub(crate) extern "C" fn apply_turn(ctx: *mut bpf_sock_ops, index: u32, sure: u64, possible: u64, terms: u32) -> u32 {
+    if let Some(turn) = Turn::new(ctx) {
+        apply_by_helper(&turn, turn.sk(), index, Candidates { sure, possible }, Terms(terms));
+    }
+    0
 }
 
-/// Sets one option at bind or connect.
+/// Applies one option at bind or connect.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn set_addressed(
+pub(crate) extern "C" fn apply_addressed(
     ctx: *mut bpf_sock_addr,
     index: u32,
-    winner: u32,
-    dry_run: u32,
-    cookie: u64,
+    sure: u64,
+    possible: u64,
+    terms: u32,
 ) -> u32 {
-    let Some(socket) = Addressed::new(ctx) else { return outcome::NONE };
-    set_option(&socket, index, winner, dry_run != 0, cookie)
+    if let Some(socket) = Addressed::new(ctx) {
+        apply_by_helper(&socket, socket.sk(), index, Candidates { sure, possible }, Terms(terms));
+    }
+    0
 }
 
 #[inline(always)]
-fn set_option(socket: &impl Socket, index: u32, winner: u32, dry_run: bool, cookie: u64) -> u32 {
-    let Some(option) = maps::option(index) else { return outcome::NONE };
-    let Some(setting) = maps::setting(winner) else { return outcome::NONE };
-    if setting.form != form::SET {
-        return outcome::NONE;
-    }
+fn apply_by_helper(socket: &impl Socket, sk: *mut c_void, index: u32, rules: Candidates, terms: Terms) {
+    // SAFETY: the context's socket, checked for NULL.
+    let Some(state) = (unsafe { storage::state(sk) }) else { return };
+    let cookie = state.cookie;
+    apply_option(index, rules, terms, state, |option, setting, winner| {
+        set_option(socket, option, setting, winner, terms.is_dry_run(), cookie)
+    });
+}
+
+/// Sets an option through the helpers; gives the outcome.
+#[inline(always)]
+fn set_option(
+    socket: &impl Socket,
+    option: &Governed,
+    setting: &Setting,
+    winner: u32,
+    dry_run: bool,
+    cookie: u64,
+) -> u32 {
     let result = if option.kind == kind::TEXT {
         set_text(socket, option, setting, dry_run)
     } else {

@@ -3,7 +3,9 @@
 //! aya-ebpf's `SkStorage` takes only connect and sendmsg contexts and cannot ask for notes to be
 //! copied to accepted sockets, so the map is defined here.
 
-use abi::socket::State;
+use core::arch::asm;
+
+use abi::socket::{Facts, State, direction};
 use aya_ebpf::{
     bindings::{BPF_F_CLONE, BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_map_type::BPF_MAP_TYPE_SK_STORAGE},
     cty::c_void,
@@ -26,7 +28,7 @@ struct SocketStorage {
 unsafe impl Sync for SocketStorage {}
 
 /// Written and read by the programs only. Where the kernel has no memory for an entry, the socket
-/// is decided without notes; counted in [`abi::Losses::no_storage`].
+/// is left alone; counted in [`abi::Losses::no_storage`].
 #[unsafe(link_section = ".maps")]
 #[unsafe(no_mangle)]
 static SOCKETS: SocketStorage = SocketStorage {
@@ -61,4 +63,23 @@ pub(crate) unsafe fn state(sk: *mut c_void) -> Option<&'static mut State> {
     // SAFETY: not NULL, so it is this socket's value; two CPUs that write it at once can at worst
     // lose a note, and with it count a socket twice.
     Some(unsafe { &mut *state.cast::<State>() })
+}
+
+/// Notes what a hook knows of the socket. A direction once known stays.
+///
+/// The facts are then read from the notes, and so that they really are, the compiler is made to
+/// forget what it wrote there: the verifier does not look into the notes, and takes the many
+/// ways in which facts come to be known for one.
+#[inline(always)]
+pub(crate) fn learn(state: &'static mut State, facts: Facts) -> &'static mut State {
+    let direction = state.facts.direction;
+    state.facts = facts;
+    if facts.direction == direction::UNKNOWN {
+        state.facts.direction = direction;
+    }
+    let mut notes: *mut State = state;
+    // SAFETY: moves a register to itself.
+    unsafe { asm!("{notes} = {notes}", notes = inout(reg) notes, options(nostack, preserves_flags)) };
+    // SAFETY: it is still the same pointer, and the reference it was made of is not used again.
+    unsafe { &mut *notes }
 }

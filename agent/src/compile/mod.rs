@@ -198,7 +198,7 @@ fn selectors(rules: &[&Rule]) -> Selectors {
     let all = of(&|_| true);
     Selectors {
         all,
-        family: [of(&|rule| rule.selector.family.is_none()), family(Family::Ipv4), family(Family::Ipv6)],
+        family: [of(&|rule| rule.selector.family.is_none()), family(Family::Ipv4), family(Family::Ipv6), 0],
         protocol: [
             of(&|rule| rule.selector.protocols.is_empty()),
             protocol(Protocol::Tcp),
@@ -206,11 +206,14 @@ fn selectors(rules: &[&Rule]) -> Selectors {
             protocol(Protocol::Icmp),
             protocol(Protocol::Sctp),
             protocol(Protocol::Other),
+            0,
+            0,
         ],
         direction: [
             of(&|rule| rule.selector.direction.is_none()),
             direction(Direction::Outbound),
             direction(Direction::Inbound),
+            0,
         ],
         any_port,
         any_address,

@@ -27,12 +27,13 @@ pub struct Selectors {
     /// Every rule.
     pub all: u64,
     /// The rules that match a value of [`crate::socket::family`]. The entry of UNKNOWN holds the rules
-    /// that do not ask; the same goes for the next two.
-    pub family: [u64; 3],
+    /// that do not ask; the same goes for the next two. Their lengths are powers of two, so that a
+    /// masked index shows the verifier that it is in range.
+    pub family: [u64; 4],
     /// The rules that match a value of [`crate::socket::protocol`].
-    pub protocol: [u64; protocol::COUNT],
+    pub protocol: [u64; 8],
     /// The rules that match a value of [`crate::socket::direction`].
-    pub direction: [u64; 3],
+    pub direction: [u64; 4],
     /// By side: the rules that do not ask about the port.
     pub any_port: [u64; side::COUNT],
     /// By side: the rules that do not ask about the address.
@@ -42,7 +43,7 @@ pub struct Selectors {
     /// By side: whether any rule asks about the address (0 or 1).
     pub asks_address: [u32; side::COUNT],
 }
-shared!(Selectors, size 8 * (1 + 3 + protocol::COUNT + 3 + 2 + 2) + 4 * 4);
+shared!(Selectors, size 8 * (1 + 4 + 8 + 4 + 2 + 2) + 4 * 4);
 
 /// Which dimension a key of map `PREFIXES` belongs to.
 pub mod dimension {
@@ -97,34 +98,9 @@ pub struct Candidates {
 pub fn select(facts: &Facts, selectors: &Selectors, prefixes: &impl Prefixes) -> Candidates {
     let mut rules = Candidates { sure: selectors.all, possible: selectors.all };
 
-    // Constant indices: a variable one would have to be proven in range to the verifier.
-    rules.keep(
-        facts.family != family::UNKNOWN,
-        match facts.family {
-            family::IPV4 => selectors.family[1],
-            family::IPV6 => selectors.family[2],
-            _ => selectors.family[0],
-        },
-    );
-    rules.keep(
-        facts.protocol != protocol::UNKNOWN,
-        match facts.protocol {
-            protocol::TCP => selectors.protocol[1],
-            protocol::UDP => selectors.protocol[2],
-            protocol::ICMP => selectors.protocol[3],
-            protocol::SCTP => selectors.protocol[4],
-            protocol::OTHER => selectors.protocol[5],
-            _ => selectors.protocol[0],
-        },
-    );
-    rules.keep(
-        facts.direction != direction::UNKNOWN,
-        match facts.direction {
-            direction::OUTBOUND => selectors.direction[1],
-            direction::INBOUND => selectors.direction[2],
-            _ => selectors.direction[0],
-        },
-    );
+    rules.keep(facts.family != family::UNKNOWN, selectors.family[(facts.family & 3) as usize]);
+    rules.keep(facts.protocol != protocol::UNKNOWN, selectors.protocol[(facts.protocol & 7) as usize]);
+    rules.keep(facts.direction != direction::UNKNOWN, selectors.direction[(facts.direction & 3) as usize]);
 
     let remote = facts.known & known::REMOTE != 0;
     let local_port = facts.known & known::LOCAL_PORT != 0;

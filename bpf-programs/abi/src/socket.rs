@@ -26,8 +26,6 @@ pub mod protocol {
     pub const SCTP: u8 = 4;
     /// Raw sockets and every protocol without a name of its own here.
     pub const OTHER: u8 = 5;
-    /// One more than the largest.
-    pub const COUNT: usize = 6;
 }
 
 /// Values of [`Facts::direction`].
@@ -125,10 +123,11 @@ pub struct State {
     pub failed: u64,
     /// The socket's cookie, as in `ss -e` (SO_COOKIE); 0 until known.
     pub cookie: u64,
-    /// See [`direction`].
-    pub direction: u64,
+    /// What was last known of the socket. In memory that the verifier does not look into, so that
+    /// the many ways to come to know it are one to it afterwards.
+    pub facts: Facts,
 }
-shared!(State, size 8 * 5);
+shared!(State, size 8 * 4 + size_of::<Facts>());
 
 #[cfg(test)]
 mod tests {

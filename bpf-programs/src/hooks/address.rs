@@ -3,12 +3,12 @@
 
 use abi::{
     SETTABLE_MAX, site,
-    socket::{Facts, direction, protocol},
+    socket::{Facts, protocol},
 };
 use aya_ebpf::{helpers::generated::bpf_get_socket_cookie, macros::cgroup_sock_addr, programs::SockAddrContext};
 
 use crate::{
-    apply::{Subject, apply, set_addressed},
+    apply::{apply, apply_addressed},
     ctx::{Addressed, Socket as _},
     storage,
 };
@@ -45,7 +45,7 @@ fn bind(ctx: &SockAddrContext, inet6: bool) {
     let Some(socket) = Addressed::new(ctx.sock_addr) else { return };
     let facts = socket.bind_facts(inet6);
     let site = if facts.protocol == protocol::TCP { site::BIND_STREAM } else { site::BIND_DATAGRAM };
-    apply_at(site, &socket, &facts);
+    apply_at(site, &socket, facts);
 }
 
 #[inline(always)]
@@ -53,23 +53,19 @@ fn connect(ctx: &SockAddrContext, inet6: bool) {
     let Some(socket) = Addressed::new(ctx.sock_addr) else { return };
     let facts = socket.connect_facts(inet6);
     let site = if facts.protocol == protocol::TCP { site::CONNECT_STREAM } else { site::CONNECT_DATAGRAM };
-    apply_at(site, &socket, &facts);
+    apply_at(site, &socket, facts);
 }
 
 #[inline(always)]
-fn apply_at(site: u32, socket: &Addressed, facts: &Facts) {
+fn apply_at(site: u32, socket: &Addressed, facts: Facts) {
     // SAFETY: the context's socket, checked for NULL.
     let Some(state) = (unsafe { storage::state(socket.sk()) }) else { return };
     if state.cookie == 0 {
         // SAFETY: the helper takes this context.
         state.cookie = unsafe { bpf_get_socket_cookie(socket.as_ptr()) };
     }
-    if facts.direction == direction::OUTBOUND {
-        state.direction = direction::OUTBOUND.into();
-    }
-    let mut subject = Subject { facts, is_inet6: socket.is_inet6(), state };
-    let cookie = subject.state.cookie;
-    apply::<SETTABLE_MAX>(site, &mut subject, |index, winner, dry_run| {
-        set_addressed(socket.ctx(), index, winner, dry_run.into(), cookie)
+    let state = storage::learn(state, facts);
+    apply::<SETTABLE_MAX>(site, state, socket.is_inet6(), |index, rules, terms, _| {
+        apply_addressed(socket.ctx(), index, rules.sure, rules.possible, terms.into());
     });
 }

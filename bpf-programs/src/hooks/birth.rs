@@ -3,18 +3,21 @@
 //! No helper can set options here; the kernel lets a program write three fields of the new socket
 //! instead (`cg_sock_filter`'s `sock_filter_is_valid_access`, net/core/filter.c).
 
-use abi::{BIRTH_MAX, setting::form, site};
+use abi::{
+    BIRTH_MAX,
+    setting::{Governed, Setting},
+    site,
+};
 use aya_ebpf::{helpers::generated::bpf_get_socket_cookie, macros::cgroup_sock, programs::SockContext};
 
 use crate::{
-    apply::{Subject, apply, outcome},
+    apply::{apply, apply_option, outcome},
     ctx::{Birth, BirthFields},
-    maps, storage,
+    storage,
 };
 
 const SO_PRIORITY: i32 = 12;
 const SO_MARK: i32 = 36;
-const SO_BINDTOIFINDEX: i32 = 62;
 
 /// Lets every socket be made: 1 means "go on".
 #[cgroup_sock(sock_create)]
@@ -25,32 +28,27 @@ pub(crate) fn birth_apply(ctx: SockContext) -> i32 {
 
 #[inline(always)]
 fn try_birth_apply(birth: &Birth) {
-    let facts = birth.facts();
     // SAFETY: the context of cgroup/sock_create.
     let Some(state) = (unsafe { storage::state(birth.sk()) }) else { return };
     // SAFETY: as above.
     state.cookie = unsafe { bpf_get_socket_cookie(birth.sk()) };
-    // The options that only one family has are not among those of this site.
-    let mut subject = Subject { facts: &facts, is_inet6: false, state };
+    let state = storage::learn(state, birth.facts());
     let mut fields = birth.fields();
-    apply::<BIRTH_MAX>(site::BIRTH, &mut subject, |index, winner, dry_run| {
-        set_field(&mut fields, index, winner, dry_run)
+    // The options that only one family has are not among those of this site.
+    apply::<BIRTH_MAX>(site::BIRTH, state, false, |index, rules, terms, state| {
+        apply_option(index, rules, terms, state, |option, setting, _| {
+            set_field(&mut fields, option, setting, terms.is_dry_run())
+        });
     });
     birth.set_fields(&fields);
 }
 
 #[inline(always)]
-fn set_field(fields: &mut BirthFields, index: u32, winner: u32, dry_run: bool) -> u32 {
-    let Some(option) = maps::option(index) else { return outcome::NONE };
-    let Some(setting) = maps::setting(winner) else { return outcome::NONE };
-    if setting.form != form::SET {
-        return outcome::NONE;
-    }
+fn set_field(fields: &mut BirthFields, option: &Governed, setting: &Setting, dry_run: bool) -> u32 {
     let field = match option.key.name {
         SO_MARK => &mut fields.mark,
         SO_PRIORITY => &mut fields.priority,
-        SO_BINDTOIFINDEX => &mut fields.device,
-        _ => return outcome::NONE,
+        _ => &mut fields.device, // SO_BINDTOIFINDEX: the site has these three
     };
     let wanted = setting.apply_to(*field);
     if wanted == *field {

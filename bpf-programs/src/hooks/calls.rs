@@ -10,10 +10,11 @@ use abi::{
     mode,
     select::select,
     setting::{Governed, OptionKey, Setting, TEXT_LEN, Value, form, kind, on_conflict, read_back},
-    socket::{Facts, State},
+    socket::State,
 };
 use aya_ebpf::{
     Global,
+    bindings::bpf_sockopt,
     helpers::generated::{bpf_get_current_task, bpf_set_retval},
     macros::cgroup_sockopt,
     programs::SockoptContext,
@@ -47,65 +48,124 @@ const FAIL: i32 = 0;
 #[cgroup_sockopt(setsockopt)]
 pub(crate) fn set_judge(ctx: SockoptContext) -> i32 {
     let call = OptionCall::new(ctx.sockopt);
-    let Some(decision) = decide(&call) else {
+    let Some(governed) = Governance::find(ctx.sockopt) else {
         call.pass();
         return GO_ON;
     };
-    enact(&call, &decision)
+    let verdict = judge_call(ctx.sockopt, governed.index, governed.winner);
+    if verdict != u32::from(verdict::NONE) {
+        report_call(ctx.sockopt, governed.index, governed.winner, verdict);
+    }
+    enact(&call, governed, verdict)
 }
 
-/// A call that a setting governs, and what is to become of it.
-struct Decision<'a> {
-    setting: &'a Setting,
-    judgement: Judgement,
-    /// False in dry-run.
-    enforce: bool,
+/// Which option a call is about, and which setting governs it.
+#[derive(Clone, Copy)]
+struct Governance {
+    /// Of the option.
+    index: u32,
+    /// Index of the setting.
+    winner: u32,
 }
 
-/// Decides a call. `None` where it goes on as it is: nothing governs it, or it agrees.
+impl Governance {
+    /// `None` where nothing governs the call.
+    #[inline(always)]
+    fn find(ctx: *mut bpf_sockopt) -> Option<Self> {
+        let found = govern(ctx);
+        (found != 0).then_some(Self { index: found as u32, winner: (found >> 32) as u32 - 1 })
+    }
+
+    #[inline(always)]
+    fn option(self) -> Option<&'static Governed> {
+        maps::option(self.index)
+    }
+
+    #[inline(always)]
+    fn setting(self) -> Option<&'static Setting> {
+        maps::setting(self.winner)
+    }
+}
+
+// As in `apply`, the verifier checks each of the functions below once and on its own.
+
+/// Finds what governs a call: the option's index, and above it the setting's plus one; 0 for
+/// nothing.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn govern(ctx: *mut bpf_sockopt) -> u64 {
+    let call = OptionCall::new(ctx);
+    find_governance(&call).map_or(0, |found| u64::from(found.index) | (u64::from(found.winner) + 1) << 32)
+}
+
 #[inline(always)]
-fn decide(call: &OptionCall) -> Option<Decision<'static>> {
-    let config = maps::config()?;
-    let mut governed = govern(call)?;
-    let Governed { kind, traits, .. } = *governed.option;
-    let asked = Asked::read(kind, traits, call.len(), &call.argument())?;
-    let judgement = judge(kind, governed.setting, &asked);
-    let lets_application_win = governed.setting.form == form::SET && governed.setting.on_conflict == on_conflict::ALLOW;
-    if lets_application_win && let Some(state) = &mut governed.state {
-        let bit = 1u64 << (governed.index & 63);
-        if judgement.verdict == verdict::NONE {
-            state.yielded &= !bit;
-        } else {
-            state.yielded |= bit;
-        }
-    }
-    if judgement.verdict == verdict::NONE {
-        count(governed.winner, |counters| &mut counters.agreed);
-        return None;
-    }
+fn find_governance(call: &OptionCall) -> Option<Governance> {
+    let index = maps::option_index(OptionKey { level: call.level(), name: call.name() })?;
+    maps::config()?;
+    let facts = call.facts()?;
+    let state = storage::learn(state(call)?, facts);
+    let rules = select(&state.facts, maps::selectors()?, &PrefixMap);
+    Some(Governance { index, winner: maps::option(index)?.winner(rules)? })
+}
+
+#[inline(always)]
+fn state(call: &OptionCall) -> Option<&'static mut State> {
+    // SAFETY: the context's socket, which is never NULL.
+    unsafe { storage::state(call.sk()) }
+}
+
+/// Judges and counts a call; returns the verdict.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn judge_call(ctx: *mut bpf_sockopt, index: u32, winner: u32) -> u32 {
+    let call = OptionCall::new(ctx);
+    let Some(judgement) = judgement(&call, Governance { index, winner }) else { return verdict::NONE.into() };
     let verdict = judgement.verdict;
-    count(governed.winner, |counters| match verdict {
+    note_who_wins(&call, Governance { index, winner }, verdict);
+    count(winner, |counters| match verdict {
+        verdict::NONE => &mut counters.agreed,
         verdict::ALLOWED => &mut counters.verdicts[0],
         verdict::REWRITTEN => &mut counters.verdicts[1],
         verdict::CLAMPED => &mut counters.verdicts[2],
         verdict::IGNORED => &mut counters.verdicts[3],
         _ => &mut counters.verdicts[4],
     });
-    report(call, &governed, &asked, &judgement);
-    Some(Decision { setting: governed.setting, judgement, enforce: config.mode == mode::ENFORCE })
+    verdict.into()
+}
+
+/// `None` where the kernel will refuse the argument's length.
+#[inline(always)]
+fn judgement(call: &OptionCall, governed: Governance) -> Option<Judgement> {
+    let Governed { kind, traits, .. } = *governed.option()?;
+    let asked = Asked::read(kind, traits, call.len(), &call.argument())?;
+    Some(judge(kind, governed.setting()?, &asked))
+}
+
+/// Where the policy lets the application win, it is not to be overruled at a later hook.
+#[inline(always)]
+fn note_who_wins(call: &OptionCall, governed: Governance, verdict: u8) {
+    let Some(setting) = governed.setting() else { return };
+    if setting.form != form::SET || setting.on_conflict != on_conflict::ALLOW {
+        return;
+    }
+    let Some(state) = state(call) else { return };
+    let bit = 1u64 << (governed.index & 63);
+    if verdict == verdict::NONE {
+        state.yielded &= !bit;
+    } else {
+        state.yielded |= bit;
+    }
 }
 
 /// Does what was decided.
 #[inline(always)]
-fn enact(call: &OptionCall, decision: &Decision<'_>) -> i32 {
-    if !decision.enforce {
-        call.pass();
-        return GO_ON;
-    }
-    match decision.judgement.verdict {
+fn enact(call: &OptionCall, governed: Governance, verdict: u32) -> i32 {
+    let is_enforced = maps::config().is_some_and(|config| config.mode == mode::ENFORCE);
+    match if is_enforced { verdict as u8 } else { verdict::NONE } {
         verdict::REWRITTEN | verdict::CLAMPED => {
-            let given = &decision.judgement.given;
-            if !call.replace(given.words, given.len) {
+            let is_replaced = judgement(call, governed)
+                .is_some_and(|judgement| call.replace(judgement.given.words, judgement.given.len));
+            if !is_replaced {
                 call.pass();
             }
             GO_ON
@@ -116,9 +176,11 @@ fn enact(call: &OptionCall, decision: &Decision<'_>) -> i32 {
         }
         verdict::DENIED => {
             call.pass();
-            if CAN_SET_RETVAL.load() != 0 {
+            if CAN_SET_RETVAL.load() != 0
+                && let Some(setting) = governed.setting()
+            {
                 // SAFETY: takes a number.
-                unsafe { bpf_set_retval(-i32::from(decision.setting.errno)) };
+                unsafe { bpf_set_retval(-i32::from(setting.errno)) };
             }
             FAIL
         }
@@ -129,50 +191,25 @@ fn enact(call: &OptionCall, decision: &Decision<'_>) -> i32 {
     }
 }
 
-/// The setting that governs a call, and the socket.
-struct GovernedCall {
-    option: &'static Governed,
-    /// Of `option`.
-    index: u32,
-    setting: &'static Setting,
-    /// Index of `setting`.
-    winner: u32,
-    facts: Facts,
-    state: Option<&'static mut State>,
-}
-
-#[inline(always)]
-fn govern(call: &OptionCall) -> Option<GovernedCall> {
-    let index = maps::option_index(OptionKey { level: call.level(), name: call.name() })?;
-    let option = maps::option(index)?;
-    let mut facts = call.facts()?;
-    // SAFETY: the context's socket, which is never NULL.
-    let state = unsafe { storage::state(call.sk()) };
-    if facts.direction == 0
-        && let Some(state) = &state
-    {
-        facts.direction = state.direction as u8;
-    }
-    let rules = select(&facts, maps::selectors()?, &PrefixMap);
-    let winner = option.winner(rules)?;
-    Some(GovernedCall { option, index, setting: maps::setting(winner)?, winner, facts, state })
-}
-
-/// Leaves the decision for the audit to report, or reports it.
-#[inline(always)]
-fn report(ctx: &OptionCall, governed: &GovernedCall, asked: &Asked, judgement: &Judgement) {
+/// Leaves a verdict for the audit to report, or reports it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn report_call(ctx: *mut bpf_sockopt, index: u32, winner: u32, verdict: u32) -> u32 {
+    let call = OptionCall::new(ctx);
+    let governed = Governance { index, winner };
     // SAFETY: has no arguments.
-    let task = unsafe { bpf_get_current_task() };
-    if let Some(record) = maps::call(task) {
-        note(record, ctx, governed, asked, judgement);
-        return;
+    if let Some(record) = maps::call(unsafe { bpf_get_current_task() }) {
+        fill(record, &call, governed, verdict);
+        return 0;
     }
-    let head = Head { key: governed.option.key, call: call::SETSOCKOPT, source: source::HOOK, result: 0 };
-    emit::conflict(head, governed.winner, judgement.verdict.into(), caller(), |record| {
+    let Some(option) = governed.option() else { return 0 };
+    let head = Head { key: option.key, call: call::SETSOCKOPT, source: source::HOOK, result: 0 };
+    emit::conflict(head, winner, verdict, caller(), |record| {
         record.fd = -1;
-        record.asked = Value::new(ctx.argument(), ctx.len() as u32);
-        note(record, ctx, governed, asked, judgement);
+        record.asked = Value::new(call.argument(), call.len() as u32);
+        fill(record, &call, governed, verdict);
     });
+    0
 }
 
 /// The task that makes the call, where this kernel tells.
@@ -181,34 +218,45 @@ fn caller() -> Task {
     if CAN_SEE_TASK.load() != 0 { Task::current() } else { Task::UNKNOWN }
 }
 
+/// Completes the record of a call that an application made to set an option.
 #[inline(always)]
-fn note(record: &mut Call, ctx: &OptionCall, governed: &GovernedCall, asked: &Asked, judgement: &Judgement) {
-    record.flags |= flags::SOCKET | flags::DECIDED;
-    record.setting = governed.winner;
-    record.verdict = judgement.verdict.into();
-    record.given = judgement.given;
-    record.wanted = Value::wanted(governed.option.kind, governed.setting, asked);
-    record.facts = governed.facts;
-    record.cookie = governed.state.as_ref().map_or(0, |state| state.cookie);
-    if let Some(before) = read_before(ctx, governed) {
+fn fill(record: &mut Call, call: &OptionCall, governed: Governance, verdict: u32) {
+    let (Some(option), Some(setting)) = (governed.option(), governed.setting()) else { return };
+    let argument = call.argument();
+    if let Some(asked) = Asked::read(option.kind, option.traits, call.len(), &argument) {
+        record.given = judge(option.kind, setting, &asked).given;
+        record.wanted = Value::wanted(option.kind, setting, &asked);
+    }
+    fill_socket(record, call, governed, verdict);
+    if let Some(before) = read_before(call, option) {
         record.before = before;
         record.flags |= flags::BEFORE;
     }
 }
 
+#[inline(always)]
+fn fill_socket(record: &mut Call, call: &OptionCall, governed: Governance, verdict: u32) {
+    record.flags |= flags::SOCKET | flags::DECIDED;
+    record.setting = governed.winner;
+    record.verdict = verdict;
+    if let Some(state) = state(call) {
+        record.facts = state.facts;
+        record.cookie = state.cookie;
+    }
+}
+
 /// The option's value before the call, where this kernel lets us read it.
 #[inline(always)]
-fn read_before(ctx: &OptionCall, governed: &GovernedCall) -> Option<Value> {
-    let option = governed.option;
+fn read_before(call: &OptionCall, option: &Governed) -> Option<Value> {
     if CAN_GET.load() == 0 || option.read_back == read_back::NONE {
         return None;
     }
     let mut words = [0; 2];
     if option.kind == kind::TEXT {
-        ctx.get(option.key.level, option.key.name, &mut words, TEXT_LEN as i32).ok()?;
+        call.get(option.key.level, option.key.name, &mut words, TEXT_LEN as i32).ok()?;
         return Some(Value::text(words));
     }
-    ctx.get(option.key.level, option.key.name, &mut words, 4).ok()?;
+    call.get(option.key.level, option.key.name, &mut words, 4).ok()?;
     Some(Value::new(words, 4))
 }
 
@@ -216,50 +264,70 @@ fn read_before(ctx: &OptionCall, governed: &GovernedCall) -> Option<Value> {
 #[cgroup_sockopt(getsockopt)]
 pub(crate) fn get_compare(ctx: SockoptContext) -> i32 {
     let call = OptionCall::new(ctx.sockopt);
-    if call.retval() == 0 {
-        compare(&call);
+    if call.retval() == 0
+        && let Some(governed) = Governance::find(ctx.sockopt)
+        && compare_read(ctx.sockopt, governed.index, governed.winner) != 0
+    {
+        report_read(ctx.sockopt, governed.index, governed.winner);
     }
     call.pass();
     GO_ON
 }
 
+/// What a read would show if the policy held, and what it shows.
 #[inline(always)]
-fn compare(ctx: &OptionCall) -> Option<()> {
-    maps::config()?;
-    let governed = govern(ctx)?;
-    let option = governed.option;
-    if governed.setting.form != form::SET || option.read_back == read_back::NONE {
+fn shown(call: &OptionCall, governed: Governance) -> Option<Asked> {
+    let option = governed.option()?;
+    if governed.setting()?.form != form::SET || option.read_back == read_back::NONE {
         return None;
     }
-    let shown = Value::new(ctx.argument(), ctx.len() as u32);
-    let asked = Asked::read(option.kind, option.traits, ctx.len(), &shown.words)?;
-    let expected = match option.read_back {
-        read_back::DOUBLED => Asked { number: asked.number / 2, ..asked },
-        _ => asked,
-    };
-    if judge(option.kind, governed.setting, &expected).verdict == verdict::NONE {
-        return None;
+    let shown = Asked::read(option.kind, option.traits, call.len(), &call.argument())?;
+    Some(match option.read_back {
+        read_back::DOUBLED => Asked { number: shown.number / 2, ..shown },
+        _ => shown,
+    })
+}
+
+/// Whether a read shows another value than the policy wants; counts it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn compare_read(ctx: *mut bpf_sockopt, index: u32, winner: u32) -> u32 {
+    let call = OptionCall::new(ctx);
+    let governed = Governance { index, winner };
+    let (Some(option), Some(setting)) = (governed.option(), governed.setting()) else { return 0 };
+    let Some(shown) = shown(&call, governed) else { return 0 };
+    if judge(option.kind, setting, &shown).verdict == verdict::NONE {
+        return 0;
     }
-    count(governed.winner, |counters| &mut counters.reads);
-    let fill = |record: &mut Call| {
-        record.flags |= flags::SOCKET | flags::DECIDED;
-        record.setting = governed.winner;
-        record.verdict = verdict::ALLOWED.into();
-        record.asked = shown;
-        record.wanted = Value::wanted(option.kind, governed.setting, &expected);
-        record.facts = governed.facts;
-        record.cookie = governed.state.as_ref().map_or(0, |state| state.cookie);
-    };
+    count(winner, |counters| &mut counters.reads);
+    1
+}
+
+/// Leaves what a read showed for the audit to report, or reports it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn report_read(ctx: *mut bpf_sockopt, index: u32, winner: u32) -> u32 {
+    let call = OptionCall::new(ctx);
+    let governed = Governance { index, winner };
     // SAFETY: has no arguments.
-    let task = unsafe { bpf_get_current_task() };
-    if let Some(record) = maps::call(task) {
-        fill(record);
-        return Some(());
+    if let Some(record) = maps::call(unsafe { bpf_get_current_task() }) {
+        fill_read(record, &call, governed);
+        return 0;
     }
+    let Some(option) = governed.option() else { return 0 };
     let head = Head { key: option.key, call: call::GETSOCKOPT, source: source::HOOK, result: 0 };
-    emit::conflict(head, governed.winner, verdict::ALLOWED.into(), caller(), |record| {
+    emit::conflict(head, winner, verdict::ALLOWED.into(), caller(), |record| {
         record.fd = -1;
-        fill(record);
+        fill_read(record, &call, governed);
     });
-    Some(())
+    0
+}
+
+#[inline(always)]
+fn fill_read(record: &mut Call, call: &OptionCall, governed: Governance) {
+    record.asked = Value::new(call.argument(), call.len() as u32);
+    if let (Some(option), Some(setting), Some(shown)) = (governed.option(), governed.setting(), shown(call, governed)) {
+        record.wanted = Value::wanted(option.kind, setting, &shown);
+    }
+    fill_socket(record, call, governed, verdict::ALLOWED.into());
 }

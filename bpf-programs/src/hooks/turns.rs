@@ -15,7 +15,7 @@ use aya_ebpf::{
 };
 
 use crate::{
-    apply::{Subject, apply, set_turn},
+    apply::{apply, apply_turn},
     ctx::{Socket as _, Turn},
     storage,
 };
@@ -48,11 +48,8 @@ fn try_turn_apply(ctx: &SockOpsContext) {
         // SAFETY: the helper takes this context.
         state.cookie = unsafe { bpf_get_socket_cookie(turn.as_ptr()) };
     }
-    state.direction = direction.into();
-    let facts = turn.facts(direction, peer);
-    let mut subject = Subject { facts: &facts, is_inet6: turn.is_inet6(), state };
-    let cookie = subject.state.cookie;
-    apply::<SETTABLE_MAX>(site, &mut subject, |index, winner, dry_run| {
-        set_turn(ctx.ops, index, winner, dry_run.into(), cookie)
+    let state = storage::learn(state, turn.facts(direction, peer));
+    apply::<SETTABLE_MAX>(site, state, turn.is_inet6(), |index, rules, terms, _| {
+        apply_turn(ctx.ops, index, rules.sure, rules.possible, terms.into());
     });
 }
