@@ -10,7 +10,7 @@ use abi::{
     mode,
     select::{Candidates, select},
     setting::{Governed, Setting, TEXT_LEN, Value, form, kind, read_back, traits, word_in, words_of},
-    socket::{State, protocol},
+    socket::{State, family, protocol},
 };
 use aya_ebpf::{
     bindings::{bpf_sock_addr, bpf_sock_ops},
@@ -98,7 +98,13 @@ impl From<Terms> for u32 {
 #[inline(always)]
 fn missing_traits(state: &State, is_inet6: bool) -> u8 {
     let tcp = if state.facts.protocol == protocol::TCP { 0 } else { traits::TCP };
-    tcp | if is_inet6 { traits::INET } else { traits::INET6 }
+    let family = match (is_inet6, state.facts.family) {
+        (false, _) => traits::INET6,
+        // Not all kernels let programs set IPv4's options on such a socket: then it counts as failed.
+        (true, family::IPV4) => 0,
+        (true, _) => traits::INET,
+    };
+    tcp | family
 }
 
 /// Applies option number `index`: `set` is told the option and the setting, and gives an

@@ -383,9 +383,15 @@ impl OptionCall {
         if value.wrapping_add(TEXT_LEN) <= end {
             // SAFETY: within the buffer by the comparison above, as the verifier sees too.
             unsafe { value.cast::<Words>().read_unaligned() }
+        } else if value.wrapping_add(8) <= end {
+            // SAFETY: as above.
+            [unsafe { value.cast::<u64>().read_unaligned() }, 0]
         } else if value.wrapping_add(4) <= end {
             // SAFETY: as above.
             words_of(unsafe { value.cast::<u32>().read_unaligned() })
+        } else if value.wrapping_add(1) <= end {
+            // SAFETY: as above.
+            words_of(unsafe { value.read() }.into())
         } else {
             [0; 2]
         }

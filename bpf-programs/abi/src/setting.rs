@@ -37,7 +37,8 @@ pub mod kind {
 pub mod traits {
     /// Exists on TCP sockets only.
     pub const TCP: u8 = 1;
-    /// Exists on AF_INET sockets only.
+    /// Matters to IPv4 traffic only: that of AF_INET sockets, and of AF_INET6 sockets with an
+    /// IPv4-mapped peer.
     pub const INET: u8 = 2;
     /// Exists on AF_INET6 sockets only.
     pub const INET6: u8 = 4;

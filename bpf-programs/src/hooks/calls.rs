@@ -281,6 +281,10 @@ fn shown(call: &OptionCall, governed: Governance) -> Option<Asked> {
     if governed.setting()?.form != form::SET || option.read_back == read_back::NONE {
         return None;
     }
+    if option.kind == kind::TEXT && call.len() < TEXT_LEN as i32 {
+        // A caller without room for the whole name was shown a part of it.
+        return None;
+    }
     let shown = Asked::read(option.kind, option.traits, call.len(), &call.argument())?;
     Some(match option.read_back {
         read_back::DOUBLED => Asked { number: shown.number / 2, ..shown },
