@@ -67,15 +67,19 @@ impl Enclosure {
     pub fn make(mount: &Mount) -> Result<Self, EnclosureError> {
         let home = mount.own()?;
         let path = home.path.join(format!("sockpolicy-{}", std::process::id()));
-        fs::create_dir(&path).map_err(|source| EnclosureError::Make { path: path.clone(), source })?;
-        let made = start_guard(&path, &home.path)
-            .map_err(|source| EnclosureError::Guard { path: path.clone(), source })
-            .and_then(|guard| Ok((mount.open(&path)?, guard)));
-        match made {
-            Ok((cgroup, guard)) => Ok(Self { cgroup, guard }),
+        // Before there is anything to guard: from its first moment on, the cgroup has somebody to remove it.
+        let mut guard =
+            start_guard(&path, &home.path).map_err(|source| EnclosureError::Guard { path: path.clone(), source })?;
+        let made = fs::create_dir(&path).map_err(|source| EnclosureError::Make { path: path.clone(), source });
+        if made.is_err() {
+            // One that is there already is somebody else's, and not to be removed.
+            let _ = guard.kill();
+        }
+        match made.and_then(|()| Ok(mount.open(&path)?)) {
+            Ok(cgroup) => Ok(Self { cgroup, guard }),
             Err(error) => {
-                // Nobody is in it yet.
-                let _ = fs::remove_dir(&path);
+                // Closes its standard input first.
+                let _ = guard.wait();
                 Err(error)
             }
         }
@@ -159,6 +163,7 @@ fn start_guard(cgroup: &Path, home: &Path) -> io::Result<Child> {
 ///
 /// The reason, in words.
 pub fn guard(cgroup: &Path, home: &Path) -> Result<(), String> {
+    close_inherited();
     let mut ignored = SigSet::all();
     ignored.remove(Signal::SIGKILL);
     sigprocmask(SigmaskHow::SIG_BLOCK, Some(&ignored), None).map_err(|error| error.to_string())?;
@@ -175,14 +180,24 @@ pub fn guard(cgroup: &Path, home: &Path) -> Result<(), String> {
     }
 }
 
+/// Lets go of what whoever started sockpolicy left open for the command.
+fn close_inherited() {
+    const FIRST: libc::c_uint = libc::STDERR_FILENO as libc::c_uint + 1;
+    // SAFETY: nothing of this process has opened anything yet. Not by the C library's function, which older ones
+    // do not have.
+    unsafe { libc::syscall(libc::SYS_close_range, FIRST, libc::c_uint::MAX, 0) };
+}
+
 /// Moves everybody out of a cgroup and those below it, and removes them.
 fn remove_tree(cgroup: &Path, home: &Path) -> io::Result<()> {
+    let tree = tree(cgroup);
+    // All of them first: the members of threaded cgroups are listed further up only.
+    for process in tree.iter().flat_map(|path| processes(path)) {
+        // One that has just ended cannot be moved, and need not be.
+        let _ = fs::write(home.join("cgroup.procs"), &process);
+    }
     // Children come after their parents.
-    for path in tree(cgroup).iter().rev() {
-        for process in processes(path) {
-            // One that has just ended cannot be moved, and need not be.
-            let _ = fs::write(home.join("cgroup.procs"), &process);
-        }
+    for path in tree.iter().rev() {
         match fs::remove_dir(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}

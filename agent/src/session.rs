@@ -19,7 +19,7 @@ use crate::{
         tcp,
     },
     kernel::{Backend, BackendChoice, KernelError, Object},
-    policy::model::{Errno, Mode, Policy},
+    policy::model::{Calls, Errno, Mode, Policy},
     report::{Report, Summary, errno_name},
 };
 
@@ -92,7 +92,10 @@ impl Session {
             check_errnos(&desired)?;
         }
         object.attach(&desired, &targets)?;
-        let backend = object.attach_audit(backend)?;
+        let backend = object.attach_audit(&desired, backend)?;
+        if backend.is_none() && desired.audit.calls != Calls::Conflicts {
+            log::warn!("without an audit only conflicts are seen: the policy's `calls` has no effect");
+        }
         object.enable(&desired, &targets)?;
         Ok(Self {
             object,
@@ -146,7 +149,16 @@ impl Session {
         Ok(())
     }
 
-    /// Sums up and takes the policy out of force.
+    /// Takes the policy out of force, so that what there is to drain comes to an end.
+    ///
+    /// # Errors
+    ///
+    /// Where the configuration cannot be written.
+    pub fn end(&mut self) -> Result<(), SessionError> {
+        Ok(self.object.disable()?)
+    }
+
+    /// Sums up, and removes the programs.
     ///
     /// # Errors
     ///

@@ -1,5 +1,7 @@
 //! The rules of ARCHITECTURE.md that a compiler does not check.
 
+#![expect(clippy::unwrap_used, reason = "a test that panics is a test that fails")]
+
 use std::{
     fs,
     path::{Path, PathBuf},

@@ -2,7 +2,7 @@
 
 use std::{
     convert::Infallible,
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     io,
     os::{fd::AsFd, unix::process::ExitStatusExt},
     path::PathBuf,
@@ -31,7 +31,7 @@ use crate::{
 };
 
 /// Exit status where sockpolicy itself failed, as of `env` and `timeout`.
-const OURS: u8 = 125;
+pub(super) const OURS: u8 = 125;
 /// The command cannot be run.
 const NOT_EXECUTABLE: u8 = 126;
 /// The command was not found.
@@ -82,8 +82,13 @@ enum ExecError {
     Session(#[from] SessionError),
     #[error("cannot watch for signals and events: {0}")]
     Watch(#[from] io::Error),
-    #[error("cannot run {}: {source}{}", command.display(), spawn_help(source))]
+    #[error("cannot run {}: {source}{}", shown(command), spawn_help(source))]
     Spawn { command: OsString, source: io::Error },
+}
+
+/// A command's name, visible also where it is empty.
+fn shown(command: &OsStr) -> String {
+    if command.is_empty() { "``".to_owned() } else { command.display().to_string() }
 }
 
 fn spawn_help(error: &io::Error) -> &'static str {
@@ -125,15 +130,16 @@ impl Exec {
         let enclosure = Enclosure::make(&mount)?;
         let target = mount.open(&enclosure.cgroup.path)?;
         let mut session = Session::start(desired, vec![target], mount, self.audit_backend)?;
-        unless_closed(writer.announce(&session))?;
+        unless_closed(writer.announce(&session)).map_err(|source| self.report_error(source))?;
 
         let mut child = self.spawn(&enclosure, &signals)?;
         let status = follow(&mut child, &mut session, &mut signals, &mut writer)?;
+        session.end()?;
         drain(&mut session, &mut writer);
         let left = enclosure.population();
         let summary = session.finish()?;
         let conflicts = summary.conflicts();
-        unless_closed(writer.summary(&summary))?;
+        unless_closed(writer.summary(&summary)).map_err(|source| self.report_error(source))?;
         if left > 0 {
             log::warn!("{left} processes outlived the command; they go on without the policy");
         }
@@ -149,6 +155,11 @@ impl Exec {
             Some(path) => Writer::to_file(self.output, self.quiet, path),
             None => Ok(Writer::new(self.output, self.quiet, io::stderr())),
         }
+    }
+
+    fn report_error(&self, source: io::Error) -> ReportError {
+        let place = self.report.as_ref().map_or_else(|| "standard error".to_owned(), |path| path.display().to_string());
+        ReportError { place, source }
     }
 
     fn spawn(&self, enclosure: &Enclosure, signals: &Signals) -> Result<Child, ExecError> {

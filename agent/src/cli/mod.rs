@@ -12,6 +12,7 @@ mod run;
 mod signals;
 
 use std::{
+    env,
     error::Error,
     io::{self, Write},
     path::PathBuf,
@@ -58,7 +59,11 @@ enum Command {
 #[must_use]
 pub fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::new().filter_or("SOCKPOLICY_LOG", "warn")).init();
-    match Arguments::parse().command {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => return tell_usage(&error),
+    };
+    match arguments.command {
         Command::Check(check) => check.run(),
         Command::Exec(exec) => exec.run(),
         Command::Run(run) => run.run(),
@@ -73,6 +78,17 @@ pub fn main() -> ExitCode {
         },
         Command::Sample => doctor::sample(),
     }
+}
+
+/// Says how the program is to be called; help that was asked for is no failure.
+fn tell_usage(error: &clap::Error) -> ExitCode {
+    // Nobody is there to read it.
+    let _ = error.print();
+    if !error.use_stderr() {
+        return ExitCode::SUCCESS;
+    }
+    let is_exec = env::args_os().nth(1).is_some_and(|command| command == "exec");
+    if is_exec { exec::OURS.into() } else { FAILURE.into() }
 }
 
 /// Says what went wrong, on standard error.

@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     io::{self, BufWriter, Write},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use crate::{events::Event, report::Summary, session::Session};
@@ -27,10 +27,10 @@ pub(super) struct Writer {
 }
 
 #[derive(Debug, thiserror::Error)]
-#[error("cannot write the report to {}: {source}", path.display())]
+#[error("cannot write the report to {place}: {source}")]
 pub(super) struct ReportError {
-    path: PathBuf,
-    source: io::Error,
+    pub(super) place: String,
+    pub(super) source: io::Error,
 }
 
 impl Writer {
@@ -40,7 +40,7 @@ impl Writer {
 
     /// Writes to a file, made anew.
     pub(super) fn to_file(format: Format, quiet: bool, path: &Path) -> Result<Self, ReportError> {
-        let file = File::create(path).map_err(|source| ReportError { path: path.to_owned(), source })?;
+        let file = File::create(path).map_err(|source| ReportError { place: path.display().to_string(), source })?;
         Ok(Self::new(format, quiet, BufWriter::new(file)))
     }
 

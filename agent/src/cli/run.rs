@@ -103,6 +103,8 @@ impl Run {
         log::info!("in force on {}", names.join(", "));
         writer.announce(&session).map_err(RunError::Write)?;
         watch(&mut session, &mut signals, &mut writer)?;
+        session.end()?;
+        session.drain(|event| writer.event(event)).map_err(RunError::Write)?;
         let summary = session.finish()?;
         writer.summary(&summary).map_err(RunError::Write)?;
         Ok(summary.conflicts())
@@ -156,7 +158,9 @@ fn watch(session: &mut Session, signals: &mut Signals, writer: &mut Writer) -> R
         }
         let mut is_over = false;
         while let Some(received) = signals.next().map_err(RunError::Watch)? {
-            is_over |= matches!(received.signal, Signal::SIGINT | Signal::SIGTERM | Signal::SIGHUP | Signal::SIGQUIT);
+            let asks_for_end =
+                matches!(received.signal, Signal::SIGINT | Signal::SIGTERM | Signal::SIGHUP | Signal::SIGQUIT);
+            is_over |= asks_for_end && !received.was_ignored;
         }
         session.drain(|event| writer.event(event)).map_err(RunError::Write)?;
         writer.flush().map_err(RunError::Write)?;

@@ -19,7 +19,10 @@ use abi::{
 };
 
 pub use self::json::SCHEMA;
-use crate::{compile::Desired, options};
+use crate::{
+    compile::Desired,
+    options::{self, ValueKind},
+};
 
 /// One report.
 #[derive(Clone, Debug)]
@@ -260,7 +263,7 @@ fn now(event: &raw::Event, kind: Kind, source: Source) -> Value {
         if source == Source::Hook || !is_kept {
             Value::UNKNOWN
         } else if event.result == 0 {
-            value
+            kept(call.key, value)
         } else {
             before
         }
@@ -275,6 +278,13 @@ fn now(event: &raw::Event, kind: Kind, source: Source) -> Value {
             (Deed::Ignored | Deed::Denied, false) => before,
         },
     }
+}
+
+/// What the kernel makes of a value that it accepts: all that is not 0 switches an option on.
+fn kept(key: OptionKey, value: Value) -> Value {
+    let is_switch = options::by_key(key).is_some_and(|option| option.value == ValueKind::Bool);
+    let is_on = value.bytes().iter().take(4).any(|byte| *byte != 0);
+    if is_switch && value.len > 0 { Value::int(is_on.into()) } else { value }
 }
 
 fn cause(desired: &Desired, setting: u32) -> Option<Cause> {

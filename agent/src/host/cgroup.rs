@@ -16,15 +16,15 @@ use std::{
 };
 
 use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
-use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, fstatfs};
+use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, TMPFS_MAGIC, fstatfs, statfs};
 
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
     #[error(
         "cgroup2 is not mounted on this host\n  help: mount it, and run this again: \
-         mkdir -p /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified"
+         mkdir -p {place} && mount -t cgroup2 none {place}"
     )]
-    NotMounted,
+    NotMounted { place: &'static str },
     #[error("cannot read {path}: {source}")]
     Proc { path: &'static str, source: io::Error },
     #[error(
@@ -81,7 +81,7 @@ impl Mount {
     pub fn find() -> Result<Self, CgroupError> {
         const PATH: &str = "/proc/self/mountinfo";
         let mountinfo = fs::read(PATH).map_err(|source| CgroupError::Proc { path: PATH, source })?;
-        mountinfo.split(|byte| *byte == b'\n').find_map(parse_mount).ok_or(CgroupError::NotMounted)
+        mountinfo.split(|byte| *byte == b'\n').find_map(parse_mount).ok_or_else(not_mounted)
     }
 
     /// Opens the cgroup at a path: absolute in the file system, or relative to the mount.
@@ -159,6 +159,12 @@ impl Mount {
             .map(|entry| below.join(entry.file_name()))
             .collect())
     }
+}
+
+/// Says where it belongs: beside the hierarchies of version 1, where there are any.
+fn not_mounted() -> CgroupError {
+    let has_v1 = statfs("/sys/fs/cgroup").is_ok_and(|stat| stat.filesystem_type() == TMPFS_MAGIC);
+    CgroupError::NotMounted { place: if has_v1 { "/sys/fs/cgroup/unified" } else { "/sys/fs/cgroup" } }
 }
 
 fn glob_set(patterns: &[String]) -> Result<GlobSet, CgroupError> {

@@ -1,6 +1,6 @@
 //! The audit's backends: how setsockopt and getsockopt calls are seen.
 
-use std::fmt;
+use std::{fmt, path::Path};
 
 use aya::{
     Ebpf,
@@ -62,23 +62,20 @@ impl Backend {
         }
     }
 
-    /// Exits first: an entry without its exit would be noted and never reported.
-    fn probes(self) -> [Probe; 4] {
+    /// Those for getsockopt only if `reads`. Exits first: an entry without its exit would be noted and never reported.
+    fn probes(self, reads: bool) -> Vec<Probe> {
         let probe = |program, point| Probe { program, point };
-        match self {
+        let [sets, gets] = match self {
             Self::Kprobe => [
-                probe("kretprobe_set", "__sys_setsockopt"),
-                probe("kretprobe_get", "__sys_getsockopt"),
-                probe("kprobe_set", "__sys_setsockopt"),
-                probe("kprobe_get", "__sys_getsockopt"),
+                [probe("kretprobe_set", "__sys_setsockopt"), probe("kprobe_set", "__sys_setsockopt")],
+                [probe("kretprobe_get", "__sys_getsockopt"), probe("kprobe_get", "__sys_getsockopt")],
             ],
             Self::Tracepoint => [
-                probe("trace_set_exit", "sys_exit_setsockopt"),
-                probe("trace_get_exit", "sys_exit_getsockopt"),
-                probe("trace_set", "sys_enter_setsockopt"),
-                probe("trace_get", "sys_enter_getsockopt"),
+                [probe("trace_set_exit", "sys_exit_setsockopt"), probe("trace_set", "sys_enter_setsockopt")],
+                [probe("trace_get_exit", "sys_exit_getsockopt"), probe("trace_get", "sys_enter_getsockopt")],
             ],
-        }
+        };
+        sets.into_iter().chain(gets.into_iter().filter(|_| reads)).collect()
     }
 }
 
@@ -88,22 +85,22 @@ impl fmt::Display for Backend {
     }
 }
 
-/// Attaches the backend of choice; gives the one that was taken.
-pub(super) fn attach(ebpf: &mut Ebpf, choice: BackendChoice) -> Result<Option<Backend>, KernelError> {
+/// Attaches the backend of choice, for getsockopt too if `reads`; gives the one that was taken.
+pub(super) fn attach(ebpf: &mut Ebpf, choice: BackendChoice, reads: bool) -> Result<Option<Backend>, KernelError> {
     let backend = match choice {
         BackendChoice::None => return Ok(None),
-        BackendChoice::Auto => return attach_best(ebpf),
+        BackendChoice::Auto => return attach_best(ebpf, reads),
         BackendChoice::Kprobe => Backend::Kprobe,
         BackendChoice::Tracepoint => Backend::Tracepoint,
     };
-    attach_backend(ebpf, backend).map_err(|reason| KernelError::Backend { backend, reason })?;
+    attach_backend(ebpf, backend, reads).map_err(|reason| KernelError::Backend { backend, reason })?;
     Ok(Some(backend))
 }
 
-fn attach_best(ebpf: &mut Ebpf) -> Result<Option<Backend>, KernelError> {
+fn attach_best(ebpf: &mut Ebpf, reads: bool) -> Result<Option<Backend>, KernelError> {
     let mut reasons = Vec::new();
     for backend in Backend::ALL {
-        match attach_backend(ebpf, backend) {
+        match attach_backend(ebpf, backend, reads) {
             Ok(()) => return Ok(Some(backend)),
             Err(reason) => {
                 log::debug!("the audit cannot use {backend}: {reason}");
@@ -114,16 +111,21 @@ fn attach_best(ebpf: &mut Ebpf) -> Result<Option<Backend>, KernelError> {
     Err(KernelError::NoBackend { reasons: reasons.join("; ") })
 }
 
+/// Where the kernel says how to ask for a kprobe, if it has them.
+const KPROBES: &str = "/sys/bus/event_source/devices/kprobe/type";
+
 /// Attaches all programs of a backend, or none.
-pub(super) fn attach_backend(ebpf: &mut Ebpf, backend: Backend) -> Result<(), String> {
-    let mut attach = || backend.probes().iter().try_for_each(|probe| attach_probe(ebpf, probe));
+pub(super) fn attach_backend(ebpf: &mut Ebpf, backend: Backend, reads: bool) -> Result<(), String> {
+    let probes = backend.probes(reads);
+    let mut attach = || probes.iter().try_for_each(|probe| attach_probe(ebpf, probe));
     let result = match backend {
+        Backend::Kprobe if !Path::new(KPROBES).exists() => Err("this kernel is built without kprobes".to_owned()),
         Backend::Kprobe => attach(),
         Backend::Tracepoint => tracefs::with_tracefs(&mut attach)
             .unwrap_or_else(|error| Err(format!("{error}\n  help: mount -t tracefs tracefs /sys/kernel/tracing"))),
     };
     if result.is_err() {
-        for probe in backend.probes() {
+        for probe in &probes {
             unload(ebpf, probe.program);
         }
     }

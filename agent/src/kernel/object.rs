@@ -67,7 +67,7 @@ impl Object {
     /// Where this process lacks capabilities, or this kernel refuses a program.
     pub fn load(desired: &Desired, targets: &[Cgroup]) -> Result<Self, KernelError> {
         super::check_privileges()?;
-        raise_memlock();
+        let _memlock = Memlock::raise();
         let [first, rest @ ..] = Abilities::TRIES;
         let mut result = Self::load_with(first, desired, targets);
         for abilities in rest {
@@ -128,13 +128,13 @@ impl Object {
         Ok(())
     }
 
-    /// Attaches the audit to the kernel's setsockopt and getsockopt.
+    /// Attaches the audit to the kernel's setsockopt and, if `desired` wants it, getsockopt.
     ///
     /// # Errors
     ///
     /// Where the backend that was asked for cannot be had, or none can.
-    pub fn attach_audit(&mut self, choice: BackendChoice) -> Result<Option<Backend>, KernelError> {
-        self.backend = audit::attach(&mut self.ebpf, choice)?;
+    pub fn attach_audit(&mut self, desired: &Desired, choice: BackendChoice) -> Result<Option<Backend>, KernelError> {
+        self.backend = audit::attach(&mut self.ebpf, choice, desired.audit.reads)?;
         Ok(self.backend)
     }
 
@@ -158,6 +158,15 @@ impl Object {
             event_interval_ns: EVENT_INTERVAL_NS,
         };
         maps::enable(&mut self.ebpf, config)
+    }
+
+    /// Makes everything inert again, at once.
+    ///
+    /// # Errors
+    ///
+    /// Where the configuration cannot be written.
+    pub fn disable(&mut self) -> Result<(), KernelError> {
+        maps::enable(&mut self.ebpf, Config { mode: mode::INERT, ..Config::default() })
     }
 
     /// The next event, if one is there. `Err` holds a record of another size than an event's.
@@ -262,15 +271,35 @@ pub(super) fn attach_program(program: &mut Program, target: &Cgroup) -> Result<(
 
 /// The object without a policy, for probing.
 pub(super) fn bare() -> Result<Ebpf, KernelError> {
-    raise_memlock();
+    let _memlock = Memlock::raise();
     Ok(EbpfLoader::new().btf(None).load(OBJECT)?)
 }
 
-/// Before 5.11 maps are charged to RLIMIT_MEMLOCK. Where it cannot be raised, loading says so.
-fn raise_memlock() {
-    let unlimited = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
-    // SAFETY: a valid pointer to a limit.
-    if unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const unlimited) } != 0 {
-        log::debug!("cannot raise RLIMIT_MEMLOCK: {}", io::Error::last_os_error());
+/// RLIMIT_MEMLOCK, out of the way for as long as this lives: before 5.11 maps and programs are charged to it, when
+/// they are made. Where it cannot be raised, loading says so. Commands inherit limits, so it does not stay.
+struct Memlock {
+    before: Option<libc::rlimit>,
+}
+
+impl Memlock {
+    fn raise() -> Self {
+        let mut before = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        let unlimited = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+        // SAFETY: valid pointers to limits.
+        let raised = unsafe { libc::prlimit(0, libc::RLIMIT_MEMLOCK, &raw const unlimited, &raw mut before) };
+        if raised != 0 {
+            log::debug!("cannot raise RLIMIT_MEMLOCK: {}", io::Error::last_os_error());
+        }
+        Self { before: (raised == 0).then_some(before) }
+    }
+}
+
+impl Drop for Memlock {
+    fn drop(&mut self) {
+        let Some(before) = &self.before else { return };
+        // SAFETY: a valid pointer to a limit.
+        if unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, before) } != 0 {
+            log::debug!("cannot restore RLIMIT_MEMLOCK: {}", io::Error::last_os_error());
+        }
     }
 }

@@ -51,7 +51,7 @@ pub fn hooks(cgroup: &Cgroup) -> Result<Vec<(Hook, Answer)>, KernelError> {
 /// Where the object cannot be prepared at all.
 pub fn audit_backends() -> Result<Vec<(Backend, Answer)>, KernelError> {
     let mut ebpf = object::bare()?;
-    let answer = |backend| match audit::attach_backend(&mut ebpf, backend) {
+    let answer = |backend| match audit::attach_backend(&mut ebpf, backend, true) {
         Ok(()) => (backend, Answer::Yes),
         Err(reason) => (backend, Answer::No(reason)),
     };
