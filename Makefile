@@ -10,7 +10,7 @@ MAKEFLAGS += --no-print-directory
 # The kernels that the integration tests run under, beside this machine's own.
 KERNELS ?= 6.1 6.12
 # How many virtual machines at a time.
-VM_JOBS ?= 1
+VM_JOBS ?= 2
 # More for every call of cargo that builds: CI says --locked.
 CARGO_FLAGS ?=
 
@@ -34,7 +34,7 @@ SCRIPTS := bootstrap .ci/run $(wildcard examples/*/run) \
 	$(addprefix integration-tests/vm/,fetch-kernel run-in-vm matrix guest/init guest/session)
 UNIT := --workspace --exclude sockpolicy-integration-tests
 INTEGRATION := --package sockpolicy-integration-tests --test integration
-MATRIX := $(SUDO) $(CURDIR)/integration-tests/vm/matrix -j $(VM_JOBS) $(foreach kernel,$(KERNELS),-k $(kernel)) --
+MATRIX := $(SUDO) $(CURDIR)/integration-tests/vm/matrix -j $(VM_JOBS) -t 1800 $(foreach kernel,$(KERNELS),-k $(kernel)) --
 
 .PHONY: help build demo test unit integration vm-test lint fmt clean bootstrap debug-build
 

@@ -18,7 +18,7 @@ use crate::{
     built,
     cgroup::Cgroup,
     must,
-    policy::{PolicyFile, temporary_folder},
+    policy::{Folder, PolicyFile},
     probe::{self, Probe},
     report::Report,
     residue::Residue,
@@ -70,6 +70,8 @@ pub struct Exec {
     /// The cgroup that the agent itself is in: the parent of the target's.
     pub home: Cgroup,
     report: PathBuf,
+    /// Where `report` is.
+    _folder: Folder,
     held: Residue,
 }
 
@@ -87,7 +89,8 @@ impl Exec {
     pub fn with(policy: &PolicyFile, arguments: &[&str]) -> Self {
         crate::require_root();
         let home = Cgroup::new();
-        let report = temporary_folder().join("report.jsonl");
+        let folder = Folder::new();
+        let report = folder.path.join("report.jsonl");
         let mut command = Command::new(program());
         command.arg("exec").args(arguments).args(["--output", "json", "--report"]).arg(&report);
         command.arg(policy.path()).arg("--").arg(probe::program()).stdin(Stdio::piped()).stdout(Stdio::piped());
@@ -102,7 +105,7 @@ impl Exec {
             }
         };
         let held = Residue::of(process.child.id());
-        Self { probe, home, process, report, held }
+        Self { probe, process, home, report, _folder: folder, held }
     }
 
     /// The agent's process.
@@ -119,6 +122,18 @@ impl Exec {
             [only] => self.home.path().join(only),
             others => panic!("the agent has made {others:?}, not one cgroup"),
         }
+    }
+
+    /// Waits until the agent has reported a line that contains `text`. What the agent says of a
+    /// process is only complete while that runs.
+    #[track_caller]
+    pub fn wait_for_report_of(&self, text: &str) {
+        let mut lines = String::new();
+        let is_there = wait::until(wait::PATIENCE, || {
+            lines = fs::read_to_string(&self.report).unwrap_or_default();
+            lines.contains(text)
+        });
+        assert!(is_there, "no report of {text}:\n{lines}\n{}", self.process.stderr());
     }
 
     /// Lets the probe end, and gives the report once the agent has ended too: with the probe's
@@ -148,9 +163,6 @@ impl Exec {
 impl Drop for Exec {
     fn drop(&mut self) {
         self.probe.end();
-        if let Some(folder) = self.report.parent() {
-            let _ = fs::remove_dir_all(folder);
-        }
     }
 }
 

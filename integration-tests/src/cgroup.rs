@@ -117,7 +117,8 @@ fn remove(path: &Path) -> io::Result<()> {
             remove(&entry.path())?;
         }
     }
-    let members = fs::read_to_string(path.join("cgroup.procs"))?;
+    // Threaded cgroups do not tell; then the one that they are threads of does.
+    let members = fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default();
     for pid in members.lines().filter_map(|line| line.parse().ok()) {
         // One that has just ended needs no killing.
         let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);

@@ -30,7 +30,7 @@ pub struct Abilities {
     pub audit: BTreeSet<String>,
     /// Options that BPF programs can set.
     pub options: BTreeSet<String>,
-    /// What the tests use beside these.
+    /// What the tests look at beside these.
     pub sockets: BTreeSet<String>,
 }
 

@@ -11,6 +11,9 @@
 //! | [`report::Report`] | what the agent reported: events and the summary |
 //! | [`residue::Residue`] | the BPF programs and links of an agent, and whether they are gone |
 //! | [`kernels::Kernel`] | what kernels.toml expects of this kernel; [`require!`] skips by it |
+//! | [`process::Running`] | any command line, what it says and how it ends |
+//! | [`terminal::Terminal`] | the same in the foreground of a terminal |
+//! | [`foreign::Foreign`] | somebody else's program on a cgroup |
 //! | [`wait::until`] | waiting for something to become true |
 //!
 //! A test is then:
@@ -35,13 +38,16 @@
 
 pub mod agent;
 pub mod cgroup;
+pub mod foreign;
 pub mod kernels;
 pub mod options;
 pub mod policy;
 pub mod probe;
+pub mod process;
 pub mod report;
 pub mod residue;
 pub mod script;
+pub mod terminal;
 pub mod wait;
 
 use std::{fmt::Display, path::PathBuf};

@@ -11,7 +11,7 @@ use crate::must;
 /// A policy in a folder of its own, which goes with it.
 #[derive(Debug)]
 pub struct PolicyFile {
-    folder: PathBuf,
+    folder: Folder,
     path: PathBuf,
 }
 
@@ -24,8 +24,8 @@ impl PolicyFile {
 
     #[must_use]
     pub fn named(name: &str, text: impl AsRef<[u8]>) -> Self {
-        let folder = temporary_folder();
-        let path = folder.join(name);
+        let folder = Folder::new();
+        let path = folder.path.join(name);
         must(fs::write(&path, text), format_args!("write {}", path.display()));
         Self { folder, path }
     }
@@ -38,22 +38,28 @@ impl PolicyFile {
     /// Where there is room for more files, which go with this one.
     #[must_use]
     pub fn folder(&self) -> &Path {
-        &self.folder
+        &self.folder.path
     }
 }
 
-impl Drop for PolicyFile {
+/// A new folder, which goes with this value.
+#[derive(Debug)]
+pub(crate) struct Folder {
+    pub(crate) path: PathBuf,
+}
+
+impl Folder {
+    pub(crate) fn new() -> Self {
+        let path = std::env::temp_dir().join(unique_name());
+        must(fs::create_dir(&path), format_args!("make {}", path.display()));
+        Self { path }
+    }
+}
+
+impl Drop for Folder {
     fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.folder);
+        let _ = fs::remove_dir_all(&self.path);
     }
-}
-
-/// A new folder. The caller removes it.
-#[must_use]
-pub(crate) fn temporary_folder() -> PathBuf {
-    let path = std::env::temp_dir().join(unique_name());
-    must(fs::create_dir(&path), format_args!("make {}", path.display()));
-    path
 }
 
 /// A name that nothing else of this machine has.

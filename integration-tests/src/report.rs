@@ -138,19 +138,40 @@ impl Report {
         self.events.iter().filter(|found| found.event == event && found.option == option).collect()
     }
 
-    /// The only conflict about this option.
+    /// The conflicts about this option by this call.
+    pub fn conflicts(&self, call: &str, option: &str) -> Vec<&Event> {
+        self.of("conflict", option).into_iter().filter(|event| event.call.as_deref() == Some(call)).collect()
+    }
+
+    /// The only setsockopt call in conflict about this option.
     #[track_caller]
     #[must_use]
     pub fn conflict(&self, option: &str) -> &Event {
-        match self.of("conflict", option).as_slice() {
+        self.only("setsockopt", option)
+    }
+
+    /// The only getsockopt call in conflict about this option.
+    #[track_caller]
+    #[must_use]
+    pub fn read_conflict(&self, option: &str) -> &Event {
+        self.only("getsockopt", option)
+    }
+
+    #[track_caller]
+    fn only(&self, call: &str, option: &str) -> &Event {
+        match self.conflicts(call, option).as_slice() {
             [event] => event,
-            found => panic!("{} conflicts about {option}, not one: {found:#?}\nall: {:#?}", found.len(), self.events),
+            found => {
+                let all: Vec<String> = self.events.iter().map(|event| format!("\n{event:?}")).collect();
+                panic!("{} conflicts by {call} about {option}, not one; all events: {}", found.len(), all.concat())
+            }
         }
     }
 
-    /// The verdicts on calls about this option, as they were reported.
+    /// The verdicts on setsockopt calls about this option, as they were reported.
     pub fn verdicts(&self, option: &str) -> Vec<&str> {
-        self.of("conflict", option).into_iter().filter_map(|event| event.verdict.as_deref()).collect()
+        let conflicts = self.conflicts("setsockopt", option).into_iter();
+        conflicts.filter_map(|event| event.verdict.as_deref()).collect()
     }
 
     /// The only setting of this option.

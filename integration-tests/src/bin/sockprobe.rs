@@ -54,7 +54,8 @@ fn say(what: &impl serde::Serialize) -> io::Result<()> {
 }
 
 fn bring_loopback_up() -> io::Result<()> {
-    let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    // Any kind will do: one that policies are not about.
+    let socket = socket(AddressFamily::Unix, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
     // SAFETY: zero is valid for each field.
     let mut request: libc::ifreq = unsafe { mem::zeroed() };
     request.ifr_name[..2].copy_from_slice(&[b'l' as libc::c_char, b'o' as libc::c_char]);

@@ -46,6 +46,7 @@ fn rewritten_call_succeeds_and_the_socket_has_the_policys_value() {
     assert_eq!(exec.probe.set(pair.client, TCP_KEEPIDLE, 44), Ok(()));
     assert_eq!(exec.probe.int(pair.client, TCP_KEEPIDLE), 33);
     assert_eq!(exec.probe.set(pair.client, TCP_KEEPIDLE, 33), Ok(()), "this one agrees");
+    exec.wait_for_report_of("TCP_NODELAY");
     let (pid, target) = (exec.probe.pid, exec.target());
     let home = exec.home.name();
     let report = exec.finish();

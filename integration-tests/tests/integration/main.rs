@@ -2,15 +2,37 @@
 //!
 //! Wants root. What a socket has is asked of the process that owns it, never of the agent.
 
-#![expect(clippy::unwrap_used, reason = "what fails in a test fails the test")]
+#![expect(clippy::panic, clippy::unwrap_used, reason = "what fails in a test fails the test")]
 
 mod actions;
+mod arguments;
+mod audit;
+mod bad_input;
+mod dry_run;
+mod enforcement;
+mod lifecycle;
 mod matching;
+mod policies;
 mod preamble;
+mod settings;
+mod target;
+mod values;
+
+use std::process::Output;
 
 use sockpolicy_integration_tests::options::SocketOption;
 
 /// An option that has no name here.
 fn number(level: i32, number: i32) -> SocketOption {
     SocketOption { name: "a numeric option", level, number }
+}
+
+/// What a command wrote to its standard output.
+fn stdout(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// What it complained of.
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
 }

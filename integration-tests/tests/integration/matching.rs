@@ -235,3 +235,50 @@ fn rule_for_a_peer_overrides_what_a_later_rule_gave_the_listener() {
     assert_eq!(probe.int(client, TCP_USER_TIMEOUT), 9000);
     drop(exec.finish());
 }
+
+#[test]
+fn rule_for_a_peer_holds_on_connected_udp() {
+    let policy = PolicyFile::new(
+        "[[rule]]\nmatch = { protocol = \"udp\", remote = \"127.7.0.0/16\", remote_port = 7777 }\nset = { SO_PRIORITY = 4 }\n\
+         [[rule]]\nmatch = { direction = \"outbound\" }\nset = { SO_PRIORITY = 2 }\n",
+    );
+    let mut exec = Exec::start(&policy);
+    let probe = &mut exec.probe;
+    for (remote, priority) in [("127.7.0.1:7777", 4), ("127.7.0.1:7778", 2), ("127.8.0.1:7777", 2)] {
+        for (family, remote) in [(Family::Inet, remote.to_owned()), (Family::Inet6, mapped(remote))] {
+            let fd = probe.open(family, Kind::Udp);
+            assert_eq!(probe.int(fd, SO_PRIORITY), 0, "nothing is known of its peer");
+            probe.connect(fd, remote.parse().unwrap());
+            assert_eq!(probe.int(fd, SO_PRIORITY), priority, "to {remote}");
+            probe.set(fd, SO_PRIORITY, 6).unwrap();
+            assert_eq!(probe.int(fd, SO_PRIORITY), priority, "calls are judged by the same rule, to {remote}");
+        }
+    }
+    drop(exec.finish());
+}
+
+/// An IPv4 address and port as an AF_INET6 socket calls it.
+fn mapped(address: &str) -> String {
+    let (address, port) = address.split_once(':').unwrap();
+    format!("[::ffff:{address}]:{port}")
+}
+
+#[test]
+fn call_before_the_peer_is_known_gives_way_when_it_is() {
+    let policy =
+        PolicyFile::new("[[rule]]\nmatch = { remote = \"127.0.0.0/8\" }\nset = { TCP_KEEPCNT = 5, SO_MARK = 32 }\n");
+    let mut exec = Exec::start(&policy);
+    let probe = &mut exec.probe;
+    let (_, address) = probe.listener(Family::Inet, Kind::Tcp);
+    let client = probe.open(Family::Inet, Kind::Tcp);
+    for (option, asked) in [(TCP_KEEPCNT, 9), (SO_MARK, 7)] {
+        probe.set(client, option, asked).unwrap();
+        assert_eq!(probe.int(client, option), asked, "{}: no rule is sure to match", option.name);
+    }
+    probe.connect(client, address);
+    for (option, wanted) in [(TCP_KEEPCNT, 5), (SO_MARK, 32)] {
+        assert_eq!(probe.int(client, option), wanted, "{}", option.name);
+    }
+    let report = exec.finish();
+    assert_eq!(report.summary.conflicts, 0, "{:?}", report.events);
+}

@@ -12,10 +12,19 @@ use sockpolicy_integration_tests::{
     script::{Family, Kind},
 };
 
-/// The names in a part of the doctor's answer, if they work.
-fn working(doctor: &Value, part: &str) -> BTreeSet<String> {
+/// The names in a part of the doctor's answer.
+fn names_of(doctor: &Value, part: &str, is_wanted: impl Fn(&Value) -> bool) -> BTreeSet<String> {
     let lines = doctor[part].as_array().unwrap().iter();
-    lines.filter(|line| line["works"] == "yes").map(|line| line["name"].as_str().unwrap().to_owned()).collect()
+    lines.filter(|line| is_wanted(line)).map(|line| line["name"].as_str().unwrap().to_owned()).collect()
+}
+
+#[track_caller]
+fn assert_same(found: &BTreeSet<String>, expected: &BTreeSet<String>, what: &str) {
+    let (unexpected, missing) = (found - expected, expected - found);
+    assert!(
+        unexpected.is_empty() && missing.is_empty(),
+        "not in kernels.toml: {unexpected:?}; only in kernels.toml: {missing:?}; {what}"
+    );
 }
 
 #[test]
@@ -27,12 +36,10 @@ fn doctor_says_what_kernels_toml_says() {
     assert_eq!(doctor["kernel"], kernel.release.as_str());
     let known = &kernel.known;
     for (part, names) in [("hooks", &known.hooks), ("audit", &known.audit), ("options", &known.options)] {
-        let expected: BTreeSet<String> = names.iter().filter(|name| kernel.has(name)).cloned().collect();
-        let found = working(&doctor, part);
-        assert_eq!(found, expected, "{part} of {}: doctor on the left, kernels.toml on the right", kernel.release);
-        let all: BTreeSet<String> =
-            doctor[part].as_array().unwrap().iter().map(|line| line["name"].as_str().unwrap().to_owned()).collect();
-        assert_eq!(&all, names, "{part} that doctor tries on the left, kernels.toml on the right");
+        assert_same(&names_of(&doctor, part, |_| true), names, &format!("{part} that doctor tries"));
+        let expected = names.iter().filter(|name| kernel.has(name)).cloned().collect();
+        let found = names_of(&doctor, part, |line| line["works"] == "yes");
+        assert_same(&found, &expected, &format!("{part} that work on {}: {:#}", kernel.release, doctor[part]));
     }
 }
 
@@ -58,5 +65,5 @@ fn options_that_can_be_set_have_the_numbers_of_the_kernels_headers() {
             settable.insert(name.to_owned());
         }
     }
-    assert_eq!(settable, Kernel::current().known.options, "`options` on the left, kernels.toml on the right");
+    assert_same(&settable, &Kernel::current().known.options, "options that `sockpolicy options` says can be set");
 }

@@ -1,0 +1,169 @@
+//! What the tests have run under the agent, where no script is followed:
+//!
+//! - `workload signals LAST`: waits for signals and says `NAME from kernel|process` for each, until LAST has come;
+//! - `workload storm PROCESSES CALLS`: each process disagrees CALLS times about TCP_NODELAY and as often about
+//!   SO_KEEPALIVE, then says `PID CALLS`;
+//! - `workload calls`: calls of every kind, good and bad, by the process, a thread of it and a child.
+
+use std::{
+    env, fs,
+    io::{self, Write},
+    mem,
+    process::ExitCode,
+    ptr, thread,
+};
+
+use nix::sys::{
+    signal::{SigSet, Signal},
+    wait::{WaitStatus, wait},
+};
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let result = match words.as_slice() {
+        ["signals", last] => signals(last),
+        ["storm", processes, calls] => match (processes.parse(), calls.parse()) {
+            (Ok(processes), Ok(calls)) => storm(processes, calls),
+            _ => Err(io::ErrorKind::InvalidInput.into()),
+        },
+        ["calls"] => calls(),
+        _ => Err(io::ErrorKind::InvalidInput.into()),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "workload {}: {error}", words.join(" "));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn say(line: &str) -> io::Result<()> {
+    // One write, so that lines of several processes do not mix.
+    io::stdout().lock().write_all(format!("{line}\n").as_bytes())
+}
+
+fn signals(last: &str) -> io::Result<()> {
+    let last: Signal = last.parse()?;
+    let all = SigSet::all();
+    all.thread_block()?;
+    say("ready")?;
+    loop {
+        // SAFETY: zero is valid for each field, and the kernel fills it.
+        let mut info: libc::siginfo_t = unsafe { mem::zeroed() };
+        // SAFETY: both outlive the call.
+        let number = unsafe { libc::sigwaitinfo(all.as_ref(), &raw mut info) };
+        let Ok(signal) = Signal::try_from(number) else { return Err(io::Error::last_os_error()) };
+        say(&format!("{signal} from {}", if info.si_code > 0 { "kernel" } else { "process" }))?;
+        if signal == last {
+            return Ok(());
+        }
+    }
+}
+
+fn storm(processes: u32, calls: u64) -> io::Result<()> {
+    for _ in 0..processes {
+        in_child(|| {
+            let socket = socket()?;
+            for _ in 0..calls {
+                set(socket, libc::SOL_TCP, libc::TCP_NODELAY, &0i32.to_ne_bytes())?;
+                set(socket, libc::SOL_SOCKET, libc::SO_KEEPALIVE, &0i32.to_ne_bytes())?;
+            }
+            say(&format!("{} {calls}", std::process::id()))
+        })?;
+    }
+    for _ in 0..processes {
+        reap()?;
+    }
+    Ok(())
+}
+
+fn calls() -> io::Result<()> {
+    make_calls()?;
+    thread::scope(|scope| scope.spawn(make_calls).join().unwrap_or_else(|_| Err(io::Error::other("panicked"))))?;
+    in_child(make_calls)?;
+    reap()
+}
+
+/// Calls whose results are known to no one but who looks.
+fn make_calls() -> io::Result<()> {
+    let socket = socket()?;
+    let int = |value: i32| value.to_ne_bytes();
+    for value in [1, 0, 7] {
+        set(socket, libc::SOL_TCP, libc::TCP_NODELAY, &int(value))?;
+        get(socket, libc::SOL_TCP, libc::TCP_NODELAY, 4);
+    }
+    set(socket, libc::SOL_SOCKET, libc::SO_SNDBUF, &int(65536))?;
+    get(socket, libc::SOL_SOCKET, libc::SO_SNDBUF, 4);
+    set(socket, libc::SOL_TCP, libc::TCP_CONGESTION, b"reno")?;
+    get(socket, libc::SOL_TCP, libc::TCP_CONGESTION, 16);
+    set(socket, libc::SOL_SOCKET, libc::SO_LINGER, &[int(1), int(5)].concat())?;
+    // None of these succeeds.
+    let refused = [
+        set(socket, libc::SOL_TCP, libc::TCP_KEEPIDLE, &int(0)),
+        set(socket, libc::SOL_TCP, 9999, &int(1)),
+        set(socket, 9999, 1, &int(1)),
+        set(socket, libc::SOL_TCP, libc::TCP_NODELAY, &[1]),
+        set(socket, libc::SOL_TCP, libc::TCP_CONGESTION, b"no-such-thing"),
+        set(-1, libc::SOL_TCP, libc::TCP_NODELAY, &int(1)),
+        set(12345, libc::SOL_SOCKET, libc::SO_KEEPALIVE, &int(1)),
+        set_at(socket, libc::SOL_TCP, libc::TCP_NODELAY, 8, 4),
+        set_at(socket, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 0, 4),
+        set_at(socket, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 8, u32::MAX),
+    ];
+    if let Some(call) = refused.iter().position(Result::is_ok) {
+        return Err(io::Error::other(format!("call {call} succeeded, which cannot be")));
+    }
+    get(socket, libc::SOL_TCP, 9999, 4);
+    get(-1, libc::SOL_TCP, libc::TCP_NODELAY, 4);
+    get(socket, libc::SOL_TCP, libc::TCP_INFO, 104);
+    // A file is no socket.
+    let file = fs::File::open("/proc/self/exe")?;
+    let _ = set(std::os::fd::AsRawFd::as_raw_fd(&file), libc::SOL_SOCKET, libc::SO_KEEPALIVE, &int(1));
+    Ok(())
+}
+
+fn socket() -> io::Result<i32> {
+    // SAFETY: takes numbers.
+    let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) };
+    if fd < 0 { Err(io::Error::last_os_error()) } else { Ok(fd) }
+}
+
+fn set(fd: i32, level: i32, name: i32, value: &[u8]) -> io::Result<()> {
+    set_at(fd, level, name, value.as_ptr().addr(), value.len() as u32)
+}
+
+/// With an argument at any address.
+fn set_at(fd: i32, level: i32, name: i32, address: usize, len: u32) -> io::Result<()> {
+    // SAFETY: goes to the kernel, which checks what it is given and does not write there.
+    let result = unsafe { libc::setsockopt(fd, level, name, ptr::with_exposed_provenance(address), len) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+fn get(fd: i32, level: i32, name: i32, len: u32) {
+    let mut value = vec![0u8; len as usize];
+    let mut left = len;
+    // SAFETY: `left` bytes of room.
+    unsafe { libc::getsockopt(fd, level, name, value.as_mut_ptr().cast(), &raw mut left) };
+}
+
+/// Starts a child that does this and ends.
+fn in_child(work: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    // SAFETY: this process has no other thread at that moment.
+    match unsafe { nix::unistd::fork() }? {
+        nix::unistd::ForkResult::Parent { .. } => Ok(()),
+        nix::unistd::ForkResult::Child => {
+            let status = i32::from(work().is_err());
+            // SAFETY: ends without what the parent would do at its own end.
+            unsafe { libc::_exit(status) }
+        }
+    }
+}
+
+fn reap() -> io::Result<()> {
+    match wait()? {
+        WaitStatus::Exited(_, 0) => Ok(()),
+        other => Err(io::Error::other(format!("{other:?}"))),
+    }
+}

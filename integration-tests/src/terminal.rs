@@ -1,0 +1,109 @@
+//! A terminal with a process in its foreground.
+
+use std::{
+    fs::File,
+    io::{self, Read, Write},
+    os::{
+        fd::{AsRawFd, FromRawFd, OwnedFd},
+        unix::process::CommandExt,
+    },
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::{Arc, Mutex, PoisonError},
+    thread,
+};
+
+use crate::{cgroup::Cgroup, must, wait};
+
+/// A process that leads the session of a terminal of its own. Killed when dropped.
+#[derive(Debug)]
+pub struct Terminal {
+    child: Child,
+    keyboard: File,
+    screen: Arc<Mutex<Vec<u8>>>,
+    pub home: Cgroup,
+}
+
+impl Terminal {
+    #[must_use]
+    #[track_caller]
+    pub fn start(mut command: Command) -> Self {
+        let (master, slave) = must(open(), "open a terminal");
+        let home = Cgroup::new();
+        home.enclose(&mut command);
+        let stdio = || Stdio::from(must(slave.try_clone(), "share a terminal"));
+        command.stdin(stdio()).stdout(stdio()).stderr(stdio());
+        // SAFETY: only makes system calls.
+        unsafe {
+            command.pre_exec(|| {
+                nix::unistd::setsid()?;
+                if libc::ioctl(0, libc::TIOCSCTTY, 0) < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+            });
+        }
+        let child = must(command.spawn(), "start a command on a terminal");
+        let screen = Arc::new(Mutex::new(Vec::new()));
+        let (shown, mut output) = (Arc::clone(&screen), must(master.try_clone(), "share a terminal"));
+        thread::spawn(move || {
+            let mut part = [0; 4096];
+            // Fails once nobody has the terminal open.
+            while let Ok(len @ 1..) = output.read(&mut part) {
+                shown.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(&part[..len]);
+            }
+        });
+        Self { child, keyboard: master, screen, home }
+    }
+
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Types.
+    #[track_caller]
+    pub fn press(&mut self, keys: &[u8]) {
+        must(self.keyboard.write_all(keys), "type");
+    }
+
+    /// What it shows.
+    #[must_use]
+    pub fn screen(&self) -> String {
+        String::from_utf8_lossy(&self.screen.lock().unwrap_or_else(PoisonError::into_inner)).into_owned()
+    }
+
+    /// Waits until it shows this.
+    #[track_caller]
+    pub fn wait_for(&self, text: &str) {
+        let is_shown = wait::until(wait::PATIENCE, || self.screen().contains(text));
+        assert!(is_shown, "{text:?} is not shown: {}", self.screen());
+    }
+
+    /// Waits for the process to end.
+    #[track_caller]
+    pub fn wait(&mut self) -> ExitStatus {
+        let has_ended = wait::until(wait::PATIENCE, || matches!(self.child.try_wait(), Ok(Some(_))));
+        assert!(has_ended, "it did not end: {}", self.screen());
+        must(self.child.wait(), "wait for a child")
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn open() -> io::Result<(File, OwnedFd)> {
+    let (mut master, mut slave) = (-1, -1);
+    let none = std::ptr::null_mut();
+    // SAFETY: room for two descriptors; nothing else is asked for.
+    if unsafe { libc::openpty(&raw mut master, &raw mut slave, none, none.cast(), none.cast()) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: just made, and nobody else's.
+    let (master, slave) = unsafe { (File::from_raw_fd(master), OwnedFd::from_raw_fd(slave)) };
+    for fd in [master.as_raw_fd(), slave.as_raw_fd()] {
+        // SAFETY: takes numbers.
+        unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
+    }
+    Ok((master, slave))
+}

@@ -1,0 +1,241 @@
+//! The audit: which calls are reported, and what of them.
+
+mod compared;
+
+use std::{fs, process::Command};
+
+use nix::errno::Errno;
+use sockpolicy_integration_tests::{
+    agent::{Exec, Run},
+    cgroup::Cgroup,
+    kernels::Kernel,
+    options::{SO_KEEPALIVE, TCP_NODELAY, TCP_SYNCNT},
+    policy::PolicyFile,
+    probe::{self, Probe},
+    process::{Running, read_report, workload},
+    report::Event,
+    script::{Family, Kind},
+};
+
+use crate::stderr;
+
+/// A policy that nothing here disagrees with.
+fn auditing(settings: &str) -> PolicyFile {
+    PolicyFile::new(format!("[audit]\n{settings}\n[[rule]]\nlimit = {{ TCP_SYNCNT = {{ max = 100 }} }}\n"))
+}
+
+/// Event, call, option and result of each.
+fn summed(events: &[Event]) -> Vec<String> {
+    let sum = |event: &Event| {
+        let Event { event, call, option, result, .. } = event;
+        let result = result.map_or("unknown".to_owned(), |result| result.to_string());
+        format!("{event} {} {option} {result}", call.as_deref().unwrap_or_default())
+    };
+    events.iter().map(sum).collect()
+}
+
+/// Time as events give it.
+fn now() -> String {
+    let output = Command::new("date").args(["-u", "+%FT%T.%6NZ"]).output().unwrap();
+    crate::stdout(&output).trim().to_owned()
+}
+
+/// Makes the same calls each time.
+fn make_calls(probe: &mut Probe) {
+    let socket = probe.open(Family::Inet, Kind::Tcp);
+    probe.set(socket, TCP_SYNCNT, 3).unwrap();
+    assert_eq!(probe.set(socket, TCP_SYNCNT, 1000), Ok(()), "it is clamped");
+    probe.set(socket, TCP_NODELAY, 1).unwrap();
+    assert_eq!(probe.set(-1, TCP_SYNCNT, 1), Err(Errno::EBADF));
+    probe.get(socket, TCP_SYNCNT, 4).unwrap();
+    probe.get(socket, TCP_NODELAY, 4).unwrap();
+}
+
+#[test]
+fn policy_chooses_which_calls_are_reported() {
+    let conflict = "conflict setsockopt TCP_SYNCNT 0";
+    let governed = ["call setsockopt TCP_SYNCNT 0", conflict, "call setsockopt TCP_SYNCNT -9"];
+    let reads = ["call getsockopt TCP_SYNCNT 0", "call getsockopt TCP_NODELAY 0"];
+    for (settings, expected) in [
+        ("", vec![conflict]),
+        ("calls = \"conflicts\"", vec![conflict]),
+        ("calls = \"governed\"", [&governed[..], &reads[..1]].concat()),
+        ("calls = \"governed\"\nreads = false", governed.to_vec()),
+        ("calls = \"all\"\nreads = false", vec![governed[0], conflict, "call setsockopt TCP_NODELAY 0", governed[2]]),
+        (
+            "calls = \"all\"",
+            vec![governed[0], conflict, "call setsockopt TCP_NODELAY 0", governed[2], reads[0], reads[1]],
+        ),
+    ] {
+        let mut exec = Exec::start(&auditing(settings));
+        make_calls(&mut exec.probe);
+        let report = exec.finish();
+        let events: Vec<_> =
+            report.events.into_iter().filter(|event| event.comm.as_deref() == Some("sockprobe")).collect();
+        assert_eq!(summed(&events), expected, "{settings}");
+        assert_eq!(report.summary.losses.values().sum::<u64>(), 0);
+    }
+}
+
+#[test]
+fn event_says_who_called_when_and_where() {
+    let mut exec = Exec::start(&auditing("calls = \"all\""));
+    let before = now();
+    let socket = exec.probe.open(Family::Inet, Kind::Tcp);
+    exec.probe.set(socket, TCP_NODELAY, 1).unwrap();
+    let after = now();
+    let target = format!("{}/sockpolicy-{}", exec.home.name(), exec.pid());
+    let pid = exec.probe.pid;
+    let report = exec.finish();
+    let [event] = report.of("call", "TCP_NODELAY")[..] else { panic!("{:#?}", report.events) };
+    assert!((&before..=&after).contains(&&event.time), "{} is not between {before} and {after}", event.time);
+    assert_eq!((event.pid, event.tid), (Some(pid), Some(pid)));
+    assert_eq!(event.comm.as_deref(), Some("sockprobe"));
+    assert_eq!(event.exe, Some(probe::program().display().to_string()));
+    assert_eq!(event.cgroup, Some(target));
+    assert_eq!(event.via.as_deref(), Some("syscall"));
+    assert!(event.backend.is_some() && event.backend == report.summary.backend);
+    assert_eq!((event.suppressed, &event.policy, &event.rule, &event.verdict), (0, &None, &None, &None));
+    assert_eq!((&event.asked, &event.now), (&1.into(), &1.into()));
+}
+
+#[test]
+fn now_is_what_the_socket_has_and_not_what_was_asked_for() {
+    let mut exec = Exec::start(&auditing("calls = \"all\""));
+    let socket = exec.probe.open(Family::Inet, Kind::Tcp);
+    exec.probe.set(socket, TCP_NODELAY, 7).unwrap();
+    assert_eq!(exec.probe.int(socket, TCP_NODELAY), 1);
+    let report = exec.finish();
+    let event = report.of("call", "TCP_NODELAY")[0];
+    assert_eq!((&event.asked, &event.now), (&7.into(), &1.into()));
+}
+
+#[test]
+fn task_is_audited_while_it_is_in_the_target() {
+    let (target, sibling) = (Cgroup::new(), Cgroup::new());
+    let below = target.child("below");
+    let mut probe = Probe::start(&sibling);
+    let mut bystander = Probe::start(&sibling);
+    let bystanders = bystander.open(Family::Inet, Kind::Tcp);
+    let run = Run::start(&auditing("calls = \"all\""), &target);
+    let socket = probe.open(Family::Inet, Kind::Tcp);
+    let mut call = |cgroup: &Cgroup, value: i32| {
+        probe.enter(cgroup);
+        probe.set(socket, TCP_SYNCNT, value).unwrap();
+        bystander.set(bystanders, TCP_SYNCNT, value).unwrap();
+    };
+    call(&sibling, 1);
+    call(&target, 2);
+    call(&sibling, 3);
+    call(&below, 4);
+    call(&sibling, 5);
+    let pid = probe.pid;
+    let report = run.finish();
+    let calls: Vec<_> =
+        report.events.iter().map(|event| (event.pid, event.asked.clone(), event.cgroup.clone())).collect();
+    let expected = [(2, target.name()), (4, below.name())];
+    assert_eq!(calls, expected.map(|(value, cgroup)| (Some(pid), value.into(), Some(cgroup))));
+    drop(probe);
+}
+
+#[test]
+fn socket_is_judged_where_it_was_opened_whoever_calls() {
+    let (target, elsewhere) = (Cgroup::new(), Cgroup::new());
+    let mut probe = Probe::start(&target);
+    let policy = PolicyFile::new("[[rule]]\nset = { TCP_NODELAY = true }\n");
+    let run = Run::start(&policy, &target);
+    let socket = probe.open(Family::Inet, Kind::Tcp);
+    probe.enter(&elsewhere);
+    let other = probe.open(Family::Inet, Kind::Tcp);
+    for fd in [socket, other] {
+        probe.set(fd, TCP_NODELAY, 0).unwrap();
+    }
+    assert_eq!((probe.int(socket, TCP_NODELAY), probe.int(other, TCP_NODELAY)), (1, 0));
+    probe.enter(&target);
+    probe.set(other, TCP_NODELAY, 0).unwrap();
+    assert_eq!(probe.int(other, TCP_NODELAY), 0);
+    let report = run.finish();
+    assert_eq!(report.setting("TCP_NODELAY").calls.verdicts()["rewritten"], 1);
+    // Nobody saw the call return: its task is not the target's.
+    let event = report.conflict("TCP_NODELAY");
+    assert_eq!((event.pid, event.result, &event.backend), (Some(probe.pid), None, &None));
+}
+
+#[test]
+fn without_an_audit_conflicts_are_reported_without_their_results() {
+    let policy = PolicyFile::new("[[rule]]\nset = { TCP_NODELAY = true }\ndeny = [\"SO_KEEPALIVE\"]\n");
+    let mut exec = Exec::with(&policy, &["--audit-backend", "none"]);
+    let pid = exec.probe.pid;
+    let socket = exec.probe.open(Family::Inet6, Kind::Tcp);
+    exec.probe.set(socket, TCP_NODELAY, 0).unwrap();
+    assert_eq!(exec.probe.int(socket, TCP_NODELAY), 1);
+    assert_eq!(exec.probe.set(socket, SO_KEEPALIVE, 1), Err(Errno::EPERM));
+    let report = exec.finish();
+    assert_eq!(report.summary.backend, None);
+    assert_eq!(
+        summed(&report.events),
+        ["conflict setsockopt TCP_NODELAY unknown", "conflict setsockopt SO_KEEPALIVE unknown"]
+    );
+    for event in &report.events {
+        assert_eq!((event.pid, event.tid), (Some(pid), Some(pid)));
+        assert_eq!(event.comm.as_deref(), Some("sockprobe"));
+        assert_eq!((&event.via, &event.backend), (&None, &None));
+    }
+    assert_eq!(report.conflict("TCP_NODELAY").asked, 0);
+    assert_eq!(stderr(&report.output), "");
+}
+
+#[test]
+fn audit_that_is_off_says_which_calls_nobody_will_see() {
+    let policy = auditing("calls = \"governed\"");
+    let mut exec = Exec::with(&policy, &["--audit-backend", "none"]);
+    make_calls(&mut exec.probe);
+    let report = exec.finish();
+    assert_eq!(summed(&report.events), ["conflict setsockopt TCP_SYNCNT unknown"]);
+    let said = stderr(&report.output);
+    assert!(said.contains("without an audit only conflicts are seen"), "{said}");
+}
+
+#[test]
+fn backend_is_the_one_asked_for_or_refused() {
+    let kernel = Kernel::current();
+    for backend in &kernel.known.audit {
+        let policy = auditing("calls = \"all\"");
+        let report = policy.folder().join("report").display().to_string();
+        let arguments = ["-o", "json", "--report", &report, "--audit-backend", backend];
+        let output = Running::exec(&arguments, &policy, &[&workload(), "calls"]).finish();
+        if kernel.has(backend) {
+            assert!(output.status.success(), "{}", stderr(&output));
+            let report = read_report(&report);
+            assert_eq!(report.summary.backend.as_deref(), Some(&**backend));
+            assert!(!report.events.is_empty());
+            assert!(report.events.iter().all(|event| event.backend.as_deref() == Some(backend)));
+            continue;
+        }
+        let said = stderr(&output);
+        let start = format!("error: the audit cannot use {backend}: ");
+        let end = "\n  help: leave out --audit-backend and the best one that this kernel has is taken; `sockpolicy \
+                   doctor` shows which these are\n";
+        assert!(said.starts_with(&start) && said.ends_with(end), "{said}");
+        assert_eq!(said.lines().count(), 2, "{said}");
+        assert_eq!(output.status.code(), Some(125));
+    }
+}
+
+#[test]
+fn tracefs_is_mounted_afterwards_only_if_it_was_before() {
+    let mounts = || {
+        let all = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        all.lines().filter(|line| line.contains(" - tracefs ")).map(str::to_owned).collect::<Vec<_>>()
+    };
+    let before = mounts();
+    let mut exec = Exec::with(&auditing("calls = \"all\""), &["--audit-backend", "tracepoint"]);
+    make_calls(&mut exec.probe);
+    assert_eq!(mounts(), before);
+    // Nor for the command.
+    let seen = fs::read_to_string(format!("/proc/{}/mountinfo", exec.probe.pid)).unwrap();
+    assert_eq!(seen.lines().filter(|line| line.contains(" - tracefs ")).count(), before.len());
+    let report = exec.finish();
+    assert!(!report.events.is_empty());
+    assert_eq!(mounts(), before);
+}

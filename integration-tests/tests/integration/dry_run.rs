@@ -1,0 +1,138 @@
+//! A dry run decides as enforcement does, and does nothing.
+
+use std::collections::BTreeMap;
+
+use nix::errno::Errno;
+use sockpolicy_integration_tests::{
+    agent::Exec,
+    options::{
+        IP_TOS, SO_KEEPALIVE, SO_LINGER, SO_MARK, SO_PRIORITY, SO_RCVBUF, SocketOption, TCP_CONGESTION, TCP_KEEPCNT,
+        TCP_KEEPIDLE, TCP_NODELAY, TCP_USER_TIMEOUT,
+    },
+    policy::PolicyFile,
+    probe::Probe,
+    report::Report,
+    script::{Argument, Family, Kind},
+};
+
+const POLICY: &str = "[[rule]]\n\
+    match = { direction = \"outbound\" }\n\
+    set = { TCP_NODELAY = true, SO_MARK = \"0x20/0xff\", SO_PRIORITY = 3, TCP_CONGESTION = \"reno\", \
+            TCP_KEEPIDLE = { value = \"77s\", on_conflict = \"allow\" }, IP_TOS = \"AF21\", \
+            TCP_USER_TIMEOUT = { value = \"5s\", on_conflict = \"ignore\" }, \
+            SO_KEEPALIVE = { value = true, on_conflict = \"deny\", errno = \"EACCES\" } }\n\
+    limit = { TCP_KEEPCNT = { max = 10 }, SO_RCVBUF = { max = \"32KiB\" } }\n\
+    deny = [\"SO_LINGER\"]\n";
+
+/// What an application asks for, and what it would have then.
+fn calls() -> Vec<(SocketOption, Argument, Vec<u8>)> {
+    let int = |value: i32| value.to_ne_bytes().to_vec();
+    let linger: Vec<u8> = [1i32, 5].into_iter().flat_map(i32::to_ne_bytes).collect();
+    vec![
+        (TCP_NODELAY, 0.into(), int(0)),
+        (SO_MARK, 0x1133.into(), int(0x1133)),
+        (IP_TOS, 0xb8.into(), int(0xb8)),
+        (SO_PRIORITY, 6.into(), int(6)),
+        (TCP_CONGESTION, "cubic".into(), b"cubic".to_vec()),
+        (TCP_KEEPIDLE, 99.into(), int(99)),
+        (TCP_USER_TIMEOUT, 1234.into(), int(1234)),
+        (SO_KEEPALIVE, 0.into(), int(0)),
+        (TCP_KEEPCNT, Argument::long(99, 8192), int(99)),
+        (SO_RCVBUF, 65536.into(), int(2 * 65536)),
+        (SO_LINGER, linger.clone().into(), linger),
+    ]
+}
+
+/// Asks for all of it on a connected socket. Gives what the calls returned and what is there then.
+fn ask(probe: &mut Probe) -> Vec<(&'static str, Result<(), Errno>, Vec<u8>)> {
+    let pair = probe.pair(Family::Inet, Kind::Tcp);
+    let calls = calls().into_iter();
+    calls
+        .map(|(option, argument, wish)| {
+            let result = probe.set(pair.client, option, argument);
+            let mut value = probe.get(pair.client, option, 16).unwrap();
+            value.truncate(wish.len());
+            (option.name, result, value)
+        })
+        .collect()
+}
+
+/// Conflicts by option and verdict.
+fn decisions(report: &Report) -> BTreeMap<(String, String), u64> {
+    let all = report.summary.settings.iter().flat_map(|setting| {
+        let verdicts = setting.calls.verdicts().into_iter();
+        verdicts.map(|(verdict, count)| ((setting.option.clone(), verdict.to_owned()), count)).collect::<Vec<_>>()
+    });
+    all.collect()
+}
+
+fn would(verdict: &str) -> String {
+    let verb = match verdict {
+        "rewritten" => "rewrite",
+        "clamped" => "clamp",
+        "ignored" => "ignore",
+        "denied" => "deny",
+        other => return other.to_owned(),
+    };
+    format!("would-{verb}")
+}
+
+#[test]
+fn dry_run_leaves_the_sockets_alone_and_decides_the_same() {
+    let policy = PolicyFile::new(POLICY);
+    let mut enforced = Exec::start(&policy);
+    let held = ask(&mut enforced.probe);
+    let enforced = enforced.finish();
+    let mut dry = Exec::with(&policy, &["--dry-run"]);
+    let unheld = ask(&mut dry.probe);
+    let dry = dry.finish();
+
+    for ((option, result, value), (_, _, wish)) in unheld.iter().zip(calls()) {
+        assert_eq!((result, value), (&Ok(()), &wish), "{option}: the application has its way");
+    }
+    let unlike = held.iter().zip(&unheld).filter(|(held, unheld)| held != unheld).count();
+    assert_eq!(unlike, unheld.len() - 1, "all but the one that is allowed come out differently when enforced");
+
+    let expected: BTreeMap<_, _> =
+        decisions(&enforced).into_iter().map(|((option, verdict), count)| ((option, would(&verdict)), count)).collect();
+    assert_eq!(decisions(&dry), expected, "dry run on the left");
+    assert_eq!(expected.len(), unheld.len());
+    assert_eq!((enforced.summary.mode.as_str(), dry.summary.mode.as_str()), ("enforce", "dry-run"));
+
+    for (option, ..) in calls() {
+        let (one, other) = (enforced.conflict(option.name), dry.conflict(option.name));
+        assert_eq!(would(one.verdict.as_deref().unwrap()), other.verdict.as_deref().unwrap(), "{}", option.name);
+        assert_eq!((&one.wanted, &one.asked, &one.rule), (&other.wanted, &other.asked, &other.rule), "{}", option.name);
+        assert_eq!(other.result, Some(0), "{}", option.name);
+    }
+    // It also counts the sockets that would have been set.
+    for setting in &enforced.summary.settings {
+        assert_eq!(dry.setting(&setting.option).sockets, setting.sockets, "{}", setting.option);
+    }
+}
+
+#[test]
+fn policy_can_ask_for_a_dry_run_itself() {
+    let policy = PolicyFile::new(format!("mode = \"dry-run\"\n{POLICY}"));
+    let mut exec = Exec::start(&policy);
+    let fd = exec.probe.open(Family::Inet, Kind::Tcp);
+    assert_eq!(exec.probe.int(fd, SO_MARK), 0, "not from birth either");
+    let pair = exec.probe.pair(Family::Inet, Kind::Tcp);
+    assert_eq!(exec.probe.set(pair.client, TCP_NODELAY, 0), Ok(()));
+    assert_eq!(exec.probe.int(pair.client, TCP_NODELAY), 0);
+    let report = exec.finish();
+    assert_eq!(report.verdicts("TCP_NODELAY"), ["would-rewrite"]);
+}
+
+#[test]
+fn call_that_fails_for_other_reasons_is_decided_alike() {
+    let policy = PolicyFile::new("[[rule]]\nset = { TCP_KEEPCNT = 5 }\n");
+    let mut exec = Exec::with(&policy, &["--dry-run"]);
+    let fd = exec.probe.open(Family::Inet, Kind::Tcp);
+    assert_eq!(exec.probe.set(fd, TCP_KEEPCNT, 4000), Err(Errno::EINVAL), "out of the kernel's range");
+    let report = exec.finish();
+    let event = report.conflict("TCP_KEEPCNT");
+    assert_eq!(event.verdict.as_deref(), Some("would-rewrite"));
+    assert_eq!(event.result, Some(-(Errno::EINVAL as i64)));
+    assert_ne!(event.now, 4000, "the socket does not have what the kernel refused");
+}

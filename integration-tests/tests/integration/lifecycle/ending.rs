@@ -1,0 +1,73 @@
+//! Agents that are killed: what is in force ends with them, and the command does not.
+
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use sockpolicy_integration_tests::{
+    agent,
+    cgroup::Cgroup,
+    foreign::attached,
+    options::TCP_NODELAY,
+    probe::Probe,
+    process::{Running, cgroup_of, is_alive},
+    script::{Family, Kind},
+    wait,
+};
+
+use super::some_policy;
+
+#[test]
+fn killed_exec_leaves_the_command_alive_and_nothing_else() {
+    let policy = some_policy();
+    let script = "echo $$; exec sleep 300 >/dev/null 2>&1";
+    let mut running = Running::exec(&[], &policy, &["sh", "-c", script]);
+    let command = running.lines(1)[0].parse().unwrap();
+    let held = running.held();
+    assert_eq!(cgroup_of(command), Some(format!("{}/sockpolicy-{}", running.home.name(), running.pid())));
+    running.signal(Signal::SIGKILL);
+    running.wait();
+    held.assert_gone();
+    let is_gone = || running.home.children().is_empty();
+    assert!(wait::until(wait::PATIENCE, is_gone), "{:?}", running.home.children());
+    assert!(is_alive(command), "the command went with the agent");
+    assert_eq!(cgroup_of(command), Some(running.home.name()));
+    // Neither is the guard there any more.
+    let members = || std::fs::read_to_string(running.home.path().join("cgroup.procs")).unwrap();
+    assert!(wait::until(wait::PATIENCE, || members() == format!("{command}\n")), "{}", members());
+}
+
+#[test]
+fn exec_killed_at_any_time_leaves_nothing() {
+    let policy = some_policy();
+    for step in 0..25 {
+        let running = Running::exec(&[], &policy, &["sleep", "300"]);
+        // Somewhere between its start and its command's.
+        wait::until(Duration::from_millis(4 * step), || false);
+        running.signal(Signal::SIGKILL);
+        let is_gone = || running.home.children().is_empty();
+        assert!(wait::until(wait::PATIENCE, is_gone), "killed after {} ms: {:?}", 4 * step, running.home.children());
+    }
+}
+
+#[test]
+fn killed_run_leaves_nothing() {
+    let policy = some_policy();
+    let target = Cgroup::new();
+    let path = target.path().display().to_string();
+    let mut command = agent::command(&["run", "--cgroup", &path]);
+    command.arg(policy.path());
+    let mut running = Running::start(command);
+    running.lines(1);
+    let mut probe = Probe::start(&target);
+    let socket = probe.open(Family::Inet, Kind::Tcp);
+    probe.set(socket, TCP_NODELAY, 0).unwrap();
+    assert_eq!(probe.int(socket, TCP_NODELAY), 1, "the policy is in force");
+    let held = running.held();
+    assert!(attached(&target) > 0);
+    running.signal(Signal::SIGKILL);
+    running.wait();
+    held.assert_gone();
+    assert_eq!(attached(&target), 0);
+    probe.set(socket, TCP_NODELAY, 0).unwrap();
+    assert_eq!(probe.int(socket, TCP_NODELAY), 0, "the policy is no longer in force");
+}

@@ -1,0 +1,157 @@
+//! Signals: which ones reach the command, and how often.
+
+use std::os::unix::process::CommandExt;
+
+use nix::sys::signal::{SigSet, Signal};
+use sockpolicy_integration_tests::{
+    policy::PolicyFile,
+    process::{Running, exec, workload},
+    terminal::Terminal,
+    wait,
+};
+
+use super::some_policy;
+use crate::{stderr, stdout};
+
+#[test]
+fn signals_from_processes_are_passed_on() {
+    let policy = some_policy();
+    let mut running = Running::exec(&["--quiet"], &policy, &[&workload(), "signals", "SIGUSR2"]);
+    running.lines(1);
+    let signals = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGUSR1, Signal::SIGUSR2];
+    for (signal, count) in signals.into_iter().zip(2..) {
+        running.signal(signal);
+        assert_eq!(running.lines(count).pop(), Some(format!("{signal} from process")));
+    }
+    let output = running.finish();
+    assert!(output.status.success(), "{}", stderr(&output));
+}
+
+#[test]
+fn command_that_a_passed_signal_kills_has_that_status() {
+    let policy = some_policy();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        let mut running = Running::exec(&["--quiet"], &policy, &["sh", "-c", "echo ready; exec sleep 300"]);
+        running.lines(1);
+        running.signal(signal);
+        assert_eq!(running.finish().status.code(), Some(128 + signal as i32));
+    }
+}
+
+#[test]
+fn interrupt_key_reaches_the_command_once() {
+    let policy = some_policy();
+    let report = policy.folder().join("report").display().to_string();
+    let command = exec(&["--report", &report], &policy, &[&workload(), "signals", "SIGUSR2"]);
+    let mut terminal = Terminal::start(command);
+    terminal.wait_for("ready");
+    terminal.press(b"\x03");
+    terminal.wait_for("SIGINT");
+    // A second one would come before these.
+    for signal in [Signal::SIGUSR1, Signal::SIGUSR2] {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(terminal.pid() as i32), signal).unwrap();
+        terminal.wait_for(signal.as_str());
+    }
+    assert!(terminal.wait().success());
+    let expected = ["^CSIGINT from kernel", "SIGUSR1 from process", "SIGUSR2 from process"];
+    let is_all = || expected.iter().all(|line| terminal.screen().contains(line));
+    assert!(wait::until(wait::PATIENCE, is_all), "{}", terminal.screen());
+    assert_eq!(terminal.screen().matches("SIGINT").count(), 1, "{}", terminal.screen());
+}
+
+/// What a process can be started with.
+#[derive(Clone, Copy, Debug)]
+struct Manner {
+    blocked: &'static [Signal],
+    ignored: &'static [Signal],
+}
+
+/// The signals that a command finds blocked and ignored.
+#[track_caller]
+fn found(mut command: std::process::Command, manner: Manner) -> Vec<String> {
+    // SAFETY: only makes system calls.
+    unsafe {
+        command.pre_exec(move || {
+            manner.blocked.iter().copied().collect::<SigSet>().thread_set_mask()?;
+            for signal in manner.ignored {
+                nix::sys::signal::signal(*signal, nix::sys::signal::SigHandler::SigIgn)?;
+            }
+            Ok(())
+        });
+    }
+    let output = Running::start(command).finish();
+    assert!(output.status.success(), "{manner:?}: {}", stderr(&output));
+    stdout(&output)
+        .lines()
+        .filter(|line| ["SigBlk", "SigIgn", "SigCgt"].iter().any(|key| line.starts_with(key)))
+        .map(str::to_owned)
+        .collect()
+}
+
+#[test]
+fn command_finds_signals_as_sockpolicy_found_them() {
+    let policy = some_policy();
+    let cat = ["cat", "/proc/self/status"];
+    for manner in [
+        Manner { blocked: &[], ignored: &[] },
+        Manner { blocked: &[], ignored: &[Signal::SIGPIPE] },
+        Manner { blocked: &[], ignored: &[Signal::SIGHUP, Signal::SIGINT] },
+        Manner { blocked: &[], ignored: &[Signal::SIGCHLD] },
+        Manner { blocked: &[Signal::SIGUSR1, Signal::SIGTERM, Signal::SIGCHLD, Signal::SIGPIPE], ignored: &[] },
+    ] {
+        let mut plain = std::process::Command::new(cat[0]);
+        plain.args(&cat[1..]);
+        let under_us = found(exec(&["--quiet"], &policy, &cat), manner);
+        assert_eq!(found(plain, manner), under_us, "without us on the left, {manner:?}");
+    }
+}
+
+/// `run` in a cgroup of its own, in force.
+fn run(policy: &PolicyFile, ignored: &'static [Signal]) -> Running {
+    let home = sockpolicy_integration_tests::cgroup::Cgroup::new();
+    let path = home.path().display().to_string();
+    let mut command = sockpolicy_integration_tests::agent::command(&["run", "--cgroup", &path]);
+    command.arg(policy.path());
+    // SAFETY: only makes system calls.
+    unsafe {
+        command.pre_exec(move || {
+            for signal in ignored {
+                nix::sys::signal::signal(*signal, nix::sys::signal::SigHandler::SigIgn)?;
+            }
+            Ok(())
+        });
+    }
+    let mut running = Running::start_in(command, home);
+    running.lines(1);
+    running
+}
+
+#[test]
+fn run_ends_with_a_summary_when_it_is_asked_to() {
+    let policy = some_policy();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT] {
+        let running = run(&policy, &[]);
+        let held = running.held();
+        running.signal(signal);
+        let output = running.finish();
+        assert_eq!(output.status.code(), Some(0), "{signal}: {}", stderr(&output));
+        assert!(stdout(&output).contains("no application call disagreed"), "{}", stdout(&output));
+        held.assert_gone();
+    }
+}
+
+#[test]
+fn run_under_nohup_goes_on_when_the_terminal_is_gone() {
+    let policy = some_policy();
+    let mut running = run(&policy, &[Signal::SIGHUP]);
+    // Who ends at the first one does not take the second.
+    for signal in [Signal::SIGHUP, Signal::SIGUSR1] {
+        running.signal(signal);
+        let status = || std::fs::read_to_string(format!("/proc/{}/status", running.pid())).unwrap();
+        let is_taken = || status().lines().any(|line| line == "ShdPnd:\t0000000000000000");
+        assert!(wait::until(wait::PATIENCE, is_taken), "{signal}: {}", status());
+    }
+    assert!(!running.has_ended(), "{}", running.stdout());
+    running.signal(Signal::SIGTERM);
+    assert_eq!(running.finish().status.code(), Some(0));
+}

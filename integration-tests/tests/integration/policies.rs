@@ -1,0 +1,58 @@
+//! The ready-made policies, each on a real program.
+
+use std::path::{Path, PathBuf};
+
+use sockpolicy_integration_tests::{agent, policy::PolicyFile, process::read_report, report::Report};
+
+use super::{stderr, stdout};
+
+/// The top of the repository.
+fn repository() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().unwrap()
+}
+
+/// Seconds until the next keepalive probe, as ss shows them: `timer:(keepalive,59sec,0)` or
+/// `timer:(keepalive,4min59sec,0)`.
+fn keepalive_seconds(ss: &str) -> u32 {
+    let timer = ss.split("timer:(keepalive,").nth(1).and_then(|rest| rest.split(',').next());
+    let timer = timer.unwrap_or_else(|| panic!("no keepalive timer in:\n{ss}"));
+    let (minutes, seconds) = timer.split_once("min").unwrap_or(("0", timer));
+    let seconds = seconds.trim_end_matches("sec");
+    60 * minutes.parse::<u32>().unwrap() + if seconds.is_empty() { 0 } else { seconds.parse::<u32>().unwrap() }
+}
+
+/// Runs the Redis of the demo under a policy; gives what it printed and the report.
+fn redis_under(policy: &str, arguments: &[&str]) -> (String, Report) {
+    // Only for its folder.
+    let scratch = PolicyFile::new("");
+    let report = scratch.folder().join("report.json");
+    let report = report.to_str().unwrap();
+    let policy = repository().join("policies").join(policy);
+    let workload = repository().join("examples/redis-demo/workload");
+    let mut words = vec!["exec", policy.to_str().unwrap(), "-o", "json", "--report", report];
+    words.extend(arguments);
+    words.extend(["--", workload.to_str().unwrap()]);
+    let output = agent::output(&words);
+    assert!(output.status.success(), "{}: {}", output.status, stderr(&output));
+    (stdout(&output), read_report(report))
+}
+
+#[test]
+fn keepalive_below_nat_holds_on_a_redis_that_asks_for_five_minutes() {
+    let (printed, report) = redis_under("keepalive-below-nat.toml", &[]);
+    assert!(keepalive_seconds(&printed) <= 60, "{printed}");
+    let conflict = report.of("conflict", "TCP_KEEPIDLE").into_iter().find(|event| event.asked == 300).unwrap();
+    assert_eq!(conflict.verdict.as_deref(), Some("rewritten"));
+    assert_eq!(conflict.comm.as_deref(), Some("redis-server"));
+    let setting = report.setting("TCP_KEEPIDLE");
+    assert!(setting.sockets.set > 20, "twenty clients and their server's sockets: {setting:?}");
+    assert_eq!(setting.sockets.failed, 0);
+    report.assert_nothing_lost();
+}
+
+#[test]
+fn keepalive_below_nat_in_a_dry_run_leaves_redis_its_five_minutes() {
+    let (printed, report) = redis_under("keepalive-below-nat.toml", &["--dry-run"]);
+    assert!(keepalive_seconds(&printed) > 240, "{printed}");
+    assert!(report.verdicts("TCP_KEEPIDLE").contains(&"would-rewrite"));
+}
