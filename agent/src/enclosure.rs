@@ -125,7 +125,15 @@ impl Enclosure {
             stdout.read_to_string(&mut reason).map_err(|source| error(source.to_string()))?;
         }
         let status = self.guard.wait().map_err(|source| error(source.to_string()))?;
-        if status.success() { Ok(()) } else { Err(error(reason.trim().to_owned())) }
+        if status.success() {
+            return Ok(());
+        }
+        // Where somebody has killed the guard, what it would have done is still to be done.
+        let home = self.cgroup.path.parent().unwrap_or(Path::new("/"));
+        remove_tree(&self.cgroup.path, home).map_err(|source| {
+            let reason = reason.trim();
+            error(if reason.is_empty() { source.to_string() } else { reason.to_owned() })
+        })
     }
 }
 

@@ -377,7 +377,8 @@ pub const OPTIONS: &[SocketOption] = &[
     settable(L::TCP, "TCP_THIN_LINEAR_TIMEOUTS", 16, Bool, "true", "no exponential back-off on thin streams")
         .since("6.1"),
     settable(L::TCP, "TCP_USER_TIMEOUT", 18, Milliseconds, "\"30s\"", "how long sent data may go unacknowledged"),
-    settable(L::TCP, "TCP_NOTSENT_LOWAT", 25, Bytes, "\"128KiB\"", "unsent data that makes a socket unwritable"),
+    settable(L::TCP, "TCP_NOTSENT_LOWAT", 25, Bytes, "\"128KiB\"", "unsent data that makes a socket unwritable")
+        .range(0, u32::MAX as i64),
     settable(L::TCP, "TCP_SAVE_SYN", 27, Int, "1", "keep the SYN for the application (2: with the MAC header)")
         .at(LISTENER)
         .range(0, 2),

@@ -42,13 +42,8 @@ pub enum SessionError {
     Errno { errno: String, place: String },
 }
 
-/// What the caller decides about a session.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Options {
-    /// Change nothing, whatever the policies say.
-    pub dry_run: bool,
-    pub backend: BackendChoice,
-}
+/// Events to drain at a time: some milliseconds' worth.
+const BATCH_MAX: usize = 1024;
 
 /// A policy in force on its targets, until this is dropped.
 pub struct Session {
@@ -58,7 +53,6 @@ pub struct Session {
     backend: Option<Backend>,
     names: Names,
     report: Report,
-    monotonic_epoch_ns: i128,
 }
 
 /// Compiles policies for a session.
@@ -97,15 +91,7 @@ impl Session {
             log::warn!("without an audit only conflicts are seen: the policy's `calls` has no effect");
         }
         object.enable(&desired, &targets)?;
-        Ok(Self {
-            object,
-            desired,
-            targets,
-            backend,
-            names: Names::new(mount),
-            report: Report::default(),
-            monotonic_epoch_ns: monotonic_epoch_ns(),
-        })
+        Ok(Self { object, desired, targets, backend, names: Names::new(mount), report: Report::default() })
     }
 
     #[must_use]
@@ -123,18 +109,20 @@ impl Session {
         self.backend
     }
 
-    /// Hands every event that is there to `tell`.
+    /// Hands events that are there to `tell`; gives whether there may be more. They may come faster than
+    /// they go, and whoever calls this has other things to do too.
     ///
     /// # Errors
     ///
     /// The first that `tell` gives.
-    pub fn drain<E>(&mut self, mut tell: impl FnMut(&Event) -> Result<(), E>) -> Result<(), E> {
-        while let Some(record) = self.object.next_event() {
+    pub fn drain<E>(&mut self, mut tell: impl FnMut(&Event) -> Result<(), E>) -> Result<bool, E> {
+        for _ in 0..BATCH_MAX {
+            let Some(record) = self.object.next_event() else { return Ok(false) };
             let event = record.ok().and_then(|raw| {
                 let surroundings = Surroundings {
                     exe: executable(raw.pid),
                     cgroup: self.names.name(raw.cgroup, &self.targets).map(str::to_owned),
-                    monotonic_epoch_ns: self.monotonic_epoch_ns,
+                    monotonic_epoch_ns: monotonic_epoch_ns(),
                 };
                 decode(&raw, &self.desired, surroundings).ok()
             });
@@ -146,7 +134,7 @@ impl Session {
                 None => self.report.fold_unknown(),
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Takes the policy out of force, so that what there is to drain comes to an end.
@@ -218,7 +206,7 @@ fn executable(pid: u32) -> Option<String> {
     fs::read_link(format!("/proc/{pid}/exe")).ok().map(|path| path.display().to_string())
 }
 
-/// What to add to the kernel's time stamps.
+/// What to add to the kernel's time stamps. Not the same for long: clocks are set, and machines suspended.
 fn monotonic_epoch_ns() -> i128 {
     let now = |clock| {
         clock_gettime(clock).map_or(0, |time| i128::from(time.tv_sec()) * 1_000_000_000 + i128::from(time.tv_nsec()))

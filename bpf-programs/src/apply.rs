@@ -9,7 +9,7 @@ use abi::{
     event::flags,
     mode,
     select::{Candidates, select},
-    setting::{Governed, Setting, TEXT_LEN, Value, form, kind, read_back, traits, word_in, words_of},
+    setting::{Governed, Setting, TEXT_LEN, Value, form, kind, on_conflict, read_back, traits, word_in, words_of},
     socket::{State, family, protocol},
 };
 use aya_ebpf::{
@@ -120,12 +120,13 @@ pub(crate) fn apply_option(
     let Some(option) = maps::option(index) else { return };
     let bit = 1u64 << (index & 63);
     let done = if option.traits & traits::ONCE != 0 { state.settled & bit } else { 0 };
-    if option.traits & terms.missing_traits() != 0 || (state.yielded & bit) | done != 0 {
+    if option.traits & terms.missing_traits() != 0 || done != 0 {
         return;
     }
     let Some(winner) = option.winner(rules) else { return };
     let Some(setting) = maps::setting(winner) else { return };
-    if setting.form == form::SET {
+    let has_yielded = state.yielded & bit != 0 && setting.on_conflict == on_conflict::ALLOW;
+    if setting.form == form::SET && !has_yielded {
         note(state, bit, winner, set(option, setting, winner));
     }
 }

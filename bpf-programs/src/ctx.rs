@@ -5,7 +5,7 @@
 //! compiler from merging neighbours.
 
 use abi::{
-    setting::{TEXT_LEN, Words, words_of},
+    setting::{TEXT_LEN, Words, kind, words_of},
     socket::{Address, Facts, direction, known, protocol, sk_family},
 };
 use aya_ebpf::{
@@ -195,7 +195,9 @@ impl Addressed {
         facts.remote_port = self.port();
         facts.known |= known::REMOTE;
         local_facts(self.sk, inet6, &mut facts);
-        facts.settle_family(field!(self.ctx, family));
+        // An IPv6 datagram socket that connects to an address of AF_INET comes by connect4
+        // (`udpv6_pre_connect`, net/ipv6/udp.c): what counts is the hook.
+        facts.settle_family(if inet6 { sk_family::INET6 } else { sk_family::INET });
         facts
     }
 
@@ -363,6 +365,17 @@ impl OptionCall {
     pub(crate) fn pass(&self) {
         if self.len() > ARGUMENT_MAX {
             set_field!(self.ctx, optlen, 0);
+        }
+    }
+
+    /// Lets the kernel take a call whose value was looked at: of a long argument no more than that
+    /// part, which another thread can no longer change.
+    #[inline(always)]
+    pub(crate) fn pass_as_read(&self, kind: u8) {
+        if self.len() > ARGUMENT_MAX && kind != kind::OPAQUE {
+            set_field!(self.ctx, optlen, if kind == kind::TEXT { TEXT_LEN as i32 } else { 4 });
+        } else {
+            self.pass();
         }
     }
 

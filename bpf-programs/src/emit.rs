@@ -89,8 +89,8 @@ pub(crate) fn outcome(key: OptionKey, errno: i32, fill: impl FnOnce(&mut Call)) 
 
 /// Whether an event may be sent now, and if so how many like it were held back before it.
 ///
-/// Two CPUs may both find the interval over and both send: an event too many, never one too few
-/// counted.
+/// Two CPUs may both find the interval over and both send, or one forget what the other has just
+/// held back: this number is for people. [`abi::Counters::suppressed`] is exact.
 #[inline(always)]
 fn admit(key: &LimitKey, interval_ns: u64) -> Option<u64> {
     // SAFETY: has no arguments.

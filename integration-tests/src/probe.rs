@@ -130,6 +130,12 @@ impl Probe {
         self.succeed(&Step::Connect { fd, to });
     }
 
+    /// Gives up root and every capability, for good.
+    #[track_caller]
+    pub fn become_nobody(&mut self) {
+        self.succeed(&Step::BecomeNobody);
+    }
+
     /// connect(AF_UNSPEC)
     #[track_caller]
     pub fn disconnect(&mut self, fd: Fd) {

@@ -115,6 +115,8 @@ pub enum Step {
         fd: Fd,
         to: SocketAddr,
     },
+    /// Gives up root and every capability, for good.
+    BecomeNobody,
     /// connect(AF_UNSPEC)
     Disconnect {
         fd: Fd,

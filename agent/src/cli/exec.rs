@@ -132,10 +132,13 @@ impl Exec {
         let mut session = Session::start(desired, vec![target], mount, self.audit_backend)?;
         unless_closed(writer.announce(&session)).map_err(|source| self.report_error(source))?;
 
+        if let Some(signal) = asked_to_end(&mut signals)? {
+            return Ok(ExitCode::from(128 + signal as u8));
+        }
         let mut child = self.spawn(&enclosure, &signals)?;
         let status = follow(&mut child, &mut session, &mut signals, &mut writer)?;
         session.end()?;
-        drain(&mut session, &mut writer);
+        while drain(&mut session, &mut writer) {}
         let left = enclosure.population();
         let summary = session.finish()?;
         let conflicts = summary.conflicts();
@@ -143,7 +146,9 @@ impl Exec {
         if left > 0 {
             log::warn!("{left} processes outlived the command; they go on without the policy");
         }
-        enclosure.remove()?;
+        if let Err(error) = enclosure.remove() {
+            log::warn!("{error}");
+        }
         if self.fail_on_conflict && conflicts > 0 && status.success() {
             return Ok(super::FINDINGS.into());
         }
@@ -153,7 +158,8 @@ impl Exec {
     fn writer(&self) -> Result<Writer, ReportError> {
         match &self.report {
             Some(path) => Writer::to_file(self.output, self.quiet, path),
-            None => Ok(Writer::new(self.output, self.quiet, io::stderr())),
+            // A line at a time: the command may write there too.
+            None => Ok(Writer::new(self.output, self.quiet, io::LineWriter::new(io::stderr()))),
         }
     }
 
@@ -176,6 +182,16 @@ impl Exec {
 #[expect(clippy::panic, reason = "clap refuses an empty command")]
 fn unreachable_command() -> ! {
     panic!("no command")
+}
+
+/// The signal that asked for an end before there was a command to pass it on to.
+fn asked_to_end(signals: &mut Signals) -> io::Result<Option<nix::sys::signal::Signal>> {
+    while let Some(received) = signals.next()? {
+        if received.asks_for_end() {
+            return Ok(Some(received.signal));
+        }
+    }
+    Ok(None)
 }
 
 /// Reports and passes signals on until the command has ended.
@@ -205,10 +221,11 @@ fn follow(
     }
 }
 
-/// Writes the events that are there. The command goes on also where its report cannot be written.
-fn drain(session: &mut Session, writer: &mut Writer) {
+/// Writes events that are there; gives whether there may be more. The command goes on also where its
+/// report cannot be written.
+fn drain(session: &mut Session, writer: &mut Writer) -> bool {
     let mut failed = None;
-    let _ = session.drain(|event| {
+    let result = session.drain(|event| {
         if failed.is_none() {
             failed = writer.event(event).err();
         }
@@ -219,6 +236,7 @@ fn drain(session: &mut Session, writer: &mut Writer) {
     {
         log::warn!("cannot write the report: {error}");
     }
+    result.unwrap_or_else(|never| match never {})
 }
 
 /// The command's own status; 128 and the signal's number where one killed it.

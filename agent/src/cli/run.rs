@@ -5,7 +5,6 @@ use std::{io, os::fd::AsFd, path::PathBuf, process::ExitCode};
 use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::signal::Signal,
 };
 
 use super::{
@@ -104,7 +103,7 @@ impl Run {
         writer.announce(&session).map_err(RunError::Write)?;
         watch(&mut session, &mut signals, &mut writer)?;
         session.end()?;
-        session.drain(|event| writer.event(event)).map_err(RunError::Write)?;
+        while session.drain(|event| writer.event(event)).map_err(RunError::Write)? {}
         let summary = session.finish()?;
         writer.summary(&summary).map_err(RunError::Write)?;
         Ok(summary.conflicts())
@@ -158,9 +157,7 @@ fn watch(session: &mut Session, signals: &mut Signals, writer: &mut Writer) -> R
         }
         let mut is_over = false;
         while let Some(received) = signals.next().map_err(RunError::Watch)? {
-            let asks_for_end =
-                matches!(received.signal, Signal::SIGINT | Signal::SIGTERM | Signal::SIGHUP | Signal::SIGQUIT);
-            is_over |= asks_for_end && !received.was_ignored;
+            is_over |= received.asks_for_end();
         }
         session.drain(|event| writer.event(event)).map_err(RunError::Write)?;
         writer.flush().map_err(RunError::Write)?;

@@ -101,6 +101,14 @@ pub(super) struct Received {
     pub(super) was_ignored: bool,
 }
 
+impl Received {
+    /// Whether this process is to end.
+    pub(super) fn asks_for_end(&self) -> bool {
+        let ends = matches!(self.signal, Signal::SIGINT | Signal::SIGTERM | Signal::SIGHUP | Signal::SIGQUIT);
+        ends && !self.was_ignored
+    }
+}
+
 fn is_from_process(info: &siginfo) -> bool {
     // SI_USER is 0 and those below are other ways to send; the kernel's own are above
     // (include/uapi/asm-generic/siginfo.h).

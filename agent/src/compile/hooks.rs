@@ -131,16 +131,18 @@ fn may_pass(rule: &Rule, site: u32) -> bool {
 /// The hooks that a policy needs.
 pub(super) fn needed(options: &[Governed], sites: &[SiteList; site::COUNT], rules: &[&Rule], reads: bool) -> Vec<Hook> {
     let any = |numbers: &[u32]| numbers.iter().any(|number| sites[*number as usize].len > 0);
-    // Whether a call is made on an inbound or an outbound socket is known from these hooks' notes.
-    let asks_direction = rules.iter().any(|rule| rule.selector.direction.is_some());
+    let tcp = rules.iter().any(|rule| may_pass(rule, site::SYN));
     let compares = options.iter().any(|option| option.sets != 0 && option.read_back != read_back::NONE);
     Hook::ALL
         .into_iter()
         .filter(|hook| match hook {
-            Hook::Birth => any(&[site::BIRTH]),
+            // Also without anything to apply: a socket's notes are made when it is, before it can
+            // use up the memory that it may have for them.
+            Hook::Birth => !options.is_empty(),
             Hook::Bind4 | Hook::Bind6 => any(&[site::BIND_STREAM, site::BIND_DATAGRAM]),
             Hook::Connect4 | Hook::Connect6 => any(&[site::CONNECT_STREAM, site::CONNECT_DATAGRAM]),
-            Hook::Turns => asks_direction || any(&[site::SYN, site::ACTIVE, site::PASSIVE, site::LISTEN]),
+            // Also for the direction of a socket, and for notes of its own in place of its listener's.
+            Hook::Turns => tcp && !options.is_empty(),
             Hook::Set => !options.is_empty(),
             Hook::Get => reads && compares,
         })

@@ -280,6 +280,9 @@ fn governed(named: Named) -> Governed {
     if let Named::Known(known) = named {
         let SocketOption { value, traits, .. } = *known;
         option.kind = value.abi_kind();
+        if option.kind == kind::INT && known.range.1 > i64::from(i32::MAX) {
+            option.kind = kind::UNSIGNED;
+        }
         option.traits = traits;
         option.read_back = known.settable().map_or(read_back::NONE, |settable| settable.read_back);
     }

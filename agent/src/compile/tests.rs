@@ -301,10 +301,11 @@ fn only_the_hooks_that_a_policy_needs_are_attached() {
     let hooks =
         |selector, forms: &[(&str, Form)]| compile(&[policy(vec![plain_rule("r", selector, forms)])]).unwrap().hooks;
     let tcp = Selector { protocols: vec![Protocol::Tcp], ..Selector::default() };
-    assert_eq!(hooks(tcp.clone(), &[("TCP_NODELAY", on())]), [Hook::Turns, Hook::Set, Hook::Get]);
-    assert_eq!(hooks(Selector::default(), &[("IP_TTL", Form::Deny)]), [Hook::Set]);
-    let inbound = Selector { direction: Some(Direction::Inbound), ..Selector::default() };
-    assert_eq!(hooks(inbound, &[("IP_TTL", Form::Deny)]), [Hook::Turns, Hook::Set]);
+    assert_eq!(hooks(tcp.clone(), &[("TCP_NODELAY", on())]), [Hook::Birth, Hook::Turns, Hook::Set, Hook::Get]);
+    assert_eq!(hooks(Selector::default(), &[("IP_TTL", Form::Deny)]), [Hook::Birth, Hook::Turns, Hook::Set]);
+    let udp = Selector { protocols: vec![Protocol::Udp], ..Selector::default() };
+    assert_eq!(hooks(udp, &[("IP_TTL", Form::Deny)]), [Hook::Birth, Hook::Set]);
+    assert_eq!(compile(&[policy(Vec::new())]).unwrap().hooks, []);
     assert_eq!(
         hooks(tcp, &[("SO_MARK", on())]),
         [Hook::Birth, Hook::Connect4, Hook::Connect6, Hook::Turns, Hook::Set, Hook::Get]

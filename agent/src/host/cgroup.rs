@@ -53,8 +53,8 @@ pub enum CgroupError {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
     pub path: PathBuf,
-    /// How many levels the mount's own top is below the root of the hierarchy: more than 0 in a container
-    /// that sees a part of it.
+    /// How many levels the mount's own top is below the root of the hierarchy: more than 0 where a part of it
+    /// is mounted.
     depth: u32,
 }
 
@@ -90,7 +90,7 @@ impl Mount {
     ///
     /// Where it is not there, not a folder, not of cgroup2, or too deep.
     pub fn open(&self, path: &Path) -> Result<Cgroup, CgroupError> {
-        let full = self.path.join(path);
+        let full = self.path_of(path);
         let missing = |source| CgroupError::Missing { path: full.clone(), mount: self.path.clone(), source };
         let full = full.canonicalize().map_err(missing)?;
         let folder = File::open(&full).map_err(missing)?;
@@ -110,6 +110,15 @@ impl Mount {
         }
         let name = format!("/{}", below.display());
         Ok(Cgroup { name, id: metadata.ino(), level, folder, path: full })
+    }
+
+    /// Where a cgroup is in the file system. One that is named as the kernel names it, with a leading
+    /// slash, is below the mount too.
+    fn path_of(&self, path: &Path) -> PathBuf {
+        match path.strip_prefix("/") {
+            Ok(below) if !path.exists() && self.path.join(below).exists() => self.path.join(below),
+            _ => self.path.join(path),
+        }
     }
 
     /// The cgroup that this process is in.
@@ -201,6 +210,14 @@ fn unescape(field: &[u8]) -> PathBuf {
         at += if code.is_some() { 4 } else { 1 };
     }
     OsString::from_vec(bytes).into()
+}
+
+/// Whether this process sees the cgroup hierarchy from its root, outside any cgroup namespace.
+#[must_use]
+pub fn is_initial_namespace() -> bool {
+    /// `PROC_CGROUP_INIT_INO` (include/linux/proc_ns.h).
+    const INITIAL: u64 = 0xeffffffb;
+    fs::metadata("/proc/self/ns/cgroup").is_ok_and(|namespace| namespace.ino() == INITIAL)
 }
 
 /// Names of cgroups by id, learnt as they are asked for.

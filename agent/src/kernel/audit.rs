@@ -140,8 +140,15 @@ fn attach_probe(ebpf: &mut Ebpf, probe: &Probe) -> Result<(), String> {
         Program::TracePoint(program) => program.attach("syscalls", probe.point).map(drop),
         _ => Err(ProgramError::UnexpectedProgramType),
     };
-    attached.map_err(|error| format!("{}: {}", probe.point, chain(&error)))
+    attached.map_err(|error| {
+        let reason = chain(&error);
+        let why = if reason.contains("perf_event_open") && reason.contains("os error 13)") { PARANOID } else { "" };
+        format!("{}: {reason}{why}", probe.point)
+    })
 }
+
+/// Debian and Ubuntu ask for more than CAP_PERFMON where kernel.perf_event_paranoid is above what other kernels know.
+const PARANOID: &str = " (this takes CAP_SYS_ADMIN here unless sysctl kernel.perf_event_paranoid is 2 or less)";
 
 /// Takes a program out of the kernel again, with its links.
 fn unload(ebpf: &mut Ebpf, program: &str) {

@@ -1,6 +1,6 @@
 //! What can go wrong between us and the kernel.
 
-use std::{error::Error, io, path::PathBuf};
+use std::{error::Error, path::PathBuf};
 
 use aya::programs::ProgramError;
 
@@ -38,8 +38,6 @@ pub enum KernelError {
          or give --audit-backend none to go without results and processes of calls"
     )]
     NoBackend { reasons: String },
-    #[error("cannot watch the ring buffer: {0}")]
-    Ring(#[source] io::Error),
 }
 
 /// An error and its causes, on one line.

@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     compile::{Desired, Hook},
-    host::cgroup::Cgroup,
+    host::cgroup::{Cgroup, is_initial_namespace},
     policy::model::{Calls, Mode},
 };
 
@@ -35,7 +35,6 @@ pub struct Object {
     ebpf: Ebpf,
     ring: RingBuf<MapData>,
     abilities: Abilities,
-    backend: Option<Backend>,
 }
 
 /// What programs at cgroup/setsockopt may call on this kernel.
@@ -98,7 +97,7 @@ impl Object {
         load_programs(&mut ebpf, &desired.hooks)?;
         let ring = ebpf.take_map(maps::EVENTS).ok_or(KernelError::Incomplete { what: maps::EVENTS })?;
         let ring = RingBuf::try_from(ring).map_err(|source| KernelError::Map { map: maps::EVENTS, source })?;
-        Ok(Self { ebpf, ring, abilities, backend: None })
+        Ok(Self { ebpf, ring, abilities })
     }
 
     /// What cgroup/setsockopt can do here, as was found when it was loaded.
@@ -134,8 +133,7 @@ impl Object {
     ///
     /// Where the backend that was asked for cannot be had, or none can.
     pub fn attach_audit(&mut self, desired: &Desired, choice: BackendChoice) -> Result<Option<Backend>, KernelError> {
-        self.backend = audit::attach(&mut self.ebpf, choice, desired.audit.reads)?;
-        Ok(self.backend)
+        audit::attach(&mut self.ebpf, choice, desired.audit.reads)
     }
 
     /// Puts everything in force, at once.
@@ -154,7 +152,7 @@ impl Object {
                 Calls::Governed => calls::GOVERNED,
                 Calls::All => calls::ALL,
             },
-            target_levels: targets.iter().fold(0, |levels, target| levels | 1 << target.level),
+            target_levels: target_levels(targets),
             event_interval_ns: EVENT_INTERVAL_NS,
         };
         maps::enable(&mut self.ebpf, config)
@@ -213,6 +211,15 @@ impl AsRawFd for Object {
     fn as_raw_fd(&self) -> RawFd {
         self.ring.as_raw_fd()
     }
+}
+
+/// The levels at which targets are. In a cgroup namespace these are not what the kernel counts, and
+/// any may be one.
+fn target_levels(targets: &[Cgroup]) -> u64 {
+    if !is_initial_namespace() {
+        return u64::MAX;
+    }
+    targets.iter().fold(0, |levels, target| levels | 1 << target.level)
 }
 
 /// Has the kernel check the programs, several at a time: that is what takes the time.

@@ -23,6 +23,8 @@ pub mod flags {
     pub const DECIDED: u32 = 2;
     /// `before` was read from the socket.
     pub const BEFORE: u32 = 4;
+    /// `asked` could not be read from the caller's memory.
+    pub const UNREADABLE: u32 = 8;
 }
 
 /// One setsockopt or getsockopt call on its way through the kernel. Map `CALLS`, by task: made by

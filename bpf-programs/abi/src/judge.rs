@@ -37,6 +37,10 @@ impl Asked {
     #[inline(always)]
     #[must_use]
     pub fn read(kind: u8, traits: u8, len: i32, words: &Words) -> Option<Self> {
+        // A program further down has seen to it that the call does nothing.
+        if len < 0 {
+            return None;
+        }
         let mut asked = Self::default();
         if kind == kind::OPAQUE {
             return Some(asked);
@@ -47,8 +51,12 @@ impl Asked {
         }
         let word = word_in(words);
         asked.number = if traits & traits::WIDE != 0 && len == 8 {
-            // More than an i64 holds is "unlimited", as is u64::MAX itself.
-            if words[0] > i64::MAX as u64 { i64::MAX } else { words[0] as i64 }
+            // All ones mean "unlimited", in either width.
+            match words[0] {
+                u64::MAX => i64::from(u32::MAX),
+                wide if wide > i64::MAX as u64 => i64::MAX,
+                wide => wide as i64,
+            }
         } else if len >= 4 {
             match kind {
                 kind::UNSIGNED => i64::from(word),
@@ -174,7 +182,7 @@ mod tests {
         assert_eq!(number(kind::INT, traits::BYTE, &[]), Some(0));
         assert_eq!(number(kind::UNSIGNED, traits::WIDE, &(1u64 << 40).to_ne_bytes()), Some(1 << 40));
         assert_eq!(number(kind::UNSIGNED, 0, &(1u64 << 40).to_ne_bytes()), Some(0));
-        assert_eq!(number(kind::UNSIGNED, traits::WIDE, &u64::MAX.to_ne_bytes()), Some(i64::MAX));
+        assert_eq!(number(kind::UNSIGNED, traits::WIDE, &u64::MAX.to_ne_bytes()), Some(0xffff_ffff));
     }
 
     #[test]
@@ -184,7 +192,7 @@ mod tests {
         assert_eq!(read(16, b"bbr\0junk"), words(b"bbr"));
         assert_eq!(read(4096, b"0123456789abcdef"), words(b"0123456789abcde"));
         assert_eq!(read(0, b"bbr"), words(b""));
-        assert_eq!(read(-1, b"bbr"), words(b""));
+        assert_eq!(Asked::read(kind::TEXT, 0, -1, &words(b"bbr")), None);
         assert_eq!(read(8, b"01234567zz"), words(b"01234567"));
         assert_eq!(read(9, b"01234567zz"), words(b"01234567z"));
         assert_eq!(read(12, b"0123\x001234567"), words(b"0123"));

@@ -51,7 +51,7 @@ macro_rules! shared {
 pub(crate) use shared;
 
 /// Everything that is global to one set of policies. Map `CONFIG`, index 0; written by the agent
-/// last, after every other map and before the programs are attached.
+/// last, after every other map and when the programs are attached.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Config {
@@ -163,8 +163,7 @@ pub struct Losses {
     pub calls_full: u64,
     /// Arguments of a call that could not be read from the caller's memory.
     pub unreadable: u64,
-    /// Sockets for which the kernel had no memory to keep our notes: they are decided afresh
-    /// each time.
+    /// Times that the kernel had no memory to keep our notes of a socket: it was left alone.
     pub no_storage: u64,
     /// Rewritten values that did not fit the buffer the kernel gave us: the call went through
     /// as the application made it.

@@ -5,7 +5,7 @@
 
 use abi::{
     calls,
-    event::{Call, call, source},
+    event::{Call, call, flags, source},
     setting::{OptionKey, TEXT_LEN, Value, Words, word_in},
 };
 use aya_ebpf::{
@@ -126,7 +126,11 @@ fn enter(kind: u32, arguments: Option<Arguments>) {
     }
     let mut call = Call { key, kind, fd: arguments.fd, optval: arguments.optval, ..Call::default() };
     if kind == call::SETSOCKOPT {
-        call.asked = read_value(arguments.optval, arguments.optlen as i32);
+        match read_value(arguments.optval, arguments.optlen as i32) {
+            Ok(asked) => call.asked = asked,
+            // The page may not be there yet; the cgroup hook gets a copy of the argument.
+            Err(_) => call.flags = flags::UNREADABLE,
+        }
     } else {
         call.optlen = arguments.optlen;
     }
@@ -145,7 +149,13 @@ fn exit(source: u32, result: i64) {
         emit::conflict(head, call.setting, call.verdict, Task::current(), |record| *record = *call);
     } else if maps::config().is_some_and(|config| config.calls != calls::CONFLICTS) {
         if call.kind == call::GETSOCKOPT && result == 0 {
-            call.asked = read_result(call.optval, call.optlen);
+            match read_result(call.optval, call.optlen) {
+                Ok(shown) => call.asked = shown,
+                Err(_) => call.flags |= flags::UNREADABLE,
+            }
+        }
+        if call.flags & flags::UNREADABLE != 0 {
+            lose(|losses| &mut losses.unreadable);
         }
         emit::call(head, Task::current(), |record| *record = *call);
     }
@@ -172,26 +182,25 @@ fn in_target(levels: u64) -> bool {
     false
 }
 
-/// The first bytes of an argument in the caller's memory.
+/// The first bytes of an argument in the caller's memory. `Err` is the errno.
 #[inline(always)]
-fn read_value(address: u64, len: i32) -> Value {
+fn read_value(address: u64, len: i32) -> Result<Value, i32> {
     if len <= 0 || address == 0 {
-        return Value::UNKNOWN;
+        return Ok(Value::UNKNOWN);
     }
     let mut words: Words = [0; 2];
     let read = if len < TEXT_LEN as i32 { len as u32 } else { TEXT_LEN as u32 };
     // SAFETY: `words` has room for 16 bytes, and the helper checks the address.
     let ret = unsafe { bpf_probe_read_user((&raw mut words).cast(), read, address as *const c_void) };
     if ret != 0 {
-        lose(|losses| &mut losses.unreadable);
-        return Value::UNKNOWN;
+        return Err(-(ret as i32));
     }
-    Value::new(words, len as u32)
+    Ok(Value::new(words, len as u32))
 }
 
 /// What a getsockopt call left in the caller's memory.
 #[inline(always)]
-fn read_result(optval: u64, optlen: u64) -> Value {
-    let len = read_value(optlen, 4);
-    if len.len == 0 { len } else { read_value(optval, word_in(&len.words) as i32) }
+fn read_result(optval: u64, optlen: u64) -> Result<Value, i32> {
+    let len = read_value(optlen, 4)?;
+    read_value(optval, word_in(&len.words) as i32)
 }

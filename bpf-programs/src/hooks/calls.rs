@@ -45,6 +45,8 @@ const GO_ON: i32 = 1;
 /// Fails it, with EPERM unless another errno was set.
 const FAIL: i32 = 0;
 
+const EINVAL: i32 = 22;
+
 #[cgroup_sockopt(setsockopt)]
 pub(crate) fn set_judge(ctx: SockoptContext) -> i32 {
     let call = OptionCall::new(ctx.sockopt);
@@ -52,9 +54,14 @@ pub(crate) fn set_judge(ctx: SockoptContext) -> i32 {
         call.pass();
         return GO_ON;
     };
-    let verdict = judge_call(ctx.sockopt, governed.index, governed.winner);
+    let judged = judge_call(ctx.sockopt, governed.index, governed.winner);
+    let verdict = judged & !IS_DONE;
     if verdict != u32::from(verdict::NONE) {
         report_call(ctx.sockopt, governed.index, governed.winner, verdict);
+    }
+    if judged & IS_DONE != 0 {
+        call.skip();
+        return GO_ON;
     }
     enact(&call, governed, verdict)
 }
@@ -114,13 +121,20 @@ fn state(call: &OptionCall) -> Option<&'static mut State> {
     unsafe { storage::state(call.sk()) }
 }
 
-/// Judges and counts a call; returns the verdict.
+/// In what [`judge_call`] returns: the socket has the policy's value already, so that the kernel's
+/// own handler need not see the call.
+const IS_DONE: u32 = 0x100;
+
+/// Judges and counts a call; returns the verdict, with [`IS_DONE`] where nothing is left to do.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn judge_call(ctx: *mut bpf_sockopt, index: u32, winner: u32) -> u32 {
     let call = OptionCall::new(ctx);
     let Some(judgement) = judgement(&call, Governance { index, winner }) else { return verdict::NONE.into() };
-    let verdict = judgement.verdict;
+    let (verdict, done) = match judgement.verdict {
+        verdict::REWRITTEN if is_enforced() => rewrite(&call, Governance { index, winner }, &judgement),
+        verdict => (verdict, 0),
+    };
     note_who_wins(&call, Governance { index, winner }, verdict);
     count(winner, |counters| match verdict {
         verdict::NONE => &mut counters.agreed,
@@ -130,7 +144,44 @@ pub(crate) extern "C" fn judge_call(ctx: *mut bpf_sockopt, index: u32, winner: u
         verdict::IGNORED => &mut counters.verdicts[3],
         _ => &mut counters.verdicts[4],
     });
-    verdict.into()
+    u32::from(verdict) | done
+}
+
+#[inline(always)]
+fn is_enforced() -> bool {
+    maps::config().is_some_and(|config| config.mode == mode::ENFORCE)
+}
+
+/// Gives the socket the policy's value where programs can. The kernel's own handler would ask the
+/// application's rights, and refuse a value that the application would never have asked for.
+///
+/// Where the kernel refuses the value itself, the application's call goes through as it is.
+#[inline(always)]
+fn rewrite(call: &OptionCall, governed: Governance, judgement: &Judgement) -> (u8, u32) {
+    // What this kernel's programs cannot set from here is rewritten in the call's argument.
+    const BY_ARGUMENT: (u8, u32) = (verdict::REWRITTEN, 0);
+    if CAN_GET.load() == 0 {
+        return BY_ARGUMENT;
+    }
+    let Some(option) = governed.option() else { return BY_ARGUMENT };
+    let (level, name) = (option.key.level, option.key.name);
+    let result = if option.kind == kind::TEXT {
+        call.set(level, name, &judgement.given.words, TEXT_LEN as i32)
+    } else {
+        call.set(level, name, &judgement.given.words, 4)
+    };
+    match result {
+        Ok(()) => (verdict::REWRITTEN, IS_DONE),
+        // An MPTCP socket, for instance: only its subflows are TCP sockets to the helper.
+        Err(EINVAL) => BY_ARGUMENT,
+        Err(errno) => {
+            count(governed.winner, |counters| {
+                counters.failed_errno = errno as u64;
+                &mut counters.failed
+            });
+            (verdict::ALLOWED, 0)
+        }
+    }
 }
 
 /// `None` where the kernel will refuse the argument's length.
@@ -160,8 +211,7 @@ fn note_who_wins(call: &OptionCall, governed: Governance, verdict: u8) {
 /// Does what was decided.
 #[inline(always)]
 fn enact(call: &OptionCall, governed: Governance, verdict: u32) -> i32 {
-    let is_enforced = maps::config().is_some_and(|config| config.mode == mode::ENFORCE);
-    match if is_enforced { verdict as u8 } else { verdict::NONE } {
+    match if is_enforced() { verdict as u8 } else { verdict::NONE } {
         verdict::REWRITTEN | verdict::CLAMPED => {
             let is_replaced = judgement(call, governed)
                 .is_some_and(|judgement| call.replace(judgement.given.words, judgement.given.len));
@@ -185,7 +235,7 @@ fn enact(call: &OptionCall, governed: Governance, verdict: u32) -> i32 {
             FAIL
         }
         _ => {
-            call.pass();
+            call.pass_as_read(governed.option().map_or(kind::OPAQUE, |option| option.kind));
             GO_ON
         }
     }
@@ -206,7 +256,6 @@ pub(crate) extern "C" fn report_call(ctx: *mut bpf_sockopt, index: u32, winner: 
     let head = Head { key: option.key, call: call::SETSOCKOPT, source: source::HOOK, result: 0 };
     emit::conflict(head, winner, verdict, caller(), |record| {
         record.fd = -1;
-        record.asked = Value::new(call.argument(), call.len() as u32);
         fill(record, &call, governed, verdict);
     });
     0
@@ -223,6 +272,8 @@ fn caller() -> Task {
 fn fill(record: &mut Call, call: &OptionCall, governed: Governance, verdict: u32) {
     let (Some(option), Some(setting)) = (governed.option(), governed.setting()) else { return };
     let argument = call.argument();
+    // The very bytes that were judged: the caller's memory may have changed since the audit looked.
+    record.asked = Value::new(argument, call.len() as u32);
     if let Some(asked) = Asked::read(option.kind, option.traits, call.len(), &argument) {
         record.given = judge(option.kind, setting, &asked).given;
         record.wanted = Value::wanted(option.kind, setting, &asked);
@@ -236,7 +287,7 @@ fn fill(record: &mut Call, call: &OptionCall, governed: Governance, verdict: u32
 
 #[inline(always)]
 fn fill_socket(record: &mut Call, call: &OptionCall, governed: Governance, verdict: u32) {
-    record.flags |= flags::SOCKET | flags::DECIDED;
+    record.flags = (record.flags | flags::SOCKET | flags::DECIDED) & !flags::UNREADABLE;
     record.setting = governed.winner;
     record.verdict = verdict;
     if let Some(state) = state(call) {

@@ -57,7 +57,6 @@ fn policy_chooses_which_calls_are_reported() {
     let governed = ["call setsockopt TCP_SYNCNT 0", conflict, "call setsockopt TCP_SYNCNT -9"];
     let reads = ["call getsockopt TCP_SYNCNT 0", "call getsockopt TCP_NODELAY 0"];
     for (settings, expected) in [
-        ("", vec![conflict]),
         ("calls = \"conflicts\"", vec![conflict]),
         ("calls = \"governed\"", [&governed[..], &reads[..1]].concat()),
         ("calls = \"governed\"\nreads = false", governed.to_vec()),

@@ -30,12 +30,10 @@ fn exit_status_is_the_commands() {
     for (script, status) in [
         ("exit 0", 0),
         ("exit 7", 7),
-        ("exit 125", 125),
         ("exit 255", 255),
         ("kill -KILL $$", 128 + libc::SIGKILL),
         ("kill -SEGV $$", 128 + libc::SIGSEGV),
         ("kill -TERM $$", 128 + libc::SIGTERM),
-        ("kill -PIPE $$", 128 + libc::SIGPIPE),
     ] {
         let output = Running::exec(&["--quiet"], &policy, &["sh", "-c", script]).finish();
         assert_eq!(output.status.code(), Some(status), "{script}: {}", stderr(&output));

@@ -12,6 +12,7 @@ mod dry_run;
 mod enforcement;
 mod lifecycle;
 mod matching;
+mod overruling;
 mod policies;
 mod preamble;
 mod settings;

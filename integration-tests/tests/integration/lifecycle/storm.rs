@@ -55,7 +55,7 @@ fn by_source(report: &Report) -> BTreeMap<(u32, String), Vec<&Event>> {
 #[test]
 fn storm_is_counted_exactly_and_reported_a_few_times_a_second() {
     const PROCESSES: usize = 6;
-    const CALLS: u64 = 10_000;
+    const CALLS: u64 = 4000;
     let begin = Instant::now();
     let (pids, report) = storm(&storm_policy(""), PROCESSES, CALLS);
     let intervals = begin.elapsed().as_millis() / 200;
@@ -81,7 +81,7 @@ fn storm_is_counted_exactly_and_reported_a_few_times_a_second() {
 #[test]
 fn more_processes_at_once_than_the_kernel_has_probes_are_counted_all_the_same() {
     const PROCESSES: usize = 60;
-    const CALLS: u64 = 300;
+    const CALLS: u64 = 100;
     let (pids, report) = storm(&storm_policy(""), PROCESSES, CALLS);
     for option in OPTIONS {
         let setting = report.setting(option);
@@ -97,7 +97,7 @@ fn more_processes_at_once_than_the_kernel_has_probes_are_counted_all_the_same() 
 #[test]
 fn full_ring_buffer_loses_events_and_counts_them() {
     const PROCESSES: usize = 4;
-    const CALLS: u64 = 10_000;
+    const CALLS: u64 = 3000;
     // Every call is an event, and the agent's report goes nowhere while it is stopped.
     let policy = PolicyFile::new(
         "[audit]\ncalls = \"all\"\nreads = false\n[[rule]]\nset = { TCP_NODELAY = true, SO_KEEPALIVE = false }\n",
