@@ -136,14 +136,13 @@ pub(super) fn needed(options: &[Governed], sites: &[SiteList; site::COUNT], rule
     Hook::ALL
         .into_iter()
         .filter(|hook| match hook {
-            // Also without anything to apply: a socket's notes are made when it is, before it can
-            // use up the memory that it may have for them.
-            Hook::Birth => !options.is_empty(),
+            // At birth also without anything to apply: a socket's notes are made when it is, before it
+            // can use up the memory that it may have for them.
+            Hook::Birth | Hook::Set => !options.is_empty(),
             Hook::Bind4 | Hook::Bind6 => any(&[site::BIND_STREAM, site::BIND_DATAGRAM]),
             Hook::Connect4 | Hook::Connect6 => any(&[site::CONNECT_STREAM, site::CONNECT_DATAGRAM]),
             // Also for the direction of a socket, and for notes of its own in place of its listener's.
             Hook::Turns => tcp && !options.is_empty(),
-            Hook::Set => !options.is_empty(),
             Hook::Get => reads && compares,
         })
         .collect()
