@@ -360,6 +360,11 @@ impl OptionCall {
         field!(self.ctx, retval)
     }
 
+    #[inline(always)]
+    pub(crate) fn is_multipath(&self) -> bool {
+        field!(self.sk, protocol) == IPPROTO_MPTCP
+    }
+
     /// Lets the kernel take the call as the application made it.
     #[inline(always)]
     pub(crate) fn pass(&self) {

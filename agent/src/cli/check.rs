@@ -31,6 +31,13 @@ impl Check {
     }
 }
 
+/// Says that policies with targets of their own are in force elsewhere.
+pub(super) fn warn_of_replaced_targets(policies: &[Policy], by: &str) {
+    for policy in policies.iter().filter(|policy| !policy.target.is_empty()) {
+        log::warn!("the target of policy `{}` gives way to {by}", policy.name);
+    }
+}
+
 /// Reads policy files. Says what is wrong with them, and gives `None` if anything is.
 #[expect(clippy::print_stderr, reason = "this is the command line")]
 pub(super) fn load(files: &[PathBuf]) -> Option<Vec<Policy>> {

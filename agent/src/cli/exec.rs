@@ -17,15 +17,14 @@ use nix::{
 };
 
 use super::{
-    complain,
-    output::{Format, ReportError, Writer},
+    check, complain,
+    output::{Manner, ReportError, Writer},
     signals::Signals,
     unless_closed,
 };
 use crate::{
     enclosure::{Enclosure, EnclosureError},
     host::cgroup::{CgroupError, Mount},
-    kernel::BackendChoice,
     policy,
     session::{self, Session, SessionError},
 };
@@ -47,24 +46,11 @@ pub(super) struct Exec {
     /// Policy files; their targets give way to the command's cgroup
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
-    /// Change nothing; report what would be done
-    #[arg(long)]
-    dry_run: bool,
-    /// Report summary only, no events
-    #[arg(long, short)]
-    quiet: bool,
+    #[command(flatten)]
+    manner: Manner,
     /// Write the report there rather than to standard error
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
-    /// Form of the report
-    #[arg(long, short, value_enum, default_value_t)]
-    output: Format,
-    /// How to see the calls' results
-    #[arg(long, value_enum, default_value_t, value_name = "BACKEND")]
-    audit_backend: BackendChoice,
-    /// Exit with 1 if a call disagreed with the policy and the command itself succeeded
-    #[arg(long)]
-    fail_on_conflict: bool,
     /// The command, after `--`
     #[arg(last = true, required = true, value_name = "CMD")]
     command: Vec<OsString>,
@@ -111,7 +97,7 @@ impl ExecError {
 
 impl Exec {
     pub(super) fn run(self) -> ExitCode {
-        let Some(policies) = super::check::load(&self.files) else { return OURS.into() };
+        let Some(policies) = check::load(&self.files) else { return OURS.into() };
         match self.enclose_and_run(&policies) {
             Ok(status) => status,
             Err(error) => {
@@ -123,13 +109,14 @@ impl Exec {
 
     fn enclose_and_run(&self, policies: &[policy::model::Policy]) -> Result<ExitCode, ExecError> {
         let mut signals = Signals::watch()?;
-        let desired = session::prepare(policies, self.dry_run)?;
+        let desired = session::prepare(policies, self.manner.dry_run)?;
+        check::warn_of_replaced_targets(policies, "the command's cgroup");
         crate::kernel::check_privileges().map_err(SessionError::from)?;
         let mut writer = self.writer()?;
         let mount = Mount::find()?;
         let enclosure = Enclosure::make(&mount)?;
         let target = mount.open(&enclosure.cgroup.path)?;
-        let mut session = Session::start(desired, vec![target], mount, self.audit_backend)?;
+        let mut session = Session::start(desired, vec![target], mount, self.manner.audit_backend)?;
         unless_closed(writer.announce(&session)).map_err(|source| self.report_error(source))?;
 
         if let Some(signal) = asked_to_end(&mut signals)? {
@@ -149,7 +136,7 @@ impl Exec {
         if let Err(error) = enclosure.remove() {
             log::warn!("{error}");
         }
-        if self.fail_on_conflict && conflicts > 0 && status.success() {
+        if self.manner.fail_on_conflict && conflicts > 0 && status.success() {
             return Ok(super::FINDINGS.into());
         }
         Ok(exit_code(status))
@@ -157,9 +144,9 @@ impl Exec {
 
     fn writer(&self) -> Result<Writer, ReportError> {
         match &self.report {
-            Some(path) => Writer::to_file(self.output, self.quiet, path),
+            Some(path) => Writer::to_file(&self.manner, path),
             // A line at a time: the command may write there too.
-            None => Ok(Writer::new(self.output, self.quiet, io::LineWriter::new(io::stderr()))),
+            None => Ok(Writer::new(&self.manner, io::LineWriter::new(io::stderr()))),
         }
     }
 

@@ -6,7 +6,7 @@ use std::{
     path::Path,
 };
 
-use crate::{events::Event, report::Summary, session::Session};
+use crate::{events::Event, kernel::BackendChoice, report::Summary, session::Session};
 
 /// The form of the output.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -16,6 +16,26 @@ pub(super) enum Format {
     Text,
     /// One JSON object a line.
     Json,
+}
+
+/// How a policy is put in force and reported, for whatever command does so.
+#[derive(Debug, clap::Args)]
+pub(super) struct Manner {
+    /// Change nothing; report what would be done
+    #[arg(long)]
+    pub(super) dry_run: bool,
+    /// Report summary only, no events
+    #[arg(long, short)]
+    quiet: bool,
+    /// Form of the report
+    #[arg(long, short, value_enum, default_value_t)]
+    output: Format,
+    /// How to see the calls' results
+    #[arg(long, value_enum, default_value_t, value_name = "BACKEND")]
+    pub(super) audit_backend: BackendChoice,
+    /// Exit with 1 if a call disagreed with the policy (and the command, if any, succeeded)
+    #[arg(long)]
+    pub(super) fail_on_conflict: bool,
 }
 
 /// Where events and the summary go.
@@ -34,14 +54,14 @@ pub(super) struct ReportError {
 }
 
 impl Writer {
-    pub(super) fn new(format: Format, quiet: bool, out: impl Write + 'static) -> Self {
-        Self { format, quiet, out: Box::new(out) }
+    pub(super) fn new(manner: &Manner, out: impl Write + 'static) -> Self {
+        Self { format: manner.output, quiet: manner.quiet, out: Box::new(out) }
     }
 
     /// Writes to a file, made anew.
-    pub(super) fn to_file(format: Format, quiet: bool, path: &Path) -> Result<Self, ReportError> {
+    pub(super) fn to_file(manner: &Manner, path: &Path) -> Result<Self, ReportError> {
         let file = File::create(path).map_err(|source| ReportError { place: path.display().to_string(), source })?;
-        Ok(Self::new(format, quiet, BufWriter::new(file)))
+        Ok(Self::new(manner, BufWriter::new(file)))
     }
 
     /// Says what has been put in force, before anything comes of it. JSON has events only.

@@ -8,13 +8,12 @@ use nix::{
 };
 
 use super::{
-    FAILURE, FINDINGS, complain,
-    output::{Format, Writer},
+    FAILURE, FINDINGS, check, complain,
+    output::{Manner, Writer},
     signals::Signals,
 };
 use crate::{
     host::cgroup::{Cgroup, CgroupError, Mount},
-    kernel::BackendChoice,
     policy::model::Policy,
     session::{self, Session, SessionError},
 };
@@ -32,21 +31,8 @@ pub(super) struct Run {
     /// several times
     #[arg(long, value_name = "PATH")]
     cgroup: Vec<PathBuf>,
-    /// Change nothing; report what would be done
-    #[arg(long)]
-    dry_run: bool,
-    /// Report summary only, no events
-    #[arg(long, short)]
-    quiet: bool,
-    /// Form of the report
-    #[arg(long, short, value_enum, default_value_t)]
-    output: Format,
-    /// How to see the calls' results
-    #[arg(long, value_enum, default_value_t, value_name = "BACKEND")]
-    audit_backend: BackendChoice,
-    /// Exit with 1 if a call disagreed with the policy
-    #[arg(long)]
-    fail_on_conflict: bool,
+    #[command(flatten)]
+    manner: Manner,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -76,9 +62,9 @@ enum RunError {
 
 impl Run {
     pub(super) fn run(self) -> ExitCode {
-        let Some(policies) = super::check::load(&self.files) else { return FAILURE.into() };
+        let Some(policies) = check::load(&self.files) else { return FAILURE.into() };
         match self.run_policies(&policies) {
-            Ok(conflicts) if self.fail_on_conflict && conflicts > 0 => FINDINGS.into(),
+            Ok(conflicts) if self.manner.fail_on_conflict && conflicts > 0 => FINDINGS.into(),
             Ok(_) => ExitCode::SUCCESS,
             // Whoever read the report has gone, and with them the reason to run.
             Err(RunError::Write(error)) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
@@ -92,12 +78,12 @@ impl Run {
     /// Gives the number of conflicts.
     fn run_policies(&self, policies: &[Policy]) -> Result<u64, RunError> {
         let mut signals = Signals::watch().map_err(RunError::Watch)?;
-        let desired = session::prepare(policies, self.dry_run)?;
+        let desired = session::prepare(policies, self.manner.dry_run)?;
         crate::kernel::check_privileges().map_err(SessionError::from)?;
         let mount = Mount::find()?;
         let targets = self.targets(&mount, policies)?;
-        let mut writer = Writer::new(self.output, self.quiet, io::stdout());
-        let mut session = Session::start(desired, targets, mount, self.audit_backend)?;
+        let mut writer = Writer::new(&self.manner, io::stdout());
+        let mut session = Session::start(desired, targets, mount, self.manner.audit_backend)?;
         let names: Vec<&str> = session.targets().iter().map(|target| target.name.as_str()).collect();
         log::info!("in force on {}", names.join(", "));
         writer.announce(&session).map_err(RunError::Write)?;
@@ -111,9 +97,7 @@ impl Run {
 
     fn targets(&self, mount: &Mount, policies: &[Policy]) -> Result<Vec<Cgroup>, RunError> {
         if !self.cgroup.is_empty() {
-            for policy in policies.iter().filter(|policy| !policy.target.is_empty()) {
-                log::warn!("the target of policy `{}` gives way to --cgroup", policy.name);
-            }
+            check::warn_of_replaced_targets(policies, "--cgroup");
             let targets = self.cgroup.iter().map(|path| mount.open(path)).collect::<Result<Vec<_>, _>>()?;
             return Ok(outermost(targets));
         }

@@ -160,7 +160,8 @@ fn is_enforced() -> bool {
 fn rewrite(call: &OptionCall, governed: Governance, judgement: &Judgement) -> (u8, u32) {
     // What this kernel's programs cannot set from here is rewritten in the call's argument.
     const BY_ARGUMENT: (u8, u32) = (verdict::REWRITTEN, 0);
-    if CAN_GET.load() == 0 {
+    // The kernel's handler gives a value to the subflows of an MPTCP socket too, the helper does not.
+    if CAN_GET.load() == 0 || call.is_multipath() {
         return BY_ARGUMENT;
     }
     let Some(option) = governed.option() else { return BY_ARGUMENT };
@@ -172,7 +173,7 @@ fn rewrite(call: &OptionCall, governed: Governance, judgement: &Judgement) -> (u
     };
     match result {
         Ok(()) => (verdict::REWRITTEN, IS_DONE),
-        // An MPTCP socket, for instance: only its subflows are TCP sockets to the helper.
+        // What the helper does not know on this socket the kernel's handler may.
         Err(EINVAL) => BY_ARGUMENT,
         Err(errno) => {
             count(governed.winner, |counters| {
