@@ -122,7 +122,7 @@ pub(super) fn attach_backend(ebpf: &mut Ebpf, backend: Backend, reads: bool) -> 
         Backend::Kprobe if !Path::new(KPROBES).exists() => Err("this kernel is built without kprobes".to_owned()),
         Backend::Kprobe => attach(),
         Backend::Tracepoint => tracefs::with_tracefs(&mut attach)
-            .unwrap_or_else(|error| Err(format!("{error}\n  help: mount -t tracefs tracefs /sys/kernel/tracing"))),
+            .unwrap_or_else(|error| Err(format!("tracefs is not mounted, and cannot be for this alone: {error}"))),
     };
     if result.is_err() {
         for probe in &probes {

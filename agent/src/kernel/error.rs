@@ -34,8 +34,8 @@ pub enum KernelError {
     )]
     Backend { backend: Backend, reason: String },
     #[error(
-        "the audit found no way to see calls: {reasons}\n  help: build the kernel with kprobes or syscall tracepoints, \
-         or give --audit-backend none to go without results and processes of calls"
+        "the audit found no way to see calls: {reasons}\n  help: mount -t tracefs tracefs /sys/kernel/tracing where that \
+         is what is missing; or give --audit-backend none to go without the results of calls"
     )]
     NoBackend { reasons: String },
 }
