@@ -5,12 +5,12 @@ use std::{
     io::{BufRead, BufReader, Read},
     path::PathBuf,
     process::{Child, Command, ExitStatus, Output, Stdio},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, Once, PoisonError},
     thread::{self, JoinHandle},
 };
 
 use nix::{
-    sys::signal::{Signal, kill},
+    sys::signal::{SigHandler, Signal, kill},
     unistd::Pid,
 };
 
@@ -31,6 +31,7 @@ const IN_FORCE: &str = "in force";
 /// The agent's program: SOCKPOLICY_BIN, or what cargo has built.
 #[must_use]
 pub fn program() -> PathBuf {
+    heed_signals();
     match env::var_os("SOCKPOLICY_BIN") {
         Some(path) => {
             let path = PathBuf::from(path);
@@ -39,6 +40,17 @@ pub fn program() -> PathBuf {
         }
         None => built("sockpolicy"),
     }
+}
+
+/// Has what the tests start heed every signal, whatever nohup or a shell's `&` has had the tests ignore.
+fn heed_signals() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        for signal in [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM] {
+            // SAFETY: sets no handler.
+            must(unsafe { nix::sys::signal::signal(signal, SigHandler::SigDfl) }, "heed a signal");
+        }
+    });
 }
 
 /// The agent with these arguments, not started yet.
