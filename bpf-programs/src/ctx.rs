@@ -45,6 +45,17 @@ macro_rules! set_field {
     };
 }
 
+/// Reads one address of a context or of a socket. Only the fields of its own family may be read.
+macro_rules! address {
+    ($base:expr, $inet6:expr, $ip6:ident, $ip4:ident) => {
+        if $inet6 {
+            [field!($base, $ip6[0]), field!($base, $ip6[1]), field!($base, $ip6[2]), field!($base, $ip6[3])]
+        } else {
+            [field!($base, $ip4), 0, 0, 0]
+        }
+    };
+}
+
 #[inline(always)]
 fn is_specific(address: &Address) -> bool {
     *address != [0; 4]
@@ -168,16 +179,7 @@ impl Addressed {
     /// The address in the context. Only the fields of the hook's own family may be read.
     #[inline(always)]
     fn address(&self, inet6: bool) -> Address {
-        if inet6 {
-            [
-                field!(self.ctx, user_ip6[0]),
-                field!(self.ctx, user_ip6[1]),
-                field!(self.ctx, user_ip6[2]),
-                field!(self.ctx, user_ip6[3]),
-            ]
-        } else {
-            [field!(self.ctx, user_ip4), 0, 0, 0]
-        }
+        address!(self.ctx, inet6, user_ip6, user_ip4)
     }
 
     /// The port in the context.
@@ -233,11 +235,7 @@ impl Socket for Addressed {
 /// Notes what a socket itself says about its local end.
 #[inline(always)]
 fn local_facts(sk: *mut bpf_sock, inet6: bool, facts: &mut Facts) {
-    facts.local = if inet6 {
-        [field!(sk, src_ip6[0]), field!(sk, src_ip6[1]), field!(sk, src_ip6[2]), field!(sk, src_ip6[3])]
-    } else {
-        [field!(sk, src_ip4), 0, 0, 0]
-    };
+    facts.local = address!(sk, inet6, src_ip6, src_ip4);
     if is_specific(&facts.local) {
         facts.known |= known::LOCAL_ADDRESS;
     }
@@ -276,32 +274,14 @@ impl Turn {
     pub(crate) fn facts(&self, direction: u8, peer: bool) -> Facts {
         let mut facts = Facts { protocol: protocol::TCP, direction, ..Facts::default() };
         let inet6 = self.is_inet6();
-        facts.local = if inet6 {
-            [
-                field!(self.ctx, local_ip6[0]),
-                field!(self.ctx, local_ip6[1]),
-                field!(self.ctx, local_ip6[2]),
-                field!(self.ctx, local_ip6[3]),
-            ]
-        } else {
-            [field!(self.ctx, local_ip4), 0, 0, 0]
-        };
+        facts.local = address!(self.ctx, inet6, local_ip6, local_ip4);
         if is_specific(&facts.local) {
             facts.known |= known::LOCAL_ADDRESS;
         }
         facts.local_port = field!(self.ctx, local_port) as u16; // host byte order
         facts.known |= known::LOCAL_PORT;
         if peer {
-            facts.remote = if inet6 {
-                [
-                    field!(self.ctx, remote_ip6[0]),
-                    field!(self.ctx, remote_ip6[1]),
-                    field!(self.ctx, remote_ip6[2]),
-                    field!(self.ctx, remote_ip6[3]),
-                ]
-            } else {
-                [field!(self.ctx, remote_ip4), 0, 0, 0]
-            };
+            facts.remote = address!(self.ctx, inet6, remote_ip6, remote_ip4);
             facts.remote_port = u32::from_be(field!(self.ctx, remote_port)) as u16;
             facts.known |= known::REMOTE;
         }
@@ -449,16 +429,7 @@ impl OptionCall {
         if state == TCP_LISTEN {
             facts.direction = direction::INBOUND;
         } else if state != TCP_CLOSE {
-            facts.remote = if inet6 {
-                [
-                    field!(self.sk, dst_ip6[0]),
-                    field!(self.sk, dst_ip6[1]),
-                    field!(self.sk, dst_ip6[2]),
-                    field!(self.sk, dst_ip6[3]),
-                ]
-            } else {
-                [field!(self.sk, dst_ip4), 0, 0, 0]
-            };
+            facts.remote = address!(self.sk, inet6, dst_ip6, dst_ip4);
             facts.remote_port = u16::from_be(field!(self.sk, dst_port));
             facts.known |= known::REMOTE;
             // A connected datagram socket has the state of an established connection, and only

@@ -19,7 +19,7 @@ use std::path::PathBuf;
 use abi::{
     RULES_MAX, SiteList,
     select::Selectors,
-    setting::{Governed, OptionKey, Setting, form, kind, on_conflict, read_back, words_of_text},
+    setting::{Governed, Setting, form, kind, on_conflict, read_back, words_of_text},
     site,
 };
 
@@ -319,10 +319,4 @@ fn setting(clause: &Clause) -> Setting {
         Form::Deny => setting.form = form::DENY,
     }
     setting
-}
-
-/// The place of an option among those that rules name.
-#[must_use]
-pub fn option_index(options: &[Governed], key: OptionKey) -> Option<usize> {
-    options.iter().position(|option| option.key == key)
 }

@@ -19,7 +19,7 @@ use proptest::{collection::vec, option, prelude::*, sample};
 use super::{prefixes::address_words, *};
 use crate::{
     options::by_name,
-    policy::model::{Audit, Errno, Selector, any_contains},
+    policy::model::{Audit, Errno, Selector},
 };
 
 /// A socket, as far as it is known.
@@ -49,6 +49,10 @@ fn holds<T>(asked: bool, fact: Option<T>, test: impl Fn(T) -> bool) -> Matches {
         Some(true) => Matches::Yes,
         Some(false) => Matches::No,
     }
+}
+
+fn any_contains(networks: &[IpNet], address: IpAddr) -> bool {
+    networks.iter().any(|network| network.contains(&address))
 }
 
 fn rule_matches(selector: &Selector, socket: &Socket) -> Matches {
@@ -240,7 +244,7 @@ fn policy(rules: Vec<Rule>) -> Policy {
 
 /// The number of the rule that decides an option, by the compiled tables.
 fn compiled_winner(desired: &Desired, named: Named, facts: &Facts) -> Option<usize> {
-    let option = &desired.options[option_index(&desired.options, named.key())?];
+    let option = desired.options.iter().find(|option| option.key == named.key())?;
     let rules = select(facts, &desired.selectors, &Table(&desired.prefixes));
     let winner = option.winner(rules)?;
     let source = &desired.sources[winner as usize];

@@ -3,7 +3,7 @@
 //! Made by [`super::validate`], which is the only place that checks; whoever holds one of these
 //! types need not look again.
 
-use std::{fmt, net::IpAddr, ops::RangeInclusive, path::PathBuf};
+use std::{fmt, ops::RangeInclusive, path::PathBuf};
 
 use ipnet::IpNet;
 
@@ -195,7 +195,7 @@ impl Default for Errno {
 }
 
 impl Selector {
-    /// Whether a rule with this selector asks about anything at all.
+    /// Whether a rule with this selector asks about nothing at all.
     #[must_use]
     pub fn matches_everything(&self) -> bool {
         let Self { protocols, family, direction, local, remote, not_remote, local_ports, remote_ports } = self;
@@ -208,11 +208,4 @@ impl Selector {
             && local_ports.is_empty()
             && remote_ports.is_empty()
     }
-}
-
-/// Whether one of the networks holds the address, IPv4-mapped addresses being IPv4 ones.
-#[must_use]
-pub fn any_contains(networks: &[IpNet], address: IpAddr) -> bool {
-    let address = address.to_canonical();
-    networks.iter().any(|network| network.contains(&address))
 }
