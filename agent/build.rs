@@ -31,7 +31,7 @@ fn main() -> ExitCode {
 
 fn build() -> Result<(), String> {
     let programs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../bpf-programs");
-    for input in ["src", "abi/src", "abi/Cargo.toml", "Cargo.toml", "Cargo.lock", ".cargo/config.toml"] {
+    for input in ["src", "abi/src", "abi/Cargo.toml", "Cargo.toml", "Cargo.lock", "build.rs", ".cargo/config.toml"] {
         println!("cargo::rerun-if-changed={}", programs.join(input).display());
     }
     for variable in ["SOCKPOLICY_BPF_OBJECT", "PATH"] {

@@ -3,24 +3,21 @@
 //! Holds the programs and what is needed to put their records into words. It has no loop and does not print:
 //! whoever owns it waits on its descriptor and drains it.
 
-use std::{
-    fs,
-    os::fd::{AsFd, BorrowedFd},
-};
+use std::os::fd::{AsFd, BorrowedFd};
 
 use abi::setting::on_conflict;
 use nix::time::{ClockId, clock_gettime};
 
 use crate::{
     compile::{CompileError, Desired, compile},
-    events::{Event, Surroundings, decode},
+    events::{Event, Filter, Surroundings, decode},
     host::{
         cgroup::{Cgroup, Mount, Names},
-        tcp,
+        process, tcp,
     },
-    kernel::{Backend, BackendChoice, KernelError, Object},
+    kernel::{Audit, BackendChoice, KernelError, Object, Scope},
     policy::model::{Calls, Errno, Mode, Policy},
-    report::{Report, Summary, errno_name},
+    report::{CallLine, Counts, Loss, Lost, Report, Summary, errno_name},
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -50,9 +47,23 @@ pub struct Session {
     object: Object,
     desired: Desired,
     targets: Vec<Cgroup>,
-    backend: Option<Backend>,
+    filter: Filter,
+    audit: Option<Audit>,
     names: Names,
     report: Report,
+    unknown_records: u64,
+    /// What had been lost when it was last told.
+    told: Lost,
+}
+
+/// What to put in force, on whom, and whom to look at.
+pub struct Setup {
+    pub desired: Desired,
+    pub mount: Mount,
+    pub targets: Vec<Cgroup>,
+    pub backend: BackendChoice,
+    /// Events to tell of. Its processes are also the only ones whose calls the audit follows, if there are any.
+    pub filter: Filter,
 }
 
 /// Compiles policies for a session.
@@ -60,38 +71,52 @@ pub struct Session {
 /// # Errors
 ///
 /// Where they do not go together, or want a congestion control that this kernel does not have.
-pub fn prepare(policies: &[Policy], dry_run: bool) -> Result<Desired, SessionError> {
+pub fn prepare(policies: &[Policy], dry_run: bool, timing: bool) -> Result<Desired, SessionError> {
     let mut desired = compile(policies)?;
     if dry_run {
         desired.mode = Mode::DryRun;
     }
+    desired.audit.timing |= timing;
     check_congestion_controls(&desired)?;
     Ok(desired)
 }
 
 impl Session {
-    /// Puts `desired` in force on `targets`.
+    /// Puts a policy in force.
     ///
     /// # Errors
     ///
     /// Where this kernel cannot do it; then nothing is in force.
-    pub fn start(
-        desired: Desired,
-        targets: Vec<Cgroup>,
-        mount: Mount,
-        backend: BackendChoice,
-    ) -> Result<Self, SessionError> {
-        let mut object = Object::load(&desired, &targets)?;
+    pub fn start(setup: Setup) -> Result<Self, SessionError> {
+        let Setup { desired, mount, targets, backend, filter } = setup;
+        let scope = Scope { targets: &targets, processes: &filter.processes };
+        let mut object = Object::load(&desired, scope)?;
         if !object.abilities().set_retval {
             check_errnos(&desired)?;
         }
         object.attach(&desired, &targets)?;
-        let backend = object.attach_audit(&desired, backend)?;
-        if backend.is_none() && desired.audit.calls != Calls::Conflicts {
+        let audit = object.attach_audit(&desired, backend)?;
+        if audit.is_none() && desired.audit.calls != Calls::Conflicts {
             log::warn!("without an audit only conflicts are seen: the policy's `calls` has no effect");
         }
-        object.enable(&desired, &targets)?;
-        Ok(Self { object, desired, targets, backend, names: Names::new(mount), report: Report::default() })
+        if audit.is_none() && desired.audit.timing {
+            log::warn!("without an audit calls are not timed");
+        }
+        if let Some(reason) = object.blindness() {
+            log::warn!("events will lack what sockets say of themselves: {reason}");
+        }
+        object.enable(&desired, scope)?;
+        Ok(Self {
+            object,
+            desired,
+            targets,
+            filter,
+            audit,
+            names: Names::new(mount),
+            report: Report::default(),
+            unknown_records: 0,
+            told: Lost::default(),
+        })
     }
 
     #[must_use]
@@ -105,36 +130,35 @@ impl Session {
     }
 
     #[must_use]
-    pub fn backend(&self) -> Option<Backend> {
-        self.backend
+    pub fn audit(&self) -> Option<Audit> {
+        self.audit
     }
 
     /// Hands events that are there to `tell`; gives whether there may be more. They may come faster than
     /// they go, and whoever calls this has other things to do too.
-    ///
-    /// # Errors
-    ///
-    /// The first that `tell` gives.
-    pub fn drain<E>(&mut self, mut tell: impl FnMut(&Event) -> Result<(), E>) -> Result<bool, E> {
+    pub fn drain(&mut self, mut tell: impl FnMut(&Event)) -> bool {
         for _ in 0..BATCH_MAX {
-            let Some(record) = self.object.next_event() else { return Ok(false) };
+            let Some(record) = self.object.next_event() else { return false };
             let event = record.ok().and_then(|raw| {
                 let surroundings = Surroundings {
-                    exe: executable(raw.pid),
+                    exe: process::executable(raw.pid),
                     cgroup: self.names.name(raw.cgroup, &self.targets).map(str::to_owned),
+                    socket_cgroup: self.names.name(raw.call.socket_cgroup, &self.targets).map(str::to_owned),
                     monotonic_epoch_ns: monotonic_epoch_ns(),
+                    blindness: self.object.blindness().map(str::to_owned),
                 };
                 decode(&raw, &self.desired, surroundings).ok()
             });
             match event {
-                Some(event) => {
+                Some(event) if self.filter.admits(&event) => {
                     self.report.fold(&event);
-                    tell(&event)?;
+                    tell(&event);
                 }
-                None => self.report.fold_unknown(),
+                Some(_) => {}
+                None => self.unknown_records += 1,
             }
         }
-        Ok(true)
+        true
     }
 
     /// Takes the policy out of force, so that what there is to drain comes to an end.
@@ -146,16 +170,36 @@ impl Session {
         Ok(self.object.disable()?)
     }
 
+    /// What has been lost since this was last asked.
+    ///
+    /// # Errors
+    ///
+    /// Where the counters cannot be read.
+    pub fn new_losses(&mut self) -> Result<Vec<Loss>, SessionError> {
+        let lost = self.lost()?;
+        let new = lost.since(&self.told);
+        self.told = lost;
+        Ok(new)
+    }
+
+    fn lost(&self) -> Result<Lost, SessionError> {
+        Ok(Lost { losses: self.object.losses()?, not_run: self.object.misses(), unknown_records: self.unknown_records })
+    }
+
     /// Sums up, and removes the programs.
     ///
     /// # Errors
     ///
     /// Where the counters cannot be read.
     pub fn finish(self) -> Result<Summary, SessionError> {
-        let counters = self.object.counters(&self.desired)?;
-        let losses = self.object.losses()?;
+        let tallies = self.object.tallies()?;
+        let counts = Counts {
+            counters: self.object.counters(&self.desired)?,
+            calls: tallies.into_iter().filter_map(|(key, tally)| CallLine::new(key, tally)).collect(),
+            lost: self.lost()?,
+        };
         let targets = self.targets.iter().map(|target| target.name.clone()).collect();
-        Ok(self.report.summarize(&self.desired, &counters, losses, targets, self.backend))
+        Ok(self.report.summarize(&self.desired, counts, targets, self.audit))
     }
 }
 
@@ -196,14 +240,6 @@ fn check_errnos(desired: &Desired) -> Result<(), SessionError> {
         errno: errno_name(desired.settings[index].errno.into()),
         place: place.unwrap_or_default(),
     })
-}
-
-/// The program that a process runs, if it is still there.
-fn executable(pid: u32) -> Option<String> {
-    if pid == 0 {
-        return None;
-    }
-    fs::read_link(format!("/proc/{pid}/exe")).ok().map(|path| path.display().to_string())
 }
 
 /// What to add to the kernel's time stamps. Not the same for long: clocks are set, and machines suspended.

@@ -14,20 +14,10 @@ use aya_ebpf::{
     helpers::generated::{bpf_getsockopt, bpf_setsockopt},
 };
 
-use crate::maps::lose;
-
-/// `tcp_states` of include/net/tcp_states.h, part of the uapi as BPF_TCP_*.
-const TCP_ESTABLISHED: u32 = 1;
-const TCP_CLOSE: u32 = 7;
-const TCP_LISTEN: u32 = 10;
-
-const IPPROTO_ICMP: u32 = 1;
-const IPPROTO_TCP: u32 = 6;
-const IPPROTO_UDP: u32 = 17;
-const IPPROTO_ICMPV6: u32 = 58;
-const IPPROTO_SCTP: u32 = 132;
-const IPPROTO_MPTCP: u32 = 262;
-const SOCK_RAW: u32 = 3;
+use crate::{
+    facts::{IPPROTO_MPTCP, is_inet, note_local, note_state, protocol},
+    maps::lose,
+};
 
 /// Reads one field of a context or of a socket.
 macro_rules! field {
@@ -54,32 +44,6 @@ macro_rules! address {
             [field!($base, $ip4), 0, 0, 0]
         }
     };
-}
-
-#[inline(always)]
-fn is_specific(address: &Address) -> bool {
-    *address != [0; 4]
-}
-
-/// The class of a socket's protocol.
-#[inline(always)]
-fn protocol(kind: u32, number: u32) -> u8 {
-    if kind == SOCK_RAW {
-        return protocol::OTHER;
-    }
-    match number {
-        IPPROTO_TCP | IPPROTO_MPTCP => protocol::TCP,
-        IPPROTO_UDP => protocol::UDP,
-        IPPROTO_ICMP | IPPROTO_ICMPV6 => protocol::ICMP,
-        IPPROTO_SCTP => protocol::SCTP,
-        _ => protocol::OTHER,
-    }
-}
-
-/// Whether this is a socket of the families that policies are about.
-#[inline(always)]
-fn is_inet(family: u32) -> bool {
-    family == sk_family::INET || family == sk_family::INET6
 }
 
 /// A hook that may read and set options.
@@ -209,12 +173,7 @@ impl Addressed {
         let mut facts = self.facts();
         facts.local = self.address(inet6);
         facts.local_port = self.port();
-        if is_specific(&facts.local) {
-            facts.known |= known::LOCAL_ADDRESS;
-        }
-        if facts.local_port != 0 {
-            facts.known |= known::LOCAL_PORT;
-        }
+        note_local(&mut facts);
         facts.settle_family(field!(self.ctx, family));
         facts
     }
@@ -236,13 +195,8 @@ impl Socket for Addressed {
 #[inline(always)]
 fn local_facts(sk: *mut bpf_sock, inet6: bool, facts: &mut Facts) {
     facts.local = address!(sk, inet6, src_ip6, src_ip4);
-    if is_specific(&facts.local) {
-        facts.known |= known::LOCAL_ADDRESS;
-    }
     facts.local_port = field!(sk, src_port) as u16; // host byte order
-    if facts.local_port != 0 {
-        facts.known |= known::LOCAL_PORT;
-    }
+    note_local(facts);
 }
 
 /// sock_ops: a TCP socket at a turn of its life.
@@ -275,11 +229,8 @@ impl Turn {
         let mut facts = Facts { protocol: protocol::TCP, direction, ..Facts::default() };
         let inet6 = self.is_inet6();
         facts.local = address!(self.ctx, inet6, local_ip6, local_ip4);
-        if is_specific(&facts.local) {
-            facts.known |= known::LOCAL_ADDRESS;
-        }
         facts.local_port = field!(self.ctx, local_port) as u16; // host byte order
-        facts.known |= known::LOCAL_PORT;
+        note_local(&mut facts);
         if peer {
             facts.remote = address!(self.ctx, inet6, remote_ip6, remote_ip4);
             facts.remote_port = u32::from_be(field!(self.ctx, remote_port)) as u16;
@@ -425,19 +376,9 @@ impl OptionCall {
             Facts { protocol: protocol(field!(self.sk, type_), field!(self.sk, protocol)), ..Facts::default() };
         let inet6 = family == sk_family::INET6;
         local_facts(self.sk, inet6, &mut facts);
-        let state = field!(self.sk, state);
-        if state == TCP_LISTEN {
-            facts.direction = direction::INBOUND;
-        } else if state != TCP_CLOSE {
-            facts.remote = address!(self.sk, inet6, dst_ip6, dst_ip4);
-            facts.remote_port = u16::from_be(field!(self.sk, dst_port));
-            facts.known |= known::REMOTE;
-            // A connected datagram socket has the state of an established connection, and only
-            // the application itself can have connected it.
-            if state == TCP_ESTABLISHED && facts.protocol != protocol::TCP {
-                facts.direction = direction::OUTBOUND;
-            }
-        }
+        note_state(&mut facts, field!(self.sk, state), || {
+            (address!(self.sk, inet6, dst_ip6, dst_ip4), u16::from_be(field!(self.sk, dst_port)))
+        });
         facts.settle_family(family);
         Some(facts)
     }

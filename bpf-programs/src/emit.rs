@@ -48,6 +48,8 @@ pub(crate) struct Head {
     /// See [`source`].
     pub(crate) source: u32,
     pub(crate) result: i64,
+    /// How long the call took; 0 where that was not measured.
+    pub(crate) duration_ns: u64,
 }
 
 /// Reports a call in conflict with the policy, unless one like it was reported just now. `fill`
@@ -82,7 +84,7 @@ pub(crate) fn outcome(key: OptionKey, errno: i32, fill: impl FnOnce(&mut Call)) 
     let Some(config) = maps::config() else { return };
     let limit = LimitKey { key, pid: 0, verdict: errno as u32, what: u64::from(kind::OUTCOME) << 32 };
     if let Some(suppressed) = admit(&limit, config.event_interval_ns) {
-        let head = Head { key, call: 0, source: source::HOOK, result: -i64::from(errno) };
+        let head = Head { key, call: 0, source: source::HOOK, result: -i64::from(errno), duration_ns: 0 };
         send(head, kind::OUTCOME, Task::UNKNOWN, suppressed, fill);
     }
 }
@@ -129,6 +131,7 @@ fn send(head: Head, kind: u32, task: Task, suppressed: u64, fill: impl FnOnce(&m
     event.cgroup = task.cgroup;
     event.result = head.result;
     event.suppressed = suppressed;
+    event.duration_ns = head.duration_ns;
     event.kind = kind;
     event.source = head.source;
     event.pid = task.pid;

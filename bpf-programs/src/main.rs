@@ -13,7 +13,9 @@
 mod apply;
 mod ctx;
 mod emit;
+mod facts;
 mod hooks;
+mod kernel;
 mod maps;
 mod storage;
 

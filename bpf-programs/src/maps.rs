@@ -7,14 +7,16 @@ use core::arch::asm;
 
 use abi::{
     Config, Counters, Losses, SiteList,
-    event::{Call, Limit, LimitKey},
+    event::{Call, Limit, LimitKey, Tally, TallyKey, bucket},
+    layout::Member,
     select::{PrefixData, Prefixes, Selectors},
     setting::{Governed, OptionKey, Setting},
     site,
 };
 use aya_ebpf::{
+    bindings::BPF_NOEXIST,
     macros::map,
-    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, lpm_trie::Key},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf, lpm_trie::Key},
 };
 
 /// Index 0. Written last: until then its mode is `INERT`.
@@ -49,6 +51,15 @@ static SITES: Array<SiteList> = Array::with_max_entries(site::COUNT as u32, 0);
 #[map]
 static TARGETS: HashMap<u64, u32> = HashMap::with_max_entries(1, 0);
 
+/// Ids of the processes that the audit follows, if [`Config::by_process`] says so; the value means nothing. Sized at
+/// load.
+#[map]
+static PROCESSES: HashMap<u32, u32> = HashMap::with_max_entries(1, 0);
+
+/// Where sockets keep the values of options. Sized at load.
+#[map]
+static MEMBERS: HashMap<OptionKey, Member> = HashMap::with_max_entries(1, 0);
+
 /// By setting: written by the programs, read by the agent. Sized at load.
 #[map]
 static COUNTERS: PerCpuArray<Counters> = PerCpuArray::with_max_entries(1, 0);
@@ -61,6 +72,11 @@ static LOSSES: PerCpuArray<Losses> = PerCpuArray::with_max_entries(1, 0);
 /// decided all the same, but reported without its result; counted in [`Losses::calls_full`].
 #[map]
 static CALLS: HashMap<u64, Call> = HashMap::with_max_entries(8192, 0);
+
+/// Calls seen by the audit, by option: written by the programs, read by the agent. When it is full, calls on further
+/// options are not counted here; counted in [`Losses::tallies_full`].
+#[map]
+static TALLIES: PerCpuHashMap<TallyKey, Tally> = PerCpuHashMap::with_max_entries(1024, 0);
 
 /// When each kind of conflict was last reported. The least recently used entry makes room: its
 /// next event is then sent as if it were the first.
@@ -111,6 +127,48 @@ pub(crate) fn is_target(cgroup: u64) -> bool {
     unsafe { TARGETS.get(cgroup) }.is_some()
 }
 
+#[inline(always)]
+pub(crate) fn is_process(id: u32) -> bool {
+    // SAFETY: as above.
+    unsafe { PROCESSES.get(id) }.is_some()
+}
+
+#[inline(always)]
+pub(crate) fn member(key: OptionKey) -> Option<&'static Member> {
+    // SAFETY: the agent does not write this map while programs are attached.
+    unsafe { MEMBERS.get(key) }
+}
+
+/// Counts a call, and how long it took unless that is 0.
+#[inline(always)]
+pub(crate) fn tally(key: &TallyKey, failed: bool, duration_ns: u64) {
+    let Some(tally) = TALLIES.get_ptr_mut(key).or_else(|| begin_tally(key)) else {
+        lose(|losses| &mut losses.tallies_full);
+        return;
+    };
+    // SAFETY: as in `count`.
+    let tally = unsafe { &mut *tally };
+    increment(&mut tally.calls);
+    if failed {
+        increment(&mut tally.failed);
+    }
+    if duration_ns != 0 {
+        add(&mut tally.total_ns, duration_ns);
+        // The verifier wants to see that this is within the bounds.
+        increment(&mut tally.buckets[bucket(duration_ns) & (abi::event::BUCKETS - 1)]);
+    }
+}
+
+#[inline(always)]
+fn begin_tally(key: &TallyKey) -> Option<*mut Tally> {
+    // Fails where another CPU was first, and that is as good.
+    let _ = TALLIES.insert(key, NO_CALLS, BPF_NOEXIST.into());
+    TALLIES.get_ptr_mut(key)
+}
+
+/// What a tally begins with. Not on the stack, which has no room for it.
+static NO_CALLS: &Tally = &Tally { calls: 0, failed: 0, total_ns: 0, buckets: [0; abi::event::BUCKETS] };
+
 /// Adds one to a counter of a setting.
 #[inline(always)]
 pub(crate) fn count(setting: u32, field: impl FnOnce(&mut Counters) -> &mut u64) {
@@ -136,12 +194,18 @@ pub(crate) fn lose(field: impl FnOnce(&mut Losses) -> &mut u64) {
 /// none), for which `core` withholds `fetch_add` as well; the kernel has always had this one.
 #[inline(always)]
 pub(crate) fn increment(counter: &mut u64) {
+    add(counter, 1);
+}
+
+/// Adds to a counter atomically.
+#[inline(always)]
+pub(crate) fn add(counter: &mut u64, amount: u64) {
     // SAFETY: valid and aligned, being a reference; all who write it do so with this instruction.
     unsafe {
         asm!(
-            "lock *(u64 *)({counter} + 0) += {one}",
+            "lock *(u64 *)({counter} + 0) += {amount}",
             counter = in(reg) counter,
-            one = in(reg) 1u64,
+            amount = in(reg) amount,
         );
     }
 }

@@ -16,19 +16,25 @@ use comfy_table::{Table, presets};
 use nix::sched::{CloneFlags, unshare};
 use serde_json::json;
 
-use super::{FAILURE, complain, output::Format, unless_closed};
+use super::{
+    FAILURE, complain,
+    output::{Format, describe_audit},
+    unless_closed,
+};
 use crate::{
     compile::{Hook, compile},
     enclosure::{Enclosure, EnclosureError},
+    events::Filter,
     host::{
+        btf::Types,
         cgroup::{CgroupError, Mount},
         network, privileges,
     },
-    kernel::{self, Answer, Backend, BackendChoice, KernelError},
+    kernel::{self, Answer, Audit, Backend, BackendChoice, KernelError},
     options::{OPTIONS, SocketOption},
     policy,
     report::{Summary, errno_name},
-    session::{Session, SessionError},
+    session::{Session, SessionError, Setup},
 };
 
 /// The name by which this binary opens sample sockets.
@@ -65,9 +71,10 @@ enum DoctorError {
 struct Findings {
     kernel: String,
     cgroup2: String,
-    has_btf: bool,
+    /// Why the kernel's types are not known, if they are not.
+    btf: Result<(), String>,
     hooks: Vec<(Hook, Answer)>,
-    backends: Vec<(Backend, Answer)>,
+    backends: Vec<(Backend, Result<Audit, String>)>,
     options: Vec<(&'static SocketOption, Answer)>,
 }
 
@@ -103,7 +110,7 @@ fn examine() -> Result<Findings, DoctorError> {
     Ok(Findings {
         kernel: fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned(),
         cgroup2: mount.path.display().to_string(),
-        has_btf: Path::new("/sys/kernel/btf/vmlinux").exists(),
+        btf: Types::of_kernel().map(drop).map_err(|error| error.to_string()),
         hooks,
         backends,
         options,
@@ -124,7 +131,13 @@ fn try_options(
     let works = |hook: &Hook| hooks.iter().any(|(known, answer)| known == hook && *answer == Answer::Yes);
     desired.hooks.retain(works);
     let target = mount.open(&enclosure.cgroup.path)?;
-    let session = Session::start(desired, vec![target], mount.clone(), BackendChoice::None)?;
+    let session = Session::start(Setup {
+        desired,
+        mount: mount.clone(),
+        targets: vec![target],
+        backend: BackendChoice::None,
+        filter: Filter::default(),
+    })?;
     let mut command = Command::new("/proc/self/exe");
     command.arg(SAMPLE);
     enclosure.enclose(&mut command).map_err(DoctorError::Sample)?;
@@ -196,45 +209,46 @@ fn open_sockets() -> io::Result<()> {
 
 impl Findings {
     fn write_text(&self, out: &mut impl Write) -> io::Result<()> {
-        let Self { kernel, cgroup2, has_btf, hooks, backends, options } = self;
-        writeln!(out, "kernel {kernel}, cgroup2 at {cgroup2}, {}", if *has_btf { "BTF" } else { "no BTF" })?;
+        let Self { kernel, cgroup2, btf, hooks, backends, options } = self;
+        writeln!(out, "kernel {kernel}, cgroup2 at {cgroup2}, {}", if btf.is_ok() { "BTF" } else { "no BTF" })?;
         let mut table = Table::new();
         table.load_preset(presets::NOTHING).set_header(["", "works", "why not", "since"]);
         for (hook, answer) in hooks {
             table.add_row(row(hook.name(), answer, hook.since()));
         }
-        for (backend, answer) in backends {
-            table.add_row(row(&format!("audit by {backend}"), answer, ""));
+        for (backend, found) in backends {
+            table.add_row(row(&format!("audit by {backend}"), &backend_answer(found), ""));
         }
         for (option, answer) in options {
             let since = option.settable().map_or("", |settable| settable.since);
             table.add_row(row(&format!("set {}", option.name), answer, since));
         }
         writeln!(out, "\n{table}\n")?;
-        if let Some(backend) = self.best_backend() {
-            writeln!(out, "the audit would use {backend}, which does not see: {}", backend.blind_to())?;
+        match backends.iter().find_map(|(_, found)| found.as_ref().ok()) {
+            Some(audit) => writeln!(out, "the calls of applications are seen by {}", describe_audit(*audit))?,
+            None => writeln!(out, "the calls of applications cannot be seen: only conflicts, without their results")?,
+        }
+        if let Err(reason) = btf {
+            writeln!(out, "events do not tell what sockets say of themselves: {reason}")?;
         }
         writeln!(
             out,
-            "no hook sees setsockopt calls of 32-bit programs: they are audited by kprobe only, and not judged"
+            "no cgroup hook sees the setsockopt calls of 32-bit programs: they are judged by fentry and kprobe only, \
+             and never changed"
         )
     }
 
-    fn best_backend(&self) -> Option<Backend> {
-        self.backends.iter().find(|(_, answer)| *answer == Answer::Yes).map(|(backend, _)| *backend)
-    }
-
     fn write_json(&self, out: &mut impl Write) -> io::Result<()> {
-        let Self { kernel, cgroup2, has_btf, hooks, backends, options } = self;
+        let Self { kernel, cgroup2, btf, hooks, backends, options } = self;
         let missing = privileges::missing_capabilities();
         let answer = json!({
             "schema": crate::events::SCHEMA,
             "kernel": kernel,
             "cgroup2": cgroup2,
-            "btf": has_btf,
+            "btf": btf.is_ok(),
             "missing_capabilities": missing,
             "hooks": hooks.iter().map(|(hook, answer)| line(hook.name(), answer)).collect::<Vec<_>>(),
-            "audit": backends.iter().map(|(backend, answer)| line(backend.name(), answer)).collect::<Vec<_>>(),
+            "audit": backends.iter().map(|(backend, found)| backend_line(*backend, found)).collect::<Vec<_>>(),
             "options": options.iter().map(|(option, answer)| line(option.name, answer)).collect::<Vec<_>>(),
         });
         writeln!(out, "{answer}")
@@ -247,6 +261,22 @@ fn words(answer: &Answer) -> (&'static str, &str) {
         Answer::No(reason) => ("no", reason),
         Answer::Unknown(reason) => ("could not tell", reason),
     }
+}
+
+fn backend_answer(found: &Result<Audit, String>) -> Answer {
+    match found {
+        Ok(_) => Answer::Yes,
+        Err(reason) => Answer::No(reason.clone()),
+    }
+}
+
+fn backend_line(backend: Backend, found: &Result<Audit, String>) -> serde_json::Value {
+    let mut line = line(backend.name(), &backend_answer(found));
+    if let Ok(audit) = found {
+        line["point"] = audit.point().into();
+        line["blind_to"] = audit.blind_to().into();
+    }
+    line
 }
 
 fn row(name: &str, answer: &Answer, since: &str) -> [String; 4] {

@@ -1,32 +1,28 @@
 //! `sockpolicy exec`: runs a command in a fresh cgroup under a policy.
 
 use std::{
-    convert::Infallible,
     ffi::{OsStr, OsString},
     io,
-    os::{fd::AsFd, unix::process::ExitStatusExt},
-    path::PathBuf,
+    os::unix::process::ExitStatusExt,
+    path::{Path, PathBuf},
     process::{Child, Command, ExitCode, ExitStatus},
 };
 
-use nix::{
-    errno::Errno,
-    poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::signal::kill,
-    unistd::Pid,
-};
+use nix::{sys::signal::kill, unistd::Pid};
 
 use super::{
     check, complain,
-    output::{Manner, ReportError, Writer},
+    output::{Manner, ReportError, Reporting, Writer},
     signals::Signals,
     unless_closed,
+    watch::{self, WatchError},
 };
 use crate::{
+    compile::Desired,
     enclosure::{Enclosure, EnclosureError},
+    events::Filter,
     host::cgroup::{CgroupError, Mount},
-    policy,
-    session::{self, Session, SessionError},
+    session::{self, Session, SessionError, Setup},
 };
 
 /// Exit status where sockpolicy itself failed, as of `env` and `timeout`.
@@ -57,7 +53,7 @@ pub(super) struct Exec {
 }
 
 #[derive(Debug, thiserror::Error)]
-enum ExecError {
+pub(super) enum ExecError {
     #[error(transparent)]
     Report(#[from] ReportError),
     #[error(transparent)]
@@ -66,8 +62,10 @@ enum ExecError {
     Enclosure(#[from] EnclosureError),
     #[error(transparent)]
     Session(#[from] SessionError),
-    #[error("cannot watch for signals and events: {0}")]
-    Watch(#[from] io::Error),
+    #[error(transparent)]
+    Watch(#[from] WatchError),
+    #[error("cannot watch the command: {0}")]
+    Command(#[from] io::Error),
     #[error("cannot run {}: {source}{}", shown(command), spawn_help(source))]
     Spawn { command: OsString, source: io::Error },
 }
@@ -98,25 +96,40 @@ impl ExecError {
 impl Exec {
     pub(super) fn run(self) -> ExitCode {
         let Some(policies) = check::load(&self.files) else { return OURS.into() };
-        match self.enclose_and_run(&policies) {
-            Ok(status) => status,
-            Err(error) => {
-                complain(&error);
-                error.status().into()
-            }
-        }
+        let Manner { dry_run, reporting } = &self.manner;
+        let prepared = session::prepare(&policies, *dry_run, reporting.timing);
+        check::warn_of_replaced_targets(&policies, "the command's cgroup");
+        let enclosed = Enclosed { command: &self.command, reporting, report: self.report.as_deref() };
+        enclosed.finish(prepared.map_err(ExecError::from).and_then(|desired| enclosed.run(desired, Filter::default())))
+    }
+}
+
+/// A command to be run in a cgroup of its own.
+pub(super) struct Enclosed<'a> {
+    pub(super) command: &'a [OsString],
+    pub(super) reporting: &'a Reporting,
+    /// Where to write the report; to standard error if nowhere.
+    pub(super) report: Option<&'a Path>,
+}
+
+impl Enclosed<'_> {
+    /// The exit status to end with.
+    pub(super) fn finish(&self, result: Result<ExitCode, ExecError>) -> ExitCode {
+        result.unwrap_or_else(|error| {
+            complain(&error);
+            error.status().into()
+        })
     }
 
-    fn enclose_and_run(&self, policies: &[policy::model::Policy]) -> Result<ExitCode, ExecError> {
+    pub(super) fn run(&self, desired: Desired, filter: Filter) -> Result<ExitCode, ExecError> {
         let mut signals = Signals::watch()?;
-        let desired = session::prepare(policies, self.manner.dry_run)?;
-        check::warn_of_replaced_targets(policies, "the command's cgroup");
         crate::kernel::check_privileges().map_err(SessionError::from)?;
         let mut writer = self.writer()?;
         let mount = Mount::find()?;
         let enclosure = Enclosure::make(&mount)?;
         let target = mount.open(&enclosure.cgroup.path)?;
-        let mut session = Session::start(desired, vec![target], mount, self.manner.audit_backend)?;
+        let backend = self.reporting.audit_backend;
+        let mut session = Session::start(Setup { desired, mount, targets: vec![target], backend, filter })?;
         unless_closed(writer.announce(&session)).map_err(|source| self.report_error(source))?;
 
         if let Some(signal) = asked_to_end(&mut signals)? {
@@ -125,7 +138,7 @@ impl Exec {
         let mut child = self.spawn(&enclosure, &signals)?;
         let status = follow(&mut child, &mut session, &mut signals, &mut writer)?;
         session.end()?;
-        while drain(&mut session, &mut writer) {}
+        while tell(&mut session, &mut writer) {}
         let left = enclosure.population();
         let summary = session.finish()?;
         let conflicts = summary.conflicts();
@@ -136,27 +149,27 @@ impl Exec {
         if let Err(error) = enclosure.remove() {
             log::warn!("{error}");
         }
-        if self.manner.fail_on_conflict && conflicts > 0 && status.success() {
+        if self.reporting.fail_on_conflict && conflicts > 0 && status.success() {
             return Ok(super::FINDINGS.into());
         }
         Ok(exit_code(status))
     }
 
     fn writer(&self) -> Result<Writer, ReportError> {
-        match &self.report {
-            Some(path) => Writer::to_file(&self.manner, path),
+        match self.report {
+            Some(path) => Writer::to_file(self.reporting, path),
             // A line at a time: the command may write there too.
-            None => Ok(Writer::new(&self.manner, io::LineWriter::new(io::stderr()))),
+            None => Ok(Writer::new(self.reporting, io::LineWriter::new(io::stderr()))),
         }
     }
 
     fn report_error(&self, source: io::Error) -> ReportError {
-        let place = self.report.as_ref().map_or_else(|| "standard error".to_owned(), |path| path.display().to_string());
+        let place = self.report.map_or_else(|| "standard error".to_owned(), |path| path.display().to_string());
         ReportError { place, source }
     }
 
     fn spawn(&self, enclosure: &Enclosure, signals: &Signals) -> Result<Child, ExecError> {
-        let [name, arguments @ ..] = self.command.as_slice() else { unreachable_command() };
+        let [name, arguments @ ..] = self.command else { unreachable_command() };
         let mut command = Command::new(name);
         command.args(arguments);
         enclosure.enclose(&mut command)?;
@@ -192,13 +205,8 @@ fn follow(
         if let Some(status) = child.try_wait()? {
             return Ok(status);
         }
-        let mut polled =
-            [PollFd::new(signals.as_fd(), PollFlags::POLLIN), PollFd::new(session.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut polled, PollTimeout::NONE) {
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(error) => return Err(ExecError::Watch(error.into())),
-        }
-        drain(session, writer);
+        watch::wait(signals, session, &[])?;
+        tell(session, writer);
         while let Some(received) = signals.next()? {
             if received.signal != nix::sys::signal::Signal::SIGCHLD && received.is_from_process {
                 // Fails only where the command has just ended, which is seen next.
@@ -208,22 +216,16 @@ fn follow(
     }
 }
 
-/// Writes events that are there; gives whether there may be more. The command goes on also where its
-/// report cannot be written.
-fn drain(session: &mut Session, writer: &mut Writer) -> bool {
-    let mut failed = None;
-    let result = session.drain(|event| {
-        if failed.is_none() {
-            failed = writer.event(event).err();
-        }
-        Ok::<(), Infallible>(())
-    });
-    if let Some(error) = failed.or_else(|| writer.flush().err())
-        && error.kind() != io::ErrorKind::BrokenPipe
-    {
-        log::warn!("cannot write the report: {error}");
+/// Writes what there is to tell; gives whether there may be more. The command goes on also where its report cannot be
+/// written.
+fn tell(session: &mut Session, writer: &mut Writer) -> bool {
+    let (more, told) = watch::tell(session, writer);
+    match told {
+        Err(WatchError::Write(error)) if error.kind() == io::ErrorKind::BrokenPipe => {}
+        Err(error) => log::warn!("{error}"),
+        Ok(()) => {}
     }
-    result.unwrap_or_else(|never| match never {})
+    more
 }
 
 /// The command's own status; 128 and the signal's number where one killed it.

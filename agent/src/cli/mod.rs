@@ -3,6 +3,7 @@
 //! Exit status: 0 done; 1 findings (an invalid policy, conflicts with `--fail-on-conflict`); 2
 //! could not. `exec` passes the command's own status on and keeps 125 to 127 for itself.
 
+mod audit;
 mod check;
 mod doctor;
 mod exec;
@@ -10,6 +11,7 @@ mod options;
 mod output;
 mod run;
 mod signals;
+mod watch;
 
 use std::{
     env,
@@ -42,6 +44,7 @@ enum Command {
     Check(check::Check),
     Exec(exec::Exec),
     Run(run::Run),
+    Audit(audit::Audit),
     Options(options::Options),
     Doctor(doctor::Doctor),
     /// Removes a cgroup when standard input ends. sockpolicy starts it for itself.
@@ -72,6 +75,7 @@ pub fn main() -> ExitCode {
         Command::Check(check) => check.run(),
         Command::Exec(exec) => exec.run(),
         Command::Run(run) => run.run(),
+        Command::Audit(audit) => audit.run(),
         Command::Options(options) => options.run(),
         Command::Doctor(doctor) => doctor.run(),
         Command::Guard { cgroup, home } => match enclosure::guard(&cgroup, &home) {

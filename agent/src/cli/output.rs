@@ -6,7 +6,12 @@ use std::{
     path::Path,
 };
 
-use crate::{events::Event, kernel::BackendChoice, report::Summary, session::Session};
+use crate::{
+    events::Event,
+    kernel::{Audit, BackendChoice},
+    report::{Loss, Summary},
+    session::Session,
+};
 
 /// The form of the output.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -18,12 +23,9 @@ pub(super) enum Format {
     Json,
 }
 
-/// How a policy is put in force and reported, for whatever command does so.
+/// How calls are seen and reported, for whatever command does so.
 #[derive(Debug, clap::Args)]
-pub(super) struct Manner {
-    /// Change nothing; report what would be done
-    #[arg(long)]
-    pub(super) dry_run: bool,
+pub(super) struct Reporting {
     /// Report summary only, no events
     #[arg(long, short)]
     quiet: bool,
@@ -33,9 +35,22 @@ pub(super) struct Manner {
     /// How to see the calls' results
     #[arg(long, value_enum, default_value_t, value_name = "BACKEND")]
     pub(super) audit_backend: BackendChoice,
+    /// Measure how long each call takes
+    #[arg(long)]
+    pub(super) timing: bool,
     /// Exit with 1 if a call disagreed with the policy (and the command, if any, succeeded)
     #[arg(long)]
     pub(super) fail_on_conflict: bool,
+}
+
+/// How a policy is put in force.
+#[derive(Debug, clap::Args)]
+pub(super) struct Manner {
+    /// Change nothing; report what would be done
+    #[arg(long)]
+    pub(super) dry_run: bool,
+    #[command(flatten)]
+    pub(super) reporting: Reporting,
 }
 
 /// Where events and the summary go.
@@ -54,14 +69,14 @@ pub(super) struct ReportError {
 }
 
 impl Writer {
-    pub(super) fn new(manner: &Manner, out: impl Write + 'static) -> Self {
-        Self { format: manner.output, quiet: manner.quiet, out: Box::new(out) }
+    pub(super) fn new(reporting: &Reporting, out: impl Write + 'static) -> Self {
+        Self { format: reporting.output, quiet: reporting.quiet, out: Box::new(out) }
     }
 
     /// Writes to a file, made anew.
-    pub(super) fn to_file(manner: &Manner, path: &Path) -> Result<Self, ReportError> {
+    pub(super) fn to_file(reporting: &Reporting, path: &Path) -> Result<Self, ReportError> {
         let file = File::create(path).map_err(|source| ReportError { place: path.display().to_string(), source })?;
-        Ok(Self::new(manner, BufWriter::new(file)))
+        Ok(Self::new(reporting, BufWriter::new(file)))
     }
 
     /// Says what has been put in force, before anything comes of it. JSON has events only.
@@ -70,23 +85,24 @@ impl Writer {
             return Ok(());
         }
         let desired = session.desired();
+        let targets: Vec<&str> = session.targets().iter().map(|target| target.name.as_str()).collect();
+        let targets = targets.join(", ");
+        let audit = session.audit().map_or_else(|| "no audit".to_owned(), describe_audit);
+        if desired.rules.is_empty() {
+            writeln!(self.out, "sockpolicy: watching the calls of cgroup {targets}; {audit}")?;
+            return self.out.flush();
+        }
         let mode = match desired.mode {
             crate::policy::model::Mode::Enforce => "enforcing",
             crate::policy::model::Mode::DryRun => "dry run of",
         };
-        let targets: Vec<&str> = session.targets().iter().map(|target| target.name.as_str()).collect();
         let hooks: Vec<&str> = desired.hooks.iter().map(|hook| hook.name()).collect();
-        let audit = session.backend().map_or_else(
-            || "no audit".to_owned(),
-            |backend| format!("audit by {backend} (does not see {})", backend.blind_to()),
-        );
         let mut policies: Vec<&str> = desired.rules.iter().map(|rule| rule.policy.as_str()).collect();
         policies.dedup();
         writeln!(
             self.out,
-            "sockpolicy: {mode} {} on cgroup {}: {} rules, {} options; {}; {audit}",
+            "sockpolicy: {mode} {} on cgroup {targets}: {} rules, {} options; {}; {audit}",
             policies.join(", "),
-            targets.join(", "),
             desired.rules.len(),
             desired.options.len(),
             hooks.join(", "),
@@ -104,6 +120,14 @@ impl Writer {
         }
     }
 
+    /// Says what was lost, also where events are left out: it is then the summary that is not whole.
+    pub(super) fn loss(&mut self, loss: &Loss) -> io::Result<()> {
+        match self.format {
+            Format::Text => writeln!(self.out, "{loss}"),
+            Format::Json => writeln!(self.out, "{}", loss.to_json(jiff::Timestamp::now())),
+        }
+    }
+
     pub(super) fn flush(&mut self) -> io::Result<()> {
         self.out.flush()
     }
@@ -114,5 +138,14 @@ impl Writer {
             Format::Json => writeln!(self.out, "{}", summary.to_json(jiff::Timestamp::now()))?,
         }
         self.out.flush()
+    }
+}
+
+/// How calls are seen, and which are not.
+pub(super) fn describe_audit(audit: Audit) -> String {
+    let seen = format!("audit by {} of {}", audit.backend, audit.point());
+    match audit.blind_to() {
+        [] => seen,
+        blind_to => format!("{seen} (does not see {})", blind_to.join(", ")),
     }
 }

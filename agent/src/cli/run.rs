@@ -1,21 +1,18 @@
 //! `sockpolicy run`: puts policies in force on cgroups and reports until it is told to end.
 
-use std::{io, os::fd::AsFd, path::PathBuf, process::ExitCode};
-
-use nix::{
-    errno::Errno,
-    poll::{PollFd, PollFlags, PollTimeout, poll},
-};
+use std::{io, os::fd::BorrowedFd, path::PathBuf, process::ExitCode};
 
 use super::{
     FAILURE, FINDINGS, check, complain,
     output::{Manner, Writer},
     signals::Signals,
+    watch::{self, WatchError, watch},
 };
 use crate::{
+    events::Filter,
     host::cgroup::{Cgroup, CgroupError, Mount},
     policy::model::Policy,
-    session::{self, Session, SessionError},
+    session::{self, Session, SessionError, Setup},
 };
 
 /// Put policies in force on cgroups, and report until interrupted
@@ -36,7 +33,7 @@ pub(super) struct Run {
 }
 
 #[derive(Debug, thiserror::Error)]
-enum RunError {
+pub(super) enum RunError {
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
     #[error(transparent)]
@@ -54,20 +51,20 @@ enum RunError {
         mount.display(), mount.display()
     )]
     NoMatch { patterns: String, mount: PathBuf },
-    #[error("cannot watch for signals and events: {0}")]
-    Watch(#[source] io::Error),
-    #[error("cannot write the report: {0}")]
-    Write(#[source] io::Error),
+    #[error(transparent)]
+    Watch(#[from] WatchError),
 }
 
 impl Run {
     pub(super) fn run(self) -> ExitCode {
         let Some(policies) = check::load(&self.files) else { return FAILURE.into() };
         match self.run_policies(&policies) {
-            Ok(conflicts) if self.manner.fail_on_conflict && conflicts > 0 => FINDINGS.into(),
+            Ok(conflicts) if self.manner.reporting.fail_on_conflict && conflicts > 0 => FINDINGS.into(),
             Ok(_) => ExitCode::SUCCESS,
             // Whoever read the report has gone, and with them the reason to run.
-            Err(RunError::Write(error)) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+            Err(RunError::Watch(WatchError::Write(error))) if error.kind() == io::ErrorKind::BrokenPipe => {
+                ExitCode::SUCCESS
+            }
             Err(error) => {
                 complain(&error);
                 FAILURE.into()
@@ -77,45 +74,58 @@ impl Run {
 
     /// Gives the number of conflicts.
     fn run_policies(&self, policies: &[Policy]) -> Result<u64, RunError> {
-        let mut signals = Signals::watch().map_err(RunError::Watch)?;
-        let desired = session::prepare(policies, self.manner.dry_run)?;
+        let mut signals = Signals::watch().map_err(WatchError::Watch)?;
+        let Manner { dry_run, reporting } = &self.manner;
+        let desired = session::prepare(policies, *dry_run, reporting.timing)?;
         crate::kernel::check_privileges().map_err(SessionError::from)?;
         let mount = Mount::find()?;
-        let targets = self.targets(&mount, policies)?;
-        let mut writer = Writer::new(&self.manner, io::stdout());
-        let mut session = Session::start(desired, targets, mount, self.manner.audit_backend)?;
-        let names: Vec<&str> = session.targets().iter().map(|target| target.name.as_str()).collect();
-        log::info!("in force on {}", names.join(", "));
-        writer.announce(&session).map_err(RunError::Write)?;
-        watch(&mut session, &mut signals, &mut writer)?;
-        session.end()?;
-        while session.drain(|event| writer.event(event)).map_err(RunError::Write)? {}
-        let summary = session.finish()?;
-        writer.summary(&summary).map_err(RunError::Write)?;
-        Ok(summary.conflicts())
+        let targets = targets(&mount, &self.cgroup, policies)?;
+        let mut writer = Writer::new(reporting, io::stdout());
+        let setup = Setup { desired, mount, targets, backend: reporting.audit_backend, filter: Filter::default() };
+        report(setup, &mut signals, &mut writer, &[])
     }
+}
 
-    fn targets(&self, mount: &Mount, policies: &[Policy]) -> Result<Vec<Cgroup>, RunError> {
-        if !self.cgroup.is_empty() {
-            check::warn_of_replaced_targets(policies, "--cgroup");
-            let targets = self.cgroup.iter().map(|path| mount.open(path)).collect::<Result<Vec<_>, _>>()?;
-            return Ok(outermost(targets));
-        }
-        let Some((first, rest)) = policies.split_first() else { return Ok(Vec::new()) };
-        for policy in policies {
-            if policy.target.is_empty() {
-                return Err(RunError::NoTarget { policy: policy.name.clone() });
-            }
-        }
-        if let Some(other) = rest.iter().find(|policy| policy.target != first.target) {
-            return Err(RunError::TwoTargets { one: first.name.clone(), other: other.name.clone() });
-        }
-        let targets = mount.matching(&first.target)?;
-        if targets.is_empty() {
-            return Err(RunError::NoMatch { patterns: first.target.join(", "), mount: mount.path.clone() });
-        }
-        Ok(targets)
+/// Keeps a policy in force and reports, until a signal asks for the end or all of `ends`, if there are any, have ended.
+/// Gives the number of conflicts.
+pub(super) fn report(
+    setup: Setup,
+    signals: &mut Signals,
+    writer: &mut Writer,
+    ends: &[BorrowedFd<'_>],
+) -> Result<u64, RunError> {
+    let mut session = Session::start(setup)?;
+    let names: Vec<&str> = session.targets().iter().map(|target| target.name.as_str()).collect();
+    log::info!("in force on {}", names.join(", "));
+    writer.announce(&session).map_err(WatchError::Write)?;
+    watch(&mut session, signals, writer, ends)?;
+    watch::end(&mut session, writer)?;
+    let summary = session.finish()?;
+    writer.summary(&summary).map_err(WatchError::Write)?;
+    Ok(summary.conflicts())
+}
+
+/// The targets that were asked for, else those of the policies.
+pub(super) fn targets(mount: &Mount, asked: &[PathBuf], policies: &[Policy]) -> Result<Vec<Cgroup>, RunError> {
+    if !asked.is_empty() {
+        check::warn_of_replaced_targets(policies, "--cgroup");
+        let targets = asked.iter().map(|path| mount.open(path)).collect::<Result<Vec<_>, _>>()?;
+        return Ok(outermost(targets));
     }
+    let Some((first, rest)) = policies.split_first() else { return Ok(Vec::new()) };
+    for policy in policies {
+        if policy.target.is_empty() {
+            return Err(RunError::NoTarget { policy: policy.name.clone() });
+        }
+    }
+    if let Some(other) = rest.iter().find(|policy| policy.target != first.target) {
+        return Err(RunError::TwoTargets { one: first.name.clone(), other: other.name.clone() });
+    }
+    let targets = mount.matching(&first.target)?;
+    if targets.is_empty() {
+        return Err(RunError::NoMatch { patterns: first.target.join(", "), mount: mount.path.clone() });
+    }
+    Ok(targets)
 }
 
 /// Leaves out what another target covers: its sockets would be decided twice.
@@ -128,25 +138,4 @@ fn outermost(mut targets: Vec<Cgroup>) -> Vec<Cgroup> {
         }
     }
     kept
-}
-
-/// Reports until a signal asks for the end.
-fn watch(session: &mut Session, signals: &mut Signals, writer: &mut Writer) -> Result<(), RunError> {
-    loop {
-        let mut polled =
-            [PollFd::new(signals.as_fd(), PollFlags::POLLIN), PollFd::new(session.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut polled, PollTimeout::NONE) {
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(error) => return Err(RunError::Watch(error.into())),
-        }
-        let mut is_over = false;
-        while let Some(received) = signals.next().map_err(RunError::Watch)? {
-            is_over |= received.asks_for_end();
-        }
-        session.drain(|event| writer.event(event)).map_err(RunError::Write)?;
-        writer.flush().map_err(RunError::Write)?;
-        if is_over {
-            return Ok(());
-        }
-    }
 }

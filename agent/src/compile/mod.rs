@@ -19,7 +19,7 @@ use std::path::PathBuf;
 use abi::{
     RULES_MAX, SiteList,
     select::Selectors,
-    setting::{Governed, Setting, form, kind, on_conflict, read_back, words_of_text},
+    setting::{Governed, OptionKey, Setting, form, kind, on_conflict, read_back, words_of_text},
     site,
 };
 
@@ -133,6 +133,15 @@ impl Desired {
     pub fn source(&self, setting: u32) -> Option<(&SettingSource, &RuleSource)> {
         let source = self.sources.get(setting as usize)?;
         Some((source, self.rules.get(source.rule)?))
+    }
+
+    /// Has the audit count these options among those that rules name, although none does.
+    pub fn look_at(&mut self, options: &[OptionKey]) {
+        for key in options {
+            if !self.options.iter().any(|option| option.key == *key) {
+                self.options.push(Governed { key: *key, ..Governed::default() });
+            }
+        }
     }
 
     /// The congestion controls that the policies set, each once.

@@ -1,10 +1,12 @@
 //! An event as a line of JSON. Fields are only ever added.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 use serde_json::Value as Json;
 
-use super::{Event, Kind, Socket, Source};
-use crate::{options::display_name, values};
+use super::{Event, Kind, Socket, Via};
+use crate::{host::container::Container, options::display_name, values};
 
 /// The version of the format.
 pub const SCHEMA: u32 = 1;
@@ -32,21 +34,24 @@ struct Line<'a> {
     comm: Option<&'a str>,
     exe: Option<&'a str>,
     cgroup: Option<&'a str>,
-    container: Option<&'a str>,
-    socket: Option<SocketLine>,
+    container: Option<&'a Container>,
+    socket: Option<SocketLine<'a>>,
     via: Option<&'static str>,
     backend: Option<&'static str>,
     suppressed: u64,
     duration_ns: Option<u64>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    missing: BTreeMap<&'static str, &'a str>,
 }
 
 #[derive(Serialize)]
-struct SocketLine {
+struct SocketLine<'a> {
     protocol: Option<&'static str>,
     family: Option<&'static str>,
     local: Option<String>,
     remote: Option<String>,
     cookie: Option<u64>,
+    cgroup: Option<&'a str>,
 }
 
 impl Event {
@@ -87,25 +92,27 @@ impl Event {
             comm: task.map(|task| task.comm.as_str()),
             exe: task.and_then(|task| task.exe.as_deref()),
             cgroup: task.and_then(|task| task.cgroup.as_deref()),
-            container: None,
+            container: task.and_then(|task| task.container.as_ref()),
             socket: self.socket.as_ref().map(socket_line),
-            via: (self.source != Source::Hook).then_some("syscall"),
+            via: self.via.map(Via::name),
             backend: self.source.backend(),
             suppressed: self.suppressed,
-            duration_ns: None,
+            duration_ns: self.duration_ns,
+            missing: self.missing.iter().map(|missing| (missing.what, missing.why.as_str())).collect(),
         };
         // Cannot fail: the keys are strings and no number is a float.
         serde_json::to_string(&line).unwrap_or_default()
     }
 }
 
-fn socket_line(socket: &Socket) -> SocketLine {
-    let Socket { protocol, family, local, remote, cookie } = *socket;
+fn socket_line(socket: &Socket) -> SocketLine<'_> {
+    let Socket { protocol, family, local, remote, cookie, cgroup } = socket;
     SocketLine {
-        protocol,
-        family,
+        protocol: *protocol,
+        family: *family,
         local: local.map(|address| address.to_string()),
         remote: remote.map(|address| address.to_string()),
-        cookie,
+        cookie: *cookie,
+        cgroup: cgroup.as_deref(),
     }
 }

@@ -3,6 +3,7 @@
 //! Pure: what has to be looked up on the host (who the process is, what the cgroup is called) is
 //! handed in as [`Surroundings`].
 
+mod filter;
 mod json;
 mod text;
 
@@ -18,9 +19,10 @@ use abi::{
     socket::{Address, Facts, family, known, protocol},
 };
 
-pub use self::json::SCHEMA;
+pub use self::{filter::Filter, json::SCHEMA};
 use crate::{
     compile::Desired,
+    host::container::{self, Container},
     options::{self, ValueKind},
 };
 
@@ -44,8 +46,33 @@ pub struct Event {
     pub task: Option<Task>,
     pub socket: Option<Socket>,
     pub source: Source,
+    /// How the call was made, where that is known.
+    pub via: Option<Via>,
+    /// How long the call took, if calls are timed. Nanoseconds.
+    pub duration_ns: Option<u64>,
     /// Like events held back since the last one.
     pub suppressed: u64,
+    /// What of the above should be known and is not, and why.
+    pub missing: Vec<Missing>,
+}
+
+/// A part of an event that is not known.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Missing {
+    /// The name of the part, as in JSON.
+    pub what: &'static str,
+    pub why: String,
+}
+
+/// How a call was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Via {
+    /// By the system call of its name.
+    Syscall,
+    /// The same by a 32-bit program: the kernel does not show these calls to the cgroup hooks.
+    CompatSyscall,
+    /// `SOCKET_URING_OP_SETSOCKOPT` or `…_GETSOCKOPT`.
+    IoUring,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,6 +125,8 @@ pub struct Task {
     pub comm: String,
     pub exe: Option<String>,
     pub cgroup: Option<String>,
+    /// The container that the cgroup's name names.
+    pub container: Option<Container>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -106,8 +135,10 @@ pub struct Socket {
     pub family: Option<&'static str>,
     pub local: Option<SocketAddr>,
     pub remote: Option<SocketAddr>,
-    /// As `ss -e` shows it.
+    /// As `ss -e` shows it; a socket has none before somebody asks for it.
     pub cookie: Option<u64>,
+    /// Name of the cgroup that the socket belongs to: that of the task that made it.
+    pub cgroup: Option<String>,
 }
 
 /// Who saw it.
@@ -127,8 +158,12 @@ pub struct Surroundings {
     pub exe: Option<String>,
     /// Name of the task's cgroup.
     pub cgroup: Option<String>,
+    /// Name of the socket's cgroup.
+    pub socket_cgroup: Option<String>,
     /// CLOCK_REALTIME less CLOCK_MONOTONIC.
     pub monotonic_epoch_ns: i128,
+    /// Why the programs cannot look at sockets, if they cannot.
+    pub blindness: Option<String>,
 }
 
 /// Why a record is not an event: one that this build does not know.
@@ -148,6 +183,8 @@ pub fn decode(event: &raw::Event, desired: &Desired, surroundings: Surroundings)
     let source = decode_source(event.source)?;
     let nanoseconds = i128::from(event.time_ns) + surroundings.monotonic_epoch_ns;
     let decided = call.flags & flags::DECIDED != 0;
+    let socket = socket(call, surroundings.socket_cgroup.as_deref());
+    let missing = missing(event, source, socket.as_ref(), surroundings.blindness.as_deref());
     Ok(Event {
         time: jiff::Timestamp::from_nanosecond(nanoseconds).ok().ok_or(UnknownRecord)?,
         kind,
@@ -158,9 +195,12 @@ pub fn decode(event: &raw::Event, desired: &Desired, surroundings: Surroundings)
         now: now(event, kind, source),
         result: (source != Source::Hook).then_some(event.result),
         task: task(event, surroundings),
-        socket: socket(call),
+        socket,
         source,
+        via: via(call.flags),
+        duration_ns: (event.duration_ns != 0).then_some(event.duration_ns),
         suppressed: event.suppressed,
+        missing,
     })
 }
 
@@ -178,6 +218,30 @@ fn decode_kind(event: &raw::Event, dry_run: bool) -> Result<Kind, UnknownRecord>
         raw::kind::OUTCOME => Ok(Kind::Outcome { errno: i32::try_from(-event.result).ok().ok_or(UnknownRecord)? }),
         _ => Err(UnknownRecord),
     }
+}
+
+fn via(call_flags: u32) -> Option<Via> {
+    let ways = [(flags::SYSCALL, Via::Syscall), (flags::COMPAT, Via::CompatSyscall), (flags::RING, Via::IoUring)];
+    ways.into_iter().find(|(flag, _)| call_flags & flag != 0).map(|(_, way)| way)
+}
+
+/// What nobody could tell, and why.
+fn missing(event: &raw::Event, source: Source, socket: Option<&Socket>, blindness: Option<&str>) -> Vec<Missing> {
+    let raw::Event { call, result, .. } = event;
+    let mut missing = Vec::new();
+    if call.flags & flags::UNREADABLE != 0 {
+        missing.push(Missing { what: "asked", why: "the argument was not in memory".to_owned() });
+    }
+    let is_no_socket = [-libc::EBADF, -libc::ENOTSOCK].map(i64::from).contains(result);
+    if socket.is_none() && source != Source::Hook {
+        let why = match blindness {
+            _ if is_no_socket => "the descriptor is not a socket's",
+            Some(blindness) => blindness,
+            None => "the descriptor stood for something else when the call returned",
+        };
+        missing.push(Missing { what: "socket", why: why.to_owned() });
+    }
+    missing
 }
 
 fn decode_verdict(code: u32, dry_run: bool) -> Result<Verdict, UnknownRecord> {
@@ -203,19 +267,35 @@ impl Deed {
     }
 }
 
+impl Deed {
+    /// What it is called where it is done.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Allowed => "allowed",
+            Self::Rewritten => "rewritten",
+            Self::Clamped => "clamped",
+            Self::Ignored => "ignored",
+            Self::Denied => "denied",
+        }
+    }
+
+    /// What it is called where it would be done.
+    #[must_use]
+    pub fn name_in_dry_run(self) -> &'static str {
+        match self {
+            Self::Allowed => "allowed",
+            Self::Rewritten => "would-rewrite",
+            Self::Clamped => "would-clamp",
+            Self::Ignored => "would-ignore",
+            Self::Denied => "would-deny",
+        }
+    }
+}
+
 impl fmt::Display for Verdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match (self.what, self.dry_run) {
-            (Deed::Allowed, _) => "allowed",
-            (Deed::Rewritten, false) => "rewritten",
-            (Deed::Clamped, false) => "clamped",
-            (Deed::Ignored, false) => "ignored",
-            (Deed::Denied, false) => "denied",
-            (Deed::Rewritten, true) => "would-rewrite",
-            (Deed::Clamped, true) => "would-clamp",
-            (Deed::Ignored, true) => "would-ignore",
-            (Deed::Denied, true) => "would-deny",
-        })
+        f.write_str(if self.dry_run { self.what.name_in_dry_run() } else { self.what.name() })
     }
 }
 
@@ -225,6 +305,17 @@ impl Call {
         match self {
             Self::Set => "setsockopt",
             Self::Get => "getsockopt",
+        }
+    }
+}
+
+impl Via {
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Syscall => "syscall",
+            Self::CompatSyscall => "compat-syscall",
+            Self::IoUring => "io_uring",
         }
     }
 }
@@ -255,6 +346,9 @@ fn decode_source(code: u32) -> Result<Source, UnknownRecord> {
 /// changed nothing. Unknown where that cannot be told without asking the socket.
 fn now(event: &raw::Event, kind: Kind, source: Source) -> Value {
     let raw::Event { call, .. } = event;
+    if call.flags & flags::NOW != 0 {
+        return call.now;
+    }
     let before = if call.flags & flags::BEFORE != 0 { call.before } else { Value::UNKNOWN };
     // The kernel doubles and bounds some values on the way in.
     let is_kept = options::by_key(call.key)
@@ -304,18 +398,23 @@ fn task(event: &raw::Event, surroundings: Surroundings) -> Option<Task> {
     let end = event.comm.iter().position(|byte| *byte == 0).unwrap_or(event.comm.len());
     let comm = String::from_utf8_lossy(&event.comm[..end]).into_owned();
     let Surroundings { exe, cgroup, .. } = surroundings;
-    Some(Task { pid: event.pid, tid: event.tid, comm, exe, cgroup })
+    let container = cgroup.as_deref().and_then(container::of_cgroup);
+    Some(Task { pid: event.pid, tid: event.tid, comm, exe, cgroup, container })
 }
 
-fn socket(call: &raw::Call) -> Option<Socket> {
+/// `None` where nothing is known of the socket.
+fn socket(call: &raw::Call, cgroup: Option<&str>) -> Option<Socket> {
     let cookie = (call.cookie != 0).then_some(call.cookie);
+    let cgroup = cgroup.map(str::to_owned);
     if call.flags & flags::SOCKET == 0 {
-        return cookie.map(|cookie| Socket {
+        let family = (call.sk_family != 0).then(|| family_name(call.sk_family));
+        return (cookie.is_some() || family.is_some()).then_some(Socket {
             protocol: None,
-            family: None,
+            family,
             local: None,
             remote: None,
-            cookie: Some(cookie),
+            cookie,
+            cgroup,
         });
     }
     let facts = &call.facts;
@@ -338,7 +437,21 @@ fn socket(call: &raw::Call) -> Option<Socket> {
         local: local_known.then(|| address(facts, facts.local, facts.local_port)),
         remote: remote_known.then(|| address(facts, facts.remote, facts.remote_port)),
         cookie,
+        cgroup,
     })
+}
+
+/// The families of sockets that policies are not about.
+fn family_name(family: u32) -> &'static str {
+    match i32::try_from(family) {
+        Ok(libc::AF_UNIX) => "unix",
+        Ok(libc::AF_NETLINK) => "netlink",
+        Ok(libc::AF_PACKET) => "packet",
+        Ok(libc::AF_VSOCK) => "vsock",
+        Ok(libc::AF_ALG) => "alg",
+        Ok(libc::AF_XDP) => "xdp",
+        _ => "other",
+    }
 }
 
 fn address(facts: &Facts, words: Address, port: u16) -> SocketAddr {

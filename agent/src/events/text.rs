@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{Call, Event, Kind, Socket};
+use super::{Call, Event, Kind, Socket, Via};
 use crate::{options::display_name, report::errno_name, values};
 
 impl fmt::Display for Event {
@@ -14,7 +14,7 @@ impl fmt::Display for Event {
                 write!(f, "failed    {option} = {} was refused: {}", shown(&self.wanted), errno_name(errno))?;
             }
             Kind::Call(call) => {
-                write!(f, "call      {} {}({option}) = {}", self.who(), call.name(), shown(&self.asked))?;
+                write!(f, "call      {} {} {option} = {}", self.who(), call.name(), shown(&self.asked))?;
                 self.write_result(f)?;
             }
             Kind::Conflict { call, verdict } => {
@@ -39,6 +39,12 @@ impl fmt::Display for Event {
         if let Some(socket) = &self.socket {
             write_socket(f, socket)?;
         }
+        if let Some(duration) = self.duration_ns {
+            write!(f, "  <{}>", crate::report::duration_text(duration))?;
+        }
+        if let Some(via @ (Via::CompatSyscall | Via::IoUring)) = self.via {
+            write!(f, "  by {}", via.name())?;
+        }
         if self.suppressed > 0 {
             write!(f, "  (+{} like it)", self.suppressed)?;
         }
@@ -62,11 +68,11 @@ impl Event {
 }
 
 fn write_socket(f: &mut fmt::Formatter<'_>, socket: &Socket) -> fmt::Result {
-    let protocol = socket.protocol.unwrap_or("socket");
+    let protocol = socket.protocol.or(socket.family).unwrap_or("socket");
     match (socket.local, socket.remote) {
         (Some(local), Some(remote)) => write!(f, "  {protocol} {local} - {remote}"),
         (Some(local), None) => write!(f, "  {protocol} {local}"),
         (None, Some(remote)) => write!(f, "  {protocol} - {remote}"),
-        (None, None) => Ok(()),
+        (None, None) => write!(f, "  {protocol}"),
     }
 }

@@ -1,7 +1,9 @@
 //! Facts about this machine. What follows from them is decided elsewhere.
 
+pub mod btf;
 pub mod cgroup;
 pub mod network;
 pub mod privileges;
+pub mod process;
 pub mod tcp;
 pub mod tracefs;

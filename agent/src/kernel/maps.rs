@@ -1,32 +1,53 @@
 //! Typed handles on the maps: what is written before the programs run, and what is read while they do.
 
-use abi::{Config, Counters, Losses, select::PrefixData, setting::OptionKey};
+use std::collections::BTreeMap;
+
+use abi::{
+    Config, Counters, Losses,
+    event::{Call, Tally, TallyKey},
+    layout::Member,
+    select::PrefixData,
+    setting::OptionKey,
+};
 use aya::{
     Ebpf, EbpfLoader, Pod,
-    maps::{Array, HashMap, LpmTrie, MapData, MapError, PerCpuArray, lpm_trie::Key},
+    maps::{Array, HashMap, LpmTrie, MapData, MapError, PerCpuArray, PerCpuHashMap, lpm_trie::Key},
 };
 
-use super::KernelError;
-use crate::{compile::Desired, host::cgroup::Cgroup};
+use super::{KernelError, Scope};
+use crate::{compile::Desired, policy::model::Calls};
 
 pub(super) const EVENTS: &str = "EVENTS";
 
+/// Room for events. Conflicts are held back where they come too fast, calls are not: a busy program makes some
+/// thousands in the time that the agent may be kept waiting.
+const EVENT_BYTES: u32 = 1 << 20;
+const CALL_BYTES: u32 = 16 << 20;
+
 /// Gives each map that is sized at load the entries that `desired` takes. No map can be empty.
-pub(super) fn size(loader: &mut EbpfLoader<'_>, desired: &Desired, targets: &[Cgroup]) {
+pub(super) fn size(loader: &mut EbpfLoader<'_>, desired: &Desired, scope: Scope<'_>, members: &[(OptionKey, Member)]) {
     for (map, entries) in [
         ("PREFIXES", desired.prefixes.len()),
         ("OPTIONS", desired.options.len()),
         ("OPTION_INDEX", desired.options.len()),
         ("SETTINGS", desired.settings.len()),
         ("COUNTERS", desired.settings.len()),
-        ("TARGETS", targets.len()),
+        ("TARGETS", scope.targets.len()),
+        ("PROCESSES", scope.processes.len()),
+        ("MEMBERS", members.len()),
     ] {
         loader.map_max_entries(map, entries.max(1) as u32);
     }
+    loader.map_max_entries(EVENTS, if desired.audit.calls == Calls::Conflicts { EVENT_BYTES } else { CALL_BYTES });
 }
 
 /// Writes everything that the programs read, but for the configuration.
-pub(super) fn fill(ebpf: &mut Ebpf, desired: &Desired, targets: &[Cgroup]) -> Result<(), KernelError> {
+pub(super) fn fill(
+    ebpf: &mut Ebpf,
+    desired: &Desired,
+    scope: Scope<'_>,
+    members: &[(OptionKey, Member)],
+) -> Result<(), KernelError> {
     fill_array(ebpf, "SELECTORS", &[desired.selectors])?;
     fill_array(ebpf, "OPTIONS", &desired.options)?;
     fill_array(ebpf, "SETTINGS", &desired.settings)?;
@@ -35,7 +56,13 @@ pub(super) fn fill(ebpf: &mut Ebpf, desired: &Desired, targets: &[Cgroup]) -> Re
         desired.options.iter().zip(0..).try_for_each(|(option, index)| map.insert(option.key, index, 0))
     })?;
     with_map::<HashMap<_, u64, u32>>(ebpf, "TARGETS", |map| {
-        targets.iter().try_for_each(|target| map.insert(target.id, 1, 0))
+        scope.targets.iter().try_for_each(|target| map.insert(target.id, 1, 0))
+    })?;
+    with_map::<HashMap<_, u32, u32>>(ebpf, "PROCESSES", |map| {
+        scope.processes.iter().try_for_each(|process| map.insert(process, 1, 0))
+    })?;
+    with_map::<HashMap<_, OptionKey, Member>>(ebpf, "MEMBERS", |map| {
+        members.iter().try_for_each(|(option, member)| map.insert(option, member, 0))
     })?;
     with_map::<LpmTrie<_, PrefixData, u64>>(ebpf, "PREFIXES", |map| {
         desired.prefixes.iter().try_for_each(|prefix| map.insert(&Key::new(prefix.bits, prefix.data), prefix.rules, 0))
@@ -63,6 +90,39 @@ pub(super) fn losses(ebpf: &Ebpf) -> Result<Losses, KernelError> {
     Ok(slots.iter().fold(Losses::default(), |sum, slot| add_losses(sum, *slot)))
 }
 
+/// The calls that the audit saw, by option, summed over CPUs.
+pub(super) fn tallies(ebpf: &Ebpf) -> Result<Vec<(TallyKey, Tally)>, KernelError> {
+    const MAP: &str = "TALLIES";
+    let map_error = |source| KernelError::Map { map: MAP, source };
+    let map = ebpf.map(MAP).ok_or(KernelError::Incomplete { what: MAP })?;
+    let map = PerCpuHashMap::<_, TallyKey, Tally>::try_from(map).map_err(map_error)?;
+    // Other keys that come in meanwhile can have the iteration begin anew.
+    let mut tallies = BTreeMap::new();
+    for entry in map.iter() {
+        let (key, slots) = entry.map_err(map_error)?;
+        tallies.insert(key, slots.iter().fold(Tally::default(), add_tallies));
+    }
+    Ok(tallies.into_iter().collect())
+}
+
+/// How many calls the audit has seen begin and not end.
+pub(super) fn calls_under_way(ebpf: &Ebpf) -> Result<u64, KernelError> {
+    const MAP: &str = "CALLS";
+    let map_error = |source| KernelError::Map { map: MAP, source };
+    let map = ebpf.map(MAP).ok_or(KernelError::Incomplete { what: MAP })?;
+    let map = HashMap::<_, u64, Call>::try_from(map).map_err(map_error)?;
+    Ok(map.keys().filter(Result::is_ok).count() as u64)
+}
+
+fn add_tallies(sum: Tally, slot: &Tally) -> Tally {
+    let Tally { calls, failed, total_ns, buckets } = slot;
+    let mut all = sum.buckets;
+    for (sum, count) in all.iter_mut().zip(buckets) {
+        *sum += count;
+    }
+    Tally { calls: sum.calls + calls, failed: sum.failed + failed, total_ns: sum.total_ns + total_ns, buckets: all }
+}
+
 fn add_counters(sum: Counters, slot: Counters) -> Counters {
     // Taken apart in full: a new counter has to be thought of here.
     let Counters { set, unchanged, failed, failed_errno, agreed, verdicts, reads, reported, suppressed } = slot;
@@ -85,13 +145,15 @@ fn add_counters(sum: Counters, slot: Counters) -> Counters {
 }
 
 fn add_losses(sum: Losses, slot: Losses) -> Losses {
-    let Losses { ring_full, calls_full, unreadable, no_storage, no_room } = slot;
+    let Losses { ring_full, calls_full, unreadable, no_storage, no_room, no_return, tallies_full } = slot;
     Losses {
         ring_full: sum.ring_full + ring_full,
         calls_full: sum.calls_full + calls_full,
         unreadable: sum.unreadable + unreadable,
         no_storage: sum.no_storage + no_storage,
         no_room: sum.no_room + no_room,
+        no_return: sum.no_return + no_return,
+        tallies_full: sum.tallies_full + tallies_full,
     }
 }
 

@@ -9,18 +9,29 @@
 
 mod audit;
 mod error;
+mod layout;
 mod maps;
+mod misses;
 mod object;
 mod probe;
 
 pub use self::{
-    audit::{Backend, BackendChoice},
+    audit::{Audit, Backend, BackendChoice},
     error::KernelError,
     object::Object,
     probe::{Answer, audit_backends, hooks},
 };
 
-use crate::host::privileges;
+use crate::host::{cgroup::Cgroup, privileges};
+
+/// Whose sockets and calls it is all about.
+#[derive(Clone, Copy, Debug)]
+pub struct Scope<'a> {
+    /// The cgroups whose subtrees are governed and audited.
+    pub targets: &'a [Cgroup],
+    /// Where there are any, the audit follows the calls of these processes only, as far as they are in a target.
+    pub processes: &'a [u32],
+}
 
 /// Whether this process may do what it is about to do, as far as its capabilities say.
 ///

@@ -6,28 +6,40 @@ use std::{
     thread,
 };
 
-use abi::{Config, Counters, Losses, calls, event::Event, mode};
+use abi::{
+    Config, Counters, Losses, calls,
+    event::{Event, Tally, TallyKey},
+    layout::{Layout, Member},
+    mode,
+    setting::OptionKey,
+};
 use aya::{
     Ebpf, EbpfLoader, VerifierLogLevel, include_bytes_aligned,
     maps::{MapData, RingBuf},
-    programs::{CgroupAttachMode, Program, ProgramError},
+    programs::{CgroupAttachMode, Program, ProgramError, ProgramType},
+    sys::{BpfHelper, is_helper_supported},
 };
 
 use super::{
-    Backend, BackendChoice, KernelError, audit,
+    Audit, BackendChoice, KernelError, Scope, audit,
     error::{chain, load_reason},
-    maps,
+    layout, maps,
+    misses::misses,
 };
 use crate::{
     compile::{Desired, Hook},
-    host::cgroup::{Cgroup, is_initial_namespace},
+    host::{
+        btf::Types,
+        cgroup::{Cgroup, is_initial_namespace},
+    },
     policy::model::{Calls, Mode},
 };
 
 /// The programs, as build.rs made them.
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sockpolicy-bpf"));
 
-/// At the least this long between two events of one process, option and verdict: five a second.
+/// At the least this long between two events of one process, option and verdict: five a second. Who asks for more than
+/// conflicts gets each of them.
 const EVENT_INTERVAL_NS: u64 = 200_000_000;
 
 /// Programs in the kernel, and what they are attached to. Ends with this value, or with the process.
@@ -35,6 +47,9 @@ pub struct Object {
     ebpf: Ebpf,
     ring: RingBuf<MapData>,
     abilities: Abilities,
+    /// Why the kernel's structures cannot be looked at, if they cannot.
+    blindness: Option<String>,
+    audit: Option<Audit>,
 }
 
 /// What programs at cgroup/setsockopt may call on this kernel.
@@ -64,17 +79,18 @@ impl Object {
     /// # Errors
     ///
     /// Where this process lacks capabilities, or this kernel refuses a program.
-    pub fn load(desired: &Desired, targets: &[Cgroup]) -> Result<Self, KernelError> {
+    pub fn load(desired: &Desired, scope: Scope<'_>) -> Result<Self, KernelError> {
         super::check_privileges()?;
         let _memlock = Memlock::raise();
+        let knowledge = Knowledge::gather();
         let [first, rest @ ..] = Abilities::TRIES;
-        let mut result = Self::load_with(first, desired, targets);
+        let mut result = Self::load_with(first, desired, scope, &knowledge);
         for abilities in rest {
             match result {
                 // Only this program makes use of them.
                 Err(KernelError::Load { hook: Hook::Set, reason }) => {
                     log::debug!("cgroup/setsockopt was refused ({reason}); trying with {abilities:?}");
-                    result = Self::load_with(abilities, desired, targets);
+                    result = Self::load_with(abilities, desired, scope, &knowledge);
                 }
                 _ => break,
             }
@@ -82,22 +98,37 @@ impl Object {
         result
     }
 
-    fn load_with(abilities: Abilities, desired: &Desired, targets: &[Cgroup]) -> Result<Self, KernelError> {
-        let globals = [abilities.get, abilities.set_retval, abilities.see_task].map(u8::from);
-        let mut loader = EbpfLoader::new();
-        // The programs have no relocations against the kernel's types, and reading those takes
-        // longer than all the rest.
-        loader.btf(None).verifier_log_level(VerifierLogLevel::DEBUG);
-        loader.override_global("CAN_GET", &globals[0], true);
-        loader.override_global("CAN_SET_RETVAL", &globals[1], true);
-        loader.override_global("CAN_SEE_TASK", &globals[2], true);
-        maps::size(&mut loader, desired, targets);
+    fn load_with(
+        abilities: Abilities,
+        desired: &Desired,
+        scope: Scope<'_>,
+        knowledge: &Knowledge,
+    ) -> Result<Self, KernelError> {
+        let globals = [
+            ("CAN_GET", abilities.get),
+            ("CAN_SET_RETVAL", abilities.set_retval),
+            ("CAN_SEE_TASK", abilities.see_task),
+            ("TIMING", desired.audit.timing),
+        ]
+        .map(|(name, value)| (name, u8::from(value)));
+        let mut loader = knowledge.loader();
+        loader.verifier_log_level(VerifierLogLevel::DEBUG);
+        for (name, value) in &globals {
+            loader.override_global(name, value, true);
+        }
+        maps::size(&mut loader, desired, scope, &knowledge.members);
         let mut ebpf = loader.load(OBJECT)?;
-        maps::fill(&mut ebpf, desired, targets)?;
+        maps::fill(&mut ebpf, desired, scope, &knowledge.members)?;
         load_programs(&mut ebpf, &desired.hooks)?;
         let ring = ebpf.take_map(maps::EVENTS).ok_or(KernelError::Incomplete { what: maps::EVENTS })?;
         let ring = RingBuf::try_from(ring).map_err(|source| KernelError::Map { map: maps::EVENTS, source })?;
-        Ok(Self { ebpf, ring, abilities })
+        Ok(Self { ebpf, ring, abilities, blindness: knowledge.blindness.clone(), audit: None })
+    }
+
+    /// Why events cannot tell what the kernel's structures say of a socket, if they cannot.
+    #[must_use]
+    pub fn blindness(&self) -> Option<&str> {
+        self.blindness.as_deref()
     }
 
     /// What cgroup/setsockopt can do here, as was found when it was loaded.
@@ -132,8 +163,9 @@ impl Object {
     /// # Errors
     ///
     /// Where the backend that was asked for cannot be had, or none can.
-    pub fn attach_audit(&mut self, desired: &Desired, choice: BackendChoice) -> Result<Option<Backend>, KernelError> {
-        audit::attach(&mut self.ebpf, choice, desired.audit.reads)
+    pub fn attach_audit(&mut self, desired: &Desired, choice: BackendChoice) -> Result<Option<Audit>, KernelError> {
+        self.audit = audit::attach(&mut self.ebpf, choice, desired.audit.reads)?;
+        Ok(self.audit)
     }
 
     /// Puts everything in force, at once.
@@ -141,7 +173,7 @@ impl Object {
     /// # Errors
     ///
     /// Where the configuration cannot be written.
-    pub fn enable(&mut self, desired: &Desired, targets: &[Cgroup]) -> Result<(), KernelError> {
+    pub fn enable(&mut self, desired: &Desired, scope: Scope<'_>) -> Result<(), KernelError> {
         let config = Config {
             mode: match desired.mode {
                 Mode::Enforce => mode::ENFORCE,
@@ -152,8 +184,9 @@ impl Object {
                 Calls::Governed => calls::GOVERNED,
                 Calls::All => calls::ALL,
             },
-            target_levels: target_levels(targets),
-            event_interval_ns: EVENT_INTERVAL_NS,
+            target_levels: target_levels(scope.targets),
+            event_interval_ns: if desired.audit.calls == Calls::Conflicts { EVENT_INTERVAL_NS } else { 0 },
+            by_process: u64::from(!scope.processes.is_empty()),
         };
         maps::enable(&mut self.ebpf, config)
     }
@@ -196,6 +229,69 @@ impl Object {
     /// Where the map cannot be read.
     pub fn losses(&self) -> Result<Losses, KernelError> {
         maps::losses(&self.ebpf)
+    }
+
+    /// Times that the kernel did not run a program of the audit, because one was running on that CPU.
+    #[must_use]
+    pub fn misses(&self) -> u64 {
+        self.audit.map_or(0, |audit| misses(&self.ebpf, &audit.programs()))
+    }
+
+    /// Calls whose end has not come.
+    ///
+    /// # Errors
+    ///
+    /// Where the map cannot be read.
+    pub fn calls_under_way(&self) -> Result<u64, KernelError> {
+        maps::calls_under_way(&self.ebpf)
+    }
+
+    /// The calls that the audit saw, by option.
+    ///
+    /// # Errors
+    ///
+    /// Where the map cannot be read.
+    pub fn tallies(&self) -> Result<Vec<(TallyKey, Tally)>, KernelError> {
+        maps::tallies(&self.ebpf)
+    }
+}
+
+/// What the programs are told of the kernel that they are to run in.
+struct Knowledge {
+    layout: Layout,
+    members: Vec<(OptionKey, Member)>,
+    /// Whether tracing programs have the helper for the cgroups above a task's: a constant to them.
+    can_see_ancestors: u8,
+    /// Why `layout` says nothing, if it does not.
+    blindness: Option<String>,
+}
+
+impl Knowledge {
+    fn gather() -> Self {
+        let types = Types::of_kernel();
+        let (layout, members) = match &types {
+            Ok(types) => (layout::layout(types), layout::members(types)),
+            Err(_) => (Layout::default(), Vec::new()),
+        };
+        let sees = is_helper_supported(ProgramType::KProbe, BpfHelper::BPF_FUNC_get_current_ancestor_cgroup_id);
+        Self {
+            layout,
+            members,
+            // Where that cannot be told, the program that is loaded next will say why.
+            can_see_ancestors: sees.unwrap_or(true).into(),
+            blindness: types.err().map(|error| error.to_string()),
+        }
+    }
+
+    /// What every load of the object starts from.
+    fn loader(&self) -> EbpfLoader<'_> {
+        let mut loader = EbpfLoader::new();
+        // The programs have no relocations against the kernel's types, and reading those takes
+        // longer than all the rest.
+        loader.btf(None);
+        loader.override_global("LAYOUT", &self.layout, true);
+        loader.override_global("CAN_SEE_ANCESTORS", &self.can_see_ancestors, true);
+        loader
     }
 }
 
@@ -251,6 +347,14 @@ fn load_programs(ebpf: &mut Ebpf, hooks: &[Hook]) -> Result<(), KernelError> {
     Ok(())
 }
 
+/// Loads a program unless it is there already: some are attached to several points.
+pub(super) fn load_once(program: &mut Program) -> Result<(), ProgramError> {
+    match load_program(program) {
+        Err(ProgramError::AlreadyLoaded) => Ok(()),
+        other => other,
+    }
+}
+
 pub(super) fn load_program(program: &mut Program) -> Result<(), ProgramError> {
     match program {
         Program::CgroupSock(program) => program.load(),
@@ -279,7 +383,7 @@ pub(super) fn attach_program(program: &mut Program, target: &Cgroup) -> Result<(
 /// The object without a policy, for probing.
 pub(super) fn bare() -> Result<Ebpf, KernelError> {
     let _memlock = Memlock::raise();
-    Ok(EbpfLoader::new().btf(None).load(OBJECT)?)
+    Ok(Knowledge::gather().loader().load(OBJECT)?)
 }
 
 /// RLIMIT_MEMLOCK, out of the way for as long as this lives: before 5.11 maps and programs are charged to it, when

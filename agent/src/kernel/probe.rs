@@ -6,7 +6,7 @@
 use aya::programs::ProgramError;
 
 use super::{
-    Backend, KernelError, audit,
+    Audit, Backend, KernelError, audit,
     error::{chain, load_reason},
     object,
 };
@@ -49,12 +49,9 @@ pub fn hooks(cgroup: &Cgroup) -> Result<Vec<(Hook, Answer)>, KernelError> {
 /// # Errors
 ///
 /// Where the object cannot be prepared at all.
-pub fn audit_backends() -> Result<Vec<(Backend, Answer)>, KernelError> {
+pub fn audit_backends() -> Result<Vec<(Backend, Result<Audit, String>)>, KernelError> {
     let mut ebpf = object::bare()?;
-    let answer = |backend| match audit::attach_backend(&mut ebpf, backend, true) {
-        Ok(()) => (backend, Answer::Yes),
-        Err(reason) => (backend, Answer::No(reason)),
-    };
+    let answer = |backend| (backend, audit::attach_backend(&mut ebpf, backend, true));
     Ok(Backend::ALL.map(answer).into())
 }
 

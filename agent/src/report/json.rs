@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{Line, Summary};
+use super::{CallLine, Line, Summary};
 use crate::{
     events::{Deed, SCHEMA, Verdict},
     policy::model::Mode,
@@ -12,8 +12,9 @@ impl Summary {
     /// The summary as one line of JSON, without its end.
     #[must_use]
     pub fn to_json(&self, time: jiff::Timestamp) -> String {
-        let Self { mode, policies, targets, backend, lines, losses, unknown_records } = self;
-        let abi::Losses { ring_full, calls_full, unreadable, no_storage, no_room } = losses;
+        let Self { mode, policies, targets, audit, lines, calls, lost } = self;
+        let losses: Map<String, Value> =
+            lost.by_reason().into_iter().map(|(reason, count)| (reason.name.to_owned(), count.into())).collect();
         json!({
             "schema": SCHEMA,
             "time": format!("{time:.6}"),
@@ -21,17 +22,12 @@ impl Summary {
             "mode": match mode { Mode::Enforce => "enforce", Mode::DryRun => "dry-run" },
             "policies": policies,
             "targets": targets,
-            "backend": backend.map(super::Backend::name),
+            "backend": audit.map(|audit| audit.backend.name()),
+            "blind_to": audit.map(super::Audit::blind_to),
             "conflicts": self.conflicts(),
             "settings": lines.iter().map(|line| line_json(line, *mode)).collect::<Vec<_>>(),
-            "losses": {
-                "ring_full": ring_full,
-                "calls_full": calls_full,
-                "unreadable": unreadable,
-                "no_storage": no_storage,
-                "no_room": no_room,
-                "unknown_records": unknown_records,
-            },
+            "calls": calls.iter().map(CallLine::to_json).collect::<Vec<_>>(),
+            "losses": losses,
         })
         .to_string()
     }

@@ -3,17 +3,24 @@
 //! Counts come from the kernel's counters, which lose nothing; what the applications asked for
 //! comes from events, of which repeated ones are held back, and so is a list of examples.
 
+mod calls;
 mod json;
+mod loss;
+mod table;
 mod text;
 
 use std::collections::BTreeMap;
 
-use abi::{Counters, Losses};
+use abi::Counters;
 
+pub use self::{
+    calls::{CallLine, duration_text},
+    loss::{Loss, Lost, Reason},
+};
 use crate::{
     compile::{Desired, SettingSource},
     events::{Deed, Event, Kind, Verdict},
-    kernel::Backend,
+    kernel::Audit,
     policy::model::{Form, Mode},
     values,
 };
@@ -26,7 +33,6 @@ const EXAMPLES_MAX: usize = 4;
 pub struct Report {
     /// By setting: what was asked for otherwise, and by whom.
     asked: BTreeMap<u32, Vec<String>>,
-    unknown_records: u64,
 }
 
 /// All that is to be said at the end.
@@ -35,11 +41,20 @@ pub struct Summary {
     pub mode: Mode,
     pub policies: Vec<String>,
     pub targets: Vec<String>,
-    pub backend: Option<Backend>,
+    pub audit: Option<Audit>,
     pub lines: Vec<Line>,
-    pub losses: Losses,
-    /// Records that this build did not know.
-    pub unknown_records: u64,
+    /// What the audit counted, if it was asked to look at more than conflicts.
+    pub calls: Vec<CallLine>,
+    pub lost: Lost,
+}
+
+/// What the kernel side has to say at the end.
+#[derive(Debug)]
+pub struct Counts {
+    /// In the order of the settings.
+    pub counters: Vec<Counters>,
+    pub calls: Vec<CallLine>,
+    pub lost: Lost,
 }
 
 /// One setting.
@@ -71,21 +86,16 @@ impl Report {
         }
     }
 
-    /// Takes note of a record that could not be decoded.
-    pub fn fold_unknown(&mut self) {
-        self.unknown_records += 1;
-    }
-
-    /// Sums up. `counters` are in the order of the settings of `desired`.
+    /// Sums up.
     #[must_use]
     pub fn summarize(
         mut self,
         desired: &Desired,
-        counters: &[Counters],
-        losses: Losses,
+        counts: Counts,
         targets: Vec<String>,
-        backend: Option<Backend>,
+        audit: Option<Audit>,
     ) -> Summary {
+        let Counts { counters, calls, lost } = counts;
         let lines = counters.iter().zip(0..).filter_map(|(counters, setting)| {
             let (source, rule) = desired.source(setting)?;
             Some(Line {
@@ -99,15 +109,7 @@ impl Report {
         });
         let mut policies: Vec<String> = desired.rules.iter().map(|rule| rule.policy.clone()).collect();
         policies.dedup();
-        Summary {
-            mode: desired.mode,
-            policies,
-            targets,
-            backend,
-            lines: lines.collect(),
-            losses,
-            unknown_records: self.unknown_records,
-        }
+        Summary { mode: desired.mode, policies, targets, audit, lines: lines.collect(), calls, lost }
     }
 }
 
@@ -116,23 +118,6 @@ impl Summary {
     #[must_use]
     pub fn conflicts(&self) -> u64 {
         self.lines.iter().map(Line::conflicts).sum()
-    }
-
-    /// What was lost, by reason; what lost nothing is left out.
-    #[must_use]
-    pub fn lost(&self) -> Vec<(&'static str, u64)> {
-        let Losses { ring_full, calls_full, unreadable, no_storage, no_room } = self.losses;
-        [
-            ("events found the ring buffer full", ring_full),
-            ("calls found no room to be noted", calls_full),
-            ("arguments could not be read", unreadable),
-            ("sockets had no room for notes", no_storage),
-            ("values found no room to be rewritten", no_room),
-            ("records were of an unknown kind", self.unknown_records),
-        ]
-        .into_iter()
-        .filter(|(_, count)| *count > 0)
-        .collect()
     }
 }
 

@@ -2,9 +2,12 @@
 
 use std::fmt;
 
-use comfy_table::{CellAlignment, Table, presets};
-
-use super::{Line, Summary, errno_name};
+use super::{
+    Line, Summary,
+    calls::calls_table,
+    errno_name,
+    table::{align_right, table},
+};
 use crate::policy::model::Mode;
 
 impl fmt::Display for Summary {
@@ -13,14 +16,25 @@ impl fmt::Display for Summary {
             Mode::Enforce => "enforced",
             Mode::DryRun => "dry run, nothing was changed",
         };
-        writeln!(f, "sockpolicy: {} on {} ({mode})", self.policies.join(", "), self.targets.join(", "))?;
-        self.write_settings(f)?;
-        self.write_conflicts(f)?;
-        if self.backend.is_none() {
+        let targets = self.targets.join(", ");
+        if self.policies.is_empty() {
+            writeln!(f, "sockpolicy: the calls of {targets}")?;
+        } else {
+            writeln!(f, "sockpolicy: {} on {targets} ({mode})", self.policies.join(", "))?;
+            self.write_settings(f)?;
+            self.write_conflicts(f)?;
+        }
+        if !self.calls.is_empty() {
+            writeln!(f, "\n{}", calls_table(&self.calls))?;
+        } else if self.policies.is_empty() {
+            writeln!(f, "\nno application called setsockopt or getsockopt")?;
+        }
+        if self.audit.is_none() {
             writeln!(f, "\nno audit: results of calls were not seen")?;
         }
-        for (what, count) in self.lost() {
-            writeln!(f, "\nlost: {count} {what}")?;
+        let lost = self.lost.by_reason();
+        for (reason, count) in lost.into_iter().filter(|(_, count)| *count > 0) {
+            writeln!(f, "\nlost: {count} {}", reason.what)?;
         }
         Ok(())
     }
@@ -94,16 +108,4 @@ impl Summary {
 
 fn winner(deed: crate::events::Deed, mode: Mode) -> &'static str {
     if deed == crate::events::Deed::Allowed || mode == Mode::DryRun { "application" } else { "policy" }
-}
-
-fn table(header: &[&str]) -> Table {
-    let mut table = Table::new();
-    table.load_preset(presets::NOTHING).set_header(header);
-    table
-}
-
-fn align_right(table: &mut Table, column: usize) {
-    if let Some(column) = table.column_mut(column) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
 }

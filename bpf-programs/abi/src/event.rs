@@ -17,7 +17,7 @@ pub mod call {
 
 /// Bits of [`Call::flags`].
 pub mod flags {
-    /// The socket was seen by a cgroup hook, so `facts` and `cookie` are filled in.
+    /// `facts` are filled in.
     pub const SOCKET: u32 = 1;
     /// The call was decided by setting number [`super::Call::setting`].
     pub const DECIDED: u32 = 2;
@@ -25,6 +25,23 @@ pub mod flags {
     pub const BEFORE: u32 = 4;
     /// `asked` could not be read from the caller's memory.
     pub const UNREADABLE: u32 = 8;
+    /// `now` was read from the socket.
+    pub const NOW: u32 = 16;
+    /// `optval` is an address of the kernel's, not of the caller's.
+    pub const OPTVAL_IN_KERNEL: u32 = 32;
+    /// `optlen` is an address of the kernel's.
+    pub const OPTLEN_IN_KERNEL: u32 = 64;
+    /// The audit was handed the socket itself, which the kernel holds until the call returns; otherwise it
+    /// went by the descriptor.
+    pub const HELD: u32 = 128;
+    /// Made by a 32-bit program, which the cgroup hooks do not see.
+    pub const COMPAT: u32 = 256;
+    /// Made through an io_uring.
+    pub const RING: u32 = 512;
+    /// Neither of these two: it is known that the call was made by the system call of its name.
+    pub const SYSCALL: u32 = 1024;
+    /// The descriptor was not a socket's, or none at all.
+    pub const NOT_A_SOCKET: u32 = 2048;
 }
 
 /// One setsockopt or getsockopt call on its way through the kernel. Map `CALLS`, by task: made by
@@ -32,23 +49,31 @@ pub mod flags {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Call {
-    /// Address of the argument in the caller's memory.
+    /// Address of the argument.
     pub optval: u64,
-    /// getsockopt: address of the argument's length in the caller's memory.
+    /// getsockopt: address of the argument's length. setsockopt: the length itself.
     pub optlen: u64,
-    /// The socket's cookie; 0 if not known.
+    /// Address of the kernel's `struct sock`; 0 if not known.
+    pub sk: u64,
+    /// When the call began, if calls are timed. CLOCK_MONOTONIC, nanoseconds.
+    pub start_ns: u64,
+    /// The socket's cookie; 0 if not known, or if the socket has none yet.
     pub cookie: u64,
+    /// Id of the socket's cgroup; 0 if not known.
+    pub socket_cgroup: u64,
     pub key: OptionKey,
     /// See [`call`].
     pub kind: u32,
     /// See [`flags`].
     pub flags: u32,
+    /// -1 where the call came with the socket itself.
     pub fd: i32,
     /// Index of map `SETTINGS`.
     pub setting: u32,
     /// See [`crate::judge::verdict`].
     pub verdict: u32,
-    pub _pad: u32,
+    /// The socket's family as it calls it itself (AF_UNIX, AF_INET …); 0 if not known.
+    pub sk_family: u32,
     /// What the application asked for; for getsockopt, what it was shown.
     pub asked: Value,
     /// What the policy wants.
@@ -57,9 +82,11 @@ pub struct Call {
     pub given: Value,
     /// What the socket had before the call, if that could be read.
     pub before: Value,
+    /// What the socket has after the call, if that could be read.
+    pub now: Value,
     pub facts: Facts,
 }
-shared!(Call, size 3 * 8 + 8 + 5 * 4 + 4 + 4 * 24 + 40);
+shared!(Call, size 6 * 8 + 8 + 6 * 4 + 5 * 24 + 40);
 
 /// Values of [`Event::kind`].
 pub mod kind {
@@ -93,6 +120,8 @@ pub struct Event {
     pub result: i64,
     /// Like events held back by the rate limit since the last one that was sent.
     pub suppressed: u64,
+    /// How long the call took, if calls are timed; otherwise 0. Nanoseconds.
+    pub duration_ns: u64,
     /// See [`kind`].
     pub kind: u32,
     /// See [`source`].
@@ -104,7 +133,7 @@ pub struct Event {
     pub comm: [u8; COMM_LEN],
     pub call: Call,
 }
-shared!(Event, size 4 * 8 + 4 * 4 + 16 + size_of::<Call>());
+shared!(Event, size 5 * 8 + 4 * 4 + 16 + size_of::<Call>());
 
 /// What the rate limit tells apart. Key of map `LIMITS`.
 #[repr(C)]
@@ -128,3 +157,70 @@ pub struct Limit {
     pub suppressed: u64,
 }
 shared!(Limit, size 8 + 8);
+
+/// Which calls a [`Tally`] counts. Key of map `TALLIES`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct TallyKey {
+    pub key: OptionKey,
+    /// See [`call`].
+    pub kind: u32,
+    pub _pad: u32,
+}
+shared!(TallyKey, size 8 + 4 + 4);
+
+/// How many durations a [`Tally`] tells apart.
+pub const BUCKETS: usize = 32;
+
+/// The calls of one kind on one option, seen by the audit. Map `TALLIES`, one per CPU.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tally {
+    pub calls: u64,
+    /// Those of them that returned an error.
+    pub failed: u64,
+    /// How long they took in all, if calls are timed. Nanoseconds.
+    pub total_ns: u64,
+    /// By duration, if calls are timed: bucket n counts those of 2^n up to 2^(n+1) nanoseconds; the first
+    /// also those below, the last those above.
+    pub buckets: [u64; BUCKETS],
+}
+shared!(Tally, size 3 * 8 + 8 * BUCKETS);
+
+impl Default for Tally {
+    fn default() -> Self {
+        Self { calls: 0, failed: 0, total_ns: 0, buckets: [0; BUCKETS] }
+    }
+}
+
+/// The bucket of [`Tally::buckets`] that counts calls of this duration.
+#[inline(always)]
+#[must_use]
+pub fn bucket(duration_ns: u64) -> usize {
+    // By halves, for want of an instruction that counts leading zeros.
+    let mut left = duration_ns;
+    let mut bucket = 0;
+    let mut half = 32;
+    while half > 0 {
+        if left >> half != 0 {
+            left >>= half;
+            bucket += half;
+        }
+        half /= 2;
+    }
+    if bucket < BUCKETS { bucket } else { BUCKETS - 1 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bucket_is_the_power_of_two_below() {
+        for (duration, expected) in
+            [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (1023, 9), (1024, 10), (u64::from(u32::MAX), 31), (u64::MAX, 31)]
+        {
+            assert_eq!(bucket(duration), expected, "{duration}");
+        }
+    }
+}

@@ -15,6 +15,7 @@
 
 pub mod event;
 pub mod judge;
+pub mod layout;
 pub mod select;
 pub mod setting;
 pub mod socket;
@@ -64,8 +65,10 @@ pub struct Config {
     /// At the least this long between two events of one process, option and verdict, after the
     /// first one. Nanoseconds.
     pub event_interval_ns: u64,
+    /// Whether the audit follows only the processes of map `PROCESSES`, as far as they are in a target.
+    pub by_process: u64,
 }
-shared!(Config, size 4 + 4 + 8 + 8);
+shared!(Config, size 4 + 4 + 8 + 8 + 8);
 
 /// Values of [`Config::mode`].
 pub mod mode {
@@ -168,5 +171,9 @@ pub struct Losses {
     /// Rewritten values that did not fit the buffer the kernel gave us: the call went through
     /// as the application made it.
     pub no_room: u64,
+    /// Calls whose end was not seen: the kernel had no room to follow so many at a time.
+    pub no_return: u64,
+    /// Calls that found no room in map `TALLIES`.
+    pub tallies_full: u64,
 }
-shared!(Losses, size 8 * 5);
+shared!(Losses, size 8 * 7);

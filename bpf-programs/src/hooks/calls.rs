@@ -2,14 +2,14 @@
 //!
 //! These hooks see the socket and so decide; the audit ([`super::audit`]) sees the task and the
 //! result. A decision is left in the audit's record of the call, and only where there is none (the
-//! audit is off, or the call came by io_uring) is it reported from here.
+//! audit is off, or does not see this call) is it reported from here.
 
 use abi::{
     event::{Call, call, flags, source},
     judge::{Asked, Judgement, judge, verdict},
     mode,
     select::select,
-    setting::{Governed, OptionKey, Setting, TEXT_LEN, Value, form, kind, on_conflict, read_back},
+    setting::{Governed, OptionKey, Setting, TEXT_LEN, Value, Words, form, kind, on_conflict, read_back},
     socket::State,
 };
 use aya_ebpf::{
@@ -254,7 +254,7 @@ pub(crate) extern "C" fn report_call(ctx: *mut bpf_sockopt, index: u32, winner: 
         return 0;
     }
     let Some(option) = governed.option() else { return 0 };
-    let head = Head { key: option.key, call: call::SETSOCKOPT, source: source::HOOK, result: 0 };
+    let head = Head { key: option.key, call: call::SETSOCKOPT, source: source::HOOK, result: 0, duration_ns: 0 };
     emit::conflict(head, winner, verdict, caller(), |record| {
         record.fd = -1;
         fill(record, &call, governed, verdict);
@@ -326,18 +326,17 @@ pub(crate) fn get_compare(ctx: SockoptContext) -> i32 {
     GO_ON
 }
 
-/// What a read would show if the policy held, and what it shows.
+/// What a read of `len` bytes showed, in the terms of the policy. `None` where that says nothing about the setting.
 #[inline(always)]
-fn shown(call: &OptionCall, governed: Governance) -> Option<Asked> {
-    let option = governed.option()?;
-    if governed.setting()?.form != form::SET || option.read_back == read_back::NONE {
+pub(super) fn shown(option: &Governed, setting: &Setting, len: i32, words: &Words) -> Option<Asked> {
+    if setting.form != form::SET || option.read_back == read_back::NONE {
         return None;
     }
-    if option.kind == kind::TEXT && call.len() < TEXT_LEN as i32 {
+    if option.kind == kind::TEXT && len < TEXT_LEN as i32 {
         // A caller without room for the whole name was shown a part of it.
         return None;
     }
-    let shown = Asked::read(option.kind, option.traits, call.len(), &call.argument())?;
+    let shown = Asked::read(option.kind, option.traits, len, words)?;
     Some(match option.read_back {
         read_back::DOUBLED => Asked { number: shown.number / 2, ..shown },
         _ => shown,
@@ -351,7 +350,7 @@ pub(crate) extern "C" fn compare_read(ctx: *mut bpf_sockopt, index: u32, winner:
     let call = OptionCall::new(ctx);
     let governed = Governance { index, winner };
     let (Some(option), Some(setting)) = (governed.option(), governed.setting()) else { return 0 };
-    let Some(shown) = shown(&call, governed) else { return 0 };
+    let Some(shown) = shown(option, setting, call.len(), &call.argument()) else { return 0 };
     if judge(option.kind, setting, &shown).verdict == verdict::NONE {
         return 0;
     }
@@ -371,7 +370,7 @@ pub(crate) extern "C" fn report_read(ctx: *mut bpf_sockopt, index: u32, winner: 
         return 0;
     }
     let Some(option) = governed.option() else { return 0 };
-    let head = Head { key: option.key, call: call::GETSOCKOPT, source: source::HOOK, result: 0 };
+    let head = Head { key: option.key, call: call::GETSOCKOPT, source: source::HOOK, result: 0, duration_ns: 0 };
     emit::conflict(head, winner, verdict::ALLOWED.into(), caller(), |record| {
         record.fd = -1;
         fill_read(record, &call, governed);
@@ -381,8 +380,11 @@ pub(crate) extern "C" fn report_read(ctx: *mut bpf_sockopt, index: u32, winner: 
 
 #[inline(always)]
 fn fill_read(record: &mut Call, call: &OptionCall, governed: Governance) {
-    record.asked = Value::new(call.argument(), call.len() as u32);
-    if let (Some(option), Some(setting), Some(shown)) = (governed.option(), governed.setting(), shown(call, governed)) {
+    let argument = call.argument();
+    record.asked = Value::new(argument, call.len() as u32);
+    if let (Some(option), Some(setting)) = (governed.option(), governed.setting())
+        && let Some(shown) = shown(option, setting, call.len(), &argument)
+    {
         record.wanted = Value::wanted(option.kind, setting, &shown);
     }
     fill_socket(record, call, governed, verdict::ALLOWED.into());

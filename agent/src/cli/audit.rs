@@ -1,0 +1,205 @@
+//! `sockpolicy audit`: shows the setsockopt and getsockopt calls of a command, of processes, of cgroups, or of the whole
+//! host. Changes nothing.
+
+use std::{
+    ffi::OsString,
+    io,
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use super::{
+    FAILURE, FINDINGS, check, complain,
+    exec::{Enclosed, OURS},
+    output::{ReportError, Reporting, Writer},
+    run::{self, RunError},
+    signals::Signals,
+    watch::WatchError,
+};
+use crate::{
+    compile::Desired,
+    events::{Deed, Filter},
+    host::{
+        cgroup::{Cgroup, Mount},
+        process,
+    },
+    kernel,
+    options::{self, SocketOption},
+    policy::model::{Calls, Policy},
+    session::{self, SessionError, Setup},
+};
+
+/// Show the setsockopt and getsockopt calls of a command, of processes, of cgroups or of the whole host
+///
+/// Nothing is changed. Without a policy every call is shown; with one, the calls that disagree with it, or whatever its
+/// `[audit]` table says. Ends with the command or the processes, else when interrupted.
+#[derive(Debug, clap::Args)]
+pub(super) struct Audit {
+    /// Policy files to hold the calls against
+    #[arg(value_name = "FILE")]
+    files: Vec<PathBuf>,
+    /// Only the calls of tasks in this cgroup: its path below the cgroup2 mount, or absolute; can be given several times
+    #[arg(long, value_name = "PATH", conflicts_with = "command")]
+    cgroup: Vec<PathBuf>,
+    /// Only the calls of this process, its threads included, its children not; can be given several times
+    #[arg(long, value_name = "PID", conflicts_with = "command")]
+    pid: Vec<u32>,
+    /// Only calls on this option, by name or as LEVEL:NUMBER; can be given several times
+    #[arg(long, value_name = "NAME", value_parser = parse_option)]
+    option: Vec<abi::setting::OptionKey>,
+    /// Only calls on which a policy has this verdict (the present tense of a dry run is meant too); can be given several
+    /// times
+    #[arg(long, value_name = "VERDICT", value_parser = parse_verdict)]
+    verdict: Vec<Deed>,
+    /// Only the calls of tasks of this name, as in /proc/PID/comm; can be given several times
+    #[arg(long, value_name = "NAME")]
+    comm: Vec<String>,
+    /// Which calls to show: those that disagree with the policy, all on options that it names, or all
+    #[arg(long, value_name = "CALLS", value_parser = parse_calls)]
+    calls: Option<Calls>,
+    #[command(flatten)]
+    reporting: Reporting,
+    /// Write the report there rather than to standard output (or, with a command, to standard error)
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// A command to run and audit, after `--`
+    #[arg(last = true, value_name = "CMD")]
+    command: Vec<OsString>,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum AuditError {
+    #[error(transparent)]
+    Run(#[from] RunError),
+    #[error(transparent)]
+    Report(#[from] ReportError),
+    #[error(
+        "no process {pid}: {source}\n  help: `ps -e` lists them; the number is that of the process, not of a thread"
+    )]
+    NoProcess { pid: u32, source: io::Error },
+    #[error(
+        "--pid means the kernel's own numbers of processes, and this process sees others\n  help: run sockpolicy outside \
+         the container (in the host's PID namespace), or give --cgroup"
+    )]
+    Namespace,
+}
+
+impl Audit {
+    pub(super) fn run(mut self) -> ExitCode {
+        let failure = if self.command.is_empty() { FAILURE } else { OURS };
+        let Some(policies) = check::load(&self.files) else { return failure.into() };
+        let desired = match self.prepare(&policies) {
+            Ok(desired) => desired,
+            Err(error) => {
+                complain(&error);
+                return failure.into();
+            }
+        };
+        let filter = Filter {
+            options: std::mem::take(&mut self.option),
+            verdicts: std::mem::take(&mut self.verdict),
+            processes: self.pid.clone(),
+            comms: std::mem::take(&mut self.comm),
+        };
+        if !self.command.is_empty() {
+            check::warn_of_replaced_targets(&policies, "the command's cgroup");
+            let Self { command, reporting, report, .. } = &self;
+            let enclosed = Enclosed { command, reporting, report: report.as_deref() };
+            return enclosed.finish(enclosed.run(desired, filter));
+        }
+        match self.watch(desired, filter, &policies) {
+            Ok(conflicts) if self.reporting.fail_on_conflict && conflicts > 0 => FINDINGS.into(),
+            Ok(_) => ExitCode::SUCCESS,
+            // Whoever read the report has gone, and with them the reason to run.
+            Err(AuditError::Run(RunError::Watch(WatchError::Write(error))))
+                if error.kind() == io::ErrorKind::BrokenPipe =>
+            {
+                ExitCode::SUCCESS
+            }
+            Err(error) => {
+                complain(&error);
+                failure.into()
+            }
+        }
+    }
+
+    fn prepare(&self, policies: &[Policy]) -> Result<Desired, SessionError> {
+        let mut desired = session::prepare(policies, true, self.reporting.timing)?;
+        if policies.is_empty() {
+            desired.audit.calls = Calls::All;
+            desired.audit.reads = true;
+        }
+        if let Some(calls) = self.calls {
+            desired.audit.calls = calls;
+        }
+        // The kernel side then leaves out the calls on other options.
+        if !self.option.is_empty() && desired.audit.calls == Calls::All {
+            desired.audit.calls = Calls::Governed;
+            desired.look_at(&self.option);
+        }
+        Ok(desired)
+    }
+
+    /// Gives the number of conflicts.
+    fn watch(&self, desired: Desired, filter: Filter, policies: &[Policy]) -> Result<u64, AuditError> {
+        let mut signals = Signals::watch().map_err(WatchError::Watch).map_err(RunError::from)?;
+        kernel::check_privileges().map_err(SessionError::from).map_err(RunError::from)?;
+        let processes = self.open_processes()?;
+        let ends: Vec<BorrowedFd<'_>> = processes.iter().map(OwnedFd::as_fd).collect();
+        let mount = Mount::find().map_err(RunError::from)?;
+        let targets = self.targets(&mount, policies)?;
+        let mut writer = match &self.report {
+            Some(path) => Writer::to_file(&self.reporting, path)?,
+            None => Writer::new(&self.reporting, io::stdout()),
+        };
+        let backend = self.reporting.audit_backend;
+        let setup = Setup { desired, mount, targets, backend, filter };
+        Ok(run::report(setup, &mut signals, &mut writer, &ends)?)
+    }
+
+    fn open_processes(&self) -> Result<Vec<OwnedFd>, AuditError> {
+        if !self.pid.is_empty() && !process::is_initial_namespace() {
+            return Err(AuditError::Namespace);
+        }
+        let open = |pid: &u32| process::open(*pid).map_err(|source| AuditError::NoProcess { pid: *pid, source });
+        self.pid.iter().map(open).collect()
+    }
+
+    /// Those that were asked for, else those of the policies, else all there is.
+    fn targets(&self, mount: &Mount, policies: &[Policy]) -> Result<Vec<Cgroup>, RunError> {
+        let names_none = policies.iter().all(|policy| policy.target.is_empty());
+        if self.cgroup.is_empty() && names_none {
+            return Ok(vec![mount.open(Path::new(""))?]);
+        }
+        run::targets(mount, &self.cgroup, policies)
+    }
+}
+
+fn parse_option(text: &str) -> Result<abi::setting::OptionKey, String> {
+    let numeric = || {
+        let (level, name) = text.split_once(':')?;
+        Some(abi::setting::OptionKey { level: level.parse().ok()?, name: name.parse().ok()? })
+    };
+    options::by_name(text)
+        .map(SocketOption::key)
+        .or_else(numeric)
+        .ok_or_else(|| "no option of this name; `sockpolicy options` lists all, and LEVEL:NUMBER names any".to_owned())
+}
+
+fn parse_verdict(text: &str) -> Result<Deed, String> {
+    let known: Vec<&str> = Deed::ALL.into_iter().map(Deed::name).collect();
+    Deed::ALL
+        .into_iter()
+        .find(|deed| deed.name() == text || deed.name_in_dry_run() == text)
+        .ok_or_else(|| format!("the verdicts are {}", known.join(", ")))
+}
+
+fn parse_calls(text: &str) -> Result<Calls, String> {
+    match text {
+        "conflicts" => Ok(Calls::Conflicts),
+        "governed" => Ok(Calls::Governed),
+        "all" => Ok(Calls::All),
+        _ => Err("one of conflicts, governed, all".to_owned()),
+    }
+}

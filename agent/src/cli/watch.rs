@@ -1,0 +1,98 @@
+//! Waiting for what happens, and telling of it, for whatever command keeps a policy in force.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd},
+};
+
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+};
+
+use super::{output::Writer, signals::Signals};
+use crate::session::{Session, SessionError};
+
+/// How long a loss that comes without an event may go untold, in milliseconds.
+const LOSS_INTERVAL_MS: u16 = 1000;
+
+/// Why reporting came to an end.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum WatchError {
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    #[error("cannot watch for signals and events: {0}")]
+    Watch(#[source] io::Error),
+    #[error("cannot write the report: {0}")]
+    Write(#[source] io::Error),
+}
+
+/// Waits until there is a signal or an event, one of `ends` has ended, or it is time to look for losses.
+pub(super) fn wait(signals: &Signals, session: &Session, ends: &[BorrowedFd<'_>]) -> Result<(), WatchError> {
+    let mut polled =
+        vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN), PollFd::new(session.as_fd(), PollFlags::POLLIN)];
+    polled.extend(ends.iter().map(|end| PollFd::new(*end, PollFlags::POLLIN)));
+    match poll(&mut polled, PollTimeout::from(LOSS_INTERVAL_MS)) {
+        Ok(_) | Err(Errno::EINTR) => Ok(()),
+        Err(error) => Err(WatchError::Watch(error.into())),
+    }
+}
+
+/// Writes what there is to tell. Gives whether there may be more, and the first thing that went wrong: what comes after
+/// it is taken all the same, and not written.
+pub(super) fn tell(session: &mut Session, writer: &mut Writer) -> (bool, Result<(), WatchError>) {
+    let mut written = Ok(());
+    let more = session.drain(|event| {
+        if written.is_ok() {
+            written = writer.event(event);
+        }
+    });
+    (more, written.map_err(WatchError::Write).and_then(|()| tell_losses(session, writer)))
+}
+
+fn tell_losses(session: &mut Session, writer: &mut Writer) -> Result<(), WatchError> {
+    for loss in session.new_losses()? {
+        writer.loss(&loss).map_err(WatchError::Write)?;
+    }
+    writer.flush().map_err(WatchError::Write)
+}
+
+/// Tells of events until a signal asks for the end, or all of `ends`, if there are any, have ended.
+pub(super) fn watch(
+    session: &mut Session,
+    signals: &mut Signals,
+    writer: &mut Writer,
+    ends: &[BorrowedFd<'_>],
+) -> Result<(), WatchError> {
+    loop {
+        let left = ends.iter().copied().filter(|end| !has_ended(*end)).collect::<Vec<_>>();
+        if left.is_empty() && !ends.is_empty() {
+            return Ok(());
+        }
+        wait(signals, session, &left)?;
+        let mut is_over = false;
+        while let Some(received) = signals.next().map_err(WatchError::Watch)? {
+            is_over |= received.asks_for_end();
+        }
+        tell(session, writer).1?;
+        if is_over {
+            return Ok(());
+        }
+    }
+}
+
+/// Takes the policy out of force and tells of what is left.
+pub(super) fn end(session: &mut Session, writer: &mut Writer) -> Result<(), WatchError> {
+    session.end()?;
+    loop {
+        let (more, told) = tell(session, writer);
+        told?;
+        if !more {
+            return Ok(());
+        }
+    }
+}
+
+fn has_ended(process: BorrowedFd<'_>) -> bool {
+    poll(&mut [PollFd::new(process, PollFlags::POLLIN)], PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+}

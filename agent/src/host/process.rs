@@ -1,0 +1,41 @@
+//! Processes, as `/proc` shows them.
+
+use std::{
+    fs, io,
+    os::{
+        fd::{FromRawFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
+};
+
+/// A descriptor that becomes readable when a process ends (pidfd_open(2), Linux 5.3).
+///
+/// # Errors
+///
+/// Where there is no such process.
+pub fn open(process: u32) -> io::Result<OwnedFd> {
+    // SAFETY: takes numbers only.
+    let descriptor = unsafe { libc::syscall(libc::SYS_pidfd_open, process, 0) };
+    if descriptor < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made it, for us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor as i32) })
+}
+
+/// The program that a process runs, if it is still there.
+#[must_use]
+pub fn executable(process: u32) -> Option<String> {
+    if process == 0 {
+        return None;
+    }
+    fs::read_link(format!("/proc/{process}/exe")).ok().map(|path| path.display().to_string())
+}
+
+/// Whether the numbers of processes are here what they are to the kernel, outside any namespace of them.
+#[must_use]
+pub fn is_initial_namespace() -> bool {
+    /// `PROC_PID_INIT_INO` (include/linux/proc_ns.h).
+    const INITIAL: u64 = 0xeffffffc;
+    fs::metadata("/proc/self/ns/pid").is_ok_and(|namespace| namespace.ino() == INITIAL)
+}

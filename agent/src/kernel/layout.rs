@@ -1,0 +1,87 @@
+//! What the programs are told about the kernel's structures.
+
+use abi::{
+    layout::{Layout, Member, known},
+    setting::OptionKey,
+};
+
+use crate::host::btf::{Structure, Types};
+
+/// The places that the programs look at. What this kernel does not have is left out, and with it the whole of what it is
+/// a part of.
+pub(super) fn layout(types: &Types) -> Layout {
+    let mut layout = Layout::default();
+    let parts = [
+        (known::SOCKET, socket(types, &mut layout)),
+        (known::DESCRIPTOR, descriptor(types, &mut layout)),
+        (known::ANCESTORS, ancestors(types, &mut layout)),
+        (known::SYSCALL, system_call(types, &mut layout)),
+    ];
+    for (part, found) in parts {
+        match found {
+            Some(()) => layout.known |= part,
+            None => log::debug!("the kernel's BTF lacks a part of what the audit looks for: {part:#x}"),
+        }
+    }
+    layout
+}
+
+fn offset(structure: &Structure<'_>, path: &str) -> Option<u32> {
+    structure.place(path).map(|place| place.offset)
+}
+
+fn socket(types: &Types, layout: &mut Layout) -> Option<()> {
+    layout.socket_sk = offset(&types.structure("socket")?, "sk")?;
+    let sock = types.structure("sock")?;
+    let common = |name: &str| offset(&sock, &format!("__sk_common.{name}"));
+    layout.sock_family = common("skc_family")?;
+    layout.sock_state = common("skc_state")?;
+    layout.sock_num = common("skc_num")?;
+    layout.sock_dport = common("skc_dport")?;
+    layout.sock_rcv_saddr = common("skc_rcv_saddr")?;
+    layout.sock_daddr = common("skc_daddr")?;
+    layout.sock_v6_rcv_saddr = common("skc_v6_rcv_saddr")?;
+    layout.sock_v6_daddr = common("skc_v6_daddr")?;
+    layout.sock_cookie = common("skc_cookie")?;
+    // Both were bit fields before 5.6.
+    layout.sock_protocol = offset(&sock, "sk_protocol")?;
+    layout.sock_type = offset(&sock, "sk_type")?;
+    layout.sock_cgroup = offset(&sock, "sk_cgrp_data.cgroup")?;
+    layout.cgroup_kn = offset(&types.structure("cgroup")?, "kn")?;
+    layout.kernfs_node_id = offset(&types.structure("kernfs_node")?, "id")?;
+    Some(())
+}
+
+fn descriptor(types: &Types, layout: &mut Layout) -> Option<()> {
+    layout.task_files = offset(&types.structure("task_struct")?, "files")?;
+    layout.files_fdt = offset(&types.structure("files_struct")?, "fdt")?;
+    let table = types.structure("fdtable")?;
+    layout.fdtable_max_fds = offset(&table, "max_fds")?;
+    layout.fdtable_fd = offset(&table, "fd")?;
+    let file = types.structure("file")?;
+    layout.file_inode = offset(&file, "f_inode")?;
+    layout.file_private_data = offset(&file, "private_data")?;
+    layout.inode_mode = offset(&types.structure("inode")?, "i_mode")?;
+    Some(())
+}
+
+/// Until 6.0 a cgroup had the ids of those above it, since then it has pointers to them; but since 5.15 there is a helper.
+fn ancestors(types: &Types, layout: &mut Layout) -> Option<()> {
+    layout.task_cgroups = offset(&types.structure("task_struct")?, "cgroups")?;
+    layout.css_set_cgroup = offset(&types.structure("css_set")?, "dfl_cgrp")?;
+    let cgroup = types.structure("cgroup")?;
+    layout.cgroup_level = offset(&cgroup, "level")?;
+    layout.cgroup_ancestor_ids = offset(&cgroup, "ancestor_ids")?;
+    Some(())
+}
+
+/// x86 keeps both in these places; other machines are not looked at so closely.
+fn system_call(types: &Types, layout: &mut Layout) -> Option<()> {
+    layout.task_status = offset(&types.structure("task_struct")?, "thread_info.status")?;
+    layout.regs_syscall = offset(&types.structure("pt_regs")?, "orig_ax")?;
+    Some(())
+}
+
+pub(super) fn members(_types: &Types) -> Vec<(OptionKey, Member)> {
+    Vec::new()
+}

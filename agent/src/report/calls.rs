@@ -1,0 +1,156 @@
+//! The calls that the audit saw, by option: how many, how many failed, how long they took.
+
+use abi::event::{BUCKETS, Tally, TallyKey, call};
+use comfy_table::Table;
+use serde_json::{Value, json};
+
+use super::table::{align_right, table};
+use crate::options::display_name;
+
+/// One kind of call on one option.
+#[derive(Clone, Debug)]
+pub struct CallLine {
+    pub option: String,
+    /// `setsockopt` or `getsockopt`.
+    pub call: &'static str,
+    pub tally: Tally,
+}
+
+impl CallLine {
+    /// `None` for a kind that this build does not know.
+    #[must_use]
+    pub fn new(key: TallyKey, tally: Tally) -> Option<Self> {
+        let call = match key.kind {
+            call::SETSOCKOPT => "setsockopt",
+            call::GETSOCKOPT => "getsockopt",
+            _ => return None,
+        };
+        Some(Self { option: display_name(key.key), call, tally })
+    }
+
+    pub(super) fn to_json(&self) -> Value {
+        let Self { option, call, tally } = self;
+        let Tally { calls, failed, total_ns, buckets } = tally;
+        let is_timed = *total_ns != 0;
+        let counted = buckets.iter().enumerate().filter(|(_, count)| **count > 0);
+        let histogram: Vec<Value> =
+            counted.map(|(bucket, count)| json!({ "from_ns": lower_bound(bucket), "calls": count })).collect();
+        json!({
+            "option": option,
+            "call": call,
+            "calls": calls,
+            "failed": failed,
+            "total_ns": is_timed.then_some(total_ns),
+            "histogram": is_timed.then_some(histogram),
+        })
+    }
+}
+
+/// The shortest duration of a bucket, in nanoseconds.
+fn lower_bound(bucket: usize) -> u64 {
+    if bucket == 0 { 0 } else { 1 << bucket }
+}
+
+/// The bucket below which this part of the calls lies, as the duration that none of them exceeds.
+fn quantile(tally: &Tally, part: f64) -> u64 {
+    let wanted = (tally.calls as f64 * part).ceil() as u64;
+    let mut seen = 0;
+    for (bucket, count) in tally.buckets.iter().enumerate() {
+        seen += count;
+        if seen >= wanted {
+            return lower_bound(bucket + 1);
+        }
+    }
+    lower_bound(BUCKETS)
+}
+
+/// A table of the calls, the most frequent first.
+pub(super) fn calls_table(lines: &[CallLine]) -> Table {
+    let is_timed = lines.iter().any(|line| line.tally.total_ns != 0);
+    let mut header = vec!["option", "call", "calls", "failed"];
+    if is_timed {
+        header.extend(["mean", "half below", "99 % below", "from 128 ns on, doubling"]);
+    }
+    let mut sorted: Vec<&CallLine> = lines.iter().collect();
+    sorted.sort_by(|one, other| {
+        (other.tally.calls, &one.option, one.call).cmp(&(one.tally.calls, &other.option, other.call))
+    });
+    let mut table = table(&header);
+    for CallLine { option, call, tally } in sorted {
+        let mut row = vec![option.clone(), (*call).to_owned(), tally.calls.to_string(), tally.failed.to_string()];
+        if is_timed {
+            row.push(duration_text(tally.total_ns / tally.calls.max(1)));
+            row.extend([0.5, 0.99].map(|part| duration_text(quantile(tally, part))));
+            row.push(sparkline(tally));
+        }
+        table.add_row(row);
+    }
+    for column in 2..if is_timed { 7 } else { 4 } {
+        align_right(&mut table, column);
+    }
+    table
+}
+
+/// The histogram in little: one block a bucket, from the one of 128 ns to that of a millisecond and above.
+fn sparkline(tally: &Tally) -> String {
+    const BLOCKS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
+    const FIRST: usize = 7;
+    const LAST: usize = 20;
+    let (below, rest) = tally.buckets.split_at(FIRST);
+    let (within, above) = rest.split_at(LAST - FIRST);
+    let mut counts = within.to_vec();
+    if let Some(first) = counts.first_mut() {
+        *first += below.iter().sum::<u64>();
+    }
+    counts.push(above.iter().sum());
+    let most = counts.iter().copied().max().unwrap_or(0).max(1);
+    let block = |count: u64| {
+        if count == 0 { ' ' } else { BLOCKS[((count * 8).div_ceil(most) as usize - 1).min(7)] }
+    };
+    counts.into_iter().map(block).collect::<String>().trim_end().to_owned()
+}
+
+/// A duration in its natural unit.
+#[must_use]
+pub fn duration_text(nanoseconds: u64) -> String {
+    let units = [("s", 1_000_000_000), ("ms", 1_000_000), ("µs", 1000)];
+    match units.into_iter().find(|(_, size)| nanoseconds >= *size) {
+        Some((unit, size)) => format!("{:.1}{unit}", nanoseconds as f64 / size as f64),
+        None => format!("{nanoseconds}ns"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tally(durations: &[u64]) -> Tally {
+        let mut tally = Tally { calls: durations.len() as u64, ..Tally::default() };
+        for duration in durations {
+            tally.total_ns += duration;
+            tally.buckets[abi::event::bucket(*duration)] += 1;
+        }
+        tally
+    }
+
+    #[test]
+    fn quantile_is_what_that_part_of_the_calls_does_not_exceed() {
+        let tally = tally(&[100, 100, 100, 5000]);
+        assert_eq!(quantile(&tally, 0.5), 128);
+        assert_eq!(quantile(&tally, 0.99), 8192);
+    }
+
+    #[test]
+    fn durations_are_in_their_natural_unit() {
+        assert_eq!(duration_text(999), "999ns");
+        assert_eq!(duration_text(1500), "1.5µs");
+        assert_eq!(duration_text(2_500_000), "2.5ms");
+        assert_eq!(duration_text(3_000_000_000), "3.0s");
+    }
+
+    #[test]
+    fn histogram_shows_short_and_long_calls_at_its_ends() {
+        assert_eq!(sparkline(&tally(&[10, 200, 300])), "█▄");
+        assert!(sparkline(&tally(&[200, 5_000_000_000])).ends_with('█'));
+    }
+}

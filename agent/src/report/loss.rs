@@ -1,0 +1,118 @@
+//! What was lost, by reason: each is counted where it happens, told as soon as it is seen, and summed up.
+
+use std::fmt;
+
+use abi::Losses;
+use serde_json::json;
+
+use crate::events::SCHEMA;
+
+/// All that was lost since the programs were loaded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Lost {
+    /// What the programs counted.
+    pub losses: Losses,
+    /// Times that the kernel did not run a program, because one was running on that CPU.
+    pub not_run: u64,
+    /// Records that this build does not know.
+    pub unknown_records: u64,
+}
+
+/// A loss that has just been seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Loss {
+    pub reason: Reason,
+    /// How many more there are than when it was last told.
+    pub count: u64,
+    pub total: u64,
+}
+
+/// Why something was lost: its name in JSON, and what was lost, for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reason {
+    pub name: &'static str,
+    pub what: &'static str,
+}
+
+impl Lost {
+    /// Every reason, with how often.
+    #[must_use]
+    pub fn by_reason(&self) -> [(Reason, u64); 9] {
+        // Taken apart in full: a new one has to be thought of here.
+        let Self { losses, not_run, unknown_records } = *self;
+        let Losses { ring_full, calls_full, unreadable, no_storage, no_room, no_return, tallies_full } = losses;
+        let reason = |name, what, count| (Reason { name, what }, count);
+        [
+            reason("ring_full", "events found the ring buffer full", ring_full),
+            reason("calls_full", "calls found no room to be noted: their results are not known", calls_full),
+            reason("unreadable", "arguments could not be read", unreadable),
+            reason("no_storage", "sockets had no room for notes: calls on them were not judged", no_storage),
+            reason("no_room", "values found no room to be rewritten", no_room),
+            reason("no_return", "calls were not seen to return", no_return),
+            reason("tallies_full", "calls on ever more options were not counted by option", tallies_full),
+            reason("not_run", "times the kernel left a program of the audit out", not_run),
+            reason("unknown_records", "records were of an unknown kind", unknown_records),
+        ]
+    }
+
+    /// What has come since `before`.
+    #[must_use]
+    pub fn since(&self, before: &Self) -> Vec<Loss> {
+        let all = self.by_reason().into_iter().zip(before.by_reason());
+        all.filter(|((_, now), (_, before))| now > before)
+            .map(|((reason, total), (_, before))| Loss { reason, count: total - before, total })
+            .collect()
+    }
+}
+
+impl Loss {
+    /// The loss as one line of JSON, without its end.
+    #[must_use]
+    pub fn to_json(&self, time: jiff::Timestamp) -> String {
+        let Self { reason, count, total } = self;
+        json!({
+            "schema": SCHEMA,
+            "time": format!("{time:.6}"),
+            "event": "loss",
+            "reason": reason.name,
+            "count": count,
+            "total": total,
+        })
+        .to_string()
+    }
+}
+
+impl fmt::Display for Loss {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { reason, count, total } = self;
+        write!(f, "lost      {count} {}", reason.what)?;
+        if total > count { write!(f, " ({total} in all)") } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_new_is_told() {
+        let losses = Losses { ring_full: 5, unreadable: 2, ..Losses::default() };
+        let before = Lost { losses, ..Lost::default() };
+        let now = Lost { losses: Losses { ring_full: 12, ..losses }, not_run: 1, ..before };
+        let told: Vec<String> = now.since(&before).iter().map(ToString::to_string).collect();
+        assert_eq!(
+            told,
+            [
+                "lost      7 events found the ring buffer full (12 in all)",
+                "lost      1 times the kernel left a program of the audit out",
+            ]
+        );
+    }
+
+    #[test]
+    fn names_of_reasons_are_unique() {
+        let names: std::collections::BTreeSet<_> =
+            Lost::default().by_reason().map(|(reason, _)| reason.name).into_iter().collect();
+        assert_eq!(names.len(), Lost::default().by_reason().len());
+    }
+}

@@ -1,0 +1,107 @@
+//! The audit by fentry and fexit: the cheapest, for the kernel calls these programs as it calls functions.
+//!
+//! Two pairs of functions, of which the agent takes the first that this kernel has: those that system calls
+//! and io_uring have in common, which are handed the socket; or those of the system calls, which find it by
+//! its descriptor.
+//!
+//! The arguments lie in a row of 64-bit slots, structures in as many as they fill, and the result behind them
+//! (`btf_ctx_access`, kernel/bpf/btf.c). The helper that gives the result is 5.17 and later, the slot is older.
+
+use abi::{
+    event::{call, source},
+    setting::OptionKey,
+};
+use aya_ebpf::{
+    EbpfContext as _,
+    macros::{fentry, fexit},
+    programs::{FEntryContext, FExitContext},
+};
+
+use super::{Begun, Pointer, Subject, begin, end};
+use crate::kernel;
+
+// match-proto: 6.12: int do_sock_setsockopt(struct socket *sock, bool compat, int level, int optname,
+//                                           sockptr_t optval, int optlen)
+#[fentry(function = "do_sock_setsockopt")]
+pub(crate) fn fentry_set(ctx: FEntryContext) -> i32 {
+    begin(Begun {
+        kind: call::SETSOCKOPT,
+        subject: Subject::Socket(ctx.arg(0)),
+        key: OptionKey { level: ctx.arg(2), name: ctx.arg(3) },
+        optval: Pointer { address: ctx.arg(4), in_kernel: is_set(ctx.arg(5)) },
+        optlen: Pointer::user(ctx.arg(6)),
+    });
+    0
+}
+
+#[fexit(function = "do_sock_setsockopt")]
+pub(crate) fn fexit_set(ctx: FExitContext) -> i32 {
+    end(source::FENTRY, ctx.arg::<i32>(7).into());
+    0
+}
+
+// match-proto: 6.12: int do_sock_getsockopt(struct socket *sock, bool compat, int level, int optname,
+//                                           sockptr_t optval, sockptr_t optlen)
+#[fentry(function = "do_sock_getsockopt")]
+pub(crate) fn fentry_get(ctx: FEntryContext) -> i32 {
+    begin(Begun {
+        kind: call::GETSOCKOPT,
+        subject: Subject::Socket(ctx.arg(0)),
+        key: OptionKey { level: ctx.arg(2), name: ctx.arg(3) },
+        optval: Pointer { address: ctx.arg(4), in_kernel: is_set(ctx.arg(5)) },
+        optlen: Pointer { address: ctx.arg(6), in_kernel: is_set(ctx.arg(7)) },
+    });
+    0
+}
+
+#[fexit(function = "do_sock_getsockopt")]
+pub(crate) fn fexit_get(ctx: FExitContext) -> i32 {
+    end(source::FENTRY, ctx.arg::<i32>(8).into());
+    0
+}
+
+// match-proto: 5.10: int __sys_setsockopt(int fd, int level, int optname, char __user *optval, int optlen)
+#[fentry(function = "__sys_setsockopt")]
+pub(crate) fn fentry_set_fd(ctx: FEntryContext) -> i32 {
+    begin_by_descriptor(call::SETSOCKOPT, &ctx);
+    0
+}
+
+#[fexit(function = "__sys_setsockopt")]
+pub(crate) fn fexit_set_fd(ctx: FExitContext) -> i32 {
+    end(source::FENTRY, ctx.arg::<i32>(5).into());
+    0
+}
+
+// match-proto: 5.10: int __sys_getsockopt(int fd, int level, int optname, char __user *optval, int __user *optlen)
+#[fentry(function = "__sys_getsockopt")]
+pub(crate) fn fentry_get_fd(ctx: FEntryContext) -> i32 {
+    begin_by_descriptor(call::GETSOCKOPT, &ctx);
+    0
+}
+
+#[fexit(function = "__sys_getsockopt")]
+pub(crate) fn fexit_get_fd(ctx: FExitContext) -> i32 {
+    end(source::FENTRY, ctx.arg::<i32>(5).into());
+    0
+}
+
+#[inline(always)]
+fn begin_by_descriptor(kind: u32, ctx: &FEntryContext) {
+    // Before 5.13 a program may not look at a pointer to a plain number, as the last argument of getsockopt is. As
+    // memory of the kernel's it may.
+    let Some(optlen) = kernel::read(ctx.as_ptr() as u64 + 4 * 8) else { return };
+    begin(Begun {
+        kind,
+        subject: Subject::Descriptor(ctx.arg(0)),
+        key: OptionKey { level: ctx.arg(1), name: ctx.arg(2) },
+        optval: Pointer::user(ctx.arg(3)),
+        optlen: Pointer::user(optlen),
+    });
+}
+
+/// The flag in the second half of a `sockptr_t`; the bytes beside it mean nothing.
+#[inline(always)]
+fn is_set(half: u64) -> bool {
+    half & 0xff != 0
+}

@@ -1,0 +1,271 @@
+//! The audit: setsockopt and getsockopt calls of the targets' tasks, from entry to exit.
+//!
+//! Three kinds of hook run the same code, each in a file of its own: [`fentry`], [`kprobe`], [`tracepoint`].
+//! Each hands over what it sees of a call in the same form ([`Begun`]), and its result.
+//!
+//! The audit changes nothing. It decides only what no other hook gets to see: the calls of 32-bit programs,
+//! for which the kernel does not run the cgroup hooks.
+//!
+//! Invariant: what is reported of a call is of that call. A record of one whose end was not seen is dropped
+//! and counted when its task makes the next, and a socket that was found by its descriptor is looked at only
+//! while the descriptor still stands for it.
+
+mod fentry;
+mod kprobe;
+mod tracepoint;
+mod unhooked;
+
+use abi::{
+    Config, calls,
+    event::{Call, TallyKey, call, flags},
+    setting::{OptionKey, TEXT_LEN, Value, Words, word_in},
+};
+use aya_ebpf::{
+    Global,
+    cty::c_void,
+    helpers::{
+        bpf_get_current_pid_tgid,
+        generated::{bpf_get_current_ancestor_cgroup_id, bpf_ktime_get_ns, bpf_probe_read_kernel, bpf_probe_read_user},
+    },
+};
+
+use crate::{
+    emit::{self, Head, Task},
+    kernel,
+    maps::{self, lose},
+};
+
+// As in `calls`, constants to the verifier.
+
+/// Whether calls are timed.
+#[unsafe(no_mangle)]
+static TIMING: Global<u8> = Global::new(0);
+/// `bpf_get_current_ancestor_cgroup_id` in programs like these: 5.15 and later.
+#[unsafe(no_mangle)]
+static CAN_SEE_ANCESTORS: Global<u8> = Global::new(0);
+
+/// An address, in the memory of the caller or of the kernel (`sockptr_t`).
+#[derive(Clone, Copy)]
+struct Pointer {
+    address: u64,
+    in_kernel: bool,
+}
+
+impl Pointer {
+    fn user(address: u64) -> Self {
+        Self { address, in_kernel: false }
+    }
+}
+
+/// What a call is about.
+#[derive(Clone, Copy)]
+enum Subject {
+    /// A descriptor of the task's.
+    Descriptor(i32),
+    /// A `struct socket`, held by the kernel until the call returns.
+    Socket(*const c_void),
+}
+
+/// A call as it begins.
+struct Begun {
+    /// See [`call`].
+    kind: u32,
+    subject: Subject,
+    key: OptionKey,
+    optval: Pointer,
+    /// setsockopt: the length of the argument, as an address of no memory; getsockopt: the address of it.
+    optlen: Pointer,
+}
+
+/// The numbers of the two system calls, by which one is told from a call made through io_uring.
+#[cfg(bpf_target_arch = "x86_64")]
+const SYSTEM_CALLS: [i64; 2] = [54, 55];
+#[cfg(not(bpf_target_arch = "x86_64"))]
+const SYSTEM_CALLS: [i64; 2] = [208, 209];
+
+/// Notes a call that the audit is to follow.
+#[inline(always)]
+fn begin(begun: Begun) {
+    let Some(config) = maps::config() else { return };
+    let task = kernel::current_task();
+    // Its end was not seen, and must not be taken for this one's.
+    if maps::call(task).is_some() {
+        maps::end_call(task);
+        lose(|losses| &mut losses.no_return);
+    }
+    if config.calls != calls::ALL && maps::option_index(begun.key).is_none() {
+        return;
+    }
+    if !is_followed(config) {
+        return;
+    }
+    let mut call = Call {
+        key: begun.key,
+        kind: begun.kind,
+        fd: -1,
+        optval: begun.optval.address,
+        optlen: begun.optlen.address,
+        ..Call::default()
+    };
+    if begun.optval.in_kernel {
+        call.flags |= flags::OPTVAL_IN_KERNEL;
+    }
+    if begun.optlen.in_kernel {
+        call.flags |= flags::OPTLEN_IN_KERNEL;
+    }
+    let number = SYSTEM_CALLS[if begun.kind == call::SETSOCKOPT { 0 } else { 1 }];
+    match begun.subject {
+        Subject::Descriptor(fd) => {
+            call.fd = fd;
+            call.sk = kernel::sock_of_descriptor(fd);
+            call.flags |= kernel::way(number, false);
+        }
+        Subject::Socket(socket) => {
+            call.sk = kernel::sock_of(socket);
+            call.flags |= flags::HELD | kernel::way(number, true);
+        }
+    }
+    if begun.kind == call::SETSOCKOPT {
+        read_asked(&mut call, begun.optlen.address as i32);
+    }
+    if TIMING.load() != 0 {
+        // SAFETY: has no arguments.
+        call.start_ns = unsafe { bpf_ktime_get_ns() };
+    }
+    maps::begin_call(task, &call);
+}
+
+/// Reports a call that `begin` noted, now that its result is known.
+#[inline(always)]
+fn end(source: u32, result: i64) {
+    let task = kernel::current_task();
+    let Some(call) = maps::call(task) else { return };
+    let duration_ns = if TIMING.load() != 0 && call.start_ns != 0 {
+        // SAFETY: has no arguments.
+        let now = unsafe { bpf_ktime_get_ns() };
+        now.wrapping_sub(call.start_ns)
+    } else {
+        0
+    };
+    let everything = maps::config().is_some_and(|config| config.calls != calls::CONFLICTS);
+    if everything || TIMING.load() != 0 {
+        maps::tally(&TallyKey { key: call.key, kind: call.kind, _pad: 0 }, result < 0, duration_ns);
+    }
+    if everything || call.flags & (flags::DECIDED | flags::COMPAT) != 0 {
+        complete(call, result);
+        if call.flags & (flags::DECIDED | flags::COMPAT) == flags::COMPAT {
+            unhooked::judge_unhooked(task, result as i32);
+        }
+        let head = Head { key: call.key, call: call.kind, source, result, duration_ns };
+        if emit::is_conflict(call) {
+            emit::conflict(head, call.setting, call.verdict, Task::current(), |record| *record = *call);
+        } else if everything {
+            emit::call(head, Task::current(), |record| *record = *call);
+        }
+    }
+    maps::end_call(task);
+}
+
+/// Adds to a record what can be known only now, or is wanted only now that it will be reported.
+#[inline(always)]
+fn complete(call: &mut Call, result: i64) {
+    if call.flags & flags::DECIDED == 0 {
+        if call.kind == call::GETSOCKOPT && result == 0 {
+            read_shown(call);
+        } else if call.flags & flags::UNREADABLE != 0 {
+            // At the entry the page may not have been there. The kernel has looked at it since.
+            read_asked(call, call.optlen as i32);
+        }
+        if call.flags & flags::UNREADABLE != 0 {
+            lose(|losses| &mut losses.unreadable);
+        }
+    }
+    let is_there = call.flags & flags::HELD != 0 || kernel::sock_of_descriptor(call.fd) == call.sk;
+    if call.sk == 0 || !is_there {
+        return;
+    }
+    kernel::describe(call, call.sk);
+    if call.kind == call::SETSOCKOPT
+        && let Some(member) = maps::member(call.key)
+        && let Some(now) = kernel::value_of(call.sk, call, member)
+    {
+        call.now = now;
+        call.flags |= flags::NOW;
+    }
+}
+
+/// Whether the current task is one of those that the audit is about.
+#[inline(always)]
+fn is_followed(config: &Config) -> bool {
+    if config.by_process != 0 && !maps::is_process((bpf_get_current_pid_tgid() >> 32) as u32) {
+        return false;
+    }
+    for level in 0..=abi::CGROUP_LEVELS_MAX {
+        let left = config.target_levels >> level;
+        if left == 0 {
+            return false;
+        }
+        if left & 1 != 0 && maps::is_target(ancestor(level)) {
+            return true;
+        }
+    }
+    false
+}
+
+/// The id of the cgroup above the current task's at a level counted from the root; 0 where there is none.
+#[inline(always)]
+fn ancestor(level: u32) -> u64 {
+    if CAN_SEE_ANCESTORS.load() != 0 {
+        // SAFETY: takes a number.
+        unsafe { bpf_get_current_ancestor_cgroup_id(level as i32) }
+    } else {
+        kernel::ancestor_cgroup(level)
+    }
+}
+
+/// Reads what the application asks for.
+#[inline(always)]
+fn read_asked(call: &mut Call, len: i32) {
+    let optval = Pointer { address: call.optval, in_kernel: call.flags & flags::OPTVAL_IN_KERNEL != 0 };
+    note_asked(call, read_value(optval, len));
+}
+
+/// Reads what the application was shown.
+#[inline(always)]
+fn read_shown(call: &mut Call) {
+    let optval = Pointer { address: call.optval, in_kernel: call.flags & flags::OPTVAL_IN_KERNEL != 0 };
+    let optlen = Pointer { address: call.optlen, in_kernel: call.flags & flags::OPTLEN_IN_KERNEL != 0 };
+    let shown = read_value(optlen, 4).and_then(|len| read_value(optval, word_in(&len.words) as i32));
+    note_asked(call, shown);
+}
+
+#[inline(always)]
+fn note_asked(call: &mut Call, value: Option<Value>) {
+    match value {
+        Some(value) => {
+            call.asked = value;
+            call.flags &= !flags::UNREADABLE;
+        }
+        None => call.flags |= flags::UNREADABLE,
+    }
+}
+
+/// The first bytes of an argument. `None` where they cannot be read.
+#[inline(always)]
+fn read_value(pointer: Pointer, len: i32) -> Option<Value> {
+    if len <= 0 || pointer.address == 0 {
+        return Some(Value::UNKNOWN);
+    }
+    let mut words: Words = [0; 2];
+    let read = if len < TEXT_LEN as i32 { len as u32 } else { TEXT_LEN as u32 };
+    let place = pointer.address as *const c_void;
+    // SAFETY: `words` has room for 16 bytes, and the helpers check the address.
+    let ret = unsafe {
+        if pointer.in_kernel {
+            bpf_probe_read_kernel((&raw mut words).cast(), read, place)
+        } else {
+            bpf_probe_read_user((&raw mut words).cast(), read, place)
+        }
+    };
+    (ret == 0).then(|| Value::new(words, len as u32))
+}

@@ -1,0 +1,58 @@
+//! The audit by the tracepoints of the two system calls: where there is nothing better.
+//!
+//! They see neither the calls of 32-bit programs nor io_uring.
+//!
+//! The format of a system call's tracepoint is fixed: 8 bytes of header, 8 with the call's number, then at entry
+//! each argument in 8 bytes (`struct syscall_trace_enter`, kernel/trace/trace.h), at exit the result
+//! (`struct syscall_trace_exit`).
+
+use abi::{
+    event::{call, source},
+    setting::OptionKey,
+};
+use aya_ebpf::{macros::tracepoint, programs::TracePointContext};
+
+use super::{Begun, Pointer, Subject, begin, end};
+
+#[tracepoint(category = "syscalls", name = "sys_enter_setsockopt")]
+pub(crate) fn trace_set(ctx: TracePointContext) -> u32 {
+    if let Some(begun) = system_call(call::SETSOCKOPT, &ctx) {
+        begin(begun);
+    }
+    0
+}
+
+#[tracepoint(category = "syscalls", name = "sys_enter_getsockopt")]
+pub(crate) fn trace_get(ctx: TracePointContext) -> u32 {
+    if let Some(begun) = system_call(call::GETSOCKOPT, &ctx) {
+        begin(begun);
+    }
+    0
+}
+
+/// The end of either.
+#[tracepoint(category = "syscalls", name = "sys_exit_setsockopt")]
+pub(crate) fn trace_end(ctx: TracePointContext) -> u32 {
+    if let Some(result) = slot(&ctx, 1) {
+        end(source::TRACEPOINT, result as i64);
+    }
+    0
+}
+
+#[inline(always)]
+fn system_call(kind: u32, ctx: &TracePointContext) -> Option<Begun> {
+    Some(Begun {
+        kind,
+        subject: Subject::Descriptor(slot(ctx, 1)? as i32),
+        key: OptionKey { level: slot(ctx, 2)? as i32, name: slot(ctx, 3)? as i32 },
+        optval: Pointer::user(slot(ctx, 4)?),
+        optlen: Pointer::user(slot(ctx, 5)?),
+    })
+}
+
+/// The n-th 8 bytes after the header.
+#[inline(always)]
+fn slot(ctx: &TracePointContext, n: usize) -> Option<u64> {
+    // SAFETY: within the record, see above.
+    unsafe { ctx.read_at(8 + 8 * n) }.ok()
+}

@@ -1,0 +1,59 @@
+//! Judges the calls that the cgroup hooks do not see: those of 32-bit programs (`in_compat_syscall` in
+//! `do_sock_setsockopt` and `do_sock_getsockopt`, net/socket.c; before 6.7 in `__sys_setsockopt`).
+//!
+//! Nothing can be done about them here. What disagrees with the policy is reported as allowed, for that is
+//! what became of it.
+
+use abi::{
+    event::{Call, call, flags},
+    judge::{Asked, judge, verdict},
+    select::select,
+    setting::Value,
+};
+
+use crate::{
+    hooks::calls::shown,
+    maps::{self, PrefixMap, count},
+};
+
+/// Judges the call that a task is in, whose record the audit has completed, and counts it. The verifier checks
+/// this function once and on its own.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(super) extern "C" fn judge_unhooked(task: u64, result: i32) -> u32 {
+    if let Some(call) = maps::call(task) {
+        judge_call(call, result);
+    }
+    0
+}
+
+#[inline(always)]
+fn judge_call(call: &mut Call, result: i32) -> Option<()> {
+    if call.flags & flags::SOCKET == 0 || call.flags & flags::UNREADABLE != 0 {
+        return None;
+    }
+    let option = maps::option(maps::option_index(call.key)?)?;
+    let winner = option.winner(select(&call.facts, maps::selectors()?, &PrefixMap))?;
+    let setting = maps::setting(winner)?;
+    let (len, words) = (call.asked.len as i32, call.asked.words);
+    let asked = if call.kind == call::SETSOCKOPT {
+        Asked::read(option.kind, option.traits, len, &words)?
+    } else if result == 0 {
+        shown(option, setting, len, &words)?
+    } else {
+        return None;
+    };
+    let is_set = call.kind == call::SETSOCKOPT;
+    if judge(option.kind, setting, &asked).verdict == verdict::NONE {
+        if is_set {
+            count(winner, |counters| &mut counters.agreed);
+        }
+        return None;
+    }
+    count(winner, |counters| if is_set { &mut counters.verdicts[0] } else { &mut counters.reads });
+    call.setting = winner;
+    call.verdict = verdict::ALLOWED.into();
+    call.wanted = Value::wanted(option.kind, setting, &asked);
+    call.flags |= flags::DECIDED;
+    Some(())
+}

@@ -1,0 +1,264 @@
+//! Looks at the kernel's own structures, by the offsets of [`LAYOUT`]. The audit alone does so: other hooks
+//! are handed what they need.
+//!
+//! Nothing here can fault: reading an address that is none gives `None`.
+
+use abi::{
+    event::{Call, flags},
+    layout::{Layout, Member, known, of},
+    setting::{Value, Words},
+    socket::{Address, Facts, protocol},
+};
+use aya_ebpf::{
+    cty::c_void,
+    helpers::generated::{bpf_get_current_task, bpf_get_current_task_btf, bpf_probe_read_kernel, bpf_task_pt_regs},
+};
+
+use crate::facts;
+
+/// Given by the agent at load, and constants to the verifier. Zero: nothing is known.
+#[unsafe(no_mangle)]
+static LAYOUT: Layout = Layout {
+    known: 0,
+    socket_sk: 0,
+    sock_family: 0,
+    sock_state: 0,
+    sock_num: 0,
+    sock_dport: 0,
+    sock_rcv_saddr: 0,
+    sock_daddr: 0,
+    sock_v6_rcv_saddr: 0,
+    sock_v6_daddr: 0,
+    sock_cookie: 0,
+    sock_protocol: 0,
+    sock_type: 0,
+    sock_cgroup: 0,
+    cgroup_kn: 0,
+    cgroup_ancestor_ids: 0,
+    kernfs_node_id: 0,
+    task_files: 0,
+    task_cgroups: 0,
+    task_status: 0,
+    files_fdt: 0,
+    fdtable_max_fds: 0,
+    fdtable_fd: 0,
+    file_inode: 0,
+    file_private_data: 0,
+    inode_mode: 0,
+    css_set_cgroup: 0,
+    cgroup_level: 0,
+    regs_syscall: 0,
+};
+
+/// A field of [`LAYOUT`]. Volatile, for its value is not the one that stands above.
+macro_rules! layout {
+    ($field:ident) => {
+        // SAFETY: a reference to a static.
+        unsafe { core::ptr::read_volatile(&raw const LAYOUT.$field) }
+    };
+}
+
+/// The address of a member of the structure at `base`.
+macro_rules! member {
+    ($base:expr, $field:ident) => {
+        ($base).wrapping_add(u64::from(layout!($field)))
+    };
+}
+
+/// Whether the agent has told the offsets for `what`: bits of [`known`].
+#[inline(always)]
+pub(crate) fn knows(what: u32) -> bool {
+    layout!(known) & what == what
+}
+
+/// Reads a value of the kernel's.
+#[inline(always)]
+pub(crate) fn read<T: Copy + Default>(address: u64) -> Option<T> {
+    let mut value = T::default();
+    // SAFETY: writes as many bytes as the value has, of any pattern: it is only asked for numbers.
+    let ret =
+        unsafe { bpf_probe_read_kernel((&raw mut value).cast(), size_of::<T>() as u32, address as *const c_void) };
+    (ret == 0).then_some(value)
+}
+
+/// Reads a pointer of the kernel's; `None` also where it is NULL.
+#[inline(always)]
+fn follow(address: u64) -> Option<u64> {
+    read::<u64>(address).filter(|pointer| *pointer != 0)
+}
+
+#[inline(always)]
+pub(crate) fn current_task() -> u64 {
+    // SAFETY: has no arguments.
+    unsafe { bpf_get_current_task() }
+}
+
+/// The `struct sock` behind a `struct socket`.
+#[inline(always)]
+pub(crate) fn sock_of(socket: *const c_void) -> u64 {
+    if !knows(known::SOCKET) {
+        return 0;
+    }
+    // Where the pointer came from the kernel as such, the verifier takes it with a constant offset only: so
+    // this does not go through a number.
+    let place = socket.wrapping_byte_add(layout!(socket_sk) as usize);
+    let mut sk = 0u64;
+    // SAFETY: writes the 8 bytes of `sk`.
+    let ret = unsafe { bpf_probe_read_kernel((&raw mut sk).cast(), 8, place) };
+    if ret == 0 { sk } else { 0 }
+}
+
+/// The `struct sock` that a descriptor of the current task stands for; 0 where it stands for none.
+#[inline(always)]
+pub(crate) fn sock_of_descriptor(fd: i32) -> u64 {
+    if fd < 0 || !knows(known::SOCKET | known::DESCRIPTOR) {
+        return 0;
+    }
+    find_sock(fd as u32).unwrap_or(0)
+}
+
+#[inline(always)]
+fn find_sock(fd: u32) -> Option<u64> {
+    /// The part of a mode that tells the type of a file, and that of a socket (include/uapi/linux/stat.h).
+    const S_IFMT: u16 = 0o170_000;
+    const S_IFSOCK: u16 = 0o140_000;
+    let files = follow(member!(current_task(), task_files))?;
+    let table = follow(member!(files, files_fdt))?;
+    if fd >= read::<u32>(member!(table, fdtable_max_fds))? {
+        return None;
+    }
+    let descriptors = follow(member!(table, fdtable_fd))?;
+    let file = follow(descriptors.wrapping_add(8 * u64::from(fd)))?;
+    let inode = follow(member!(file, file_inode))?;
+    if read::<u16>(member!(inode, inode_mode))? & S_IFMT != S_IFSOCK {
+        return None;
+    }
+    let socket = follow(member!(file, file_private_data))?;
+    follow(member!(socket, socket_sk))
+}
+
+/// Fills in what a socket says of itself, as far as a hook that knows it better has not.
+#[inline(always)]
+pub(crate) fn describe(record: &mut Call, sk: u64) {
+    record.socket_cgroup = cgroup_of(sk).unwrap_or(0);
+    if record.cookie == 0 {
+        record.cookie = read(member!(sk, sock_cookie)).unwrap_or(0);
+    }
+    let Some(family) = read::<u16>(member!(sk, sock_family)) else { return };
+    record.sk_family = family.into();
+    if record.flags & flags::SOCKET == 0 && facts::is_inet(family.into()) {
+        record.facts = facts_of(sk, family.into());
+        record.flags |= flags::SOCKET;
+    }
+}
+
+/// The id of the cgroup that a socket belongs to.
+#[inline(always)]
+fn cgroup_of(sk: u64) -> Option<u64> {
+    id_of_cgroup(follow(member!(sk, sock_cgroup))?)
+}
+
+#[inline(always)]
+fn id_of_cgroup(cgroup: u64) -> Option<u64> {
+    read(member!(follow(member!(cgroup, cgroup_kn))?, kernfs_node_id))
+}
+
+/// What an IPv4 or IPv6 socket says of itself, but for the direction of its connection.
+#[inline(always)]
+fn facts_of(sk: u64, family: u32) -> Facts {
+    let inet6 = family == abi::socket::sk_family::INET6;
+    let kind = read::<u16>(member!(sk, sock_type)).unwrap_or(0);
+    let number = read::<u16>(member!(sk, sock_protocol)).unwrap_or(0);
+    let mut facts = Facts { protocol: facts::protocol(kind.into(), number.into()), ..Facts::default() };
+    facts.local = if inet6 {
+        read(member!(sk, sock_v6_rcv_saddr)).unwrap_or_default()
+    } else {
+        ipv4(member!(sk, sock_rcv_saddr))
+    };
+    facts.local_port = read(member!(sk, sock_num)).unwrap_or(0); // host byte order
+    facts::note_local(&mut facts);
+    facts::note_state(&mut facts, read::<u8>(member!(sk, sock_state)).unwrap_or(0).into(), || {
+        let remote =
+            if inet6 { read(member!(sk, sock_v6_daddr)).unwrap_or_default() } else { ipv4(member!(sk, sock_daddr)) };
+        (remote, u16::from_be(read(member!(sk, sock_dport)).unwrap_or(0)))
+    });
+    facts.settle_family(family);
+    facts
+}
+
+#[inline(always)]
+fn ipv4(address: u64) -> Address {
+    [read(address).unwrap_or(0), 0, 0, 0]
+}
+
+/// The value of an option, where a member of the socket is all there is to it.
+#[inline(always)]
+pub(crate) fn value_of(sk: u64, record: &Call, member: &Member) -> Option<Value> {
+    let has_it = match member.of {
+        of::SOCK => true,
+        of::INET => record.flags & flags::SOCKET != 0,
+        _ => record.facts.protocol == protocol::TCP && !is_multipath(sk),
+    };
+    if !has_it {
+        return None;
+    }
+    let address = sk.wrapping_add(u64::from(member.offset));
+    let number = match member.size {
+        1 => u64::from(read::<u8>(address)?),
+        2 => u64::from(read::<u16>(address)?),
+        4 => u64::from(read::<u32>(address)?),
+        _ => read::<u64>(address)?,
+    };
+    let words: Words = [number.to_le(), 0];
+    Some(Value::new(words, member.size))
+}
+
+#[inline(always)]
+fn is_multipath(sk: u64) -> bool {
+    read::<u16>(member!(sk, sock_protocol)).unwrap_or(0) as u32 == facts::IPPROTO_MPTCP
+}
+
+/// The id of the cgroup at a level above the current task's own, or of that: 0 where it is not that deep.
+/// For kernels without `bpf_get_current_ancestor_cgroup_id`.
+#[inline(always)]
+pub(crate) fn ancestor_cgroup(level: u32) -> u64 {
+    find_ancestor(level).unwrap_or(0)
+}
+
+#[inline(always)]
+fn find_ancestor(level: u32) -> Option<u64> {
+    if !knows(known::ANCESTORS) {
+        return None;
+    }
+    let set = follow(member!(current_task(), task_cgroups))?;
+    let cgroup = follow(member!(set, css_set_cgroup))?;
+    if level > read::<u32>(member!(cgroup, cgroup_level))? {
+        return None;
+    }
+    read(member!(cgroup, cgroup_ancestor_ids).wrapping_add(8 * u64::from(level)))
+}
+
+/// How the current task came to make a call: bits of [`flags`].
+///
+/// `by_number`: whether calls can come by another way than the system call, so that its number must be asked.
+#[inline(always)]
+pub(crate) fn way(system_call: i64, by_number: bool) -> u32 {
+    /// `TS_COMPAT` (arch/x86/include/asm/thread_info.h).
+    const TS_COMPAT: u32 = 2;
+    if !knows(known::SYSCALL) {
+        return 0;
+    }
+    if read::<u32>(member!(current_task(), task_status)).unwrap_or(0) & TS_COMPAT != 0 {
+        return flags::COMPAT;
+    }
+    if !by_number {
+        return flags::SYSCALL;
+    }
+    // SAFETY: the first has no arguments, the second takes what the first gives.
+    let regs = unsafe { bpf_task_pt_regs(bpf_get_current_task_btf()) };
+    match read::<i64>(member!(regs as u64, regs_syscall)) {
+        Some(number) if number == system_call => flags::SYSCALL,
+        Some(_) => flags::RING,
+        None => 0,
+    }
+}
