@@ -1,145 +1,17 @@
-//! The table of socket options: every fact about an option is written down here, once.
-//!
-//! The validator takes names, value kinds and ranges from it, the compiler where and how an option
-//! is set, the audit how a value is shown, `sockpolicy options` and `doctor` all of it.
-//!
-//! It does not say what a given kernel can do: that is found by trying. `since` is there to tell
-//! people which kernel to look for.
-//!
-//! Sources, where no other is named: `sk_setsockopt` (net/core/sock.c), `do_tcp_setsockopt`
-//! (net/ipv4/tcp.c), `do_ip_setsockopt` (net/ipv4/ip_sockglue.c), `do_ipv6_setsockopt`
-//! (net/ipv6/ipv6_sockglue.c) and, for what programs may set, `sol_socket_sockopt` and its sisters
-//! in net/core/filter.c, all of 6.18. Numbers are those of asm-generic: x86, arm64, riscv.
+//! The rows of the table, and how they are written down.
 
 use abi::{
-    setting::{OptionKey, kind, read_back, traits},
-    site,
+    setting::{read_back, traits},
+    site::{ACTIVE, BIND_DATAGRAM, BIND_STREAM, BIRTH, CONNECT_DATAGRAM, CONNECT_STREAM, LISTEN, PASSIVE, SYN},
 };
 
-/// The level of an option: the second argument of setsockopt.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Level(pub i32);
-
-impl Level {
-    pub const IP: Self = Self(0);
-    pub const SOCKET: Self = Self(1);
-    pub const TCP: Self = Self(6);
-    pub const UDP: Self = Self(17);
-    pub const IPV6: Self = Self(41);
-
-    /// The name of the level as in the socket API, if it has one here.
-    #[must_use]
-    pub fn name(self) -> Option<&'static str> {
-        match self {
-            Self::IP => Some("SOL_IP"),
-            Self::SOCKET => Some("SOL_SOCKET"),
-            Self::TCP => Some("SOL_TCP"),
-            Self::UDP => Some("SOL_UDP"),
-            Self::IPV6 => Some("SOL_IPV6"),
-            _ => None,
-        }
-    }
-}
-
-/// What the value of an option is, and with it how people write it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ValueKind {
-    /// `true`, `false`
-    Bool,
-    /// A signed number without a unit.
-    Int,
-    /// An unsigned number without a unit.
-    Unsigned,
-    /// Whole seconds.
-    Seconds,
-    Milliseconds,
-    Microseconds,
-    Bytes,
-    /// Bytes a second; people write bits a second.
-    Rate,
-    /// The six bits of a differentiated services code point, at their place in the byte: the two
-    /// below them are the kernel's (ECN).
-    Dscp,
-    /// A firewall mark: 32 bits, of which a policy may take some.
-    Mark,
-    /// The name of a congestion control.
-    CongestionControl,
-    /// The name of a network interface.
-    Device,
-    /// A structure, or something else that is not compared.
-    Opaque,
-}
-
-impl ValueKind {
-    /// How programs read the value: one of [`abi::setting::kind`].
-    #[must_use]
-    pub fn abi_kind(self) -> u8 {
-        match self {
-            Self::Bool => kind::BOOL,
-            Self::Int | Self::Seconds | Self::Milliseconds | Self::Microseconds | Self::Bytes | Self::Dscp => kind::INT,
-            Self::Unsigned | Self::Rate | Self::Mark => kind::UNSIGNED,
-            Self::CongestionControl | Self::Device => kind::TEXT,
-            Self::Opaque => kind::OPAQUE,
-        }
-    }
-
-    /// Whether a policy can bound the value with `limit`.
-    #[must_use]
-    pub fn can_be_limited(self) -> bool {
-        match self {
-            Self::Int
-            | Self::Unsigned
-            | Self::Seconds
-            | Self::Milliseconds
-            | Self::Microseconds
-            | Self::Bytes
-            | Self::Rate => true,
-            Self::Bool | Self::Dscp | Self::Mark | Self::CongestionControl | Self::Device | Self::Opaque => false,
-        }
-    }
-
-    /// What the value is, for people.
-    #[must_use]
-    pub fn describe(self) -> &'static str {
-        match self {
-            Self::Bool => "true or false",
-            Self::Int | Self::Unsigned => "a number",
-            Self::Seconds => "a time in whole seconds, such as \"60s\" or \"2min\"",
-            Self::Milliseconds => "a time in whole milliseconds, such as \"30s\" or \"1500ms\"",
-            Self::Microseconds => "a time in whole microseconds, such as \"40ms\" or \"8000us\"",
-            Self::Bytes => "a size, such as \"128KiB\" or 4096",
-            Self::Rate => "a rate, such as \"200mbit\", or \"unlimited\"",
-            Self::Dscp => "a DSCP name such as \"AF21\", or a number whose two lowest bits are 0",
-            Self::Mark => "a number, or \"value/mask\" such as \"0x20/0xff\"",
-            Self::CongestionControl => "the name of a congestion control, such as \"bbr\"",
-            Self::Device => "the name of a network interface, such as \"eth0\"",
-            Self::Opaque => "a structure, which policies do not look into",
-        }
-    }
-}
-
-/// A set of places where an option is applied: bit n is number n of [`abi::site`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Sites(u16);
-
-impl Sites {
-    const fn of(sites: &[u32]) -> Self {
-        let mut bits = 0;
-        let mut at = 0;
-        while at < sites.len() {
-            bits |= 1 << sites[at];
-            at += 1;
-        }
-        Self(bits)
-    }
-
-    #[must_use]
-    pub const fn contains(self, site: u32) -> bool {
-        self.0 & (1 << site) != 0
-    }
-}
-
-use site::{ACTIVE, BIND_DATAGRAM, BIND_STREAM, BIRTH, CONNECT_DATAGRAM, CONNECT_STREAM, LISTEN, PASSIVE, SYN};
+use super::{
+    Class, Level as L, Settable, Sites, SocketOption, ValueKind,
+    ValueKind::{
+        Bool, Bytes, CongestionControl, Device, Dscp, Int, Mark, Microseconds, Milliseconds, Opaque, Rate, Seconds,
+        Unsigned,
+    },
+};
 
 /// TCP: before the SYN, on the listener for what its children inherit and the SYN-ACK carries, and
 /// on the accepted socket for rules about its peer and for listeners older than the policy.
@@ -164,61 +36,7 @@ const ESTABLISHED: Sites = Sites::of(&[ACTIVE, PASSIVE]);
 /// Only matters to listeners.
 const LISTENER: Sites = Sites::of(&[LISTEN]);
 
-/// How programs set an option.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Settable {
-    pub sites: Sites,
-    /// One of [`abi::setting::read_back`].
-    pub read_back: u8,
-    /// The first kernel on which programs can set it, as far as is known; 5.10 is the oldest that
-    /// sockpolicy is made for.
-    pub since: &'static str,
-}
-
-/// What a policy can do with an option.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Class {
-    /// `set`, `limit`, `deny`.
-    Settable(Settable),
-    /// `limit` and `deny`: the kernel does not let programs set it, but the application's own calls
-    /// can be seen to.
-    Guardable,
-}
-
-/// One socket option.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SocketOption {
-    /// As in the socket API.
-    pub name: &'static str,
-    pub level: Level,
-    pub number: i32,
-    pub value: ValueKind,
-    /// The smallest and the largest value that the kernel takes, in the unit of `value`. Means
-    /// nothing for kinds that are not numbers.
-    pub range: (i64, i64),
-    pub class: Class,
-    /// Bits of [`abi::setting::traits`].
-    pub traits: u8,
-    /// A value as it may stand in a policy (TOML), harmless on any socket; empty if there is none.
-    pub example: &'static str,
-    /// What the option does, in a few words.
-    pub about: &'static str,
-}
-
 impl SocketOption {
-    #[must_use]
-    pub fn key(&self) -> OptionKey {
-        OptionKey { level: self.level.0, name: self.number }
-    }
-
-    #[must_use]
-    pub fn settable(&self) -> Option<&Settable> {
-        match &self.class {
-            Class::Settable(settable) => Some(settable),
-            Class::Guardable => None,
-        }
-    }
-
     const fn since(mut self, kernel: &'static str) -> Self {
         if let Class::Settable(ref mut settable) = self.class {
             settable.since = kernel;
@@ -251,12 +69,6 @@ impl SocketOption {
     }
 }
 
-use Level as L;
-use ValueKind::{
-    Bool, Bytes, CongestionControl, Device, Dscp, Int, Mark, Microseconds, Milliseconds, Opaque, Rate, Seconds,
-    Unsigned,
-};
-
 /// The range of a value that nothing more is known about.
 const fn full_range(value: ValueKind) -> (i64, i64) {
     match value {
@@ -272,14 +84,14 @@ const fn full_range(value: ValueKind) -> (i64, i64) {
 
 /// An option that programs can set, from 5.10 on, and read back as it was set.
 const fn settable(
-    level: Level,
+    level: L,
     name: &'static str,
     number: i32,
     value: ValueKind,
     example: &'static str,
     about: &'static str,
 ) -> SocketOption {
-    let sites = if level.0 == Level::TCP.0 { STREAM } else { ANY };
+    let sites = if level.0 == L::TCP.0 { STREAM } else { ANY };
     SocketOption {
         name,
         level,
@@ -287,20 +99,14 @@ const fn settable(
         value,
         range: full_range(value),
         class: Class::Settable(Settable { sites, read_back: read_back::SAME, since: "5.10" }),
-        traits: if level.0 == Level::TCP.0 { traits::TCP } else { 0 },
+        traits: if level.0 == L::TCP.0 { traits::TCP } else { 0 },
         example,
         about,
     }
 }
 
 /// An option that the kernel keeps to the application.
-const fn guardable(
-    level: Level,
-    name: &'static str,
-    number: i32,
-    value: ValueKind,
-    about: &'static str,
-) -> SocketOption {
+const fn guardable(level: L, name: &'static str, number: i32, value: ValueKind, about: &'static str) -> SocketOption {
     SocketOption {
         name,
         level,
@@ -308,7 +114,7 @@ const fn guardable(
         value,
         range: full_range(value),
         class: Class::Guardable,
-        traits: if level.0 == Level::IP.0 { traits::BYTE } else { 0 },
+        traits: if level.0 == L::IP.0 { traits::BYTE } else { 0 },
         example: "",
         about,
     }
@@ -551,133 +357,3 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::IPV6, "IPV6_UNICAST_IF", 76, Opaque, "interface of unicasts"),
     guardable(L::IPV6, "IPV6_FREEBIND", 78, Bool, "bind addresses that are not there"),
 ];
-
-/// The option of this name.
-#[must_use]
-pub fn by_name(name: &str) -> Option<&'static SocketOption> {
-    OPTIONS.iter().find(|option| option.name == name)
-}
-
-/// TCP_CONGESTION, whose values depend on what the kernel has loaded.
-pub const CONGESTION: &SocketOption = match by_number(Level::TCP, 13) {
-    Some(option) => option,
-    None => panic!("TCP_CONGESTION is in the table"),
-};
-
-const fn by_number(level: Level, number: i32) -> Option<&'static SocketOption> {
-    let mut at = 0;
-    while at < OPTIONS.len() {
-        if OPTIONS[at].level.0 == level.0 && OPTIONS[at].number == number {
-            return Some(&OPTIONS[at]);
-        }
-        at += 1;
-    }
-    None
-}
-
-/// The option with this level and number.
-#[must_use]
-pub fn by_key(key: OptionKey) -> Option<&'static SocketOption> {
-    OPTIONS.iter().find(|option| option.key() == key)
-}
-
-/// What to call an option that may have no name here: `TCP_NODELAY`, or `6:99`.
-#[must_use]
-pub fn display_name(key: OptionKey) -> String {
-    by_key(key).map_or_else(|| format!("{}:{}", key.level, key.name), |option| option.name.to_owned())
-}
-
-/// The differentiated services code points that have names (RFC 2474, 2597, 3246, 5865, 8622), at
-/// their place in the byte.
-pub const DSCP_NAMES: &[(&str, u8)] = &[
-    ("CS0", 0x00),
-    ("LE", 0x04),
-    ("CS1", 0x20),
-    ("AF11", 0x28),
-    ("AF12", 0x30),
-    ("AF13", 0x38),
-    ("CS2", 0x40),
-    ("AF21", 0x48),
-    ("AF22", 0x50),
-    ("AF23", 0x58),
-    ("CS3", 0x60),
-    ("AF31", 0x68),
-    ("AF32", 0x70),
-    ("AF33", 0x78),
-    ("CS4", 0x80),
-    ("AF41", 0x88),
-    ("AF42", 0x90),
-    ("AF43", 0x98),
-    ("CS5", 0xa0),
-    ("VA", 0xb0),
-    ("EF", 0xb8),
-    ("CS6", 0xc0),
-    ("CS7", 0xe0),
-];
-
-/// The bits of the traffic class byte that are a code point's.
-pub const DSCP_MASK: u32 = 0xfc;
-
-/// The largest SO_MAX_PACING_RATE: no limit. Programs can pass 32 bits only.
-pub const UNLIMITED: u32 = u32::MAX;
-
-#[cfg(test)]
-mod tests {
-    use std::collections::BTreeSet;
-
-    use super::*;
-
-    #[test]
-    fn names_and_keys_are_unique() {
-        let names: BTreeSet<_> = OPTIONS.iter().map(|option| option.name).collect();
-        let keys: BTreeSet<_> = OPTIONS.iter().map(SocketOption::key).collect();
-        assert_eq!(names.len(), OPTIONS.len());
-        assert_eq!(keys.len(), OPTIONS.len());
-    }
-
-    #[test]
-    fn settable_options_come_first_and_fit_the_programs() {
-        let settable = OPTIONS.iter().take_while(|option| option.settable().is_some()).count();
-        assert!(OPTIONS[settable..].iter().all(|option| option.settable().is_none()));
-        assert!(settable <= abi::SETTABLE_MAX);
-        let at_birth =
-            |option: &&SocketOption| option.settable().is_some_and(|settable| settable.sites.contains(BIRTH));
-        assert!(OPTIONS.iter().filter(at_birth).count() <= abi::BIRTH_MAX);
-    }
-
-    #[test]
-    fn type_of_service_is_applied_before_the_priority_that_it_resets() {
-        let place = |name| OPTIONS.iter().position(|option| option.name == name);
-        assert!(place("IP_TOS") < place("SO_PRIORITY"));
-        assert!(place("IPV6_TCLASS") < place("SO_PRIORITY"));
-    }
-
-    #[test]
-    fn numbers_are_those_of_the_c_library() {
-        for (name, number) in [
-            ("SO_MARK", libc::SO_MARK),
-            ("SO_BINDTODEVICE", libc::SO_BINDTODEVICE),
-            ("SO_LINGER", libc::SO_LINGER),
-            ("SO_INCOMING_CPU", libc::SO_INCOMING_CPU),
-            ("TCP_NODELAY", libc::TCP_NODELAY),
-            ("TCP_KEEPIDLE", libc::TCP_KEEPIDLE),
-            ("TCP_USER_TIMEOUT", libc::TCP_USER_TIMEOUT),
-            ("TCP_NOTSENT_LOWAT", libc::TCP_NOTSENT_LOWAT),
-            ("TCP_QUICKACK", libc::TCP_QUICKACK),
-            ("TCP_REPAIR", libc::TCP_REPAIR),
-            ("TCP_FASTOPEN_CONNECT", libc::TCP_FASTOPEN_CONNECT),
-            ("IP_TOS", libc::IP_TOS),
-            ("IP_TTL", libc::IP_TTL),
-            ("IP_MTU_DISCOVER", libc::IP_MTU_DISCOVER),
-            ("IP_BIND_ADDRESS_NO_PORT", libc::IP_BIND_ADDRESS_NO_PORT),
-            ("IPV6_TCLASS", libc::IPV6_TCLASS),
-            ("IPV6_V6ONLY", libc::IPV6_V6ONLY),
-            ("IPV6_UNICAST_HOPS", libc::IPV6_UNICAST_HOPS),
-            ("IPV6_AUTOFLOWLABEL", libc::IPV6_AUTOFLOWLABEL),
-            ("UDP_SEGMENT", libc::UDP_SEGMENT),
-            ("UDP_GRO", libc::UDP_GRO),
-        ] {
-            assert_eq!(by_name(name).map(|option| option.number), Some(number), "{name}");
-        }
-    }
-}
