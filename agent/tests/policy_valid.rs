@@ -174,7 +174,7 @@ fn each_option_takes_its_example_and_all_its_forms() {
         if option.settable().is_some() {
             parsed(&format!("[[rule]]\nset = {{ {name} = {} }}\n", option.example));
         }
-        if option.value.can_be_limited() {
+        if option.can_be_limited() {
             let (min, max) = option.range;
             parsed(&format!("[[rule]]\nlimit = {{ {name} = {{ min = {min}, max = {max} }} }}\n"));
         }

@@ -77,7 +77,7 @@ fn verbs(option: &SocketOption) -> Vec<&'static str> {
     if matches!(option.class, Class::Settable(_)) {
         verbs.push("set");
     }
-    if option.value.can_be_limited() {
+    if option.can_be_limited() {
         verbs.push("limit");
     }
     verbs.push("deny");
@@ -88,35 +88,40 @@ fn value(option: &SocketOption) -> String {
     let (min, max) = option.range;
     match option.value {
         ValueKind::Bool => "true, false".to_owned(),
-        ValueKind::Opaque => "structure".to_owned(),
+        ValueKind::Opaque(_) => option.value.describe().to_owned(),
         ValueKind::CongestionControl => "name".to_owned(),
         ValueKind::Device => "device name".to_owned(),
         ValueKind::Dscp => "DSCP".to_owned(),
         ValueKind::Mark => "number, value/mask".to_owned(),
-        kind => format!("{}{min} to {max}", unit(kind)),
+        kind => match (unit(kind), option.class) {
+            (unit, Class::ReadOnly) => unit.unwrap_or("number").to_owned(),
+            (Some(unit), _) => format!("{unit}, {min} to {max}"),
+            (None, _) => format!("{min} to {max}"),
+        },
     }
 }
 
-fn unit(kind: ValueKind) -> &'static str {
+fn unit(kind: ValueKind) -> Option<&'static str> {
     match kind {
-        ValueKind::Seconds => "seconds, ",
-        ValueKind::Milliseconds => "milliseconds, ",
-        ValueKind::Microseconds => "microseconds, ",
-        ValueKind::Bytes => "bytes, ",
-        ValueKind::Rate => "bytes/s, ",
-        _ => "",
+        ValueKind::Seconds => Some("seconds"),
+        ValueKind::Milliseconds => Some("milliseconds"),
+        ValueKind::Microseconds => Some("microseconds"),
+        ValueKind::Bytes => Some("bytes"),
+        ValueKind::Rate => Some("bytes/s"),
+        _ => None,
     }
 }
 
 fn line(option: &SocketOption) -> serde_json::Value {
     let (min, max) = option.range;
-    let is_number = option.value.can_be_limited();
+    let is_number = option.can_be_limited();
     json!({
         "option": option.name,
         "level": option.level.0,
         "level_name": option.level.name(),
         "optname": option.number,
         "can": verbs(option),
+        "read_only": option.class == Class::ReadOnly,
         "value": option.value.describe(),
         "min": is_number.then_some(min),
         "max": is_number.then_some(max),

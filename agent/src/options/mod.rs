@@ -16,7 +16,10 @@ mod table;
 
 use abi::setting::{OptionKey, kind};
 
-pub use self::{names::DSCP_NAMES, table::OPTIONS};
+pub use self::{
+    names::{DSCP_NAMES, Names},
+    table::OPTIONS,
+};
 
 /// The level of an option: the second argument of setsockopt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -28,6 +31,7 @@ impl Level {
     pub const TCP: Self = Self(6);
     pub const UDP: Self = Self(17);
     pub const IPV6: Self = Self(41);
+    pub const MPTCP: Self = Self(284);
 
     /// The name of the level as in the socket API, if it has one here.
     #[must_use]
@@ -38,6 +42,7 @@ impl Level {
             Self::TCP => Some("SOL_TCP"),
             Self::UDP => Some("SOL_UDP"),
             Self::IPV6 => Some("SOL_IPV6"),
+            Self::MPTCP => Some("SOL_MPTCP"),
             _ => None,
         }
     }
@@ -52,6 +57,8 @@ pub enum ValueKind {
     Int,
     /// An unsigned number without a unit.
     Unsigned,
+    /// An `int` whose values have names; policies write the number.
+    Choice(Names),
     /// Whole seconds.
     Seconds,
     Milliseconds,
@@ -68,8 +75,45 @@ pub enum ValueKind {
     CongestionControl,
     /// The name of a network interface.
     Device,
-    /// A structure, or something else that is not compared.
-    Opaque,
+    /// What policies do not look into; reports show it as far as they know its shape.
+    Opaque(Shape),
+}
+
+/// What the bytes of an opaque value are. Numbers are in the order of the host where nothing else is
+/// said; structures are those of include/uapi/linux, of which events hold the first 16 bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    /// Nothing that is known here: shown as hex.
+    Bytes,
+    /// `int`: an errno, or 0.
+    Errno,
+    /// `int`: a file descriptor.
+    Descriptor,
+    /// `__be32`: the index of a network interface, 0 for none (`do_ip_setsockopt`).
+    InterfaceIndex,
+    /// `__u64`
+    Wide,
+    /// Characters, ended by NUL or by the length.
+    Text,
+    /// `struct linger`: whether close waits, and for how many seconds.
+    Linger,
+    /// Seconds and microseconds: two `__s64`, or two `__s32` from a 32-bit program
+    /// (`sock_copy_user_timeval` in net/core/sock.c). 0 waits for ever.
+    Timeval,
+    /// `struct ucred`: a process and its user and group.
+    Credentials,
+    /// `struct sockaddr`, of which only that of IPv4 is in events as a whole.
+    SocketAddress,
+    /// `struct in_addr`, or one of those of [`Self::Membership`].
+    MulticastInterface,
+    /// `struct ip_mreq`, or `struct ip_mreqn` with the index of the interface.
+    Membership,
+    /// `struct ip_mreq_source`
+    SourceMembership,
+    /// `struct ipv6_mreq`, of which events hold the group.
+    Ipv6Membership,
+    /// `struct in6_pktinfo`, of which events hold the address.
+    Ipv6PacketInfo,
 }
 
 impl ValueKind {
@@ -78,25 +122,32 @@ impl ValueKind {
     pub fn abi_kind(self) -> u8 {
         match self {
             Self::Bool => kind::BOOL,
-            Self::Int | Self::Seconds | Self::Milliseconds | Self::Microseconds | Self::Bytes | Self::Dscp => kind::INT,
+            Self::Int
+            | Self::Choice(_)
+            | Self::Seconds
+            | Self::Milliseconds
+            | Self::Microseconds
+            | Self::Bytes
+            | Self::Dscp => kind::INT,
             Self::Unsigned | Self::Rate | Self::Mark => kind::UNSIGNED,
             Self::CongestionControl | Self::Device => kind::TEXT,
-            Self::Opaque => kind::OPAQUE,
+            Self::Opaque(_) => kind::OPAQUE,
         }
     }
 
-    /// Whether a policy can bound the value with `limit`.
+    /// Whether the value is a number that can be bounded.
     #[must_use]
-    pub fn can_be_limited(self) -> bool {
+    pub fn has_bounds(self) -> bool {
         match self {
             Self::Int
             | Self::Unsigned
+            | Self::Choice(_)
             | Self::Seconds
             | Self::Milliseconds
             | Self::Microseconds
             | Self::Bytes
             | Self::Rate => true,
-            Self::Bool | Self::Dscp | Self::Mark | Self::CongestionControl | Self::Device | Self::Opaque => false,
+            Self::Bool | Self::Dscp | Self::Mark | Self::CongestionControl | Self::Device | Self::Opaque(_) => false,
         }
     }
 
@@ -105,7 +156,7 @@ impl ValueKind {
     pub fn describe(self) -> &'static str {
         match self {
             Self::Bool => "true or false",
-            Self::Int | Self::Unsigned => "a number",
+            Self::Int | Self::Unsigned | Self::Choice(_) => "a number",
             Self::Seconds => "a time in whole seconds, such as \"60s\" or \"2min\"",
             Self::Milliseconds => "a time in whole milliseconds, such as \"30s\" or \"1500ms\"",
             Self::Microseconds => "a time in whole microseconds, such as \"40ms\" or \"8000us\"",
@@ -115,7 +166,29 @@ impl ValueKind {
             Self::Mark => "a number, or \"value/mask\" such as \"0x20/0xff\"",
             Self::CongestionControl => "the name of a congestion control, such as \"bbr\"",
             Self::Device => "the name of a network interface, such as \"eth0\"",
-            Self::Opaque => "a structure, which policies do not look into",
+            Self::Opaque(shape) => shape.describe(),
+        }
+    }
+}
+
+impl Shape {
+    fn describe(self) -> &'static str {
+        match self {
+            Self::Bytes => "a structure",
+            Self::Errno => "an errno",
+            Self::Descriptor => "a file descriptor",
+            Self::InterfaceIndex => "the index of a network interface",
+            Self::Wide => "a number of 64 bits",
+            Self::Text => "a text",
+            Self::Linger => "a struct linger",
+            Self::Timeval => "a struct timeval",
+            Self::Credentials => "a struct ucred",
+            Self::SocketAddress => "a socket address",
+            Self::MulticastInterface => "an address or a struct ip_mreqn",
+            Self::Membership => "a struct ip_mreqn",
+            Self::SourceMembership => "a struct ip_mreq_source",
+            Self::Ipv6Membership => "a struct ipv6_mreq",
+            Self::Ipv6PacketInfo => "a struct in6_pktinfo",
         }
     }
 }
@@ -160,6 +233,8 @@ pub enum Class {
     /// `limit` and `deny`: the kernel does not let programs set it, but the application's own calls
     /// can be seen to.
     Guardable,
+    /// `deny`: nobody can set it. The kernel refuses whoever tries (`ENOPROTOOPT` mostly).
+    ReadOnly,
 }
 
 /// One socket option.
@@ -192,8 +267,14 @@ impl SocketOption {
     pub fn settable(&self) -> Option<&Settable> {
         match &self.class {
             Class::Settable(settable) => Some(settable),
-            Class::Guardable => None,
+            Class::Guardable | Class::ReadOnly => None,
         }
+    }
+
+    /// Whether a policy can bound the value with `limit`.
+    #[must_use]
+    pub fn can_be_limited(&self) -> bool {
+        self.class != Class::ReadOnly && self.value.has_bounds()
     }
 }
 
@@ -274,10 +355,32 @@ mod tests {
     #[test]
     fn numbers_are_those_of_the_c_library() {
         for (name, number) in [
+            ("SO_ACCEPTCONN", libc::SO_ACCEPTCONN),
+            ("SO_BPF_EXTENSIONS", libc::SO_BPF_EXTENSIONS),
+            ("SO_BSDCOMPAT", libc::SO_BSDCOMPAT),
+            ("SO_COOKIE", libc::SO_COOKIE),
+            ("SO_DOMAIN", libc::SO_DOMAIN),
+            ("SO_ERROR", libc::SO_ERROR),
+            ("SO_INCOMING_NAPI_ID", libc::SO_INCOMING_NAPI_ID),
             ("SO_MARK", libc::SO_MARK),
+            ("SO_MEMINFO", libc::SO_MEMINFO),
+            ("SO_NETNS_COOKIE", libc::SO_NETNS_COOKIE),
+            ("SO_PEERCRED", libc::SO_PEERCRED),
+            ("SO_PEERGROUPS", libc::SO_PEERGROUPS),
+            ("SO_PEERNAME", libc::SO_PEERNAME),
+            ("SO_PEERPIDFD", libc::SO_PEERPIDFD),
+            ("SO_PEERSEC", libc::SO_PEERSEC),
+            ("SO_PROTOCOL", libc::SO_PROTOCOL),
+            ("SO_RCVMARK", libc::SO_RCVMARK),
+            ("SO_SNDLOWAT", libc::SO_SNDLOWAT),
+            ("SO_TYPE", libc::SO_TYPE),
             ("SO_BINDTODEVICE", libc::SO_BINDTODEVICE),
             ("SO_LINGER", libc::SO_LINGER),
             ("SO_INCOMING_CPU", libc::SO_INCOMING_CPU),
+            ("TCP_CC_INFO", libc::TCP_CC_INFO),
+            ("TCP_INFO", libc::TCP_INFO),
+            ("TCP_SAVED_SYN", libc::TCP_SAVED_SYN),
+            ("TCP_ZEROCOPY_RECEIVE", libc::TCP_ZEROCOPY_RECEIVE),
             ("TCP_NODELAY", libc::TCP_NODELAY),
             ("TCP_KEEPIDLE", libc::TCP_KEEPIDLE),
             ("TCP_USER_TIMEOUT", libc::TCP_USER_TIMEOUT),
@@ -285,10 +388,23 @@ mod tests {
             ("TCP_QUICKACK", libc::TCP_QUICKACK),
             ("TCP_REPAIR", libc::TCP_REPAIR),
             ("TCP_FASTOPEN_CONNECT", libc::TCP_FASTOPEN_CONNECT),
+            ("IP_MTU", libc::IP_MTU),
+            ("IP_PKTOPTIONS", libc::IP_PKTOPTIONS),
+            ("SO_ORIGINAL_DST", libc::SO_ORIGINAL_DST),
             ("IP_TOS", libc::IP_TOS),
             ("IP_TTL", libc::IP_TTL),
             ("IP_MTU_DISCOVER", libc::IP_MTU_DISCOVER),
             ("IP_BIND_ADDRESS_NO_PORT", libc::IP_BIND_ADDRESS_NO_PORT),
+            ("IPV6_FLOWINFO", libc::IPV6_FLOWINFO),
+            ("IPV6_PATHMTU", libc::IPV6_PATHMTU),
+            ("IPV6_RECVDSTOPTS", libc::IPV6_RECVDSTOPTS),
+            ("IPV6_RECVFRAGSIZE", libc::IPV6_RECVFRAGSIZE),
+            ("IPV6_RECVHOPOPTS", libc::IPV6_RECVHOPOPTS),
+            ("IPV6_RECVORIGDSTADDR", libc::IPV6_RECVORIGDSTADDR),
+            ("IPV6_RECVRTHDR", libc::IPV6_RECVRTHDR),
+            ("IPV6_ROUTER_ALERT_ISOLATE", libc::IPV6_ROUTER_ALERT_ISOLATE),
+            ("IPV6_RTHDRDSTOPTS", libc::IPV6_RTHDRDSTOPTS),
+            ("IP6T_SO_ORIGINAL_DST", libc::IP6T_SO_ORIGINAL_DST),
             ("IPV6_TCLASS", libc::IPV6_TCLASS),
             ("IPV6_V6ONLY", libc::IPV6_V6ONLY),
             ("IPV6_UNICAST_HOPS", libc::IPV6_UNICAST_HOPS),

@@ -27,3 +27,75 @@ pub const DSCP_NAMES: &[(&str, u8)] = &[
     ("CS6", 0xc0),
     ("CS7", 0xe0),
 ];
+
+/// Numbers of one kind, with the names that the socket API has for them.
+pub type Names = &'static [(&'static str, i64)];
+
+/// Of SO_TYPE (include/linux/net.h).
+pub(super) const TYPES: Names = &[
+    ("SOCK_STREAM", 1),
+    ("SOCK_DGRAM", 2),
+    ("SOCK_RAW", 3),
+    ("SOCK_RDM", 4),
+    ("SOCK_SEQPACKET", 5),
+    ("SOCK_DCCP", 6),
+    ("SOCK_PACKET", 10),
+];
+
+/// Of SO_DOMAIN (include/linux/socket.h): those that applications meet today.
+pub(super) const DOMAINS: Names = &[
+    ("AF_UNIX", 1),
+    ("AF_INET", 2),
+    ("AF_INET6", 10),
+    ("AF_KEY", 15),
+    ("AF_NETLINK", 16),
+    ("AF_PACKET", 17),
+    ("AF_RDS", 21),
+    ("AF_CAN", 29),
+    ("AF_TIPC", 30),
+    ("AF_BLUETOOTH", 31),
+    ("AF_ALG", 38),
+    ("AF_VSOCK", 40),
+    ("AF_SMC", 43),
+    ("AF_XDP", 44),
+];
+
+/// Of SO_PROTOCOL and IP_PROTOCOL (include/uapi/linux/in.h, in6.h), as sockets of the internet
+/// families have them. 0 has no name: it is what sockets of most other families say.
+pub(super) const PROTOCOLS: Names = &[
+    ("IPPROTO_ICMP", 1),
+    ("IPPROTO_IGMP", 2),
+    ("IPPROTO_TCP", 6),
+    ("IPPROTO_UDP", 17),
+    ("IPPROTO_DCCP", 33),
+    ("IPPROTO_GRE", 47),
+    ("IPPROTO_ESP", 50),
+    ("IPPROTO_AH", 51),
+    ("IPPROTO_ICMPV6", 58),
+    ("IPPROTO_L2TP", 115),
+    ("IPPROTO_SCTP", 132),
+    ("IPPROTO_UDPLITE", 136),
+    ("IPPROTO_RAW", 255),
+    ("IPPROTO_SMC", 256),
+    ("IPPROTO_MPTCP", 262),
+];
+
+/// Of IP_MTU_DISCOVER (include/uapi/linux/in.h).
+pub(super) const MTU_DISCOVERY: Names = &[
+    ("IP_PMTUDISC_DONT", 0),
+    ("IP_PMTUDISC_WANT", 1),
+    ("IP_PMTUDISC_DO", 2),
+    ("IP_PMTUDISC_PROBE", 3),
+    ("IP_PMTUDISC_INTERFACE", 4),
+    ("IP_PMTUDISC_OMIT", 5),
+];
+
+/// Of IPV6_MTU_DISCOVER (include/uapi/linux/in6.h).
+pub(super) const IPV6_MTU_DISCOVERY: Names = &[
+    ("IPV6_PMTUDISC_DONT", 0),
+    ("IPV6_PMTUDISC_WANT", 1),
+    ("IPV6_PMTUDISC_DO", 2),
+    ("IPV6_PMTUDISC_PROBE", 3),
+    ("IPV6_PMTUDISC_INTERFACE", 4),
+    ("IPV6_PMTUDISC_OMIT", 5),
+];

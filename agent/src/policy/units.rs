@@ -148,9 +148,12 @@ pub fn show(kind: ValueKind, value: i64) -> String {
         ValueKind::Milliseconds | ValueKind::Microseconds => show_scaled(kind, value, &["s", "ms", "us"]),
         ValueKind::Bytes => show_scaled(kind, value, &["GiB", "MiB", "KiB"]),
         ValueKind::Rate => show_scaled(kind, value, &["gbit", "mbit", "kbit", "bit"]),
-        ValueKind::Int | ValueKind::Unsigned | ValueKind::CongestionControl | ValueKind::Device | ValueKind::Opaque => {
-            value.to_string()
-        }
+        ValueKind::Int
+        | ValueKind::Unsigned
+        | ValueKind::Choice(_)
+        | ValueKind::CongestionControl
+        | ValueKind::Device
+        | ValueKind::Opaque(_) => value.to_string(),
     }
 }
 

@@ -6,7 +6,7 @@ use abi::setting::OptionKey;
 
 use super::{values, words};
 use crate::{
-    options::{self, OPTIONS, SocketOption, ValueKind},
+    options::{self, Class, OPTIONS, SocketOption, ValueKind},
     policy::{
         diagnostic::{Findings, Problem, Span, nearest, quote},
         file::{LimitFile, RuleFile, SettingFile, Text, Value},
@@ -52,7 +52,7 @@ fn set(file: &SettingFile<'_>, defaults: &Defaults, findings: &mut Findings) -> 
     let SettingFile { option, value, on_conflict: own_action, errno } = file;
     let action = on_conflict(own_action.as_ref(), findings).unwrap_or(defaults.on_conflict);
     let errno = own_errno(errno.as_ref(), action, defaults, findings);
-    let option = findings.ok(named_option(option))?;
+    let option = findings.ok(writable_option(option))?;
     if option.settable().is_none() {
         findings.error(
             Problem::new(format!("the kernel does not let programs set {}", option.name))
@@ -68,7 +68,7 @@ fn set(file: &SettingFile<'_>, defaults: &Defaults, findings: &mut Findings) -> 
 /// What can be done about an option that cannot be set.
 fn how_to_guard(option: &SocketOption) -> String {
     let deny = format!("deny = [\"{}\"]", option.name);
-    if !option.value.can_be_limited() {
+    if !option.can_be_limited() {
         return format!("keep applications from setting it: {deny}");
     }
     format!(
@@ -81,8 +81,8 @@ fn limited(file: &LimitFile<'_>, defaults: &Defaults, findings: &mut Findings) -
     let LimitFile { option, min, max, on_conflict: own_action, errno } = file;
     let action = on_conflict(own_action.as_ref(), findings).unwrap_or(defaults.on_conflict);
     let errno = own_errno(errno.as_ref(), action, defaults, findings);
-    let option = findings.ok(named_option(option))?;
-    if !option.value.can_be_limited() {
+    let option = findings.ok(writable_option(option))?;
+    if !option.can_be_limited() {
         findings.error(no_bounds(option).at(file.option.span()));
         return None;
     }
@@ -107,9 +107,12 @@ fn limited(file: &LimitFile<'_>, defaults: &Defaults, findings: &mut Findings) -
 }
 
 fn no_bounds(option: &SocketOption) -> Problem {
-    let kind = option.value.describe();
-    let kind = if option.value == ValueKind::Bool { "either true or false" } else { kind };
-    let problem = Problem::new(format!("{} cannot be limited: it is {kind}", option.name));
+    let (kind, aside) = match option.value {
+        ValueKind::Bool => ("either true or false", ""),
+        ValueKind::Opaque(_) => (option.value.describe(), ", which policies do not look into"),
+        kind => (kind.describe(), ""),
+    };
+    let problem = Problem::new(format!("{} cannot be limited: it is {kind}{aside}", option.name));
     let deny = format!("deny = [\"{}\"]", option.name);
     if option.settable().is_some() {
         problem.help(format!("give it a value: set = {{ {} = {} }}, or {deny}", option.name, option.example))
@@ -193,6 +196,17 @@ fn refuse_doubles(placed: &[Placed], findings: &mut Findings) {
                 .at(second.span.clone()),
         );
     }
+}
+
+/// The option of this name, if applications can set it at all.
+fn writable_option(name: &Text<'_>) -> Result<&'static SocketOption, Problem> {
+    let option = named_option(name)?;
+    if option.class == Class::ReadOnly {
+        return Err(Problem::new(format!("{} can only be read: there is nothing to set or to limit", option.name))
+            .help("leave it out: the kernel refuses every call that would set it")
+            .at(name.span()));
+    }
+    Ok(option)
 }
 
 /// The option of this name.

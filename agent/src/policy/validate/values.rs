@@ -27,7 +27,7 @@ pub(super) fn wanted(option: &SocketOption, value: &Value<'_>) -> Result<Wanted,
         ValueKind::Mark => mark(option, value).map(|(value, mask)| Wanted::Number { value, mask }),
         ValueKind::CongestionControl => text(option, value).and_then(congestion_control).map(Wanted::Text),
         ValueKind::Device => text(option, value).and_then(device).map(Wanted::Text),
-        ValueKind::Opaque => Err(wrong_type(option, value)),
+        ValueKind::Opaque(_) => Err(wrong_type(option, value)),
         // Negative numbers are passed as the kernel reads them: an `int` in 32 bits.
         _ => number(option, value).map(|number| whole(number as u32)),
     };
@@ -39,7 +39,9 @@ pub(super) fn number(option: &SocketOption, value: &Value<'_>) -> Result<i64, Pr
     let number = match value.get_ref() {
         DeValue::Integer(number) => integer(number),
         // A number in quotes is a wrong type only where there are no units.
-        DeValue::String(text) if option.value != ValueKind::Int && option.value != ValueKind::Unsigned => {
+        DeValue::String(text)
+            if !matches!(option.value, ValueKind::Int | ValueKind::Unsigned | ValueKind::Choice(_)) =>
+        {
             units::quantity(option.value, text)
                 .map_err(|problem| Problem { message: format!("{}: {}", option.name, problem.message), ..problem })
                 .map_err(|problem| problem.at(value.span()))?
@@ -84,7 +86,7 @@ fn wrong_type(option: &SocketOption, value: &Value<'_>) -> Problem {
         DeValue::String(text) if option.value == ValueKind::Bool && (text == "true" || text == "false") => {
             problem.help(format!("write {text} without quotes"))
         }
-        DeValue::String(text) if option.value.can_be_limited() && text.parse::<i64>().is_ok() => {
+        DeValue::String(text) if option.can_be_limited() && text.parse::<i64>().is_ok() => {
             problem.help(format!("write {text} without quotes"))
         }
         DeValue::Integer(number) if option.value == ValueKind::Bool => {

@@ -1,0 +1,261 @@
+//! How values of options are shown: as JSON, and as people write them in a policy.
+//!
+//! Decodes what crossed from the kernel: an option's value, whole up to its 16th byte. Does not know
+//! whether it was passed or shown, nor by which kind of socket.
+//!
+//! Invariant: a value that is shorter than its type is never made up from what is there. Like all
+//! that has no other form here it is hex.
+
+mod shape;
+
+use abi::setting::{OptionKey, TEXT_LEN, Value, kind, traits};
+use serde_json::{Value as Json, json};
+
+use crate::{
+    options::{self, Shape, SocketOption, UNLIMITED, ValueKind},
+    policy::{
+        model::{Form, Wanted},
+        units::show,
+    },
+};
+
+/// A value as it crossed from the kernel, for programs; null where it is not known.
+///
+/// Numbers are numbers, also where they have names. Names and addresses are strings; so are times
+/// of two parts, in the form of policies (`"1500ms"`): a number would have to be told its unit.
+/// Structures are objects with the fields that are known. All else is hex, its first 16 bytes.
+#[must_use]
+pub fn json(key: OptionKey, value: &Value) -> Json {
+    decode(key, value).json
+}
+
+/// A value as it crossed from the kernel, for people.
+#[must_use]
+pub fn text(key: OptionKey, value: &Value) -> String {
+    decode(key, value).text
+}
+
+/// What a policy wants of an option, for people.
+#[must_use]
+pub fn form_text(key: OptionKey, form: &Form) -> String {
+    let kind = kind_of(key);
+    match form {
+        Form::Set(Wanted::Text(text)) => text.clone(),
+        Form::Set(Wanted::Number { value, mask }) if kind == ValueKind::Mark && *mask != u32::MAX => {
+            format!("{value:#x}/{mask:#x}")
+        }
+        Form::Set(Wanted::Number { value, .. }) => show(kind, number(kind, *value)),
+        Form::Limit { min, max } => format!("{} to {}", show(kind, *min), show(kind, *max)),
+        Form::Deny => "denied".to_owned(),
+    }
+}
+
+/// A value in both forms.
+struct Shown {
+    json: Json,
+    text: String,
+}
+
+impl Shown {
+    /// What reads the same for programs and people.
+    fn plain(json: Json) -> Self {
+        let text = json.as_str().map_or_else(|| json.to_string(), str::to_owned);
+        Self { json, text }
+    }
+}
+
+/// The bytes of a value that crossed: all of them, or the first [`TEXT_LEN`].
+struct Captured<'a> {
+    bytes: &'a [u8],
+    /// The length of the whole value.
+    len: usize,
+}
+
+impl Captured<'_> {
+    fn is_cut(&self) -> bool {
+        self.len > self.bytes.len()
+    }
+}
+
+fn kind_of(key: OptionKey) -> ValueKind {
+    options::by_key(key).map_or(ValueKind::Opaque(Shape::Bytes), |option| option.value)
+}
+
+fn decode(key: OptionKey, value: &Value) -> Shown {
+    let len = value.len as usize;
+    if len == 0 {
+        return Shown { json: Json::Null, text: "unknown".to_owned() };
+    }
+    let captured = Captured { bytes: &value.bytes()[..len.min(TEXT_LEN)], len };
+    let shown = options::by_key(key).and_then(|option| match option.value {
+        ValueKind::Opaque(shape) => shape::decode(shape, &captured),
+        ValueKind::CongestionControl | ValueKind::Device => Some(chars(&captured)),
+        kind => read_number(option, captured.bytes).map(|number| named(kind, number)),
+    });
+    shown.unwrap_or_else(|| hex(&captured))
+}
+
+/// The number that a value is, in the option's own unit.
+fn read_number(option: &SocketOption, bytes: &[u8]) -> Option<i64> {
+    let has = |bit| option.traits & bit != 0;
+    match *bytes {
+        [a, b, c, d, e, f, g, h, ..] if has(traits::WIDE) => match u64::from_ne_bytes([a, b, c, d, e, f, g, h]) {
+            u64::MAX => Some(i64::from(UNLIMITED)),
+            wide => i64::try_from(wide).ok(),
+        },
+        [a, b, c, d, ..] => Some(number(option.value, u32::from_ne_bytes([a, b, c, d]))),
+        [byte] if has(traits::BYTE) => Some(byte.into()),
+        _ => None,
+    }
+}
+
+/// The 32 bits of a value as the kernel reads them.
+fn number(kind: ValueKind, word: u32) -> i64 {
+    if kind.abi_kind() == kind::UNSIGNED { i64::from(word) } else { i64::from(word as i32) }
+}
+
+fn named(kind: ValueKind, number: i64) -> Shown {
+    let name = match kind {
+        ValueKind::Choice(names) => names.iter().find(|(_, named)| *named == number).map(|(name, _)| *name),
+        _ => None,
+    };
+    Shown { json: json!(number), text: name.map_or_else(|| show(kind, number), str::to_owned) }
+}
+
+/// Characters up to a NUL or the end. They are an application's: people are not sent its control
+/// characters.
+fn chars(captured: &Captured<'_>) -> Shown {
+    let end = captured.bytes.iter().position(|byte| *byte == 0);
+    let chars = String::from_utf8_lossy(&captured.bytes[..end.unwrap_or(captured.bytes.len())]);
+    let rest = if end.is_none() && captured.is_cut() { "…" } else { "" };
+    let text = if chars.is_empty() { "\"\"".to_owned() } else { format!("{}{rest}", chars.escape_debug()) };
+    Shown { json: json!(chars), text }
+}
+
+fn hex(captured: &Captured<'_>) -> Shown {
+    let hex = captured.bytes.iter().fold("0x".to_owned(), |hex, byte| format!("{hex}{byte:02x}"));
+    let rest = if captured.is_cut() { "…" } else { "" };
+    Shown { text: format!("{hex}{rest}"), json: json!(hex) }
+}
+
+#[cfg(test)]
+mod tests {
+    use abi::setting::words_of_text;
+
+    use super::*;
+    use crate::options::OPTIONS;
+
+    fn key(name: &str) -> OptionKey {
+        options::by_name(name).unwrap().key()
+    }
+
+    #[test]
+    fn numbers_are_shown_in_the_unit_of_the_option() {
+        for (name, value, shown) in [
+            ("TCP_NODELAY", 1, "true"),
+            ("TCP_KEEPIDLE", 60, "60s"),
+            ("TCP_USER_TIMEOUT", 1500, "1500ms"),
+            ("TCP_BPF_RTO_MIN", 40_000, "40ms"),
+            ("SO_SNDBUF", 128 * 1024, "128KiB"),
+            ("SO_SNDBUF", 0, "0"),
+            ("SO_MAX_PACING_RATE", 25_000_000, "200mbit"),
+            ("SO_MAX_PACING_RATE", u32::MAX, "unlimited"),
+            ("IP_TOS", 0x48, "AF21"),
+            ("IP_TOS", 0x49, "0x49"),
+            ("SO_MARK", 0x20, "0x20"),
+            ("SO_PRIORITY", u32::MAX, "-1"),
+        ] {
+            assert_eq!(text(key(name), &Value::int(value)), shown, "{name} {value}");
+        }
+    }
+
+    #[test]
+    fn names_of_numbers_are_for_people() {
+        for (name, value, shown) in [
+            ("SO_TYPE", 1, "SOCK_STREAM"),
+            ("SO_TYPE", 99, "99"),
+            ("SO_DOMAIN", 10, "AF_INET6"),
+            ("SO_PROTOCOL", 262, "IPPROTO_MPTCP"),
+            ("SO_PROTOCOL", 0, "0"),
+            ("IP_MTU_DISCOVER", 2, "IP_PMTUDISC_DO"),
+            ("IPV6_MTU_DISCOVER", 2, "IPV6_PMTUDISC_DO"),
+            ("SO_ERROR", 111, "ECONNREFUSED"),
+            ("SO_ERROR", 0, "0"),
+            ("SO_ATTACH_BPF", 7, "7"),
+        ] {
+            assert_eq!(text(key(name), &Value::int(value)), shown, "{name} {value}");
+            assert_eq!(json(key(name), &Value::int(value)), value, "{name} {value}");
+        }
+    }
+
+    #[test]
+    fn names_end_at_their_nul_and_cannot_speak_to_the_terminal() {
+        let bbr = Value::text(words_of_text(b"bbr"));
+        assert_eq!(text(key("TCP_CONGESTION"), &bbr), "bbr");
+        assert_eq!(text(key("TCP_ULP"), &of(b"tls", 3)), "tls");
+        assert_eq!(text(key("SO_BINDTODEVICE"), &of(b"\0", 1)), "\"\"");
+        assert_eq!(text(key("TCP_CONGESTION"), &of(b"\x1b[2J", 4)), "\\u{1b}[2J");
+        let label = of(b"system_u:object_r:http_t", 24);
+        assert_eq!(text(key("SO_PEERSEC"), &label), "system_u:object_…");
+        assert_eq!(json(key("SO_PEERSEC"), &label), "system_u:object_");
+        assert_eq!(text(key("TCP_CONGESTION"), &of(b"cubic\0and more than", 64)), "cubic");
+    }
+
+    #[test]
+    fn what_is_not_known_is_hex_and_its_end_is_marked_for_people() {
+        assert_eq!(json(OptionKey { level: 6, name: 99 }, &Value::int(1)), "0x01000000");
+        let info = of(&[1, 7], 232);
+        assert_eq!(json(key("TCP_INFO"), &info), "0x01070000000000000000000000000000");
+        assert_eq!(text(key("TCP_INFO"), &info), "0x01070000000000000000000000000000…");
+        assert_eq!(text(key("TCP_INFO"), &of(&[1, 7], 2)), "0x0107");
+    }
+
+    #[test]
+    fn rates_have_four_bytes_or_eight() {
+        let rate = key("SO_MAX_PACING_RATE");
+        assert_eq!(text(rate, &of(&25_000_000_u64.to_ne_bytes(), 8)), "200mbit");
+        assert_eq!(text(rate, &of(&(1_u64 << 40).to_ne_bytes(), 8)), "8796093022208bit");
+        assert_eq!(text(rate, &of(&[0xff; 8], 8)), "unlimited");
+    }
+
+    #[test]
+    fn short_and_unknown_values_are_not_made_up() {
+        assert_eq!(json(key("IP_TOS"), &of(&[0xb8], 1)), 0xb8);
+        assert_eq!(text(key("IP_TOS"), &of(&[0xb8, 0], 2)), "0xb800");
+        assert_eq!(json(key("TCP_NODELAY"), &Value::UNKNOWN), Json::Null);
+        for option in OPTIONS {
+            let Some(size) = size(option.value) else { continue };
+            let shortest = if option.traits & traits::BYTE == 0 { 1 } else { 2 };
+            for len in shortest..size {
+                let value = of(&[2; TEXT_LEN], len);
+                let hex = format!("0x{}", "02".repeat(len.min(TEXT_LEN)));
+                assert_eq!(json(option.key(), &value), hex, "{len} bytes of {}", option.name);
+            }
+        }
+    }
+
+    /// Of the least that a value of this kind has; `None` where any length will do.
+    fn size(kind: ValueKind) -> Option<usize> {
+        match kind {
+            ValueKind::CongestionControl | ValueKind::Device => None,
+            ValueKind::Opaque(shape) => match shape {
+                Shape::Bytes | Shape::Text => None,
+                Shape::Errno | Shape::Descriptor | Shape::InterfaceIndex | Shape::MulticastInterface => Some(4),
+                Shape::Wide | Shape::Linger | Shape::Timeval | Shape::Membership => Some(8),
+                Shape::Credentials | Shape::SourceMembership => Some(12),
+                Shape::SocketAddress => Some(16),
+                Shape::Ipv6Membership | Shape::Ipv6PacketInfo => Some(20),
+            },
+            _ => Some(4),
+        }
+    }
+
+    /// A value of `len` bytes, of which these are the first.
+    fn of(bytes: &[u8], len: usize) -> Value {
+        let mut captured = [0; TEXT_LEN];
+        let known = bytes.len().min(TEXT_LEN);
+        captured[..known].copy_from_slice(&bytes[..known]);
+        let (words, _) = captured.as_chunks();
+        Value::new([u64::from_ne_bytes(words[0]), u64::from_ne_bytes(words[1])], len as u32)
+    }
+}
