@@ -15,7 +15,7 @@ use std::{
 use abi::{
     event::{self as raw, flags, source},
     judge::verdict,
-    setting::{OptionKey, Value, read_back},
+    setting::{OptionKey, Value},
     socket::{Address, Facts, family, known, protocol},
 };
 
@@ -23,7 +23,8 @@ pub use self::{filter::Filter, json::SCHEMA};
 use crate::{
     compile::Desired,
     host::container::{self, Container},
-    options::{self, ValueKind},
+    options::{self, Kept, ValueKind},
+    values,
 };
 
 /// One report.
@@ -183,6 +184,7 @@ pub fn decode(event: &raw::Event, desired: &Desired, surroundings: Surroundings)
     let source = decode_source(event.source)?;
     let nanoseconds = i128::from(event.time_ns) + surroundings.monotonic_epoch_ns;
     let decided = call.flags & flags::DECIDED != 0;
+    let result = (source != Source::Hook).then_some(event.result);
     let socket = socket(call, surroundings.socket_cgroup.as_deref());
     let missing = missing(event, source, socket.as_ref(), surroundings.blindness.as_deref());
     Ok(Event {
@@ -192,8 +194,8 @@ pub fn decode(event: &raw::Event, desired: &Desired, surroundings: Surroundings)
         cause: if decided { cause(desired, call.setting) } else { None },
         wanted: call.wanted,
         asked: call.asked,
-        now: now(event, kind, source),
-        result: (source != Source::Hook).then_some(event.result),
+        now: now(call, kind, result),
+        result,
         task: task(event, surroundings),
         socket,
         source,
@@ -342,43 +344,39 @@ fn decode_source(code: u32) -> Result<Source, UnknownRecord> {
     }
 }
 
-/// What the socket has after the call: what the kernel accepted, or what it had before a call that
-/// changed nothing. Unknown where that cannot be told without asking the socket.
-fn now(event: &raw::Event, kind: Kind, source: Source) -> Value {
-    let raw::Event { call, .. } = event;
+/// What the socket has after the call: what the kernel made of the value that it accepted, or what the
+/// socket had before a call that changed nothing. Unknown where only the socket could tell.
+fn now(call: &raw::Call, kind: Kind, result: Option<i64>) -> Value {
     if call.flags & flags::NOW != 0 {
         return call.now;
     }
     let before = if call.flags & flags::BEFORE != 0 { call.before } else { Value::UNKNOWN };
-    // The kernel doubles and bounds some values on the way in.
-    let is_kept = options::by_key(call.key)
-        .is_none_or(|option| option.settable().is_none_or(|settable| settable.read_back == read_back::SAME));
-    let accepted = |value: Value| {
-        if source == Source::Hook || !is_kept {
-            Value::UNKNOWN
-        } else if event.result == 0 {
-            kept(call.key, value)
-        } else {
-            before
-        }
+    let passed = |value: Value| match result {
+        None => Value::UNKNOWN,
+        Some(0) => kept(call.key, value),
+        Some(_) => before,
     };
     match kind {
         Kind::Outcome { .. } => Value::UNKNOWN,
         Kind::Conflict { call: Call::Get, .. } | Kind::Call(Call::Get) => call.asked,
-        Kind::Call(Call::Set) => accepted(call.asked),
+        Kind::Call(Call::Set) => passed(call.asked),
         Kind::Conflict { call: Call::Set, verdict } => match (verdict.what, verdict.dry_run) {
-            (Deed::Allowed, _) | (_, true) => accepted(call.asked),
-            (Deed::Rewritten | Deed::Clamped, false) => accepted(call.given),
+            (Deed::Allowed, _) | (_, true) => passed(call.asked),
+            (Deed::Rewritten | Deed::Clamped, false) => passed(call.given),
             (Deed::Ignored | Deed::Denied, false) => before,
         },
     }
 }
 
-/// What the kernel makes of a value that it accepts: all that is not 0 switches an option on.
+/// What the kernel makes of a value that it accepts, as far as that follows from the value.
 fn kept(key: OptionKey, value: Value) -> Value {
-    let is_switch = options::by_key(key).is_some_and(|option| option.value == ValueKind::Bool);
-    let is_on = value.bytes().iter().take(4).any(|byte| *byte != 0);
-    if is_switch && value.len > 0 { Value::int(is_on.into()) } else { value }
+    match options::by_key(key).filter(|option| option.kept == Kept::AsGiven) {
+        Some(option) if option.value == ValueKind::Bool => {
+            values::is_on(option, &value).map_or(Value::UNKNOWN, |is_on| Value::int(is_on.into()))
+        }
+        Some(_) => value,
+        None => Value::UNKNOWN,
+    }
 }
 
 fn cause(desired: &Desired, setting: u32) -> Option<Cause> {
@@ -462,4 +460,56 @@ fn address(facts: &Facts, words: Address, port: u16) -> SocketAddr {
         IpAddr::V6(Ipv6Addr::from(bits))
     };
     SocketAddr::new(ip, port)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SET: Kind = Kind::Call(Call::Set);
+
+    fn call(option: &str, asked: Value) -> raw::Call {
+        let key = options::by_name(option).unwrap().key();
+        raw::Call { key, asked, before: Value::int(77), flags: flags::BEFORE, ..raw::Call::default() }
+    }
+
+    #[test]
+    fn what_the_kernel_keeps_as_it_is_given_is_known() {
+        for (option, asked, kept) in [
+            ("SO_MARK", 0x20, 0x20),
+            ("TCP_NODELAY", 7, 1),
+            ("TCP_NODELAY", 0, 0),
+            ("TCP_KEEPIDLE", 60, 60),
+            ("IP_MTU_DISCOVER", 2, 2),
+        ] {
+            assert_eq!(now(&call(option, Value::int(asked)), SET, Some(0)), Value::int(kept), "{option}");
+        }
+        let byte = Value::new([2, 0], 1);
+        assert_eq!(now(&call("IP_RECVTTL", byte), SET, Some(0)), Value::int(1));
+    }
+
+    #[test]
+    fn what_the_kernel_makes_something_of_is_not_known() {
+        for option in
+            ["SO_SNDBUF", "SO_SNDBUFFORCE", "SO_RCVLOWAT", "TCP_WINDOW_CLAMP", "IP_TOS", "IP_TTL", "TCP_QUICKACK"]
+        {
+            assert_eq!(now(&call(option, Value::int(1)), SET, Some(0)), Value::UNKNOWN, "{option}");
+        }
+        let mut unnamed = call("TCP_NODELAY", Value::int(1));
+        unnamed.key.name = 99;
+        assert_eq!(now(&unnamed, SET, Some(0)), Value::UNKNOWN);
+    }
+
+    #[test]
+    fn call_that_failed_changed_nothing() {
+        for option in ["TCP_NODELAY", "SO_SNDBUF"] {
+            let result = Some(-i64::from(libc::EINVAL));
+            assert_eq!(now(&call(option, Value::int(1)), SET, result), Value::int(77), "{option}");
+        }
+    }
+
+    #[test]
+    fn call_that_nobody_saw_return_tells_nothing() {
+        assert_eq!(now(&call("TCP_NODELAY", Value::int(1)), SET, None), Value::UNKNOWN);
+    }
 }

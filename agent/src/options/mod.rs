@@ -237,6 +237,23 @@ pub enum Class {
     ReadOnly,
 }
 
+/// What the kernel makes of a value that it accepts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kept {
+    /// Keeps it as it is; a switch as 0 or 1.
+    AsGiven,
+    /// What getsockopt would show is in this member of a structure that begins where the socket does
+    /// (`sock`, `inet_sock`, `tcp_sock`): a number of 1, 2, 4 or 8 bytes, unsigned or signed as the
+    /// option is, and unsigned where it is narrower than an `int`. It has this name in every kernel
+    /// from 5.10 to 7.2.
+    ///
+    /// Not in MPTCP sockets, but for the members of `sock`: the others may be a subflow's
+    /// (`mptcp_setsockopt` in net/mptcp/sockopt.c), and no `tcp_sock` begins there.
+    Member { of: &'static str, name: &'static str },
+    /// Something that only the socket itself can tell.
+    Otherwise,
+}
+
 /// One socket option.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SocketOption {
@@ -249,6 +266,7 @@ pub struct SocketOption {
     /// nothing for kinds that are not numbers.
     pub range: (i64, i64),
     pub class: Class,
+    pub kept: Kept,
     /// Bits of [`abi::setting::traits`].
     pub traits: u8,
     /// A value as it may stand in a policy (TOML), harmless on any socket; empty if there is none.
@@ -323,7 +341,7 @@ pub const UNLIMITED: u32 = u32::MAX;
 mod tests {
     use std::collections::BTreeSet;
 
-    use abi::site::BIRTH;
+    use abi::{setting::read_back, site::BIRTH};
 
     use super::*;
 
@@ -350,6 +368,26 @@ mod tests {
         let place = |name| OPTIONS.iter().position(|option| option.name == name);
         assert!(place("IP_TOS") < place("SO_PRIORITY"));
         assert!(place("IPV6_TCLASS") < place("SO_PRIORITY"));
+    }
+
+    #[test]
+    fn members_are_of_structures_that_begin_where_the_socket_does() {
+        for option in OPTIONS {
+            let Kept::Member { of, name } = option.kept else { continue };
+            assert!(["sock", "inet_sock", "tcp_sock"].contains(&of), "{}: {of}", option.name);
+            assert_eq!(name.starts_with("sk_"), of == "sock", "{}: {of}.{name}", option.name);
+            assert!(of != "tcp_sock" || option.level == Level::TCP, "{}: {of}.{name}", option.name);
+        }
+    }
+
+    #[test]
+    fn what_is_doubled_or_read_only_is_not_kept_as_it_is_given() {
+        for option in OPTIONS {
+            let doubled = option.settable().is_some_and(|settable| settable.read_back == read_back::DOUBLED);
+            if doubled || option.class == Class::ReadOnly {
+                assert_ne!(option.kept, Kept::AsGiven, "{}", option.name);
+            }
+        }
     }
 
     #[test]

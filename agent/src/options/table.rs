@@ -6,7 +6,9 @@ use abi::{
 };
 
 use super::{
-    Class, Level as L, Settable, Shape, Sites, SocketOption, ValueKind,
+    Class, Kept,
+    Kept::{AsGiven, Otherwise},
+    Level as L, Settable, Shape, Sites, SocketOption, ValueKind,
     ValueKind::{
         Bool, Bytes, Choice, CongestionControl, Device, Dscp, Int, Mark, Microseconds, Milliseconds, Opaque, Rate,
         Seconds, Unsigned,
@@ -67,6 +69,11 @@ impl SocketOption {
         self
     }
 
+    const fn kept(mut self, kept: Kept) -> Self {
+        self.kept = kept;
+        self
+    }
+
     const fn traits(mut self, traits: u8) -> Self {
         self.traits |= traits;
         self
@@ -86,6 +93,21 @@ const fn full_range(value: ValueKind) -> (i64, i64) {
     }
 }
 
+/// What the kernel makes of a value that nothing more is known about: it bounds, rounds and replaces
+/// at will, but most switches are a flag.
+const fn most_likely_kept(value: ValueKind) -> Kept {
+    if matches!(value, Bool) { AsGiven } else { Otherwise }
+}
+
+/// A member of a structure that begins where the socket does.
+const fn member(of: &'static str, name: &'static str) -> Kept {
+    Kept::Member { of, name }
+}
+
+/// A flag that an MPTCP socket accepts and forgets (`mptcp_setsockopt_sol_socket` in
+/// net/mptcp/sockopt.c).
+const FORGOTTEN_BY_MPTCP: Kept = Otherwise;
+
 /// An option that programs can set, from 5.10 on, and read back as it was set.
 const fn settable(
     level: L,
@@ -103,6 +125,7 @@ const fn settable(
         value,
         range: full_range(value),
         class: Class::Settable(Settable { sites, read_back: read_back::SAME, since: "5.10" }),
+        kept: most_likely_kept(value),
         traits: if level.0 == L::TCP.0 { traits::TCP } else { 0 },
         example,
         about,
@@ -118,6 +141,7 @@ const fn guardable(level: L, name: &'static str, number: i32, value: ValueKind, 
         value,
         range: full_range(value),
         class: Class::Guardable,
+        kept: most_likely_kept(value),
         traits: if level.0 == L::IP.0 { traits::BYTE } else { 0 },
         example: "",
         about,
@@ -126,7 +150,7 @@ const fn guardable(level: L, name: &'static str, number: i32, value: ValueKind, 
 
 /// An option that getsockopt knows and setsockopt does not.
 const fn read_only(level: L, name: &'static str, number: i32, value: ValueKind, about: &'static str) -> SocketOption {
-    SocketOption { class: Class::ReadOnly, traits: 0, ..guardable(level, name, number, value, about) }
+    SocketOption { class: Class::ReadOnly, kept: Otherwise, traits: 0, ..guardable(level, name, number, value, about) }
 }
 
 /// Every option that has a name here. Those that can be set come first, in the order in which they
@@ -135,7 +159,8 @@ const fn read_only(level: L, name: &'static str, number: i32, value: ValueKind, 
 pub const OPTIONS: &[SocketOption] = &[
     settable(L::IP, "IP_TOS", 1, Dscp, "\"CS0\"", "type of service: DSCP of sent packets")
         .at(ROUTE)
-        .traits(traits::INET | traits::BYTE),
+        .traits(traits::INET | traits::BYTE)
+        .kept(member("inet_sock", "tos")),
     settable(L::IPV6, "IPV6_TCLASS", 67, Dscp, "\"CS0\"", "traffic class: DSCP of sent IPv6 packets")
         .at(ROUTE)
         .traits(traits::INET6),
@@ -143,10 +168,12 @@ pub const OPTIONS: &[SocketOption] = &[
         .since("6.1")
         .traits(traits::INET6),
     settable(L::SOCKET, "SO_MARK", 36, Mark, "0x1", "firewall mark, for policy routing and filters")
-        .at(ROUTE_FROM_BIRTH),
+        .at(ROUTE_FROM_BIRTH)
+        .kept(AsGiven),
     settable(L::SOCKET, "SO_PRIORITY", 12, Int, "1", "queueing priority of sent packets")
         .at(ROUTE_FROM_BIRTH)
-        .range(0, i32::MAX as i64),
+        .range(0, i32::MAX as i64)
+        .kept(AsGiven),
     settable(L::SOCKET, "SO_BINDTODEVICE", 25, Device, "\"lo\"", "interface to send and receive through, by name")
         .at(DEVICE)
         .reads(read_back::NONE)
@@ -154,19 +181,25 @@ pub const OPTIONS: &[SocketOption] = &[
     settable(L::SOCKET, "SO_BINDTOIFINDEX", 62, Int, "1", "interface to send and receive through, by index")
         .at(DEVICE_FROM_BIRTH)
         .since("5.15")
-        .range(0, i32::MAX as i64),
+        .range(0, i32::MAX as i64)
+        .kept(AsGiven),
     settable(L::SOCKET, "SO_REUSEADDR", 2, Bool, "true", "bind although old connections linger").at(BIND).since("6.1"),
     settable(L::SOCKET, "SO_REUSEPORT", 15, Bool, "true", "let several sockets bind one port").at(BIND).since("5.15"),
     settable(L::SOCKET, "SO_SNDBUF", 7, Bytes, "\"64KiB\"", "send buffer; turns off its tuning")
         .reads(read_back::DOUBLED)
-        .range(0, (i32::MAX / 2) as i64),
+        .range(0, (i32::MAX / 2) as i64)
+        .kept(member("sock", "sk_sndbuf")),
     settable(L::SOCKET, "SO_RCVBUF", 8, Bytes, "\"64KiB\"", "receive buffer; turns off its tuning")
         .reads(read_back::DOUBLED)
-        .range(0, (i32::MAX / 2) as i64),
+        .range(0, (i32::MAX / 2) as i64)
+        .kept(member("sock", "sk_rcvbuf")),
     settable(L::SOCKET, "SO_KEEPALIVE", 9, Bool, "true", "probe idle connections"),
-    settable(L::SOCKET, "SO_RCVLOWAT", 18, Bytes, "1", "bytes that make a socket readable").range(1, i32::MAX as i64),
+    settable(L::SOCKET, "SO_RCVLOWAT", 18, Bytes, "1", "bytes that make a socket readable")
+        .range(1, i32::MAX as i64)
+        .kept(member("sock", "sk_rcvlowat")),
     settable(L::SOCKET, "SO_MAX_PACING_RATE", 47, Rate, "\"unlimited\"", "rate at which to send at the most")
-        .traits(traits::WIDE),
+        .traits(traits::WIDE)
+        .kept(AsGiven),
     settable(L::SOCKET, "SO_TXREHASH", 74, Int, "1", "choose another path after a timeout (-1: as the sysctl says)")
         .since("6.1")
         .range(-1, 1)
@@ -174,29 +207,39 @@ pub const OPTIONS: &[SocketOption] = &[
         .traits(traits::TCP),
     settable(L::SOCKET, "SK_BPF_CB_FLAGS", 1009, Unsigned, "0", "events for timestamping BPF programs (1: transmit)")
         .since("6.15")
-        .range(0, 1),
-    settable(L::TCP, "TCP_CONGESTION", 13, CongestionControl, "\"reno\"", "congestion control"),
+        .range(0, 1)
+        .kept(AsGiven),
+    settable(L::TCP, "TCP_CONGESTION", 13, CongestionControl, "\"reno\"", "congestion control").kept(AsGiven),
     settable(L::TCP, "TCP_NODELAY", 1, Bool, "true", "send at once, without gathering (no Nagle)").since("6.1"),
     settable(L::TCP, "TCP_MAXSEG", 2, Bytes, "536", "maximum segment size")
         .since("6.1")
         .reads(read_back::NONE)
         .range(88, 32767),
     settable(L::TCP, "TCP_KEEPIDLE", 4, Seconds, "\"60s\"", "idle time before the first keepalive probe")
-        .range(1, 32767),
-    settable(L::TCP, "TCP_KEEPINTVL", 5, Seconds, "\"10s\"", "time between keepalive probes").range(1, 32767),
-    settable(L::TCP, "TCP_KEEPCNT", 6, Int, "5", "unanswered keepalive probes that end a connection").range(1, 127),
-    settable(L::TCP, "TCP_SYNCNT", 7, Int, "3", "how often a SYN is sent again").range(1, 127),
+        .range(1, 32767)
+        .kept(AsGiven),
+    settable(L::TCP, "TCP_KEEPINTVL", 5, Seconds, "\"10s\"", "time between keepalive probes")
+        .range(1, 32767)
+        .kept(AsGiven),
+    settable(L::TCP, "TCP_KEEPCNT", 6, Int, "5", "unanswered keepalive probes that end a connection")
+        .range(1, 127)
+        .kept(AsGiven),
+    settable(L::TCP, "TCP_SYNCNT", 7, Int, "3", "how often a SYN is sent again").range(1, 127).kept(AsGiven),
     settable(L::TCP, "TCP_WINDOW_CLAMP", 10, Bytes, "\"64KiB\"", "largest receive window to offer")
         .since("5.15")
-        .range(1, i32::MAX as i64),
+        .range(1, i32::MAX as i64)
+        .kept(member("tcp_sock", "window_clamp")),
     settable(L::TCP, "TCP_THIN_LINEAR_TIMEOUTS", 16, Bool, "true", "no exponential back-off on thin streams")
         .since("6.1"),
-    settable(L::TCP, "TCP_USER_TIMEOUT", 18, Milliseconds, "\"30s\"", "how long sent data may go unacknowledged"),
+    settable(L::TCP, "TCP_USER_TIMEOUT", 18, Milliseconds, "\"30s\"", "how long sent data may go unacknowledged")
+        .kept(AsGiven),
     settable(L::TCP, "TCP_NOTSENT_LOWAT", 25, Bytes, "\"128KiB\"", "unsent data that makes a socket unwritable")
-        .range(0, u32::MAX as i64),
+        .range(0, u32::MAX as i64)
+        .kept(AsGiven),
     settable(L::TCP, "TCP_SAVE_SYN", 27, Int, "1", "keep the SYN for the application (2: with the MAC header)")
         .at(LISTENER)
-        .range(0, 2),
+        .range(0, 2)
+        .kept(AsGiven),
     settable(L::TCP, "TCP_RTO_MAX_MS", 44, Milliseconds, "\"60s\"", "longest retransmission timeout")
         .since("6.15")
         .range(1000, 120_000),
@@ -214,33 +257,36 @@ pub const OPTIONS: &[SocketOption] = &[
         .range(1, 200_000),
     settable(L::TCP, "TCP_BPF_SOCK_OPS_CB_FLAGS", 1008, Unsigned, "0", "events for sock_ops BPF programs")
         .since("6.12")
-        .range(0, 0x7f),
+        .range(0, 0x7f)
+        .kept(AsGiven),
     // What follows can only be guarded.
     guardable(L::SOCKET, "SO_DEBUG", 1, Bool, "debugging of protocols"),
-    guardable(L::SOCKET, "SO_DONTROUTE", 5, Bool, "send to direct neighbours only"),
-    guardable(L::SOCKET, "SO_BROADCAST", 6, Bool, "send to broadcast addresses"),
+    guardable(L::SOCKET, "SO_DONTROUTE", 5, Bool, "send to direct neighbours only").kept(FORGOTTEN_BY_MPTCP),
+    guardable(L::SOCKET, "SO_BROADCAST", 6, Bool, "send to broadcast addresses").kept(FORGOTTEN_BY_MPTCP),
     guardable(L::SOCKET, "SO_OOBINLINE", 10, Bool, "leave urgent data in the stream"),
-    guardable(L::SOCKET, "SO_NO_CHECK", 11, Bool, "no UDP checksum"),
+    guardable(L::SOCKET, "SO_NO_CHECK", 11, Bool, "no UDP checksum").kept(FORGOTTEN_BY_MPTCP),
     guardable(L::SOCKET, "SO_LINGER", 13, Opaque(Shape::Linger), "what close does with unsent data"),
-    guardable(L::SOCKET, "SO_BSDCOMPAT", 14, Bool, "nothing (without effect since 2.6)"),
-    guardable(L::SOCKET, "SO_PASSCRED", 16, Bool, "receive the sender's credentials"),
+    guardable(L::SOCKET, "SO_BSDCOMPAT", 14, Bool, "nothing (without effect since 2.6)").kept(Otherwise),
+    guardable(L::SOCKET, "SO_PASSCRED", 16, Bool, "receive the sender's credentials").kept(FORGOTTEN_BY_MPTCP),
     guardable(L::SOCKET, "SO_RCVTIMEO", 20, Opaque(Shape::Timeval), "receive timeout"),
     guardable(L::SOCKET, "SO_SNDTIMEO", 21, Opaque(Shape::Timeval), "send timeout"),
     guardable(L::SOCKET, "SO_ATTACH_FILTER", 26, BYTES, "filter of received packets (read: SO_GET_FILTER)"),
     guardable(L::SOCKET, "SO_DETACH_FILTER", 27, BYTES, "end of a filter"),
     guardable(L::SOCKET, "SO_TIMESTAMP", 29, Bool, "timestamps in microseconds"),
-    guardable(L::SOCKET, "SO_SNDBUFFORCE", 32, Bytes, "send buffer beyond the system's limit"),
-    guardable(L::SOCKET, "SO_RCVBUFFORCE", 33, Bytes, "receive buffer beyond the system's limit"),
-    guardable(L::SOCKET, "SO_PASSSEC", 34, Bool, "receive the sender's security label"),
+    guardable(L::SOCKET, "SO_SNDBUFFORCE", 32, Bytes, "send buffer beyond the system's limit")
+        .kept(member("sock", "sk_sndbuf")),
+    guardable(L::SOCKET, "SO_RCVBUFFORCE", 33, Bytes, "receive buffer beyond the system's limit")
+        .kept(member("sock", "sk_rcvbuf")),
+    guardable(L::SOCKET, "SO_PASSSEC", 34, Bool, "receive the sender's security label").kept(FORGOTTEN_BY_MPTCP),
     guardable(L::SOCKET, "SO_TIMESTAMPNS", 35, Bool, "timestamps in nanoseconds"),
     guardable(L::SOCKET, "SO_TIMESTAMPING", 37, BYTES, "timestamps of hardware and software"),
-    guardable(L::SOCKET, "SO_RXQ_OVFL", 40, Bool, "count of dropped packets"),
-    guardable(L::SOCKET, "SO_WIFI_STATUS", 41, Bool, "status of packets sent by wifi"),
-    guardable(L::SOCKET, "SO_PEEK_OFF", 42, Int, "where peeking begins"),
-    guardable(L::SOCKET, "SO_NOFCS", 43, Bool, "no frame checksum"),
+    guardable(L::SOCKET, "SO_RXQ_OVFL", 40, Bool, "count of dropped packets").kept(FORGOTTEN_BY_MPTCP),
+    guardable(L::SOCKET, "SO_WIFI_STATUS", 41, Bool, "status of packets sent by wifi").kept(FORGOTTEN_BY_MPTCP),
+    guardable(L::SOCKET, "SO_PEEK_OFF", 42, Int, "where peeking begins").kept(member("sock", "sk_peek_off")),
+    guardable(L::SOCKET, "SO_NOFCS", 43, Bool, "no frame checksum").kept(FORGOTTEN_BY_MPTCP),
     guardable(L::SOCKET, "SO_LOCK_FILTER", 44, Bool, "keep the filter as it is"),
-    guardable(L::SOCKET, "SO_SELECT_ERR_QUEUE", 45, Bool, "wake on errors"),
-    guardable(L::SOCKET, "SO_BUSY_POLL", 46, Microseconds, "time to poll the device"),
+    guardable(L::SOCKET, "SO_SELECT_ERR_QUEUE", 45, Bool, "wake on errors").kept(FORGOTTEN_BY_MPTCP),
+    guardable(L::SOCKET, "SO_BUSY_POLL", 46, Microseconds, "time to poll the device").kept(AsGiven),
     guardable(L::SOCKET, "SO_INCOMING_CPU", 49, Int, "CPU that handles the socket"),
     guardable(L::SOCKET, "SO_ATTACH_BPF", 50, Opaque(Shape::Descriptor), "BPF filter of received packets"),
     guardable(L::SOCKET, "SO_ATTACH_REUSEPORT_CBPF", 51, BYTES, "classic BPF that chooses among sockets of a port"),
@@ -261,8 +307,8 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::SOCKET, "SO_SNDTIMEO_NEW", 67, Opaque(Shape::Timeval), "send timeout, 64-bit"),
     guardable(L::SOCKET, "SO_DETACH_REUSEPORT_BPF", 68, BYTES, "end of the choice among sockets of a port"),
     guardable(L::SOCKET, "SO_PREFER_BUSY_POLL", 69, Bool, "poll rather than interrupt"),
-    guardable(L::SOCKET, "SO_BUSY_POLL_BUDGET", 70, Int, "packets to poll at once"),
-    guardable(L::SOCKET, "SO_BUF_LOCK", 72, Int, "which buffers are not tuned"),
+    guardable(L::SOCKET, "SO_BUSY_POLL_BUDGET", 70, Int, "packets to poll at once").kept(AsGiven),
+    guardable(L::SOCKET, "SO_BUF_LOCK", 72, Int, "which buffers are not tuned").kept(AsGiven),
     guardable(L::SOCKET, "SO_RESERVE_MEM", 73, Bytes, "memory set aside for the socket"),
     guardable(L::SOCKET, "SO_RCVMARK", 75, Bool, "receive the mark of packets"),
     guardable(L::SOCKET, "SO_PASSPIDFD", 76, Bool, "receive a descriptor of the sender"),
@@ -276,21 +322,22 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::TCP, "TCP_DEFER_ACCEPT", 9, Seconds, "accept only when data has come"),
     guardable(L::TCP, "TCP_QUICKACK", 12, Int, "acknowledge at once"),
     guardable(L::TCP, "TCP_MD5SIG", 14, BYTES, "MD5 signatures (BGP)"),
-    guardable(L::TCP, "TCP_THIN_DUPACK", 17, Bool, "retransmit on the first duplicate (without effect since 4.11)"),
+    guardable(L::TCP, "TCP_THIN_DUPACK", 17, Bool, "retransmit on the first duplicate (without effect since 4.11)")
+        .kept(Otherwise),
     guardable(L::TCP, "TCP_REPAIR", 19, Int, "checkpoint and restore of connections"),
-    guardable(L::TCP, "TCP_REPAIR_QUEUE", 20, Int, "queue under repair"),
-    guardable(L::TCP, "TCP_QUEUE_SEQ", 21, Unsigned, "sequence number of the queue under repair"),
+    guardable(L::TCP, "TCP_REPAIR_QUEUE", 20, Int, "queue under repair").kept(AsGiven),
+    guardable(L::TCP, "TCP_QUEUE_SEQ", 21, Unsigned, "sequence number of the queue under repair").kept(AsGiven),
     guardable(L::TCP, "TCP_REPAIR_OPTIONS", 22, BYTES, "negotiated options under repair"),
     guardable(L::TCP, "TCP_FASTOPEN", 23, Int, "queue of fast-open connections"),
     guardable(L::TCP, "TCP_TIMESTAMP", 24, Unsigned, "timestamp under repair"),
     guardable(L::TCP, "TCP_REPAIR_WINDOW", 29, BYTES, "window under repair"),
     guardable(L::TCP, "TCP_FASTOPEN_CONNECT", 30, Bool, "fast open by connect"),
-    guardable(L::TCP, "TCP_ULP", 31, Opaque(Shape::Text), "protocol above TCP, such as tls"),
+    guardable(L::TCP, "TCP_ULP", 31, Opaque(Shape::Text), "protocol above TCP, such as tls").kept(AsGiven),
     guardable(L::TCP, "TCP_MD5SIG_EXT", 32, BYTES, "MD5 signatures by prefix"),
     guardable(L::TCP, "TCP_FASTOPEN_KEY", 33, BYTES, "key of fast-open cookies"),
     guardable(L::TCP, "TCP_FASTOPEN_NO_COOKIE", 34, Bool, "fast open without a cookie"),
     guardable(L::TCP, "TCP_INQ", 36, Bool, "receive the length of the queue"),
-    guardable(L::TCP, "TCP_TX_DELAY", 37, Microseconds, "delay of sent packets"),
+    guardable(L::TCP, "TCP_TX_DELAY", 37, Microseconds, "delay of sent packets").kept(AsGiven),
     guardable(L::TCP, "TCP_AO_ADD_KEY", 38, BYTES, "key of the authentication option"),
     guardable(L::TCP, "TCP_AO_DEL_KEY", 39, BYTES, "end of a key of the authentication option"),
     guardable(L::TCP, "TCP_AO_INFO", 40, BYTES, "state of the authentication option"),
@@ -298,10 +345,10 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::TCP, "TCP_RTO_MIN_US", 45, Microseconds, "shortest retransmission timeout"),
     guardable(L::TCP, "TCP_DELACK_MAX_US", 46, Microseconds, "longest delay of an acknowledgement"),
     guardable(L::UDP, "UDP_CORK", 1, Bool, "gather sends into one datagram"),
-    guardable(L::UDP, "UDP_ENCAP", 100, Int, "encapsulation, such as IPsec's"),
+    guardable(L::UDP, "UDP_ENCAP", 100, Int, "encapsulation, such as IPsec's").kept(AsGiven),
     guardable(L::UDP, "UDP_NO_CHECK6_TX", 101, Bool, "send IPv6 without checksum"),
     guardable(L::UDP, "UDP_NO_CHECK6_RX", 102, Bool, "receive IPv6 without checksum"),
-    guardable(L::UDP, "UDP_SEGMENT", 103, Bytes, "segment size of large sends"),
+    guardable(L::UDP, "UDP_SEGMENT", 103, Bytes, "segment size of large sends").kept(AsGiven),
     guardable(L::UDP, "UDP_GRO", 104, Bool, "receive several datagrams as one"),
     guardable(L::IP, "IP_TTL", 2, Int, "time to live of sent packets").range(-1, 255),
     guardable(L::IP, "IP_HDRINCL", 3, Bool, "the application writes the IP header"),
@@ -310,7 +357,7 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::IP, "IP_RECVOPTS", 6, Bool, "receive options of the IP header"),
     guardable(L::IP, "IP_RETOPTS", 7, Bool, "receive options as for an answer"),
     guardable(L::IP, "IP_PKTINFO", 8, Bool, "receive the addressed interface"),
-    guardable(L::IP, "IP_MTU_DISCOVER", 10, Choice(MTU_DISCOVERY), "path MTU discovery").range(0, 5),
+    guardable(L::IP, "IP_MTU_DISCOVER", 10, Choice(MTU_DISCOVERY), "path MTU discovery").range(0, 5).kept(AsGiven),
     guardable(L::IP, "IP_RECVERR", 11, Bool, "receive ICMP errors"),
     guardable(L::IP, "IP_RECVTTL", 12, Bool, "receive the time to live"),
     guardable(L::IP, "IP_RECVTOS", 13, Bool, "receive the type of service"),
@@ -320,14 +367,16 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::IP, "IP_PASSSEC", 18, Bool, "receive the peer's security label"),
     guardable(L::IP, "IP_TRANSPARENT", 19, Bool, "use foreign addresses"),
     guardable(L::IP, "IP_ORIGDSTADDR", 20, Bool, "receive the original destination"),
-    guardable(L::IP, "IP_MINTTL", 21, Int, "drop packets from further away").range(0, 255),
+    guardable(L::IP, "IP_MINTTL", 21, Int, "drop packets from further away").range(0, 255).kept(AsGiven),
     guardable(L::IP, "IP_NODEFRAG", 22, Bool, "leave fragments alone"),
     guardable(L::IP, "IP_CHECKSUM", 23, Bool, "receive checksums"),
     guardable(L::IP, "IP_BIND_ADDRESS_NO_PORT", 24, Bool, "choose the port at connect"),
     guardable(L::IP, "IP_RECVFRAGSIZE", 25, Bool, "receive the size of fragments"),
     guardable(L::IP, "IP_RECVERR_RFC4884", 26, Bool, "receive extended ICMP errors"),
     guardable(L::IP, "IP_MULTICAST_IF", 32, Opaque(Shape::MulticastInterface), "interface of multicasts"),
-    guardable(L::IP, "IP_MULTICAST_TTL", 33, Int, "time to live of multicasts").range(-1, 255),
+    guardable(L::IP, "IP_MULTICAST_TTL", 33, Int, "time to live of multicasts")
+        .range(-1, 255)
+        .kept(member("inet_sock", "mc_ttl")),
     guardable(L::IP, "IP_MULTICAST_LOOP", 34, Bool, "hear one's own multicasts"),
     guardable(L::IP, "IP_ADD_MEMBERSHIP", 35, Opaque(Shape::Membership), "join a group"),
     guardable(L::IP, "IP_DROP_MEMBERSHIP", 36, Opaque(Shape::Membership), "leave a group"),
@@ -337,8 +386,8 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::IP, "IP_DROP_SOURCE_MEMBERSHIP", 40, Opaque(Shape::SourceMembership), "leave a group for one source"),
     guardable(L::IP, "IP_MSFILTER", 41, BYTES, "sources of a group"),
     guardable(L::IP, "IP_MULTICAST_ALL", 49, Bool, "hear every group of the host"),
-    guardable(L::IP, "IP_UNICAST_IF", 50, Opaque(Shape::InterfaceIndex), "interface of unicasts"),
-    guardable(L::IP, "IP_LOCAL_PORT_RANGE", 51, BYTES, "range of ports to choose from"),
+    guardable(L::IP, "IP_UNICAST_IF", 50, Opaque(Shape::InterfaceIndex), "interface of unicasts").kept(AsGiven),
+    guardable(L::IP, "IP_LOCAL_PORT_RANGE", 51, BYTES, "range of ports to choose from").kept(AsGiven),
     guardable(L::IPV6, "IPV6_ADDRFORM", 1, Int, "turn an IPv6 socket into an IPv4 one"),
     guardable(L::IPV6, "IPV6_2292PKTINFO", 2, Bool, "receive the addressed interface (RFC 2292)"),
     guardable(L::IPV6, "IPV6_2292HOPOPTS", 3, Bool, "receive hop-by-hop options (RFC 2292)"),
@@ -349,13 +398,15 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::IPV6, "IPV6_2292HOPLIMIT", 8, Bool, "receive the hop limit (RFC 2292)"),
     guardable(L::IPV6, "IPV6_FLOWINFO", 11, Bool, "receive the flow label"),
     guardable(L::IPV6, "IPV6_UNICAST_HOPS", 16, Int, "hop limit of unicasts").range(-1, 255),
-    guardable(L::IPV6, "IPV6_MULTICAST_IF", 17, Int, "interface of multicasts"),
+    guardable(L::IPV6, "IPV6_MULTICAST_IF", 17, Int, "interface of multicasts").kept(AsGiven),
     guardable(L::IPV6, "IPV6_MULTICAST_HOPS", 18, Int, "hop limit of multicasts").range(-1, 255),
     guardable(L::IPV6, "IPV6_MULTICAST_LOOP", 19, Bool, "hear one's own multicasts"),
     guardable(L::IPV6, "IPV6_ADD_MEMBERSHIP", 20, Opaque(Shape::Ipv6Membership), "join a group"),
     guardable(L::IPV6, "IPV6_DROP_MEMBERSHIP", 21, Opaque(Shape::Ipv6Membership), "leave a group"),
     guardable(L::IPV6, "IPV6_ROUTER_ALERT", 22, Int, "receive packets that ask for a router"),
-    guardable(L::IPV6, "IPV6_MTU_DISCOVER", 23, Choice(IPV6_MTU_DISCOVERY), "path MTU discovery").range(0, 5),
+    guardable(L::IPV6, "IPV6_MTU_DISCOVER", 23, Choice(IPV6_MTU_DISCOVERY), "path MTU discovery")
+        .range(0, 5)
+        .kept(AsGiven),
     guardable(L::IPV6, "IPV6_MTU", 24, Bytes, "MTU of the path"),
     guardable(L::IPV6, "IPV6_RECVERR", 25, Bool, "receive ICMP errors"),
     guardable(L::IPV6, "IPV6_V6ONLY", 26, Bool, "no IPv4 on this socket"),
@@ -383,10 +434,10 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::IPV6, "IPV6_DONTFRAG", 62, Bool, "never fragment"),
     guardable(L::IPV6, "IPV6_RECVTCLASS", 66, Bool, "receive the traffic class"),
     guardable(L::IPV6, "IPV6_ADDR_PREFERENCES", 72, Int, "preferred source addresses"),
-    guardable(L::IPV6, "IPV6_MINHOPCOUNT", 73, Int, "drop packets from further away").range(0, 255),
+    guardable(L::IPV6, "IPV6_MINHOPCOUNT", 73, Int, "drop packets from further away").range(0, 255).kept(AsGiven),
     guardable(L::IPV6, "IPV6_RECVORIGDSTADDR", 74, Bool, "receive the original destination"),
     guardable(L::IPV6, "IPV6_TRANSPARENT", 75, Bool, "use foreign addresses"),
-    guardable(L::IPV6, "IPV6_UNICAST_IF", 76, Opaque(Shape::InterfaceIndex), "interface of unicasts"),
+    guardable(L::IPV6, "IPV6_UNICAST_IF", 76, Opaque(Shape::InterfaceIndex), "interface of unicasts").kept(AsGiven),
     guardable(L::IPV6, "IPV6_RECVFRAGSIZE", 77, Bool, "receive the size of fragments"),
     guardable(L::IPV6, "IPV6_FREEBIND", 78, Bool, "bind addresses that are not there"),
     // What follows can only be read.

@@ -50,6 +50,14 @@ pub fn form_text(key: OptionKey, form: &Form) -> String {
     }
 }
 
+/// Whether a value switches an option on, as everything but 0 does; `None` where it is no whole
+/// number.
+#[must_use]
+pub fn is_on(option: &SocketOption, value: &Value) -> Option<bool> {
+    let bytes = value.bytes();
+    read_number(option, Captured::of(value, &bytes).bytes).map(|number| number != 0)
+}
+
 /// A value in both forms.
 struct Shown {
     json: Json,
@@ -71,7 +79,12 @@ struct Captured<'a> {
     len: usize,
 }
 
-impl Captured<'_> {
+impl<'a> Captured<'a> {
+    fn of(value: &Value, bytes: &'a [u8; TEXT_LEN]) -> Self {
+        let len = value.len as usize;
+        Self { bytes: &bytes[..len.min(TEXT_LEN)], len }
+    }
+
     fn is_cut(&self) -> bool {
         self.len > self.bytes.len()
     }
@@ -82,11 +95,11 @@ fn kind_of(key: OptionKey) -> ValueKind {
 }
 
 fn decode(key: OptionKey, value: &Value) -> Shown {
-    let len = value.len as usize;
-    if len == 0 {
+    let bytes = value.bytes();
+    let captured = Captured::of(value, &bytes);
+    if captured.len == 0 {
         return Shown { json: Json::Null, text: "unknown".to_owned() };
     }
-    let captured = Captured { bytes: &value.bytes()[..len.min(TEXT_LEN)], len };
     let shown = options::by_key(key).and_then(|option| match option.value {
         ValueKind::Opaque(shape) => shape::decode(shape, &captured),
         ValueKind::CongestionControl | ValueKind::Device => Some(chars(&captured)),
