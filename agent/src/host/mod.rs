@@ -2,6 +2,7 @@
 
 pub mod btf;
 pub mod cgroup;
+pub mod container;
 pub mod network;
 pub mod privileges;
 pub mod process;
