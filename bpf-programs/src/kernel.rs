@@ -194,9 +194,10 @@ fn ipv4(address: u64) -> Address {
 /// The value of an option, where a member of the socket is all there is to it.
 #[inline(always)]
 pub(crate) fn value_of(sk: u64, record: &Call, member: &Member) -> Option<Value> {
+    // An MPTCP socket keeps such values with its subflows, and is no `tcp_sock`.
     let has_it = match member.of {
         of::SOCK => true,
-        of::INET => record.flags & flags::SOCKET != 0,
+        of::INET => record.flags & flags::SOCKET != 0 && !is_multipath(sk),
         _ => record.facts.protocol == protocol::TCP && !is_multipath(sk),
     };
     if !has_it {
@@ -209,8 +210,9 @@ pub(crate) fn value_of(sk: u64, record: &Call, member: &Member) -> Option<Value>
         4 => u64::from(read::<u32>(address)?),
         _ => read::<u64>(address)?,
     };
+    // Options are no narrower than an int, whatever the kernel keeps them in.
     let words: Words = [number.to_le(), 0];
-    Some(Value::new(words, member.size))
+    Some(Value::new(words, if member.size < 4 { 4 } else { member.size }))
 }
 
 #[inline(always)]

@@ -1,11 +1,14 @@
 //! What the programs are told about the kernel's structures.
 
 use abi::{
-    layout::{Layout, Member, known},
+    layout::{Layout, Member, known, of},
     setting::OptionKey,
 };
 
-use crate::host::btf::{Structure, Types};
+use crate::{
+    host::btf::{Structure, Types},
+    options::{Kept, OPTIONS},
+};
 
 /// The places that the programs look at. What this kernel does not have is left out, and with it the whole of what it is
 /// a part of.
@@ -82,6 +85,24 @@ fn system_call(types: &Types, layout: &mut Layout) -> Option<()> {
     Some(())
 }
 
-pub(super) fn members(_types: &Types) -> Vec<(OptionKey, Member)> {
-    Vec::new()
+/// Where sockets of this kernel keep the values of options, for those options that have such a place.
+pub(super) fn members(types: &Types) -> Vec<(OptionKey, Member)> {
+    let structures = [("sock", of::SOCK), ("inet_sock", of::INET), ("tcp_sock", of::TCP)];
+    let mut members = Vec::new();
+    for (name, of) in structures {
+        let Some(structure) = types.structure(name) else { continue };
+        for option in OPTIONS {
+            let Kept::Member { of: owner, name: member } = option.kept else { continue };
+            if owner != name {
+                continue;
+            }
+            match structure.place(member) {
+                Some(place) if matches!(place.size, 1 | 2 | 4 | 8) => {
+                    members.push((option.key(), Member { of, offset: place.offset, size: place.size }));
+                }
+                _ => log::debug!("the kernel's BTF has no plain member {member} in {name}"),
+            }
+        }
+    }
+    members
 }
