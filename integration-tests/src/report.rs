@@ -18,6 +18,8 @@ pub struct Event {
     pub option: String,
     pub level: i32,
     pub optname: i32,
+    pub optval: Option<String>,
+    pub optlen: Option<u32>,
     pub wanted: Value,
     pub asked: Value,
     pub now: Value,
@@ -29,12 +31,22 @@ pub struct Event {
     pub comm: Option<String>,
     pub exe: Option<String>,
     pub cgroup: Option<String>,
-    pub container: Option<String>,
+    pub container: Option<Value>,
     pub socket: Option<Socket>,
     pub via: Option<String>,
     pub backend: Option<String>,
     pub suppressed: u64,
     pub duration_ns: Option<u64>,
+    #[serde(default)]
+    pub missing: BTreeMap<String, String>,
+}
+
+/// An event that says what was lost.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Loss {
+    pub reason: String,
+    pub count: u64,
+    pub total: u64,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -44,6 +56,7 @@ pub struct Socket {
     pub local: Option<String>,
     pub remote: Option<String>,
     pub cookie: Option<u64>,
+    pub cgroup: Option<String>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -52,9 +65,28 @@ pub struct Summary {
     pub policies: Vec<String>,
     pub targets: Vec<String>,
     pub backend: Option<String>,
+    pub blind_to: Option<Vec<String>>,
     pub conflicts: u64,
     pub settings: Vec<Setting>,
+    pub calls: Vec<CallLine>,
     pub losses: BTreeMap<String, u64>,
+}
+
+/// What the audit counted of one kind of call on one option.
+#[derive(Clone, Debug, Deserialize)]
+pub struct CallLine {
+    pub option: String,
+    pub call: String,
+    pub calls: u64,
+    pub failed: u64,
+    pub total_ns: Option<u64>,
+    pub histogram: Option<Vec<Bucket>>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct Bucket {
+    pub from_ns: u64,
+    pub calls: u64,
 }
 
 /// What became of one option of one rule.
@@ -106,6 +138,8 @@ impl Calls {
 #[derive(Debug)]
 pub struct Report {
     pub events: Vec<Event>,
+    /// As they were told, before the end.
+    pub losses: Vec<Loss>,
     pub summary: Summary,
     /// Of the agent's process; `stdout` is empty where the probe had it.
     pub output: Output,
@@ -117,7 +151,7 @@ impl Report {
     pub(crate) fn read(lines: &str, output: Output) -> Self {
         let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
         let fail = |line: &str, why: String| -> ! { panic!("not a line of a report: {why}\n{line}\nagent: {stderr}") };
-        let (mut events, mut summary) = (Vec::new(), None);
+        let (mut events, mut losses, mut summary) = (Vec::new(), Vec::new(), None);
         for line in lines.lines() {
             let value: Value = serde_json::from_str(line).unwrap_or_else(|error| fail(line, error.to_string()));
             if summary.is_some() {
@@ -125,12 +159,14 @@ impl Report {
             }
             if value["event"] == "summary" {
                 summary = Some(serde_json::from_value(value).unwrap_or_else(|error| fail(line, error.to_string())));
+            } else if value["event"] == "loss" {
+                losses.push(serde_json::from_value(value).unwrap_or_else(|error| fail(line, error.to_string())));
             } else {
                 events.push(serde_json::from_value(value).unwrap_or_else(|error| fail(line, error.to_string())));
             }
         }
         let Some(summary) = summary else { panic!("no summary, {}; the agent said: {stderr}", output.status) };
-        Self { events, summary, output }
+        Self { events, losses, summary, output }
     }
 
     /// The events of this kind about this option.

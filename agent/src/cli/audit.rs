@@ -18,7 +18,7 @@ use super::{
     watch::WatchError,
 };
 use crate::{
-    compile::Desired,
+    compile::{Desired, Hook},
     events::{Deed, Filter},
     host::{
         cgroup::{Cgroup, Mount},
@@ -129,6 +129,8 @@ impl Audit {
         if policies.is_empty() {
             desired.audit.calls = Calls::All;
             desired.audit.reads = true;
+            // Gives each new socket the cookie by which events on it can be told from others.
+            desired.hooks.push(Hook::Birth);
         }
         if let Some(calls) = self.calls {
             desired.audit.calls = calls;

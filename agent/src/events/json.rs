@@ -23,6 +23,10 @@ struct Line<'a> {
     option: String,
     level: i32,
     optname: i32,
+    /// The argument as it lay in memory: its first 16 bytes, in hex.
+    optval: Option<String>,
+    /// The length of the whole argument.
+    optlen: Option<u32>,
     wanted: Json,
     asked: Json,
     now: Json,
@@ -78,6 +82,8 @@ impl Event {
             option: display_name(self.key),
             level: self.key.level,
             optname: self.key.name,
+            optval: (self.asked.len > 0).then(|| values::bytes_text(&self.asked)),
+            optlen: (self.asked.len > 0).then_some(self.asked.len),
             wanted: values::json(self.key, &self.wanted),
             asked: values::json(self.key, &self.asked),
             now: values::json(self.key, &self.now),

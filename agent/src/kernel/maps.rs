@@ -22,7 +22,7 @@ pub(super) const EVENTS: &str = "EVENTS";
 /// Room for events. Conflicts are held back where they come too fast, calls are not: a busy program makes some
 /// thousands in the time that the agent may be kept waiting.
 const EVENT_BYTES: u32 = 1 << 20;
-const CALL_BYTES: u32 = 16 << 20;
+const CALL_BYTES: u32 = 8 << 20;
 
 /// Gives each map that is sized at load the entries that `desired` takes. No map can be empty.
 pub(super) fn size(loader: &mut EbpfLoader<'_>, desired: &Desired, scope: Scope<'_>, members: &[(OptionKey, Member)]) {

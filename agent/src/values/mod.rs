@@ -35,6 +35,12 @@ pub fn text(key: OptionKey, value: &Value) -> String {
     decode(key, value).text
 }
 
+/// The bytes of a value as they lay in memory, its first 16, in hex.
+#[must_use]
+pub fn bytes_text(value: &Value) -> String {
+    hex_digits(Captured::of(value, &value.bytes()).bytes)
+}
+
 /// What a policy wants of an option, for people.
 #[must_use]
 pub fn form_text(key: OptionKey, form: &Form) -> String {
@@ -146,9 +152,13 @@ fn chars(captured: &Captured<'_>) -> Shown {
 }
 
 fn hex(captured: &Captured<'_>) -> Shown {
-    let hex = captured.bytes.iter().fold("0x".to_owned(), |hex, byte| format!("{hex}{byte:02x}"));
+    let hex = hex_digits(captured.bytes);
     let rest = if captured.is_cut() { "…" } else { "" };
     Shown { text: format!("{hex}{rest}"), json: json!(hex) }
+}
+
+fn hex_digits(bytes: &[u8]) -> String {
+    bytes.iter().fold("0x".to_owned(), |hex, byte| format!("{hex}{byte:02x}"))
 }
 
 #[cfg(test)]

@@ -3,7 +3,6 @@
 use std::{collections::BTreeMap, fs, net::TcpListener};
 
 use nix::errno::Errno;
-use serde_json::Value;
 use sockpolicy_integration_tests::{
     kernels::Kernel,
     process::{Running, read_report, workload},
@@ -108,18 +107,10 @@ fn traced(prefix: &str) -> Calls {
 
 /// What the events say, in the same words.
 fn seen(event: &Event) -> Seen {
-    let value = match &event.asked {
-        Value::Null => None,
-        Value::Number(number) => Some(number.as_i64().unwrap().to_ne_bytes().to_vec()),
-        Value::String(text) => Some(text.strip_prefix("0x").map_or_else(
-            || text.clone().into_bytes(),
-            |hex| {
-                let digits = hex.as_bytes().chunks(2).map(|pair| str::from_utf8(pair).unwrap());
-                digits.map(|pair| u8::from_str_radix(pair, 16).unwrap()).collect()
-            },
-        )),
-        other => panic!("asked is {other}"),
-    };
+    let value = event.optval.as_deref().map(|hex| {
+        let digits = hex.strip_prefix("0x").unwrap().as_bytes().chunks(2);
+        digits.map(|pair| u8::from_str_radix(str::from_utf8(pair).unwrap(), 16).unwrap()).collect()
+    });
     let error = match event.result.unwrap() {
         0 => String::new(),
         result => format!("{:?}", Errno::from_raw(i32::try_from(-result).unwrap())),
@@ -127,19 +118,12 @@ fn seen(event: &Event) -> Seen {
     Seen { call: event.call.clone().unwrap(), level: event.level, optname: event.optname, error, value }
 }
 
-/// Cuts what one of the two does not show: bytes beyond the 16th, text beyond its NUL, the width of numbers.
-fn cut(strace: &mut Seen, event: &mut Seen, is_number: bool) {
+/// Cuts what one of the two does not show: bytes beyond the 16th, those of a name beyond its NUL, those of a number
+/// beyond its first four.
+fn cut(strace: &mut Seen, event: &mut Seen) {
     let (Some(theirs), Some(ours)) = (&mut strace.value, &mut event.value) else { return };
     theirs.truncate(SHOWN);
-    if is_number {
-        ours.truncate(theirs.len().min(4));
-        theirs.truncate(4);
-    } else if let Some(rest) = theirs.strip_prefix(ours.as_slice())
-        && rest.first().is_none_or(|byte| *byte == 0)
-        && rest.iter().all(|byte| *byte == 0)
-    {
-        ours.clone_from(theirs);
-    }
+    ours.truncate(theirs.len());
 }
 
 /// Runs a command under strace under us, and compares.
@@ -159,7 +143,7 @@ fn compare(backend: &str, command: &[&str]) -> Calls {
         let mut seen = seen(event);
         let calls = audited.entry(thread).or_default();
         if let Some(strace) = traced.get_mut(&thread).and_then(|all| all.get_mut(calls.len())) {
-            cut(strace, &mut seen, event.asked.is_number());
+            cut(strace, &mut seen);
         }
         calls.push(seen);
     }

@@ -97,7 +97,7 @@ fn more_processes_at_once_than_the_kernel_has_probes_are_counted_all_the_same() 
 #[test]
 fn full_ring_buffer_loses_events_and_counts_them() {
     const PROCESSES: usize = 4;
-    const CALLS: u64 = 3000;
+    const CALLS: u64 = 5000;
     // Every call is an event, and the agent's report goes nowhere while it is stopped.
     let policy = PolicyFile::new(
         "[audit]\ncalls = \"all\"\nreads = false\n[[rule]]\nset = { TCP_NODELAY = true, SO_KEEPALIVE = false }\n",
