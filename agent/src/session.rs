@@ -142,8 +142,8 @@ impl Session {
             let event = record.ok().and_then(|raw| {
                 let surroundings = Surroundings {
                     exe: process::executable(raw.pid),
-                    cgroup: self.names.name(raw.cgroup, &self.targets).map(str::to_owned),
-                    socket_cgroup: self.names.name(raw.call.socket_cgroup, &self.targets).map(str::to_owned),
+                    cgroup: self.names.name(raw.cgroup).map(str::to_owned),
+                    socket_cgroup: self.names.name(raw.call.socket_cgroup).map(str::to_owned),
                     monotonic_epoch_ns: monotonic_epoch_ns(),
                     blindness: self.object.blindness().map(str::to_owned),
                 };
@@ -193,10 +193,13 @@ impl Session {
     /// Where the counters cannot be read.
     pub fn finish(self) -> Result<Summary, SessionError> {
         let tallies = self.object.tallies()?;
+        let mut lost = self.lost()?;
+        // Whatever has not returned by now will not be seen to.
+        lost.losses.no_return += self.object.calls_under_way()?;
         let counts = Counts {
             counters: self.object.counters(&self.desired)?,
             calls: tallies.into_iter().filter_map(|(key, tally)| CallLine::new(key, tally)).collect(),
-            lost: self.lost()?,
+            lost,
         };
         let targets = self.targets.iter().map(|target| target.name.clone()).collect();
         Ok(self.report.summarize(&self.desired, counts, targets, self.audit))

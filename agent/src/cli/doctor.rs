@@ -30,7 +30,7 @@ use crate::{
         cgroup::{CgroupError, Mount},
         network, privileges,
     },
-    kernel::{self, Answer, Audit, Backend, BackendChoice, KernelError},
+    kernel::{self, Answer, Backend, BackendChoice, KernelError, Tried},
     options::{OPTIONS, SocketOption},
     policy,
     report::{Summary, errno_name},
@@ -74,7 +74,7 @@ struct Findings {
     /// Why the kernel's types are not known, if they are not.
     btf: Result<(), String>,
     hooks: Vec<(Hook, Answer)>,
-    backends: Vec<(Backend, Result<Audit, String>)>,
+    backends: Vec<(Backend, Tried)>,
     options: Vec<(&'static SocketOption, Answer)>,
 }
 
@@ -263,14 +263,14 @@ fn words(answer: &Answer) -> (&'static str, &str) {
     }
 }
 
-fn backend_answer(found: &Result<Audit, String>) -> Answer {
+fn backend_answer(found: &Tried) -> Answer {
     match found {
         Ok(_) => Answer::Yes,
         Err(reason) => Answer::No(reason.clone()),
     }
 }
 
-fn backend_line(backend: Backend, found: &Result<Audit, String>) -> serde_json::Value {
+fn backend_line(backend: Backend, found: &Tried) -> serde_json::Value {
     let mut line = line(backend.name(), &backend_answer(found));
     if let Ok(audit) = found {
         line["point"] = audit.point().into();

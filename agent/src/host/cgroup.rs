@@ -9,7 +9,7 @@ use std::{
     fs::{self, File},
     io,
     os::{
-        fd::AsFd,
+        fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
         unix::{ffi::OsStringExt, fs::MetadataExt},
     },
     path::{Component, Path, PathBuf},
@@ -224,34 +224,71 @@ pub fn is_initial_namespace() -> bool {
 #[derive(Debug)]
 pub struct Names {
     mount: Mount,
-    known: HashMap<u64, String>,
+    /// The top of the mount, by which others are opened.
+    top: Option<File>,
+    /// `None` for those that were gone when they were asked for: ids are not given out twice.
+    known: HashMap<u64, Option<String>>,
 }
 
 impl Names {
     #[must_use]
     pub fn new(mount: Mount) -> Self {
-        Self { mount, known: HashMap::new() }
+        let top = File::open(&mount.path).inspect_err(|error| log::debug!("{}: {error}", mount.path.display())).ok();
+        Self { mount, top, known: HashMap::new() }
     }
 
-    /// The name of a cgroup below one of `targets`; `None` if it is gone and was never asked for.
-    pub fn name(&mut self, id: u64, targets: &[Cgroup]) -> Option<&str> {
-        if !self.known.contains_key(&id) {
-            for target in targets {
-                self.learn(target);
+    /// The name of a cgroup; `None` for the id 0, and if the cgroup is gone and was never asked for.
+    pub fn name(&mut self, id: u64) -> Option<&str> {
+        let Self { mount, top, known } = self;
+        let look_up = || top.as_ref().filter(|_| id != 0).and_then(|top| mount.name_of(top, id));
+        known.entry(id).or_insert_with(look_up).as_deref()
+    }
+}
+
+impl Mount {
+    /// The name of the cgroup with this id, which is what a handle of its folder consists of. Takes
+    /// CAP_DAC_READ_SEARCH (open_by_handle_at(2)); without it, the tree is searched.
+    fn name_of(&self, top: &File, id: u64) -> Option<String> {
+        match open_by_id(top, id) {
+            Ok(folder) => self.name_below(&fs::read_link(format!("/proc/self/fd/{}", folder.as_raw_fd())).ok()?),
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) => self.search(id),
+            // Gone.
+            Err(_) => None,
+        }
+    }
+
+    fn name_below(&self, path: &Path) -> Option<String> {
+        path.strip_prefix(&self.path).ok().map(|below| format!("/{}", below.display()))
+    }
+
+    fn search(&self, id: u64) -> Option<String> {
+        let mut left = vec![PathBuf::new()];
+        while let Some(below) = left.pop() {
+            if fs::metadata(self.path.join(&below)).is_ok_and(|metadata| metadata.ino() == id) {
+                return Some(format!("/{}", below.display()));
             }
+            left.extend(self.children(&below).unwrap_or_default());
         }
-        self.known.get(&id).map(String::as_str)
+        None
     }
+}
 
-    fn learn(&mut self, target: &Cgroup) {
-        let mut left = vec![target.path.clone()];
-        while let Some(path) = left.pop() {
-            let Ok(metadata) = fs::metadata(&path) else { continue };
-            let Ok(below) = path.strip_prefix(&self.mount.path) else { continue };
-            self.known.insert(metadata.ino(), format!("/{}", below.display()));
-            left.extend(self.mount.children(below).unwrap_or_default().iter().map(|child| self.mount.path.join(child)));
-        }
+/// Opens a folder of the file system that `top` is in by its id.
+fn open_by_id(top: &File, id: u64) -> io::Result<OwnedFd> {
+    /// `FILEID_KERNFS` (include/linux/exportfs.h): the handle is the id.
+    const KERNFS: libc::c_int = 0xfe;
+    #[repr(C)]
+    struct Handle {
+        bytes: libc::c_uint,
+        kind: libc::c_int,
+        id: [u8; 8],
     }
+    let mut handle = Handle { bytes: 8, kind: KERNFS, id: id.to_ne_bytes() };
+    // SAFETY: laid out as a `file_handle` with its 8 bytes behind it.
+    let opened =
+        unsafe { libc::open_by_handle_at(top.as_raw_fd(), (&raw mut handle).cast(), libc::O_PATH | libc::O_CLOEXEC) };
+    // SAFETY: the kernel has just made it, for us alone.
+    if opened < 0 { Err(io::Error::last_os_error()) } else { Ok(unsafe { OwnedFd::from_raw_fd(opened) }) }
 }
 
 #[cfg(test)]

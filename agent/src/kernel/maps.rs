@@ -97,12 +97,11 @@ pub(super) fn tallies(ebpf: &Ebpf) -> Result<Vec<(TallyKey, Tally)>, KernelError
     let map = ebpf.map(MAP).ok_or(KernelError::Incomplete { what: MAP })?;
     let map = PerCpuHashMap::<_, TallyKey, Tally>::try_from(map).map_err(map_error)?;
     // Other keys that come in meanwhile can have the iteration begin anew.
-    let mut tallies = BTreeMap::new();
-    for entry in map.iter() {
-        let (key, slots) = entry.map_err(map_error)?;
-        tallies.insert(key, slots.iter().fold(Tally::default(), add_tallies));
-    }
-    Ok(tallies.into_iter().collect())
+    let tallies: Result<BTreeMap<_, _>, _> = map
+        .iter()
+        .map(|entry| entry.map(|(key, slots)| (key, slots.iter().fold(Tally::default(), add_tallies))))
+        .collect();
+    Ok(tallies.map_err(map_error)?.into_iter().collect())
 }
 
 /// How many calls the audit has seen begin and not end.

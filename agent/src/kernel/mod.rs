@@ -16,7 +16,7 @@ mod object;
 mod probe;
 
 pub use self::{
-    audit::{Audit, Backend, BackendChoice},
+    audit::{Audit, Backend, BackendChoice, Tried},
     error::KernelError,
     object::Object,
     probe::{Answer, audit_backends, hooks},

@@ -9,7 +9,7 @@ use std::{
 use abi::{
     Config, Counters, Losses, calls,
     event::{Event, Tally, TallyKey},
-    layout::{Layout, Member},
+    layout::{Layout, Member, known},
     mode,
     setting::OptionKey,
 };
@@ -49,6 +49,8 @@ pub struct Object {
     abilities: Abilities,
     /// Why the kernel's structures cannot be looked at, if they cannot.
     blindness: Option<String>,
+    /// Whether the audit can tell whose calls it sees, and why not.
+    can_follow: Result<(), String>,
     audit: Option<Audit>,
 }
 
@@ -122,7 +124,14 @@ impl Object {
         load_programs(&mut ebpf, &desired.hooks)?;
         let ring = ebpf.take_map(maps::EVENTS).ok_or(KernelError::Incomplete { what: maps::EVENTS })?;
         let ring = RingBuf::try_from(ring).map_err(|source| KernelError::Map { map: maps::EVENTS, source })?;
-        Ok(Self { ebpf, ring, abilities, blindness: knowledge.blindness.clone(), audit: None })
+        Ok(Self {
+            ebpf,
+            ring,
+            abilities,
+            blindness: knowledge.blindness.clone(),
+            can_follow: knowledge.can_follow(),
+            audit: None,
+        })
     }
 
     /// Why events cannot tell what the kernel's structures say of a socket, if they cannot.
@@ -164,6 +173,9 @@ impl Object {
     ///
     /// Where the backend that was asked for cannot be had, or none can.
     pub fn attach_audit(&mut self, desired: &Desired, choice: BackendChoice) -> Result<Option<Audit>, KernelError> {
+        if choice != BackendChoice::None {
+            self.can_follow.clone().map_err(|reasons| KernelError::NoBackend { reasons })?;
+        }
         self.audit = audit::attach(&mut self.ebpf, choice, desired.audit.reads)?;
         Ok(self.audit)
     }
@@ -283,6 +295,15 @@ impl Knowledge {
         }
     }
 
+    /// Whether programs of the audit can tell which cgroups a task is in; `Err` says why not.
+    fn can_follow(&self) -> Result<(), String> {
+        if self.can_see_ancestors != 0 || self.layout.known & known::ANCESTORS != 0 {
+            return Ok(());
+        }
+        let why = self.blindness.as_deref().unwrap_or("its BTF does not say where a task's cgroups are");
+        Err(format!("this kernel does not tell programs which cgroups a task is in, and {why}"))
+    }
+
     /// What every load of the object starts from.
     fn loader(&self) -> EbpfLoader<'_> {
         let mut loader = EbpfLoader::new();
@@ -381,9 +402,17 @@ pub(super) fn attach_program(program: &mut Program, target: &Cgroup) -> Result<(
 }
 
 /// The object without a policy, for probing.
-pub(super) fn bare() -> Result<Ebpf, KernelError> {
+pub(super) struct Bare {
+    pub(super) ebpf: Ebpf,
+    /// Whether the audit can tell whose calls it sees, and why not.
+    pub(super) can_follow: Result<(), String>,
+}
+
+pub(super) fn bare() -> Result<Bare, KernelError> {
     let _memlock = Memlock::raise();
-    Ok(Knowledge::gather().loader().load(OBJECT)?)
+    let knowledge = Knowledge::gather();
+    let ebpf = knowledge.loader().load(OBJECT)?;
+    Ok(Bare { ebpf, can_follow: knowledge.can_follow() })
 }
 
 /// RLIMIT_MEMLOCK, out of the way for as long as this lives: before 5.11 maps and programs are charged to it, when

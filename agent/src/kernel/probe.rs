@@ -6,9 +6,9 @@
 use aya::programs::ProgramError;
 
 use super::{
-    Audit, Backend, KernelError, audit,
+    Backend, KernelError, Tried, audit,
     error::{chain, load_reason},
-    object,
+    object::{self, Bare},
 };
 use crate::{compile::Hook, host::cgroup::Cgroup};
 
@@ -28,7 +28,7 @@ pub enum Answer {
 ///
 /// Where the object cannot be prepared at all.
 pub fn hooks(cgroup: &Cgroup) -> Result<Vec<(Hook, Answer)>, KernelError> {
-    let mut ebpf = object::bare()?;
+    let Bare { mut ebpf, .. } = object::bare()?;
     let mut answers = Vec::new();
     for hook in Hook::ALL {
         let program = ebpf.program_mut(hook.program()).ok_or(KernelError::Incomplete { what: hook.program() })?;
@@ -49,9 +49,12 @@ pub fn hooks(cgroup: &Cgroup) -> Result<Vec<(Hook, Answer)>, KernelError> {
 /// # Errors
 ///
 /// Where the object cannot be prepared at all.
-pub fn audit_backends() -> Result<Vec<(Backend, Result<Audit, String>)>, KernelError> {
-    let mut ebpf = object::bare()?;
-    let answer = |backend| (backend, audit::attach_backend(&mut ebpf, backend, true));
+pub fn audit_backends() -> Result<Vec<(Backend, Tried)>, KernelError> {
+    let Bare { mut ebpf, can_follow } = object::bare()?;
+    let answer = |backend| {
+        let tried = can_follow.clone().and_then(|()| audit::attach_backend(&mut ebpf, backend, true));
+        (backend, tried)
+    };
     Ok(Backend::ALL.map(answer).into())
 }
 

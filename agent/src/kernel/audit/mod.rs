@@ -40,6 +40,9 @@ pub enum BackendChoice {
     None,
 }
 
+/// Whether a backend works here: how, or why not.
+pub type Tried = Result<Audit, String>;
+
 /// An audit that is attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Audit {
@@ -154,7 +157,7 @@ fn attach_best(ebpf: &mut Ebpf, reads: bool) -> Result<Audit, KernelError> {
 }
 
 /// Attaches all programs of a backend, or none.
-pub(super) fn attach_backend(ebpf: &mut Ebpf, backend: Backend, reads: bool) -> Result<Audit, String> {
+pub(super) fn attach_backend(ebpf: &mut Ebpf, backend: Backend, reads: bool) -> Tried {
     let way = backend.with_system(|| {
         let mut reasons = Vec::new();
         for way in backend.ways() {

@@ -26,6 +26,7 @@ use crate::kernel;
 pub(crate) fn fentry_set(ctx: FEntryContext) -> i32 {
     begin(Begun {
         kind: call::SETSOCKOPT,
+        way: 0,
         subject: Subject::Socket(ctx.arg(0)),
         key: OptionKey { level: ctx.arg(2), name: ctx.arg(3) },
         optval: Pointer { address: ctx.arg(4), in_kernel: is_set(ctx.arg(5)) },
@@ -46,6 +47,7 @@ pub(crate) fn fexit_set(ctx: FExitContext) -> i32 {
 pub(crate) fn fentry_get(ctx: FEntryContext) -> i32 {
     begin(Begun {
         kind: call::GETSOCKOPT,
+        way: 0,
         subject: Subject::Socket(ctx.arg(0)),
         key: OptionKey { level: ctx.arg(2), name: ctx.arg(3) },
         optval: Pointer { address: ctx.arg(4), in_kernel: is_set(ctx.arg(5)) },
@@ -93,6 +95,7 @@ fn begin_by_descriptor(kind: u32, ctx: &FEntryContext) {
     let Some(optlen) = kernel::read(ctx.as_ptr() as u64 + 4 * 8) else { return };
     begin(Begun {
         kind,
+        way: 0,
         subject: Subject::Descriptor(ctx.arg(0)),
         key: OptionKey { level: ctx.arg(1), name: ctx.arg(2) },
         optval: Pointer::user(ctx.arg(3)),

@@ -63,6 +63,7 @@ pub(crate) fn kretprobe_end(ctx: RetProbeContext) -> u32 {
 fn descriptor_call(kind: u32, ctx: &ProbeContext) -> Option<Begun> {
     Some(Begun {
         kind,
+        way: 0,
         subject: Subject::Descriptor(ctx.arg(0)?),
         key: OptionKey { level: ctx.arg(1)?, name: ctx.arg(2)? },
         optval: Pointer::user(ctx.arg(3)?),
@@ -78,6 +79,7 @@ fn socket_call(kind: u32, ctx: &ProbeContext) -> Option<Begun> {
     };
     Some(Begun {
         kind,
+        way: 0,
         subject: Subject::Socket(ctx.arg::<*const c_void>(0)?),
         key: OptionKey { level: ctx.arg(2)?, name: ctx.arg(3)? },
         optval: Pointer { address: ctx.arg(4)?, in_kernel: ctx.arg::<u64>(5)? & 0xff != 0 },

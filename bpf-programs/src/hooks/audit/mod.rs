@@ -70,6 +70,8 @@ enum Subject {
 struct Begun {
     /// See [`call`].
     kind: u32,
+    /// What the backend knows of how the call was made: bits of [`flags`].
+    way: u32,
     subject: Subject,
     key: OptionKey,
     optval: Pointer,
@@ -102,6 +104,7 @@ fn begin(begun: Begun) {
     let mut call = Call {
         key: begun.key,
         kind: begun.kind,
+        flags: begun.way,
         fd: -1,
         optval: begun.optval.address,
         optlen: begun.optlen.address,
@@ -118,7 +121,9 @@ fn begin(begun: Begun) {
         Subject::Descriptor(fd) => {
             call.fd = fd;
             call.sk = kernel::sock_of_descriptor(fd);
-            call.flags |= kernel::way(number, false);
+            if begun.way == 0 {
+                call.flags |= kernel::way(number, false);
+            }
         }
         Subject::Socket(socket) => {
             call.sk = kernel::sock_of(socket);

@@ -7,7 +7,7 @@
 //! (`struct syscall_trace_exit`).
 
 use abi::{
-    event::{call, source},
+    event::{call, flags, source},
     setting::OptionKey,
 };
 use aya_ebpf::{macros::tracepoint, programs::TracePointContext};
@@ -43,6 +43,7 @@ pub(crate) fn trace_end(ctx: TracePointContext) -> u32 {
 fn system_call(kind: u32, ctx: &TracePointContext) -> Option<Begun> {
     Some(Begun {
         kind,
+        way: flags::SYSCALL,
         subject: Subject::Descriptor(slot(ctx, 1)? as i32),
         key: OptionKey { level: slot(ctx, 2)? as i32, name: slot(ctx, 3)? as i32 },
         optval: Pointer::user(slot(ctx, 4)?),
