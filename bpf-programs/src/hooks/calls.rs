@@ -291,6 +291,7 @@ fn fill_socket(record: &mut Call, call: &OptionCall, governed: Governance, verdi
     record.flags = (record.flags | flags::SOCKET | flags::DECIDED) & !flags::UNREADABLE;
     record.setting = governed.winner;
     record.verdict = verdict;
+    record.sk = call.sk() as u64;
     if let Some(state) = state(call) {
         record.facts = state.facts;
         record.cookie = state.cookie;

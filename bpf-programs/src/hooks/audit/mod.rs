@@ -120,7 +120,6 @@ fn begin(begun: Begun) {
     match begun.subject {
         Subject::Descriptor(fd) => {
             call.fd = fd;
-            call.sk = kernel::sock_of_descriptor(fd);
             if begun.way == 0 {
                 call.flags |= kernel::way(number, false);
             }
@@ -130,8 +129,14 @@ fn begin(begun: Begun) {
             call.flags |= flags::HELD | kernel::way(number, true);
         }
     }
-    if begun.kind == call::SETSOCKOPT {
-        read_asked(&mut call, begun.optlen.address as i32);
+    // Where only conflicts are reported, a cgroup hook sees to the rest if there is one, and mostly there is none.
+    if config.calls != calls::CONFLICTS || call.flags & flags::COMPAT != 0 {
+        if let Subject::Descriptor(fd) = begun.subject {
+            call.sk = kernel::sock_of_descriptor(fd);
+        }
+        if begun.kind == call::SETSOCKOPT {
+            read_asked(&mut call, begun.optlen.address as i32);
+        }
     }
     if TIMING.load() != 0 {
         // SAFETY: has no arguments.
@@ -185,8 +190,7 @@ fn complete(call: &mut Call, result: i64) {
             lose(|losses| &mut losses.unreadable);
         }
     }
-    let is_there = call.flags & flags::HELD != 0 || kernel::sock_of_descriptor(call.fd) == call.sk;
-    if call.sk == 0 || !is_there {
+    if call.sk == 0 || !is_held(call) {
         return;
     }
     kernel::describe(call, call.sk);
@@ -197,6 +201,12 @@ fn complete(call: &mut Call, result: i64) {
         call.now = now;
         call.flags |= flags::NOW;
     }
+}
+
+/// Whether the socket of a call is still what it was.
+#[inline(always)]
+fn is_held(call: &Call) -> bool {
+    call.flags & flags::HELD != 0 || kernel::sock_of_descriptor(call.fd) == call.sk
 }
 
 /// Whether the current task is one of those that the audit is about.
