@@ -144,7 +144,7 @@ fn add_counters(sum: Counters, slot: Counters) -> Counters {
 }
 
 fn add_losses(sum: Losses, slot: Losses) -> Losses {
-    let Losses { ring_full, calls_full, unreadable, no_storage, no_room, no_return, tallies_full } = slot;
+    let Losses { ring_full, calls_full, unreadable, no_storage, no_room, no_return, tallies_full, unjudged } = slot;
     Losses {
         ring_full: sum.ring_full + ring_full,
         calls_full: sum.calls_full + calls_full,
@@ -153,6 +153,7 @@ fn add_losses(sum: Losses, slot: Losses) -> Losses {
         no_room: sum.no_room + no_room,
         no_return: sum.no_return + no_return,
         tallies_full: sum.tallies_full + tallies_full,
+        unjudged: sum.unjudged + unjudged,
     }
 }
 

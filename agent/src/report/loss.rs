@@ -37,10 +37,11 @@ pub struct Reason {
 impl Lost {
     /// Every reason, with how often.
     #[must_use]
-    pub fn by_reason(&self) -> [(Reason, u64); 9] {
+    pub fn by_reason(&self) -> [(Reason, u64); 10] {
         // Taken apart in full: a new one has to be thought of here.
         let Self { losses, not_run, unknown_records } = *self;
-        let Losses { ring_full, calls_full, unreadable, no_storage, no_room, no_return, tallies_full } = losses;
+        let Losses { ring_full, calls_full, unreadable, no_storage, no_room, no_return, tallies_full, unjudged } =
+            losses;
         let reason = |name, what, count| (Reason { name, what }, count);
         [
             reason("ring_full", "events found the ring buffer full", ring_full),
@@ -50,6 +51,7 @@ impl Lost {
             reason("no_room", "values found no room to be rewritten", no_room),
             reason("no_return", "calls were not seen to return", no_return),
             reason("tallies_full", "calls on ever more options were not counted by option", tallies_full),
+            reason("unjudged", "calls of 32-bit programs could not be judged: on which socket is not known", unjudged),
             reason("not_run", "times the kernel left a program of the audit out", not_run),
             reason("unknown_records", "records were of an unknown kind", unknown_records),
         ]

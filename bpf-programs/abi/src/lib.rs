@@ -175,5 +175,7 @@ pub struct Losses {
     pub no_return: u64,
     /// Calls that found no room in map `TALLIES`.
     pub tallies_full: u64,
+    /// Calls of 32-bit programs that could not be judged, for their socket could not be found out.
+    pub unjudged: u64,
 }
-shared!(Losses, size 8 * 7);
+shared!(Losses, size 8 * 8);

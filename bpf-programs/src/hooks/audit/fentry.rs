@@ -17,7 +17,7 @@ use aya_ebpf::{
     programs::{FEntryContext, FExitContext},
 };
 
-use super::{Begun, Pointer, Subject, begin, end};
+use super::{Begun, Pointer, Subject, begin, end, is_set, way};
 use crate::kernel;
 
 // match-proto: 6.12: int do_sock_setsockopt(struct socket *sock, bool compat, int level, int optname,
@@ -26,7 +26,7 @@ use crate::kernel;
 pub(crate) fn fentry_set(ctx: FEntryContext) -> i32 {
     begin(Begun {
         kind: call::SETSOCKOPT,
-        way: 0,
+        way: way(ctx.arg(1)),
         subject: Subject::Socket(ctx.arg(0)),
         key: OptionKey { level: ctx.arg(2), name: ctx.arg(3) },
         optval: Pointer { address: ctx.arg(4), in_kernel: is_set(ctx.arg(5)) },
@@ -47,7 +47,7 @@ pub(crate) fn fexit_set(ctx: FExitContext) -> i32 {
 pub(crate) fn fentry_get(ctx: FEntryContext) -> i32 {
     begin(Begun {
         kind: call::GETSOCKOPT,
-        way: 0,
+        way: way(ctx.arg(1)),
         subject: Subject::Socket(ctx.arg(0)),
         key: OptionKey { level: ctx.arg(2), name: ctx.arg(3) },
         optval: Pointer { address: ctx.arg(4), in_kernel: is_set(ctx.arg(5)) },
@@ -101,10 +101,4 @@ fn begin_by_descriptor(kind: u32, ctx: &FEntryContext) {
         optval: Pointer::user(ctx.arg(3)),
         optlen: Pointer::user(optlen),
     });
-}
-
-/// The flag in the second half of a `sockptr_t`; the bytes beside it mean nothing.
-#[inline(always)]
-fn is_set(half: u64) -> bool {
-    half & 0xff != 0
 }

@@ -12,7 +12,7 @@ use aya_ebpf::{
     programs::{ProbeContext, RetProbeContext},
 };
 
-use super::{Begun, Pointer, Subject, begin, end};
+use super::{Begun, Pointer, Subject, begin, end, is_set, way};
 
 // match-proto: 6.12: int do_sock_setsockopt(struct socket *sock, bool compat, int level, int optname,
 //                                           sockptr_t optval, int optlen)
@@ -75,14 +75,14 @@ fn descriptor_call(kind: u32, ctx: &ProbeContext) -> Option<Begun> {
 fn socket_call(kind: u32, ctx: &ProbeContext) -> Option<Begun> {
     let optlen = Pointer {
         address: late_argument(ctx, 0)?,
-        in_kernel: kind == call::GETSOCKOPT && late_argument(ctx, 1)? & 0xff != 0,
+        in_kernel: kind == call::GETSOCKOPT && is_set(late_argument(ctx, 1)?),
     };
     Some(Begun {
         kind,
-        way: 0,
+        way: way(ctx.arg(1)?),
         subject: Subject::Socket(ctx.arg::<*const c_void>(0)?),
         key: OptionKey { level: ctx.arg(2)?, name: ctx.arg(3)? },
-        optval: Pointer { address: ctx.arg(4)?, in_kernel: ctx.arg::<u64>(5)? & 0xff != 0 },
+        optval: Pointer { address: ctx.arg(4)?, in_kernel: is_set(ctx.arg(5)?) },
         optlen,
     })
 }

@@ -79,6 +79,18 @@ struct Begun {
     optlen: Pointer,
 }
 
+/// A `bool` among arguments; the bytes beside it mean nothing.
+#[inline(always)]
+fn is_set(argument: u64) -> bool {
+    argument & 0xff != 0
+}
+
+/// What the argument `compat` tells of how a call was made.
+#[inline(always)]
+fn way(compat: u64) -> u32 {
+    if is_set(compat) { flags::COMPAT } else { 0 }
+}
+
 /// The numbers of the two system calls, by which one is told from a call made through io_uring.
 #[cfg(bpf_target_arch = "x86_64")]
 const SYSTEM_CALLS: [i64; 2] = [54, 55];
@@ -126,7 +138,10 @@ fn begin(begun: Begun) {
         }
         Subject::Socket(socket) => {
             call.sk = kernel::sock_of(socket);
-            call.flags |= flags::HELD | kernel::way(number, true);
+            call.flags |= flags::HELD;
+            if begun.way == 0 {
+                call.flags |= kernel::way(number, true);
+            }
         }
     }
     // Where only conflicts are reported, a cgroup hook sees to the rest if there is one, and mostly there is none.

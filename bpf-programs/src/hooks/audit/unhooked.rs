@@ -13,7 +13,7 @@ use abi::{
 
 use crate::{
     hooks::calls::shown,
-    maps::{self, PrefixMap, count},
+    maps::{self, PrefixMap, count, lose},
 };
 
 /// Judges the call that a task is in, whose record the audit has completed, and counts it. The verifier checks
@@ -29,10 +29,16 @@ pub(super) extern "C" fn judge_unhooked(task: u64, result: i32) -> u32 {
 
 #[inline(always)]
 fn judge_call(call: &mut Call, result: i32) -> Option<()> {
-    if call.flags & flags::SOCKET == 0 || call.flags & flags::UNREADABLE != 0 {
+    let option = maps::option(maps::option_index(call.key)?)?;
+    // Of a family that policies are not about.
+    let is_other = call.flags & flags::SOCKET == 0 && call.sk_family != 0;
+    if is_other || call.flags & flags::UNREADABLE != 0 {
         return None;
     }
-    let option = maps::option(maps::option_index(call.key)?)?;
+    if call.flags & flags::SOCKET == 0 {
+        lose(|losses| &mut losses.unjudged);
+        return None;
+    }
     let winner = option.winner(select(&call.facts, maps::selectors()?, &PrefixMap))?;
     let setting = maps::setting(winner)?;
     let (len, words) = (call.asked.len as i32, call.asked.words);
