@@ -1,8 +1,10 @@
 //! The agent: a process of the built `sockpolicy`, in a cgroup of its own.
 
 use std::{
-    env, fs,
-    io::{BufRead, BufReader, Read},
+    env,
+    ffi::OsStr,
+    fs,
+    io::{BufRead, BufReader},
     path::PathBuf,
     process::{Child, Command, ExitStatus, Output, Stdio},
     sync::{Arc, Mutex, Once, PoisonError},
@@ -20,6 +22,7 @@ use crate::{
     must,
     policy::{Folder, PolicyFile},
     probe::{self, Probe},
+    process::Spoken,
     report::Report,
     residue::Residue,
     wait,
@@ -54,7 +57,7 @@ fn heed_signals() {
 }
 
 /// The agent with these arguments, not started yet.
-pub fn command<A: AsRef<std::ffi::OsStr>>(arguments: &[A]) -> Command {
+pub fn command<A: AsRef<OsStr>>(arguments: &[A]) -> Command {
     let mut command = Command::new(program());
     command.args(arguments).stdin(Stdio::null());
     command
@@ -62,7 +65,7 @@ pub fn command<A: AsRef<std::ffi::OsStr>>(arguments: &[A]) -> Command {
 
 /// Runs the agent to its end, in a cgroup of its own that must be empty afterwards.
 #[track_caller]
-pub fn output<A: AsRef<std::ffi::OsStr>>(arguments: &[A]) -> Output {
+pub fn output<A: AsRef<OsStr>>(arguments: &[A]) -> Output {
     crate::require_root();
     let home = Cgroup::new();
     let mut command = command(arguments);
@@ -178,14 +181,14 @@ impl Drop for Exec {
     }
 }
 
-/// `sockpolicy run` on a cgroup.
+/// `sockpolicy run` on a cgroup, or `sockpolicy audit`.
 ///
 /// Dropped without [`Run::finish`], it is ended and nothing is checked.
 #[derive(Debug)]
 pub struct Run {
     process: Process,
     home: Cgroup,
-    lines: JoinHandle<String>,
+    lines: Spoken,
     held: Residue,
 }
 
@@ -209,25 +212,38 @@ impl Run {
     #[must_use]
     #[track_caller]
     pub fn started(policy: &PolicyFile, arguments: &[&str]) -> Self {
+        let mut command = command(&["run"]);
+        command.args(arguments).args(["--output", "json"]).arg(policy.path());
+        Self::launch(command)
+    }
+
+    /// `sockpolicy audit` with these arguments, which sees calls when this returns.
+    #[must_use]
+    #[track_caller]
+    pub fn audit<A: AsRef<OsStr>>(arguments: &[A]) -> Self {
+        let mut command = command(&["audit", "--output", "json"]);
+        command.args(arguments);
+        Self::launch(command)
+    }
+
+    #[track_caller]
+    fn launch(mut command: Command) -> Self {
         crate::require_root();
         let home = Cgroup::new();
-        let mut command = Command::new(program());
-        command.arg("run").args(arguments).args(["--output", "json"]).arg(policy.path());
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).env("SOCKPOLICY_LOG", "info");
+        command.stdout(Stdio::piped()).env("SOCKPOLICY_LOG", "info");
         home.enclose(&mut command);
         let mut process = Process::start(command);
-        let stdout = process.child.stdout.take();
-        let lines = thread::spawn(move || {
-            let mut lines = String::new();
-            if let Some(mut stdout) = stdout {
-                let _ = stdout.read_to_string(&mut lines);
-            }
-            lines
-        });
+        let lines = Spoken::from(process.child.stdout.take());
         let is_in_force = wait::until(wait::PATIENCE, || process.stderr().contains(IN_FORCE) || process.has_ended());
         assert!(is_in_force && !process.has_ended(), "the policy did not come in force: {}", process.stderr());
         let held = Residue::of(process.child.id());
         Self { home, process, lines, held }
+    }
+
+    /// What it has reported by now.
+    #[must_use]
+    pub fn lines(&self) -> String {
+        self.lines.text()
     }
 
     /// The agent's process.
@@ -255,7 +271,7 @@ impl Run {
     #[track_caller]
     pub fn finish_with_status(mut self) -> (ExitStatus, Report) {
         let status = self.process.wait();
-        let lines = self.lines.join().unwrap_or_default();
+        let lines = self.lines.end();
         let output = Output { status, stdout: Vec::new(), stderr: self.process.stderr().into_bytes() };
         let report = Report::read(&lines, output);
         self.held.assert_gone();

@@ -213,7 +213,7 @@ pub fn descriptors(pid: u32) -> Vec<(String, PathBuf)> {
 
 /// What comes out of a pipe, read by a thread.
 #[derive(Debug)]
-struct Spoken {
+pub(crate) struct Spoken {
     text: Arc<Mutex<Vec<u8>>>,
     reader: Option<JoinHandle<()>>,
 }
@@ -235,13 +235,13 @@ impl<P: Read + Send + 'static> From<Option<P>> for Spoken {
 }
 
 impl Spoken {
-    fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         String::from_utf8_lossy(&self.text.lock().unwrap_or_else(PoisonError::into_inner)).into_owned()
     }
 
     /// Waits until nobody holds the pipe open.
     #[track_caller]
-    fn end(&mut self) -> String {
+    pub(crate) fn end(&mut self) -> String {
         let has_ended = wait::until(wait::PATIENCE, || self.reader.as_ref().is_none_or(JoinHandle::is_finished));
         assert!(has_ended, "somebody holds the output open; so far: {}", self.text());
         self.text()

@@ -1,5 +1,6 @@
 //! The audit: which calls are reported, and what of them.
 
+mod command;
 mod compared;
 
 use std::{fs, process::Command};
@@ -22,6 +23,12 @@ use crate::stderr;
 /// A policy that nothing here disagrees with.
 fn auditing(settings: &str) -> PolicyFile {
     PolicyFile::new(format!("[audit]\n{settings}\n[[rule]]\nlimit = {{ TCP_SYNCNT = {{ max = 100 }} }}\n"))
+}
+
+/// The backends that this kernel has.
+fn backends() -> impl Iterator<Item = &'static str> {
+    let kernel = Kernel::current();
+    kernel.known.audit.iter().map(String::as_str).filter(|backend| kernel.has(backend))
 }
 
 /// Event, call, option and result of each.

@@ -1,0 +1,477 @@
+//! `sockpolicy audit`: whose calls, which calls, and that nothing but the audit comes of it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    os::unix::fs::symlink,
+    process::{Command, Output},
+};
+
+use nix::errno::Errno;
+use serde_json::Value;
+use sockpolicy_integration_tests::{
+    agent::{self, Run},
+    cgroup::Cgroup,
+    options::{SO_KEEPALIVE, TCP_NODELAY, TCP_SYNCNT},
+    policy::PolicyFile,
+    probe::Probe,
+    process::{self, Running, read_report, workload},
+    report::{Event, Report},
+    script::{Family, Kind},
+    wait,
+};
+
+use super::summed;
+use crate::{stderr, stdout};
+
+/// A policy that the probe's calls disagree with, in part.
+fn disagreeing() -> PolicyFile {
+    PolicyFile::new(
+        "[[rule]]\nset = { TCP_NODELAY = true, SO_KEEPALIVE = true }\nlimit = { TCP_SYNCNT = { max = 9 } }\n",
+    )
+}
+
+fn audit(arguments: &[&str]) -> Running {
+    Running::start(agent::command(&[&["audit"], arguments].concat()))
+}
+
+/// `sockpolicy audit` that cannot be: what it complains of, and its status.
+fn refused(arguments: &[&str]) -> (String, Option<i32>) {
+    let output = agent::output(&[&["audit"], arguments].concat());
+    assert_eq!(stdout(&output), "", "{arguments:?}");
+    (stderr(&output), output.status.code())
+}
+
+/// Makes the same calls each time.
+fn make_calls(probe: &mut Probe) {
+    let socket = probe.open(Family::Inet, Kind::Tcp);
+    probe.set(socket, TCP_SYNCNT, 3).unwrap();
+    probe.set(socket, TCP_SYNCNT, 50).unwrap();
+    probe.set(socket, TCP_NODELAY, 1).unwrap();
+    assert_eq!(probe.set(-1, TCP_SYNCNT, 1), Err(Errno::EBADF));
+    probe.get(socket, TCP_SYNCNT, 4).unwrap();
+    probe.get(socket, TCP_NODELAY, 4).unwrap();
+}
+
+fn path_of(cgroup: &Cgroup) -> String {
+    cgroup.path().display().to_string()
+}
+
+/// Each task of `workload calls` passes one bad pointer.
+#[track_caller]
+fn assert_lost_only(report: &Report, reason: &str, count: u64) {
+    let lost: Vec<_> = report.summary.losses.iter().filter(|(_, count)| **count > 0).collect();
+    assert_eq!(lost, [(&reason.to_owned(), &count)]);
+}
+
+fn pids(events: &[Event]) -> BTreeSet<u32> {
+    events.iter().map(|event| event.pid.unwrap()).collect()
+}
+
+/// The calls that `workload calls` makes in each of its three tasks.
+#[track_caller]
+fn assert_is_all_of_workload(report: &Report) {
+    let mut by_thread: BTreeMap<u32, Vec<String>> = BTreeMap::new();
+    for (event, sum) in report.events.iter().zip(summed(&report.events)) {
+        by_thread.entry(event.tid.unwrap()).or_default().push(sum);
+    }
+    let all: Vec<_> = by_thread.values().collect();
+    assert!(all.len() == 3 && all[0].len() > 20 && all.iter().all(|calls| *calls == all[0]), "{by_thread:#?}");
+}
+
+#[test]
+fn command_runs_in_a_cgroup_of_its_own_and_its_status_is_passed_on() {
+    let policy = disagreeing();
+    let (report, sign) = (policy.folder().join("report"), policy.folder().join("sign"));
+    let script = "echo ready; until [ -e \"$0\" ]; do sleep 0.01; done; \"$1\" calls; exit 7";
+    let arguments = ["-o", "json", "--report", report.to_str().unwrap(), "--", "sh", "-c", script];
+    let mut running = audit(&[&arguments[..], &[sign.to_str().unwrap(), &workload()]].concat());
+    running.lines(1);
+    let (held, target) = (running.held(), running.target());
+    fs::write(sign, "").unwrap();
+    let output = running.finish();
+    assert_eq!((&*stdout(&output), &*stderr(&output), output.status.code()), ("ready\n", "", Some(7)));
+    held.assert_gone();
+    assert!(!target.exists());
+    let report = read_report(report.to_str().unwrap());
+    assert_is_all_of_workload(&report);
+    assert_eq!((&*report.summary.mode, &report.summary.policies), ("dry-run", &Vec::new()));
+    assert_lost_only(&report, "unreadable", 3);
+}
+
+#[test]
+fn report_on_a_command_goes_to_standard_error() {
+    let script = "echo mine; \"$0\" calls";
+    let output = audit(&["-o", "json", "--", "sh", "-c", script, &workload()]).finish();
+    assert_eq!((&*stdout(&output), output.status.code()), ("mine\n", Some(0)));
+    let lines = stderr(&output);
+    let lines: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.last().unwrap()["event"], "summary");
+    assert!(lines.len() > 60, "{} lines", lines.len());
+
+    let output = audit(&["--", "sh", "-c", script, &workload()]).finish();
+    assert_eq!((&*stdout(&output), output.status.code()), ("mine\n", Some(0)));
+    let said = stderr(&output);
+    assert!(said.starts_with("sockpolicy: watching the calls of cgroup "), "{said}");
+    assert!(said.contains("TCP_NODELAY"), "{said}");
+}
+
+#[test]
+fn command_that_cannot_be_run_has_the_status_of_env() {
+    for (command, status) in [("/no/such/command", 127), ("/", 126)] {
+        let output = audit(&["--quiet", "--", command]).finish();
+        assert_eq!(output.status.code(), Some(status), "{}", stderr(&output));
+        assert!(stderr(&output).starts_with(&format!("error: cannot run {command}: ")), "{}", stderr(&output));
+    }
+    let (said, status) = refused(&["no-such-policy.toml", "--", "true"]);
+    assert!(said.starts_with("error: "), "{said}");
+    assert_eq!(status, Some(125));
+}
+
+#[test]
+fn audit_of_a_process_sees_its_threads_and_no_one_else_and_ends_with_it() {
+    let cgroup = Cgroup::new();
+    let mut bystander = Probe::start(&cgroup);
+    let (policy, home) = (disagreeing(), Cgroup::new());
+    let sign = policy.folder().join("sign");
+    let mut command = Command::new("sh");
+    command.args(["-c", "echo ready; until [ -e \"$0\" ]; do sleep 0.01; done; exec \"$1\" calls"]);
+    command.arg(&sign).arg(workload());
+    let mut audited = Running::start_in(command, home);
+    audited.lines(1);
+    let pid = audited.pid();
+    let run = Run::audit(&["--pid", &pid.to_string()]);
+    make_calls(&mut bystander);
+    fs::write(sign, "").unwrap();
+    assert!(audited.finish().status.success());
+    let (status, report) = run.finish_with_status();
+    assert!(status.success());
+    // Nor its child.
+    assert_eq!(pids(&report.events), [pid].into());
+    let threads: BTreeSet<u32> = report.events.iter().map(|event| event.tid.unwrap()).collect();
+    assert!(threads.len() == 2 && threads.contains(&pid), "{threads:?}");
+    assert_lost_only(&report, "unreadable", 2);
+    drop(bystander);
+}
+
+#[test]
+fn audit_of_processes_ends_with_the_last_of_them() {
+    let cgroup = Cgroup::new();
+    let (mut first, mut second) = (Probe::start(&cgroup), Probe::start(&cgroup));
+    let both = [first.pid, second.pid];
+    let [one, other] = both.map(|pid| pid.to_string());
+    let run = Run::audit(&["--pid", &one, "--pid", &other]);
+    make_calls(&mut first);
+    drop(first);
+    make_calls(&mut second);
+    drop(second);
+    let (status, report) = run.finish_with_status();
+    assert!(status.success());
+    assert_eq!(pids(&report.events), both.into());
+    assert_eq!(report.events.len() % 2, 0);
+}
+
+#[test]
+fn process_that_is_not_there_is_refused() {
+    let mut child = Command::new("true").spawn().unwrap();
+    child.wait().unwrap();
+    let pid = child.id().to_string();
+    let error = format!(
+        "error: no process {pid}: No such process (os error 3)\n  help: `ps -e` lists them; the number is that of the \
+         process, not of a thread\n"
+    );
+    assert_eq!(refused(&["--pid", &pid]), (error, Some(2)));
+    // Numbers are others there, and would be taken for the kernel's.
+    let mut command = Command::new("unshare");
+    command.args(["--pid", "--fork", "--mount-proc"]).arg(agent::program()).args(["audit", "--pid", "1"]);
+    let output = process::output(command);
+    let start = "error: --pid means the kernel's own numbers of processes, and this process sees others\n  help: ";
+    assert!(stderr(&output).starts_with(start), "{}", stderr(&output));
+    assert_eq!((&*stdout(&output), output.status.code()), ("", Some(2)));
+}
+
+#[test]
+fn cgroups_made_below_the_target_later_are_seen_too() {
+    let (target, sibling) = (Cgroup::new(), Cgroup::new());
+    let run = Run::audit(&["--cgroup", &path_of(&target)]);
+    let child = target.child("later");
+    let grandchild = child.child("still-later");
+    let mut expected = Vec::new();
+    for (number, cgroup) in [&target, &sibling, &child, &grandchild].into_iter().enumerate() {
+        let mut probe = Probe::start(cgroup);
+        let socket = probe.open(Family::Inet, Kind::Tcp);
+        probe.set(socket, TCP_SYNCNT, number as i32 + 1).unwrap();
+        if cgroup.name() != sibling.name() {
+            expected.push((Some(probe.pid), Value::from(number + 1), Some(cgroup.name())));
+        }
+    }
+    let report = run.finish();
+    let seen = report.events.iter().map(|event| (event.pid, event.asked.clone(), event.cgroup.clone()));
+    assert_eq!(seen.collect::<Vec<_>>(), expected);
+    let cgroups = report.events.iter().map(|event| event.socket.clone().and_then(|socket| socket.cgroup));
+    assert_eq!(cgroups.collect::<Vec<_>>(), expected.iter().map(|(_, _, cgroup)| cgroup.clone()).collect::<Vec<_>>());
+    assert_eq!(report.summary.targets, [target.name()]);
+}
+
+#[test]
+fn several_cgroups_are_seen_at_once() {
+    let (one, other, neither) = (Cgroup::new(), Cgroup::new(), Cgroup::new());
+    let run = Run::audit(&["--cgroup", &path_of(&one), "--cgroup", &path_of(&other)]);
+    let mut probes = [&one, &neither, &other].map(Probe::start);
+    probes.iter_mut().for_each(make_calls);
+    let report = run.finish();
+    assert_eq!(pids(&report.events), [probes[0].pid, probes[2].pid].into());
+}
+
+#[test]
+fn without_a_target_the_whole_host_is_seen() {
+    let (policy, home) = (disagreeing(), Cgroup::new());
+    // Of that name there is no other task.
+    let name = format!("odd-{}", std::process::id());
+    let program = policy.folder().join(&name);
+    symlink(workload(), &program).unwrap();
+    let run = Run::audit(&["--comm", &name]);
+    let mut command = Command::new(program);
+    command.arg("calls");
+    assert!(Running::start_in(command, home.child("deep")).finish().status.success());
+    // One that the filter leaves out.
+    make_calls(&mut Probe::start(&home));
+    let report = run.finish();
+    assert_eq!(report.summary.targets, ["/"]);
+    assert!(report.events.iter().all(|event| event.comm.as_deref() == Some(&name)));
+    assert_is_all_of_workload(&report);
+}
+
+/// What `audit ARGUMENTS` reports of the probe's calls, and the probe's socket afterwards.
+fn seen_with(arguments: &[&str]) -> Vec<String> {
+    let target = Cgroup::new();
+    let run = Run::audit(&[&["--cgroup", &path_of(&target)], arguments].concat());
+    make_calls(&mut Probe::start(&target));
+    summed(&run.finish().events)
+}
+
+#[test]
+fn filters_choose_among_calls() {
+    let all = [
+        "call setsockopt TCP_SYNCNT 0",
+        "call setsockopt TCP_SYNCNT 0",
+        "call setsockopt TCP_NODELAY 0",
+        "call setsockopt TCP_SYNCNT -9",
+        "call getsockopt TCP_SYNCNT 0",
+        "call getsockopt TCP_NODELAY 0",
+    ];
+    let on = |option: &str| all.into_iter().filter(|call| call.contains(option)).collect::<Vec<_>>();
+    for (arguments, expected) in [
+        (&[][..], all.to_vec()),
+        (&["--option", "TCP_NODELAY"], on("TCP_NODELAY")),
+        (&["--option", "6:1"], on("TCP_NODELAY")),
+        (&["--option", "6:7", "--option", "TCP_NODELAY"], all.to_vec()),
+        (&["--option", "SO_KEEPALIVE"], vec![]),
+        (&["--option=-7:-7"], vec![]),
+        (&["--comm", "sockprobe"], all.to_vec()),
+        (&["--comm", "sockprob"], vec![]),
+        (&["--comm", "nobody", "--comm", "sockprobe", "--option", "TCP_NODELAY"], on("TCP_NODELAY")),
+        (&["--calls", "all"], all.to_vec()),
+        (&["--calls", "conflicts"], vec![]),
+        (&["--verdict", "denied"], vec![]),
+    ] {
+        assert_eq!(seen_with(arguments), expected, "{arguments:?}");
+    }
+}
+
+#[test]
+fn filters_choose_among_conflicts() {
+    let policy = PolicyFile::new(
+        "[[rule]]\nset = { TCP_NODELAY = { value = false, on_conflict = \"deny\" } }\nlimit = { TCP_SYNCNT = { max = 9 } }\n",
+    );
+    let policy = policy.path().to_str().unwrap();
+    let (conflict, denied) = ("conflict setsockopt TCP_SYNCNT 0", "conflict setsockopt TCP_NODELAY 0");
+    // Reads are held against what a policy sets, not against its limits.
+    let reads = ["call getsockopt TCP_SYNCNT 0", "conflict getsockopt TCP_NODELAY 0"];
+    let governed = ["call setsockopt TCP_SYNCNT 0", conflict, denied, "call setsockopt TCP_SYNCNT -9"];
+    for (arguments, expected) in [
+        (&[][..], vec![conflict, denied, reads[1]]),
+        (&["--verdict", "clamped"], vec![conflict]),
+        (&["--verdict", "would-clamp"], vec![conflict]),
+        (&["--verdict", "would-deny", "--verdict", "clamped"], vec![conflict, denied]),
+        (&["--verdict", "denied", "--option", "TCP_SYNCNT"], vec![]),
+        (&["--option", "TCP_SYNCNT"], vec![conflict]),
+        (&["--calls", "governed"], [&governed[..], &reads].concat()),
+        (&["--calls", "all", "--option", "TCP_NODELAY"], vec![denied, reads[1]]),
+    ] {
+        assert_eq!(seen_with(&[&[policy], arguments].concat()), expected, "{arguments:?}");
+    }
+}
+
+#[test]
+fn filters_that_mean_nothing_are_refused() {
+    let verdicts = "the verdicts are allowed, rewritten, clamped, ignored, denied";
+    let options = "no option of this name; `sockpolicy options` lists all, and LEVEL:NUMBER names any";
+    for (flag, value, why) in [
+        ("--option", "TCP_NODELEY", options),
+        ("--option", "6:", options),
+        ("--option", "6:TCP_NODELAY", options),
+        ("--option", "6:99999999999", options),
+        ("--verdict", "forgiven", verdicts),
+        ("--calls", "some", "one of conflicts, governed, all"),
+        ("--pid", "self", "invalid digit"),
+    ] {
+        let (said, status) = refused(&[flag, value]);
+        assert!(said.contains(&format!("'{value}'")) && said.contains(flag) && said.contains(why), "{said}");
+        assert_eq!(status, Some(2));
+    }
+    let (said, status) = refused(&["--pid", "1", "--", "true"]);
+    assert!(said.contains("cannot be used with"), "{said}");
+    assert_eq!(status, Some(2));
+}
+
+#[test]
+fn conflicts_are_told_of_and_nothing_is_changed() {
+    let target = Cgroup::new();
+    let policy = disagreeing();
+    let run = Run::audit(&["--cgroup", &path_of(&target), policy.path().to_str().unwrap()]);
+    let mut probe = Probe::start(&target);
+    let socket = probe.open(Family::Inet, Kind::Tcp);
+    assert_eq!((probe.int(socket, TCP_NODELAY), probe.int(socket, SO_KEEPALIVE)), (0, 0));
+    probe.set(socket, TCP_SYNCNT, 50).unwrap();
+    assert_eq!(probe.int(socket, TCP_SYNCNT), 50);
+    probe.set(socket, SO_KEEPALIVE, 1).unwrap();
+    probe.set(socket, SO_KEEPALIVE, 0).unwrap();
+    assert_eq!(probe.int(socket, SO_KEEPALIVE), 0);
+    let pair = probe.pair(Family::Inet, Kind::Tcp);
+    assert_eq!([pair.client, pair.server].map(|fd| probe.int(fd, TCP_NODELAY)), [0, 0]);
+    let report = run.finish();
+    assert_eq!(report.summary.mode, "dry-run");
+    for (option, verdict, asked) in [("TCP_SYNCNT", "would-clamp", 50), ("SO_KEEPALIVE", "would-rewrite", 0)] {
+        let event = report.conflict(option);
+        assert_eq!((event.verdict.as_deref(), event.result), (Some(verdict), Some(0)));
+        assert_eq!((&event.asked, &event.now), (&asked.into(), &asked.into()), "{option}");
+        assert_eq!(report.setting(option).calls.verdicts(), BTreeMap::from([(verdict, 1)]));
+    }
+    assert_eq!(report.setting("SO_KEEPALIVE").calls.agreed, 1);
+    assert!(report.events.iter().all(|event| event.event == "conflict"), "{:#?}", report.events);
+    assert!(report.summary.conflicts > 0);
+}
+
+#[test]
+fn conflicts_can_be_made_a_failure_of_an_audit() {
+    let policy = disagreeing();
+    let policy = policy.path().to_str().unwrap();
+    for (calls, status) in [("1", 1), ("0", 0)] {
+        let workload = workload();
+        let command = ["--quiet", "--fail-on-conflict", policy, "--", &workload, "storm", "1", calls];
+        let output: Output = audit(&command).finish();
+        assert_eq!(output.status.code(), Some(status), "{}", stderr(&output));
+    }
+}
+
+#[test]
+fn calls_are_timed_if_that_is_asked_for() {
+    let policy =
+        PolicyFile::new("[audit]\ncalls = \"all\"\ntiming = true\n[[rule]]\nlimit = { TCP_SYNCNT = { max = 9 } }\n");
+    let plain = PolicyFile::new("[audit]\ncalls = \"all\"\n[[rule]]\nlimit = { TCP_SYNCNT = { max = 9 } }\n");
+    let report = policy.folder().join("report").display().to_string();
+    let [timing, plain] = [&policy, &plain].map(|policy| policy.path().to_str().unwrap());
+    for backend in super::backends() {
+        for (arguments, is_timed) in [
+            (&["audit", "--timing"][..], true),
+            (&["audit"], false),
+            (&["exec", timing], true),
+            (&["exec", plain], false),
+            (&["exec", "--timing", plain], true),
+        ] {
+            let ends = ["-o", "json", "--audit-backend", backend, "--report", &report, "--", &workload(), "calls"];
+            let output = Running::start(agent::command(&[arguments, &ends].concat())).finish();
+            assert!(output.status.success(), "{}", stderr(&output));
+            assert_timing(&read_report(&report), is_timed);
+        }
+    }
+}
+
+#[track_caller]
+fn assert_timing(report: &Report, is_timed: bool) {
+    assert!(report.events.iter().all(|event| event.duration_ns.is_some() == is_timed));
+    assert_eq!(report.summary.calls.iter().map(|line| line.calls).sum::<u64>(), report.events.len() as u64);
+    for line in &report.summary.calls {
+        let events: Vec<_> =
+            report.events.iter().filter(|event| is_of(event, line.call.as_str(), &line.option)).collect();
+        assert_eq!(events.len() as u64, line.calls, "{line:?}");
+        assert_eq!(events.iter().filter(|event| event.result.unwrap() < 0).count() as u64, line.failed, "{line:?}");
+        let durations: Option<Vec<u64>> = events.iter().map(|event| event.duration_ns).collect();
+        assert_eq!(line.total_ns, durations.as_ref().map(|all| all.iter().sum()), "{line:?}");
+        let histogram = line.histogram.as_ref().map(|buckets| {
+            let counts = buckets.iter().map(|bucket| (bucket.from_ns, bucket.calls));
+            counts.filter(|(_, calls)| *calls > 0).collect::<BTreeMap<_, _>>()
+        });
+        let expected = durations.map(|durations| {
+            assert!(durations.iter().all(|duration| *duration > 0));
+            let mut counts = BTreeMap::new();
+            for duration in durations {
+                *counts.entry(1 << duration.ilog2()).or_default() += 1;
+            }
+            counts
+        });
+        assert_eq!(histogram, expected, "{line:?}");
+    }
+}
+
+fn is_of(event: &Event, call: &str, option: &str) -> bool {
+    event.call.as_deref() == Some(call) && event.option == option
+}
+
+#[test]
+fn losses_are_told_while_it_runs_and_add_up_to_the_summarys() {
+    const CALLS: u64 = 40_000;
+    let target = Cgroup::new();
+    let run = Run::audit(&["--cgroup", &path_of(&target)]);
+    let agent = nix::unistd::Pid::from_raw(run.pid() as i32);
+    for storm in 1..=2 {
+        // Nobody empties the ring buffer meanwhile.
+        nix::sys::signal::kill(agent, nix::sys::signal::Signal::SIGSTOP).unwrap();
+        let mut command = Command::new(workload());
+        command.args(["storm", "1", &(CALLS / 2).to_string()]);
+        assert!(Running::start_in(command, target.child(&storm.to_string())).finish().status.success());
+        nix::sys::signal::kill(agent, nix::sys::signal::Signal::SIGCONT).unwrap();
+        let losses = || run.lines().lines().filter(|line| line.contains("\"event\":\"loss\"")).count();
+        assert!(wait::until(wait::PATIENCE, || losses() >= storm), "no loss was told of");
+    }
+    let report = run.finish();
+    let mut told: BTreeMap<String, u64> = BTreeMap::new();
+    for loss in &report.losses {
+        let sum = told.entry(loss.reason.clone()).or_default();
+        *sum += loss.count;
+        assert_eq!(*sum, loss.total, "{loss:?}");
+    }
+    let summed: BTreeMap<String, u64> = report.summary.losses.into_iter().filter(|(_, count)| *count > 0).collect();
+    assert_eq!(told, summed);
+    assert_eq!(report.events.len() as u64 + summed["ring_full"], 2 * CALLS);
+}
+
+#[test]
+fn without_btf_events_say_why_they_do_not_know_the_socket() {
+    let target = Cgroup::new();
+    let path = target.path().display().to_string();
+    let policy = disagreeing();
+    let report = policy.folder().join("report");
+    let command = agent::command(&["audit", "-o", "json", "--cgroup", &path, "--report", report.to_str().unwrap()]);
+    let mut command = process::with_mounts("mount -t tmpfs none /sys/kernel/btf", &command);
+    command.env("SOCKPOLICY_LOG", "info");
+    let running = Running::start(command);
+    assert!(wait::until(wait::PATIENCE, || running.stderr().contains("in force")), "{}", running.stderr());
+    let mut probe = Probe::start(&target);
+    make_calls(&mut probe);
+    running.signal(nix::sys::signal::Signal::SIGTERM);
+    let output = running.finish();
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(stderr(&output).contains("events will lack what sockets say of themselves: "), "{}", stderr(&output));
+    let report = read_report(report.to_str().unwrap());
+    assert_eq!(summed(&report.events), seen_with(&[]));
+    for event in &report.events {
+        let why = if event.result == Some(-9) { "the descriptor is not a socket's" } else { "/sys/kernel/btf" };
+        assert!(event.missing["socket"].contains(why), "{event:#?}");
+        assert_eq!(event.socket, None);
+        assert_eq!((event.pid, event.comm.as_deref()), (Some(probe.pid), Some("sockprobe")));
+        assert_eq!(event.cgroup.as_deref(), Some(&*target.name()));
+    }
+    report.assert_nothing_lost();
+}
