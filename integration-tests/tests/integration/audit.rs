@@ -2,6 +2,7 @@
 
 mod command;
 mod compared;
+mod facts;
 
 use std::{fs, process::Command};
 

@@ -1,0 +1,192 @@
+//! What events say of a socket and its options, against what its owner is told of it.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use serde_json::{Value, json};
+use sockpolicy_integration_tests::{
+    agent::Run,
+    cgroup::Cgroup,
+    options::{
+        IP_TOS, SO_COOKIE, SO_LINGER, SO_PRIORITY, SO_RCVBUF, SO_RCVLOWAT, SO_SNDBUF, SocketOption, TCP_CONGESTION,
+        TCP_WINDOW_CLAMP,
+    },
+    probe::Probe,
+    report::{Event, Socket},
+    script::{Argument, Family, Fd, Kind},
+};
+
+use super::backends;
+use crate::number;
+
+/// Has a probe in a cgroup do as it likes, and gives what it made of that, and the events.
+fn audited<T>(backend: &str, target: &Cgroup, work: impl FnOnce(&mut Probe) -> T) -> (T, Vec<Event>) {
+    let path = target.path().display().to_string();
+    let run = Run::audit(&["--cgroup", &path, "--audit-backend", backend]);
+    let mut probe = Probe::start(target);
+    let made = work(&mut probe);
+    let report = run.finish();
+    report.assert_nothing_lost();
+    (made, report.events)
+}
+
+#[test]
+fn now_is_what_the_owner_is_told_where_the_kernel_makes_something_of_a_value() {
+    const ASKED: [(SocketOption, i32); 10] = [
+        (SO_SNDBUF, 100_001),
+        (SO_SNDBUF, 1),
+        (SO_RCVBUF, 70_001),
+        (SO_RCVBUF, i32::MAX),
+        (SO_RCVLOWAT, 0),
+        (SO_RCVLOWAT, 777),
+        (IP_TOS, 0x2f),
+        (TCP_WINDOW_CLAMP, 1),
+        (TCP_WINDOW_CLAMP, 12_345),
+        // Refused: what there was before is there still.
+        (SO_RCVLOWAT, -5),
+    ];
+    for backend in backends() {
+        let (told, events) = audited(backend, &Cgroup::new(), |probe| {
+            let socket = probe.open(Family::Inet, Kind::Tcp);
+            ASKED.map(|(option, value)| {
+                probe.set(socket, option, value).unwrap();
+                (option.name, Value::from(probe.int(socket, option)))
+            })
+        });
+        let sets = events.iter().filter(|event| event.call.as_deref() == Some("setsockopt"));
+        let now: Vec<_> = sets.map(|event| (&*event.option, event.now.clone())).collect();
+        assert_eq!(now, told, "{backend}");
+        for (event, (_, value)) in events.chunks(2).zip(ASKED) {
+            assert_eq!((&event[0].asked, &event[1].asked), (&value.into(), &event[0].now));
+        }
+    }
+}
+
+/// A socket as events describe it, the cookie being what its owner is told.
+fn described(
+    probe: &mut Probe,
+    fd: Fd,
+    protocol: Option<&str>,
+    family: Option<&str>,
+    ends: [Option<SocketAddr>; 2],
+    cgroup: &Cgroup,
+) -> Socket {
+    probe.set(fd, SO_PRIORITY, fd).unwrap();
+    let cookie = probe.get(fd, SO_COOKIE, 8).unwrap();
+    let [local, remote] = ends.map(|end| end.map(|address| address.to_string()));
+    Socket {
+        protocol: protocol.map(str::to_owned),
+        family: family.map(str::to_owned),
+        local,
+        remote,
+        cookie: Some(u64::from_ne_bytes(cookie.try_into().unwrap())),
+        cgroup: Some(cgroup.name()),
+    }
+}
+
+#[test]
+fn sockets_are_described_as_they_are() {
+    let mapped = |address: SocketAddr| {
+        let IpAddr::V4(ip) = address.ip() else { panic!("{address} is no IPv4") };
+        SocketAddr::new(ip.to_ipv6_mapped().into(), address.port())
+    };
+    for backend in backends() {
+        let target = Cgroup::new();
+        let (expected, events) = audited(backend, &target, |probe| {
+            let mut all = Vec::new();
+            for (family, name) in [(Family::Inet, Some("ipv4")), (Family::Inet6, Some("ipv6"))] {
+                let pair = probe.pair(family, Kind::Tcp);
+                // One that is accepted has none before somebody asks.
+                probe.get(pair.server, SO_COOKIE, 8).unwrap();
+                let (client, server) = (probe.local_address(pair.client), pair.address);
+                for (fd, ends) in [
+                    (pair.client, [Some(client), Some(server)]),
+                    (pair.server, [Some(server), Some(client)]),
+                    (pair.listener, [Some(server), None]),
+                ] {
+                    all.push(described(probe, fd, Some("tcp"), name, ends, &target));
+                }
+                let (one, other) = (probe.open(family, Kind::Udp), probe.open(family, Kind::Udp));
+                let peer = probe.bind(other, family.loopback());
+                probe.connect(one, peer);
+                let own = probe.local_address(one);
+                all.push(described(probe, one, Some("udp"), name, [Some(own), Some(peer)], &target));
+                all.push(described(probe, other, Some("udp"), name, [Some(peer), None], &target));
+                let fresh = probe.open(family, Kind::Tcp);
+                // It may come to carry IPv4 yet.
+                let name = name.filter(|_| family == Family::Inet);
+                all.push(described(probe, fresh, Some("tcp"), name, [None, None], &target));
+            }
+            // IPv4 on an IPv6 socket.
+            let (listener, address) = probe.listener(Family::Inet, Kind::Tcp);
+            let client = probe.open(Family::Inet6, Kind::Tcp);
+            probe.connect(client, mapped(address));
+            let port = probe.local_address(client).port();
+            let own = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port);
+            all.push(described(probe, client, Some("tcp"), Some("ipv4"), [Some(own), Some(address)], &target));
+            probe.accept(listener);
+            let unix = probe.open(Family::Inet, Kind::Unix);
+            probe.get(unix, SO_COOKIE, 8).unwrap();
+            all.push(described(probe, unix, None, Some("unix"), [None, None], &target));
+            all
+        });
+        let sets = events.into_iter().filter(|event| event.call.as_deref() == Some("setsockopt"));
+        let seen: Vec<Socket> = sets.map(|event| event.socket.unwrap()).collect();
+        for (seen, expected) in seen.iter().zip(&expected) {
+            assert_eq!(seen, expected, "{backend}");
+        }
+        assert_eq!(seen.len(), expected.len());
+    }
+}
+
+#[test]
+fn container_is_known_by_the_name_of_its_cgroup() {
+    let id = format!("{:064x}", std::process::id());
+    for backend in backends() {
+        let target = Cgroup::new();
+        let container = target.child(&format!("docker-{id}.scope"));
+        let inside = container.child("inside");
+        let ((), events) = audited(backend, &target, |probe| {
+            let socket = probe.open(Family::Inet, Kind::Tcp);
+            for cgroup in [&target, &container, &inside] {
+                probe.enter(cgroup);
+                probe.set(socket, SO_PRIORITY, 1).unwrap();
+            }
+        });
+        let named = json!({ "runtime": "docker", "id": id, "pod": null });
+        let seen: Vec<_> = events.into_iter().map(|event| (event.cgroup.unwrap(), event.container)).collect();
+        let expected = [(&target, None), (&container, Some(&named)), (&inside, Some(&named))];
+        assert_eq!(seen, expected.map(|(cgroup, named)| (cgroup.name(), named.cloned())), "{backend}");
+    }
+}
+
+#[test]
+fn values_are_shown_as_what_they_mean() {
+    let ints = |numbers: &[i32]| Argument::from(numbers.iter().flat_map(|n| n.to_ne_bytes()).collect::<Vec<_>>());
+    let longs = |numbers: &[i64]| Argument::from(numbers.iter().flat_map(|n| n.to_ne_bytes()).collect::<Vec<_>>());
+    let (timeout, error) = (number(libc::SOL_SOCKET, libc::SO_RCVTIMEO), number(libc::SOL_SOCKET, libc::SO_ERROR));
+    let sets = [
+        (SO_LINGER, ints(&[1, 5]), json!({ "onoff": 1, "linger": 5 })),
+        (timeout, longs(&[1, 500_000]), json!("1500ms")),
+        (TCP_CONGESTION, "reno".into(), json!("reno")),
+        (IP_TOS, 0x48.into(), json!(0x48)),
+        (IP_TOS, 0x20u8.into(), json!(0x20)),
+    ];
+    for backend in backends() {
+        let (_, events) = audited(backend, &Cgroup::new(), |probe| {
+            let socket = probe.open(Family::Inet, Kind::Tcp);
+            for (option, argument, _) in &sets {
+                probe.set(socket, *option, argument.clone()).unwrap();
+            }
+            // Where nobody listens.
+            let (listener, address) = probe.listener(Family::Inet, Kind::Tcp);
+            probe.close(listener);
+            assert!(probe.try_connect(socket, address).is_err());
+            probe.get(socket, error, 4).unwrap();
+            probe.get(socket, SO_LINGER, 8).unwrap();
+            probe.get(socket, TCP_CONGESTION, 16).unwrap();
+        });
+        let shown: Vec<_> = events.iter().map(|event| event.asked.clone()).collect();
+        let reads = [json!(0), sets[0].2.clone(), sets[2].2.clone()];
+        assert_eq!(shown, [&sets.clone().map(|(_, _, value)| value)[..], &reads].concat(), "{backend}");
+    }
+}
