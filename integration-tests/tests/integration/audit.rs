@@ -3,6 +3,7 @@
 mod command;
 mod compared;
 mod facts;
+mod unusual;
 
 use std::{fs, process::Command};
 

@@ -1,6 +1,6 @@
 //! What every other test takes for granted.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, process::Command};
 
 use serde_json::Value;
 use sockpolicy_integration_tests::{
@@ -9,6 +9,7 @@ use sockpolicy_integration_tests::{
     kernels::Kernel,
     options,
     probe::Probe,
+    process::{self, workload},
     script::{Family, Kind},
 };
 
@@ -48,6 +49,14 @@ fn mptcp_is_there_if_kernels_toml_says_so() {
     let cgroup = Cgroup::new();
     let opened = Probe::start(&cgroup).try_open(Family::Inet, Kind::Mptcp);
     assert_eq!(opened.is_ok(), Kernel::current().has("mptcp"), "{opened:?}");
+}
+
+#[test]
+fn io_uring_has_socket_calls_if_kernels_toml_says_so() {
+    let mut command = Command::new(workload());
+    command.args(["ring", "plain"]);
+    let output = process::output(command);
+    assert_eq!(output.status.success(), Kernel::current().has("io_uring"), "{output:?}");
 }
 
 #[test]

@@ -3,14 +3,19 @@
 //! - `workload signals LAST`: waits for signals and says `NAME from kernel|process` for each, until LAST has come;
 //! - `workload storm PROCESSES CALLS`: each process disagrees CALLS times about TCP_NODELAY and as often about
 //!   SO_KEEPALIVE, then says `PID CALLS`;
-//! - `workload calls`: calls of every kind, good and bad, by the process, a thread of it and a child.
+//! - `workload calls`: calls of every kind, good and bad, by the process, a thread of it and a child;
+//! - `workload ring plain|polled|fixed|async`: calls through an io_uring, see [`ring`].
+
+mod ring;
 
 use std::{
     env, fs,
     io::{self, Write},
     mem,
     process::ExitCode,
-    ptr, thread,
+    ptr,
+    str::FromStr,
+    thread,
 };
 
 use nix::sys::{
@@ -21,13 +26,11 @@ use nix::sys::{
 fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let result = match words.as_slice() {
+    let result = match *words.as_slice() {
         ["signals", last] => signals(last),
-        ["storm", processes, calls] => match (processes.parse(), calls.parse()) {
-            (Ok(processes), Ok(calls)) => storm(processes, calls),
-            _ => Err(io::ErrorKind::InvalidInput.into()),
-        },
+        ["storm", processes, calls] => both(processes, calls).and_then(|(processes, calls)| storm(processes, calls)),
         ["calls"] => calls(),
+        ["ring", manner] => ring::ring(manner),
         _ => Err(io::ErrorKind::InvalidInput.into()),
     };
     match result {
@@ -37,6 +40,14 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn number<T: FromStr>(word: &str) -> io::Result<T> {
+    word.parse().ok().ok_or_else(|| io::ErrorKind::InvalidInput.into())
+}
+
+fn both<T: FromStr, U: FromStr>(one: &str, other: &str) -> io::Result<(T, U)> {
+    Ok((number(one)?, number(other)?))
 }
 
 fn say(line: &str) -> io::Result<()> {
@@ -89,7 +100,6 @@ fn calls() -> io::Result<()> {
 /// Calls whose results are known to no one but who looks.
 fn make_calls() -> io::Result<()> {
     let socket = socket()?;
-    let int = |value: i32| value.to_ne_bytes();
     for value in [1, 0, 7] {
         set(socket, libc::SOL_TCP, libc::TCP_NODELAY, &int(value))?;
         get(socket, libc::SOL_TCP, libc::TCP_NODELAY, 4);
@@ -124,6 +134,10 @@ fn make_calls() -> io::Result<()> {
     Ok(())
 }
 
+fn int(value: i32) -> [u8; 4] {
+    value.to_ne_bytes()
+}
+
 fn socket() -> io::Result<i32> {
     // SAFETY: takes numbers.
     let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) };
@@ -146,6 +160,13 @@ fn get(fd: i32, level: i32, name: i32, len: u32) {
     let mut left = len;
     // SAFETY: `left` bytes of room.
     unsafe { libc::getsockopt(fd, level, name, value.as_mut_ptr().cast(), &raw mut left) };
+}
+
+fn get_int(fd: i32, level: i32, name: i32, value: &mut i32) -> io::Result<()> {
+    let mut len = 4;
+    // SAFETY: room for an int.
+    let result = unsafe { libc::getsockopt(fd, level, name, ptr::from_mut(value).cast(), &raw mut len) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Starts a child that does this and ends.
