@@ -48,7 +48,7 @@ fn make_calls(probe: &mut Probe) {
     probe.set(socket, TCP_SYNCNT, 3).unwrap();
     probe.set(socket, TCP_SYNCNT, 50).unwrap();
     probe.set(socket, TCP_NODELAY, 1).unwrap();
-    assert_eq!(probe.set(-1, TCP_SYNCNT, 1), Err(Errno::EBADF));
+    assert_eq!(probe.set(socket, TCP_SYNCNT, 3u8), Err(Errno::EINVAL));
     probe.get(socket, TCP_SYNCNT, 4).unwrap();
     probe.get(socket, TCP_NODELAY, 4).unwrap();
 }
@@ -256,7 +256,7 @@ fn filters_choose_among_calls() {
         "call setsockopt TCP_SYNCNT 0",
         "call setsockopt TCP_SYNCNT 0",
         "call setsockopt TCP_NODELAY 0",
-        "call setsockopt TCP_SYNCNT -9",
+        "call setsockopt TCP_SYNCNT -22",
         "call getsockopt TCP_SYNCNT 0",
         "call getsockopt TCP_NODELAY 0",
     ];
@@ -288,7 +288,7 @@ fn filters_choose_among_conflicts() {
     let (conflict, denied) = ("conflict setsockopt TCP_SYNCNT 0", "conflict setsockopt TCP_NODELAY 0");
     // Reads are held against what a policy sets, not against its limits.
     let reads = ["call getsockopt TCP_SYNCNT 0", "conflict getsockopt TCP_NODELAY 0"];
-    let governed = ["call setsockopt TCP_SYNCNT 0", conflict, denied, "call setsockopt TCP_SYNCNT -9"];
+    let governed = ["call setsockopt TCP_SYNCNT 0", conflict, denied, "call setsockopt TCP_SYNCNT -22"];
     for (arguments, expected) in [
         (&[][..], vec![conflict, denied, reads[1]]),
         (&["--verdict", "clamped"], vec![conflict]),
