@@ -73,12 +73,10 @@ void _start(void) {
   get(fd, SOL_TCP, TCP_NODELAY);
   set(fd, SOL_TCP, TCP_KEEPIDLE, &off, 4);
   set(fd, SOL_TCP, 9999, &on, 4);
-  set(-1, SOL_TCP, TCP_NODELAY, &on, 4);
   direct = 0;
   set(fd, SOL_TCP, TCP_SYNCNT, &many, 4);
   set(fd, SOL_SOCKET, SO_KEEPALIVE, &off, 4);
   get(fd, SOL_SOCKET, SO_TYPE);
-  get(-1, SOL_SOCKET, SO_TYPE);
   set(fd, SOL_SOCKET, SO_RCVTIMEO, seconds, 8);
   call(EXIT, 0, 0, 0, 0, 0);
 }

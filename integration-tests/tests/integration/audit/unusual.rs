@@ -70,7 +70,8 @@ fn calls_through_io_uring_are_seen_as_what_they_are() {
                     _ => (true, "workload".to_owned()),
                 };
                 assert_eq!((event.tid == event.pid, event.comm.as_deref()), (own, Some(&*comm)), "{manner}");
-                assert_eq!(event.exe, Some(workload()));
+                // It may be over before anybody looks.
+                assert!(event.exe.as_ref().is_none_or(|exe| *exe == workload()), "{event:#?}");
                 let socket = event.socket.as_ref().unwrap();
                 assert_eq!((socket.protocol.as_deref(), socket.family.as_deref()), (Some("tcp"), Some("ipv4")));
                 assert_eq!(socket.cgroup, event.cgroup);
@@ -125,7 +126,7 @@ fn calls_of_32_bit_programs_are_seen_and_judged() {
         let script = "\"$0\"; \"$1\" storm 1 1 >/dev/null 2>&1 || true";
         let (said, report) = audited(backend, &[], &["sh", "-c", script, &program, &workload()]);
         let (pid, calls) = said.split_first().unwrap();
-        assert_eq!(calls.len(), 12, "{said:?}");
+        assert_eq!(calls.len(), 10, "{said:?}");
         let is_its = |event: &&Event| event.pid.unwrap().to_string() == *pid;
         let (its, others): (Vec<_>, Vec<_>) = report.events.iter().partition(is_its);
         assert!(others.iter().all(|event| event.via.as_deref() == Some("syscall")), "{others:#?}");
@@ -161,7 +162,7 @@ fn calls_of_32_bit_programs_are_seen_and_judged() {
         for event in &its {
             assert_eq!((event.via.as_deref(), event.comm.as_deref()), (Some("compat-syscall"), Some("compat")));
             let protocol = event.socket.as_ref().and_then(|socket| socket.protocol.as_deref());
-            assert_eq!(protocol, (event.result != Some(-9)).then_some("tcp"), "{event:#?}");
+            assert_eq!(protocol, Some("tcp"), "{event:#?}");
         }
     }
 }
