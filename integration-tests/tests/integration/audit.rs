@@ -3,6 +3,8 @@
 mod command;
 mod compared;
 mod facts;
+mod faults;
+mod pressure;
 mod unusual;
 
 use std::{fs, process::Command};

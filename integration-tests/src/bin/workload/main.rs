@@ -4,8 +4,10 @@
 //! - `workload storm PROCESSES CALLS`: each process disagrees CALLS times about TCP_NODELAY and as often about
 //!   SO_KEEPALIVE, then says `PID CALLS`;
 //! - `workload calls`: calls of every kind, good and bad, by the process, a thread of it and a child;
-//! - `workload ring plain|polled|fixed|async`: calls through an io_uring, see [`ring`].
+//! - `workload ring plain|polled|fixed|async`: calls through an io_uring, see [`ring`];
+//! - `workload threads|vfork|exec|mark|race|faults …`: see [`odd`].
 
+mod odd;
 mod ring;
 
 use std::{
@@ -31,6 +33,12 @@ fn main() -> ExitCode {
         ["storm", processes, calls] => both(processes, calls).and_then(|(processes, calls)| storm(processes, calls)),
         ["calls"] => calls(),
         ["ring", manner] => ring::ring(manner),
+        ["threads", threads, calls] => both(threads, calls).and_then(|(threads, calls)| odd::threads(threads, calls)),
+        ["vfork", program, children] => number(children).and_then(|children| odd::vfork(program, children)),
+        ["exec", program] => odd::exec(program),
+        ["mark", value] => number(value).and_then(odd::mark_once),
+        ["race", calls] => number(calls).and_then(odd::race),
+        ["faults", kind] => odd::faults(kind),
         _ => Err(io::ErrorKind::InvalidInput.into()),
     };
     match result {

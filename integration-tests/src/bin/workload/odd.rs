@@ -1,0 +1,245 @@
+//! Calls from many threads, from processes that become others, with arguments that are none, and on descriptors that
+//! change under the call.
+
+use std::{
+    ffi::CString,
+    fs::File,
+    io::{self, Read},
+    os::fd::{AsRawFd, OwnedFd},
+    ptr,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+};
+
+use nix::{
+    sched::{CloneFlags, clone},
+    sys::signal::Signal,
+    unistd,
+};
+
+use super::{int, reap, say, set, socket};
+
+/// Values of a thread begin here, times its number.
+const STRIDE: u32 = 1 << 16;
+
+fn mark(socket: i32, value: u32) -> io::Result<()> {
+    set(socket, libc::SOL_SOCKET, libc::SO_MARK, &value.to_ne_bytes())
+}
+
+/// So many threads on one socket, as many on sockets of their own, and so many calls of each, all with different
+/// values. Each thread says `TID FIRST_VALUE`.
+pub(super) fn threads(threads: u32, calls: u32) -> io::Result<()> {
+    let shared = socket()?;
+    let work = |number: u32| {
+        let socket = if number.is_multiple_of(2) { shared } else { socket()? };
+        let first = (number + 1) * STRIDE;
+        for call in 0..calls {
+            mark(socket, first + call)?;
+        }
+        say(&format!("{} {first}", unistd::gettid()))
+    };
+    thread::scope(|scope| {
+        let threads: Vec<_> = (0..2 * threads).map(|number| scope.spawn(move || work(number))).collect();
+        threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| Err(io::Error::other("panicked"))))
+    })
+}
+
+/// So many children by vfork, each of which makes a call, becomes `program` and makes another; beside them the parent
+/// makes its own. Each process says `PID VALUE` of its calls.
+pub(super) fn vfork(program: &str, children: u32) -> io::Result<()> {
+    let socket = socket()?;
+    let program = CString::new(program)?;
+    let word = |word: &str| CString::new(word).map_err(io::Error::other);
+    for child in 1..=children {
+        let arguments = [program.clone(), word("mark")?, word(&(2 * STRIDE + child).to_string())?];
+        let mut stack = vec![0; 64 * 1024];
+        let work = Box::new(|| {
+            let made = mark(socket, STRIDE + child).is_ok();
+            isize::from(!made || unistd::execv(&program, &arguments).is_err())
+        });
+        // SAFETY: the parent waits until the child has another memory, or none.
+        let pid = unsafe {
+            clone(work, &mut stack, CloneFlags::CLONE_VM | CloneFlags::CLONE_VFORK, Some(Signal::SIGCHLD as i32))
+        }?;
+        mark(socket, child)?;
+        say(&format!("{pid} {}\n{} {child}", STRIDE + child, std::process::id()))?;
+    }
+    (0..children).try_for_each(|_| reap())
+}
+
+/// Makes one call, says so, and ends with its input.
+pub(super) fn mark_once(value: u32) -> io::Result<()> {
+    mark(socket()?, value)?;
+    say(&format!("{} {value}", std::process::id()))?;
+    io::stdin().read_to_end(&mut Vec::new()).map(drop)
+}
+
+/// Makes a call, and becomes another program that makes the next.
+pub(super) fn exec(program: &str) -> io::Result<()> {
+    use std::os::unix::process::CommandExt;
+    mark(socket()?, 1)?;
+    Err(std::process::Command::new(program).args(["mark", "2"]).exec())
+}
+
+/// Makes so many calls on a descriptor that another thread makes stand now for a TCP and now for a UDP socket, until
+/// the calls have come upon both. Each kind has an option that the other refuses. Says `LEVEL SUCCEEDED FAILED` of
+/// each.
+pub(super) fn race(calls: u32) -> io::Result<()> {
+    // SAFETY: takes numbers.
+    let (tcp, udp) = (socket()?, unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM, 0) });
+    let descriptor = unistd::dup(borrowed(tcp))?;
+    let is_over = AtomicBool::new(false);
+    // By level: calls that succeeded, and those that failed.
+    let mut results = [(libc::SOL_TCP, [0; 2]), (libc::SOL_UDP, [0; 2])];
+    thread::scope(|scope| {
+        let (raw, is_over) = (descriptor.as_raw_fd(), &is_over);
+        scope.spawn(move || {
+            while !is_over.load(Ordering::Relaxed) {
+                for socket in [tcp, udp] {
+                    // SAFETY: takes numbers, of descriptors that nobody else closes.
+                    unsafe { libc::dup2(socket, raw) };
+                }
+            }
+        });
+        let is_enough =
+            |results: &[(i32, [u32; 2])]| results.iter().all(|(_, counts)| counts.iter().all(|count| *count > 50));
+        let mut made = 0;
+        while made < calls || !is_enough(&results) {
+            for (level, counts) in &mut results {
+                // TCP_NODELAY and UDP_CORK.
+                let result = set(raw, *level, 1, &int(0));
+                counts[usize::from(result.is_err())] += 1;
+                made += 1;
+            }
+        }
+        is_over.store(true, Ordering::Relaxed);
+    });
+    for (level, [succeeded, failed]) in results {
+        say(&format!("{level} {succeeded} {failed}"))?;
+    }
+    Ok(())
+}
+
+fn borrowed<'fd>(fd: i32) -> std::os::fd::BorrowedFd<'fd> {
+    // SAFETY: for sockets that stay open to the end of the process.
+    unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) }
+}
+
+/// Memory of which only the beginning is there.
+struct Memory {
+    start: usize,
+    page: usize,
+}
+
+impl Memory {
+    /// Four pages that are there, one that is there and cannot be used, and nothing behind it.
+    fn new() -> io::Result<Self> {
+        let page = 4096;
+        let (none, anonymous) = (libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: new memory.
+        let start = unsafe { libc::mmap(ptr::null_mut(), 6 * page, none, anonymous, -1, 0) };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: within what has just been mapped.
+        let made = unsafe {
+            libc::mprotect(start, 4 * page, libc::PROT_READ | libc::PROT_WRITE)
+                | libc::munmap(start.byte_add(5 * page), page)
+        };
+        if made == 0 { Ok(Self { start: start.expose_provenance(), page }) } else { Err(io::Error::last_os_error()) }
+    }
+
+    /// Addresses good and bad.
+    fn addresses(&self) -> [usize; 9] {
+        let Self { start, page } = *self;
+        let kernel = 0xffff_ffff_8100_0000;
+        let not_canonical = 1 << 63;
+        let half = start + 4 * page - 2;
+        [start, half, start + 4 * page, start + 5 * page, 0, 8, kernel, not_canonical, usize::MAX - 1]
+    }
+
+    fn clear(&self) {
+        // SAFETY: the pages that are there, which nobody refers to.
+        unsafe { ptr::with_exposed_provenance_mut::<u8>(self.start).write_bytes(0, 4 * self.page) };
+    }
+}
+
+/// Good ones, and such as there never will be.
+const OPTIONS: [(i32, i32); 8] = [
+    (libc::SOL_TCP, libc::TCP_NODELAY),
+    (libc::SOL_TCP, libc::TCP_CONGESTION),
+    (libc::SOL_SOCKET, libc::SO_KEEPALIVE),
+    (libc::SOL_SOCKET, libc::SO_LINGER),
+    (libc::SOL_IP, libc::IP_TOS),
+    (i32::MIN, i32::MAX),
+    (i32::MAX, i32::MIN),
+    (-1, -1),
+];
+
+/// Calls with all that can be wrong with arguments. Says of each `CALL LEVEL OPTNAME RESULT`.
+pub(super) fn faults(kind: &str) -> io::Result<()> {
+    match kind {
+        "sockets" => on_sockets(),
+        "descriptors" => on_descriptors(),
+        _ => Err(io::ErrorKind::InvalidInput.into()),
+    }
+}
+
+/// Bad addresses and lengths.
+fn on_sockets() -> io::Result<()> {
+    const LENGTHS: [i32; 9] = [0, 1, 3, 4, 16, 1 << 20, i32::MAX, -1, i32::MIN];
+    let memory = Memory::new()?;
+    // SAFETY: takes numbers.
+    let unix = unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_STREAM, 0) };
+    for fd in [socket()?, unix] {
+        for option in OPTIONS {
+            for address in memory.addresses() {
+                for len in LENGTHS {
+                    memory.clear();
+                    set_raw(fd, option, address, len)?;
+                    memory.clear();
+                    get_raw(fd, option, address, len)?;
+                }
+                get_at(fd, option, memory.start, address)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// On descriptors that are none, or no socket's.
+fn on_descriptors() -> io::Result<()> {
+    let memory = Memory::new()?;
+    let (reader, _writer): (OwnedFd, OwnedFd) = unistd::pipe()?;
+    let file = File::open("/proc/self/exe")?;
+    for fd in [-1, i32::MIN, i32::MAX, 1 << 19, file.as_raw_fd(), reader.as_raw_fd()] {
+        for option in OPTIONS {
+            set_raw(fd, option, memory.start, 4)?;
+            get_raw(fd, option, memory.start, 4)?;
+        }
+    }
+    Ok(())
+}
+
+fn set_raw(fd: i32, (level, name): (i32, i32), address: usize, len: i32) -> io::Result<()> {
+    let value = ptr::with_exposed_provenance(address);
+    // SAFETY: goes to the kernel, which checks what it is given and does not write there.
+    let result = unsafe { libc::setsockopt(fd, level, name, value, len as u32) };
+    came_of("setsockopt", level, name, result)
+}
+
+fn get_raw(fd: i32, option: (i32, i32), address: usize, mut len: i32) -> io::Result<()> {
+    get_at(fd, option, address, (&raw mut len).expose_provenance())
+}
+
+fn get_at(fd: i32, (level, name): (i32, i32), address: usize, len: usize) -> io::Result<()> {
+    let (value, len) = (ptr::with_exposed_provenance_mut(address), ptr::with_exposed_provenance_mut(len));
+    // SAFETY: goes to the kernel, which checks what it is given. It writes to memory that nobody refers to.
+    let result = unsafe { libc::getsockopt(fd, level, name, value, len) };
+    came_of("getsockopt", level, name, result)
+}
+
+fn came_of(call: &str, level: i32, name: i32, result: i32) -> io::Result<()> {
+    let errno = if result < 0 { io::Error::last_os_error().raw_os_error().unwrap_or_default() } else { 0 };
+    say(&format!("{call} {level} {name} {}", -errno))
+}

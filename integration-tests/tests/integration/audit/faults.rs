@@ -1,0 +1,70 @@
+//! Arguments that are none: the audit makes nothing of them, and no difference to them.
+
+use std::process::{Command, Output};
+
+use sockpolicy_integration_tests::{
+    agent,
+    policy::PolicyFile,
+    process::{self, Running, read_report, workload},
+    report::Event,
+};
+
+use super::backends;
+use crate::{stderr, stdout};
+
+#[test]
+fn calls_with_bad_arguments_come_to_the_same_as_without_an_audit_and_are_seen() {
+    let (alone, seen) = (alone("sockets"), PolicyFile::new(""));
+    let report = seen.folder().join("report").display().to_string();
+    for backend in backends() {
+        assert_eq!(audited(backend, "sockets", &report), alone, "{backend}");
+        let report = read_report(&report);
+        assert_eq!(report.events.iter().map(told).collect::<Vec<_>>(), alone, "{backend}");
+        let unreadable = report.events.iter().filter(|event| event.missing.contains_key("asked")).count();
+        assert!(unreadable > 100, "{unreadable}");
+        assert_eq!(report.summary.losses["unreadable"], unreadable as u64);
+        let others: u64 = report.summary.losses.values().sum::<u64>() - unreadable as u64;
+        assert_eq!(others, 0, "{:?}", report.summary.losses);
+        for event in &report.events {
+            let is_unknown = event.asked.is_null() && event.optval.is_none();
+            assert!(is_unknown || !event.missing.contains_key("asked"), "{event:#?}");
+        }
+    }
+}
+
+#[test]
+fn calls_on_what_is_no_socket_come_to_the_same_as_without_an_audit() {
+    let (alone, seen) = (alone("descriptors"), PolicyFile::new(""));
+    let report = seen.folder().join("report").display().to_string();
+    for backend in backends() {
+        assert_eq!(audited(backend, "descriptors", &report), alone, "{backend}");
+        for event in read_report(&report).events {
+            assert_eq!(event.socket, None, "{backend}");
+        }
+    }
+}
+
+fn lines(output: &Output) -> Vec<String> {
+    assert!(output.status.success(), "{}", stderr(output));
+    stdout(output).lines().map(str::to_owned).collect()
+}
+
+/// What comes of the calls, without an audit.
+fn alone(kind: &str) -> Vec<String> {
+    let mut command = Command::new(workload());
+    command.args(["faults", kind]);
+    lines(&process::output(command))
+}
+
+fn audited(backend: &str, kind: &str, report: &str) -> Vec<String> {
+    let arguments = ["audit", "-o", "json", "--report", report, "--audit-backend", backend, "--"];
+    let mut command = agent::command(&arguments);
+    command.args([&workload(), "faults", kind]);
+    lines(&Running::start(command).finish())
+}
+
+/// An event in the words that the program uses.
+fn told(event: &Event) -> String {
+    let Event { call, level, optname, result, .. } = event;
+    format!("{} {level} {optname} {}", call.as_deref().unwrap(), result.unwrap())
+}

@@ -1,0 +1,137 @@
+//! Whose a call is, and on which socket: where many tasks make calls at once, where one becomes another, and where a
+//! descriptor stands now for this socket and now for that.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    os::unix::fs::symlink,
+};
+
+use sockpolicy_integration_tests::{
+    agent,
+    policy::PolicyFile,
+    process::{Running, read_report, workload},
+    report::{Event, Report},
+    require,
+};
+
+use super::backends;
+use crate::{stderr, stdout};
+
+/// Audits a command; gives the numbers on each line that it said, and the report.
+fn audited(backend: &str, command: &[&str]) -> (Vec<Vec<u64>>, Report) {
+    let folder = PolicyFile::new("");
+    let report = folder.folder().join("report").display().to_string();
+    let arguments = ["audit", "-o", "json", "--report", &report, "--audit-backend", backend, "--"];
+    let output = Running::start(agent::command(&[&arguments, command].concat())).finish();
+    assert!(output.status.success(), "{}", stderr(&output));
+    let said = stdout(&output);
+    let said = said.lines().map(|line| line.split(' ').map(|word| word.parse().unwrap()).collect()).collect();
+    (said, read_report(&report))
+}
+
+fn number(value: &serde_json::Value) -> u64 {
+    value.as_u64().unwrap_or_else(|| panic!("{value} is no number"))
+}
+
+#[test]
+fn calls_of_many_threads_are_each_their_own_and_none_is_lost_uncounted() {
+    const THREADS: u64 = 64;
+    const CALLS: u64 = 200;
+    const TOTAL: u64 = 2 * THREADS * CALLS;
+    for backend in backends() {
+        let (said, report) = audited(backend, &[&workload(), "threads", &THREADS.to_string(), &CALLS.to_string()]);
+        let firsts: BTreeMap<u64, u64> = said.into_iter().map(|line| (line[0], line[1])).collect();
+        assert_eq!(firsts.len() as u64, 2 * THREADS);
+        let mut last: BTreeMap<u64, u64> = BTreeMap::new();
+        let mut cookies: BTreeMap<u64, BTreeSet<Option<u64>>> = BTreeMap::new();
+        for event in &report.events {
+            let thread = event.tid.unwrap().into();
+            let (asked, first) = (number(&event.asked), firsts[&thread]);
+            assert_eq!((&*event.option, event.result), ("SO_MARK", Some(0)), "{event:#?}");
+            assert!((first..first + CALLS).contains(&asked), "thread {thread} did not ask for {asked}");
+            let before = last.insert(thread, asked);
+            assert!(before.is_none_or(|before| before < asked), "thread {thread}: {asked} after {before:?}");
+            let cookie = event.socket.as_ref().and_then(|socket| socket.cookie);
+            let is_shared = (first >> 16) % 2 == 1;
+            cookies.entry(if is_shared { 0 } else { thread }).or_default().insert(cookie);
+            // On the shared socket another thread may have been faster.
+            assert!(is_shared || event.now == event.asked, "{event:#?}");
+        }
+        assert!(cookies.values().all(|cookies| cookies.len() == 1), "{cookies:?}");
+        let different: BTreeSet<_> = cookies.values().flatten().collect();
+        assert_eq!(different.len(), cookies.len());
+        assert_accounted(backend, &report, TOTAL);
+    }
+}
+
+/// Every call has its event or is in the counts of what was lost.
+#[track_caller]
+fn assert_accounted(backend: &str, report: &Report, calls: u64) {
+    let losses = &report.summary.losses;
+    let [ring_full, calls_full, no_return, not_run] =
+        ["ring_full", "calls_full", "no_return", "not_run"].map(|reason| losses[reason]);
+    let others = losses.values().sum::<u64>() - ring_full - calls_full - no_return - not_run;
+    assert_eq!(others, 0, "{backend}: {losses:?}");
+    let events = report.events.len() as u64;
+    assert!(events > 0);
+    let tallied: u64 = report.summary.calls.iter().map(|line| line.calls).sum();
+    assert_eq!(tallied, events + ring_full, "{backend}: {losses:?}");
+    assert!(report.summary.calls.iter().all(|line| line.failed == 0));
+    // A call whose end the kernel did not show is counted twice where its task makes another: as not run, and as not
+    // seen to return.
+    let unseen = calls - tallied;
+    let counted = calls_full + no_return + not_run;
+    assert!(unseen <= counted && counted <= 2 * unseen, "{backend}: {unseen} of {calls} calls not seen: {losses:?}");
+}
+
+/// What is known of who made a call, by the value that was asked for.
+fn callers(events: &[Event]) -> BTreeMap<u64, (u64, String)> {
+    let caller = |event: &Event| (u64::from(event.pid.unwrap()), event.comm.clone().unwrap());
+    events.iter().map(|event| (number(&event.asked), caller(event))).collect()
+}
+
+#[test]
+fn calls_of_children_by_vfork_are_theirs_before_and_after_they_become_another_program() {
+    const CHILDREN: u64 = 40;
+    let folder = PolicyFile::new("");
+    let other = folder.folder().join("other");
+    symlink(workload(), &other).unwrap();
+    for backend in backends() {
+        let (said, report) = audited(backend, &[&workload(), "vfork", other.to_str().unwrap(), &CHILDREN.to_string()]);
+        // The third of the values is that of the program.
+        let comm = |value: u64| if value >> 17 == 1 { "other" } else { "workload" };
+        let made: BTreeMap<_, _> = said.iter().map(|line| (line[1], (line[0], comm(line[1]).to_owned()))).collect();
+        assert_eq!(made.len() as u64, 3 * CHILDREN);
+        assert_eq!(callers(&report.events), made, "{backend}");
+        assert_eq!(report.events.len(), made.len());
+        assert!(report.events.iter().all(|event| event.pid == event.tid));
+        report.assert_nothing_lost();
+    }
+}
+
+#[test]
+fn socket_of_a_call_is_never_that_which_the_descriptor_stood_for_at_another_time() {
+    // The others find the socket by its descriptor, and another may have stood there in between.
+    require!("io_uring");
+    require!("fentry");
+    for backend in backends().filter(|backend| *backend != "tracepoint") {
+        let (said, report) = audited(backend, &[&workload(), "race", "20000"]);
+        for line in said {
+            let [level, succeeded, failed] = line[..] else { panic!("{line:?}") };
+            let events: Vec<_> = report.events.iter().filter(|event| event.level as u64 == level).collect();
+            let is_ok = |event: &&&Event| event.result == Some(0);
+            let seen = events.iter().filter(is_ok).count() as u64;
+            assert_eq!((seen, events.len() as u64 - seen), (succeeded, failed), "{backend}");
+            let (own, others) = if level == 6 { ("tcp", "udp") } else { ("udp", "tcp") };
+            let mut known = BTreeSet::new();
+            for event in events {
+                let protocol = event.socket.as_ref().and_then(|socket| socket.protocol.as_deref());
+                let expected = if event.result == Some(0) { own } else { others };
+                assert!(protocol.is_none_or(|protocol| protocol == expected), "{backend}: {event:#?}");
+                known.extend(protocol);
+            }
+            assert_eq!(known.len(), 2, "{backend}: sockets of one kind only were seen");
+        }
+        report.assert_nothing_lost();
+    }
+}
