@@ -67,7 +67,6 @@ void _start(void) {
   number(call(GETPID, 0, 0, 0, 0, 0));
   say();
   int fd = call(SOCKET, 2, 1, 0, 0, 0);
-  get(fd, SOL_TCP, TCP_NODELAY);
   set(fd, SOL_TCP, TCP_NODELAY, &on, 4);
   set(fd, SOL_TCP, TCP_NODELAY, &off, 4);
   get(fd, SOL_TCP, TCP_NODELAY);

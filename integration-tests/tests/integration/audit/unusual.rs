@@ -126,7 +126,7 @@ fn calls_of_32_bit_programs_are_seen_and_judged() {
         let script = "\"$0\"; \"$1\" storm 1 1 >/dev/null 2>&1 || true";
         let (said, report) = audited(backend, &[], &["sh", "-c", script, &program, &workload()]);
         let (pid, calls) = said.split_first().unwrap();
-        assert_eq!(calls.len(), 10, "{said:?}");
+        assert_eq!(calls.len(), 9, "{said:?}");
         let is_its = |event: &&Event| event.pid.unwrap().to_string() == *pid;
         let (its, others): (Vec<_>, Vec<_>) = report.events.iter().partition(is_its);
         assert!(others.iter().all(|event| event.via.as_deref() == Some("syscall")), "{others:#?}");
