@@ -81,6 +81,16 @@ pub(crate) fn read<T: Copy + Default>(address: u64) -> Option<T> {
     (ret == 0).then_some(value)
 }
 
+/// Reads a value of the kernel's; 0 where that cannot be read. For what is read in numbers: the verifier follows both
+/// ends of each [`read`], and theirs multiply.
+#[inline(always)]
+fn read_or_zero<T: Copy + Default>(address: u64) -> T {
+    let mut value = T::default();
+    // SAFETY: as in `read`.
+    unsafe { bpf_probe_read_kernel((&raw mut value).cast(), size_of::<T>() as u32, address as *const c_void) };
+    value
+}
+
 /// Reads a pointer of the kernel's; `None` also where it is NULL.
 #[inline(always)]
 fn follow(address: u64) -> Option<u64> {
@@ -142,7 +152,7 @@ fn find_sock(fd: u32) -> Option<u64> {
 pub(crate) fn describe(record: &mut Call, sk: u64) {
     record.socket_cgroup = cgroup_of(sk).unwrap_or(0);
     if record.cookie == 0 {
-        record.cookie = read(member!(sk, sock_cookie)).unwrap_or(0);
+        record.cookie = read_or_zero(member!(sk, sock_cookie));
     }
     let Some(family) = read::<u16>(member!(sk, sock_family)) else { return };
     record.sk_family = family.into();
@@ -167,20 +177,15 @@ fn id_of_cgroup(cgroup: u64) -> Option<u64> {
 #[inline(always)]
 fn facts_of(sk: u64, family: u32) -> Facts {
     let inet6 = family == abi::socket::sk_family::INET6;
-    let kind = read::<u16>(member!(sk, sock_type)).unwrap_or(0);
-    let number = read::<u16>(member!(sk, sock_protocol)).unwrap_or(0);
+    let kind = read_or_zero::<u16>(member!(sk, sock_type));
+    let number = read_or_zero::<u16>(member!(sk, sock_protocol));
     let mut facts = Facts { protocol: facts::protocol(kind.into(), number.into()), ..Facts::default() };
-    facts.local = if inet6 {
-        read(member!(sk, sock_v6_rcv_saddr)).unwrap_or_default()
-    } else {
-        ipv4(member!(sk, sock_rcv_saddr))
-    };
-    facts.local_port = read(member!(sk, sock_num)).unwrap_or(0); // host byte order
+    facts.local = if inet6 { read_or_zero(member!(sk, sock_v6_rcv_saddr)) } else { ipv4(member!(sk, sock_rcv_saddr)) };
+    facts.local_port = read_or_zero(member!(sk, sock_num)); // host byte order
     facts::note_local(&mut facts);
-    facts::note_state(&mut facts, read::<u8>(member!(sk, sock_state)).unwrap_or(0).into(), || {
-        let remote =
-            if inet6 { read(member!(sk, sock_v6_daddr)).unwrap_or_default() } else { ipv4(member!(sk, sock_daddr)) };
-        (remote, u16::from_be(read(member!(sk, sock_dport)).unwrap_or(0)))
+    facts::note_state(&mut facts, read_or_zero::<u8>(member!(sk, sock_state)).into(), || {
+        let remote = if inet6 { read_or_zero(member!(sk, sock_v6_daddr)) } else { ipv4(member!(sk, sock_daddr)) };
+        (remote, u16::from_be(read_or_zero(member!(sk, sock_dport))))
     });
     facts.settle_family(family);
     facts
@@ -188,7 +193,7 @@ fn facts_of(sk: u64, family: u32) -> Facts {
 
 #[inline(always)]
 fn ipv4(address: u64) -> Address {
-    [read(address).unwrap_or(0), 0, 0, 0]
+    [read_or_zero(address), 0, 0, 0]
 }
 
 /// The value of an option, where a member of the socket is all there is to it.

@@ -225,7 +225,7 @@ impl Findings {
         }
         writeln!(out, "\n{table}\n")?;
         match backends.iter().find_map(|(_, found)| found.as_ref().ok()) {
-            Some(audit) => writeln!(out, "the calls of applications are seen by {}", describe_audit(*audit))?,
+            Some(audit) => writeln!(out, "applications' calls are seen: {}", describe_audit(*audit))?,
             None => writeln!(out, "the calls of applications cannot be seen: only conflicts, without their results")?,
         }
         if let Err(reason) = btf {

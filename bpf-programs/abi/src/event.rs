@@ -40,8 +40,8 @@ pub mod flags {
     pub const RING: u32 = 512;
     /// Neither of these two: it is known that the call was made by the system call of its name.
     pub const SYSCALL: u32 = 1024;
-    /// The descriptor was not a socket's, or none at all.
-    pub const NOT_A_SOCKET: u32 = 2048;
+    /// The audit found the socket still there when the call returned.
+    pub const LOOKED_AT: u32 = 2048;
 }
 
 /// One setsockopt or getsockopt call on its way through the kernel. Map `CALLS`, by task: made by

@@ -172,50 +172,92 @@ fn end(source: u32, result: i64) {
     } else {
         0
     };
-    let everything = maps::config().is_some_and(|config| config.calls != calls::CONFLICTS);
+    let everything = reports_everything();
     if everything || TIMING.load() != 0 {
         maps::tally(&TallyKey { key: call.key, kind: call.kind, _pad: 0 }, result < 0, duration_ns);
     }
     if everything || call.flags & (flags::DECIDED | flags::COMPAT) != 0 {
-        complete(call, result);
+        complete_argument(task, result);
+        complete_socket(task);
+        complete_value(task);
         if call.flags & (flags::DECIDED | flags::COMPAT) == flags::COMPAT {
-            unhooked::judge_unhooked(task, result as i32);
+            unhooked::judge_unhooked(task, result);
         }
-        let head = Head { key: call.key, call: call.kind, source, result, duration_ns };
-        if emit::is_conflict(call) {
-            emit::conflict(head, call.setting, call.verdict, Task::current(), |record| *record = *call);
-        } else if everything {
-            emit::call(head, Task::current(), |record| *record = *call);
-        }
+        tell(task, source, result, duration_ns);
     }
     maps::end_call(task);
 }
 
-/// Adds to a record what can be known only now, or is wanted only now that it will be reported.
+/// Whether calls are reported that conflict with nothing.
 #[inline(always)]
-fn complete(call: &mut Call, result: i64) {
-    if call.flags & flags::DECIDED == 0 {
-        if call.kind == call::GETSOCKOPT && result == 0 {
-            read_shown(call);
-        } else if call.flags & flags::UNREADABLE != 0 {
-            // At the entry the page may not have been there. The kernel has looked at it since.
-            read_asked(call, call.optlen as i32);
-        }
-        if call.flags & flags::UNREADABLE != 0 {
-            lose(|losses| &mut losses.unreadable);
-        }
+fn reports_everything() -> bool {
+    maps::config().is_some_and(|config| config.calls != calls::CONFLICTS)
+}
+
+// The verifier checks each of the functions below once and on its own. In one piece they took kernels before 6.3 half a
+// million steps, for their branches multiply.
+
+/// Adds to the record of a task's call what could not be read of its argument before.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn complete_argument(task: u64, result: i64) -> u32 {
+    let Some(call) = maps::call(task) else { return 0 };
+    if call.flags & flags::DECIDED != 0 {
+        return 0;
     }
+    if call.kind == call::GETSOCKOPT && result == 0 {
+        read_shown(call);
+    } else if call.flags & flags::UNREADABLE != 0 {
+        // At the entry the page may not have been there. The kernel has looked at it since.
+        read_asked(call, call.optlen as i32);
+    }
+    if call.flags & flags::UNREADABLE != 0 {
+        lose(|losses| &mut losses.unreadable);
+    }
+    0
+}
+
+/// Adds to the record of a task's call what its socket says of itself.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn complete_socket(task: u64) -> u32 {
+    let Some(call) = maps::call(task) else { return 0 };
     if call.sk == 0 || !is_held(call) {
-        return;
+        return 0;
     }
+    call.flags |= flags::LOOKED_AT;
     kernel::describe(call, call.sk);
+    0
+}
+
+/// Adds to the record of a task's call the value that its socket has now.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn complete_value(task: u64) -> u32 {
+    let Some(call) = maps::call(task) else { return 0 };
     if call.kind == call::SETSOCKOPT
+        && call.flags & flags::LOOKED_AT != 0
         && let Some(member) = maps::member(call.key)
         && let Some(now) = kernel::value_of(call.sk, call, member)
     {
         call.now = now;
         call.flags |= flags::NOW;
     }
+    0
+}
+
+/// Reports the call that a task is in.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn tell(task: u64, source: u32, result: i64, duration_ns: u64) -> u32 {
+    let Some(call) = maps::call(task) else { return 0 };
+    let head = Head { key: call.key, call: call.kind, source, result, duration_ns };
+    if emit::is_conflict(call) {
+        emit::conflict(head, call.setting, call.verdict, Task::current(), |record| *record = *call);
+    } else if reports_everything() {
+        emit::call(head, Task::current(), |record| *record = *call);
+    }
+    0
 }
 
 /// Whether the socket of a call is still what it was.

@@ -16,11 +16,10 @@ use crate::{
     maps::{self, PrefixMap, count, lose},
 };
 
-/// Judges the call that a task is in, whose record the audit has completed, and counts it. The verifier checks
-/// this function once and on its own.
+/// Judges the call that a task is in, whose record the audit has completed, and counts it.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(super) extern "C" fn judge_unhooked(task: u64, result: i32) -> u32 {
+pub(super) extern "C" fn judge_unhooked(task: u64, result: i64) -> u32 {
     if let Some(call) = maps::call(task) {
         judge_call(call, result);
     }
@@ -28,7 +27,7 @@ pub(super) extern "C" fn judge_unhooked(task: u64, result: i32) -> u32 {
 }
 
 #[inline(always)]
-fn judge_call(call: &mut Call, result: i32) -> Option<()> {
+fn judge_call(call: &mut Call, result: i64) -> Option<()> {
     let option = maps::option(maps::option_index(call.key)?)?;
     // Of a family that policies are not about.
     let is_other = call.flags & flags::SOCKET == 0 && call.sk_family != 0;
