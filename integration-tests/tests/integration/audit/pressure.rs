@@ -115,7 +115,7 @@ fn socket_of_a_call_is_never_that_which_the_descriptor_stood_for_at_another_time
     require!("io_uring");
     require!("fentry");
     for backend in backends().filter(|backend| *backend != "tracepoint") {
-        let (said, report) = audited(backend, &[&workload(), "race", "20000"]);
+        let (said, report) = audited(backend, &[&workload(), "race", "4000"]);
         for line in said {
             let [level, succeeded, failed] = line[..] else { panic!("{line:?}") };
             let events: Vec<_> = report.events.iter().filter(|event| event.level as u64 == level).collect();
