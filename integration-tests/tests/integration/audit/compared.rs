@@ -91,7 +91,7 @@ fn compare(by: By, backend: &str, command: &[&str]) -> Report {
     };
     succeed(command, backend);
     let report = read_report(&report);
-    assert_same(backend, &strace::read(Path::new(&trace)), &audited(&report));
+    assert_same(backend, &strace::read(Path::new(&trace)), &report);
     report
 }
 
@@ -112,13 +112,22 @@ fn lost(report: &Report) -> Vec<(&str, u64)> {
 }
 
 #[track_caller]
-fn assert_same(backend: &str, traced: &Calls, audited: &Calls) {
+fn assert_same(backend: &str, traced: &Calls, report: &Report) {
+    let audited = audited(report);
+    let lost = lost(report);
     for (thread, traced) in traced {
         let audited = audited.get(thread).map_or(&[][..], Vec::as_slice);
         for (number, (traced, audited)) in traced.iter().zip(audited).enumerate() {
-            assert_eq!(traced, audited, "call {number} of thread {thread}, strace on the left, {backend}");
+            assert_eq!(
+                traced, audited,
+                "call {number} of thread {thread}, strace on the left, {backend} lost {lost:?}"
+            );
         }
-        assert_eq!(traced.len(), audited.len(), "calls of thread {thread}, strace on the left, {backend}");
+        assert_eq!(
+            traced.len(),
+            audited.len(),
+            "calls of thread {thread}, strace on the left, {backend} lost {lost:?}"
+        );
     }
     assert!(traced.keys().eq(audited.keys()), "threads that only {backend} saw: {audited:?}");
 }
