@@ -169,6 +169,12 @@ impl Report {
         Self { events, losses, summary, output }
     }
 
+    /// Whether the audit says that it does not see such calls.
+    #[must_use]
+    pub fn is_blind_to(&self, what: &str) -> bool {
+        self.summary.blind_to.iter().flatten().any(|blind_to| blind_to == what)
+    }
+
     /// The events of this kind about this option.
     pub fn of(&self, event: &str, option: &str) -> Vec<&Event> {
         self.events.iter().filter(|found| found.event == event && found.option == option).collect()

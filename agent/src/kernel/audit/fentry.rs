@@ -5,14 +5,14 @@ use aya::{
     programs::{Program, ProgramError},
 };
 
-use super::{BLIND_TO_NOTHING, BLIND_TO_RINGS, Ends, Way, attach_reason};
+use super::{BLIND_TO_BAD_DESCRIPTORS, BLIND_TO_RINGS, Ends, Way, attach_reason};
 use crate::kernel::error::{chain, load_reason};
 
 pub(super) const WAYS: &[Way] = &[
     Way {
         set: Ends { point: "do_sock_setsockopt", entry: "fentry_set", exit: "fexit_set" },
         get: Ends { point: "do_sock_getsockopt", entry: "fentry_get", exit: "fexit_get" },
-        blind_to: BLIND_TO_NOTHING,
+        blind_to: BLIND_TO_BAD_DESCRIPTORS,
     },
     Way {
         set: Ends { point: "__sys_setsockopt", entry: "fentry_set_fd", exit: "fexit_set_fd" },

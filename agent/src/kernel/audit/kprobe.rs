@@ -4,14 +4,14 @@ use std::path::Path;
 
 use aya::programs::{Program, ProgramError};
 
-use super::{BLIND_TO_NOTHING, BLIND_TO_RINGS, Ends, Way, attach_reason};
+use super::{BLIND_TO_BAD_DESCRIPTORS, BLIND_TO_RINGS, Ends, Way, attach_reason};
 use crate::kernel::{error::load_reason, object::load_once};
 
 pub(super) const WAYS: &[Way] = &[
     Way {
         set: Ends { point: "do_sock_setsockopt", entry: "kprobe_set", exit: "kretprobe_end" },
         get: Ends { point: "do_sock_getsockopt", entry: "kprobe_get", exit: "kretprobe_end" },
-        blind_to: BLIND_TO_NOTHING,
+        blind_to: BLIND_TO_BAD_DESCRIPTORS,
     },
     Way {
         set: Ends { point: "__sys_setsockopt", entry: "kprobe_set_fd", exit: "kretprobe_end" },

@@ -67,8 +67,9 @@ struct Ends {
     exit: &'static str,
 }
 
-/// What io_uring and 32-bit calls have in common with the others, since 6.7: they are seen all.
-const BLIND_TO_NOTHING: &[&str] = &[];
+/// What the system calls and io_uring have in common, since 6.7, is reached only once the socket is found: calls that fail
+/// with EBADF or ENOTSOCK are over by then.
+const BLIND_TO_BAD_DESCRIPTORS: &[&str] = &["descriptors that are no sockets"];
 /// Before 6.7 io_uring has no such calls. A kernel that has them but not the common functions is not known; if there is
 /// one, this is true of it.
 const BLIND_TO_RINGS: &[&str] = &["io_uring"];
