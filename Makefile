@@ -10,9 +10,10 @@ MAKEFLAGS += --no-print-directory
 # The kernels that the integration tests run under, beside this machine's own.
 KERNELS ?= 5.10 6.1 6.12 6.18 7.2
 # Those of them that `make test` takes, and what it leaves out there because an emulated machine takes minutes for it: the
-# comparisons with strace on real programs, and storms. `make vm-test` leaves out nothing.
+# comparisons with strace on real programs, storms, every bad argument, every way of calling `audit`. `make vm-test` leaves
+# out nothing.
 FAST_KERNELS ?= 6.1 6.12
-FAST := --skip compared::programs --skip pressure --skip storm
+FAST := $(addprefix --skip ,compared::programs pressure storm faults audit::command)
 # How many virtual machines at a time.
 VM_JOBS ?= 2
 # More for every call of cargo that builds: CI says --locked.
@@ -72,7 +73,7 @@ vm-test: debug-build ## the same tests on other kernels (KERNELS), in virtual ma
 
 vm-test-fast: debug-build ## the quicker ones of them, on two kernels (FAST_KERNELS)
 	@echo 'vm-test-fast: the same on $(FAST_KERNELS), in virtual machines, but for the slowest'
-	@cargo test $(CARGO_FLAGS) $(INTEGRATION) $(call run_tests_by,$(call matrix,1500,$(FAST_KERNELS))) -- $(FAST)
+	@cargo test $(CARGO_FLAGS) $(INTEGRATION) $(call run_tests_by,$(call matrix,2400,$(FAST_KERNELS))) -- $(FAST)
 
 lint: ## check the format and look for doubtful code
 	@echo 'lint: format, then clippy and shellcheck'

@@ -21,16 +21,20 @@ pub(super) const WAYS: &[Way] = &[
     },
 ];
 
+/// The kernel's types, among which the functions are looked up.
+pub(super) fn types() -> Result<Btf, String> {
+    Btf::from_sys_fs().map_err(|error| format!("the kernel's BTF: {}", chain(&error)))
+}
+
 /// Attaches to a function. These programs are loaded for the one function that they are attached to.
-pub(super) fn attach(program: &mut Program, function: &str) -> Result<(), String> {
-    let types = Btf::from_sys_fs().map_err(|error| format!("the kernel's BTF: {}", chain(&error)))?;
+pub(super) fn attach(program: &mut Program, function: &str, types: &Btf) -> Result<(), String> {
     match program {
         Program::FEntry(program) => {
-            program.load(function, &types).map_err(|error| load_reason(&error))?;
+            program.load(function, types).map_err(|error| load_reason(&error))?;
             program.attach().map(drop)
         }
         Program::FExit(program) => {
-            program.load(function, &types).map_err(|error| load_reason(&error))?;
+            program.load(function, types).map_err(|error| load_reason(&error))?;
             program.attach().map(drop)
         }
         _ => Err(ProgramError::UnexpectedProgramType),

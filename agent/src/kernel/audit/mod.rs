@@ -10,7 +10,7 @@ mod tracepoint;
 use std::fmt;
 
 use aya::{
-    Ebpf,
+    Btf, Ebpf,
     programs::{FEntry, FExit, KProbe, Program, ProgramError, TracePoint},
 };
 
@@ -95,12 +95,16 @@ impl Backend {
         }
     }
 
-    /// Runs `attach` where the backend finds what it needs of the system; `Err` says what is missing.
-    fn with_system(self, attach: impl FnOnce() -> Result<&'static Way, String> + Send) -> Result<&'static Way, String> {
+    /// Runs `attach` where the backend finds what it needs of the system; `Err` says what is missing. Only fentry needs
+    /// the kernel's types, which take long to read and much room.
+    fn with_system(
+        self,
+        attach: impl FnOnce(Option<&Btf>) -> Result<&'static Way, String> + Send,
+    ) -> Result<&'static Way, String> {
         match self {
-            Self::Fentry => attach(),
-            Self::Kprobe => kprobe::is_there().and_then(|()| attach()),
-            Self::Tracepoint => tracepoint::with_tracefs(attach),
+            Self::Fentry => fentry::types().and_then(|types| attach(Some(&types))),
+            Self::Kprobe => kprobe::is_there().and_then(|()| attach(None)),
+            Self::Tracepoint => tracepoint::with_tracefs(|| attach(None)),
         }
     }
 }
@@ -159,10 +163,10 @@ fn attach_best(ebpf: &mut Ebpf, reads: bool) -> Result<Audit, KernelError> {
 
 /// Attaches all programs of a backend, or none.
 pub(super) fn attach_backend(ebpf: &mut Ebpf, backend: Backend, reads: bool) -> Tried {
-    let way = backend.with_system(|| {
+    let way = backend.with_system(|types| {
         let mut reasons = Vec::new();
         for way in backend.ways() {
-            match attach_way(ebpf, backend, way, reads) {
+            match attach_way(ebpf, backend, way, reads, types) {
                 Ok(()) => return Ok(way),
                 Err(reason) => reasons.push(reason),
             }
@@ -172,13 +176,13 @@ pub(super) fn attach_backend(ebpf: &mut Ebpf, backend: Backend, reads: bool) -> 
     Ok(Audit { backend, way })
 }
 
-fn attach_way(ebpf: &mut Ebpf, backend: Backend, way: &Way, reads: bool) -> Result<(), String> {
+fn attach_way(ebpf: &mut Ebpf, backend: Backend, way: &Way, reads: bool, types: Option<&Btf>) -> Result<(), String> {
     let calls = [&way.set, &way.get];
     let wanted = &calls[..if reads { 2 } else { 1 }];
     // Exits first: an entry without its exit would be noted and never reported.
     let attached = wanted.iter().try_for_each(|ends| {
-        attach_program(ebpf, backend, ends.exit, ends.point, End::Exit)?;
-        attach_program(ebpf, backend, ends.entry, ends.point, End::Entry)
+        attach_program(ebpf, backend, ends, End::Exit, types)?;
+        attach_program(ebpf, backend, ends, End::Entry, types)
     });
     if attached.is_err() {
         for ends in calls {
@@ -195,12 +199,14 @@ enum End {
     Exit,
 }
 
-fn attach_program(ebpf: &mut Ebpf, backend: Backend, name: &str, point: &str, end: End) -> Result<(), String> {
+fn attach_program(ebpf: &mut Ebpf, backend: Backend, ends: &Ends, end: End, types: Option<&Btf>) -> Result<(), String> {
+    let (name, point) = (if end == End::Entry { ends.entry } else { ends.exit }, ends.point);
     let program = ebpf.program_mut(name).ok_or_else(|| format!("no program {name}"))?;
-    let attached = match backend {
-        Backend::Fentry => fentry::attach(program, point),
-        Backend::Kprobe => kprobe::attach(program, point),
-        Backend::Tracepoint => tracepoint::attach(program, point, end),
+    let attached = match (backend, types) {
+        (Backend::Fentry, Some(types)) => fentry::attach(program, point, types),
+        (Backend::Fentry, None) => Err("the kernel's BTF was not read".to_owned()),
+        (Backend::Kprobe, _) => kprobe::attach(program, point),
+        (Backend::Tracepoint, _) => tracepoint::attach(program, point, end),
     };
     attached.map_err(|reason| format!("{point}: {reason}"))
 }
