@@ -230,7 +230,9 @@ fn kernel_without_btf_is_good_enough() {
     for part in ["hooks", "audit", "options"] {
         for line in doctor[part].as_array().unwrap() {
             let name = line["name"].as_str().unwrap();
-            assert_eq!(line["works"] == "yes", kernel.has(name), "{line}");
+            // This alone cannot do without.
+            let works = kernel.has(name) && name != "fentry";
+            assert_eq!(line["works"] == "yes", works, "{line}");
         }
     }
 }
