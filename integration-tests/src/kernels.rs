@@ -1,7 +1,7 @@
 //! What kernels.toml expects of the kernel that runs.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs,
     io::{self, Write},
     sync::{LazyLock, Mutex, PoisonError},
@@ -80,19 +80,23 @@ impl Kernel {
 
 /// Notes that a test is skipped, for the list at the end.
 pub fn skip(test: &str, ability: &str) {
-    static SKIPPED: Mutex<Vec<String>> = Mutex::new(Vec::new());
+    /// Tests, by the ability that they want.
+    static SKIPPED: Mutex<BTreeMap<String, BTreeSet<String>>> = Mutex::new(BTreeMap::new());
     extern "C" fn tell() {
         let skipped = SKIPPED.lock().unwrap_or_else(PoisonError::into_inner);
         let kernel = &Kernel::current().release;
-        // Not by eprintln, which the test harness keeps to itself.
-        let _ = writeln!(io::stderr(), "skipped on {kernel}: {}", skipped.join(", "));
+        for (ability, tests) in &*skipped {
+            let tests = tests.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
+            // Not by eprintln, which the test harness keeps to itself. vm/matrix shows these lines, too.
+            let _ = writeln!(io::stderr(), "skipped on {kernel}, no {ability}: {tests}");
+        }
     }
     let mut skipped = SKIPPED.lock().unwrap_or_else(PoisonError::into_inner);
     if skipped.is_empty() {
         // SAFETY: a function of the kind that exit calls.
         unsafe { libc::atexit(tell) };
     }
-    skipped.push(format!("{test} (no {ability})"));
+    skipped.entry(ability.to_owned()).or_default().insert(test.to_owned());
 }
 
 /// The first line of a test that not every kernel can pass: skips it where kernels.toml says that this
