@@ -14,6 +14,7 @@ mod maps;
 mod misses;
 mod object;
 mod probe;
+mod syscall;
 
 pub use self::{
     audit::{Audit, Backend, BackendChoice, Tried},

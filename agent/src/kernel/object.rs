@@ -19,12 +19,14 @@ use aya::{
     programs::{CgroupAttachMode, Program, ProgramError, ProgramType},
     sys::{BpfHelper, is_helper_supported},
 };
+use aya_obj::generated::{bpf_attach_type::BPF_CGROUP_SETSOCKOPT, bpf_prog_type::BPF_PROG_TYPE_CGROUP_SOCKOPT};
 
 use super::{
     Audit, BackendChoice, KernelError, Scope, audit,
     error::{chain, load_reason},
     layout, maps,
     misses::misses,
+    syscall,
 };
 use crate::{
     compile::{Desired, Hook},
@@ -66,13 +68,16 @@ pub struct Abilities {
 }
 
 impl Abilities {
-    /// What to try, the most able first. Each kernel that has one of these has all before it.
-    const TRIES: [Self; 4] = [
-        Self { get: true, set_retval: true, see_task: true },
-        Self { get: true, set_retval: true, see_task: false },
-        Self { get: true, set_retval: false, see_task: false },
-        Self { get: false, set_retval: false, see_task: false },
-    ];
+    /// Where that cannot be told, the program that is loaded next will say why.
+    fn find() -> Self {
+        let has = |helper| syscall::has_helper(BPF_PROG_TYPE_CGROUP_SOCKOPT, BPF_CGROUP_SETSOCKOPT, helper);
+        Self {
+            get: has(BpfHelper::BPF_FUNC_getsockopt).unwrap_or(true),
+            set_retval: has(BpfHelper::BPF_FUNC_set_retval).unwrap_or(true),
+            see_task: has(BpfHelper::BPF_FUNC_get_current_pid_tgid).unwrap_or(true)
+                && has(BpfHelper::BPF_FUNC_get_current_comm).unwrap_or(true),
+        }
+    }
 }
 
 impl Object {
@@ -85,27 +90,7 @@ impl Object {
         super::check_privileges()?;
         let _memlock = Memlock::raise();
         let knowledge = Knowledge::gather();
-        let [first, rest @ ..] = Abilities::TRIES;
-        let mut result = Self::load_with(first, desired, scope, &knowledge);
-        for abilities in rest {
-            match result {
-                // Only this program makes use of them.
-                Err(KernelError::Load { hook: Hook::Set, reason }) => {
-                    log::debug!("cgroup/setsockopt was refused ({reason}); trying with {abilities:?}");
-                    result = Self::load_with(abilities, desired, scope, &knowledge);
-                }
-                _ => break,
-            }
-        }
-        result
-    }
-
-    fn load_with(
-        abilities: Abilities,
-        desired: &Desired,
-        scope: Scope<'_>,
-        knowledge: &Knowledge,
-    ) -> Result<Self, KernelError> {
+        let abilities = Abilities::find();
         let globals = [
             ("CAN_GET", abilities.get),
             ("CAN_SET_RETVAL", abilities.set_retval),

@@ -1,0 +1,77 @@
+//! What aya has no call for: bpf(2) itself.
+
+use std::{
+    io, mem,
+    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
+};
+
+use aya::sys::BpfHelper;
+use aya_obj::generated::{
+    BPF_ALU64, BPF_CALL, BPF_EXIT, BPF_JMP, BPF_K, BPF_MOV, bpf_attach_type, bpf_attr, bpf_cmd, bpf_insn,
+    bpf_prog_info, bpf_prog_type,
+};
+
+/// What the kernel says of a program. aya asks for the same and passes on a part.
+pub(super) fn info(program: &impl AsFd) -> io::Result<bpf_prog_info> {
+    // SAFETY: zero is valid for each field.
+    let mut info: bpf_prog_info = unsafe { mem::zeroed() };
+    let mut attributes = no_attributes();
+    attributes.info.bpf_fd = program.as_fd().as_raw_fd() as u32;
+    attributes.info.info_len = size_of_val(&info) as u32;
+    attributes.info.info = (&raw mut info) as u64;
+    // The kernel writes to `info` no more than its length.
+    bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attributes)?;
+    Ok(info)
+}
+
+/// Whether programs of this type for this kind of hook may call a helper.
+///
+/// The verifier looks the helper up before it looks at what it is given: it says EINVAL where there is none
+/// (`check_helper_call`, kernel/bpf/verifier.c), and EACCES where the 0 that it is given here is no pointer to a socket.
+///
+/// # Errors
+///
+/// Where the kernel answers something else: for want of rights, most likely.
+pub(super) fn has_helper(
+    program_type: bpf_prog_type,
+    attach_type: bpf_attach_type,
+    helper: BpfHelper,
+) -> io::Result<bool> {
+    let assign = |register, number| instruction(BPF_ALU64 | BPF_MOV | BPF_K, register, number);
+    let call = instruction(BPF_JMP | BPF_CALL, 0, helper as i32);
+    let program = [assign(1, 0), call, assign(0, 1), instruction(BPF_JMP | BPF_EXIT, 0, 0)];
+    let mut attributes = no_attributes();
+    // SAFETY: the part of the union that BPF_PROG_LOAD takes.
+    let load = unsafe { &mut attributes.__bindgen_anon_3 };
+    load.prog_type = program_type as u32;
+    load.expected_attach_type = attach_type as u32;
+    load.insns = program.as_ptr() as u64;
+    load.insn_cnt = program.len() as u32;
+    load.license = c"GPL".as_ptr() as u64;
+    match bpf(bpf_cmd::BPF_PROG_LOAD, &mut attributes) {
+        // SAFETY: a descriptor that is nobody's yet.
+        Ok(program) => drop(unsafe { OwnedFd::from_raw_fd(program) }),
+        Err(error) if error.raw_os_error() == Some(libc::EACCES) => {}
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(false),
+        Err(error) => return Err(error),
+    }
+    Ok(true)
+}
+
+fn instruction(code: u32, register: u8, number: i32) -> bpf_insn {
+    let mut registers =
+        bpf_insn { code: code as u8, _bitfield_align_1: [], _bitfield_1: Default::default(), off: 0, imm: number };
+    registers.set_dst_reg(register);
+    registers
+}
+
+fn no_attributes() -> bpf_attr {
+    // SAFETY: zero is valid for each form of it.
+    unsafe { mem::zeroed() }
+}
+
+fn bpf(command: bpf_cmd, attributes: &mut bpf_attr) -> io::Result<i32> {
+    // SAFETY: the kernel reads and writes the attributes, no more than their length, and what they point to.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut *attributes, size_of_val(attributes)) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as i32) }
+}
