@@ -48,6 +48,7 @@ static LAYOUT: Layout = Layout {
     css_set_cgroup: 0,
     cgroup_level: 0,
     regs_syscall: 0,
+    regs_result: 0,
 };
 
 /// A field of [`LAYOUT`]. Volatile, for its value is not the one that stands above.
@@ -152,7 +153,7 @@ fn find_sock(fd: u32) -> Option<u64> {
 pub(crate) fn describe(record: &mut Call, sk: u64) {
     record.socket_cgroup = cgroup_of(sk).unwrap_or(0);
     if record.cookie == 0 {
-        record.cookie = read_or_zero(member!(sk, sock_cookie));
+        record.cookie = cookie_of(sk);
     }
     let Some(family) = read::<u16>(member!(sk, sock_family)) else { return };
     record.sk_family = family.into();
@@ -160,6 +161,12 @@ pub(crate) fn describe(record: &mut Call, sk: u64) {
         record.facts = facts_of(sk, family.into());
         record.flags |= flags::SOCKET;
     }
+}
+
+/// The cookie of a socket; 0 if it has none yet.
+#[inline(always)]
+pub(crate) fn cookie_of(sk: u64) -> u64 {
+    read_or_zero(member!(sk, sock_cookie))
 }
 
 /// The id of the cgroup that a socket belongs to.
@@ -245,27 +252,40 @@ fn find_ancestor(level: u32) -> Option<u64> {
     read(member!(cgroup, cgroup_ancestor_ids).wrapping_add(8 * u64::from(level)))
 }
 
-/// How the current task came to make a call: bits of [`flags`].
-///
-/// `by_number`: whether calls can come by another way than the system call, so that its number must be asked.
+/// How the current task came to make a call by descriptor: bits of [`flags`].
 #[inline(always)]
-pub(crate) fn way(system_call: i64, by_number: bool) -> u32 {
-    /// `TS_COMPAT` (arch/x86/include/asm/thread_info.h).
-    const TS_COMPAT: u32 = 2;
+pub(crate) fn way_by_descriptor() -> u32 {
+    match knows(known::SYSCALL) {
+        true if is_compat() => flags::COMPAT,
+        true => flags::SYSCALL,
+        false => 0,
+    }
+}
+
+/// How it came to make a call where several ways meet, given the number of the system call that is one of them.
+#[inline(always)]
+pub(crate) fn way(system_call: i64) -> u32 {
+    /// What a system call returns until it does (`PUSH_AND_CLEAR_REGS` in arch/x86/entry/entry_64.S). Work that a task
+    /// does on its way back to its program comes after.
+    const NOT_YET: i64 = -38; // ENOSYS
     if !knows(known::SYSCALL) {
         return 0;
     }
-    if read::<u32>(member!(current_task(), task_status)).unwrap_or(0) & TS_COMPAT != 0 {
+    // SAFETY: the first has no arguments, the second takes what the first gives.
+    let regs = unsafe { bpf_task_pt_regs(bpf_get_current_task_btf()) } as u64;
+    if read_or_zero::<i64>(member!(regs, regs_result)) != NOT_YET {
+        return flags::RING;
+    }
+    if is_compat() {
         return flags::COMPAT;
     }
-    if !by_number {
-        return flags::SYSCALL;
-    }
-    // SAFETY: the first has no arguments, the second takes what the first gives.
-    let regs = unsafe { bpf_task_pt_regs(bpf_get_current_task_btf()) };
-    match read::<i64>(member!(regs as u64, regs_syscall)) {
-        Some(number) if number == system_call => flags::SYSCALL,
-        Some(_) => flags::RING,
-        None => 0,
-    }
+    if read_or_zero::<i64>(member!(regs, regs_syscall)) == system_call { flags::SYSCALL } else { flags::RING }
+}
+
+/// Whether the current task is in a system call of a 32-bit program's.
+#[inline(always)]
+fn is_compat() -> bool {
+    /// `TS_COMPAT` (arch/x86/include/asm/thread_info.h).
+    const TS_COMPAT: u32 = 2;
+    read_or_zero::<u32>(member!(current_task(), task_status)) & TS_COMPAT != 0
 }

@@ -273,7 +273,7 @@ fn backend_answer(found: &Tried) -> Answer {
 fn backend_line(backend: Backend, found: &Tried) -> serde_json::Value {
     let mut line = line(backend.name(), &backend_answer(found));
     if let Ok(audit) = found {
-        line["point"] = audit.point().into();
+        line["points"] = audit.points().collect();
         line["blind_to"] = audit.blind_to().into();
     }
     line

@@ -143,7 +143,8 @@ impl Writer {
 
 /// How calls are seen, and which are not.
 pub(super) fn describe_audit(audit: Audit) -> String {
-    let seen = format!("audit by {} of {}", audit.backend, audit.point());
+    let points: Vec<_> = audit.points().collect();
+    let seen = format!("audit by {} of {}", audit.backend, points.join(" and "));
     match audit.blind_to() {
         [] => seen,
         blind_to => format!("{seen} (does not see {})", blind_to.join(", ")),

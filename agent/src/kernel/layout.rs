@@ -78,10 +78,12 @@ fn ancestors(types: &Types, layout: &mut Layout) -> Option<()> {
     Some(())
 }
 
-/// x86 keeps both in these places; other machines are not looked at so closely.
+/// x86 keeps all in these places; other machines are not looked at so closely.
 fn system_call(types: &Types, layout: &mut Layout) -> Option<()> {
     layout.task_status = offset(&types.structure("task_struct")?, "thread_info.status")?;
-    layout.regs_syscall = offset(&types.structure("pt_regs")?, "orig_ax")?;
+    let registers = types.structure("pt_regs")?;
+    layout.regs_syscall = offset(&registers, "orig_ax")?;
+    layout.regs_result = offset(&registers, "ax")?;
     Some(())
 }
 

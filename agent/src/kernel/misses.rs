@@ -6,8 +6,8 @@ use super::syscall::info;
 
 /// The sum over the programs of these names that are loaded. A kernel that does not count gives 0 (5.12 is the first
 /// that does, `bpf_prog_inc_misses_counter`).
-pub(super) fn misses(ebpf: &Ebpf, programs: &[&str]) -> u64 {
-    let mut names = programs.to_vec();
+pub(super) fn misses(ebpf: &Ebpf, programs: impl Iterator<Item = &'static str>) -> u64 {
+    let mut names: Vec<_> = programs.collect();
     // One program may be at both ends of both calls.
     names.sort_unstable();
     names.dedup();

@@ -22,7 +22,8 @@ use aya::{
 use aya_obj::generated::{bpf_attach_type::BPF_CGROUP_SETSOCKOPT, bpf_prog_type::BPF_PROG_TYPE_CGROUP_SOCKOPT};
 
 use super::{
-    Audit, BackendChoice, KernelError, Scope, audit,
+    Audit, BackendChoice, KernelError, Scope,
+    audit::{self, Aim},
     error::{chain, load_reason},
     layout, maps,
     misses::misses,
@@ -161,7 +162,8 @@ impl Object {
         if choice != BackendChoice::None {
             self.can_follow.clone().map_err(|reasons| KernelError::NoBackend { reasons })?;
         }
-        self.audit = audit::attach(&mut self.ebpf, choice, desired.audit.reads)?;
+        let aim = Aim { reads: desired.audit.reads, calls: desired.audit.calls != Calls::Conflicts };
+        self.audit = audit::attach(&mut self.ebpf, choice, aim)?;
         Ok(self.audit)
     }
 
@@ -231,7 +233,7 @@ impl Object {
     /// Times that the kernel did not run a program of the audit, because one was running on that CPU.
     #[must_use]
     pub fn misses(&self) -> u64 {
-        self.audit.map_or(0, |audit| misses(&self.ebpf, &audit.programs()))
+        self.audit.map_or(0, |audit| misses(&self.ebpf, audit.programs()))
     }
 
     /// Calls whose end has not come.

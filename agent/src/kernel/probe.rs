@@ -6,7 +6,8 @@
 use aya::programs::ProgramError;
 
 use super::{
-    Backend, KernelError, Tried, audit,
+    Backend, KernelError, Tried,
+    audit::{self, Aim},
     error::{chain, load_reason},
     object::{self, Bare},
 };
@@ -50,9 +51,10 @@ pub fn hooks(cgroup: &Cgroup) -> Result<Vec<(Hook, Answer)>, KernelError> {
 ///
 /// Where the object cannot be prepared at all.
 pub fn audit_backends() -> Result<Vec<(Backend, Tried)>, KernelError> {
+    const EVERYTHING: Aim = Aim { reads: true, calls: true };
     let Bare { mut ebpf, can_follow } = object::bare()?;
     let answer = |backend| {
-        let tried = can_follow.clone().and_then(|()| audit::attach_backend(&mut ebpf, backend, true));
+        let tried = can_follow.clone().and_then(|()| audit::attach_backend(&mut ebpf, backend, EVERYTHING));
         (backend, tried)
     };
     Ok(Backend::ALL.map(answer).into())

@@ -31,8 +31,7 @@ pub mod flags {
     pub const OPTVAL_IN_KERNEL: u32 = 32;
     /// `optlen` is an address of the kernel's.
     pub const OPTLEN_IN_KERNEL: u32 = 64;
-    /// The audit was handed the socket itself, which the kernel holds until the call returns; otherwise it
-    /// went by the descriptor.
+    /// The kernel holds the socket `sk` at this moment.
     pub const HELD: u32 = 128;
     /// Made by a 32-bit program, which the cgroup hooks do not see.
     pub const COMPAT: u32 = 256;
@@ -40,8 +39,12 @@ pub mod flags {
     pub const RING: u32 = 512;
     /// Neither of these two: it is known that the call was made by the system call of its name.
     pub const SYSCALL: u32 = 1024;
-    /// The audit found the socket still there when the call returned.
+    /// What the socket says of itself was read.
     pub const LOOKED_AT: u32 = 2048;
+    /// The record was begun before the kernel looked for the socket, and ends after it let go of it.
+    pub const OUTER: u32 = 4096;
+    /// All that there is to read has been.
+    pub const COMPLETE: u32 = 8192;
 }
 
 /// One setsockopt or getsockopt call on its way through the kernel. Map `CALLS`, by task: made by

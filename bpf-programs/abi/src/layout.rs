@@ -63,10 +63,11 @@ pub struct Layout {
     pub css_set_cgroup: u32,
     /// `struct cgroup`: its level, counted from the root.
     pub cgroup_level: u32,
-    /// `struct pt_regs`: the number of the system call.
+    /// `struct pt_regs`: the number of the system call, and what it returns.
     pub regs_syscall: u32,
+    pub regs_result: u32,
 }
-shared!(Layout, size 29 * 4);
+shared!(Layout, size 30 * 4);
 
 /// Values of [`Member::of`]: which sockets have the structure.
 pub mod of {

@@ -5,21 +5,29 @@ use aya::{
     programs::{Program, ProgramError},
 };
 
-use super::{BLIND_TO_BAD_DESCRIPTORS, BLIND_TO_RINGS, Ends, Way, attach_reason};
+use super::{
+    Way, attach_reason,
+    functions::{Programs, ways},
+};
 use crate::kernel::error::{chain, load_reason};
 
-pub(super) const WAYS: &[Way] = &[
-    Way {
-        set: Ends { point: "do_sock_setsockopt", entry: "fentry_set", exit: "fexit_set" },
-        get: Ends { point: "do_sock_getsockopt", entry: "fentry_get", exit: "fexit_get" },
-        blind_to: BLIND_TO_BAD_DESCRIPTORS,
-    },
-    Way {
-        set: Ends { point: "__sys_setsockopt", entry: "fentry_set_fd", exit: "fexit_set_fd" },
-        get: Ends { point: "__sys_getsockopt", entry: "fentry_get_fd", exit: "fexit_get_fd" },
-        blind_to: BLIND_TO_RINGS,
-    },
-];
+pub(super) static WAYS: [Way; 4] = ways(&SET, &GET);
+
+const SET: Programs = Programs {
+    entry: "fentry_set",
+    exit: "fexit_set",
+    outer_entry: "fentry_set_fd",
+    outer_exit: "fexit_set_fd",
+    found: "fentry_set_found",
+};
+
+const GET: Programs = Programs {
+    entry: "fentry_get",
+    exit: "fexit_get",
+    outer_entry: "fentry_get_fd",
+    outer_exit: "fexit_get_fd",
+    found: "fentry_get_found",
+};
 
 /// The kernel's types, among which the functions are looked up.
 pub(super) fn types() -> Result<Btf, String> {

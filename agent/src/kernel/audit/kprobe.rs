@@ -4,21 +4,29 @@ use std::path::Path;
 
 use aya::programs::{Program, ProgramError};
 
-use super::{BLIND_TO_BAD_DESCRIPTORS, BLIND_TO_RINGS, Ends, Way, attach_reason};
+use super::{
+    Way, attach_reason,
+    functions::{Programs, ways},
+};
 use crate::kernel::{error::load_reason, object::load_once};
 
-pub(super) const WAYS: &[Way] = &[
-    Way {
-        set: Ends { point: "do_sock_setsockopt", entry: "kprobe_set", exit: "kretprobe_end" },
-        get: Ends { point: "do_sock_getsockopt", entry: "kprobe_get", exit: "kretprobe_end" },
-        blind_to: BLIND_TO_BAD_DESCRIPTORS,
-    },
-    Way {
-        set: Ends { point: "__sys_setsockopt", entry: "kprobe_set_fd", exit: "kretprobe_end" },
-        get: Ends { point: "__sys_getsockopt", entry: "kprobe_get_fd", exit: "kretprobe_end" },
-        blind_to: BLIND_TO_RINGS,
-    },
-];
+pub(super) static WAYS: [Way; 4] = ways(&SET, &GET);
+
+const SET: Programs = Programs {
+    entry: "kprobe_set",
+    exit: "kretprobe_end",
+    outer_entry: "kprobe_set_fd",
+    outer_exit: "kretprobe_end_fd",
+    found: "kprobe_found",
+};
+
+const GET: Programs = Programs {
+    entry: "kprobe_get",
+    exit: "kretprobe_end",
+    outer_entry: "kprobe_get_fd",
+    outer_exit: "kretprobe_end_fd",
+    found: "kprobe_found",
+};
 
 /// Where the kernel says how to ask for a kprobe, if it has them.
 const PLACE: &str = "/sys/bus/event_source/devices/kprobe/type";

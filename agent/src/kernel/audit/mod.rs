@@ -4,6 +4,7 @@
 //! takes, and how one program is attached. Which way works is found by trying, the best one first.
 
 mod fentry;
+mod functions;
 mod kprobe;
 mod tracepoint;
 
@@ -50,29 +51,51 @@ pub struct Audit {
     way: &'static Way,
 }
 
+/// What an audit is to see.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Aim {
+    /// getsockopt too.
+    pub(super) reads: bool,
+    /// Calls that conflict with nothing too, and with them those on descriptors that are no sockets.
+    pub(super) calls: bool,
+}
+
 /// One way of seeing calls: the programs, and where they go.
 #[derive(Debug, PartialEq, Eq)]
 struct Way {
-    set: Ends,
-    get: Ends,
+    /// Where setsockopt calls are seen, in the order in which to attach.
+    set: Hooks,
+    get: Hooks,
+    /// For which [`Aim::calls`] it is good.
+    calls: &'static [bool],
     /// Calls that are not seen so.
     blind_to: &'static [&'static str],
 }
 
-/// Both ends of a call, at one point of the kernel: a function, or for tracepoints the name of a system call.
-#[derive(Debug, PartialEq, Eq)]
-struct Ends {
+/// What is begun is to be seen to its end: so exits stand before entries.
+type Hooks = [Option<Hook>; 4];
+
+/// A program at a point of the kernel: a function, or for tracepoints the name of a system call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Hook {
+    end: End,
     point: &'static str,
-    entry: &'static str,
-    exit: &'static str,
+    program: &'static str,
 }
 
-/// What the system calls and io_uring have in common, since 6.7, is reached only once the socket is found: calls that fail
-/// with EBADF or ENOTSOCK are over by then.
-const BLIND_TO_BAD_DESCRIPTORS: &[&str] = &["descriptors that are no sockets"];
-/// Before 6.7 io_uring has no such calls. A kernel that has them but not the common functions is not known; if there is
-/// one, this is true of it.
-const BLIND_TO_RINGS: &[&str] = &["io_uring"];
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    Entry,
+    Exit,
+}
+
+const fn entry(point: &'static str, program: &'static str) -> Option<Hook> {
+    Some(Hook { end: End::Entry, point, program })
+}
+
+const fn exit(point: &'static str, program: &'static str) -> Option<Hook> {
+    Some(Hook { end: End::Exit, point, program })
+}
 
 impl Backend {
     /// From the cheapest to the dearest, which is the order in which they are tried.
@@ -89,9 +112,9 @@ impl Backend {
 
     fn ways(self) -> &'static [Way] {
         match self {
-            Self::Fentry => fentry::WAYS,
-            Self::Kprobe => kprobe::WAYS,
-            Self::Tracepoint => tracepoint::WAYS,
+            Self::Fentry => &fentry::WAYS,
+            Self::Kprobe => &kprobe::WAYS,
+            Self::Tracepoint => &tracepoint::WAYS,
         }
     }
 
@@ -122,35 +145,33 @@ impl Audit {
         self.way.blind_to
     }
 
-    /// The point of the kernel at which setsockopt calls are seen.
-    #[must_use]
-    pub fn point(self) -> &'static str {
-        self.way.set.point
+    /// The points of the kernel at which setsockopt calls are seen.
+    pub fn points(self) -> impl Iterator<Item = &'static str> {
+        self.way.set.iter().flatten().filter(|hook| hook.end == End::Entry).map(|hook| hook.point)
     }
 
     /// The programs that may be attached.
-    pub(super) fn programs(self) -> [&'static str; 4] {
-        let Way { set, get, .. } = self.way;
-        [set.entry, set.exit, get.entry, get.exit]
+    pub(super) fn programs(self) -> impl Iterator<Item = &'static str> {
+        [&self.way.set, &self.way.get].into_iter().flatten().flatten().map(|hook| hook.program)
     }
 }
 
-/// Attaches the backend of choice, for getsockopt too if `reads`; gives the one that was taken.
-pub(super) fn attach(ebpf: &mut Ebpf, choice: BackendChoice, reads: bool) -> Result<Option<Audit>, KernelError> {
+/// Attaches the backend of choice; gives the one that was taken.
+pub(super) fn attach(ebpf: &mut Ebpf, choice: BackendChoice, aim: Aim) -> Result<Option<Audit>, KernelError> {
     let backend = match choice {
         BackendChoice::None => return Ok(None),
-        BackendChoice::Auto => return attach_best(ebpf, reads).map(Some),
+        BackendChoice::Auto => return attach_best(ebpf, aim).map(Some),
         BackendChoice::Fentry => Backend::Fentry,
         BackendChoice::Kprobe => Backend::Kprobe,
         BackendChoice::Tracepoint => Backend::Tracepoint,
     };
-    attach_backend(ebpf, backend, reads).map(Some).map_err(|reason| KernelError::Backend { backend, reason })
+    attach_backend(ebpf, backend, aim).map(Some).map_err(|reason| KernelError::Backend { backend, reason })
 }
 
-fn attach_best(ebpf: &mut Ebpf, reads: bool) -> Result<Audit, KernelError> {
+fn attach_best(ebpf: &mut Ebpf, aim: Aim) -> Result<Audit, KernelError> {
     let mut reasons = Vec::new();
     for backend in Backend::ALL {
-        match attach_backend(ebpf, backend, reads) {
+        match attach_backend(ebpf, backend, aim) {
             Ok(audit) => return Ok(audit),
             Err(reason) => {
                 log::debug!("the audit cannot use {backend}: {reason}");
@@ -162,11 +183,11 @@ fn attach_best(ebpf: &mut Ebpf, reads: bool) -> Result<Audit, KernelError> {
 }
 
 /// Attaches all programs of a backend, or none.
-pub(super) fn attach_backend(ebpf: &mut Ebpf, backend: Backend, reads: bool) -> Tried {
+pub(super) fn attach_backend(ebpf: &mut Ebpf, backend: Backend, aim: Aim) -> Tried {
     let way = backend.with_system(|types| {
         let mut reasons = Vec::new();
-        for way in backend.ways() {
-            match attach_way(ebpf, backend, way, reads, types) {
+        for way in backend.ways().iter().filter(|way| way.calls.contains(&aim.calls)) {
+            match attach_way(ebpf, backend, way, aim, types) {
                 Ok(()) => return Ok(way),
                 Err(reason) => reasons.push(reason),
             }
@@ -176,32 +197,21 @@ pub(super) fn attach_backend(ebpf: &mut Ebpf, backend: Backend, reads: bool) -> 
     Ok(Audit { backend, way })
 }
 
-fn attach_way(ebpf: &mut Ebpf, backend: Backend, way: &Way, reads: bool, types: Option<&Btf>) -> Result<(), String> {
+fn attach_way(ebpf: &mut Ebpf, backend: Backend, way: &Way, aim: Aim, types: Option<&Btf>) -> Result<(), String> {
     let calls = [&way.set, &way.get];
-    let wanted = &calls[..if reads { 2 } else { 1 }];
-    // Exits first: an entry without its exit would be noted and never reported.
-    let attached = wanted.iter().try_for_each(|ends| {
-        attach_program(ebpf, backend, ends, End::Exit, types)?;
-        attach_program(ebpf, backend, ends, End::Entry, types)
-    });
+    let mut wanted = calls.into_iter().take(if aim.reads { 2 } else { 1 }).flatten().flatten();
+    let attached = wanted.try_for_each(|hook| attach_program(ebpf, backend, hook, types));
     if attached.is_err() {
-        for ends in calls {
-            unload(ebpf, ends.entry);
-            unload(ebpf, ends.exit);
+        for hook in calls.into_iter().flatten().flatten() {
+            unload(ebpf, hook.program);
         }
     }
     attached
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum End {
-    Entry,
-    Exit,
-}
-
-fn attach_program(ebpf: &mut Ebpf, backend: Backend, ends: &Ends, end: End, types: Option<&Btf>) -> Result<(), String> {
-    let (name, point) = (if end == End::Entry { ends.entry } else { ends.exit }, ends.point);
-    let program = ebpf.program_mut(name).ok_or_else(|| format!("no program {name}"))?;
+fn attach_program(ebpf: &mut Ebpf, backend: Backend, hook: &Hook, types: Option<&Btf>) -> Result<(), String> {
+    let Hook { end, point, program } = *hook;
+    let program = ebpf.program_mut(program).ok_or_else(|| format!("no program {program}"))?;
     let attached = match (backend, types) {
         (Backend::Fentry, Some(types)) => fentry::attach(program, point, types),
         (Backend::Fentry, None) => Err("the kernel's BTF was not read".to_owned()),

@@ -2,15 +2,16 @@
 
 use aya::programs::{Program, ProgramError};
 
-use super::{End, Ends, Way, attach_reason};
+use super::{End, Way, attach_reason, entry, exit};
 use crate::{
     host::tracefs,
     kernel::{error::load_reason, object::load_once},
 };
 
-pub(super) const WAYS: &[Way] = &[Way {
-    set: Ends { point: "setsockopt", entry: "trace_set", exit: "trace_end" },
-    get: Ends { point: "getsockopt", entry: "trace_get", exit: "trace_end" },
+pub(super) static WAYS: [Way; 1] = [Way {
+    set: [exit("setsockopt", "trace_end"), entry("setsockopt", "trace_set"), None, None],
+    get: [exit("getsockopt", "trace_end"), entry("getsockopt", "trace_get"), None, None],
+    calls: &[false, true],
     blind_to: &["io_uring", "32-bit programs"],
 }];
 

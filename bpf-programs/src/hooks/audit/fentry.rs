@@ -1,8 +1,8 @@
 //! The audit by fentry and fexit: the cheapest, for the kernel calls these programs as it calls functions.
 //!
-//! Two pairs of functions, of which the agent takes the first that this kernel has: those that system calls
-//! and io_uring have in common, which are handed the socket; or those of the system calls, which find it by
-//! its descriptor.
+//! The functions that system calls and io_uring have in common are handed the socket. Around them are those of the system
+//! calls, which find it by its descriptor. Before 6.7 the former are not there, and what the system calls find is seen where
+//! they ask the security modules. The agent knows which to attach to (agent/src/kernel/audit/fentry.rs).
 //!
 //! The arguments lie in a row of 64-bit slots, structures in as many as they fill, and the result behind them
 //! (`btf_ctx_access`, kernel/bpf/btf.c). The helper that gives the result is 5.17 and later, the slot is older.
@@ -17,7 +17,7 @@ use aya_ebpf::{
     programs::{FEntryContext, FExitContext},
 };
 
-use super::{Begun, Pointer, Subject, begin, end, is_set, way};
+use super::{Begun, Pointer, Subject, begin, end, end_with_socket, is_set, meet, way};
 use crate::kernel;
 
 // match-proto: 6.12: int do_sock_setsockopt(struct socket *sock, bool compat, int level, int optname,
@@ -37,7 +37,7 @@ pub(crate) fn fentry_set(ctx: FEntryContext) -> i32 {
 
 #[fexit(function = "do_sock_setsockopt")]
 pub(crate) fn fexit_set(ctx: FExitContext) -> i32 {
-    end(source::FENTRY, ctx.arg::<i32>(7).into());
+    end_with_socket(source::FENTRY, ctx.arg::<i32>(7).into());
     0
 }
 
@@ -58,7 +58,7 @@ pub(crate) fn fentry_get(ctx: FEntryContext) -> i32 {
 
 #[fexit(function = "do_sock_getsockopt")]
 pub(crate) fn fexit_get(ctx: FExitContext) -> i32 {
-    end(source::FENTRY, ctx.arg::<i32>(8).into());
+    end_with_socket(source::FENTRY, ctx.arg::<i32>(8).into());
     0
 }
 
@@ -85,6 +85,20 @@ pub(crate) fn fentry_get_fd(ctx: FEntryContext) -> i32 {
 #[fexit(function = "__sys_getsockopt")]
 pub(crate) fn fexit_get_fd(ctx: FExitContext) -> i32 {
     end(source::FENTRY, ctx.arg::<i32>(5).into());
+    0
+}
+
+// match-proto: 5.10: int security_socket_setsockopt(struct socket *sock, int level, int optname)
+#[fentry(function = "security_socket_setsockopt")]
+pub(crate) fn fentry_set_found(ctx: FEntryContext) -> i32 {
+    meet(ctx.arg(0));
+    0
+}
+
+// match-proto: 5.10: int security_socket_getsockopt(struct socket *sock, int level, int optname)
+#[fentry(function = "security_socket_getsockopt")]
+pub(crate) fn fentry_get_found(ctx: FEntryContext) -> i32 {
+    meet(ctx.arg(0));
     0
 }
 

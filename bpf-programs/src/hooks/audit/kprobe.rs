@@ -12,7 +12,7 @@ use aya_ebpf::{
     programs::{ProbeContext, RetProbeContext},
 };
 
-use super::{Begun, Pointer, Subject, begin, end, is_set, way};
+use super::{Begun, Pointer, Subject, begin, end, end_with_socket, is_set, meet, way};
 
 // match-proto: 6.12: int do_sock_setsockopt(struct socket *sock, bool compat, int level, int optname,
 //                                           sockptr_t optval, int optlen)
@@ -52,9 +52,26 @@ pub(crate) fn kprobe_get_fd(ctx: ProbeContext) -> u32 {
     0
 }
 
-/// The end of any of them.
+// match-proto: 5.10: int security_socket_setsockopt(struct socket *sock, int level, int optname)
+// match-proto: 5.10: int security_socket_getsockopt(struct socket *sock, int level, int optname)
+#[kprobe]
+pub(crate) fn kprobe_found(ctx: ProbeContext) -> u32 {
+    if let Some(socket) = ctx.arg(0) {
+        meet(socket);
+    }
+    0
+}
+
+/// The end of the first two.
 #[kretprobe]
 pub(crate) fn kretprobe_end(ctx: RetProbeContext) -> u32 {
+    end_with_socket(source::KPROBE, ctx.ret::<i32>().into());
+    0
+}
+
+/// The end of the system calls.
+#[kretprobe]
+pub(crate) fn kretprobe_end_fd(ctx: RetProbeContext) -> u32 {
     end(source::KPROBE, ctx.ret::<i32>().into());
     0
 }

@@ -3,12 +3,17 @@
 //! Three kinds of hook run the same code, each in a file of its own: [`fentry`], [`kprobe`], [`tracepoint`].
 //! Each hands over what it sees of a call in the same form ([`Begun`]), and its result.
 //!
+//! A call is seen where the kernel has its socket in hand ([`Subject::Socket`]): there its socket is certain. Around
+//! that, it is seen by the number of a descriptor ([`Subject::Descriptor`]), also where that stands for no socket. Where
+//! both are seen they make one record, which the outer begins and ends. Tracepoints have the number alone
+//! ([`Subject::DescriptorAlone`]).
+//!
 //! The audit changes nothing. It decides only what no other hook gets to see: the calls of 32-bit programs,
 //! for which the kernel does not run the cgroup hooks.
 //!
 //! Invariant: what is reported of a call is of that call. A record of one whose end was not seen is dropped
-//! and counted when its task makes the next, and a socket that was found by its descriptor is looked at only
-//! while the descriptor still stands for it.
+//! and counted when its task makes the next, and a socket that the kernel does not hold is looked at only while the
+//! descriptor stands for it.
 
 mod fentry;
 mod kprobe;
@@ -60,10 +65,12 @@ impl Pointer {
 /// What a call is about.
 #[derive(Clone, Copy)]
 enum Subject {
-    /// A descriptor of the task's.
-    Descriptor(i32),
-    /// A `struct socket`, held by the kernel until the call returns.
+    /// A `struct socket`, held by the kernel for as long as the function runs.
     Socket(*const c_void),
+    /// A descriptor of the task's. Another hook is handed the socket.
+    Descriptor(i32),
+    /// A descriptor of the task's, and no more will be known.
+    DescriptorAlone(i32),
 }
 
 /// A call as it begins.
@@ -102,8 +109,15 @@ const SYSTEM_CALLS: [i64; 2] = [208, 209];
 fn begin(begun: Begun) {
     let Some(config) = maps::config() else { return };
     let task = kernel::current_task();
-    // Its end was not seen, and must not be taken for this one's.
-    if maps::call(task).is_some() {
+    if let Some(call) = maps::call(task) {
+        if let Subject::Socket(socket) = begun.subject
+            && is_within(&begun, call)
+        {
+            call.sk = kernel::sock_of(socket);
+            call.flags |= flags::HELD;
+            return;
+        }
+        // Its end was not seen, and must not be taken for this one's.
         maps::end_call(task);
         lose(|losses| &mut losses.no_return);
     }
@@ -116,7 +130,7 @@ fn begin(begun: Begun) {
     let mut call = Call {
         key: begun.key,
         kind: begun.kind,
-        flags: begun.way,
+        flags: way_of(&begun),
         fd: -1,
         optval: begun.optval.address,
         optlen: begun.optlen.address,
@@ -128,36 +142,82 @@ fn begin(begun: Begun) {
     if begun.optlen.in_kernel {
         call.flags |= flags::OPTLEN_IN_KERNEL;
     }
-    let number = SYSTEM_CALLS[if begun.kind == call::SETSOCKOPT { 0 } else { 1 }];
+    // Where only conflicts are reported, a cgroup hook sees to the rest if there is one, and mostly there is none.
+    let is_to_be_read = config.calls != calls::CONFLICTS || call.flags & flags::COMPAT != 0;
     match begun.subject {
-        Subject::Descriptor(fd) => {
-            call.fd = fd;
-            if begun.way == 0 {
-                call.flags |= kernel::way(number, false);
-            }
-        }
         Subject::Socket(socket) => {
             call.sk = kernel::sock_of(socket);
             call.flags |= flags::HELD;
-            if begun.way == 0 {
-                call.flags |= kernel::way(number, true);
+        }
+        Subject::Descriptor(fd) => {
+            call.fd = fd;
+            call.flags |= flags::OUTER;
+        }
+        Subject::DescriptorAlone(fd) => {
+            call.fd = fd;
+            if is_to_be_read {
+                call.sk = kernel::sock_of_descriptor(fd);
             }
         }
     }
-    // Where only conflicts are reported, a cgroup hook sees to the rest if there is one, and mostly there is none.
-    if config.calls != calls::CONFLICTS || call.flags & flags::COMPAT != 0 {
-        if let Subject::Descriptor(fd) = begun.subject {
-            call.sk = kernel::sock_of_descriptor(fd);
-        }
-        if begun.kind == call::SETSOCKOPT {
-            read_asked(&mut call, begun.optlen.address as i32);
-        }
+    if is_to_be_read && begun.kind == call::SETSOCKOPT {
+        read_asked(&mut call, begun.optlen.address as i32);
     }
     if TIMING.load() != 0 {
         // SAFETY: has no arguments.
         call.start_ns = unsafe { bpf_ktime_get_ns() };
     }
     maps::begin_call(task, &call);
+}
+
+/// How a call was made: bits of [`flags`].
+#[inline(always)]
+fn way_of(begun: &Begun) -> u32 {
+    match begun.subject {
+        _ if begun.way != 0 => begun.way,
+        Subject::Socket(_) => kernel::way(SYSTEM_CALLS[if begun.kind == call::SETSOCKOPT { 0 } else { 1 }]),
+        _ => kernel::way_by_descriptor(),
+    }
+}
+
+/// Whether a call that begins with its socket is the one that began with a descriptor.
+#[inline(always)]
+fn is_within(begun: &Begun, outer: &Call) -> bool {
+    outer.flags & flags::OUTER != 0
+        && outer.sk == 0
+        && outer.kind == begun.kind
+        && outer.key == begun.key
+        && way_of(begun) & flags::RING == 0
+}
+
+/// Notes the socket of the call that the current task is in, which the kernel has just found.
+#[inline(always)]
+fn meet(socket: *const c_void) {
+    let task = kernel::current_task();
+    let Some(call) = maps::call(task) else { return };
+    // The cgroup hook knows the sockets of the others.
+    if reports_everything() || call.flags & flags::COMPAT != 0 {
+        call.sk = kernel::sock_of(socket);
+        call.flags |= flags::HELD;
+        complete_socket(task);
+        call.flags &= !flags::HELD;
+    }
+}
+
+/// The end of the function that was handed the socket.
+#[inline(always)]
+fn end_with_socket(source: u32, result: i64) {
+    let task = kernel::current_task();
+    let Some(call) = maps::call(task) else { return };
+    if call.flags & flags::OUTER == 0 {
+        end(source, result);
+        return;
+    }
+    // The system call goes on to its end, and may let go of the socket before that.
+    if is_to_be_told(call) {
+        complete(task, call, result);
+    }
+    call.flags = (call.flags | flags::COMPLETE) & !flags::HELD;
 }
 
 /// Reports a call that `begin` noted, now that its result is known.
@@ -172,20 +232,32 @@ fn end(source: u32, result: i64) {
     } else {
         0
     };
-    let everything = reports_everything();
-    if everything || TIMING.load() != 0 {
+    if reports_everything() || TIMING.load() != 0 {
         maps::tally(&TallyKey { key: call.key, kind: call.kind, _pad: 0 }, result < 0, duration_ns);
     }
-    if everything || call.flags & (flags::DECIDED | flags::COMPAT) != 0 {
-        complete_argument(task, result);
-        complete_socket(task);
-        complete_value(task);
-        if call.flags & (flags::DECIDED | flags::COMPAT) == flags::COMPAT {
-            unhooked::judge_unhooked(task, result);
+    if is_to_be_told(call) {
+        if call.flags & flags::COMPLETE == 0 {
+            complete(task, call, result);
         }
         tell(task, source, result, duration_ns);
     }
     maps::end_call(task);
+}
+
+#[inline(always)]
+fn is_to_be_told(call: &Call) -> bool {
+    call.flags & (flags::DECIDED | flags::COMPAT) != 0 || reports_everything()
+}
+
+/// Adds to the record of a task's call what can be read now that it is over.
+#[inline(always)]
+fn complete(task: u64, call: &Call, result: i64) {
+    complete_argument(task, result);
+    complete_socket(task);
+    complete_value(task);
+    if call.flags & (flags::DECIDED | flags::COMPAT) == flags::COMPAT {
+        unhooked::judge_unhooked(task, result);
+    }
 }
 
 /// Whether calls are reported that conflict with nothing.
@@ -222,7 +294,7 @@ extern "C" fn complete_argument(task: u64, result: i64) -> u32 {
 #[inline(never)]
 extern "C" fn complete_socket(task: u64) -> u32 {
     let Some(call) = maps::call(task) else { return 0 };
-    if call.sk == 0 || !is_held(call) {
+    if call.sk == 0 || call.flags & flags::LOOKED_AT != 0 || !is_held(call) {
         return 0;
     }
     call.flags |= flags::LOOKED_AT;
@@ -237,6 +309,7 @@ extern "C" fn complete_value(task: u64) -> u32 {
     let Some(call) = maps::call(task) else { return 0 };
     if call.kind == call::SETSOCKOPT
         && call.flags & flags::LOOKED_AT != 0
+        && is_held(call)
         && let Some(member) = maps::member(call.key)
         && let Some(now) = kernel::value_of(call.sk, call, member)
     {
@@ -260,10 +333,12 @@ extern "C" fn tell(task: u64, source: u32, result: i64, duration_ns: u64) -> u32
     0
 }
 
-/// Whether the socket of a call is still what it was.
+/// Whether the socket of a call is still what it was: held by the kernel, or by a descriptor. Cookies are given once.
 #[inline(always)]
 fn is_held(call: &Call) -> bool {
-    call.flags & flags::HELD != 0 || kernel::sock_of_descriptor(call.fd) == call.sk
+    call.flags & flags::HELD != 0
+        || (kernel::sock_of_descriptor(call.fd) == call.sk
+            && (call.cookie == 0 || kernel::cookie_of(call.sk) == call.cookie))
 }
 
 /// Whether the current task is one of those that the audit is about.

@@ -44,7 +44,7 @@ fn system_call(kind: u32, ctx: &TracePointContext) -> Option<Begun> {
     Some(Begun {
         kind,
         way: flags::SYSCALL,
-        subject: Subject::Descriptor(slot(ctx, 1)? as i32),
+        subject: Subject::DescriptorAlone(slot(ctx, 1)? as i32),
         key: OptionKey { level: slot(ctx, 2)? as i32, name: slot(ctx, 3)? as i32 },
         optval: Pointer::user(slot(ctx, 4)?),
         optlen: Pointer::user(slot(ctx, 5)?),

@@ -4,7 +4,7 @@
 //! - `workload storm PROCESSES CALLS`: each process disagrees CALLS times about TCP_NODELAY and as often about
 //!   SO_KEEPALIVE, then says `PID CALLS`;
 //! - `workload calls`: calls of every kind, good and bad, by the process, a thread of it and a child;
-//! - `workload ring plain|polled|fixed|async`: calls through an io_uring, see [`ring`];
+//! - `workload ring plain|polled|fixed|async|deferred`: calls through an io_uring, see [`ring`];
 //! - `workload threads|vfork|exec|mark|race|faults …`: see [`odd`].
 
 mod odd;

@@ -19,6 +19,8 @@ enum Manner {
     Fixed,
     /// By a worker.
     Async,
+    /// By the task itself on its way back from a setsockopt call, when a time is up.
+    Deferred,
 }
 
 /// Says the process's number, and of each call `CALL LEVEL OPTNAME RESULT VALUE`.
@@ -28,6 +30,7 @@ pub(super) fn ring(manner: &str) -> io::Result<()> {
         "polled" => Manner::Polled,
         "fixed" => Manner::Fixed,
         "async" => Manner::Async,
+        "deferred" => Manner::Deferred,
         _ => return Err(io::ErrorKind::InvalidInput.into()),
     };
     let mut calls = Calls::new(manner)?;
@@ -86,7 +89,9 @@ impl Calls {
     fn entry(&self, level: i32, name: i32, value: *const libc::c_void, len: u32) -> squeue::Entry {
         let (level, name) = (level as u32, name as u32);
         match self.manner {
-            Manner::Plain => opcode::SetSockOpt::new(types::Fd(self.socket), level, name, value, len).build(),
+            Manner::Plain | Manner::Deferred => {
+                opcode::SetSockOpt::new(types::Fd(self.socket), level, name, value, len).build()
+            }
             Manner::Async => {
                 let call = opcode::SetSockOpt::new(types::Fd(self.socket), level, name, value, len);
                 call.build().flags(squeue::Flags::ASYNC)
@@ -96,11 +101,35 @@ impl Calls {
     }
 
     fn submit(&mut self, entry: &squeue::Entry) -> io::Result<i32> {
+        if self.manner == Manner::Deferred {
+            return self.submit_for_later(entry);
+        }
         // SAFETY: what the entry points to outlives the wait.
         unsafe { self.ring.submission().push(entry) }.map_err(io::Error::other)?;
         self.ring.submit_and_wait(1)?;
         let end = self.ring.completion().next().ok_or(io::ErrorKind::UnexpectedEof)?;
         Ok(end.result())
+    }
+}
+
+impl Calls {
+    /// Most of the time until the call is made goes by in setsockopt calls.
+    fn submit_for_later(&mut self, entry: &squeue::Entry) -> io::Result<i32> {
+        const OWN: u64 = 1;
+        let soon = types::Timespec::new().nsec(200_000);
+        let timeout = opcode::Timeout::new(&raw const soon).flags(types::TimeoutFlags::ETIME_SUCCESS).build();
+        // SAFETY: what the entries point to outlives the wait.
+        unsafe {
+            self.ring.submission().push_multiple(&[timeout.flags(squeue::Flags::IO_LINK), entry.clone().user_data(OWN)])
+        }
+        .map_err(io::Error::other)?;
+        self.ring.submit()?;
+        loop {
+            super::set(self.socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, &int(1))?;
+            if let Some(end) = self.ring.completion().find(|end| end.user_data() == OWN) {
+                return Ok(end.result());
+            }
+        }
     }
 }
 

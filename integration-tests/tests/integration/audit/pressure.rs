@@ -111,9 +111,8 @@ fn calls_of_children_by_vfork_are_theirs_before_and_after_they_become_another_pr
 
 #[test]
 fn socket_of_a_call_is_never_that_which_the_descriptor_stood_for_at_another_time() {
-    // The others find the socket by its descriptor, and another may have stood there in between.
-    require!("io_uring");
-    require!("fentry");
+    // Tracepoints find the socket by its descriptor, and another may have stood there in between.
+    require!("kprobe");
     for backend in backends().filter(|backend| *backend != "tracepoint") {
         let (said, report) = audited(backend, &[&workload(), "race", "4000"]);
         for line in said {
@@ -123,14 +122,12 @@ fn socket_of_a_call_is_never_that_which_the_descriptor_stood_for_at_another_time
             let seen = events.iter().filter(is_ok).count() as u64;
             assert_eq!((seen, events.len() as u64 - seen), (succeeded, failed), "{backend}");
             let (own, others) = if level == 6 { ("tcp", "udp") } else { ("udp", "tcp") };
-            let mut known = BTreeSet::new();
+            assert!(events.len() > 100);
             for event in events {
                 let protocol = event.socket.as_ref().and_then(|socket| socket.protocol.as_deref());
                 let expected = if event.result == Some(0) { own } else { others };
-                assert!(protocol.is_none_or(|protocol| protocol == expected), "{backend}: {event:#?}");
-                known.extend(protocol);
+                assert_eq!(protocol, Some(expected), "{backend}: {event:#?}");
             }
-            assert_eq!(known.len(), 2, "{backend}: sockets of one kind only were seen");
         }
         report.assert_nothing_lost();
     }

@@ -48,13 +48,13 @@ fn told(event: &Event) -> String {
 fn calls_through_io_uring_are_seen_as_what_they_are() {
     require!("io_uring");
     for backend in backends() {
-        for manner in ["plain", "fixed", "polled", "async"] {
+        for manner in ["plain", "fixed", "polled", "async", "deferred"] {
             let (said, report) = audited(backend, &["--dry-run"], &[&workload(), "ring", manner]);
             let (pid, calls) = said.split_first().unwrap();
             let (_, calls) = calls.split_last().unwrap();
             let events = report.events.iter().filter(|event| event.via.as_deref() == Some("io_uring"));
             let events: Vec<_> = events.collect();
-            let blind = report.summary.blind_to.as_ref().unwrap().iter().any(|kind| kind == "io_uring");
+            let blind = report.is_blind_to("io_uring");
             assert_eq!(blind, !sees_rings(backend), "{backend}");
             if blind {
                 assert!(events.is_empty(), "{events:#?}");
@@ -85,7 +85,7 @@ fn calls_through_io_uring_are_seen_as_what_they_are() {
 fn policy_holds_against_calls_through_io_uring() {
     require!("io_uring");
     for backend in backends() {
-        for manner in ["plain", "fixed", "polled", "async"] {
+        for manner in ["plain", "fixed", "polled", "async", "deferred"] {
             let (said, report) = audited(backend, &[], &[&workload(), "ring", manner]);
             assert_eq!(said[1], "setsockopt 6 1 0 0x00000000", "{backend} {manner}");
             assert_eq!(said[2], "setsockopt 1 9 -1 0x01000000", "{backend} {manner}");
@@ -131,7 +131,7 @@ fn calls_of_32_bit_programs_are_seen_and_judged() {
         let (its, others): (Vec<_>, Vec<_>) = report.events.iter().partition(is_its);
         assert!(others.iter().all(|event| event.via.as_deref() == Some("syscall")), "{others:#?}");
         assert!(!others.is_empty());
-        let blind = report.summary.blind_to.as_ref().unwrap().iter().any(|kind| kind == "32-bit programs");
+        let blind = report.is_blind_to("32-bit programs");
         assert_eq!(blind, backend == "tracepoint");
         let verdicts = |option| report.setting(option).calls.verdicts();
         let storms = ("rewritten", 1);
