@@ -10,12 +10,12 @@ use nix::time::{ClockId, clock_gettime};
 
 use crate::{
     compile::{CompileError, Desired, compile},
-    events::{Event, Filter, Surroundings, decode},
+    events::{Event, Filter, Programs, Surroundings, decode},
     host::{
         cgroup::{Cgroup, Mount, Names},
         process, tcp,
     },
-    kernel::{Audit, BackendChoice, KernelError, Object, Scope},
+    kernel::{Audit, BackendChoice, KernelError, Object, Record, Scope},
     policy::model::{Calls, Errno, Mode, Policy},
     report::{CallLine, Counts, Loss, Lost, Report, Summary, errno_name},
 };
@@ -50,6 +50,7 @@ pub struct Session {
     filter: Filter,
     audit: Option<Audit>,
     names: Names,
+    programs: Programs,
     report: Report,
     unknown_records: u64,
     /// What had been lost when it was last told.
@@ -113,6 +114,7 @@ impl Session {
             filter,
             audit,
             names: Names::new(mount),
+            programs: Programs::default(),
             report: Report::default(),
             unknown_records: 0,
             told: Lost::default(),
@@ -138,17 +140,18 @@ impl Session {
     /// they go, and whoever calls this has other things to do too.
     pub fn drain(&mut self, mut tell: impl FnMut(&Event)) -> bool {
         for _ in 0..BATCH_MAX {
-            let Some(record) = self.object.next_event() else { return false };
-            let event = record.ok().and_then(|raw| {
-                let surroundings = Surroundings {
-                    exe: process::executable(raw.pid),
-                    cgroup: self.names.name(raw.cgroup).map(str::to_owned),
-                    socket_cgroup: self.names.name(raw.call.socket_cgroup).map(str::to_owned),
-                    monotonic_epoch_ns: monotonic_epoch_ns(),
-                    blindness: self.object.blindness().map(str::to_owned),
-                };
-                decode(&raw, &self.desired, surroundings).ok()
-            });
+            let event = match self.object.next_record() {
+                None => return false,
+                Some(Record::File(file)) => {
+                    self.programs.learn(&file);
+                    continue;
+                }
+                Some(Record::Event(raw)) => {
+                    let surroundings = self.surroundings(&raw);
+                    decode(&raw, &self.desired, surroundings).ok()
+                }
+                Some(Record::Unknown) => None,
+            };
             match event {
                 Some(event) if self.filter.admits(&event) => {
                     self.report.fold(&event);
@@ -159,6 +162,17 @@ impl Session {
             }
         }
         true
+    }
+
+    fn surroundings(&mut self, raw: &abi::event::Event) -> Surroundings {
+        Surroundings {
+            // Where the kernel does not say what it was, this is what it is by now.
+            exe: if raw.program.pid != 0 { self.programs.path(&raw.program) } else { process::executable(raw.pid) },
+            cgroup: self.names.name(raw.cgroup).map(str::to_owned),
+            socket_cgroup: self.names.name(raw.call.socket_cgroup).map(str::to_owned),
+            monotonic_epoch_ns: monotonic_epoch_ns(),
+            blindness: self.object.blindness().map(str::to_owned),
+        }
     }
 
     /// Takes the policy out of force, so that what there is to drain comes to an end.

@@ -1,7 +1,7 @@
 //! The only writer of the ring buffer: builds events, holds back repeated ones, counts losses.
 
 use abi::{
-    event::{COMM_LEN, Call, Event, Limit, LimitKey, flags, kind, source},
+    event::{COMM_LEN, Call, Event, Limit, LimitKey, Program, ProgramFile, flags, kind, source},
     judge::verdict,
     setting::OptionKey,
 };
@@ -52,10 +52,17 @@ pub(crate) struct Head {
     pub(crate) duration_ns: u64,
 }
 
-/// Reports a call in conflict with the policy, unless one like it was reported just now. `fill`
-/// completes the record, which is otherwise zeroed.
+/// Reports a call in conflict with the policy, unless one like it was reported just now. `program` tells which the task
+/// runs; `fill` completes the record, which is otherwise zeroed.
 #[inline(always)]
-pub(crate) fn conflict(head: Head, setting: u32, verdict: u32, task: Task, fill: impl FnOnce(&mut Call)) {
+pub(crate) fn conflict(
+    head: Head,
+    setting: u32,
+    verdict: u32,
+    task: Task,
+    program: impl FnOnce() -> Program,
+    fill: impl FnOnce(&mut Call),
+) {
     let Some(config) = maps::config() else { return };
     let key = LimitKey {
         key: head.key,
@@ -67,15 +74,15 @@ pub(crate) fn conflict(head: Head, setting: u32, verdict: u32, task: Task, fill:
         count(setting, |counters| &mut counters.suppressed);
         return;
     };
-    if send(head, kind::CONFLICT, task, suppressed, fill) {
+    if send(head, kind::CONFLICT, task, program(), suppressed, fill) {
         count(setting, |counters| &mut counters.reported);
     }
 }
 
 /// Reports a call that conflicts with nothing. Not held back: who asks for all calls gets them.
 #[inline(always)]
-pub(crate) fn call(head: Head, task: Task, fill: impl FnOnce(&mut Call)) {
-    send(head, kind::CALL, task, 0, fill);
+pub(crate) fn call(head: Head, task: Task, program: Program, fill: impl FnOnce(&mut Call)) {
+    send(head, kind::CALL, task, program, 0, fill);
 }
 
 /// Reports a setting that the kernel refused with `errno`.
@@ -85,7 +92,7 @@ pub(crate) fn outcome(key: OptionKey, errno: i32, fill: impl FnOnce(&mut Call)) 
     let limit = LimitKey { key, pid: 0, verdict: errno as u32, what: u64::from(kind::OUTCOME) << 32 };
     if let Some(suppressed) = admit(&limit, config.event_interval_ns) {
         let head = Head { key, call: 0, source: source::HOOK, result: -i64::from(errno), duration_ns: 0 };
-        send(head, kind::OUTCOME, Task::UNKNOWN, suppressed, fill);
+        send(head, kind::OUTCOME, Task::UNKNOWN, Program::default(), suppressed, fill);
     }
 }
 
@@ -114,7 +121,7 @@ fn admit(key: &LimitKey, interval_ns: u64) -> Option<u64> {
 /// Builds the event where it will be read: the stack has no room for it, and nothing is built that
 /// is not sent.
 #[inline(always)]
-fn send(head: Head, kind: u32, task: Task, suppressed: u64, fill: impl FnOnce(&mut Call)) -> bool {
+fn send(head: Head, kind: u32, task: Task, program: Program, suppressed: u64, fill: impl FnOnce(&mut Call)) -> bool {
     let Some(mut entry) = maps::EVENTS.reserve::<Event>(0) else {
         lose(|losses| &mut losses.ring_full);
         return false;
@@ -137,11 +144,29 @@ fn send(head: Head, kind: u32, task: Task, suppressed: u64, fill: impl FnOnce(&m
     event.pid = task.pid;
     event.tid = task.tid;
     event.comm = task.comm;
+    event.program = program;
     event.call.key = head.key;
     event.call.kind = head.call;
     fill(&mut event.call);
     entry.submit(0);
     true
+}
+
+/// Tells the agent which file a program is. Events of the program are to come after this.
+#[inline(always)]
+pub(crate) fn program_file(program: &Program, fill: impl FnOnce(&mut ProgramFile)) {
+    // Not counted where the ring buffer is full: the next event of the program tries again.
+    let Some(mut entry) = maps::EVENTS.reserve::<ProgramFile>(0) else { return };
+    let file = entry.as_mut_ptr();
+    // SAFETY: the entry is ours until it is submitted, has room for a file, and zero is valid for each of its fields.
+    let file = unsafe {
+        file.write_bytes(0, 1);
+        &mut *file
+    };
+    file.program = *program;
+    fill(file);
+    entry.submit(0);
+    maps::note_told(program);
 }
 
 /// Whether a call was found in conflict.

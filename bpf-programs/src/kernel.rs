@@ -4,14 +4,20 @@
 //! Nothing here can fault: reading an address that is none gives `None`.
 
 use abi::{
-    event::{Call, flags},
+    event::{Call, NAME_MAX, PATH_MAX, Program, ProgramFile, flags},
     layout::{Layout, Member, known, of},
     setting::{Value, Words},
     socket::{Address, Facts, protocol},
 };
 use aya_ebpf::{
     cty::c_void,
-    helpers::generated::{bpf_get_current_task, bpf_get_current_task_btf, bpf_probe_read_kernel, bpf_task_pt_regs},
+    helpers::{
+        bpf_get_current_pid_tgid,
+        generated::{
+            bpf_get_current_task, bpf_get_current_task_btf, bpf_probe_read_kernel, bpf_probe_read_kernel_str,
+            bpf_task_pt_regs,
+        },
+    },
 };
 
 use crate::facts;
@@ -49,6 +55,19 @@ static LAYOUT: Layout = Layout {
     cgroup_level: 0,
     regs_syscall: 0,
     regs_result: 0,
+    task_leader: 0,
+    task_start: 0,
+    task_exec_id: 0,
+    task_mm: 0,
+    mm_exe_file: 0,
+    file_mount: 0,
+    file_dentry: 0,
+    dentry_parent: 0,
+    dentry_name: 0,
+    vfsmount_root: 0,
+    mount_vfsmount: 0,
+    mount_parent: 0,
+    mount_point: 0,
 };
 
 /// A field of [`LAYOUT`]. Volatile, for its value is not the one that stands above.
@@ -288,4 +307,91 @@ fn is_compat() -> bool {
     /// `TS_COMPAT` (arch/x86/include/asm/thread_info.h).
     const TS_COMPAT: u32 = 2;
     read_or_zero::<u32>(member!(current_task(), task_status)) & TS_COMPAT != 0
+}
+
+/// The program that the current task runs; zero where that cannot be told.
+#[inline(always)]
+pub(crate) fn current_program() -> Program {
+    if !knows(known::PROGRAM) {
+        return Program::default();
+    }
+    let task = current_task();
+    let leader: u64 = read_or_zero(member!(task, task_leader));
+    Program {
+        start_ns: read_or_zero(member!(leader, task_start)),
+        pid: (bpf_get_current_pid_tgid() >> 32) as u32,
+        exec_id: read_or_zero(member!(task, task_exec_id)),
+    }
+}
+
+/// Fills in the path of the file that the current task runs, from the root of its mount namespace.
+#[inline(always)]
+pub(crate) fn name_program(file: &mut ProgramFile) {
+    let mm: u64 = read_or_zero(member!(current_task(), task_mm));
+    let exe: u64 = read_or_zero(member!(mm, mm_exe_file));
+    let place =
+        Place { mount: read_or_zero(member!(exe, file_mount)), dentry: read_or_zero(member!(exe, file_dentry)) };
+    if !write_path(file, place) {
+        file.len = 0;
+    }
+}
+
+/// A place in the tree of all files: a `struct vfsmount`, and a `struct dentry` in it.
+struct Place {
+    mount: u64,
+    dentry: u64,
+}
+
+/// Whether the path of a place is known and has room.
+#[inline(always)]
+fn write_path(file: &mut ProgramFile, mut place: Place) -> bool {
+    /// Directories and mounts on the way up.
+    const STEPS: usize = 48;
+    for _ in 0..STEPS {
+        if place.dentry == 0 {
+            return false;
+        }
+        if place.dentry == read_or_zero(member!(place.mount, vfsmount_root)) {
+            // A vfsmount is a part of its mount.
+            let mount = place.mount.wrapping_sub(u64::from(layout!(mount_vfsmount)));
+            let parent: u64 = read_or_zero(member!(mount, mount_parent));
+            if parent == mount {
+                return true;
+            }
+            place.dentry = read_or_zero(member!(mount, mount_point));
+            place.mount = member!(parent, mount_vfsmount);
+            continue;
+        }
+        if !write_name(file, read_or_zero(member!(place.dentry, dentry_name))) {
+            return false;
+        }
+        let parent: u64 = read_or_zero(member!(place.dentry, dentry_parent));
+        // Not in any tree: the file has no more than a name.
+        if parent == place.dentry {
+            return true;
+        }
+        place.dentry = parent;
+    }
+    false
+}
+
+#[inline(always)]
+fn write_name(file: &mut ProgramFile, name: u64) -> bool {
+    // The length is kept in memory that the verifier does not follow. As a number it would be another on each way that leads
+    // here, and all of them would be followed to the end.
+    // SAFETY: a valid reference.
+    let len = unsafe { core::ptr::read_volatile(&raw const file.len) } as usize;
+    if len >= PATH_MAX {
+        return false;
+    }
+    // SAFETY: `names` has room for a name behind PATH_MAX bytes.
+    let read = unsafe {
+        bpf_probe_read_kernel_str(file.names.as_mut_ptr().add(len).cast(), NAME_MAX as u32, name as *const c_void)
+    };
+    if read <= 0 {
+        return false;
+    }
+    // SAFETY: as above.
+    unsafe { core::ptr::write_volatile(&raw mut file.len, (len + read as usize) as u64) };
+    true
 }

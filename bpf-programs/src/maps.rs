@@ -7,7 +7,7 @@ use core::arch::asm;
 
 use abi::{
     Config, Counters, Losses, SiteList,
-    event::{Call, Limit, LimitKey, Tally, TallyKey, bucket},
+    event::{Call, Limit, LimitKey, Program, TOLD_MAX, Tally, TallyKey, bucket},
     layout::Member,
     select::{PrefixData, Prefixes, Selectors},
     setting::{Governed, OptionKey, Setting},
@@ -82,6 +82,10 @@ static TALLIES: PerCpuHashMap<TallyKey, Tally> = PerCpuHashMap::with_max_entries
 /// next event is then sent as if it were the first.
 #[map]
 static LIMITS: LruHashMap<LimitKey, Limit> = LruHashMap::with_max_entries(8192, 0);
+
+/// Programs whose files the agent has been told. The least recently used entry makes room: it is told again.
+#[map]
+static TOLD: LruHashMap<Program, u32> = LruHashMap::with_max_entries(TOLD_MAX, 0);
 
 /// Events for the agent. When it is full the event is dropped and counted in
 /// [`Losses::ring_full`].
@@ -240,6 +244,18 @@ pub(crate) fn limit(key: &LimitKey) -> Option<&'static mut Limit> {
 pub(crate) fn begin_limit(key: &LimitKey, limit: &Limit) {
     // Fails only where another CPU holds the last free entries: the next event counts as a first.
     let _ = LIMITS.insert(key, limit, 0);
+}
+
+#[inline(always)]
+pub(crate) fn is_told(program: &Program) -> bool {
+    // SAFETY: only whether there is an entry is looked at.
+    unsafe { TOLD.get(program) }.is_some()
+}
+
+#[inline(always)]
+pub(crate) fn note_told(program: &Program) {
+    // Fails only where another CPU holds the last free entries: it will be told again.
+    let _ = TOLD.insert(program, 1, 0);
 }
 
 /// The table of `abi::select`, as a map.

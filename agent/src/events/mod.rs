@@ -5,6 +5,7 @@
 
 mod filter;
 mod json;
+mod programs;
 mod text;
 
 use std::{
@@ -19,7 +20,7 @@ use abi::{
     socket::{Address, Facts, family, known, protocol},
 };
 
-pub use self::{filter::Filter, json::SCHEMA};
+pub use self::{filter::Filter, json::SCHEMA, programs::Programs};
 use crate::{
     compile::Desired,
     host::container::{self, Container},
@@ -155,7 +156,7 @@ pub enum Source {
 /// What is known of the host.
 #[derive(Clone, Debug, Default)]
 pub struct Surroundings {
-    /// Of the process, if it is still there.
+    /// The path of the program that makes the call.
     pub exe: Option<String>,
     /// Name of the task's cgroup.
     pub cgroup: Option<String>,
@@ -186,7 +187,8 @@ pub fn decode(event: &raw::Event, desired: &Desired, surroundings: Surroundings)
     let decided = call.flags & flags::DECIDED != 0;
     let result = (source != Source::Hook).then_some(event.result);
     let socket = socket(call, surroundings.socket_cgroup.as_deref());
-    let missing = missing(event, source, socket.as_ref(), surroundings.blindness.as_deref());
+    let mut missing = missing(event, source, socket.as_ref(), surroundings.blindness.as_deref());
+    missing.extend(missing_exe(event, surroundings.exe.as_deref()));
     Ok(Event {
         time: jiff::Timestamp::from_nanosecond(nanoseconds).ok().ok_or(UnknownRecord)?,
         kind,
@@ -239,11 +241,20 @@ fn missing(event: &raw::Event, source: Source, socket: Option<&Socket>, blindnes
         let why = match blindness {
             _ if is_no_socket => "the descriptor is not a socket's",
             Some(blindness) => blindness,
-            None => "the descriptor stood for something else when the call returned",
+            None if source == Source::Tracepoint => "the descriptor stood for something else when the call returned",
+            None => "the kernel did not show where it found it",
         };
         missing.push(Missing { what: "socket", why: why.to_owned() });
     }
     missing
+}
+
+fn missing_exe(event: &raw::Event, exe: Option<&str>) -> Option<Missing> {
+    let why = match event.program.pid {
+        0 => "the process was gone when the event was read",
+        _ => "the kernel told no path, or one too long",
+    };
+    (event.pid != 0 && exe.is_none()).then(|| Missing { what: "exe", why: why.to_owned() })
 }
 
 fn decode_verdict(code: u32, dry_run: bool) -> Result<Verdict, UnknownRecord> {

@@ -6,5 +6,6 @@ pub mod container;
 pub mod network;
 pub mod privileges;
 pub mod process;
+pub mod system;
 pub mod tcp;
 pub mod tracefs;

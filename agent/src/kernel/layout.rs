@@ -19,6 +19,7 @@ pub(super) fn layout(types: &Types) -> Layout {
         (known::DESCRIPTOR, descriptor(types, &mut layout)),
         (known::ANCESTORS, ancestors(types, &mut layout)),
         (known::SYSCALL, system_call(types, &mut layout)),
+        (known::PROGRAM, program(types, &mut layout)),
     ];
     for (part, found) in parts {
         match found {
@@ -84,6 +85,27 @@ fn system_call(types: &Types, layout: &mut Layout) -> Option<()> {
     let registers = types.structure("pt_regs")?;
     layout.regs_syscall = offset(&registers, "orig_ax")?;
     layout.regs_result = offset(&registers, "ax")?;
+    Some(())
+}
+
+fn program(types: &Types, layout: &mut Layout) -> Option<()> {
+    let task = types.structure("task_struct")?;
+    layout.task_leader = offset(&task, "group_leader")?;
+    layout.task_start = offset(&task, "start_boottime")?;
+    layout.task_exec_id = offset(&task, "self_exec_id")?;
+    layout.task_mm = offset(&task, "mm")?;
+    layout.mm_exe_file = offset(&types.structure("mm_struct")?, "exe_file")?;
+    let file = types.structure("file")?;
+    layout.file_mount = offset(&file, "f_path.mnt")?;
+    layout.file_dentry = offset(&file, "f_path.dentry")?;
+    let dentry = types.structure("dentry")?;
+    layout.dentry_parent = offset(&dentry, "d_parent")?;
+    layout.dentry_name = offset(&dentry, "d_name.name")?;
+    layout.vfsmount_root = offset(&types.structure("vfsmount")?, "mnt_root")?;
+    let mount = types.structure("mount")?;
+    layout.mount_vfsmount = offset(&mount, "mnt")?;
+    layout.mount_parent = offset(&mount, "mnt_parent")?;
+    layout.mount_point = offset(&mount, "mnt_mountpoint")?;
     Some(())
 }
 

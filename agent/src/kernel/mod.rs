@@ -19,7 +19,7 @@ mod syscall;
 pub use self::{
     audit::{Audit, Backend, BackendChoice, Tried},
     error::KernelError,
-    object::Object,
+    object::{Object, Record},
     probe::{Answer, audit_backends, hooks},
 };
 

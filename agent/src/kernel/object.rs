@@ -8,7 +8,7 @@ use std::{
 
 use abi::{
     Config, Counters, Losses, calls,
-    event::{Event, Tally, TallyKey},
+    event::{Event, ProgramFile, Tally, TallyKey},
     layout::{Layout, Member, known},
     mode,
     setting::OptionKey,
@@ -56,6 +56,18 @@ pub struct Object {
     can_follow: Result<(), String>,
     audit: Option<Audit>,
 }
+
+/// What the programs tell.
+pub enum Record {
+    Event(Event),
+    /// Comes before the first event of the program.
+    File(Box<ProgramFile>),
+    /// Of neither size.
+    Unknown,
+}
+
+const EVENT_LEN: usize = size_of::<Event>();
+const FILE_LEN: usize = size_of::<ProgramFile>();
 
 /// What programs at cgroup/setsockopt may call on this kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -199,15 +211,18 @@ impl Object {
         maps::enable(&mut self.ebpf, Config { mode: mode::INERT, ..Config::default() })
     }
 
-    /// The next event, if one is there. `Err` holds a record of another size than an event's.
-    pub fn next_event(&mut self) -> Option<Result<Event, usize>> {
+    /// The next record, if one is there.
+    pub fn next_record(&mut self) -> Option<Record> {
         let record = self.ring.next()?;
-        if record.len() != size_of::<Event>() {
-            return Some(Err(record.len()));
-        }
-        // SAFETY: of the right size, and every bit pattern is a valid event; records are aligned to
-        // 8 bytes, but nothing depends on it.
-        Some(Ok(unsafe { record.as_ptr().cast::<Event>().read_unaligned() }))
+        // SAFETY: of the right size, and every bit pattern is valid for both; records are aligned to 8 bytes, but nothing
+        // depends on it.
+        Some(unsafe {
+            match record.len() {
+                EVENT_LEN => Record::Event(record.as_ptr().cast::<Event>().read_unaligned()),
+                FILE_LEN => Record::File(Box::new(record.as_ptr().cast::<ProgramFile>().read_unaligned())),
+                _ => Record::Unknown,
+            }
+        })
     }
 
     /// The counters of each setting, in the order of [`Desired::settings`].

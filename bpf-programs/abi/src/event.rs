@@ -60,6 +60,8 @@ pub struct Call {
     pub sk: u64,
     /// When the call began, if calls are timed. CLOCK_MONOTONIC, nanoseconds.
     pub start_ns: u64,
+    /// The thread that makes the call: process and thread as `bpf_get_current_pid_tgid` has them.
+    pub thread: u64,
     /// The socket's cookie; 0 if not known, or if the socket has none yet.
     pub cookie: u64,
     /// Id of the socket's cgroup; 0 if not known.
@@ -89,7 +91,7 @@ pub struct Call {
     pub now: Value,
     pub facts: Facts,
 }
-shared!(Call, size 6 * 8 + 8 + 6 * 4 + 5 * 24 + 40);
+shared!(Call, size 7 * 8 + 8 + 6 * 4 + 5 * 24 + 40);
 
 /// Values of [`Event::kind`].
 pub mod kind {
@@ -134,9 +136,43 @@ pub struct Event {
     /// Thread; 0 if not known.
     pub tid: u32,
     pub comm: [u8; COMM_LEN],
+    /// Zero if not known.
+    pub program: Program,
     pub call: Call,
 }
-shared!(Event, size 5 * 8 + 4 * 4 + 16 + size_of::<Call>());
+shared!(Event, size 5 * 8 + 4 * 4 + 16 + size_of::<Program>() + size_of::<Call>());
+
+/// A process, as long as it runs one program: no two have the same.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Program {
+    /// When the process was made. CLOCK_BOOTTIME, nanoseconds.
+    pub start_ns: u64,
+    pub pid: u32,
+    /// How many times it has become another program, those before it included.
+    pub exec_id: u32,
+}
+shared!(Program, size 8 + 4 + 4);
+
+/// Entries of map `TOLD`: programs of which the agent has to keep in mind what it was told.
+pub const TOLD_MAX: u32 = 4096;
+
+/// The longest path that is told, with its NULs.
+pub const PATH_MAX: usize = 1024;
+/// The longest name in a path, with its NUL (`NAME_MAX` and 1).
+pub const NAME_MAX: usize = 256;
+
+/// The file of a program. In the ring buffer before the first event of the program.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct ProgramFile {
+    pub program: Program,
+    /// Bytes of `names`; 0 if the path is too long, or not known.
+    pub len: u64,
+    /// The names in its path, the last one first, each ended by a NUL.
+    pub names: [u8; PATH_MAX + NAME_MAX],
+}
+shared!(ProgramFile, size size_of::<Program>() + 8 + PATH_MAX + NAME_MAX);
 
 /// What the rate limit tells apart. Key of map `LIMITS`.
 #[repr(C)]

@@ -15,6 +15,8 @@ pub mod known {
     pub const ANCESTORS: u32 = 4;
     /// The number of the system call that a task is in, and whether it is a 32-bit one.
     pub const SYSCALL: u32 = 8;
+    /// What tells a task's process from others before and after it, and the file that it runs.
+    pub const PROGRAM: u32 = 16;
 }
 
 /// Offsets in bytes, each from the beginning of the structure that its name starts with.
@@ -66,8 +68,27 @@ pub struct Layout {
     /// `struct pt_regs`: the number of the system call, and what it returns.
     pub regs_syscall: u32,
     pub regs_result: u32,
+    /// `struct task_struct`: the process's first thread; when a thread was made; how many programs it has been; its memory.
+    pub task_leader: u32,
+    pub task_start: u32,
+    pub task_exec_id: u32,
+    pub task_mm: u32,
+    /// `struct mm_struct`
+    pub mm_exe_file: u32,
+    /// `struct file`
+    pub file_mount: u32,
+    pub file_dentry: u32,
+    /// `struct dentry`
+    pub dentry_parent: u32,
+    pub dentry_name: u32,
+    /// `struct vfsmount`
+    pub vfsmount_root: u32,
+    /// `struct mount`
+    pub mount_vfsmount: u32,
+    pub mount_parent: u32,
+    pub mount_point: u32,
 }
-shared!(Layout, size 30 * 4);
+shared!(Layout, size 43 * 4);
 
 /// Values of [`Member::of`]: which sockets have the structure.
 pub mod of {

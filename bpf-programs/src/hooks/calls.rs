@@ -5,7 +5,7 @@
 //! audit is off, or does not see this call) is it reported from here.
 
 use abi::{
-    event::{Call, call, flags, source},
+    event::{Call, Program, call, flags, source},
     judge::{Asked, Judgement, judge, verdict},
     mode,
     select::select,
@@ -230,8 +230,10 @@ fn enact(call: &OptionCall, governed: Governance, verdict: u32) -> i32 {
             if CAN_SET_RETVAL.load() != 0
                 && let Some(setting) = governed.setting()
             {
+                // From 7.2 on the verifier wants to see that this is an error number: no less than -4095.
+                let errno = i32::from(setting.errno) & 0xfff;
                 // SAFETY: takes a number.
-                unsafe { bpf_set_retval(-i32::from(setting.errno)) };
+                unsafe { bpf_set_retval(-errno) };
             }
             FAIL
         }
@@ -255,7 +257,7 @@ pub(crate) extern "C" fn report_call(ctx: *mut bpf_sockopt, index: u32, winner: 
     }
     let Some(option) = governed.option() else { return 0 };
     let head = Head { key: option.key, call: call::SETSOCKOPT, source: source::HOOK, result: 0, duration_ns: 0 };
-    emit::conflict(head, winner, verdict, caller(), |record| {
+    emit::conflict(head, winner, verdict, caller(), Program::default, |record| {
         record.fd = -1;
         fill(record, &call, governed, verdict);
     });
@@ -372,7 +374,7 @@ pub(crate) extern "C" fn report_read(ctx: *mut bpf_sockopt, index: u32, winner: 
     }
     let Some(option) = governed.option() else { return 0 };
     let head = Head { key: option.key, call: call::GETSOCKOPT, source: source::HOOK, result: 0, duration_ns: 0 };
-    emit::conflict(head, winner, verdict::ALLOWED.into(), caller(), |record| {
+    emit::conflict(head, winner, verdict::ALLOWED.into(), caller(), Program::default, |record| {
         record.fd = -1;
         fill_read(record, &call, governed);
     });

@@ -22,7 +22,7 @@ mod unhooked;
 
 use abi::{
     Config, calls,
-    event::{Call, TallyKey, call, flags},
+    event::{Call, Program, TallyKey, call, flags},
     setting::{OptionKey, TEXT_LEN, Value, Words, word_in},
 };
 use aya_ebpf::{
@@ -134,6 +134,7 @@ fn begin(begun: Begun) {
         fd: -1,
         optval: begun.optval.address,
         optlen: begun.optlen.address,
+        thread: bpf_get_current_pid_tgid(),
         ..Call::default()
     };
     if begun.optval.in_kernel {
@@ -207,8 +208,7 @@ fn meet(socket: *const c_void) {
 /// The end of the function that was handed the socket.
 #[inline(always)]
 fn end_with_socket(source: u32, result: i64) {
-    let task = kernel::current_task();
-    let Some(call) = maps::call(task) else { return };
+    let Some((task, call)) = under_way() else { return };
     if call.flags & flags::OUTER == 0 {
         end(source, result);
         return;
@@ -223,8 +223,7 @@ fn end_with_socket(source: u32, result: i64) {
 /// Reports a call that `begin` noted, now that its result is known.
 #[inline(always)]
 fn end(source: u32, result: i64) {
-    let task = kernel::current_task();
-    let Some(call) = maps::call(task) else { return };
+    let Some((task, call)) = under_way() else { return };
     let duration_ns = if TIMING.load() != 0 && call.start_ns != 0 {
         // SAFETY: has no arguments.
         let now = unsafe { bpf_ktime_get_ns() };
@@ -242,6 +241,22 @@ fn end(source: u32, result: i64) {
         tell(task, source, result, duration_ns);
     }
     maps::end_call(task);
+}
+
+/// The current task, and the record of the call that it is in.
+///
+/// Where neither the end of a thread's last call was seen nor the beginning of this one, which is another's that was
+/// given the former's place in memory, the record is dropped and counted.
+#[inline(always)]
+fn under_way() -> Option<(u64, &'static mut Call)> {
+    let task = kernel::current_task();
+    let call = maps::call(task)?;
+    if call.thread != bpf_get_current_pid_tgid() {
+        maps::end_call(task);
+        lose(|losses| &mut losses.no_return);
+        return None;
+    }
+    Some((task, call))
 }
 
 #[inline(always)]
@@ -326,10 +341,28 @@ extern "C" fn tell(task: u64, source: u32, result: i64, duration_ns: u64) -> u32
     let Some(call) = maps::call(task) else { return 0 };
     let head = Head { key: call.key, call: call.kind, source, result, duration_ns };
     if emit::is_conflict(call) {
-        emit::conflict(head, call.setting, call.verdict, Task::current(), |record| *record = *call);
+        emit::conflict(head, call.setting, call.verdict, Task::current(), program, |record| *record = *call);
     } else if reports_everything() {
-        emit::call(head, Task::current(), |record| *record = *call);
+        emit::call(head, Task::current(), program(), |record| *record = *call);
     }
+    0
+}
+
+/// The program that the current task runs, of which the agent is told what file it is.
+#[inline(always)]
+fn program() -> Program {
+    let program = kernel::current_program();
+    if program.pid != 0 && !maps::is_told(&program) {
+        tell_file(program.start_ns, program.pid, program.exec_id);
+    }
+    program
+}
+
+/// Tells which file the current task runs, for the program that these numbers make up.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn tell_file(start_ns: u64, pid: u32, exec_id: u32) -> u32 {
+    emit::program_file(&Program { start_ns, pid, exec_id }, kernel::name_program);
     0
 }
 

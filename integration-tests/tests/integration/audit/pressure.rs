@@ -3,7 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    os::unix::fs::symlink,
+    fs,
 };
 
 use sockpolicy_integration_tests::{
@@ -43,17 +43,22 @@ fn calls_of_many_threads_are_each_their_own_and_none_is_lost_uncounted() {
         let firsts: BTreeMap<u64, u64> = said.into_iter().map(|line| (line[0], line[1])).collect();
         assert_eq!(firsts.len() as u64, 2 * THREADS);
         let mut last: BTreeMap<u64, u64> = BTreeMap::new();
-        let mut cookies: BTreeMap<u64, BTreeSet<Option<u64>>> = BTreeMap::new();
+        let mut cookies: BTreeMap<u64, BTreeSet<u64>> = BTreeMap::new();
         for event in &report.events {
             let thread = event.tid.unwrap().into();
             let (asked, first) = (number(&event.asked), firsts[&thread]);
             assert_eq!((&*event.option, event.result), ("SO_MARK", Some(0)), "{event:#?}");
-            assert!((first..first + CALLS).contains(&asked), "thread {thread} did not ask for {asked}");
+            assert!((first..first + CALLS).contains(&asked), "{backend}: thread {thread} did not ask for {asked}");
             let before = last.insert(thread, asked);
             assert!(before.is_none_or(|before| before < asked), "thread {thread}: {asked} after {before:?}");
-            let cookie = event.socket.as_ref().and_then(|socket| socket.cookie);
             let is_shared = (first >> 16) % 2 == 1;
-            cookies.entry(if is_shared { 0 } else { thread }).or_default().insert(cookie);
+            match &event.socket {
+                Some(socket) => {
+                    cookies.entry(if is_shared { 0 } else { thread }).or_default().insert(socket.cookie.unwrap());
+                }
+                // The program that is handed the socket was left out.
+                None => assert!(report.summary.losses["not_run"] > 0, "{event:#?}"),
+            }
             // On the shared socket another thread may have been faster.
             assert!(is_shared || event.now == event.asked, "{event:#?}");
         }
@@ -77,16 +82,15 @@ fn assert_accounted(backend: &str, report: &Report, calls: u64) {
     let tallied: u64 = report.summary.calls.iter().map(|line| line.calls).sum();
     assert_eq!(tallied, events + ring_full, "{backend}: {losses:?}");
     assert!(report.summary.calls.iter().all(|line| line.failed == 0));
-    // A call whose end the kernel did not show is counted twice where its task makes another: as not run, and as not
-    // seen to return.
+    // A call is seen by several programs, each of which the kernel may leave out.
     let unseen = calls - tallied;
     let counted = calls_full + no_return + not_run;
-    assert!(unseen <= counted && counted <= 2 * unseen, "{backend}: {unseen} of {calls} calls not seen: {losses:?}");
+    assert!(unseen <= counted, "{backend}: {unseen} of {calls} calls not seen: {losses:?}");
 }
 
 /// What is known of who made a call, by the value that was asked for.
-fn callers(events: &[Event]) -> BTreeMap<u64, (u64, String)> {
-    let caller = |event: &Event| (u64::from(event.pid.unwrap()), event.comm.clone().unwrap());
+fn callers(events: &[Event]) -> BTreeMap<u64, (u64, String, Option<String>)> {
+    let caller = |event: &Event| (u64::from(event.pid.unwrap()), event.comm.clone().unwrap(), event.exe.clone());
     events.iter().map(|event| (number(&event.asked), caller(event))).collect()
 }
 
@@ -95,17 +99,57 @@ fn calls_of_children_by_vfork_are_theirs_before_and_after_they_become_another_pr
     const CHILDREN: u64 = 40;
     let folder = PolicyFile::new("");
     let other = folder.folder().join("other");
-    symlink(workload(), &other).unwrap();
+    fs::copy(workload(), &other).unwrap();
+    let other = other.to_str().unwrap();
     for backend in backends() {
-        let (said, report) = audited(backend, &[&workload(), "vfork", other.to_str().unwrap(), &CHILDREN.to_string()]);
-        // The third of the values is that of the program.
-        let comm = |value: u64| if value >> 17 == 1 { "other" } else { "workload" };
-        let made: BTreeMap<_, _> = said.iter().map(|line| (line[1], (line[0], comm(line[1]).to_owned()))).collect();
+        let (said, report) = audited(backend, &[&workload(), "vfork", other, &CHILDREN.to_string()]);
+        // The third of the values is that of the program. Most of the processes are gone before anybody reads of them.
+        let workload = workload();
+        let program = |value: u64| if value >> 17 == 1 { ("other", other) } else { ("workload", &*workload) };
+        let caller = |pid, (comm, exe): (&str, &str)| (pid, comm.to_owned(), Some(exe.to_owned()));
+        let made: BTreeMap<_, _> = said.iter().map(|line| (line[1], caller(line[0], program(line[1])))).collect();
         assert_eq!(made.len() as u64, 3 * CHILDREN);
-        assert_eq!(callers(&report.events), made, "{backend}");
-        assert_eq!(report.events.len(), made.len());
+        for (value, caller) in callers(&report.events) {
+            assert_eq!(Some(&caller), made.get(&value), "{backend}: who asked for {value}");
+        }
         assert!(report.events.iter().all(|event| event.pid == event.tid));
-        report.assert_nothing_lost();
+        assert_accounted(backend, &report, 3 * CHILDREN);
+    }
+}
+
+#[test]
+fn program_has_the_path_that_it_was_started_by_from_the_root_of_its_mounts() {
+    let folder = PolicyFile::new("");
+    let folder = folder.folder().display().to_string();
+    let name = "n".repeat(200);
+    // As long as is told, and longer.
+    let long = format!("{folder}/long{}", format!("/{name}").repeat(4));
+    let longer = format!("{long}{}", format!("/{name}").repeat(2));
+    fs::create_dir_all(&longer).unwrap();
+    let script = format!(
+        "set -e
+        cp {workload} {folder}/gone; cp {workload} {long}/there; cp {workload} {longer}/there
+        {workload} mark 1; {long}/there mark 2; {longer}/there mark 3
+        {folder}/gone mark 4; rm {folder}/gone
+        unshare --mount sh -c 'mount --bind {folder} /mnt; exec /mnt/long/{name}/{name}/{name}/{name}/there mark 5'",
+        workload = workload()
+    );
+    for backend in backends() {
+        let (said, report) = audited(backend, &["sh", "-c", &script]);
+        assert_eq!(said.len(), 5);
+        let exe: BTreeMap<_, _> =
+            callers(&report.events).into_iter().map(|(value, (_, _, exe))| (value, exe)).collect();
+        let inside = long.replacen(&folder, "/mnt", 1);
+        let expected = [
+            (1, Some(workload())),
+            (2, Some(format!("{long}/there"))),
+            (3, None),
+            (4, Some(format!("{folder}/gone"))),
+            (5, Some(format!("{inside}/there"))),
+        ];
+        assert_eq!(exe, BTreeMap::from(expected), "{backend}");
+        let unknown = report.events.iter().filter(|event| event.missing.contains_key("exe"));
+        assert_eq!(unknown.map(|event| number(&event.asked)).collect::<Vec<_>>(), [3]);
     }
 }
 

@@ -70,8 +70,7 @@ fn calls_through_io_uring_are_seen_as_what_they_are() {
                     _ => (true, "workload".to_owned()),
                 };
                 assert_eq!((event.tid == event.pid, event.comm.as_deref()), (own, Some(&*comm)), "{manner}");
-                // It may be over before anybody looks.
-                assert!(event.exe.as_ref().is_none_or(|exe| *exe == workload()), "{event:#?}");
+                assert_eq!(event.exe, Some(workload()), "{event:#?}");
                 let socket = event.socket.as_ref().unwrap();
                 assert_eq!((socket.protocol.as_deref(), socket.family.as_deref()), (Some("tcp"), Some("ipv4")));
                 assert_eq!(socket.cgroup, event.cgroup);
