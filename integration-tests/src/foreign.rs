@@ -8,6 +8,8 @@ use std::{
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
 };
 
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
+
 use crate::{cgroup::Cgroup, must, options::SocketOption};
 
 /// Commands of bpf(2) (include/uapi/linux/bpf.h).
@@ -116,7 +118,17 @@ fn load(option: SocketOption) -> io::Result<OwnedFd> {
         licence_high,
     ]);
     attributes[17] = CGROUP_SETSOCKOPT;
-    let program = bpf(PROG_LOAD, &mut attributes)?;
+    let program = match bpf(PROG_LOAD, &mut attributes) {
+        // Before 5.11 it is charged to what a process may lock.
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+            let (soft, hard) = getrlimit(Resource::RLIMIT_MEMLOCK)?;
+            setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY)?;
+            let program = bpf(PROG_LOAD, &mut attributes);
+            setrlimit(Resource::RLIMIT_MEMLOCK, soft, hard)?;
+            program?
+        }
+        program => program?,
+    };
     // SAFETY: just made, and nobody else's.
     Ok(unsafe { OwnedFd::from_raw_fd(program) })
 }

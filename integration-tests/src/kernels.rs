@@ -32,6 +32,8 @@ pub struct Abilities {
     pub options: BTreeSet<String>,
     /// What the tests look at beside these.
     pub sockets: BTreeSet<String>,
+    /// What BPF programs can ask the kernel for.
+    pub helpers: BTreeSet<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -71,8 +73,8 @@ impl Kernel {
     #[must_use]
     #[track_caller]
     pub fn has(&self, ability: &str) -> bool {
-        let Abilities { hooks, audit, options, sockets } = &self.known;
-        let is_known = [hooks, audit, options, sockets].into_iter().any(|names| names.contains(ability));
+        let Abilities { hooks, audit, options, sockets, helpers } = &self.known;
+        let is_known = [hooks, audit, options, sockets, helpers].into_iter().any(|names| names.contains(ability));
         assert!(is_known, "kernels.toml knows no ability `{ability}`");
         !self.without.contains(ability)
     }

@@ -46,7 +46,7 @@ pub(super) struct Audit {
     #[arg(long, value_name = "PID", conflicts_with = "command")]
     pid: Vec<u32>,
     /// Only calls on this option, by name or as LEVEL:NUMBER; can be given several times
-    #[arg(long, value_name = "NAME", value_parser = parse_option)]
+    #[arg(long, value_name = "NAME", value_parser = parse_option, allow_hyphen_values = true)]
     option: Vec<abi::setting::OptionKey>,
     /// Only calls on which a policy has this verdict (the present tense of a dry run is meant too); can be given several
     /// times

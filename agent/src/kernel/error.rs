@@ -14,7 +14,7 @@ pub enum KernelError {
          capabilities"
     )]
     Privileges { missing: String },
-    #[error("cannot prepare the BPF programs: {}", chain(.0))]
+    #[error("cannot prepare the BPF programs: {}{}", chain(.0), memory_help(&chain(.0)))]
     Object(#[from] aya::EbpfError),
     #[error("map {map} of the BPF object: {}\n  help: this is a fault of the build: build it anew", chain(.source))]
     Map { map: &'static str, source: aya::maps::MapError },
@@ -66,6 +66,16 @@ pub(super) fn load_reason(error: &ProgramError) -> String {
         return last.map_or_else(|| io_error.to_string(), |line| format!("{io_error}: {line}"));
     }
     chain(error)
+}
+
+/// Capabilities were looked at before: what is left is the memory that a process may have locked.
+fn memory_help(reason: &str) -> &'static str {
+    if reason.contains("os error 1)") {
+        "\n  help: kernels before 5.11 count this as locked memory: give it CAP_SYS_RESOURCE, or raise the limit (ulimit -l \
+         unlimited; LimitMEMLOCK=infinity in a unit)"
+    } else {
+        ""
+    }
 }
 
 fn attach_help(reason: &str) -> &'static str {

@@ -59,7 +59,7 @@ pub struct Object {
 
 /// What the programs tell.
 pub enum Record {
-    Event(Event),
+    Event(Box<Event>),
     /// Comes before the first event of the program.
     File(Box<ProgramFile>),
     /// Of neither size.
@@ -174,6 +174,7 @@ impl Object {
         if choice != BackendChoice::None {
             self.can_follow.clone().map_err(|reasons| KernelError::NoBackend { reasons })?;
         }
+        let _memlock = Memlock::raise();
         let aim = Aim { reads: desired.audit.reads, calls: desired.audit.calls != Calls::Conflicts };
         self.audit = audit::attach(&mut self.ebpf, choice, aim)?;
         Ok(self.audit)
@@ -218,7 +219,7 @@ impl Object {
         // depends on it.
         Some(unsafe {
             match record.len() {
-                EVENT_LEN => Record::Event(record.as_ptr().cast::<Event>().read_unaligned()),
+                EVENT_LEN => Record::Event(Box::new(record.as_ptr().cast::<Event>().read_unaligned())),
                 FILE_LEN => Record::File(Box::new(record.as_ptr().cast::<ProgramFile>().read_unaligned())),
                 _ => Record::Unknown,
             }

@@ -14,6 +14,7 @@ use sockpolicy_integration_tests::{
     policy::PolicyFile,
     probe,
     report::{Event, Sockets},
+    require,
     script::{Family, Kind},
 };
 
@@ -31,6 +32,7 @@ fn values(event: &Event) -> [Value; 4] {
 
 #[test]
 fn rewritten_call_succeeds_and_the_socket_has_the_policys_value() {
+    require!("cgroup/bind4");
     let policy = PolicyFile::new(
         "name = \"demo\"\n\
          [[rule]]\n\
@@ -116,6 +118,7 @@ fn clamped_call_succeeds_with_the_nearer_end_of_the_limit() {
 
 #[test]
 fn ignored_call_succeeds_and_does_nothing() {
+    require!("cgroup/bind4");
     let policy = PolicyFile::new(
         "[[rule]]\n\
          on_conflict = \"ignore\"\n\
@@ -141,6 +144,7 @@ fn ignored_call_succeeds_and_does_nothing() {
 
 #[test]
 fn denied_call_fails_with_the_errno_that_the_policy_chose() {
+    require!("errno");
     let policy = PolicyFile::new(
         "[[rule]]\n\
          name = \"strict\"\n\
@@ -202,6 +206,7 @@ fn option_that_can_only_be_guarded_is_limited() {
 /// The values that an application has chosen under `on_conflict = "allow"`.
 #[test]
 fn application_wins_where_the_policy_allows_it_also_later() {
+    require!("cgroup/bind4");
     let policy = PolicyFile::new(
         "[[rule]]\n\
          on_conflict = \"allow\"\n\
@@ -248,6 +253,7 @@ fn application_wins_where_the_policy_allows_it_also_later() {
 
 #[test]
 fn setting_of_its_own_overrides_the_action_of_the_rule() {
+    require!("cgroup/bind4");
     let policy = PolicyFile::new(
         "[[rule]]\n\
          on_conflict = \"deny\"\n\

@@ -6,6 +6,7 @@ use sockpolicy_integration_tests::{
     agent::Exec,
     options::{IP_TOS, SO_KEEPALIVE, SO_MARK, SO_RCVBUF, SocketOption, TCP_CONGESTION, TCP_KEEPCNT, TCP_NODELAY},
     policy::PolicyFile,
+    require,
     script::{Argument, Family, Kind, Step},
 };
 
@@ -20,6 +21,7 @@ const POLICY: &str = "[[rule]]\n\
 
 #[test]
 fn long_arguments_are_judged_by_their_first_bytes() {
+    require!("cgroup/bind4");
     let policy = PolicyFile::new(POLICY);
     let mut exec = Exec::start(&policy);
     let probe = &mut exec.probe;
@@ -62,6 +64,7 @@ fn long_arguments_are_judged_by_their_first_bytes() {
 
 #[test]
 fn long_arguments_of_other_options_reach_the_kernel_as_they_are() {
+    require!("cgroup/bind4");
     let policy = PolicyFile::new("[[rule]]\nset = { TCP_NODELAY = true }\n");
     let mut exec = Exec::start(&policy);
     let pair = exec.probe.pair(Family::Inet, Kind::Tcp);
@@ -76,6 +79,7 @@ fn long_arguments_of_other_options_reach_the_kernel_as_they_are() {
 
 #[test]
 fn type_of_service_of_one_byte_is_judged_and_rewritten() {
+    require!("cgroup/bind4");
     let policy = PolicyFile::new(POLICY);
     let mut exec = Exec::start(&policy);
     let fd = exec.probe.open(Family::Inet, Kind::Udp);
@@ -108,6 +112,7 @@ fn name_read_into_a_short_buffer_is_no_conflict() {
 /// The same calls with and without a policy fail the same way.
 #[test]
 fn bad_calls_fail_with_the_kernels_own_errno() {
+    require!("cgroup/bind4");
     let policy = PolicyFile::new(POLICY);
     let mut exec = Exec::start(&policy);
     let probe = &mut exec.probe;

@@ -12,6 +12,7 @@ use sockpolicy_integration_tests::{
     policy::PolicyFile,
     probe::Probe,
     report::Report,
+    require,
     script::{Argument, Family, Kind},
 };
 
@@ -79,6 +80,7 @@ fn would(verdict: &str) -> String {
 
 #[test]
 fn dry_run_leaves_the_sockets_alone_and_decides_the_same() {
+    require!("cgroup/bind4");
     let policy = PolicyFile::new(POLICY);
     let mut enforced = Exec::start(&policy);
     let held = ask(&mut enforced.probe);
@@ -113,6 +115,7 @@ fn dry_run_leaves_the_sockets_alone_and_decides_the_same() {
 
 #[test]
 fn policy_can_ask_for_a_dry_run_itself() {
+    require!("cgroup/bind4");
     let policy = PolicyFile::new(format!("mode = \"dry-run\"\n{POLICY}"));
     let mut exec = Exec::start(&policy);
     let fd = exec.probe.open(Family::Inet, Kind::Tcp);

@@ -7,11 +7,13 @@ use sockpolicy_integration_tests::{
         TCP_USER_TIMEOUT,
     },
     policy::PolicyFile,
+    require,
     script::{Family, Kind},
 };
 
 #[test]
 fn protocol_tells_tcp_from_udp_and_raw() {
+    require!("cgroup/bind4");
     let policy = PolicyFile::new(
         "[[rule]]\nmatch = { protocol = \"tcp\" }\nset = { SO_MARK = 6 }\n\
          [[rule]]\nmatch = { protocol = \"udp\" }\nset = { SO_MARK = 17 }\n\
@@ -35,6 +37,7 @@ fn protocol_tells_tcp_from_udp_and_raw() {
 
 #[test]
 fn direction_tells_who_connects_from_who_accepts() {
+    require!("cgroup/bind4");
     let policy = PolicyFile::new(
         "[[rule]]\nmatch = { direction = \"outbound\" }\nset = { TCP_KEEPCNT = 11, SO_PRIORITY = 1 }\n\
          [[rule]]\nmatch = { direction = \"inbound\" }\nset = { TCP_KEEPCNT = 22, SO_PRIORITY = 2 }\n",
@@ -116,6 +119,7 @@ fn remote_addresses_match_by_prefix_with_exceptions() {
 
 #[test]
 fn remote_address_of_an_accepted_socket_is_its_peers() {
+    require!("cgroup/bind4");
     let policy = PolicyFile::new(
         "[[rule]]\nmatch = { direction = \"inbound\", remote = \"127.1.0.0/16\" }\nset = { TCP_KEEPCNT = 10, SO_PRIORITY = 4 }\n\
          [[rule]]\nmatch = { direction = \"inbound\" }\nset = { TCP_KEEPCNT = 20 }\n",
@@ -136,6 +140,7 @@ fn remote_address_of_an_accepted_socket_is_its_peers() {
 
 #[test]
 fn local_addresses_match_by_prefix() {
+    require!("cgroup/bind4");
     let policy = PolicyFile::new(
         "[[rule]]\nmatch = { local = \"127.5.0.0/16\" }\nset = { SO_MARK = 5 }\n\
          [[rule]]\nmatch = { local = \"::1/128\" }\nset = { SO_MARK = 6 }\n\
@@ -218,6 +223,7 @@ fn first_rule_that_names_an_option_wins_for_that_option() {
 
 #[test]
 fn rule_for_a_peer_overrides_what_a_later_rule_gave_the_listener() {
+    require!("cgroup/bind4");
     let policy = PolicyFile::new(
         "[[rule]]\nmatch = { remote = \"127.1.0.0/16\" }\nset = { TCP_USER_TIMEOUT = \"1s\", SO_KEEPALIVE = false }\n\
          [[rule]]\nset = { TCP_USER_TIMEOUT = \"9s\", SO_KEEPALIVE = true }\n",
@@ -238,6 +244,7 @@ fn rule_for_a_peer_overrides_what_a_later_rule_gave_the_listener() {
 
 #[test]
 fn rule_for_a_peer_holds_on_connected_udp() {
+    require!("cgroup/bind4");
     let policy = PolicyFile::new(
         "[[rule]]\nmatch = { protocol = \"udp\", remote = \"127.7.0.0/16\", remote_port = 7777 }\nset = { SO_PRIORITY = 4 }\n\
          [[rule]]\nmatch = { direction = \"outbound\" }\nset = { SO_PRIORITY = 2 }\n",
@@ -265,6 +272,7 @@ fn mapped(address: &str) -> String {
 
 #[test]
 fn call_before_the_peer_is_known_gives_way_when_it_is() {
+    require!("cgroup/bind4");
     let policy =
         PolicyFile::new("[[rule]]\nmatch = { remote = \"127.0.0.0/8\" }\nset = { TCP_KEEPCNT = 5, SO_MARK = 32 }\n");
     let mut exec = Exec::start(&policy);

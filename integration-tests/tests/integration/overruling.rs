@@ -4,11 +4,13 @@ use sockpolicy_integration_tests::{
     agent::Exec,
     options::{SO_BINDTODEVICE, SO_MARK, SO_MAX_PACING_RATE, SO_PRIORITY, TCP_KEEPCNT},
     policy::PolicyFile,
+    require,
     script::{Family, Kind},
 };
 
 #[test]
 fn rewritten_call_succeeds_where_the_policys_value_is_beyond_the_callers_rights() {
+    require!("cgroup/bind4");
     let policy = PolicyFile::new("[[rule]]\nset = { SO_PRIORITY = 10, SO_MARK = 7 }\n");
     let mut exec = Exec::start(&policy);
     exec.probe.become_nobody();
@@ -25,6 +27,7 @@ fn rewritten_call_succeeds_where_the_policys_value_is_beyond_the_callers_rights(
 
 #[test]
 fn application_has_its_way_where_the_kernel_refuses_the_policys_value() {
+    require!("cgroup/bind4");
     let policy = PolicyFile::new("[[rule]]\nset = { SO_BINDTODEVICE = \"nosuch0\" }\n");
     let mut exec = Exec::start(&policy);
     let socket = exec.probe.open(Family::Inet, Kind::Udp);
@@ -54,6 +57,7 @@ fn rule_that_lets_the_application_win_does_not_weaken_one_before_it() {
 
 #[test]
 fn ipv6_datagram_socket_that_connects_to_an_ipv4_address_is_an_ipv4_one() {
+    require!("cgroup/bind4");
     let policy = PolicyFile::new(
         "[[rule]]\nmatch = { family = \"ipv4\" }\nset = { SO_MARK = 4 }\n\
          [[rule]]\nmatch = { family = \"ipv6\" }\nset = { SO_MARK = 6 }\n",
@@ -70,6 +74,7 @@ fn ipv6_datagram_socket_that_connects_to_an_ipv4_address_is_an_ipv4_one() {
 
 #[test]
 fn unlimited_is_unlimited_in_four_bytes_and_in_eight() {
+    require!("cgroup/bind4");
     let policy = PolicyFile::new("[[rule]]\nset = { SO_MAX_PACING_RATE = \"unlimited\" }\n");
     let mut exec = Exec::start(&policy);
     let socket = exec.probe.open(Family::Inet, Kind::Tcp);

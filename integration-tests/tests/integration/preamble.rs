@@ -8,6 +8,7 @@ use sockpolicy_integration_tests::{
     cgroup::Cgroup,
     kernels::Kernel,
     options,
+    policy::PolicyFile,
     probe::Probe,
     process::{self, workload},
     script::{Family, Kind},
@@ -59,6 +60,23 @@ fn io_uring_has_socket_calls_if_kernels_toml_says_so() {
     // SO_KEEPALIVE. A kernel that has rings and not these calls answers each with EOPNOTSUPP.
     let works = crate::stdout(&output).contains("\nsetsockopt 1 9 0 ");
     assert_eq!(works, Kernel::current().has("io_uring"), "{output:?}");
+}
+
+#[test]
+fn denied_call_may_have_an_errno_of_its_own_if_kernels_toml_says_so() {
+    let setting = "SO_KEEPALIVE = { value = true, on_conflict = \"deny\", errno = \"EACCES\" }";
+    let policy = PolicyFile::new(format!("[[rule]]\nmatch = {{ protocol = \"tcp\" }}\nset = {{ {setting} }}\n"));
+    let output = process::output(process::exec(&["--quiet"], &policy, &["true"]));
+    if Kernel::current().has("errno") {
+        assert!(output.status.success(), "{output:?}");
+    } else {
+        let place = format!("{}:3", policy.path().display());
+        let error = format!(
+            "error: this kernel cannot let a denied call fail with EACCES: only EPERM\n  help: leave `errno` out of \
+             {place}; 5.18 is the first kernel that lets programs choose\n"
+        );
+        assert_eq!((&*crate::stderr(&output), output.status.code()), (&*error, Some(125)));
+    }
 }
 
 #[test]

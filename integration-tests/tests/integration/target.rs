@@ -15,6 +15,7 @@ const POLICY: &str = "[[rule]]\nset = { TCP_NODELAY = true, SO_MARK = 32, TCP_KE
 
 #[test]
 fn sockets_outside_the_target_are_untouched_and_their_calls_unreported() {
+    require!("cgroup/bind4");
     let (target, outside) = (Cgroup::new(), Cgroup::new());
     let policy = PolicyFile::new(format!("{POLICY}[audit]\ncalls = \"all\"\n"));
     let run = Run::start(&policy, &target);
@@ -39,6 +40,7 @@ fn sockets_outside_the_target_are_untouched_and_their_calls_unreported() {
 
 #[test]
 fn cgroups_below_the_target_are_covered() {
+    require!("cgroup/bind4");
     let target = Cgroup::new();
     let child = target.child("child");
     let grandchild = child.child("grandchild");
@@ -61,6 +63,7 @@ fn cgroups_below_the_target_are_covered() {
 /// A socket belongs to the cgroup that it was made in, wherever its process goes.
 #[test]
 fn socket_made_outside_stays_outside() {
+    require!("cgroup/bind4");
     let (target, outside) = (Cgroup::new(), Cgroup::new());
     let policy = PolicyFile::new(POLICY);
     let run = Run::start(&policy, &target);
@@ -82,6 +85,7 @@ fn socket_made_outside_stays_outside() {
 
 #[test]
 fn read_of_another_value_is_reported_and_not_falsified() {
+    require!("cgroup/bind4");
     let target = Cgroup::new();
     let mut probe = Probe::start(&target);
     let pair = probe.pair(Family::Inet, Kind::Tcp);
@@ -114,6 +118,7 @@ fn read_of_another_value_is_reported_and_not_falsified() {
 
 #[test]
 fn reads_are_left_alone_where_the_policy_says_so() {
+    require!("cgroup/bind4");
     let target = Cgroup::new();
     let mut probe = Probe::start(&target);
     let pair = probe.pair(Family::Inet, Kind::Tcp);
@@ -127,6 +132,7 @@ fn reads_are_left_alone_where_the_policy_says_so() {
 
 #[test]
 fn policy_ends_with_the_agent() {
+    require!("cgroup/bind4");
     let target = Cgroup::new();
     let policy = PolicyFile::new(POLICY);
     let run = Run::start(&policy, &target);

@@ -11,11 +11,13 @@ use sockpolicy_integration_tests::{
     },
     policy::PolicyFile,
     report::Sockets,
+    require,
     script::{Family, Kind},
 };
 
 #[test]
 fn priority_holds_although_type_of_service_resets_it() {
+    require!("cgroup/bind4");
     let policy = PolicyFile::new("[[rule]]\nset = { SO_PRIORITY = 5, IP_TOS = \"AF21\" }\n");
     let mut exec = Exec::start(&policy);
     let probe = &mut exec.probe;
@@ -38,6 +40,7 @@ fn priority_holds_although_type_of_service_resets_it() {
 
 #[test]
 fn priority_holds_where_the_application_chooses_the_type_of_service() {
+    require!("cgroup/bind4");
     let policy = PolicyFile::new("[[rule]]\nset = { SO_PRIORITY = 5 }\n");
     let mut exec = Exec::start(&policy);
     let probe = &mut exec.probe;
@@ -52,6 +55,7 @@ fn priority_holds_where_the_application_chooses_the_type_of_service() {
 
 #[test]
 fn masked_mark_leaves_the_other_bits_to_the_application() {
+    require!("cgroup/bind4");
     let policy = PolicyFile::new("[[rule]]\nset = { SO_MARK = \"0x20/0xff\" }\n");
     let mut exec = Exec::start(&policy);
     let probe = &mut exec.probe;
@@ -73,6 +77,7 @@ fn masked_mark_leaves_the_other_bits_to_the_application() {
 
 #[test]
 fn code_point_leaves_the_congestion_bits_to_the_kernel() {
+    require!("cgroup/bind4");
     let policy = PolicyFile::new("[[rule]]\nset = { IP_TOS = \"AF21\", IPV6_TCLASS = \"AF21\" }\n");
     let mut exec = Exec::start(&policy);
     let probe = &mut exec.probe;
@@ -103,6 +108,7 @@ fn code_point_leaves_the_congestion_bits_to_the_kernel() {
 
 #[test]
 fn code_point_holds_for_ipv4_traffic_of_ipv6_sockets_where_the_kernel_lets_it() {
+    require!("cgroup/bind4");
     let policy = PolicyFile::new("[[rule]]\nset = { IP_TOS = \"AF21\" }\n");
     let mut exec = Exec::start(&policy);
     let probe = &mut exec.probe;
@@ -152,6 +158,7 @@ fn congestion_control_is_kept_whatever_the_application_asks_for() {
 
 #[test]
 fn buffer_of_the_size_that_the_policy_wants_is_no_conflict_when_read() {
+    require!("cgroup/bind4");
     let policy = PolicyFile::new("[[rule]]\nset = { SO_SNDBUF = \"50KiB\", SO_RCVBUF = \"60KiB\" }\n");
     let mut exec = Exec::start(&policy);
     let pair = exec.probe.pair(Family::Inet, Kind::Tcp);
@@ -164,6 +171,7 @@ fn buffer_of_the_size_that_the_policy_wants_is_no_conflict_when_read() {
 
 #[test]
 fn pacing_rate_may_be_asked_for_in_eight_bytes() {
+    require!("cgroup/bind4");
     let policy = PolicyFile::new("[[rule]]\nset = { SO_MAX_PACING_RATE = \"80mbit\" }\n");
     let mut exec = Exec::start(&policy);
     let fd = exec.probe.open(Family::Inet, Kind::Tcp);
@@ -181,6 +189,7 @@ fn pacing_rate_may_be_asked_for_in_eight_bytes() {
 /// connect(AF_UNSPEC) resets a good part of a socket (`tcp_disconnect`).
 #[test]
 fn values_hold_after_the_socket_is_connected_again() {
+    require!("cgroup/bind4");
     let policy = PolicyFile::new(
         "[[rule]]\n\
          set = { TCP_CONGESTION = \"reno\", TCP_WINDOW_CLAMP = 50000, SO_MARK = 32, TCP_KEEPCNT = 5, \
@@ -210,6 +219,7 @@ fn values_hold_after_the_socket_is_connected_again() {
 
 #[test]
 fn setting_that_the_kernel_refuses_is_counted_and_breaks_nothing() {
+    require!("cgroup/bind4");
     let policy = PolicyFile::new("[[rule]]\nname = \"vpn\"\nset = { SO_BINDTODEVICE = \"none-such0\", SO_MARK = 5 }\n");
     let mut exec = Exec::start(&policy);
     let pair = exec.probe.pair(Family::Inet, Kind::Tcp);

@@ -17,6 +17,7 @@ use sockpolicy_integration_tests::{
     probe::Probe,
     process::{self, Running, read_report, workload},
     report::{Event, Report},
+    require,
     script::{Family, Kind},
     wait,
 };
@@ -267,7 +268,7 @@ fn filters_choose_among_calls() {
         (&["--option", "6:1"], on("TCP_NODELAY")),
         (&["--option", "6:7", "--option", "TCP_NODELAY"], all.to_vec()),
         (&["--option", "SO_KEEPALIVE"], vec![]),
-        (&["--option=-7:-7"], vec![]),
+        (&["--option", "-7:-7"], vec![]),
         (&["--comm", "sockprobe"], all.to_vec()),
         (&["--comm", "sockprob"], vec![]),
         (&["--comm", "nobody", "--comm", "sockprobe", "--option", "TCP_NODELAY"], on("TCP_NODELAY")),
@@ -327,6 +328,7 @@ fn filters_that_mean_nothing_are_refused() {
 
 #[test]
 fn conflicts_are_told_of_and_nothing_is_changed() {
+    require!("cgroup/bind4");
     let target = Cgroup::new();
     let policy = disagreeing();
     let run = Run::audit(&["--cgroup", &path_of(&target), policy.path().to_str().unwrap()]);
@@ -355,6 +357,7 @@ fn conflicts_are_told_of_and_nothing_is_changed() {
 
 #[test]
 fn conflicts_can_be_made_a_failure_of_an_audit() {
+    require!("cgroup/bind4");
     let policy = disagreeing();
     let policy = policy.path().to_str().unwrap();
     for (calls, status) in [("1", 1), ("0", 0)] {
@@ -449,6 +452,7 @@ fn losses_are_told_while_it_runs_and_add_up_to_the_summarys() {
 
 #[test]
 fn without_btf_events_say_why_they_do_not_know_the_socket() {
+    require!("ancestors");
     let target = Cgroup::new();
     let path = target.path().display().to_string();
     let policy = disagreeing();

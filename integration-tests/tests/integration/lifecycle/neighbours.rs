@@ -9,6 +9,7 @@ use sockpolicy_integration_tests::{
     policy::PolicyFile,
     probe::Probe,
     process::{self, Running},
+    require,
     script::{Family, Kind},
 };
 
@@ -40,6 +41,7 @@ fn two_at_once_do_not_disturb_each_other() {
 
 #[test]
 fn exec_within_exec_works_and_both_report() {
+    require!("cgroup/bind4");
     let outer = PolicyFile::new(
         "name = \"outer\"\n[[rule]]\nset = { TCP_NODELAY = { value = true, on_conflict = \"allow\" } }\n",
     );

@@ -12,7 +12,7 @@ use sockpolicy_integration_tests::{
     policy::PolicyFile,
     process::{Running, read_report, workload},
     report::{Event, Report},
-    wait,
+    require, wait,
 };
 
 use crate::{stderr, stdout};
@@ -54,6 +54,7 @@ fn by_source(report: &Report) -> BTreeMap<(u32, String), Vec<&Event>> {
 
 #[test]
 fn storm_is_counted_exactly_and_reported_a_few_times_a_second() {
+    require!("cgroup/bind4");
     const PROCESSES: usize = 6;
     const CALLS: u64 = 4000;
     let begin = Instant::now();
@@ -80,6 +81,7 @@ fn storm_is_counted_exactly_and_reported_a_few_times_a_second() {
 
 #[test]
 fn more_processes_at_once_than_the_kernel_has_probes_are_counted_all_the_same() {
+    require!("cgroup/bind4");
     const PROCESSES: usize = 60;
     const CALLS: u64 = 100;
     let (pids, report) = storm(&storm_policy(""), PROCESSES, CALLS);
@@ -96,6 +98,7 @@ fn more_processes_at_once_than_the_kernel_has_probes_are_counted_all_the_same() 
 
 #[test]
 fn full_ring_buffer_loses_events_and_counts_them() {
+    require!("cgroup/bind4");
     const PROCESSES: usize = 4;
     const CALLS: u64 = 5000;
     // Every call is an event, and the agent's report goes nowhere while it is stopped.
@@ -122,6 +125,7 @@ fn full_ring_buffer_loses_events_and_counts_them() {
 
 #[test]
 fn run_that_ends_in_a_storm_reports_what_it_says_it_reported() {
+    require!("cgroup/bind4");
     let policy = storm_policy("");
     let target = Cgroup::new();
     let run = agent::Run::start(&policy, &target);
@@ -145,6 +149,7 @@ fn run_that_ends_in_a_storm_reports_what_it_says_it_reported() {
 
 #[test]
 fn conflicts_can_be_made_a_failure_of_run() {
+    require!("cgroup/bind4");
     let policy = storm_policy("");
     for (calls, status) in [("1", 1), ("0", 0)] {
         let target = Cgroup::new();
@@ -159,6 +164,7 @@ fn conflicts_can_be_made_a_failure_of_run() {
 
 #[test]
 fn conflicts_can_be_made_a_failure() {
+    require!("cgroup/bind4");
     let policy = storm_policy("");
     let workload = workload();
     let conflicting = [&workload, "storm", "1", "1"];
