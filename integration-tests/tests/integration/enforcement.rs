@@ -14,7 +14,7 @@ use sockpolicy_integration_tests::{
     agent::Exec,
     cgroup::Cgroup,
     kernels::{Kernel, skip},
-    options::{SO_BINDTOIFINDEX, SO_REUSEADDR, TCP_INFO, TCP_SAVED_SYN},
+    options::{SO_BINDTODEVICE, SO_BINDTOIFINDEX, SO_REUSEADDR, TCP_INFO, TCP_SAVED_SYN},
     policy::PolicyFile,
     probe::Probe,
     report::Report,
@@ -45,7 +45,9 @@ static ENFORCED: LazyLock<(Observed, Report)> = LazyLock::new(|| {
 });
 
 fn is_here(setting: &Setting) -> bool {
-    Kernel::current().has(setting.option.name)
+    let kernel = Kernel::current();
+    // The interface is set at bind too, or not at all.
+    kernel.has(setting.option.name) && (setting.option != SO_BINDTODEVICE || kernel.has("cgroup/bind4"))
 }
 
 fn has(setting: &Setting, family: Family, place: Place) -> bool {

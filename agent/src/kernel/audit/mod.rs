@@ -32,8 +32,7 @@ pub enum Backend {
 /// Which backend to use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum BackendChoice {
-    /// The cheapest that this kernel has; where all calls are wanted, and tasks may be kept from running in the middle of
-    /// fentry programs, one that misses none for that.
+    /// The cheapest that this kernel has, but kprobes where it is preemptible: they miss no calls for that.
     #[default]
     Auto,
     Fentry,
@@ -108,10 +107,9 @@ impl Backend {
     /// While a task is kept from running in the middle of an fentry program, the kernel does not run that program for
     /// others on the same CPU (`__bpf_prog_enter_recur`, kernel/bpf/trampoline.c, 5.12 and later). In the middle of a
     /// kprobe's no task is kept from running. With 64 threads on one CPU under 7.2, fentry left out two calls of three,
-    /// tracepoints four of five (under 6.18 none), kprobes none. Where just conflicts are reported little is lost by it,
-    /// for the cgroup hooks see each of them.
-    fn by_preference(aim: Aim) -> [Self; 3] {
-        if aim.calls && system::is_preemptible() { [Self::Kprobe, Self::Fentry, Self::Tracepoint] } else { Self::ALL }
+    /// tracepoints four of five (under 6.18 none), kprobes none.
+    fn by_preference() -> [Self; 3] {
+        if system::is_preemptible() { [Self::Kprobe, Self::Fentry, Self::Tracepoint] } else { Self::ALL }
     }
 
     #[must_use]
@@ -183,7 +181,7 @@ pub(super) fn attach(ebpf: &mut Ebpf, choice: BackendChoice, aim: Aim) -> Result
 
 fn attach_best(ebpf: &mut Ebpf, aim: Aim) -> Result<Audit, KernelError> {
     let mut reasons = Vec::new();
-    for backend in Backend::by_preference(aim) {
+    for backend in Backend::by_preference() {
         match attach_backend(ebpf, backend, aim) {
             Ok(audit) => return Ok(audit),
             Err(reason) => {
