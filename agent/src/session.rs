@@ -10,7 +10,7 @@ use nix::time::{ClockId, clock_gettime};
 
 use crate::{
     compile::{CompileError, Desired, compile},
-    events::{Event, Filter, Programs, Surroundings, decode},
+    events::{Event, Executables, Filter, Surroundings, decode},
     host::{
         cgroup::{Cgroup, Mount, Names},
         process, tcp,
@@ -50,9 +50,11 @@ pub struct Session {
     filter: Filter,
     audit: Option<Audit>,
     names: Names,
-    programs: Programs,
+    executables: Executables,
     report: Report,
     unknown_records: u64,
+    /// Calls whose records were dropped because their threads are gone.
+    dead_calls: u64,
     /// What had been lost when it was last told.
     told: Lost,
 }
@@ -114,9 +116,10 @@ impl Session {
             filter,
             audit,
             names: Names::new(mount),
-            programs: Programs::default(),
+            executables: Executables::default(),
             report: Report::default(),
             unknown_records: 0,
+            dead_calls: 0,
             told: Lost::default(),
         })
     }
@@ -143,7 +146,7 @@ impl Session {
             let event = match self.object.next_record() {
                 None => return false,
                 Some(Record::File(file)) => {
-                    self.programs.learn(&file);
+                    self.executables.learn(&file);
                     continue;
                 }
                 Some(Record::Event(raw)) => {
@@ -164,10 +167,24 @@ impl Session {
         true
     }
 
+    fn exe(&mut self, raw: &abi::event::Event) -> Result<String, &'static str> {
+        if raw.executable.pid == 0 {
+            // The kernel does not say what it was. This is what it is by now.
+            return process::executable(raw.pid).ok_or("the process was gone when the event was read");
+        }
+        match self.executables.told(&raw.executable) {
+            Some(told) => told.ok_or("its path is not known, or too long"),
+            None => {
+                self.object.ask_for_file_of(&raw.executable);
+                Err("what the kernel told of it was lost")
+            }
+        }
+    }
+
     fn surroundings(&mut self, raw: &abi::event::Event) -> Surroundings {
         Surroundings {
             // Where the kernel does not say what it was, this is what it is by now.
-            exe: if raw.program.pid != 0 { self.programs.path(&raw.program) } else { process::executable(raw.pid) },
+            exe: self.exe(raw),
             cgroup: self.names.name(raw.cgroup).map(str::to_owned),
             socket_cgroup: self.names.name(raw.call.socket_cgroup).map(str::to_owned),
             monotonic_epoch_ns: monotonic_epoch_ns(),
@@ -191,13 +208,18 @@ impl Session {
     /// Where the counters cannot be read.
     pub fn new_losses(&mut self) -> Result<Vec<Loss>, SessionError> {
         let lost = self.lost()?;
+        if lost.losses.calls_full > self.told.losses.calls_full {
+            self.dead_calls += self.object.drop_dead_calls()?;
+        }
         let new = lost.since(&self.told);
         self.told = lost;
         Ok(new)
     }
 
     fn lost(&self) -> Result<Lost, SessionError> {
-        Ok(Lost { losses: self.object.losses()?, not_run: self.object.misses(), unknown_records: self.unknown_records })
+        let mut losses = self.object.losses()?;
+        losses.no_return += self.dead_calls;
+        Ok(Lost { losses, not_run: self.object.misses(), unknown_records: self.unknown_records })
     }
 
     /// Sums up, and removes the programs.

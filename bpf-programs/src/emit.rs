@@ -1,7 +1,7 @@
 //! The only writer of the ring buffer: builds events, holds back repeated ones, counts losses.
 
 use abi::{
-    event::{COMM_LEN, Call, Event, Limit, LimitKey, Program, ProgramFile, flags, kind, source},
+    event::{COMM_LEN, Call, Event, Executable, ExecutableFile, Limit, LimitKey, flags, kind, source},
     judge::verdict,
     setting::OptionKey,
 };
@@ -52,7 +52,7 @@ pub(crate) struct Head {
     pub(crate) duration_ns: u64,
 }
 
-/// Reports a call in conflict with the policy, unless one like it was reported just now. `program` tells which the task
+/// Reports a call in conflict with the policy, unless one like it was reported just now. `executable` tells which the task
 /// runs; `fill` completes the record, which is otherwise zeroed.
 #[inline(always)]
 pub(crate) fn conflict(
@@ -60,7 +60,7 @@ pub(crate) fn conflict(
     setting: u32,
     verdict: u32,
     task: Task,
-    program: impl FnOnce() -> Program,
+    executable: impl FnOnce() -> Executable,
     fill: impl FnOnce(&mut Call),
 ) {
     let Some(config) = maps::config() else { return };
@@ -74,15 +74,15 @@ pub(crate) fn conflict(
         count(setting, |counters| &mut counters.suppressed);
         return;
     };
-    if send(head, kind::CONFLICT, task, program(), suppressed, fill) {
+    if send(head, kind::CONFLICT, task, executable(), suppressed, fill) {
         count(setting, |counters| &mut counters.reported);
     }
 }
 
 /// Reports a call that conflicts with nothing. Not held back: who asks for all calls gets them.
 #[inline(always)]
-pub(crate) fn call(head: Head, task: Task, program: Program, fill: impl FnOnce(&mut Call)) {
-    send(head, kind::CALL, task, program, 0, fill);
+pub(crate) fn call(head: Head, task: Task, executable: Executable, fill: impl FnOnce(&mut Call)) {
+    send(head, kind::CALL, task, executable, 0, fill);
 }
 
 /// Reports a setting that the kernel refused with `errno`.
@@ -92,7 +92,7 @@ pub(crate) fn outcome(key: OptionKey, errno: i32, fill: impl FnOnce(&mut Call)) 
     let limit = LimitKey { key, pid: 0, verdict: errno as u32, what: u64::from(kind::OUTCOME) << 32 };
     if let Some(suppressed) = admit(&limit, config.event_interval_ns) {
         let head = Head { key, call: 0, source: source::HOOK, result: -i64::from(errno), duration_ns: 0 };
-        send(head, kind::OUTCOME, Task::UNKNOWN, Program::default(), suppressed, fill);
+        send(head, kind::OUTCOME, Task::UNKNOWN, Executable::default(), suppressed, fill);
     }
 }
 
@@ -121,7 +121,14 @@ fn admit(key: &LimitKey, interval_ns: u64) -> Option<u64> {
 /// Builds the event where it will be read: the stack has no room for it, and nothing is built that
 /// is not sent.
 #[inline(always)]
-fn send(head: Head, kind: u32, task: Task, program: Program, suppressed: u64, fill: impl FnOnce(&mut Call)) -> bool {
+fn send(
+    head: Head,
+    kind: u32,
+    task: Task,
+    executable: Executable,
+    suppressed: u64,
+    fill: impl FnOnce(&mut Call),
+) -> bool {
     let Some(mut entry) = maps::EVENTS.reserve::<Event>(0) else {
         lose(|losses| &mut losses.ring_full);
         return false;
@@ -144,7 +151,7 @@ fn send(head: Head, kind: u32, task: Task, program: Program, suppressed: u64, fi
     event.pid = task.pid;
     event.tid = task.tid;
     event.comm = task.comm;
-    event.program = program;
+    event.executable = executable;
     event.call.key = head.key;
     event.call.kind = head.call;
     fill(&mut event.call);
@@ -152,21 +159,21 @@ fn send(head: Head, kind: u32, task: Task, program: Program, suppressed: u64, fi
     true
 }
 
-/// Tells the agent which file a program is. Events of the program are to come after this.
+/// Tells the agent which file an executable is. Events of it are to come after this.
 #[inline(always)]
-pub(crate) fn program_file(program: &Program, fill: impl FnOnce(&mut ProgramFile)) {
-    // Not counted where the ring buffer is full: the next event of the program tries again.
-    let Some(mut entry) = maps::EVENTS.reserve::<ProgramFile>(0) else { return };
+pub(crate) fn executable_file(executable: &Executable, fill: impl FnOnce(&mut ExecutableFile)) {
+    // Not counted where the ring buffer is full: the next event of it tries again.
+    let Some(mut entry) = maps::EVENTS.reserve::<ExecutableFile>(0) else { return };
     let file = entry.as_mut_ptr();
     // SAFETY: the entry is ours until it is submitted, has room for a file, and zero is valid for each of its fields.
     let file = unsafe {
         file.write_bytes(0, 1);
         &mut *file
     };
-    file.program = *program;
+    file.executable = *executable;
     fill(file);
     entry.submit(0);
-    maps::note_told(program);
+    maps::note_told(executable);
 }
 
 /// Whether a call was found in conflict.

@@ -4,7 +4,7 @@
 //! Nothing here can fault: reading an address that is none gives `None`.
 
 use abi::{
-    event::{Call, NAME_MAX, PATH_MAX, Program, ProgramFile, flags},
+    event::{Call, Executable, ExecutableFile, NAME_MAX, PATH_MAX, flags},
     layout::{Layout, Member, known, of},
     setting::{Value, Words},
     socket::{Address, Facts, protocol},
@@ -273,7 +273,7 @@ fn find_ancestor(level: u32) -> Option<u64> {
 
 /// How the current task came to make a call by descriptor: bits of [`flags`].
 #[inline(always)]
-pub(crate) fn way_by_descriptor() -> u32 {
+pub(crate) fn via_by_descriptor() -> u32 {
     match knows(known::SYSCALL) {
         true if is_compat() => flags::COMPAT,
         true => flags::SYSCALL,
@@ -283,9 +283,9 @@ pub(crate) fn way_by_descriptor() -> u32 {
 
 /// How it came to make a call where several ways meet, given the number of the system call that is one of them.
 #[inline(always)]
-pub(crate) fn way(system_call: i64) -> u32 {
+pub(crate) fn via(system_call: i64) -> u32 {
     /// What a system call returns until it does (`PUSH_AND_CLEAR_REGS` in arch/x86/entry/entry_64.S). Work that a task
-    /// does on its way back to its program comes after.
+    /// does on its way back to its program comes after; threads that the kernel makes for a ring have 0 (`copy_thread`).
     const NOT_YET: i64 = -38; // ENOSYS
     if !knows(known::SYSCALL) {
         return 0;
@@ -309,24 +309,24 @@ fn is_compat() -> bool {
     read_or_zero::<u32>(member!(current_task(), task_status)) & TS_COMPAT != 0
 }
 
-/// The program that the current task runs; zero where that cannot be told.
+/// The executable that the current task runs; zero where that cannot be told.
 #[inline(always)]
-pub(crate) fn current_program() -> Program {
-    if !knows(known::PROGRAM) {
-        return Program::default();
+pub(crate) fn current_executable() -> Executable {
+    if !knows(known::EXECUTABLE) {
+        return Executable::default();
     }
     let task = current_task();
     let leader: u64 = read_or_zero(member!(task, task_leader));
-    Program {
+    Executable {
         start_ns: read_or_zero(member!(leader, task_start)),
         pid: (bpf_get_current_pid_tgid() >> 32) as u32,
-        exec_id: read_or_zero(member!(task, task_exec_id)),
+        exec_id: read_or_zero::<u64>(member!(task, task_exec_id)) as u32,
     }
 }
 
 /// Fills in the path of the file that the current task runs, from the root of its mount namespace.
 #[inline(always)]
-pub(crate) fn name_program(file: &mut ProgramFile) {
+pub(crate) fn name_executable(file: &mut ExecutableFile) {
     let mm: u64 = read_or_zero(member!(current_task(), task_mm));
     let exe: u64 = read_or_zero(member!(mm, mm_exe_file));
     let place =
@@ -344,7 +344,7 @@ struct Place {
 
 /// Whether the path of a place is known and has room.
 #[inline(always)]
-fn write_path(file: &mut ProgramFile, mut place: Place) -> bool {
+fn write_path(file: &mut ExecutableFile, mut place: Place) -> bool {
     /// Directories and mounts on the way up.
     const STEPS: usize = 48;
     for _ in 0..STEPS {
@@ -376,7 +376,7 @@ fn write_path(file: &mut ProgramFile, mut place: Place) -> bool {
 }
 
 #[inline(always)]
-fn write_name(file: &mut ProgramFile, name: u64) -> bool {
+fn write_name(file: &mut ExecutableFile, name: u64) -> bool {
     // The length is kept in memory that the verifier does not follow. As a number it would be another on each way that leads
     // here, and all of them would be followed to the end.
     // SAFETY: a valid reference.

@@ -7,7 +7,7 @@ use core::arch::asm;
 
 use abi::{
     Config, Counters, Losses, SiteList,
-    event::{Call, Limit, LimitKey, Program, TOLD_MAX, Tally, TallyKey, bucket},
+    event::{Call, Executable, Limit, LimitKey, TOLD_MAX, Tally, TallyKey, bucket},
     layout::Member,
     select::{PrefixData, Prefixes, Selectors},
     setting::{Governed, OptionKey, Setting},
@@ -83,11 +83,11 @@ static TALLIES: PerCpuHashMap<TallyKey, Tally> = PerCpuHashMap::with_max_entries
 #[map]
 static LIMITS: LruHashMap<LimitKey, Limit> = LruHashMap::with_max_entries(8192, 0);
 
-/// Programs whose files the agent has been told. The least recently used entry makes room: it is told again.
+/// Executables whose files the agent has been told. The agent removes those that it has forgotten. The least recently used entry makes room: it is told again.
 #[map]
-static TOLD: LruHashMap<Program, u32> = LruHashMap::with_max_entries(TOLD_MAX, 0);
+static TOLD: LruHashMap<Executable, u32> = LruHashMap::with_max_entries(TOLD_MAX, 0);
 
-/// Events for the agent. When it is full the event is dropped and counted in
+/// Events for the agent, and the files of executables. When it is full the event is dropped and counted in
 /// [`Losses::ring_full`].
 #[map]
 pub(crate) static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
@@ -221,6 +221,12 @@ pub(crate) fn call(task: u64) -> Option<&'static mut Call> {
     CALLS.get_ptr_mut(task).map(|call| unsafe { &mut *call })
 }
 
+/// The same, if it is the call of this kind on this option: the end of another may not have been seen.
+#[inline(always)]
+pub(crate) fn call_of(task: u64, kind: u32, key: OptionKey) -> Option<&'static mut Call> {
+    call(task).filter(|call| call.kind == kind && call.key == key)
+}
+
 #[inline(always)]
 pub(crate) fn begin_call(task: u64, call: &Call) {
     if CALLS.insert(task, call, 0).is_err() {
@@ -247,15 +253,15 @@ pub(crate) fn begin_limit(key: &LimitKey, limit: &Limit) {
 }
 
 #[inline(always)]
-pub(crate) fn is_told(program: &Program) -> bool {
+pub(crate) fn is_told(executable: &Executable) -> bool {
     // SAFETY: only whether there is an entry is looked at.
-    unsafe { TOLD.get(program) }.is_some()
+    unsafe { TOLD.get(executable) }.is_some()
 }
 
 #[inline(always)]
-pub(crate) fn note_told(program: &Program) {
+pub(crate) fn note_told(executable: &Executable) {
     // Fails only where another CPU holds the last free entries: it will be told again.
-    let _ = TOLD.insert(program, 1, 0);
+    let _ = TOLD.insert(executable, 1, 0);
 }
 
 /// The table of `abi::select`, as a map.

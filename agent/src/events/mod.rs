@@ -3,9 +3,9 @@
 //! Pure: what has to be looked up on the host (who the process is, what the cgroup is called) is
 //! handed in as [`Surroundings`].
 
+mod executables;
 mod filter;
 mod json;
-mod programs;
 mod text;
 
 use std::{
@@ -20,7 +20,7 @@ use abi::{
     socket::{Address, Facts, family, known, protocol},
 };
 
-pub use self::{filter::Filter, json::SCHEMA, programs::Programs};
+pub use self::{executables::Executables, filter::Filter, json::SCHEMA};
 use crate::{
     compile::Desired,
     host::container::{self, Container},
@@ -154,10 +154,10 @@ pub enum Source {
 }
 
 /// What is known of the host.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Surroundings {
-    /// The path of the program that makes the call.
-    pub exe: Option<String>,
+    /// The path of the executable that makes the call, or why it is not known.
+    pub exe: Result<String, &'static str>,
     /// Name of the task's cgroup.
     pub cgroup: Option<String>,
     /// Name of the socket's cgroup.
@@ -188,7 +188,11 @@ pub fn decode(event: &raw::Event, desired: &Desired, surroundings: Surroundings)
     let result = (source != Source::Hook).then_some(event.result);
     let socket = socket(call, surroundings.socket_cgroup.as_deref());
     let mut missing = missing(event, source, socket.as_ref(), surroundings.blindness.as_deref());
-    missing.extend(missing_exe(event, surroundings.exe.as_deref()));
+    if let Err(why) = surroundings.exe
+        && event.pid != 0
+    {
+        missing.push(Missing { what: "exe", why: why.to_owned() });
+    }
     Ok(Event {
         time: jiff::Timestamp::from_nanosecond(nanoseconds).ok().ok_or(UnknownRecord)?,
         kind,
@@ -247,14 +251,6 @@ fn missing(event: &raw::Event, source: Source, socket: Option<&Socket>, blindnes
         missing.push(Missing { what: "socket", why: why.to_owned() });
     }
     missing
-}
-
-fn missing_exe(event: &raw::Event, exe: Option<&str>) -> Option<Missing> {
-    let why = match event.program.pid {
-        0 => "the process was gone when the event was read",
-        _ => "the kernel told no path, or one too long",
-    };
-    (event.pid != 0 && exe.is_none()).then(|| Missing { what: "exe", why: why.to_owned() })
 }
 
 fn decode_verdict(code: u32, dry_run: bool) -> Result<Verdict, UnknownRecord> {
@@ -408,7 +404,7 @@ fn task(event: &raw::Event, surroundings: Surroundings) -> Option<Task> {
     let comm = String::from_utf8_lossy(&event.comm[..end]).into_owned();
     let Surroundings { exe, cgroup, .. } = surroundings;
     let container = cgroup.as_deref().and_then(container::of_cgroup);
-    Some(Task { pid: event.pid, tid: event.tid, comm, exe, cgroup, container })
+    Some(Task { pid: event.pid, tid: event.tid, comm, exe: exe.ok(), cgroup, container })
 }
 
 /// `None` where nothing is known of the socket.

@@ -32,6 +32,12 @@ pub fn executable(process: u32) -> Option<String> {
     fs::read_link(format!("/proc/{process}/exe")).ok().map(|path| path.display().to_string())
 }
 
+/// Whether there is a thread of this number.
+#[must_use]
+pub fn has_thread(thread: u32) -> bool {
+    fs::exists(format!("/proc/{thread}")).unwrap_or(true)
+}
+
 /// Whether the numbers of processes are here what they are to the kernel, outside any namespace of them.
 #[must_use]
 pub fn is_initial_namespace() -> bool {

@@ -5,8 +5,9 @@ use nix::sys::utsname::uname;
 /// Whether the kernel may take the CPU from a task while it runs kernel code, or can be told to.
 #[must_use]
 pub fn is_preemptible() -> bool {
-    // The kernel names the model that it was built with: PREEMPT, PREEMPT_DYNAMIC, PREEMPT_LAZY, PREEMPT_RT; none where it
-    // does not do so (init/Makefile). Where it does not tell, it is taken for one that does.
+    // The kernel names the model that it was built with: PREEMPT, PREEMPT_DYNAMIC, PREEMPT_RT; none where it is not
+    // preemptible (init/Makefile). This is its own word of it, and not a version: which of its models a dynamic one follows is
+    // in debugfs alone, and may change. Where it does not tell, it is taken for a preemptible one.
     uname().map_or(true, |names| names_preemption(&names.version().to_string_lossy()))
 }
 

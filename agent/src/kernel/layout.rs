@@ -19,7 +19,7 @@ pub(super) fn layout(types: &Types) -> Layout {
         (known::DESCRIPTOR, descriptor(types, &mut layout)),
         (known::ANCESTORS, ancestors(types, &mut layout)),
         (known::SYSCALL, system_call(types, &mut layout)),
-        (known::PROGRAM, program(types, &mut layout)),
+        (known::EXECUTABLE, program(types, &mut layout)),
     ];
     for (part, found) in parts {
         match found {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use abi::{
     Config, Counters, Losses,
-    event::{Call, Tally, TallyKey},
+    event::{Call, Executable, Tally, TallyKey},
     layout::Member,
     select::PrefixData,
     setting::OptionKey,
@@ -15,7 +15,7 @@ use aya::{
 };
 
 use super::{KernelError, Scope};
-use crate::{compile::Desired, policy::model::Calls};
+use crate::{compile::Desired, host::process, policy::model::Calls};
 
 pub(super) const EVENTS: &str = "EVENTS";
 
@@ -111,6 +111,35 @@ pub(super) fn calls_under_way(ebpf: &Ebpf) -> Result<u64, KernelError> {
     let map = ebpf.map(MAP).ok_or(KernelError::Incomplete { what: MAP })?;
     let map = HashMap::<_, u64, Call>::try_from(map).map_err(map_error)?;
     Ok(map.keys().filter(Result::is_ok).count() as u64)
+}
+
+/// Removes the records of calls whose threads are gone; gives how many.
+pub(super) fn drop_dead_calls(ebpf: &mut Ebpf) -> Result<u64, KernelError> {
+    const MAP: &str = "CALLS";
+    // In another namespace threads have other numbers.
+    if !process::is_initial_namespace() {
+        return Ok(0);
+    }
+    let map_error = |source| KernelError::Map { map: MAP, source };
+    let map = ebpf.map_mut(MAP).ok_or(KernelError::Incomplete { what: MAP })?;
+    let mut map = HashMap::<_, u64, Call>::try_from(map).map_err(map_error)?;
+    // Others come and go meanwhile.
+    let dead: Vec<u64> = map
+        .iter()
+        .filter_map(Result::ok)
+        .filter(|(_, call)| !process::has_thread(call.thread as u32))
+        .map(|(task, _)| task)
+        .collect();
+    Ok(dead.iter().filter(|task| map.remove(task).is_ok()).count() as u64)
+}
+
+/// Removes an executable from those whose files were told.
+pub(super) fn ask_for_file_of(ebpf: &mut Ebpf, executable: &Executable) {
+    let map = ebpf.map_mut("TOLD").and_then(|map| HashMap::<_, Executable, u32>::try_from(map).ok());
+    // It is not there where the ring buffer had no room for it.
+    if let Some(mut map) = map {
+        let _ = map.remove(executable);
+    }
 }
 
 fn add_tallies(sum: Tally, slot: &Tally) -> Tally {

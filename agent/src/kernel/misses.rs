@@ -4,8 +4,8 @@ use aya::Ebpf;
 
 use super::syscall::info;
 
-/// The sum over the programs of these names that are loaded. A kernel that does not count gives 0 (5.12 is the first
-/// that does, `bpf_prog_inc_misses_counter`).
+/// The sum over the programs of these names that are loaded. A kernel that does not count gives 0: 5.12 is the first that
+/// counts for fentry (`__bpf_prog_enter`), 6.7 for kprobes and tracepoints (`trace_call_bpf`).
 pub(super) fn misses(ebpf: &Ebpf, programs: impl Iterator<Item = &'static str>) -> u64 {
     let mut names: Vec<_> = programs.collect();
     // One program may be at both ends of both calls.

@@ -8,7 +8,7 @@ use std::{
 
 use abi::{
     Config, Counters, Losses, calls,
-    event::{Event, ProgramFile, Tally, TallyKey},
+    event::{Event, Executable, ExecutableFile, Tally, TallyKey},
     layout::{Layout, Member, known},
     mode,
     setting::OptionKey,
@@ -61,13 +61,13 @@ pub struct Object {
 pub enum Record {
     Event(Box<Event>),
     /// Comes before the first event of the program.
-    File(Box<ProgramFile>),
+    File(Box<ExecutableFile>),
     /// Of neither size.
     Unknown,
 }
 
 const EVENT_LEN: usize = size_of::<Event>();
-const FILE_LEN: usize = size_of::<ProgramFile>();
+const FILE_LEN: usize = size_of::<ExecutableFile>();
 
 /// What programs at cgroup/setsockopt may call on this kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -220,7 +220,7 @@ impl Object {
         Some(unsafe {
             match record.len() {
                 EVENT_LEN => Record::Event(Box::new(record.as_ptr().cast::<Event>().read_unaligned())),
-                FILE_LEN => Record::File(Box::new(record.as_ptr().cast::<ProgramFile>().read_unaligned())),
+                FILE_LEN => Record::File(Box::new(record.as_ptr().cast::<ExecutableFile>().read_unaligned())),
                 _ => Record::Unknown,
             }
         })
@@ -259,6 +259,20 @@ impl Object {
     /// Where the map cannot be read.
     pub fn calls_under_way(&self) -> Result<u64, KernelError> {
         maps::calls_under_way(&self.ebpf)
+    }
+
+    /// Drops the records of calls whose threads are gone, and whose ends were therefore not seen; gives how many.
+    ///
+    /// # Errors
+    ///
+    /// Where the map cannot be read.
+    pub fn drop_dead_calls(&mut self) -> Result<u64, KernelError> {
+        maps::drop_dead_calls(&mut self.ebpf)
+    }
+
+    /// Has the file of an executable told again before its next event.
+    pub fn ask_for_file_of(&mut self, executable: &Executable) {
+        maps::ask_for_file_of(&mut self.ebpf, executable);
     }
 
     /// The calls that the audit saw, by option.

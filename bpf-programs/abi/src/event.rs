@@ -1,4 +1,5 @@
-//! What the programs tell the agent: one record for all reports, sent through the ring buffer.
+//! What the programs tell the agent through the ring buffer: [`Event`], and before the first one of an executable its
+//! [`ExecutableFile`].
 
 use crate::{
     setting::{OptionKey, Value},
@@ -137,24 +138,24 @@ pub struct Event {
     pub tid: u32,
     pub comm: [u8; COMM_LEN],
     /// Zero if not known.
-    pub program: Program,
+    pub executable: Executable,
     pub call: Call,
 }
-shared!(Event, size 5 * 8 + 4 * 4 + 16 + size_of::<Program>() + size_of::<Call>());
+shared!(Event, size 5 * 8 + 4 * 4 + 16 + size_of::<Executable>() + size_of::<Call>());
 
-/// A process, as long as it runs one program: no two have the same.
+/// An executable as a process runs it: no two processes have the same, nor one before and after exec.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Program {
+pub struct Executable {
     /// When the process was made. CLOCK_BOOTTIME, nanoseconds.
     pub start_ns: u64,
     pub pid: u32,
-    /// How many times it has become another program, those before it included.
+    /// How many times there was an exec on the way to it, in the processes before it too.
     pub exec_id: u32,
 }
-shared!(Program, size 8 + 4 + 4);
+shared!(Executable, size 8 + 4 + 4);
 
-/// Entries of map `TOLD`: programs of which the agent has to keep in mind what it was told.
+/// Entries of map `TOLD`: executables of which the agent has to keep in mind what it was told.
 pub const TOLD_MAX: u32 = 4096;
 
 /// The longest path that is told, with its NULs.
@@ -162,17 +163,17 @@ pub const PATH_MAX: usize = 1024;
 /// The longest name in a path, with its NUL (`NAME_MAX` and 1).
 pub const NAME_MAX: usize = 256;
 
-/// The file of a program. In the ring buffer before the first event of the program.
+/// The file of an executable. In the ring buffer before the first event of it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub struct ProgramFile {
-    pub program: Program,
+pub struct ExecutableFile {
+    pub executable: Executable,
     /// Bytes of `names`; 0 if the path is too long, or not known.
     pub len: u64,
     /// The names in its path, the last one first, each ended by a NUL.
     pub names: [u8; PATH_MAX + NAME_MAX],
 }
-shared!(ProgramFile, size size_of::<Program>() + 8 + PATH_MAX + NAME_MAX);
+shared!(ExecutableFile, size size_of::<Executable>() + 8 + PATH_MAX + NAME_MAX);
 
 /// What the rate limit tells apart. Key of map `LIMITS`.
 #[repr(C)]

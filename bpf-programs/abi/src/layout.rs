@@ -16,7 +16,7 @@ pub mod known {
     /// The number of the system call that a task is in, and whether it is a 32-bit one.
     pub const SYSCALL: u32 = 8;
     /// What tells a task's process from others before and after it, and the file that it runs.
-    pub const PROGRAM: u32 = 16;
+    pub const EXECUTABLE: u32 = 16;
 }
 
 /// Offsets in bytes, each from the beginning of the structure that its name starts with.

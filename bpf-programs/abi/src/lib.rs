@@ -171,7 +171,8 @@ pub struct Losses {
     /// Rewritten values that did not fit the buffer the kernel gave us: the call went through
     /// as the application made it.
     pub no_room: u64,
-    /// Calls whose end was not seen: the kernel had no room to follow so many at a time.
+    /// Calls whose end was not seen: the kernel had no room to follow so many at a time, left a program out, or the task is
+    /// gone.
     pub no_return: u64,
     /// Calls that found no room in map `TALLIES`.
     pub tallies_full: u64,

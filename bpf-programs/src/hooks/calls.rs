@@ -5,7 +5,7 @@
 //! audit is off, or does not see this call) is it reported from here.
 
 use abi::{
-    event::{Call, Program, call, flags, source},
+    event::{Call, Executable, call, flags, source},
     judge::{Asked, Judgement, judge, verdict},
     mode,
     select::select,
@@ -250,14 +250,14 @@ fn enact(call: &OptionCall, governed: Governance, verdict: u32) -> i32 {
 pub(crate) extern "C" fn report_call(ctx: *mut bpf_sockopt, index: u32, winner: u32, verdict: u32) -> u32 {
     let call = OptionCall::new(ctx);
     let governed = Governance { index, winner };
+    let Some(option) = governed.option() else { return 0 };
     // SAFETY: has no arguments.
-    if let Some(record) = maps::call(unsafe { bpf_get_current_task() }) {
+    if let Some(record) = maps::call_of(unsafe { bpf_get_current_task() }, call::SETSOCKOPT, option.key) {
         fill(record, &call, governed, verdict);
         return 0;
     }
-    let Some(option) = governed.option() else { return 0 };
     let head = Head { key: option.key, call: call::SETSOCKOPT, source: source::HOOK, result: 0, duration_ns: 0 };
-    emit::conflict(head, winner, verdict, caller(), Program::default, |record| {
+    emit::conflict(head, winner, verdict, caller(), Executable::default, |record| {
         record.fd = -1;
         fill(record, &call, governed, verdict);
     });
@@ -367,14 +367,14 @@ pub(crate) extern "C" fn compare_read(ctx: *mut bpf_sockopt, index: u32, winner:
 pub(crate) extern "C" fn report_read(ctx: *mut bpf_sockopt, index: u32, winner: u32) -> u32 {
     let call = OptionCall::new(ctx);
     let governed = Governance { index, winner };
+    let Some(option) = governed.option() else { return 0 };
     // SAFETY: has no arguments.
-    if let Some(record) = maps::call(unsafe { bpf_get_current_task() }) {
+    if let Some(record) = maps::call_of(unsafe { bpf_get_current_task() }, call::GETSOCKOPT, option.key) {
         fill_read(record, &call, governed);
         return 0;
     }
-    let Some(option) = governed.option() else { return 0 };
     let head = Head { key: option.key, call: call::GETSOCKOPT, source: source::HOOK, result: 0, duration_ns: 0 };
-    emit::conflict(head, winner, verdict::ALLOWED.into(), caller(), Program::default, |record| {
+    emit::conflict(head, winner, verdict::ALLOWED.into(), caller(), Executable::default, |record| {
         record.fd = -1;
         fill_read(record, &call, governed);
     });

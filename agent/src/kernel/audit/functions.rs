@@ -36,8 +36,8 @@ pub(super) const fn ways(set: &Programs, get: &Programs) -> [Way; 4] {
         // Before 6.7 io_uring has no such calls. A kernel that has them but not the common functions is not known; if
         // there is one, this is true of it.
         Way { set: before(&SET, set), get: before(&GET, get), calls: &[false, true], blind_to: &["io_uring"] },
-        // A compiler may make the functions of the system calls a part of their callers. Calls that fail with EBADF or
-        // ENOTSOCK are over before there is a socket.
+        // For kernels in which the functions of the system calls cannot be looked up. Calls that fail with EBADF or ENOTSOCK
+        // are over before there is a socket.
         Way {
             set: common(&SET, set),
             get: common(&GET, get),

@@ -17,7 +17,7 @@ const SET: Programs = Programs {
     exit: "kretprobe_end",
     outer_entry: "kprobe_set_fd",
     outer_exit: "kretprobe_end_fd",
-    found: "kprobe_found",
+    found: "kprobe_set_found",
 };
 
 const GET: Programs = Programs {
@@ -25,7 +25,7 @@ const GET: Programs = Programs {
     exit: "kretprobe_end",
     outer_entry: "kprobe_get_fd",
     outer_exit: "kretprobe_end_fd",
-    found: "kprobe_found",
+    found: "kprobe_get_found",
 };
 
 /// Where the kernel says how to ask for a kprobe, if it has them.

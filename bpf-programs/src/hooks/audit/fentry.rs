@@ -17,16 +17,16 @@ use aya_ebpf::{
     programs::{FEntryContext, FExitContext},
 };
 
-use super::{Begun, Pointer, Subject, begin, end, end_with_socket, is_set, meet, way};
+use super::{Begun, Ended, Pointer, Subject, begin, end, end_with_socket, is_set, meet, via};
 use crate::kernel;
 
-// match-proto: 6.12: int do_sock_setsockopt(struct socket *sock, bool compat, int level, int optname,
+// match-proto: 6.7: int do_sock_setsockopt(struct socket *sock, bool compat, int level, int optname,
 //                                           sockptr_t optval, int optlen)
 #[fentry(function = "do_sock_setsockopt")]
 pub(crate) fn fentry_set(ctx: FEntryContext) -> i32 {
     begin(Begun {
         kind: call::SETSOCKOPT,
-        way: way(ctx.arg(1)),
+        via: via(ctx.arg(1)),
         subject: Subject::Socket(ctx.arg(0)),
         key: OptionKey { level: ctx.arg(2), name: ctx.arg(3) },
         optval: Pointer { address: ctx.arg(4), in_kernel: is_set(ctx.arg(5)) },
@@ -37,17 +37,17 @@ pub(crate) fn fentry_set(ctx: FEntryContext) -> i32 {
 
 #[fexit(function = "do_sock_setsockopt")]
 pub(crate) fn fexit_set(ctx: FExitContext) -> i32 {
-    end_with_socket(source::FENTRY, ctx.arg::<i32>(7).into());
+    end_with_socket(ended(call::SETSOCKOPT, ctx.arg(2), ctx.arg(3), ctx.arg(7)));
     0
 }
 
-// match-proto: 6.12: int do_sock_getsockopt(struct socket *sock, bool compat, int level, int optname,
+// match-proto: 6.7: int do_sock_getsockopt(struct socket *sock, bool compat, int level, int optname,
 //                                           sockptr_t optval, sockptr_t optlen)
 #[fentry(function = "do_sock_getsockopt")]
 pub(crate) fn fentry_get(ctx: FEntryContext) -> i32 {
     begin(Begun {
         kind: call::GETSOCKOPT,
-        way: way(ctx.arg(1)),
+        via: via(ctx.arg(1)),
         subject: Subject::Socket(ctx.arg(0)),
         key: OptionKey { level: ctx.arg(2), name: ctx.arg(3) },
         optval: Pointer { address: ctx.arg(4), in_kernel: is_set(ctx.arg(5)) },
@@ -58,7 +58,7 @@ pub(crate) fn fentry_get(ctx: FEntryContext) -> i32 {
 
 #[fexit(function = "do_sock_getsockopt")]
 pub(crate) fn fexit_get(ctx: FExitContext) -> i32 {
-    end_with_socket(source::FENTRY, ctx.arg::<i32>(8).into());
+    end_with_socket(ended(call::GETSOCKOPT, ctx.arg(2), ctx.arg(3), ctx.arg(8)));
     0
 }
 
@@ -71,7 +71,7 @@ pub(crate) fn fentry_set_fd(ctx: FEntryContext) -> i32 {
 
 #[fexit(function = "__sys_setsockopt")]
 pub(crate) fn fexit_set_fd(ctx: FExitContext) -> i32 {
-    end(source::FENTRY, ctx.arg::<i32>(5).into());
+    end(ended(call::SETSOCKOPT, ctx.arg(1), ctx.arg(2), ctx.arg(5)));
     0
 }
 
@@ -84,32 +84,37 @@ pub(crate) fn fentry_get_fd(ctx: FEntryContext) -> i32 {
 
 #[fexit(function = "__sys_getsockopt")]
 pub(crate) fn fexit_get_fd(ctx: FExitContext) -> i32 {
-    end(source::FENTRY, ctx.arg::<i32>(5).into());
+    end(ended(call::GETSOCKOPT, ctx.arg(1), ctx.arg(2), ctx.arg(5)));
     0
 }
 
 // match-proto: 5.10: int security_socket_setsockopt(struct socket *sock, int level, int optname)
 #[fentry(function = "security_socket_setsockopt")]
 pub(crate) fn fentry_set_found(ctx: FEntryContext) -> i32 {
-    meet(ctx.arg(0));
+    meet(ctx.arg(0), call::SETSOCKOPT, OptionKey { level: ctx.arg(1), name: ctx.arg(2) });
     0
 }
 
 // match-proto: 5.10: int security_socket_getsockopt(struct socket *sock, int level, int optname)
 #[fentry(function = "security_socket_getsockopt")]
 pub(crate) fn fentry_get_found(ctx: FEntryContext) -> i32 {
-    meet(ctx.arg(0));
+    meet(ctx.arg(0), call::GETSOCKOPT, OptionKey { level: ctx.arg(1), name: ctx.arg(2) });
     0
 }
 
 #[inline(always)]
+fn ended(kind: u32, level: i32, name: i32, result: i32) -> Ended {
+    Ended { source: source::FENTRY, result: result.into(), kind, key: Some(OptionKey { level, name }) }
+}
+
+#[inline(always)]
 fn begin_by_descriptor(kind: u32, ctx: &FEntryContext) {
-    // Before 5.13 a program may not look at a pointer to a plain number, as the last argument of getsockopt is. As
+    // Before 5.17 a program may not look at a pointer to a plain number, as the last argument of getsockopt is. As
     // memory of the kernel's it may.
     let Some(optlen) = kernel::read(ctx.as_ptr() as u64 + 4 * 8) else { return };
     begin(Begun {
         kind,
-        way: 0,
+        via: 0,
         subject: Subject::Descriptor(ctx.arg(0)),
         key: OptionKey { level: ctx.arg(1), name: ctx.arg(2) },
         optval: Pointer::user(ctx.arg(3)),

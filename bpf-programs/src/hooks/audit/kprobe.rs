@@ -12,9 +12,9 @@ use aya_ebpf::{
     programs::{ProbeContext, RetProbeContext},
 };
 
-use super::{Begun, Pointer, Subject, begin, end, end_with_socket, is_set, meet, way};
+use super::{Begun, Ended, Pointer, Subject, begin, end, end_with_socket, is_set, meet, via};
 
-// match-proto: 6.12: int do_sock_setsockopt(struct socket *sock, bool compat, int level, int optname,
+// match-proto: 6.7: int do_sock_setsockopt(struct socket *sock, bool compat, int level, int optname,
 //                                           sockptr_t optval, int optlen)
 #[kprobe]
 pub(crate) fn kprobe_set(ctx: ProbeContext) -> u32 {
@@ -24,7 +24,7 @@ pub(crate) fn kprobe_set(ctx: ProbeContext) -> u32 {
     0
 }
 
-// match-proto: 6.12: int do_sock_getsockopt(struct socket *sock, bool compat, int level, int optname,
+// match-proto: 6.7: int do_sock_getsockopt(struct socket *sock, bool compat, int level, int optname,
 //                                           sockptr_t optval, sockptr_t optlen)
 #[kprobe]
 pub(crate) fn kprobe_get(ctx: ProbeContext) -> u32 {
@@ -53,34 +53,51 @@ pub(crate) fn kprobe_get_fd(ctx: ProbeContext) -> u32 {
 }
 
 // match-proto: 5.10: int security_socket_setsockopt(struct socket *sock, int level, int optname)
+#[kprobe]
+pub(crate) fn kprobe_set_found(ctx: ProbeContext) -> u32 {
+    found(call::SETSOCKOPT, &ctx);
+    0
+}
+
 // match-proto: 5.10: int security_socket_getsockopt(struct socket *sock, int level, int optname)
 #[kprobe]
-pub(crate) fn kprobe_found(ctx: ProbeContext) -> u32 {
-    if let Some(socket) = ctx.arg(0) {
-        meet(socket);
-    }
+pub(crate) fn kprobe_get_found(ctx: ProbeContext) -> u32 {
+    found(call::GETSOCKOPT, &ctx);
     0
 }
 
 /// The end of the first two.
 #[kretprobe]
 pub(crate) fn kretprobe_end(ctx: RetProbeContext) -> u32 {
-    end_with_socket(source::KPROBE, ctx.ret::<i32>().into());
+    end_with_socket(ended(&ctx));
     0
 }
 
 /// The end of the system calls.
 #[kretprobe]
 pub(crate) fn kretprobe_end_fd(ctx: RetProbeContext) -> u32 {
-    end(source::KPROBE, ctx.ret::<i32>().into());
+    end(ended(&ctx));
     0
+}
+
+/// A return does not say of which call it is.
+#[inline(always)]
+fn ended(ctx: &RetProbeContext) -> Ended {
+    Ended { source: source::KPROBE, result: ctx.ret::<i32>().into(), kind: 0, key: None }
+}
+
+#[inline(always)]
+fn found(kind: u32, ctx: &ProbeContext) {
+    if let (Some(socket), Some(level), Some(name)) = (ctx.arg(0), ctx.arg(1), ctx.arg(2)) {
+        meet(socket, kind, OptionKey { level, name });
+    }
 }
 
 #[inline(always)]
 fn descriptor_call(kind: u32, ctx: &ProbeContext) -> Option<Begun> {
     Some(Begun {
         kind,
-        way: 0,
+        via: 0,
         subject: Subject::Descriptor(ctx.arg(0)?),
         key: OptionKey { level: ctx.arg(1)?, name: ctx.arg(2)? },
         optval: Pointer::user(ctx.arg(3)?),
@@ -96,7 +113,7 @@ fn socket_call(kind: u32, ctx: &ProbeContext) -> Option<Begun> {
     };
     Some(Begun {
         kind,
-        way: way(ctx.arg(1)?),
+        via: via(ctx.arg(1)?),
         subject: Subject::Socket(ctx.arg::<*const c_void>(0)?),
         key: OptionKey { level: ctx.arg(2)?, name: ctx.arg(3)? },
         optval: Pointer { address: ctx.arg(4)?, in_kernel: is_set(ctx.arg(5)?) },

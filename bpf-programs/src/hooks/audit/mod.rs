@@ -11,9 +11,9 @@
 //! The audit changes nothing. It decides only what no other hook gets to see: the calls of 32-bit programs,
 //! for which the kernel does not run the cgroup hooks.
 //!
-//! Invariant: what is reported of a call is of that call. A record of one whose end was not seen is dropped
-//! and counted when its task makes the next, and a socket that the kernel does not hold is looked at only while the
-//! descriptor stands for it.
+//! Invariant: what is reported of a call is of that call. The record of one whose end was not seen is dropped and counted
+//! when its task is seen in another, and a socket that the kernel does not hold is looked at only while the descriptor
+//! stands for it.
 
 mod fentry;
 mod kprobe;
@@ -22,7 +22,7 @@ mod unhooked;
 
 use abi::{
     Config, calls,
-    event::{Call, Program, TallyKey, call, flags},
+    event::{Call, Executable, TallyKey, call, flags},
     setting::{OptionKey, TEXT_LEN, Value, Words, word_in},
 };
 use aya_ebpf::{
@@ -78,7 +78,7 @@ struct Begun {
     /// See [`call`].
     kind: u32,
     /// What the backend knows of how the call was made: bits of [`flags`].
-    way: u32,
+    via: u32,
     subject: Subject,
     key: OptionKey,
     optval: Pointer,
@@ -86,15 +86,25 @@ struct Begun {
     optlen: Pointer,
 }
 
-/// A `bool` among arguments; the bytes beside it mean nothing.
+/// A call as it ends.
+struct Ended {
+    /// See [`event::source`](abi::event::source).
+    source: u32,
+    result: i64,
+    /// What the backend knows of which call it is: its kind, 0 if not known, and its option.
+    kind: u32,
+    key: Option<OptionKey>,
+}
+
+/// A `bool` among arguments, or the bit that says of which memory a `sockptr_t` is; what is beside it means nothing.
 #[inline(always)]
 fn is_set(argument: u64) -> bool {
-    argument & 0xff != 0
+    argument & 1 != 0
 }
 
 /// What the argument `compat` tells of how a call was made.
 #[inline(always)]
-fn way(compat: u64) -> u32 {
+fn via(compat: u64) -> u32 {
     if is_set(compat) { flags::COMPAT } else { 0 }
 }
 
@@ -115,6 +125,10 @@ fn begin(begun: Begun) {
         {
             call.sk = kernel::sock_of(socket);
             call.flags |= flags::HELD;
+            if begun.via != 0 {
+                // The kernel's word against ours, which does not know x32.
+                call.flags = call.flags & !flags::SYSCALL | begun.via;
+            }
             return;
         }
         // Its end was not seen, and must not be taken for this one's.
@@ -130,7 +144,7 @@ fn begin(begun: Begun) {
     let mut call = Call {
         key: begun.key,
         kind: begun.kind,
-        flags: way_of(&begun),
+        flags: via_of(&begun),
         fd: -1,
         optval: begun.optval.address,
         optlen: begun.optlen.address,
@@ -173,11 +187,11 @@ fn begin(begun: Begun) {
 
 /// How a call was made: bits of [`flags`].
 #[inline(always)]
-fn way_of(begun: &Begun) -> u32 {
+fn via_of(begun: &Begun) -> u32 {
     match begun.subject {
-        _ if begun.way != 0 => begun.way,
-        Subject::Socket(_) => kernel::way(SYSTEM_CALLS[if begun.kind == call::SETSOCKOPT { 0 } else { 1 }]),
-        _ => kernel::way_by_descriptor(),
+        _ if begun.via != 0 => begun.via,
+        Subject::Socket(_) => kernel::via(SYSTEM_CALLS[if begun.kind == call::SETSOCKOPT { 0 } else { 1 }]),
+        _ => kernel::via_by_descriptor(),
     }
 }
 
@@ -186,44 +200,52 @@ fn way_of(begun: &Begun) -> u32 {
 fn is_within(begun: &Begun, outer: &Call) -> bool {
     outer.flags & flags::OUTER != 0
         && outer.sk == 0
+        && outer.thread == bpf_get_current_pid_tgid()
         && outer.kind == begun.kind
         && outer.key == begun.key
-        && way_of(begun) & flags::RING == 0
+        && outer.optval == begun.optval.address
+        && outer.optlen == begun.optlen.address
+        && via_of(begun) & flags::RING == 0
 }
 
 /// Notes the socket of the call that the current task is in, which the kernel has just found.
 #[inline(always)]
-fn meet(socket: *const c_void) {
+fn meet(socket: *const c_void, kind: u32, key: OptionKey) {
     let task = kernel::current_task();
-    let Some(call) = maps::call(task) else { return };
+    let Some(call) = maps::call_of(task, kind, key) else { return };
     // The cgroup hook knows the sockets of the others.
     if reports_everything() || call.flags & flags::COMPAT != 0 {
         call.sk = kernel::sock_of(socket);
-        call.flags |= flags::HELD;
-        complete_socket(task);
-        call.flags &= !flags::HELD;
+        describe(task);
     }
 }
 
 /// The end of the function that was handed the socket.
 #[inline(always)]
-fn end_with_socket(source: u32, result: i64) {
-    let Some((task, call)) = under_way() else { return };
+fn end_with_socket(ended: Ended) {
+    let Some((task, call)) = under_way(&ended) else { return };
     if call.flags & flags::OUTER == 0 {
-        end(source, result);
+        end(ended);
         return;
     }
     // The system call goes on to its end, and may let go of the socket before that.
     if is_to_be_told(call) {
-        complete(task, call, result);
+        complete(task, call.flags, ended.result);
     }
-    call.flags = (call.flags | flags::COMPLETE) & !flags::HELD;
+    if let Some(call) = maps::call(task) {
+        call.flags = (call.flags | flags::COMPLETE) & !flags::HELD;
+    }
 }
 
 /// Reports a call that `begin` noted, now that its result is known.
 #[inline(always)]
-fn end(source: u32, result: i64) {
-    let Some((task, call)) = under_way() else { return };
+fn end(ended: Ended) {
+    let Some((task, call)) = under_way(&ended) else { return };
+    let Ended { source, result, .. } = ended;
+    if call.flags & flags::OUTER != 0 {
+        // Also where the end of the function that was handed it was not seen.
+        call.flags &= !flags::HELD;
+    }
     let duration_ns = if TIMING.load() != 0 && call.start_ns != 0 {
         // SAFETY: has no arguments.
         let now = unsafe { bpf_ktime_get_ns() };
@@ -236,7 +258,7 @@ fn end(source: u32, result: i64) {
     }
     if is_to_be_told(call) {
         if call.flags & flags::COMPLETE == 0 {
-            complete(task, call, result);
+            complete(task, call.flags, result);
         }
         tell(task, source, result, duration_ns);
     }
@@ -245,13 +267,16 @@ fn end(source: u32, result: i64) {
 
 /// The current task, and the record of the call that it is in.
 ///
-/// Where neither the end of a thread's last call was seen nor the beginning of this one, which is another's that was
-/// given the former's place in memory, the record is dropped and counted.
+/// The kernel may have left out the end of one call and the beginning of the next, which may be that of another task in the
+/// same place in memory. The record of the former is then dropped and counted, as far as it can be told from the latter.
 #[inline(always)]
-fn under_way() -> Option<(u64, &'static mut Call)> {
+fn under_way(ended: &Ended) -> Option<(u64, &'static mut Call)> {
     let task = kernel::current_task();
     let call = maps::call(task)?;
-    if call.thread != bpf_get_current_pid_tgid() {
+    let is_this = call.thread == bpf_get_current_pid_tgid()
+        && (ended.kind == 0 || ended.kind == call.kind)
+        && ended.key.is_none_or(|key| key == call.key);
+    if !is_this {
         maps::end_call(task);
         lose(|losses| &mut losses.no_return);
         return None;
@@ -266,11 +291,11 @@ fn is_to_be_told(call: &Call) -> bool {
 
 /// Adds to the record of a task's call what can be read now that it is over.
 #[inline(always)]
-fn complete(task: u64, call: &Call, result: i64) {
+fn complete(task: u64, call_flags: u32, result: i64) {
     complete_argument(task, result);
     complete_socket(task);
     complete_value(task);
-    if call.flags & (flags::DECIDED | flags::COMPAT) == flags::COMPAT {
+    if call_flags & (flags::DECIDED | flags::COMPAT) == flags::COMPAT {
         unhooked::judge_unhooked(task, result);
     }
 }
@@ -304,7 +329,7 @@ extern "C" fn complete_argument(task: u64, result: i64) -> u32 {
     0
 }
 
-/// Adds to the record of a task's call what its socket says of itself.
+/// Adds to the record of a task's call what its socket says of itself, if that is still there and was not asked before.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn complete_socket(task: u64) -> u32 {
@@ -312,6 +337,14 @@ extern "C" fn complete_socket(task: u64) -> u32 {
     if call.sk == 0 || call.flags & flags::LOOKED_AT != 0 || !is_held(call) {
         return 0;
     }
+    describe(task)
+}
+
+/// Adds to the record of a task's call what its socket says of itself. The kernel holds the socket.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn describe(task: u64) -> u32 {
+    let Some(call) = maps::call(task) else { return 0 };
     call.flags |= flags::LOOKED_AT;
     kernel::describe(call, call.sk);
     0
@@ -341,28 +374,28 @@ extern "C" fn tell(task: u64, source: u32, result: i64, duration_ns: u64) -> u32
     let Some(call) = maps::call(task) else { return 0 };
     let head = Head { key: call.key, call: call.kind, source, result, duration_ns };
     if emit::is_conflict(call) {
-        emit::conflict(head, call.setting, call.verdict, Task::current(), program, |record| *record = *call);
+        emit::conflict(head, call.setting, call.verdict, Task::current(), executable, |record| *record = *call);
     } else if reports_everything() {
-        emit::call(head, Task::current(), program(), |record| *record = *call);
+        emit::call(head, Task::current(), executable(), |record| *record = *call);
     }
     0
 }
 
-/// The program that the current task runs, of which the agent is told what file it is.
+/// The executable that the current task runs, of which the agent is told what file it is.
 #[inline(always)]
-fn program() -> Program {
-    let program = kernel::current_program();
-    if program.pid != 0 && !maps::is_told(&program) {
-        tell_file(program.start_ns, program.pid, program.exec_id);
+fn executable() -> Executable {
+    let executable = kernel::current_executable();
+    if executable.pid != 0 && !maps::is_told(&executable) {
+        tell_file(executable.start_ns, executable.pid, executable.exec_id);
     }
-    program
+    executable
 }
 
-/// Tells which file the current task runs, for the program that these numbers make up.
+/// Tells which file the current task runs, for the executable that these numbers make up.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn tell_file(start_ns: u64, pid: u32, exec_id: u32) -> u32 {
-    emit::program_file(&Program { start_ns, pid, exec_id }, kernel::name_program);
+    emit::executable_file(&Executable { start_ns, pid, exec_id }, kernel::name_executable);
     0
 }
 

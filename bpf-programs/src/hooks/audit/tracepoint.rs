@@ -12,7 +12,7 @@ use abi::{
 };
 use aya_ebpf::{macros::tracepoint, programs::TracePointContext};
 
-use super::{Begun, Pointer, Subject, begin, end};
+use super::{Begun, Ended, Pointer, Subject, begin, end};
 
 #[tracepoint(category = "syscalls", name = "sys_enter_setsockopt")]
 pub(crate) fn trace_set(ctx: TracePointContext) -> u32 {
@@ -30,20 +30,30 @@ pub(crate) fn trace_get(ctx: TracePointContext) -> u32 {
     0
 }
 
-/// The end of either.
 #[tracepoint(category = "syscalls", name = "sys_exit_setsockopt")]
-pub(crate) fn trace_end(ctx: TracePointContext) -> u32 {
-    if let Some(result) = slot(&ctx, 1) {
-        end(source::TRACEPOINT, result as i64);
-    }
+pub(crate) fn trace_set_end(ctx: TracePointContext) -> u32 {
+    system_call_end(call::SETSOCKOPT, &ctx);
     0
+}
+
+#[tracepoint(category = "syscalls", name = "sys_exit_getsockopt")]
+pub(crate) fn trace_get_end(ctx: TracePointContext) -> u32 {
+    system_call_end(call::GETSOCKOPT, &ctx);
+    0
+}
+
+#[inline(always)]
+fn system_call_end(kind: u32, ctx: &TracePointContext) {
+    if let Some(result) = slot(ctx, 1) {
+        end(Ended { source: source::TRACEPOINT, result: result as i64, kind, key: None });
+    }
 }
 
 #[inline(always)]
 fn system_call(kind: u32, ctx: &TracePointContext) -> Option<Begun> {
     Some(Begun {
         kind,
-        way: flags::SYSCALL,
+        via: flags::SYSCALL,
         subject: Subject::DescriptorAlone(slot(ctx, 1)? as i32),
         key: OptionKey { level: slot(ctx, 2)? as i32, name: slot(ctx, 3)? as i32 },
         optval: Pointer::user(slot(ctx, 4)?),

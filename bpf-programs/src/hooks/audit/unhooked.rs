@@ -1,5 +1,5 @@
-//! Judges the calls that the cgroup hooks do not see: those of 32-bit programs (`in_compat_syscall` in
-//! `do_sock_setsockopt` and `do_sock_getsockopt`, net/socket.c; before 6.7 in `__sys_setsockopt`).
+//! Judges the calls that the cgroup hooks do not see: those of 32-bit programs (`__sys_setsockopt` and `__sys_getsockopt`,
+//! net/socket.c, ask `in_compat_syscall`; since 6.7 they hand the answer to `do_sock_*` as `compat`).
 //!
 //! Nothing can be done about them here. What disagrees with the policy is reported as allowed, for that is
 //! what became of it.

@@ -5,7 +5,7 @@
 //!   SO_KEEPALIVE, then says `PID CALLS`;
 //! - `workload calls`: calls of every kind, good and bad, by the process, a thread of it and a child;
 //! - `workload ring plain|polled|fixed|async|deferred`: calls through an io_uring, see [`ring`];
-//! - `workload threads|vfork|exec|mark|race|faults …`: see [`odd`].
+//! - `workload threads|vfork|mark|race|faults …`: see [`odd`].
 
 mod odd;
 mod ring;
@@ -35,7 +35,6 @@ fn main() -> ExitCode {
         ["ring", manner] => ring::ring(manner),
         ["threads", threads, calls] => both(threads, calls).and_then(|(threads, calls)| odd::threads(threads, calls)),
         ["vfork", program, children] => number(children).and_then(|children| odd::vfork(program, children)),
-        ["exec", program] => odd::exec(program),
         ["mark", value] => number(value).and_then(odd::mark_once),
         ["race", calls] => number(calls).and_then(odd::race),
         ["faults", kind] => odd::faults(kind),

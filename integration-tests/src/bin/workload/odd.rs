@@ -74,13 +74,6 @@ pub(super) fn mark_once(value: u32) -> io::Result<()> {
     io::stdin().read_to_end(&mut Vec::new()).map(drop)
 }
 
-/// Makes a call, and becomes another program that makes the next.
-pub(super) fn exec(program: &str) -> io::Result<()> {
-    use std::os::unix::process::CommandExt;
-    mark(socket()?, 1)?;
-    Err(std::process::Command::new(program).args(["mark", "2"]).exec())
-}
-
 /// Makes so many calls on a descriptor that another thread makes stand now for a TCP and now for a UDP socket, until
 /// the calls have come upon both. Each kind has an option that the other refuses. Says `LEVEL SUCCEEDED FAILED` of
 /// each.

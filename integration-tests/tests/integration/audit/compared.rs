@@ -8,11 +8,12 @@ use std::{collections::BTreeMap, path::Path, process::Command, time::Duration};
 use nix::errno::Errno;
 use sockpolicy_integration_tests::{
     agent,
-    kernels::Kernel,
     process::{self, Running, read_report, workload},
     report::{Event, Report},
     wait,
 };
+
+use super::backends;
 
 use super::auditing;
 use crate::{stderr, stdout};
@@ -130,11 +131,6 @@ fn assert_same(backend: &str, traced: &Calls, report: &Report) {
         );
     }
     assert!(traced.keys().eq(audited.keys()), "threads that only {backend} saw: {audited:?}");
-}
-
-fn backends() -> impl Iterator<Item = &'static str> {
-    let kernel = Kernel::current();
-    kernel.known.audit.iter().map(String::as_str).filter(|backend| kernel.has(backend))
 }
 
 #[test]

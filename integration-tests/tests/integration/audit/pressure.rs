@@ -86,6 +86,9 @@ fn assert_accounted(backend: &str, report: &Report, calls: u64) {
     let unseen = calls - tallied;
     let counted = calls_full + no_return + not_run;
     assert!(unseen <= counted, "{backend}: {unseen} of {calls} calls not seen: {losses:?}");
+    if not_run == 0 {
+        assert_eq!(unseen, counted, "{backend}: {losses:?}");
+    }
 }
 
 /// What is known of who made a call, by the value that was asked for.

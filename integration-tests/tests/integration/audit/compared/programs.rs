@@ -5,7 +5,8 @@ use std::{collections::BTreeMap, process::Command};
 
 use sockpolicy_integration_tests::policy::PolicyFile;
 
-use super::{By, backends, compare, lost, succeed};
+use super::{By, compare, lost, succeed};
+use crate::audit::backends;
 
 /// How each script starts. It has a network of its own, in which every port is free, and mounts of its own.
 ///

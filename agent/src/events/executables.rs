@@ -1,0 +1,100 @@
+//! Which files the executables are that make calls, as the kernel told of each before its first event.
+
+use std::{collections::HashMap, mem};
+
+use abi::event::{Executable, ExecutableFile, TOLD_MAX};
+
+/// The paths of executables. Those that have made no call for longest are forgotten.
+#[derive(Debug, Default)]
+pub struct Executables {
+    /// Those that made calls lately.
+    young: HashMap<Executable, Told>,
+    /// Those that made calls before.
+    old: HashMap<Executable, Told>,
+}
+
+/// What the kernel told of a path: from the root of the mount namespace; `None` where it is longer than is told.
+type Told = Option<String>;
+
+/// Executables of each age: twice as many as the kernel keeps in mind.
+const GENERATION: usize = 2 * TOLD_MAX as usize;
+
+impl Executables {
+    /// Takes in what the kernel tells.
+    pub fn learn(&mut self, file: &ExecutableFile) {
+        self.keep(file.executable, path(file));
+    }
+
+    /// What was told of an executable; `None` where nothing was, or that is forgotten.
+    pub fn told(&mut self, executable: &Executable) -> Option<Told> {
+        if let Some(told) = self.young.get(executable) {
+            return Some(told.clone());
+        }
+        let told = self.old.remove(executable)?;
+        self.keep(*executable, told.clone());
+        Some(told)
+    }
+
+    fn keep(&mut self, executable: Executable, told: Told) {
+        if self.young.len() >= GENERATION {
+            self.old = mem::take(&mut self.young);
+        }
+        self.young.insert(executable, told);
+    }
+}
+
+/// The names are in the order in which the kernel comes upon them, from the file up.
+fn path(file: &ExecutableFile) -> Told {
+    let names = file.names.get(..usize::try_from(file.len).ok()?)?.strip_suffix(&[0])?;
+    let path = names.rsplit(|byte| *byte == 0).fold(Vec::new(), |mut path, name| {
+        path.push(b'/');
+        path.extend_from_slice(name);
+        path
+    });
+    Some(String::from_utf8_lossy(&path).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn executable(pid: u32) -> Executable {
+        Executable { start_ns: 1, pid, exec_id: 3 }
+    }
+
+    fn file(executable: Executable, names: &[u8]) -> ExecutableFile {
+        // SAFETY: numbers, for which zero is valid.
+        let mut file: ExecutableFile = unsafe { mem::zeroed() };
+        file.executable = executable;
+        file.len = names.len() as u64;
+        file.names[..names.len()].copy_from_slice(names);
+        file
+    }
+
+    #[test]
+    fn path_is_put_together_from_the_last_name_to_the_first() {
+        for (names, expected) in
+            [(&b"redis-server\0bin\0usr\0"[..], Some("/usr/bin/redis-server")), (b"init\0", Some("/init")), (b"", None)]
+        {
+            assert_eq!(path(&file(executable(1), names)).as_deref(), expected);
+        }
+    }
+
+    #[test]
+    fn longest_silent_are_forgotten_first() {
+        let mut executables = Executables::default();
+        for pid in 1..=TOLD_MAX * 4 {
+            executables.learn(&file(executable(pid), b"a\0"));
+            // The first one makes a call from time to time.
+            if pid % TOLD_MAX == 0 {
+                assert!(executables.told(&executable(1)).is_some(), "after {pid}");
+            }
+        }
+        assert!(executables.told(&executable(TOLD_MAX * 3)).is_some());
+        for pid in TOLD_MAX * 4..TOLD_MAX * 9 {
+            executables.learn(&file(executable(pid), b"a\0"));
+        }
+        assert_eq!(executables.told(&executable(TOLD_MAX)), None);
+        assert!(executables.young.len() + executables.old.len() <= 2 * GENERATION);
+    }
+}
