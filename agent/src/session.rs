@@ -207,7 +207,7 @@ impl Session {
     ///
     /// Where the counters cannot be read.
     pub fn new_losses(&mut self) -> Result<Vec<Loss>, SessionError> {
-        let lost = self.lost()?;
+        let lost = self.lost();
         if lost.losses.calls_full > self.told.losses.calls_full {
             self.dead_calls += self.object.drop_dead_calls()?;
         }
@@ -216,10 +216,10 @@ impl Session {
         Ok(new)
     }
 
-    fn lost(&self) -> Result<Lost, SessionError> {
-        let mut losses = self.object.losses()?;
+    fn lost(&self) -> Lost {
+        let mut losses = self.object.losses();
         losses.no_return += self.dead_calls;
-        Ok(Lost { losses, not_run: self.object.misses(), unknown_records: self.unknown_records })
+        Lost { losses, not_run: self.object.misses(), unknown_records: self.unknown_records }
     }
 
     /// Sums up, and removes the programs.
@@ -229,7 +229,7 @@ impl Session {
     /// Where the counters cannot be read.
     pub fn finish(self) -> Result<Summary, SessionError> {
         let tallies = self.object.tallies()?;
-        let mut lost = self.lost()?;
+        let mut lost = self.lost();
         // Whatever has not returned by now will not be seen to.
         lost.losses.no_return += self.object.calls_under_way()?;
         let counts = Counts {

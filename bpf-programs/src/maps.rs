@@ -14,7 +14,7 @@ use abi::{
     site,
 };
 use aya_ebpf::{
-    bindings::BPF_NOEXIST,
+    bindings::{BPF_F_MMAPABLE, BPF_NOEXIST},
     macros::map,
     maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf, lpm_trie::Key},
 };
@@ -64,9 +64,11 @@ static MEMBERS: HashMap<OptionKey, Member> = HashMap::with_max_entries(1, 0);
 #[map]
 static COUNTERS: PerCpuArray<Counters> = PerCpuArray::with_max_entries(1, 0);
 
-/// Index 0: written by the programs, read by the agent.
+/// Index 0: written by the programs, read by the agent in its own memory. It asks often, and while a task is in bpf(2) for the
+/// contents of a map, the kernel runs no kprobes and tracepoints on that CPU (`bpf_disable_instrumentation`). All CPUs share
+/// it, for little is ever lost.
 #[map]
-static LOSSES: PerCpuArray<Losses> = PerCpuArray::with_max_entries(1, 0);
+static LOSSES: Array<Losses> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
 /// Calls under way, by task. Written at entry, removed at exit. When it is full the call is
 /// decided all the same, but reported without its result; counted in [`Losses::calls_full`].

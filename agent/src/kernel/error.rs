@@ -1,6 +1,6 @@
 //! What can go wrong between us and the kernel.
 
-use std::{error::Error, path::PathBuf};
+use std::{error::Error, io, path::PathBuf};
 
 use aya::programs::ProgramError;
 
@@ -18,6 +18,8 @@ pub enum KernelError {
     Object(#[from] aya::EbpfError),
     #[error("map {map} of the BPF object: {}\n  help: this is a fault of the build: build it anew", chain(.source))]
     Map { map: &'static str, source: aya::maps::MapError },
+    #[error("map {map} of the BPF object cannot be mapped into memory: {source}")]
+    View { map: &'static str, source: io::Error },
     #[error("the BPF object has no {what}\n  help: this is a fault of the build: build it anew")]
     Incomplete { what: &'static str },
     #[error(

@@ -1,6 +1,6 @@
 //! Typed handles on the maps: what is written before the programs run, and what is read while they do.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, ffi::c_void, num::NonZeroUsize, ptr::NonNull};
 
 use abi::{
     Config, Counters, Losses,
@@ -11,8 +11,10 @@ use abi::{
 };
 use aya::{
     Ebpf, EbpfLoader, Pod,
-    maps::{Array, HashMap, LpmTrie, MapData, MapError, PerCpuArray, PerCpuHashMap, lpm_trie::Key},
+    maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, lpm_trie::Key},
 };
+
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 use super::{KernelError, Scope};
 use crate::{compile::Desired, host::process, policy::model::Calls};
@@ -83,11 +85,41 @@ pub(super) fn counters(ebpf: &Ebpf) -> Result<Vec<Counters>, KernelError> {
         .map_err(|source| KernelError::Map { map: "COUNTERS", source })
 }
 
-/// The losses, summed over CPUs.
-pub(super) fn losses(ebpf: &Ebpf) -> Result<Losses, KernelError> {
-    let map = per_cpu::<Losses>(ebpf, "LOSSES")?;
-    let slots = map.get(&0, 0).map_err(|source| KernelError::Map { map: "LOSSES", source })?;
-    Ok(slots.iter().fold(Losses::default(), |sum, slot| add_losses(sum, *slot)))
+/// What was lost, as the programs write it.
+pub(super) struct LossesView {
+    memory: NonNull<c_void>,
+}
+
+// SAFETY: it is memory that is only read.
+unsafe impl Send for LossesView {}
+
+impl LossesView {
+    const LEN: NonZeroUsize = NonZeroUsize::new(size_of::<Losses>()).unwrap();
+
+    /// Takes the map into this process's memory.
+    pub(super) fn of(ebpf: &mut Ebpf) -> Result<Self, KernelError> {
+        const MAP: &str = "LOSSES";
+        let Some(Map::Array(map)) = ebpf.map(MAP) else { return Err(KernelError::Incomplete { what: MAP }) };
+        // SAFETY: a new mapping, of a map that is as long.
+        let memory = unsafe { mmap(None, Self::LEN, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, map.fd(), 0) };
+        memory.map(|memory| Self { memory }).map_err(|errno| KernelError::View { map: MAP, source: errno.into() })
+    }
+
+    /// What has been lost by now.
+    pub(super) fn get(&self) -> Losses {
+        // SAFETY: mapped until this is dropped, aligned to a page, and valid whatever the bytes. The programs may write to it
+        // meanwhile, each number at once.
+        unsafe { self.memory.cast::<Losses>().read_volatile() }
+    }
+}
+
+impl Drop for LossesView {
+    fn drop(&mut self) {
+        // SAFETY: nobody has a reference into it.
+        if let Err(errno) = unsafe { munmap(self.memory, Self::LEN.get()) } {
+            log::debug!("cannot unmap the losses: {errno}");
+        }
+    }
 }
 
 /// The calls that the audit saw, by option, summed over CPUs.
@@ -172,20 +204,6 @@ fn add_counters(sum: Counters, slot: Counters) -> Counters {
     }
 }
 
-fn add_losses(sum: Losses, slot: Losses) -> Losses {
-    let Losses { ring_full, calls_full, unreadable, no_storage, no_room, no_return, tallies_full, unjudged } = slot;
-    Losses {
-        ring_full: sum.ring_full + ring_full,
-        calls_full: sum.calls_full + calls_full,
-        unreadable: sum.unreadable + unreadable,
-        no_storage: sum.no_storage + no_storage,
-        no_room: sum.no_room + no_room,
-        no_return: sum.no_return + no_return,
-        tallies_full: sum.tallies_full + tallies_full,
-        unjudged: sum.unjudged + unjudged,
-    }
-}
-
 fn fill_array<T: Pod>(ebpf: &mut Ebpf, name: &'static str, values: &[T]) -> Result<(), KernelError> {
     with_map::<Array<_, T>>(ebpf, name, |map| {
         values.iter().zip(0..).try_for_each(|(value, index)| map.set(index, value, 0))
@@ -198,7 +216,7 @@ fn per_cpu<'a, T: Pod>(ebpf: &'a Ebpf, name: &'static str) -> Result<PerCpuArray
 }
 
 /// A map as a typed handle, for as long as `write` runs.
-fn with_map<'a, M: TryFrom<&'a mut aya::maps::Map, Error = MapError>>(
+fn with_map<'a, M: TryFrom<&'a mut Map, Error = MapError>>(
     ebpf: &'a mut Ebpf,
     name: &'static str,
     write: impl FnOnce(&mut M) -> Result<(), MapError>,

@@ -25,7 +25,8 @@ use super::{
     Audit, BackendChoice, KernelError, Scope,
     audit::{self, Aim},
     error::{chain, load_reason},
-    layout, maps,
+    layout,
+    maps::{self, LossesView},
     misses::misses,
     syscall,
 };
@@ -49,6 +50,7 @@ const EVENT_INTERVAL_NS: u64 = 200_000_000;
 pub struct Object {
     ebpf: Ebpf,
     ring: RingBuf<MapData>,
+    losses: LossesView,
     abilities: Abilities,
     /// Why the kernel's structures cannot be looked at, if they cannot.
     blindness: Option<String>,
@@ -122,9 +124,11 @@ impl Object {
         load_programs(&mut ebpf, &desired.hooks)?;
         let ring = ebpf.take_map(maps::EVENTS).ok_or(KernelError::Incomplete { what: maps::EVENTS })?;
         let ring = RingBuf::try_from(ring).map_err(|source| KernelError::Map { map: maps::EVENTS, source })?;
+        let losses = LossesView::of(&mut ebpf)?;
         Ok(Self {
             ebpf,
             ring,
+            losses,
             abilities,
             blindness: knowledge.blindness.clone(),
             can_follow: knowledge.can_follow(),
@@ -238,12 +242,9 @@ impl Object {
     }
 
     /// What was lost.
-    ///
-    /// # Errors
-    ///
-    /// Where the map cannot be read.
-    pub fn losses(&self) -> Result<Losses, KernelError> {
-        maps::losses(&self.ebpf)
+    #[must_use]
+    pub fn losses(&self) -> Losses {
+        self.losses.get()
     }
 
     /// Times that the kernel did not run a program of the audit, because one was running on that CPU.
