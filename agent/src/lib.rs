@@ -14,6 +14,7 @@ pub mod cli;
 pub mod compile;
 pub mod enclosure;
 pub mod events;
+pub mod explain;
 pub mod host;
 pub mod kernel;
 pub mod options;

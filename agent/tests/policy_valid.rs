@@ -13,6 +13,8 @@ use std::{
 use abi::setting::OptionKey;
 use proptest::prelude::*;
 use sockpolicy::{
+    compile::compile,
+    explain::try_all,
     options::{DSCP_MASK, OPTIONS},
     policy::{
         self, Policy,
@@ -282,6 +284,19 @@ fn each_policy_of_the_repository_loads_without_a_warning() {
     assert!(!files.is_empty(), "there are no policies in policies/");
     let (_, warnings) = policy::load_all(&files).unwrap_or_else(|errors| panic!("{errors}"));
     assert!(warnings.is_empty(), "{}", render(&warnings, Style::Plain));
+}
+
+#[test]
+fn each_policy_of_the_repository_has_tests_that_pass() {
+    for file in files_below(&root().join("policies"), "toml") {
+        let (policy, _) = policy::load(&file).unwrap();
+        let policies = [policy];
+        let trials = try_all(&compile(&policies).unwrap(), &policies);
+        assert!(!trials.is_empty(), "{} has no [[test]]", file.display());
+        for trial in trials {
+            assert!(trial.passed(), "{trial}");
+        }
+    }
 }
 
 #[test]

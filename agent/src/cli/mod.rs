@@ -7,10 +7,12 @@ mod audit;
 mod check;
 mod doctor;
 mod exec;
+mod explain;
 mod options;
 mod output;
 mod run;
 mod signals;
+mod test;
 mod watch;
 
 use std::{
@@ -42,6 +44,8 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     Check(check::Check),
+    Explain(explain::Explain),
+    Test(test::Test),
     Exec(exec::Exec),
     Run(run::Run),
     Audit(audit::Audit),
@@ -73,6 +77,8 @@ pub fn main() -> ExitCode {
     };
     match arguments.command {
         Command::Check(check) => check.run(),
+        Command::Explain(explain) => explain.run(),
+        Command::Test(test) => test.run(),
         Command::Exec(exec) => exec.run(),
         Command::Run(run) => run.run(),
         Command::Audit(audit) => audit.run(),

@@ -9,6 +9,7 @@
 //! Trade-off: 64 rules for one set of policies, in exchange for matching whose cost does not depend on their
 //! number. More than that is an error here, never a truncation.
 
+mod facts;
 mod hooks;
 mod prefixes;
 #[cfg(test)]
@@ -18,16 +19,18 @@ use std::path::PathBuf;
 
 use abi::{
     RULES_MAX, SiteList,
-    select::Selectors,
+    select::{Candidates, Selectors, select},
     setting::{Governed, OptionKey, Setting, form, kind, on_conflict, read_back, words_of_text},
     site,
+    socket::Facts,
 };
 
-pub use self::{hooks::Hook, prefixes::Prefix};
+pub use self::{facts::facts, hooks::Hook, prefixes::Prefix};
 use crate::{
     options::SocketOption,
     policy::model::{
-        Audit, Calls, Clause, Direction, Family, Form, Mode, Named, OnConflict, Policy, Protocol, Rule, Wanted,
+        Audit, Calls, Clause, Direction, Family, Form, Mode, Named, OnConflict, Policy, Protocol, Rule, Selector,
+        Wanted,
     },
 };
 
@@ -58,6 +61,7 @@ pub struct RuleSource {
     pub path: PathBuf,
     pub rule: String,
     pub line: usize,
+    pub selector: Selector,
 }
 
 /// Where a setting stands, and what it says in the words of the policy.
@@ -102,6 +106,7 @@ pub fn compile(policies: &[Policy]) -> Result<Desired, CompileError> {
                 path: policy.path.clone(),
                 rule: rule.name.clone(),
                 line: rule.line,
+                selector: rule.selector.clone(),
             });
         }
     }
@@ -133,6 +138,12 @@ impl Desired {
     pub fn source(&self, setting: u32) -> Option<(&SettingSource, &RuleSource)> {
         let source = self.sources.get(setting as usize)?;
         Some((source, self.rules.get(source.rule)?))
+    }
+
+    /// The rules that match a socket, as the kernel finds them.
+    #[must_use]
+    pub fn candidates(&self, facts: &Facts) -> Candidates {
+        select(facts, &self.selectors, &prefixes::Table(&self.prefixes))
     }
 
     /// Has the audit count these options among those that rules name, although none does.

@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, net::IpAddr, ops::RangeInclusive};
 
 use abi::{
-    select::{DIMENSION_BITS, PrefixData, address_data, port_data, side},
+    select::{DIMENSION_BITS, PrefixData, Prefixes, address_data, port_data, side},
     socket::{Address, family},
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -19,6 +19,17 @@ pub struct Prefix {
     pub data: PrefixData,
     /// The rules that match what this prefix covers and no longer one does.
     pub rules: u64,
+}
+
+/// Map `PREFIXES`, looked through from end to end.
+pub(super) struct Table<'a>(pub(super) &'a [Prefix]);
+
+impl Prefixes for Table<'_> {
+    fn longest(&self, data: &PrefixData) -> Option<u64> {
+        let bit = |data: &PrefixData, at: u32| data[at as usize / 32].to_be() >> (31 - at % 32) & 1;
+        let covers = |prefix: &&Prefix| (0..prefix.bits).all(|at| bit(&prefix.data, at) == bit(data, at));
+        self.0.iter().filter(covers).max_by_key(|prefix| prefix.bits).map(|prefix| prefix.rules)
+    }
 }
 
 /// All entries. A dimension that no rule asks about has none; one that a rule does ask about covers

@@ -4,34 +4,22 @@
 //! prefixes: rules in order, each asked in turn whether it matches.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     ops::RangeInclusive,
     path::PathBuf,
 };
 
-use abi::{
-    select::{PrefixData, Prefixes, select},
-    socket::{Facts, direction, family, known, protocol},
-};
+use abi::socket::{Facts, protocol};
 use ipnet::IpNet;
 use proptest::{collection::vec, option, prelude::*, sample};
 
-use super::{prefixes::address_words, *};
+use super::*;
 use crate::{
+    explain::{WhyNot, explain},
     options::by_name,
+    policy::Socket,
     policy::model::{Audit, Errno, Selector},
 };
-
-/// A socket, as far as it is known.
-#[derive(Clone, Debug)]
-struct Socket {
-    protocol: Protocol,
-    family: Option<Family>,
-    direction: Option<Direction>,
-    local: Option<IpAddr>,
-    local_port: Option<u16>,
-    remote: Option<(IpAddr, u16)>,
-}
 
 /// What is known of whether a rule matches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -59,16 +47,16 @@ fn rule_matches(selector: &Selector, socket: &Socket) -> Matches {
     let Selector { protocols, family, direction, local, remote, not_remote, local_ports, remote_ports } = selector;
     let within = |networks: &[IpNet], address| networks.is_empty() || any_contains(networks, address);
     [
-        holds(!protocols.is_empty(), Some(socket.protocol), |protocol| protocols.contains(&protocol)),
-        holds(family.is_some(), socket.family, |known| Some(known) == *family),
+        holds(!protocols.is_empty(), socket.protocol, |protocol| protocols.contains(&protocol)),
+        holds(family.is_some(), socket.family(), |known| Some(known) == *family),
         holds(direction.is_some(), socket.direction, |known| Some(known) == *direction),
         holds(!local.is_empty(), socket.local, |address| any_contains(local, address)),
-        holds(!(remote.is_empty() && not_remote.is_empty()), socket.remote, |(address, _)| {
-            within(remote, address) && !any_contains(not_remote, address)
+        holds(!(remote.is_empty() && not_remote.is_empty()), socket.remote, |to| {
+            within(remote, to.ip()) && !any_contains(not_remote, to.ip())
         }),
         holds(!local_ports.is_empty(), socket.local_port, |port| local_ports.iter().any(|range| range.contains(&port))),
-        holds(!remote_ports.is_empty(), socket.remote, |(_, port)| {
-            remote_ports.iter().any(|range| range.contains(&port))
+        holds(!remote_ports.is_empty(), socket.remote, |to| {
+            remote_ports.iter().any(|range| range.contains(&to.port()))
         }),
     ]
     .into_iter()
@@ -88,54 +76,6 @@ fn naive_winner(rules: &[Rule], named: Named, socket: &Socket) -> Option<usize> 
         }
     }
     None
-}
-
-/// Map `PREFIXES`, looked through from end to end.
-struct Table<'a>(&'a [Prefix]);
-
-impl Prefixes for Table<'_> {
-    fn longest(&self, data: &PrefixData) -> Option<u64> {
-        let bit = |data: &PrefixData, at: u32| data[at as usize / 32].to_be() >> (31 - at % 32) & 1;
-        let covers = |prefix: &&Prefix| (0..prefix.bits).all(|at| bit(&prefix.data, at) == bit(data, at));
-        self.0.iter().filter(covers).max_by_key(|prefix| prefix.bits).map(|prefix| prefix.rules)
-    }
-}
-
-fn facts(socket: &Socket) -> Facts {
-    let mut facts = Facts {
-        protocol: match socket.protocol {
-            Protocol::Tcp => protocol::TCP,
-            Protocol::Udp => protocol::UDP,
-            Protocol::Icmp => protocol::ICMP,
-            Protocol::Sctp => protocol::SCTP,
-            Protocol::Other => protocol::OTHER,
-        },
-        family: match socket.family {
-            None => family::UNKNOWN,
-            Some(Family::Ipv4) => family::IPV4,
-            Some(Family::Ipv6) => family::IPV6,
-        },
-        direction: match socket.direction {
-            None => direction::UNKNOWN,
-            Some(Direction::Outbound) => direction::OUTBOUND,
-            Some(Direction::Inbound) => direction::INBOUND,
-        },
-        ..Facts::default()
-    };
-    if let Some(address) = socket.local {
-        facts.local = address_words(address).1;
-        facts.known |= known::LOCAL_ADDRESS;
-    }
-    if let Some(port) = socket.local_port {
-        facts.local_port = port;
-        facts.known |= known::LOCAL_PORT;
-    }
-    if let Some((address, port)) = socket.remote {
-        facts.remote = address_words(address).1;
-        facts.remote_port = port;
-        facts.known |= known::REMOTE;
-    }
-    facts
 }
 
 /// Few addresses and ports, near each other, so that they meet.
@@ -218,13 +158,13 @@ fn socket() -> impl Strategy<Value = Socket> {
         let remote = option::of((address(family), port()));
         (protocol, any::<bool>(), direction, option::of(address(family)), option::of(port()), remote).prop_map(
             move |(protocol, is_family_known, direction, local, local_port, remote)| Socket {
-                protocol,
+                protocol: Some(protocol),
                 // Programs settle the family as soon as they know an address.
                 family: (is_family_known || local.is_some() || remote.is_some()).then_some(family),
                 direction,
                 local,
                 local_port,
-                remote,
+                remote: remote.map(SocketAddr::from),
             },
         )
     })
@@ -239,14 +179,14 @@ fn policy(rules: Vec<Rule>) -> Policy {
         target: Vec::new(),
         audit: Audit::default(),
         rules,
+        tests: Vec::new(),
     }
 }
 
 /// The number of the rule that decides an option, by the compiled tables.
 fn compiled_winner(desired: &Desired, named: Named, facts: &Facts) -> Option<usize> {
     let option = desired.options.iter().find(|option| option.key == named.key())?;
-    let rules = select(facts, &desired.selectors, &Table(&desired.prefixes));
-    let winner = option.winner(rules)?;
+    let winner = option.winner(desired.candidates(facts))?;
     let source = &desired.sources[winner as usize];
     assert_eq!(source.option, named, "a setting of another option");
     Some(source.rule)
@@ -266,6 +206,17 @@ proptest! {
                 let named = Named::Known(by_name(name).unwrap());
                 let compiled = compiled_winner(&desired, named, &facts(&socket));
                 prop_assert_eq!(compiled, naive_winner(&rules, named, &socket), "{} on {:?}", name, socket);
+            }
+            for option in explain(&desired, &socket).options {
+                for (clause, why) in option.others {
+                    let expected = rule_matches(&rules[clause.source.rule].selector, &socket);
+                    let explained = match why {
+                        WhyNot::Unmet(_) => Matches::No,
+                        WhyNot::NotYet(_) => Matches::Perhaps,
+                        WhyNot::After(_) | WhyNot::Waits(_) => Matches::Yes,
+                    };
+                    prop_assert_eq!(explained, expected, "{:?} on {:?}", clause, socket);
+                }
             }
         }
     }

@@ -15,7 +15,7 @@ use toml::{
     de::{DeTable, DeValue},
 };
 
-use self::keys::{AUDIT, LIMIT, MATCH, RULE, SETTING, TARGET, TOP, unknown_key};
+use self::keys::{AUDIT, LIMIT, MATCH, RULE, SETTING, SOCKET, TARGET, TEST, TOP, unknown_key};
 use super::diagnostic::{Findings, Problem, Span, quote};
 
 pub(crate) type Text<'a> = Spanned<Cow<'a, str>>;
@@ -34,6 +34,7 @@ pub(crate) struct PolicyFile<'a> {
     pub(crate) cgroup: Option<List<Text<'a>>>,
     pub(crate) audit: AuditFile<'a>,
     pub(crate) rules: Vec<RuleFile<'a>>,
+    pub(crate) tests: Vec<TestFile<'a>>,
 }
 
 #[derive(Debug, Default)]
@@ -55,6 +56,26 @@ pub(crate) struct RuleFile<'a> {
     pub(crate) errno: Option<Value<'a>>,
     /// Whether all of the rule is here: nothing was wrong with its shape.
     pub(crate) complete: bool,
+}
+
+/// What must come of a socket. Said as rules say it.
+#[derive(Debug)]
+pub(crate) struct TestFile<'a> {
+    pub(crate) socket: SocketFile<'a>,
+    /// Without a selector.
+    pub(crate) expected: RuleFile<'a>,
+    pub(crate) free: Vec<Text<'a>>,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct SocketFile<'a> {
+    /// Where it stands, or would.
+    pub(crate) span: Span,
+    pub(crate) protocol: Option<Text<'a>>,
+    pub(crate) family: Option<Text<'a>>,
+    pub(crate) direction: Option<Text<'a>>,
+    pub(crate) local: Option<Text<'a>>,
+    pub(crate) remote: Option<Text<'a>>,
 }
 
 #[derive(Debug, Default)]
@@ -147,7 +168,8 @@ fn policy<'a>(table: DeTable<'a>, findings: &mut Findings) -> PolicyFile<'a> {
             "mode" => file.mode = findings.ok(text(&key, value)),
             "target" => file.cgroup = target(&key, value, findings),
             "audit" => file.audit = audit(&key, value, findings),
-            "rule" => file.rules = rules(value, findings),
+            "rule" => file.rules = tables(&key, value, findings, rule),
+            "test" => file.tests = tables(&key, value, findings, test),
             _ => findings.error(unknown_key(&key, &TOP)),
         }
     }
@@ -187,29 +209,36 @@ fn audit<'a>(key: &Text<'a>, value: Value<'a>, findings: &mut Findings) -> Audit
     audit
 }
 
-fn rules<'a>(value: Value<'a>, findings: &mut Findings) -> Vec<RuleFile<'a>> {
+/// The tables of a `[[key]]`, each with where its header stands.
+fn tables<'a, T>(
+    key: &Text<'a>,
+    value: Value<'a>,
+    findings: &mut Findings,
+    read: impl Fn(Span, DeTable<'a>, &mut Findings) -> T,
+) -> Vec<T> {
+    let key = key.get_ref();
+    let help = format!("write [[{key}]], with two brackets on each side: there may be many");
     let span = value.span();
-    let help = "write [[rule]], with two brackets on each side: there may be many";
     let DeValue::Array(items) = value.into_inner() else {
-        findings.error(Problem::new("`rule` is not a list of rules").help(help).at(span));
+        findings.error(Problem::new(format!("`{key}` is not a list of {key}s")).help(help).at(span));
         return Vec::new();
     };
-    let mut rules = Vec::new();
+    let mut tables = Vec::new();
     for item in items {
         let span = item.span();
         match item.into_inner() {
-            DeValue::Table(table) => rules.push(rule(span, table, findings)),
+            DeValue::Table(table) => tables.push(read(span, table, findings)),
             other => {
-                let message = format!("a rule must be a table, not {}", type_of(&other));
-                findings.error(Problem::new(message).help(help).at(span));
+                let message = format!("a {key} must be a table, not {}", type_of(&other));
+                findings.error(Problem::new(message).help(help.clone()).at(span));
             }
         }
     }
-    rules
+    tables
 }
 
-fn rule<'a>(header: Span, table: DeTable<'a>, findings: &mut Findings) -> RuleFile<'a> {
-    let mut rule = RuleFile {
+fn empty_rule<'a>(header: Span) -> RuleFile<'a> {
+    RuleFile {
         header,
         name: None,
         selector: SelectorFile::default(),
@@ -219,7 +248,11 @@ fn rule<'a>(header: Span, table: DeTable<'a>, findings: &mut Findings) -> RuleFi
         on_conflict: None,
         errno: None,
         complete: true,
-    };
+    }
+}
+
+fn rule<'a>(header: Span, table: DeTable<'a>, findings: &mut Findings) -> RuleFile<'a> {
+    let mut rule = empty_rule(header);
     let before = findings.errors();
     for (key, value) in in_order(table) {
         match key.get_ref().as_ref() {
@@ -227,10 +260,7 @@ fn rule<'a>(header: Span, table: DeTable<'a>, findings: &mut Findings) -> RuleFi
             "match" => rule.selector = selector(&key, value, findings),
             "set" => rule.set = settings(&key, value, findings),
             "limit" => rule.limit = limits(&key, value, findings),
-            "deny" => {
-                let help = "name an option, or leave `deny` out";
-                rule.deny = texts(&key, value, help, findings).map(Spanned::into_inner).unwrap_or_default();
-            }
+            "deny" => rule.deny = options(&key, value, findings),
             "on_conflict" => rule.on_conflict = findings.ok(text(&key, value)),
             "errno" => rule.errno = Some(value),
             _ => findings.error(unknown_key(&key, &RULE)),
@@ -238,6 +268,53 @@ fn rule<'a>(header: Span, table: DeTable<'a>, findings: &mut Findings) -> RuleFi
     }
     rule.complete = findings.errors() == before;
     rule
+}
+
+fn options<'a>(key: &Text<'a>, value: Value<'a>, findings: &mut Findings) -> Vec<Text<'a>> {
+    let help = format!("name an option, or leave {} out", quote(key.get_ref()));
+    texts(key, value, &help, findings).map(Spanned::into_inner).unwrap_or_default()
+}
+
+fn test<'a>(header: Span, table: DeTable<'a>, findings: &mut Findings) -> TestFile<'a> {
+    let mut test = TestFile {
+        socket: SocketFile { span: header.clone(), ..SocketFile::default() },
+        // It need not name an option.
+        expected: RuleFile { complete: false, ..empty_rule(header) },
+        free: Vec::new(),
+    };
+    for (key, value) in in_order(table) {
+        match key.get_ref().as_ref() {
+            "name" => test.expected.name = findings.ok(text(&key, value)),
+            "socket" => test.socket = socket(&key, value, findings),
+            "set" => test.expected.set = settings(&key, value, findings),
+            "limit" => test.expected.limit = limits(&key, value, findings),
+            "deny" => test.expected.deny = options(&key, value, findings),
+            "free" => test.free = options(&key, value, findings),
+            _ => findings.error(unknown_key(&key, &TEST)),
+        }
+    }
+    test
+}
+
+fn socket<'a>(key: &Text<'a>, value: Value<'a>, findings: &mut Findings) -> SocketFile<'a> {
+    let mut socket = SocketFile { span: value.span(), ..SocketFile::default() };
+    let help = "write socket = { protocol = \"tcp\", remote = \"192.0.2.1:443\" }";
+    let Some((_, table)) = findings.ok(table(key, value, help)) else { return socket };
+    for (key, value) in in_order(table) {
+        let part = match key.get_ref().as_ref() {
+            "protocol" => &mut socket.protocol,
+            "family" => &mut socket.family,
+            "direction" => &mut socket.direction,
+            "local" => &mut socket.local,
+            "remote" => &mut socket.remote,
+            _ => {
+                findings.error(unknown_key(&key, &SOCKET));
+                continue;
+            }
+        };
+        *part = findings.ok(text(&key, value));
+    }
+    socket
 }
 
 fn selector<'a>(key: &Text<'a>, value: Value<'a>, findings: &mut Findings) -> SelectorFile<'a> {

@@ -8,6 +8,7 @@
 pub mod diagnostic;
 pub(crate) mod file;
 pub mod model;
+mod socket;
 pub mod units;
 pub mod validate;
 
@@ -23,10 +24,13 @@ use std::{
 
 use nix::errno::Errno;
 
-pub use self::model::Policy;
 use self::{
     diagnostic::{Diagnostic, Problem, Severity, Source, Span, Style, quote},
     validate::Checked,
+};
+pub use self::{
+    model::Policy,
+    socket::{End, Socket, TwoFamilies, parse_end},
 };
 
 /// Policies are small: whatever is larger is something else.

@@ -7,6 +7,7 @@ use std::{fmt, ops::RangeInclusive, path::PathBuf};
 
 use ipnet::IpNet;
 
+use super::socket::Socket;
 use crate::options::SocketOption;
 
 /// One policy file.
@@ -23,6 +24,8 @@ pub struct Policy {
     pub audit: Audit,
     /// In order: the first that matches and names an option decides it.
     pub rules: Vec<Rule>,
+    /// What the file itself says that must come of sockets.
+    pub tests: Vec<Test>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -73,7 +76,7 @@ pub struct Rule {
 }
 
 /// Which of the target's sockets a rule is about. An empty list, or `None`, asks nothing.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Selector {
     pub protocols: Vec<Protocol>,
     pub family: Option<Family>,
@@ -105,6 +108,55 @@ pub enum Family {
 pub enum Direction {
     Outbound,
     Inbound,
+}
+
+/// Gives each word of a policy file its spelling.
+macro_rules! spelled {
+    ($type:ident: $($variant:ident $name:literal),+) => {
+        impl $type {
+            /// Every word, as policy files spell it.
+            pub const WORDS: &[(&str, Self)] = &[$(($name, Self::$variant)),+];
+
+            #[must_use]
+            pub fn name(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $name),+
+                }
+            }
+        }
+
+        impl fmt::Display for $type {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(self.name())
+            }
+        }
+    };
+}
+
+spelled!(Protocol: Tcp "tcp", Udp "udp", Icmp "icmp", Sctp "sctp", Other "other");
+spelled!(Family: Ipv4 "ipv4", Ipv6 "ipv6");
+spelled!(Direction: Outbound "outbound", Inbound "inbound");
+
+/// A socket, and what must come of it.
+#[derive(Clone, Debug)]
+pub struct Test {
+    /// Unique among the file's tests; `test-N` (counted from 1) where the file gives none.
+    pub name: String,
+    /// Line of `[[test]]` in the file, counted from 1.
+    pub line: usize,
+    pub socket: Socket,
+    /// In the order of the file.
+    pub expected: Vec<Expected>,
+}
+
+/// What must come of one option.
+#[derive(Clone, Debug)]
+pub struct Expected {
+    pub option: Named,
+    /// Line in the file, counted from 1.
+    pub line: usize,
+    /// What is to decide it; `None`: nothing.
+    pub form: Option<Form>,
 }
 
 /// What a rule says about one option.

@@ -10,6 +10,7 @@ mod clauses;
 mod selector;
 mod shadow;
 mod target;
+mod tests;
 mod values;
 mod words;
 
@@ -56,7 +57,7 @@ pub(crate) fn check(source: &Arc<Source>) -> Result<Checked, Vec<Diagnostic>> {
 /// A policy that holds what is valid in the file: all of it where nothing was noted.
 fn validate(file: &PolicyFile<'_>, path: &Path, findings: &mut Findings) -> Policy {
     let shape_is_right = findings.errors() == 0;
-    let PolicyFile { name, description, mode, cgroup, audit, rules: rule_files } = file;
+    let PolicyFile { name, description, mode, cgroup, audit, rules: rule_files, tests } = file;
     let candidates = rules(rule_files, findings);
     if findings.errors() == 0 {
         shadow::warn(&candidates, findings);
@@ -69,6 +70,7 @@ fn validate(file: &PolicyFile<'_>, path: &Path, findings: &mut Findings) -> Poli
         target: target::target(cgroup.as_ref(), findings),
         audit: audit_of(audit, findings),
         rules: candidates.into_iter().map(rule_of).collect(),
+        tests: tests::tests(tests, findings),
     };
     if shape_is_right && rule_files.is_empty() {
         refuse_idleness(audit, policy.audit.calls, findings);

@@ -10,6 +10,7 @@ mod audit;
 mod bad_input;
 mod dry_run;
 mod enforcement;
+mod explain;
 mod lifecycle;
 mod matching;
 mod overruling;

@@ -14,7 +14,8 @@ pub(super) struct Place {
     keys: &'static [&'static str],
 }
 
-pub(super) const TOP: Place = Place { name: "", keys: &["name", "description", "mode", "target", "audit", "rule"] };
+pub(super) const TOP: Place =
+    Place { name: "", keys: &["name", "description", "mode", "target", "audit", "rule", "test"] };
 pub(super) const TARGET: Place = Place { name: "[target]", keys: &["cgroup"] };
 pub(super) const AUDIT: Place = Place { name: "[audit]", keys: &["calls", "reads", "timing"] };
 pub(super) const RULE: Place =
@@ -23,6 +24,9 @@ pub(super) const MATCH: Place = Place {
     name: "`match`",
     keys: &["protocol", "family", "direction", "local", "remote", "not_remote", "local_port", "remote_port"],
 };
+pub(super) const TEST: Place = Place { name: "[[test]]", keys: &["name", "socket", "set", "limit", "deny", "free"] };
+pub(super) const SOCKET: Place =
+    Place { name: "`socket`", keys: &["protocol", "family", "direction", "local", "remote"] };
 pub(super) const SETTING: Place = Place { name: "a setting", keys: &["value", "on_conflict", "errno"] };
 pub(super) const LIMIT: Place = Place { name: "a limit", keys: &["min", "max", "on_conflict", "errno"] };
 

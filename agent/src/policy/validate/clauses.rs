@@ -122,12 +122,17 @@ fn no_bounds(option: &SocketOption) -> Problem {
 }
 
 fn denied(option: &Text<'_>, defaults: &Defaults, findings: &mut Findings) -> Option<Placed> {
-    let named = findings.ok(match numeric(option.get_ref()) {
-        Some(key) => Ok(options::by_key(key).map_or(Named::Numeric(key), Named::Known)),
-        None => named_option(option).map(Named::Known),
-    })?;
+    let named = findings.ok(option_named(option))?;
     let errno = defaults.errno.unwrap_or_default();
     Some(place(option, named, Form::Deny, OnConflict::Deny, errno, findings))
+}
+
+/// The option of this name, or of this number.
+pub(super) fn option_named(name: &Text<'_>) -> Result<Named, Problem> {
+    match numeric(name.get_ref()) {
+        Some(key) => Ok(options::by_key(key).map_or(Named::Numeric(key), Named::Known)),
+        None => named_option(name).map(Named::Known),
+    }
 }
 
 fn place(

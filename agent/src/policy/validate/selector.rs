@@ -17,22 +17,12 @@ use crate::policy::{
     model::{Direction, Family, Protocol, Selector},
 };
 
-const PROTOCOLS: &[(&str, Protocol)] = &[
-    ("tcp", Protocol::Tcp),
-    ("udp", Protocol::Udp),
-    ("icmp", Protocol::Icmp),
-    ("sctp", Protocol::Sctp),
-    ("other", Protocol::Other),
-];
-const FAMILIES: &[(&str, Family)] = &[("ipv4", Family::Ipv4), ("ipv6", Family::Ipv6)];
-const DIRECTIONS: &[(&str, Direction)] = &[("outbound", Direction::Outbound), ("inbound", Direction::Inbound)];
-
 pub(super) fn selector(file: &SelectorFile<'_>, findings: &mut Findings) -> Selector {
     let SelectorFile { protocol, family, direction, local, remote, not_remote, local_port, remote_port } = file;
     let selector = Selector {
-        protocols: all(protocol.as_ref(), findings, |word| words::pick("protocol", word, PROTOCOLS)),
-        family: family.as_ref().and_then(|word| findings.ok(words::pick("family", word, FAMILIES))),
-        direction: direction.as_ref().and_then(|word| findings.ok(words::pick("direction", word, DIRECTIONS))),
+        protocols: all(protocol.as_ref(), findings, |word| words::pick("protocol", word, Protocol::WORDS)),
+        family: family.as_ref().and_then(|word| findings.ok(words::pick("family", word, Family::WORDS))),
+        direction: direction.as_ref().and_then(|word| findings.ok(words::pick("direction", word, Direction::WORDS))),
         local: all(local.as_ref(), findings, network),
         remote: all(remote.as_ref(), findings, network),
         not_remote: all(not_remote.as_ref(), findings, network),

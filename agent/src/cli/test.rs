@@ -1,0 +1,59 @@
+//! `sockpolicy test`: whether policies do what their own tests say, without any rights.
+
+use std::{
+    io::{self, Write},
+    path::PathBuf,
+    process::ExitCode,
+};
+
+use super::{FAILURE, FINDINGS, check, complain, output::Format, unless_closed};
+use crate::{
+    compile::compile,
+    explain::{Trial, try_all},
+};
+
+/// Hold policies against the tests that stand in their files
+///
+/// Each test is tried on all the files together, as they would be in force, by the code that decides in the kernel.
+#[derive(Debug, clap::Args)]
+pub(super) struct Test {
+    /// Policy files
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+    /// Form of the answer
+    #[arg(long, short, value_enum, default_value_t)]
+    output: Format,
+}
+
+impl Test {
+    pub(super) fn run(self) -> ExitCode {
+        let Some(policies) = check::load(&self.files) else { return FINDINGS.into() };
+        let desired = match compile(&policies) {
+            Ok(desired) => desired,
+            Err(error) => {
+                complain(&error);
+                return FINDINGS.into();
+            }
+        };
+        let trials = try_all(&desired, &policies);
+        if let Err(error) = unless_closed(self.tell(&trials)) {
+            complain(&error);
+            return FAILURE.into();
+        }
+        if trials.iter().all(Trial::passed) { ExitCode::SUCCESS } else { FINDINGS.into() }
+    }
+
+    fn tell(&self, trials: &[Trial]) -> io::Result<()> {
+        let mut out = io::stdout().lock();
+        if self.output == Format::Json {
+            return trials.iter().try_for_each(|trial| writeln!(out, "{}", trial.to_json()));
+        }
+        let failed: Vec<_> = trials.iter().filter(|trial| !trial.passed()).collect();
+        failed.iter().try_for_each(|trial| writeln!(out, "{trial}"))?;
+        match (trials.len() - failed.len(), failed.len()) {
+            (0, 0) => writeln!(out, "no tests: write a [[test]] for each kind of socket that matters"),
+            (passed, 0) => writeln!(out, "passed: {passed}"),
+            (passed, failed) => writeln!(out, "passed: {passed}, failed: {failed}"),
+        }
+    }
+}

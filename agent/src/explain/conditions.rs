@@ -1,0 +1,83 @@
+//! Whether a rule's `match` holds for a socket, condition by condition, in the rule's own words.
+//!
+//! The kernel decides by other means, tables of bits. That both come to the same is held by the tests of
+//! [`crate::compile`].
+
+use std::{fmt, net::IpAddr, ops::RangeInclusive};
+
+use ipnet::IpNet;
+
+use crate::policy::{Socket, model::Selector};
+
+/// A condition of a rule that a socket does not meet, or not yet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unmet {
+    /// The key under `match`.
+    pub key: &'static str,
+    pub wanted: String,
+    /// What the socket has; `None`: that is not known, and the condition may yet be met.
+    pub has: Option<String>,
+}
+
+impl fmt::Display for Unmet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { key, wanted, has } = self;
+        let (what, must) = key.strip_prefix("not_").map_or((*key, ""), |what| (what, "not "));
+        match has {
+            Some(has) => write!(f, "{what} is {has}, and must {must}be {wanted}"),
+            None => write!(f, "{what} is not known, and must {must}be {wanted}"),
+        }
+    }
+}
+
+/// The conditions of a rule that a socket does not meet, and those of which that is not known.
+#[must_use]
+pub fn unmet(selector: &Selector, socket: &Socket) -> Vec<Unmet> {
+    let Selector { protocols, family, direction, local, remote, not_remote, local_ports, remote_ports } = selector;
+    let remote_address = socket.remote.map(|remote| remote.ip());
+    let remote_port = socket.remote.map(|remote| remote.port());
+    let conditions = [
+        check("protocol", &texts(protocols), socket.protocol, |has| protocols.contains(has)),
+        check("family", &texts(family), socket.family(), |has| *family == Some(*has)),
+        check("direction", &texts(direction), socket.direction, |has| *direction == Some(*has)),
+        check("local", &texts(local), socket.local, |has| in_any(local, has)),
+        check("remote", &texts(remote), remote_address, |has| in_any(remote, has)),
+        check("not_remote", &texts(not_remote), remote_address, |has| !in_any(not_remote, has)),
+        check("local_port", &range_texts(local_ports), socket.local_port, |has| in_range(local_ports, has)),
+        check("remote_port", &range_texts(remote_ports), remote_port, |has| in_range(remote_ports, has)),
+    ];
+    conditions.into_iter().flatten().collect()
+}
+
+fn in_any(networks: &[IpNet], address: &IpAddr) -> bool {
+    networks.iter().any(|network| network.contains(address))
+}
+
+fn in_range(ranges: &[RangeInclusive<u16>], port: &u16) -> bool {
+    ranges.iter().any(|range| range.contains(port))
+}
+
+/// One condition, if the rule has it and it is not met.
+fn check<T: fmt::Display>(
+    key: &'static str,
+    wanted: &[String],
+    fact: Option<T>,
+    holds: impl Fn(&T) -> bool,
+) -> Option<Unmet> {
+    if wanted.is_empty() || fact.as_ref().is_some_and(holds) {
+        return None;
+    }
+    Some(Unmet { key, wanted: wanted.join(" or "), has: fact.map(|fact| fact.to_string()) })
+}
+
+fn texts<'a, T: fmt::Display + 'a>(asked: impl IntoIterator<Item = &'a T>) -> Vec<String> {
+    asked.into_iter().map(ToString::to_string).collect()
+}
+
+fn range_texts(ranges: &[RangeInclusive<u16>]) -> Vec<String> {
+    let text = |range: &RangeInclusive<u16>| match (range.start(), range.end()) {
+        (start, end) if start == end => start.to_string(),
+        (start, end) => format!("{start}-{end}"),
+    };
+    ranges.iter().map(text).collect()
+}

@@ -1,0 +1,36 @@
+//! An explanation for people: each option with what decides it, and below it why the others do not.
+
+use std::fmt;
+
+use super::{Explanation, OptionExplained, Unmet, WhyNot};
+
+impl fmt::Display for Explanation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}", self.socket)?;
+        self.options.iter().try_for_each(|option| writeln!(f, "\n{option}"))
+    }
+}
+
+impl fmt::Display for OptionExplained {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = self.name();
+        match &self.winner {
+            Some(winner) => write!(f, "{name}: {}, by rule {} ({})", winner.says(), winner.rule.rule, winner.place())?,
+            None => write!(f, "{name}: the application's own")?,
+        }
+        self.others.iter().try_for_each(|(other, why)| {
+            write!(f, "\n  not {}, by rule {} ({}): {why}", other.says(), other.rule.rule, other.place())
+        })
+    }
+}
+
+impl fmt::Display for WhyNot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let list = |unmet: &[Unmet]| unmet.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+        match self {
+            Self::Unmet(unmet) | Self::NotYet(unmet) => f.write_str(&list(unmet)),
+            Self::After(rule) => write!(f, "rule {} comes first", rule.rule),
+            Self::Waits(rule) => write!(f, "rule {} comes first, and may yet match", rule.rule),
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! The `[[test]]`s of policies, held against what the policies decide.
+
+use std::{fmt, path::PathBuf};
+
+use serde_json::{Value, json};
+
+use super::{Explanation, OptionExplained, explain};
+use crate::{
+    compile::Desired,
+    events::SCHEMA,
+    policy::{
+        Policy,
+        model::{Expected, Test},
+    },
+    values,
+};
+
+/// What came of a test.
+#[derive(Clone, Debug)]
+pub struct Trial {
+    pub policy: String,
+    pub path: PathBuf,
+    pub test: Test,
+    /// Empty: it passed.
+    pub failures: Vec<Failure>,
+}
+
+/// An option of which something else came than the test says.
+#[derive(Clone, Debug)]
+pub struct Failure {
+    pub expected: Expected,
+    /// What the policies say of the option; `None`: nothing at all.
+    pub found: Option<OptionExplained>,
+}
+
+/// Tries the tests of each policy on all of them together, as they would be in force.
+#[must_use]
+pub fn try_all(desired: &Desired, policies: &[Policy]) -> Vec<Trial> {
+    let tests = policies.iter().flat_map(|policy| policy.tests.iter().map(move |test| (policy, test)));
+    tests
+        .map(|(policy, test)| {
+            let explanation = explain(desired, &test.socket);
+            Trial {
+                policy: policy.name.clone(),
+                path: policy.path.clone(),
+                test: test.clone(),
+                failures: test.expected.iter().filter_map(|expected| failure(&explanation, expected)).collect(),
+            }
+        })
+        .collect()
+}
+
+fn failure(explanation: &Explanation, expected: &Expected) -> Option<Failure> {
+    let found = explanation.options.iter().find(|option| option.key() == Some(expected.option.key()));
+    let decided = found.and_then(|option| option.winner.as_ref()).map(|winner| &winner.source.form);
+    (decided != expected.form.as_ref()).then(|| Failure { expected: expected.clone(), found: found.cloned() })
+}
+
+impl Trial {
+    #[must_use]
+    pub fn passed(&self) -> bool {
+        self.failures.is_empty()
+    }
+
+    /// As a line of JSON.
+    #[must_use]
+    pub fn to_json(&self) -> Value {
+        let failure = |failure: &Failure| {
+            json!({
+                "option": failure.expected.option.to_string(),
+                "file": format!("{}:{}", self.path.display(), failure.expected.line),
+                "expected": failure.wanted(),
+                "found": failure.found.as_ref().map(OptionExplained::to_json),
+            })
+        };
+        json!({
+            "schema": SCHEMA,
+            "policy": self.policy,
+            "test": self.test.name,
+            "file": format!("{}:{}", self.path.display(), self.test.line),
+            "passed": self.passed(),
+            "failures": self.failures.iter().map(failure).collect::<Vec<_>>(),
+        })
+    }
+}
+
+impl Failure {
+    /// What was to decide; `None`: nothing.
+    fn wanted(&self) -> Option<String> {
+        self.expected.form.as_ref().map(|form| values::form_text(self.expected.option.key(), form))
+    }
+}
+
+impl fmt::Display for Trial {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { path, test, failures, .. } = self;
+        for failure in failures {
+            let wanted = failure.wanted().unwrap_or_else(|| "the application's own".to_owned());
+            writeln!(f, "{}:{}: test {}, on {}", path.display(), failure.expected.line, test.name, test.socket)?;
+            writeln!(f, "  expected {}: {wanted}", failure.expected.option)?;
+            match &failure.found {
+                Some(found) => writeln!(f, "  found {found}")?,
+                None => writeln!(f, "  found no rule that names it")?,
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,104 @@
+//! `[[test]]`: a socket, and what must come of it.
+
+use std::{collections::BTreeMap, net::SocketAddr};
+
+use super::{clauses, words};
+use crate::policy::{
+    diagnostic::{Findings, Problem, quote},
+    file::{SocketFile, TestFile, Text},
+    model::{Direction, Expected, Family, Named, Protocol, Test},
+    socket::{End, Socket, parse_end},
+};
+
+pub(super) fn tests(files: &[TestFile<'_>], findings: &mut Findings) -> Vec<Test> {
+    let mut lines_by_name = BTreeMap::new();
+    let mut tests = Vec::new();
+    for (at, file) in files.iter().enumerate() {
+        let line = findings.line(&file.expected.header);
+        let given = file.expected.name.as_ref();
+        let name = given.map_or_else(|| format!("test-{}", at + 1), |name| name.get_ref().clone().into_owned());
+        if let Some(first) = lines_by_name.insert(name.clone(), line) {
+            findings.error(
+                Problem::new(format!("two tests have the name {}: the first one is on line {first}", quote(&name)))
+                    .help("give this one a name of its own")
+                    .at(given.map_or_else(|| file.expected.header.clone(), Text::span)),
+            );
+        }
+        let expected = expected(file, findings);
+        if let Some(socket) = socket(&file.socket, findings) {
+            tests.push(Test { name, line, socket, expected });
+        }
+    }
+    tests
+}
+
+fn expected(file: &TestFile<'_>, findings: &mut Findings) -> Vec<Expected> {
+    let actions = file.expected.set.iter().filter_map(|setting| setting.on_conflict.as_ref());
+    let limits = file.expected.limit.iter().filter_map(|limit| limit.on_conflict.as_ref());
+    for action in actions.chain(limits) {
+        findings.error(
+            Problem::new("a test is about what is decided, not about conflicts")
+                .help("leave this out")
+                .at(action.span()),
+        );
+    }
+    let mut expected: Vec<Expected> = clauses::clauses(&file.expected, findings)
+        .into_iter()
+        .map(|placed| {
+            let clause = placed.clause;
+            Expected { option: clause.option, line: clause.line, form: Some(clause.form) }
+        })
+        .collect();
+    for name in &file.free {
+        if let Some(option) = findings.ok(clauses::option_named(name)) {
+            refuse_second(&expected, option, name, findings);
+            expected.push(Expected { option, line: findings.line(&name.span()), form: None });
+        }
+    }
+    expected.sort_by_key(|expected| expected.line);
+    expected
+}
+
+fn refuse_second(expected: &[Expected], option: Named, name: &Text<'_>, findings: &mut Findings) {
+    if expected.iter().any(|other| other.option == option) {
+        findings.error(
+            Problem::new(format!("{} is expected to be free, and to be decided", quote(name.get_ref())))
+                .help("leave one of the two out")
+                .at(name.span()),
+        );
+    }
+}
+
+fn socket(file: &SocketFile<'_>, findings: &mut Findings) -> Option<Socket> {
+    let SocketFile { span, protocol, family, direction, local, remote } = file;
+    let before = findings.errors();
+    let protocol = protocol.as_ref().and_then(|word| findings.ok(words::pick("protocol", word, Protocol::WORDS)));
+    let family = family.as_ref().and_then(|word| findings.ok(words::pick("family", word, Family::WORDS)));
+    let direction = direction.as_ref().and_then(|word| findings.ok(words::pick("direction", word, Direction::WORDS)));
+    let local = local.as_ref().and_then(|text| findings.ok(end(text))).unwrap_or_default();
+    let remote = remote.as_ref().and_then(|text| findings.ok(peer(text)));
+    if findings.errors() > before {
+        return None;
+    }
+    let socket = Socket::new(protocol.unwrap_or(Protocol::Tcp), family, direction, local, remote);
+    findings
+        .ok(socket
+            .map_err(|error| Problem::new(error.to_string()).help("give addresses of one family").at(span.clone())))
+}
+
+fn end(text: &Text<'_>) -> Result<End, Problem> {
+    parse_end(text.get_ref()).ok_or_else(|| {
+        Problem::new(format!("{} is no end of a socket", quote(text.get_ref())))
+            .help("write an address, a port, or both: \"10.0.0.1\", \":443\", \"[2001:db8::1]:443\"")
+            .at(text.span())
+    })
+}
+
+fn peer(text: &Text<'_>) -> Result<SocketAddr, Problem> {
+    let peer = text.get_ref().parse().ok();
+    peer.ok_or_else(|| {
+        Problem::new(format!("{} is no address with a port", quote(text.get_ref())))
+            .help("write both: \"192.0.2.1:443\" or \"[2001:db8::1]:443\"")
+            .at(text.span())
+    })
+}

@@ -1,0 +1,91 @@
+//! `sockpolicy explain` and `sockpolicy test`, against what sockets have.
+
+use std::net::SocketAddr;
+
+use serde_json::Value;
+use sockpolicy_integration_tests::{
+    agent::{self, Exec},
+    options::{SocketOption, TCP_KEEPCNT, TCP_SYNCNT},
+    policy::PolicyFile,
+    script::{Family, Kind},
+};
+
+use crate::{stderr, stdout};
+
+const OPTIONS: [SocketOption; 2] = [TCP_KEEPCNT, TCP_SYNCNT];
+
+const POLICY: &str = "\
+[[rule]]
+name = \"out\"
+match = { protocol = \"tcp\", direction = \"outbound\", local = \"127.1.0.0/16\" }
+set = { TCP_KEEPCNT = 11 }
+[[rule]]
+name = \"near\"
+match = { protocol = \"tcp\", remote = \"127.1.0.0/16\" }
+set = { TCP_KEEPCNT = 22, TCP_SYNCNT = 3 }
+[[rule]]
+name = \"rest\"
+match = { protocol = \"tcp\" }
+set = { TCP_KEEPCNT = 33, TCP_SYNCNT = 4 }
+";
+
+/// What the policy decides of each of the options, as `explain` tells.
+fn explained(policy: &PolicyFile, direction: &str, local: SocketAddr, remote: SocketAddr) -> [String; 2] {
+    let (path, local, remote) = (policy.path().to_str().unwrap(), local.to_string(), remote.to_string());
+    let socket = ["--direction", direction, "--local", &local, "--remote", &remote];
+    let output = agent::output(&[&["explain", "-o", "json", path], &socket[..]].concat());
+    assert!(output.status.success(), "{}", stderr(&output));
+    let lines: Vec<Value> = stdout(&output).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    OPTIONS.map(|option| {
+        let line = lines.iter().find(|line| line["option"] == option.name).unwrap();
+        line["decides"]["says"].as_str().unwrap().to_owned()
+    })
+}
+
+#[test]
+fn what_is_explained_is_what_the_owner_is_told() {
+    let policy = PolicyFile::new(POLICY);
+    let mut exec = Exec::start(&policy);
+    let probe = &mut exec.probe;
+    let (listener, address) = probe.listener(Family::Inet, Kind::Tcp);
+    for (local, expected) in [("127.1.2.3:0", [["11", "4"], ["22", "3"]]), ("127.2.2.3:0", [["33", "4"], ["33", "4"]])]
+    {
+        let client = probe.open(Family::Inet, Kind::Tcp);
+        let local = probe.bind(client, local.parse().unwrap());
+        probe.connect(client, address);
+        let server = probe.accept(listener);
+        let ends = [(client, "outbound", local, address), (server, "inbound", address, local)];
+        for ((fd, direction, local, remote), expected) in ends.into_iter().zip(expected) {
+            let told = OPTIONS.map(|option| probe.int(fd, option).to_string());
+            assert_eq!(told, expected, "{direction} from {local}");
+            assert_eq!(explained(&policy, direction, local, remote), told, "{direction} from {local}");
+        }
+    }
+    drop(exec.finish());
+}
+
+#[test]
+fn tests_of_a_policy_pass_or_fail_without_any_rights() {
+    let case = |set: &str| {
+        format!(
+            "[[test]]\nsocket = {{ direction = \"inbound\", remote = \"127.1.0.1:5\" }}\nset = {{ {set} }}\nfree = \
+             [\"SO_MARK\"]\n"
+        )
+    };
+    for (set, failed) in [("TCP_KEEPCNT = 22", None), ("TCP_KEEPCNT = 22, TCP_SYNCNT = 4", Some("TCP_SYNCNT: 4"))] {
+        let policy = PolicyFile::new(format!("{POLICY}{}", case(set)));
+        let output = agent::output(&["test", policy.path().to_str().unwrap()]);
+        let said = stdout(&output);
+        assert_eq!(output.status.code(), Some(i32::from(failed.is_some())), "{said}{}", stderr(&output));
+        match failed {
+            None => assert_eq!(said, "passed: 1\n"),
+            Some(failed) => {
+                assert!(
+                    said.contains(&format!("\n  expected {failed}\n  found TCP_SYNCNT: 3, by rule near (")),
+                    "{said}"
+                );
+                assert!(said.ends_with("\npassed: 0, failed: 1\n"), "{said}");
+            }
+        }
+    }
+}
