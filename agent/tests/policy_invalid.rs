@@ -54,6 +54,21 @@ fn each_invalid_policy_is_refused_in_these_words() {
 }
 
 #[test]
+fn programs_are_told_the_same_with_line_and_columns() {
+    let path = Path::new("policy.toml");
+    let errors = policy::parse(path, "[[rule]]\nset = { TCP_NODELA = 1 }\n").unwrap_err();
+    let lines: Vec<String> = errors.diagnostics.iter().map(|diagnostic| diagnostic.to_json().to_string()).collect();
+    assert_eq!(
+        lines,
+        [
+            r#"{"column":9,"end_column":19,"file":"policy.toml","help":"did you mean `TCP_NODELAY`?","line":2,"message":"unknown option `TCP_NODELA`","schema":1,"severity":"error"}"#
+        ]
+    );
+    let errors = errors_of(Path::new("/nowhere/policy.toml"));
+    assert_eq!(errors.diagnostics[0].to_json()["line"], serde_json::Value::Null);
+}
+
+#[test]
 fn each_golden_has_its_policy() {
     let stems =
         |extension| -> BTreeSet<_> { files_with(extension).into_iter().map(|path| path.with_extension("")).collect() };

@@ -259,6 +259,21 @@ fn a_warning_shows_the_rule_and_what_to_do() {
     );
 }
 
+#[test]
+fn bits_of_a_mark_that_others_use_are_warned_of() {
+    let of_mark = |mark: &str| warned(&format!("[[rule]]\nset = {{ SO_MARK = {mark} }}\n"));
+    for free in ["32", "\"0x20/0xff\"", "\"0x1000/0x1000\"", "\"0/0xff00\""] {
+        assert!(of_mark(free).is_empty(), "{free}");
+    }
+    for (mark, users) in [
+        ("\"0x4000/0xffff\"", "Kubernetes (kube-proxy) (0x4000)"),
+        ("\"0x40100/0x40100\"", "Cilium (0x100), Tailscale (0x40000), Calico (0x40000)"),
+        ("1337", "Istio (0x539), Cilium (0x500)"),
+    ] {
+        assert_eq!(of_mark(mark), [format!("this mark has bits that others use: {users}")], "{mark}");
+    }
+}
+
 /// The root of the repository.
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")

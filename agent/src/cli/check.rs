@@ -1,15 +1,18 @@
 //! `sockpolicy check`: finds every mistake in policy files, without any rights.
 
 use std::{
-    io::{self, IsTerminal},
+    io::{self, IsTerminal, Write},
     path::PathBuf,
     process::ExitCode,
 };
 
-use super::FINDINGS;
+use super::{FAILURE, FINDINGS, complain, output::Format, unless_closed};
 use crate::{
     compile::compile,
-    policy::{self, Policy, diagnostic::Style},
+    policy::{
+        self, Policy,
+        diagnostic::{Diagnostic, Problem, Style},
+    },
 };
 
 /// Check policy files: all mistakes at once, and what looks like one
@@ -18,16 +21,40 @@ pub(super) struct Check {
     /// Policy files
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
+    /// Form of what is found: text to standard error, or a line of JSON for each to standard output
+    #[arg(long, short, value_enum, default_value_t)]
+    output: Format,
 }
 
 impl Check {
     pub(super) fn run(self) -> ExitCode {
+        if self.output == Format::Json {
+            return self.tell_programs();
+        }
         let Some(policies) = load(&self.files) else { return FINDINGS.into() };
         if let Err(error) = compile(&policies) {
-            super::complain(&error);
+            complain(&error);
             return FINDINGS.into();
         }
         ExitCode::SUCCESS
+    }
+
+    fn tell_programs(&self) -> ExitCode {
+        let (found, is_valid) = match policy::load_all(&self.files) {
+            Ok((policies, mut found)) => {
+                let error = compile(&policies).err();
+                found.extend(error.iter().map(|error| Diagnostic::without_source(Problem::new(error.to_string()))));
+                (found, error.is_none())
+            }
+            Err(errors) => (errors.diagnostics, false),
+        };
+        let mut out = io::stdout().lock();
+        let told = unless_closed(found.iter().try_for_each(|diagnostic| writeln!(out, "{}", diagnostic.to_json())));
+        if let Err(error) = told {
+            complain(&error);
+            return FAILURE.into();
+        }
+        if is_valid { ExitCode::SUCCESS } else { FINDINGS.into() }
     }
 }
 

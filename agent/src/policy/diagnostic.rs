@@ -134,6 +134,37 @@ impl Diagnostic {
         Self { severity, source: Some(Arc::clone(source)), span, message, help }
     }
 
+    /// As a line of JSON, without its end. Lines and columns are counted from 1, columns in characters; the end is that of
+    /// the span, or of its first line.
+    #[must_use]
+    pub fn to_json(&self) -> serde_json::Value {
+        let place = self.source.as_ref().map(|source| (source, self.span.as_ref()));
+        let (line, columns) = match place {
+            Some((source, Some(span))) => {
+                let (number, start, line) = source.first_line(span);
+                let column = |at: usize| {
+                    let at = line.floor_char_boundary(at.saturating_sub(start).min(line.len()));
+                    line[..at].chars().count() + 1
+                };
+                (Some(number), Some((column(span.start), column(span.end))))
+            }
+            _ => (None, None),
+        };
+        serde_json::json!({
+            "schema": 1,
+            "severity": match self.severity {
+                Severity::Error => "error",
+                Severity::Warning => "warning",
+            },
+            "file": self.source.as_ref().map(|source| source.path.display().to_string()),
+            "line": line,
+            "column": columns.map(|(from, _)| from),
+            "end_column": columns.map(|(_, to)| to),
+            "message": self.message,
+            "help": self.help,
+        })
+    }
+
     /// Several lines, the last one ended too: what, where with the source line, `help:`.
     #[must_use]
     pub fn render(&self, style: Style) -> String {

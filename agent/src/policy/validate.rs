@@ -7,6 +7,7 @@
 //! found in one go.
 
 mod clauses;
+mod marks;
 mod selector;
 mod shadow;
 mod target;
@@ -61,6 +62,7 @@ fn validate(file: &PolicyFile<'_>, path: &Path, findings: &mut Findings) -> Poli
     let candidates = rules(rule_files, findings);
     if findings.errors() == 0 {
         shadow::warn(&candidates, findings);
+        marks::warn(&candidates, findings);
     }
     let policy = Policy {
         path: path.to_owned(),

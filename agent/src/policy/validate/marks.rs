@@ -1,0 +1,53 @@
+//! Warnings about marks with bits that other software on the host may take for its own.
+//!
+//! Only bits that a policy sets are looked at: a bit that it keeps at 0 is what others expect of a new socket.
+
+use super::{clauses::Placed, shadow::Candidate};
+use crate::{
+    options::ValueKind,
+    policy::{
+        diagnostic::{Findings, Problem},
+        model::{Form, Named, Wanted},
+        units,
+    },
+};
+
+/// Who uses which bits, by <https://github.com/fwmark/registry> and, for the whole of Tailscale's byte, its source
+/// (tsconst/linuxfw.go). Of Cilium's those by which it tells where packets come from; it uses others inside.
+const USERS: &[(&str, u32)] = &[
+    ("the AWS VPC CNI", 0x0000_0080),
+    ("Cilium", 0x0000_0f00),
+    ("the portmap CNI plugin", 0x0000_2000),
+    ("Kubernetes (kube-proxy)", 0x0000_c000),
+    ("Tailscale", 0x00ff_0000),
+    ("Calico", 0xffff_0000),
+];
+
+/// Marks that are taken as a whole.
+const WHOLE: &[(&str, u32)] = &[("Istio", 0x1337), ("Istio", 1337), ("AWS App Mesh", 0x1e77_00ce)];
+
+pub(super) fn warn(rules: &[Candidate], findings: &mut Findings) {
+    for placed in rules.iter().flat_map(|rule| &rule.clauses) {
+        if let (Named::Known(option), Form::Set(Wanted::Number { value, mask })) =
+            (placed.clause.option, &placed.clause.form)
+            && option.value == ValueKind::Mark
+        {
+            warn_of_users(placed, *value, *mask, findings);
+        }
+    }
+}
+
+fn warn_of_users(placed: &Placed, value: u32, mask: u32, findings: &mut Findings) {
+    let shown = |bits: u32| units::show_literal(ValueKind::Mark, bits.into());
+    let whole = WHOLE.iter().filter(|(_, mark)| mask == u32::MAX && *mark == value).map(|(user, _)| (*user, value));
+    let bits = USERS.iter().filter(|(_, bits)| bits & value != 0).map(|(user, bits)| (*user, bits & value));
+    let used: Vec<String> = whole.chain(bits).map(|(user, bits)| format!("{user} ({})", shown(bits))).collect();
+    if used.is_empty() {
+        return;
+    }
+    findings.warning(
+        Problem::new(format!("this mark has bits that others use: {}", used.join(", ")))
+            .help("where they run on this host, take bits of your own, such as \"0x20/0x20\"")
+            .at(placed.span.clone()),
+    );
+}
