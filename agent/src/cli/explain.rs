@@ -11,6 +11,7 @@ use super::{FAILURE, FINDINGS, check, complain, output::Format, unless_closed};
 use crate::{
     compile::compile,
     explain::{Explanation, explain},
+    host::socket,
     policy::{
         End, Socket, TwoFamilies,
         model::{Direction, Family, Protocol},
@@ -20,20 +21,26 @@ use crate::{
 
 /// Say which rule decides each option of a socket, and why the others do not
 ///
-/// The socket is described by what is known of it. What is left out may yet be anything, as it is when a socket has just
-/// been made.
+/// The socket is described by what is known of it, or is one that a process has. What is not known may yet be anything, as it
+/// is when a socket has just been made.
 #[derive(Debug, clap::Args)]
 pub(super) struct Explain {
     /// Policy files
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
-    /// The socket's protocol: tcp, udp, icmp, sctp or other
-    #[arg(long, value_name = "NAME", default_value = "tcp", value_parser = one_of(Protocol::WORDS))]
-    protocol: Protocol,
+    /// A socket of this process. Where it has several, --fd, --local or --remote choose one
+    #[arg(long, value_name = "PID", conflicts_with_all = ["protocol", "family"])]
+    pid: Option<u32>,
+    /// The socket's descriptor in the process
+    #[arg(long, value_name = "NUMBER", requires = "pid")]
+    fd: Option<i32>,
+    /// The socket's protocol: tcp (if this is left out), udp, icmp, sctp or other
+    #[arg(long, value_name = "NAME", value_parser = one_of(Protocol::WORDS))]
+    protocol: Option<Protocol>,
     /// ipv4 or ipv6; addresses say it too
     #[arg(long, value_name = "NAME", value_parser = one_of(Family::WORDS))]
     family: Option<Family>,
-    /// outbound (it connects) or inbound (it listens, or was accepted)
+    /// outbound (it connects) or inbound (it listens, or was accepted). A connected socket of a process does not say it
     #[arg(long, value_name = "WORD", value_parser = one_of(Direction::WORDS))]
     direction: Option<Direction>,
     /// Its own address, port or both: 10.0.0.1, :443, 10.0.0.1:443, [::1]:443
@@ -48,8 +55,25 @@ pub(super) struct Explain {
 }
 
 #[derive(Debug, thiserror::Error)]
-#[error("{0}\n  help: give addresses of one family; an IPv4-mapped address is an IPv4 one")]
-struct Impossible(#[from] TwoFamilies);
+enum NoSocket {
+    #[error("{0}\n  help: give addresses of one family; an IPv4-mapped address is an IPv4 one")]
+    Impossible(#[from] TwoFamilies),
+    #[error(
+        "cannot look into process {pid}: {source}\n  help: see whether it is there: ps {pid}; it takes root to look into it"
+    )]
+    Process { pid: u32, source: io::Error },
+    #[error("process {pid} has no IPv4 or IPv6 socket")]
+    None { pid: u32 },
+    #[error("process {pid} has no such socket; it has{}\n  help: give one of these with --fd", list(.sockets))]
+    Others { pid: u32, sockets: Vec<(i32, Socket)> },
+    #[error("process {pid} has several such sockets:{}\n  help: give one of these with --fd", list(.sockets))]
+    Several { pid: u32, sockets: Vec<(i32, Socket)> },
+}
+
+fn list(sockets: &[(i32, Socket)]) -> String {
+    let lines: Vec<_> = sockets.iter().map(|(fd, socket)| format!("\n  --fd {fd}: {socket}")).collect();
+    lines.concat()
+}
 
 impl Explain {
     pub(super) fn run(self) -> ExitCode {
@@ -77,8 +101,28 @@ impl Explain {
         }
     }
 
-    fn socket(&self) -> Result<Socket, Impossible> {
-        Ok(Socket::new(self.protocol, self.family, self.direction, self.local.unwrap_or_default(), self.remote)?)
+    fn socket(&self) -> Result<Socket, NoSocket> {
+        let local = self.local.unwrap_or_default();
+        let protocol = self.protocol.unwrap_or(Protocol::Tcp);
+        let described = Socket::new(protocol, self.family, self.direction, local, self.remote)?;
+        let Some(pid) = self.pid else { return Ok(described) };
+        let sockets = socket::of_process(pid).map_err(|source| NoSocket::Process { pid, source })?;
+        let is_meant = |(fd, socket): &(i32, Socket)| {
+            self.fd.is_none_or(|asked| asked == *fd)
+                && described.local.is_none_or(|asked| socket.local == Some(asked))
+                && described.local_port.is_none_or(|asked| socket.local_port == Some(asked))
+                && described.remote.is_none_or(|asked| socket.remote == Some(asked))
+        };
+        let (mut meant, others): (Vec<_>, Vec<_>) = sockets.into_iter().partition(is_meant);
+        match (meant.pop(), meant.is_empty()) {
+            (Some((_, socket)), true) => Ok(Socket { direction: socket.direction.or(self.direction), ..socket }),
+            (Some(last), false) => {
+                meant.push(last);
+                Err(NoSocket::Several { pid, sockets: meant })
+            }
+            (None, _) if others.is_empty() => Err(NoSocket::None { pid }),
+            (None, _) => Err(NoSocket::Others { pid, sockets: others }),
+        }
     }
 
     fn tell(&self, explanation: &Explanation) -> io::Result<()> {

@@ -1,7 +1,5 @@
 //! `sockpolicy explain` and `sockpolicy test`, against what sockets have.
 
-use std::net::SocketAddr;
-
 use serde_json::Value;
 use sockpolicy_integration_tests::{
     agent::{self, Exec},
@@ -30,10 +28,9 @@ set = { TCP_KEEPCNT = 33, TCP_SYNCNT = 4 }
 ";
 
 /// What the policy decides of each of the options, as `explain` tells.
-fn explained(policy: &PolicyFile, direction: &str, local: SocketAddr, remote: SocketAddr) -> [String; 2] {
-    let (path, local, remote) = (policy.path().to_str().unwrap(), local.to_string(), remote.to_string());
-    let socket = ["--direction", direction, "--local", &local, "--remote", &remote];
-    let output = agent::output(&[&["explain", "-o", "json", path], &socket[..]].concat());
+fn explained(policy: &PolicyFile, socket: &[&str]) -> [String; 2] {
+    let path = policy.path().to_str().unwrap();
+    let output = agent::output(&[&["explain", "-o", "json", path], socket].concat());
     assert!(output.status.success(), "{}", stderr(&output));
     let lines: Vec<Value> = stdout(&output).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     OPTIONS.map(|option| {
@@ -58,7 +55,11 @@ fn what_is_explained_is_what_the_owner_is_told() {
         for ((fd, direction, local, remote), expected) in ends.into_iter().zip(expected) {
             let told = OPTIONS.map(|option| probe.int(fd, option).to_string());
             assert_eq!(told, expected, "{direction} from {local}");
-            assert_eq!(explained(&policy, direction, local, remote), told, "{direction} from {local}");
+            let (local, remote, pid) = (local.to_string(), remote.to_string(), probe.pid.to_string());
+            let described = ["--direction", direction, "--local", &local, "--remote", &remote];
+            assert_eq!(explained(&policy, &described), told, "{direction} from {local}");
+            let found = [&["--pid", &pid], &described[..]].concat();
+            assert_eq!(explained(&policy, &found), told, "{direction} from {local}, found in its process");
         }
     }
     drop(exec.finish());
