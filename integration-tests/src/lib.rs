@@ -47,6 +47,7 @@ pub mod process;
 pub mod report;
 pub mod residue;
 pub mod script;
+pub mod taken;
 pub mod terminal;
 pub mod wait;
 

@@ -1,5 +1,7 @@
 //! The ready-made policies, each on a real program.
 
+mod library;
+
 use std::path::{Path, PathBuf};
 
 use sockpolicy_integration_tests::{agent, policy::PolicyFile, process::read_report, report::Report};

@@ -53,6 +53,12 @@ fn mptcp_is_there_if_kernels_toml_says_so() {
 }
 
 #[test]
+fn dctcp_is_loaded_if_kernels_toml_says_so() {
+    let loaded = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_available_congestion_control").unwrap();
+    assert_eq!(loaded.split_whitespace().any(|name| name == "dctcp"), Kernel::current().has("dctcp"), "{loaded}");
+}
+
+#[test]
 fn io_uring_has_socket_calls_if_kernels_toml_says_so() {
     let mut command = Command::new(workload());
     command.args(["ring", "plain"]);
