@@ -10,6 +10,7 @@ mod exec;
 mod explain;
 mod options;
 mod output;
+mod plan;
 mod run;
 mod signals;
 mod test;
@@ -46,6 +47,7 @@ enum Command {
     Check(check::Check),
     Explain(explain::Explain),
     Test(test::Test),
+    Plan(plan::Plan),
     Exec(exec::Exec),
     Run(run::Run),
     Audit(audit::Audit),
@@ -79,6 +81,7 @@ pub fn main() -> ExitCode {
         Command::Check(check) => check.run(),
         Command::Explain(explain) => explain.run(),
         Command::Test(test) => test.run(),
+        Command::Plan(plan) => plan.run(),
         Command::Exec(exec) => exec.run(),
         Command::Run(run) => run.run(),
         Command::Audit(audit) => audit.run(),

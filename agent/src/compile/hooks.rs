@@ -64,6 +64,18 @@ impl Hook {
         }
     }
 
+    /// The sites that sockets pass in it.
+    #[must_use]
+    pub fn sites(self) -> &'static [u32] {
+        match self {
+            Self::Birth => &[site::BIRTH],
+            Self::Bind4 | Self::Bind6 => &[site::BIND_STREAM, site::BIND_DATAGRAM],
+            Self::Connect4 | Self::Connect6 => &[site::CONNECT_STREAM, site::CONNECT_DATAGRAM],
+            Self::Turns => &[site::SYN, site::ACTIVE, site::PASSIVE, site::LISTEN],
+            Self::Set | Self::Get => &[],
+        }
+    }
+
     /// The first kernel on which sockpolicy's program for it runs, as far as is known.
     #[must_use]
     pub fn since(self) -> &'static str {
@@ -132,18 +144,35 @@ fn may_pass(rule: &Rule, site: u32) -> bool {
 pub(super) fn needed(options: &[Governed], sites: &[SiteList; site::COUNT], rules: &[&Rule], reads: bool) -> Vec<Hook> {
     let any = |numbers: &[u32]| numbers.iter().any(|number| sites[*number as usize].len > 0);
     let tcp = rules.iter().any(|rule| may_pass(rule, site::SYN));
-    let compares = options.iter().any(|option| option.sets != 0 && option.read_back != read_back::NONE);
+    let compares = options.iter().any(is_compared);
     Hook::ALL
         .into_iter()
         .filter(|hook| match hook {
             // At birth also without anything to apply: a socket's notes are made when it is, before it
             // can use up the memory that it may have for them.
             Hook::Birth | Hook::Set => !options.is_empty(),
-            Hook::Bind4 | Hook::Bind6 => any(&[site::BIND_STREAM, site::BIND_DATAGRAM]),
-            Hook::Connect4 | Hook::Connect6 => any(&[site::CONNECT_STREAM, site::CONNECT_DATAGRAM]),
+            Hook::Bind4 | Hook::Bind6 | Hook::Connect4 | Hook::Connect6 => any(hook.sites()),
             // Also for the direction of a socket, and for notes of its own in place of its listener's.
             Hook::Turns => tcp && !options.is_empty(),
             Hook::Get => reads && compares,
         })
         .collect()
+}
+
+/// Whether reads of an option are held against what the policy sets.
+fn is_compared(option: &Governed) -> bool {
+    option.sets != 0 && option.read_back != read_back::NONE
+}
+
+/// The options that the program at a hook sets, judges or compares: indices of `options`.
+pub(super) fn options_at(hook: Hook, options: &[Governed], sites: &[SiteList; site::COUNT]) -> Vec<usize> {
+    let is_there = |index: usize, option: &Governed| match hook {
+        Hook::Set => true,
+        Hook::Get => is_compared(option),
+        _ => hook.sites().iter().any(|site| {
+            let SiteList { len, options } = &sites[*site as usize];
+            options.iter().take(*len as usize).any(|at| *at as usize == index)
+        }),
+    };
+    options.iter().enumerate().filter(|(index, option)| is_there(*index, option)).map(|(index, _)| index).collect()
 }

@@ -140,6 +140,19 @@ impl Desired {
         Some((source, self.rules.get(source.rule)?))
     }
 
+    /// What the program at a hook is about: the options that it sets, judges or compares.
+    #[must_use]
+    pub fn options_at(&self, hook: Hook) -> Vec<Named> {
+        let options = hooks::options_at(hook, &self.options, &self.sites);
+        let named = |index: usize| Some(self.sources.get(self.options.get(index)?.first_setting as usize)?.option);
+        options.into_iter().filter_map(named).collect()
+    }
+
+    /// The programs to attach, and to which of so many targets, in that order.
+    pub fn attachments(&self, targets: usize) -> impl Iterator<Item = (Hook, usize)> {
+        (0..targets).flat_map(|target| self.hooks.iter().map(move |hook| (*hook, target)))
+    }
+
     /// The rules that match a socket, as the kernel finds them.
     #[must_use]
     pub fn candidates(&self, facts: &Facts) -> Candidates {

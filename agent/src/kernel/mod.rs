@@ -17,7 +17,7 @@ mod probe;
 mod syscall;
 
 pub use self::{
-    audit::{Audit, Backend, BackendChoice, Tried},
+    audit::{Audit, Backend, BackendChoice, Tried, candidates},
     error::KernelError,
     object::{Object, Record},
     probe::{Answer, audit_backends, hooks},

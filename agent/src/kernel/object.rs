@@ -154,17 +154,16 @@ impl Object {
     ///
     /// Where the kernel refuses; what was attached until then goes with this value.
     pub fn attach(&mut self, desired: &Desired, targets: &[Cgroup]) -> Result<(), KernelError> {
-        for target in targets {
-            for hook in &desired.hooks {
-                let program =
-                    self.ebpf.program_mut(hook.program()).ok_or(KernelError::Incomplete { what: hook.program() })?;
-                attach_program(program, target).map_err(|error| KernelError::Attach {
-                    hook: *hook,
-                    cgroup: target.path.clone(),
-                    reason: chain(&error),
-                })?;
-                log::debug!("attached {hook} to {}", target.path.display());
-            }
+        for (hook, target) in desired.attachments(targets.len()) {
+            let target = &targets[target];
+            let program =
+                self.ebpf.program_mut(hook.program()).ok_or(KernelError::Incomplete { what: hook.program() })?;
+            attach_program(program, target).map_err(|error| KernelError::Attach {
+                hook,
+                cgroup: target.path.clone(),
+                reason: chain(&error),
+            })?;
+            log::debug!("attached {hook} to {}", target.path.display());
         }
         Ok(())
     }

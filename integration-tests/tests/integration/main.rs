@@ -14,6 +14,7 @@ mod explain;
 mod lifecycle;
 mod matching;
 mod overruling;
+mod plan;
 mod policies;
 mod preamble;
 mod settings;

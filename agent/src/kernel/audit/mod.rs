@@ -168,19 +168,30 @@ impl Audit {
 
 /// Attaches the backend of choice; gives the one that was taken.
 pub(super) fn attach(ebpf: &mut Ebpf, choice: BackendChoice, aim: Aim) -> Result<Option<Audit>, KernelError> {
-    let backend = match choice {
-        BackendChoice::None => return Ok(None),
-        BackendChoice::Auto => return attach_best(ebpf, aim).map(Some),
-        BackendChoice::Fentry => Backend::Fentry,
-        BackendChoice::Kprobe => Backend::Kprobe,
-        BackendChoice::Tracepoint => Backend::Tracepoint,
-    };
-    attach_backend(ebpf, backend, aim).map(Some).map_err(|reason| KernelError::Backend { backend, reason })
+    match candidates(choice)[..] {
+        [] => Ok(None),
+        [backend] => {
+            attach_backend(ebpf, backend, aim).map(Some).map_err(|reason| KernelError::Backend { backend, reason })
+        }
+        ref several => attach_best(ebpf, several, aim).map(Some),
+    }
 }
 
-fn attach_best(ebpf: &mut Ebpf, aim: Aim) -> Result<Audit, KernelError> {
+/// The backends that are tried, in that order.
+#[must_use]
+pub fn candidates(choice: BackendChoice) -> Vec<Backend> {
+    match choice {
+        BackendChoice::Auto => Backend::by_preference(system::is_preemptible()).into(),
+        BackendChoice::None => Vec::new(),
+        BackendChoice::Fentry => vec![Backend::Fentry],
+        BackendChoice::Kprobe => vec![Backend::Kprobe],
+        BackendChoice::Tracepoint => vec![Backend::Tracepoint],
+    }
+}
+
+fn attach_best(ebpf: &mut Ebpf, backends: &[Backend], aim: Aim) -> Result<Audit, KernelError> {
     let mut reasons = Vec::new();
-    for backend in Backend::by_preference(system::is_preemptible()) {
+    for backend in backends.iter().copied() {
         match attach_backend(ebpf, backend, aim) {
             Ok(audit) => return Ok(audit),
             Err(reason) => {
