@@ -6,7 +6,7 @@
 //! numbers.
 
 use abi::{
-    event::flags,
+    event::{Call, flags},
     mode,
     select::{Candidates, select},
     setting::{Governed, Setting, TEXT_LEN, Value, form, kind, on_conflict, read_back, traits, word_in, words_of},
@@ -261,9 +261,7 @@ fn set_int(socket: &impl Socket, option: &Governed, setting: &Setting, dry_run: 
 #[inline(always)]
 fn report_failure(option: &Governed, winner: u32, setting: &Setting, errno: i32, cookie: u64) {
     emit::outcome(option.key, errno, |call| {
-        call.flags = flags::DECIDED;
-        call.setting = winner;
-        call.wanted = if option.kind == kind::TEXT { Value::text(setting.text) } else { Value::int(setting.value) };
-        call.cookie = cookie;
+        let wanted = if option.kind == kind::TEXT { Value::text(setting.text) } else { Value::int(setting.value) };
+        *call = Call { flags: flags::DECIDED, setting: winner, wanted, cookie, ..Call::default() };
     });
 }

@@ -5,9 +5,12 @@ use abi::{
     judge::verdict,
     setting::OptionKey,
 };
-use aya_ebpf::helpers::{
-    bpf_get_current_comm, bpf_get_current_pid_tgid,
-    generated::{bpf_get_current_cgroup_id, bpf_ktime_get_ns},
+use aya_ebpf::{
+    bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP, BPF_RB_RING_SIZE},
+    helpers::{
+        bpf_get_current_comm, bpf_get_current_pid_tgid,
+        generated::{bpf_get_current_cgroup_id, bpf_ktime_get_ns},
+    },
 };
 
 use crate::maps::{self, count, lose};
@@ -53,7 +56,7 @@ pub(crate) struct Head {
 }
 
 /// Reports a call in conflict with the policy, unless one like it was reported just now. `executable` tells which the task
-/// runs; `fill` completes the record, which is otherwise zeroed.
+/// runs; `fill` writes the record.
 #[inline(always)]
 pub(crate) fn conflict(
     head: Head,
@@ -118,8 +121,8 @@ fn admit(key: &LimitKey, interval_ns: u64) -> Option<u64> {
     Some(suppressed)
 }
 
-/// Builds the event where it will be read: the stack has no room for it, and nothing is built that
-/// is not sent.
+/// Builds the event where it will be read: the stack has no room for it, and nothing is built that is not sent. `fill`
+/// writes all of the record, but for what `head` says.
 #[inline(always)]
 fn send(
     head: Head,
@@ -134,12 +137,9 @@ fn send(
         return false;
     };
     let event = entry.as_mut_ptr();
-    // SAFETY: the entry is ours until it is submitted, and has room for an event; zero is valid
-    // for each of its fields.
-    let event = unsafe {
-        event.write_bytes(0, 1);
-        &mut *event
-    };
+    // SAFETY: the entry is ours until it is submitted, and has room for an event; whatever lies there is valid for each of
+    // its fields, and is written over below.
+    let event = unsafe { &mut *event };
     // SAFETY: has no arguments.
     event.time_ns = unsafe { bpf_ktime_get_ns() };
     event.cgroup = task.cgroup;
@@ -152,11 +152,22 @@ fn send(
     event.tid = task.tid;
     event.comm = task.comm;
     event.executable = executable;
+    fill(&mut event.call);
     event.call.key = head.key;
     event.call.kind = head.call;
-    fill(&mut event.call);
-    entry.submit(0);
+    entry.submit(if kind == kind::CALL { wakeup() } else { 0 });
     true
+}
+
+/// Whether the agent is to be woken for a call. That takes longer than all the rest; so it looks for calls by itself from time
+/// to time, and is woken only where they come so fast that they would not all have room until then.
+#[inline(always)]
+fn wakeup() -> u64 {
+    if maps::EVENTS.query(BPF_RB_AVAIL_DATA.into()) > maps::EVENTS.query(BPF_RB_RING_SIZE.into()) / 8 {
+        BPF_RB_FORCE_WAKEUP.into()
+    } else {
+        BPF_RB_NO_WAKEUP.into()
+    }
 }
 
 /// Tells the agent which file an executable is. Events of it are to come after this.

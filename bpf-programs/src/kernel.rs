@@ -7,7 +7,7 @@ use abi::{
     event::{Call, Executable, ExecutableFile, NAME_MAX, PATH_MAX, flags},
     layout::{Layout, Member, known, of},
     setting::{Value, Words},
-    socket::{Address, Facts, protocol},
+    socket::{Facts, protocol},
 };
 use aya_ebpf::{
     cty::c_void,
@@ -138,27 +138,37 @@ pub(crate) fn sock_of(socket: *const c_void) -> u64 {
     if ret == 0 { sk } else { 0 }
 }
 
-/// The `struct sock` that a descriptor of the current task stands for; 0 where it stands for none.
+/// The `struct file` that a descriptor of the current task stands for; 0 where it stands for none.
 #[inline(always)]
-pub(crate) fn sock_of_descriptor(fd: i32) -> u64 {
+pub(crate) fn file_of_descriptor(fd: i32) -> u64 {
     if fd < 0 || !knows(known::SOCKET | known::DESCRIPTOR) {
         return 0;
     }
-    find_sock(fd as u32).unwrap_or(0)
+    find_file(fd as u32).unwrap_or(0)
+}
+
+/// The `struct sock` behind a `struct file`; 0 where it is no socket's.
+#[inline(always)]
+pub(crate) fn sock_of_file(file: u64) -> u64 {
+    find_sock(file).unwrap_or(0)
 }
 
 #[inline(always)]
-fn find_sock(fd: u32) -> Option<u64> {
-    /// The part of a mode that tells the type of a file, and that of a socket (include/uapi/linux/stat.h).
-    const S_IFMT: u16 = 0o170_000;
-    const S_IFSOCK: u16 = 0o140_000;
+fn find_file(fd: u32) -> Option<u64> {
     let files = follow(member!(current_task(), task_files))?;
     let table = follow(member!(files, files_fdt))?;
     if fd >= read::<u32>(member!(table, fdtable_max_fds))? {
         return None;
     }
     let descriptors = follow(member!(table, fdtable_fd))?;
-    let file = follow(descriptors.wrapping_add(8 * u64::from(fd)))?;
+    follow(descriptors.wrapping_add(8 * u64::from(fd)))
+}
+
+#[inline(always)]
+fn find_sock(file: u64) -> Option<u64> {
+    /// The part of a mode that tells the type of a file, and that of a socket (include/uapi/linux/stat.h).
+    const S_IFMT: u16 = 0o170_000;
+    const S_IFSOCK: u16 = 0o140_000;
     let inode = follow(member!(file, file_inode))?;
     if read::<u16>(member!(inode, inode_mode))? & S_IFMT != S_IFSOCK {
         return None;
@@ -167,17 +177,44 @@ fn find_sock(fd: u32) -> Option<u64> {
     follow(member!(socket, socket_sk))
 }
 
+/// The beginning of a `struct sock`, which has most of what it says of itself: one read in place of many.
+struct SockHead([u64; Self::LEN / 8]);
+
+impl SockHead {
+    const LEN: usize = 128;
+
+    #[inline(always)]
+    fn of(sk: u64) -> Option<Self> {
+        let mut head = Self([0; Self::LEN / 8]);
+        // SAFETY: writes as many bytes as there are, of any pattern.
+        let ret = unsafe { bpf_probe_read_kernel((&raw mut head.0).cast(), Self::LEN as u32, sk as *const c_void) };
+        (ret == 0).then_some(head)
+    }
+
+    /// A member; what lies behind the beginning is read by itself.
+    #[inline(always)]
+    fn member<T: Copy + Default>(&self, sk: u64, offset: u32) -> T {
+        let offset = offset as usize;
+        if offset > Self::LEN - size_of::<T>() {
+            return read_or_zero(sk.wrapping_add(offset as u64));
+        }
+        // SAFETY: within the array, aligned as the kernel has it, and valid whatever the bytes: it is only asked for numbers.
+        unsafe { self.0.as_ptr().byte_add(offset).cast::<T>().read() }
+    }
+}
+
 /// Fills in what a socket says of itself, as far as a hook that knows it better has not.
 #[inline(always)]
 pub(crate) fn describe(record: &mut Call, sk: u64) {
     record.socket_cgroup = cgroup_of(sk).unwrap_or(0);
+    let Some(head) = SockHead::of(sk) else { return };
     if record.cookie == 0 {
-        record.cookie = cookie_of(sk);
+        record.cookie = head.member(sk, layout!(sock_cookie));
     }
-    let Some(family) = read::<u16>(member!(sk, sock_family)) else { return };
+    let family: u16 = head.member(sk, layout!(sock_family));
     record.sk_family = family.into();
     if record.flags & flags::SOCKET == 0 && facts::is_inet(family.into()) {
-        record.facts = facts_of(sk, family.into());
+        record.facts = facts_of(sk, &head, family.into());
         record.flags |= flags::SOCKET;
     }
 }
@@ -201,25 +238,21 @@ fn id_of_cgroup(cgroup: u64) -> Option<u64> {
 
 /// What an IPv4 or IPv6 socket says of itself, but for the direction of its connection.
 #[inline(always)]
-fn facts_of(sk: u64, family: u32) -> Facts {
+fn facts_of(sk: u64, head: &SockHead, family: u32) -> Facts {
     let inet6 = family == abi::socket::sk_family::INET6;
     let kind = read_or_zero::<u16>(member!(sk, sock_type));
     let number = read_or_zero::<u16>(member!(sk, sock_protocol));
     let mut facts = Facts { protocol: facts::protocol(kind.into(), number.into()), ..Facts::default() };
-    facts.local = if inet6 { read_or_zero(member!(sk, sock_v6_rcv_saddr)) } else { ipv4(member!(sk, sock_rcv_saddr)) };
-    facts.local_port = read_or_zero(member!(sk, sock_num)); // host byte order
+    let address = |v6: u32, v4: u32| if inet6 { head.member(sk, v6) } else { [head.member(sk, v4), 0, 0, 0] };
+    facts.local = address(layout!(sock_v6_rcv_saddr), layout!(sock_rcv_saddr));
+    facts.local_port = head.member(sk, layout!(sock_num)); // host byte order
     facts::note_local(&mut facts);
-    facts::note_state(&mut facts, read_or_zero::<u8>(member!(sk, sock_state)).into(), || {
-        let remote = if inet6 { read_or_zero(member!(sk, sock_v6_daddr)) } else { ipv4(member!(sk, sock_daddr)) };
-        (remote, u16::from_be(read_or_zero(member!(sk, sock_dport))))
+    facts::note_state(&mut facts, head.member::<u8>(sk, layout!(sock_state)).into(), || {
+        let remote = address(layout!(sock_v6_daddr), layout!(sock_daddr));
+        (remote, u16::from_be(head.member(sk, layout!(sock_dport))))
     });
     facts.settle_family(family);
     facts
-}
-
-#[inline(always)]
-fn ipv4(address: u64) -> Address {
-    [read_or_zero(address), 0, 0, 0]
 }
 
 /// The value of an option, where a member of the socket is all there is to it.

@@ -11,10 +11,15 @@ use nix::{
 };
 
 use super::{output::Writer, signals::Signals};
-use crate::session::{Session, SessionError};
+use crate::{
+    policy::model::Calls,
+    session::{Session, SessionError},
+};
 
 /// How long a loss that comes without an event may go untold, in milliseconds.
 const LOSS_INTERVAL_MS: u16 = 1000;
+/// The same for calls, for which the programs wake nobody unless they come very fast.
+const CALL_INTERVAL_MS: u16 = 50;
 
 /// Why reporting came to an end.
 #[derive(Debug, thiserror::Error)]
@@ -32,7 +37,11 @@ pub(super) fn wait(signals: &Signals, session: &Session, ends: &[BorrowedFd<'_>]
     let mut polled =
         vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN), PollFd::new(session.as_fd(), PollFlags::POLLIN)];
     polled.extend(ends.iter().map(|end| PollFd::new(*end, PollFlags::POLLIN)));
-    match poll(&mut polled, PollTimeout::from(LOSS_INTERVAL_MS)) {
+    let interval = match session.desired().audit.calls {
+        Calls::Conflicts => LOSS_INTERVAL_MS,
+        Calls::Governed | Calls::All => CALL_INTERVAL_MS,
+    };
+    match poll(&mut polled, PollTimeout::from(interval)) {
         Ok(_) | Err(Errno::EINTR) => Ok(()),
         Err(error) => Err(WatchError::Watch(error.into())),
     }

@@ -59,6 +59,9 @@ pub struct Call {
     pub optlen: u64,
     /// Address of the kernel's `struct sock`; 0 if not known.
     pub sk: u64,
+    /// Address of the `struct file` that the descriptor stood for when the call began, where nothing else leads to the
+    /// socket; else 0.
+    pub file: u64,
     /// When the call began, if calls are timed. CLOCK_MONOTONIC, nanoseconds.
     pub start_ns: u64,
     /// The thread that makes the call: process and thread as `bpf_get_current_pid_tgid` has them.
@@ -92,7 +95,7 @@ pub struct Call {
     pub now: Value,
     pub facts: Facts,
 }
-shared!(Call, size 7 * 8 + 8 + 6 * 4 + 5 * 24 + 40);
+shared!(Call, size 8 * 8 + 8 + 6 * 4 + 5 * 24 + 40);
 
 /// Values of [`Event::kind`].
 pub mod kind {

@@ -258,7 +258,7 @@ pub(crate) extern "C" fn report_call(ctx: *mut bpf_sockopt, index: u32, winner: 
     }
     let head = Head { key: option.key, call: call::SETSOCKOPT, source: source::HOOK, result: 0, duration_ns: 0 };
     emit::conflict(head, winner, verdict, caller(), Executable::default, |record| {
-        record.fd = -1;
+        *record = Call { fd: -1, ..Call::default() };
         fill(record, &call, governed, verdict);
     });
     0
@@ -375,7 +375,7 @@ pub(crate) extern "C" fn report_read(ctx: *mut bpf_sockopt, index: u32, winner: 
     }
     let head = Head { key: option.key, call: call::GETSOCKOPT, source: source::HOOK, result: 0, duration_ns: 0 };
     emit::conflict(head, winner, verdict::ALLOWED.into(), caller(), Executable::default, |record| {
-        record.fd = -1;
+        *record = Call { fd: -1, ..Call::default() };
         fill_read(record, &call, governed);
     });
     0

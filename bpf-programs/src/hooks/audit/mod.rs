@@ -171,7 +171,7 @@ fn begin(begun: Begun) {
         Subject::DescriptorAlone(fd) => {
             call.fd = fd;
             if is_to_be_read {
-                call.sk = kernel::sock_of_descriptor(fd);
+                call.file = kernel::file_of_descriptor(fd);
             }
         }
     }
@@ -230,7 +230,7 @@ fn end_with_socket(ended: Ended) {
     }
     // The system call goes on to its end, and may let go of the socket before that.
     if is_to_be_told(call) {
-        complete(task, call.flags, ended.result);
+        complete(task, call.kind, call.flags, ended.result);
     }
     if let Some(call) = maps::call(task) {
         call.flags = (call.flags | flags::COMPLETE) & !flags::HELD;
@@ -258,7 +258,7 @@ fn end(ended: Ended) {
     }
     if is_to_be_told(call) {
         if call.flags & flags::COMPLETE == 0 {
-            complete(task, call.flags, result);
+            complete(task, call.kind, call.flags, result);
         }
         tell(task, source, result, duration_ns);
     }
@@ -291,10 +291,15 @@ fn is_to_be_told(call: &Call) -> bool {
 
 /// Adds to the record of a task's call what can be read now that it is over.
 #[inline(always)]
-fn complete(task: u64, call_flags: u32, result: i64) {
-    complete_argument(task, result);
+fn complete(task: u64, kind: u32, call_flags: u32, result: i64) {
+    // What most calls do not need is not called for: each function looks for the record anew.
+    if kind == call::GETSOCKOPT || call_flags & flags::UNREADABLE != 0 {
+        complete_argument(task, result);
+    }
     complete_socket(task);
-    complete_value(task);
+    if kind == call::SETSOCKOPT {
+        complete_value(task);
+    }
     if call_flags & (flags::DECIDED | flags::COMPAT) == flags::COMPAT {
         unhooked::judge_unhooked(task, result);
     }
@@ -334,10 +339,17 @@ extern "C" fn complete_argument(task: u64, result: i64) -> u32 {
 #[inline(never)]
 extern "C" fn complete_socket(task: u64) -> u32 {
     let Some(call) = maps::call(task) else { return 0 };
-    if call.sk == 0 || call.flags & flags::LOOKED_AT != 0 || !is_held(call) {
+    if call.flags & flags::LOOKED_AT != 0 || !is_held(call) {
         return 0;
     }
-    describe(task)
+    if call.sk == 0 {
+        call.sk = kernel::sock_of_file(call.file);
+    }
+    if call.sk != 0 {
+        call.flags |= flags::LOOKED_AT;
+        kernel::describe(call, call.sk);
+    }
+    0
 }
 
 /// Adds to the record of a task's call what its socket says of itself. The kernel holds the socket.
@@ -357,8 +369,8 @@ extern "C" fn complete_value(task: u64) -> u32 {
     let Some(call) = maps::call(task) else { return 0 };
     if call.kind == call::SETSOCKOPT
         && call.flags & flags::LOOKED_AT != 0
-        && is_held(call)
         && let Some(member) = maps::member(call.key)
+        && is_held(call)
         && let Some(now) = kernel::value_of(call.sk, call, member)
     {
         call.now = now;
@@ -402,9 +414,13 @@ extern "C" fn tell_file(start_ns: u64, pid: u32, exec_id: u32) -> u32 {
 /// Whether the socket of a call is still what it was: held by the kernel, or by a descriptor. Cookies are given once.
 #[inline(always)]
 fn is_held(call: &Call) -> bool {
-    call.flags & flags::HELD != 0
-        || (kernel::sock_of_descriptor(call.fd) == call.sk
-            && (call.cookie == 0 || kernel::cookie_of(call.sk) == call.cookie))
+    if call.flags & flags::HELD != 0 {
+        return true;
+    }
+    let file = kernel::file_of_descriptor(call.fd);
+    let is_same =
+        if call.file != 0 { file == call.file } else { call.sk != 0 && kernel::sock_of_file(file) == call.sk };
+    is_same && (call.sk == 0 || call.cookie == 0 || kernel::cookie_of(call.sk) == call.cookie)
 }
 
 /// Whether the current task is one of those that the audit is about.
