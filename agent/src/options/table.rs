@@ -209,7 +209,9 @@ pub const OPTIONS: &[SocketOption] = &[
         .since("6.15")
         .range(0, 1)
         .kept(AsGiven),
-    settable(L::TCP, "TCP_CONGESTION", 13, CongestionControl, "\"reno\"", "congestion control").kept(AsGiven),
+    // Those that need ECN (dctcp) must be there before the socket leaves TCP_CLOSE, which it has at the SYN: they fall back to
+    // Reno where they find that it was not negotiated (dctcp_init, net/ipv4/tcp_dctcp.c).
+    settable(L::TCP, "TCP_CONGESTION", 13, CongestionControl, "\"reno\"", "congestion control").at(ROUTE).kept(AsGiven),
     settable(L::TCP, "TCP_NODELAY", 1, Bool, "true", "send at once, without gathering (no Nagle)").since("6.1"),
     settable(L::TCP, "TCP_MAXSEG", 2, Bytes, "536", "maximum segment size")
         .since("6.1")
