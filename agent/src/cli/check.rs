@@ -8,7 +8,7 @@ use std::{
 
 use super::{FAILURE, FINDINGS, complain, output::Format, unless_closed};
 use crate::{
-    compile::compile,
+    compile::{Desired, compile},
     policy::{
         self, Policy,
         diagnostic::{Diagnostic, Problem, Style},
@@ -31,12 +31,7 @@ impl Check {
         if self.output == Format::Json {
             return self.tell_programs();
         }
-        let Some(policies) = load(&self.files) else { return FINDINGS.into() };
-        if let Err(error) = compile(&policies) {
-            complain(&error);
-            return FINDINGS.into();
-        }
-        ExitCode::SUCCESS
+        if load_compiled(&self.files).is_some() { ExitCode::SUCCESS } else { FINDINGS.into() }
     }
 
     fn tell_programs(&self) -> ExitCode {
@@ -78,6 +73,18 @@ pub(super) fn load(files: &[PathBuf]) -> Option<Vec<Policy>> {
         }
         Err(errors) => {
             eprintln!("{}", errors.render(style));
+            None
+        }
+    }
+}
+
+/// The same, and compiles them together.
+pub(super) fn load_compiled(files: &[PathBuf]) -> Option<(Vec<Policy>, Desired)> {
+    let policies = load(files)?;
+    match compile(&policies) {
+        Ok(desired) => Some((policies, desired)),
+        Err(error) => {
+            complain(&error);
             None
         }
     }

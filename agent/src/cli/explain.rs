@@ -9,7 +9,6 @@ use std::{
 
 use super::{FAILURE, FINDINGS, check, complain, output::Format, unless_closed};
 use crate::{
-    compile::compile,
     explain::{Explanation, explain},
     host::socket,
     policy::{
@@ -84,14 +83,7 @@ impl Explain {
                 return FAILURE.into();
             }
         };
-        let Some(policies) = check::load(&self.files) else { return FINDINGS.into() };
-        let desired = match compile(&policies) {
-            Ok(desired) => desired,
-            Err(error) => {
-                complain(&error);
-                return FINDINGS.into();
-            }
-        };
+        let Some((_, desired)) = check::load_compiled(&self.files) else { return FINDINGS.into() };
         match unless_closed(self.tell(&explain(&desired, &socket))) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {

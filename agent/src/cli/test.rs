@@ -7,10 +7,7 @@ use std::{
 };
 
 use super::{FAILURE, FINDINGS, check, complain, output::Format, unless_closed};
-use crate::{
-    compile::compile,
-    explain::{Trial, try_all},
-};
+use crate::explain::{Trial, try_all};
 
 /// Hold policies against the tests that stand in their files
 ///
@@ -27,14 +24,7 @@ pub(super) struct Test {
 
 impl Test {
     pub(super) fn run(self) -> ExitCode {
-        let Some(policies) = check::load(&self.files) else { return FINDINGS.into() };
-        let desired = match compile(&policies) {
-            Ok(desired) => desired,
-            Err(error) => {
-                complain(&error);
-                return FINDINGS.into();
-            }
-        };
+        let Some((policies, desired)) = check::load_compiled(&self.files) else { return FINDINGS.into() };
         let trials = try_all(&desired, &policies);
         if let Err(error) = unless_closed(self.tell(&trials)) {
             complain(&error);
