@@ -176,12 +176,11 @@ pub(crate) fn executable_file(executable: &Executable, fill: impl FnOnce(&mut Ex
     // Not counted where the ring buffer is full: the next event of it tries again.
     let Some(mut entry) = maps::EVENTS.reserve::<ExecutableFile>(0) else { return };
     let file = entry.as_mut_ptr();
-    // SAFETY: the entry is ours until it is submitted, has room for a file, and zero is valid for each of its fields.
-    let file = unsafe {
-        file.write_bytes(0, 1);
-        &mut *file
-    };
+    // SAFETY: the entry is ours until it is submitted, has room for a file, and whatever lies there is valid for each of its
+    // fields; of the names no more counts than is written.
+    let file = unsafe { &mut *file };
     file.executable = *executable;
+    file.len = 0;
     fill(file);
     entry.submit(0);
     maps::note_told(executable);

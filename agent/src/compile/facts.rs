@@ -12,24 +12,9 @@ use crate::policy::{
 #[must_use]
 pub fn facts(socket: &Socket) -> Facts {
     let mut facts = Facts {
-        protocol: match socket.protocol {
-            None => protocol::UNKNOWN,
-            Some(Protocol::Tcp) => protocol::TCP,
-            Some(Protocol::Udp) => protocol::UDP,
-            Some(Protocol::Icmp) => protocol::ICMP,
-            Some(Protocol::Sctp) => protocol::SCTP,
-            Some(Protocol::Other) => protocol::OTHER,
-        },
-        family: match socket.family() {
-            None => family::UNKNOWN,
-            Some(Family::Ipv4) => family::IPV4,
-            Some(Family::Ipv6) => family::IPV6,
-        },
-        direction: match socket.direction {
-            None => direction::UNKNOWN,
-            Some(Direction::Outbound) => direction::OUTBOUND,
-            Some(Direction::Inbound) => direction::INBOUND,
-        },
+        protocol: socket.protocol.map_or(protocol::UNKNOWN, Protocol::code),
+        family: socket.family().map_or(family::UNKNOWN, Family::code),
+        direction: socket.direction.map_or(direction::UNKNOWN, Direction::code),
         ..Facts::default()
     };
     if let Some(address) = socket.local {

@@ -22,7 +22,7 @@ use abi::{
     select::{Candidates, Selectors, select},
     setting::{Governed, OptionKey, Setting, form, kind, on_conflict, read_back, words_of_text},
     site,
-    socket::Facts,
+    socket::{Facts, direction, family, protocol},
 };
 
 pub use self::{facts::facts, hooks::Hook, prefixes::Prefix};
@@ -218,10 +218,6 @@ fn rules_where(rules: &[&Rule], matches: impl Fn(&Rule) -> bool) -> u64 {
 
 fn selectors(rules: &[&Rule]) -> Selectors {
     let of = |matches: &dyn Fn(&Rule) -> bool| rules_where(rules, matches);
-    let family = |family| of(&|rule| rule.selector.family.is_none_or(|asked| asked == family));
-    let direction = |direction| of(&|rule| rule.selector.direction.is_none_or(|asked| asked == direction));
-    let protocol =
-        |protocol| of(&|rule| rule.selector.protocols.is_empty() || rule.selector.protocols.contains(&protocol));
     let any_port =
         [of(&|rule| rule.selector.local_ports.is_empty()), of(&|rule| rule.selector.remote_ports.is_empty())];
     let any_address = [
@@ -229,30 +225,30 @@ fn selectors(rules: &[&Rule]) -> Selectors {
         of(&|rule| rule.selector.remote.is_empty() && rule.selector.not_remote.is_empty()),
     ];
     let all = of(&|_| true);
-    Selectors {
+    let mut selectors = Selectors {
         all,
-        family: [of(&|rule| rule.selector.family.is_none()), family(Family::Ipv4), family(Family::Ipv6), 0],
-        protocol: [
-            of(&|rule| rule.selector.protocols.is_empty()),
-            protocol(Protocol::Tcp),
-            protocol(Protocol::Udp),
-            protocol(Protocol::Icmp),
-            protocol(Protocol::Sctp),
-            protocol(Protocol::Other),
-            0,
-            0,
-        ],
-        direction: [
-            of(&|rule| rule.selector.direction.is_none()),
-            direction(Direction::Outbound),
-            direction(Direction::Inbound),
-            0,
-        ],
         any_port,
         any_address,
         asks_port: any_port.map(|unasked| u32::from(unasked != all)),
         asks_address: any_address.map(|unasked| u32::from(unasked != all)),
+        ..Selectors::default()
+    };
+    selectors.family[usize::from(family::UNKNOWN)] = of(&|rule| rule.selector.family.is_none());
+    for (_, asked) in Family::WORDS {
+        let matches = |rule: &Rule| rule.selector.family.is_none_or(|wanted| wanted == *asked);
+        selectors.family[usize::from(asked.code())] = of(&matches);
     }
+    selectors.protocol[usize::from(protocol::UNKNOWN)] = of(&|rule| rule.selector.protocols.is_empty());
+    for (_, asked) in Protocol::WORDS {
+        let matches = |rule: &Rule| rule.selector.protocols.is_empty() || rule.selector.protocols.contains(asked);
+        selectors.protocol[usize::from(asked.code())] = of(&matches);
+    }
+    selectors.direction[usize::from(direction::UNKNOWN)] = of(&|rule| rule.selector.direction.is_none());
+    for (_, asked) in Direction::WORDS {
+        let matches = |rule: &Rule| rule.selector.direction.is_none_or(|wanted| wanted == *asked);
+        selectors.direction[usize::from(asked.code())] = of(&matches);
+    }
+    selectors
 }
 
 /// Options, their settings, and where these came from.

@@ -17,7 +17,7 @@ use abi::{
     event::{self as raw, flags, source},
     judge::verdict,
     setting::{OptionKey, Value},
-    socket::{Address, Facts, family, known, protocol},
+    socket::{Address, Facts, family, known},
 };
 
 pub use self::{executables::Executables, filter::Filter, json::SCHEMA};
@@ -25,6 +25,7 @@ use crate::{
     compile::Desired,
     host::container::{self, Container},
     options::{self, Kept, ValueKind},
+    policy::model::{Family, Protocol},
     values,
 };
 
@@ -426,19 +427,8 @@ fn socket(call: &raw::Call, cgroup: Option<&str>) -> Option<Socket> {
     let local_known = facts.known & (known::LOCAL_ADDRESS | known::LOCAL_PORT) != 0;
     let remote_known = facts.known & known::REMOTE != 0;
     Some(Socket {
-        protocol: match facts.protocol {
-            protocol::TCP => Some("tcp"),
-            protocol::UDP => Some("udp"),
-            protocol::ICMP => Some("icmp"),
-            protocol::SCTP => Some("sctp"),
-            protocol::OTHER => Some("other"),
-            _ => None,
-        },
-        family: match facts.family {
-            family::IPV4 => Some("ipv4"),
-            family::IPV6 => Some("ipv6"),
-            _ => None,
-        },
+        protocol: Protocol::from_code(facts.protocol).map(Protocol::name),
+        family: Family::from_code(facts.family).map(Family::name),
         local: local_known.then(|| address(facts, facts.local, facts.local_port)),
         remote: remote_known.then(|| address(facts, facts.remote, facts.remote_port)),
         cookie,

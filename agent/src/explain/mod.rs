@@ -86,21 +86,23 @@ fn explain_option(desired: &Desired, socket: &Socket, option: &Governed, candida
         let source = desired.sources.get(setting)?;
         Some(Clause { source: source.clone(), rule: desired.rules.get(source.rule)?.clone() })
     };
+    let decides = winner.and_then(clause);
     // The first that may yet match and forbid: where there is no winner, it is what others wait for.
     let mut open = None;
     let mut others = Vec::new();
     for other in settings.filter(|setting| Some(*setting) != winner).filter_map(clause) {
-        let unmet = unmet(&other.rule.selector, socket);
-        let why = if unmet.iter().any(|unmet| unmet.has.is_some()) {
-            WhyNot::Unmet(unmet.into_iter().filter(|unmet| unmet.has.is_some()).collect())
-        } else if !unmet.is_empty() {
+        let (unmet, unknown): (Vec<_>, Vec<_>) =
+            unmet(&other.rule.selector, socket).into_iter().partition(|unmet| unmet.has.is_some());
+        let why = if !unmet.is_empty() {
+            WhyNot::Unmet(unmet)
+        } else if !unknown.is_empty() {
             if open.is_none() && !matches!(other.source.form, Form::Set(_)) {
                 open = Some(other.rule.clone());
             }
-            WhyNot::NotYet(unmet)
+            WhyNot::NotYet(unknown)
         } else {
-            match (winner.and_then(clause), &open) {
-                (Some(winner), _) => WhyNot::After(winner.rule),
+            match (&decides, &open) {
+                (Some(winner), _) => WhyNot::After(winner.rule.clone()),
                 (None, Some(open)) => WhyNot::Waits(open.clone()),
                 // Nothing stands before a rule that matches.
                 (None, None) => continue,
@@ -108,7 +110,7 @@ fn explain_option(desired: &Desired, socket: &Socket, option: &Governed, candida
         };
         others.push((other, why));
     }
-    OptionExplained { winner: winner.and_then(clause), others }
+    OptionExplained { winner: decides, others }
 }
 
 impl Clause {

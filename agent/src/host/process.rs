@@ -3,7 +3,7 @@
 use std::{
     fs, io,
     os::{
-        fd::{FromRawFd, OwnedFd},
+        fd::{AsRawFd, FromRawFd, OwnedFd},
         unix::fs::MetadataExt,
     },
 };
@@ -15,12 +15,26 @@ use std::{
 /// Where there is no such process.
 pub fn open(process: u32) -> io::Result<OwnedFd> {
     // SAFETY: takes numbers only.
-    let descriptor = unsafe { libc::syscall(libc::SYS_pidfd_open, process, 0) };
-    if descriptor < 0 {
+    owned(unsafe { libc::syscall(libc::SYS_pidfd_open, process, 0) })
+}
+
+/// A descriptor for what is behind one of another process's, of which `process` is a handle (pidfd_getfd(2), Linux 5.6).
+///
+/// # Errors
+///
+/// EBADF where it has no such descriptor, EPERM where it must not be looked into.
+pub fn take_descriptor(process: &OwnedFd, descriptor: i32) -> io::Result<OwnedFd> {
+    // SAFETY: takes numbers only.
+    owned(unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), descriptor, 0) })
+}
+
+/// What a system call answered that makes a descriptor.
+fn owned(answer: libc::c_long) -> io::Result<OwnedFd> {
+    if answer < 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: the kernel has just made it, for us alone.
-    Ok(unsafe { OwnedFd::from_raw_fd(descriptor as i32) })
+    Ok(unsafe { OwnedFd::from_raw_fd(answer as i32) })
 }
 
 /// The program that a process runs, if it is still there.

@@ -3,7 +3,7 @@
 use std::{
     fs, io,
     net::{IpAddr, SocketAddr},
-    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
 };
 
 use nix::sys::socket::{SockaddrStorage, getpeername, getsockname, getsockopt, sockopt};
@@ -32,7 +32,7 @@ pub fn of_process(process: u32) -> io::Result<Vec<(i32, Socket)>> {
     descriptors.sort_unstable();
     let mut sockets = Vec::new();
     for descriptor in descriptors {
-        match take(&handle, descriptor) {
+        match process::take_descriptor(&handle, descriptor) {
             Ok(socket) => sockets.extend(describe(&socket).map(|socket| (descriptor, socket))),
             // It was closed meanwhile.
             Err(error) if error.raw_os_error() == Some(libc::EBADF) => {}
@@ -40,17 +40,6 @@ pub fn of_process(process: u32) -> io::Result<Vec<(i32, Socket)>> {
         }
     }
     Ok(sockets)
-}
-
-/// A descriptor for what is behind one of another process's (pidfd_getfd(2), Linux 5.6).
-fn take(process: &OwnedFd, descriptor: i32) -> io::Result<OwnedFd> {
-    // SAFETY: takes numbers only.
-    let taken = unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), descriptor, 0) };
-    if taken < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel has just made it, for us alone.
-    Ok(unsafe { OwnedFd::from_raw_fd(taken as i32) })
 }
 
 /// What a socket says of itself; `None` where policies are not about it. Of a connected one it does not say which end began.

@@ -19,7 +19,7 @@ pub(super) fn layout(types: &Types) -> Layout {
         (known::DESCRIPTOR, descriptor(types, &mut layout)),
         (known::ANCESTORS, ancestors(types, &mut layout)),
         (known::SYSCALL, system_call(types, &mut layout)),
-        (known::EXECUTABLE, program(types, &mut layout)),
+        (known::EXECUTABLE, executable(types, &mut layout)),
     ];
     for (part, found) in parts {
         match found {
@@ -88,7 +88,7 @@ fn system_call(types: &Types, layout: &mut Layout) -> Option<()> {
     Some(())
 }
 
-fn program(types: &Types, layout: &mut Layout) -> Option<()> {
+fn executable(types: &Types, layout: &mut Layout) -> Option<()> {
     let task = types.structure("task_struct")?;
     layout.task_leader = offset(&task, "group_leader")?;
     layout.task_start = offset(&task, "start_boottime")?;

@@ -13,7 +13,6 @@ use aya::{
     Ebpf, EbpfLoader, Pod,
     maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, lpm_trie::Key},
 };
-
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 use super::{KernelError, Scope};
@@ -147,22 +146,20 @@ pub(super) fn calls_under_way(ebpf: &Ebpf) -> Result<u64, KernelError> {
 
 /// Removes the records of calls whose threads are gone; gives how many.
 pub(super) fn drop_dead_calls(ebpf: &mut Ebpf) -> Result<u64, KernelError> {
-    const MAP: &str = "CALLS";
     // In another namespace threads have other numbers.
     if !process::is_initial_namespace() {
         return Ok(0);
     }
-    let map_error = |source| KernelError::Map { map: MAP, source };
-    let map = ebpf.map_mut(MAP).ok_or(KernelError::Incomplete { what: MAP })?;
-    let mut map = HashMap::<_, u64, Call>::try_from(map).map_err(map_error)?;
-    // Others come and go meanwhile.
-    let dead: Vec<u64> = map
-        .iter()
-        .filter_map(Result::ok)
-        .filter(|(_, call)| !process::has_thread(call.thread as u32))
-        .map(|(task, _)| task)
-        .collect();
-    Ok(dead.iter().filter(|task| map.remove(task).is_ok()).count() as u64)
+    let mut dropped = 0;
+    with_map::<HashMap<_, u64, Call>>(ebpf, "CALLS", |map| {
+        let is_dead = |call: &Call| !process::has_thread(call.thread as u32);
+        // Others come and go meanwhile.
+        let dead: Vec<u64> =
+            map.iter().filter_map(Result::ok).filter(|(_, call)| is_dead(call)).map(|(task, _)| task).collect();
+        dropped = dead.iter().filter(|task| map.remove(task).is_ok()).count() as u64;
+        Ok(())
+    })?;
+    Ok(dropped)
 }
 
 /// Removes an executable from those whose files were told.

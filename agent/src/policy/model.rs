@@ -5,6 +5,7 @@
 
 use std::{fmt, ops::RangeInclusive, path::PathBuf};
 
+use abi::socket::{direction, family, protocol};
 use ipnet::IpNet;
 
 use super::socket::Socket;
@@ -110,9 +111,9 @@ pub enum Direction {
     Inbound,
 }
 
-/// Gives each word of a policy file its spelling.
+/// Gives each word of a policy file its spelling, and the number that the programs know it by.
 macro_rules! spelled {
-    ($type:ident: $($variant:ident $name:literal),+) => {
+    ($type:ident: $($variant:ident $name:literal $code:expr),+) => {
         impl $type {
             /// Every word, as policy files spell it.
             pub const WORDS: &[(&str, Self)] = &[$(($name, Self::$variant)),+];
@@ -122,6 +123,19 @@ macro_rules! spelled {
                 match self {
                     $(Self::$variant => $name),+
                 }
+            }
+
+            #[must_use]
+            pub fn code(self) -> u8 {
+                match self {
+                    $(Self::$variant => $code),+
+                }
+            }
+
+            /// The word for a number; `None` also for that of what is not known.
+            #[must_use]
+            pub fn from_code(code: u8) -> Option<Self> {
+                Self::WORDS.iter().map(|(_, word)| *word).find(|word| word.code() == code)
             }
         }
 
@@ -133,9 +147,15 @@ macro_rules! spelled {
     };
 }
 
-spelled!(Protocol: Tcp "tcp", Udp "udp", Icmp "icmp", Sctp "sctp", Other "other");
-spelled!(Family: Ipv4 "ipv4", Ipv6 "ipv6");
-spelled!(Direction: Outbound "outbound", Inbound "inbound");
+spelled!(Protocol:
+    Tcp "tcp" protocol::TCP,
+    Udp "udp" protocol::UDP,
+    Icmp "icmp" protocol::ICMP,
+    Sctp "sctp" protocol::SCTP,
+    Other "other" protocol::OTHER
+);
+spelled!(Family: Ipv4 "ipv4" family::IPV4, Ipv6 "ipv6" family::IPV6);
+spelled!(Direction: Outbound "outbound" direction::OUTBOUND, Inbound "inbound" direction::INBOUND);
 
 /// A socket, and what must come of it.
 #[derive(Clone, Debug)]

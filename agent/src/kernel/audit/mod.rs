@@ -105,8 +105,9 @@ impl Backend {
     /// The order in which to try them.
     ///
     /// kprobe programs run with preemption off. fentry programs do not, and while a task is preempted in one, the kernel
-    /// leaves it out for every other task on that CPU (`__bpf_prog_enter_recur`, kernel/bpf/trampoline.c, 5.12). With 64 threads on one CPU under 7.2, fentry left out two calls of three,
-    /// tracepoints four of five (under 6.18 none), kprobes none.
+    /// leaves it out for every other task on that CPU (`__bpf_prog_enter_recur`, kernel/bpf/trampoline.c, 5.12). With 64
+    /// threads on one CPU under 7.2, fentry left out two calls of three, tracepoints four of five (under 6.18 none), kprobes
+    /// none.
     fn by_preference(is_preemptible: bool) -> [Self; 3] {
         if is_preemptible { [Self::Kprobe, Self::Fentry, Self::Tracepoint] } else { Self::ALL }
     }

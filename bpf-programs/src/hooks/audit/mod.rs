@@ -131,9 +131,7 @@ fn begin(begun: Begun) {
             }
             return;
         }
-        // Its end was not seen, and must not be taken for this one's.
-        maps::end_call(task);
-        lose(|losses| &mut losses.no_return);
+        drop_unended(task);
     }
     if config.calls != calls::ALL && maps::option_index(begun.key).is_none() {
         return;
@@ -225,7 +223,7 @@ fn meet(socket: *const c_void, kind: u32, key: OptionKey) {
 fn end_with_socket(ended: Ended) {
     let Some((task, call)) = under_way(&ended) else { return };
     if call.flags & flags::OUTER == 0 {
-        end(ended);
+        finish(task, call, &ended);
         return;
     }
     // The system call goes on to its end, and may let go of the socket before that.
@@ -237,15 +235,21 @@ fn end_with_socket(ended: Ended) {
     }
 }
 
-/// Reports a call that `begin` noted, now that its result is known.
+/// The end of the function that a call began with.
 #[inline(always)]
 fn end(ended: Ended) {
     let Some((task, call)) = under_way(&ended) else { return };
-    let Ended { source, result, .. } = ended;
     if call.flags & flags::OUTER != 0 {
         // Also where the end of the function that was handed it was not seen.
         call.flags &= !flags::HELD;
     }
+    finish(task, call, &ended);
+}
+
+/// Reports a call that `begin` noted, now that its result is known.
+#[inline(always)]
+fn finish(task: u64, call: &Call, ended: &Ended) {
+    let Ended { source, result, .. } = *ended;
     let duration_ns = if TIMING.load() != 0 && call.start_ns != 0 {
         // SAFETY: has no arguments.
         let now = unsafe { bpf_ktime_get_ns() };
@@ -277,11 +281,17 @@ fn under_way(ended: &Ended) -> Option<(u64, &'static mut Call)> {
         && (ended.kind == 0 || ended.kind == call.kind)
         && ended.key.is_none_or(|key| key == call.key);
     if !is_this {
-        maps::end_call(task);
-        lose(|losses| &mut losses.no_return);
+        drop_unended(task);
         return None;
     }
     Some((task, call))
+}
+
+/// Drops the record of a call whose end was not seen: it must not be taken for another's.
+#[inline(always)]
+fn drop_unended(task: u64) {
+    maps::end_call(task);
+    lose(|losses| &mut losses.no_return);
 }
 
 #[inline(always)]
@@ -346,8 +356,7 @@ extern "C" fn complete_socket(task: u64) -> u32 {
         call.sk = kernel::sock_of_file(call.file);
     }
     if call.sk != 0 {
-        call.flags |= flags::LOOKED_AT;
-        kernel::describe(call, call.sk);
+        look_at_socket(call);
     }
     0
 }
@@ -357,18 +366,22 @@ extern "C" fn complete_socket(task: u64) -> u32 {
 #[inline(never)]
 extern "C" fn describe(task: u64) -> u32 {
     let Some(call) = maps::call(task) else { return 0 };
-    call.flags |= flags::LOOKED_AT;
-    kernel::describe(call, call.sk);
+    look_at_socket(call);
     0
 }
 
-/// Adds to the record of a task's call the value that its socket has now.
+#[inline(always)]
+fn look_at_socket(call: &mut Call) {
+    call.flags |= flags::LOOKED_AT;
+    kernel::describe(call, call.sk);
+}
+
+/// Adds to the record of a task's setsockopt call the value that its socket has now.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn complete_value(task: u64) -> u32 {
     let Some(call) = maps::call(task) else { return 0 };
-    if call.kind == call::SETSOCKOPT
-        && call.flags & flags::LOOKED_AT != 0
+    if call.flags & flags::LOOKED_AT != 0
         && let Some(member) = maps::member(call.key)
         && is_held(call)
         && let Some(now) = kernel::value_of(call.sk, call, member)
