@@ -12,6 +12,7 @@
 
 pub mod cli;
 pub mod compile;
+pub mod coverage;
 pub mod enclosure;
 pub mod events;
 pub mod explain;

@@ -10,12 +10,13 @@ use nix::time::{ClockId, clock_gettime};
 
 use crate::{
     compile::{CompileError, Desired, compile},
+    coverage::Stack,
     events::{Event, Executables, Filter, Surroundings, decode},
     host::{
-        cgroup::{Cgroup, Mount, Names},
+        cgroup::{Mount, Names},
         process, tcp,
     },
-    kernel::{Audit, BackendChoice, KernelError, Object, Record, Scope},
+    kernel::{self, Audit, BackendChoice, KernelError, Object, Record, Subjects, Target},
     policy::model::{Calls, Errno, Mode, Policy},
     report::{CallLine, Counts, Loss, Lost, Report, Summary, errno_name},
 };
@@ -46,7 +47,7 @@ const BATCH_MAX: usize = 1024;
 pub struct Session {
     object: Object,
     desired: Desired,
-    targets: Vec<Cgroup>,
+    targets: Vec<Target>,
     filter: Filter,
     audit: Option<Audit>,
     names: Names,
@@ -63,22 +64,23 @@ pub struct Session {
 pub struct Setup {
     pub desired: Desired,
     pub mount: Mount,
-    pub targets: Vec<Cgroup>,
+    pub targets: Vec<Target>,
     pub backend: BackendChoice,
     /// Events to tell of. Its processes are also the only ones whose calls the audit follows, if there are any.
     pub filter: Filter,
 }
 
-/// Compiles policies for a session.
+/// Compiles policies for a session, for each stack of them that is in force on a target.
 ///
 /// # Errors
 ///
 /// Where they do not go together, or want a congestion control that this kernel does not have.
-pub fn prepare(policies: &[Policy], dry_run: bool, timing: bool) -> Result<Desired, SessionError> {
-    let mut desired = compile(policies)?;
+pub fn prepare(policies: &[Policy], stacks: &[Stack], dry_run: bool, timing: bool) -> Result<Desired, SessionError> {
+    let mut policies = policies.to_vec();
     if dry_run {
-        desired.mode = Mode::DryRun;
+        policies.iter_mut().for_each(|policy| policy.mode = Mode::DryRun);
     }
+    let mut desired = compile(&policies, stacks)?;
     desired.audit.timing |= timing;
     check_congestion_controls(&desired)?;
     Ok(desired)
@@ -92,8 +94,9 @@ impl Session {
     /// Where this kernel cannot do it; then nothing is in force.
     pub fn start(setup: Setup) -> Result<Self, SessionError> {
         let Setup { desired, mount, targets, backend, filter } = setup;
-        let scope = Scope { targets: &targets, processes: &filter.processes };
-        let mut object = Object::load(&desired, scope)?;
+        warn_of_overruling(&mount, &targets);
+        let subjects = Subjects { targets: &targets, processes: &filter.processes };
+        let mut object = Object::load(&desired, subjects)?;
         if !object.abilities().set_retval {
             check_errnos(&desired)?;
         }
@@ -108,7 +111,7 @@ impl Session {
         if let Some(reason) = object.blindness() {
             log::warn!("events will lack what sockets say of themselves: {reason}");
         }
-        object.enable(&desired, scope)?;
+        object.enable(&desired, subjects)?;
         Ok(Self {
             object,
             desired,
@@ -130,7 +133,7 @@ impl Session {
     }
 
     #[must_use]
-    pub fn targets(&self) -> &[Cgroup] {
+    pub fn targets(&self) -> &[Target] {
         &self.targets
     }
 
@@ -237,7 +240,7 @@ impl Session {
             calls: tallies.into_iter().filter_map(|(key, tally)| CallLine::new(key, tally)).collect(),
             lost,
         };
-        let targets = self.targets.iter().map(|target| target.name.clone()).collect();
+        let targets = self.targets.iter().map(|target| target.cgroup.name.clone()).collect();
         Ok(self.report.summarize(&self.desired, counts, targets, self.audit))
     }
 }
@@ -246,6 +249,24 @@ impl Session {
 impl AsFd for Session {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.object.as_fd()
+    }
+}
+
+/// Says where another sockpolicy will have the last word.
+fn warn_of_overruling(mount: &Mount, targets: &[Target]) {
+    let paths: Vec<_> = targets.iter().map(|target| mount.below(&target.cgroup)).collect();
+    match kernel::overruling(mount, &paths) {
+        Ok(found) => {
+            let mut places: Vec<_> = found.iter().map(|neighbour| format!("/{}", neighbour.cgroup.display())).collect();
+            places.dedup();
+            if !places.is_empty() {
+                log::warn!(
+                    "another sockpolicy is attached to {}, above: where both decide an option, that one wins",
+                    places.join(", ")
+                );
+            }
+        }
+        Err(error) => log::debug!("cannot tell which programs are attached above: {error}"),
     }
 }
 

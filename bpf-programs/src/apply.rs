@@ -7,7 +7,6 @@
 
 use abi::{
     event::{Call, flags},
-    mode,
     select::{Candidates, select},
     setting::{Governed, Setting, TEXT_LEN, Value, form, kind, on_conflict, read_back, traits, word_in, words_of},
     socket::{State, family, protocol},
@@ -32,69 +31,41 @@ pub(crate) mod outcome {
     pub(crate) const FAILED: u32 = 0x1000;
 }
 
-/// Applies what the policy says at `site`, which has `MAX` options at the most, to a socket whose
-/// notes are `state`. `apply` gets the number of an option, the rules that match, what applies to
-/// all options, and the notes.
+/// Applies what the policies of a scope say at `site`, which has `MAX` options at the most, to a socket whose
+/// notes are `state`. `apply` gets the index of an option, the rules that match, the traits of options that the socket does
+/// not have, and the notes.
 ///
 /// `is_inet6` is the socket's own family, which decides what options it has; `state.facts.family` is
 /// that of its traffic.
 #[inline(always)]
 pub(crate) fn apply<const MAX: usize>(
+    scope: u32,
     site: u32,
     state: &mut State,
     is_inet6: bool,
-    mut apply: impl FnMut(u32, Candidates, Terms, &mut State),
+    mut apply: impl FnMut(u32, Candidates, u32, &mut State),
 ) {
     let Some(config) = maps::config() else { return };
-    let Some(list) = maps::site(site) else { return };
+    let Some(list) = maps::site(scope, site) else { return };
     if list.len == 0 {
         return;
     }
-    let Some(selectors) = maps::selectors() else { return };
+    let Some(selectors) = maps::selectors(scope) else { return };
     let rules = select(&state.facts, selectors, &PrefixMap);
     if rules.sure == 0 {
         return;
     }
-    let terms = Terms::new(config.mode != mode::ENFORCE, missing_traits(state, is_inet6));
+    let missing = missing_traits(state, is_inet6).into();
+    let first = scope * config.options;
     for position in 0..MAX {
         if position as u32 >= list.len {
             break;
         }
-        apply(list.options[position], rules, terms, state);
+        apply(first + list.options[position], rules, missing, state);
     }
 }
 
-/// What applies to all options of a socket, as a number.
-#[derive(Clone, Copy)]
-pub(crate) struct Terms(u32);
-
-impl Terms {
-    const DRY_RUN: u32 = 0x100;
-
-    #[inline(always)]
-    fn new(is_dry_run: bool, missing_traits: u8) -> Self {
-        Self(u32::from(missing_traits) | if is_dry_run { Self::DRY_RUN } else { 0 })
-    }
-
-    #[inline(always)]
-    pub(crate) fn is_dry_run(self) -> bool {
-        self.0 & Self::DRY_RUN != 0
-    }
-
-    /// The traits of options that the socket does not have.
-    #[inline(always)]
-    fn missing_traits(self) -> u8 {
-        self.0 as u8
-    }
-}
-
-impl From<Terms> for u32 {
-    #[inline(always)]
-    fn from(terms: Terms) -> Self {
-        terms.0
-    }
-}
-
+/// The traits of options that a socket does not have.
 #[inline(always)]
 fn missing_traits(state: &State, is_inet6: bool) -> u8 {
     let tcp = if state.facts.protocol == protocol::TCP { 0 } else { traits::TCP };
@@ -107,20 +78,20 @@ fn missing_traits(state: &State, is_inet6: bool) -> u8 {
     tcp | family
 }
 
-/// Applies option number `index`: `set` is told the option and the setting, and gives an
+/// Applies an option: `set` is told the option and the setting, and gives an
 /// [`outcome`], which is noted and counted.
 #[inline(always)]
 pub(crate) fn apply_option(
     index: u32,
     rules: Candidates,
-    terms: Terms,
+    missing_traits: u32,
     state: &mut State,
     set: impl FnOnce(&Governed, &Setting, u32) -> u32,
 ) {
     let Some(option) = maps::option(index) else { return };
-    let bit = 1u64 << (index & 63);
+    let bit = 1u64 << (option.bit & 63);
     let done = if option.traits & traits::ONCE != 0 { state.settled & bit } else { 0 };
-    if option.traits & terms.missing_traits() != 0 || done != 0 {
+    if u32::from(option.traits) & missing_traits != 0 || done != 0 {
         return;
     }
     let Some(winner) = option.winner(rules) else { return };
@@ -155,9 +126,9 @@ fn note(state: &mut State, bit: u64, winner: u32, outcome: u32) {
 /// Applies one option in sock_ops.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn apply_turn(ctx: *mut bpf_sock_ops, index: u32, sure: u64, possible: u64, terms: u32) -> u32 {
+pub(crate) extern "C" fn apply_turn(ctx: *mut bpf_sock_ops, index: u32, sure: u64, possible: u64, missing: u32) -> u32 {
     if let Some(turn) = Turn::new(ctx) {
-        apply_by_helper(&turn, turn.sk(), index, Candidates { sure, possible }, Terms(terms));
+        apply_by_helper(&turn, turn.sk(), index, Candidates { sure, possible }, missing);
     }
     0
 }
@@ -170,39 +141,29 @@ pub(crate) extern "C" fn apply_addressed(
     index: u32,
     sure: u64,
     possible: u64,
-    terms: u32,
+    missing: u32,
 ) -> u32 {
     if let Some(socket) = Addressed::new(ctx) {
-        apply_by_helper(&socket, socket.sk(), index, Candidates { sure, possible }, Terms(terms));
+        apply_by_helper(&socket, socket.sk(), index, Candidates { sure, possible }, missing);
     }
     0
 }
 
 #[inline(always)]
-fn apply_by_helper(socket: &impl Socket, sk: *mut c_void, index: u32, rules: Candidates, terms: Terms) {
+fn apply_by_helper(socket: &impl Socket, sk: *mut c_void, index: u32, rules: Candidates, missing: u32) {
     // SAFETY: the context's socket, checked for NULL.
     let Some(state) = (unsafe { storage::state(sk) }) else { return };
     let cookie = state.cookie;
-    apply_option(index, rules, terms, state, |option, setting, winner| {
-        set_option(socket, option, setting, winner, terms.is_dry_run(), cookie)
+    apply_option(index, rules, missing, state, |option, setting, winner| {
+        set_option(socket, option, setting, winner, cookie)
     });
 }
 
 /// Sets an option through the helpers; gives the outcome.
 #[inline(always)]
-fn set_option(
-    socket: &impl Socket,
-    option: &Governed,
-    setting: &Setting,
-    winner: u32,
-    dry_run: bool,
-    cookie: u64,
-) -> u32 {
-    let result = if option.kind == kind::TEXT {
-        set_text(socket, option, setting, dry_run)
-    } else {
-        set_int(socket, option, setting, dry_run)
-    };
+fn set_option(socket: &impl Socket, option: &Governed, setting: &Setting, winner: u32, cookie: u64) -> u32 {
+    let result =
+        if option.kind == kind::TEXT { set_text(socket, option, setting) } else { set_int(socket, option, setting) };
     match result {
         Ok(outcome) => outcome,
         Err(errno) => {
@@ -214,7 +175,7 @@ fn set_option(
 
 /// Sets a text unless it is there already. `Err` is the kernel's errno.
 #[inline(always)]
-fn set_text(socket: &impl Socket, option: &Governed, setting: &Setting, dry_run: bool) -> Result<u32, i32> {
+fn set_text(socket: &impl Socket, option: &Governed, setting: &Setting) -> Result<u32, i32> {
     let (level, name) = (option.key.level, option.key.name);
     let mut current = [0; 2];
     if option.read_back != read_back::NONE
@@ -223,7 +184,7 @@ fn set_text(socket: &impl Socket, option: &Governed, setting: &Setting, dry_run:
     {
         return Ok(outcome::UNCHANGED);
     }
-    if !dry_run {
+    if !setting.is_dry_run() {
         socket.set(level, name, &setting.text, TEXT_LEN as i32)?;
     }
     Ok(outcome::SET)
@@ -231,7 +192,7 @@ fn set_text(socket: &impl Socket, option: &Governed, setting: &Setting, dry_run:
 
 /// Sets a number unless it is there already. `Err` is the kernel's errno.
 #[inline(always)]
-fn set_int(socket: &impl Socket, option: &Governed, setting: &Setting, dry_run: bool) -> Result<u32, i32> {
+fn set_int(socket: &impl Socket, option: &Governed, setting: &Setting) -> Result<u32, i32> {
     let (level, name) = (option.key.level, option.key.name);
     let mut wanted = setting.value;
     if option.read_back != read_back::NONE || setting.is_partial() {
@@ -251,7 +212,7 @@ fn set_int(socket: &impl Socket, option: &Governed, setting: &Setting, dry_run: 
             Err(_) => {}
         }
     }
-    if !dry_run {
+    if !setting.is_dry_run() {
         socket.set(level, name, &words_of(wanted), 4)?;
     }
     Ok(outcome::SET)

@@ -6,36 +6,35 @@
 use core::arch::asm;
 
 use abi::{
-    Config, Counters, Losses, SiteList,
+    Config, Counters, Losses, SiteList, Target,
     event::{Call, Executable, Limit, LimitKey, TOLD_MAX, Tally, TallyKey, bucket},
     layout::Member,
     select::{PrefixData, Prefixes, Selectors},
     setting::{Governed, OptionKey, Setting},
-    site,
 };
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_NOEXIST},
     macros::map,
-    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf, lpm_trie::Key},
+    maps::{self, Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf, lpm_trie::Key},
 };
 
-/// Index 0. Written last: until then its mode is `INERT`.
+/// Index 0. Written last: until then nothing is in force.
 #[map]
 static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
 
-/// Index 0: the small dimensions of the rules' matches.
+/// By scope: the small dimensions of the rules' matches. Sized at load.
 #[map]
 static SELECTORS: Array<Selectors> = Array::with_max_entries(1, 0);
 
-/// Rules by prefix of a port or an address. Sized at load.
+/// Rules by scope and prefix of a port or an address. Sized at load.
 #[map]
 static PREFIXES: LpmTrie<PrefixData, u64> = LpmTrie::with_max_entries(1, 0);
 
-/// The options that rules name; those that can be set come first. Sized at load.
+/// By scope, and in each by number: the options that rules name; those that can be set come first. Sized at load.
 #[map]
 static OPTIONS: Array<Governed> = Array::with_max_entries(1, 0);
 
-/// From an option's level and number to its index in `OPTIONS`. Sized at load.
+/// From an option's level and name to the number that it has here. Sized at load.
 #[map]
 static OPTION_INDEX: HashMap<OptionKey, u32> = HashMap::with_max_entries(1, 0);
 
@@ -43,13 +42,20 @@ static OPTION_INDEX: HashMap<OptionKey, u32> = HashMap::with_max_entries(1, 0);
 #[map]
 static SETTINGS: Array<Setting> = Array::with_max_entries(1, 0);
 
-/// What to apply where, by [`site`].
+/// What to apply where: by scope, and in each by [`abi::site`]. Sized at load.
 #[map]
-static SITES: Array<SiteList> = Array::with_max_entries(site::COUNT as u32, 0);
+static SITES: Array<SiteList> = Array::with_max_entries(1, 0);
 
-/// Ids of the targets' cgroups, for the audit; the value means nothing. Sized at load.
+/// By target and hook: written by the agent when it has attached the programs there. The kernel makes an entry, full of
+/// zeroes, when a program is attached, and hands it to the program that it runs for that cgroup. What is said to have come
+/// in its place (BPF_MAP_TYPE_CGRP_STORAGE, 6.2) goes by the cgroup of the current task.
 #[map]
-static TARGETS: HashMap<u64, u32> = HashMap::with_max_entries(1, 0);
+#[expect(deprecated, reason = "nothing else tells a program where it is attached")]
+static TARGETS: maps::CgroupStorage<Target> = maps::CgroupStorage::new();
+
+/// For the audit: the scopes of the targets, by id of the cgroup. Sized at load.
+#[map]
+static FOLLOWED: HashMap<u64, u32> = HashMap::with_max_entries(1, 0);
 
 /// Ids of the processes that the audit follows, if [`Config::by_process`] says so; the value means nothing. Sized at
 /// load.
@@ -94,15 +100,23 @@ static TOLD: LruHashMap<Executable, u32> = LruHashMap::with_max_entries(TOLD_MAX
 #[map]
 pub(crate) static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
 
-/// The configuration, unless it is inert.
+/// The configuration, if the policies are in force.
 #[inline(always)]
 pub(crate) fn config() -> Option<&'static Config> {
-    CONFIG.get(0).filter(|config| config.mode != abi::mode::INERT)
+    CONFIG.get(0).filter(|config| config.in_force != 0)
+}
+
+/// The cgroup that the program is attached to.
+#[inline(always)]
+pub(crate) fn target() -> &'static Target {
+    // SAFETY: never NULL (`bpf_get_local_storage`, kernel/bpf/cgroup.c), and there for as long as the program runs. The agent
+    // puts another in its place rather than write to it.
+    unsafe { &*TARGETS.get_ptr_mut() }
 }
 
 #[inline(always)]
-pub(crate) fn selectors() -> Option<&'static Selectors> {
-    SELECTORS.get(0)
+pub(crate) fn selectors(scope: u32) -> Option<&'static Selectors> {
+    SELECTORS.get(scope)
 }
 
 #[inline(always)]
@@ -110,9 +124,9 @@ pub(crate) fn option(index: u32) -> Option<&'static Governed> {
     OPTIONS.get(index)
 }
 
-/// The index of an option that a rule names.
+/// The number of an option that a rule of any scope names.
 #[inline(always)]
-pub(crate) fn option_index(key: OptionKey) -> Option<u32> {
+pub(crate) fn option_number(key: OptionKey) -> Option<u32> {
     // SAFETY: the agent does not write this map while programs are attached.
     unsafe { OPTION_INDEX.get(key) }.copied()
 }
@@ -123,19 +137,20 @@ pub(crate) fn setting(index: u32) -> Option<&'static Setting> {
 }
 
 #[inline(always)]
-pub(crate) fn site(index: u32) -> Option<&'static SiteList> {
-    SITES.get(index)
+pub(crate) fn site(scope: u32, site: u32) -> Option<&'static SiteList> {
+    SITES.get(scope * abi::site::COUNT as u32 + site)
 }
 
+/// The scope of a cgroup, if it is a target.
 #[inline(always)]
-pub(crate) fn is_target(cgroup: u64) -> bool {
-    // SAFETY: only whether there is an entry is looked at.
-    unsafe { TARGETS.get(cgroup) }.is_some()
+pub(crate) fn followed_scope(cgroup: u64) -> Option<u32> {
+    // SAFETY: the agent does not write this map while programs are attached.
+    unsafe { FOLLOWED.get(cgroup) }.copied()
 }
 
 #[inline(always)]
 pub(crate) fn is_process(id: u32) -> bool {
-    // SAFETY: as above.
+    // SAFETY: only whether there is an entry is looked at.
     unsafe { PROCESSES.get(id) }.is_some()
 }
 

@@ -1,18 +1,24 @@
-//! Notes kept with each socket ([`State`]), in storage that the kernel frees with the socket.
+//! Notes kept with each socket ([`State`]), in storage that the kernel frees with the socket; and by them, which of the
+//! programs that the kernel runs for a socket is to decide about it.
 //!
 //! aya-ebpf's `SkStorage` takes only connect and sendmsg contexts and cannot ask for notes to be
 //! copied to accepted sockets, so the map is defined here.
+//!
+//! Invariant: of all targets that a socket is in, the programs of the deepest decide about it, and no others.
 
 use core::arch::asm;
 
-use abi::socket::{Facts, State, direction};
+use abi::{
+    Target,
+    socket::{Facts, State, direction},
+};
 use aya_ebpf::{
     bindings::{BPF_F_CLONE, BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_map_type::BPF_MAP_TYPE_SK_STORAGE},
     cty::c_void,
     helpers::generated::bpf_sk_storage_get,
 };
 
-use crate::maps::lose;
+use crate::maps::{self, lose};
 
 /// A map definition as loaders read it from BTF: only the types of the fields say something.
 #[repr(C)]
@@ -38,6 +44,28 @@ static SOCKETS: SocketStorage = SocketStorage {
     max_entries: core::ptr::null(),
     map_flags: core::ptr::null(),
 };
+
+/// The notes of a socket, and the number of the scope that decides about it; `None` where that is not this program's turn
+/// to say: another target's, deeper than this one, has.
+///
+/// # Safety
+///
+/// As for [`state`].
+#[inline(always)]
+pub(crate) unsafe fn claim(sk: *mut c_void) -> Option<(&'static mut State, u32)> {
+    let Target { scope, level } = *maps::target();
+    if scope == 0 {
+        return None;
+    }
+    // SAFETY: as the caller says.
+    let state = unsafe { state(sk) }?;
+    let level = u64::from(level) + 1;
+    if state.level > level {
+        return None;
+    }
+    state.level = level;
+    Some((state, scope - 1))
+}
 
 /// The notes of a socket, made if there are none.
 ///

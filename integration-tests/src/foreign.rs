@@ -24,6 +24,9 @@ const CGROUP_SETSOCKOPT: u32 = 22;
 /// As many kinds of attaching to cgroups as any kernel here has; others are refused, which is fine.
 const ATTACH_TYPES: std::ops::Range<u32> = 0..64;
 
+/// What it is called. The kernel keeps 15 characters.
+pub const NAME: &str = "refuse_option";
+
 /// How it is attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Manner {
@@ -107,7 +110,7 @@ fn load(option: SocketOption) -> io::Result<OwnedFd> {
     let [code_low, code_high] = halves(program.as_ptr().expose_provenance());
     let licence = c"GPL";
     let [licence_low, licence_high] = halves(licence.as_ptr().expose_provenance());
-    // prog_type, insn_cnt, insns, license, then zeroes up to expected_attach_type
+    // prog_type, insn_cnt, insns, license, then zeroes up to prog_name (16 bytes), and up to expected_attach_type
     let mut attributes = [0; 18];
     attributes[..6].copy_from_slice(&[
         PROG_TYPE_CGROUP_SOCKOPT,
@@ -117,6 +120,11 @@ fn load(option: SocketOption) -> io::Result<OwnedFd> {
         licence_low,
         licence_high,
     ]);
+    for (word, bytes) in attributes[12..16].iter_mut().zip(NAME.as_bytes().chunks(4)) {
+        let mut padded = [0; 4];
+        padded[..bytes.len()].copy_from_slice(bytes);
+        *word = u32::from_ne_bytes(padded);
+    }
     attributes[17] = CGROUP_SETSOCKOPT;
     let program = match bpf(PROG_LOAD, &mut attributes) {
         // Before 5.11 it is charged to what a process may lock.

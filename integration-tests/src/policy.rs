@@ -25,14 +25,19 @@ impl PolicyFile {
     #[must_use]
     pub fn named(name: &str, text: impl AsRef<[u8]>) -> Self {
         let folder = Folder::new();
-        let path = folder.path.join(name);
-        must(fs::write(&path, text), format_args!("write {}", path.display()));
+        let path = folder.write(name, text);
         Self { folder, path }
     }
 
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Puts another file beside it, which goes with this one, and gives its path.
+    #[must_use]
+    pub fn add(&self, name: &str, text: impl AsRef<[u8]>) -> PathBuf {
+        self.folder.write(name, text)
     }
 
     /// Where there is room for more files, which go with this one.
@@ -53,6 +58,12 @@ impl Folder {
         let path = std::env::temp_dir().join(unique_name());
         must(fs::create_dir(&path), format_args!("make {}", path.display()));
         Self { path }
+    }
+
+    fn write(&self, name: &str, text: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.path.join(name);
+        must(fs::write(&path, text), format_args!("write {}", path.display()));
+        path
     }
 }
 

@@ -202,6 +202,13 @@ impl Probe {
         String::from_utf8_lossy(text).into_owned()
     }
 
+    /// What a new TCP socket has.
+    #[track_caller]
+    pub fn fresh(&mut self, option: SocketOption) -> i32 {
+        let fd = self.open(Family::Inet, Kind::Tcp);
+        self.int(fd, option)
+    }
+
     /// A listener on a loopback address.
     #[track_caller]
     pub fn listener(&mut self, family: Family, kind: Kind) -> (Fd, SocketAddr) {

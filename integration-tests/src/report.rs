@@ -95,6 +95,7 @@ pub struct Setting {
     pub policy: String,
     pub rule: String,
     pub file: String,
+    pub mode: String,
     pub option: String,
     pub wanted: Value,
     pub sockets: Sockets,

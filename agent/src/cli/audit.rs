@@ -11,19 +11,17 @@ use std::{
 
 use super::{
     FAILURE, FINDINGS, check, complain,
-    exec::{Enclosed, OURS},
+    exec::{Enclosed, ExecError, OURS},
     output::{ReportError, Reporting, Writer},
-    run::{self, RunError},
+    run::{self, Placement, RunError},
     signals::Signals,
     watch::WatchError,
 };
 use crate::{
-    compile::{Desired, Hook},
+    compile::Desired,
+    coverage::{Stack, all},
     events::{Deed, Filter},
-    host::{
-        cgroup::{Cgroup, Mount},
-        process,
-    },
+    host::{cgroup::Mount, process},
     kernel,
     options::{self, SocketOption},
     policy::model::{Calls, Policy},
@@ -89,13 +87,6 @@ impl Audit {
     pub(super) fn run(mut self) -> ExitCode {
         let failure = if self.command.is_empty() { FAILURE } else { OURS };
         let Some(policies) = check::load(&self.files) else { return failure.into() };
-        let desired = match self.prepare(&policies) {
-            Ok(desired) => desired,
-            Err(error) => {
-                complain(&error);
-                return failure.into();
-            }
-        };
         let filter = Filter {
             options: std::mem::take(&mut self.option),
             verdicts: std::mem::take(&mut self.verdict),
@@ -106,9 +97,10 @@ impl Audit {
             check::warn_of_replaced_targets(&policies, "the command's cgroup");
             let Self { command, reporting, report, .. } = &self;
             let enclosed = Enclosed { command, reporting, report: report.as_deref() };
-            return enclosed.finish(enclosed.run(desired, filter));
+            let desired = self.prepare(&policies, &[all(&policies)]).map_err(ExecError::from);
+            return enclosed.finish(desired.and_then(|desired| enclosed.run(desired, filter)));
         }
-        match self.watch(desired, filter, &policies) {
+        match self.watch(filter, &policies) {
             Ok(conflicts) if self.reporting.fail_on_conflict && conflicts > 0 => FINDINGS.into(),
             Ok(_) => ExitCode::SUCCESS,
             // Whoever read the report has gone, and with them the reason to run.
@@ -124,13 +116,12 @@ impl Audit {
         }
     }
 
-    fn prepare(&self, policies: &[Policy]) -> Result<Desired, SessionError> {
-        let mut desired = session::prepare(policies, true, self.reporting.timing)?;
+    fn prepare(&self, policies: &[Policy], stacks: &[Stack]) -> Result<Desired, SessionError> {
+        let mut desired = session::prepare(policies, stacks, true, self.reporting.timing)?;
         if policies.is_empty() {
             desired.audit.calls = Calls::All;
             desired.audit.reads = true;
-            // Gives each new socket the cookie by which events on it can be told from others.
-            desired.hooks.push(Hook::Birth);
+            desired.note_births();
         }
         if let Some(calls) = self.calls {
             desired.audit.calls = calls;
@@ -144,13 +135,14 @@ impl Audit {
     }
 
     /// Gives the number of conflicts.
-    fn watch(&self, desired: Desired, filter: Filter, policies: &[Policy]) -> Result<u64, AuditError> {
+    fn watch(&self, filter: Filter, policies: &[Policy]) -> Result<u64, AuditError> {
         let mut signals = Signals::watch().map_err(WatchError::Watch).map_err(RunError::from)?;
+        let mount = Mount::find().map_err(RunError::from)?;
+        let Placement { stacks, targets } = self.placement(&mount, policies)?;
+        let desired = self.prepare(policies, &stacks).map_err(RunError::from)?;
         kernel::check_privileges().map_err(SessionError::from).map_err(RunError::from)?;
         let processes = self.open_processes()?;
         let ends: Vec<BorrowedFd<'_>> = processes.iter().map(OwnedFd::as_fd).collect();
-        let mount = Mount::find().map_err(RunError::from)?;
-        let targets = self.targets(&mount, policies)?;
         let mut writer = match &self.report {
             Some(path) => Writer::to_file(&self.reporting, path)?,
             None => Writer::new(&self.reporting, io::stdout()),
@@ -169,12 +161,12 @@ impl Audit {
     }
 
     /// Those that were asked for, else those of the policies, else all there is.
-    fn targets(&self, mount: &Mount, policies: &[Policy]) -> Result<Vec<Cgroup>, RunError> {
+    fn placement(&self, mount: &Mount, policies: &[Policy]) -> Result<Placement, RunError> {
         let names_none = policies.iter().all(|policy| policy.target.is_empty());
         if self.cgroup.is_empty() && names_none {
-            return Ok(vec![mount.open(Path::new(""))?]);
+            return Ok(Placement::alone(policies, mount.open(Path::new(""))?));
         }
-        run::targets(mount, &self.cgroup, policies)
+        Placement::find(mount, &self.cgroup, policies)
     }
 }
 

@@ -8,7 +8,8 @@ use std::{
 
 use super::{FAILURE, FINDINGS, complain, output::Format, unless_closed};
 use crate::{
-    compile::{Desired, compile},
+    compile::{CompileError, Desired, compile},
+    coverage::{Coverage, stack_with},
     policy::{
         self, Policy,
         diagnostic::{Diagnostic, Problem, Style},
@@ -37,7 +38,7 @@ impl Check {
     fn tell_programs(&self) -> ExitCode {
         let (found, is_valid) = match policy::load_all(&self.files) {
             Ok((policies, mut found)) => {
-                let error = compile(&policies).err();
+                let error = compile_together(&policies).err();
                 found.extend(error.iter().map(|error| Diagnostic::without_source(Problem::new(error.to_string()))));
                 (found, error.is_none())
             }
@@ -78,14 +79,23 @@ pub(super) fn load(files: &[PathBuf]) -> Option<Vec<Policy>> {
     }
 }
 
-/// The same, and compiles them together.
-pub(super) fn load_compiled(files: &[PathBuf]) -> Option<(Vec<Policy>, Desired)> {
+/// The same, and compiles those together that have the same target.
+pub(super) fn load_compiled(files: &[PathBuf]) -> Option<Vec<Policy>> {
     let policies = load(files)?;
-    match compile(&policies) {
-        Ok(desired) => Some((policies, desired)),
+    match compile_together(&policies) {
+        Ok(_) => Some(policies),
         Err(error) => {
             complain(&error);
             None
         }
     }
+}
+
+/// Which others they meet on this host depends on its cgroups.
+fn compile_together(policies: &[Policy]) -> Result<Desired, CompileError> {
+    let mut coverage = Coverage::default();
+    for policy in 0..policies.len() {
+        coverage.number(stack_with(policies, policy));
+    }
+    compile(policies, &coverage.stacks)
 }

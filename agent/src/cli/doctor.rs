@@ -30,7 +30,7 @@ use crate::{
         cgroup::{CgroupError, Mount},
         network, privileges,
     },
-    kernel::{self, Answer, Backend, BackendChoice, KernelError, Tried},
+    kernel::{self, Answer, Backend, BackendChoice, KernelError, Neighbour, Target, Tried},
     options::{OPTIONS, SocketOption},
     policy,
     report::{Summary, errno_name},
@@ -61,6 +61,8 @@ enum DoctorError {
     Enclosure(#[from] EnclosureError),
     #[error(transparent)]
     Session(#[from] SessionError),
+    #[error("cannot tell which programs are attached to cgroups: {0}")]
+    Neighbours(io::Error),
     #[error("cannot run the sample of sockets: {0}")]
     Sample(io::Error),
     #[error("cannot write the answer: {0}")]
@@ -76,6 +78,8 @@ struct Findings {
     hooks: Vec<(Hook, Answer)>,
     backends: Vec<(Backend, Tried)>,
     options: Vec<(&'static SocketOption, Answer)>,
+    /// The programs that are attached to cgroups already.
+    neighbours: Vec<Neighbour>,
 }
 
 impl Doctor {
@@ -107,6 +111,7 @@ fn examine() -> Result<Findings, DoctorError> {
     let backends = kernel::audit_backends()?;
     let options = try_options(&mount, &enclosure, &hooks)?;
     enclosure.remove()?;
+    let neighbours = kernel::neighbours(&mount).map_err(DoctorError::Neighbours)?;
     Ok(Findings {
         kernel: fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned(),
         cgroup2: mount.path.display().to_string(),
@@ -114,6 +119,7 @@ fn examine() -> Result<Findings, DoctorError> {
         hooks,
         backends,
         options,
+        neighbours,
     })
 }
 
@@ -127,10 +133,9 @@ fn try_options(
     // one option resets another.
     let (policy, _) =
         policy::parse(Path::new("doctor.toml"), &sample_policy()).unwrap_or_else(|errors| unreachable_policy(&errors));
-    let mut desired = compile(&[policy]).map_err(SessionError::from)?;
-    let works = |hook: &Hook| hooks.iter().any(|(known, answer)| known == hook && *answer == Answer::Yes);
-    desired.hooks.retain(works);
-    let target = mount.open(&enclosure.cgroup.path)?;
+    let mut desired = compile(&[policy], &[vec![0]]).map_err(SessionError::from)?;
+    desired.keep_hooks(|hook| hooks.iter().any(|(known, answer)| *known == hook && *answer == Answer::Yes));
+    let target = Target { cgroup: mount.open(&enclosure.cgroup.path)?, scope: 0 };
     let session = Session::start(Setup {
         desired,
         mount: mount.clone(),
@@ -209,7 +214,7 @@ fn open_sockets() -> io::Result<()> {
 
 impl Findings {
     fn write_text(&self, out: &mut impl Write) -> io::Result<()> {
-        let Self { kernel, cgroup2, btf, hooks, backends, options } = self;
+        let Self { kernel, cgroup2, btf, hooks, backends, options, neighbours } = self;
         writeln!(out, "kernel {kernel}, cgroup2 at {cgroup2}, {}", if btf.is_ok() { "BTF" } else { "no BTF" })?;
         let mut table = Table::new();
         table.load_preset(presets::NOTHING).set_header(["", "works", "why not", "since"]);
@@ -235,11 +240,15 @@ impl Findings {
             out,
             "no cgroup hook sees the setsockopt calls of 32-bit programs: they are judged by fentry and kprobe only, \
              and never changed"
-        )
+        )?;
+        for neighbour in neighbours {
+            writeln!(out, "attached already, at {}: {neighbour}", neighbour.hook)?;
+        }
+        Ok(())
     }
 
     fn write_json(&self, out: &mut impl Write) -> io::Result<()> {
-        let Self { kernel, cgroup2, btf, hooks, backends, options } = self;
+        let Self { kernel, cgroup2, btf, hooks, backends, options, neighbours } = self;
         let missing = privileges::missing_capabilities();
         let answer = json!({
             "schema": crate::events::SCHEMA,
@@ -250,6 +259,7 @@ impl Findings {
             "hooks": hooks.iter().map(|(hook, answer)| line(hook.name(), answer)).collect::<Vec<_>>(),
             "audit": backends.iter().map(|(backend, found)| backend_line(*backend, found)).collect::<Vec<_>>(),
             "options": options.iter().map(|(option, answer)| line(option.name, answer)).collect::<Vec<_>>(),
+            "attached": neighbours.iter().map(Neighbour::to_json).collect::<Vec<_>>(),
         });
         writeln!(out, "{answer}")
     }

@@ -19,9 +19,11 @@ use super::{
 };
 use crate::{
     compile::Desired,
+    coverage::all,
     enclosure::{Enclosure, EnclosureError},
     events::Filter,
     host::cgroup::{CgroupError, Mount},
+    kernel::Target,
     session::{self, Session, SessionError, Setup},
 };
 
@@ -97,7 +99,7 @@ impl Exec {
     pub(super) fn run(self) -> ExitCode {
         let Some(policies) = check::load(&self.files) else { return OURS.into() };
         let Manner { dry_run, reporting } = &self.manner;
-        let prepared = session::prepare(&policies, *dry_run, reporting.timing);
+        let prepared = session::prepare(&policies, &[all(&policies)], *dry_run, reporting.timing);
         check::warn_of_replaced_targets(&policies, "the command's cgroup");
         let enclosed = Enclosed { command: &self.command, reporting, report: self.report.as_deref() };
         enclosed.finish(prepared.map_err(ExecError::from).and_then(|desired| enclosed.run(desired, Filter::default())))
@@ -127,7 +129,7 @@ impl Enclosed<'_> {
         let mut writer = self.writer()?;
         let mount = Mount::find()?;
         let enclosure = Enclosure::make(&mount)?;
-        let target = mount.open(&enclosure.cgroup.path)?;
+        let target = Target { cgroup: mount.open(&enclosure.cgroup.path)?, scope: 0 };
         let backend = self.reporting.audit_backend;
         let mut session = Session::start(Setup { desired, mount, targets: vec![target], backend, filter })?;
         unless_closed(writer.announce(&session)).map_err(|source| self.report_error(source))?;

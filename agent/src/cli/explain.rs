@@ -3,16 +3,21 @@
 use std::{
     io::{self, Write},
     net::SocketAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
 };
 
 use super::{FAILURE, FINDINGS, check, complain, output::Format, unless_closed};
 use crate::{
+    compile::{CompileError, compile},
+    coverage::{all, stack_of},
     explain::{Explanation, explain},
-    host::socket,
+    host::{
+        cgroup::{self, Mount},
+        socket,
+    },
     policy::{
-        End, Socket, TwoFamilies,
+        End, Policy, Socket, TwoFamilies,
         model::{Direction, Family, Protocol},
         parse_end,
     },
@@ -48,6 +53,10 @@ pub(super) struct Explain {
     /// Its peer: 192.0.2.1:443, [2001:db8::1]:443
     #[arg(long, value_name = "ADDRESS:PORT")]
     remote: Option<SocketAddr>,
+    /// The cgroup that it was made in, which need not be there: a path below the cgroup2 mount. Of a process's socket, that of
+    /// the process, if this is left out
+    #[arg(long, value_name = "PATH")]
+    cgroup: Option<PathBuf>,
     /// Form of the answer
     #[arg(long, short, value_enum, default_value_t)]
     output: Format,
@@ -69,6 +78,45 @@ enum NoSocket {
     Several { pid: u32, sockets: Vec<(i32, Socket)> },
 }
 
+#[derive(Debug, thiserror::Error)]
+enum ExplainError {
+    #[error(transparent)]
+    Compile(#[from] CompileError),
+    #[error(
+        "policies `{one}` and `{other}` have different targets: which of them cover the socket depends on its \
+         cgroup\n  help: say which one it is in: --cgroup PATH"
+    )]
+    WhichCgroup { one: String, other: String },
+    #[error("none of the policies covers cgroup /{}", .0.display())]
+    Uncovered(PathBuf),
+    #[error("cannot write the answer: {0}")]
+    Write(#[from] io::Error),
+}
+
+fn explanation(policies: &[Policy], socket: &Socket) -> Result<Explanation, ExplainError> {
+    let stack = match &socket.cgroup {
+        Some(cgroup) => stack_of(policies, cgroup).map_err(CompileError::from)?,
+        None => match policies.iter().find(|policy| policy.target != policies[0].target) {
+            None => all(policies),
+            Some(other) => {
+                let (one, other) = (policies[0].name.clone(), other.name.clone());
+                return Err(ExplainError::WhichCgroup { one, other });
+            }
+        },
+    };
+    if let (true, Some(cgroup)) = (stack.is_empty(), &socket.cgroup) {
+        return Err(ExplainError::Uncovered(cgroup.clone()));
+    }
+    let desired = compile(policies, &[stack])?;
+    Ok(explain(&desired, &desired.scopes[0], socket))
+}
+
+/// The path of a cgroup below the mount, as people write it.
+fn below_mount(path: &Path) -> PathBuf {
+    let in_mount = Mount::find().ok().and_then(|mount| path.strip_prefix(&mount.path).ok().map(Path::to_owned));
+    in_mount.unwrap_or_else(|| path.strip_prefix("/").unwrap_or(path).to_owned())
+}
+
 fn list(sockets: &[(i32, Socket)]) -> String {
     let lines: Vec<_> = sockets.iter().map(|(fd, socket)| format!("\n  --fd {fd}: {socket}")).collect();
     lines.concat()
@@ -83,8 +131,10 @@ impl Explain {
                 return FAILURE.into();
             }
         };
-        let Some((_, desired)) = check::load_compiled(&self.files) else { return FINDINGS.into() };
-        match unless_closed(self.tell(&explain(&desired, &socket))) {
+        let Some(policies) = check::load_compiled(&self.files) else { return FINDINGS.into() };
+        let told = explanation(&policies, &socket)
+            .and_then(|explanation| unless_closed(self.tell(&explanation)).map_err(ExplainError::Write));
+        match told {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 complain(&error);
@@ -97,7 +147,8 @@ impl Explain {
         let local = self.local.unwrap_or_default();
         let protocol = self.protocol.unwrap_or(Protocol::Tcp);
         let described = Socket::new(protocol, self.family, self.direction, local, self.remote)?;
-        let Some(pid) = self.pid else { return Ok(described) };
+        let asked = self.cgroup.as_deref().map(below_mount);
+        let Some(pid) = self.pid else { return Ok(Socket { cgroup: asked, ..described }) };
         let sockets = socket::of_process(pid).map_err(|source| NoSocket::Process { pid, source })?;
         let is_meant = |(fd, socket): &(i32, Socket)| {
             self.fd.is_none_or(|asked| asked == *fd)
@@ -107,7 +158,11 @@ impl Explain {
         };
         let (mut meant, others): (Vec<_>, Vec<_>) = sockets.into_iter().partition(is_meant);
         match (meant.pop(), meant.is_empty()) {
-            (Some((_, socket)), true) => Ok(Socket { direction: socket.direction.or(self.direction), ..socket }),
+            (Some((_, socket)), true) => Ok(Socket {
+                direction: socket.direction.or(self.direction),
+                cgroup: asked.or_else(|| cgroup::of_process(pid)),
+                ..socket
+            }),
             (Some(last), false) => {
                 meant.push(last);
                 Err(NoSocket::Several { pid, sockets: meant })

@@ -9,6 +9,7 @@ use std::{
 use crate::{
     events::Event,
     kernel::{Audit, BackendChoice},
+    policy::model::Mode,
     report::{Loss, Summary},
     session::Session,
 };
@@ -85,24 +86,28 @@ impl Writer {
             return Ok(());
         }
         let desired = session.desired();
-        let targets: Vec<&str> = session.targets().iter().map(|target| target.name.as_str()).collect();
+        let targets: Vec<&str> = session.targets().iter().map(|target| target.cgroup.name.as_str()).collect();
         let targets = targets.join(", ");
         let audit = session.audit().map_or_else(|| "no audit".to_owned(), describe_audit);
         if desired.rules.is_empty() {
             writeln!(self.out, "sockpolicy: watching the calls of cgroup {targets}; {audit}")?;
             return self.out.flush();
         }
-        let mode = match desired.mode {
-            crate::policy::model::Mode::Enforce => "enforcing",
-            crate::policy::model::Mode::DryRun => "dry run of",
+        let policies = |wanted| {
+            let names: Vec<_> =
+                desired.policies().into_iter().filter(|(_, mode)| *mode == wanted).map(|(name, _)| name).collect();
+            names.join(", ")
         };
-        let hooks: Vec<&str> = desired.hooks.iter().map(|hook| hook.name()).collect();
-        let mut policies: Vec<&str> = desired.rules.iter().map(|rule| rule.policy.as_str()).collect();
-        policies.dedup();
+        let (enforced, dry) = (policies(Mode::Enforce), policies(Mode::DryRun));
+        let doing = match (enforced.as_str(), dry.as_str()) {
+            ("", dry) => format!("dry run of {dry}"),
+            (enforced, "") => format!("enforcing {enforced}"),
+            (enforced, dry) => format!("enforcing {enforced}, dry run of {dry}"),
+        };
+        let hooks: Vec<&str> = desired.hooks().iter().map(|hook| hook.name()).collect();
         writeln!(
             self.out,
-            "sockpolicy: {mode} {} on cgroup {targets}: {} rules, {} options; {}; {audit}",
-            policies.join(", "),
+            "sockpolicy: {doing} on cgroup {targets}: {} rules, {} options; {}; {audit}",
             desired.rules.len(),
             desired.options.len(),
             hooks.join(", "),

@@ -11,14 +11,14 @@ use serde_json::json;
 use super::{
     FAILURE, FINDINGS, check, complain,
     output::Format,
-    run::{self, RunError},
+    run::{Placement, RunError},
     unless_closed,
 };
 use crate::{
-    compile::{Desired, Hook},
+    compile::{Desired, Hook, Scope},
     events::SCHEMA,
-    host::cgroup::{Cgroup, Mount},
-    kernel::{self, BackendChoice},
+    host::cgroup::Mount,
+    kernel::{self, BackendChoice, Neighbour, Target, Turn},
     policy::{Policy, model::Mode},
     session,
 };
@@ -59,66 +59,115 @@ impl Plan {
     }
 
     fn tell(&self, policies: &[Policy]) -> Result<(), PlanError> {
-        let desired = session::prepare(policies, self.dry_run, false).map_err(RunError::from)?;
         let mount = Mount::find().map_err(RunError::from)?;
-        let targets = run::targets(&mount, &self.cgroup, policies)?;
+        let Placement { stacks, targets } = Placement::find(&mount, &self.cgroup, policies)?;
+        let desired = session::prepare(policies, &stacks, self.dry_run, false).map_err(RunError::from)?;
+        let others = neighbours(&mount, &targets);
         let written = match self.output {
-            Format::Text => self.write_text(policies, &desired, &targets),
-            Format::Json => self.write_json(&desired, &targets),
+            Format::Text => self.write_text(&desired, &targets, &others),
+            Format::Json => self.write_json(&desired, &targets, &others),
         };
         Ok(unless_closed(written)?)
     }
 
-    fn write_text(&self, policies: &[Policy], desired: &Desired, targets: &[Cgroup]) -> io::Result<()> {
+    fn write_text(&self, desired: &Desired, targets: &[Target], others: &Others) -> io::Result<()> {
         let mut out = io::stdout().lock();
-        let names: Vec<_> = policies.iter().map(|policy| policy.name.as_str()).collect();
-        let mode = match desired.mode {
-            Mode::Enforce => "enforced",
-            Mode::DryRun => "dry run, nothing is changed",
-        };
-        writeln!(out, "{} ({mode})", names.join(", "))?;
-        let mut last = None;
-        for (hook, target) in desired.attachments(targets.len()) {
-            if last.replace(target) != Some(target) {
-                writeln!(out, "\non {}, and all below it:", targets[target].name)?;
+        for (number, scope) in desired.scopes.iter().enumerate() {
+            let on: Vec<_> = targets.iter().filter(|target| target.scope == number).collect();
+            writeln!(out, "{}", heading(scope, &on))?;
+            for hook in &scope.hooks {
+                let options: Vec<_> = desired.options_at(number, *hook).iter().map(ToString::to_string).collect();
+                let does = match (hook, options.is_empty(), scope.mode) {
+                    (Hook::Set, ..) => "judges calls on",
+                    (Hook::Get, ..) => "compares reads of",
+                    (_, true, _) => "keeps notes of each socket",
+                    (_, false, Mode::Enforce) => "sets",
+                    (_, false, Mode::DryRun) => "would set",
+                };
+                writeln!(out, "  attach {:18}  {}", hook.name(), format!("{does} {}", options.join(", ")).trim_end())?;
             }
-            let options: Vec<_> = desired.options_at(hook).iter().map(ToString::to_string).collect();
-            let does = match (hook, options.is_empty(), desired.mode) {
-                (Hook::Set, ..) => "judges calls on",
-                (Hook::Get, ..) => "compares reads of",
-                (_, true, _) => "keeps notes of each socket",
-                (_, false, Mode::Enforce) => "sets",
-                (_, false, Mode::DryRun) => "would set",
-            };
-            writeln!(out, "  attach {:18}  {}", hook.name(), format!("{does} {}", options.join(", ")).trim_end())?;
+            writeln!(out)?;
         }
         let calls = if desired.audit.reads { "setsockopt and getsockopt" } else { "setsockopt" };
         match self.backends()[..] {
-            [] => writeln!(out, "\nno audit: results of calls are not seen"),
-            ref backends => writeln!(out, "\nin the kernel:\n  attach to {calls}, by {}", backends.join(", or else ")),
+            [] => writeln!(out, "no audit: results of calls are not seen"),
+            ref backends => writeln!(out, "in the kernel:\n  attach to {calls}, by {}", backends.join(", or else ")),
+        }?;
+        match others {
+            Err(error) => writeln!(out, "\nwhich programs of others are attached there cannot be told: {error}"),
+            Ok(others) if others.is_empty() => Ok(()),
+            Ok(others) => {
+                writeln!(out, "\nattached there by others, and staying:")?;
+                others.iter().try_for_each(|(neighbour, turn)| {
+                    let when = match turn {
+                        Turn::Before => "runs before ours",
+                        Turn::After => "runs after ours",
+                    };
+                    writeln!(out, "  {:18}  {neighbour}: {when}", neighbour.hook.name())
+                })
+            }
         }
     }
 
-    fn write_json(&self, desired: &Desired, targets: &[Cgroup]) -> io::Result<()> {
+    fn write_json(&self, desired: &Desired, targets: &[Target], others: &Others) -> io::Result<()> {
         let mut out = io::stdout().lock();
-        for (hook, target) in desired.attachments(targets.len()) {
-            let options: Vec<_> = desired.options_at(hook).iter().map(ToString::to_string).collect();
+        let scopes: Vec<_> = targets.iter().map(|target| target.scope).collect();
+        for (hook, target) in desired.attachments(&scopes) {
+            let Target { cgroup, scope } = &targets[target];
+            let options: Vec<_> = desired.options_at(*scope, hook).iter().map(ToString::to_string).collect();
             let step = json!({
                 "schema": SCHEMA,
                 "step": "attach",
                 "hook": hook.name(),
-                "cgroup": targets[target].name,
+                "cgroup": cgroup.name,
+                "policies": desired.scopes[*scope].policies,
                 "options": options,
             });
             writeln!(out, "{step}")?;
         }
         let audit =
             json!({ "schema": SCHEMA, "step": "audit", "backends": self.backends(), "reads": desired.audit.reads });
-        writeln!(out, "{audit}")
+        writeln!(out, "{audit}")?;
+        for (neighbour, turn) in others.iter().flatten() {
+            let mut line = neighbour.to_json();
+            line["step"] = "leave".into();
+            line["runs"] = match turn {
+                Turn::Before => "before",
+                Turn::After => "after",
+            }
+            .into();
+            writeln!(out, "{line}")?;
+        }
+        Ok(())
     }
 
     fn backends(&self) -> Vec<&'static str> {
         kernel::candidates(self.audit_backend).into_iter().map(kernel::Backend::name).collect()
+    }
+}
+
+/// The programs of others that run for the same sockets, or why they cannot be told.
+type Others = io::Result<Vec<(Neighbour, Turn)>>;
+
+fn neighbours(mount: &Mount, targets: &[Target]) -> Others {
+    let paths: Vec<_> = targets.iter().map(|target| mount.below(&target.cgroup)).collect();
+    let all = kernel::neighbours(mount)?.into_iter();
+    Ok(all.filter_map(|neighbour| neighbour.turn(&paths).map(|turn| (neighbour, turn))).collect())
+}
+
+/// Where the policies of a scope are to be in force, and in which order they decide.
+fn heading(scope: &Scope, targets: &[&Target]) -> String {
+    let mode = match scope.mode {
+        Mode::Enforce => "enforced",
+        Mode::DryRun => "dry run, nothing is changed",
+    };
+    let policies = format!("{} ({mode})", scope.policies.join(", then "));
+    match targets {
+        [only] => format!("on {}, and all below it: {policies}", only.cgroup.name),
+        several => {
+            let names: Vec<_> = several.iter().map(|target| format!("\n    {}", target.cgroup.name)).collect();
+            format!("on each of these {}, and all below it: {policies}{}", several.len(), names.concat())
+        }
     }
 }
 

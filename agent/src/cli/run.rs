@@ -9,8 +9,10 @@ use super::{
     watch::{self, WatchError, watch},
 };
 use crate::{
+    coverage::{Coverage, GlobError, Stack, all},
     events::Filter,
     host::cgroup::{Cgroup, CgroupError, Mount},
+    kernel::Target,
     policy::model::Policy,
     session::{self, Session, SessionError, Setup},
 };
@@ -40,11 +42,8 @@ pub(super) enum RunError {
     Session(#[from] SessionError),
     #[error("no target: policy `{policy}` names none\n  help: say which cgroup with --cgroup PATH")]
     NoTarget { policy: String },
-    #[error(
-        "policies `{one}` and `{other}` have different targets\n  help: run them one by one, or give a common target \
-         with --cgroup PATH"
-    )]
-    TwoTargets { one: String, other: String },
+    #[error(transparent)]
+    Glob(#[from] GlobError),
     #[error(
         "no cgroup matches {patterns}\n  help: the cgroups of this host are the folders below {}; `find {} -type d` \
          lists them",
@@ -76,10 +75,10 @@ impl Run {
     fn run_policies(&self, policies: &[Policy]) -> Result<u64, RunError> {
         let mut signals = Signals::watch().map_err(WatchError::Watch)?;
         let Manner { dry_run, reporting } = &self.manner;
-        let desired = session::prepare(policies, *dry_run, reporting.timing)?;
-        crate::kernel::check_privileges().map_err(SessionError::from)?;
         let mount = Mount::find()?;
-        let targets = targets(&mount, &self.cgroup, policies)?;
+        let Placement { stacks, targets } = Placement::find(&mount, &self.cgroup, policies)?;
+        let desired = session::prepare(policies, &stacks, *dry_run, reporting.timing)?;
+        crate::kernel::check_privileges().map_err(SessionError::from)?;
         let mut writer = Writer::new(reporting, io::stdout());
         let setup = Setup { desired, mount, targets, backend: reporting.audit_backend, filter: Filter::default() };
         report(setup, &mut signals, &mut writer, &[])
@@ -95,7 +94,7 @@ pub(super) fn report(
     ends: &[BorrowedFd<'_>],
 ) -> Result<u64, RunError> {
     let mut session = Session::start(setup)?;
-    let names: Vec<&str> = session.targets().iter().map(|target| target.name.as_str()).collect();
+    let names: Vec<&str> = session.targets().iter().map(|target| target.cgroup.name.as_str()).collect();
     log::info!("in force on {}", names.join(", "));
     writer.announce(&session).map_err(WatchError::Write)?;
     watch(&mut session, signals, writer, ends)?;
@@ -105,37 +104,47 @@ pub(super) fn report(
     Ok(summary.conflicts())
 }
 
-/// The targets that were asked for, else those of the policies.
-pub(super) fn targets(mount: &Mount, asked: &[PathBuf], policies: &[Policy]) -> Result<Vec<Cgroup>, RunError> {
-    if !asked.is_empty() {
-        check::warn_of_replaced_targets(policies, "--cgroup");
-        let targets = asked.iter().map(|path| mount.open(path)).collect::<Result<Vec<_>, _>>()?;
-        return Ok(outermost(targets));
-    }
-    let Some((first, rest)) = policies.split_first() else { return Ok(Vec::new()) };
-    for policy in policies {
-        if policy.target.is_empty() {
-            return Err(RunError::NoTarget { policy: policy.name.clone() });
-        }
-    }
-    if let Some(other) = rest.iter().find(|policy| policy.target != first.target) {
-        return Err(RunError::TwoTargets { one: first.name.clone(), other: other.name.clone() });
-    }
-    let targets = mount.matching(&first.target)?;
-    if targets.is_empty() {
-        return Err(RunError::NoMatch { patterns: first.target.join(", "), mount: mount.path.clone() });
-    }
-    Ok(targets)
+/// Where policies are in force.
+#[derive(Debug)]
+pub(super) struct Placement {
+    pub(super) stacks: Vec<Stack>,
+    pub(super) targets: Vec<Target>,
 }
 
-/// Leaves out what another target covers: its sockets would be decided twice.
-fn outermost(mut targets: Vec<Cgroup>) -> Vec<Cgroup> {
-    targets.sort_by(|one, other| one.path.cmp(&other.path));
-    let mut kept: Vec<Cgroup> = Vec::new();
-    for target in targets {
-        if !kept.iter().any(|outer| target.path.starts_with(&outer.path)) {
-            kept.push(target);
-        }
+impl Placement {
+    /// All policies together, on one cgroup.
+    pub(super) fn alone(policies: &[Policy], cgroup: Cgroup) -> Self {
+        Self { stacks: vec![all(policies)], targets: vec![Target { cgroup, scope: 0 }] }
     }
-    kept
+
+    /// On the targets that were asked for, else on those of the policies.
+    pub(super) fn find(mount: &Mount, asked: &[PathBuf], policies: &[Policy]) -> Result<Self, RunError> {
+        let coverage = if asked.is_empty() {
+            if let Some(policy) = policies.iter().find(|policy| policy.target.is_empty()) {
+                return Err(RunError::NoTarget { policy: policy.name.clone() });
+            }
+            covered(mount, policies)?
+        } else {
+            check::warn_of_replaced_targets(policies, "--cgroup");
+            let below = |path: &PathBuf| mount.open(path).map(|cgroup| mount.below(&cgroup));
+            Coverage::of_all(policies, asked.iter().map(below).collect::<Result<_, _>>()?)
+        };
+        let Coverage { stacks, targets } = coverage;
+        let open = |(path, scope): (PathBuf, usize)| Ok(Target { cgroup: mount.open(&path)?, scope });
+        Ok(Self { stacks, targets: targets.into_iter().map(open).collect::<Result<_, CgroupError>>()? })
+    }
+}
+
+fn covered(mount: &Mount, policies: &[Policy]) -> Result<Coverage, RunError> {
+    let coverage = Coverage::of_targets(policies, mount.tree()?)?;
+    let covers = |policy: usize| coverage.targets.iter().any(|(_, stack)| coverage.stacks[*stack].contains(&policy));
+    let idle: Vec<_> = (0..policies.len()).filter(|policy| !covers(*policy)).collect();
+    if idle.len() == policies.len() {
+        let patterns: Vec<_> = policies.iter().flat_map(|policy| &policy.target).map(String::as_str).collect();
+        return Err(RunError::NoMatch { patterns: patterns.join(", "), mount: mount.path.clone() });
+    }
+    for policy in idle.into_iter().map(|policy| &policies[policy]) {
+        log::warn!("policy `{}` is not in force: no cgroup matches {}", policy.name, policy.target.join(", "));
+    }
+    Ok(coverage)
 }

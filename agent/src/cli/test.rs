@@ -11,7 +11,8 @@ use crate::explain::{Trial, try_all};
 
 /// Hold policies against the tests that stand in their files
 ///
-/// Each test is tried on all the files together, as they would be in force, by the code that decides in the kernel.
+/// Each test is tried on all the files that cover its socket together, as they would be in force, by the code that decides
+/// in the kernel: those that cover the socket's `cgroup`, or, if the test names none, those with the same target.
 #[derive(Debug, clap::Args)]
 pub(super) struct Test {
     /// Policy files
@@ -24,8 +25,14 @@ pub(super) struct Test {
 
 impl Test {
     pub(super) fn run(self) -> ExitCode {
-        let Some((policies, desired)) = check::load_compiled(&self.files) else { return FINDINGS.into() };
-        let trials = try_all(&desired, &policies);
+        let Some(policies) = check::load_compiled(&self.files) else { return FINDINGS.into() };
+        let trials = match try_all(&policies) {
+            Ok(trials) => trials,
+            Err(error) => {
+                complain(&error);
+                return FINDINGS.into();
+            }
+        };
         if let Err(error) = unless_closed(self.tell(&trials)) {
             complain(&error);
             return FAILURE.into();

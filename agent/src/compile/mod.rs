@@ -1,12 +1,12 @@
-//! Turns policies into what the programs read: `&[Policy]` → [`Desired`].
+//! Turns policies into what the programs read: `&[Policy]` and the stacks of them that are somewhere in force → [`Desired`].
 //!
-//! Precedence is settled here: the rules of all files, in the order of the files' names and of the
-//! rules in them, become the bits of one `u64`, lowest first, and the programs take the lowest that
-//! matches and names an option.
+//! Precedence is settled here: the rules of a stack of policies, in the order of the stack and of the
+//! rules in each, become the bits of one `u64`, lowest first, and the programs take the lowest that
+//! matches and names an option. That, for one stack, is a [`Scope`].
 //!
 //! Pure: it does not ask what this kernel or this host can do.
 //!
-//! Trade-off: 64 rules for one set of policies, in exchange for matching whose cost does not depend on their
+//! Trade-off: 64 rules for the sockets of a target, in exchange for matching whose cost does not depend on their
 //! number. More than that is an error here, never a truncation.
 
 mod facts;
@@ -18,7 +18,7 @@ mod tests;
 use std::path::PathBuf;
 
 use abi::{
-    RULES_MAX, SiteList,
+    RULES_MAX, SETTABLE_MAX, SiteList,
     select::{Candidates, Selectors, select},
     setting::{Governed, OptionKey, Setting, form, kind, on_conflict, read_back, words_of_text},
     site,
@@ -27,6 +27,7 @@ use abi::{
 
 pub use self::{facts::facts, hooks::Hook, prefixes::Prefix};
 use crate::{
+    coverage::{GlobError, Stack},
     options::SocketOption,
     policy::model::{
         Audit, Calls, Clause, Direction, Family, Form, Mode, Named, OnConflict, Policy, Protocol, Rule, Selector,
@@ -37,20 +38,31 @@ use crate::{
 /// Everything that the kernel side is to be told, and where each part came from.
 #[derive(Clone, Debug)]
 pub struct Desired {
-    pub mode: Mode,
     pub audit: Audit,
-    /// Rules by number, as the bits count them.
+    /// All rules of all policies.
     pub rules: Vec<RuleSource>,
-    pub selectors: Selectors,
+    /// By stack.
+    pub scopes: Vec<Scope>,
     pub prefixes: Vec<Prefix>,
-    /// Those that are set come first, in the order in which they are applied.
-    pub options: Vec<Governed>,
+    /// Every option that a rule names, by number. Those that are set come first, in the order in which they are applied.
+    pub options: Vec<OptionKey>,
     pub settings: Vec<Setting>,
     /// Where each of `settings` came from.
     pub sources: Vec<SettingSource>,
+}
+
+/// What holds for the sockets of all targets with the same stack of policies.
+#[derive(Clone, Debug)]
+pub struct Scope {
+    /// Names, in the order in which they decide.
+    pub policies: Vec<String>,
+    pub mode: Mode,
+    pub selectors: Selectors,
+    /// In the order of [`Desired::options`].
+    pub options: Vec<Governed>,
     /// By [`site`].
     pub sites: [SiteList; site::COUNT],
-    /// The hooks that this policy needs, no more.
+    /// The hooks that these policies need, no more.
     pub hooks: Vec<Hook>,
 }
 
@@ -58,6 +70,7 @@ pub struct Desired {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RuleSource {
     pub policy: String,
+    pub mode: Mode,
     pub path: PathBuf,
     pub rule: String,
     pub line: usize,
@@ -78,58 +91,106 @@ pub struct SettingSource {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum CompileError {
     #[error(
-        "the policies have {count} rules together, but one set of policies can hold {RULES_MAX}\n  help: put them on \
-         different targets, or merge rules that match the same sockets"
+        "the policies {} have {count} rules together, but those that cover one cgroup can have {RULES_MAX}\n  help: put \
+         them on different targets, or merge rules that match the same sockets",
+        policies.join(", ")
     )]
-    TooManyRules { count: usize },
+    TooManyRules { policies: Vec<String>, count: usize },
     #[error(
         "policies `{enforced}` and `{dry}` cannot be in force together: the one enforces, the other is a dry run\n  \
          help: give --dry-run to try both, or the same `mode` to both files"
     )]
     MixedModes { enforced: String, dry: String },
+    #[error(transparent)]
+    Glob(#[from] GlobError),
 }
 
-/// Compiles policies that share a target; `policies` are in the order of their files' names.
+/// Compiles policies, which are in the order of their files' names, for each stack of them that is somewhere in force.
 ///
 /// # Errors
 ///
-/// Where they have too many rules together, or not the same mode.
-pub fn compile(policies: &[Policy]) -> Result<Desired, CompileError> {
-    let mode = common_mode(policies)?;
-    let mut rules = Vec::new();
-    let mut sources = Vec::new();
+/// Where those of a stack have too many rules together, or not the same mode.
+///
+/// # Panics
+///
+/// Where a stack has a number that no policy has.
+pub fn compile(policies: &[Policy], stacks: &[Stack]) -> Result<Desired, CompileError> {
+    let mut desired = Desired {
+        audit: common_audit(policies),
+        rules: Vec::new(),
+        scopes: Vec::new(),
+        prefixes: Vec::new(),
+        options: Vec::new(),
+        settings: Vec::new(),
+        sources: Vec::new(),
+    };
+    // By policy: the number of its first rule.
+    let mut first_rules = Vec::new();
     for policy in policies {
-        for rule in &policy.rules {
-            rules.push(rule);
-            sources.push(RuleSource {
-                policy: policy.name.clone(),
-                path: policy.path.clone(),
-                rule: rule.name.clone(),
-                line: rule.line,
-                selector: rule.selector.clone(),
-            });
-        }
+        first_rules.push(desired.rules.len());
+        desired.rules.extend(policy.rules.iter().map(|rule| RuleSource {
+            policy: policy.name.clone(),
+            mode: policy.mode,
+            path: policy.path.clone(),
+            rule: rule.name.clone(),
+            line: rule.line,
+            selector: rule.selector.clone(),
+        }));
     }
+    let named = named_options(policies);
+    desired.options = named.iter().map(|option| option.key()).collect();
+    for stack in stacks {
+        let stacked: Vec<&Policy> = stack.iter().map(|policy| &policies[*policy]).collect();
+        let numbered = stack.iter().flat_map(|policy| (first_rules[*policy]..).zip(&policies[*policy].rules));
+        let (numbers, rules): (Vec<usize>, Vec<&Rule>) = numbered.unzip();
+        add_scope(&mut desired, &stacked, &named, &rules, &numbers)?;
+    }
+    Ok(desired)
+}
+
+/// Adds the scope of a stack of policies. `rules` are theirs in order, and `numbers` those that they have in
+/// [`Desired::rules`].
+fn add_scope(
+    desired: &mut Desired,
+    stack: &[&Policy],
+    named: &[Named],
+    rules: &[&Rule],
+    numbers: &[usize],
+) -> Result<(), CompileError> {
+    let mode = common_mode(stack)?;
+    let policies: Vec<String> = stack.iter().map(|policy| policy.name.clone()).collect();
     if rules.len() > RULES_MAX {
-        return Err(CompileError::TooManyRules { count: rules.len() });
+        return Err(CompileError::TooManyRules { policies, count: rules.len() });
     }
-    let table = settings_table(&rules);
-    let selectors = selectors(&rules);
-    let sites = hooks::sites(&table.options, &rules);
-    let audit = common_audit(policies);
-    let hooks = hooks::needed(&table.options, &sites, &rules, audit.reads);
-    Ok(Desired {
-        mode,
-        audit,
-        rules: sources,
-        selectors,
-        prefixes: prefixes::prefixes(&rules),
-        options: table.options,
-        settings: table.settings,
-        sources: table.sources,
-        sites,
-        hooks,
-    })
+    let mut options = Vec::new();
+    for (named, number) in named.iter().zip(0..) {
+        let mut option = governed(*named, number);
+        option.first_setting = desired.settings.len() as u32;
+        for (bit, rule) in rules.iter().enumerate() {
+            let Some(clause) = rule.clauses.iter().find(|clause| clause.option == *named) else { continue };
+            option.names |= 1 << bit;
+            if matches!(clause.form, Form::Set(_)) {
+                option.sets |= 1 << bit;
+            }
+            desired.settings.push(setting(clause, mode));
+            let form = clause.form.clone();
+            desired.sources.push(SettingSource { rule: numbers[bit], option: *named, line: clause.line, form });
+        }
+        options.push(option);
+    }
+    let scope = desired.scopes.len() as u32;
+    let sites = hooks::sites(&options, rules);
+    let hooks = hooks::needed(&options, &sites, rules, desired.audit.reads);
+    desired.prefixes.extend(prefixes::prefixes(scope, rules));
+    desired.scopes.push(Scope { policies, mode, selectors: selectors(scope, rules), options, sites, hooks });
+    Ok(())
+}
+
+impl Scope {
+    /// The rules that match a socket are looked for in the tables of its scope.
+    fn has_rules(&self) -> bool {
+        self.selectors.all != 0
+    }
 }
 
 impl Desired {
@@ -140,30 +201,61 @@ impl Desired {
         Some((source, self.rules.get(source.rule)?))
     }
 
-    /// What the program at a hook is about: the options that it sets, judges or compares.
-    #[must_use]
-    pub fn options_at(&self, hook: Hook) -> Vec<Named> {
-        let options = hooks::options_at(hook, &self.options, &self.sites);
-        let named = |index: usize| Some(self.sources.get(self.options.get(index)?.first_setting as usize)?.option);
-        options.into_iter().filter_map(named).collect()
+    /// The options that an option's number in a scope stands for.
+    fn named(&self, scope: usize, number: usize) -> Option<Named> {
+        let option = self.scopes.get(scope)?.options.get(number).filter(|option| option.names != 0)?;
+        Some(self.sources.get(option.first_setting as usize)?.option)
     }
 
-    /// The programs to attach, and to which of so many targets, in that order.
-    pub fn attachments(&self, targets: usize) -> impl Iterator<Item = (Hook, usize)> {
-        (0..targets).flat_map(|target| self.hooks.iter().map(move |hook| (*hook, target)))
+    /// What the program at a hook is about: the options that it sets, judges or compares.
+    #[must_use]
+    pub fn options_at(&self, scope: usize, hook: Hook) -> Vec<Named> {
+        let Some(Scope { options, sites, .. }) = self.scopes.get(scope) else { return Vec::new() };
+        let numbers = hooks::options_at(hook, options, sites);
+        numbers.into_iter().filter_map(|number| self.named(scope, number)).collect()
+    }
+
+    /// The programs to attach, and to which of the targets, whose scopes these are, in that order.
+    pub fn attachments(&self, scopes: &[usize]) -> impl Iterator<Item = (Hook, usize)> {
+        let hooks = |scope: usize| self.scopes.get(scope).map_or(&[][..], |scope| &scope.hooks);
+        scopes.iter().enumerate().flat_map(move |(target, scope)| hooks(*scope).iter().map(move |hook| (*hook, target)))
+    }
+
+    /// The hooks that any target needs, each once.
+    #[must_use]
+    pub fn hooks(&self) -> Vec<Hook> {
+        Hook::ALL.into_iter().filter(|hook| self.scopes.iter().any(|scope| scope.hooks.contains(hook))).collect()
+    }
+
+    /// Leaves out hooks.
+    pub fn keep_hooks(&mut self, keep: impl Fn(Hook) -> bool) {
+        for scope in &mut self.scopes {
+            scope.hooks.retain(|hook| keep(*hook));
+        }
+    }
+
+    /// Has each new socket given the cookie by which events on it can be told from others, although no rule asks for
+    /// anything.
+    pub fn note_births(&mut self) {
+        for scope in self.scopes.iter_mut().filter(|scope| !scope.has_rules()) {
+            scope.hooks.push(Hook::Birth);
+        }
     }
 
     /// The rules that match a socket, as the kernel finds them.
     #[must_use]
-    pub fn candidates(&self, facts: &Facts) -> Candidates {
-        select(facts, &self.selectors, &prefixes::Table(&self.prefixes))
+    pub fn candidates(&self, scope: &Scope, facts: &Facts) -> Candidates {
+        select(facts, &scope.selectors, &prefixes::Table(&self.prefixes))
     }
 
     /// Has the audit count these options among those that rules name, although none does.
     pub fn look_at(&mut self, options: &[OptionKey]) {
         for key in options {
-            if !self.options.iter().any(|option| option.key == *key) {
-                self.options.push(Governed { key: *key, ..Governed::default() });
+            if !self.options.contains(key) {
+                self.options.push(*key);
+                for scope in &mut self.scopes {
+                    scope.options.push(Governed { key: *key, ..Governed::default() });
+                }
             }
         }
     }
@@ -184,9 +276,17 @@ impl Desired {
         names.dedup();
         names
     }
+
+    /// The policies that have rules, each once.
+    #[must_use]
+    pub fn policies(&self) -> Vec<(&str, Mode)> {
+        let mut policies: Vec<_> = self.rules.iter().map(|rule| (rule.policy.as_str(), rule.mode)).collect();
+        policies.dedup();
+        policies
+    }
 }
 
-fn common_mode(policies: &[Policy]) -> Result<Mode, CompileError> {
+fn common_mode(policies: &[&Policy]) -> Result<Mode, CompileError> {
     let first = |mode| policies.iter().find(|policy| policy.mode == mode);
     match (first(Mode::Enforce), first(Mode::DryRun)) {
         (Some(enforced), Some(dry)) => {
@@ -216,7 +316,7 @@ fn rules_where(rules: &[&Rule], matches: impl Fn(&Rule) -> bool) -> u64 {
         .fold(0, |set, bit| set | bit)
 }
 
-fn selectors(rules: &[&Rule]) -> Selectors {
+fn selectors(scope: u32, rules: &[&Rule]) -> Selectors {
     let of = |matches: &dyn Fn(&Rule) -> bool| rules_where(rules, matches);
     let any_port =
         [of(&|rule| rule.selector.local_ports.is_empty()), of(&|rule| rule.selector.remote_ports.is_empty())];
@@ -231,6 +331,7 @@ fn selectors(rules: &[&Rule]) -> Selectors {
         any_address,
         asks_port: any_port.map(|unasked| u32::from(unasked != all)),
         asks_address: any_address.map(|unasked| u32::from(unasked != all)),
+        scope,
         ..Selectors::default()
     };
     selectors.family[usize::from(family::UNKNOWN)] = of(&|rule| rule.selector.family.is_none());
@@ -251,41 +352,10 @@ fn selectors(rules: &[&Rule]) -> Selectors {
     selectors
 }
 
-/// Options, their settings, and where these came from.
-struct SettingsTable {
-    options: Vec<Governed>,
-    settings: Vec<Setting>,
-    sources: Vec<SettingSource>,
-}
-
-fn settings_table(rules: &[&Rule]) -> SettingsTable {
-    let mut table = SettingsTable { options: Vec::new(), settings: Vec::new(), sources: Vec::new() };
-    for named in named_options(rules) {
-        let mut option = governed(named);
-        option.first_setting = table.settings.len() as u32;
-        for (number, rule) in rules.iter().enumerate() {
-            let Some(clause) = rule.clauses.iter().find(|clause| clause.option == named) else { continue };
-            option.names |= 1 << number;
-            if matches!(clause.form, Form::Set(_)) {
-                option.sets |= 1 << number;
-            }
-            table.settings.push(setting(clause));
-            table.sources.push(SettingSource {
-                rule: number,
-                option: named,
-                line: clause.line,
-                form: clause.form.clone(),
-            });
-        }
-        table.options.push(option);
-    }
-    table
-}
-
 /// Every option that a rule names, those that are set first and in the order of the option table,
 /// which is the order in which they are to be applied.
-fn named_options(rules: &[&Rule]) -> Vec<Named> {
-    let clauses = || rules.iter().flat_map(|rule| &rule.clauses);
+fn named_options(policies: &[Policy]) -> Vec<Named> {
+    let clauses = || policies.iter().flat_map(|policy| &policy.rules).flat_map(|rule| &rule.clauses);
     let is_set = |named: Named| clauses().any(|clause| clause.option == named && matches!(clause.form, Form::Set(_)));
     let mut named: Vec<Named> = Vec::new();
     for clause in clauses() {
@@ -304,8 +374,10 @@ fn place(named: Named) -> usize {
     }
 }
 
-fn governed(named: Named) -> Governed {
-    let mut option = Governed { key: named.key(), kind: kind::OPAQUE, ..Governed::default() };
+fn governed(named: Named, number: usize) -> Governed {
+    // There are fewer options to set than bits, and only these need one.
+    let bit = number.min(SETTABLE_MAX) as u8;
+    let mut option = Governed { key: named.key(), kind: kind::OPAQUE, bit, ..Governed::default() };
     if let Named::Known(known) = named {
         let SocketOption { value, traits, .. } = *known;
         option.kind = value.abi_kind();
@@ -318,7 +390,7 @@ fn governed(named: Named) -> Governed {
     option
 }
 
-fn setting(clause: &Clause) -> Setting {
+fn setting(clause: &Clause, mode: Mode) -> Setting {
     let mut setting = Setting {
         on_conflict: match clause.on_conflict {
             OnConflict::Allow => on_conflict::ALLOW,
@@ -327,6 +399,7 @@ fn setting(clause: &Clause) -> Setting {
             OnConflict::Deny => on_conflict::DENY,
         },
         errno: clause.errno.0,
+        dry_run: u32::from(mode == Mode::DryRun),
         ..Setting::default()
     };
     match &clause.form {

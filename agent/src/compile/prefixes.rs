@@ -32,14 +32,15 @@ impl Prefixes for Table<'_> {
     }
 }
 
-/// All entries. A dimension that no rule asks about has none; one that a rule does ask about covers
+/// All entries of a scope. A dimension that no rule asks about has none; one that a rule does ask about covers
 /// every value, so that a lookup there always finds something.
-pub(super) fn prefixes(rules: &[&Rule]) -> Vec<Prefix> {
+pub(super) fn prefixes(scope: u32, rules: &[&Rule]) -> Vec<Prefix> {
     let mut prefixes = Vec::new();
-    prefixes.extend(port_prefixes(side::LOCAL, rules, |selector| &selector.local_ports));
-    prefixes.extend(port_prefixes(side::REMOTE, rules, |selector| &selector.remote_ports));
-    prefixes.extend(address_prefixes(side::LOCAL, rules, |selector| &selector.local, |_| &[]));
+    prefixes.extend(port_prefixes(scope, side::LOCAL, rules, |selector| &selector.local_ports));
+    prefixes.extend(port_prefixes(scope, side::REMOTE, rules, |selector| &selector.remote_ports));
+    prefixes.extend(address_prefixes(scope, side::LOCAL, rules, |selector| &selector.local, |_| &[]));
     prefixes.extend(address_prefixes(
+        scope,
         side::REMOTE,
         rules,
         |selector| &selector.remote,
@@ -48,7 +49,12 @@ pub(super) fn prefixes(rules: &[&Rule]) -> Vec<Prefix> {
     prefixes
 }
 
-fn port_prefixes(side: usize, rules: &[&Rule], ports: impl Fn(&Selector) -> &Vec<RangeInclusive<u16>>) -> Vec<Prefix> {
+fn port_prefixes(
+    scope: u32,
+    side: usize,
+    rules: &[&Rule],
+    ports: impl Fn(&Selector) -> &Vec<RangeInclusive<u16>>,
+) -> Vec<Prefix> {
     // The first port of each span within which the same rules match.
     let mut starts = BTreeSet::new();
     for range in rules.iter().flat_map(|rule| ports(&rule.selector)) {
@@ -69,7 +75,7 @@ fn port_prefixes(side: usize, rules: &[&Rule], ports: impl Fn(&Selector) -> &Vec
             ports.is_empty() || ports.iter().any(|range| range.contains(&port))
         });
         for (port, len) in aligned_blocks(start, end) {
-            prefixes.push(Prefix { bits: DIMENSION_BITS + len, data: port_data(side, port), rules: matching });
+            prefixes.push(Prefix { bits: DIMENSION_BITS + len, data: port_data(scope, side, port), rules: matching });
         }
     }
     prefixes
@@ -90,6 +96,7 @@ fn aligned_blocks(mut start: u32, end: u32) -> Vec<(u16, u32)> {
 }
 
 fn address_prefixes<'a>(
+    scope: u32,
     side: usize,
     rules: &[&'a Rule],
     within: impl Fn(&'a Selector) -> &'a [IpNet],
@@ -114,7 +121,7 @@ fn address_prefixes<'a>(
         let (family, address) = address_words(network.addr());
         Prefix {
             bits: DIMENSION_BITS + u32::from(network.prefix_len()),
-            data: address_data(side, family, &address),
+            data: address_data(scope, side, family, &address),
             rules: matching.fold(0, |set, (number, _)| set | 1 << number),
         }
     };

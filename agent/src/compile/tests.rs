@@ -15,6 +15,7 @@ use proptest::{collection::vec, option, prelude::*, sample};
 
 use super::*;
 use crate::{
+    coverage::all,
     explain::{WhyNot, explain},
     options::by_name,
     policy::Socket,
@@ -165,6 +166,7 @@ fn socket() -> impl Strategy<Value = Socket> {
                 local,
                 local_port,
                 remote: remote.map(SocketAddr::from),
+                cgroup: None,
             },
         )
     })
@@ -183,10 +185,16 @@ fn policy(rules: Vec<Rule>) -> Policy {
     }
 }
 
-/// The number of the rule that decides an option, by the compiled tables.
-fn compiled_winner(desired: &Desired, named: Named, facts: &Facts) -> Option<usize> {
-    let option = desired.options.iter().find(|option| option.key == named.key())?;
-    let winner = option.winner(desired.candidates(facts))?;
+/// All together, in one scope.
+fn compile_all(policies: &[Policy]) -> Result<Desired, CompileError> {
+    compile(policies, &[all(policies)])
+}
+
+/// The number of the rule that decides an option in a scope, by the compiled tables.
+fn winner_in(desired: &Desired, scope: usize, named: Named, facts: &Facts) -> Option<usize> {
+    let scope = &desired.scopes[scope];
+    let option = scope.options.iter().find(|option| option.key == named.key())?;
+    let winner = option.winner(desired.candidates(scope, facts))?;
     let source = &desired.sources[winner as usize];
     assert_eq!(source.option, named, "a setting of another option");
     Some(source.rule)
@@ -200,14 +208,14 @@ proptest! {
         rules in vec(rule(), 1..12),
         sockets in vec(socket(), 1..8),
     ) {
-        let desired = compile(&[policy(rules.clone())]).unwrap();
+        let desired = compile_all(&[policy(rules.clone())]).unwrap();
         for socket in sockets {
             for name in NAMES {
                 let named = Named::Known(by_name(name).unwrap());
-                let compiled = compiled_winner(&desired, named, &facts(&socket));
+                let compiled = winner_in(&desired, 0, named, &facts(&socket));
                 prop_assert_eq!(compiled, naive_winner(&rules, named, &socket), "{} on {:?}", name, socket);
             }
-            for option in explain(&desired, &socket).options {
+            for option in explain(&desired, &desired.scopes[0], &socket).options {
                 for (clause, why) in option.others {
                     let expected = rule_matches(&rules[clause.source.rule].selector, &socket);
                     let explained = match why {
@@ -240,27 +248,31 @@ fn on() -> Form {
 #[test]
 fn sixty_four_rules_fit_and_one_more_does_not() {
     let rules = |count| vec![plain_rule("r", Selector::default(), &[("TCP_NODELAY", on())]); count];
-    assert!(compile(&[policy(rules(64))]).is_ok());
-    assert_eq!(compile(&[policy(rules(32)), policy(rules(33))]).unwrap_err(), CompileError::TooManyRules { count: 65 });
+    assert!(compile_all(&[policy(rules(64))]).is_ok());
+    assert_eq!(
+        compile_all(&[policy(rules(32)), policy(rules(33))]).unwrap_err(),
+        CompileError::TooManyRules { policies: vec!["test".to_owned(); 2], count: 65 }
+    );
 }
 
 #[test]
 fn enforcing_and_dry_policies_do_not_mix() {
     let enforced = policy(Vec::new());
     let dry = Policy { mode: Mode::DryRun, ..enforced.clone() };
-    assert!(matches!(compile(&[enforced, dry]), Err(CompileError::MixedModes { .. })));
+    assert!(matches!(compile_all(&[enforced, dry]), Err(CompileError::MixedModes { .. })));
 }
 
 #[test]
 fn only_the_hooks_that_a_policy_needs_are_attached() {
-    let hooks =
-        |selector, forms: &[(&str, Form)]| compile(&[policy(vec![plain_rule("r", selector, forms)])]).unwrap().hooks;
+    let hooks = |selector, forms: &[(&str, Form)]| {
+        compile_all(&[policy(vec![plain_rule("r", selector, forms)])]).unwrap().hooks()
+    };
     let tcp = Selector { protocols: vec![Protocol::Tcp], ..Selector::default() };
     assert_eq!(hooks(tcp.clone(), &[("TCP_NODELAY", on())]), [Hook::Birth, Hook::Turns, Hook::Set, Hook::Get]);
     assert_eq!(hooks(Selector::default(), &[("IP_TTL", Form::Deny)]), [Hook::Birth, Hook::Turns, Hook::Set]);
     let udp = Selector { protocols: vec![Protocol::Udp], ..Selector::default() };
     assert_eq!(hooks(udp, &[("IP_TTL", Form::Deny)]), [Hook::Birth, Hook::Set]);
-    assert_eq!(compile(&[policy(Vec::new())]).unwrap().hooks, []);
+    assert_eq!(compile_all(&[policy(Vec::new())]).unwrap().hooks(), []);
     assert_eq!(
         hooks(tcp, &[("SO_MARK", on())]),
         [Hook::Birth, Hook::Connect4, Hook::Connect6, Hook::Turns, Hook::Set, Hook::Get]
@@ -271,9 +283,34 @@ fn only_the_hooks_that_a_policy_needs_are_attached() {
 fn rules_of_all_files_stand_in_the_order_of_the_files() {
     let first = policy(vec![plain_rule("a", Selector::default(), &[("TCP_NODELAY", on())])]);
     let second = policy(vec![plain_rule("b", Selector::default(), &[("TCP_NODELAY", Form::Deny)])]);
-    let desired = compile(&[first, second]).unwrap();
+    let desired = compile_all(&[first, second]).unwrap();
     let socket = Facts { protocol: protocol::TCP, ..Facts::default() };
     let named = Named::Known(by_name("TCP_NODELAY").unwrap());
-    assert_eq!(compiled_winner(&desired, named, &socket), Some(0));
+    assert_eq!(winner_in(&desired, 0, named, &socket), Some(0));
     assert_eq!(desired.rules.iter().map(|rule| rule.rule.as_str()).collect::<Vec<_>>(), ["a", "b"]);
+}
+
+#[test]
+fn each_scope_has_the_rules_of_its_policies_in_its_own_order() {
+    let port = |port| Selector { local_ports: vec![port..=port], ..Selector::default() };
+    let one = policy(vec![plain_rule("one", port(1), &[("TCP_NODELAY", on())])]);
+    let two = policy(vec![
+        plain_rule("two", port(2), &[("TCP_NODELAY", on())]),
+        plain_rule("both", Selector::default(), &[("TCP_NODELAY", on())]),
+    ]);
+    let desired = compile(&[one, two], &[vec![0, 1], vec![1, 0], vec![0]]).unwrap();
+    let socket = |port| Facts { local_port: port, known: abi::socket::known::LOCAL_PORT, ..Facts::default() };
+    let named = Named::Known(by_name("TCP_NODELAY").unwrap());
+    let winners = |scope| [1, 2, 3].map(|port| winner_in(&desired, scope, named, &socket(port)));
+    assert_eq!(winners(0), [Some(0), Some(1), Some(2)]);
+    assert_eq!(winners(1), [Some(2), Some(1), Some(2)]);
+    assert_eq!(winners(2), [Some(0), None, None]);
+}
+
+#[test]
+fn policies_of_different_modes_can_be_on_different_targets() {
+    let enforced = policy(vec![plain_rule("a", Selector::default(), &[("TCP_NODELAY", on())])]);
+    let dry = Policy { mode: Mode::DryRun, ..enforced.clone() };
+    let desired = compile(&[enforced, dry], &[vec![0], vec![1]]).unwrap();
+    assert_eq!(desired.settings.iter().map(Setting::is_dry_run).collect::<Vec<_>>(), [false, true]);
 }

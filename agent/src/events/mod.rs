@@ -25,7 +25,7 @@ use crate::{
     compile::Desired,
     host::container::{self, Container},
     options::{self, Kept, ValueKind},
-    policy::model::{Family, Protocol},
+    policy::model::{Family, Mode, Protocol},
     values,
 };
 
@@ -180,8 +180,8 @@ pub struct UnknownRecord;
 ///
 /// Where it holds a code that is not of this build.
 pub fn decode(event: &raw::Event, desired: &Desired, surroundings: Surroundings) -> Result<Event, UnknownRecord> {
-    let dry_run = desired.mode == crate::policy::model::Mode::DryRun;
     let raw::Event { call, .. } = event;
+    let dry_run = desired.source(call.setting).is_some_and(|(_, rule)| rule.mode == Mode::DryRun);
     let kind = decode_kind(event, dry_run)?;
     let source = decode_source(event.source)?;
     let nanoseconds = i128::from(event.time_ns) + surroundings.monotonic_epoch_ns;

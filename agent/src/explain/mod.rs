@@ -18,7 +18,7 @@ pub use self::{
     trial::{Failure, Trial, try_all},
 };
 use crate::{
-    compile::{Desired, RuleSource, SettingSource, facts},
+    compile::{Desired, RuleSource, Scope, SettingSource, facts},
     events::SCHEMA,
     policy::{Socket, model::Form},
     values,
@@ -60,13 +60,14 @@ pub enum WhyNot {
     Waits(RuleSource),
 }
 
-/// Explains what the policies do with a socket.
+/// Explains what the policies of a scope do with a socket.
 #[must_use]
-pub fn explain(desired: &Desired, socket: &Socket) -> Explanation {
-    let candidates = desired.candidates(&facts(socket));
-    let mut options: Vec<_> = desired
+pub fn explain(desired: &Desired, scope: &Scope, socket: &Socket) -> Explanation {
+    let candidates = desired.candidates(scope, &facts(socket));
+    let mut options: Vec<_> = scope
         .options
         .iter()
+        .filter(|option| option.names != 0)
         .map(|option| (first_of(option), explain_option(desired, socket, option, candidates)))
         .collect();
     options.sort_by_key(|(first, _)| desired.sources.get(*first).map(|source| (source.rule, source.line)));

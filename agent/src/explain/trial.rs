@@ -6,7 +6,8 @@ use serde_json::{Value, json};
 
 use super::{Explanation, OptionExplained, explain};
 use crate::{
-    compile::Desired,
+    compile::{CompileError, compile},
+    coverage::{Coverage, stack_of, stack_with},
     events::SCHEMA,
     policy::{
         Policy,
@@ -33,21 +34,35 @@ pub struct Failure {
     pub found: Option<OptionExplained>,
 }
 
-/// Tries the tests of each policy on all of them together, as they would be in force.
-#[must_use]
-pub fn try_all(desired: &Desired, policies: &[Policy]) -> Vec<Trial> {
-    let tests = policies.iter().flat_map(|policy| policy.tests.iter().map(move |test| (policy, test)));
-    tests
-        .map(|(policy, test)| {
-            let explanation = explain(desired, &test.socket);
-            Trial {
-                policy: policy.name.clone(),
-                path: policy.path.clone(),
-                test: test.clone(),
-                failures: test.expected.iter().filter_map(|expected| failure(&explanation, expected)).collect(),
-            }
-        })
-        .collect()
+/// Tries the tests of each policy on all of them together, as they would be in force: where the test names a cgroup, those
+/// that cover it; else those that have the same target.
+///
+/// # Errors
+///
+/// Where the policies do not go together.
+pub fn try_all(policies: &[Policy]) -> Result<Vec<Trial>, CompileError> {
+    let mut coverage = Coverage::default();
+    let mut tests = Vec::new();
+    for (number, policy) in policies.iter().enumerate() {
+        for test in &policy.tests {
+            let stack = match &test.socket.cgroup {
+                Some(cgroup) => stack_of(policies, cgroup)?,
+                None => stack_with(policies, number),
+            };
+            tests.push((policy, test, coverage.number(stack)));
+        }
+    }
+    let desired = compile(policies, &coverage.stacks)?;
+    let trial = |(policy, test, stack): (&Policy, &Test, usize)| {
+        let explanation = explain(&desired, &desired.scopes[stack], &test.socket);
+        Trial {
+            policy: policy.name.clone(),
+            path: policy.path.clone(),
+            test: test.clone(),
+            failures: test.expected.iter().filter_map(|expected| failure(&explanation, expected)).collect(),
+        }
+    };
+    Ok(tests.into_iter().map(trial).collect())
 }
 
 fn failure(explanation: &Explanation, expected: &Expected) -> Option<Failure> {

@@ -15,7 +15,6 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, TMPFS_MAGIC, fstatfs, statfs};
 
 #[derive(Debug, thiserror::Error)]
@@ -45,8 +44,6 @@ pub enum CgroupError {
     TooDeep { path: PathBuf, level: u32, max: u32 },
     #[error("cannot read cgroup {path}: {source}")]
     Walk { path: PathBuf, source: io::Error },
-    #[error("`{pattern}` is not a glob: {source}")]
-    Glob { pattern: String, source: globset::Error },
 }
 
 /// The mount of the unified hierarchy.
@@ -112,6 +109,12 @@ impl Mount {
         Ok(Cgroup { name, id: metadata.ino(), level, folder, path: full })
     }
 
+    /// Where a cgroup is below the mount.
+    #[must_use]
+    pub fn below(&self, cgroup: &Cgroup) -> PathBuf {
+        cgroup.path.strip_prefix(&self.path).unwrap_or(&cgroup.path).to_owned()
+    }
+
     /// Where a cgroup is in the file system. One that is named as the kernel names it, with a leading
     /// slash, is below the mount too.
     fn path_of(&self, path: &Path) -> PathBuf {
@@ -129,28 +132,22 @@ impl Mount {
     pub fn own(&self) -> Result<Cgroup, CgroupError> {
         const PATH: &str = "/proc/self/cgroup";
         let cgroups = fs::read_to_string(PATH).map_err(|source| CgroupError::Proc { path: PATH, source })?;
-        let name = cgroups.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
-        self.open(Path::new(name))
+        self.open(Path::new(unified(&cgroups).unwrap_or_default()))
     }
 
-    /// The cgroups that any of the globs matches, without those below another one (which
-    /// covers them).
+    /// All cgroups there are, as paths below the mount.
     ///
     /// # Errors
     ///
-    /// Where a glob cannot be used or the tree cannot be read.
-    pub fn matching(&self, patterns: &[String]) -> Result<Vec<Cgroup>, CgroupError> {
-        let globs = glob_set(patterns)?;
-        let mut found = Vec::new();
-        let mut left = vec![PathBuf::new()];
-        while let Some(below) = left.pop() {
-            if globs.is_match(&below) {
-                found.push(self.open(&below)?);
-                continue;
-            }
-            left.extend(self.children(&below)?);
+    /// Where the tree cannot be read.
+    pub fn tree(&self) -> Result<Vec<PathBuf>, CgroupError> {
+        let mut found = vec![PathBuf::new()];
+        let mut next = 0;
+        while let Some(below) = found.get(next) {
+            let children = self.children(below)?;
+            found.extend(children);
+            next += 1;
         }
-        found.sort_by(|one, other| one.path.cmp(&other.path));
         Ok(found)
     }
 
@@ -170,19 +167,22 @@ impl Mount {
     }
 }
 
+/// The cgroup of a process, as a path from the root of the hierarchy that this process sees.
+#[must_use]
+pub fn of_process(process: u32) -> Option<PathBuf> {
+    let cgroups = fs::read_to_string(format!("/proc/{process}/cgroup")).ok()?;
+    unified(&cgroups).map(PathBuf::from)
+}
+
+/// That of the unified hierarchy among a process's cgroups (cgroups(7)), without its leading slash.
+fn unified(cgroups: &str) -> Option<&str> {
+    cgroups.lines().find_map(|line| line.strip_prefix("0::/"))
+}
+
 /// Says where it belongs: beside the hierarchies of version 1, where there are any.
 fn not_mounted() -> CgroupError {
     let has_v1 = statfs("/sys/fs/cgroup").is_ok_and(|stat| stat.filesystem_type() == TMPFS_MAGIC);
     CgroupError::NotMounted { place: if has_v1 { "/sys/fs/cgroup/unified" } else { "/sys/fs/cgroup" } }
-}
-
-fn glob_set(patterns: &[String]) -> Result<GlobSet, CgroupError> {
-    let mut set = GlobSetBuilder::new();
-    for pattern in patterns {
-        let glob_error = |source| CgroupError::Glob { pattern: pattern.clone(), source };
-        set.add(GlobBuilder::new(pattern.trim_matches('/')).literal_separator(true).build().map_err(glob_error)?);
-    }
-    set.build().map_err(|source| CgroupError::Glob { pattern: patterns.join(" "), source })
 }
 
 /// Reads a line of `/proc/self/mountinfo` (proc_pid_mountinfo(5)): `None` unless it is a cgroup2
@@ -308,13 +308,5 @@ mod tests {
         assert_eq!(parse_mount(b"30 24 0:26 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu"), None);
         assert_eq!(parse_mount(b""), None);
         assert_eq!(parse_mount(b"31 24 0:27 / /sys/fs/cgroup"), None);
-    }
-
-    #[test]
-    fn star_stays_within_a_level_and_two_stars_do_not() {
-        let set = glob_set(&["kubepods.slice/**/cri-*.scope".into(), "a/*".into()]).unwrap();
-        assert!(set.is_match("kubepods.slice/x/y/cri-1.scope"));
-        assert!(set.is_match("a/b"));
-        assert!(!set.is_match("a/b/c"));
     }
 }

@@ -8,15 +8,23 @@ use abi::{
     layout::Member,
     select::PrefixData,
     setting::OptionKey,
+    site,
 };
 use aya::{
     Ebpf, EbpfLoader, Pod,
-    maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, lpm_trie::Key},
+    maps::{
+        self, Array, CgroupStorageKey, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuHashMap,
+        lpm_trie::Key,
+    },
 };
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
-use super::{KernelError, Scope};
-use crate::{compile::Desired, host::process, policy::model::Calls};
+use super::{KernelError, Subjects, Target, syscall::attach_type};
+use crate::{
+    compile::{Desired, Hook},
+    host::process,
+    policy::model::Calls,
+};
 
 pub(super) const EVENTS: &str = "EVENTS";
 
@@ -26,15 +34,22 @@ const EVENT_BYTES: u32 = 1 << 20;
 const CALL_BYTES: u32 = 8 << 20;
 
 /// Gives each map that is sized at load the entries that `desired` takes. No map can be empty.
-pub(super) fn size(loader: &mut EbpfLoader<'_>, desired: &Desired, scope: Scope<'_>, members: &[(OptionKey, Member)]) {
+pub(super) fn size(
+    loader: &mut EbpfLoader<'_>,
+    desired: &Desired,
+    subjects: Subjects<'_>,
+    members: &[(OptionKey, Member)],
+) {
     for (map, entries) in [
         ("PREFIXES", desired.prefixes.len()),
-        ("OPTIONS", desired.options.len()),
+        ("SELECTORS", desired.scopes.len()),
+        ("SITES", desired.scopes.len() * site::COUNT),
+        ("OPTIONS", desired.scopes.len() * desired.options.len()),
         ("OPTION_INDEX", desired.options.len()),
         ("SETTINGS", desired.settings.len()),
         ("COUNTERS", desired.settings.len()),
-        ("TARGETS", scope.targets.len()),
-        ("PROCESSES", scope.processes.len()),
+        ("FOLLOWED", subjects.targets.len()),
+        ("PROCESSES", subjects.processes.len()),
         ("MEMBERS", members.len()),
     ] {
         loader.map_max_entries(map, entries.max(1) as u32);
@@ -46,21 +61,22 @@ pub(super) fn size(loader: &mut EbpfLoader<'_>, desired: &Desired, scope: Scope<
 pub(super) fn fill(
     ebpf: &mut Ebpf,
     desired: &Desired,
-    scope: Scope<'_>,
+    subjects: Subjects<'_>,
     members: &[(OptionKey, Member)],
 ) -> Result<(), KernelError> {
-    fill_array(ebpf, "SELECTORS", &[desired.selectors])?;
-    fill_array(ebpf, "OPTIONS", &desired.options)?;
+    let scopes = || desired.scopes.iter();
+    fill_array(ebpf, "SELECTORS", scopes().map(|scope| &scope.selectors))?;
+    fill_array(ebpf, "OPTIONS", scopes().flat_map(|scope| &scope.options))?;
     fill_array(ebpf, "SETTINGS", &desired.settings)?;
-    fill_array(ebpf, "SITES", &desired.sites)?;
+    fill_array(ebpf, "SITES", scopes().flat_map(|scope| &scope.sites))?;
     with_map::<HashMap<_, OptionKey, u32>>(ebpf, "OPTION_INDEX", |map| {
-        desired.options.iter().zip(0..).try_for_each(|(option, index)| map.insert(option.key, index, 0))
+        desired.options.iter().zip(0..).try_for_each(|(option, number)| map.insert(option, number, 0))
     })?;
-    with_map::<HashMap<_, u64, u32>>(ebpf, "TARGETS", |map| {
-        scope.targets.iter().try_for_each(|target| map.insert(target.id, 1, 0))
+    with_map::<HashMap<_, u64, u32>>(ebpf, "FOLLOWED", |map| {
+        subjects.targets.iter().try_for_each(|target| map.insert(target.cgroup.id, target.scope as u32, 0))
     })?;
     with_map::<HashMap<_, u32, u32>>(ebpf, "PROCESSES", |map| {
-        scope.processes.iter().try_for_each(|process| map.insert(process, 1, 0))
+        subjects.processes.iter().try_for_each(|process| map.insert(process, 1, 0))
     })?;
     with_map::<HashMap<_, OptionKey, Member>>(ebpf, "MEMBERS", |map| {
         members.iter().try_for_each(|(option, member)| map.insert(option, member, 0))
@@ -68,6 +84,14 @@ pub(super) fn fill(
     with_map::<LpmTrie<_, PrefixData, u64>>(ebpf, "PREFIXES", |map| {
         desired.prefixes.iter().try_for_each(|prefix| map.insert(&Key::new(prefix.bits, prefix.data), prefix.rules, 0))
     })
+}
+
+/// Tells the program that is attached to a target what holds there.
+#[expect(deprecated, reason = "nothing else tells a program where it is attached")]
+pub(super) fn place(ebpf: &mut Ebpf, hook: Hook, target: &Target) -> Result<(), KernelError> {
+    let key = CgroupStorageKey::new(target.cgroup.id, attach_type(hook) as u32);
+    let value = abi::Target { scope: target.scope as u32 + 1, level: target.cgroup.level };
+    with_map::<maps::CgroupStorage<_, abi::Target>>(ebpf, "TARGETS", |map| map.insert(key, value, 0))
 }
 
 /// Writes the configuration, which puts the programs in force.
@@ -79,7 +103,7 @@ pub(super) fn enable(ebpf: &mut Ebpf, config: Config) -> Result<(), KernelError>
 pub(super) fn counters(ebpf: &Ebpf) -> Result<Vec<Counters>, KernelError> {
     let map = per_cpu::<Counters>(ebpf, "COUNTERS")?;
     map.iter()
-        .map(|slots| slots.map(|slots| slots.iter().fold(Counters::default(), |sum, slot| add_counters(sum, *slot))))
+        .map(|slots| slots.map(|slots| slots.iter().fold(Counters::default(), Counters::plus)))
         .collect::<Result<_, _>>()
         .map_err(|source| KernelError::Map { map: "COUNTERS", source })
 }
@@ -180,30 +204,13 @@ fn add_tallies(sum: Tally, slot: &Tally) -> Tally {
     Tally { calls: sum.calls + calls, failed: sum.failed + failed, total_ns: sum.total_ns + total_ns, buckets: all }
 }
 
-fn add_counters(sum: Counters, slot: Counters) -> Counters {
-    // Taken apart in full: a new counter has to be thought of here.
-    let Counters { set, unchanged, failed, failed_errno, agreed, verdicts, reads, reported, suppressed } = slot;
-    let mut all = sum.verdicts;
-    for (sum, count) in all.iter_mut().zip(verdicts) {
-        *sum += count;
-    }
-    Counters {
-        set: sum.set + set,
-        unchanged: sum.unchanged + unchanged,
-        failed: sum.failed + failed,
-        // Not a count: any CPU's will do.
-        failed_errno: sum.failed_errno.max(failed_errno),
-        agreed: sum.agreed + agreed,
-        verdicts: all,
-        reads: sum.reads + reads,
-        reported: sum.reported + reported,
-        suppressed: sum.suppressed + suppressed,
-    }
-}
-
-fn fill_array<T: Pod>(ebpf: &mut Ebpf, name: &'static str, values: &[T]) -> Result<(), KernelError> {
+fn fill_array<'a, T: Pod + 'a>(
+    ebpf: &mut Ebpf,
+    name: &'static str,
+    values: impl IntoIterator<Item = &'a T>,
+) -> Result<(), KernelError> {
     with_map::<Array<_, T>>(ebpf, name, |map| {
-        values.iter().zip(0..).try_for_each(|(value, index)| map.set(index, value, 0))
+        values.into_iter().zip(0..).try_for_each(|(value, index)| map.set(index, value, 0))
     })
 }
 

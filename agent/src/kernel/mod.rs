@@ -12,6 +12,7 @@ mod error;
 mod layout;
 mod maps;
 mod misses;
+mod neighbours;
 mod object;
 mod probe;
 mod syscall;
@@ -19,17 +20,25 @@ mod syscall;
 pub use self::{
     audit::{Audit, Backend, BackendChoice, Tried, candidates},
     error::KernelError,
+    neighbours::{Neighbour, Turn, neighbours, overruling},
     object::{Object, Record},
     probe::{Answer, audit_backends, hooks},
 };
 
 use crate::host::{cgroup::Cgroup, privileges};
 
+/// A cgroup whose subtree is governed and audited.
+#[derive(Debug)]
+pub struct Target {
+    pub cgroup: Cgroup,
+    /// What holds there: an index of [`crate::compile::Desired::scopes`].
+    pub scope: usize,
+}
+
 /// Whose sockets and calls it is all about.
 #[derive(Clone, Copy, Debug)]
-pub struct Scope<'a> {
-    /// The cgroups whose subtrees are governed and audited.
-    pub targets: &'a [Cgroup],
+pub struct Subjects<'a> {
+    pub targets: &'a [Target],
     /// Where there are any, the audit follows the calls of these processes only, as far as they are in a target.
     pub processes: &'a [u32],
 }

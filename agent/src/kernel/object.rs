@@ -10,7 +10,6 @@ use abi::{
     Config, Counters, Losses, calls,
     event::{Event, Executable, ExecutableFile, Tally, TallyKey},
     layout::{Layout, Member, known},
-    mode,
     setting::OptionKey,
 };
 use aya::{
@@ -22,7 +21,7 @@ use aya::{
 use aya_obj::generated::{bpf_attach_type::BPF_CGROUP_SETSOCKOPT, bpf_prog_type::BPF_PROG_TYPE_CGROUP_SOCKOPT};
 
 use super::{
-    Audit, BackendChoice, KernelError, Scope,
+    Audit, BackendChoice, KernelError, Subjects, Target,
     audit::{self, Aim},
     error::{chain, load_reason},
     layout,
@@ -36,7 +35,7 @@ use crate::{
         btf::Types,
         cgroup::{Cgroup, is_initial_namespace},
     },
-    policy::model::{Calls, Mode},
+    policy::model::Calls,
 };
 
 /// The programs, as build.rs made them.
@@ -101,7 +100,7 @@ impl Object {
     /// # Errors
     ///
     /// Where this process lacks capabilities, or this kernel refuses a program.
-    pub fn load(desired: &Desired, scope: Scope<'_>) -> Result<Self, KernelError> {
+    pub fn load(desired: &Desired, subjects: Subjects<'_>) -> Result<Self, KernelError> {
         super::check_privileges()?;
         let _memlock = Memlock::raise();
         let knowledge = Knowledge::gather();
@@ -118,10 +117,10 @@ impl Object {
         for (name, value) in &globals {
             loader.override_global(name, value, true);
         }
-        maps::size(&mut loader, desired, scope, &knowledge.members);
+        maps::size(&mut loader, desired, subjects, &knowledge.members);
         let mut ebpf = loader.load(OBJECT)?;
-        maps::fill(&mut ebpf, desired, scope, &knowledge.members)?;
-        load_programs(&mut ebpf, &desired.hooks)?;
+        maps::fill(&mut ebpf, desired, subjects, &knowledge.members)?;
+        load_programs(&mut ebpf, &desired.hooks())?;
         let ring = ebpf.take_map(maps::EVENTS).ok_or(KernelError::Incomplete { what: maps::EVENTS })?;
         let ring = RingBuf::try_from(ring).map_err(|source| KernelError::Map { map: maps::EVENTS, source })?;
         let losses = LossesView::of(&mut ebpf)?;
@@ -148,22 +147,25 @@ impl Object {
         self.abilities
     }
 
-    /// Attaches the programs of `desired` to each target, beside whatever is attached there.
+    /// Attaches the programs of `desired` to each target, beside whatever is attached there, and tells them which it is.
     ///
     /// # Errors
     ///
     /// Where the kernel refuses; what was attached until then goes with this value.
-    pub fn attach(&mut self, desired: &Desired, targets: &[Cgroup]) -> Result<(), KernelError> {
-        for (hook, target) in desired.attachments(targets.len()) {
+    pub fn attach(&mut self, desired: &Desired, targets: &[Target]) -> Result<(), KernelError> {
+        let scopes: Vec<_> = targets.iter().map(|target| target.scope).collect();
+        for (hook, target) in desired.attachments(&scopes) {
             let target = &targets[target];
+            let Target { cgroup, .. } = target;
             let program =
                 self.ebpf.program_mut(hook.program()).ok_or(KernelError::Incomplete { what: hook.program() })?;
-            attach_program(program, target).map_err(|error| KernelError::Attach {
+            attach_program(program, cgroup).map_err(|error| KernelError::Attach {
                 hook,
-                cgroup: target.path.clone(),
+                cgroup: cgroup.path.clone(),
                 reason: chain(&error),
             })?;
-            log::debug!("attached {hook} to {}", target.path.display());
+            maps::place(&mut self.ebpf, hook, target)?;
+            log::debug!("attached {hook} to {}", cgroup.path.display());
         }
         Ok(())
     }
@@ -188,20 +190,18 @@ impl Object {
     /// # Errors
     ///
     /// Where the configuration cannot be written.
-    pub fn enable(&mut self, desired: &Desired, scope: Scope<'_>) -> Result<(), KernelError> {
+    pub fn enable(&mut self, desired: &Desired, subjects: Subjects<'_>) -> Result<(), KernelError> {
         let config = Config {
-            mode: match desired.mode {
-                Mode::Enforce => mode::ENFORCE,
-                Mode::DryRun => mode::DRY_RUN,
-            },
+            in_force: 1,
             calls: match desired.audit.calls {
                 Calls::Conflicts => calls::CONFLICTS,
                 Calls::Governed => calls::GOVERNED,
                 Calls::All => calls::ALL,
             },
-            target_levels: target_levels(scope.targets),
+            target_levels: target_levels(subjects.targets),
             event_interval_ns: if desired.audit.calls == Calls::Conflicts { EVENT_INTERVAL_NS } else { 0 },
-            by_process: u64::from(!scope.processes.is_empty()),
+            by_process: u32::from(!subjects.processes.is_empty()),
+            options: desired.options.len() as u32,
         };
         maps::enable(&mut self.ebpf, config)
     }
@@ -212,7 +212,7 @@ impl Object {
     ///
     /// Where the configuration cannot be written.
     pub fn disable(&mut self) -> Result<(), KernelError> {
-        maps::enable(&mut self.ebpf, Config { mode: mode::INERT, ..Config::default() })
+        maps::enable(&mut self.ebpf, Config::default())
     }
 
     /// The next record, if one is there.
@@ -349,11 +349,11 @@ impl AsRawFd for Object {
 
 /// The levels at which targets are. In a cgroup namespace these are not what the kernel counts, and
 /// any may be one.
-fn target_levels(targets: &[Cgroup]) -> u64 {
+fn target_levels(targets: &[Target]) -> u64 {
     if !is_initial_namespace() {
         return u64::MAX;
     }
-    targets.iter().fold(0, |levels, target| levels | 1 << target.level)
+    targets.iter().fold(0, |levels, target| levels | 1 << target.cgroup.level)
 }
 
 /// Has the kernel check the programs, several at a time: that is what takes the time.

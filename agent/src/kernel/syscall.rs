@@ -11,6 +11,8 @@ use aya_obj::generated::{
     bpf_prog_info, bpf_prog_type,
 };
 
+use crate::compile::Hook;
+
 /// What the kernel says of a program. aya asks for the same and passes on a part.
 pub(super) fn info(program: &impl AsFd) -> io::Result<bpf_prog_info> {
     // SAFETY: zero is valid for each field.
@@ -22,6 +24,38 @@ pub(super) fn info(program: &impl AsFd) -> io::Result<bpf_prog_info> {
     // The kernel writes to `info` no more than its length.
     bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attributes)?;
     Ok(info)
+}
+
+/// What the kernel calls a hook (`enum bpf_attach_type`, include/uapi/linux/bpf.h).
+pub(super) fn attach_type(hook: Hook) -> bpf_attach_type {
+    match hook {
+        Hook::Birth => bpf_attach_type::BPF_CGROUP_INET_SOCK_CREATE,
+        Hook::Bind4 => bpf_attach_type::BPF_CGROUP_INET4_BIND,
+        Hook::Bind6 => bpf_attach_type::BPF_CGROUP_INET6_BIND,
+        Hook::Connect4 => bpf_attach_type::BPF_CGROUP_INET4_CONNECT,
+        Hook::Connect6 => bpf_attach_type::BPF_CGROUP_INET6_CONNECT,
+        Hook::Turns => bpf_attach_type::BPF_CGROUP_SOCK_OPS,
+        Hook::Set => bpf_attach_type::BPF_CGROUP_SETSOCKOPT,
+        Hook::Get => bpf_attach_type::BPF_CGROUP_GETSOCKOPT,
+    }
+}
+
+/// The programs that are attached to a cgroup itself, by number, in the order in which they run.
+pub(super) fn attached_programs(cgroup: &impl AsFd, hook: Hook) -> io::Result<Vec<u32>> {
+    /// As many as the kernel takes (`BPF_CGROUP_MAX_PROGS`, kernel/bpf/cgroup.c).
+    const PROGRAMS_MAX: usize = 64;
+    let mut ids = [0u32; PROGRAMS_MAX];
+    let mut attributes = no_attributes();
+    // SAFETY: the part of the union that BPF_PROG_QUERY takes.
+    let query = unsafe { &mut attributes.query };
+    query.__bindgen_anon_1.target_fd = cgroup.as_fd().as_raw_fd() as u32;
+    query.attach_type = attach_type(hook) as u32;
+    query.prog_ids = ids.as_mut_ptr() as u64;
+    query.__bindgen_anon_2.prog_cnt = ids.len() as u32;
+    bpf(bpf_cmd::BPF_PROG_QUERY, &mut attributes)?;
+    // SAFETY: as above.
+    let count = unsafe { attributes.query.__bindgen_anon_2.prog_cnt };
+    Ok(ids[..ids.len().min(count as usize)].to_vec())
 }
 
 /// Whether programs of this type for this kind of hook may call a helper.

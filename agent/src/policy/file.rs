@@ -76,6 +76,7 @@ pub(crate) struct SocketFile<'a> {
     pub(crate) direction: Option<Text<'a>>,
     pub(crate) local: Option<Text<'a>>,
     pub(crate) remote: Option<Text<'a>>,
+    pub(crate) cgroup: Option<Text<'a>>,
 }
 
 #[derive(Debug, Default)]
@@ -307,6 +308,7 @@ fn socket<'a>(key: &Text<'a>, value: Value<'a>, findings: &mut Findings) -> Sock
             "direction" => &mut socket.direction,
             "local" => &mut socket.local,
             "remote" => &mut socket.remote,
+            "cgroup" => &mut socket.cgroup,
             _ => {
                 findings.error(unknown_key(&key, &SOCKET));
                 continue;

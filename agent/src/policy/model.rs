@@ -38,6 +38,17 @@ pub enum Mode {
     DryRun,
 }
 
+impl Mode {
+    /// As policy files and reports have it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Enforce => "enforce",
+            Self::DryRun => "dry-run",
+        }
+    }
+}
+
 /// What the audit reports, beside the conflicts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Audit {

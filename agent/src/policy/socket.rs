@@ -3,6 +3,7 @@
 use std::{
     fmt,
     net::{IpAddr, SocketAddr},
+    path::PathBuf,
 };
 
 use super::model::{Direction, Family, Protocol};
@@ -16,6 +17,8 @@ pub struct Socket {
     pub local: Option<IpAddr>,
     pub local_port: Option<u16>,
     pub remote: Option<SocketAddr>,
+    /// The cgroup that it was made in: a path below the mount.
+    pub cgroup: Option<PathBuf>,
 }
 
 /// An end of a connection, as far as it is given.
@@ -48,8 +51,15 @@ impl Socket {
     ) -> Result<Self, TwoFamilies> {
         let local_address = local.address.map(|address| address.to_canonical());
         let remote = remote.map(|remote| SocketAddr::new(remote.ip().to_canonical(), remote.port()));
-        let socket =
-            Self { protocol: Some(protocol), family, direction, local: local_address, local_port: local.port, remote };
+        let socket = Self {
+            protocol: Some(protocol),
+            family,
+            direction,
+            local: local_address,
+            local_port: local.port,
+            remote,
+            cgroup: None,
+        };
         let families = [family, local_address.map(family_of), remote.map(|remote| family_of(remote.ip()))];
         let mut families = families.into_iter().flatten();
         let Some(one) = families.next() else { return Ok(socket) };
@@ -99,8 +109,11 @@ impl fmt::Display for Socket {
             (None, Some(port)) => write!(f, ", local port {port}")?,
             (None, None) => {}
         }
-        match self.remote {
-            Some(remote) => write!(f, ", remote {remote}"),
+        if let Some(remote) = self.remote {
+            write!(f, ", remote {remote}")?;
+        }
+        match &self.cgroup {
+            Some(cgroup) => write!(f, ", in cgroup /{}", cgroup.display()),
             None => Ok(()),
         }
     }

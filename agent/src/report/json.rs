@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{CallLine, Line, Summary};
+use super::{CallLine, Line, Summary, common_mode};
 use crate::{
     events::{Deed, SCHEMA, Verdict},
     policy::model::Mode,
@@ -12,20 +12,20 @@ impl Summary {
     /// The summary as one line of JSON, without its end.
     #[must_use]
     pub fn to_json(&self, time: jiff::Timestamp) -> String {
-        let Self { mode, policies, targets, audit, lines, calls, lost } = self;
+        let Self { policies, targets, audit, lines, calls, lost } = self;
         let losses: Map<String, Value> =
             lost.by_reason().into_iter().map(|(reason, count)| (reason.name.to_owned(), count.into())).collect();
         json!({
             "schema": SCHEMA,
             "time": format!("{time:.6}"),
             "event": "summary",
-            "mode": match mode { Mode::Enforce => "enforce", Mode::DryRun => "dry-run" },
-            "policies": policies,
+            "mode": common_mode(policies).map_or("mixed", Mode::name),
+            "policies": policies.iter().map(|(name, _)| name).collect::<Vec<_>>(),
             "targets": targets,
             "backend": audit.map(|audit| audit.backend.name()),
             "blind_to": audit.map(super::Audit::blind_to),
             "conflicts": self.conflicts(),
-            "settings": lines.iter().map(|line| line_json(line, *mode)).collect::<Vec<_>>(),
+            "settings": lines.iter().map(line_json).collect::<Vec<_>>(),
             "calls": calls.iter().map(CallLine::to_json).collect::<Vec<_>>(),
             "losses": losses,
         })
@@ -33,10 +33,10 @@ impl Summary {
     }
 }
 
-fn line_json(line: &Line, mode: Mode) -> Value {
+fn line_json(line: &Line) -> Value {
     let abi::Counters { set, unchanged, failed, failed_errno, agreed, verdicts, reads, reported, suppressed } =
         line.counters;
-    let dry_run = mode == Mode::DryRun;
+    let dry_run = line.mode == Mode::DryRun;
     let verdicts: Map<String, Value> = Deed::ALL
         .into_iter()
         .zip(verdicts)
@@ -47,6 +47,7 @@ fn line_json(line: &Line, mode: Mode) -> Value {
         "policy": line.policy,
         "rule": line.rule,
         "file": line.place,
+        "mode": line.mode.name(),
         "option": line.source.option.to_string(),
         "level": key.level,
         "optname": key.name,

@@ -38,8 +38,7 @@ pub struct Report {
 /// All that is to be said at the end.
 #[derive(Debug)]
 pub struct Summary {
-    pub mode: Mode,
-    pub policies: Vec<String>,
+    pub policies: Vec<(String, Mode)>,
     pub targets: Vec<String>,
     pub audit: Option<Audit>,
     pub lines: Vec<Line>,
@@ -57,7 +56,7 @@ pub struct Counts {
     pub lost: Lost,
 }
 
-/// One setting.
+/// One setting, wherever it holds.
 #[derive(Debug)]
 pub struct Line {
     pub policy: String,
@@ -65,6 +64,7 @@ pub struct Line {
     /// `FILE:LINE`
     pub place: String,
     pub source: SettingSource,
+    pub mode: Mode,
     pub counters: Counters,
     /// What was asked for otherwise, and by whom: examples.
     pub asked: Vec<String>,
@@ -96,21 +96,38 @@ impl Report {
         audit: Option<Audit>,
     ) -> Summary {
         let Counts { counters, calls, lost } = counts;
-        let lines = counters.iter().zip(0..).filter_map(|(counters, setting)| {
-            let (source, rule) = desired.source(setting)?;
-            Some(Line {
+        let mut lines: Vec<Line> = Vec::new();
+        for (counters, setting) in counters.iter().zip(0..) {
+            let Some((source, rule)) = desired.source(setting) else { continue };
+            let asked = self.asked.remove(&setting).unwrap_or_default();
+            // A rule holds in each scope that its policy is part of.
+            if let Some(line) = lines.iter_mut().find(|line| line.source == *source) {
+                line.counters = line.counters.plus(counters);
+                let new: Vec<_> = asked.into_iter().filter(|example| !line.asked.contains(example)).collect();
+                line.asked.extend(new);
+                line.asked.truncate(EXAMPLES_MAX);
+                continue;
+            }
+            lines.push(Line {
                 policy: rule.policy.clone(),
                 rule: rule.rule.clone(),
                 place: format!("{}:{}", rule.path.display(), source.line),
                 source: source.clone(),
+                mode: rule.mode,
                 counters: *counters,
-                asked: self.asked.remove(&setting).unwrap_or_default(),
-            })
-        });
-        let mut policies: Vec<String> = desired.rules.iter().map(|rule| rule.policy.clone()).collect();
-        policies.dedup();
-        Summary { mode: desired.mode, policies, targets, audit, lines: lines.collect(), calls, lost }
+                asked,
+            });
+        }
+        let policies = desired.policies().into_iter().map(|(name, mode)| (name.to_owned(), mode)).collect();
+        Summary { policies, targets, audit, lines, calls, lost }
     }
+}
+
+/// The mode that all of these policies have, if it is one. Without any policy nothing is changed either.
+#[must_use]
+pub fn common_mode<N>(policies: &[(N, Mode)]) -> Option<Mode> {
+    let first = policies.first().map_or(Mode::DryRun, |(_, mode)| *mode);
+    policies.iter().all(|(_, mode)| *mode == first).then_some(first)
 }
 
 impl Summary {
@@ -127,8 +144,8 @@ impl Line {
     }
 
     /// The verdicts that were given, with how often.
-    fn verdicts(&self, mode: Mode) -> Vec<(Verdict, u64)> {
-        let dry_run = mode == Mode::DryRun;
+    fn verdicts(&self) -> Vec<(Verdict, u64)> {
+        let dry_run = self.mode == Mode::DryRun;
         let all = Deed::ALL.into_iter().zip(self.counters.verdicts);
         all.filter(|(_, count)| *count > 0).map(|(what, count)| (Verdict { what, dry_run }, count)).collect()
     }

@@ -5,22 +5,18 @@ use std::fmt;
 use super::{
     Line, Summary,
     calls::calls_table,
-    errno_name,
+    common_mode, errno_name,
     table::{align_right, table},
 };
 use crate::policy::model::Mode;
 
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mode = match self.mode {
-            Mode::Enforce => "enforced",
-            Mode::DryRun => "dry run, nothing was changed",
-        };
         let targets = self.targets.join(", ");
         if self.policies.is_empty() {
             writeln!(f, "sockpolicy: the calls of {targets}")?;
         } else {
-            writeln!(f, "sockpolicy: {} on {targets} ({mode})", self.policies.join(", "))?;
+            writeln!(f, "sockpolicy: {}", self.policies_on(&targets))?;
             self.write_settings(f)?;
             self.write_conflicts(f)?;
         }
@@ -41,15 +37,31 @@ impl fmt::Display for Summary {
 }
 
 impl Summary {
+    fn policies_on(&self, targets: &str) -> String {
+        let manner = |mode| match mode {
+            Mode::Enforce => "enforced",
+            Mode::DryRun => "dry run, nothing was changed",
+        };
+        match common_mode(&self.policies) {
+            Some(mode) => {
+                let names: Vec<_> = self.policies.iter().map(|(name, _)| name.as_str()).collect();
+                format!("{} on {targets} ({})", names.join(", "), manner(mode))
+            }
+            None => {
+                let names: Vec<_> =
+                    self.policies.iter().map(|(name, mode)| format!("{name} ({})", manner(*mode))).collect();
+                format!("{} on {targets}", names.join(", "))
+            }
+        }
+    }
+
     fn write_settings(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let set: Vec<&Line> = self.lines.iter().filter(|line| line.is_set()).collect();
         if set.is_empty() {
             return Ok(());
         }
-        let done = match self.mode {
-            Mode::Enforce => "set",
-            Mode::DryRun => "would set",
-        };
+        let mode = common_mode(&self.policies);
+        let done = if mode == Some(Mode::DryRun) { "would set" } else { "set" };
         let mut table = table(&["option", "value", "rule", &format!("sockets {done}"), "had it", "refused"]);
         for line in set {
             let counters = &line.counters;
@@ -62,7 +74,11 @@ impl Summary {
                 line.source.option.to_string(),
                 line.wanted(),
                 format!("{} ({})", line.rule, line.place),
-                counters.set.to_string(),
+                if mode.is_none() && line.mode == Mode::DryRun {
+                    format!("{} (would be)", counters.set)
+                } else {
+                    counters.set.to_string()
+                },
                 counters.unchanged.to_string(),
                 refused,
             ]);
@@ -80,14 +96,14 @@ impl Summary {
         }
         let mut table = table(&["option", "policy", "applications asked for", "calls", "verdict", "who won"]);
         for line in lines {
-            for (verdict, count) in line.verdicts(self.mode) {
+            for (verdict, count) in line.verdicts() {
                 table.add_row([
                     line.source.option.to_string(),
                     line.wanted(),
                     line.asked.join("\n"),
                     count.to_string(),
                     verdict.to_string(),
-                    winner(verdict.what, self.mode).to_owned(),
+                    winner(verdict.what, line.mode).to_owned(),
                 ]);
             }
             if line.counters.reads > 0 {

@@ -20,10 +20,10 @@ pub mod select;
 pub mod setting;
 pub mod socket;
 
-/// Rules that one set of policies can hold: rules are the bits of a `u64`.
+/// Rules that one scope can have: rules are the bits of a `u64`.
 pub const RULES_MAX: usize = 64;
 
-/// Options that one set of policies can name with `set`: bits of [`socket::State`], and the length of a
+/// Options that policies in force together can name with `set`: bits of [`socket::State`], and the length of a
 /// [`SiteList`]. More than there are options to set.
 pub const SETTABLE_MAX: usize = 48;
 
@@ -51,13 +51,13 @@ macro_rules! shared {
 }
 pub(crate) use shared;
 
-/// Everything that is global to one set of policies. Map `CONFIG`, index 0; written by the agent
+/// Everything that is common to the policies in force. Map `CONFIG`, index 0; written by the agent
 /// last, after every other map and when the programs are attached.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Config {
-    /// 0: inert. 1: decide and report, change nothing. 2: enforce. See [`mode`].
-    pub mode: u32,
+    /// 0: the programs do nothing. 1: the policies are in force.
+    pub in_force: u32,
     /// Which calls the audit reports beside the conflicts. See [`calls`].
     pub calls: u32,
     /// Bit n is set where a target is n levels below the root of the cgroup hierarchy.
@@ -65,17 +65,12 @@ pub struct Config {
     /// At the least this long between two events of one process, option and verdict, after the
     /// first one. Nanoseconds.
     pub event_interval_ns: u64,
-    /// Whether the audit follows only the processes of map `PROCESSES`, as far as they are in a target.
-    pub by_process: u64,
+    /// Whether the audit follows only the processes of map `PROCESSES`, as far as they are in a target (0 or 1).
+    pub by_process: u32,
+    /// How many options each scope has in map `OPTIONS`: the same for all.
+    pub options: u32,
 }
-shared!(Config, size 4 + 4 + 8 + 8 + 8);
-
-/// Values of [`Config::mode`].
-pub mod mode {
-    pub const INERT: u32 = 0;
-    pub const DRY_RUN: u32 = 1;
-    pub const ENFORCE: u32 = 2;
-}
+shared!(Config, size 4 + 4 + 8 + 8 + 4 + 4);
 
 /// Values of [`Config::calls`].
 pub mod calls {
@@ -87,7 +82,24 @@ pub mod calls {
     pub const ALL: u32 = 2;
 }
 
-/// The places where a setting can be applied. An index of map `SITES`.
+/// A cgroup that programs are attached to. Map `TARGETS`, by cgroup and hook: the kernel hands a program the entry of the
+/// one that it runs for.
+///
+/// Where targets lie in one another, the kernel runs the programs of the inner one first and then those of the outer one.
+/// What the policies of both say of a socket stands in the scope of the inner one; the programs of the outer one leave the
+/// socket alone ([`socket::State::level`]).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Target {
+    /// Number of the scope plus one; 0: the programs do nothing here.
+    pub scope: u32,
+    /// How deep the cgroup is; more than any that it lies in.
+    pub level: u32,
+}
+shared!(Target, size 4 + 4);
+
+/// The places where a setting can be applied. With the number of a scope times [`COUNT`](site::COUNT), an index of map
+/// `SITES`.
 ///
 /// Stream and datagram sockets pass the same cgroup hooks, but a stream socket has later and better
 /// places for most options, so these hooks have a list for each.
@@ -119,7 +131,7 @@ pub mod site {
 #[derive(Clone, Copy, Debug)]
 pub struct SiteList {
     pub len: u32,
-    /// Indices of map `OPTIONS`.
+    /// Numbers of options, of which each scope has its own entry in map `OPTIONS`.
     pub options: [u32; SETTABLE_MAX],
 }
 shared!(SiteList, size 4 + 4 * SETTABLE_MAX);
@@ -155,6 +167,31 @@ pub struct Counters {
     pub suppressed: u64,
 }
 shared!(Counters, size 8 * (8 + judge::verdict::COUNT));
+
+impl Counters {
+    /// What two of them counted together.
+    #[must_use]
+    pub fn plus(self, other: &Self) -> Self {
+        // Taken apart in full: a new counter has to be thought of here.
+        let Self { set, unchanged, failed, failed_errno, agreed, verdicts, reads, reported, suppressed } = *other;
+        let mut all = self.verdicts;
+        for (sum, count) in all.iter_mut().zip(verdicts) {
+            *sum += count;
+        }
+        Self {
+            set: self.set + set,
+            unchanged: self.unchanged + unchanged,
+            failed: self.failed + failed,
+            // Not a count: either will do.
+            failed_errno: self.failed_errno.max(failed_errno),
+            agreed: self.agreed + agreed,
+            verdicts: all,
+            reads: self.reads + reads,
+            reported: self.reported + reported,
+            suppressed: self.suppressed + suppressed,
+        }
+    }
+}
 
 /// What could not be reported or decided, by reason. Map `LOSSES`, one per CPU.
 #[repr(C)]

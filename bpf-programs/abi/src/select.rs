@@ -19,8 +19,8 @@ pub mod side {
     pub const COUNT: usize = 2;
 }
 
-/// The small dimensions of all rules' matches, and what the tables give where they have no entry.
-/// Map `SELECTORS`, index 0.
+/// The small dimensions of the rules of a scope, and what the tables give where they have no entry.
+/// Map `SELECTORS`, by scope.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Selectors {
@@ -42,8 +42,11 @@ pub struct Selectors {
     pub asks_port: [u32; side::COUNT],
     /// By side: whether any rule asks about the address (0 or 1).
     pub asks_address: [u32; side::COUNT],
+    /// Number of the scope, which is part of the keys of map `PREFIXES`.
+    pub scope: u32,
+    pub _pad: u32,
 }
-shared!(Selectors, size 8 * (1 + 4 + 8 + 4 + 2 + 2) + 4 * 4);
+shared!(Selectors, size 8 * (1 + 4 + 8 + 4 + 2 + 2) + 4 * 6);
 
 /// Which dimension a key of map `PREFIXES` belongs to.
 pub mod dimension {
@@ -54,28 +57,30 @@ pub mod dimension {
     /// Plus the side; data is an IPv6 address. A dimension of its own, so that `::/0` does not match
     /// IPv4.
     pub const IPV6: u32 = 4;
+    /// More than there are.
+    pub const COUNT: u32 = 8;
 }
 
-/// Data of a key of map `PREFIXES`, one longest-prefix trie for all dimensions: the dimension, then
-/// what is looked up, in network byte order.
+/// Data of a key of map `PREFIXES`, one longest-prefix trie for all scopes and dimensions: these two, then what is
+/// looked up, in network byte order.
 pub type PrefixData = [u32; 5];
 
-/// Bits of a key that the dimension takes.
+/// Bits of a key that scope and dimension take.
 pub const DIMENSION_BITS: u32 = 32;
 
 /// The key data of a port.
 #[inline(always)]
 #[must_use]
-pub fn port_data(side: usize, port: u16) -> PrefixData {
-    [dimension::PORT + side as u32, (u32::from(port) << 16).to_be(), 0, 0, 0]
+pub fn port_data(scope: u32, side: usize, port: u16) -> PrefixData {
+    [scope * dimension::COUNT + dimension::PORT + side as u32, (u32::from(port) << 16).to_be(), 0, 0, 0]
 }
 
 /// The key data of an address.
 #[inline(always)]
 #[must_use]
-pub fn address_data(side: usize, family: u8, address: &Address) -> PrefixData {
+pub fn address_data(scope: u32, side: usize, family: u8, address: &Address) -> PrefixData {
     let dimension = if family == family::IPV4 { dimension::IPV4 } else { dimension::IPV6 };
-    [dimension + side as u32, address[0], address[1], address[2], address[3]]
+    [scope * dimension::COUNT + dimension + side as u32, address[0], address[1], address[2], address[3]]
 }
 
 /// The table that is too large for [`Selectors`]: a map in the kernel, a vector in tests.
@@ -106,19 +111,19 @@ pub fn select(facts: &Facts, selectors: &Selectors, prefixes: &impl Prefixes) ->
     let local_port = facts.known & known::LOCAL_PORT != 0;
     let local_address = facts.known & known::LOCAL_ADDRESS != 0;
     if selectors.asks_port[side::LOCAL] != 0 {
-        let data = port_data(side::LOCAL, facts.local_port);
+        let data = port_data(selectors.scope, side::LOCAL, facts.local_port);
         rules.keep_found(local_port, &data, selectors.any_port[side::LOCAL], prefixes);
     }
     if selectors.asks_port[side::REMOTE] != 0 {
-        let data = port_data(side::REMOTE, facts.remote_port);
+        let data = port_data(selectors.scope, side::REMOTE, facts.remote_port);
         rules.keep_found(remote, &data, selectors.any_port[side::REMOTE], prefixes);
     }
     if selectors.asks_address[side::LOCAL] != 0 {
-        let data = address_data(side::LOCAL, facts.family, &facts.local);
+        let data = address_data(selectors.scope, side::LOCAL, facts.family, &facts.local);
         rules.keep_found(local_address, &data, selectors.any_address[side::LOCAL], prefixes);
     }
     if selectors.asks_address[side::REMOTE] != 0 {
-        let data = address_data(side::REMOTE, facts.family, &facts.remote);
+        let data = address_data(selectors.scope, side::REMOTE, facts.family, &facts.remote);
         rules.keep_found(remote, &data, selectors.any_address[side::REMOTE], prefixes);
     }
     rules

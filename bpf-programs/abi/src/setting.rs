@@ -60,7 +60,7 @@ pub mod read_back {
     pub const DOUBLED: u8 = 2;
 }
 
-/// An option that at least one rule names. Map `OPTIONS`.
+/// An option that at least one rule names, and the rules of one scope that do. Map `OPTIONS`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Governed {
@@ -78,7 +78,8 @@ pub struct Governed {
     pub traits: u8,
     /// See [`read_back`].
     pub read_back: u8,
-    pub _pad: u8,
+    /// Which bit of [`crate::socket::State`] this is, if any rule sets it.
+    pub bit: u8,
 }
 shared!(Governed, size 8 + 8 + 8 + 4 + 4);
 
@@ -147,7 +148,8 @@ pub struct Setting {
     pub on_conflict: u8,
     /// What a denied call fails with; positive.
     pub errno: u16,
-    pub _pad: u32,
+    /// Whether the setting is tried only: decided and reported, but nothing done (0 or 1).
+    pub dry_run: u32,
 }
 shared!(Setting, size 8 + 8 + 4 + 4 + 16 + 4 + 4);
 
@@ -157,6 +159,12 @@ impl Setting {
     #[must_use]
     pub fn apply_to(&self, current: u32) -> u32 {
         (current & !self.mask) | self.value
+    }
+
+    #[inline(always)]
+    #[must_use]
+    pub fn is_dry_run(&self) -> bool {
+        self.dry_run != 0
     }
 
     /// Whether setting the option leaves some of its bits as they are, so that its current value
@@ -258,7 +266,7 @@ mod tests {
         kind: kind::BOOL,
         traits: 0,
         read_back: 0,
-        _pad: 0,
+        bit: 0,
     };
 
     fn winner(sure: u64, possible: u64) -> Option<u32> {

@@ -123,11 +123,14 @@ pub struct State {
     pub failed: u64,
     /// The socket's cookie, as in `ss -e` (SO_COOKIE); 0 until known.
     pub cookie: u64,
+    /// Plus one, the [level](crate::Target::level) of the deepest target that the socket is in, as far as a program of that
+    /// target has met the socket.
+    pub level: u64,
     /// What was last known of the socket. In memory that the verifier does not look into, so that
     /// the many ways to come to know it are one to it afterwards.
     pub facts: Facts,
 }
-shared!(State, size 8 * 4 + size_of::<Facts>());
+shared!(State, size 8 * 5 + size_of::<Facts>());
 
 #[cfg(test)]
 mod tests {

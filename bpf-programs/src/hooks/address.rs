@@ -59,13 +59,13 @@ fn connect(ctx: &SockAddrContext, inet6: bool) {
 #[inline(always)]
 fn apply_at(site: u32, socket: &Addressed, facts: Facts) {
     // SAFETY: the context's socket, checked for NULL.
-    let Some(state) = (unsafe { storage::state(socket.sk()) }) else { return };
+    let Some((state, scope)) = (unsafe { storage::claim(socket.sk()) }) else { return };
     if state.cookie == 0 {
         // SAFETY: the helper takes this context.
         state.cookie = unsafe { bpf_get_socket_cookie(socket.as_ptr()) };
     }
     let state = storage::learn(state, facts);
-    apply::<SETTABLE_MAX>(site, state, socket.is_inet6(), |index, rules, terms, _| {
-        apply_addressed(socket.ctx(), index, rules.sure, rules.possible, terms.into());
+    apply::<SETTABLE_MAX>(scope, site, state, socket.is_inet6(), |index, rules, missing, _| {
+        apply_addressed(socket.ctx(), index, rules.sure, rules.possible, missing);
     });
 }

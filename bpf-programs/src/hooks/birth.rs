@@ -29,22 +29,20 @@ pub(crate) fn birth_apply(ctx: SockContext) -> i32 {
 #[inline(always)]
 fn try_birth_apply(birth: &Birth) {
     // SAFETY: the context of cgroup/sock_create.
-    let Some(state) = (unsafe { storage::state(birth.sk()) }) else { return };
+    let Some((state, scope)) = (unsafe { storage::claim(birth.sk()) }) else { return };
     // SAFETY: as above.
     state.cookie = unsafe { bpf_get_socket_cookie(birth.sk()) };
     let state = storage::learn(state, birth.facts());
     let mut fields = birth.fields();
     // The options that only one family has are not among those of this site.
-    apply::<BIRTH_MAX>(site::BIRTH, state, false, |index, rules, terms, state| {
-        apply_option(index, rules, terms, state, |option, setting, _| {
-            set_field(&mut fields, option, setting, terms.is_dry_run())
-        });
+    apply::<BIRTH_MAX>(scope, site::BIRTH, state, false, |index, rules, missing, state| {
+        apply_option(index, rules, missing, state, |option, setting, _| set_field(&mut fields, option, setting));
     });
     birth.set_fields(&fields);
 }
 
 #[inline(always)]
-fn set_field(fields: &mut BirthFields, option: &Governed, setting: &Setting, dry_run: bool) -> u32 {
+fn set_field(fields: &mut BirthFields, option: &Governed, setting: &Setting) -> u32 {
     let field = match option.key.name {
         SO_MARK => &mut fields.mark,
         SO_PRIORITY => &mut fields.priority,
@@ -54,7 +52,7 @@ fn set_field(fields: &mut BirthFields, option: &Governed, setting: &Setting, dry
     if wanted == *field {
         return outcome::UNCHANGED;
     }
-    if !dry_run {
+    if !setting.is_dry_run() {
         *field = wanted;
     }
     outcome::SET

@@ -7,7 +7,6 @@
 use abi::{
     event::{Call, Executable, call, flags, source},
     judge::{Asked, Judgement, judge, verdict},
-    mode,
     select::select,
     setting::{Governed, OptionKey, Setting, TEXT_LEN, Value, Words, form, kind, on_conflict, read_back},
     socket::State,
@@ -107,11 +106,14 @@ pub(crate) extern "C" fn govern(ctx: *mut bpf_sockopt) -> u64 {
 
 #[inline(always)]
 fn find_governance(call: &OptionCall) -> Option<Governance> {
-    let index = maps::option_index(OptionKey { level: call.level(), name: call.name() })?;
-    maps::config()?;
+    let number = maps::option_number(OptionKey { level: call.level(), name: call.name() })?;
+    let config = maps::config()?;
     let facts = call.facts()?;
-    let state = storage::learn(state(call)?, facts);
-    let rules = select(&state.facts, maps::selectors()?, &PrefixMap);
+    // SAFETY: the context's socket, which is never NULL.
+    let (state, scope) = unsafe { storage::claim(call.sk()) }?;
+    let state = storage::learn(state, facts);
+    let rules = select(&state.facts, maps::selectors(scope)?, &PrefixMap);
+    let index = scope * config.options + number;
     Some(Governance { index, winner: maps::option(index)?.winner(rules)? })
 }
 
@@ -132,7 +134,7 @@ pub(crate) extern "C" fn judge_call(ctx: *mut bpf_sockopt, index: u32, winner: u
     let call = OptionCall::new(ctx);
     let Some(judgement) = judgement(&call, Governance { index, winner }) else { return verdict::NONE.into() };
     let (verdict, done) = match judgement.verdict {
-        verdict::REWRITTEN if is_enforced() => rewrite(&call, Governance { index, winner }, &judgement),
+        verdict::REWRITTEN if is_enforced(winner) => rewrite(&call, Governance { index, winner }, &judgement),
         verdict => (verdict, 0),
     };
     note_who_wins(&call, Governance { index, winner }, verdict);
@@ -148,8 +150,8 @@ pub(crate) extern "C" fn judge_call(ctx: *mut bpf_sockopt, index: u32, winner: u
 }
 
 #[inline(always)]
-fn is_enforced() -> bool {
-    maps::config().is_some_and(|config| config.mode == mode::ENFORCE)
+fn is_enforced(setting: u32) -> bool {
+    maps::setting(setting).is_some_and(|setting| !setting.is_dry_run())
 }
 
 /// Gives the socket the policy's value where programs can. The kernel's own handler would ask the
@@ -200,8 +202,8 @@ fn note_who_wins(call: &OptionCall, governed: Governance, verdict: u8) {
     if setting.form != form::SET || setting.on_conflict != on_conflict::ALLOW {
         return;
     }
-    let Some(state) = state(call) else { return };
-    let bit = 1u64 << (governed.index & 63);
+    let (Some(option), Some(state)) = (governed.option(), state(call)) else { return };
+    let bit = 1u64 << (option.bit & 63);
     if verdict == verdict::NONE {
         state.yielded &= !bit;
     } else {
@@ -212,7 +214,7 @@ fn note_who_wins(call: &OptionCall, governed: Governance, verdict: u8) {
 /// Does what was decided.
 #[inline(always)]
 fn enact(call: &OptionCall, governed: Governance, verdict: u32) -> i32 {
-    match if is_enforced() { verdict as u8 } else { verdict::NONE } {
+    match if is_enforced(governed.winner) { verdict as u8 } else { verdict::NONE } {
         verdict::REWRITTEN | verdict::CLAMPED => {
             let is_replaced = judgement(call, governed)
                 .is_some_and(|judgement| call.replace(judgement.given.words, judgement.given.len));

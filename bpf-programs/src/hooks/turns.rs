@@ -38,18 +38,18 @@ fn try_turn_apply(ctx: &SockOpsContext) {
     };
     let Some(turn) = Turn::new(ctx.ops) else { return };
     // SAFETY: the context's socket, checked for NULL.
-    let Some(state) = (unsafe { storage::state(turn.sk()) }) else { return };
+    let Some((state, scope)) = (unsafe { storage::claim(turn.sk()) }) else { return };
     if site == site::PASSIVE {
         // The kernel copied the listener's notes: of these only what the application asked for on
         // the listener goes for this socket too.
-        *state = State { yielded: state.yielded, ..State::default() };
+        *state = State { yielded: state.yielded, level: state.level, ..State::default() };
     }
     if state.cookie == 0 {
         // SAFETY: the helper takes this context.
         state.cookie = unsafe { bpf_get_socket_cookie(turn.as_ptr()) };
     }
     let state = storage::learn(state, turn.facts(direction, peer));
-    apply::<SETTABLE_MAX>(site, state, turn.is_inet6(), |index, rules, terms, _| {
-        apply_turn(ctx.ops, index, rules.sure, rules.possible, terms.into());
+    apply::<SETTABLE_MAX>(scope, site, state, turn.is_inet6(), |index, rules, missing, _| {
+        apply_turn(ctx.ops, index, rules.sure, rules.possible, missing);
     });
 }

@@ -163,7 +163,7 @@ fn more_rules_than_a_policy_can_hold_are_refused() {
     // Two files that are too large together only.
     let (one, other) = (PolicyFile::named("a.toml", rules(60)), PolicyFile::named("b.toml", rules(5)));
     let [one, other] = [&one, &other].map(|policy| policy.path().to_str().unwrap());
-    let error = "error: the policies have 65 rules together, but one set of policies can hold 64\n  help: put them on \
+    let error = "error: the policies a, b have 65 rules together, but those that cover one cgroup can have 64\n  help: put them on \
                  different targets, or merge rules that match the same sockets\n";
     fails(agent::command(&["exec", one, other, "--", "echo", MARK]), 125, error);
     // As many as there can be.

@@ -17,6 +17,7 @@ mod overruling;
 mod plan;
 mod policies;
 mod preamble;
+mod precedence;
 mod settings;
 mod target;
 mod values;

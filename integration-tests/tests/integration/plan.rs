@@ -4,11 +4,16 @@ use serde_json::Value;
 use sockpolicy_integration_tests::{
     agent::{self, Run},
     cgroup::Cgroup,
-    foreign::attached,
+    foreign::{self, Foreign, Manner, attached},
+    options::SO_RCVLOWAT,
     policy::PolicyFile,
 };
 
 use crate::{stderr, stdout};
+
+fn some_policy() -> PolicyFile {
+    PolicyFile::new("[[rule]]\nset = { TCP_NODELAY = true }\n")
+}
 
 #[test]
 fn plan_has_as_many_steps_as_programs_come_to_be_attached() {
@@ -35,4 +40,47 @@ fn plan_has_as_many_steps_as_programs_come_to_be_attached() {
         assert_eq!(attached(&target) as usize, hooks.len());
         drop(run.finish());
     }
+}
+
+#[test]
+fn programs_of_others_are_named() {
+    let target = Cgroup::new();
+    let below = target.child("below");
+    let policy = some_policy();
+    let path = policy.path().to_str().unwrap();
+    let _foreign = Foreign::attach(&target, SO_RCVLOWAT, Manner::Link);
+    let hook = "cgroup/setsockopt";
+    let plan = |cgroup: &Cgroup| {
+        let output = agent::output(&["plan", "-o", "json", path, "--cgroup", &cgroup.path().display().to_string()]);
+        let lines = stdout(&output).lines().map(|line| serde_json::from_str(line).unwrap()).collect::<Vec<Value>>();
+        lines.into_iter().filter(|line| line["step"] == "leave").collect::<Vec<_>>()
+    };
+    for (cgroup, runs) in [(&target, "before"), (&below, "after")] {
+        let [other] = &plan(cgroup)[..] else { panic!("{:?}", plan(cgroup)) };
+        assert_eq!((&other["hook"], &other["runs"]), (&hook.into(), &runs.into()));
+        assert_eq!((&other["cgroup"], &other["name"]), (&target.name().into(), &foreign::NAME.into()));
+    }
+    let text = stdout(&agent::output(&["plan", path, "--cgroup", &below.path().display().to_string()]));
+    let expected = format!("{hook}   {} (program ", foreign::NAME);
+    assert!(text.contains(&expected) && text.contains(&format!(" on {}: runs after ours", target.name())), "{text}");
+    let doctor: Value = serde_json::from_slice(&agent::output(&["doctor", "-o", "json"]).stdout).unwrap();
+    let attached = doctor["attached"].as_array().unwrap();
+    let ours: Vec<_> = attached.iter().filter(|line| line["cgroup"] == target.name().as_str()).collect();
+    assert_eq!(ours.len(), 1, "{attached:?}");
+    assert_eq!((&ours[0]["hook"], &ours[0]["name"]), (&hook.into(), &foreign::NAME.into()));
+}
+
+#[test]
+fn another_sockpolicy_above_is_warned_of() {
+    let target = Cgroup::new();
+    let below = target.child("below");
+    let policy = some_policy();
+    let outer = Run::start(&policy, &target);
+    let inner = Run::start(&policy, &below).finish();
+    let warning = format!(
+        "another sockpolicy is attached to {}, above: where both decide an option, that one wins",
+        target.name()
+    );
+    assert!(stderr(&inner.output).contains(&warning), "{}", stderr(&inner.output));
+    assert!(!stderr(&outer.finish().output).contains("another sockpolicy"));
 }

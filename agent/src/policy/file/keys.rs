@@ -26,7 +26,7 @@ pub(super) const MATCH: Place = Place {
 };
 pub(super) const TEST: Place = Place { name: "[[test]]", keys: &["name", "socket", "set", "limit", "deny", "free"] };
 pub(super) const SOCKET: Place =
-    Place { name: "`socket`", keys: &["protocol", "family", "direction", "local", "remote"] };
+    Place { name: "`socket`", keys: &["protocol", "family", "direction", "local", "remote", "cgroup"] };
 pub(super) const SETTING: Place = Place { name: "a setting", keys: &["value", "on_conflict", "errno"] };
 pub(super) const LIMIT: Place = Place { name: "a limit", keys: &["min", "max", "on_conflict", "errno"] };
 

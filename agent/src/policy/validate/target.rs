@@ -20,12 +20,17 @@ pub(super) fn target(cgroups: Option<&List<Text<'_>>>, findings: &mut Findings) 
     globs.filter_map(|glob| findings.ok(path_glob(glob))).collect()
 }
 
+/// The path of one cgroup, without slashes at its ends.
+pub(super) fn path(path: &Text<'_>) -> Result<String, Problem> {
+    check_path(path.get_ref()).map(str::to_owned).map_err(|problem| problem.at(path.span()))
+}
+
 /// A glob without slashes at its ends. The root of the hierarchy is the empty one.
 fn path_glob(glob: &Text<'_>) -> Result<String, Problem> {
     check_glob(glob.get_ref()).map_err(|problem| problem.at(glob.span()))
 }
 
-fn check_glob(text: &str) -> Result<String, Problem> {
+fn check_path(text: &str) -> Result<&str, Problem> {
     if text.is_empty() {
         return Err(Problem::new("this cgroup has no name").help("write \"/\" for every process of the machine"));
     }
@@ -43,6 +48,11 @@ fn check_glob(text: &str) -> Result<String, Problem> {
         return Err(Problem::new(format!("{} is not the path of a cgroup", quote(text)))
             .help("write the path below the cgroup2 mount, such as \"system.slice/nginx.service\""));
     }
+    Ok(path)
+}
+
+fn check_glob(text: &str) -> Result<String, Problem> {
+    let path = check_path(text)?;
     match GlobBuilder::new(path).literal_separator(true).build() {
         Ok(_) => Ok(path.to_owned()),
         Err(error) => Err(Problem::new(format!("{} is not a glob: {}", quote(text), error.kind()))

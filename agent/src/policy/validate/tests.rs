@@ -1,8 +1,8 @@
 //! `[[test]]`: a socket, and what must come of it.
 
-use std::{collections::BTreeMap, net::SocketAddr};
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
-use super::{clauses, words};
+use super::{clauses, target, words};
 use crate::policy::{
     diagnostic::{Findings, Problem, quote},
     file::{SocketFile, TestFile, Text},
@@ -70,20 +70,21 @@ fn refuse_second(expected: &[Expected], option: Named, name: &Text<'_>, findings
 }
 
 fn socket(file: &SocketFile<'_>, findings: &mut Findings) -> Option<Socket> {
-    let SocketFile { span, protocol, family, direction, local, remote } = file;
+    let SocketFile { span, protocol, family, direction, local, remote, cgroup } = file;
     let before = findings.errors();
     let protocol = protocol.as_ref().and_then(|word| findings.ok(words::pick("protocol", word, Protocol::WORDS)));
     let family = family.as_ref().and_then(|word| findings.ok(words::pick("family", word, Family::WORDS)));
     let direction = direction.as_ref().and_then(|word| findings.ok(words::pick("direction", word, Direction::WORDS)));
     let local = local.as_ref().and_then(|text| findings.ok(end(text))).unwrap_or_default();
     let remote = remote.as_ref().and_then(|text| findings.ok(peer(text)));
+    let cgroup = cgroup.as_ref().and_then(|path| findings.ok(target::path(path)));
     if findings.errors() > before {
         return None;
     }
     let socket = Socket::new(protocol.unwrap_or(Protocol::Tcp), family, direction, local, remote);
-    findings
-        .ok(socket
-            .map_err(|error| Problem::new(error.to_string()).help("give addresses of one family").at(span.clone())))
+    let socket =
+        socket.map_err(|error| Problem::new(error.to_string()).help("give addresses of one family").at(span.clone()));
+    findings.ok(socket).map(|socket| Socket { cgroup: cgroup.map(PathBuf::from), ..socket })
 }
 
 fn end(text: &Text<'_>) -> Result<End, Problem> {

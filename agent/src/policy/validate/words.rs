@@ -8,7 +8,7 @@ use crate::policy::{
     model::{Calls, Errno, Mode, OnConflict},
 };
 
-pub(super) const MODES: &[(&str, Mode)] = &[("enforce", Mode::Enforce), ("dry-run", Mode::DryRun)];
+pub(super) const MODES: &[(&str, Mode)] = &[(Mode::Enforce.name(), Mode::Enforce), (Mode::DryRun.name(), Mode::DryRun)];
 
 pub(super) const CALLS: &[(&str, Calls)] =
     &[("conflicts", Calls::Conflicts), ("governed", Calls::Governed), ("all", Calls::All)];

@@ -133,10 +133,10 @@ fn begin(begun: Begun) {
         }
         drop_unended(task);
     }
-    if config.calls != calls::ALL && maps::option_index(begun.key).is_none() {
+    if config.calls != calls::ALL && maps::option_number(begun.key).is_none() {
         return;
     }
-    if !is_followed(config) {
+    if followed(config).is_none() {
         return;
     }
     let mut call = Call {
@@ -436,22 +436,24 @@ fn is_held(call: &Call) -> bool {
     is_same && (call.sk == 0 || call.cookie == 0 || kernel::cookie_of(call.sk) == call.cookie)
 }
 
-/// Whether the current task is one of those that the audit is about.
+/// The scope of the deepest target that the current task is in; `None` where it is not one of those that the audit is
+/// about.
 #[inline(always)]
-fn is_followed(config: &Config) -> bool {
+fn followed(config: &Config) -> Option<u32> {
     if config.by_process != 0 && !maps::is_process((bpf_get_current_pid_tgid() >> 32) as u32) {
-        return false;
+        return None;
     }
+    let mut scope = None;
     for level in 0..=abi::CGROUP_LEVELS_MAX {
         let left = config.target_levels >> level;
         if left == 0 {
-            return false;
+            break;
         }
-        if left & 1 != 0 && maps::is_target(ancestor(level)) {
-            return true;
+        if left & 1 != 0 {
+            scope = maps::followed_scope(ancestor(level)).or(scope);
         }
     }
-    false
+    scope
 }
 
 /// The id of the cgroup above the current task's at a level counted from the root; 0 where there is none.

@@ -1,6 +1,8 @@
 //! Judges the calls that the cgroup hooks do not see: those of 32-bit programs (`__sys_setsockopt` and `__sys_getsockopt`,
 //! net/socket.c, ask `in_compat_syscall`; since 6.7 they hand the answer to `do_sock_*` as `compat`).
 //!
+//! What holds is taken to be what holds for the sockets of the task's own cgroup.
+//!
 //! Nothing can be done about them here. What disagrees with the policy is reported as allowed, for that is
 //! what became of it.
 
@@ -11,6 +13,7 @@ use abi::{
     setting::Value,
 };
 
+use super::followed;
 use crate::{
     hooks::calls::shown,
     maps::{self, PrefixMap, count, lose},
@@ -28,7 +31,9 @@ pub(super) extern "C" fn judge_unhooked(task: u64, result: i64) -> u32 {
 
 #[inline(always)]
 fn judge_call(call: &mut Call, result: i64) -> Option<()> {
-    let option = maps::option(maps::option_index(call.key)?)?;
+    let config = maps::config()?;
+    let scope = followed(config)?;
+    let option = maps::option(scope * config.options + maps::option_number(call.key)?)?;
     // Of a family that policies are not about.
     let is_other = call.flags & flags::SOCKET == 0 && call.sk_family != 0;
     if is_other || call.flags & flags::UNREADABLE != 0 {
@@ -38,7 +43,7 @@ fn judge_call(call: &mut Call, result: i64) -> Option<()> {
         lose(|losses| &mut losses.unjudged);
         return None;
     }
-    let winner = option.winner(select(&call.facts, maps::selectors()?, &PrefixMap))?;
+    let winner = option.winner(select(&call.facts, maps::selectors(scope)?, &PrefixMap))?;
     let setting = maps::setting(winner)?;
     let (len, words) = (call.asked.len as i32, call.asked.words);
     let asked = if call.kind == call::SETSOCKOPT {

@@ -1,0 +1,204 @@
+//! Which policies say what becomes of the sockets of which cgroups: `&[Policy]` and the cgroups there are → [`Coverage`].
+//!
+//! The policies that cover a cgroup make a *stack*: those with the deepest target come first, and among equals those whose
+//! files' names come first. Cgroups that have the same stack are compiled once, however many there are.
+//!
+//! Pure: it is told which cgroups there are.
+
+use std::path::{Path, PathBuf};
+
+use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
+
+use crate::policy::Policy;
+
+/// Policies by their place among all that are in force together; the first decides first.
+pub type Stack = Vec<usize>;
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{pattern}` is not a glob: {source}")]
+pub struct GlobError {
+    pattern: String,
+    source: globset::Error,
+}
+
+/// Where programs are to be attached, and which policies hold there.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Coverage {
+    /// Each once.
+    pub stacks: Vec<Stack>,
+    /// Cgroups by their paths below the mount, parents before children, each with the number of its stack.
+    pub targets: Vec<(PathBuf, usize)>,
+}
+
+impl Coverage {
+    /// What policies cover by their own targets. A policy without one covers nothing.
+    ///
+    /// A cgroup below a target is one itself only where other policies hold, or the same in another order.
+    ///
+    /// # Errors
+    ///
+    /// Where a target is no glob.
+    pub fn of_targets(policies: &[Policy], mut cgroups: Vec<PathBuf>) -> Result<Self, GlobError> {
+        let globs = globs(policies)?;
+        // Parents sort before their children.
+        cgroups.sort();
+        let mut coverage = Self::default();
+        for cgroup in cgroups {
+            let above = coverage.targets.iter().rev().find(|(outer, _)| cgroup.starts_with(outer));
+            let above = above.map(|(_, number)| coverage.stacks[*number].as_slice()).unwrap_or_default();
+            let stack = stacked(&globs, &cgroup, above);
+            if stack != above {
+                let number = coverage.number(stack);
+                coverage.targets.push((cgroup, number));
+            }
+        }
+        Ok(coverage)
+    }
+
+    /// All policies, on each of these cgroups; those below another one are covered by it.
+    #[must_use]
+    pub fn of_all(policies: &[Policy], mut cgroups: Vec<PathBuf>) -> Self {
+        cgroups.sort();
+        let mut targets: Vec<(PathBuf, usize)> = Vec::new();
+        for cgroup in cgroups {
+            if !targets.iter().any(|(outer, _)| cgroup.starts_with(outer)) {
+                targets.push((cgroup, 0));
+            }
+        }
+        Self { stacks: vec![all(policies)], targets }
+    }
+
+    /// The number of a stack, which is a new one if it was not there.
+    pub fn number(&mut self, stack: Stack) -> usize {
+        self.stacks.iter().position(|known| *known == stack).unwrap_or_else(|| {
+            self.stacks.push(stack);
+            self.stacks.len() - 1
+        })
+    }
+}
+
+/// All policies, in order.
+#[must_use]
+pub fn all(policies: &[Policy]) -> Stack {
+    (0..policies.len()).collect()
+}
+
+/// The policies that cover a cgroup, whether there is one or not. A policy without a target covers all, after the others.
+///
+/// # Errors
+///
+/// Where a target is no glob.
+pub fn stack_of(policies: &[Policy], cgroup: &Path) -> Result<Stack, GlobError> {
+    let globs = globs(policies)?;
+    let templates = (0..policies.len()).filter(|policy| policies[*policy].target.is_empty()).collect();
+    let from_the_top = cgroup.ancestors().collect::<Vec<_>>().into_iter().rev();
+    Ok(from_the_top.fold(templates, |above, cgroup| stacked(&globs, cgroup, &above)))
+}
+
+/// The policies with the same target as one of them, in order.
+#[must_use]
+pub fn stack_with(policies: &[Policy], policy: usize) -> Stack {
+    (0..policies.len()).filter(|other| policies[*other].target == policies[policy].target).collect()
+}
+
+/// The stack of a cgroup in one that has the stack `above`.
+fn stacked(globs: &[GlobSet], cgroup: &Path, above: &[usize]) -> Stack {
+    let own: Stack = (0..globs.len()).filter(|policy| globs[*policy].is_match(cgroup)).collect();
+    let inherited = above.iter().copied().filter(|policy| !own.contains(policy)).collect::<Vec<_>>();
+    own.iter().copied().chain(inherited).collect()
+}
+
+fn globs(policies: &[Policy]) -> Result<Vec<GlobSet>, GlobError> {
+    policies.iter().map(|policy| glob_set(&policy.target)).collect()
+}
+
+fn glob_set(patterns: &[String]) -> Result<GlobSet, GlobError> {
+    let mut set = GlobSetBuilder::new();
+    for pattern in patterns {
+        let glob = GlobBuilder::new(pattern.trim_matches('/')).literal_separator(true).build();
+        set.add(glob.map_err(|source| GlobError { pattern: pattern.clone(), source })?);
+    }
+    set.build().map_err(|source| GlobError { pattern: patterns.join(" "), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy;
+
+    fn policies(targets: &[&[&str]]) -> Vec<Policy> {
+        let policy = |(at, target): (usize, &&[&str])| {
+            let target = if target.is_empty() { String::new() } else { format!("[target]\ncgroup = {target:?}\n") };
+            let text = format!("{target}[[rule]]\nset = {{ TCP_NODELAY = true }}\n");
+            policy::parse(Path::new(&format!("{at}.toml")), &text).unwrap().0
+        };
+        targets.iter().enumerate().map(policy).collect()
+    }
+
+    fn covered(targets: &[&[&str]], cgroups: &[&str]) -> Vec<(String, Stack)> {
+        let coverage = Coverage::of_targets(&policies(targets), cgroups.iter().map(PathBuf::from).collect()).unwrap();
+        let name = |path: &Path| path.display().to_string();
+        coverage.targets.iter().map(|(path, number)| (name(path), coverage.stacks[*number].clone())).collect()
+    }
+
+    fn expected(targets: &[(&str, &[usize])]) -> Vec<(String, Stack)> {
+        targets.iter().map(|(path, stack)| ((*path).to_owned(), stack.to_vec())).collect()
+    }
+
+    #[test]
+    fn deeper_target_comes_first() {
+        let cgroups = ["", "a", "a/b", "a/b/c", "a-b", "d"];
+        assert_eq!(
+            covered(&[&["a"], &["a/b/c"], &["a/b"]], &cgroups),
+            expected(&[("a", &[0]), ("a/b", &[2, 0]), ("a/b/c", &[1, 2, 0])])
+        );
+        assert_eq!(covered(&[&["/"]], &cgroups), expected(&[("", &[0])]));
+    }
+
+    #[test]
+    fn among_equals_the_files_names_decide() {
+        assert_eq!(covered(&[&["a"], &["*"]], &["a", "b"]), expected(&[("a", &[0, 1]), ("b", &[1])]));
+    }
+
+    #[test]
+    fn policy_is_as_deep_as_its_deepest_target() {
+        // The first one comes back to the front where it has a target of its own.
+        assert_eq!(
+            covered(&[&["a", "a/b/c"], &["a/b"]], &["a", "a/b", "a/b/c", "a/b/c/d"]),
+            expected(&[("a", &[0]), ("a/b", &[1, 0]), ("a/b/c", &[0, 1])])
+        );
+    }
+
+    #[test]
+    fn cgroup_where_nothing_changes_is_no_target() {
+        assert_eq!(covered(&[&["a/**"], &["a"]], &["a", "a/b", "a/b/c"]), expected(&[("a", &[1]), ("a/b", &[0, 1])]));
+    }
+
+    #[test]
+    fn cgroups_with_the_same_policies_share_a_stack() {
+        let coverage = Coverage::of_targets(&policies(&[&["pods/*"]]), vec!["pods/1".into(), "pods/2".into()]).unwrap();
+        assert_eq!((coverage.stacks.len(), coverage.targets.len()), (1, 2));
+    }
+
+    #[test]
+    fn cgroup_that_is_not_there_has_a_stack_too() {
+        let policies = policies(&[&["a"], &[], &["a/*/c"]]);
+        let stack = |cgroup| stack_of(&policies, Path::new(cgroup)).unwrap();
+        assert_eq!((stack("a/b/c/d"), stack("a/b"), stack("x")), (vec![2, 0, 1], vec![0, 1], vec![1]));
+    }
+
+    #[test]
+    fn given_cgroups_within_one_another_are_one_target() {
+        let coverage = Coverage::of_all(&policies(&[&[], &[]]), vec!["a/b".into(), "a".into(), "c".into(), "a".into()]);
+        assert_eq!(coverage.stacks, [[0, 1]]);
+        assert_eq!(coverage.targets, [(PathBuf::from("a"), 0), (PathBuf::from("c"), 0)]);
+    }
+
+    #[test]
+    fn star_stays_within_a_level_and_two_stars_do_not() {
+        let set = glob_set(&["kubepods.slice/**/cri-*.scope".into(), "a/*".into()]).unwrap();
+        assert!(set.is_match("kubepods.slice/x/y/cri-1.scope"));
+        assert!(set.is_match("a/b"));
+        assert!(!set.is_match("a/b/c"));
+    }
+}

@@ -1,0 +1,142 @@
+//! The programs that others have attached to cgroups, at the hooks that policies use.
+//!
+//! They stay as they are: this is for people to know whom else they have there.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    fmt,
+    fs::File,
+    io,
+    path::{Path, PathBuf},
+};
+
+use aya::programs::loaded_programs;
+use serde_json::{Value, json};
+
+use super::syscall;
+use crate::{compile::Hook, events::SCHEMA, host::cgroup::Mount};
+
+/// A program that is attached to a cgroup.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Neighbour {
+    /// Path of the cgroup below the mount.
+    pub cgroup: PathBuf,
+    pub hook: Hook,
+    /// The kernel's number of the program.
+    pub id: u32,
+    /// As much of it as the kernel keeps, 15 characters; empty if it has none, or may not be seen.
+    pub name: String,
+}
+
+/// When a program of others runs for the sockets of a target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// Before ours: it was on the same cgroup first, or is on one below.
+    Before,
+    /// After ours, and so with the last word: it is on a cgroup above.
+    After,
+}
+
+impl Neighbour {
+    /// Whether it looks like a program of another sockpolicy.
+    #[must_use]
+    pub fn is_sockpolicy(&self) -> bool {
+        self.name == self.hook.program()
+    }
+
+    /// As a line of JSON.
+    #[must_use]
+    pub fn to_json(&self) -> Value {
+        json!({
+            "schema": SCHEMA,
+            "hook": self.hook.name(),
+            "cgroup": format!("/{}", self.cgroup.display()),
+            "program": self.id,
+            "name": self.name,
+            "sockpolicy": self.is_sockpolicy(),
+        })
+    }
+
+    /// When it runs for the sockets of these targets, which are paths below the mount; `None`: for none of them.
+    #[must_use]
+    pub fn turn(&self, targets: &[PathBuf]) -> Option<Turn> {
+        if targets.iter().any(|target| self.cgroup.starts_with(target)) {
+            return Some(Turn::Before);
+        }
+        targets.iter().any(|target| target.starts_with(&self.cgroup)).then_some(Turn::After)
+    }
+}
+
+/// Which it is, and where.
+impl fmt::Display for Neighbour {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { cgroup, id, name, .. } = self;
+        match name.as_str() {
+            _ if self.is_sockpolicy() => write!(f, "another sockpolicy's (program {id})")?,
+            "" => write!(f, "program {id}")?,
+            name => write!(f, "{name} (program {id})")?,
+        }
+        write!(f, " on /{}", cgroup.display())
+    }
+}
+
+/// The programs attached to any cgroup, those above before those below, and in each in the order in which they run.
+///
+/// # Errors
+///
+/// Where the tree of cgroups cannot be read, or this process may not ask: it takes CAP_NET_ADMIN.
+pub fn neighbours(mount: &Mount) -> io::Result<Vec<Neighbour>> {
+    neighbours_on(mount, &mount.tree().map_err(io::Error::other)?)
+}
+
+/// The programs of another sockpolicy above these targets, which are paths below the mount: that one has the last word.
+///
+/// # Errors
+///
+/// Where this process may not ask.
+pub fn overruling(mount: &Mount, targets: &[PathBuf]) -> io::Result<Vec<Neighbour>> {
+    let above: BTreeSet<PathBuf> =
+        targets.iter().flat_map(|target| target.ancestors().skip(1)).map(Path::to_owned).collect();
+    let mut found = neighbours_on(mount, &above)?;
+    found.retain(Neighbour::is_sockpolicy);
+    Ok(found)
+}
+
+fn neighbours_on<'a>(mount: &Mount, cgroups: impl IntoIterator<Item = &'a PathBuf>) -> io::Result<Vec<Neighbour>> {
+    let mut found = Vec::new();
+    for cgroup in cgroups {
+        found.extend(attached_to(mount, cgroup)?);
+    }
+    if !found.is_empty() {
+        let names = names();
+        for neighbour in &mut found {
+            neighbour.name = names.get(&neighbour.id).cloned().unwrap_or_default();
+        }
+    }
+    Ok(found)
+}
+
+fn attached_to(mount: &Mount, below: &Path) -> io::Result<Vec<Neighbour>> {
+    let folder = match File::open(mount.path.join(below)) {
+        Ok(folder) => folder,
+        // Gone since it was listed.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let mut found = Vec::new();
+    for hook in Hook::ALL {
+        let ids = match syscall::attached_programs(&folder, hook) {
+            // A kernel without this hook.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => continue,
+            ids => ids?,
+        };
+        found.extend(ids.into_iter().map(|id| Neighbour { cgroup: below.to_owned(), hook, id, name: String::new() }));
+    }
+    Ok(found)
+}
+
+/// The names of all programs that this process may look at, by number.
+fn names() -> HashMap<u32, String> {
+    let programs = loaded_programs().filter_map(Result::ok);
+    programs.map(|program| (program.id(), program.name_as_str().unwrap_or_default().to_owned())).collect()
+}
