@@ -59,14 +59,14 @@ pub struct Enclosure {
 }
 
 impl Enclosure {
-    /// Makes the cgroup below the one that this process is in.
+    /// Makes the cgroup below the one that this process is in. `suffix` tells it from others that this process makes.
     ///
     /// # Errors
     ///
     /// Where it cannot be made or guarded; then it is not there.
-    pub fn make(mount: &Mount) -> Result<Self, EnclosureError> {
+    pub fn make(mount: &Mount, suffix: &str) -> Result<Self, EnclosureError> {
         let home = mount.own()?;
-        let path = home.path.join(format!("sockpolicy-{}", std::process::id()));
+        let path = home.path.join(format!("sockpolicy-{}{suffix}", std::process::id()));
         // Before there is anything to guard: from its first moment on, the cgroup has somebody to remove it.
         let mut guard =
             start_guard(&path, &home.path).map_err(|source| EnclosureError::Guard { path: path.clone(), source })?;

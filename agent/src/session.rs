@@ -5,20 +5,22 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 
-use abi::setting::on_conflict;
+use abi::setting::{Setting, form, on_conflict};
 use nix::time::{ClockId, clock_gettime};
 
 use crate::{
-    compile::{CompileError, Desired, compile},
+    compile::{CompileError, Desired},
     coverage::Stack,
     events::{Event, Executables, Filter, Surroundings, decode},
+    gaps::{Gap, Gaps},
     host::{
         cgroup::{Mount, Names},
         process, tcp,
     },
-    kernel::{self, Audit, BackendChoice, KernelError, Object, Record, Subjects, Target},
+    kernel::{self, Answer, Audit, BackendChoice, KernelError, Object, Record, Subjects, Target},
     policy::model::{Calls, Errno, Mode, Policy},
     report::{CallLine, Counts, Loss, Lost, Report, Summary, errno_name},
+    trial::{self, compile_with_trial},
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -28,16 +30,10 @@ pub enum SessionError {
     #[error(transparent)]
     Kernel(#[from] KernelError),
     #[error(
-        "congestion control `{name}` is not loaded in this kernel, which has {}\n  help: modprobe tcp_{name}, or name \
-         one of those",
-        available.join(", ")
+        "this kernel cannot do all that the policies say:{0}\n  help: leave that out, or give --allow-gaps to have the rest \
+         in force without it"
     )]
-    CongestionControl { name: String, available: Vec<String> },
-    #[error(
-        "this kernel cannot let a denied call fail with {errno}: only EPERM\n  help: leave `errno` out of {place}; \
-         5.18 is the first kernel that lets programs choose"
-    )]
-    Errno { errno: String, place: String },
+    Gaps(Gaps),
 }
 
 /// Events to drain at a time: some milliseconds' worth.
@@ -50,6 +46,7 @@ pub struct Session {
     targets: Vec<Target>,
     filter: Filter,
     audit: Option<Audit>,
+    gaps: Vec<Gap>,
     names: Names,
     executables: Executables,
     report: Report,
@@ -66,23 +63,35 @@ pub struct Setup {
     pub mount: Mount,
     pub targets: Vec<Target>,
     pub backend: BackendChoice,
+    /// What to do about what this kernel cannot do.
+    pub gaps: GapsChoice,
     /// Events to tell of. Its processes are also the only ones whose calls the audit follows, if there are any.
     pub filter: Filter,
+}
+
+/// What to do about what policies ask for and this kernel cannot do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GapsChoice {
+    /// Find out, and refuse policies that are enforced.
+    Refuse,
+    /// Find out, and go on without it.
+    Allow,
+    /// Go on without it, as far as it shows by itself: nothing is to be set.
+    DoNotTry,
 }
 
 /// Compiles policies for a session, for each stack of them that is in force on a target.
 ///
 /// # Errors
 ///
-/// Where they do not go together, or want a congestion control that this kernel does not have.
+/// Where they do not go together.
 pub fn prepare(policies: &[Policy], stacks: &[Stack], dry_run: bool, timing: bool) -> Result<Desired, SessionError> {
     let mut policies = policies.to_vec();
     if dry_run {
         policies.iter_mut().for_each(|policy| policy.mode = Mode::DryRun);
     }
-    let mut desired = compile(&policies, stacks)?;
+    let mut desired = compile_with_trial(&policies, stacks)?;
     desired.audit.timing |= timing;
-    check_congestion_controls(&desired)?;
     Ok(desired)
 }
 
@@ -93,12 +102,13 @@ impl Session {
     ///
     /// Where this kernel cannot do it; then nothing is in force.
     pub fn start(setup: Setup) -> Result<Self, SessionError> {
-        let Setup { desired, mount, targets, backend, filter } = setup;
+        let Setup { mut desired, mount, targets, backend, gaps: choice, filter } = setup;
         warn_of_overruling(&mount, &targets);
         let subjects = Subjects { targets: &targets, processes: &filter.processes };
         let mut object = Object::load(&desired, subjects)?;
-        if !object.abilities().set_retval {
-            check_errnos(&desired)?;
+        let gaps = find_gaps(&mut object, &mut desired, &mount, choice);
+        if choice == GapsChoice::Refuse && gaps.iter().any(|gap| gap.is_enforced) {
+            return Err(SessionError::Gaps(Gaps(gaps)));
         }
         object.attach(&desired, &targets)?;
         let audit = object.attach_audit(&desired, backend)?;
@@ -118,6 +128,7 @@ impl Session {
             targets,
             filter,
             audit,
+            gaps,
             names: Names::new(mount),
             executables: Executables::default(),
             report: Report::default(),
@@ -135,6 +146,12 @@ impl Session {
     #[must_use]
     pub fn targets(&self) -> &[Target] {
         &self.targets
+    }
+
+    /// What the policies ask for and this kernel cannot do.
+    #[must_use]
+    pub fn gaps(&self) -> &[Gap] {
+        &self.gaps
     }
 
     #[must_use]
@@ -241,7 +258,7 @@ impl Session {
             lost,
         };
         let targets = self.targets.iter().map(|target| target.cgroup.name.clone()).collect();
-        Ok(self.report.summarize(&self.desired, counts, targets, self.audit))
+        Ok(self.report.summarize(&self.desired, counts, targets, self.audit, self.gaps))
     }
 }
 
@@ -270,36 +287,61 @@ fn warn_of_overruling(mount: &Mount, targets: &[Target]) {
     }
 }
 
-fn check_congestion_controls(desired: &Desired) -> Result<(), SessionError> {
+/// What the policies ask for and this kernel cannot do. Of `desired`, what is left is what it can do: hooks, and no trial.
+fn find_gaps(object: &mut Object, desired: &mut Desired, mount: &Mount, choice: GapsChoice) -> Vec<Gap> {
+    let trial = desired.scopes.len() - usize::from(desired.has_trial);
+    let asked = Desired { scopes: desired.scopes[..trial].to_vec(), ..desired.clone() };
+    let refused = object.refused().to_vec();
+    desired.keep_hooks(|hook| !refused.iter().any(|(other, _)| *other == hook));
+    let mut gaps: Vec<Gap> =
+        refused.into_iter().filter_map(|(hook, reason)| Gap::of_hook(&asked, hook, reason)).collect();
+    if desired.has_trial && choice != GapsChoice::DoNotTry {
+        match trial::try_scope(object, desired, trial, mount) {
+            Ok(answers) => gaps.extend(answers.into_iter().filter_map(|(option, answer)| match answer {
+                Answer::No(errno) => Some(Gap::of_option(&asked, option, &errno)),
+                Answer::Yes | Answer::Unknown(_) => None,
+            })),
+            Err(error) => log::warn!("cannot try whether this kernel sets the options: {error}"),
+        }
+    }
+    desired.end_trial();
+    gaps.extend(missing_congestion_controls(desired));
+    if !object.abilities().set_retval {
+        gaps.extend(impossible_errnos(desired));
+    }
+    gaps
+}
+
+fn missing_congestion_controls(desired: &Desired) -> Vec<Gap> {
     let wanted = desired.congestion_controls();
     if wanted.is_empty() {
-        return Ok(());
+        return Vec::new();
     }
-    let available = match tcp::congestion_controls() {
-        Ok(available) => available,
+    match tcp::congestion_controls() {
+        Ok(available) => {
+            let missing = wanted.into_iter().filter(|name| !available.iter().any(|known| known == name));
+            missing.map(|name| Gap::of_congestion_control(desired, name, &available)).collect()
+        }
         Err(error) => {
             // Then a refusal on a socket will say it.
             log::warn!("cannot tell which congestion controls this kernel has: {error}");
-            return Ok(());
+            Vec::new()
         }
-    };
-    match wanted.into_iter().find(|name| !available.iter().any(|known| known == name)) {
-        Some(name) => Err(SessionError::CongestionControl { name: name.to_owned(), available }),
-        None => Ok(()),
     }
 }
 
-fn check_errnos(desired: &Desired) -> Result<(), SessionError> {
-    let denies = |setting: &abi::setting::Setting| {
-        setting.form == abi::setting::form::DENY || setting.on_conflict == on_conflict::DENY
-    };
-    let other = |setting: &abi::setting::Setting| denies(setting) && setting.errno != Errno::EPERM.0;
-    let Some(index) = desired.settings.iter().position(other) else { return Ok(()) };
-    let place = desired.source(index as u32).map(|(source, rule)| format!("{}:{}", rule.path.display(), source.line));
-    Err(SessionError::Errno {
-        errno: errno_name(desired.settings[index].errno.into()),
-        place: place.unwrap_or_default(),
-    })
+fn impossible_errnos(desired: &Desired) -> Vec<Gap> {
+    let denies = |setting: &Setting| setting.form == form::DENY || setting.on_conflict == on_conflict::DENY;
+    let mut gaps: Vec<Gap> = Vec::new();
+    for (setting, source) in desired.settings.iter().zip(&desired.sources) {
+        if denies(setting) && setting.errno != Errno::EPERM.0 {
+            let gap = Gap::of_errno(desired, source.option, &errno_name(setting.errno.into()));
+            if !gaps.contains(&gap) {
+                gaps.push(gap);
+            }
+        }
+    }
+    gaps
 }
 
 /// What to add to the kernel's time stamps. Not the same for long: clocks are set, and machines suspended.

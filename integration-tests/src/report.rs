@@ -66,10 +66,20 @@ pub struct Summary {
     pub targets: Vec<String>,
     pub backend: Option<String>,
     pub blind_to: Option<Vec<String>>,
+    pub gaps: Vec<Gap>,
     pub conflicts: u64,
     pub settings: Vec<Setting>,
     pub calls: Vec<CallLine>,
     pub losses: BTreeMap<String, u64>,
+}
+
+/// What a policy asks for and the kernel cannot do.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Gap {
+    pub options: Vec<String>,
+    pub hook: Option<String>,
+    pub reason: String,
+    pub remedy: String,
 }
 
 /// What the audit counted of one kind of call on one option.
@@ -141,6 +151,8 @@ pub struct Report {
     pub events: Vec<Event>,
     /// As they were told, before the end.
     pub losses: Vec<Loss>,
+    /// As they were told, at the beginning.
+    pub gaps: Vec<Gap>,
     pub summary: Summary,
     /// Of the agent's process; `stdout` is empty where the probe had it.
     pub output: Output,
@@ -152,7 +164,7 @@ impl Report {
     pub(crate) fn read(lines: &str, output: Output) -> Self {
         let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
         let fail = |line: &str, why: String| -> ! { panic!("not a line of a report: {why}\n{line}\nagent: {stderr}") };
-        let (mut events, mut losses, mut summary) = (Vec::new(), Vec::new(), None);
+        let (mut events, mut losses, mut gaps, mut summary) = (Vec::new(), Vec::new(), Vec::new(), None);
         for line in lines.lines() {
             let value: Value = serde_json::from_str(line).unwrap_or_else(|error| fail(line, error.to_string()));
             if summary.is_some() {
@@ -162,12 +174,14 @@ impl Report {
                 summary = Some(serde_json::from_value(value).unwrap_or_else(|error| fail(line, error.to_string())));
             } else if value["event"] == "loss" {
                 losses.push(serde_json::from_value(value).unwrap_or_else(|error| fail(line, error.to_string())));
+            } else if value["event"] == "gap" {
+                gaps.push(serde_json::from_value(value).unwrap_or_else(|error| fail(line, error.to_string())));
             } else {
                 events.push(serde_json::from_value(value).unwrap_or_else(|error| fail(line, error.to_string())));
             }
         }
         let Some(summary) = summary else { panic!("no summary, {}; the agent said: {stderr}", output.status) };
-        Self { events, losses, summary, output }
+        Self { events, losses, gaps, summary, output }
     }
 
     /// Whether the audit says that it does not see such calls.

@@ -25,7 +25,7 @@ use crate::{
     kernel,
     options::{self, SocketOption},
     policy::model::{Calls, Policy},
-    session::{self, SessionError, Setup},
+    session::{self, GapsChoice, SessionError, Setup},
 };
 
 /// Show the setsockopt and getsockopt calls of a command, of processes, of cgroups or of the whole host
@@ -96,7 +96,7 @@ impl Audit {
         if !self.command.is_empty() {
             check::warn_of_replaced_targets(&policies, "the command's cgroup");
             let Self { command, reporting, report, .. } = &self;
-            let enclosed = Enclosed { command, reporting, report: report.as_deref() };
+            let enclosed = Enclosed { command, reporting, report: report.as_deref(), gaps: GapsChoice::DoNotTry };
             let desired = self.prepare(&policies, &[all(&policies)]).map_err(ExecError::from);
             return enclosed.finish(desired.and_then(|desired| enclosed.run(desired, filter)));
         }
@@ -148,7 +148,7 @@ impl Audit {
             None => Writer::new(&self.reporting, io::stdout()),
         };
         let backend = self.reporting.audit_backend;
-        let setup = Setup { desired, mount, targets, backend, filter };
+        let setup = Setup { desired, mount, targets, backend, gaps: GapsChoice::DoNotTry, filter };
         Ok(run::report(setup, &mut signals, &mut writer, &ends)?)
     }
 

@@ -1,19 +1,14 @@
 //! `sockpolicy doctor`: what this kernel can do, found by doing it.
 //!
-//! The options are tried by the real thing: a policy that sets every one of them, in force on a
-//! cgroup of our own in which a process of ours opens sockets of each kind, in a network namespace of
-//! its own. The counters then say what the kernel took.
+//! The options are tried by the real thing: see [`crate::trial`].
 
 use std::{
     fs,
     io::{self, Write},
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
-    path::Path,
-    process::{Command, ExitCode},
+    process::ExitCode,
 };
 
 use comfy_table::{Table, presets};
-use nix::sched::{CloneFlags, unshare};
 use serde_json::json;
 
 use super::{
@@ -24,21 +19,16 @@ use super::{
 use crate::{
     compile::{Hook, compile},
     enclosure::{Enclosure, EnclosureError},
-    events::Filter,
     host::{
         btf::Types,
         cgroup::{CgroupError, Mount},
-        network, privileges,
+        privileges,
     },
-    kernel::{self, Answer, Backend, BackendChoice, KernelError, Neighbour, Target, Tried},
+    kernel::{self, Answer, Backend, KernelError, Neighbour, Object, Subjects, Tried},
     options::{OPTIONS, SocketOption},
-    policy,
-    report::{Summary, errno_name},
-    session::{Session, SessionError, Setup},
+    session::SessionError,
+    trial::{self, TrialError},
 };
-
-/// The name by which this binary opens sample sockets.
-pub(super) const SAMPLE: &str = "sample-sockets";
 
 /// Show what this kernel can do: hooks, audit backends, options
 ///
@@ -63,8 +53,8 @@ enum DoctorError {
     Session(#[from] SessionError),
     #[error("cannot tell which programs are attached to cgroups: {0}")]
     Neighbours(io::Error),
-    #[error("cannot run the sample of sockets: {0}")]
-    Sample(io::Error),
+    #[error(transparent)]
+    Trial(#[from] TrialError),
     #[error("cannot write the answer: {0}")]
     Write(#[source] io::Error),
 }
@@ -106,11 +96,11 @@ impl Doctor {
 fn examine() -> Result<Findings, DoctorError> {
     kernel::check_privileges()?;
     let mount = Mount::find()?;
-    let enclosure = Enclosure::make(&mount)?;
+    let enclosure = Enclosure::make(&mount, "-doctor")?;
     let hooks = kernel::hooks(&enclosure.cgroup)?;
-    let backends = kernel::audit_backends()?;
-    let options = try_options(&mount, &enclosure, &hooks)?;
     enclosure.remove()?;
+    let backends = kernel::audit_backends()?;
+    let options = try_options(&mount)?;
     let neighbours = kernel::neighbours(&mount).map_err(DoctorError::Neighbours)?;
     Ok(Findings {
         kernel: fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned(),
@@ -123,93 +113,14 @@ fn examine() -> Result<Findings, DoctorError> {
     })
 }
 
-/// Sets every option on sockets of our own.
-fn try_options(
-    mount: &Mount,
-    enclosure: &Enclosure,
-    hooks: &[(Hook, Answer)],
-) -> Result<Vec<(&'static SocketOption, Answer)>, DoctorError> {
-    // One at a time would be exact about each, and slow; all at once disturb each other only where
-    // one option resets another.
-    let (policy, _) =
-        policy::parse(Path::new("doctor.toml"), &sample_policy()).unwrap_or_else(|errors| unreachable_policy(&errors));
-    let mut desired = compile(&[policy], &[vec![0]]).map_err(SessionError::from)?;
-    desired.keep_hooks(|hook| hooks.iter().any(|(known, answer)| *known == hook && *answer == Answer::Yes));
-    let target = Target { cgroup: mount.open(&enclosure.cgroup.path)?, scope: 0 };
-    let session = Session::start(Setup {
-        desired,
-        mount: mount.clone(),
-        targets: vec![target],
-        backend: BackendChoice::None,
-        filter: Filter::default(),
-    })?;
-    let mut command = Command::new("/proc/self/exe");
-    command.arg(SAMPLE);
-    enclosure.enclose(&mut command).map_err(DoctorError::Sample)?;
-    let output = command.output().map_err(DoctorError::Sample)?;
-    if !output.status.success() {
-        let reason = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-        return Err(DoctorError::Sample(io::Error::other(reason)));
-    }
-    Ok(answers(&session.finish()?))
-}
-
-#[expect(clippy::panic, reason = "the option table's own examples are tested to be valid")]
-fn unreachable_policy(errors: &policy::PolicyErrors) -> ! {
-    panic!("the examples of the option table are not valid:\n{errors}")
-}
-
-/// A policy that sets every option to its example.
-fn sample_policy() -> String {
-    let settable = OPTIONS.iter().filter(|option| option.settable().is_some());
-    let settings: Vec<String> = settable.map(|option| format!("{} = {}", option.name, option.example)).collect();
-    format!("[[rule]]\nset = {{ {} }}\n", settings.join(", "))
-}
-
-fn answers(summary: &Summary) -> Vec<(&'static SocketOption, Answer)> {
-    let settable = OPTIONS.iter().filter(|option| option.settable().is_some());
-    let answer = |option: &'static SocketOption| {
-        let line = summary.lines.iter().find(|line| line.source.option.key() == option.key());
-        let answer = match line.map(|line| line.counters) {
-            Some(counters) if counters.set + counters.unchanged > 0 => Answer::Yes,
-            Some(counters) if counters.failed > 0 => Answer::No(errno_name(counters.failed_errno as i32)),
-            _ => Answer::Unknown("no socket came by".to_owned()),
-        };
-        (option, answer)
-    };
-    settable.map(answer).collect()
-}
-
-/// Opens sockets of each kind that policies reach.
-pub(super) fn sample() -> ExitCode {
-    match open_sockets() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            complain(&error);
-            FAILURE.into()
-        }
-    }
-}
-
-fn open_sockets() -> io::Result<()> {
-    // A firewall or a missing loopback address of the host must not tell us about the kernel.
-    if unshare(CloneFlags::CLONE_NEWNET).is_ok() {
-        network::bring_loopback_up()?;
-    }
-    let mut addresses = vec![SocketAddr::from((Ipv4Addr::LOCALHOST, 0))];
-    if TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).is_ok() {
-        addresses.push((Ipv6Addr::LOCALHOST, 0).into());
-    }
-    for address in addresses {
-        let listener = TcpListener::bind(address)?;
-        let client = TcpStream::connect(listener.local_addr()?)?;
-        let (server, _) = listener.accept()?;
-        drop((client, server));
-        let receiver = UdpSocket::bind(address)?;
-        let sender = UdpSocket::bind(address)?;
-        sender.connect(receiver.local_addr()?)?;
-    }
-    Ok(())
+/// Sets every option on sockets of our own. One at a time would be exact about each, and slow; all at once disturb each
+/// other only where one option resets another.
+fn try_options(mount: &Mount) -> Result<Vec<(&'static SocketOption, Answer)>, DoctorError> {
+    let settable: Vec<_> = OPTIONS.iter().filter(|option| option.settable().is_some()).collect();
+    let mut desired = compile(&[trial::policy_that_sets(&settable)], &[vec![0]]).map_err(SessionError::from)?;
+    let mut object = Object::load(&desired, Subjects { targets: &[], processes: &[] })?;
+    desired.keep_hooks(|hook| !object.refused().iter().any(|(refused, _)| *refused == hook));
+    Ok(trial::try_scope(&mut object, &desired, 0, mount)?)
 }
 
 impl Findings {

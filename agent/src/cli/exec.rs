@@ -24,7 +24,7 @@ use crate::{
     events::Filter,
     host::cgroup::{CgroupError, Mount},
     kernel::Target,
-    session::{self, Session, SessionError, Setup},
+    session::{self, GapsChoice, Session, SessionError, Setup},
 };
 
 /// Exit status where sockpolicy itself failed, as of `env` and `timeout`.
@@ -98,10 +98,11 @@ impl ExecError {
 impl Exec {
     pub(super) fn run(self) -> ExitCode {
         let Some(policies) = check::load(&self.files) else { return OURS.into() };
-        let Manner { dry_run, reporting } = &self.manner;
+        let Manner { dry_run, reporting, .. } = &self.manner;
         let prepared = session::prepare(&policies, &[all(&policies)], *dry_run, reporting.timing);
         check::warn_of_replaced_targets(&policies, "the command's cgroup");
-        let enclosed = Enclosed { command: &self.command, reporting, report: self.report.as_deref() };
+        let report = self.report.as_deref();
+        let enclosed = Enclosed { command: &self.command, reporting, report, gaps: self.manner.gaps() };
         enclosed.finish(prepared.map_err(ExecError::from).and_then(|desired| enclosed.run(desired, Filter::default())))
     }
 }
@@ -112,6 +113,7 @@ pub(super) struct Enclosed<'a> {
     pub(super) reporting: &'a Reporting,
     /// Where to write the report; to standard error if nowhere.
     pub(super) report: Option<&'a Path>,
+    pub(super) gaps: GapsChoice,
 }
 
 impl Enclosed<'_> {
@@ -128,10 +130,10 @@ impl Enclosed<'_> {
         crate::kernel::check_privileges().map_err(SessionError::from)?;
         let mut writer = self.writer()?;
         let mount = Mount::find()?;
-        let enclosure = Enclosure::make(&mount)?;
+        let enclosure = Enclosure::make(&mount, "")?;
         let target = Target { cgroup: mount.open(&enclosure.cgroup.path)?, scope: 0 };
-        let backend = self.reporting.audit_backend;
-        let mut session = Session::start(Setup { desired, mount, targets: vec![target], backend, filter })?;
+        let (backend, gaps) = (self.reporting.audit_backend, self.gaps);
+        let mut session = Session::start(Setup { desired, mount, targets: vec![target], backend, gaps, filter })?;
         unless_closed(writer.announce(&session)).map_err(|source| self.report_error(source))?;
 
         if let Some(signal) = asked_to_end(&mut signals)? {

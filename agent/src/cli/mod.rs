@@ -26,7 +26,7 @@ use std::{
 
 use clap::{Parser, Subcommand};
 
-use crate::enclosure;
+use crate::{enclosure, trial};
 
 /// Done, and something was found that should not be.
 const FINDINGS: u8 = 1;
@@ -59,8 +59,8 @@ enum Command {
         cgroup: PathBuf,
         home: PathBuf,
     },
-    /// Opens sockets of each kind and ends. `doctor` starts it for itself.
-    #[command(name = doctor::SAMPLE, hide = true)]
+    /// Opens sockets of each kind and ends. sockpolicy starts it for itself, to try options on.
+    #[command(name = trial::SAMPLE, hide = true)]
     Sample,
 }
 
@@ -94,7 +94,13 @@ pub fn main() -> ExitCode {
                 FAILURE.into()
             }
         },
-        Command::Sample => doctor::sample(),
+        Command::Sample => match trial::sample() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                complain(&error);
+                FAILURE.into()
+            }
+        },
     }
 }
 

@@ -126,6 +126,7 @@ fn line(option: &SocketOption) -> serde_json::Value {
         "min": is_number.then_some(min),
         "max": is_number.then_some(max),
         "set_since": option.settable().map(|settable| settable.since),
+        "example": option.settable().map(|_| option.example),
         "about": option.about,
     })
 }

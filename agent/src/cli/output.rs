@@ -11,7 +11,7 @@ use crate::{
     kernel::{Audit, BackendChoice},
     policy::model::Mode,
     report::{Loss, Summary},
-    session::Session,
+    session::{GapsChoice, Session},
 };
 
 /// The form of the output.
@@ -50,8 +50,17 @@ pub(super) struct Manner {
     /// Change nothing; report what would be done
     #[arg(long)]
     pub(super) dry_run: bool,
+    /// Go on without what this kernel cannot do of what the policies say; it is reported
+    #[arg(long)]
+    allow_gaps: bool,
     #[command(flatten)]
     pub(super) reporting: Reporting,
+}
+
+impl Manner {
+    pub(super) fn gaps(&self) -> GapsChoice {
+        if self.allow_gaps { GapsChoice::Allow } else { GapsChoice::Refuse }
+    }
 }
 
 /// Where events and the summary go.
@@ -82,6 +91,12 @@ impl Writer {
 
     /// Says what has been put in force, before anything comes of it. JSON has events only.
     pub(super) fn announce(&mut self, session: &Session) -> io::Result<()> {
+        for gap in session.gaps().iter().filter(|_| !self.quiet) {
+            match self.format {
+                Format::Text => writeln!(self.out, "gap       {gap}")?,
+                Format::Json => writeln!(self.out, "{}", gap.to_event(jiff::Timestamp::now()))?,
+            }
+        }
         if self.format == Format::Json || self.quiet {
             return Ok(());
         }

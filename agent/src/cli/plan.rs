@@ -61,17 +61,26 @@ impl Plan {
     fn tell(&self, policies: &[Policy]) -> Result<(), PlanError> {
         let mount = Mount::find().map_err(RunError::from)?;
         let Placement { stacks, targets } = Placement::find(&mount, &self.cgroup, policies)?;
-        let desired = session::prepare(policies, &stacks, self.dry_run, false).map_err(RunError::from)?;
+        let mut desired = session::prepare(policies, &stacks, self.dry_run, false).map_err(RunError::from)?;
+        let tried: Vec<_> = desired.tried().iter().map(ToString::to_string).collect();
+        desired.end_trial();
         let others = neighbours(&mount, &targets);
         let written = match self.output {
-            Format::Text => self.write_text(&desired, &targets, &others),
-            Format::Json => self.write_json(&desired, &targets, &others),
+            Format::Text => self.write_text(&desired, &targets, &tried, &others),
+            Format::Json => self.write_json(&desired, &targets, &tried, &others),
         };
         Ok(unless_closed(written)?)
     }
 
-    fn write_text(&self, desired: &Desired, targets: &[Target], others: &Others) -> io::Result<()> {
+    fn write_text(&self, desired: &Desired, targets: &[Target], tried: &[String], others: &Others) -> io::Result<()> {
         let mut out = io::stdout().lock();
+        if !tried.is_empty() {
+            writeln!(
+                out,
+                "on a cgroup made for it, and gone again:\n  try whether this kernel sets {}\n",
+                tried.join(", ")
+            )?;
+        }
         for (number, scope) in desired.scopes.iter().enumerate() {
             let on: Vec<_> = targets.iter().filter(|target| target.scope == number).collect();
             writeln!(out, "{}", heading(scope, &on))?;
@@ -109,8 +118,11 @@ impl Plan {
         }
     }
 
-    fn write_json(&self, desired: &Desired, targets: &[Target], others: &Others) -> io::Result<()> {
+    fn write_json(&self, desired: &Desired, targets: &[Target], tried: &[String], others: &Others) -> io::Result<()> {
         let mut out = io::stdout().lock();
+        if !tried.is_empty() {
+            writeln!(out, "{}", json!({ "schema": SCHEMA, "step": "try", "options": tried }))?;
+        }
         let scopes: Vec<_> = targets.iter().map(|target| target.scope).collect();
         for (hook, target) in desired.attachments(&scopes) {
             let Target { cgroup, scope } = &targets[target];

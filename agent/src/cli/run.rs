@@ -74,13 +74,14 @@ impl Run {
     /// Gives the number of conflicts.
     fn run_policies(&self, policies: &[Policy]) -> Result<u64, RunError> {
         let mut signals = Signals::watch().map_err(WatchError::Watch)?;
-        let Manner { dry_run, reporting } = &self.manner;
+        let Manner { dry_run, reporting, .. } = &self.manner;
         let mount = Mount::find()?;
         let Placement { stacks, targets } = Placement::find(&mount, &self.cgroup, policies)?;
         let desired = session::prepare(policies, &stacks, *dry_run, reporting.timing)?;
         crate::kernel::check_privileges().map_err(SessionError::from)?;
         let mut writer = Writer::new(reporting, io::stdout());
-        let setup = Setup { desired, mount, targets, backend: reporting.audit_backend, filter: Filter::default() };
+        let (backend, gaps) = (reporting.audit_backend, self.manner.gaps());
+        let setup = Setup { desired, mount, targets, backend, gaps, filter: Filter::default() };
         report(setup, &mut signals, &mut writer, &[])
     }
 }

@@ -15,7 +15,7 @@ mod prefixes;
 #[cfg(test)]
 mod tests;
 
-use std::path::PathBuf;
+use std::{ops::Range, path::PathBuf};
 
 use abi::{
     RULES_MAX, SETTABLE_MAX, SiteList,
@@ -49,6 +49,8 @@ pub struct Desired {
     pub settings: Vec<Setting>,
     /// Where each of `settings` came from.
     pub sources: Vec<SettingSource>,
+    /// Whether the last scope is there to try what the others set.
+    pub has_trial: bool,
 }
 
 /// What holds for the sockets of all targets with the same stack of policies.
@@ -123,6 +125,7 @@ pub fn compile(policies: &[Policy], stacks: &[Stack]) -> Result<Desired, Compile
         options: Vec::new(),
         settings: Vec::new(),
         sources: Vec::new(),
+        has_trial: false,
     };
     // By policy: the number of its first rule.
     let mut first_rules = Vec::new();
@@ -240,6 +243,41 @@ impl Desired {
         for scope in self.scopes.iter_mut().filter(|scope| !scope.has_rules()) {
             scope.hooks.push(Hook::Birth);
         }
+    }
+
+    /// The indices of the settings of a scope.
+    #[must_use]
+    pub fn settings_of(&self, scope: usize) -> Range<usize> {
+        let first = |scope: usize| Some(self.scopes.get(scope)?.options.first()?.first_setting as usize);
+        first(scope).unwrap_or(self.settings.len())..first(scope + 1).unwrap_or(self.settings.len())
+    }
+
+    /// Has the last scope try what the others set, at the hooks that they need.
+    pub fn make_last_a_trial(&mut self) {
+        if let Some((trial, others)) = self.scopes.split_last_mut() {
+            trial.hooks.retain(|hook| others.iter().any(|scope| scope.hooks.contains(hook)));
+            self.has_trial = true;
+        }
+    }
+
+    /// The options that the last scope is there to try.
+    #[must_use]
+    pub fn tried(&self) -> Vec<Named> {
+        let scope = if self.has_trial { self.settings_of(self.scopes.len() - 1) } else { 0..0 };
+        self.sources.get(scope).unwrap_or_default().iter().map(|source| source.option).collect()
+    }
+
+    /// The trial is over.
+    pub fn end_trial(&mut self) {
+        if !std::mem::take(&mut self.has_trial) {
+            return;
+        }
+        let settings = self.settings_of(self.scopes.len() - 1);
+        self.settings.truncate(settings.start);
+        if let Some(first_rule) = self.sources.drain(settings.start..).map(|source| source.rule).min() {
+            self.rules.truncate(first_rule);
+        }
+        self.scopes.pop();
     }
 
     /// The rules that match a socket, as the kernel finds them.

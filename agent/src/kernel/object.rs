@@ -1,6 +1,7 @@
 //! The BPF object: loading, attaching, putting in force, reading.
 
 use std::{
+    any::Any,
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
     thread,
@@ -47,6 +48,8 @@ const EVENT_INTERVAL_NS: u64 = 200_000_000;
 
 /// Programs in the kernel, and what they are attached to. Ends with this value, or with the process.
 pub struct Object {
+    /// Before the programs, so that they go first.
+    links: Vec<Link>,
     ebpf: Ebpf,
     ring: RingBuf<MapData>,
     losses: LossesView,
@@ -55,6 +58,8 @@ pub struct Object {
     blindness: Option<String>,
     /// Whether the audit can tell whose calls it sees, and why not.
     can_follow: Result<(), String>,
+    /// The hooks for which the kernel did not take our program, and what it said.
+    refused: Vec<(Hook, String)>,
     audit: Option<Audit>,
 }
 
@@ -95,11 +100,12 @@ impl Abilities {
 }
 
 impl Object {
-    /// Loads the programs for the hooks of `desired` and fills their maps. Nothing is attached yet.
+    /// Loads the programs for the hooks of `desired` and fills their maps. Nothing is attached yet. Programs that this
+    /// kernel cannot run are left out: see [`Self::refused`].
     ///
     /// # Errors
     ///
-    /// Where this process lacks capabilities, or this kernel refuses a program.
+    /// Where this process lacks capabilities, or the kernel has no memory for all this.
     pub fn load(desired: &Desired, subjects: Subjects<'_>) -> Result<Self, KernelError> {
         super::check_privileges()?;
         let _memlock = Memlock::raise();
@@ -120,17 +126,19 @@ impl Object {
         maps::size(&mut loader, desired, subjects, &knowledge.members);
         let mut ebpf = loader.load(OBJECT)?;
         maps::fill(&mut ebpf, desired, subjects, &knowledge.members)?;
-        load_programs(&mut ebpf, &desired.hooks())?;
+        let refused = load_programs(&mut ebpf, &desired.hooks())?;
         let ring = ebpf.take_map(maps::EVENTS).ok_or(KernelError::Incomplete { what: maps::EVENTS })?;
         let ring = RingBuf::try_from(ring).map_err(|source| KernelError::Map { map: maps::EVENTS, source })?;
         let losses = LossesView::of(&mut ebpf)?;
         Ok(Self {
+            links: Vec::new(),
             ebpf,
             ring,
             losses,
             abilities,
             blindness: knowledge.blindness.clone(),
             can_follow: knowledge.can_follow(),
+            refused,
             audit: None,
         })
     }
@@ -147,6 +155,35 @@ impl Object {
         self.abilities
     }
 
+    /// The hooks for which this kernel did not take our program, and what it said.
+    #[must_use]
+    pub fn refused(&self) -> &[(Hook, String)] {
+        &self.refused
+    }
+
+    /// Has a scope in force on a cgroup for as long as `during` runs. What is reported meanwhile is dropped.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses.
+    pub fn in_force_on<T>(
+        &mut self,
+        desired: &Desired,
+        target: &Target,
+        during: impl FnOnce() -> T,
+    ) -> Result<T, KernelError> {
+        let mut links = Vec::new();
+        for hook in desired.scopes.get(target.scope).map(|scope| &scope.hooks).into_iter().flatten() {
+            links.push(self.attach_to(*hook, target)?);
+        }
+        maps::enable(&mut self.ebpf, config(desired))?;
+        let result = during();
+        self.disable()?;
+        drop(links);
+        while self.next_record().is_some() {}
+        Ok(result)
+    }
+
     /// Attaches the programs of `desired` to each target, beside whatever is attached there, and tells them which it is.
     ///
     /// # Errors
@@ -155,19 +192,23 @@ impl Object {
     pub fn attach(&mut self, desired: &Desired, targets: &[Target]) -> Result<(), KernelError> {
         let scopes: Vec<_> = targets.iter().map(|target| target.scope).collect();
         for (hook, target) in desired.attachments(&scopes) {
-            let target = &targets[target];
-            let Target { cgroup, .. } = target;
-            let program =
-                self.ebpf.program_mut(hook.program()).ok_or(KernelError::Incomplete { what: hook.program() })?;
-            attach_program(program, cgroup).map_err(|error| KernelError::Attach {
-                hook,
-                cgroup: cgroup.path.clone(),
-                reason: chain(&error),
-            })?;
-            maps::place(&mut self.ebpf, hook, target)?;
-            log::debug!("attached {hook} to {}", cgroup.path.display());
+            let link = self.attach_to(hook, &targets[target])?;
+            self.links.push(link);
         }
         Ok(())
+    }
+
+    fn attach_to(&mut self, hook: Hook, target: &Target) -> Result<Link, KernelError> {
+        let Target { cgroup, .. } = target;
+        let program = self.ebpf.program_mut(hook.program()).ok_or(KernelError::Incomplete { what: hook.program() })?;
+        let link = attach_program(program, cgroup).map_err(|error| KernelError::Attach {
+            hook,
+            cgroup: cgroup.path.clone(),
+            reason: chain(&error),
+        })?;
+        maps::place(&mut self.ebpf, hook, target)?;
+        log::debug!("attached {hook} to {}", cgroup.path.display());
+        Ok(link)
     }
 
     /// Attaches the audit to the kernel's setsockopt and, if `desired` wants it, getsockopt.
@@ -192,7 +233,6 @@ impl Object {
     /// Where the configuration cannot be written.
     pub fn enable(&mut self, desired: &Desired, subjects: Subjects<'_>) -> Result<(), KernelError> {
         let config = Config {
-            in_force: 1,
             calls: match desired.audit.calls {
                 Calls::Conflicts => calls::CONFLICTS,
                 Calls::Governed => calls::GOVERNED,
@@ -201,7 +241,7 @@ impl Object {
             target_levels: target_levels(subjects.targets),
             event_interval_ns: if desired.audit.calls == Calls::Conflicts { EVENT_INTERVAL_NS } else { 0 },
             by_process: u32::from(!subjects.processes.is_empty()),
-            options: desired.options.len() as u32,
+            ..config(desired)
         };
         maps::enable(&mut self.ebpf, config)
     }
@@ -347,6 +387,11 @@ impl AsRawFd for Object {
     }
 }
 
+/// What is in force is told by the maps; this says that it is.
+fn config(desired: &Desired) -> Config {
+    Config { in_force: 1, options: desired.options.len() as u32, ..Config::default() }
+}
+
 /// The levels at which targets are. In a cgroup namespace these are not what the kernel counts, and
 /// any may be one.
 fn target_levels(targets: &[Target]) -> u64 {
@@ -356,8 +401,8 @@ fn target_levels(targets: &[Target]) -> u64 {
     targets.iter().fold(0, |levels, target| levels | 1 << target.cgroup.level)
 }
 
-/// Has the kernel check the programs, several at a time: that is what takes the time.
-fn load_programs(ebpf: &mut Ebpf, hooks: &[Hook]) -> Result<(), KernelError> {
+/// Has the kernel check the programs, several at a time: that is what takes the time. Gives those that it did not take.
+fn load_programs(ebpf: &mut Ebpf, hooks: &[Hook]) -> Result<Vec<(Hook, String)>, KernelError> {
     let programs: Vec<(Hook, &mut Program)> = ebpf
         .programs_mut()
         .filter_map(|(name, program)| {
@@ -379,10 +424,22 @@ fn load_programs(ebpf: &mut Ebpf, hooks: &[Hook]) -> Result<(), KernelError> {
     });
     // The same error each time, whichever thread was first.
     results.sort_by_key(|(hook, _)| *hook);
+    let mut refused = Vec::new();
     for (hook, result) in results {
-        result.map_err(|error| KernelError::Load { hook, reason: load_reason(&error) })?;
+        let Err(error) = result else { continue };
+        let reason = load_reason(&error);
+        if !is_refusal(&error) {
+            return Err(KernelError::Load { hook, reason });
+        }
+        refused.push((hook, reason));
     }
-    Ok(())
+    Ok(refused)
+}
+
+/// Whether the kernel has looked at a program and does not take it: not for want of rights or memory, that is.
+fn is_refusal(error: &ProgramError) -> bool {
+    let ProgramError::LoadError { io_error, .. } = error else { return false };
+    !matches!(io_error.raw_os_error(), None | Some(libc::EPERM | libc::ENOMEM | libc::EAGAIN))
 }
 
 /// Loads a program unless it is there already: some are attached to several points.
@@ -405,15 +462,24 @@ pub(super) fn load_program(program: &mut Program) -> Result<(), ProgramError> {
     }
 }
 
+/// What holds a program on a cgroup, until this is dropped.
+pub(super) type Link = Box<dyn Any + Send>;
+
 /// Attaches by link. `Single` gives the link no flags, which is what the kernel wants of links: they
 /// always stand beside each other.
-pub(super) fn attach_program(program: &mut Program, target: &Cgroup) -> Result<(), ProgramError> {
+pub(super) fn attach_program(program: &mut Program, target: &Cgroup) -> Result<Link, ProgramError> {
     const BY_LINK: CgroupAttachMode = CgroupAttachMode::Single;
+    macro_rules! attach {
+        ($program:expr) => {{
+            let link = $program.attach(&target.folder, BY_LINK)?;
+            Ok(Box::new($program.take_link(link)?))
+        }};
+    }
     match program {
-        Program::CgroupSock(program) => program.attach(&target.folder, BY_LINK).map(drop),
-        Program::CgroupSockAddr(program) => program.attach(&target.folder, BY_LINK).map(drop),
-        Program::CgroupSockopt(program) => program.attach(&target.folder, BY_LINK).map(drop),
-        Program::SockOps(program) => program.attach(&target.folder, BY_LINK).map(drop),
+        Program::CgroupSock(program) => attach!(program),
+        Program::CgroupSockAddr(program) => attach!(program),
+        Program::CgroupSockopt(program) => attach!(program),
+        Program::SockOps(program) => attach!(program),
         _ => Err(ProgramError::UnexpectedProgramType),
     }
 }

@@ -37,7 +37,7 @@ pub fn hooks(cgroup: &Cgroup) -> Result<Vec<(Hook, Answer)>, KernelError> {
             Err(error) => refused(&error),
             Ok(()) => match object::attach_program(program, cgroup) {
                 Err(error) => Answer::No(chain(&error)),
-                Ok(()) => Answer::Yes,
+                Ok(_) => Answer::Yes,
             },
         };
         answers.push((hook, answer));

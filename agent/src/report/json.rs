@@ -5,6 +5,7 @@ use serde_json::{Map, Value, json};
 use super::{CallLine, Line, Summary, common_mode};
 use crate::{
     events::{Deed, SCHEMA, Verdict},
+    gaps::Gap,
     policy::model::Mode,
 };
 
@@ -12,7 +13,7 @@ impl Summary {
     /// The summary as one line of JSON, without its end.
     #[must_use]
     pub fn to_json(&self, time: jiff::Timestamp) -> String {
-        let Self { policies, targets, audit, lines, calls, lost } = self;
+        let Self { policies, targets, audit, gaps, lines, calls, lost } = self;
         let losses: Map<String, Value> =
             lost.by_reason().into_iter().map(|(reason, count)| (reason.name.to_owned(), count.into())).collect();
         json!({
@@ -24,6 +25,7 @@ impl Summary {
             "targets": targets,
             "backend": audit.map(|audit| audit.backend.name()),
             "blind_to": audit.map(super::Audit::blind_to),
+            "gaps": gaps.iter().map(Gap::to_json).collect::<Vec<_>>(),
             "conflicts": self.conflicts(),
             "settings": lines.iter().map(line_json).collect::<Vec<_>>(),
             "calls": calls.iter().map(CallLine::to_json).collect::<Vec<_>>(),

@@ -20,6 +20,7 @@ pub use self::{
 use crate::{
     compile::{Desired, SettingSource},
     events::{Deed, Event, Kind, Verdict},
+    gaps::Gap,
     kernel::Audit,
     policy::model::{Form, Mode},
     values,
@@ -41,6 +42,8 @@ pub struct Summary {
     pub policies: Vec<(String, Mode)>,
     pub targets: Vec<String>,
     pub audit: Option<Audit>,
+    /// What the policies ask for and this kernel cannot do.
+    pub gaps: Vec<Gap>,
     pub lines: Vec<Line>,
     /// What the audit counted, if it was asked to look at more than conflicts.
     pub calls: Vec<CallLine>,
@@ -94,6 +97,7 @@ impl Report {
         counts: Counts,
         targets: Vec<String>,
         audit: Option<Audit>,
+        gaps: Vec<Gap>,
     ) -> Summary {
         let Counts { counters, calls, lost } = counts;
         let mut lines: Vec<Line> = Vec::new();
@@ -119,7 +123,7 @@ impl Report {
             });
         }
         let policies = desired.policies().into_iter().map(|(name, mode)| (name.to_owned(), mode)).collect();
-        Summary { policies, targets, audit, lines, calls, lost }
+        Summary { policies, targets, audit, gaps, lines, calls, lost }
     }
 }
 

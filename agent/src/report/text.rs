@@ -19,6 +19,7 @@ impl fmt::Display for Summary {
             writeln!(f, "sockpolicy: {}", self.policies_on(&targets))?;
             self.write_settings(f)?;
             self.write_conflicts(f)?;
+            self.gaps.iter().try_for_each(|gap| writeln!(f, "\ngap: {gap}"))?;
         }
         if !self.calls.is_empty() {
             writeln!(f, "\n{}", calls_table(&self.calls))?;

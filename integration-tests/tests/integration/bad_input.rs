@@ -137,12 +137,14 @@ fn cgroup2_that_cannot_be_written_is_said() {
 
 #[test]
 fn congestion_control_that_is_not_loaded_is_refused() {
-    let policy = PolicyFile::new("[[rule]]\nset = { TCP_CONGESTION = \"no-such-cc\" }\n");
+    let policy =
+        PolicyFile::new("[[rule]]\nmatch = { protocol = \"tcp\" }\nset = { TCP_CONGESTION = \"no-such-cc\" }\n");
     let available = fs::read_to_string("/proc/sys/net/ipv4/tcp_available_congestion_control").unwrap();
     let available = available.split_whitespace().collect::<Vec<_>>().join(", ");
     let error = format!(
-        "error: congestion control `no-such-cc` is not loaded in this kernel, which has {available}\n  help: modprobe \
-         tcp_no-such-cc, or name one of those\n"
+        "error: this kernel cannot do all that the policies say:\n  TCP_CONGESTION = \"no-such-cc\": not loaded; this kernel \
+         has {available} (modprobe tcp_no-such-cc loads it)\n  help: leave that out, or give --allow-gaps to have the rest \
+         in force without it\n"
     );
     both_fail(policy.path().to_str().unwrap(), &error);
 }

@@ -11,6 +11,7 @@ mod bad_input;
 mod dry_run;
 mod enforcement;
 mod explain;
+mod gaps;
 mod lifecycle;
 mod matching;
 mod overruling;

@@ -1,0 +1,145 @@
+//! What policies ask for and this kernel cannot do.
+//!
+//! Pure: what the kernel can do was tried elsewhere. The kernel that is named as the first one to do it is for people to know
+//! which to look for; nothing is decided by it.
+
+use std::fmt;
+
+use serde_json::{Value, json};
+
+use crate::{
+    compile::{Desired, Hook, Scope},
+    events::SCHEMA,
+    options::SocketOption,
+    policy::model::{Mode, Named},
+};
+
+/// Something that policies ask for and this kernel cannot do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Gap {
+    /// What is not done, or not everywhere; never empty.
+    pub options: Vec<String>,
+    /// Where it is not done; `None`: anywhere.
+    pub hook: Option<Hook>,
+    /// What the kernel said to it.
+    pub reason: String,
+    /// What would help.
+    pub remedy: String,
+    /// Whether a policy that is enforced asks for it.
+    pub is_enforced: bool,
+}
+
+impl Gap {
+    /// A hook for which the kernel does not take our program: what that was to do for these policies.
+    #[must_use]
+    pub fn of_hook(desired: &Desired, hook: Hook, reason: String) -> Option<Self> {
+        let scopes: Vec<(usize, &Scope)> =
+            desired.scopes.iter().enumerate().filter(|(_, scope)| scope.hooks.contains(&hook)).collect();
+        let mut options: Vec<String> = Vec::new();
+        for option in scopes.iter().flat_map(|(number, _)| desired.options_at(*number, hook)) {
+            let name = option.to_string();
+            if !options.contains(&name) {
+                options.push(name);
+            }
+        }
+        if options.is_empty() {
+            // What it does for all options alike.
+            options = desired.policies().into_iter().map(|(name, _)| format!("policy {name}")).collect();
+        }
+        let is_enforced = scopes.iter().any(|(_, scope)| scope.mode == Mode::Enforce);
+        (!scopes.is_empty()).then(|| Self {
+            options,
+            hook: Some(hook),
+            reason,
+            remedy: first_kernel(hook.since()),
+            is_enforced,
+        })
+    }
+
+    /// An option that the kernel refused on every socket, with an errno of this name.
+    #[must_use]
+    pub fn of_option(desired: &Desired, option: &'static SocketOption, errno: &str) -> Self {
+        Self {
+            options: vec![option.name.to_owned()],
+            hook: None,
+            reason: format!("refused on every socket, with {errno}"),
+            remedy: first_kernel(option.settable().map_or("", |settable| settable.since)),
+            is_enforced: is_enforced(desired, |named| named == Named::Known(option)),
+        }
+    }
+
+    /// An option whose denied calls cannot fail with the errno of this name.
+    #[must_use]
+    pub fn of_errno(desired: &Desired, option: Named, errno: &str) -> Self {
+        Self {
+            options: vec![option.to_string()],
+            hook: Some(Hook::Set),
+            reason: format!("denied calls fail with EPERM, not with {errno}"),
+            remedy: first_kernel("5.18"),
+            is_enforced: is_enforced(desired, |named| named == option),
+        }
+    }
+
+    /// A congestion control that is not there; `available` are.
+    #[must_use]
+    pub fn of_congestion_control(desired: &Desired, name: &str, available: &[String]) -> Self {
+        let option = crate::options::CONGESTION;
+        Self {
+            options: vec![format!("{} = \"{name}\"", option.name)],
+            hook: None,
+            reason: format!("not loaded; this kernel has {}", available.join(", ")),
+            remedy: format!("modprobe tcp_{name} loads it"),
+            is_enforced: is_enforced(desired, |named| named == Named::Known(option)),
+        }
+    }
+
+    /// As a line of JSON.
+    #[must_use]
+    pub fn to_json(&self) -> Value {
+        json!({
+            "options": self.options,
+            "hook": self.hook.map(Hook::name),
+            "reason": self.reason,
+            "remedy": self.remedy,
+        })
+    }
+
+    /// The same as a report of its own.
+    #[must_use]
+    pub fn to_event(&self, time: jiff::Timestamp) -> Value {
+        let mut event = self.to_json();
+        event["schema"] = SCHEMA.into();
+        event["time"] = format!("{time:.6}").into();
+        event["event"] = "gap".into();
+        event
+    }
+}
+
+impl fmt::Display for Gap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.options.join(", "))?;
+        if let Some(hook) = self.hook {
+            write!(f, " at {hook}")?;
+        }
+        write!(f, ": {} ({})", self.reason, self.remedy)
+    }
+}
+
+/// A list of them, a line each.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Gaps(pub Vec<Gap>);
+
+impl fmt::Display for Gaps {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|gap| write!(f, "\n  {gap}"))
+    }
+}
+
+fn first_kernel(version: &str) -> String {
+    format!("{version} is the first kernel known to do it")
+}
+
+fn is_enforced(desired: &Desired, is_meant: impl Fn(Named) -> bool) -> bool {
+    let mut settings = desired.sources.iter().filter(|source| is_meant(source.option));
+    settings.any(|source| desired.rules.get(source.rule).is_some_and(|rule| rule.mode == Mode::Enforce))
+}

@@ -1,0 +1,151 @@
+//! Which options this kernel lets programs set, found by setting them.
+//!
+//! A policy that sets each of them to a harmless value, the option table's example, is in force for a moment on a cgroup made
+//! for it, where a process of ours opens sockets of each kind in a network namespace of its own. The counters then say what
+//! the kernel took. Nothing of all this is left.
+
+use std::{
+    io,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    path::Path,
+    process::Command,
+};
+
+use abi::Counters;
+use nix::sched::{CloneFlags, unshare};
+
+use crate::{
+    compile::{CompileError, Desired, compile},
+    coverage::Stack,
+    enclosure::{Enclosure, EnclosureError},
+    host::{cgroup::Mount, network},
+    kernel::{Answer, KernelError, Object, Target},
+    options::SocketOption,
+    policy::{self, Policy, model::Named},
+    report::errno_name,
+};
+
+/// The name by which this binary opens sample sockets.
+pub const SAMPLE: &str = "sample-sockets";
+
+#[derive(Debug, thiserror::Error)]
+pub enum TrialError {
+    #[error(transparent)]
+    Enclosure(#[from] EnclosureError),
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    #[error("cannot open sockets to try options on: {0}")]
+    Sample(io::Error),
+}
+
+/// Compiles policies together with one that tries what they set: the scope after those of the stacks, at the hooks that these
+/// need.
+///
+/// # Errors
+///
+/// As of [`compile`].
+pub fn compile_with_trial(policies: &[Policy], stacks: &[Stack]) -> Result<Desired, CompileError> {
+    let clauses = policies.iter().flat_map(|policy| &policy.rules).flat_map(|rule| &rule.clauses);
+    let mut set: Vec<&'static SocketOption> = Vec::new();
+    for clause in clauses.filter(|clause| matches!(clause.form, policy::model::Form::Set(_))) {
+        if let Named::Known(option) = clause.option
+            && !set.contains(&option)
+        {
+            set.push(option);
+        }
+    }
+    if set.is_empty() {
+        return compile(policies, stacks);
+    }
+    let (mut policies, mut stacks) = (policies.to_vec(), stacks.to_vec());
+    policies.push(policy_that_sets(&set));
+    stacks.push(vec![policies.len() - 1]);
+    let mut desired = compile(&policies, &stacks)?;
+    desired.make_last_a_trial();
+    Ok(desired)
+}
+
+/// A policy that sets these options to their examples.
+#[expect(clippy::panic, reason = "the option table's own examples are tested to be valid")]
+pub fn policy_that_sets(options: &[&'static SocketOption]) -> Policy {
+    let settings: Vec<String> = options.iter().map(|option| format!("{} = {}", option.name, option.example)).collect();
+    let text = format!("[audit]\nreads = false\n[[rule]]\nset = {{ {} }}\n", settings.join(", "));
+    match policy::parse(Path::new("trial.toml"), &text) {
+        Ok((policy, _)) => policy,
+        Err(errors) => panic!("the examples of the option table are not valid:\n{errors}"),
+    }
+}
+
+/// Tries the options that a scope sets; gives what came of each.
+///
+/// # Errors
+///
+/// Where it cannot be tried.
+pub fn try_scope(
+    object: &mut Object,
+    desired: &Desired,
+    scope: usize,
+    mount: &Mount,
+) -> Result<Vec<(&'static SocketOption, Answer)>, TrialError> {
+    let enclosure = Enclosure::make(mount, "-try")?;
+    let cgroup = mount.open(&enclosure.cgroup.path).map_err(EnclosureError::from)?;
+    let sampled = object.in_force_on(desired, &Target { cgroup, scope }, || run_sample(&enclosure))?;
+    enclosure.remove()?;
+    sampled.map_err(TrialError::Sample)?;
+    let counters = object.counters(desired)?;
+    Ok(answers(desired, scope, &counters))
+}
+
+fn run_sample(enclosure: &Enclosure) -> io::Result<()> {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg(SAMPLE);
+    enclosure.enclose(&mut command)?;
+    let output = command.output()?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(io::Error::other(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
+}
+
+fn answers(desired: &Desired, scope: usize, counters: &[Counters]) -> Vec<(&'static SocketOption, Answer)> {
+    let settings = desired.settings_of(scope);
+    let answer = |setting: usize| {
+        let Named::Known(option) = desired.sources.get(setting)?.option else { return None };
+        let counters = counters.get(setting)?;
+        let answer = if counters.set + counters.unchanged > 0 {
+            Answer::Yes
+        } else if counters.failed > 0 {
+            Answer::No(errno_name(counters.failed_errno as i32))
+        } else {
+            Answer::Unknown("no socket came by".to_owned())
+        };
+        Some((option, answer))
+    };
+    settings.filter_map(answer).collect()
+}
+
+/// Opens sockets of each kind that policies reach.
+///
+/// # Errors
+///
+/// Where one cannot be opened.
+pub fn sample() -> io::Result<()> {
+    // A firewall or a missing loopback address of the host must not tell us about the kernel.
+    if unshare(CloneFlags::CLONE_NEWNET).is_ok() {
+        network::bring_loopback_up()?;
+    }
+    let mut addresses = vec![SocketAddr::from((Ipv4Addr::LOCALHOST, 0))];
+    if TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).is_ok() {
+        addresses.push((Ipv6Addr::LOCALHOST, 0).into());
+    }
+    for address in addresses {
+        let listener = TcpListener::bind(address)?;
+        let client = TcpStream::connect(listener.local_addr()?)?;
+        let (server, _) = listener.accept()?;
+        drop((client, server));
+        let receiver = UdpSocket::bind(address)?;
+        let sender = UdpSocket::bind(address)?;
+        sender.connect(receiver.local_addr()?)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,97 @@
+//! What this kernel cannot do is found by trying, refused, or reported.
+
+use std::collections::BTreeSet;
+
+use sockpolicy_integration_tests::{
+    agent::{self, Exec},
+    kernels::Kernel,
+    options::TCP_KEEPCNT,
+    policy::PolicyFile,
+    process::{self, exec},
+    report::Report,
+    script::{Family, Kind},
+};
+
+use crate::stderr;
+
+/// A policy that sets every option, each to the example that the agent's table has.
+fn everything() -> PolicyFile {
+    let output = agent::output(&["options", "--output", "json"]);
+    let lines = String::from_utf8(output.stdout).unwrap();
+    let lines = lines.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let settable = lines.filter(|line| line["can"].as_array().unwrap().iter().any(|verb| verb == "set"));
+    let settings: Vec<String> = settable
+        .map(|line| format!("{} = {}", line["option"].as_str().unwrap(), line["example"].as_str().unwrap()))
+        .collect();
+    PolicyFile::new(format!("[[rule]]\nset = {{ {} }}\n", settings.join(", ")))
+}
+
+fn gaps_in(report: &Report) -> (BTreeSet<String>, BTreeSet<String>) {
+    let (at_hooks, everywhere): (Vec<_>, Vec<_>) = report.gaps.iter().partition(|gap| gap.hook.is_some());
+    let options = everywhere.into_iter().flat_map(|gap| gap.options.clone()).collect();
+    (at_hooks.into_iter().filter_map(|gap| gap.hook.clone()).collect(), options)
+}
+
+#[test]
+fn gaps_are_what_kernels_toml_says_that_there_is_not() {
+    let kernel = Kernel::current();
+    let exec = Exec::with(&everything(), &["--allow-gaps"]);
+    let report = exec.finish();
+    let (hooks, options) = gaps_in(&report);
+    let missing = |names: &BTreeSet<String>| names.iter().filter(|name| !kernel.has(name)).cloned().collect();
+    assert_eq!((hooks, options), (missing(&kernel.known.hooks), missing(&kernel.known.options)), "{:#?}", report.gaps);
+    assert_eq!(report.summary.gaps, report.gaps);
+    for gap in &report.gaps {
+        assert!(!gap.options.is_empty() && gap.remedy.contains(" is the first kernel known to do it"), "{gap:?}");
+    }
+}
+
+#[test]
+fn policy_with_gaps_is_refused_with_their_names_unless_it_is_a_dry_run() {
+    let policy = everything();
+    let report = Exec::with(&policy, &["--allow-gaps"]).finish();
+    let output = process::output(exec(&["--quiet"], &policy, &["true"]));
+    if report.gaps.is_empty() {
+        assert!(output.status.success(), "{}", stderr(&output));
+        return;
+    }
+    assert_eq!(output.status.code(), Some(125));
+    let said = stderr(&output);
+    assert!(said.starts_with("error: this kernel cannot do all that the policies say:\n"), "{said}");
+    for gap in &report.gaps {
+        let place = gap.hook.as_ref().map_or_else(String::new, |hook| format!(" at {hook}"));
+        let line = format!("\n  {}{place}: {} ({})\n", gap.options.join(", "), gap.reason, gap.remedy);
+        assert!(said.contains(&line), "{line} in {said}");
+    }
+    let dry = Exec::with(&policy, &["--dry-run"]).finish();
+    assert_eq!(dry.gaps, report.gaps, "told all the same");
+}
+
+/// One that no kernel has.
+#[test]
+fn rest_is_in_force_beside_a_gap() {
+    let policy = PolicyFile::new(
+        "[[rule]]\nmatch = { protocol = \"tcp\" }\nset = { TCP_CONGESTION = \"no-such-cc\", TCP_KEEPCNT = 5 }\n",
+    );
+    let mut exec = Exec::with(&policy, &["--allow-gaps"]);
+    let pair = exec.probe.pair(Family::Inet, Kind::Tcp);
+    assert_eq!([pair.client, pair.server].map(|fd| exec.probe.int(fd, TCP_KEEPCNT)), [5, 5]);
+    let report = exec.finish();
+    let [gap] = &report.gaps[..] else { panic!("{:?}", report.gaps) };
+    assert_eq!(
+        (&gap.options[..], &*gap.remedy),
+        (&["TCP_CONGESTION = \"no-such-cc\"".to_owned()][..], "modprobe tcp_no-such-cc loads it")
+    );
+    assert!(report.setting("TCP_CONGESTION").sockets.failed > 0);
+}
+
+/// Sockets that a policy is tried on are not those that it is about.
+#[test]
+fn trial_is_neither_counted_nor_reported() {
+    let policy = PolicyFile::new("[[rule]]\nmatch = { protocol = \"tcp\" }\nset = { TCP_KEEPCNT = 5 }\n");
+    let report = Exec::start(&policy).finish();
+    let [line] = &report.summary.settings[..] else { panic!("{:?}", report.summary.settings) };
+    assert_eq!((line.sockets.set, line.sockets.unchanged, report.events.len()), (0, 0, 0));
+    assert_eq!(report.summary.policies, ["policy"]);
+    report.assert_nothing_lost();
+}
