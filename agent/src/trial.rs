@@ -145,6 +145,7 @@ pub fn sample() -> io::Result<()> {
         drop((client, server));
         let receiver = UdpSocket::bind(address)?;
         let sender = UdpSocket::bind(address)?;
+        sender.send_to(&[0], receiver.local_addr()?)?;
         sender.connect(receiver.local_addr()?)?;
     }
     Ok(())

@@ -25,6 +25,8 @@ use crate::{
 
 /// What became of a setting on a socket: a number, because it crosses from one function to another.
 pub(crate) mod outcome {
+    /// Nothing that is to be counted.
+    pub(crate) const NONE: u32 = 0;
     pub(crate) const SET: u32 = 1;
     pub(crate) const UNCHANGED: u32 = 2;
     /// Plus the kernel's errno.
@@ -55,7 +57,7 @@ pub(crate) fn apply<const MAX: usize>(
     if rules.sure == 0 {
         return;
     }
-    let missing = missing_traits(state, is_inet6).into();
+    let missing = missing_traits(state, is_inet6);
     let first = scope * config.options;
     for position in 0..MAX {
         if position as u32 >= list.len {
@@ -65,17 +67,21 @@ pub(crate) fn apply<const MAX: usize>(
     }
 }
 
-/// The traits of options that a socket does not have.
+/// Beside the traits of options that a socket does not have: it may yet carry IPv4 or IPv6.
+const DUAL_STACK: u32 = 0x100;
+
+/// The traits of options that a socket does not have, and [`DUAL_STACK`] if it is that.
 #[inline(always)]
-fn missing_traits(state: &State, is_inet6: bool) -> u8 {
+fn missing_traits(state: &State, is_inet6: bool) -> u32 {
     let tcp = if state.facts.protocol == protocol::TCP { 0 } else { traits::TCP };
-    let family = match (is_inet6, state.facts.family) {
-        (false, _) => traits::INET6,
+    let (family, dual_stack) = match (is_inet6, state.facts.family) {
+        (false, _) => (traits::INET6, 0),
         // Not all kernels let programs set IPv4's options on such a socket: then it counts as failed.
-        (true, family::IPV4) => 0,
-        (true, _) => traits::INET,
+        (true, family::IPV4) => (0, 0),
+        (true, family::IPV6) => (traits::INET, 0),
+        (true, _) => (0, DUAL_STACK),
     };
-    tcp | family
+    u32::from(tcp | family) | dual_stack
 }
 
 /// Applies an option: `set` is told the option and the setting, and gives an
@@ -105,6 +111,9 @@ pub(crate) fn apply_option(
 /// Notes and counts an outcome, once for each socket.
 #[inline(always)]
 fn note(state: &mut State, bit: u64, winner: u32, outcome: u32) {
+    if outcome == outcome::NONE {
+        return;
+    }
     if outcome >= outcome::FAILED {
         if state.failed & bit == 0 {
             state.failed |= bit;
@@ -155,17 +164,27 @@ fn apply_by_helper(socket: &impl Socket, sk: *mut c_void, index: u32, rules: Can
     let Some(state) = (unsafe { storage::state(sk) }) else { return };
     let cookie = state.cookie;
     apply_option(index, rules, missing, state, |option, setting, winner| {
-        set_option(socket, option, setting, winner, cookie)
+        // The kernel may not take it, and the socket may never carry IPv4.
+        let is_for_both = option.traits & traits::INET != 0 && missing & DUAL_STACK != 0;
+        set_option(socket, option, setting, winner, cookie, is_for_both)
     });
 }
 
-/// Sets an option through the helpers; gives the outcome.
+/// Sets an option through the helpers; gives the outcome, of which a failure that was to be expected is none.
 #[inline(always)]
-fn set_option(socket: &impl Socket, option: &Governed, setting: &Setting, winner: u32, cookie: u64) -> u32 {
+fn set_option(
+    socket: &impl Socket,
+    option: &Governed,
+    setting: &Setting,
+    winner: u32,
+    cookie: u64,
+    may_fail: bool,
+) -> u32 {
     let result =
         if option.kind == kind::TEXT { set_text(socket, option, setting) } else { set_int(socket, option, setting) };
     match result {
         Ok(outcome) => outcome,
+        Err(_) if may_fail => outcome::NONE,
         Err(errno) => {
             report_failure(option, winner, setting, errno, cookie);
             outcome::FAILED + errno as u32

@@ -178,6 +178,15 @@ impl Addressed {
         facts
     }
 
+    /// What is known when a datagram is sent: not the peer, for another datagram may have another.
+    #[inline(always)]
+    pub(crate) fn send_facts(&self) -> Facts {
+        let mut facts = self.facts();
+        local_facts(self.sk, self.is_inet6(), &mut facts);
+        facts.settle_family(field!(self.ctx, family));
+        facts
+    }
+
     #[inline(always)]
     fn facts(&self) -> Facts {
         Facts { protocol: protocol(field!(self.ctx, type_), field!(self.ctx, protocol)), ..Facts::default() }

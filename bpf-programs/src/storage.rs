@@ -59,11 +59,14 @@ pub(crate) unsafe fn claim(sk: *mut c_void) -> Option<(&'static mut State, u32)>
     }
     // SAFETY: as the caller says.
     let state = unsafe { state(sk) }?;
-    let level = u64::from(level) + 1;
+    let level = level + 1;
     if state.level > level {
         return None;
     }
-    state.level = level;
+    if state.level < level {
+        state.level = level;
+        state.has_sent = 0;
+    }
     Some((state, scope - 1))
 }
 

@@ -22,6 +22,9 @@ pub enum Hook {
     Bind6,
     Connect4,
     Connect6,
+    /// cgroup/sendmsg4
+    Send4,
+    Send6,
     /// sock_ops
     Turns,
     /// cgroup/setsockopt
@@ -31,8 +34,18 @@ pub enum Hook {
 }
 
 impl Hook {
-    pub const ALL: [Self; 8] =
-        [Self::Birth, Self::Bind4, Self::Bind6, Self::Connect4, Self::Connect6, Self::Turns, Self::Set, Self::Get];
+    pub const ALL: [Self; 10] = [
+        Self::Birth,
+        Self::Bind4,
+        Self::Bind6,
+        Self::Connect4,
+        Self::Connect6,
+        Self::Send4,
+        Self::Send6,
+        Self::Turns,
+        Self::Set,
+        Self::Get,
+    ];
 
     /// What the kernel's documentation calls it.
     #[must_use]
@@ -43,6 +56,8 @@ impl Hook {
             Self::Bind6 => "cgroup/bind6",
             Self::Connect4 => "cgroup/connect4",
             Self::Connect6 => "cgroup/connect6",
+            Self::Send4 => "cgroup/sendmsg4",
+            Self::Send6 => "cgroup/sendmsg6",
             Self::Turns => "sock_ops",
             Self::Set => "cgroup/setsockopt",
             Self::Get => "cgroup/getsockopt",
@@ -58,6 +73,8 @@ impl Hook {
             Self::Bind6 => "bind6_apply",
             Self::Connect4 => "connect4_apply",
             Self::Connect6 => "connect6_apply",
+            Self::Send4 => "send4_apply",
+            Self::Send6 => "send6_apply",
             Self::Turns => "turn_apply",
             Self::Set => "set_judge",
             Self::Get => "get_compare",
@@ -71,6 +88,7 @@ impl Hook {
             Self::Birth => &[site::BIRTH],
             Self::Bind4 | Self::Bind6 => &[site::BIND_STREAM, site::BIND_DATAGRAM],
             Self::Connect4 | Self::Connect6 => &[site::CONNECT_STREAM, site::CONNECT_DATAGRAM],
+            Self::Send4 | Self::Send6 => &[site::SEND],
             Self::Turns => &[site::SYN, site::ACTIVE, site::PASSIVE, site::LISTEN],
             Self::Set | Self::Get => &[],
         }
@@ -81,7 +99,7 @@ impl Hook {
     pub fn since(self) -> &'static str {
         match self {
             // bpf_setsockopt in these: 5.15
-            Self::Bind4 | Self::Bind6 => "5.15",
+            Self::Bind4 | Self::Bind6 | Self::Send4 | Self::Send6 => "5.15",
             _ => "5.10",
         }
     }
@@ -96,7 +114,7 @@ impl fmt::Display for Hook {
 /// Sites that only TCP sockets, or only other sockets pass. Those not named here both may pass.
 const STREAM: [u32; 6] =
     [site::BIND_STREAM, site::CONNECT_STREAM, site::SYN, site::ACTIVE, site::PASSIVE, site::LISTEN];
-const DATAGRAM: [u32; 2] = [site::BIND_DATAGRAM, site::CONNECT_DATAGRAM];
+const DATAGRAM: [u32; 3] = [site::BIND_DATAGRAM, site::CONNECT_DATAGRAM, site::SEND];
 
 /// What to apply at each site. An option is left out where no rule that sets it can match.
 pub(super) fn sites(options: &[Governed], rules: &[&Rule]) -> [SiteList; site::COUNT] {
@@ -112,7 +130,10 @@ pub(super) fn sites(options: &[Governed], rules: &[&Rule]) -> [SiteList; site::C
         let is_tcp_only = option.traits & abi::setting::traits::TCP != 0;
         for (number, list) in sites.iter_mut().enumerate() {
             let number = number as u32;
-            if !settable.sites.contains(number)
+            // What another option resets there is set again.
+            let is_reset =
+                list.options[..list.len as usize].iter().any(|earlier| resets(&options[*earlier as usize], option));
+            if !(settable.sites.contains(number) || is_reset)
                 || (is_tcp_only && DATAGRAM.contains(&number))
                 || !setting.iter().any(|rule| may_pass(rule, number))
             {
@@ -125,6 +146,12 @@ pub(super) fn sites(options: &[Governed], rules: &[&Rule]) -> [SiteList; site::C
     sites
 }
 
+/// Whether setting `one` gives `other` another value.
+fn resets(one: &Governed, other: &Governed) -> bool {
+    let known = |option: &Governed| options::by_key(option.key);
+    known(one).and_then(|one| one.resets).is_some_and(|name| known(other).is_some_and(|other| other.name == name))
+}
+
 /// Whether sockets that a rule matches can come by a site.
 fn may_pass(rule: &Rule, site: u32) -> bool {
     let protocols = &rule.selector.protocols;
@@ -133,6 +160,9 @@ fn may_pass(rule: &Rule, site: u32) -> bool {
     }
     if STREAM.contains(&site) {
         return protocols.contains(&Protocol::Tcp);
+    }
+    if site == site::SEND {
+        return protocols.contains(&Protocol::Udp);
     }
     if DATAGRAM.contains(&site) {
         return protocols.iter().any(|protocol| *protocol != Protocol::Tcp);
@@ -151,7 +181,9 @@ pub(super) fn needed(options: &[Governed], sites: &[SiteList; site::COUNT], rule
             // At birth also without anything to apply: a socket's notes are made when it is, before it
             // can use up the memory that it may have for them.
             Hook::Birth | Hook::Set => !options.is_empty(),
-            Hook::Bind4 | Hook::Bind6 | Hook::Connect4 | Hook::Connect6 => any(hook.sites()),
+            Hook::Bind4 | Hook::Bind6 | Hook::Connect4 | Hook::Connect6 | Hook::Send4 | Hook::Send6 => {
+                any(hook.sites())
+            }
             // Also for the direction of a socket, and for notes of its own in place of its listener's.
             Hook::Turns => tcp && !options.is_empty(),
             Hook::Get => reads && compares,

@@ -34,6 +34,8 @@ pub(super) fn attach_type(hook: Hook) -> bpf_attach_type {
         Hook::Bind6 => bpf_attach_type::BPF_CGROUP_INET6_BIND,
         Hook::Connect4 => bpf_attach_type::BPF_CGROUP_INET4_CONNECT,
         Hook::Connect6 => bpf_attach_type::BPF_CGROUP_INET6_CONNECT,
+        Hook::Send4 => bpf_attach_type::BPF_CGROUP_UDP4_SENDMSG,
+        Hook::Send6 => bpf_attach_type::BPF_CGROUP_UDP6_SENDMSG,
         Hook::Turns => bpf_attach_type::BPF_CGROUP_SOCK_OPS,
         Hook::Set => bpf_attach_type::BPF_CGROUP_SETSOCKOPT,
         Hook::Get => bpf_attach_type::BPF_CGROUP_GETSOCKOPT,

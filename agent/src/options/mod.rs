@@ -269,6 +269,8 @@ pub struct SocketOption {
     pub kept: Kept,
     /// Bits of [`abi::setting::traits`].
     pub traits: u8,
+    /// The option that setting this one gives another value, if there is one.
+    pub resets: Option<&'static str>,
     /// A value as it may stand in a policy (TOML), harmless on any socket; empty if there is none.
     pub example: &'static str,
     /// What the option does, in a few words.
@@ -364,10 +366,13 @@ mod tests {
     }
 
     #[test]
-    fn type_of_service_is_applied_before_the_priority_that_it_resets() {
-        let place = |name| OPTIONS.iter().position(|option| option.name == name);
-        assert!(place("IP_TOS") < place("SO_PRIORITY"));
-        assert!(place("IPV6_TCLASS") < place("SO_PRIORITY"));
+    fn option_is_applied_before_the_one_that_it_resets() {
+        let place = |name: &str| OPTIONS.iter().position(|option| option.name == name);
+        let resetting: Vec<_> = OPTIONS.iter().filter_map(|option| Some((option.name, option.resets?))).collect();
+        assert!(resetting.contains(&("IP_TOS", "SO_PRIORITY")));
+        for (one, other) in resetting {
+            assert!(place(one) < place(other), "{one}, {other}");
+        }
     }
 
     #[test]

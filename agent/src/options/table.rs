@@ -2,7 +2,7 @@
 
 use abi::{
     setting::{read_back, traits},
-    site::{ACTIVE, BIND_DATAGRAM, BIND_STREAM, BIRTH, CONNECT_DATAGRAM, CONNECT_STREAM, LISTEN, PASSIVE, SYN},
+    site::{ACTIVE, BIND_DATAGRAM, BIND_STREAM, BIRTH, CONNECT_DATAGRAM, CONNECT_STREAM, LISTEN, PASSIVE, SEND, SYN},
 };
 
 use super::{
@@ -22,17 +22,17 @@ const BYTES: ValueKind = Opaque(Shape::Bytes);
 /// TCP: before the SYN, on the listener for what its children inherit and the SYN-ACK carries, and
 /// on the accepted socket for rules about its peer and for listeners older than the policy.
 const STREAM: Sites = Sites::of(&[SYN, LISTEN, PASSIVE]);
-/// Any socket. A datagram socket is reached when it binds or connects.
-const ANY: Sites = Sites::of(&[BIND_DATAGRAM, CONNECT_DATAGRAM, SYN, LISTEN, PASSIVE]);
+/// Any socket. A datagram socket is reached when it binds or connects, or, if it does neither, with its first datagram.
+const ANY: Sites = Sites::of(&[BIND_DATAGRAM, CONNECT_DATAGRAM, SEND, SYN, LISTEN, PASSIVE]);
 /// Bears on the choice of a route, and so must hold before connect looks it up. (SYN is for
 /// connections made by sendto with MSG_FASTOPEN, which pass no connect hook.)
-const ROUTE: Sites = Sites::of(&[BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SYN, LISTEN, PASSIVE]);
-/// The same for what can be given to a socket at birth already.
+const ROUTE: Sites = Sites::of(&[BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SEND, SYN, LISTEN, PASSIVE]);
+/// The same for what can be given to a socket at birth already. Not with the first datagram too: each would pay for that.
 const ROUTE_FROM_BIRTH: Sites =
     Sites::of(&[BIRTH, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SYN, LISTEN, PASSIVE]);
 /// Devices: accepted sockets have their listener's, and may not change it without CAP_NET_RAW
 /// (`sock_bindtoindex_locked`, which asks the current task even from a program).
-const DEVICE: Sites = Sites::of(&[BIND_STREAM, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, LISTEN]);
+const DEVICE: Sites = Sites::of(&[BIND_STREAM, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SEND, LISTEN]);
 const DEVICE_FROM_BIRTH: Sites =
     Sites::of(&[BIRTH, BIND_STREAM, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, LISTEN]);
 /// Only matters to bind.
@@ -71,6 +71,11 @@ impl SocketOption {
 
     const fn kept(mut self, kept: Kept) -> Self {
         self.kept = kept;
+        self
+    }
+
+    const fn resets(mut self, other: &'static str) -> Self {
+        self.resets = Some(other);
         self
     }
 
@@ -127,6 +132,7 @@ const fn settable(
         class: Class::Settable(Settable { sites, read_back: read_back::SAME, since: "5.10" }),
         kept: most_likely_kept(value),
         traits: if level.0 == L::TCP.0 { traits::TCP } else { 0 },
+        resets: None,
         example,
         about,
     }
@@ -143,6 +149,7 @@ const fn guardable(level: L, name: &'static str, number: i32, value: ValueKind, 
         class: Class::Guardable,
         kept: most_likely_kept(value),
         traits: if level.0 == L::IP.0 { traits::BYTE } else { 0 },
+        resets: None,
         example: "",
         about,
     }
@@ -154,12 +161,13 @@ const fn read_only(level: L, name: &'static str, number: i32, value: ValueKind, 
 }
 
 /// Every option that has a name here. Those that can be set come first, in the order in which they
-/// are applied: IP_TOS and IPV6_TCLASS before SO_PRIORITY, which IP_TOS resets
-/// (`__ip_sock_set_tos`).
+/// are applied: what resets another before that.
 pub const OPTIONS: &[SocketOption] = &[
     settable(L::IP, "IP_TOS", 1, Dscp, "\"CS0\"", "type of service: DSCP of sent packets")
         .at(ROUTE)
         .traits(traits::INET | traits::BYTE)
+        // `__ip_sock_set_tos`, where the value is another than before.
+        .resets("SO_PRIORITY")
         .kept(member("inet_sock", "tos")),
     settable(L::IPV6, "IPV6_TCLASS", 67, Dscp, "\"CS0\"", "traffic class: DSCP of sent IPv6 packets")
         .at(ROUTE)

@@ -122,8 +122,10 @@ pub mod site {
     pub const PASSIVE: u32 = 7;
     /// sock_ops TCP_LISTEN
     pub const LISTEN: u32 = 8;
+    /// cgroup/sendmsg4, sendmsg6: the first datagram of a UDP socket that is not connected
+    pub const SEND: u32 = 9;
     /// How many there are.
-    pub const COUNT: usize = 9;
+    pub const COUNT: usize = 10;
 }
 
 /// The options to apply at one site, in the order in which to apply them.

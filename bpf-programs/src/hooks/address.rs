@@ -1,9 +1,9 @@
-//! cgroup/bind4, bind6, connect4, connect6: what must hold before an address is taken or a route
+//! cgroup/bind4, bind6, connect4, connect6, sendmsg4, sendmsg6: what must hold before an address is taken or a route
 //! looked up, and everything for datagram sockets, which have no later turn.
 
 use abi::{
     SETTABLE_MAX, site,
-    socket::{Facts, protocol},
+    socket::{Facts, State, protocol},
 };
 use aya_ebpf::{helpers::generated::bpf_get_socket_cookie, macros::cgroup_sock_addr, programs::SockAddrContext};
 
@@ -40,6 +40,18 @@ pub(crate) fn connect6_apply(ctx: SockAddrContext) -> i32 {
     GO_ON
 }
 
+#[cgroup_sock_addr(sendmsg4)]
+pub(crate) fn send4_apply(ctx: SockAddrContext) -> i32 {
+    send(&ctx);
+    GO_ON
+}
+
+#[cgroup_sock_addr(sendmsg6)]
+pub(crate) fn send6_apply(ctx: SockAddrContext) -> i32 {
+    send(&ctx);
+    GO_ON
+}
+
 #[inline(always)]
 fn bind(ctx: &SockAddrContext, inet6: bool) {
     let Some(socket) = Addressed::new(ctx.sock_addr) else { return };
@@ -56,10 +68,27 @@ fn connect(ctx: &SockAddrContext, inet6: bool) {
     apply_at(site, &socket, facts);
 }
 
+/// Comes by with every datagram: all but the first are let through at once.
+#[inline(always)]
+fn send(ctx: &SockAddrContext) {
+    let Some(socket) = Addressed::new(ctx.sock_addr) else { return };
+    // SAFETY: the context's socket, checked for NULL.
+    let Some((state, scope)) = (unsafe { storage::claim(socket.sk()) }) else { return };
+    if state.has_sent == 0 {
+        state.has_sent = 1;
+        apply_to(socket.send_facts(), site::SEND, &socket, state, scope);
+    }
+}
+
 #[inline(always)]
 fn apply_at(site: u32, socket: &Addressed, facts: Facts) {
     // SAFETY: the context's socket, checked for NULL.
     let Some((state, scope)) = (unsafe { storage::claim(socket.sk()) }) else { return };
+    apply_to(facts, site, socket, state, scope);
+}
+
+#[inline(always)]
+fn apply_to(facts: Facts, site: u32, socket: &Addressed, state: &'static mut State, scope: u32) {
     if state.cookie == 0 {
         // SAFETY: the helper takes this context.
         state.cookie = unsafe { bpf_get_socket_cookie(socket.as_ptr()) };

@@ -63,12 +63,15 @@ fn observe(probe: &mut Probe) -> Observed {
         let address = probe.bind(bound, family.loopback());
         let connected = probe.open(family, Kind::Udp);
         probe.connect(connected, address);
+        let sent = probe.open(family, Kind::Udp);
+        probe.send(sent, Some(address));
         for (place, fd) in [
             (Place::Client, pair.client),
             (Place::Server, pair.server),
             (Place::Listener, pair.listener),
             (Place::UdpBound, bound),
             (Place::UdpConnected, connected),
+            (Place::UdpSent, sent),
         ] {
             let of_this = SETTINGS.iter().filter(|setting| has(setting, family, place));
             let values = of_this.map(|setting| (setting.option.name, read(probe, fd, setting))).collect();
@@ -149,10 +152,16 @@ fn every_option_holds_on_connected_udp() {
 }
 
 #[test]
+fn every_option_holds_on_udp_that_only_sends() {
+    require!("cgroup/sendmsg4");
+    assert_enforced(Place::UdpSent);
+}
+
+#[test]
 fn no_socket_would_have_these_values_without_a_policy() {
     let cgroup = Cgroup::new();
     let observed = observe(&mut Probe::start(&cgroup));
-    let places = [Place::Client, Place::Server, Place::Listener, Place::UdpBound, Place::UdpConnected];
+    let places = [Place::Client, Place::Server, Place::Listener, Place::UdpBound, Place::UdpConnected, Place::UdpSent];
     let same = places.map(|place| wrong(&observed, place, |setting, value| setting.is_seen_in(value) == Some(true)));
     let same: Vec<String> = same.into_iter().flatten().collect();
     assert!(same.is_empty(), "these settings prove nothing: {same:#?}");

@@ -8,6 +8,7 @@ mod actions;
 mod arguments;
 mod audit;
 mod bad_input;
+mod datagrams;
 mod dry_run;
 mod enforcement;
 mod explain;

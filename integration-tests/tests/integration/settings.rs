@@ -22,6 +22,8 @@ pub(crate) enum Place {
     Listener,
     UdpBound,
     UdpConnected,
+    /// Neither bound nor connected, with a datagram sent.
+    UdpSent,
 }
 
 /// How the owning process sees the value.
@@ -53,10 +55,12 @@ pub(crate) struct Setting {
     pub(crate) places: &'static [Place],
 }
 
-use Place::{Client, Listener, Server, UdpBound, UdpConnected};
+use Place::{Client, Listener, Server, UdpBound, UdpConnected, UdpSent};
 use Seen::{Between, Info, Int, Nowhere, Text};
 
-const ALL: &[Place] = &[Client, Server, Listener, UdpBound, UdpConnected];
+const ALL: &[Place] = &[Client, Server, Listener, UdpBound, UdpConnected, UdpSent];
+/// What matters to bind, or connect.
+const ADDRESSED: &[Place] = &[Client, Server, Listener, UdpBound, UdpConnected];
 const TCP: &[Place] = &[Client, Server, Listener];
 const CONNECTED_TCP: &[Place] = &[Client, Server];
 
@@ -94,8 +98,8 @@ pub(crate) const SETTINGS: &[Setting] = &[
     any(SO_PRIORITY, "5", Int(5)),
     any(SO_BINDTODEVICE, "\"lo\"", Text("lo")),
     any(SO_BINDTOIFINDEX, "1", Int(1)),
-    any(SO_REUSEADDR, "true", Int(1)),
-    any(SO_REUSEPORT, "true", Int(1)),
+    any(SO_REUSEADDR, "true", Int(1)).at(ADDRESSED),
+    any(SO_REUSEPORT, "true", Int(1)).at(ADDRESSED),
     any(SO_SNDBUF, "\"100KiB\"", Int(2 * 100 * 1024)),
     any(SO_RCVBUF, "\"200KiB\"", Int(2 * 200 * 1024)),
     any(SO_KEEPALIVE, "true", Int(1)),
