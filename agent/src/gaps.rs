@@ -19,8 +19,8 @@ use crate::{
 pub struct Gap {
     /// What is not done, or not everywhere; never empty.
     pub options: Vec<String>,
-    /// Where it is not done; `None`: anywhere.
-    pub hook: Option<Hook>,
+    /// Where it is not done; empty: nowhere is it.
+    pub hooks: Vec<Hook>,
     /// What the kernel said to it.
     pub reason: String,
     /// What would help.
@@ -49,7 +49,7 @@ impl Gap {
         let is_enforced = scopes.iter().any(|(_, scope)| scope.mode == Mode::Enforce);
         (!scopes.is_empty()).then(|| Self {
             options,
-            hook: Some(hook),
+            hooks: vec![hook],
             reason,
             remedy: first_kernel(hook.since()),
             is_enforced,
@@ -61,7 +61,7 @@ impl Gap {
     pub fn of_option(desired: &Desired, option: &'static SocketOption, errno: &str) -> Self {
         Self {
             options: vec![option.name.to_owned()],
-            hook: None,
+            hooks: Vec::new(),
             reason: format!("refused on every socket, with {errno}"),
             remedy: first_kernel(option.settable().map_or("", |settable| settable.since)),
             is_enforced: is_enforced(desired, |named| named == Named::Known(option)),
@@ -73,7 +73,7 @@ impl Gap {
     pub fn of_errno(desired: &Desired, option: Named, errno: &str) -> Self {
         Self {
             options: vec![option.to_string()],
-            hook: Some(Hook::Set),
+            hooks: vec![Hook::Set],
             reason: format!("denied calls fail with EPERM, not with {errno}"),
             remedy: first_kernel("5.18"),
             is_enforced: is_enforced(desired, |named| named == option),
@@ -86,7 +86,7 @@ impl Gap {
         let option = crate::options::CONGESTION;
         Self {
             options: vec![format!("{} = \"{name}\"", option.name)],
-            hook: None,
+            hooks: Vec::new(),
             reason: format!("not loaded; this kernel has {}", available.join(", ")),
             remedy: format!("modprobe tcp_{name} loads it"),
             is_enforced: is_enforced(desired, |named| named == Named::Known(option)),
@@ -98,7 +98,7 @@ impl Gap {
     pub fn to_json(&self) -> Value {
         json!({
             "options": self.options,
-            "hook": self.hook.map(Hook::name),
+            "hooks": self.hooks.iter().map(|hook| hook.name()).collect::<Vec<_>>(),
             "reason": self.reason,
             "remedy": self.remedy,
         })
@@ -118,8 +118,9 @@ impl Gap {
 impl fmt::Display for Gap {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.options.join(", "))?;
-        if let Some(hook) = self.hook {
-            write!(f, " at {hook}")?;
+        if !self.hooks.is_empty() {
+            let hooks: Vec<_> = self.hooks.iter().map(|hook| hook.name()).collect();
+            write!(f, " at {}", hooks.join(", "))?;
         }
         write!(f, ": {} ({})", self.reason, self.remedy)
     }
@@ -128,6 +129,26 @@ impl fmt::Display for Gap {
 /// A list of them, a line each.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Gaps(pub Vec<Gap>);
+
+impl FromIterator<Gap> for Gaps {
+    /// What is the same at several hooks becomes one.
+    fn from_iter<T: IntoIterator<Item = Gap>>(gaps: T) -> Self {
+        let mut all: Vec<Gap> = Vec::new();
+        for gap in gaps {
+            let is_same = |other: &&mut Gap| {
+                !other.hooks.is_empty() && Gap { hooks: gap.hooks.clone(), ..(**other).clone() } == gap
+            };
+            match all.iter_mut().find(is_same) {
+                Some(other) => {
+                    let new: Vec<_> = gap.hooks.into_iter().filter(|hook| !other.hooks.contains(hook)).collect();
+                    other.hooks.extend(new);
+                }
+                None => all.push(gap),
+            }
+        }
+        Self(all)
+    }
+}
 
 impl fmt::Display for Gaps {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -107,8 +107,8 @@ impl Session {
         let subjects = Subjects { targets: &targets, processes: &filter.processes };
         let mut object = Object::load(&desired, subjects)?;
         let gaps = find_gaps(&mut object, &mut desired, &mount, choice);
-        if choice == GapsChoice::Refuse && gaps.iter().any(|gap| gap.is_enforced) {
-            return Err(SessionError::Gaps(Gaps(gaps)));
+        if choice == GapsChoice::Refuse && gaps.0.iter().any(|gap| gap.is_enforced) {
+            return Err(SessionError::Gaps(gaps));
         }
         object.attach(&desired, &targets)?;
         let audit = object.attach_audit(&desired, backend)?;
@@ -128,7 +128,7 @@ impl Session {
             targets,
             filter,
             audit,
-            gaps,
+            gaps: gaps.0,
             names: Names::new(mount),
             executables: Executables::default(),
             report: Report::default(),
@@ -288,9 +288,10 @@ fn warn_of_overruling(mount: &Mount, targets: &[Target]) {
 }
 
 /// What the policies ask for and this kernel cannot do. Of `desired`, what is left is what it can do: hooks, and no trial.
-fn find_gaps(object: &mut Object, desired: &mut Desired, mount: &Mount, choice: GapsChoice) -> Vec<Gap> {
+fn find_gaps(object: &mut Object, desired: &mut Desired, mount: &Mount, choice: GapsChoice) -> Gaps {
     let trial = desired.scopes.len() - usize::from(desired.has_trial);
-    let asked = Desired { scopes: desired.scopes[..trial].to_vec(), ..desired.clone() };
+    let mut asked = desired.clone();
+    asked.end_trial();
     let refused = object.refused().to_vec();
     desired.keep_hooks(|hook| !refused.iter().any(|(other, _)| *other == hook));
     let mut gaps: Vec<Gap> =
@@ -309,7 +310,7 @@ fn find_gaps(object: &mut Object, desired: &mut Desired, mount: &Mount, choice: 
     if !object.abilities().set_retval {
         gaps.extend(impossible_errnos(desired));
     }
-    gaps
+    gaps.into_iter().collect()
 }
 
 fn missing_congestion_controls(desired: &Desired) -> Vec<Gap> {
@@ -332,16 +333,10 @@ fn missing_congestion_controls(desired: &Desired) -> Vec<Gap> {
 
 fn impossible_errnos(desired: &Desired) -> Vec<Gap> {
     let denies = |setting: &Setting| setting.form == form::DENY || setting.on_conflict == on_conflict::DENY;
-    let mut gaps: Vec<Gap> = Vec::new();
-    for (setting, source) in desired.settings.iter().zip(&desired.sources) {
-        if denies(setting) && setting.errno != Errno::EPERM.0 {
-            let gap = Gap::of_errno(desired, source.option, &errno_name(setting.errno.into()));
-            if !gaps.contains(&gap) {
-                gaps.push(gap);
-            }
-        }
-    }
-    gaps
+    let all = desired.settings.iter().zip(&desired.sources);
+    all.filter(|(setting, _)| denies(setting) && setting.errno != Errno::EPERM.0)
+        .map(|(setting, source)| Gap::of_errno(desired, source.option, &errno_name(setting.errno.into())))
+        .collect()
 }
 
 /// What to add to the kernel's time stamps. Not the same for long: clocks are set, and machines suspended.

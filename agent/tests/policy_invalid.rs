@@ -178,7 +178,10 @@ fn policies_come_in_the_order_of_their_file_names_and_errors_of_all_files_at_onc
     let early = dir.file("10-early.toml", MINIMAL);
     let (policies, warnings) = policy::load_all(&[late.clone(), early.clone()]).unwrap();
     assert_eq!(policies.iter().map(|policy| policy.name.as_str()).collect::<Vec<_>>(), ["10-early", "20-late"]);
-    assert!(warnings.is_empty());
+    // The first decides all that the second says.
+    let said: Vec<_> = warnings.iter().map(|warning| warning.message.as_str()).collect();
+    let early_rule = format!("`rule-1` of {}:1", early.display());
+    assert_eq!(said, [format!("rule `rule-1` can never win: rule {early_rule} decides all of its options")]);
 
     fs::write(&early, "nmae = \"x\"\n[[rule]]\nset = { TCP_NODELAY = 1 }\n").unwrap();
     fs::write(&late, "[[rule]\n").unwrap();

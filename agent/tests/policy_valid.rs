@@ -18,6 +18,7 @@ use sockpolicy::{
     policy::{
         self, Policy,
         diagnostic::Style,
+        lint,
         model::{Calls, Direction, Errno, Family, Form, Mode, Named, OnConflict, Protocol, Wanted},
         render,
     },
@@ -69,7 +70,7 @@ fn warned(text: &str) -> Vec<String> {
 #[test]
 fn a_policy_says_what_its_file_says() {
     let policy = parsed(EVERYTHING);
-    assert_eq!(policy.path, Path::new("dir/web.toml"));
+    assert_eq!(policy.path(), Path::new("dir/web.toml"));
     assert_eq!(policy.name, "web-frontend");
     assert_eq!(policy.description.as_deref(), Some("WAN clients get BBR; nobody disables keepalive"));
     assert_eq!(policy.mode, Mode::DryRun);
@@ -215,11 +216,60 @@ fn a_rule_behind_one_that_matches_all_of_its_sockets_is_warned_of() {
 
 #[test]
 fn a_rule_that_can_win_only_some_of_its_options_is_warned_of_the_others() {
-    let text = "[[rule]]\nset = { SO_MARK = 1 }\n\n[[rule]]\nname = \"b\"\nset = { SO_MARK = 2, SO_PRIORITY = 1 }\n";
+    let text = "[[rule]]\nset = { SO_MARK = 1 }\n\n[[rule]]\nname = \"b\"\nset = { SO_MARK = 2, SO_RCVLOWAT = 1 }\n";
     assert_eq!(warned(text), ["rule `b` can never win SO_MARK: rule `rule-1` on line 1 decides it"]);
-    let text = "[[rule]]\nset = { SO_MARK = 1 }\n[[rule]]\nset = { SO_PRIORITY = 2 }\n
-        [[rule]]\nset = { SO_MARK = 2, SO_PRIORITY = 1 }\n";
+    let text = "[[rule]]\nset = { SO_MARK = 1 }\n[[rule]]\nset = { SO_RCVLOWAT = 2 }\n
+        [[rule]]\nset = { SO_MARK = 2, SO_RCVLOWAT = 1 }\n";
     assert_eq!(warned(text), ["rule `rule-3` can never win: earlier rules decide all of its options"]);
+}
+
+#[test]
+fn settings_that_undo_each_other_are_warned_of() {
+    let caveats =
+        |text: &str| lint::caveats(&[parsed(text)]).into_iter().map(|caveat| caveat.message).collect::<Vec<_>>();
+    let reset = "an application that sets IP_TOS gives SO_PRIORITY another value, and no rule names IP_TOS";
+    assert_eq!(caveats("[[rule]]\nset = { SO_PRIORITY = 1 }\n"), [reset]);
+    for named in [
+        "set = { SO_PRIORITY = 1, IP_TOS = \"CS0\" }",
+        "set = { SO_PRIORITY = 1 }\ndeny = [\"IP_TOS\"]",
+        "match = { family = \"ipv6\" }\nset = { SO_PRIORITY = 1 }",
+    ] {
+        assert_eq!(caveats(&format!("[[rule]]\n{named}\n")), Vec::<String>::new(), "{named}");
+    }
+    assert_eq!(
+        warned("[[rule]]\nset = { SO_BINDTODEVICE = \"eth0\", SO_BINDTOIFINDEX = 2 }\n"),
+        ["SO_BINDTOIFINDEX is the same to the kernel as SO_BINDTODEVICE, which this rule sets too"]
+    );
+}
+
+#[test]
+fn settings_that_come_too_late_are_warned_of() {
+    let rule = |selector: &str, set: &str| warned(&format!("[[rule]]\nmatch = {{ {selector} }}\nset = {{ {set} }}\n"));
+    let never = |option, what| {
+        vec![format!("{option} is never set by this rule: it takes effect before it is known of a socket {what}")]
+    };
+    let none: Vec<String> = Vec::new();
+    let (peer, direction) = ("who its peer is", "which way it goes");
+    assert_eq!(rule("remote = \"10.0.0.0/8\"", "TCP_SAVE_SYN = 1"), never("TCP_SAVE_SYN", peer));
+    assert_eq!(
+        rule("direction = \"outbound\"", "TCP_SAVE_SYN = 1"),
+        ["TCP_SAVE_SYN has no effect on outbound sockets, and this rule matches no others"]
+    );
+    assert_eq!(rule("local_port = 80", "TCP_SAVE_SYN = 1"), none);
+    assert_eq!(rule("direction = \"inbound\"", "SO_REUSEADDR = true"), never("SO_REUSEADDR", direction));
+    assert_eq!(rule("local_port = 80", "SO_REUSEADDR = true"), none);
+    let late = |option, what| {
+        vec![format!("{option} comes too late for accepted connections: their peer is known when {what} already")]
+    };
+    let scale = "the scale of the window has been agreed on";
+    assert_eq!(rule("remote_port = 443", "SO_RCVBUF = 4096"), late("SO_RCVBUF", scale));
+    assert_eq!(rule("remote_port = 443, direction = \"outbound\"", "SO_RCVBUF = 4096"), none);
+    assert_eq!(rule("remote_port = 443, protocol = \"udp\"", "SO_RCVBUF = 4096"), none);
+    assert_eq!(
+        rule("remote_port = 443", "TCP_MAXSEG = 1000"),
+        late("TCP_MAXSEG", "the peer has been told the segment size")
+    );
+    assert_eq!(rule("remote_port = 443", "TCP_NODELAY = true"), none);
 }
 
 #[test]
@@ -296,8 +346,10 @@ fn files_below(directory: &Path, extension: &str) -> Vec<PathBuf> {
 fn each_policy_of_the_repository_loads_without_a_warning() {
     let files = files_below(&root().join("policies"), "toml");
     assert!(!files.is_empty(), "there are no policies in policies/");
-    let (_, warnings) = policy::load_all(&files).unwrap_or_else(|errors| panic!("{errors}"));
-    assert!(warnings.is_empty(), "{}", render(&warnings, Style::Plain));
+    for file in files {
+        let (_, warnings) = policy::load(&file).unwrap_or_else(|errors| panic!("{errors}"));
+        assert!(warnings.is_empty(), "{}", render(&warnings, Style::Plain));
+    }
 }
 
 #[test]

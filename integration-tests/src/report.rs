@@ -77,7 +77,7 @@ pub struct Summary {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Gap {
     pub options: Vec<String>,
-    pub hook: Option<String>,
+    pub hooks: Vec<String>,
     pub reason: String,
     pub remedy: String,
 }

@@ -10,18 +10,27 @@ use super::{FAILURE, FINDINGS, complain, output::Format, unless_closed};
 use crate::{
     compile::{CompileError, Desired, compile},
     coverage::{Coverage, stack_with},
+    gaps::{Gap, Gaps},
+    host::{routes, tcp},
     policy::{
         self, Policy,
-        diagnostic::{Diagnostic, Problem, Style},
+        diagnostic::{Diagnostic, Problem, Severity, Style},
+        lint::{self, Host, Version},
     },
 };
 
 /// Check policy files: all mistakes at once, and what looks like one
+///
+/// Without --kernel, also against what this host has to offer: its congestion controls, routes and limits of buffers. What its
+/// kernel can do is tried by `run`, `exec` and `doctor`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Check {
     /// Policy files
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
+    /// Check against what a kernel of this version can do, and not against this host: 5.15, say
+    #[arg(long, value_name = "VERSION")]
+    kernel: Option<Version>,
     /// Form of what is found: text to standard error, or a line of JSON for each to standard output
     #[arg(long, short, value_enum, default_value_t)]
     output: Format,
@@ -29,28 +38,83 @@ pub(super) struct Check {
 
 impl Check {
     pub(super) fn run(self) -> ExitCode {
-        if self.output == Format::Json {
-            return self.tell_programs();
+        let (found, is_valid) = self.find();
+        let told = match self.output {
+            Format::Text => {
+                show(&found);
+                Ok(())
+            }
+            Format::Json => tell_programs(&found),
+        };
+        match told {
+            Err(error) => {
+                complain(&error);
+                FAILURE.into()
+            }
+            Ok(()) if is_valid => ExitCode::SUCCESS,
+            Ok(()) => FINDINGS.into(),
         }
-        if load_compiled(&self.files).is_some() { ExitCode::SUCCESS } else { FINDINGS.into() }
     }
 
-    fn tell_programs(&self) -> ExitCode {
-        let (found, is_valid) = match policy::load_all(&self.files) {
-            Ok((policies, mut found)) => {
-                let error = compile_together(&policies).err();
-                found.extend(error.iter().map(|error| Diagnostic::without_source(Problem::new(error.to_string()))));
-                (found, error.is_none())
-            }
-            Err(errors) => (errors.diagnostics, false),
+    /// Everything there is to say, and whether the policies can be used.
+    fn find(&self) -> (Vec<Diagnostic>, bool) {
+        let (policies, mut found) = match policy::load_all(&self.files) {
+            Ok(loaded) => loaded,
+            Err(errors) => return (errors.diagnostics, false),
         };
-        let mut out = io::stdout().lock();
-        let told = unless_closed(found.iter().try_for_each(|diagnostic| writeln!(out, "{}", diagnostic.to_json())));
-        if let Err(error) = told {
-            complain(&error);
-            return FAILURE.into();
+        found.extend(lint::caveats(&policies));
+        match compile_together(&policies) {
+            Ok(desired) => match self.kernel {
+                Some(kernel) => found.extend(on_kernel(&policies, &desired, kernel)),
+                None => found.extend(on_this_host(&policies)),
+            },
+            Err(error) => found.push(Diagnostic::without_source(Problem::new(error.to_string()))),
         }
-        if is_valid { ExitCode::SUCCESS } else { FINDINGS.into() }
+        policy::sort(&mut found);
+        let is_valid = found.iter().all(|diagnostic| diagnostic.severity != Severity::Error);
+        (found, is_valid)
+    }
+}
+
+fn tell_programs(found: &[Diagnostic]) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    unless_closed(found.iter().try_for_each(|diagnostic| writeln!(out, "{}", diagnostic.to_json())))
+}
+
+/// By the tables: what came with which version.
+fn on_kernel(policies: &[Policy], desired: &Desired, kernel: Version) -> Vec<Diagnostic> {
+    let mut found = lint::on_kernel(policies, kernel);
+    let missing = desired.hooks().into_iter().filter(|hook| !kernel.has(hook.since()));
+    let reason = format!("kernel {kernel} cannot run our program there");
+    let gaps: Gaps = missing.filter_map(|hook| Gap::of_hook(desired, hook, reason.clone())).collect();
+    found.extend(gaps.0.into_iter().map(|gap| {
+        let problem = Problem::new(gap.to_string()).help("have the rest in force without it: --allow-gaps");
+        Diagnostic::without_source(problem)
+    }));
+    found
+}
+
+/// What the host of this process will not let policies have. What cannot be told of it is not held against anybody.
+pub(super) fn on_this_host(policies: &[Policy]) -> Vec<Diagnostic> {
+    let host = Host {
+        congestion_controls: told("its congestion controls", tcp::congestion_controls()),
+        locked_routes: told("its routes", routes::with_locked_congestion_control()).unwrap_or_default(),
+        wmem_max: told("its largest send buffer", tcp::buffer_max("wmem_max")),
+        rmem_max: told("its largest receive buffer", tcp::buffer_max("rmem_max")),
+    };
+    lint::on_host(policies, &host)
+}
+
+fn told<T>(what: &str, answer: io::Result<T>) -> Option<T> {
+    answer.inspect_err(|error| log::debug!("cannot tell of this host {what}: {error}")).ok()
+}
+
+/// Shows diagnostics to people.
+#[expect(clippy::print_stderr, reason = "this is the command line")]
+pub(super) fn show(found: &[Diagnostic]) {
+    if !found.is_empty() {
+        let style = if io::stderr().is_terminal() { Style::Coloured } else { Style::Plain };
+        eprintln!("{}", policy::render(found, style));
     }
 }
 
@@ -62,18 +126,14 @@ pub(super) fn warn_of_replaced_targets(policies: &[Policy], by: &str) {
 }
 
 /// Reads policy files. Says what is wrong with them, and gives `None` if anything is.
-#[expect(clippy::print_stderr, reason = "this is the command line")]
 pub(super) fn load(files: &[PathBuf]) -> Option<Vec<Policy>> {
-    let style = if io::stderr().is_terminal() { Style::Coloured } else { Style::Plain };
     match policy::load_all(files) {
         Ok((policies, warnings)) => {
-            if !warnings.is_empty() {
-                eprintln!("{}", policy::render(&warnings, style));
-            }
+            show(&warnings);
             Some(policies)
         }
         Err(errors) => {
-            eprintln!("{}", errors.render(style));
+            show(&errors.diagnostics);
             None
         }
     }

@@ -59,6 +59,7 @@ impl Plan {
     }
 
     fn tell(&self, policies: &[Policy]) -> Result<(), PlanError> {
+        check::show(&check::on_this_host(policies));
         let mount = Mount::find().map_err(RunError::from)?;
         let Placement { stacks, targets } = Placement::find(&mount, &self.cgroup, policies)?;
         let mut desired = session::prepare(policies, &stacks, self.dry_run, false).map_err(RunError::from)?;

@@ -9,7 +9,7 @@ use abi::{
 };
 
 use crate::{
-    options,
+    options::{self, Relation},
     policy::model::{Protocol, Rule},
 };
 
@@ -135,7 +135,7 @@ pub(super) fn sites(options: &[Governed], rules: &[&Rule]) -> [SiteList; site::C
                 list.options[..list.len as usize].iter().any(|earlier| resets(&options[*earlier as usize], option));
             if !(settable.sites.contains(number) || is_reset)
                 || (is_tcp_only && DATAGRAM.contains(&number))
-                || !setting.iter().any(|rule| may_pass(rule, number))
+                || !setting.iter().any(|rule| rule_may_pass(rule, number))
             {
                 continue;
             }
@@ -148,13 +148,18 @@ pub(super) fn sites(options: &[Governed], rules: &[&Rule]) -> [SiteList; site::C
 
 /// Whether setting `one` gives `other` another value.
 fn resets(one: &Governed, other: &Governed) -> bool {
-    let known = |option: &Governed| options::by_key(option.key);
-    known(one).and_then(|one| one.resets).is_some_and(|name| known(other).is_some_and(|other| other.name == name))
+    let Some(Relation::Resets(name)) = options::by_key(one.key).and_then(|one| one.relation) else { return false };
+    options::by_key(other.key).is_some_and(|other| other.name == name)
 }
 
 /// Whether sockets that a rule matches can come by a site.
-fn may_pass(rule: &Rule, site: u32) -> bool {
-    let protocols = &rule.selector.protocols;
+fn rule_may_pass(rule: &Rule, site: u32) -> bool {
+    may_pass(&rule.selector.protocols, site)
+}
+
+/// Whether sockets of these protocols, or of any if there is none, can come by a site.
+#[must_use]
+pub fn may_pass(protocols: &[Protocol], site: u32) -> bool {
     if protocols.is_empty() {
         return true;
     }
@@ -173,7 +178,7 @@ fn may_pass(rule: &Rule, site: u32) -> bool {
 /// The hooks that a policy needs.
 pub(super) fn needed(options: &[Governed], sites: &[SiteList; site::COUNT], rules: &[&Rule], reads: bool) -> Vec<Hook> {
     let any = |numbers: &[u32]| numbers.iter().any(|number| sites[*number as usize].len > 0);
-    let tcp = rules.iter().any(|rule| may_pass(rule, site::SYN));
+    let tcp = rules.iter().any(|rule| rule_may_pass(rule, site::SYN));
     let compares = options.iter().any(is_compared);
     Hook::ALL
         .into_iter()

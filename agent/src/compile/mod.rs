@@ -25,7 +25,11 @@ use abi::{
     socket::{Facts, direction, family, protocol},
 };
 
-pub use self::{facts::facts, hooks::Hook, prefixes::Prefix};
+pub use self::{
+    facts::facts,
+    hooks::{Hook, may_pass},
+    prefixes::Prefix,
+};
 use crate::{
     coverage::{GlobError, Stack},
     options::SocketOption,
@@ -134,7 +138,7 @@ pub fn compile(policies: &[Policy], stacks: &[Stack]) -> Result<Desired, Compile
         desired.rules.extend(policy.rules.iter().map(|rule| RuleSource {
             policy: policy.name.clone(),
             mode: policy.mode,
-            path: policy.path.clone(),
+            path: policy.path().to_owned(),
             rule: rule.name.clone(),
             line: rule.line,
             selector: rule.selector.clone(),

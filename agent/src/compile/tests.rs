@@ -6,7 +6,7 @@
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     ops::RangeInclusive,
-    path::PathBuf,
+    path::Path,
 };
 
 use abi::socket::{Facts, protocol};
@@ -18,8 +18,8 @@ use crate::{
     coverage::all,
     explain::{WhyNot, explain},
     options::by_name,
-    policy::Socket,
     policy::model::{Audit, Errno, Selector},
+    policy::{Socket, diagnostic::Source},
 };
 
 /// What is known of whether a rule matches.
@@ -143,12 +143,13 @@ fn rule() -> impl Strategy<Value = Rule> {
             Some(Clause {
                 option: Named::Known(by_name(name).unwrap()),
                 line: 1,
+                span: 0..0,
                 form: form?,
                 on_conflict: OnConflict::Rewrite,
                 errno: Errno::default(),
             })
         });
-        Rule { name: "rule".to_owned(), line: 1, selector, clauses: clauses.collect() }
+        Rule { name: "rule".to_owned(), line: 1, header: 0..0, selector, clauses: clauses.collect() }
     })
 }
 
@@ -174,7 +175,7 @@ fn socket() -> impl Strategy<Value = Socket> {
 
 fn policy(rules: Vec<Rule>) -> Policy {
     Policy {
-        path: PathBuf::from("test.toml"),
+        source: Source::new(Path::new("test.toml"), String::new()),
         name: "test".to_owned(),
         description: None,
         mode: Mode::Enforce,
@@ -234,11 +235,12 @@ fn plain_rule(name: &str, selector: Selector, forms: &[(&str, Form)]) -> Rule {
     let clauses = forms.iter().map(|(option, form)| Clause {
         option: Named::Known(by_name(option).unwrap()),
         line: 1,
+        span: 0..0,
         form: form.clone(),
         on_conflict: OnConflict::Rewrite,
         errno: Errno::default(),
     });
-    Rule { name: name.to_owned(), line: 1, selector, clauses: clauses.collect() }
+    Rule { name: name.to_owned(), line: 1, header: 0..0, selector, clauses: clauses.collect() }
 }
 
 fn on() -> Form {

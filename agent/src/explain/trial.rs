@@ -57,7 +57,7 @@ pub fn try_all(policies: &[Policy]) -> Result<Vec<Trial>, CompileError> {
         let explanation = explain(&desired, &desired.scopes[stack], &test.socket);
         Trial {
             policy: policy.name.clone(),
-            path: policy.path.clone(),
+            path: policy.path().to_owned(),
             test: test.clone(),
             failures: test.expected.iter().filter_map(|expected| failure(&explanation, expected)).collect(),
         }

@@ -6,6 +6,7 @@ pub mod container;
 pub mod network;
 pub mod privileges;
 pub mod process;
+pub mod routes;
 pub mod socket;
 pub mod system;
 pub mod tcp;

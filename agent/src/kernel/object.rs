@@ -469,6 +469,8 @@ pub(super) type Link = Box<dyn Any + Send>;
 /// always stand beside each other.
 pub(super) fn attach_program(program: &mut Program, target: &Cgroup) -> Result<Link, ProgramError> {
     const BY_LINK: CgroupAttachMode = CgroupAttachMode::Single;
+    // The entry of map `TARGETS`, which the kernel makes now, is charged too.
+    let _memlock = Memlock::raise();
     macro_rules! attach {
         ($program:expr) => {{
             let link = $program.attach(&target.folder, BY_LINK)?;
@@ -498,8 +500,8 @@ pub(super) fn bare() -> Result<Bare, KernelError> {
     Ok(Bare { ebpf, can_follow: knowledge.can_follow() })
 }
 
-/// RLIMIT_MEMLOCK, out of the way for as long as this lives: before 5.11 maps and programs are charged to it, when
-/// they are made. Where it cannot be raised, loading says so. Commands inherit limits, so it does not stay.
+/// RLIMIT_MEMLOCK, out of the way for as long as this lives: before 5.11 maps, their entries and programs are charged to it,
+/// when they are made. Where it cannot be raised, loading says so. Commands inherit limits, so it does not stay.
 struct Memlock {
     before: Option<libc::rlimit>,
 }

@@ -225,6 +225,15 @@ pub struct Settable {
     pub since: &'static str,
 }
 
+/// What one option has to do with another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Relation {
+    /// Setting the one gives the other another value.
+    Resets(&'static str),
+    /// Two names of one thing.
+    SameAs(&'static str),
+}
+
 /// What a policy can do with an option.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
@@ -269,8 +278,10 @@ pub struct SocketOption {
     pub kept: Kept,
     /// Bits of [`abi::setting::traits`].
     pub traits: u8,
-    /// The option that setting this one gives another value, if there is one.
-    pub resets: Option<&'static str>,
+    /// What it has to do with another option, if anything.
+    pub relation: Option<Relation>,
+    /// What has happened by the time that a connection is accepted and in which this option has a say; for people.
+    pub negotiated: Option<&'static str>,
     /// A value as it may stand in a policy (TOML), harmless on any socket; empty if there is none.
     pub example: &'static str,
     /// What the option does, in a few words.
@@ -368,7 +379,11 @@ mod tests {
     #[test]
     fn option_is_applied_before_the_one_that_it_resets() {
         let place = |name: &str| OPTIONS.iter().position(|option| option.name == name);
-        let resetting: Vec<_> = OPTIONS.iter().filter_map(|option| Some((option.name, option.resets?))).collect();
+        let resets = |option: &'static SocketOption| match option.relation {
+            Some(Relation::Resets(other)) => Some((option.name, other)),
+            _ => None,
+        };
+        let resetting: Vec<_> = OPTIONS.iter().filter_map(resets).collect();
         assert!(resetting.contains(&("IP_TOS", "SO_PRIORITY")));
         for (one, other) in resetting {
             assert!(place(one) < place(other), "{one}, {other}");

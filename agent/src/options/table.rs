@@ -8,7 +8,7 @@ use abi::{
 use super::{
     Class, Kept,
     Kept::{AsGiven, Otherwise},
-    Level as L, Settable, Shape, Sites, SocketOption, ValueKind,
+    Level as L, Relation, Settable, Shape, Sites, SocketOption, ValueKind,
     ValueKind::{
         Bool, Bytes, Choice, CongestionControl, Device, Dscp, Int, Mark, Microseconds, Milliseconds, Opaque, Rate,
         Seconds, Unsigned,
@@ -74,8 +74,13 @@ impl SocketOption {
         self
     }
 
-    const fn resets(mut self, other: &'static str) -> Self {
-        self.resets = Some(other);
+    const fn related(mut self, relation: Relation) -> Self {
+        self.relation = Some(relation);
+        self
+    }
+
+    const fn negotiated(mut self, what: &'static str) -> Self {
+        self.negotiated = Some(what);
         self
     }
 
@@ -132,7 +137,8 @@ const fn settable(
         class: Class::Settable(Settable { sites, read_back: read_back::SAME, since: "5.10" }),
         kept: most_likely_kept(value),
         traits: if level.0 == L::TCP.0 { traits::TCP } else { 0 },
-        resets: None,
+        relation: None,
+        negotiated: None,
         example,
         about,
     }
@@ -149,7 +155,8 @@ const fn guardable(level: L, name: &'static str, number: i32, value: ValueKind, 
         class: Class::Guardable,
         kept: most_likely_kept(value),
         traits: if level.0 == L::IP.0 { traits::BYTE } else { 0 },
-        resets: None,
+        relation: None,
+        negotiated: None,
         example: "",
         about,
     }
@@ -167,7 +174,7 @@ pub const OPTIONS: &[SocketOption] = &[
         .at(ROUTE)
         .traits(traits::INET | traits::BYTE)
         // `__ip_sock_set_tos`, where the value is another than before.
-        .resets("SO_PRIORITY")
+        .related(Relation::Resets("SO_PRIORITY"))
         .kept(member("inet_sock", "tos")),
     settable(L::IPV6, "IPV6_TCLASS", 67, Dscp, "\"CS0\"", "traffic class: DSCP of sent IPv6 packets")
         .at(ROUTE)
@@ -188,6 +195,7 @@ pub const OPTIONS: &[SocketOption] = &[
         .traits(traits::ONCE),
     settable(L::SOCKET, "SO_BINDTOIFINDEX", 62, Int, "1", "interface to send and receive through, by index")
         .at(DEVICE_FROM_BIRTH)
+        .related(Relation::SameAs("SO_BINDTODEVICE"))
         .since("5.15")
         .range(0, i32::MAX as i64)
         .kept(AsGiven),
@@ -200,6 +208,7 @@ pub const OPTIONS: &[SocketOption] = &[
     settable(L::SOCKET, "SO_RCVBUF", 8, Bytes, "\"64KiB\"", "receive buffer; turns off its tuning")
         .reads(read_back::DOUBLED)
         .range(0, (i32::MAX / 2) as i64)
+        .negotiated("the scale of the window has been agreed on")
         .kept(member("sock", "sk_rcvbuf")),
     settable(L::SOCKET, "SO_KEEPALIVE", 9, Bool, "true", "probe idle connections"),
     settable(L::SOCKET, "SO_RCVLOWAT", 18, Bytes, "1", "bytes that make a socket readable")
@@ -224,6 +233,7 @@ pub const OPTIONS: &[SocketOption] = &[
     settable(L::TCP, "TCP_MAXSEG", 2, Bytes, "536", "maximum segment size")
         .since("6.1")
         .reads(read_back::NONE)
+        .negotiated("the peer has been told the segment size")
         .range(88, 32767),
     settable(L::TCP, "TCP_KEEPIDLE", 4, Seconds, "\"60s\"", "idle time before the first keepalive probe")
         .range(1, 32767)

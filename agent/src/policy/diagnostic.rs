@@ -193,6 +193,15 @@ impl Diagnostic {
     }
 }
 
+/// Puts diagnostics in the order of the files' names and of the places in them.
+pub fn sort(diagnostics: &mut [Diagnostic]) {
+    diagnostics.sort_by_key(|diagnostic| {
+        let path = diagnostic.source.as_ref().map(|source| source.path().to_owned());
+        let name = path.as_ref().and_then(|path| path.file_name()).map(ToOwned::to_owned);
+        (name, path, diagnostic.span.as_ref().map(|span| span.start))
+    });
+}
+
 /// Adds `--> file:line:column` and the line.
 fn with_place<'a>(group: Group<'a>, source: &'a Source, path: String, span: &Span) -> Group<'a> {
     let (number, start, line) = source.first_line(span);

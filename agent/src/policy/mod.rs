@@ -7,6 +7,7 @@
 
 pub mod diagnostic;
 pub(crate) mod file;
+pub mod lint;
 pub mod model;
 mod socket;
 pub mod units;
@@ -19,18 +20,20 @@ use std::{
     io::{self, Read as _},
     os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
+    slice,
     sync::Arc,
 };
 
 use nix::errno::Errno;
 
+pub use self::{
+    diagnostic::sort,
+    model::Policy,
+    socket::{End, Socket, TwoFamilies, parse_end},
+};
 use self::{
     diagnostic::{Diagnostic, Problem, Severity, Source, Span, Style, quote},
     validate::Checked,
-};
-pub use self::{
-    model::Policy,
-    socket::{End, Socket, TwoFamilies, parse_end},
 };
 
 /// Policies are small: whatever is larger is something else.
@@ -88,8 +91,10 @@ pub fn render(diagnostics: &[Diagnostic], style: Style) -> String {
 /// All that is wrong with it.
 pub fn parse(path: &Path, text: &str) -> Result<(Policy, Warnings), PolicyErrors> {
     let source = Source::new(path, text.to_owned());
-    let Checked { policy, warnings, name: _ } =
+    let Checked { policy, mut warnings, name: _ } =
         validate::check(&source).map_err(|diagnostics| PolicyErrors { diagnostics })?;
+    warnings.extend(lint::lint(slice::from_ref(&policy)));
+    sort(&mut warnings);
     Ok((policy, warnings))
 }
 
@@ -135,7 +140,12 @@ pub fn load_all(paths: &[PathBuf]) -> Result<(Vec<Policy>, Warnings), PolicyErro
             Err(more) => errors.extend(more),
         }
     }
-    if errors.is_empty() { Ok((policies, warnings)) } else { Err(PolicyErrors { diagnostics: errors }) }
+    if !errors.is_empty() {
+        return Err(PolicyErrors { diagnostics: errors });
+    }
+    warnings.extend(lint::lint(&policies));
+    sort(&mut warnings);
+    Ok((policies, warnings))
 }
 
 fn same_name(source: &Arc<Source>, name: &str, span: Span, first: &Path) -> Diagnostic {

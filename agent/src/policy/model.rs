@@ -3,19 +3,21 @@
 //! Made by [`super::validate`], which is the only place that checks; whoever holds one of these
 //! types need not look again.
 
-use std::{fmt, ops::RangeInclusive, path::PathBuf};
+use std::{fmt, ops::RangeInclusive, path::Path, sync::Arc};
 
 use abi::socket::{direction, family, protocol};
 use ipnet::IpNet;
 
-use super::socket::Socket;
+use super::{
+    diagnostic::{Source, Span},
+    socket::Socket,
+};
 use crate::options::SocketOption;
 
 /// One policy file.
 #[derive(Clone, Debug)]
 pub struct Policy {
-    /// The file, as it was named.
-    pub path: PathBuf,
+    pub source: Arc<Source>,
     pub name: String,
     pub description: Option<String>,
     pub mode: Mode,
@@ -82,6 +84,8 @@ pub struct Rule {
     pub name: String,
     /// Line of `[[rule]]` in the file, counted from 1.
     pub line: usize,
+    /// Where that stands.
+    pub header: Span,
     pub selector: Selector,
     /// One for each option that the rule names, in the order of the file.
     pub clauses: Vec<Clause>,
@@ -196,6 +200,8 @@ pub struct Clause {
     pub option: Named,
     /// Line in the file, counted from 1.
     pub line: usize,
+    /// Where the option's name stands.
+    pub span: Span,
     pub form: Form,
     /// What becomes of an application's call that disagrees. Always `Deny` for [`Form::Deny`].
     pub on_conflict: OnConflict,
@@ -266,6 +272,14 @@ pub enum OnConflict {
 /// An errno that denied calls fail with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Errno(pub u16);
+
+impl Policy {
+    /// The file, as it was named.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.source.path()
+    }
+}
 
 impl Errno {
     pub const EPERM: Self = Self(libc::EPERM as u16);

@@ -7,9 +7,7 @@
 //! found in one go.
 
 mod clauses;
-mod marks;
 mod selector;
-mod shadow;
 mod target;
 mod tests;
 mod values;
@@ -19,7 +17,6 @@ use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use abi::RULES_MAX;
 
-use self::shadow::Candidate;
 use super::{
     diagnostic::{Diagnostic, Findings, Problem, Source, Span, quote},
     file::{self, AuditFile, PolicyFile, RuleFile, Text},
@@ -45,7 +42,7 @@ pub(crate) fn check(source: &Arc<Source>) -> Result<Checked, Vec<Diagnostic>> {
     let mut findings = Findings::new(source);
     let checked = file::parse(source.text(), &mut findings).map(|file| {
         let name = file.name.as_ref().map_or(TOP, Text::span);
-        (validate(&file, source.path(), &mut findings), name)
+        (validate(&file, source, &mut findings), name)
     });
     let valid = findings.errors() == 0;
     let found = findings.into_sorted();
@@ -56,22 +53,18 @@ pub(crate) fn check(source: &Arc<Source>) -> Result<Checked, Vec<Diagnostic>> {
 }
 
 /// A policy that holds what is valid in the file: all of it where nothing was noted.
-fn validate(file: &PolicyFile<'_>, path: &Path, findings: &mut Findings) -> Policy {
+fn validate(file: &PolicyFile<'_>, source: &Arc<Source>, findings: &mut Findings) -> Policy {
     let shape_is_right = findings.errors() == 0;
     let PolicyFile { name, description, mode, cgroup, audit, rules: rule_files, tests } = file;
-    let candidates = rules(rule_files, findings);
-    if findings.errors() == 0 {
-        shadow::warn(&candidates, findings);
-        marks::warn(&candidates, findings);
-    }
+    let rules = rules(rule_files, findings);
     let policy = Policy {
-        path: path.to_owned(),
-        name: policy_name(name.as_ref(), path, findings),
+        source: Arc::clone(source),
+        name: policy_name(name.as_ref(), source.path(), findings),
         description: description.as_ref().map(|text| text.get_ref().clone().into_owned()),
         mode: mode.as_ref().and_then(|word| findings.ok(words::pick("mode", word, words::MODES))).unwrap_or_default(),
         target: target::target(cgroup.as_ref(), findings),
         audit: audit_of(audit, findings),
-        rules: candidates.into_iter().map(rule_of).collect(),
+        rules,
         tests: tests::tests(tests, findings),
     };
     if shape_is_right && rule_files.is_empty() {
@@ -133,7 +126,7 @@ fn refuse_idleness(audit: &AuditFile<'_>, calls: Calls, findings: &mut Findings)
     );
 }
 
-fn rules(files: &[RuleFile<'_>], findings: &mut Findings) -> Vec<Candidate> {
+fn rules(files: &[RuleFile<'_>], findings: &mut Findings) -> Vec<Rule> {
     if let Some(first_too_many) = files.get(RULES_MAX) {
         findings.error(
             Problem::new(format!("this policy has {} rules; it can have {RULES_MAX} at the most", files.len()))
@@ -142,7 +135,7 @@ fn rules(files: &[RuleFile<'_>], findings: &mut Findings) -> Vec<Candidate> {
         );
     }
     let mut lines_by_name = BTreeMap::new();
-    let mut candidates = Vec::new();
+    let mut rules = Vec::new();
     for (at, file) in files.iter().enumerate() {
         let line = findings.line(&file.header);
         let name = rule_name(file, at, findings);
@@ -153,7 +146,7 @@ fn rules(files: &[RuleFile<'_>], findings: &mut Findings) -> Vec<Candidate> {
                     .at(file.name.as_ref().map_or_else(|| file.header.clone(), Text::span)),
             );
         }
-        candidates.push(Candidate {
+        rules.push(Rule {
             name,
             line,
             header: file.header.clone(),
@@ -161,7 +154,7 @@ fn rules(files: &[RuleFile<'_>], findings: &mut Findings) -> Vec<Candidate> {
             clauses: clauses::clauses(file, findings),
         });
     }
-    candidates
+    rules
 }
 
 fn rule_name(file: &RuleFile<'_>, at: usize, findings: &mut Findings) -> String {
@@ -175,9 +168,4 @@ fn rule_name(file: &RuleFile<'_>, at: usize, findings: &mut Findings) -> String 
         );
     }
     name.to_owned()
-}
-
-fn rule_of(candidate: Candidate) -> Rule {
-    let Candidate { name, line, header: _, selector, clauses } = candidate;
-    Rule { name, line, selector, clauses: clauses.into_iter().map(|placed| placed.clause).collect() }
 }

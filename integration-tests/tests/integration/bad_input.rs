@@ -151,10 +151,11 @@ fn congestion_control_that_is_not_loaded_is_refused() {
 
 #[test]
 fn more_rules_than_a_policy_can_hold_are_refused() {
-    let rules = |count: usize| -> String {
+    let rules_from = |first: usize, count: usize| -> String {
         let rule = |port| format!("[[rule]]\nmatch = {{ local_port = {port} }}\nset = {{ TCP_NODELAY = true }}\n");
-        (1..=count).map(rule).collect()
+        (first..first + count).map(rule).collect()
     };
+    let rules = |count| rules_from(1, count);
     let policy = PolicyFile::new(rules(65));
     let path = policy.path().to_str().unwrap();
     let error = format!(
@@ -163,7 +164,7 @@ fn more_rules_than_a_policy_can_hold_are_refused() {
     );
     both_fail(path, &error);
     // Two files that are too large together only.
-    let (one, other) = (PolicyFile::named("a.toml", rules(60)), PolicyFile::named("b.toml", rules(5)));
+    let (one, other) = (PolicyFile::named("a.toml", rules(60)), PolicyFile::named("b.toml", rules_from(100, 5)));
     let [one, other] = [&one, &other].map(|policy| policy.path().to_str().unwrap());
     let error = "error: the policies a, b have 65 rules together, but those that cover one cgroup can have 64\n  help: put them on \
                  different targets, or merge rules that match the same sockets\n";

@@ -27,9 +27,9 @@ fn everything() -> PolicyFile {
 }
 
 fn gaps_in(report: &Report) -> (BTreeSet<String>, BTreeSet<String>) {
-    let (at_hooks, everywhere): (Vec<_>, Vec<_>) = report.gaps.iter().partition(|gap| gap.hook.is_some());
+    let (at_hooks, everywhere): (Vec<_>, Vec<_>) = report.gaps.iter().partition(|gap| !gap.hooks.is_empty());
     let options = everywhere.into_iter().flat_map(|gap| gap.options.clone()).collect();
-    (at_hooks.into_iter().filter_map(|gap| gap.hook.clone()).collect(), options)
+    (at_hooks.into_iter().flat_map(|gap| gap.hooks.clone()).collect(), options)
 }
 
 #[test]
@@ -59,12 +59,38 @@ fn policy_with_gaps_is_refused_with_their_names_unless_it_is_a_dry_run() {
     let said = stderr(&output);
     assert!(said.starts_with("error: this kernel cannot do all that the policies say:\n"), "{said}");
     for gap in &report.gaps {
-        let place = gap.hook.as_ref().map_or_else(String::new, |hook| format!(" at {hook}"));
+        let place = if gap.hooks.is_empty() { String::new() } else { format!(" at {}", gap.hooks.join(", ")) };
         let line = format!("\n  {}{place}: {} ({})\n", gap.options.join(", "), gap.reason, gap.remedy);
         assert!(said.contains(&line), "{line} in {said}");
     }
     let dry = Exec::with(&policy, &["--dry-run"]).finish();
     assert_eq!(dry.gaps, report.gaps, "told all the same");
+}
+
+/// `check --kernel` goes by versions alone, and so knows this kernel too.
+#[test]
+fn table_of_kernels_says_of_this_one_what_was_tried() {
+    let kernel = Kernel::current();
+    let policy = everything();
+    let path = policy.path().to_str().unwrap();
+    let output = agent::output(&["check", "-o", "json", "--kernel", &kernel.release, path]);
+    let said = String::from_utf8(output.stdout).unwrap();
+    let messages: Vec<String> = said
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap())
+        .filter(|line| line["severity"] == "error")
+        .map(|line| line["message"].as_str().unwrap().to_owned())
+        .collect();
+    for names in [&kernel.known.options, &kernel.known.hooks] {
+        for name in names {
+            let is_missing = messages.iter().any(|message| {
+                message.contains(&format!("does not let programs set {name}:"))
+                    || message.split(" at ").nth(1).is_some_and(|hooks| hooks.contains(name.as_str()))
+            });
+            assert_eq!(is_missing, !kernel.has(name), "{name} on {}: {messages:#?}", kernel.release);
+        }
+    }
+    assert_eq!(output.status.code(), Some(i32::from(!messages.is_empty())));
 }
 
 /// One that no kernel has.

@@ -12,7 +12,7 @@ use sockpolicy_integration_tests::{
 use crate::{stderr, stdout};
 
 fn some_policy() -> PolicyFile {
-    PolicyFile::new("[[rule]]\nset = { TCP_NODELAY = true }\n")
+    PolicyFile::new("[[rule]]\nmatch = { protocol = \"tcp\" }\nset = { TCP_SYNCNT = 3 }\n")
 }
 
 #[test]

@@ -8,18 +8,12 @@ use super::{values, words};
 use crate::{
     options::{self, Class, OPTIONS, SocketOption, ValueKind},
     policy::{
-        diagnostic::{Findings, Problem, Span, nearest, quote},
+        diagnostic::{Findings, Problem, nearest, quote},
         file::{LimitFile, RuleFile, SettingFile, Text, Value},
         model::{Clause, Errno, Form, Named, OnConflict},
         units,
     },
 };
-
-/// A clause, and where its option stands.
-pub(super) struct Placed {
-    pub(super) clause: Clause,
-    pub(super) span: Span,
-}
 
 /// What holds for the options of a rule that say nothing else.
 struct Defaults {
@@ -28,27 +22,27 @@ struct Defaults {
 }
 
 /// Every option that the rule names, in the order of the file.
-pub(super) fn clauses(rule: &RuleFile<'_>, findings: &mut Findings) -> Vec<Placed> {
+pub(super) fn clauses(rule: &RuleFile<'_>, findings: &mut Findings) -> Vec<Clause> {
     let before = findings.errors();
     let defaults = Defaults {
         on_conflict: on_conflict(rule.on_conflict.as_ref(), findings).unwrap_or_default(),
         errno: rule.errno.as_ref().and_then(|errno| findings.ok(words::errno(errno))),
     };
-    let mut placed = Vec::new();
-    placed.extend(rule.set.iter().filter_map(|setting| set(setting, &defaults, findings)));
-    placed.extend(rule.limit.iter().filter_map(|limit| limited(limit, &defaults, findings)));
-    placed.extend(rule.deny.iter().filter_map(|option| denied(option, &defaults, findings)));
-    placed.sort_by_key(|placed| placed.span.start);
-    refuse_doubles(&placed, findings);
+    let mut clauses = Vec::new();
+    clauses.extend(rule.set.iter().filter_map(|setting| set(setting, &defaults, findings)));
+    clauses.extend(rule.limit.iter().filter_map(|limit| limited(limit, &defaults, findings)));
+    clauses.extend(rule.deny.iter().filter_map(|option| denied(option, &defaults, findings)));
+    clauses.sort_by_key(|clause: &Clause| clause.span.start);
+    refuse_doubles(&clauses, findings);
     // Where something is wrong, that may have been what the errno was for.
     if rule.complete && findings.errors() == before {
-        refuse_idle_errno(rule, &placed, findings);
-        refuse_emptiness(rule, &placed, findings);
+        refuse_idle_errno(rule, &clauses, findings);
+        refuse_emptiness(rule, &clauses, findings);
     }
-    placed
+    clauses
 }
 
-fn set(file: &SettingFile<'_>, defaults: &Defaults, findings: &mut Findings) -> Option<Placed> {
+fn set(file: &SettingFile<'_>, defaults: &Defaults, findings: &mut Findings) -> Option<Clause> {
     let SettingFile { option, value, on_conflict: own_action, errno } = file;
     let action = on_conflict(own_action.as_ref(), findings).unwrap_or(defaults.on_conflict);
     let errno = own_errno(errno.as_ref(), action, defaults, findings);
@@ -77,7 +71,7 @@ fn how_to_guard(option: &SocketOption) -> String {
     )
 }
 
-fn limited(file: &LimitFile<'_>, defaults: &Defaults, findings: &mut Findings) -> Option<Placed> {
+fn limited(file: &LimitFile<'_>, defaults: &Defaults, findings: &mut Findings) -> Option<Clause> {
     let LimitFile { option, min, max, on_conflict: own_action, errno } = file;
     let action = on_conflict(own_action.as_ref(), findings).unwrap_or(defaults.on_conflict);
     let errno = own_errno(errno.as_ref(), action, defaults, findings);
@@ -121,7 +115,7 @@ fn no_bounds(option: &SocketOption) -> Problem {
     }
 }
 
-fn denied(option: &Text<'_>, defaults: &Defaults, findings: &mut Findings) -> Option<Placed> {
+fn denied(option: &Text<'_>, defaults: &Defaults, findings: &mut Findings) -> Option<Clause> {
     let named = findings.ok(option_named(option))?;
     let errno = defaults.errno.unwrap_or_default();
     Some(place(option, named, Form::Deny, OnConflict::Deny, errno, findings))
@@ -142,9 +136,9 @@ fn place(
     on_conflict: OnConflict,
     errno: Errno,
     findings: &Findings,
-) -> Placed {
+) -> Clause {
     let span = name.span();
-    Placed { clause: Clause { option, line: findings.line(&span), form, on_conflict, errno }, span }
+    Clause { option, line: findings.line(&span), span, form, on_conflict, errno }
 }
 
 fn on_conflict(word: Option<&Text<'_>>, findings: &mut Findings) -> Option<OnConflict> {
@@ -173,15 +167,15 @@ fn idle_errno(value: &Value<'_>) -> Problem {
         .at(value.span())
 }
 
-fn refuse_idle_errno(rule: &RuleFile<'_>, placed: &[Placed], findings: &mut Findings) {
-    let denies = placed.iter().any(|placed| placed.clause.on_conflict == OnConflict::Deny);
+fn refuse_idle_errno(rule: &RuleFile<'_>, clauses: &[Clause], findings: &mut Findings) {
+    let denies = clauses.iter().any(|clause| clause.on_conflict == OnConflict::Deny);
     if let Some(errno) = rule.errno.as_ref().filter(|_| !denies) {
         findings.error(idle_errno(errno));
     }
 }
 
-fn refuse_emptiness(rule: &RuleFile<'_>, placed: &[Placed], findings: &mut Findings) {
-    if placed.is_empty() {
+fn refuse_emptiness(rule: &RuleFile<'_>, clauses: &[Clause], findings: &mut Findings) {
+    if clauses.is_empty() {
         findings.error(
             Problem::new("this rule names no option, so it does nothing")
                 .help("add set = { TCP_NODELAY = true }, say, or remove the rule")
@@ -190,11 +184,11 @@ fn refuse_emptiness(rule: &RuleFile<'_>, placed: &[Placed], findings: &mut Findi
     }
 }
 
-fn refuse_doubles(placed: &[Placed], findings: &mut Findings) {
+fn refuse_doubles(clauses: &[Clause], findings: &mut Findings) {
     let mut lines_by_key = BTreeMap::new();
-    for second in placed {
-        let option = second.clause.option;
-        let Some(first) = lines_by_key.insert(option.key(), second.clause.line) else { continue };
+    for second in clauses {
+        let option = second.option;
+        let Some(first) = lines_by_key.insert(option.key(), second.line) else { continue };
         findings.error(
             Problem::new(format!("this rule names {option} twice: the first time on line {first}"))
                 .help("leave one of the two out, or make a rule of its own for it")

@@ -44,10 +44,7 @@ fn expected(file: &TestFile<'_>, findings: &mut Findings) -> Vec<Expected> {
     }
     let mut expected: Vec<Expected> = clauses::clauses(&file.expected, findings)
         .into_iter()
-        .map(|placed| {
-            let clause = placed.clause;
-            Expected { option: clause.option, line: clause.line, form: Some(clause.form) }
-        })
+        .map(|clause| Expected { option: clause.option, line: clause.line, form: Some(clause.form) })
         .collect();
     for name in &file.free {
         if let Some(option) = findings.ok(clauses::option_named(name)) {

@@ -2,12 +2,12 @@
 //!
 //! Only bits that a policy sets are looked at: a bit that it keeps at 0 is what others expect of a new socket.
 
-use super::{clauses::Placed, shadow::Candidate};
+use super::{clauses, warning};
 use crate::{
     options::ValueKind,
     policy::{
-        diagnostic::{Findings, Problem},
-        model::{Form, Named, Wanted},
+        diagnostic::{Diagnostic, Problem},
+        model::{Clause, Form, Named, Policy, Wanted},
         units,
     },
 };
@@ -26,28 +26,23 @@ const USERS: &[(&str, u32)] = &[
 /// Marks that are taken as a whole.
 const WHOLE: &[(&str, u32)] = &[("Istio", 0x1337), ("Istio", 1337), ("AWS App Mesh", 0x1e77_00ce)];
 
-pub(super) fn warn(rules: &[Candidate], findings: &mut Findings) {
-    for placed in rules.iter().flat_map(|rule| &rule.clauses) {
-        if let (Named::Known(option), Form::Set(Wanted::Number { value, mask })) =
-            (placed.clause.option, &placed.clause.form)
-            && option.value == ValueKind::Mark
-        {
-            warn_of_users(placed, *value, *mask, findings);
+pub(super) fn lint(policy: &Policy) -> Vec<Diagnostic> {
+    let problem = |clause: &Clause| match (clause.option, &clause.form) {
+        (Named::Known(option), Form::Set(Wanted::Number { value, mask })) if option.value == ValueKind::Mark => {
+            shared_bits(*value, *mask)
         }
-    }
+        _ => None,
+    };
+    clauses(policy).filter_map(|(_, clause)| Some(warning(policy, problem(clause)?.at(clause.span.clone())))).collect()
 }
 
-fn warn_of_users(placed: &Placed, value: u32, mask: u32, findings: &mut Findings) {
+fn shared_bits(value: u32, mask: u32) -> Option<Problem> {
     let shown = |bits: u32| units::show_literal(ValueKind::Mark, bits.into());
     let whole = WHOLE.iter().filter(|(_, mark)| mask == u32::MAX && *mark == value).map(|(user, _)| (*user, value));
     let bits = USERS.iter().filter(|(_, bits)| bits & value != 0).map(|(user, bits)| (*user, bits & value));
     let used: Vec<String> = whole.chain(bits).map(|(user, bits)| format!("{user} ({})", shown(bits))).collect();
-    if used.is_empty() {
-        return;
-    }
-    findings.warning(
+    (!used.is_empty()).then(|| {
         Problem::new(format!("this mark has bits that others use: {}", used.join(", ")))
             .help("where they run on this host, take bits of your own, such as \"0x20/0x20\"")
-            .at(placed.span.clone()),
-    );
+    })
 }

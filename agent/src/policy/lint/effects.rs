@@ -1,0 +1,132 @@
+//! Warnings about settings that undo each other, and settings that come too late.
+//!
+//! What undoes what stands in the option table; when an option is set, too.
+
+use abi::site;
+
+use super::{clauses, warning};
+use crate::{
+    compile::may_pass,
+    options::{Relation, SocketOption, by_name},
+    policy::{
+        diagnostic::{Diagnostic, Problem},
+        model::{Clause, Direction, Family, Form, Named, Policy, Protocol, Rule, Selector},
+    },
+};
+
+pub(super) fn lint(policy: &Policy) -> Vec<Diagnostic> {
+    settings(policy)
+        .flat_map(|(rule, clause, option)| {
+            let problems = [twice(rule, clause, option), too_late(rule, option)];
+            problems.into_iter().flatten().map(|problem| warning(policy, problem.at(clause.span.clone())))
+        })
+        .collect()
+}
+
+pub(super) fn caveats(policy: &Policy) -> Vec<Diagnostic> {
+    settings(policy)
+        .filter_map(|(rule, clause, option)| {
+            Some(warning(policy, reset(policy, rule, option)?.at(clause.span.clone())))
+        })
+        .collect()
+}
+
+/// Each option that a rule sets.
+fn settings(policy: &Policy) -> impl Iterator<Item = (&Rule, &Clause, &'static SocketOption)> {
+    clauses(policy).filter_map(|(rule, clause)| match (clause.option, &clause.form) {
+        (Named::Known(option), Form::Set(_)) => Some((rule, clause, option)),
+        _ => None,
+    })
+}
+
+/// An option that an application's call on another one resets, which no rule names.
+fn reset(policy: &Policy, rule: &Rule, option: &SocketOption) -> Option<Problem> {
+    let other = crate::options::OPTIONS.iter().find(|other| other.relation == Some(Relation::Resets(option.name)))?;
+    let is_named = clauses(policy).any(|(_, clause)| clause.option == Named::Known(other));
+    if is_named || rule.selector.family == Some(Family::Ipv6) {
+        return None;
+    }
+    let (one, other) = (option.name, other.name);
+    Some(
+        Problem::new(format!("an application that sets {other} gives {one} another value, and no rule names {other}"))
+            .help(format!("set {other} too, or keep applications from it: deny = [\"{other}\"]")),
+    )
+}
+
+/// Two options that are one to the kernel.
+fn twice(rule: &Rule, clause: &Clause, option: &SocketOption) -> Option<Problem> {
+    let Some(Relation::SameAs(name)) = option.relation else { return None };
+    let other = by_name(name)?;
+    let is_other = |placed: &&Clause| placed.option == Named::Known(other) && matches!(placed.form, Form::Set(_));
+    let line = rule.clauses.iter().find(is_other)?.line;
+    let own = clause.line;
+    let where_else = if line == own { String::new() } else { format!(" on line {line}") };
+    Some(
+        Problem::new(format!(
+            "{} is the same to the kernel as {name}, which this rule sets too{where_else}",
+            option.name
+        ))
+        .help("leave one of the two out: the last one that is set wins"),
+    )
+}
+
+/// An option that is never set by a rule: no socket of the rule comes by where it takes effect, or too little is known of it
+/// there.
+fn too_late(rule: &Rule, option: &SocketOption) -> Option<Problem> {
+    let sites = option.settable()?.sites;
+    let selector = &rule.selector;
+    let sites: Vec<u32> =
+        (0..site::COUNT as u32).filter(|site| sites.contains(*site) && may_pass(&selector.protocols, *site)).collect();
+    let passed: Vec<u32> = sites.iter().copied().filter(|site| goes_by(selector.direction, *site)).collect();
+    let asks_peer = asks_peer(selector);
+    if let (Some(direction), true) = (selector.direction, passed.is_empty() && !sites.is_empty()) {
+        return Some(
+            Problem::new(format!(
+                "{} has no effect on {direction} sockets, and this rule matches no others",
+                option.name
+            ))
+            .help(format!("change `direction`, or leave {} out", option.name)),
+        );
+    }
+    if !passed.is_empty() && !passed.iter().any(|site| is_sure(selector, *site)) {
+        let (what, key) = if asks_peer { ("who its peer is", "remote") } else { ("which way it goes", "direction") };
+        return Some(
+            Problem::new(format!(
+                "{} is never set by this rule: it takes effect before it is known of a socket {what}",
+                option.name
+            ))
+            .help(format!("set it by a rule that does not ask for `{key}`")),
+        );
+    }
+    let negotiated = option.negotiated?;
+    let accepts = rule.selector.direction != Some(Direction::Outbound);
+    let is_tcp = rule.selector.protocols.is_empty() || rule.selector.protocols.contains(&Protocol::Tcp);
+    (asks_peer && accepts && is_tcp).then(|| {
+        Problem::new(format!(
+            "{} comes too late for accepted connections: their peer is known when {negotiated} already",
+            option.name
+        ))
+        .help("set it by a rule that does not ask for the peer, and so holds for the listener; or add direction = \"outbound\"")
+    })
+}
+
+fn asks_peer(selector: &Selector) -> bool {
+    !(selector.remote.is_empty() && selector.not_remote.is_empty() && selector.remote_ports.is_empty())
+}
+
+/// Whether sockets of this direction, or of either, can come by a site.
+fn goes_by(direction: Option<Direction>, site: u32) -> bool {
+    let only = match site {
+        site::CONNECT_STREAM | site::CONNECT_DATAGRAM | site::SYN | site::ACTIVE => Direction::Outbound,
+        site::PASSIVE | site::LISTEN => Direction::Inbound,
+        _ => return true,
+    };
+    direction.is_none_or(|direction| direction == only)
+}
+
+/// Whether a rule can be sure there that it matches: direction and peer are not known everywhere.
+fn is_sure(selector: &Selector, site: u32) -> bool {
+    let knows_direction = !matches!(site, site::BIRTH | site::BIND_STREAM | site::BIND_DATAGRAM | site::SEND);
+    let knows_peer = knows_direction && site != site::LISTEN;
+    (knows_direction || selector.direction.is_none()) && (knows_peer || !asks_peer(selector))
+}
