@@ -41,7 +41,7 @@ UNIT := --workspace --exclude sockpolicy-integration-tests
 INTEGRATION := --package sockpolicy-integration-tests --test integration
 matrix = $(SUDO) $(CURDIR)/integration-tests/vm/matrix -j $(VM_JOBS) -t $(1) $(foreach kernel,$(2),-k $(kernel)) --
 
-.PHONY: help build demo test unit integration vm-test vm-test-fast lint fmt clean bootstrap debug-build
+.PHONY: help build demo test unit integration vm-test vm-test-fast lint fmt docs clean bootstrap debug-build
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -84,6 +84,10 @@ lint: ## check the format and look for doubtful code
 fmt: ## format the code
 	@cargo fmt --all
 	@cargo fmt --manifest-path $(BPF)
+
+docs: ## write docs/reference.md anew, from the code
+	@cargo run --quiet --package sockpolicy $(CARGO_FLAGS) -- options --output markdown >docs/reference.md.new
+	@mv docs/reference.md.new docs/reference.md
 
 clean: ## remove what was built; the fetched kernels stay
 	@cargo clean

@@ -21,6 +21,7 @@ pub mod host;
 pub mod kernel;
 pub mod options;
 pub mod policy;
+pub mod reference;
 pub mod report;
 pub mod session;
 pub mod trial;

@@ -22,6 +22,7 @@ use sockpolicy::{
         model::{Calls, Direction, Errno, Family, Form, Mode, Named, OnConflict, Protocol, Wanted},
         render,
     },
+    reference::reference,
 };
 
 const EVERYTHING: &str = r#"
@@ -378,12 +379,22 @@ fn each_policy_in_the_documents_loads() {
             let name = format!("{}:{line}.toml", document.display());
             // The name of the block cannot be the name of a policy; that of an example may be left out.
             let named = if block.contains("name = ") { block } else { format!("name = \"example\"\n{block}") };
-            if let Err(errors) = policy::parse(Path::new(&name), &named) {
-                wrong.push_str(&errors.to_string());
+            match policy::parse(Path::new(&name), &named) {
+                Err(errors) => wrong.push_str(&errors.to_string()),
+                Ok((policy, _)) => {
+                    let failed = try_all(&[policy]).unwrap().into_iter().filter(|trial| !trial.passed());
+                    wrong.extend(failed.map(|trial| trial.to_string()));
+                }
             }
         }
     }
     assert!(wrong.is_empty(), "a part of a policy begins with ```toml fragment\n{wrong}");
+}
+
+#[test]
+fn reference_is_what_the_code_says() {
+    let page = fs::read_to_string(root().join("docs/reference.md")).unwrap();
+    assert!(page == reference(), "docs/reference.md is not current: make docs");
 }
 
 /// The policies among the blocks of a Markdown text, and the lines where they begin.

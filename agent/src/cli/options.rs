@@ -8,8 +8,11 @@ use std::{
 use comfy_table::{Table, presets};
 use serde_json::json;
 
-use super::{FAILURE, complain, output::Format, unless_closed};
-use crate::options::{Class, OPTIONS, SocketOption, ValueKind};
+use super::{FAILURE, complain, unless_closed};
+use crate::{
+    options::{Class, OPTIONS, SocketOption, ValueKind},
+    reference::reference,
+};
 
 /// List the socket options that policies can name
 #[derive(Debug, clap::Args)]
@@ -17,9 +20,21 @@ pub(super) struct Options {
     /// Only options whose name contains this
     #[arg(value_name = "NAME")]
     name: Option<String>,
-    /// Form of the list
+    /// Form of the list; markdown: the reference of the language and of all options, whatever NAME is
     #[arg(long, short, value_enum, default_value_t)]
-    output: Format,
+    output: Form,
+}
+
+/// The form of the list.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+enum Form {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+    /// The reference of policies and of all options.
+    Markdown,
 }
 
 impl Options {
@@ -31,8 +46,9 @@ impl Options {
             return FAILURE.into();
         }
         let written = match self.output {
-            Format::Text => writeln!(io::stdout(), "{}", table(&options)),
-            Format::Json => options.iter().try_for_each(|option| writeln!(io::stdout(), "{}", line(option))),
+            Form::Text => writeln!(io::stdout(), "{}", table(&options)),
+            Form::Json => options.iter().try_for_each(|option| writeln!(io::stdout(), "{}", line(option))),
+            Form::Markdown => write!(io::stdout(), "{}", reference()),
         };
         match unless_closed(written) {
             Ok(()) => ExitCode::SUCCESS,

@@ -195,8 +195,8 @@ pub const OPTIONS: &[SocketOption] = &[
         .traits(traits::ONCE),
     settable(L::SOCKET, "SO_BINDTOIFINDEX", 62, Int, "1", "interface to send and receive through, by index")
         .at(DEVICE_FROM_BIRTH)
+        // By bpf_setsockopt from 5.15 on; a field of a socket that is made it was before.
         .related(Relation::SameAs("SO_BINDTODEVICE"))
-        .since("5.15")
         .range(0, i32::MAX as i64)
         .kept(AsGiven),
     settable(L::SOCKET, "SO_REUSEADDR", 2, Bool, "true", "bind although old connections linger").at(BIND).since("6.1"),

@@ -6,7 +6,7 @@
 //! Invariant: a key that is not known is an error, never skipped; and one error does not hide the
 //! others, except that a file that is not TOML has one for each line and says nothing more.
 
-mod keys;
+pub(super) mod keys;
 
 use std::borrow::Cow;
 

@@ -12,6 +12,7 @@ pub mod model;
 mod socket;
 pub mod units;
 pub mod validate;
+pub(crate) mod words;
 
 use std::{
     collections::BTreeMap,

@@ -11,7 +11,6 @@ mod selector;
 mod target;
 mod tests;
 mod values;
-mod words;
 
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
@@ -21,6 +20,7 @@ use super::{
     diagnostic::{Diagnostic, Findings, Problem, Source, Span, quote},
     file::{self, AuditFile, PolicyFile, RuleFile, Text},
     model::{Audit, Calls, Policy, Rule},
+    words,
 };
 
 /// Where the keys of the file itself stand, or would.

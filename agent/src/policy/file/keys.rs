@@ -8,7 +8,7 @@ use crate::{
 
 /// A table with keys of its own.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(crate) struct Place {
     /// After "in", for people; empty for the top of the file.
     name: &'static str,
     keys: &'static [&'static str],
@@ -25,10 +25,16 @@ pub(super) const MATCH: Place = Place {
     keys: &["protocol", "family", "direction", "local", "remote", "not_remote", "local_port", "remote_port"],
 };
 pub(super) const TEST: Place = Place { name: "[[test]]", keys: &["name", "socket", "set", "limit", "deny", "free"] };
-pub(super) const SOCKET: Place =
+pub(crate) const SOCKET: Place =
     Place { name: "`socket`", keys: &["protocol", "family", "direction", "local", "remote", "cgroup"] };
 pub(super) const SETTING: Place = Place { name: "a setting", keys: &["value", "on_conflict", "errno"] };
 pub(super) const LIMIT: Place = Place { name: "a limit", keys: &["min", "max", "on_conflict", "errno"] };
+
+impl Place {
+    pub(crate) fn keys(&self) -> &'static [&'static str] {
+        self.keys
+    }
+}
 
 /// An error that says what to do with the key instead.
 pub(super) fn unknown_key(key: &Text<'_>, place: &Place) -> Problem {

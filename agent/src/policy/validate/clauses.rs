@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 
 use abi::setting::OptionKey;
 
-use super::{values, words};
+use super::values;
 use crate::{
     options::{self, Class, OPTIONS, SocketOption, ValueKind},
     policy::{
         diagnostic::{Findings, Problem, nearest, quote},
         file::{LimitFile, RuleFile, SettingFile, Text, Value},
         model::{Clause, Errno, Form, Named, OnConflict},
-        units,
+        units, words,
     },
 };
 

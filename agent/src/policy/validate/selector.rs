@@ -10,11 +10,12 @@ use std::{
 use ipnet::{IpNet, Ipv4Net};
 use toml::de::DeValue;
 
-use super::{values::integer_in, words};
+use super::values::integer_in;
 use crate::policy::{
     diagnostic::{Findings, Problem, quote},
     file::{List, SelectorFile, Text, Value, type_of},
     model::{Direction, Family, Protocol, Selector},
+    words,
 };
 
 pub(super) fn selector(file: &SelectorFile<'_>, findings: &mut Findings) -> Selector {

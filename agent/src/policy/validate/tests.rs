@@ -2,12 +2,13 @@
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
-use super::{clauses, target, words};
+use super::{clauses, target};
 use crate::policy::{
     diagnostic::{Findings, Problem, quote},
     file::{SocketFile, TestFile, Text},
     model::{Direction, Expected, Family, Named, Protocol, Test},
     socket::{End, Socket, parse_end},
+    words,
 };
 
 pub(super) fn tests(files: &[TestFile<'_>], findings: &mut Findings) -> Vec<Test> {

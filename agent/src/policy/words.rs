@@ -4,21 +4,31 @@ use nix::errno::Errno as Known;
 
 use crate::policy::{
     diagnostic::{Problem, list_of, nearest, quote},
-    file::{Text, Value, type_of},
+    file::{Text, Value, keys, type_of},
     model::{Calls, Errno, Mode, OnConflict},
 };
 
-pub(super) const MODES: &[(&str, Mode)] = &[(Mode::Enforce.name(), Mode::Enforce), (Mode::DryRun.name(), Mode::DryRun)];
+pub(crate) const MODES: &[(&str, Mode)] = &[(Mode::Enforce.name(), Mode::Enforce), (Mode::DryRun.name(), Mode::DryRun)];
 
-pub(super) const CALLS: &[(&str, Calls)] =
+pub(crate) const CALLS: &[(&str, Calls)] =
     &[("conflicts", Calls::Conflicts), ("governed", Calls::Governed), ("all", Calls::All)];
 
-pub(super) const ON_CONFLICT: &[(&str, OnConflict)] = &[
+pub(crate) const ON_CONFLICT: &[(&str, OnConflict)] = &[
     ("rewrite", OnConflict::Rewrite),
     ("ignore", OnConflict::Ignore),
     ("deny", OnConflict::Deny),
     ("allow", OnConflict::Allow),
 ];
+
+/// The words of a choice, as they are written.
+pub(crate) fn of<T>(choice: &[(&str, T)]) -> String {
+    list_of(&choice.iter().map(|(name, _)| (*name).to_owned()).collect::<Vec<_>>(), "or")
+}
+
+/// The keys of a socket in a `[[test]]`.
+pub(crate) fn socket_keys() -> String {
+    keys::SOCKET.keys().iter().map(|key| format!("`{key}`")).collect::<Vec<_>>().join(", ")
+}
 
 /// Other names that errno.h has for the same numbers.
 const SYNONYMS: &[(&str, Known)] =
@@ -28,7 +38,7 @@ const SYNONYMS: &[(&str, Known)] =
 const ERRNO_MAX: i32 = 133;
 
 /// What the word stands for.
-pub(super) fn pick<T: Copy>(key: &str, word: &Text<'_>, choice: &[(&str, T)]) -> Result<T, Problem> {
+pub(crate) fn pick<T: Copy>(key: &str, word: &Text<'_>, choice: &[(&str, T)]) -> Result<T, Problem> {
     let text = word.get_ref().as_ref();
     if let Some((_, meaning)) = choice.iter().find(|(name, _)| *name == text) {
         return Ok(*meaning);
@@ -45,7 +55,7 @@ pub(super) fn pick<T: Copy>(key: &str, word: &Text<'_>, choice: &[(&str, T)]) ->
 }
 
 /// An errno by its name.
-pub(super) fn errno(value: &Value<'_>) -> Result<Errno, Problem> {
+pub(crate) fn errno(value: &Value<'_>) -> Result<Errno, Problem> {
     let problem = |message: String| Problem::new(message).at(value.span());
     let number = |known: Known| u16::try_from(known as i32).ok().map(Errno);
     if let Some(name) = value.get_ref().as_str() {

@@ -1,0 +1,139 @@
+//! The reference of the language and of every option, as Markdown: docs/reference.md.
+//!
+//! What the code knows is not written down again: words, kinds of values and all facts about options come from where they are
+//! defined. A test holds the file against this.
+
+use std::fmt::Write as _;
+
+use abi::site;
+
+use crate::{
+    options::{Class, Level, OPTIONS, Relation, SocketOption, ValueKind},
+    policy::{
+        model::{Direction, Family, Protocol},
+        units, words,
+    },
+};
+
+const LANGUAGE: &str = include_str!("language.md");
+
+/// The whole page.
+#[must_use]
+pub fn reference() -> String {
+    let mut page = language();
+    page.push_str(
+        "\n## Options that can be set\n\nIn the order in which they are applied. *Since* is the first kernel that is known to let \
+         programs set the option; what this one can do `sockpolicy doctor` tries.\n",
+    );
+    for option in OPTIONS.iter().filter(|option| option.settable().is_some()) {
+        describe(&mut page, option);
+    }
+    page.push_str("\n## Options that can be limited or denied\n\n");
+    table(&mut page, |option| option.class == Class::Guardable);
+    page.push_str("\n## Options that can be denied\n\nApplications can only read them; who tries to set one is refused by the kernel.\n\n");
+    table(&mut page, |option| option.class == Class::ReadOnly);
+    page
+}
+
+fn language() -> String {
+    let settable = OPTIONS.iter().filter(|option| option.settable().is_some()).count();
+    let replaced = [
+        ("{modes}", words::of(words::MODES)),
+        ("{calls}", words::of(words::CALLS)),
+        ("{actions}", words::of(words::ON_CONFLICT)),
+        ("{protocols}", words::of(Protocol::WORDS)),
+        ("{families}", words::of(Family::WORDS)),
+        ("{directions}", words::of(Direction::WORDS)),
+        ("{socket_keys}", words::socket_keys()),
+        ("{settable}", settable.to_string()),
+        ("{kinds}", kinds()),
+    ];
+    replaced.into_iter().fold(LANGUAGE.to_owned(), |text, (mark, words)| text.replace(mark, &words))
+}
+
+/// Each kind of value that an option has, with the options of that kind as examples.
+fn kinds() -> String {
+    let kinds = [
+        ("switch", ValueKind::Bool),
+        ("number", ValueKind::Int),
+        ("time", ValueKind::Seconds),
+        ("size", ValueKind::Bytes),
+        ("rate", ValueKind::Rate),
+        ("code point", ValueKind::Dscp),
+        ("mark", ValueKind::Mark),
+        ("congestion control", ValueKind::CongestionControl),
+        ("device", ValueKind::Device),
+    ];
+    let rows: Vec<_> = kinds.iter().map(|(name, kind)| format!("| {name} | {} |", kind.describe())).collect();
+    rows.join("\n")
+}
+
+fn describe(page: &mut String, option: &SocketOption) {
+    let Some(settable) = option.settable() else { return };
+    let mut line = |text: String| {
+        // Writing to a string does not fail.
+        let _ = writeln!(page, "{text}");
+    };
+    line(format!("\n### {}\n\n{}.\n", option.name, capitalized(option.about)));
+    line(format!("```toml\n[[rule]]\nset = {{ {} = {} }}\n```\n", option.name, option.example));
+    line(format!("- number: {} {}", level(option.level), option.number));
+    line(format!("- value: {}", value(option)));
+    line(format!("- since: {}", settable.since));
+    line(format!("- set: {}", places(option)));
+    if option.can_be_limited() {
+        line("- can be limited".to_owned());
+    }
+    match option.relation {
+        Some(Relation::Resets(other)) => line(format!("- an application that sets it gives {other} another value")),
+        Some(Relation::SameAs(other)) => line(format!("- another name of what {other} sets")),
+        None => {}
+    }
+    if let Some(negotiated) = option.negotiated {
+        line(format!("- by a rule about the peer, too late for accepted connections: {negotiated} by then"));
+    }
+}
+
+fn table(page: &mut String, is_meant: impl Fn(&SocketOption) -> bool) {
+    page.push_str("| option | number | value | what it does |\n| --- | --- | --- | --- |\n");
+    for option in OPTIONS.iter().filter(|option| is_meant(option)) {
+        let number = format!("{} {}", level(option.level), option.number);
+        let about = option.about.replace('|', "\\|");
+        // As above.
+        let _ = writeln!(page, "| {} | {number} | {} | {about} |", option.name, value(option));
+    }
+}
+
+fn level(level: Level) -> String {
+    level.name().map_or_else(|| level.0.to_string(), str::to_owned)
+}
+
+fn value(option: &SocketOption) -> String {
+    if !option.can_be_limited() {
+        return option.value.describe().to_owned();
+    }
+    let [min, max] = [option.range.0, option.range.1].map(|bound| units::show_literal(option.value, bound));
+    format!("{}, from {min} to {max}", option.value.describe())
+}
+
+/// When the option is set, in words.
+fn places(option: &SocketOption) -> String {
+    const WORDS: &[(&[u32], &str)] = &[
+        (&[site::BIRTH], "when a socket is made"),
+        (&[site::BIND_STREAM, site::BIND_DATAGRAM], "at bind"),
+        (&[site::CONNECT_STREAM, site::CONNECT_DATAGRAM], "at connect, before the route is looked up"),
+        (&[site::SEND], "with the first datagram of a socket without a peer"),
+        (&[site::SYN], "before the SYN"),
+        (&[site::ACTIVE], "when a connection that was made is there"),
+        (&[site::LISTEN], "at listen"),
+        (&[site::PASSIVE], "when a connection is accepted"),
+    ];
+    let Some(settable) = option.settable() else { return String::new() };
+    let at = |sites: &[u32]| sites.iter().any(|site| settable.sites.contains(*site));
+    let words: Vec<_> = WORDS.iter().filter(|(sites, _)| at(sites)).map(|(_, words)| *words).collect();
+    words.join("; ")
+}
+
+fn capitalized(text: &str) -> String {
+    let mut characters = text.chars();
+    characters.next().map_or_else(String::new, |first| first.to_uppercase().chain(characters).collect())
+}
