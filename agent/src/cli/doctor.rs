@@ -24,7 +24,7 @@ use crate::{
         cgroup::{CgroupError, Mount},
         privileges,
     },
-    kernel::{self, Answer, Backend, KernelError, Neighbour, Object, Subjects, Tried},
+    kernel::{self, Answer, Backend, KernelError, Neighbour, Object, Probed, ProgramSize, Subjects, Tried},
     options::{OPTIONS, SocketOption},
     session::SessionError,
     trial::{self, TrialError},
@@ -68,6 +68,8 @@ struct Findings {
     hooks: Vec<(Hook, Answer)>,
     backends: Vec<(Backend, Tried)>,
     options: Vec<(&'static SocketOption, Answer)>,
+    /// Our programs, as the kernel took them.
+    programs: Vec<ProgramSize>,
     /// The programs that are attached to cgroups already.
     neighbours: Vec<Neighbour>,
 }
@@ -97,9 +99,10 @@ fn examine() -> Result<Findings, DoctorError> {
     kernel::check_privileges()?;
     let mount = Mount::find()?;
     let enclosure = Enclosure::make(&mount, "-doctor")?;
-    let hooks = kernel::hooks(&enclosure.cgroup)?;
+    let Probed { answers: hooks, mut programs } = kernel::hooks(&enclosure.cgroup)?;
     enclosure.remove()?;
-    let backends = kernel::audit_backends()?;
+    let Probed { answers: backends, programs: of_audit } = kernel::audit_backends()?;
+    programs.extend(of_audit);
     let options = try_options(&mount)?;
     let neighbours = kernel::neighbours(&mount).map_err(DoctorError::Neighbours)?;
     Ok(Findings {
@@ -109,6 +112,7 @@ fn examine() -> Result<Findings, DoctorError> {
         hooks,
         backends,
         options,
+        programs,
         neighbours,
     })
 }
@@ -125,7 +129,7 @@ fn try_options(mount: &Mount) -> Result<Vec<(&'static SocketOption, Answer)>, Do
 
 impl Findings {
     fn write_text(&self, out: &mut impl Write) -> io::Result<()> {
-        let Self { kernel, cgroup2, btf, hooks, backends, options, neighbours } = self;
+        let Self { kernel, cgroup2, btf, hooks, backends, options, neighbours, programs: _ } = self;
         writeln!(out, "kernel {kernel}, cgroup2 at {cgroup2}, {}", if btf.is_ok() { "BTF" } else { "no BTF" })?;
         let mut table = Table::new();
         table.load_preset(presets::NOTHING).set_header(["", "works", "why not", "since"]);
@@ -159,7 +163,7 @@ impl Findings {
     }
 
     fn write_json(&self, out: &mut impl Write) -> io::Result<()> {
-        let Self { kernel, cgroup2, btf, hooks, backends, options, neighbours } = self;
+        let Self { kernel, cgroup2, btf, hooks, backends, options, programs, neighbours } = self;
         let missing = privileges::missing_capabilities();
         let answer = json!({
             "schema": crate::events::SCHEMA,
@@ -170,6 +174,7 @@ impl Findings {
             "hooks": hooks.iter().map(|(hook, answer)| line(hook.name(), answer)).collect::<Vec<_>>(),
             "audit": backends.iter().map(|(backend, found)| backend_line(*backend, found)).collect::<Vec<_>>(),
             "options": options.iter().map(|(option, answer)| line(option.name, answer)).collect::<Vec<_>>(),
+            "programs": programs.iter().map(program_line).collect::<Vec<_>>(),
             "attached": neighbours.iter().map(Neighbour::to_json).collect::<Vec<_>>(),
         });
         writeln!(out, "{answer}")
@@ -205,6 +210,10 @@ fn row(name: &str, answer: &Answer, since: &str) -> [String; 4] {
     // Who has it need not know since when it is there.
     let since = if *answer == Answer::Yes { "" } else { since };
     [name, word, reason, since].map(str::to_owned)
+}
+
+fn program_line(program: &ProgramSize) -> serde_json::Value {
+    json!({ "name": program.name, "verified_instructions": program.verified })
 }
 
 fn line(name: &str, answer: &Answer) -> serde_json::Value {

@@ -21,8 +21,8 @@ pub use self::{
     audit::{Audit, Backend, BackendChoice, Tried, candidates},
     error::KernelError,
     neighbours::{Neighbour, Turn, neighbours, overruling},
-    object::{Object, Record},
-    probe::{Answer, audit_backends, hooks},
+    object::{Object, ProgramSize, Record},
+    probe::{Answer, Probed, audit_backends, hooks},
 };
 
 use crate::host::{cgroup::Cgroup, privileges};

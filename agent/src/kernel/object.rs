@@ -111,13 +111,7 @@ impl Object {
         let _memlock = Memlock::raise();
         let knowledge = Knowledge::gather();
         let abilities = Abilities::find();
-        let globals = [
-            ("CAN_GET", abilities.get),
-            ("CAN_SET_RETVAL", abilities.set_retval),
-            ("CAN_SEE_TASK", abilities.see_task),
-            ("TIMING", desired.audit.timing),
-        ]
-        .map(|(name, value)| (name, u8::from(value)));
+        let globals = globals(abilities, desired.audit.timing);
         let mut loader = knowledge.loader();
         loader.verifier_log_level(VerifierLogLevel::DEBUG);
         for (name, value) in &globals {
@@ -387,6 +381,17 @@ impl AsRawFd for Object {
     }
 }
 
+/// What the programs are told as constants, beside what [`Knowledge`] has.
+fn globals(abilities: Abilities, timing: bool) -> [(&'static str, u8); 4] {
+    [
+        ("CAN_GET", abilities.get),
+        ("CAN_SET_RETVAL", abilities.set_retval),
+        ("CAN_SEE_TASK", abilities.see_task),
+        ("TIMING", timing),
+    ]
+    .map(|(name, value)| (name, u8::from(value)))
+}
+
 /// What is in force is told by the maps; this says that it is.
 fn config(desired: &Desired) -> Config {
     Config { in_force: 1, options: desired.options.len() as u32, ..Config::default() }
@@ -486,7 +491,29 @@ pub(super) fn attach_program(program: &mut Program, target: &Cgroup) -> Result<L
     }
 }
 
-/// The object without a policy, for probing.
+/// A program that the kernel has taken, as it tells of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProgramSize {
+    pub name: String,
+    /// Instructions that the verifier went through, some of them several times; `None` before 5.16, which does not tell.
+    pub verified: Option<u32>,
+}
+
+/// The programs of an object that are loaded.
+pub(super) fn sizes(ebpf: &Ebpf) -> Vec<ProgramSize> {
+    let mut sizes: Vec<_> = ebpf
+        .programs()
+        .filter_map(|(name, program)| {
+            let info = syscall::info(program.fd().ok()?).ok()?;
+            let verified = Some(info.verified_insns).filter(|count| *count != 0);
+            Some(ProgramSize { name: name.to_owned(), verified })
+        })
+        .collect();
+    sizes.sort_by(|one, other| one.name.cmp(&other.name));
+    sizes
+}
+
+/// The object without a policy, for probing: with all that its programs can be made to do.
 pub(super) struct Bare {
     pub(super) ebpf: Ebpf,
     /// Whether the audit can tell whose calls it sees, and why not.
@@ -496,7 +523,12 @@ pub(super) struct Bare {
 pub(super) fn bare() -> Result<Bare, KernelError> {
     let _memlock = Memlock::raise();
     let knowledge = Knowledge::gather();
-    let ebpf = knowledge.loader().load(OBJECT)?;
+    let globals = globals(Abilities::find(), true);
+    let mut loader = knowledge.loader();
+    for (name, value) in &globals {
+        loader.override_global(name, value, true);
+    }
+    let ebpf = loader.load(OBJECT)?;
     Ok(Bare { ebpf, can_follow: knowledge.can_follow() })
 }
 

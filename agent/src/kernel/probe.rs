@@ -9,7 +9,7 @@ use super::{
     Backend, KernelError, Tried,
     audit::{self, Aim},
     error::{chain, load_reason},
-    object::{self, Bare},
+    object::{self, Bare, ProgramSize},
 };
 use crate::{compile::Hook, host::cgroup::Cgroup};
 
@@ -23,12 +23,20 @@ pub enum Answer {
     Unknown(String),
 }
 
+/// What was tried, and what came of it.
+#[derive(Debug)]
+pub struct Probed<T, A> {
+    pub answers: Vec<(T, A)>,
+    /// The programs that were loaded for that.
+    pub programs: Vec<ProgramSize>,
+}
+
 /// Whether each hook can be loaded and attached, tried on `cgroup`, which must be one's own.
 ///
 /// # Errors
 ///
 /// Where the object cannot be prepared at all.
-pub fn hooks(cgroup: &Cgroup) -> Result<Vec<(Hook, Answer)>, KernelError> {
+pub fn hooks(cgroup: &Cgroup) -> Result<Probed<Hook, Answer>, KernelError> {
     let Bare { mut ebpf, .. } = object::bare()?;
     let mut answers = Vec::new();
     for hook in Hook::ALL {
@@ -42,7 +50,7 @@ pub fn hooks(cgroup: &Cgroup) -> Result<Vec<(Hook, Answer)>, KernelError> {
         };
         answers.push((hook, answer));
     }
-    Ok(answers)
+    Ok(Probed { answers, programs: object::sizes(&ebpf) })
 }
 
 /// Whether each backend of the audit can be attached. Its programs are inert while this runs.
@@ -50,14 +58,15 @@ pub fn hooks(cgroup: &Cgroup) -> Result<Vec<(Hook, Answer)>, KernelError> {
 /// # Errors
 ///
 /// Where the object cannot be prepared at all.
-pub fn audit_backends() -> Result<Vec<(Backend, Tried)>, KernelError> {
+pub fn audit_backends() -> Result<Probed<Backend, Tried>, KernelError> {
     const EVERYTHING: Aim = Aim { reads: true, calls: true };
     let Bare { mut ebpf, can_follow } = object::bare()?;
     let answer = |backend| {
         let tried = can_follow.clone().and_then(|()| audit::attach_backend(&mut ebpf, backend, EVERYTHING));
         (backend, tried)
     };
-    Ok(Backend::ALL.map(answer).into())
+    let answers = Backend::ALL.map(answer).into();
+    Ok(Probed { answers, programs: object::sizes(&ebpf) })
 }
 
 /// A program that was not loaded for want of rights or memory says nothing about the kernel.

@@ -8,6 +8,7 @@ mod actions;
 mod arguments;
 mod audit;
 mod bad_input;
+mod budgets;
 mod datagrams;
 mod dry_run;
 mod enforcement;
