@@ -367,6 +367,12 @@ impl Knowledge {
     }
 }
 
+impl Drop for Object {
+    fn drop(&mut self) {
+        audit::unload_all(&mut self.ebpf);
+    }
+}
+
 /// Readable when there are events.
 impl AsFd for Object {
     fn as_fd(&self) -> BorrowedFd<'_> {

@@ -8,7 +8,7 @@ mod functions;
 mod kprobe;
 mod tracepoint;
 
-use std::fmt;
+use std::{fmt, thread};
 
 use aya::{
     Btf, Ebpf,
@@ -225,7 +225,9 @@ fn attach_way(ebpf: &mut Ebpf, backend: Backend, way: &Way, aim: Aim, types: Opt
     let attached = wanted.try_for_each(|hook| attach_program(ebpf, backend, hook, types));
     if attached.is_err() {
         for hook in calls.into_iter().flatten().flatten() {
-            unload(ebpf, hook.program);
+            if let Some(program) = ebpf.program_mut(hook.program) {
+                unload(program);
+            }
         }
     }
     attached
@@ -252,18 +254,28 @@ fn attach_reason(error: &ProgramError) -> String {
     format!("{reason}{why}")
 }
 
+/// Takes the programs of the audit out of the kernel, all at once: for each it waits until all CPUs have left them, some
+/// 80 ms for a tracepoint.
+pub(super) fn unload_all(ebpf: &mut Ebpf) {
+    thread::scope(|scope| {
+        for (_, program) in ebpf.programs_mut().filter(|(_, program)| program.fd().is_ok()) {
+            scope.spawn(move || unload(program));
+        }
+    });
+}
+
 /// Takes a program out of the kernel again, with its links.
-fn unload(ebpf: &mut Ebpf, program: &str) {
-    let result = match ebpf.program_mut(program) {
-        Some(Program::FEntry(program)) => FEntry::unload(program),
-        Some(Program::FExit(program)) => FExit::unload(program),
-        Some(Program::KProbe(program)) => KProbe::unload(program),
-        Some(Program::TracePoint(program)) => TracePoint::unload(program),
+fn unload(program: &mut Program) {
+    let result = match program {
+        Program::FEntry(program) => FEntry::unload(program),
+        Program::FExit(program) => FExit::unload(program),
+        Program::KProbe(program) => KProbe::unload(program),
+        Program::TracePoint(program) => TracePoint::unload(program),
         _ => Ok(()),
     };
     match result {
         Ok(()) | Err(ProgramError::NotLoaded) => {}
-        Err(error) => log::debug!("cannot unload {program}: {error}"),
+        Err(error) => log::debug!("cannot unload a program: {error}"),
     }
 }
 
