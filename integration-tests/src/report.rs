@@ -22,6 +22,7 @@ pub struct Event {
     pub optlen: Option<u32>,
     pub wanted: Value,
     pub asked: Value,
+    pub given: Option<Value>,
     pub now: Value,
     pub verdict: Option<String>,
     pub outcome: Option<String>,

@@ -29,6 +29,8 @@ struct Line<'a> {
     optlen: Option<u32>,
     wanted: Json,
     asked: Json,
+    #[serde(skip_serializing_if = "Json::is_null")]
+    given: Json,
     now: Json,
     verdict: Option<String>,
     outcome: Option<String>,
@@ -86,6 +88,7 @@ impl Event {
             optlen: (self.asked.len > 0).then_some(self.asked.len),
             wanted: values::json(self.key, &self.wanted),
             asked: values::json(self.key, &self.asked),
+            given: values::json(self.key, &self.given),
             now: values::json(self.key, &self.now),
             verdict,
             outcome,

@@ -42,6 +42,8 @@ pub struct Event {
     pub wanted: Value,
     /// What the application passed or, when it read, was shown.
     pub asked: Value,
+    /// What the kernel was given in place of `asked`, if anything.
+    pub given: Value,
     /// What the socket has after the call, where that is known.
     pub now: Value,
     /// `None` where nobody saw the call return.
@@ -201,6 +203,7 @@ pub fn decode(event: &raw::Event, desired: &Desired, surroundings: Surroundings)
         cause: if decided { cause(desired, call.setting) } else { None },
         wanted: call.wanted,
         asked: call.asked,
+        given: given(call, kind),
         now: now(call, kind, result),
         result,
         task: task(event, surroundings),
@@ -349,6 +352,17 @@ fn decode_source(code: u32) -> Result<Source, UnknownRecord> {
         source::KPROBE => Ok(Source::Kprobe),
         source::FENTRY => Ok(Source::Fentry),
         _ => Err(UnknownRecord),
+    }
+}
+
+/// What the kernel was given in place of what the application asked for.
+fn given(call: &raw::Call, kind: Kind) -> Value {
+    match kind {
+        Kind::Conflict {
+            call: Call::Set,
+            verdict: Verdict { what: Deed::Rewritten | Deed::Clamped, dry_run: false },
+        } => call.given,
+        _ => Value::UNKNOWN,
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{Call, Event, Kind, Socket, Via};
+use super::{Call, Deed, Event, Kind, Socket, Via};
 use crate::{options::display_name, report::errno_name, values};
 
 impl fmt::Display for Event {
@@ -27,6 +27,9 @@ impl fmt::Display for Event {
                     write!(f, ", policy wants {}", shown(&self.wanted))?;
                 }
                 write!(f, ": {verdict}")?;
+                if self.given.len > 0 && verdict.what == Deed::Clamped {
+                    write!(f, " to {}", shown(&self.given))?;
+                }
                 if self.now.len > 0 && call == Call::Set {
                     write!(f, ", now {}", shown(&self.now))?;
                 }

@@ -75,6 +75,11 @@ pub enum ValueKind {
     CongestionControl,
     /// The name of a network interface.
     Device,
+    /// `struct linger`: whether close waits, and for how long; what policies bound is the time, in whole seconds.
+    Linger,
+    /// `struct timeval`: seconds and microseconds, two `__s64`, or two `__s32` from a 32-bit program (`sock_copy_user_timeval`
+    /// in net/core/sock.c); to policies microseconds. 0 waits for ever.
+    Timeval,
     /// What policies do not look into; reports show it as far as they know its shape.
     Opaque(Shape),
 }
@@ -95,11 +100,6 @@ pub enum Shape {
     Wide,
     /// Characters, ended by NUL or by the length.
     Text,
-    /// `struct linger`: whether close waits, and for how many seconds.
-    Linger,
-    /// Seconds and microseconds: two `__s64`, or two `__s32` from a 32-bit program
-    /// (`sock_copy_user_timeval` in net/core/sock.c). 0 waits for ever.
-    Timeval,
     /// `struct ucred`: a process and its user and group.
     Credentials,
     /// `struct sockaddr`, of which only that of IPv4 is in events as a whole.
@@ -131,6 +131,8 @@ impl ValueKind {
             | Self::Dscp => kind::INT,
             Self::Unsigned | Self::Rate | Self::Mark => kind::UNSIGNED,
             Self::CongestionControl | Self::Device => kind::TEXT,
+            Self::Linger => kind::LINGER,
+            Self::Timeval => kind::TIMEVAL,
             Self::Opaque(_) => kind::OPAQUE,
         }
     }
@@ -146,6 +148,8 @@ impl ValueKind {
             | Self::Milliseconds
             | Self::Microseconds
             | Self::Bytes
+            | Self::Linger
+            | Self::Timeval
             | Self::Rate => true,
             Self::Bool | Self::Dscp | Self::Mark | Self::CongestionControl | Self::Device | Self::Opaque(_) => false,
         }
@@ -166,6 +170,8 @@ impl ValueKind {
             Self::Mark => "a number, or \"value/mask\" such as \"0x20/0xff\"",
             Self::CongestionControl => "the name of a congestion control, such as \"bbr\"",
             Self::Device => "the name of a network interface, such as \"eth0\"",
+            Self::Linger => "how long close waits, in whole seconds, such as \"5s\"",
+            Self::Timeval => "a time, such as \"30s\" or \"500ms\"; 0, for ever, is more than any",
             Self::Opaque(shape) => shape.describe(),
         }
     }
@@ -180,8 +186,6 @@ impl Shape {
             Self::InterfaceIndex => "the index of a network interface",
             Self::Wide => "a number of 64 bits",
             Self::Text => "a text",
-            Self::Linger => "a struct linger",
-            Self::Timeval => "a struct timeval",
             Self::Credentials => "a struct ucred",
             Self::SocketAddress => "a socket address",
             Self::MulticastInterface => "an address or a struct ip_mreqn",

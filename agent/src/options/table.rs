@@ -10,8 +10,8 @@ use super::{
     Kept::{AsGiven, Otherwise},
     Level as L, Relation, Settable, Shape, Sites, SocketOption, ValueKind,
     ValueKind::{
-        Bool, Bytes, Choice, CongestionControl, Device, Dscp, Int, Mark, Microseconds, Milliseconds, Opaque, Rate,
-        Seconds, Unsigned,
+        Bool, Bytes, Choice, CongestionControl, Device, Dscp, Int, Linger, Mark, Microseconds, Milliseconds, Opaque,
+        Rate, Seconds, Timeval, Unsigned,
     },
     names::{DOMAINS, IPV6_MTU_DISCOVERY, MTU_DISCOVERY, PROTOCOLS, TYPES},
 };
@@ -94,10 +94,11 @@ impl SocketOption {
 const fn full_range(value: ValueKind) -> (i64, i64) {
     match value {
         Bool => (0, 1),
-        Unsigned | Mark => (0, u32::MAX as i64),
+        Unsigned | Mark | Linger => (0, u32::MAX as i64),
         Dscp => (0, 0xff),
         // The last value means "unlimited".
         Rate => (1, u32::MAX as i64),
+        Timeval => (0, i64::MAX),
         Int => (i32::MIN as i64, i32::MAX as i64),
         _ => (0, i32::MAX as i64),
     }
@@ -285,11 +286,11 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::SOCKET, "SO_BROADCAST", 6, Bool, "send to broadcast addresses").kept(FORGOTTEN_BY_MPTCP),
     guardable(L::SOCKET, "SO_OOBINLINE", 10, Bool, "leave urgent data in the stream"),
     guardable(L::SOCKET, "SO_NO_CHECK", 11, Bool, "no UDP checksum").kept(FORGOTTEN_BY_MPTCP),
-    guardable(L::SOCKET, "SO_LINGER", 13, Opaque(Shape::Linger), "what close does with unsent data"),
+    guardable(L::SOCKET, "SO_LINGER", 13, Linger, "what close does with unsent data"),
     guardable(L::SOCKET, "SO_BSDCOMPAT", 14, Bool, "nothing (without effect since 2.6)").kept(Otherwise),
     guardable(L::SOCKET, "SO_PASSCRED", 16, Bool, "receive the sender's credentials").kept(FORGOTTEN_BY_MPTCP),
-    guardable(L::SOCKET, "SO_RCVTIMEO", 20, Opaque(Shape::Timeval), "receive timeout"),
-    guardable(L::SOCKET, "SO_SNDTIMEO", 21, Opaque(Shape::Timeval), "send timeout"),
+    guardable(L::SOCKET, "SO_RCVTIMEO", 20, Timeval, "receive timeout"),
+    guardable(L::SOCKET, "SO_SNDTIMEO", 21, Timeval, "send timeout"),
     guardable(L::SOCKET, "SO_ATTACH_FILTER", 26, BYTES, "filter of received packets (read: SO_GET_FILTER)"),
     guardable(L::SOCKET, "SO_DETACH_FILTER", 27, BYTES, "end of a filter"),
     guardable(L::SOCKET, "SO_TIMESTAMP", 29, Bool, "timestamps in microseconds"),
@@ -323,8 +324,8 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::SOCKET, "SO_TIMESTAMP_NEW", 63, Bool, "timestamps in microseconds, 64-bit"),
     guardable(L::SOCKET, "SO_TIMESTAMPNS_NEW", 64, Bool, "timestamps in nanoseconds, 64-bit"),
     guardable(L::SOCKET, "SO_TIMESTAMPING_NEW", 65, BYTES, "timestamps of hardware and software, 64-bit"),
-    guardable(L::SOCKET, "SO_RCVTIMEO_NEW", 66, Opaque(Shape::Timeval), "receive timeout, 64-bit"),
-    guardable(L::SOCKET, "SO_SNDTIMEO_NEW", 67, Opaque(Shape::Timeval), "send timeout, 64-bit"),
+    guardable(L::SOCKET, "SO_RCVTIMEO_NEW", 66, Timeval, "receive timeout, 64-bit"),
+    guardable(L::SOCKET, "SO_SNDTIMEO_NEW", 67, Timeval, "send timeout, 64-bit"),
     guardable(L::SOCKET, "SO_DETACH_REUSEPORT_BPF", 68, BYTES, "end of the choice among sockets of a port"),
     guardable(L::SOCKET, "SO_PREFER_BUSY_POLL", 69, Bool, "poll rather than interrupt"),
     guardable(L::SOCKET, "SO_BUSY_POLL_BUDGET", 70, Int, "packets to poll at once").kept(AsGiven),

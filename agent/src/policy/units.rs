@@ -51,9 +51,9 @@ const RATES: &[(&str, i64)] = &[
 fn scale(kind: ValueKind) -> Option<Scale> {
     let times = |own, own_name| Scale { units: TIMES, own, own_name, choice: TIMES_CHOICE };
     match kind {
-        ValueKind::Seconds => Some(times(1_000_000, "seconds")),
+        ValueKind::Seconds | ValueKind::Linger => Some(times(1_000_000, "seconds")),
         ValueKind::Milliseconds => Some(times(1000, "milliseconds")),
-        ValueKind::Microseconds => Some(times(1, "microseconds")),
+        ValueKind::Microseconds | ValueKind::Timeval => Some(times(1, "microseconds")),
         ValueKind::Bytes => Some(Scale {
             units: SIZES,
             own: 1,
@@ -144,8 +144,11 @@ pub fn show(kind: ValueKind, value: i64) -> String {
         ValueKind::Rate if value == i64::from(UNLIMITED) => "unlimited".to_owned(),
         ValueKind::Dscp => show_dscp(value),
         ValueKind::Mark => format!("{value:#x}"),
-        ValueKind::Seconds => format!("{value}s"),
-        ValueKind::Milliseconds | ValueKind::Microseconds => show_scaled(kind, value, &["s", "ms", "us"]),
+        ValueKind::Timeval if value == i64::MAX => "for ever".to_owned(),
+        ValueKind::Seconds | ValueKind::Linger => format!("{value}s"),
+        ValueKind::Milliseconds | ValueKind::Microseconds | ValueKind::Timeval => {
+            show_scaled(kind, value, &["s", "ms", "us"])
+        }
         ValueKind::Bytes => show_scaled(kind, value, &["GiB", "MiB", "KiB"]),
         ValueKind::Rate => show_scaled(kind, value, &["gbit", "mbit", "kbit", "bit"]),
         ValueKind::Int

@@ -108,6 +108,8 @@ fn decode(key: OptionKey, value: &Value) -> Shown {
     }
     let shown = options::by_key(key).and_then(|option| match option.value {
         ValueKind::Opaque(shape) => shape::decode(shape, &captured),
+        ValueKind::Linger => shape::linger(captured.bytes),
+        ValueKind::Timeval => shape::timeval(captured.bytes),
         ValueKind::CongestionControl | ValueKind::Device => Some(chars(&captured)),
         kind => read_number(option, captured.bytes).map(|number| named(kind, number)),
     });
@@ -264,11 +266,12 @@ mod tests {
             ValueKind::Opaque(shape) => match shape {
                 Shape::Bytes | Shape::Text => None,
                 Shape::Errno | Shape::Descriptor | Shape::InterfaceIndex | Shape::MulticastInterface => Some(4),
-                Shape::Wide | Shape::Linger | Shape::Timeval | Shape::Membership => Some(8),
+                Shape::Wide | Shape::Membership => Some(8),
                 Shape::Credentials | Shape::SourceMembership => Some(12),
                 Shape::SocketAddress => Some(16),
                 Shape::Ipv6Membership | Shape::Ipv6PacketInfo => Some(20),
             },
+            ValueKind::Linger | ValueKind::Timeval => Some(8),
             _ => Some(4),
         }
     }

@@ -1,4 +1,4 @@
-//! The shapes of values that policies do not look into: [`Shape`] → both forms.
+//! Values that are structures: those that policies do not look into, [`Shape`] → both forms, and times.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddrV4};
 
@@ -20,8 +20,6 @@ pub(super) fn decode(shape: Shape, captured: &Captured<'_>) -> Option<Shown> {
         Shape::InterfaceIndex => Some(Shown::plain(json!(i32::from_be(int(bytes, 0)?)))),
         Shape::Wide => Some(Shown::plain(json!(u64::from_ne_bytes(at(bytes, 0)?)))),
         Shape::Text => Some(chars(captured)),
-        Shape::Linger => linger(bytes),
-        Shape::Timeval => timeval(bytes),
         Shape::Credentials => Some(object([
             ("pid", json!(int(bytes, 0)?)),
             ("uid", json!(unsigned(bytes, 4)?)),
@@ -53,13 +51,13 @@ fn errno(bytes: &[u8]) -> Option<Shown> {
     Some(Shown { json: json!(errno), text })
 }
 
-fn linger(bytes: &[u8]) -> Option<Shown> {
+pub(super) fn linger(bytes: &[u8]) -> Option<Shown> {
     let (on, seconds) = (int(bytes, 0)?, int(bytes, 4)?);
     let text = if on == 0 { "off".to_owned() } else { format!("on, {seconds}s") };
     Some(Shown { text, ..object([("onoff", json!(on)), ("linger", json!(seconds))]) })
 }
 
-fn timeval(bytes: &[u8]) -> Option<Shown> {
+pub(super) fn timeval(bytes: &[u8]) -> Option<Shown> {
     let (seconds, microseconds) = if bytes.len() == 8 {
         (int(bytes, 0)?.into(), int(bytes, 4)?.into())
     } else {
@@ -148,21 +146,21 @@ mod tests {
 
     #[test]
     fn linger_is_on_for_some_seconds_or_off() {
-        let shape = Shape::Linger;
-        assert_eq!(whole(shape, &ints(&[1, 5])), both(json!({ "onoff": 1, "linger": 5 }), "on, 5s"));
-        assert_eq!(whole(shape, &ints(&[0, 5])), both(json!({ "onoff": 0, "linger": 5 }), "off"));
+        let shown = |bytes: &[u8]| linger(bytes).map(|shown| (shown.json, shown.text));
+        assert_eq!(shown(&ints(&[1, 5])), both(json!({ "onoff": 1, "linger": 5 }), "on, 5s"));
+        assert_eq!(shown(&ints(&[0, 5])), both(json!({ "onoff": 0, "linger": 5 }), "off"));
     }
 
     #[test]
     fn times_are_those_of_64_bit_programs_and_of_32_bit_ones() {
-        let shape = Shape::Timeval;
-        assert_eq!(whole(shape, &longs(&[1, 500_000])), both(json!("1500ms"), "1500ms"));
-        assert_eq!(whole(shape, &ints(&[60, 0])), both(json!("60s"), "60s"));
-        assert_eq!(whole(shape, &longs(&[0, 0])), both(json!("0"), "0"));
-        assert_eq!(whole(shape, &longs(&[-1, 0])), both(json!("-1s"), "-1s"));
-        assert_eq!(whole(shape, &longs(&[0, 1_000_000])), None, "the kernel refuses it");
-        assert_eq!(whole(shape, &longs(&[i64::MAX, 0])), None);
-        assert_eq!(whole(shape, &longs(&[1, 0])[..12]), None);
+        let shown = |bytes: &[u8]| timeval(bytes).map(|shown| (shown.json, shown.text));
+        assert_eq!(shown(&longs(&[1, 500_000])), both(json!("1500ms"), "1500ms"));
+        assert_eq!(shown(&ints(&[60, 0])), both(json!("60s"), "60s"));
+        assert_eq!(shown(&longs(&[0, 0])), both(json!("0"), "0"));
+        assert_eq!(shown(&longs(&[-1, 0])), both(json!("-1s"), "-1s"));
+        assert_eq!(shown(&longs(&[0, 1_000_000])), None, "the kernel refuses it");
+        assert_eq!(shown(&longs(&[i64::MAX, 0])), None);
+        assert_eq!(shown(&longs(&[1, 0])[..12]), None);
     }
 
     #[test]

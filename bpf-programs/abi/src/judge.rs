@@ -1,7 +1,10 @@
 //! What becomes of an application's call that a setting governs.
 
 use crate::{
-    setting::{Setting, TEXT_LEN, Value, Words, form, kind, on_conflict, traits, word_in},
+    setting::{
+        LINGER_LEN, MICROSECONDS, Setting, TEXT_LEN, TIMEVAL_LEN, Value, Words, form, kind, on_conflict, traits,
+        word_in,
+    },
     shared,
 };
 
@@ -49,6 +52,10 @@ impl Asked {
             asked.text = text(len, words);
             return Some(asked);
         }
+        if kind == kind::LINGER || kind == kind::TIMEVAL {
+            asked.number = duration(kind, len, words)?;
+            return Some(asked);
+        }
         let word = word_in(words);
         asked.number = if traits & traits::WIDE != 0 && len == 8 {
             // All ones mean "unlimited", in either width.
@@ -73,6 +80,33 @@ impl Asked {
         Some(asked)
     }
 }
+
+/// The time in a structure. `None` where the kernel refuses its length, and where it asks for none.
+#[inline(always)]
+fn duration(kind: u8, len: i32, words: &Words) -> Option<i64> {
+    if kind == kind::LINGER {
+        let is_on = words[0] as u32 != 0;
+        return (len >= LINGER_LEN && is_on).then_some((words[0] >> 32) as i64);
+    }
+    if len < TIMEVAL_LEN {
+        return None;
+    }
+    let [seconds, microseconds] = words.map(|word| word as i64);
+    if microseconds < 0 || microseconds >= MICROSECONDS as i64 {
+        return None;
+    }
+    // sock_set_timeout (net/core/sock.c): for ever, and not at all; and EDOM above. More seconds than fit are as good as for
+    // ever.
+    Some(match seconds {
+        0 if microseconds == 0 => i64::MAX,
+        ..0 => 0,
+        0..SECONDS_MAX => seconds * MICROSECONDS as i64 + microseconds,
+        _ => i64::MAX,
+    })
+}
+
+/// As microseconds they fit.
+const SECONDS_MAX: i64 = i64::MAX / MICROSECONDS as i64 - 1;
 
 /// The text in `words`, which ends at the first NUL or after `len` bytes, padded with NUL.
 #[inline(always)]
@@ -144,7 +178,7 @@ pub fn judge(kind: u8, setting: &Setting, asked: &Asked) -> Judgement {
             } else {
                 return none;
             };
-            (Value::int(clamped as u32), verdict::CLAMPED)
+            (Value::number(kind, clamped), verdict::CLAMPED)
         }
         form::DENY => return Judgement { verdict: verdict::DENIED, given: Value::UNKNOWN },
         _ => return none,
@@ -246,6 +280,32 @@ mod tests {
             judge(kind::INT, &setting, &asked(99)),
             Judgement { verdict: verdict::CLAMPED, given: Value::int(20) }
         );
+    }
+
+    #[test]
+    fn times_in_structures_are_limited_as_times() {
+        let limit =
+            |min, max| Setting { form: form::LIMIT, min, max, on_conflict: on_conflict::REWRITE, ..Setting::default() };
+        let judged = |kind, setting: &Setting, words, len| {
+            Asked::read(kind, 0, len, &words).map(|asked| judge(kind, setting, &asked).given)
+        };
+        let linger = |on: u64, seconds: u64| [on | seconds << 32, 0];
+        let five_seconds = limit(0, 5);
+        assert_eq!(judged(kind::LINGER, &five_seconds, linger(1, 9), 8), Some(Value::new(linger(1, 5), 8)));
+        assert_eq!(judged(kind::LINGER, &five_seconds, linger(1, 3), 8), Some(Value::UNKNOWN));
+        assert_eq!(judged(kind::LINGER, &five_seconds, linger(0, 9), 8), None, "it is off");
+        assert_eq!(judged(kind::LINGER, &five_seconds, linger(1, 9), 4), None, "the kernel refuses it");
+        let setting = limit(1_000_000, 2_500_000);
+        let given = |words| judged(kind::TIMEVAL, &setting, words, 16);
+        assert_eq!(given([9, 0]), Some(Value::new([2, 500_000], 16)));
+        assert_eq!(given([0, 0]), Some(Value::new([2, 500_000], 16)), "for ever");
+        assert_eq!(given([0, 5]), Some(Value::new([1, 0], 16)));
+        assert_eq!(given([u64::MAX, 0]), Some(Value::new([1, 0], 16)), "not at all");
+        assert_eq!(given([2, 0]), Some(Value::UNKNOWN));
+        assert_eq!(given([i64::MAX as u64, 0]), Some(Value::new([2, 500_000], 16)));
+        for (words, len) in [([9, 0], 8), ([9, 1_000_000], 16)] {
+            assert_eq!(judged(kind::TIMEVAL, &setting, words, len), None, "the kernel refuses it");
+        }
     }
 
     #[test]

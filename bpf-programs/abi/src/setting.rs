@@ -10,6 +10,15 @@ pub const TEXT_LEN: usize = 16;
 /// moves them byte by byte runs out of registers.
 pub type Words = [u64; 2];
 
+/// Length of a `struct linger`: whether close waits, and for how many seconds; two `int`s.
+pub const LINGER_LEN: i32 = 8;
+
+/// Length of a `struct timeval`: seconds and microseconds; two `long`s.
+pub const TIMEVAL_LEN: i32 = 16;
+
+/// In a second.
+pub(crate) const MICROSECONDS: u64 = 1_000_000;
+
 /// What the kernel calls an option. Key of map `OPTION_INDEX`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -31,6 +40,10 @@ pub mod kind {
     pub const BOOL: u8 = 3;
     /// Up to [`super::TEXT_LEN`] bytes, ended by NUL or by the length
     pub const TEXT: u8 = 4;
+    /// `struct linger`, as its seconds; one that is off says nothing
+    pub const LINGER: u8 = 5;
+    /// `struct timeval`, as microseconds; zero, which means for ever, is more than any
+    pub const TIMEVAL: u8 = 6;
 }
 
 /// Bits of [`Governed::traits`].
@@ -200,6 +213,20 @@ impl Value {
     #[must_use]
     pub fn int(value: u32) -> Self {
         Self::new(words_of(value), 4)
+    }
+
+    /// A number as an option of this kind takes it.
+    #[inline(always)]
+    #[must_use]
+    pub fn number(kind: u8, number: i64) -> Self {
+        match kind {
+            kind::LINGER => Self::new([1 | (number as u64) << 32, 0], LINGER_LEN as u32),
+            kind::TIMEVAL => {
+                let microseconds = number as u64;
+                Self::new([microseconds / MICROSECONDS, microseconds % MICROSECONDS], TIMEVAL_LEN as u32)
+            }
+            _ => Self::int(number as u32),
+        }
     }
 
     #[inline(always)]

@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 use sockpolicy_integration_tests::{
     agent::Exec,
     options::{
-        IP_TTL, SO_BINDTODEVICE, SO_COOKIE, SO_KEEPALIVE, SO_LINGER, SO_MARK, SO_PRIORITY, SO_RCVBUF, SO_SNDBUF,
-        TCP_CONGESTION, TCP_KEEPCNT, TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_NODELAY, TCP_SYNCNT, TCP_USER_TIMEOUT,
+        IP_TTL, SO_BINDTODEVICE, SO_COOKIE, SO_KEEPALIVE, SO_LINGER, SO_MARK, SO_PRIORITY, SO_RCVBUF, SO_RCVTIMEO,
+        SO_SNDBUF, TCP_CONGESTION, TCP_KEEPCNT, TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_NODELAY, TCP_SYNCNT, TCP_USER_TIMEOUT,
     },
     policy::PolicyFile,
     probe,
@@ -112,6 +112,7 @@ fn clamped_call_succeeds_with_the_nearer_end_of_the_limit() {
     assert_eq!(setting.sockets, Sockets::default(), "a limit sets nothing");
     let event = report.conflict("SO_SNDBUF");
     assert_eq!(event.verdict.as_deref(), Some("clamped"));
+    assert_eq!(event.given, Some(json!(32768)));
     assert_eq!(values(event), [Value::Null, json!(65536), json!(65536), json!(0)], "wanted, asked, now, result");
     assert_eq!(values(report.conflict("TCP_SYNCNT")), [Value::Null, json!(1), json!(3), json!(0)]);
 }
@@ -201,6 +202,42 @@ fn option_that_can_only_be_guarded_is_limited() {
     assert_eq!(exec.probe.int(fd, IP_TTL), 10);
     let report = exec.finish();
     assert_eq!(report.setting("IP_TTL").calls.verdicts(), BTreeMap::from([("clamped", 2)]));
+}
+
+/// As long as a structure holds a time.
+#[test]
+fn times_in_structures_are_limited() {
+    let policy = PolicyFile::new(
+        "[[rule]]\nmatch = { protocol = \"tcp\" }\n\
+         limit = { SO_LINGER = { max = \"5s\" }, SO_RCVTIMEO = { min = \"1s\", max = \"2500ms\" } }\n",
+    );
+    let mut exec = Exec::start(&policy);
+    let probe = &mut exec.probe;
+    let fd = probe.open(Family::Inet, Kind::Tcp);
+    let linger = |on: i32, seconds: i32| [on.to_ne_bytes(), seconds.to_ne_bytes()].concat();
+    // One that is off keeps the time that it had.
+    for (asked, expected) in [((1, 60), (1, 5)), ((1, 3), (1, 3)), ((0, 60), (0, 3))] {
+        probe.set(fd, SO_LINGER, linger(asked.0, asked.1)).unwrap();
+        assert_eq!(probe.get(fd, SO_LINGER, 8), Ok(linger(expected.0, expected.1)), "{asked:?}");
+    }
+    let time = |seconds: i64, microseconds: i64| [seconds.to_ne_bytes(), microseconds.to_ne_bytes()].concat();
+    // The first one is for ever. The kernel keeps ticks, of 4 ms at the most.
+    for (asked, expected) in [((0, 0), (2, 500_000)), ((9, 0), (2, 500_000)), ((0, 8000), (1, 0)), ((2, 0), (2, 0))] {
+        probe.set(fd, SO_RCVTIMEO, time(asked.0, asked.1)).unwrap();
+        assert_eq!(probe.get(fd, SO_RCVTIMEO, 16), Ok(time(expected.0, expected.1)), "{asked:?}");
+    }
+    // What the kernel refuses it still refuses.
+    assert_eq!(probe.set(fd, SO_RCVTIMEO, time(1, 2_000_000)), Err(Errno::EDOM));
+    assert_eq!(probe.set(fd, SO_LINGER, vec![1, 0, 0, 0]), Err(Errno::EINVAL));
+    let report = exec.finish();
+    let verdicts = |option| report.setting(option).calls.verdicts();
+    assert_eq!(verdicts("SO_LINGER"), BTreeMap::from([("clamped", 1)]));
+    assert_eq!(verdicts("SO_RCVTIMEO"), BTreeMap::from([("clamped", 3)]));
+    let event = report.conflict("SO_LINGER");
+    assert_eq!(event.asked, json!({ "onoff": 1, "linger": 60 }));
+    assert_eq!(event.given, Some(json!({ "onoff": 1, "linger": 5 })));
+    let event = report.conflict("SO_RCVTIMEO");
+    assert_eq!((&event.asked, event.given.clone()), (&json!("0"), Some(json!("2500ms"))));
 }
 
 /// The values that an application has chosen under `on_conflict = "allow"`.

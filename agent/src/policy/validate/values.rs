@@ -27,7 +27,8 @@ pub(super) fn wanted(option: &SocketOption, value: &Value<'_>) -> Result<Wanted,
         ValueKind::Mark => mark(option, value).map(|(value, mask)| Wanted::Number { value, mask }),
         ValueKind::CongestionControl => text(option, value).and_then(congestion_control).map(Wanted::Text),
         ValueKind::Device => text(option, value).and_then(device).map(Wanted::Text),
-        ValueKind::Opaque(_) => Err(wrong_type(option, value)),
+        // None of these can be set.
+        ValueKind::Opaque(_) | ValueKind::Linger | ValueKind::Timeval => Err(wrong_type(option, value)),
         // Negative numbers are passed as the kernel reads them: an `int` in 32 bits.
         _ => number(option, value).map(|number| whole(number as u32)),
     };
