@@ -8,10 +8,10 @@ use std::fmt;
 use serde_json::{Value, json};
 
 use crate::{
-    compile::{Desired, Hook, Scope},
+    compile::{Desired, Hook, Scope, SettingSource},
     events::SCHEMA,
     options::SocketOption,
-    policy::model::{Mode, Named},
+    policy::model::{Form, Mode, Named, Wanted},
 };
 
 /// Something that policies ask for and this kernel cannot do.
@@ -64,19 +64,21 @@ impl Gap {
             hooks: Vec::new(),
             reason: format!("refused on every socket, with {errno}"),
             remedy: first_kernel(option.settable().map_or("", |settable| settable.since)),
-            is_enforced: is_enforced(desired, |named| named == Named::Known(option)),
+            is_enforced: is_enforced(desired, |source| {
+                source.option == Named::Known(option) && matches!(source.form, Form::Set(_))
+            }),
         }
     }
 
     /// An option whose denied calls cannot fail with the errno of this name.
     #[must_use]
-    pub fn of_errno(desired: &Desired, option: Named, errno: &str) -> Self {
+    pub fn of_errno(desired: &Desired, denied: &SettingSource, errno: &str) -> Self {
         Self {
-            options: vec![option.to_string()],
+            options: vec![denied.option.to_string()],
             hooks: vec![Hook::Set],
             reason: format!("denied calls fail with EPERM, not with {errno}"),
             remedy: first_kernel("5.18"),
-            is_enforced: is_enforced(desired, |named| named == option),
+            is_enforced: is_enforced(desired, |source| source == denied),
         }
     }
 
@@ -89,7 +91,10 @@ impl Gap {
             hooks: Vec::new(),
             reason: format!("not loaded; this kernel has {}", available.join(", ")),
             remedy: format!("modprobe tcp_{name} loads it"),
-            is_enforced: is_enforced(desired, |named| named == Named::Known(option)),
+            is_enforced: is_enforced(
+                desired,
+                |source| matches!(&source.form, Form::Set(Wanted::Text(wanted)) if wanted == name && source.option == Named::Known(option)),
+            ),
         }
     }
 
@@ -157,10 +162,11 @@ impl fmt::Display for Gaps {
 }
 
 fn first_kernel(version: &str) -> String {
-    format!("{version} is the first kernel known to do it")
+    format!("known to work from {version} on")
 }
 
-fn is_enforced(desired: &Desired, is_meant: impl Fn(Named) -> bool) -> bool {
-    let mut settings = desired.sources.iter().filter(|source| is_meant(source.option));
+/// Whether a setting that is meant is one of a policy that is enforced.
+fn is_enforced(desired: &Desired, is_meant: impl Fn(&SettingSource) -> bool) -> bool {
+    let mut settings = desired.sources.iter().filter(|source| is_meant(source));
     settings.any(|source| desired.rules.get(source.rule).is_some_and(|rule| rule.mode == Mode::Enforce))
 }

@@ -86,11 +86,18 @@ pub enum GapsChoice {
 ///
 /// Where they do not go together.
 pub fn prepare(policies: &[Policy], stacks: &[Stack], dry_run: bool, timing: bool) -> Result<Desired, SessionError> {
-    let mut policies = policies.to_vec();
+    // Those that hold nowhere are not tried, counted or listened to.
+    let in_force: Vec<usize> =
+        (0..policies.len()).filter(|policy| stacks.iter().any(|stack| stack.contains(policy))).collect();
+    let renumbered = |stack: &Stack| -> Stack {
+        stack.iter().filter_map(|policy| in_force.iter().position(|kept| kept == policy)).collect()
+    };
+    let stacks: Vec<Stack> = stacks.iter().map(renumbered).collect();
+    let mut policies: Vec<Policy> = in_force.iter().map(|policy| policies[*policy].clone()).collect();
     if dry_run {
         policies.iter_mut().for_each(|policy| policy.mode = Mode::DryRun);
     }
-    let mut desired = compile_with_trial(&policies, stacks)?;
+    let mut desired = compile_with_trial(&policies, &stacks)?;
     desired.audit.timing |= timing;
     Ok(desired)
 }
@@ -335,7 +342,7 @@ fn impossible_errnos(desired: &Desired) -> Vec<Gap> {
     let denies = |setting: &Setting| setting.form == form::DENY || setting.on_conflict == on_conflict::DENY;
     let all = desired.settings.iter().zip(&desired.sources);
     all.filter(|(setting, _)| denies(setting) && setting.errno != Errno::EPERM.0)
-        .map(|(setting, source)| Gap::of_errno(desired, source.option, &errno_name(setting.errno.into())))
+        .map(|(setting, source)| Gap::of_errno(desired, source, &errno_name(setting.errno.into())))
         .collect()
 }
 

@@ -75,7 +75,7 @@ fn a_policy_says_what_its_file_says() {
     assert_eq!(policy.name, "web-frontend");
     assert_eq!(policy.description.as_deref(), Some("WAN clients get BBR; nobody disables keepalive"));
     assert_eq!(policy.mode, Mode::DryRun);
-    assert_eq!(policy.target, ["system.slice/nginx.service", "kubepods.slice/**/cri-containerd-*.scope", ""]);
+    assert_eq!(policy.target, ["", "kubepods.slice/**/cri-containerd-*.scope", "system.slice/nginx.service"]);
     assert_eq!(policy.audit.calls, Calls::Governed);
     assert!(!policy.audit.reads && policy.audit.timing);
     let rules: Vec<_> = policy.rules.iter().map(|rule| (rule.name.as_str(), rule.line)).collect();

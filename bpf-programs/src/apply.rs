@@ -180,8 +180,11 @@ fn set_option(
     cookie: u64,
     may_fail: bool,
 ) -> u32 {
-    let result =
-        if option.kind == kind::TEXT { set_text(socket, option, setting) } else { set_int(socket, option, setting) };
+    let result = if option.kind == kind::TEXT {
+        set_text(socket, option, setting)
+    } else {
+        set_int(socket, option, setting, may_fail)
+    };
     match result {
         Ok(outcome) => outcome,
         Err(_) if may_fail => outcome::NONE,
@@ -211,7 +214,7 @@ fn set_text(socket: &impl Socket, option: &Governed, setting: &Setting) -> Resul
 
 /// Sets a number unless it is there already. `Err` is the kernel's errno.
 #[inline(always)]
-fn set_int(socket: &impl Socket, option: &Governed, setting: &Setting) -> Result<u32, i32> {
+fn set_int(socket: &impl Socket, option: &Governed, setting: &Setting, may_fail: bool) -> Result<u32, i32> {
     let (level, name) = (option.key.level, option.key.name);
     let mut wanted = setting.value;
     if option.read_back != read_back::NONE || setting.is_partial() {
@@ -225,8 +228,9 @@ fn set_int(socket: &impl Socket, option: &Governed, setting: &Setting) -> Result
                     return Ok(outcome::UNCHANGED);
                 }
             }
-            // Without the current value the application's bits would be lost.
-            Err(errno) if setting.is_partial() => return Err(errno),
+            // Without the current value the application's bits would be lost; and where nothing is tried, it is all there is to
+            // tell whether the socket has the option.
+            Err(errno) if setting.is_partial() || (may_fail && setting.is_dry_run()) => return Err(errno),
             // This kernel cannot read the option from here: set it without comparing.
             Err(_) => {}
         }

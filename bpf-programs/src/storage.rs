@@ -63,10 +63,7 @@ pub(crate) unsafe fn claim(sk: *mut c_void) -> Option<(&'static mut State, u32)>
     if state.level > level {
         return None;
     }
-    if state.level < level {
-        state.level = level;
-        state.has_sent = 0;
-    }
+    state.level = level;
     Some((state, scope - 1))
 }
 

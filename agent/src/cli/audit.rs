@@ -137,6 +137,7 @@ impl Audit {
     /// Gives the number of conflicts.
     fn watch(&self, filter: Filter, policies: &[Policy]) -> Result<u64, AuditError> {
         let mut signals = Signals::watch().map_err(WatchError::Watch).map_err(RunError::from)?;
+        process::raise_descriptor_limit();
         let mount = Mount::find().map_err(RunError::from)?;
         let Placement { stacks, targets } = self.placement(&mount, policies)?;
         let desired = self.prepare(policies, &stacks).map_err(RunError::from)?;

@@ -89,7 +89,8 @@ fn on_kernel(policies: &[Policy], desired: &Desired, kernel: Version) -> Vec<Dia
     let gaps: Gaps = missing.filter_map(|hook| Gap::of_hook(desired, hook, reason.clone())).collect();
     found.extend(gaps.0.into_iter().map(|gap| {
         let problem = Problem::new(gap.to_string()).help("have the rest in force without it: --allow-gaps");
-        Diagnostic::without_source(problem)
+        let severity = if gap.is_enforced { Severity::Error } else { Severity::Warning };
+        Diagnostic { severity, ..Diagnostic::without_source(problem) }
     }));
     found
 }
@@ -98,11 +99,16 @@ fn on_kernel(policies: &[Policy], desired: &Desired, kernel: Version) -> Vec<Dia
 pub(super) fn on_this_host(policies: &[Policy]) -> Vec<Diagnostic> {
     let host = Host {
         congestion_controls: told("its congestion controls", tcp::congestion_controls()),
-        locked_routes: told("its routes", routes::with_locked_congestion_control()).unwrap_or_default(),
+        locked_routes: if lint::asks_for_routes(policies) { locked_routes() } else { Vec::new() },
         wmem_max: told("its largest send buffer", tcp::buffer_max("wmem_max")),
         rmem_max: told("its largest receive buffer", tcp::buffer_max("rmem_max")),
     };
     lint::on_host(policies, &host)
+}
+
+fn locked_routes() -> Vec<(String, Option<String>)> {
+    let routes = told("its routes", routes::with_locked_congestion_control()).unwrap_or_default();
+    routes.into_iter().map(|route| (route.destination, route.congestion_control)).collect()
 }
 
 fn told<T>(what: &str, answer: io::Result<T>) -> Option<T> {

@@ -51,8 +51,6 @@ enum DoctorError {
     Enclosure(#[from] EnclosureError),
     #[error(transparent)]
     Session(#[from] SessionError),
-    #[error("cannot tell which programs are attached to cgroups: {0}")]
-    Neighbours(io::Error),
     #[error(transparent)]
     Trial(#[from] TrialError),
     #[error("cannot write the answer: {0}")]
@@ -71,7 +69,7 @@ struct Findings {
     /// Our programs, as the kernel took them.
     programs: Vec<ProgramSize>,
     /// The programs that are attached to cgroups already.
-    neighbours: Vec<Neighbour>,
+    neighbours: Result<Vec<Neighbour>, String>,
 }
 
 impl Doctor {
@@ -104,7 +102,7 @@ fn examine() -> Result<Findings, DoctorError> {
     let Probed { answers: backends, programs: of_audit } = kernel::audit_backends()?;
     programs.extend(of_audit);
     let options = try_options(&mount)?;
-    let neighbours = kernel::neighbours(&mount).map_err(DoctorError::Neighbours)?;
+    let neighbours = kernel::neighbours(&mount).map_err(|error| error.to_string());
     Ok(Findings {
         kernel: fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned(),
         cgroup2: mount.path.display().to_string(),
@@ -156,10 +154,12 @@ impl Findings {
             "no cgroup hook sees the setsockopt calls of 32-bit programs: they are judged by fentry and kprobe only, \
              and never changed"
         )?;
-        for neighbour in neighbours {
-            writeln!(out, "attached already, at {}: {neighbour}", neighbour.hook)?;
+        match neighbours {
+            Ok(neighbours) => neighbours
+                .iter()
+                .try_for_each(|neighbour| writeln!(out, "attached already, at {}: {neighbour}", neighbour.hook)),
+            Err(error) => writeln!(out, "which programs are attached already cannot be told: {error}"),
         }
-        Ok(())
     }
 
     fn write_json(&self, out: &mut impl Write) -> io::Result<()> {
@@ -175,7 +175,7 @@ impl Findings {
             "audit": backends.iter().map(|(backend, found)| backend_line(*backend, found)).collect::<Vec<_>>(),
             "options": options.iter().map(|(option, answer)| line(option.name, answer)).collect::<Vec<_>>(),
             "programs": programs.iter().map(program_line).collect::<Vec<_>>(),
-            "attached": neighbours.iter().map(Neighbour::to_json).collect::<Vec<_>>(),
+            "attached": neighbours.as_ref().ok().map(|all| all.iter().map(Neighbour::to_json).collect::<Vec<_>>()),
         });
         writeln!(out, "{answer}")
     }

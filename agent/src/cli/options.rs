@@ -41,7 +41,7 @@ impl Options {
     pub(super) fn run(self) -> ExitCode {
         let wanted = self.name.unwrap_or_default().to_uppercase();
         let options: Vec<&SocketOption> = OPTIONS.iter().filter(|option| option.name.contains(&wanted)).collect();
-        if options.is_empty() {
+        if options.is_empty() && self.output != Form::Markdown {
             complain(&NoOption(wanted));
             return FAILURE.into();
         }

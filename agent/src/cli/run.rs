@@ -11,7 +11,10 @@ use super::{
 use crate::{
     coverage::{Coverage, GlobError, Stack, all},
     events::Filter,
-    host::cgroup::{Cgroup, CgroupError, Mount},
+    host::{
+        cgroup::{Cgroup, CgroupError, Mount},
+        process,
+    },
     kernel::Target,
     policy::model::Policy,
     session::{self, Session, SessionError, Setup},
@@ -75,6 +78,7 @@ impl Run {
     fn run_policies(&self, policies: &[Policy]) -> Result<u64, RunError> {
         let mut signals = Signals::watch().map_err(WatchError::Watch)?;
         let Manner { dry_run, reporting, .. } = &self.manner;
+        process::raise_descriptor_limit();
         let mount = Mount::find()?;
         let Placement { stacks, targets } = Placement::find(&mount, &self.cgroup, policies)?;
         let desired = session::prepare(policies, &stacks, *dry_run, reporting.timing)?;

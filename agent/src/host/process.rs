@@ -8,6 +8,8 @@ use std::{
     },
 };
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
 /// A descriptor that becomes readable when a process ends (pidfd_open(2), Linux 5.3).
 ///
 /// # Errors
@@ -58,4 +60,13 @@ pub fn is_initial_namespace() -> bool {
     /// `PROC_PID_INIT_INO` (include/linux/proc_ns.h).
     const INITIAL: u64 = 0xeffffffc;
     fs::metadata("/proc/self/ns/pid").is_ok_and(|namespace| namespace.ino() == INITIAL)
+}
+
+/// Lets this process have as many descriptors as it may: each target takes a dozen. What it starts inherits that.
+pub fn raise_descriptor_limit() {
+    let raised =
+        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
+    if let Err(errno) = raised {
+        log::debug!("cannot raise RLIMIT_NOFILE: {errno}");
+    }
 }

@@ -9,13 +9,21 @@ use netlink_packet_route::{
 };
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
-/// The routes of this network namespace that keep connections from having another congestion control than theirs
-/// (`congctl lock`), as `ip route` shows their destinations.
+/// A route that keeps connections from having another congestion control than its own (`congctl lock`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LockedRoute {
+    /// As `ip route` shows it.
+    pub destination: String,
+    /// `None`: it does not say.
+    pub congestion_control: Option<String>,
+}
+
+/// The routes of this network namespace that lock their congestion control.
 ///
 /// # Errors
 ///
 /// Where the kernel does not answer.
-pub fn with_locked_congestion_control() -> io::Result<Vec<String>> {
+pub fn with_locked_congestion_control() -> io::Result<Vec<LockedRoute>> {
     let mut socket = Socket::new(NETLINK_ROUTE)?;
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;
@@ -23,7 +31,11 @@ pub fn with_locked_congestion_control() -> io::Result<Vec<String>> {
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
         each_route(&socket, family, |route| {
             if locks_congestion_control(route) {
-                found.push(destination(route));
+                let congestion_control = metrics(route).find_map(|metric| match metric {
+                    RouteMetric::CcAlgo(name) => Some(name.clone()),
+                    _ => None,
+                });
+                found.push(LockedRoute { destination: destination(route), congestion_control });
             }
         })?;
     }
@@ -61,12 +73,15 @@ fn each_route(socket: &Socket, family: AddressFamily, mut see: impl FnMut(&Route
 fn locks_congestion_control(route: &RouteMessage) -> bool {
     /// RTAX_CC_ALGO (include/uapi/linux/rtnetlink.h).
     const CONGESTION_CONTROL: u32 = 16;
-    route.attributes.iter().any(|attribute| match attribute {
-        RouteAttribute::Metrics(metrics) => metrics
-            .iter()
-            .any(|metric| matches!(metric, RouteMetric::Lock(locked) if locked & (1 << CONGESTION_CONTROL) != 0)),
-        _ => false,
-    })
+    metrics(route).any(|metric| matches!(metric, RouteMetric::Lock(locked) if locked & (1 << CONGESTION_CONTROL) != 0))
+}
+
+fn metrics(route: &RouteMessage) -> impl Iterator<Item = &RouteMetric> {
+    let metrics = route.attributes.iter().filter_map(|attribute| match attribute {
+        RouteAttribute::Metrics(metrics) => Some(metrics),
+        _ => None,
+    });
+    metrics.flatten()
 }
 
 fn destination(route: &RouteMessage) -> String {

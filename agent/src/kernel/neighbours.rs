@@ -33,7 +33,7 @@ pub struct Neighbour {
 pub enum Turn {
     /// Before ours: it was on the same cgroup first, or is on one below.
     Before,
-    /// After ours, and so with the last word: it is on a cgroup above.
+    /// After ours on one of the targets at least, and so with the last word there: it is on a cgroup above.
     After,
 }
 
@@ -60,10 +60,10 @@ impl Neighbour {
     /// When it runs for the sockets of these targets, which are paths below the mount; `None`: for none of them.
     #[must_use]
     pub fn turn(&self, targets: &[PathBuf]) -> Option<Turn> {
-        if targets.iter().any(|target| self.cgroup.starts_with(target)) {
-            return Some(Turn::Before);
+        if targets.iter().any(|target| target.starts_with(&self.cgroup) && *target != self.cgroup) {
+            return Some(Turn::After);
         }
-        targets.iter().any(|target| target.starts_with(&self.cgroup)).then_some(Turn::After)
+        targets.iter().any(|target| self.cgroup.starts_with(target)).then_some(Turn::Before)
     }
 }
 
@@ -126,8 +126,12 @@ fn attached_to(mount: &Mount, below: &Path) -> io::Result<Vec<Neighbour>> {
     let mut found = Vec::new();
     for hook in Hook::ALL {
         let ids = match syscall::attached_programs(&folder, hook) {
-            // A kernel without this hook.
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => continue,
+            // A kernel without this hook, or a cgroup that is gone by now.
+            Err(error)
+                if [Some(libc::EINVAL), Some(libc::ENOENT), Some(libc::ENODEV)].contains(&error.raw_os_error()) =>
+            {
+                continue;
+            }
             ids => ids?,
         };
         found.extend(ids.into_iter().map(|id| Neighbour { cgroup: below.to_owned(), hook, id, name: String::new() }));

@@ -194,9 +194,9 @@ pub const OPTIONS: &[SocketOption] = &[
         .at(DEVICE)
         .reads(read_back::NONE)
         .traits(traits::ONCE),
+    // When a socket is made, in 5.10 too; later in its life bpf_setsockopt takes it from 5.15 on.
     settable(L::SOCKET, "SO_BINDTOIFINDEX", 62, Int, "1", "interface to send and receive through, by index")
         .at(DEVICE_FROM_BIRTH)
-        // By bpf_setsockopt from 5.15 on; a field of a socket that is made it was before.
         .related(Relation::SameAs("SO_BINDTODEVICE"))
         .range(0, i32::MAX as i64)
         .kept(AsGiven),

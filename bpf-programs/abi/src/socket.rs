@@ -126,8 +126,9 @@ pub struct State {
     /// Plus one, the [level](crate::Target::level) of the deepest target that the socket is in, as far as a program of that
     /// target has met the socket.
     pub level: u32,
-    /// Whether what is set at [`crate::site::SEND`] has been (0 or 1).
-    pub has_sent: u32,
+    /// Whether the socket was made under the policies and has not been bound or connected since, nor sent anything (0 or 1):
+    /// what is set at [`crate::site::SEND`] is for such.
+    pub is_fresh: u32,
     /// What was last known of the socket. In memory that the verifier does not look into, so that
     /// the many ways to come to know it are one to it afterwards.
     pub facts: Facts,

@@ -68,14 +68,14 @@ fn connect(ctx: &SockAddrContext, inet6: bool) {
     apply_at(site, &socket, facts);
 }
 
-/// Comes by with every datagram: all but the first are let through at once.
+/// Comes by with every datagram that is sent to an address: all but the first of a socket are let through at once, and those
+/// of sockets that were bound or connected, which have all they are to have, or were there before the policies.
 #[inline(always)]
 fn send(ctx: &SockAddrContext) {
     let Some(socket) = Addressed::new(ctx.sock_addr) else { return };
     // SAFETY: the context's socket, checked for NULL.
     let Some((state, scope)) = (unsafe { storage::claim(socket.sk()) }) else { return };
-    if state.has_sent == 0 {
-        state.has_sent = 1;
+    if state.is_fresh != 0 {
         apply_to(socket.send_facts(), site::SEND, &socket, state, scope);
     }
 }
@@ -89,6 +89,7 @@ fn apply_at(site: u32, socket: &Addressed, facts: Facts) {
 
 #[inline(always)]
 fn apply_to(facts: Facts, site: u32, socket: &Addressed, state: &'static mut State, scope: u32) {
+    state.is_fresh = 0;
     if state.cookie == 0 {
         // SAFETY: the helper takes this context.
         state.cookie = unsafe { bpf_get_socket_cookie(socket.as_ptr()) };

@@ -3,7 +3,8 @@
 use std::net::SocketAddr;
 
 use sockpolicy_integration_tests::{
-    agent::Exec,
+    agent::{Exec, Run},
+    cgroup::Cgroup,
     kernels::Kernel,
     options::{IP_TOS, IPV6_TCLASS, SO_RCVBUF, SO_RCVLOWAT, SO_SNDBUF},
     policy::PolicyFile,
@@ -52,6 +53,43 @@ fn options_are_set_with_the_first_datagram_and_not_again() {
     let sockets = &report.setting("SO_RCVLOWAT").sockets;
     assert_eq!((sockets.set, sockets.unchanged, sockets.failed), (6, 0, 0));
     report.assert_nothing_lost();
+}
+
+/// What was decided when it connected is not decided anew, without its peer, when it sends to an address all the same.
+#[test]
+fn connected_socket_that_sends_to_an_address_keeps_what_it_has() {
+    require!("cgroup/sendmsg4");
+    let policy = PolicyFile::new(
+        "[[rule]]\nmatch = { protocol = \"udp\", remote = \"127.0.0.0/8\" }\nset = { SO_RCVBUF = 4096 }\n\
+         [[rule]]\nmatch = { protocol = \"udp\" }\nset = { SO_RCVBUF = 8192 }\n",
+    );
+    let mut exec = Exec::start(&policy);
+    let probe = &mut exec.probe;
+    let (_, address) = receiver(probe, Family::Inet);
+    let sender = probe.open(Family::Inet, Kind::Udp);
+    probe.connect(sender, address);
+    probe.send(sender, Some(address));
+    assert_eq!(probe.int(sender, SO_RCVBUF), 8192, "by the first rule, doubled by the kernel");
+    drop(exec.finish());
+}
+
+#[test]
+fn socket_that_was_there_before_is_left_as_it_is() {
+    require!("cgroup/sendmsg4");
+    let target = Cgroup::new();
+    let mut probe = Probe::start(&target);
+    let (_, address) = receiver(&mut probe, Family::Inet);
+    let before = probe.open(Family::Inet, Kind::Udp);
+    let policy = PolicyFile::new("[[rule]]\nmatch = { protocol = \"udp\" }\nset = { SO_RCVLOWAT = 3 }\n");
+    let run = Run::start(&policy, &target);
+    let after = probe.open(Family::Inet, Kind::Udp);
+    let told = [before, after].map(|fd| {
+        probe.send(fd, Some(address));
+        probe.int(fd, SO_RCVLOWAT)
+    });
+    assert_eq!(told, [1, 3]);
+    drop(probe);
+    drop(run.finish());
 }
 
 /// It has many peers, or may have.

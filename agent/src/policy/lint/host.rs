@@ -15,12 +15,19 @@ use crate::{
 pub struct Host {
     /// The congestion controls that are loaded; `None`: not known.
     pub congestion_controls: Option<Vec<String>>,
-    /// Routes that keep connections from having another congestion control than theirs, as `ip route` shows them.
-    pub locked_routes: Vec<String>,
+    /// Routes that keep connections from having another congestion control than theirs: as `ip route` shows them, and which
+    /// one that is, where they say.
+    pub locked_routes: Vec<(String, Option<String>)>,
     /// The largest send buffer that can be asked for (net.core.wmem_max), in bytes; `None`: not known.
     pub wmem_max: Option<i64>,
     /// The same for receive buffers (net.core.rmem_max).
     pub rmem_max: Option<i64>,
+}
+
+/// Whether the routes of a host matter to policies: there may be many.
+#[must_use]
+pub fn asks_for_routes(policies: &[Policy]) -> bool {
+    policies.iter().flat_map(clauses).any(|(_, clause)| wanted_control(clause).is_some())
 }
 
 /// What a host will not let policies have.
@@ -58,8 +65,9 @@ fn missing_control(clause: &Clause, host: &Host) -> Option<Problem> {
 
 fn locked_control(clause: &Clause, host: &Host) -> Option<Problem> {
     let name = wanted_control(clause)?;
-    let route = host.locked_routes.first()?;
-    let more = match host.locked_routes.len() - 1 {
+    let mut others = host.locked_routes.iter().filter(|(_, control)| control.as_deref() != Some(name));
+    let (route, _) = others.next()?;
+    let more = match others.count() {
         0 => String::new(),
         more => format!(", and {more} more"),
     };

@@ -1,4 +1,4 @@
-//! Errors about what a kernel of a given version cannot do, by the option table, without that kernel.
+//! Findings about what a kernel of a given version cannot do, by the option table, without that kernel.
 //!
 //! On the kernel that runs nothing is decided by versions: that is tried.
 
@@ -7,7 +7,7 @@ use std::{fmt, str::FromStr};
 use super::clauses;
 use crate::policy::{
     diagnostic::{Diagnostic, Problem, Severity},
-    model::{Errno, Form, Named, OnConflict, Policy},
+    model::{Errno, Form, Mode, Named, OnConflict, Policy},
 };
 
 /// A kernel's version, as far as abilities go by it.
@@ -53,6 +53,8 @@ pub fn on_kernel(policies: &[Policy], kernel: Version) -> Vec<Diagnostic> {
     const ERRNO: &str = "5.18";
     let mut found = Vec::new();
     for policy in policies {
+        // A dry run goes on without.
+        let severity = if policy.mode == Mode::Enforce { Severity::Error } else { Severity::Warning };
         for (_, clause) in clauses(policy) {
             let first = match (clause.option, &clause.form) {
                 (Named::Known(option), Form::Set(_)) => option.settable().map(|settable| settable.since),
@@ -61,7 +63,7 @@ pub fn on_kernel(policies: &[Policy], kernel: Version) -> Vec<Diagnostic> {
             let option = clause.option;
             let mut add = |message: String, help: String| {
                 let problem = Problem::new(message).help(help).at(clause.span.clone());
-                found.push(Diagnostic::new(Severity::Error, &policy.source, problem));
+                found.push(Diagnostic::new(severity, &policy.source, problem));
             };
             if let Some(first) = first.filter(|first| !kernel.has(first)) {
                 add(

@@ -17,7 +17,11 @@ const PATH_MAX: usize = 4096;
 
 pub(super) fn target(cgroups: Option<&List<Text<'_>>>, findings: &mut Findings) -> Vec<String> {
     let globs = cgroups.map(|cgroups| cgroups.get_ref().iter()).into_iter().flatten();
-    globs.filter_map(|glob| findings.ok(path_glob(glob))).collect()
+    let mut globs: Vec<String> = globs.filter_map(|glob| findings.ok(path_glob(glob))).collect();
+    // The order means nothing, and files with the same targets are known by them.
+    globs.sort();
+    globs.dedup();
+    globs
 }
 
 /// The path of one cgroup, without slashes at its ends.
