@@ -1,15 +1,20 @@
 //! Whose sockets a policy is about, and when: the target's, its subtree's, nobody else's.
 
+use std::process::Command;
+
 use sockpolicy_integration_tests::{
     agent::{Exec, Run},
     cgroup::Cgroup,
     options::{SO_MARK, SO_PRIORITY, TCP_KEEPCNT, TCP_NODELAY, TCP_SYNCNT},
     policy::PolicyFile,
     probe::Probe,
+    process,
     report::Sockets,
     require,
     script::{Family, Kind},
 };
+
+use crate::stdout;
 
 const POLICY: &str = "[[rule]]\nset = { TCP_NODELAY = true, SO_MARK = 32, TCP_KEEPCNT = 5 }\n";
 
@@ -176,4 +181,31 @@ fn multipath_sockets_work_and_their_calls_are_judged() {
     }
     let event = report.of("conflict", "SO_MARK")[0];
     assert_eq!(event.socket.as_ref().and_then(|socket| socket.protocol.as_deref()), Some("tcp"));
+}
+
+/// The connections that an MPTCP socket consists of have no descriptor: `ss` shows what they have.
+#[test]
+fn subflows_have_what_the_policy_says_of_tcp() {
+    require!("mptcp");
+    let policy = PolicyFile::new(
+        "[[rule]]\nmatch = { protocol = \"tcp\" }\nset = { TCP_CONGESTION = \"reno\", SO_SNDBUF = 30000, SO_MARK = 7 }\n",
+    );
+    let mut exec = Exec::start(&policy);
+    let pair = exec.probe.pair(Family::Inet, Kind::Mptcp);
+    exec.probe.talk(pair.client, pair.server);
+    let port = pair.address.port();
+    // The probe has a network of its own.
+    let mut ss = Command::new("nsenter");
+    ss.arg(format!("--net=/proc/{}/ns/net", exec.probe.pid));
+    ss.args(["ss", "--tcp", "--info", "--memory", "--extended", "--no-header", "--oneline", "--numeric"]);
+    ss.arg(format!("( sport = :{port} or dport = :{port} )"));
+    let shown = stdout(&process::output(ss));
+    let subflows: Vec<&str> = shown.lines().filter(|line| line.contains("tcp-ulp-mptcp")).collect();
+    assert_eq!(subflows.len(), 2, "one at each end: {shown}");
+    for subflow in subflows {
+        for part in [" reno ", "tb60000", "fwmark:0x7"] {
+            assert!(subflow.contains(part), "{part} in {subflow}");
+        }
+    }
+    drop(exec.finish());
 }
