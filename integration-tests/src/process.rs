@@ -142,7 +142,7 @@ impl Drop for Running {
 /// `sockpolicy exec POLICY -- COMMAND`, with arguments before the policy, not started yet.
 #[must_use]
 pub fn exec(arguments: &[&str], policy: &PolicyFile, command: &[&str]) -> Command {
-    let mut agent = agent::command(&["exec"]);
+    let mut agent = agent::command(&["exec", agent::WITH_GAPS]);
     agent.args(arguments).arg(policy.path()).arg("--").args(command);
     agent
 }

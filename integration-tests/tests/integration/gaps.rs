@@ -7,7 +7,7 @@ use sockpolicy_integration_tests::{
     kernels::Kernel,
     options::TCP_KEEPCNT,
     policy::PolicyFile,
-    process::{self, exec},
+    process,
     report::Report,
     script::{Family, Kind},
 };
@@ -35,7 +35,7 @@ fn gaps_in(report: &Report) -> (BTreeSet<String>, BTreeSet<String>) {
 #[test]
 fn gaps_are_what_kernels_toml_says_that_there_is_not() {
     let kernel = Kernel::current();
-    let exec = Exec::with(&everything(), &["--allow-gaps"]);
+    let exec = Exec::start(&everything());
     let report = exec.finish();
     let (hooks, options) = gaps_in(&report);
     let missing = |names: &BTreeSet<String>| names.iter().filter(|name| !kernel.has(name)).cloned().collect();
@@ -49,8 +49,8 @@ fn gaps_are_what_kernels_toml_says_that_there_is_not() {
 #[test]
 fn policy_with_gaps_is_refused_with_their_names_unless_it_is_a_dry_run() {
     let policy = everything();
-    let report = Exec::with(&policy, &["--allow-gaps"]).finish();
-    let output = process::output(exec(&["--quiet"], &policy, &["true"]));
+    let report = Exec::start(&policy).finish();
+    let output = process::output(agent::command(&["exec", "--quiet", policy.path().to_str().unwrap(), "--", "true"]));
     if report.gaps.is_empty() {
         assert!(output.status.success(), "{}", stderr(&output));
         return;
@@ -99,7 +99,7 @@ fn rest_is_in_force_beside_a_gap() {
     let policy = PolicyFile::new(
         "[[rule]]\nmatch = { protocol = \"tcp\" }\nset = { TCP_CONGESTION = \"no-such-cc\", TCP_KEEPCNT = 5 }\n",
     );
-    let mut exec = Exec::with(&policy, &["--allow-gaps"]);
+    let mut exec = Exec::start(&policy);
     let pair = exec.probe.pair(Family::Inet, Kind::Tcp);
     assert_eq!([pair.client, pair.server].map(|fd| exec.probe.int(fd, TCP_KEEPCNT)), [5, 5]);
     let report = exec.finish();

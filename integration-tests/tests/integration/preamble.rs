@@ -72,7 +72,7 @@ fn io_uring_has_socket_calls_if_kernels_toml_says_so() {
 fn denied_call_may_have_an_errno_of_its_own_if_kernels_toml_says_so() {
     let setting = "SO_KEEPALIVE = { value = true, on_conflict = \"deny\", errno = \"EACCES\" }";
     let policy = PolicyFile::new(format!("[[rule]]\nmatch = {{ protocol = \"tcp\" }}\nset = {{ {setting} }}\n"));
-    let output = process::output(process::exec(&["--quiet"], &policy, &["true"]));
+    let output = process::output(agent::command(&["exec", "--quiet", policy.path().to_str().unwrap(), "--", "true"]));
     if Kernel::current().has("errno") {
         assert!(output.status.success(), "{output:?}");
     } else {
