@@ -20,8 +20,9 @@ use sockpolicy_integration_tests::{
 use crate::{stderr, stdout};
 
 /// A policy that the shells of these tests never meet.
+/// One that every kernel of the matrix can do.
 fn some_policy() -> PolicyFile {
-    PolicyFile::new("name = \"some\"\n[[rule]]\nset = { TCP_NODELAY = true }\n")
+    PolicyFile::new("name = \"some\"\n[[rule]]\nmatch = { protocol = \"tcp\" }\nset = { SO_KEEPALIVE = true }\n")
 }
 
 #[test]

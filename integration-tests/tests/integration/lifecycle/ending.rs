@@ -7,7 +7,7 @@ use sockpolicy_integration_tests::{
     agent,
     cgroup::Cgroup,
     foreign::attached,
-    options::TCP_NODELAY,
+    options::SO_KEEPALIVE,
     probe::Probe,
     process::{Running, cgroup_of, is_alive},
     script::{Family, Kind},
@@ -61,14 +61,14 @@ fn killed_run_leaves_nothing() {
     running.lines(1);
     let mut probe = Probe::start(&target);
     let socket = probe.open(Family::Inet, Kind::Tcp);
-    probe.set(socket, TCP_NODELAY, 0).unwrap();
-    assert_eq!(probe.int(socket, TCP_NODELAY), 1, "the policy is in force");
+    probe.set(socket, SO_KEEPALIVE, 0).unwrap();
+    assert_eq!(probe.int(socket, SO_KEEPALIVE), 1, "the policy is in force");
     let held = running.held();
     assert!(attached(&target) > 0);
     running.signal(Signal::SIGKILL);
     running.wait();
     held.assert_gone();
     assert_eq!(attached(&target), 0);
-    probe.set(socket, TCP_NODELAY, 0).unwrap();
-    assert_eq!(probe.int(socket, TCP_NODELAY), 0, "the policy is no longer in force");
+    probe.set(socket, SO_KEEPALIVE, 0).unwrap();
+    assert_eq!(probe.int(socket, SO_KEEPALIVE), 0, "the policy is no longer in force");
 }

@@ -5,7 +5,7 @@ use sockpolicy_integration_tests::{
     agent::{self, Exec, Run},
     cgroup::Cgroup,
     foreign::{Foreign, Manner, attached},
-    options::{SO_RCVLOWAT, TCP_KEEPCNT, TCP_NODELAY},
+    options::{SO_KEEPALIVE, SO_RCVLOWAT, TCP_KEEPCNT},
     policy::PolicyFile,
     probe::Probe,
     process::{self, Running},
@@ -19,19 +19,19 @@ use crate::{stderr, stdout};
 
 #[test]
 fn two_at_once_do_not_disturb_each_other() {
-    let nodelay = some_policy();
+    let keepalive = some_policy();
     let keepcnt = PolicyFile::new("name = \"other\"\n[[rule]]\nset = { TCP_KEEPCNT = 3 }\n");
-    let (mut one, mut other) = (Exec::start(&nodelay), Exec::start(&keepcnt));
+    let (mut one, mut other) = (Exec::start(&keepalive), Exec::start(&keepcnt));
     let sockets = [&mut one, &mut other].map(|exec| {
         let socket = exec.probe.open(Family::Inet, Kind::Tcp);
-        exec.probe.set(socket, TCP_NODELAY, 0).unwrap();
+        exec.probe.set(socket, SO_KEEPALIVE, 0).unwrap();
         exec.probe.set(socket, TCP_KEEPCNT, 5).unwrap();
         socket
     });
-    assert_eq!((one.probe.int(sockets[0], TCP_NODELAY), one.probe.int(sockets[0], TCP_KEEPCNT)), (1, 5));
-    assert_eq!((other.probe.int(sockets[1], TCP_NODELAY), other.probe.int(sockets[1], TCP_KEEPCNT)), (0, 3));
+    assert_eq!((one.probe.int(sockets[0], SO_KEEPALIVE), one.probe.int(sockets[0], TCP_KEEPCNT)), (1, 5));
+    assert_eq!((other.probe.int(sockets[1], SO_KEEPALIVE), other.probe.int(sockets[1], TCP_KEEPCNT)), (0, 3));
     let report = one.finish();
-    assert_eq!((report.conflict("TCP_NODELAY").pid, report.events.len()), (report.events[0].pid, 1));
+    assert_eq!((report.conflict("SO_KEEPALIVE").pid, report.events.len()), (report.events[0].pid, 1));
     // The end of one is not the end of the other.
     other.probe.set(sockets[1], TCP_KEEPCNT, 6).unwrap();
     assert_eq!(other.probe.int(sockets[1], TCP_KEEPCNT), 3);
@@ -80,10 +80,10 @@ fn programs_of_others_stay_attached_and_working() {
         assert!(attached(&target) > 1);
         refuses("during");
         let later = Foreign::attach(&target, TCP_KEEPCNT, manner);
-        probe.set(socket, TCP_NODELAY, 0).unwrap();
-        assert_eq!(probe.int(socket, TCP_NODELAY), 1, "ours works as well");
+        probe.set(socket, SO_KEEPALIVE, 0).unwrap();
+        assert_eq!(probe.int(socket, SO_KEEPALIVE), 1, "ours works as well");
         let report = run.finish();
-        assert_eq!(report.setting("TCP_NODELAY").calls.verdicts()["rewritten"], 1);
+        assert_eq!(report.setting("SO_KEEPALIVE").calls.verdicts()["rewritten"], 1);
         assert_eq!(attached(&target), 2, "{manner:?}");
         let refused = [SO_RCVLOWAT, TCP_KEEPCNT].map(|option| probe.set(socket, option, 1));
         assert_eq!(refused, [Err(Errno::EPERM); 2], "after, {manner:?}");
