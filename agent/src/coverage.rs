@@ -77,6 +77,24 @@ impl Coverage {
     }
 }
 
+/// The globs of each policy that match none of these cgroups, with the policy's number.
+///
+/// # Errors
+///
+/// Where a target is no glob.
+pub fn idle_globs<'p>(policies: &'p [Policy], cgroups: &[PathBuf]) -> Result<Vec<(usize, &'p str)>, GlobError> {
+    let mut idle = Vec::new();
+    for (number, policy) in policies.iter().enumerate() {
+        for pattern in &policy.target {
+            let globs = glob_set(std::slice::from_ref(pattern))?;
+            if !cgroups.iter().any(|cgroup| globs.is_match(cgroup)) {
+                idle.push((number, pattern.as_str()));
+            }
+        }
+    }
+    Ok(idle)
+}
+
 /// All policies, in order.
 #[must_use]
 pub fn all(policies: &[Policy]) -> Stack {
@@ -185,6 +203,13 @@ mod tests {
         let policies = policies(&[&["a"], &[], &["a/*/c"]]);
         let stack = |cgroup| stack_of(&policies, Path::new(cgroup)).unwrap();
         assert_eq!((stack("a/b/c/d"), stack("a/b"), stack("x")), (vec![2, 0, 1], vec![0, 1], vec![1]));
+    }
+
+    #[test]
+    fn globs_that_match_nothing_are_found_one_by_one() {
+        let policies = policies(&[&["a", "nosuch/*"], &["b"]]);
+        let cgroups = ["a", "a/b"].map(PathBuf::from);
+        assert_eq!(idle_globs(&policies, &cgroups).unwrap(), [(0, "nosuch/*"), (1, "b")]);
     }
 
     #[test]

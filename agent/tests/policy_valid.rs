@@ -244,6 +244,43 @@ fn settings_that_undo_each_other_are_warned_of() {
 }
 
 #[test]
+fn what_a_host_does_not_let_policies_have_is_warned_of() {
+    let host = lint::Host {
+        congestion_controls: Some(vec!["reno".to_owned(), "cubic".to_owned()]),
+        locked_routes: vec![("10.0.0.0/8".to_owned(), Some("reno".to_owned())), ("default".to_owned(), None)],
+        wmem_max: Some(4096),
+        rmem_max: None,
+    };
+    let found = |set: &str| {
+        let policy = parsed(&format!("[[rule]]\n{set}\n"));
+        lint::on_host(&[policy], &host).into_iter().map(|found| found.message).collect::<Vec<_>>()
+    };
+    assert_eq!(
+        found("set = { TCP_CONGESTION = \"cubicc\" }"),
+        [
+            "congestion control `cubicc` is not loaded on this host, which has reno, cubic",
+            "connections over a route that locks its congestion control do not get `cubicc`: 10.0.0.0/8, and 1 more",
+        ]
+    );
+    assert_eq!(
+        found("set = { TCP_CONGESTION = \"reno\" }"),
+        ["connections over a route that locks its congestion control do not get `reno`: default"],
+    );
+    let clamped = |wanted| {
+        vec![format!("this host gives SO_SNDBUF no more than \"4KiB\", by net.core.wmem_max, and not \"{wanted}\"")]
+    };
+    assert_eq!(found("set = { SO_SNDBUF = \"8KiB\" }"), clamped("8KiB"));
+    assert_eq!(found("limit = { SO_SNDBUF = { min = \"5KiB\" } }"), clamped("5KiB"));
+    for fine in [
+        "set = { SO_SNDBUF = \"4KiB\" }",
+        "limit = { SO_SNDBUF = { max = \"8KiB\" } }",
+        "set = { SO_RCVBUF = \"512MiB\" }",
+    ] {
+        assert_eq!(found(fine), Vec::<String>::new(), "{fine}");
+    }
+}
+
+#[test]
 fn settings_that_come_too_late_are_warned_of() {
     let rule = |selector: &str, set: &str| warned(&format!("[[rule]]\nmatch = {{ {selector} }}\nset = {{ {set} }}\n"));
     let never = |option, what| {

@@ -85,10 +85,11 @@ fn tell_programs(found: &[Diagnostic]) -> io::Result<()> {
 fn on_kernel(policies: &[Policy], desired: &Desired, kernel: Version) -> Vec<Diagnostic> {
     let mut found = lint::on_kernel(policies, kernel);
     let missing = desired.hooks().into_iter().filter(|hook| !kernel.has(hook.since()));
-    let reason = format!("kernel {kernel} cannot run our program there");
+    let reason = format!("kernel {kernel} does not let programs set options there");
     let gaps: Gaps = missing.filter_map(|hook| Gap::of_hook(desired, hook, reason.clone())).collect();
     found.extend(gaps.0.into_iter().map(|gap| {
-        let problem = Problem::new(gap.to_string()).help("have the rest in force without it: --allow-gaps");
+        let problem =
+            Problem::new(gap.to_string()).help("`run` and `exec` have the rest in force without it with --allow-gaps");
         let severity = if gap.is_enforced { Severity::Error } else { Severity::Warning };
         Diagnostic { severity, ..Diagnostic::without_source(problem) }
     }));

@@ -9,7 +9,7 @@ use super::{
     watch::{self, WatchError, watch},
 };
 use crate::{
-    coverage::{Coverage, GlobError, Stack, all},
+    coverage::{Coverage, GlobError, Stack, all, idle_globs},
     events::Filter,
     host::{
         cgroup::{Cgroup, CgroupError, Mount},
@@ -141,15 +141,14 @@ impl Placement {
 }
 
 fn covered(mount: &Mount, policies: &[Policy]) -> Result<Coverage, RunError> {
-    let coverage = Coverage::of_targets(policies, mount.tree()?)?;
-    let covers = |policy: usize| coverage.targets.iter().any(|(_, stack)| coverage.stacks[*stack].contains(&policy));
-    let idle: Vec<_> = (0..policies.len()).filter(|policy| !covers(*policy)).collect();
-    if idle.len() == policies.len() {
-        let patterns: Vec<_> = policies.iter().flat_map(|policy| &policy.target).map(String::as_str).collect();
+    let tree = mount.tree()?;
+    let idle = idle_globs(policies, &tree)?;
+    if idle.len() == policies.iter().map(|policy| policy.target.len()).sum::<usize>() {
+        let patterns: Vec<_> = idle.into_iter().map(|(_, pattern)| pattern).collect();
         return Err(RunError::NoMatch { patterns: patterns.join(", "), mount: mount.path.clone() });
     }
-    for policy in idle.into_iter().map(|policy| &policies[policy]) {
-        log::warn!("policy `{}` is not in force: no cgroup matches {}", policy.name, policy.target.join(", "));
+    for (policy, pattern) in idle {
+        log::warn!("policy `{}` does not hold on {pattern}: no cgroup matches that now", policies[policy].name);
     }
-    Ok(coverage)
+    Ok(Coverage::of_targets(policies, tree)?)
 }

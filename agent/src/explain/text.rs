@@ -29,8 +29,10 @@ impl fmt::Display for WhyNot {
         let list = |unmet: &[Unmet]| unmet.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
         match self {
             Self::Unmet(unmet) | Self::NotYet(unmet) => f.write_str(&list(unmet)),
-            Self::After(rule) => write!(f, "rule {} comes first", rule.rule),
-            Self::Waits(rule) => write!(f, "rule {} comes first, and may yet match", rule.rule),
+            Self::After(rule) => write!(f, "rule {} of policy {} comes first", rule.rule, rule.policy),
+            Self::Waits(rule) => {
+                write!(f, "rule {} of policy {} comes first, and may yet match", rule.rule, rule.policy)
+            }
         }
     }
 }

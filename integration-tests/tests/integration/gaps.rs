@@ -1,6 +1,6 @@
 //! What this kernel cannot do is found by trying, refused, or reported.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, process::Command};
 
 use sockpolicy_integration_tests::{
     agent::{self, Exec},
@@ -91,6 +91,26 @@ fn table_of_kernels_says_of_this_one_what_was_tried() {
         }
     }
     assert_eq!(output.status.code(), Some(i32::from(!messages.is_empty())));
+}
+
+#[test]
+fn routes_that_lock_their_congestion_control_are_found() {
+    let policy = PolicyFile::new("[[rule]]\nset = { TCP_CONGESTION = \"cubic\" }\n");
+    let mut shell = Command::new("unshare");
+    shell.args(["--net", "sh", "-ec"]);
+    shell.arg(
+        "ip link set lo up; for n in $(seq 250); do echo route add 10.98.$n.0/24 dev lo; done | ip -batch -; \
+         ip route add 10.99.0.0/16 dev lo congctl lock reno; ip -6 route add fd99::/64 dev lo congctl lock reno; \
+         ip route add 10.100.0.0/16 dev lo congctl reno; ip route add 10.101.0.0/16 dev lo congctl lock cubic; \
+         exec \"$0\" check \"$1\"",
+    );
+    shell.arg(agent::program()).arg(policy.path());
+    let output = process::output(shell);
+    let said = stderr(&output);
+    assert!(output.status.success(), "{said}");
+    let expected =
+        "connections over a route that locks its congestion control do not get `cubic`: 10.99.0.0/16, and 1 more\n";
+    assert!(said.contains(expected), "{said}");
 }
 
 /// One that no kernel has.

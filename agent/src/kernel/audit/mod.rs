@@ -211,6 +211,8 @@ pub(super) fn attach_backend(ebpf: &mut Ebpf, backend: Backend, aim: Aim) -> Tri
         for way in backend.ways().iter().filter(|way| way.calls.contains(&aim.calls)) {
             match attach_way(ebpf, backend, way, aim, types) {
                 Ok(()) => return Ok(way),
+                // Several ways may fail at the same function.
+                Err(reason) if reasons.contains(&reason) => {}
                 Err(reason) => reasons.push(reason),
             }
         }

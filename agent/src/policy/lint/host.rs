@@ -4,7 +4,7 @@ use super::{clauses, warning};
 use crate::{
     options::{CONGESTION, ValueKind},
     policy::{
-        diagnostic::{Diagnostic, Problem},
+        diagnostic::{Diagnostic, Problem, nearest},
         model::{Clause, Form, Named, Policy, Wanted},
         units,
     },
@@ -54,13 +54,15 @@ fn wanted_control(clause: &Clause) -> Option<&str> {
 fn missing_control(clause: &Clause, host: &Host) -> Option<Problem> {
     let name = wanted_control(clause)?;
     let available = host.congestion_controls.as_ref()?;
-    (!available.iter().any(|known| known == name)).then(|| {
-        Problem::new(format!(
-            "congestion control `{name}` is not loaded on this host, which has {}",
-            available.join(", ")
-        ))
-        .help(format!("load it: modprobe tcp_{name}"))
-    })
+    if available.iter().any(|known| known == name) {
+        return None;
+    }
+    let list = available.join(", ");
+    let help = match nearest(name, available.iter().map(String::as_str)) {
+        Some(near) => format!("did you mean \"{near}\"? If not, load it: modprobe tcp_{name}"),
+        None => format!("load it: modprobe tcp_{name}"),
+    };
+    Some(Problem::new(format!("congestion control `{name}` is not loaded on this host, which has {list}")).help(help))
 }
 
 fn locked_control(clause: &Clause, host: &Host) -> Option<Problem> {

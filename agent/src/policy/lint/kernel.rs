@@ -68,9 +68,7 @@ pub fn on_kernel(policies: &[Policy], kernel: Version) -> Vec<Diagnostic> {
             if let Some(first) = first.filter(|first| !kernel.has(first)) {
                 add(
                     format!("kernel {kernel} does not let programs set {option}: {first} is the first that does"),
-                    format!(
-                        "leave it out, or have the rest in force without it: --allow-gaps; {first} and later set it"
-                    ),
+                    "leave it out; `run` and `exec` have the rest in force without it with --allow-gaps".to_owned(),
                 );
             }
             if clause.on_conflict == OnConflict::Deny && clause.errno != Errno::EPERM && !kernel.has(ERRNO) {
