@@ -1,7 +1,7 @@
 //! What policies ask for and this kernel cannot do.
 //!
-//! Pure: what the kernel can do was tried elsewhere. The kernel that is named as the first one to do it is for people to know
-//! which to look for; nothing is decided by it.
+//! Pure: what the kernel can do was tried elsewhere. The kernel that is named as known to do it is for people to know which to
+//! look for; nothing is decided by it.
 
 use std::fmt;
 
@@ -11,7 +11,7 @@ use crate::{
     compile::{Desired, Hook, Scope, SettingSource},
     events::SCHEMA,
     options::SocketOption,
-    policy::model::{Form, Mode, Named, Wanted},
+    policy::model::{Errno, Form, Mode, Named, Wanted},
 };
 
 /// Something that policies ask for and this kernel cannot do.
@@ -51,7 +51,7 @@ impl Gap {
             options,
             hooks: vec![hook],
             reason,
-            remedy: first_kernel(hook.since()),
+            remedy: known_from(hook.since()),
             is_enforced,
         })
     }
@@ -63,7 +63,7 @@ impl Gap {
             options: vec![option.name.to_owned()],
             hooks: Vec::new(),
             reason: format!("refused on every socket, with {errno}"),
-            remedy: first_kernel(option.settable().map_or("", |settable| settable.since)),
+            remedy: known_from(option.settable().map_or("", |settable| settable.since)),
             is_enforced: is_enforced(desired, |source| {
                 source.option == Named::Known(option) && matches!(source.form, Form::Set(_))
             }),
@@ -77,7 +77,7 @@ impl Gap {
             options: vec![denied.option.to_string()],
             hooks: vec![Hook::Set],
             reason: format!("denied calls fail with EPERM, not with {errno}"),
-            remedy: first_kernel("5.18"),
+            remedy: known_from(Errno::SINCE),
             is_enforced: is_enforced(desired, |source| source == denied),
         }
     }
@@ -91,10 +91,10 @@ impl Gap {
             hooks: Vec::new(),
             reason: format!("not loaded; this kernel has {}", available.join(", ")),
             remedy: format!("modprobe tcp_{name} loads it"),
-            is_enforced: is_enforced(
-                desired,
-                |source| matches!(&source.form, Form::Set(Wanted::Text(wanted)) if wanted == name && source.option == Named::Known(option)),
-            ),
+            is_enforced: is_enforced(desired, |source| {
+                let is_wanted = matches!(&source.form, Form::Set(Wanted::Text(wanted)) if wanted == name);
+                is_wanted && source.option == Named::Known(option)
+            }),
         }
     }
 
@@ -161,7 +161,7 @@ impl fmt::Display for Gaps {
     }
 }
 
-fn first_kernel(version: &str) -> String {
+fn known_from(version: &str) -> String {
     format!("known to work from {version} on")
 }
 

@@ -245,9 +245,13 @@ fn settings_that_undo_each_other_are_warned_of() {
 
 #[test]
 fn what_a_host_does_not_let_policies_have_is_warned_of() {
+    let locked = |destination: &str, control: Option<&str>| lint::LockedRoute {
+        destination: destination.to_owned(),
+        congestion_control: control.map(str::to_owned),
+    };
     let host = lint::Host {
         congestion_controls: Some(vec!["reno".to_owned(), "cubic".to_owned()]),
-        locked_routes: vec![("10.0.0.0/8".to_owned(), Some("reno".to_owned())), ("default".to_owned(), None)],
+        locked_routes: vec![locked("10.0.0.0/8", Some("reno")), locked("default", None)],
         wmem_max: Some(4096),
         rmem_max: None,
     };

@@ -100,16 +100,15 @@ fn on_kernel(policies: &[Policy], desired: &Desired, kernel: Version) -> Vec<Dia
 pub(super) fn on_this_host(policies: &[Policy]) -> Vec<Diagnostic> {
     let host = Host {
         congestion_controls: told("its congestion controls", tcp::congestion_controls()),
-        locked_routes: if lint::asks_for_routes(policies) { locked_routes() } else { Vec::new() },
+        locked_routes: if lint::asks_for_routes(policies) {
+            told("its routes", routes::with_locked_congestion_control()).unwrap_or_default()
+        } else {
+            Vec::new()
+        },
         wmem_max: told("its largest send buffer", tcp::buffer_max("wmem_max")),
         rmem_max: told("its largest receive buffer", tcp::buffer_max("rmem_max")),
     };
     lint::on_host(policies, &host)
-}
-
-fn locked_routes() -> Vec<(String, Option<String>)> {
-    let routes = told("its routes", routes::with_locked_congestion_control()).unwrap_or_default();
-    routes.into_iter().map(|route| (route.destination, route.congestion_control)).collect()
 }
 
 fn told<T>(what: &str, answer: io::Result<T>) -> Option<T> {

@@ -193,13 +193,6 @@ fn add_scope(
     Ok(())
 }
 
-impl Scope {
-    /// The rules that match a socket are looked for in the tables of its scope.
-    fn has_rules(&self) -> bool {
-        self.selectors.all != 0
-    }
-}
-
 impl Desired {
     /// What a setting came from.
     #[must_use]
@@ -241,10 +234,10 @@ impl Desired {
         }
     }
 
-    /// Has each new socket given the cookie by which events on it can be told from others, although no rule asks for
-    /// anything.
+    /// Has each new socket given the cookie by which events on it can be told from others, where there are no policies
+    /// that ask for anything.
     pub fn note_births(&mut self) {
-        for scope in self.scopes.iter_mut().filter(|scope| !scope.has_rules()) {
+        for scope in &mut self.scopes {
             scope.hooks.push(Hook::Birth);
         }
     }

@@ -9,14 +9,7 @@ use netlink_packet_route::{
 };
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
-/// A route that keeps connections from having another congestion control than its own (`congctl lock`).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LockedRoute {
-    /// As `ip route` shows it.
-    pub destination: String,
-    /// `None`: it does not say.
-    pub congestion_control: Option<String>,
-}
+use crate::policy::lint::LockedRoute;
 
 /// The routes of this network namespace that lock their congestion control.
 ///

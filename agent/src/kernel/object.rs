@@ -2,7 +2,6 @@
 
 use std::{
     any::Any,
-    io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
     thread,
 };
@@ -20,6 +19,7 @@ use aya::{
     sys::{BpfHelper, is_helper_supported},
 };
 use aya_obj::generated::{bpf_attach_type::BPF_CGROUP_SETSOCKOPT, bpf_prog_type::BPF_PROG_TYPE_CGROUP_SOCKOPT};
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, rlim_t, setrlimit};
 
 use super::{
     Audit, BackendChoice, KernelError, Subjects, Target,
@@ -110,13 +110,8 @@ impl Object {
         super::check_privileges()?;
         let _memlock = Memlock::raise();
         let knowledge = Knowledge::gather();
-        let abilities = Abilities::find();
-        let globals = globals(abilities, desired.audit.timing);
-        let mut loader = knowledge.loader();
+        let mut loader = knowledge.loader(desired.audit.timing);
         loader.verifier_log_level(VerifierLogLevel::DEBUG);
-        for (name, value) in &globals {
-            loader.override_global(name, value, true);
-        }
         maps::size(&mut loader, desired, subjects, &knowledge.members);
         let mut ebpf = loader.load(OBJECT)?;
         maps::fill(&mut ebpf, desired, subjects, &knowledge.members)?;
@@ -129,7 +124,7 @@ impl Object {
             ebpf,
             ring,
             losses,
-            abilities,
+            abilities: knowledge.abilities,
             blindness: knowledge.blindness.clone(),
             can_follow: knowledge.can_follow(),
             refused,
@@ -323,8 +318,9 @@ impl Object {
 struct Knowledge {
     layout: Layout,
     members: Vec<(OptionKey, Member)>,
-    /// Whether tracing programs have the helper for the cgroups above a task's: a constant to them.
-    can_see_ancestors: u8,
+    abilities: Abilities,
+    /// Whether tracing programs have the helper for the cgroups above a task's.
+    can_see_ancestors: bool,
     /// Why `layout` says nothing, if it does not.
     blindness: Option<String>,
 }
@@ -340,36 +336,47 @@ impl Knowledge {
         Self {
             layout,
             members,
+            abilities: Abilities::find(),
             // Where that cannot be told, the program that is loaded next will say why.
-            can_see_ancestors: sees.unwrap_or(true).into(),
+            can_see_ancestors: sees.unwrap_or(true),
             blindness: types.err().map(|error| error.to_string()),
         }
     }
 
     /// Whether programs of the audit can tell which cgroups a task is in; `Err` says why not.
     fn can_follow(&self) -> Result<(), String> {
-        if self.can_see_ancestors != 0 || self.layout.known & known::ANCESTORS != 0 {
+        if self.can_see_ancestors || self.layout.known & known::ANCESTORS != 0 {
             return Ok(());
         }
         let why = self.blindness.as_deref().unwrap_or("its BTF does not say where a task's cgroups are");
         Err(format!("this kernel does not tell programs which cgroups a task is in, and {why}"))
     }
 
-    /// What every load of the object starts from.
-    fn loader(&self) -> EbpfLoader<'_> {
+    /// What every load of the object starts from, with all that is constant to the programs.
+    fn loader(&self, timing: bool) -> EbpfLoader<'_> {
         let mut loader = EbpfLoader::new();
         // The programs have no relocations against the kernel's types, and reading those takes
         // longer than all the rest.
         loader.btf(None);
         loader.override_global("LAYOUT", &self.layout, true);
-        loader.override_global("CAN_SEE_ANCESTORS", &self.can_see_ancestors, true);
+        for (name, is_so) in [
+            ("CAN_SEE_ANCESTORS", self.can_see_ancestors),
+            ("CAN_GET", self.abilities.get),
+            ("CAN_SET_RETVAL", self.abilities.set_retval),
+            ("CAN_SEE_TASK", self.abilities.see_task),
+            ("TIMING", timing),
+        ] {
+            loader.override_global(name, if is_so { &1_u8 } else { &0_u8 }, true);
+        }
         loader
     }
 }
 
 impl Drop for Object {
     fn drop(&mut self) {
-        audit::unload_all(&mut self.ebpf);
+        if let Some(audit) = self.audit {
+            audit.unload(&mut self.ebpf);
+        }
     }
 }
 
@@ -385,17 +392,6 @@ impl AsRawFd for Object {
     fn as_raw_fd(&self) -> RawFd {
         self.ring.as_raw_fd()
     }
-}
-
-/// What the programs are told as constants, beside what [`Knowledge`] has.
-fn globals(abilities: Abilities, timing: bool) -> [(&'static str, u8); 4] {
-    [
-        ("CAN_GET", abilities.get),
-        ("CAN_SET_RETVAL", abilities.set_retval),
-        ("CAN_SEE_TASK", abilities.see_task),
-        ("TIMING", timing),
-    ]
-    .map(|(name, value)| (name, u8::from(value)))
 }
 
 /// What is in force is told by the maps; this says that it is.
@@ -529,40 +525,31 @@ pub(super) struct Bare {
 pub(super) fn bare() -> Result<Bare, KernelError> {
     let _memlock = Memlock::raise();
     let knowledge = Knowledge::gather();
-    let globals = globals(Abilities::find(), true);
-    let mut loader = knowledge.loader();
-    for (name, value) in &globals {
-        loader.override_global(name, value, true);
-    }
-    let ebpf = loader.load(OBJECT)?;
+    let ebpf = knowledge.loader(true).load(OBJECT)?;
     Ok(Bare { ebpf, can_follow: knowledge.can_follow() })
 }
 
 /// RLIMIT_MEMLOCK, out of the way for as long as this lives: before 5.11 maps, their entries and programs are charged to it,
 /// when they are made. Where it cannot be raised, loading says so. Commands inherit limits, so it does not stay.
 struct Memlock {
-    before: Option<libc::rlimit>,
+    before: Option<(rlim_t, rlim_t)>,
 }
 
 impl Memlock {
     fn raise() -> Self {
-        let mut before = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-        let unlimited = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
-        // SAFETY: valid pointers to limits.
-        let raised = unsafe { libc::prlimit(0, libc::RLIMIT_MEMLOCK, &raw const unlimited, &raw mut before) };
-        if raised != 0 {
-            log::debug!("cannot raise RLIMIT_MEMLOCK: {}", io::Error::last_os_error());
-        }
-        Self { before: (raised == 0).then_some(before) }
+        let raised = getrlimit(Resource::RLIMIT_MEMLOCK).and_then(|before| {
+            setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY)?;
+            Ok(before)
+        });
+        Self { before: raised.inspect_err(|errno| log::debug!("cannot raise RLIMIT_MEMLOCK: {errno}")).ok() }
     }
 }
 
 impl Drop for Memlock {
     fn drop(&mut self) {
-        let Some(before) = &self.before else { return };
-        // SAFETY: a valid pointer to a limit.
-        if unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, before) } != 0 {
-            log::debug!("cannot restore RLIMIT_MEMLOCK: {}", io::Error::last_os_error());
+        let Some((soft, hard)) = self.before else { return };
+        if let Err(errno) = setrlimit(Resource::RLIMIT_MEMLOCK, soft, hard) {
+            log::debug!("cannot restore RLIMIT_MEMLOCK: {errno}");
         }
     }
 }

@@ -283,6 +283,9 @@ impl Policy {
 
 impl Errno {
     pub const EPERM: Self = Self(libc::EPERM as u16);
+    /// The first kernel on which programs choose it: `bpf_set_retval` for cgroup/setsockopt (b44123b4a3dc). Before it is
+    /// [`Self::EPERM`].
+    pub const SINCE: &'static str = "5.18";
 }
 
 impl Default for Errno {

@@ -163,7 +163,28 @@ impl Audit {
 
     /// The programs that may be attached.
     pub(super) fn programs(self) -> impl Iterator<Item = &'static str> {
-        [&self.way.set, &self.way.get].into_iter().flatten().flatten().map(|hook| hook.program)
+        self.way.programs()
+    }
+
+    /// Takes the programs out of the kernel.
+    pub(super) fn unload(self, ebpf: &mut Ebpf) {
+        self.way.unload(ebpf);
+    }
+}
+
+impl Way {
+    fn programs(&self) -> impl Iterator<Item = &'static str> {
+        [&self.set, &self.get].into_iter().flatten().flatten().map(|hook| hook.program)
+    }
+
+    /// All at once: for each the kernel waits until all CPUs have left it, some 80 ms for a tracepoint.
+    fn unload(&self, ebpf: &mut Ebpf) {
+        let is_ours = |name: &str| self.programs().any(|ours| ours == name);
+        thread::scope(|scope| {
+            for (name, program) in ebpf.programs_mut().filter(|(name, program)| is_ours(name) && program.fd().is_ok()) {
+                scope.spawn(move || unload(name, program));
+            }
+        });
     }
 }
 
@@ -226,11 +247,7 @@ fn attach_way(ebpf: &mut Ebpf, backend: Backend, way: &Way, aim: Aim, types: Opt
     let mut wanted = calls.into_iter().take(if aim.reads { 2 } else { 1 }).flatten().flatten();
     let attached = wanted.try_for_each(|hook| attach_program(ebpf, backend, hook, types));
     if attached.is_err() {
-        for hook in calls.into_iter().flatten().flatten() {
-            if let Some(program) = ebpf.program_mut(hook.program) {
-                unload(program);
-            }
-        }
+        way.unload(ebpf);
     }
     attached
 }
@@ -256,18 +273,8 @@ fn attach_reason(error: &ProgramError) -> String {
     format!("{reason}{why}")
 }
 
-/// Takes the programs of the audit out of the kernel, all at once: for each it waits until all CPUs have left them, some
-/// 80 ms for a tracepoint.
-pub(super) fn unload_all(ebpf: &mut Ebpf) {
-    thread::scope(|scope| {
-        for (_, program) in ebpf.programs_mut().filter(|(_, program)| program.fd().is_ok()) {
-            scope.spawn(move || unload(program));
-        }
-    });
-}
-
 /// Takes a program out of the kernel again, with its links.
-fn unload(program: &mut Program) {
+fn unload(name: &str, program: &mut Program) {
     let result = match program {
         Program::FEntry(program) => FEntry::unload(program),
         Program::FExit(program) => FExit::unload(program),
@@ -277,7 +284,7 @@ fn unload(program: &mut Program) {
     };
     match result {
         Ok(()) | Err(ProgramError::NotLoaded) => {}
-        Err(error) => log::debug!("cannot unload a program: {error}"),
+        Err(error) => log::debug!("cannot unload {name}: {error}"),
     }
 }
 

@@ -15,13 +15,20 @@ use crate::{
 pub struct Host {
     /// The congestion controls that are loaded; `None`: not known.
     pub congestion_controls: Option<Vec<String>>,
-    /// Routes that keep connections from having another congestion control than theirs: as `ip route` shows them, and which
-    /// one that is, where they say.
-    pub locked_routes: Vec<(String, Option<String>)>,
+    pub locked_routes: Vec<LockedRoute>,
     /// The largest send buffer that can be asked for (net.core.wmem_max), in bytes; `None`: not known.
     pub wmem_max: Option<i64>,
     /// The same for receive buffers (net.core.rmem_max).
     pub rmem_max: Option<i64>,
+}
+
+/// A route that keeps connections from having another congestion control than its own (`congctl lock`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LockedRoute {
+    /// As `ip route` shows it.
+    pub destination: String,
+    /// `None`: it does not say.
+    pub congestion_control: Option<String>,
 }
 
 /// Whether the routes of a host matter to policies: there may be many.
@@ -67,8 +74,8 @@ fn missing_control(clause: &Clause, host: &Host) -> Option<Problem> {
 
 fn locked_control(clause: &Clause, host: &Host) -> Option<Problem> {
     let name = wanted_control(clause)?;
-    let mut others = host.locked_routes.iter().filter(|(_, control)| control.as_deref() != Some(name));
-    let (route, _) = others.next()?;
+    let mut others = host.locked_routes.iter().filter(|route| route.congestion_control.as_deref() != Some(name));
+    let route = &others.next()?.destination;
     let more = match others.count() {
         0 => String::new(),
         more => format!(", and {more} more"),

@@ -49,8 +49,6 @@ impl Version {
 /// What a kernel of this version cannot do of the policies.
 #[must_use]
 pub fn on_kernel(policies: &[Policy], kernel: Version) -> Vec<Diagnostic> {
-    /// `bpf_set_retval` for cgroup/setsockopt (b44123b4a3dc).
-    const ERRNO: &str = "5.18";
     let mut found = Vec::new();
     for policy in policies {
         // A dry run goes on without.
@@ -71,10 +69,11 @@ pub fn on_kernel(policies: &[Policy], kernel: Version) -> Vec<Diagnostic> {
                     "leave it out; `run` and `exec` have the rest in force without it with --allow-gaps".to_owned(),
                 );
             }
-            if clause.on_conflict == OnConflict::Deny && clause.errno != Errno::EPERM && !kernel.has(ERRNO) {
+            if clause.on_conflict == OnConflict::Deny && clause.errno != Errno::EPERM && !kernel.has(Errno::SINCE) {
                 add(
                     format!(
-                        "on kernel {kernel} denied calls fail with EPERM only: {ERRNO} is the first that lets programs choose"
+                        "on kernel {kernel} denied calls fail with EPERM only: {} is the first that lets programs choose",
+                        Errno::SINCE
                     ),
                     "leave `errno` out".to_owned(),
                 );

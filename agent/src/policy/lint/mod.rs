@@ -10,7 +10,7 @@ mod marks;
 mod shadow;
 
 pub use self::{
-    host::{Host, asks_for_routes, on_host},
+    host::{Host, LockedRoute, asks_for_routes, on_host},
     kernel::{Version, on_kernel},
 };
 use super::{
