@@ -1,15 +1,22 @@
-//! One policy in force: from valid policies to events and a summary.
+//! Policies in force: from valid policies to events and a summary.
 //!
 //! Holds the programs and what is needed to put their records into words. It has no loop and does not print:
 //! whoever owns it waits on its descriptor and drains it.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::{
+    collections::BTreeMap,
+    mem,
+    os::fd::{AsFd, BorrowedFd},
+};
 
-use abi::setting::{Setting, form, on_conflict};
+use abi::{
+    index,
+    setting::{Setting, form, on_conflict},
+};
 use nix::time::{ClockId, clock_gettime};
 
 use crate::{
-    compile::{CompileError, Desired},
+    compile::{CompileError, Desired, Hook, compile},
     coverage::Stack,
     events::{Event, Executables, Filter, Surroundings, decode},
     gaps::{Gap, Gaps},
@@ -17,10 +24,11 @@ use crate::{
         cgroup::{Mount, Names},
         process, tcp,
     },
-    kernel::{self, Answer, Audit, BackendChoice, KernelError, Object, Record, Subjects, Target},
-    policy::model::{Calls, Errno, Mode, Policy},
+    kernel::{self, Answer, Audit, BackendChoice, KernelError, Object, Record, Target},
+    options::SocketOption,
+    policy::model::{self, Calls, Errno, Mode, Policy},
     report::{CallLine, Counts, Loss, Lost, Report, Summary, errno_name},
-    trial::{self, compile_with_trial},
+    trial,
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -39,14 +47,23 @@ pub enum SessionError {
 /// Events to drain at a time: some milliseconds' worth.
 const BATCH_MAX: usize = 1024;
 
-/// A policy in force on its targets, until this is dropped.
+/// Policies in force on their targets, until this is dropped.
 pub struct Session {
     object: Object,
-    desired: Desired,
+    current: Generation,
+    /// Those that sockets may still be set up by, the latest last.
+    before: Vec<Generation>,
+    /// Those that were so until now: what they caused may still be to be told.
+    retired: Vec<Generation>,
     targets: Vec<Target>,
     filter: Filter,
+    backend: BackendChoice,
     audit: Option<Audit>,
+    choice: GapsChoice,
     gaps: Vec<Gap>,
+    /// What came of trying to set options.
+    tried: Tried,
+    mount: Mount,
     names: Names,
     executables: Executables,
     report: Report,
@@ -55,6 +72,12 @@ pub struct Session {
     dead_calls: u64,
     /// What had been lost when it was last told.
     told: Lost,
+}
+
+/// Policies that are, or were, in force together.
+struct Generation {
+    number: u32,
+    desired: Desired,
 }
 
 /// What to put in force, on whom, and whom to look at.
@@ -97,7 +120,7 @@ pub fn prepare(policies: &[Policy], stacks: &[Stack], dry_run: bool, timing: boo
     if dry_run {
         policies.iter_mut().for_each(|policy| policy.mode = Mode::DryRun);
     }
-    let mut desired = compile_with_trial(&policies, &stacks)?;
+    let mut desired = compile(&policies, &stacks)?;
     desired.audit.timing |= timing;
     Ok(desired)
 }
@@ -111,32 +134,34 @@ impl Session {
     pub fn start(setup: Setup) -> Result<Self, SessionError> {
         let Setup { mut desired, mount, targets, backend, gaps: choice, filter } = setup;
         warn_of_overruling(&mount, &targets);
-        let subjects = Subjects { targets: &targets, processes: &filter.processes };
-        let mut object = Object::load(&desired, subjects)?;
-        let gaps = find_gaps(&mut object, &mut desired, &mount, choice);
-        if choice == GapsChoice::Refuse && gaps.0.iter().any(|gap| gap.is_enforced) {
-            return Err(SessionError::Gaps(gaps));
+        let mut object = Object::load(&desired.hooks(), desired.audit, &filter.processes)?;
+        let mut tried = Tried::default();
+        if choice != GapsChoice::DoNotTry {
+            tried.extend(try_options(&mut object, &desired, &desired.set_options(), &mount));
         }
-        object.attach(&desired, &targets)?;
-        let audit = object.attach_audit(&desired, backend)?;
-        if audit.is_none() && desired.audit.calls != Calls::Conflicts {
-            log::warn!("without an audit only conflicts are seen: the policy's `calls` has no effect");
-        }
-        if audit.is_none() && desired.audit.timing {
-            log::warn!("without an audit calls are not timed");
-        }
+        let gaps = find_gaps(&object, &mut desired, &tried);
+        refuse(choice, &gaps)?;
+        let staged = object.stage(&desired, &targets)?;
+        let audit = object.attach_audit(desired.audit, backend)?;
+        warn_without_audit(audit, desired.audit);
         if let Some(reason) = object.blindness() {
             log::warn!("events will lack what sockets say of themselves: {reason}");
         }
-        object.enable(&desired, subjects)?;
+        let number = object.enable(staged, desired.audit.calls)?;
         Ok(Self {
             object,
-            desired,
+            current: Generation { number, desired },
+            before: Vec::new(),
+            retired: Vec::new(),
             targets,
             filter,
+            backend,
             audit,
+            choice,
             gaps: gaps.0,
-            names: Names::new(mount),
+            tried,
+            names: Names::new(mount.clone()),
+            mount,
             executables: Executables::default(),
             report: Report::default(),
             unknown_records: 0,
@@ -145,9 +170,111 @@ impl Session {
         })
     }
 
+    /// Puts other policies in force in place of these, or these on other targets. Each event of a socket sees the ones or the
+    /// others.
+    ///
+    /// # Errors
+    ///
+    /// Where this kernel cannot do it; then what was in force still is.
+    pub fn reload(&mut self, mut desired: Desired, targets: Vec<Target>) -> Result<(), SessionError> {
+        self.object.load_more(&desired.hooks())?;
+        if self.choice != GapsChoice::DoNotTry {
+            self.try_what_is_new(&desired)?;
+        }
+        let gaps = find_gaps(&self.object, &mut desired, &self.tried);
+        refuse(self.choice, &gaps)?;
+        if !self.object.has_room() {
+            self.retire()?;
+        }
+        let before = self.current.desired.audit;
+        if desired.audit.timing && !before.timing {
+            log::warn!("calls are not timed until sockpolicy starts anew");
+        }
+        let staged = self.object.stage(&desired, &targets)?;
+        if desired.audit != before {
+            match self.object.attach_audit(desired.audit, self.backend) {
+                Ok(audit) => self.audit = audit,
+                Err(error) => {
+                    self.object.abandon(&staged);
+                    // As it was. What could be attached then can be now.
+                    self.audit = self.object.attach_audit(before, self.backend)?;
+                    return Err(error.into());
+                }
+            }
+            warn_without_audit(self.audit, desired.audit);
+        }
+        let number = self.object.enable(staged, desired.audit.calls)?;
+        let before = mem::replace(&mut self.current, Generation { number, desired });
+        self.before.push(before);
+        self.targets = targets;
+        self.gaps = gaps.0;
+        Ok(())
+    }
+
+    /// Has the policies hold on these targets, as cgroups come and go.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses; then they hold on those that were there and still are.
+    pub fn retarget(&mut self, targets: Vec<Target>) -> Result<(), SessionError> {
+        if self.object.retarget(&self.current.desired, &targets)? {
+            self.targets = targets;
+            return Ok(());
+        }
+        let desired = self.current.desired.clone();
+        self.reload(desired, targets)
+    }
+
+    /// Whether there are targets that have been removed, and that [`Self::let_go_of_removed`] is to be called for.
+    #[must_use]
+    pub fn has_removed(&self) -> bool {
+        self.object.has_removed()
+    }
+
+    /// Lets go of targets that have been removed and whose last sockets are closed.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses.
+    pub fn let_go_of_removed(&mut self) -> Result<(), SessionError> {
+        Ok(self.object.let_go_of_removed()?)
+    }
+
+    /// By programs of their own: those in force are not to be disturbed.
+    fn try_what_is_new(&mut self, desired: &Desired) -> Result<(), SessionError> {
+        let mut new = desired.set_options();
+        new.retain(|option| !self.tried.contains_key(option.name));
+        if !new.is_empty() {
+            let mut object = Object::load(&desired.hooks(), desired.audit, &[])?;
+            self.tried.extend(try_options(&mut object, desired, &new, &self.mount));
+        }
+        Ok(())
+    }
+
+    /// Whether there are policies before those in force by which sockets may still be set up.
+    #[must_use]
+    pub fn has_others(&self) -> bool {
+        !self.before.is_empty()
+    }
+
+    /// Has sockets that are still being set up by policies of before go on by those in force.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses.
+    pub fn retire(&mut self) -> Result<(), SessionError> {
+        for (number, counters) in self.object.retire()? {
+            if let Some(generation) = self.before.iter().find(|generation| generation.number == number) {
+                self.report.count(number, &generation.desired, &counters);
+            }
+        }
+        self.retired = mem::take(&mut self.before);
+        Ok(())
+    }
+
     #[must_use]
     pub fn desired(&self) -> &Desired {
-        &self.desired
+        &self.current.desired
     }
 
     #[must_use]
@@ -178,13 +305,14 @@ impl Session {
                 }
                 Some(Record::Event(raw)) => {
                     let surroundings = self.surroundings(&raw);
-                    decode(&raw, &self.desired, surroundings).ok()
+                    let generation = self.generation_of(raw.call.setting);
+                    decode(&raw, &generation.desired, surroundings).ok().map(|event| (generation.number, event))
                 }
                 Some(Record::Unknown) => None,
             };
             match event {
-                Some(event) if self.filter.admits(&event) => {
-                    self.report.fold(&event);
+                Some((generation, event)) if self.filter.admits(&event) => {
+                    self.report.fold(generation, &event);
                     tell(&event);
                 }
                 Some(_) => {}
@@ -192,6 +320,13 @@ impl Session {
             }
         }
         true
+    }
+
+    /// The policies that a setting is of, by its number among those of all generations.
+    fn generation_of(&self, setting: u32) -> &Generation {
+        let is_its = |generation: &&Generation| index::slot_of(generation.number) == index::slot(setting);
+        let later_first = [&self.current].into_iter().chain(self.before.iter().rev()).chain(self.retired.iter().rev());
+        later_first.into_iter().find(is_its).unwrap_or(&self.current)
     }
 
     fn exe(&mut self, raw: &abi::event::Event) -> Result<String, &'static str> {
@@ -254,18 +389,18 @@ impl Session {
     /// # Errors
     ///
     /// Where the counters cannot be read.
-    pub fn finish(self) -> Result<Summary, SessionError> {
+    pub fn finish(mut self) -> Result<Summary, SessionError> {
+        self.retire()?;
         let tallies = self.object.tallies()?;
         let mut lost = self.lost();
         // Whatever has not returned by now will not be seen to.
         lost.losses.no_return += self.object.calls_under_way()?;
-        let counts = Counts {
-            counters: self.object.counters(&self.desired)?,
-            calls: tallies.into_iter().filter_map(|(key, tally)| CallLine::new(key, tally)).collect(),
-            lost,
-        };
-        let targets = self.targets.iter().map(|target| target.cgroup.name.clone()).collect();
-        Ok(self.report.summarize(&self.desired, counts, targets, self.audit, self.gaps))
+        let counts =
+            Counts { calls: tallies.into_iter().filter_map(|(key, tally)| CallLine::new(key, tally)).collect(), lost };
+        let Self { object, current, targets, audit, gaps, mut report, .. } = self;
+        report.count(current.number, &current.desired, &object.counters()?);
+        let targets = targets.iter().map(|target| target.cgroup.name.clone()).collect();
+        Ok(report.summarize(&current.desired, counts, targets, audit, gaps))
     }
 }
 
@@ -294,30 +429,56 @@ fn warn_of_overruling(mount: &Mount, targets: &[Target]) {
     }
 }
 
-/// What the policies ask for and this kernel cannot do. Of `desired`, what is left is what it can do: hooks, and no trial.
-fn find_gaps(object: &mut Object, desired: &mut Desired, mount: &Mount, choice: GapsChoice) -> Gaps {
-    let trial = desired.scopes.len() - usize::from(desired.has_trial);
-    let mut asked = desired.clone();
-    asked.end_trial();
-    let refused = object.refused().to_vec();
-    desired.keep_hooks(|hook| !refused.iter().any(|(other, _)| *other == hook));
-    let mut gaps: Vec<Gap> =
-        refused.into_iter().filter_map(|(hook, reason)| Gap::of_hook(&asked, hook, reason)).collect();
-    if desired.has_trial && choice != GapsChoice::DoNotTry {
-        match trial::try_scope(object, desired, trial, mount) {
-            Ok(answers) => gaps.extend(answers.into_iter().filter_map(|(option, answer)| match answer {
-                Answer::No(errno) => Some(Gap::of_option(&asked, option, &errno)),
-                Answer::Yes | Answer::Unknown(_) => None,
-            })),
-            Err(error) => log::warn!("cannot try whether this kernel sets the options: {error}"),
+/// By the option's name.
+type Tried = BTreeMap<&'static str, Answer>;
+
+/// Tries these options at the hooks that the policies need.
+fn try_options(object: &mut Object, desired: &Desired, options: &[&'static SocketOption], mount: &Mount) -> Tried {
+    let has = |hook: &Hook| !object.refused().iter().any(|(refused, _)| refused == hook);
+    let hooks: Vec<Hook> = desired.hooks().into_iter().filter(has).collect();
+    if options.is_empty() {
+        return Tried::default();
+    }
+    match trial::try_options(object, options, &hooks, mount) {
+        Ok(answers) => answers.into_iter().map(|(option, answer)| (option.name, answer)).collect(),
+        Err(error) => {
+            log::warn!("cannot try whether this kernel sets the options: {error}");
+            Tried::default()
         }
     }
-    desired.end_trial();
+}
+
+/// What the policies ask for and this kernel cannot do. Of `desired`, the hooks are left that it has.
+fn find_gaps(object: &Object, desired: &mut Desired, tried: &Tried) -> Gaps {
+    let refused = object.refused();
+    let hook_gaps = refused.iter().filter_map(|(hook, reason)| Gap::of_hook(desired, *hook, reason.clone()));
+    let mut gaps: Vec<Gap> = hook_gaps.collect();
+    desired.keep_hooks(|hook| !refused.iter().any(|(other, _)| *other == hook));
+    gaps.extend(desired.set_options().into_iter().filter_map(|option| match tried.get(option.name)? {
+        Answer::No(errno) => Some(Gap::of_option(desired, option, errno)),
+        Answer::Yes | Answer::Unknown(_) => None,
+    }));
     gaps.extend(missing_congestion_controls(desired));
     if !object.abilities().set_retval {
         gaps.extend(impossible_errnos(desired));
     }
     gaps.into_iter().collect()
+}
+
+fn refuse(choice: GapsChoice, gaps: &Gaps) -> Result<(), SessionError> {
+    if choice == GapsChoice::Refuse && gaps.0.iter().any(|gap| gap.is_enforced) {
+        return Err(SessionError::Gaps(gaps.clone()));
+    }
+    Ok(())
+}
+
+fn warn_without_audit(audit: Option<Audit>, wanted: model::Audit) {
+    if audit.is_none() && wanted.calls != Calls::Conflicts {
+        log::warn!("without an audit only conflicts are seen: the policy's `calls` has no effect");
+    }
+    if audit.is_none() && wanted.timing {
+        log::warn!("without an audit calls are not timed");
+    }
 }
 
 fn missing_congestion_controls(desired: &Desired) -> Vec<Gap> {

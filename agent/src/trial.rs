@@ -15,8 +15,7 @@ use abi::Counters;
 use nix::sched::{CloneFlags, unshare};
 
 use crate::{
-    compile::{CompileError, Desired, compile},
-    coverage::Stack,
+    compile::{CompileError, Desired, Hook, SettingSource, compile},
     enclosure::{Enclosure, EnclosureError},
     host::{cgroup::Mount, network},
     kernel::{Answer, KernelError, Object, Target},
@@ -33,36 +32,11 @@ pub enum TrialError {
     #[error(transparent)]
     Enclosure(#[from] EnclosureError),
     #[error(transparent)]
+    Compile(#[from] CompileError),
+    #[error(transparent)]
     Kernel(#[from] KernelError),
     #[error("cannot open sockets to try options on: {0}")]
     Sample(io::Error),
-}
-
-/// Compiles policies together with one that tries what they set: the scope after those of the stacks, at the hooks that these
-/// need.
-///
-/// # Errors
-///
-/// As of [`compile`].
-pub fn compile_with_trial(policies: &[Policy], stacks: &[Stack]) -> Result<Desired, CompileError> {
-    let clauses = policies.iter().flat_map(|policy| &policy.rules).flat_map(|rule| &rule.clauses);
-    let mut set: Vec<&'static SocketOption> = Vec::new();
-    for clause in clauses.filter(|clause| matches!(clause.form, policy::model::Form::Set(_))) {
-        if let Named::Known(option) = clause.option
-            && !set.contains(&option)
-        {
-            set.push(option);
-        }
-    }
-    if set.is_empty() {
-        return compile(policies, stacks);
-    }
-    let (mut policies, mut stacks) = (policies.to_vec(), stacks.to_vec());
-    policies.push(policy_that_sets(&set));
-    stacks.push(vec![policies.len() - 1]);
-    let mut desired = compile(&policies, &stacks)?;
-    desired.make_last_a_trial();
-    Ok(desired)
 }
 
 /// A policy that sets these options to their examples.
@@ -76,24 +50,26 @@ pub fn policy_that_sets(options: &[&'static SocketOption]) -> Policy {
     }
 }
 
-/// Tries the options that a scope sets; gives what came of each.
+/// Tries options at these hooks; gives what came of each.
 ///
 /// # Errors
 ///
 /// Where it cannot be tried.
-pub fn try_scope(
+pub fn try_options(
     object: &mut Object,
-    desired: &Desired,
-    scope: usize,
+    options: &[&'static SocketOption],
+    hooks: &[Hook],
     mount: &Mount,
 ) -> Result<Vec<(&'static SocketOption, Answer)>, TrialError> {
+    let policy = policy_that_sets(options);
+    let mut desired = compile(std::slice::from_ref(&policy), &[vec![0]])?;
+    desired.keep_hooks(|hook| hooks.contains(&hook));
     let enclosure = Enclosure::make(mount, "-try")?;
     let cgroup = mount.open(&enclosure.cgroup.path).map_err(EnclosureError::from)?;
-    let sampled = object.in_force_on(desired, &Target { cgroup, scope }, || run_sample(&enclosure))?;
+    let (sampled, counters) = object.in_force_on(&desired, Target { cgroup, scope: 0 }, || run_sample(&enclosure))?;
     enclosure.remove()?;
     sampled.map_err(TrialError::Sample)?;
-    let counters = object.counters(desired)?;
-    Ok(answers(desired, scope, &counters))
+    Ok(answers(&desired, &counters))
 }
 
 fn run_sample(enclosure: &Enclosure) -> io::Result<()> {
@@ -107,11 +83,9 @@ fn run_sample(enclosure: &Enclosure) -> io::Result<()> {
     Err(io::Error::other(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
 }
 
-fn answers(desired: &Desired, scope: usize, counters: &[Counters]) -> Vec<(&'static SocketOption, Answer)> {
-    let settings = desired.settings_of(scope);
-    let answer = |setting: usize| {
-        let Named::Known(option) = desired.sources.get(setting)?.option else { return None };
-        let counters = counters.get(setting)?;
+fn answers(desired: &Desired, counters: &[Counters]) -> Vec<(&'static SocketOption, Answer)> {
+    let answer = |(source, counters): (&SettingSource, &Counters)| {
+        let Named::Known(option) = source.option else { return None };
         let answer = if counters.set + counters.unchanged > 0 {
             Answer::Yes
         } else if counters.failed > 0 {
@@ -121,7 +95,7 @@ fn answers(desired: &Desired, scope: usize, counters: &[Counters]) -> Vec<(&'sta
         };
         Some((option, answer))
     };
-    settings.filter_map(answer).collect()
+    desired.sources.iter().zip(counters).filter_map(answer).collect()
 }
 
 /// Opens sockets of each kind that policies reach.

@@ -20,7 +20,7 @@ use crate::{
     ctx::{Addressed, Socket, Turn},
     emit,
     maps::{self, PrefixMap, count},
-    storage,
+    storage::{self, Scope},
 };
 
 /// What became of a setting on a socket: a number, because it crosses from one function to another.
@@ -41,29 +41,27 @@ pub(crate) mod outcome {
 /// that of its traffic.
 #[inline(always)]
 pub(crate) fn apply<const MAX: usize>(
-    scope: u32,
+    scope: Scope,
     site: u32,
     state: &mut State,
     is_inet6: bool,
     mut apply: impl FnMut(u32, Candidates, u32, &mut State),
 ) {
-    let Some(config) = maps::config() else { return };
-    let Some(list) = maps::site(scope, site) else { return };
+    let Some(list) = maps::site(scope.number, site) else { return };
     if list.len == 0 {
         return;
     }
-    let Some(selectors) = maps::selectors(scope) else { return };
-    let rules = select(&state.facts, selectors, &PrefixMap);
+    let Some(selectors) = maps::selectors(scope.number) else { return };
+    let rules = select(&state.facts, selectors, &PrefixMap { scope: scope.number });
     if rules.sure == 0 {
         return;
     }
     let missing = missing_traits(state, is_inet6);
-    let first = scope * config.options;
     for position in 0..MAX {
         if position as u32 >= list.len {
             break;
         }
-        apply(first + list.options[position], rules, missing, state);
+        apply(scope.options + list.options[position], rules, missing, state);
     }
 }
 

@@ -1,50 +1,84 @@
 //! Every map: who writes it, who reads it, how large it is, and what happens when it is full.
 //!
-//! The agent fills the policy maps once, before it attaches the programs. It gives those marked
-//! "sized at load" the number of entries that the policy takes; the sizes here are placeholders.
+//! What policies say stands in tables of which there is a set for each generation of policies: inner maps that the agent makes
+//! and fills, as large as it takes, before it puts them at the slot of the generation ([`abi::index`]) and, last, has
+//! [`CONFIG`] name it. Nothing is written to them while they are in force, but for places and counters. An outer map has no
+//! inner one at first, so that nothing is found. The sizes of inner maps here are placeholders.
 
 use core::arch::asm;
 
 use abi::{
-    Config, Counters, Losses, SiteList, Target,
+    Config, Counters, GENERATIONS, Losses, Place, SiteList, Target,
     event::{Call, Executable, Limit, LimitKey, TOLD_MAX, Tally, TallyKey, bucket},
+    index,
     layout::Member,
     select::{PrefixData, Prefixes, Selectors},
     setting::{Governed, OptionKey, Setting},
 };
 use aya_ebpf::{
-    bindings::{BPF_F_MMAPABLE, BPF_NOEXIST},
-    macros::map,
-    maps::{self, Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf, lpm_trie::Key},
+    Global,
+    bindings::{BPF_F_INNER_MAP, BPF_F_MMAPABLE, BPF_NOEXIST},
+    btf_maps::{self, ArrayOfMaps},
+    helpers::generated::bpf_get_smp_processor_id,
+    macros::{btf_map, map},
+    maps::{self, Array, HashMap, LruHashMap, PerCpuHashMap, RingBuf, lpm_trie::Key},
 };
+
+/// A table of a generation, by index: rows of so many bytes. Inner arrays differ in length.
+///
+/// Bytes, because the kernel takes an inner map only if it may hold what the one declared here may: in 5.15 to 6.1 a
+/// structure that it has a description of, as it has here, may hold what one without, as the agent's are, may not
+/// (`timer_off` in `bpf_map_meta_equal`, kernel/bpf/map_in_map.c).
+type Table<const BYTES: usize> =
+    ArrayOfMaps<btf_maps::Array<[u8; BYTES], 1, { BPF_F_INNER_MAP as usize }>, { GENERATIONS as usize }>;
+
+/// A table of a generation, by key.
+type Dictionary<K, V> = ArrayOfMaps<btf_maps::HashMap<K, V, 1>, { GENERATIONS as usize }>;
 
 /// Index 0. Written last: until then nothing is in force.
 #[map]
 static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
 
-/// By scope: the small dimensions of the rules' matches. Sized at load.
-#[map]
-static SELECTORS: Array<Selectors> = Array::with_max_entries(1, 0);
+/// By target: what holds there. The agent also writes to that in force, where a cgroup comes or goes.
+#[btf_map]
+static PLACES: Table<{ size_of::<Place>() }> = Table::new();
 
-/// Rules by scope and prefix of a port or an address. Sized at load.
-#[map]
-static PREFIXES: LpmTrie<PrefixData, u64> = LpmTrie::with_max_entries(1, 0);
+/// For the audit: the places of targets, by id of the cgroup. As `PLACES` in all else.
+#[btf_map]
+static FOLLOWED: Dictionary<u64, u32> = Dictionary::new();
 
-/// By scope, and in each by number: the options that rules name; those that can be set come first. Sized at load.
-#[map]
-static OPTIONS: Array<Governed> = Array::with_max_entries(1, 0);
+/// By scope: the small dimensions of the rules' matches.
+#[btf_map]
+static SELECTORS: Table<{ size_of::<Selectors>() }> = Table::new();
 
-/// From an option's level and name to the number that it has here. Sized at load.
-#[map]
-static OPTION_INDEX: HashMap<OptionKey, u32> = HashMap::with_max_entries(1, 0);
+/// Rules by scope and prefix of a port or an address. In halves: behind a key of this length the kernel does not align to more.
+#[btf_map]
+static PREFIXES: ArrayOfMaps<btf_maps::LpmTrie<PrefixData, [u32; 2], 1>, { GENERATIONS as usize }> = ArrayOfMaps::new();
 
-/// What each rule says about each option it names. Sized at load.
-#[map]
-static SETTINGS: Array<Setting> = Array::with_max_entries(1, 0);
+/// By scope, and in each by number: the options that rules name; those that can be set come first.
+#[btf_map]
+static OPTIONS: Table<{ size_of::<Governed>() }> = Table::new();
 
-/// What to apply where: by scope, and in each by [`abi::site`]. Sized at load.
-#[map]
-static SITES: Array<SiteList> = Array::with_max_entries(1, 0);
+/// From an option's level and name to the number that it has in each scope.
+#[btf_map]
+static OPTION_INDEX: Dictionary<OptionKey, u32> = Dictionary::new();
+
+/// What each rule says about each option it names.
+#[btf_map]
+static SETTINGS: Table<{ size_of::<Setting>() }> = Table::new();
+
+/// What to apply where: by scope, and in each by [`abi::site`].
+#[btf_map]
+static SITES: Table<{ size_of::<SiteList>() }> = Table::new();
+
+/// By setting, and for each by CPU: written by the programs, read by the agent. No per-CPU array, for inner maps of that kind
+/// must all have the same length.
+#[btf_map]
+static COUNTERS: Table<{ size_of::<Counters>() }> = Table::new();
+
+/// Possible CPUs: how many [`COUNTERS`] a setting has. Given by the agent at load.
+#[unsafe(no_mangle)]
+static CPUS: Global<u32> = Global::new(1);
 
 /// By target and hook: written by the agent when it has attached the programs there. The kernel makes an entry, full of
 /// zeroes, when a program is attached, and hands it to the program that it runs for that cgroup. What is said to have come
@@ -53,22 +87,14 @@ static SITES: Array<SiteList> = Array::with_max_entries(1, 0);
 #[expect(deprecated, reason = "nothing else tells a program where it is attached")]
 static TARGETS: maps::CgroupStorage<Target> = maps::CgroupStorage::new();
 
-/// For the audit: the scopes of the targets, by id of the cgroup. Sized at load.
-#[map]
-static FOLLOWED: HashMap<u64, u32> = HashMap::with_max_entries(1, 0);
-
-/// Ids of the processes that the audit follows, if [`Config::by_process`] says so; the value means nothing. Sized at
-/// load.
+/// Ids of the processes that the audit follows, if [`Config::by_process`] says so; the value means nothing. The agent gives it
+/// its size at load.
 #[map]
 static PROCESSES: HashMap<u32, u32> = HashMap::with_max_entries(1, 0);
 
-/// Where sockets keep the values of options. Sized at load.
+/// Where sockets keep the values of options. As `PROCESSES`.
 #[map]
 static MEMBERS: HashMap<OptionKey, Member> = HashMap::with_max_entries(1, 0);
-
-/// By setting: written by the programs, read by the agent. Sized at load.
-#[map]
-static COUNTERS: PerCpuArray<Counters> = PerCpuArray::with_max_entries(1, 0);
 
 /// Index 0: written by the programs, read by the agent in its own memory. It asks often, and while a task is in bpf(2) for the
 /// contents of a map, the kernel runs no kprobes and tracepoints on that CPU (`bpf_disable_instrumentation`). All CPUs share
@@ -114,38 +140,66 @@ pub(crate) fn target() -> &'static Target {
     unsafe { &*TARGETS.get_ptr_mut() }
 }
 
+/// What stands at a number ([`abi::index`]) in tables of this kind.
+#[inline(always)]
+fn row<T, const BYTES: usize>(tables: &'static Table<BYTES>, index: u32) -> Option<&'static T> {
+    // SAFETY: an inner map stays as it is while a program uses it, and values of all types that are shared are valid whatever
+    // their bytes. To the counters, which change, there is no reference of this kind.
+    row_ptr(tables, index).map(|row| unsafe { &*row })
+}
+
+#[inline(always)]
+fn row_ptr<T, const BYTES: usize>(tables: &'static Table<BYTES>, index: u32) -> Option<*mut T> {
+    // The kernel aligns values to eight bytes.
+    const { assert!(BYTES == size_of::<T>() && align_of::<T>() <= 8) };
+    tables.get_value_ptr_mut(index::slot(index), &index::within(index)).map(|bytes| bytes.cast())
+}
+
+/// What holds in a generation on a target, if it is one there.
+#[inline(always)]
+pub(crate) fn place(generation: u32, target: &Target) -> Option<&'static Place> {
+    at_place(generation, target.place).filter(|place| place.id == target.id)
+}
+
+/// The place of a cgroup, if it is a target: for those who do not run for it.
+#[inline(always)]
+pub(crate) fn followed_place(generation: u32, cgroup: u64) -> Option<u32> {
+    // SAFETY: where the agent removes an entry another may take its room at once: then it is another target's place.
+    unsafe { FOLLOWED.get(index::slot_of(generation))?.get(&cgroup) }.copied()
+}
+
+/// What holds in a generation at a place.
+#[inline(always)]
+pub(crate) fn at_place(generation: u32, place: u32) -> Option<&'static Place> {
+    row(&PLACES, index::of(generation, place)).filter(|place: &&Place| place.id != 0)
+}
+
 #[inline(always)]
 pub(crate) fn selectors(scope: u32) -> Option<&'static Selectors> {
-    SELECTORS.get(scope)
+    row(&SELECTORS, scope)
 }
 
 #[inline(always)]
 pub(crate) fn option(index: u32) -> Option<&'static Governed> {
-    OPTIONS.get(index)
+    row(&OPTIONS, index)
 }
 
 /// The number of an option that a rule of any scope names.
 #[inline(always)]
-pub(crate) fn option_number(key: OptionKey) -> Option<u32> {
-    // SAFETY: the agent does not write this map while programs are attached.
-    unsafe { OPTION_INDEX.get(key) }.copied()
+pub(crate) fn option_number(generation: u32, key: OptionKey) -> Option<u32> {
+    // SAFETY: the agent does not write this map while it is in force.
+    unsafe { OPTION_INDEX.get(index::slot_of(generation))?.get(&key) }.copied()
 }
 
 #[inline(always)]
 pub(crate) fn setting(index: u32) -> Option<&'static Setting> {
-    SETTINGS.get(index)
+    row(&SETTINGS, index)
 }
 
 #[inline(always)]
 pub(crate) fn site(scope: u32, site: u32) -> Option<&'static SiteList> {
-    SITES.get(scope * abi::site::COUNT as u32 + site)
-}
-
-/// The scope of a cgroup, if it is a target.
-#[inline(always)]
-pub(crate) fn followed_scope(cgroup: u64) -> Option<u32> {
-    // SAFETY: the agent does not write this map while programs are attached.
-    unsafe { FOLLOWED.get(cgroup) }.copied()
+    let list = index::within(scope) * abi::site::COUNT as u32 + site;
+    row(&SITES, index::of(index::slot(scope), list))
 }
 
 #[inline(always)]
@@ -193,7 +247,10 @@ static NO_CALLS: &Tally = &Tally { calls: 0, failed: 0, total_ns: 0, buckets: [0
 /// Adds one to a counter of a setting.
 #[inline(always)]
 pub(crate) fn count(setting: u32, field: impl FnOnce(&mut Counters) -> &mut u64) {
-    if let Some(counters) = COUNTERS.get_ptr_mut(setting) {
+    // SAFETY: has no arguments.
+    let cpu = unsafe { bpf_get_smp_processor_id() };
+    let counters = index::of(index::slot(setting), index::within(setting) * CPUS.load() + cpu);
+    if let Some(counters) = row_ptr(&COUNTERS, counters) {
         // SAFETY: the slot is valid for as long as the program runs.
         increment(field(unsafe { &mut *counters }));
     }
@@ -281,12 +338,16 @@ pub(crate) fn note_told(executable: &Executable) {
     let _ = TOLD.insert(executable, 1, 0);
 }
 
-/// The table of `abi::select`, as a map.
-pub(crate) struct PrefixMap;
+/// The table of `abi::select`, as a map, of the generation that a scope is of.
+pub(crate) struct PrefixMap {
+    pub(crate) scope: u32,
+}
 
 impl Prefixes for PrefixMap {
     #[inline(always)]
     fn longest(&self, data: &PrefixData) -> Option<u64> {
-        PREFIXES.get(Key::new(8 * size_of::<PrefixData>() as u32, *data)).copied()
+        let prefixes = PREFIXES.get(index::slot(self.scope))?;
+        let [low, high] = *prefixes.get(&Key::new(8 * size_of::<PrefixData>() as u32, *data))?;
+        Some(u64::from(low) | u64::from(high) << 32)
     }
 }

@@ -9,7 +9,7 @@
 use core::arch::asm;
 
 use abi::{
-    Target,
+    Place, Target, index,
     socket::{Facts, State, direction},
 };
 use aya_ebpf::{
@@ -45,26 +45,61 @@ static SOCKETS: SocketStorage = SocketStorage {
     map_flags: core::ptr::null(),
 };
 
-/// The notes of a socket, and the number of the scope that decides about it; `None` where that is not this program's turn
-/// to say: another target's, deeper than this one, has.
+/// What holds on a socket: numbers of a generation ([`abi::index`]).
+#[derive(Clone, Copy)]
+pub(crate) struct Scope {
+    pub(crate) number: u32,
+    /// Of its first option.
+    pub(crate) options: u32,
+}
+
+/// The notes of a socket that is being set up, and what holds on it; `None` where that is not this program's turn to say:
+/// another target's, deeper than this one, has.
+///
+/// A socket that is being set up when policies change is set up by those that it began with.
 ///
 /// # Safety
 ///
 /// As for [`state`].
 #[inline(always)]
-pub(crate) unsafe fn claim(sk: *mut c_void) -> Option<(&'static mut State, u32)> {
-    let Target { scope, level } = *maps::target();
-    if scope == 0 {
+pub(crate) unsafe fn claim(sk: *mut c_void) -> Option<(&'static mut State, Scope)> {
+    let target = maps::target();
+    let config = maps::config().filter(|_| target.id != 0)?;
+    // SAFETY: as the caller says.
+    let state = unsafe { state(sk) }?;
+    if state.generation < config.oldest {
+        state.generation = config.generation;
+    }
+    claim_in(state.generation, target, state)
+}
+
+/// The same of a socket whose owner makes a call: that is judged by the policies of now.
+///
+/// # Safety
+///
+/// As for [`state`].
+#[inline(always)]
+pub(crate) unsafe fn claim_now(sk: *mut c_void, generation: u32) -> Option<(&'static mut State, Scope)> {
+    let target = maps::target();
+    if target.id == 0 {
         return None;
     }
     // SAFETY: as the caller says.
-    let state = unsafe { state(sk) }?;
-    let level = level + 1;
-    if state.level > level {
-        return None;
+    claim_in(generation, target, unsafe { state(sk) }?)
+}
+
+#[inline(always)]
+fn claim_in(generation: u32, target: &Target, state: &'static mut State) -> Option<(&'static mut State, Scope)> {
+    let place = maps::place(generation, target)?;
+    let is_deeper = |other: &Place| other.level > place.level;
+    if state.target.id != target.id {
+        if maps::place(generation, &state.target).is_some_and(is_deeper) {
+            return None;
+        }
+        state.target = *target;
     }
-    state.level = level;
-    Some((state, scope - 1))
+    let of = |within| index::of(generation, within);
+    Some((state, Scope { number: of(place.scope), options: of(place.options) }))
 }
 
 /// The notes of a socket, made if there are none.

@@ -17,15 +17,16 @@ use super::{
     unless_closed,
 };
 use crate::{
-    compile::{Hook, compile},
+    compile::Hook,
     enclosure::{Enclosure, EnclosureError},
     host::{
         btf::Types,
         cgroup::{CgroupError, Mount},
         privileges,
     },
-    kernel::{self, Answer, Backend, KernelError, Neighbour, Object, Probed, ProgramSize, Subjects, Tried},
+    kernel::{self, Answer, Backend, KernelError, Neighbour, Object, Probed, ProgramSize, Tried},
     options::{OPTIONS, SocketOption},
+    policy::model,
     session::SessionError,
     trial::{self, TrialError},
 };
@@ -119,10 +120,11 @@ fn examine() -> Result<Findings, DoctorError> {
 /// other only where one option resets another.
 fn try_options(mount: &Mount) -> Result<Vec<(&'static SocketOption, Answer)>, DoctorError> {
     let settable: Vec<_> = OPTIONS.iter().filter(|option| option.settable().is_some()).collect();
-    let mut desired = compile(&[trial::policy_that_sets(&settable)], &[vec![0]]).map_err(SessionError::from)?;
-    let mut object = Object::load(&desired, Subjects { targets: &[], processes: &[] })?;
-    desired.keep_hooks(|hook| !object.refused().iter().any(|(refused, _)| *refused == hook));
-    Ok(trial::try_scope(&mut object, &desired, 0, mount)?)
+    let audit = model::Audit { calls: model::Calls::Conflicts, reads: false, timing: false };
+    let mut object = Object::load(&Hook::ALL, audit, &[])?;
+    let has = |hook: &Hook| !object.refused().iter().any(|(refused, _)| refused == hook);
+    let hooks: Vec<_> = Hook::ALL.into_iter().filter(has).collect();
+    Ok(trial::try_options(&mut object, &settable, &hooks, mount)?)
 }
 
 impl Findings {

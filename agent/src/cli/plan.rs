@@ -62,9 +62,8 @@ impl Plan {
         check::show(&check::on_this_host(policies));
         let mount = Mount::find().map_err(RunError::from)?;
         let Placement { stacks, targets } = Placement::find(&mount, &self.cgroup, policies)?;
-        let mut desired = session::prepare(policies, &stacks, self.dry_run, false).map_err(RunError::from)?;
-        let tried: Vec<_> = desired.tried().iter().map(ToString::to_string).collect();
-        desired.end_trial();
+        let desired = session::prepare(policies, &stacks, self.dry_run, false).map_err(RunError::from)?;
+        let tried: Vec<_> = desired.set_options().iter().map(|option| option.name.to_owned()).collect();
         let others = neighbours(&mount, &targets);
         let written = match self.output {
             Format::Text => self.write_text(&desired, &targets, &tried, &others),

@@ -15,7 +15,7 @@ mod prefixes;
 #[cfg(test)]
 mod tests;
 
-use std::{ops::Range, path::PathBuf};
+use std::path::PathBuf;
 
 use abi::{
     RULES_MAX, SETTABLE_MAX, SiteList,
@@ -53,8 +53,6 @@ pub struct Desired {
     pub settings: Vec<Setting>,
     /// Where each of `settings` came from.
     pub sources: Vec<SettingSource>,
-    /// Whether the last scope is there to try what the others set.
-    pub has_trial: bool,
 }
 
 /// What holds for the sockets of all targets with the same stack of policies.
@@ -129,7 +127,6 @@ pub fn compile(policies: &[Policy], stacks: &[Stack]) -> Result<Desired, Compile
         options: Vec::new(),
         settings: Vec::new(),
         sources: Vec::new(),
-        has_trial: false,
     };
     // By policy: the number of its first rule.
     let mut first_rules = Vec::new();
@@ -170,8 +167,8 @@ fn add_scope(
         return Err(CompileError::TooManyRules { policies, count: rules.len() });
     }
     let mut options = Vec::new();
-    for (named, number) in named.iter().zip(0..) {
-        let mut option = governed(*named, number);
+    for named in named {
+        let mut option = governed(*named);
         option.first_setting = desired.settings.len() as u32;
         for (bit, rule) in rules.iter().enumerate() {
             let Some(clause) = rule.clauses.iter().find(|clause| clause.option == *named) else { continue };
@@ -242,39 +239,18 @@ impl Desired {
         }
     }
 
-    /// The indices of the settings of a scope.
+    /// The options that any rule sets, each once.
     #[must_use]
-    pub fn settings_of(&self, scope: usize) -> Range<usize> {
-        let first = |scope: usize| Some(self.scopes.get(scope)?.options.first()?.first_setting as usize);
-        first(scope).unwrap_or(self.settings.len())..first(scope + 1).unwrap_or(self.settings.len())
-    }
-
-    /// Has the last scope try what the others set, at the hooks that they need.
-    pub fn make_last_a_trial(&mut self) {
-        if let Some((trial, others)) = self.scopes.split_last_mut() {
-            trial.hooks.retain(|hook| others.iter().any(|scope| scope.hooks.contains(hook)));
-            self.has_trial = true;
+    pub fn set_options(&self) -> Vec<&'static SocketOption> {
+        let mut options = Vec::new();
+        for source in &self.sources {
+            if let (Named::Known(option), Form::Set(_)) = (source.option, &source.form)
+                && !options.contains(&option)
+            {
+                options.push(option);
+            }
         }
-    }
-
-    /// The options that the last scope is there to try.
-    #[must_use]
-    pub fn tried(&self) -> Vec<Named> {
-        let scope = if self.has_trial { self.settings_of(self.scopes.len() - 1) } else { 0..0 };
-        self.sources.get(scope).unwrap_or_default().iter().map(|source| source.option).collect()
-    }
-
-    /// The trial is over.
-    pub fn end_trial(&mut self) {
-        if !std::mem::take(&mut self.has_trial) {
-            return;
-        }
-        let settings = self.settings_of(self.scopes.len() - 1);
-        self.settings.truncate(settings.start);
-        if let Some(first_rule) = self.sources.drain(settings.start..).map(|source| source.rule).min() {
-            self.rules.truncate(first_rule);
-        }
-        self.scopes.pop();
+        options
     }
 
     /// The rules that match a socket, as the kernel finds them.
@@ -409,9 +385,9 @@ fn place(named: Named) -> usize {
     }
 }
 
-fn governed(named: Named, number: usize) -> Governed {
-    // There are fewer options to set than bits, and only these need one.
-    let bit = number.min(SETTABLE_MAX) as u8;
+fn governed(named: Named) -> Governed {
+    // The same under all policies, for sockets keep it. There are fewer options to set than bits, and only these need one.
+    let bit = place(named).min(SETTABLE_MAX) as u8;
     let mut option = Governed { key: named.key(), kind: kind::OPAQUE, bit, ..Governed::default() };
     if let Named::Known(known) = named {
         let SocketOption { value, traits, .. } = *known;

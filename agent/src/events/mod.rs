@@ -15,6 +15,7 @@ use std::{
 
 use abi::{
     event::{self as raw, flags, source},
+    index,
     judge::verdict,
     setting::{OptionKey, Value},
     socket::{Address, Facts, family, known},
@@ -176,14 +177,15 @@ pub struct Surroundings {
 #[error("unknown record from the programs")]
 pub struct UnknownRecord;
 
-/// Decodes a record.
+/// Decodes a record. `desired` are the policies that its setting is of.
 ///
 /// # Errors
 ///
 /// Where it holds a code that is not of this build.
 pub fn decode(event: &raw::Event, desired: &Desired, surroundings: Surroundings) -> Result<Event, UnknownRecord> {
     let raw::Event { call, .. } = event;
-    let dry_run = desired.source(call.setting).is_some_and(|(_, rule)| rule.mode == Mode::DryRun);
+    let setting = index::within(call.setting);
+    let dry_run = desired.source(setting).is_some_and(|(_, rule)| rule.mode == Mode::DryRun);
     let kind = decode_kind(event, dry_run)?;
     let source = decode_source(event.source)?;
     let nanoseconds = i128::from(event.time_ns) + surroundings.monotonic_epoch_ns;
@@ -200,7 +202,7 @@ pub fn decode(event: &raw::Event, desired: &Desired, surroundings: Surroundings)
         time: jiff::Timestamp::from_nanosecond(nanoseconds).ok().ok_or(UnknownRecord)?,
         kind,
         key: call.key,
-        cause: if decided { cause(desired, call.setting) } else { None },
+        cause: if decided { cause(desired, setting) } else { None },
         wanted: call.wanted,
         asked: call.asked,
         given: given(call, kind),

@@ -20,6 +20,8 @@ pub enum KernelError {
     Map { map: &'static str, source: aya::maps::MapError },
     #[error("map {map} of the BPF object cannot be mapped into memory: {source}")]
     View { map: &'static str, source: io::Error },
+    #[error("cannot tell how many CPUs there can be: {path}: {source}")]
+    Cpus { path: &'static str, source: io::Error },
     #[error("the BPF object has no {what}\n  help: this is a fault of the build: build it anew")]
     Incomplete { what: &'static str },
     #[error(

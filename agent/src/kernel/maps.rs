@@ -3,28 +3,19 @@
 use std::{collections::BTreeMap, ffi::c_void, num::NonZeroUsize, ptr::NonNull};
 
 use abi::{
-    Config, Counters, Losses,
+    Config, Losses,
     event::{Call, Executable, Tally, TallyKey},
     layout::Member,
-    select::PrefixData,
     setting::OptionKey,
-    site,
 };
 use aya::{
-    Ebpf, EbpfLoader, Pod,
-    maps::{
-        self, Array, CgroupStorageKey, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuHashMap,
-        lpm_trie::Key,
-    },
+    Ebpf, EbpfLoader,
+    maps::{self, Array, CgroupStorageKey, HashMap, Map, MapError, PerCpuHashMap},
 };
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
-use super::{KernelError, Subjects, Target, syscall::attach_type};
-use crate::{
-    compile::{Desired, Hook},
-    host::process,
-    policy::model::Calls,
-};
+use super::{KernelError, syscall::attach_type};
+use crate::{compile::Hook, host::process, policy::model::Calls};
 
 pub(super) const EVENTS: &str = "EVENTS";
 
@@ -33,79 +24,34 @@ pub(super) const EVENTS: &str = "EVENTS";
 const EVENT_BYTES: u32 = 1 << 20;
 const CALL_BYTES: u32 = 8 << 20;
 
-/// Gives each map that is sized at load the entries that `desired` takes. No map can be empty.
-pub(super) fn size(
-    loader: &mut EbpfLoader<'_>,
-    desired: &Desired,
-    subjects: Subjects<'_>,
-    members: &[(OptionKey, Member)],
-) {
-    for (map, entries) in [
-        ("PREFIXES", desired.prefixes.len()),
-        ("SELECTORS", desired.scopes.len()),
-        ("SITES", desired.scopes.len() * site::COUNT),
-        ("OPTIONS", desired.scopes.len() * desired.options.len()),
-        ("OPTION_INDEX", desired.options.len()),
-        ("SETTINGS", desired.settings.len()),
-        ("COUNTERS", desired.settings.len()),
-        ("FOLLOWED", subjects.targets.len()),
-        ("PROCESSES", subjects.processes.len()),
-        ("MEMBERS", members.len()),
-    ] {
+/// Gives each map that is sized at load the entries that it takes. No map can be empty.
+pub(super) fn size(loader: &mut EbpfLoader<'_>, calls: Calls, processes: &[u32], members: &[(OptionKey, Member)]) {
+    for (map, entries) in [("PROCESSES", processes.len()), ("MEMBERS", members.len())] {
         loader.map_max_entries(map, entries.max(1) as u32);
     }
-    loader.map_max_entries(EVENTS, if desired.audit.calls == Calls::Conflicts { EVENT_BYTES } else { CALL_BYTES });
+    loader.map_max_entries(EVENTS, if calls == Calls::Conflicts { EVENT_BYTES } else { CALL_BYTES });
 }
 
-/// Writes everything that the programs read, but for the configuration.
-pub(super) fn fill(
-    ebpf: &mut Ebpf,
-    desired: &Desired,
-    subjects: Subjects<'_>,
-    members: &[(OptionKey, Member)],
-) -> Result<(), KernelError> {
-    let scopes = || desired.scopes.iter();
-    fill_array(ebpf, "SELECTORS", scopes().map(|scope| &scope.selectors))?;
-    fill_array(ebpf, "OPTIONS", scopes().flat_map(|scope| &scope.options))?;
-    fill_array(ebpf, "SETTINGS", &desired.settings)?;
-    fill_array(ebpf, "SITES", scopes().flat_map(|scope| &scope.sites))?;
-    with_map::<HashMap<_, OptionKey, u32>>(ebpf, "OPTION_INDEX", |map| {
-        desired.options.iter().zip(0..).try_for_each(|(option, number)| map.insert(option, number, 0))
-    })?;
-    with_map::<HashMap<_, u64, u32>>(ebpf, "FOLLOWED", |map| {
-        subjects.targets.iter().try_for_each(|target| map.insert(target.cgroup.id, target.scope as u32, 0))
-    })?;
+/// Writes what does not change with the policies.
+pub(super) fn fill(ebpf: &mut Ebpf, processes: &[u32], members: &[(OptionKey, Member)]) -> Result<(), KernelError> {
     with_map::<HashMap<_, u32, u32>>(ebpf, "PROCESSES", |map| {
-        subjects.processes.iter().try_for_each(|process| map.insert(process, 1, 0))
+        processes.iter().try_for_each(|process| map.insert(process, 1, 0))
     })?;
     with_map::<HashMap<_, OptionKey, Member>>(ebpf, "MEMBERS", |map| {
         members.iter().try_for_each(|(option, member)| map.insert(option, member, 0))
-    })?;
-    with_map::<LpmTrie<_, PrefixData, u64>>(ebpf, "PREFIXES", |map| {
-        desired.prefixes.iter().try_for_each(|prefix| map.insert(&Key::new(prefix.bits, prefix.data), prefix.rules, 0))
     })
 }
 
-/// Tells the program that is attached to a target what holds there.
+/// Tells the program that is attached to a cgroup which target that is.
 #[expect(deprecated, reason = "nothing else tells a program where it is attached")]
-pub(super) fn place(ebpf: &mut Ebpf, hook: Hook, target: &Target) -> Result<(), KernelError> {
-    let key = CgroupStorageKey::new(target.cgroup.id, attach_type(hook) as u32);
-    let value = abi::Target { scope: target.scope as u32 + 1, level: target.cgroup.level };
-    with_map::<maps::CgroupStorage<_, abi::Target>>(ebpf, "TARGETS", |map| map.insert(key, value, 0))
+pub(super) fn tell_target(ebpf: &mut Ebpf, hook: Hook, cgroup: u64, target: abi::Target) -> Result<(), KernelError> {
+    let key = CgroupStorageKey::new(cgroup, attach_type(hook) as u32);
+    with_map::<maps::CgroupStorage<_, abi::Target>>(ebpf, "TARGETS", |map| map.insert(key, target, 0))
 }
 
-/// Writes the configuration, which puts the programs in force.
-pub(super) fn enable(ebpf: &mut Ebpf, config: Config) -> Result<(), KernelError> {
-    fill_array(ebpf, "CONFIG", &[config])
-}
-
-/// The counters of each setting, summed over CPUs.
-pub(super) fn counters(ebpf: &Ebpf) -> Result<Vec<Counters>, KernelError> {
-    let map = per_cpu::<Counters>(ebpf, "COUNTERS")?;
-    map.iter()
-        .map(|slots| slots.map(|slots| slots.iter().fold(Counters::default(), Counters::plus)))
-        .collect::<Result<_, _>>()
-        .map_err(|source| KernelError::Map { map: "COUNTERS", source })
+/// Writes the configuration, which says what is in force.
+pub(super) fn configure(ebpf: &mut Ebpf, config: Config) -> Result<(), KernelError> {
+    with_map::<Array<_, Config>>(ebpf, "CONFIG", |map| map.set(0, config, 0))
 }
 
 /// What was lost, as the programs write it.
@@ -148,23 +94,21 @@ impl Drop for LossesView {
 /// The calls that the audit saw, by option, summed over CPUs.
 pub(super) fn tallies(ebpf: &Ebpf) -> Result<Vec<(TallyKey, Tally)>, KernelError> {
     const MAP: &str = "TALLIES";
-    let map_error = |source| KernelError::Map { map: MAP, source };
     let map = ebpf.map(MAP).ok_or(KernelError::Incomplete { what: MAP })?;
-    let map = PerCpuHashMap::<_, TallyKey, Tally>::try_from(map).map_err(map_error)?;
+    let map = PerCpuHashMap::<_, TallyKey, Tally>::try_from(map).map_err(map_error(MAP))?;
     // Other keys that come in meanwhile can have the iteration begin anew.
     let tallies: Result<BTreeMap<_, _>, _> = map
         .iter()
         .map(|entry| entry.map(|(key, slots)| (key, slots.iter().fold(Tally::default(), add_tallies))))
         .collect();
-    Ok(tallies.map_err(map_error)?.into_iter().collect())
+    Ok(tallies.map_err(map_error(MAP))?.into_iter().collect())
 }
 
 /// How many calls the audit has seen begin and not end.
 pub(super) fn calls_under_way(ebpf: &Ebpf) -> Result<u64, KernelError> {
     const MAP: &str = "CALLS";
-    let map_error = |source| KernelError::Map { map: MAP, source };
     let map = ebpf.map(MAP).ok_or(KernelError::Incomplete { what: MAP })?;
-    let map = HashMap::<_, u64, Call>::try_from(map).map_err(map_error)?;
+    let map = HashMap::<_, u64, Call>::try_from(map).map_err(map_error(MAP))?;
     Ok(map.keys().filter(Result::is_ok).count() as u64)
 }
 
@@ -204,19 +148,9 @@ fn add_tallies(sum: Tally, slot: &Tally) -> Tally {
     Tally { calls: sum.calls + calls, failed: sum.failed + failed, total_ns: sum.total_ns + total_ns, buckets: all }
 }
 
-fn fill_array<'a, T: Pod + 'a>(
-    ebpf: &mut Ebpf,
-    name: &'static str,
-    values: impl IntoIterator<Item = &'a T>,
-) -> Result<(), KernelError> {
-    with_map::<Array<_, T>>(ebpf, name, |map| {
-        values.into_iter().zip(0..).try_for_each(|(value, index)| map.set(index, value, 0))
-    })
-}
-
-fn per_cpu<'a, T: Pod>(ebpf: &'a Ebpf, name: &'static str) -> Result<PerCpuArray<&'a MapData, T>, KernelError> {
-    let map = ebpf.map(name).ok_or(KernelError::Incomplete { what: name })?;
-    PerCpuArray::try_from(map).map_err(|source| KernelError::Map { map: name, source })
+/// What went wrong with a map.
+pub(super) fn map_error(map: &'static str) -> impl Fn(MapError) -> KernelError {
+    move |source| KernelError::Map { map, source }
 }
 
 /// A map as a typed handle, for as long as `write` runs.
@@ -226,7 +160,6 @@ fn with_map<'a, M: TryFrom<&'a mut Map, Error = MapError>>(
     write: impl FnOnce(&mut M) -> Result<(), MapError>,
 ) -> Result<(), KernelError> {
     let map = ebpf.map_mut(name).ok_or(KernelError::Incomplete { what: name })?;
-    let map_error = |source| KernelError::Map { map: name, source };
-    let mut map = M::try_from(map).map_err(map_error)?;
-    write(&mut map).map_err(map_error)
+    let mut map = M::try_from(map).map_err(map_error(name))?;
+    write(&mut map).map_err(map_error(name))
 }

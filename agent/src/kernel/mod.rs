@@ -7,21 +7,26 @@
 //! and the last step of [`Object::enable`] is what makes all of them act at once. Everything is held
 //! by file descriptors of this process, so whatever ends it ends the policy.
 
+mod attached;
 mod audit;
 mod error;
+mod knowledge;
 mod layout;
+mod links;
 mod maps;
+mod memlock;
 mod misses;
 mod neighbours;
 mod object;
 mod probe;
 mod syscall;
+mod tables;
 
 pub use self::{
     audit::{Audit, Backend, BackendChoice, Tried, candidates},
     error::KernelError,
     neighbours::{Neighbour, Turn, neighbours, overruling},
-    object::{Object, ProgramSize, Record},
+    object::{Object, ProgramSize, Record, Staged},
     probe::{Answer, Probed, audit_backends, hooks},
 };
 
@@ -33,14 +38,6 @@ pub struct Target {
     pub cgroup: Cgroup,
     /// What holds there: an index of [`crate::compile::Desired::scopes`].
     pub scope: usize,
-}
-
-/// Whose sockets and calls it is all about.
-#[derive(Clone, Copy, Debug)]
-pub struct Subjects<'a> {
-    pub targets: &'a [Target],
-    /// Where there are any, the audit follows the calls of these processes only, as far as they are in a target.
-    pub processes: &'a [u32],
 }
 
 /// Whether this process may do what it is about to do, as far as its capabilities say.

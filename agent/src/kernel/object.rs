@@ -1,42 +1,41 @@
 //! The BPF object: loading, attaching, putting in force, reading.
+//!
+//! Policies come in force in three steps, of which only the last one shows: their tables are written ([`Object::stage`]), the
+//! programs attached that they need, and then one number says that they hold ([`Object::enable`]). Those before them stay for
+//! the sockets that are being set up by them, until [`Object::retire`].
 
 use std::{
-    any::Any,
+    collections::BTreeSet,
     os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
     thread,
 };
 
 use abi::{
-    Config, Counters, Losses, calls,
+    Config, Counters, GENERATIONS, Losses, calls,
     event::{Event, Executable, ExecutableFile, Tally, TallyKey},
-    layout::{Layout, Member, known},
-    setting::OptionKey,
 };
 use aya::{
-    Ebpf, EbpfLoader, VerifierLogLevel, include_bytes_aligned,
+    Ebpf, VerifierLogLevel, include_bytes_aligned,
     maps::{MapData, RingBuf},
-    programs::{CgroupAttachMode, Program, ProgramError, ProgramType},
-    sys::{BpfHelper, is_helper_supported},
+    programs::{Program, ProgramError},
 };
-use aya_obj::generated::{bpf_attach_type::BPF_CGROUP_SETSOCKOPT, bpf_prog_type::BPF_PROG_TYPE_CGROUP_SOCKOPT};
-use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, rlim_t, setrlimit};
 
 use super::{
-    Audit, BackendChoice, KernelError, Subjects, Target,
+    Audit, BackendChoice, KernelError, Target,
+    attached::{Attached, Point},
     audit::{self, Aim},
-    error::{chain, load_reason},
-    layout,
+    error::load_reason,
+    knowledge::{Abilities, Knowledge},
     maps::{self, LossesView},
+    memlock::Memlock,
     misses::misses,
     syscall,
+    tables::Tables,
 };
 use crate::{
     compile::{Desired, Hook},
-    host::{
-        btf::Types,
-        cgroup::{Cgroup, is_initial_namespace},
-    },
-    policy::model::Calls,
+    host::cgroup::is_initial_namespace,
+    policy::model::{self, Calls},
 };
 
 /// The programs, as build.rs made them.
@@ -49,7 +48,12 @@ const EVENT_INTERVAL_NS: u64 = 200_000_000;
 /// Programs in the kernel, and what they are attached to. Ends with this value, or with the process.
 pub struct Object {
     /// Before the programs, so that they go first.
-    links: Vec<Link>,
+    attached: Attached,
+    /// The tables of the policies in force, and before them those that sockets may still be set up by.
+    generations: Vec<Tables>,
+    /// The hooks that the policies in force need.
+    needed: BTreeSet<Point>,
+    config: Config,
     ebpf: Ebpf,
     ring: RingBuf<MapData>,
     losses: LossesView,
@@ -61,6 +65,17 @@ pub struct Object {
     /// The hooks for which the kernel did not take our program, and what it said.
     refused: Vec<(Hook, String)>,
     audit: Option<Audit>,
+    by_process: bool,
+}
+
+/// Policies that are ready to be put in force. What was attached for them stays until [`Object::enable`] or
+/// [`Object::abandon`].
+pub struct Staged {
+    tables: Tables,
+    needed: BTreeSet<Point>,
+    /// What was attached for them.
+    added: Vec<Point>,
+    target_levels: u64,
 }
 
 /// What the programs tell.
@@ -75,52 +90,33 @@ pub enum Record {
 const EVENT_LEN: usize = size_of::<Event>();
 const FILE_LEN: usize = size_of::<ExecutableFile>();
 
-/// What programs at cgroup/setsockopt may call on this kernel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Abilities {
-    /// Read options (5.15).
-    pub get: bool,
-    /// Choose the errno of a denied call (5.18).
-    pub set_retval: bool,
-    /// See who calls (6.1).
-    pub see_task: bool,
-}
-
-impl Abilities {
-    /// Where that cannot be told, the program that is loaded next will say why.
-    fn find() -> Self {
-        let has = |helper| syscall::has_helper(BPF_PROG_TYPE_CGROUP_SOCKOPT, BPF_CGROUP_SETSOCKOPT, helper);
-        Self {
-            get: has(BpfHelper::BPF_FUNC_getsockopt).unwrap_or(true),
-            set_retval: has(BpfHelper::BPF_FUNC_set_retval).unwrap_or(true),
-            see_task: has(BpfHelper::BPF_FUNC_get_current_pid_tgid).unwrap_or(true)
-                && has(BpfHelper::BPF_FUNC_get_current_comm).unwrap_or(true),
-        }
-    }
-}
-
 impl Object {
-    /// Loads the programs for the hooks of `desired` and fills their maps. Nothing is attached yet. Programs that this
-    /// kernel cannot run are left out: see [`Self::refused`].
+    /// Loads the programs for these hooks. Nothing is attached yet. Programs that this kernel cannot run are left out: see
+    /// [`Self::refused`].
+    ///
+    /// Where there are `processes`, the audit follows the calls of these only, as far as they are in a target.
     ///
     /// # Errors
     ///
     /// Where this process lacks capabilities, or the kernel has no memory for all this.
-    pub fn load(desired: &Desired, subjects: Subjects<'_>) -> Result<Self, KernelError> {
+    pub fn load(hooks: &[Hook], audit: model::Audit, processes: &[u32]) -> Result<Self, KernelError> {
         super::check_privileges()?;
         let _memlock = Memlock::raise();
-        let knowledge = Knowledge::gather();
-        let mut loader = knowledge.loader(desired.audit.timing);
+        let knowledge = Knowledge::gather()?;
+        let mut loader = knowledge.loader(audit.timing);
         loader.verifier_log_level(VerifierLogLevel::DEBUG);
-        maps::size(&mut loader, desired, subjects, &knowledge.members);
+        maps::size(&mut loader, audit.calls, processes, &knowledge.members);
         let mut ebpf = loader.load(OBJECT)?;
-        maps::fill(&mut ebpf, desired, subjects, &knowledge.members)?;
-        let refused = load_programs(&mut ebpf, &desired.hooks())?;
+        maps::fill(&mut ebpf, processes, &knowledge.members)?;
+        let refused = load_programs(&mut ebpf, hooks)?;
         let ring = ebpf.take_map(maps::EVENTS).ok_or(KernelError::Incomplete { what: maps::EVENTS })?;
         let ring = RingBuf::try_from(ring).map_err(|source| KernelError::Map { map: maps::EVENTS, source })?;
         let losses = LossesView::of(&mut ebpf)?;
         Ok(Self {
-            links: Vec::new(),
+            attached: Attached::default(),
+            generations: Vec::new(),
+            needed: BTreeSet::new(),
+            config: Config::default(),
             ebpf,
             ring,
             losses,
@@ -129,7 +125,24 @@ impl Object {
             can_follow: knowledge.can_follow(),
             refused,
             audit: None,
+            by_process: !processes.is_empty(),
         })
+    }
+
+    /// Loads the programs for further hooks.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Self::load`].
+    pub fn load_more(&mut self, hooks: &[Hook]) -> Result<(), KernelError> {
+        let is_tried = |hook: &Hook| {
+            self.refused.iter().any(|(refused, _)| refused == hook)
+                || self.ebpf.program(hook.program()).is_some_and(|program| program.fd().is_ok())
+        };
+        let new: Vec<Hook> = hooks.iter().copied().filter(|hook| !is_tried(hook)).collect();
+        let _memlock = Memlock::raise();
+        self.refused.extend(load_programs(&mut self.ebpf, &new)?);
+        Ok(())
     }
 
     /// Why events cannot tell what the kernel's structures say of a socket, if they cannot.
@@ -150,7 +163,8 @@ impl Object {
         &self.refused
     }
 
-    /// Has a scope in force on a cgroup for as long as `during` runs. What is reported meanwhile is dropped.
+    /// Has policies in force on a cgroup for as long as `during` runs, and gives their counters. What is reported meanwhile is
+    /// dropped.
     ///
     /// # Errors
     ///
@@ -158,81 +172,167 @@ impl Object {
     pub fn in_force_on<T>(
         &mut self,
         desired: &Desired,
-        target: &Target,
+        target: Target,
         during: impl FnOnce() -> T,
-    ) -> Result<T, KernelError> {
-        let mut links = Vec::new();
-        for hook in desired.scopes.get(target.scope).map(|scope| &scope.hooks).into_iter().flatten() {
-            links.push(self.attach_to(*hook, target)?);
-        }
-        maps::enable(&mut self.ebpf, config(desired))?;
+    ) -> Result<(T, Vec<Counters>), KernelError> {
+        let staged = self.stage(desired, &[target])?;
+        self.enable(staged, Calls::Conflicts)?;
         let result = during();
         self.disable()?;
-        drop(links);
+        let counters = self.counters()?;
+        self.attached.clear();
+        self.generations.clear();
         while self.next_record().is_some() {}
-        Ok(result)
+        Ok((result, counters))
     }
 
-    /// Attaches the programs of `desired` to each target, beside whatever is attached there, and tells them which it is.
+    /// Makes policies ready to be put in force: writes their tables and attaches what they need beside what is attached.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses; what was attached until then goes with this value.
-    pub fn attach(&mut self, desired: &Desired, targets: &[Target]) -> Result<(), KernelError> {
-        let scopes: Vec<_> = targets.iter().map(|target| target.scope).collect();
-        for (hook, target) in desired.attachments(&scopes) {
-            let link = self.attach_to(hook, &targets[target])?;
-            self.links.push(link);
-        }
-        Ok(())
-    }
-
-    fn attach_to(&mut self, hook: Hook, target: &Target) -> Result<Link, KernelError> {
-        let Target { cgroup, .. } = target;
-        let program = self.ebpf.program_mut(hook.program()).ok_or(KernelError::Incomplete { what: hook.program() })?;
-        let link = attach_program(program, cgroup).map_err(|error| KernelError::Attach {
-            hook,
-            cgroup: cgroup.path.clone(),
-            reason: chain(&error),
-        })?;
-        maps::place(&mut self.ebpf, hook, target)?;
-        log::debug!("attached {hook} to {}", cgroup.path.display());
-        Ok(link)
-    }
-
-    /// Attaches the audit to the kernel's setsockopt and, if `desired` wants it, getsockopt.
-    ///
-    /// # Errors
-    ///
-    /// Where the backend that was asked for cannot be had, or none can.
-    pub fn attach_audit(&mut self, desired: &Desired, choice: BackendChoice) -> Result<Option<Audit>, KernelError> {
-        if choice != BackendChoice::None {
-            self.can_follow.clone().map_err(|reasons| KernelError::NoBackend { reasons })?;
-        }
+    /// Where the kernel refuses; then everything is as before.
+    pub fn stage(&mut self, desired: &Desired, targets: &[Target]) -> Result<Staged, KernelError> {
         let _memlock = Memlock::raise();
-        let aim = Aim { reads: desired.audit.reads, calls: desired.audit.calls != Calls::Conflicts };
-        self.audit = audit::attach(&mut self.ebpf, choice, aim)?;
-        Ok(self.audit)
+        let generation = self.config.generation + 1;
+        let scopes: Vec<_> = targets.iter().map(|target| target.scope).collect();
+        let placed = self.attached.place(targets);
+        let tables = Tables::make(generation, desired, &placed)?;
+        tables.install(&mut self.ebpf)?;
+        let (added, attached) = self.attached.attach(&mut self.ebpf, desired.attachments(&scopes), targets);
+        if let Err(error) = attached {
+            self.attached.let_go(&added);
+            return Err(error);
+        }
+        Ok(Staged { tables, needed: needed(desired, targets), added, target_levels: target_levels(targets) })
     }
 
-    /// Puts everything in force, at once.
+    /// Whether there is room for the tables of one more generation beside those that are kept.
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        // Sockets that find their generation's number among those that are kept may look at its tables a moment later.
+        (self.generations.len() as u32) < GENERATIONS - 1
+    }
+
+    /// Undoes what [`Self::stage`] did.
+    pub fn abandon(&mut self, staged: &Staged) {
+        self.attached.let_go(&staged.added);
+    }
+
+    /// Puts policies in force, at once and in place of others. Gives the number of their generation.
     ///
     /// # Errors
     ///
     /// Where the configuration cannot be written.
-    pub fn enable(&mut self, desired: &Desired, subjects: Subjects<'_>) -> Result<(), KernelError> {
+    pub fn enable(&mut self, staged: Staged, calls: Calls) -> Result<u32, KernelError> {
+        let Staged { tables, needed, target_levels, added: _ } = staged;
         let config = Config {
-            calls: match desired.audit.calls {
+            in_force: 1,
+            calls: match calls {
                 Calls::Conflicts => calls::CONFLICTS,
                 Calls::Governed => calls::GOVERNED,
                 Calls::All => calls::ALL,
             },
-            target_levels: target_levels(subjects.targets),
-            event_interval_ns: if desired.audit.calls == Calls::Conflicts { EVENT_INTERVAL_NS } else { 0 },
-            by_process: u32::from(!subjects.processes.is_empty()),
-            ..config(desired)
+            target_levels,
+            event_interval_ns: if calls == Calls::Conflicts { EVENT_INTERVAL_NS } else { 0 },
+            by_process: u32::from(self.by_process),
+            generation: tables.generation,
+            oldest: self.generations.first().map_or(tables.generation, |oldest| oldest.generation),
+            last_target: self.attached.last_id,
         };
-        maps::enable(&mut self.ebpf, config)
+        maps::configure(&mut self.ebpf, config)?;
+        self.config = config;
+        self.generations.push(tables);
+        self.needed = needed;
+        Ok(config.generation)
+    }
+
+    /// Has the policies in force hold on these targets, as cgroups come and go. Those that are not there any more stay targets
+    /// until [`Self::let_go_of_removed`]. Gives whether there was room for the new ones; if not, nothing is done.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses; then new ones are no targets.
+    pub fn retarget(&mut self, desired: &Desired, targets: &[Target]) -> Result<bool, KernelError> {
+        let _memlock = Memlock::raise();
+        let Some(tables) = self.generations.last_mut() else { return Ok(false) };
+        let placed = self.attached.place(targets);
+        if !placed.iter().all(|placed| tables.has_room(placed.target.place)) {
+            self.attached.keep(&self.needed);
+            return Ok(false);
+        }
+        for placed in &placed {
+            tables.place(placed)?;
+        }
+        let config = Config {
+            target_levels: self.config.target_levels | target_levels(targets),
+            last_target: self.attached.last_id,
+            ..self.config
+        };
+        maps::configure(&mut self.ebpf, config)?;
+        self.config = config;
+        let scopes: Vec<_> = targets.iter().map(|target| target.scope).collect();
+        let (added, attached) = self.attached.attach(&mut self.ebpf, desired.attachments(&scopes), targets);
+        if let Err(error) = attached {
+            self.attached.let_go(&added);
+            for placed in placed.iter().filter(|placed| !self.attached.holds(placed.cgroup)) {
+                tables.clear(placed.target, placed.cgroup)?;
+            }
+            return Err(error);
+        }
+        self.attached.note_removed(targets);
+        self.needed = needed(desired, targets);
+        Ok(true)
+    }
+
+    /// Whether there are targets that have been removed.
+    #[must_use]
+    pub fn has_removed(&self) -> bool {
+        self.attached.has_removed()
+    }
+
+    /// Lets go of targets that have been removed and whose last sockets are closed. The kernel does not tell when that is.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses.
+    pub fn let_go_of_removed(&mut self) -> Result<(), KernelError> {
+        let gone = self.attached.let_go_of_empty();
+        let Some(tables) = self.generations.last_mut() else { return Ok(()) };
+        gone.into_iter().try_for_each(|(cgroup, target)| tables.clear(target, cgroup))
+    }
+
+    /// Lets go of what only policies before those in force needed: sockets that are still being set up by them go on with
+    /// these. Gives the counters of each of them.
+    ///
+    /// # Errors
+    ///
+    /// Where the configuration cannot be written, or the counters not be read.
+    pub fn retire(&mut self) -> Result<Vec<(u32, Vec<Counters>)>, KernelError> {
+        let config = Config { oldest: self.config.generation, ..self.config };
+        maps::configure(&mut self.ebpf, config)?;
+        self.config = config;
+        self.attached.keep(&self.needed);
+        let before = self.generations.len().saturating_sub(1);
+        let retired = self.generations.drain(..before);
+        retired.map(|tables| Ok((tables.generation, tables.counters()?))).collect()
+    }
+
+    /// Attaches the audit to the kernel's setsockopt and, if that is wanted, getsockopt; in place of one that is there.
+    ///
+    /// # Errors
+    ///
+    /// Where the backend that was asked for cannot be had, or none can.
+    pub fn attach_audit(&mut self, wanted: model::Audit, choice: BackendChoice) -> Result<Option<Audit>, KernelError> {
+        if choice != BackendChoice::None {
+            self.can_follow.clone().map_err(|reasons| KernelError::NoBackend { reasons })?;
+        }
+        if let Some(audit) = self.audit.take() {
+            audit.unload(&mut self.ebpf);
+        }
+        let _memlock = Memlock::raise();
+        let aim = Aim { reads: wanted.reads, calls: wanted.calls != Calls::Conflicts };
+        self.audit = audit::attach(&mut self.ebpf, choice, aim)?;
+        Ok(self.audit)
     }
 
     /// Makes everything inert again, at once.
@@ -241,7 +341,10 @@ impl Object {
     ///
     /// Where the configuration cannot be written.
     pub fn disable(&mut self) -> Result<(), KernelError> {
-        maps::enable(&mut self.ebpf, Config::default())
+        let config = Config { in_force: 0, ..self.config };
+        maps::configure(&mut self.ebpf, config)?;
+        self.config = config;
+        Ok(())
     }
 
     /// The next record, if one is there.
@@ -258,15 +361,13 @@ impl Object {
         })
     }
 
-    /// The counters of each setting, in the order of [`Desired::settings`].
+    /// The counters of each setting of the policies in force, in the order of [`Desired::settings`].
     ///
     /// # Errors
     ///
     /// Where the map cannot be read.
-    pub fn counters(&self, desired: &Desired) -> Result<Vec<Counters>, KernelError> {
-        let mut counters = maps::counters(&self.ebpf)?;
-        counters.truncate(desired.settings.len());
-        Ok(counters)
+    pub fn counters(&self) -> Result<Vec<Counters>, KernelError> {
+        self.generations.last().map_or(Ok(Vec::new()), Tables::counters)
     }
 
     /// What was lost.
@@ -314,64 +415,6 @@ impl Object {
     }
 }
 
-/// What the programs are told of the kernel that they are to run in.
-struct Knowledge {
-    layout: Layout,
-    members: Vec<(OptionKey, Member)>,
-    abilities: Abilities,
-    /// Whether tracing programs have the helper for the cgroups above a task's.
-    can_see_ancestors: bool,
-    /// Why `layout` says nothing, if it does not.
-    blindness: Option<String>,
-}
-
-impl Knowledge {
-    fn gather() -> Self {
-        let types = Types::of_kernel();
-        let (layout, members) = match &types {
-            Ok(types) => (layout::layout(types), layout::members(types)),
-            Err(_) => (Layout::default(), Vec::new()),
-        };
-        let sees = is_helper_supported(ProgramType::KProbe, BpfHelper::BPF_FUNC_get_current_ancestor_cgroup_id);
-        Self {
-            layout,
-            members,
-            abilities: Abilities::find(),
-            // Where that cannot be told, the program that is loaded next will say why.
-            can_see_ancestors: sees.unwrap_or(true),
-            blindness: types.err().map(|error| error.to_string()),
-        }
-    }
-
-    /// Whether programs of the audit can tell which cgroups a task is in; `Err` says why not.
-    fn can_follow(&self) -> Result<(), String> {
-        if self.can_see_ancestors || self.layout.known & known::ANCESTORS != 0 {
-            return Ok(());
-        }
-        let why = self.blindness.as_deref().unwrap_or("its BTF does not say where a task's cgroups are");
-        Err(format!("this kernel does not tell programs which cgroups a task is in, and {why}"))
-    }
-
-    /// What every load of the object starts from, with all that is constant to the programs.
-    fn loader(&self, timing: bool) -> EbpfLoader<'_> {
-        let mut loader = EbpfLoader::new();
-        // The programs have no relocations against the kernel's types, and reading those takes
-        // longer than all the rest.
-        loader.btf(None);
-        loader.override_global("LAYOUT", &self.layout, true);
-        for (name, is_so) in [
-            ("CAN_SEE_ANCESTORS", self.can_see_ancestors),
-            ("CAN_GET", self.abilities.get),
-            ("CAN_SET_RETVAL", self.abilities.set_retval),
-            ("CAN_SEE_TASK", self.abilities.see_task),
-            ("TIMING", timing),
-        ] {
-            loader.override_global(name, if is_so { &1_u8 } else { &0_u8 }, true);
-        }
-        loader
-    }
-}
-
 impl Drop for Object {
     fn drop(&mut self) {
         if let Some(audit) = self.audit {
@@ -394,9 +437,10 @@ impl AsRawFd for Object {
     }
 }
 
-/// What is in force is told by the maps; this says that it is.
-fn config(desired: &Desired) -> Config {
-    Config { in_force: 1, options: desired.options.len() as u32, ..Config::default() }
+/// The hooks that policies need on these targets.
+fn needed(desired: &Desired, targets: &[Target]) -> BTreeSet<Point> {
+    let scopes: Vec<_> = targets.iter().map(|target| target.scope).collect();
+    desired.attachments(&scopes).map(|(hook, target)| (targets[target].cgroup.id, hook)).collect()
 }
 
 /// The levels at which targets are. In a cgroup namespace these are not what the kernel counts, and
@@ -469,30 +513,6 @@ pub(super) fn load_program(program: &mut Program) -> Result<(), ProgramError> {
     }
 }
 
-/// What holds a program on a cgroup, until this is dropped.
-pub(super) type Link = Box<dyn Any + Send>;
-
-/// Attaches by link. `Single` gives the link no flags, which is what the kernel wants of links: they
-/// always stand beside each other.
-pub(super) fn attach_program(program: &mut Program, target: &Cgroup) -> Result<Link, ProgramError> {
-    const BY_LINK: CgroupAttachMode = CgroupAttachMode::Single;
-    // The entry of map `TARGETS`, which the kernel makes now, is charged too.
-    let _memlock = Memlock::raise();
-    macro_rules! attach {
-        ($program:expr) => {{
-            let link = $program.attach(&target.folder, BY_LINK)?;
-            Ok(Box::new($program.take_link(link)?))
-        }};
-    }
-    match program {
-        Program::CgroupSock(program) => attach!(program),
-        Program::CgroupSockAddr(program) => attach!(program),
-        Program::CgroupSockopt(program) => attach!(program),
-        Program::SockOps(program) => attach!(program),
-        _ => Err(ProgramError::UnexpectedProgramType),
-    }
-}
-
 /// A program that the kernel has taken, as it tells of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProgramSize {
@@ -524,32 +544,7 @@ pub(super) struct Bare {
 
 pub(super) fn bare() -> Result<Bare, KernelError> {
     let _memlock = Memlock::raise();
-    let knowledge = Knowledge::gather();
+    let knowledge = Knowledge::gather()?;
     let ebpf = knowledge.loader(true).load(OBJECT)?;
     Ok(Bare { ebpf, can_follow: knowledge.can_follow() })
-}
-
-/// RLIMIT_MEMLOCK, out of the way for as long as this lives: before 5.11 maps, their entries and programs are charged to it,
-/// when they are made. Where it cannot be raised, loading says so. Commands inherit limits, so it does not stay.
-struct Memlock {
-    before: Option<(rlim_t, rlim_t)>,
-}
-
-impl Memlock {
-    fn raise() -> Self {
-        let raised = getrlimit(Resource::RLIMIT_MEMLOCK).and_then(|before| {
-            setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY)?;
-            Ok(before)
-        });
-        Self { before: raised.inspect_err(|errno| log::debug!("cannot raise RLIMIT_MEMLOCK: {errno}")).ok() }
-    }
-}
-
-impl Drop for Memlock {
-    fn drop(&mut self) {
-        let Some((soft, hard)) = self.before else { return };
-        if let Err(errno) = setrlimit(Resource::RLIMIT_MEMLOCK, soft, hard) {
-            log::debug!("cannot restore RLIMIT_MEMLOCK: {errno}");
-        }
-    }
 }

@@ -9,6 +9,7 @@ use super::{
     Backend, KernelError, Tried,
     audit::{self, Aim},
     error::{chain, load_reason},
+    links::Link,
     object::{self, Bare, ProgramSize},
 };
 use crate::{compile::Hook, host::cgroup::Cgroup};
@@ -43,7 +44,7 @@ pub fn hooks(cgroup: &Cgroup) -> Result<Probed<Hook, Answer>, KernelError> {
         let program = ebpf.program_mut(hook.program()).ok_or(KernelError::Incomplete { what: hook.program() })?;
         let answer = match object::load_program(program) {
             Err(error) => refused(&error),
-            Ok(()) => match object::attach_program(program, cgroup) {
+            Ok(()) => match Link::attach(program, hook, cgroup) {
                 Err(error) => Answer::No(chain(&error)),
                 Ok(_) => Answer::Yes,
             },

@@ -8,7 +8,7 @@ use std::{
 use aya::sys::BpfHelper;
 use aya_obj::generated::{
     BPF_ALU64, BPF_CALL, BPF_EXIT, BPF_JMP, BPF_K, BPF_MOV, bpf_attach_type, bpf_attr, bpf_cmd, bpf_insn,
-    bpf_prog_info, bpf_prog_type,
+    bpf_link_info, bpf_prog_info, bpf_prog_type,
 };
 
 use crate::compile::Hook;
@@ -16,14 +16,44 @@ use crate::compile::Hook;
 /// What the kernel says of a program. aya asks for the same and passes on a part.
 pub(super) fn info(program: &impl AsFd) -> io::Result<bpf_prog_info> {
     // SAFETY: zero is valid for each field.
-    let mut info: bpf_prog_info = unsafe { mem::zeroed() };
+    unsafe { object_info(program) }
+}
+
+/// The id of the cgroup that a link holds a program on; 0 if that is gone, and all sockets of it.
+pub(super) fn cgroup_of_link(link: &impl AsFd) -> io::Result<u64> {
+    // SAFETY: zero is valid for each field.
+    let info: bpf_link_info = unsafe { object_info(link) }?;
+    // SAFETY: every bit pattern is valid for a number; only links of cgroups are asked about.
+    Ok(unsafe { info.__bindgen_anon_1.cgroup.cgroup_id })
+}
+
+/// # Safety
+///
+/// Zero must be valid for each field.
+unsafe fn object_info<T>(object: &impl AsFd) -> io::Result<T> {
+    // SAFETY: as the caller says.
+    let mut info: T = unsafe { mem::zeroed() };
     let mut attributes = no_attributes();
-    attributes.info.bpf_fd = program.as_fd().as_raw_fd() as u32;
+    attributes.info.bpf_fd = object.as_fd().as_raw_fd() as u32;
     attributes.info.info_len = size_of_val(&info) as u32;
     attributes.info.info = (&raw mut info) as u64;
     // The kernel writes to `info` no more than its length.
     bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attributes)?;
     Ok(info)
+}
+
+/// Attaches a program to a hook of a cgroup (5.7). Without flags, which is what the kernel wants: links always stand beside
+/// each other.
+pub(super) fn create_link(program: impl AsFd, hook: Hook, cgroup: &impl AsFd) -> io::Result<OwnedFd> {
+    let mut attributes = no_attributes();
+    // SAFETY: the part of the union that BPF_LINK_CREATE takes.
+    let link = unsafe { &mut attributes.link_create };
+    link.__bindgen_anon_1.prog_fd = program.as_fd().as_raw_fd() as u32;
+    link.__bindgen_anon_2.target_fd = cgroup.as_fd().as_raw_fd() as u32;
+    link.attach_type = attach_type(hook) as u32;
+    let link = bpf(bpf_cmd::BPF_LINK_CREATE, &mut attributes)?;
+    // SAFETY: a descriptor that is nobody's yet.
+    Ok(unsafe { OwnedFd::from_raw_fd(link) })
 }
 
 /// What the kernel calls a hook (`enum bpf_attach_type`, include/uapi/linux/bpf.h).

@@ -36,7 +36,7 @@ impl Summary {
 }
 
 fn line_json(line: &Line) -> Value {
-    let abi::Counters { set, unchanged, failed, failed_errno, agreed, verdicts, reads, reported, suppressed } =
+    let abi::Counters { set, unchanged, failed, failed_errno, agreed, verdicts, reads, reported, suppressed, _pad: _ } =
         line.counters;
     let dry_run = line.mode == Mode::DryRun;
     let verdicts: Map<String, Value> = Deed::ALL
@@ -44,13 +44,13 @@ fn line_json(line: &Line) -> Value {
         .zip(verdicts)
         .map(|(what, count)| (Verdict { what, dry_run }.to_string(), count.into()))
         .collect();
-    let key = line.source.option.key();
+    let key = line.option.key();
     json!({
         "policy": line.policy,
         "rule": line.rule,
         "file": line.place,
         "mode": line.mode.name(),
-        "option": line.source.option.to_string(),
+        "option": line.option.to_string(),
         "level": key.level,
         "optname": key.name,
         "wanted": line.wanted(),

@@ -18,22 +18,23 @@ pub use self::{
     loss::{Loss, Lost, Reason},
 };
 use crate::{
-    compile::{Desired, SettingSource},
+    compile::Desired,
     events::{Deed, Event, Kind, Verdict},
     gaps::Gap,
     kernel::Audit,
-    policy::model::{Form, Mode},
+    policy::model::{Form, Mode, Named},
     values,
 };
 
 /// Examples of what was asked for that are kept for each setting.
 const EXAMPLES_MAX: usize = 4;
 
-/// Folds events as they come.
+/// Folds events as they come, and counters of policies when they have had their time.
 #[derive(Debug, Default)]
 pub struct Report {
-    /// By setting: what was asked for otherwise, and by whom.
-    asked: BTreeMap<u32, Vec<String>>,
+    /// By generation and setting: what was asked for otherwise, and by whom.
+    asked: BTreeMap<(u32, u32), Vec<String>>,
+    lines: Vec<Line>,
 }
 
 /// All that is to be said at the end.
@@ -53,8 +54,6 @@ pub struct Summary {
 /// What the kernel side has to say at the end.
 #[derive(Debug)]
 pub struct Counts {
-    /// In the order of the settings.
-    pub counters: Vec<Counters>,
     pub calls: Vec<CallLine>,
     pub lost: Lost,
 }
@@ -66,7 +65,8 @@ pub struct Line {
     pub rule: String,
     /// `FILE:LINE`
     pub place: String,
-    pub source: SettingSource,
+    pub option: Named,
+    pub form: Form,
     pub mode: Mode,
     pub counters: Counters,
     /// What was asked for otherwise, and by whom: examples.
@@ -74,8 +74,8 @@ pub struct Line {
 }
 
 impl Report {
-    /// Takes note of an event.
-    pub fn fold(&mut self, event: &Event) {
+    /// Takes note of an event that policies of this generation have caused.
+    pub fn fold(&mut self, generation: u32, event: &Event) {
         let (Kind::Conflict { .. }, Some(cause)) = (event.kind, &event.cause) else { return };
         let who = event.task.as_ref().map_or("a process", |task| task.comm.as_str());
         let example = if event.asked.len == 0 {
@@ -83,47 +83,48 @@ impl Report {
         } else {
             format!("{} by {who}", values::text(event.key, &event.asked))
         };
-        let examples = self.asked.entry(cause.setting).or_default();
+        let examples = self.asked.entry((generation, cause.setting)).or_default();
         if examples.len() < EXAMPLES_MAX && !examples.contains(&example) {
             examples.push(example);
         }
     }
 
-    /// Sums up.
+    /// Adds up what the settings of a generation came to; `counters` are in their order.
+    pub fn count(&mut self, generation: u32, desired: &Desired, counters: &[Counters]) {
+        for (counters, setting) in counters.iter().zip(0..) {
+            let Some((source, rule)) = desired.source(setting) else { continue };
+            let asked = self.asked.remove(&(generation, setting)).unwrap_or_default();
+            let line = Line {
+                policy: rule.policy.clone(),
+                rule: rule.rule.clone(),
+                place: format!("{}:{}", rule.path.display(), source.line),
+                option: source.option,
+                form: source.form.clone(),
+                mode: rule.mode,
+                counters: *counters,
+                asked,
+            };
+            // A rule holds in each scope that its policy is part of, and may come through a reload as it was.
+            match self.lines.iter_mut().find(|other| other.is_of_same_setting(&line)) {
+                Some(same) => same.add(line),
+                None => self.lines.push(line),
+            }
+        }
+    }
+
+    /// Sums up. `desired` are the policies that were in force last.
     #[must_use]
     pub fn summarize(
-        mut self,
+        self,
         desired: &Desired,
         counts: Counts,
         targets: Vec<String>,
         audit: Option<Audit>,
         gaps: Vec<Gap>,
     ) -> Summary {
-        let Counts { counters, calls, lost } = counts;
-        let mut lines: Vec<Line> = Vec::new();
-        for (counters, setting) in counters.iter().zip(0..) {
-            let Some((source, rule)) = desired.source(setting) else { continue };
-            let asked = self.asked.remove(&setting).unwrap_or_default();
-            // A rule holds in each scope that its policy is part of.
-            if let Some(line) = lines.iter_mut().find(|line| line.source == *source) {
-                line.counters = line.counters.plus(counters);
-                let new: Vec<_> = asked.into_iter().filter(|example| !line.asked.contains(example)).collect();
-                line.asked.extend(new);
-                line.asked.truncate(EXAMPLES_MAX);
-                continue;
-            }
-            lines.push(Line {
-                policy: rule.policy.clone(),
-                rule: rule.rule.clone(),
-                place: format!("{}:{}", rule.path.display(), source.line),
-                source: source.clone(),
-                mode: rule.mode,
-                counters: *counters,
-                asked,
-            });
-        }
+        let Counts { calls, lost } = counts;
         let policies = desired.policies().into_iter().map(|(name, mode)| (name.to_owned(), mode)).collect();
-        Summary { policies, targets, audit, gaps, lines, calls, lost }
+        Summary { policies, targets, audit, gaps, lines: self.lines, calls, lost }
     }
 }
 
@@ -143,6 +144,19 @@ impl Summary {
 }
 
 impl Line {
+    fn is_of_same_setting(&self, other: &Self) -> bool {
+        let Self { policy, rule, place, option, form, mode, counters: _, asked: _ } = self;
+        (policy, rule, place, option, form, mode)
+            == (&other.policy, &other.rule, &other.place, &other.option, &other.form, &other.mode)
+    }
+
+    fn add(&mut self, other: Self) {
+        self.counters = self.counters.plus(&other.counters);
+        let new: Vec<_> = other.asked.into_iter().filter(|example| !self.asked.contains(example)).collect();
+        self.asked.extend(new);
+        self.asked.truncate(EXAMPLES_MAX);
+    }
+
     fn conflicts(&self) -> u64 {
         self.counters.verdicts.iter().sum::<u64>() + self.counters.reads
     }
@@ -155,11 +169,11 @@ impl Line {
     }
 
     fn is_set(&self) -> bool {
-        matches!(self.source.form, Form::Set(_))
+        matches!(self.form, Form::Set(_))
     }
 
     fn wanted(&self) -> String {
-        values::form_text(self.source.option.key(), &self.source.form)
+        values::form_text(self.option.key(), &self.form)
     }
 }
 

@@ -72,7 +72,7 @@ impl Summary {
                 format!("{} ({})", counters.failed, errno_name(counters.failed_errno as i32))
             };
             table.add_row([
-                line.source.option.to_string(),
+                line.option.to_string(),
                 line.wanted(),
                 format!("{} ({})", line.rule, line.place),
                 if mode.is_none() && line.mode == Mode::DryRun {
@@ -99,7 +99,7 @@ impl Summary {
         for line in lines {
             for (verdict, count) in line.verdicts() {
                 table.add_row([
-                    line.source.option.to_string(),
+                    line.option.to_string(),
                     line.wanted(),
                     line.asked.join("\n"),
                     count.to_string(),
@@ -109,7 +109,7 @@ impl Summary {
             }
             if line.counters.reads > 0 {
                 table.add_row([
-                    line.source.option.to_string(),
+                    line.option.to_string(),
                     line.wanted(),
                     line.asked.join("\n"),
                     line.counters.reads.to_string(),

@@ -23,9 +23,12 @@ pub mod socket;
 /// Rules that one scope can have: rules are the bits of a `u64`.
 pub const RULES_MAX: usize = 64;
 
-/// Options that policies in force together can name with `set`: bits of [`socket::State`], and the length of a
-/// [`SiteList`]. More than there are options to set.
+/// The length of a [`SiteList`], and bits of [`socket::State`] that stand for an option. More than there are options to set.
 pub const SETTABLE_MAX: usize = 48;
+
+/// Generations of policies that are kept at a time: the one in force, those before it, and the one that is being written.
+/// A power of two.
+pub const GENERATIONS: u32 = 4;
 
 /// Options that can be set at [`site::BIRTH`].
 pub const BIRTH_MAX: usize = 3;
@@ -51,10 +54,10 @@ macro_rules! shared {
 }
 pub(crate) use shared;
 
-/// Everything that is common to the policies in force. Map `CONFIG`, index 0; written by the agent
-/// last, after every other map and when the programs are attached.
+/// What is in force. Map `CONFIG`, index 0; written by the agent last, after every other map and when the programs are
+/// attached. A change takes effect with the one number in `generation`.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Config {
     /// 0: the programs do nothing. 1: the policies are in force.
     pub in_force: u32,
@@ -67,10 +70,49 @@ pub struct Config {
     pub event_interval_ns: u64,
     /// Whether the audit follows only the processes of map `PROCESSES`, as far as they are in a target (0 or 1).
     pub by_process: u32,
-    /// How many options each scope has in map `OPTIONS`: the same for all.
-    pub options: u32,
+    /// Number of the generation in force, counted from 1.
+    pub generation: u32,
+    /// The first generation whose tables are still there.
+    pub oldest: u32,
+    /// The last [`Target::id`] that was given, for an agent that comes after this one.
+    pub last_target: u32,
 }
-shared!(Config, size 4 + 4 + 8 + 8 + 4 + 4);
+shared!(Config, size 4 + 4 + 8 + 8 + 4 * 4);
+
+/// The tables of a generation are inner maps, each at the generation's slot of an outer map of its kind. What stands in them
+/// goes by one number, of the slot and of the index in the inner map.
+pub mod index {
+    use super::GENERATIONS;
+
+    const SLOT_SHIFT: u32 = u32::BITS - GENERATIONS.trailing_zeros();
+    const WITHIN: u32 = (1 << SLOT_SHIFT) - 1;
+
+    /// The slot of a generation: it takes that of the one that came [`GENERATIONS`] before it.
+    #[inline(always)]
+    #[must_use]
+    pub fn slot_of(generation: u32) -> u32 {
+        generation % GENERATIONS
+    }
+
+    /// The number of what is at `within` in the tables of a generation.
+    #[inline(always)]
+    #[must_use]
+    pub fn of(generation: u32, within: u32) -> u32 {
+        (generation << SLOT_SHIFT) | within
+    }
+
+    #[inline(always)]
+    #[must_use]
+    pub fn slot(index: u32) -> u32 {
+        index >> SLOT_SHIFT
+    }
+
+    #[inline(always)]
+    #[must_use]
+    pub fn within(index: u32) -> u32 {
+        index & WITHIN
+    }
+}
 
 /// Values of [`Config::calls`].
 pub mod calls {
@@ -83,20 +125,35 @@ pub mod calls {
 }
 
 /// A cgroup that programs are attached to. Map `TARGETS`, by cgroup and hook: the kernel hands a program the entry of the
-/// one that it runs for.
-///
-/// Where targets lie in one another, the kernel runs the programs of the inner one first and then those of the outer one.
-/// What the policies of both say of a socket stands in the scope of the inner one; the programs of the outer one leave the
-/// socket alone ([`socket::State::level`]).
+/// one that it runs for. It stays the same for as long as a program is attached; what holds there, [`Place`] says.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Target {
-    /// Number of the scope plus one; 0: the programs do nothing here.
-    pub scope: u32,
-    /// How deep the cgroup is; more than any that it lies in.
-    pub level: u32,
+    /// Index in map `PLACES` of every generation.
+    pub place: u32,
+    /// Not given twice; 0: the programs do nothing here.
+    pub id: u32,
 }
 shared!(Target, size 4 + 4);
+
+/// What holds on a target. Map `PLACES` of a generation, by [`Target::place`].
+///
+/// Where targets lie in one another, the kernel runs the programs of the inner one first and then those of the outer one.
+/// What the policies of both say of a socket stands in the scope of the inner one; the programs of the outer one leave the
+/// socket alone ([`socket::State::target`]).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Place {
+    /// [`Target::id`] of the target that this is about; 0: of none, and nothing holds.
+    pub id: u32,
+    /// How deep the cgroup is; more than any that it lies in.
+    pub level: u32,
+    /// Number of the scope whose rules hold.
+    pub scope: u32,
+    /// Index in map `OPTIONS` of the scope's first option.
+    pub options: u32,
+}
+shared!(Place, size 4 * 4);
 
 /// The places where a setting can be applied. With the number of a scope times [`COUNT`](site::COUNT), an index of map
 /// `SITES`.
@@ -144,8 +201,10 @@ impl Default for SiteList {
     }
 }
 
-/// What happened to one setting, summed over all sockets and calls. Map `COUNTERS`, one per setting
-/// and CPU; the programs add, nobody subtracts.
+/// What happened to one setting, summed over all sockets and calls. Map `COUNTERS` of a generation: for each setting one for
+/// each CPU, in a row; the programs add, nobody subtracts.
+///
+/// As long as cache lines are, of which CPUs would else share some.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
@@ -167,15 +226,16 @@ pub struct Counters {
     pub reported: u64,
     /// Conflict events that were held back by the rate limit.
     pub suppressed: u64,
+    pub _pad: [u64; 3],
 }
-shared!(Counters, size 8 * (8 + judge::verdict::COUNT));
+shared!(Counters, size 128);
 
 impl Counters {
     /// What two of them counted together.
     #[must_use]
     pub fn plus(self, other: &Self) -> Self {
         // Taken apart in full: a new counter has to be thought of here.
-        let Self { set, unchanged, failed, failed_errno, agreed, verdicts, reads, reported, suppressed } = *other;
+        let Self { set, unchanged, failed, failed_errno, agreed, verdicts, reads, reported, suppressed, _pad } = *other;
         let mut all = self.verdicts;
         for (sum, count) in all.iter_mut().zip(verdicts) {
             *sum += count;
@@ -191,6 +251,7 @@ impl Counters {
             reads: self.reads + reads,
             reported: self.reported + reported,
             suppressed: self.suppressed + suppressed,
+            _pad,
         }
     }
 }

@@ -3,7 +3,7 @@
 //! Each hook knows a part: at birth there is no address, at listen no peer. What is not known is
 //! *unknown*, never a default; [`crate::select`] treats it as "may yet be anything".
 
-use crate::shared;
+use crate::{Target, shared};
 
 /// An IPv6 address, or an IPv4 address in the first word: 32-bit words in network byte order, as the
 /// kernel's contexts have them.
@@ -123,9 +123,10 @@ pub struct State {
     pub failed: u64,
     /// The socket's cookie, as in `ss -e` (SO_COOKIE); 0 until known.
     pub cookie: u64,
-    /// Plus one, the [level](crate::Target::level) of the deepest target that the socket is in, as far as a program of that
-    /// target has met the socket.
-    pub level: u32,
+    /// Of the deepest target that the socket is in, as far as a program of that target has met the socket.
+    pub target: Target,
+    /// The generation of policies by which the socket is set up, from the first hook to the last; 0 until it comes by one.
+    pub generation: u32,
     /// Whether the socket was made under the policies and has not been bound or connected since, nor sent anything (0 or 1):
     /// what is set at [`crate::site::SEND`] is for such.
     pub is_fresh: u32,
@@ -133,7 +134,7 @@ pub struct State {
     /// the many ways to come to know it are one to it afterwards.
     pub facts: Facts,
 }
-shared!(State, size 8 * 5 + size_of::<Facts>());
+shared!(State, size 8 * 4 + size_of::<Target>() + 4 * 2 + size_of::<Facts>());
 
 #[cfg(test)]
 mod tests {

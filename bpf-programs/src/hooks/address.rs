@@ -10,7 +10,7 @@ use aya_ebpf::{helpers::generated::bpf_get_socket_cookie, macros::cgroup_sock_ad
 use crate::{
     apply::{apply, apply_addressed},
     ctx::{Addressed, Socket as _},
-    storage,
+    storage::{self, Scope},
 };
 
 /// Lets every call go on.
@@ -88,7 +88,7 @@ fn apply_at(site: u32, socket: &Addressed, facts: Facts) {
 }
 
 #[inline(always)]
-fn apply_to(facts: Facts, site: u32, socket: &Addressed, state: &'static mut State, scope: u32) {
+fn apply_to(facts: Facts, site: u32, socket: &Addressed, state: &'static mut State, scope: Scope) {
     state.is_fresh = 0;
     if state.cookie == 0 {
         // SAFETY: the helper takes this context.

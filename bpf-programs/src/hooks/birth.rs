@@ -13,7 +13,7 @@ use aya_ebpf::{helpers::generated::bpf_get_socket_cookie, macros::cgroup_sock, p
 use crate::{
     apply::{apply, apply_option, outcome},
     ctx::{Birth, BirthFields},
-    maps, storage,
+    storage,
 };
 
 const SO_PRIORITY: i32 = 12;
@@ -32,9 +32,7 @@ fn try_birth_apply(birth: &Birth) {
     let Some((state, scope)) = (unsafe { storage::claim(birth.sk()) }) else { return };
     // SAFETY: as above.
     state.cookie = unsafe { bpf_get_socket_cookie(birth.sk()) };
-    if maps::config().is_some() {
-        state.is_fresh = 1;
-    }
+    state.is_fresh = 1;
     let state = storage::learn(state, birth.facts());
     let mut fields = birth.fields();
     // The options that only one family has are not among those of this site.

@@ -106,14 +106,14 @@ pub(crate) extern "C" fn govern(ctx: *mut bpf_sockopt) -> u64 {
 
 #[inline(always)]
 fn find_governance(call: &OptionCall) -> Option<Governance> {
-    let number = maps::option_number(OptionKey { level: call.level(), name: call.name() })?;
-    let config = maps::config()?;
+    let generation = maps::config()?.generation;
+    let number = maps::option_number(generation, OptionKey { level: call.level(), name: call.name() })?;
     let facts = call.facts()?;
     // SAFETY: the context's socket, which is never NULL.
-    let (state, scope) = unsafe { storage::claim(call.sk()) }?;
+    let (state, scope) = unsafe { storage::claim_now(call.sk(), generation) }?;
     let state = storage::learn(state, facts);
-    let rules = select(&state.facts, maps::selectors(scope)?, &PrefixMap);
-    let index = scope * config.options + number;
+    let rules = select(&state.facts, maps::selectors(scope.number)?, &PrefixMap { scope: scope.number });
+    let index = scope.options + number;
     Some(Governance { index, winner: maps::option(index)?.winner(rules)? })
 }
 

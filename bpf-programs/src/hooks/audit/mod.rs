@@ -21,7 +21,7 @@ mod tracepoint;
 mod unhooked;
 
 use abi::{
-    Config, calls,
+    Config, Place, calls,
     event::{Call, Executable, TallyKey, call, flags},
     setting::{OptionKey, TEXT_LEN, Value, Words, word_in},
 };
@@ -133,7 +133,7 @@ fn begin(begun: Begun) {
         }
         drop_unended(task);
     }
-    if config.calls != calls::ALL && maps::option_number(begun.key).is_none() {
+    if config.calls != calls::ALL && maps::option_number(config.generation, begun.key).is_none() {
         return;
     }
     if followed(config).is_none() {
@@ -436,24 +436,36 @@ fn is_held(call: &Call) -> bool {
     is_same && (call.sk == 0 || call.cookie == 0 || kernel::cookie_of(call.sk) == call.cookie)
 }
 
-/// The scope of the deepest target that the current task is in; `None` where it is not one of those that the audit is
+/// What holds on the deepest target that the current task is in; `None` where it is not one of those that the audit is
 /// about.
 #[inline(always)]
-fn followed(config: &Config) -> Option<u32> {
+fn followed(config: &Config) -> Option<&'static Place> {
     if config.by_process != 0 && !maps::is_process((bpf_get_current_pid_tgid() >> 32) as u32) {
         return None;
     }
-    let mut scope = None;
+    maps::at_place(config.generation, find_place(config.generation, config.target_levels).checked_sub(1)?)
+}
+
+/// The place of the deepest target that the current task is in, plus one; 0 where there is none. `levels` are those that
+/// targets are at.
+///
+/// The verifier checks it once and on its own.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn find_place(generation: u32, levels: u64) -> u32 {
+    let mut place = 0;
     for level in 0..=abi::CGROUP_LEVELS_MAX {
-        let left = config.target_levels >> level;
+        let left = levels >> level;
         if left == 0 {
             break;
         }
-        if left & 1 != 0 {
-            scope = maps::followed_scope(ancestor(level)).or(scope);
+        if left & 1 != 0
+            && let Some(deeper) = maps::followed_place(generation, ancestor(level))
+        {
+            place = deeper + 1;
         }
     }
-    scope
+    place
 }
 
 /// The id of the cgroup above the current task's at a level counted from the root; 0 where there is none.

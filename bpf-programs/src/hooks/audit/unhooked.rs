@@ -7,7 +7,9 @@
 //! what became of it.
 
 use abi::{
+    Place,
     event::{Call, call, flags},
+    index,
     judge::{Asked, judge, verdict},
     select::select,
     setting::Value,
@@ -32,8 +34,10 @@ pub(super) extern "C" fn judge_unhooked(task: u64, result: i64) -> u32 {
 #[inline(always)]
 fn judge_call(call: &mut Call, result: i64) -> Option<()> {
     let config = maps::config()?;
-    let scope = followed(config)?;
-    let option = maps::option(scope * config.options + maps::option_number(call.key)?)?;
+    let generation = config.generation;
+    let Place { scope, options, .. } = *followed(config)?;
+    let scope = index::of(generation, scope);
+    let option = maps::option(index::of(generation, options + maps::option_number(generation, call.key)?))?;
     // Of a family that policies are not about.
     let is_other = call.flags & flags::SOCKET == 0 && call.sk_family != 0;
     if is_other || call.flags & flags::UNREADABLE != 0 {
@@ -43,7 +47,7 @@ fn judge_call(call: &mut Call, result: i64) -> Option<()> {
         lose(|losses| &mut losses.unjudged);
         return None;
     }
-    let winner = option.winner(select(&call.facts, maps::selectors(scope)?, &PrefixMap))?;
+    let winner = option.winner(select(&call.facts, maps::selectors(scope)?, &PrefixMap { scope }))?;
     let setting = maps::setting(winner)?;
     let (len, words) = (call.asked.len as i32, call.asked.words);
     let asked = if call.kind == call::SETSOCKOPT {

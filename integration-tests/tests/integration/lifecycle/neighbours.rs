@@ -101,7 +101,7 @@ fn program_that_allows_no_other_is_left_in_peace() {
     let path = target.path().display().to_string();
     let output = agent::output(&["run", "--cgroup", &path, policy.path().to_str().unwrap()]);
     let expected = format!(
-        "error: cannot attach to cgroup/setsockopt of cgroup {path}: `bpf_link_create` failed: Operation not permitted \
+        "error: cannot attach to cgroup/setsockopt of cgroup {path}: Operation not permitted \
          (os error 1)\n  help: another tool attached a program there that allows no other beside it; `bpftool cgroup \
          tree` shows it\n"
     );

@@ -1,0 +1,100 @@
+//! What is found out about this kernel before the programs are loaded, and told to them as constants.
+
+use abi::{
+    layout::{Layout, Member, known},
+    setting::OptionKey,
+};
+use aya::{
+    EbpfLoader,
+    programs::ProgramType,
+    sys::{BpfHelper, is_helper_supported},
+};
+use aya_obj::generated::{bpf_attach_type::BPF_CGROUP_SETSOCKOPT, bpf_prog_type::BPF_PROG_TYPE_CGROUP_SOCKOPT};
+
+use super::{KernelError, layout, syscall, tables};
+use crate::host::btf::Types;
+
+/// What programs at cgroup/setsockopt may call on this kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Abilities {
+    /// Read options (5.15).
+    pub get: bool,
+    /// Choose the errno of a denied call (5.18).
+    pub set_retval: bool,
+    /// See who calls (6.1).
+    pub see_task: bool,
+}
+
+impl Abilities {
+    /// Where that cannot be told, the program that is loaded next will say why.
+    fn find() -> Self {
+        let has = |helper| syscall::has_helper(BPF_PROG_TYPE_CGROUP_SOCKOPT, BPF_CGROUP_SETSOCKOPT, helper);
+        Self {
+            get: has(BpfHelper::BPF_FUNC_getsockopt).unwrap_or(true),
+            set_retval: has(BpfHelper::BPF_FUNC_set_retval).unwrap_or(true),
+            see_task: has(BpfHelper::BPF_FUNC_get_current_pid_tgid).unwrap_or(true)
+                && has(BpfHelper::BPF_FUNC_get_current_comm).unwrap_or(true),
+        }
+    }
+}
+
+/// What the programs are told of the kernel that they are to run in.
+pub(super) struct Knowledge {
+    layout: Layout,
+    pub(super) members: Vec<(OptionKey, Member)>,
+    pub(super) abilities: Abilities,
+    /// Whether tracing programs have the helper for the cgroups above a task's.
+    can_see_ancestors: bool,
+    /// Why `layout` says nothing, if it does not.
+    pub(super) blindness: Option<String>,
+    cpus: u32,
+}
+
+impl Knowledge {
+    pub(super) fn gather() -> Result<Self, KernelError> {
+        let types = Types::of_kernel();
+        let (layout, members) = match &types {
+            Ok(types) => (layout::layout(types), layout::members(types)),
+            Err(_) => (Layout::default(), Vec::new()),
+        };
+        let sees = is_helper_supported(ProgramType::KProbe, BpfHelper::BPF_FUNC_get_current_ancestor_cgroup_id);
+        Ok(Self {
+            layout,
+            members,
+            abilities: Abilities::find(),
+            // Where that cannot be told, the program that is loaded next will say why.
+            can_see_ancestors: sees.unwrap_or(true),
+            blindness: types.err().map(|error| error.to_string()),
+            cpus: tables::cpus()? as u32,
+        })
+    }
+
+    /// Whether programs of the audit can tell which cgroups a task is in; `Err` says why not.
+    pub(super) fn can_follow(&self) -> Result<(), String> {
+        if self.can_see_ancestors || self.layout.known & known::ANCESTORS != 0 {
+            return Ok(());
+        }
+        let why = self.blindness.as_deref().unwrap_or("its BTF does not say where a task's cgroups are");
+        Err(format!("this kernel does not tell programs which cgroups a task is in, and {why}"))
+    }
+
+    /// What every load of the object starts from, with all that is constant to the programs.
+    pub(super) fn loader(&self, timing: bool) -> EbpfLoader<'_> {
+        let mut loader = EbpfLoader::new();
+        // The programs have no relocations against the kernel's types, and reading those takes
+        // longer than all the rest.
+        loader.btf(None);
+        loader.override_global("LAYOUT", &self.layout, true);
+        loader.override_global("CPUS", &self.cpus, true);
+        for (name, is_so) in [
+            ("CAN_SEE_ANCESTORS", self.can_see_ancestors),
+            ("CAN_GET", self.abilities.get),
+            ("CAN_SET_RETVAL", self.abilities.set_retval),
+            ("CAN_SEE_TASK", self.abilities.see_task),
+            ("TIMING", timing),
+        ] {
+            loader.override_global(name, if is_so { &1_u8 } else { &0_u8 }, true);
+        }
+        loader
+    }
+}
