@@ -7,7 +7,7 @@
 
 use std::path::{Path, PathBuf};
 
-use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
+use globset::{Glob, GlobBuilder, GlobMatcher, GlobSet, GlobSetBuilder};
 
 use crate::policy::Policy;
 
@@ -126,6 +126,48 @@ fn stacked(globs: &[GlobSet], cgroup: &Path, above: &[usize]) -> Stack {
     own.iter().copied().chain(inherited).collect()
 }
 
+/// Which cgroups can have targets below them: where to look for new ones.
+#[derive(Debug)]
+pub struct Reach {
+    /// Patterns, level by level; `None` stands for any number of levels.
+    patterns: Vec<Vec<Option<GlobMatcher>>>,
+}
+
+impl Reach {
+    /// # Errors
+    ///
+    /// Where a target is no glob.
+    pub fn of(policies: &[Policy]) -> Result<Self, GlobError> {
+        let patterns = policies.iter().flat_map(|policy| &policy.target);
+        Ok(Self { patterns: patterns.map(|pattern| levels(pattern)).collect::<Result<_, _>>()? })
+    }
+
+    /// Whether a target can be right or further below this cgroup.
+    #[must_use]
+    pub fn is_within(&self, cgroup: &Path) -> bool {
+        let names: Vec<_> = cgroup.iter().map(Path::new).collect();
+        self.patterns.iter().any(|pattern| leads_below(pattern, &names))
+    }
+}
+
+fn levels(pattern: &str) -> Result<Vec<Option<GlobMatcher>>, GlobError> {
+    let levels = pattern.trim_matches('/').split('/').filter(|level| !level.is_empty());
+    levels.map(|level| if level == "**" { Ok(None) } else { Ok(Some(glob(level)?.compile_matcher())) }).collect()
+}
+
+fn leads_below(pattern: &[Option<GlobMatcher>], names: &[&Path]) -> bool {
+    match (pattern, names) {
+        ([], _) => false,
+        (_, []) | ([None, ..], _) => true,
+        ([Some(level), pattern @ ..], [name, names @ ..]) => level.is_match(name) && leads_below(pattern, names),
+    }
+}
+
+fn glob(pattern: &str) -> Result<Glob, GlobError> {
+    let glob = GlobBuilder::new(pattern.trim_matches('/')).literal_separator(true).build();
+    glob.map_err(|source| GlobError { pattern: pattern.to_owned(), source })
+}
+
 fn globs(policies: &[Policy]) -> Result<Vec<GlobSet>, GlobError> {
     policies.iter().map(|policy| glob_set(&policy.target)).collect()
 }
@@ -133,8 +175,7 @@ fn globs(policies: &[Policy]) -> Result<Vec<GlobSet>, GlobError> {
 fn glob_set(patterns: &[String]) -> Result<GlobSet, GlobError> {
     let mut set = GlobSetBuilder::new();
     for pattern in patterns {
-        let glob = GlobBuilder::new(pattern.trim_matches('/')).literal_separator(true).build();
-        set.add(glob.map_err(|source| GlobError { pattern: pattern.clone(), source })?);
+        set.add(glob(pattern)?);
     }
     set.build().map_err(|source| GlobError { pattern: patterns.join(" "), source })
 }
@@ -217,6 +258,14 @@ mod tests {
         let coverage = Coverage::of_all(&policies(&[&[], &[]]), vec!["a/b".into(), "a".into(), "c".into(), "a".into()]);
         assert_eq!(coverage.stacks, [[0, 1]]);
         assert_eq!(coverage.targets, [(PathBuf::from("a"), 0), (PathBuf::from("c"), 0)]);
+    }
+
+    #[test]
+    fn new_targets_are_looked_for_where_they_can_be() {
+        let reach = Reach::of(&policies(&[&["a/*/c", "/b"], &["d/**/e-*", "/"]])).unwrap();
+        let within = |cgroup: &str| reach.is_within(Path::new(cgroup));
+        assert!(["", "a", "a/x", "d", "d/x", "d/x/e-1"].iter().all(|cgroup| within(cgroup)));
+        assert!(!["b", "a/x/c", "c", "x/a"].iter().any(|cgroup| within(cgroup)));
     }
 
     #[test]

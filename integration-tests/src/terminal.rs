@@ -14,6 +14,9 @@ use std::{
 
 use crate::{cgroup::Cgroup, must, wait};
 
+/// vhangup(2) for any terminal (include/uapi/asm-generic/ioctls.h).
+const TIOCVHANGUP: libc::c_ulong = 0x5437;
+
 /// A process that leads the session of a terminal of its own. Killed when dropped.
 #[derive(Debug)]
 pub struct Terminal {
@@ -61,6 +64,19 @@ impl Terminal {
     #[track_caller]
     pub fn press(&mut self, keys: &[u8]) {
         must(self.keyboard.write_all(keys), "type");
+    }
+
+    /// Is gone, as a window that is closed, or a line that breaks.
+    #[track_caller]
+    pub fn hang_up(&self) {
+        // SAFETY: takes numbers.
+        let slave = unsafe { libc::ioctl(self.keyboard.as_raw_fd(), libc::TIOCGPTPEER, libc::O_RDWR | libc::O_NOCTTY) };
+        assert!(slave >= 0, "open the terminal: {}", io::Error::last_os_error());
+        // SAFETY: just made, and nobody else's.
+        let slave = unsafe { OwnedFd::from_raw_fd(slave) };
+        // SAFETY: takes a number.
+        let result = unsafe { libc::ioctl(slave.as_raw_fd(), TIOCVHANGUP) };
+        assert!(result == 0, "hang up the terminal: {}", io::Error::last_os_error());
     }
 
     /// What it shows.

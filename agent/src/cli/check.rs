@@ -13,7 +13,7 @@ use crate::{
     gaps::{Gap, Gaps},
     host::{routes, tcp},
     policy::{
-        self, Policy,
+        self, Policy, PolicyErrors, Warnings,
         diagnostic::{Diagnostic, Problem, Severity, Style},
         lint::{self, Host, Version},
     },
@@ -133,7 +133,12 @@ pub(super) fn warn_of_replaced_targets(policies: &[Policy], by: &str) {
 
 /// Reads policy files. Says what is wrong with them, and gives `None` if anything is.
 pub(super) fn load(files: &[PathBuf]) -> Option<Vec<Policy>> {
-    match policy::load_all(files) {
+    shown(policy::load_all(files))
+}
+
+/// The policies that were loaded. Says what is wrong, and gives `None` if anything is.
+pub(super) fn shown(loaded: Result<(Vec<Policy>, Warnings), PolicyErrors>) -> Option<Vec<Policy>> {
+    match loaded {
         Ok((policies, warnings)) => {
             show(&warnings);
             Some(policies)

@@ -13,6 +13,7 @@ mod output;
 mod plan;
 mod run;
 mod signals;
+mod standing;
 mod test;
 mod watch;
 

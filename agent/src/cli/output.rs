@@ -6,8 +6,10 @@ use std::{
     path::Path,
 };
 
+use serde_json::{Value, json};
+
 use crate::{
-    events::Event,
+    events::{Event, SCHEMA},
     kernel::{Audit, BackendChoice},
     policy::model::Mode,
     report::{Loss, Summary},
@@ -101,8 +103,7 @@ impl Writer {
             return Ok(());
         }
         let desired = session.desired();
-        let targets: Vec<&str> = session.targets().iter().map(|target| target.cgroup.name.as_str()).collect();
-        let targets = targets.join(", ");
+        let targets = targets_of(session).join(", ");
         let audit = session.audit().map_or_else(|| "no audit".to_owned(), describe_audit);
         if desired.rules.is_empty() {
             writeln!(self.out, "sockpolicy: watching the calls of cgroup {targets}; {audit}")?;
@@ -120,13 +121,48 @@ impl Writer {
             (enforced, dry) => format!("enforcing {enforced}, dry run of {dry}"),
         };
         let hooks: Vec<&str> = desired.hooks().iter().map(|hook| hook.name()).collect();
+        let targets = if targets.is_empty() { "no cgroup yet".to_owned() } else { format!("cgroup {targets}") };
         writeln!(
             self.out,
-            "sockpolicy: {doing} on cgroup {targets}: {} rules, {} options; {}; {audit}",
+            "sockpolicy: {doing} on {targets}: {} rules, {} options; {}; {audit}",
             desired.rules.len(),
             desired.options.len(),
             hooks.join(", "),
         )?;
+        self.out.flush()
+    }
+
+    /// Says what is in force after the files were read again: the old policies where these are not valid.
+    pub(super) fn reloaded(&mut self, session: &Session, is_new: bool) -> io::Result<()> {
+        if self.format == Format::Text && is_new {
+            return self.announce(session);
+        }
+        let policies: Vec<&str> = session.desired().policies().into_iter().map(|(name, _)| name).collect();
+        self.notice(
+            &format!("reload    refused; still in force: {}", policies.join(", ")),
+            json!({ "event": "reload", "in_force": is_new, "policies": policies, "targets": targets_of(session) }),
+        )
+    }
+
+    /// Says where the policies hold, cgroups having come or gone.
+    pub(super) fn retargeted(&mut self, session: &Session) -> io::Result<()> {
+        let targets = targets_of(session);
+        let shown = if targets.is_empty() { "none".to_owned() } else { targets.join(", ") };
+        self.notice(&format!("targets   {shown}"), json!({ "event": "targets", "targets": targets }))
+    }
+
+    fn notice(&mut self, text: &str, mut event: Value) -> io::Result<()> {
+        if self.quiet {
+            return Ok(());
+        }
+        match self.format {
+            Format::Text => writeln!(self.out, "{text}")?,
+            Format::Json => {
+                event["schema"] = SCHEMA.into();
+                event["time"] = format!("{:.6}", jiff::Timestamp::now()).into();
+                writeln!(self.out, "{event}")?;
+            }
+        }
         self.out.flush()
     }
 
@@ -159,6 +195,10 @@ impl Writer {
         }
         self.out.flush()
     }
+}
+
+fn targets_of(session: &Session) -> Vec<&str> {
+    session.targets().iter().map(|target| target.cgroup.name.as_str()).collect()
 }
 
 /// How calls are seen, and which are not.

@@ -6,17 +6,18 @@ use super::{
     FAILURE, FINDINGS, check, complain,
     output::{Manner, Writer},
     signals::Signals,
+    standing::{Standing, Wanted},
     watch::{self, WatchError, watch},
 };
 use crate::{
-    coverage::{Coverage, GlobError, Stack, all, idle_globs},
+    coverage::{Coverage, GlobError, Stack, all, idle_globs, stack_with},
     events::Filter,
     host::{
         cgroup::{Cgroup, CgroupError, Mount},
-        process,
+        inotify, process,
     },
     kernel::Target,
-    policy::model::Policy,
+    policy::{Policy, Sources, Texts},
     session::{self, Session, SessionError, Setup},
 };
 
@@ -24,10 +25,13 @@ use crate::{
 ///
 /// The policies are in force while this runs, and end with it, however it ends. Sockets that were
 /// there before are left as they are; only their later calls are judged.
+///
+/// When a policy file changes, one comes to a folder or goes, or on SIGHUP, all are read anew and put in force in place of the
+/// others: as a whole, or not at all where any has an error. Cgroups that match a target and are made later become targets.
 #[derive(Debug, clap::Args)]
 pub(super) struct Run {
-    /// Policy files
-    #[arg(required = true, value_name = "FILE")]
+    /// Policy files, and folders whose *.toml are policies
+    #[arg(required = true, value_name = "FILE|DIR")]
     files: Vec<PathBuf>,
     /// Target, in place of the files' own: a cgroup's path below the cgroup2 mount, or absolute; can be given
     /// several times
@@ -55,12 +59,16 @@ pub(super) enum RunError {
     NoMatch { patterns: String, mount: PathBuf },
     #[error(transparent)]
     Watch(#[from] WatchError),
+    #[error(transparent)]
+    Inotify(#[from] inotify::WatchError),
 }
 
 impl Run {
     pub(super) fn run(self) -> ExitCode {
-        let Some(policies) = check::load(&self.files) else { return FAILURE.into() };
-        match self.run_policies(&policies) {
+        let sources = Sources::new(&self.files);
+        let texts = sources.read();
+        let Some(policies) = check::shown(texts.policies()) else { return FAILURE.into() };
+        match self.run_policies(sources, texts, &policies) {
             Ok(conflicts) if self.manner.reporting.fail_on_conflict && conflicts > 0 => FINDINGS.into(),
             Ok(_) => ExitCode::SUCCESS,
             // Whoever read the report has gone, and with them the reason to run.
@@ -75,22 +83,28 @@ impl Run {
     }
 
     /// Gives the number of conflicts.
-    fn run_policies(&self, policies: &[Policy]) -> Result<u64, RunError> {
+    fn run_policies(&self, sources: Sources, texts: Texts, policies: &[Policy]) -> Result<u64, RunError> {
         let mut signals = Signals::watch().map_err(WatchError::Watch)?;
         let Manner { dry_run, reporting, .. } = &self.manner;
         process::raise_descriptor_limit();
         let mount = Mount::find()?;
-        let Placement { stacks, targets } = Placement::find(&mount, &self.cgroup, policies)?;
+        let wanted = Wanted { sources, cgroups: &self.cgroup, manner: &self.manner, mount: &mount };
+        let mut standing = Standing::watch(wanted, texts, policies.to_owned())?;
+        let Placement { stacks, targets } = standing.placement()?;
         let desired = session::prepare(policies, &stacks, *dry_run, reporting.timing)?;
         crate::kernel::check_privileges().map_err(SessionError::from)?;
         let mut writer = Writer::new(reporting, io::stdout());
         let (backend, gaps) = (reporting.audit_backend, self.manner.gaps());
-        let setup = Setup { desired, mount, targets, backend, gaps, filter: Filter::default() };
-        report(setup, &mut signals, &mut writer, &[])
+        let setup = Setup { desired, mount: mount.clone(), targets, backend, gaps, filter: Filter::default() };
+        let session = start(setup, &mut writer)?;
+        let stand = |session: &mut Session, signals: &mut Signals, writer: &mut Writer| {
+            standing.stand(session, signals, writer)
+        };
+        finish(session, &mut signals, &mut writer, stand)
     }
 }
 
-/// Keeps a policy in force and reports, until a signal asks for the end or all of `ends`, if there are any, have ended.
+/// Keeps policies in force and reports, until a signal asks for the end or all of `ends`, if there are any, have ended.
 /// Gives the number of conflicts.
 pub(super) fn report(
     setup: Setup,
@@ -98,15 +112,38 @@ pub(super) fn report(
     writer: &mut Writer,
     ends: &[BorrowedFd<'_>],
 ) -> Result<u64, RunError> {
-    let mut session = Session::start(setup)?;
+    let session = start(setup, writer)?;
+    finish(session, signals, writer, |session, signals, writer| watch(session, signals, writer, ends))
+}
+
+fn start(setup: Setup, writer: &mut Writer) -> Result<Session, RunError> {
+    let session = Session::start(setup)?;
     let names: Vec<&str> = session.targets().iter().map(|target| target.cgroup.name.as_str()).collect();
     log::info!("in force on {}", names.join(", "));
     writer.announce(&session).map_err(WatchError::Write)?;
-    watch(&mut session, signals, writer, ends)?;
+    Ok(session)
+}
+
+/// Keeps them in force for as long as `during` runs, then sums up.
+fn finish(
+    mut session: Session,
+    signals: &mut Signals,
+    writer: &mut Writer,
+    during: impl FnOnce(&mut Session, &mut Signals, &mut Writer) -> Result<(), WatchError>,
+) -> Result<u64, RunError> {
+    during(&mut session, signals, writer)?;
     watch::end(&mut session, writer)?;
     let summary = session.finish()?;
     writer.summary(&summary).map_err(WatchError::Write)?;
     Ok(summary.conflicts())
+}
+
+/// Whether all policies have targets of their own.
+pub(super) fn check_targets(policies: &[Policy]) -> Result<(), RunError> {
+    match policies.iter().find(|policy| policy.target.is_empty()) {
+        Some(policy) => Err(RunError::NoTarget { policy: policy.name.clone() }),
+        None => Ok(()),
+    }
 }
 
 /// Where policies are in force.
@@ -125,18 +162,39 @@ impl Placement {
     /// On the targets that were asked for, else on those of the policies.
     pub(super) fn find(mount: &Mount, asked: &[PathBuf], policies: &[Policy]) -> Result<Self, RunError> {
         let coverage = if asked.is_empty() {
-            if let Some(policy) = policies.iter().find(|policy| policy.target.is_empty()) {
-                return Err(RunError::NoTarget { policy: policy.name.clone() });
-            }
+            check_targets(policies)?;
             covered(mount, policies)?
         } else {
             check::warn_of_replaced_targets(policies, "--cgroup");
             let below = |path: &PathBuf| mount.open(path).map(|cgroup| mount.below(&cgroup));
             Coverage::of_all(policies, asked.iter().map(below).collect::<Result<_, _>>()?)
         };
+        Self::of(mount, coverage)
+    }
+
+    /// On the targets of the policies that there are now. Those that hold nowhere yet have a stack too.
+    pub(super) fn for_now(mount: &Mount, policies: &[Policy]) -> Result<Self, RunError> {
+        let mut coverage = Coverage::of_targets(policies, mount.tree()?)?;
+        for policy in 0..policies.len() {
+            if !coverage.stacks.iter().any(|stack| stack.contains(&policy)) {
+                coverage.number(stack_with(policies, policy));
+            }
+        }
+        Self::of(mount, coverage)
+    }
+
+    fn of(mount: &Mount, coverage: Coverage) -> Result<Self, RunError> {
         let Coverage { stacks, targets } = coverage;
-        let open = |(path, scope): (PathBuf, usize)| Ok(Target { cgroup: mount.open(&path)?, scope });
-        Ok(Self { stacks, targets: targets.into_iter().map(open).collect::<Result<_, CgroupError>>()? })
+        let mut opened = Vec::new();
+        for (path, scope) in targets {
+            match mount.open(&path) {
+                Ok(cgroup) => opened.push(Target { cgroup, scope }),
+                // Gone since it was listed.
+                Err(CgroupError::Missing { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(Self { stacks, targets: opened })
     }
 }
 

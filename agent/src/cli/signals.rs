@@ -1,6 +1,7 @@
 //! Signals, as something to wait on.
 
 use std::{
+    fs::File,
     io, mem,
     os::{
         fd::{AsFd, BorrowedFd},
@@ -27,6 +28,8 @@ pub(super) struct Signals {
     before: SigSet,
     /// Of those watched, what this process was started with as ignored.
     ignored: SigSet,
+    /// Whether it was started from a terminal.
+    had_terminal: bool,
 }
 
 /// Whether this process was started with SIGPIPE ignored. Rust's runtime ignores it always.
@@ -61,7 +64,7 @@ impl Signals {
         unsafe { signal(Signal::SIGCHLD, SigHandler::SigDfl) }?;
         let before = set.thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
         let descriptor = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-        Ok(Self { descriptor, before, ignored })
+        Ok(Self { descriptor, before, ignored, had_terminal: has_terminal() })
     }
 
     /// Has a command begin with the signals blocked and ignored that this process began with.
@@ -86,8 +89,12 @@ impl Signals {
     pub(super) fn next(&mut self) -> io::Result<Option<Received>> {
         let Some(info) = self.descriptor.read_signal()? else { return Ok(None) };
         let signal = Signal::try_from(info.ssi_signo as i32)?;
-        let was_ignored = self.ignored.contains(signal);
-        Ok(Some(Received { signal, is_from_process: is_from_process(&info), was_ignored }))
+        Ok(Some(Received {
+            signal,
+            is_from_process: is_from_process(&info),
+            was_ignored: self.ignored.contains(signal),
+            is_cut_off: self.had_terminal && !has_terminal(),
+        }))
     }
 }
 
@@ -99,6 +106,8 @@ pub(super) struct Received {
     pub(super) is_from_process: bool,
     /// Who started this process had it ignore the signal, as nohup does.
     pub(super) was_ignored: bool,
+    /// The terminal that this process was started from is gone.
+    is_cut_off: bool,
 }
 
 impl Received {
@@ -107,6 +116,16 @@ impl Received {
         let ends = matches!(self.signal, Signal::SIGINT | Signal::SIGTERM | Signal::SIGHUP | Signal::SIGQUIT);
         ends && !self.was_ignored
     }
+
+    /// Whether this is SIGHUP in its other meaning: that files are to be read anew. A terminal sends it when it goes.
+    pub(super) fn asks_for_reload(&self) -> bool {
+        self.signal == Signal::SIGHUP && !self.is_cut_off
+    }
+}
+
+/// Whether this process has a controlling terminal (tty(4)).
+fn has_terminal() -> bool {
+    File::open("/dev/tty").is_ok()
 }
 
 fn is_from_process(info: &siginfo) -> bool {

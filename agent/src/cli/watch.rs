@@ -34,14 +34,27 @@ pub(super) enum WatchError {
 
 /// Waits until there is a signal or an event, one of `ends` has ended, or it is time to look for losses.
 pub(super) fn wait(signals: &Signals, session: &Session, ends: &[BorrowedFd<'_>]) -> Result<(), WatchError> {
-    let mut polled =
-        vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN), PollFd::new(session.as_fd(), PollFlags::POLLIN)];
+    let mut polled = sources(signals, session);
     polled.extend(ends.iter().map(|end| PollFd::new(*end, PollFlags::POLLIN)));
-    let interval = match session.desired().audit.calls {
+    wait_for(&mut polled, interval(session))
+}
+
+/// What to wait on for signals and events.
+pub(super) fn sources<'a>(signals: &'a Signals, session: &'a Session) -> Vec<PollFd<'a>> {
+    vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN), PollFd::new(session.as_fd(), PollFlags::POLLIN)]
+}
+
+/// How often to look at what does not tell of itself, in milliseconds.
+pub(super) fn interval(session: &Session) -> u16 {
+    match session.desired().audit.calls {
         Calls::Conflicts => LOSS_INTERVAL_MS,
         Calls::Governed | Calls::All => CALL_INTERVAL_MS,
-    };
-    match poll(&mut polled, PollTimeout::from(interval)) {
+    }
+}
+
+/// Waits until there is something to read, or so many milliseconds have passed.
+pub(super) fn wait_for(polled: &mut [PollFd<'_>], patience: u16) -> Result<(), WatchError> {
+    match poll(polled, PollTimeout::from(patience)) {
         Ok(_) | Err(Errno::EINTR) => Ok(()),
         Err(error) => Err(WatchError::Watch(error.into())),
     }

@@ -141,10 +141,19 @@ impl Mount {
     ///
     /// Where the tree cannot be read.
     pub fn tree(&self) -> Result<Vec<PathBuf>, CgroupError> {
+        self.tree_within(|_| true)
+    }
+
+    /// The top, and those right below each one that `is_wanted`.
+    ///
+    /// # Errors
+    ///
+    /// Where the tree cannot be read.
+    pub fn tree_within(&self, is_wanted: impl Fn(&Path) -> bool) -> Result<Vec<PathBuf>, CgroupError> {
         let mut found = vec![PathBuf::new()];
         let mut next = 0;
         while let Some(below) = found.get(next) {
-            let children = self.children(below)?;
+            let children = if is_wanted(below) { self.children(below)? } else { Vec::new() };
             found.extend(children);
             next += 1;
         }

@@ -10,12 +10,12 @@ pub(crate) mod file;
 pub mod lint;
 pub mod model;
 mod socket;
+mod sources;
 pub mod units;
 pub mod validate;
 pub(crate) mod words;
 
 use std::{
-    collections::BTreeMap,
     fmt,
     fs::{File, OpenOptions},
     io::{self, Read as _},
@@ -31,6 +31,7 @@ pub use self::{
     diagnostic::sort,
     model::Policy,
     socket::{End, Socket, TwoFamilies, parse_end},
+    sources::{Sources, Texts},
 };
 use self::{
     diagnostic::{Diagnostic, Problem, Severity, Source, Span, Style, quote},
@@ -112,41 +113,13 @@ pub fn load(path: &Path) -> Result<(Policy, Warnings), PolicyErrors> {
     }
 }
 
-/// The policies that these files describe, in the order of the files' names.
+/// The policies that these files describe, and those in these folders, in the order of the files' names.
 ///
 /// # Errors
 ///
 /// All that is wrong with any of them.
 pub fn load_all(paths: &[PathBuf]) -> Result<(Vec<Policy>, Warnings), PolicyErrors> {
-    let mut paths: Vec<_> = paths.iter().collect();
-    paths.sort_by_key(|path| (path.file_name(), *path));
-    let (mut policies, mut warnings, mut errors) = (Vec::new(), Vec::new(), Vec::new());
-    let mut paths_by_name = BTreeMap::new();
-    for path in paths {
-        let source = match read(path) {
-            Ok(source) => source,
-            Err(diagnostic) => {
-                errors.push(diagnostic);
-                continue;
-            }
-        };
-        match validate::check(&source) {
-            Ok(Checked { policy, warnings: more, name }) => {
-                if let Some(first) = paths_by_name.insert(policy.name.clone(), path) {
-                    errors.push(same_name(&source, &policy.name, name, first));
-                }
-                policies.push(policy);
-                warnings.extend(more);
-            }
-            Err(more) => errors.extend(more),
-        }
-    }
-    if !errors.is_empty() {
-        return Err(PolicyErrors { diagnostics: errors });
-    }
-    warnings.extend(lint::lint(&policies));
-    sort(&mut warnings);
-    Ok((policies, warnings))
+    Sources::new(paths).read().policies()
 }
 
 fn same_name(source: &Arc<Source>, name: &str, span: Span, first: &Path) -> Diagnostic {

@@ -101,7 +101,7 @@ fn target_that_the_policy_names_and_the_host_lacks_is_named() {
         "error: no cgroup matches no-such.slice/*, nor-this\n  help: the cgroups of this host are the folders below \
          {mount}; `find {mount} -type d` lists them\n"
     );
-    fails(agent::command(&["run", path]), 2, &error);
+    fails(agent::command(&["plan", path]), 2, &error);
     let policy = PolicyFile::new("name = \"web\"\n[[rule]]\nset = { TCP_NODELAY = true }\n");
     let error = "error: no target: policy `web` names none\n  help: say which cgroup with --cgroup PATH\n";
     fails(agent::command(&["run", policy.path().to_str().unwrap()]), 2, error);
@@ -178,12 +178,12 @@ fn more_rules_than_a_policy_can_hold_are_refused() {
 #[test]
 fn file_that_is_no_policy_is_refused() {
     let policy = policy();
-    let folder = policy.folder().to_str().unwrap();
+    let folder = policy.folder().join("empty");
+    fs::create_dir(&folder).unwrap();
+    let folder = folder.to_str().unwrap();
     both_fail(
         folder,
-        &format!(
-            "error: {folder} is a directory, not a policy\n |\n = help: name the files in it: {folder}/*.toml\n\n"
-        ),
+        &format!("error: no policy in {folder}: it has no *.toml\n |\n = help: put one there, or name the file\n\n"),
     );
     let missing = format!("{folder}/missing.toml");
     both_fail(

@@ -4,8 +4,11 @@ use std::os::unix::process::CommandExt;
 
 use nix::sys::signal::{SigSet, Signal};
 use sockpolicy_integration_tests::{
+    agent,
+    cgroup::Cgroup,
     policy::PolicyFile,
     process::{Running, exec, workload},
+    residue::Residue,
     terminal::Terminal,
     wait,
 };
@@ -106,9 +109,9 @@ fn command_finds_signals_as_sockpolicy_found_them() {
 
 /// `run` in a cgroup of its own, in force.
 fn run(policy: &PolicyFile, ignored: &'static [Signal]) -> Running {
-    let home = sockpolicy_integration_tests::cgroup::Cgroup::new();
+    let home = Cgroup::new();
     let path = home.path().display().to_string();
-    let mut command = sockpolicy_integration_tests::agent::command(&["run", "--cgroup", &path]);
+    let mut command = agent::command(&["run", "--cgroup", &path]);
     command.arg(policy.path());
     // SAFETY: only makes system calls.
     unsafe {
@@ -127,7 +130,7 @@ fn run(policy: &PolicyFile, ignored: &'static [Signal]) -> Running {
 #[test]
 fn run_ends_with_a_summary_when_it_is_asked_to() {
     let policy = some_policy();
-    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT] {
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGQUIT] {
         let running = run(&policy, &[]);
         let held = running.held();
         running.signal(signal);
@@ -136,6 +139,19 @@ fn run_ends_with_a_summary_when_it_is_asked_to() {
         assert!(stdout(&output).contains("no application call disagreed"), "{}", stdout(&output));
         held.assert_gone();
     }
+}
+
+#[test]
+fn run_ends_with_its_terminal() {
+    let policy = some_policy();
+    let target = Cgroup::new();
+    let path = target.path().display().to_string();
+    let mut terminal = Terminal::start(agent::command(&["run", "--cgroup", &path, policy.path().to_str().unwrap()]));
+    terminal.wait_for("enforcing");
+    let held = Residue::of(terminal.pid());
+    terminal.hang_up();
+    terminal.wait();
+    held.assert_gone();
 }
 
 #[test]

@@ -1,0 +1,265 @@
+//! Policies that stay in force while their files change, and the cgroups come and go that they are about.
+//!
+//! What changes is looked at as a whole each time: the files are read anew, the cgroups listed anew. So it does not matter which
+//! changes the kernel tells of, and when.
+//!
+//! Invariant: what is in force changes as a whole or not at all. Files that make no valid set of policies leave things as they
+//! are, and that is said.
+
+use std::{
+    collections::BTreeSet,
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use nix::poll::{PollFd, PollFlags};
+
+use super::{
+    check, complain,
+    output::{Manner, Writer},
+    run::{Placement, RunError, check_targets},
+    signals::Signals,
+    watch::{self, WatchError},
+};
+use crate::{
+    coverage::{Reach, Stack},
+    host::{
+        cgroup::Mount,
+        inotify::{self, Changes, Watch},
+    },
+    policy::{Policy, Sources, Texts},
+    session::{self, Session},
+};
+
+/// How long files must be left alone before they are read: who writes several, or one in parts, is to be done.
+const SETTLE: Duration = Duration::from_millis(100);
+/// But no longer than this after the first change.
+const SETTLE_MAX: Duration = Duration::from_secs(1);
+/// How long sockets have to be set up by policies that are no longer in force.
+const RETIRE_AFTER: Duration = Duration::from_secs(60);
+/// How often to look whether the last socket of a removed cgroup is closed, which the kernel does not tell.
+const LOOK_FOR_EMPTY_MS: u16 = 1000;
+
+/// What people asked to be in force, and where.
+pub(super) struct Wanted<'a> {
+    pub(super) sources: Sources,
+    /// Given in place of the policies' own targets.
+    pub(super) cgroups: &'a [PathBuf],
+    pub(super) manner: &'a Manner,
+    pub(super) mount: &'a Mount,
+}
+
+impl Wanted<'_> {
+    /// Where these policies hold by now.
+    fn placement(&self, policies: &[Policy]) -> Result<Placement, RunError> {
+        if self.cgroups.is_empty() {
+            check_targets(policies)?;
+            return Placement::for_now(self.mount, policies);
+        }
+        Placement::find(self.mount, self.cgroups, policies)
+    }
+}
+
+/// Keeps that in force.
+pub(super) struct Standing<'a> {
+    wanted: Wanted<'a>,
+    /// What the files said when they were last read.
+    texts: Texts,
+    policies: Vec<Policy>,
+    stacks: Vec<Stack>,
+    files: Watch,
+    cgroups: Watch,
+    reach: Reach,
+    /// When files were first found changed, and when last, since they were read.
+    changed: Option<(Instant, Instant)>,
+    /// When other policies came in force.
+    replaced: Instant,
+}
+
+impl<'a> Standing<'a> {
+    /// Begins to watch. The policies are those of `texts`.
+    pub(super) fn watch(wanted: Wanted<'a>, texts: Texts, policies: Vec<Policy>) -> Result<Self, RunError> {
+        let reach = Reach::of(&policies)?;
+        let mut standing = Self {
+            wanted,
+            texts,
+            policies,
+            stacks: Vec::new(),
+            files: Watch::new(Changes::Files)?,
+            cgroups: Watch::new(Changes::Folders)?,
+            reach,
+            changed: None,
+            replaced: Instant::now(),
+        };
+        standing.follow_files();
+        standing.follow_cgroups()?;
+        Ok(standing)
+    }
+
+    /// Where the policies hold by now.
+    pub(super) fn placement(&mut self) -> Result<Placement, RunError> {
+        let placement = self.wanted.placement(&self.policies)?;
+        self.stacks.clone_from(&placement.stacks);
+        Ok(placement)
+    }
+
+    /// Reports, and follows what changes, until a signal asks for the end.
+    pub(super) fn stand(
+        &mut self,
+        session: &mut Session,
+        signals: &mut Signals,
+        writer: &mut Writer,
+    ) -> Result<(), WatchError> {
+        loop {
+            let mut polled = watch::sources(signals, session);
+            polled.extend([&self.files, &self.cgroups].map(|watch| PollFd::new(watch.as_fd(), PollFlags::POLLIN)));
+            watch::wait_for(&mut polled, self.patience(session))?;
+            let mut is_asked = false;
+            while let Some(received) = signals.next().map_err(WatchError::Watch)? {
+                if received.asks_for_reload() {
+                    is_asked = true;
+                } else if received.asks_for_end() {
+                    return watch::tell(session, writer).1;
+                }
+            }
+            watch::tell(session, writer).1?;
+            if self.files.has_changed().map_err(WatchError::Watch)? {
+                let now = Instant::now();
+                self.changed = Some((self.changed.map_or(now, |(first, _)| first), now));
+            }
+            if is_asked || self.have_files_settled() {
+                self.reload(session, writer, is_asked)?;
+            }
+            if self.cgroups.has_changed().map_err(WatchError::Watch)? {
+                self.retarget(session, writer)?;
+            }
+            if session.has_removed() {
+                session.let_go_of_removed()?;
+            }
+            if session.has_others() && self.replaced.elapsed() >= RETIRE_AFTER {
+                session.retire()?;
+            }
+        }
+    }
+
+    /// How long to wait for something to happen, in milliseconds.
+    fn patience(&self, session: &Session) -> u16 {
+        let patience = if session.has_removed() { LOOK_FOR_EMPTY_MS } else { u16::MAX };
+        let patience = patience.min(watch::interval(session));
+        if self.changed.is_some() { patience.min(SETTLE.as_millis() as u16) } else { patience }
+    }
+
+    fn have_files_settled(&self) -> bool {
+        self.changed.is_some_and(|(first, last)| last.elapsed() >= SETTLE || first.elapsed() >= SETTLE_MAX)
+    }
+
+    /// Reads the files, and has in force what they say. `is_asked` where somebody waits for an answer, whatever they say.
+    fn reload(&mut self, session: &mut Session, writer: &mut Writer, is_asked: bool) -> Result<(), WatchError> {
+        self.changed = None;
+        let texts = self.wanted.sources.read();
+        self.follow_files();
+        if texts == self.texts && !is_asked {
+            return Ok(());
+        }
+        self.texts = texts;
+        let reloaded = match self.texts.policies() {
+            Ok((policies, warnings)) => {
+                check::show(&warnings);
+                self.replace(session, policies).inspect_err(|error| complain(error)).is_ok()
+            }
+            Err(errors) => {
+                check::show(&errors.diagnostics);
+                false
+            }
+        };
+        if !reloaded {
+            log::error!("the policies in force stay as they are");
+        }
+        writer.reloaded(session, reloaded).map_err(WatchError::Write)
+    }
+
+    fn replace(&mut self, session: &mut Session, policies: Vec<Policy>) -> Result<(), RunError> {
+        let Wanted { manner, .. } = &self.wanted;
+        let reach = Reach::of(&policies)?;
+        let Placement { stacks, targets } = self.wanted.placement(&policies)?;
+        let desired = session::prepare(&policies, &stacks, manner.dry_run, manner.reporting.timing)?;
+        session.reload(desired, targets)?;
+        self.replaced = Instant::now();
+        (self.policies, self.stacks, self.reach) = (policies, stacks, reach);
+        self.follow_cgroups()?;
+        // What came while nobody looked.
+        self.place(session).map(drop)
+    }
+
+    /// Has the policies hold where they should by now. What cannot be done is said, and tried again when more changes.
+    fn retarget(&mut self, session: &mut Session, writer: &mut Writer) -> Result<(), WatchError> {
+        let placed = self.follow_cgroups().and_then(|()| self.place(session));
+        match placed {
+            Ok(true) => writer.retargeted(session).map_err(WatchError::Write),
+            Ok(false) => Ok(()),
+            Err(error) => {
+                complain(&error);
+                log::error!("the policies are in force on the cgroups that they were on");
+                Ok(())
+            }
+        }
+    }
+
+    /// Gives whether any target is other than it was.
+    fn place(&mut self, session: &mut Session) -> Result<bool, RunError> {
+        let Wanted { cgroups, manner, .. } = &self.wanted;
+        if !cgroups.is_empty() {
+            return Ok(false);
+        }
+        let Placement { stacks, mut targets } = self.wanted.placement(&self.policies)?;
+        let scopes: Option<Vec<usize>> =
+            stacks.iter().map(|stack| self.stacks.iter().position(|known| known == stack)).collect();
+        let Some(scopes) = scopes else {
+            let desired = session::prepare(&self.policies, &stacks, manner.dry_run, manner.reporting.timing)?;
+            session.reload(desired, targets)?;
+            self.replaced = Instant::now();
+            self.stacks = stacks;
+            return Ok(true);
+        };
+        for target in &mut targets {
+            target.scope = scopes[target.scope];
+        }
+        let ids = |targets: &[crate::kernel::Target]| -> BTreeSet<(u64, usize)> {
+            targets.iter().map(|target| (target.cgroup.id, target.scope)).collect()
+        };
+        if ids(&targets) == ids(session.targets()) {
+            return Ok(false);
+        }
+        session.retarget(targets)?;
+        Ok(true)
+    }
+
+    fn follow_files(&mut self) {
+        if let Err(error) = self.files.follow(&self.wanted.sources.folders()) {
+            log::warn!("{error}");
+            log::warn!("changes of the policies' files may go unseen: kill -HUP {} has them read", std::process::id());
+        }
+    }
+
+    /// Watches the cgroups below which targets can come. Those that come while it begins to watch are watched too.
+    fn follow_cgroups(&mut self) -> Result<(), RunError> {
+        if !self.wanted.cgroups.is_empty() {
+            return Ok(());
+        }
+        let mount = self.wanted.mount;
+        let is_within = |below: &Path| self.reach.is_within(below);
+        loop {
+            let within = mount.tree_within(is_within)?.into_iter().filter(|below| is_within(below));
+            match self.cgroups.follow(&within.map(|below| mount.path.join(below)).collect()) {
+                Ok(true) => {}
+                Ok(false) => return Ok(()),
+                Err(error @ inotify::WatchError::Add { .. }) => {
+                    log::warn!("{error}");
+                    return Ok(());
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}

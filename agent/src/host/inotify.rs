@@ -1,0 +1,109 @@
+//! Folders, watched for what comes and goes in them (inotify(7)).
+//!
+//! Says that something has changed, never what: who asks looks for himself, so that nothing that the kernel leaves out, or tells
+//! too late, can be missed.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    os::fd::{AsFd, BorrowedFd},
+    path::PathBuf,
+};
+
+use nix::{
+    errno::Errno,
+    sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor},
+};
+
+#[derive(Debug, thiserror::Error)]
+pub enum WatchError {
+    #[error("cannot watch for changes: {0}")]
+    Init(#[source] io::Error),
+    #[error(
+        "cannot watch {folder}, nor any more after it: {source}\n  help: sysctl fs.inotify.max_user_watches says how many \
+         folders a user may watch"
+    )]
+    Add { folder: PathBuf, source: io::Error },
+}
+
+/// What is to be told of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Changes {
+    /// Files that are written, come, go or are replaced.
+    Files,
+    /// Folders that come or go.
+    Folders,
+}
+
+#[derive(Debug)]
+pub struct Watch {
+    inotify: Inotify,
+    changes: AddWatchFlags,
+    watched: BTreeMap<PathBuf, WatchDescriptor>,
+}
+
+impl Watch {
+    /// # Errors
+    ///
+    /// Where this user watches too much already.
+    pub fn new(changes: Changes) -> Result<Self, WatchError> {
+        let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC);
+        let inotify = inotify.map_err(|errno| WatchError::Init(errno.into()))?;
+        let entries = AddWatchFlags::IN_CREATE | AddWatchFlags::IN_DELETE | AddWatchFlags::IN_MOVE;
+        let changes = match changes {
+            Changes::Files => entries | AddWatchFlags::IN_CLOSE_WRITE | AddWatchFlags::IN_DELETE_SELF,
+            Changes::Folders => entries,
+        };
+        Ok(Self { inotify, changes: changes | AddWatchFlags::IN_ONLYDIR, watched: BTreeMap::new() })
+    }
+
+    /// Watches these folders and no others; those that are not there are left out. Gives whether any was not watched before:
+    /// what is in it may have changed since somebody looked.
+    ///
+    /// # Errors
+    ///
+    /// Where there are more than may be watched.
+    pub fn follow(&mut self, folders: &BTreeSet<PathBuf>) -> Result<bool, WatchError> {
+        let mut watched = BTreeMap::new();
+        for folder in folders {
+            match self.inotify.add_watch(folder, self.changes) {
+                Ok(descriptor) => drop(watched.insert(folder.clone(), descriptor)),
+                Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP | Errno::EACCES) => {}
+                Err(errno) => return Err(WatchError::Add { folder: folder.clone(), source: errno.into() }),
+            }
+        }
+        // The same folder may have several paths.
+        let kept: Vec<WatchDescriptor> = watched.values().copied().collect();
+        for gone in self.watched.values().filter(|descriptor| !kept.contains(descriptor)) {
+            // Fails where the folder is gone, and its watch with it.
+            let _ = self.inotify.rm_watch(*gone);
+        }
+        let has_new = watched.iter().any(|(folder, descriptor)| self.watched.get(folder) != Some(descriptor));
+        self.watched = watched;
+        Ok(has_new)
+    }
+
+    /// Whether anything has changed since this was last asked.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel does not tell.
+    pub fn has_changed(&mut self) -> io::Result<bool> {
+        let mut has_changed = false;
+        loop {
+            match self.inotify.read_events() {
+                Ok(events) => has_changed |= !events.is_empty(),
+                Err(Errno::EAGAIN) => return Ok(has_changed),
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+}
+
+/// Readable when something has changed.
+impl AsFd for Watch {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.inotify.as_fd()
+    }
+}
