@@ -129,7 +129,7 @@ fn what_is_no_file_is_refused_by_what_it_is() {
             dir.path("gone.toml"),
             "error: cannot read DIR/gone.toml: no such file or directory\n |\n = help: see what is there: ls DIR\n",
         ),
-        (dir.path(""), "error: DIR/ is a directory, not a policy\n |\n = help: name the files in it: DIR/*.toml\n"),
+        (dir.path(""), "error: no policy in DIR/: it has no *.toml\n |\n = help: put one there, or name the file\n"),
         (dir.path("fifo"), "error: DIR/fifo is a pipe\n |\n = help: write the policy to a file and name that\n"),
         (
             PathBuf::from("/dev/null"),

@@ -56,18 +56,19 @@ pub(crate) struct Scope {
 /// The notes of a socket that is being set up, and what holds on it; `None` where that is not this program's turn to say:
 /// another target's, deeper than this one, has.
 ///
-/// A socket that is being set up when policies change is set up by those that it began with.
+/// A socket that is being set up when policies change is set up by those that it began with. It `begins` at birth or, with the
+/// notes of its listener, when it is accepted.
 ///
 /// # Safety
 ///
 /// As for [`state`].
 #[inline(always)]
-pub(crate) unsafe fn claim(sk: *mut c_void) -> Option<(&'static mut State, Scope)> {
+pub(crate) unsafe fn claim(sk: *mut c_void, begins: bool) -> Option<(&'static mut State, Scope)> {
     let target = maps::target();
     let config = maps::config().filter(|_| target.id != 0)?;
     // SAFETY: as the caller says.
     let state = unsafe { state(sk) }?;
-    if state.generation < config.oldest {
+    if begins || state.generation < config.oldest {
         state.generation = config.generation;
     }
     claim_in(state.generation, target, state)

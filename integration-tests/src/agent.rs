@@ -5,7 +5,7 @@ use std::{
     ffi::OsStr,
     fs,
     io::{BufRead, BufReader},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Output, Stdio},
     sync::{Arc, Mutex, Once, PoisonError},
     thread::{self, JoinHandle},
@@ -15,6 +15,8 @@ use nix::{
     sys::signal::{SigHandler, Signal, kill},
     unistd::Pid,
 };
+
+use serde_json::Value;
 
 use crate::{
     built,
@@ -215,8 +217,15 @@ impl Run {
     #[must_use]
     #[track_caller]
     pub fn started(policy: &PolicyFile, arguments: &[&str]) -> Self {
+        Self::of(policy.path(), arguments)
+    }
+
+    /// The same of a file or a folder of policies.
+    #[must_use]
+    #[track_caller]
+    pub fn of(policies: &Path, arguments: &[&str]) -> Self {
         let mut command = command(&["run", WITH_GAPS]);
-        command.args(arguments).args(["--output", "json"]).arg(policy.path());
+        command.args(arguments).args(["--output", "json"]).arg(policies);
         Self::launch(command)
     }
 
@@ -247,6 +256,33 @@ impl Run {
     #[must_use]
     pub fn lines(&self) -> String {
         self.lines.text()
+    }
+
+    /// What it has said of this kind beside events by now: `reload` or `targets`.
+    #[must_use]
+    pub fn notices(&self, kind: &str) -> Vec<Value> {
+        let text = self.lines();
+        let whole = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
+        let values = whole.map(|line| must(serde_json::from_str::<Value>(line), line));
+        values.filter(|value| value["event"] == kind).collect()
+    }
+
+    /// Waits until it has said so many, and gives the last of these.
+    #[track_caller]
+    pub fn notice(&self, kind: &str, count: usize) -> Value {
+        let is_there = wait::until(wait::PATIENCE, || self.notices(kind).len() >= count);
+        assert!(is_there, "not {count} of {kind}: {}{}", self.lines(), self.process.stderr());
+        self.notices(kind).swap_remove(count - 1)
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        self.process.signal(signal);
+    }
+
+    /// What it has complained of by now.
+    #[must_use]
+    pub fn stderr(&self) -> String {
+        self.process.stderr()
     }
 
     /// The agent's process.

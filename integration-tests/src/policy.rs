@@ -35,7 +35,6 @@ impl PolicyFile {
     }
 
     /// Puts another file beside it, which goes with this one, and gives its path.
-    #[must_use]
     pub fn add(&self, name: &str, text: impl AsRef<[u8]>) -> PathBuf {
         self.folder.write(name, text)
     }

@@ -89,6 +89,11 @@ impl Running {
         matches!(self.child.try_wait(), Ok(Some(_)))
     }
 
+    /// Lets its standard input end, if that is a pipe.
+    pub fn close_stdin(&mut self) {
+        drop(self.child.stdin.take());
+    }
+
     /// What it holds in the kernel.
     #[must_use]
     pub fn held(&self) -> Residue {

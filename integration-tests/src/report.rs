@@ -154,6 +154,8 @@ pub struct Report {
     pub losses: Vec<Loss>,
     /// As they were told, at the beginning.
     pub gaps: Vec<Gap>,
+    /// Of reloads and of targets, as they were told.
+    pub notices: Vec<Value>,
     pub summary: Summary,
     /// Of the agent's process; `stdout` is empty where the probe had it.
     pub output: Output,
@@ -165,7 +167,8 @@ impl Report {
     pub(crate) fn read(lines: &str, output: Output) -> Self {
         let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
         let fail = |line: &str, why: String| -> ! { panic!("not a line of a report: {why}\n{line}\nagent: {stderr}") };
-        let (mut events, mut losses, mut gaps, mut summary) = (Vec::new(), Vec::new(), Vec::new(), None);
+        let (mut events, mut losses, mut gaps) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut notices, mut summary) = (Vec::new(), None);
         for line in lines.lines() {
             let value: Value = serde_json::from_str(line).unwrap_or_else(|error| fail(line, error.to_string()));
             if summary.is_some() {
@@ -177,12 +180,14 @@ impl Report {
                 losses.push(serde_json::from_value(value).unwrap_or_else(|error| fail(line, error.to_string())));
             } else if value["event"] == "gap" {
                 gaps.push(serde_json::from_value(value).unwrap_or_else(|error| fail(line, error.to_string())));
+            } else if ["reload", "targets"].iter().any(|notice| value["event"] == *notice) {
+                notices.push(value);
             } else {
                 events.push(serde_json::from_value(value).unwrap_or_else(|error| fail(line, error.to_string())));
             }
         }
         let Some(summary) = summary else { panic!("no summary, {}; the agent said: {stderr}", output.status) };
-        Self { events, losses, gaps, summary, output }
+        Self { events, losses, gaps, notices, summary, output }
     }
 
     /// Whether the audit says that it does not see such calls.

@@ -34,22 +34,21 @@ struct Named {
     is_folder: bool,
 }
 
-/// What policy files say, in the order of their names, and which of them could not be read.
+/// What policy files say, in the order of their names; of those that cannot be read, why.
 #[derive(Clone, Debug, Default)]
-pub struct Texts {
-    sources: Vec<Arc<Source>>,
-    unreadable: Vec<Diagnostic>,
-}
+pub struct Texts(Vec<Result<Arc<Source>, Diagnostic>>);
 
 /// Whether they say the same, so that nothing new can come of them.
 impl PartialEq for Texts {
     fn eq(&self, other: &Self) -> bool {
-        let files = |texts: &Self| {
-            texts.sources.iter().map(|source| (source.path().to_owned(), source.text().to_owned())).collect::<Vec<_>>()
+        let said = |texts: &Self| -> Vec<Result<(PathBuf, String), String>> {
+            let said = texts.0.iter().map(|text| match text {
+                Ok(source) => Ok((source.path().to_owned(), source.text().to_owned())),
+                Err(problem) => Err(problem.render(Style::Plain)),
+            });
+            said.collect()
         };
-        let problems =
-            |texts: &Self| texts.unreadable.iter().map(|problem| problem.render(Style::Plain)).collect::<Vec<_>>();
-        files(self) == files(other) && problems(self) == problems(other)
+        said(self) == said(other)
     }
 }
 
@@ -85,15 +84,8 @@ impl Sources {
     /// Reads them all.
     #[must_use]
     pub fn read(&self) -> Texts {
-        let (files, mut unreadable) = self.files();
-        let mut sources = Vec::new();
-        for file in files {
-            match read(&file) {
-                Ok(source) => sources.push(source),
-                Err(problem) => unreadable.push(problem),
-            }
-        }
-        Texts { sources, unreadable }
+        let (files, problems) = self.files();
+        Texts(problems.into_iter().map(Err).chain(files.iter().map(|file| read(file))).collect())
     }
 
     /// The folders in which a change may change what these paths stand for: theirs, and those of the symbolic links on the
@@ -122,9 +114,16 @@ impl Texts {
     ///
     /// All that is wrong with any of them, those included that could not be read.
     pub fn policies(&self) -> Result<(Vec<Policy>, Warnings), PolicyErrors> {
-        let (mut policies, mut warnings, mut errors) = (Vec::new(), Vec::new(), self.unreadable.clone());
+        let (mut policies, mut warnings, mut errors) = (Vec::new(), Vec::new(), Vec::new());
         let mut paths_by_name = BTreeMap::new();
-        for source in &self.sources {
+        for text in &self.0 {
+            let source = match text {
+                Ok(source) => source,
+                Err(problem) => {
+                    errors.push(problem.clone());
+                    continue;
+                }
+            };
             match validate::check(source) {
                 Ok(Checked { policy, warnings: more, name }) => {
                     if let Some(first) = paths_by_name.insert(policy.name.clone(), source.path()) {

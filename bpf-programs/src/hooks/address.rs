@@ -74,7 +74,7 @@ fn connect(ctx: &SockAddrContext, inet6: bool) {
 fn send(ctx: &SockAddrContext) {
     let Some(socket) = Addressed::new(ctx.sock_addr) else { return };
     // SAFETY: the context's socket, checked for NULL.
-    let Some((state, scope)) = (unsafe { storage::claim(socket.sk()) }) else { return };
+    let Some((state, scope)) = (unsafe { storage::claim(socket.sk(), false) }) else { return };
     if state.is_fresh != 0 {
         apply_to(socket.send_facts(), site::SEND, &socket, state, scope);
     }
@@ -83,7 +83,7 @@ fn send(ctx: &SockAddrContext) {
 #[inline(always)]
 fn apply_at(site: u32, socket: &Addressed, facts: Facts) {
     // SAFETY: the context's socket, checked for NULL.
-    let Some((state, scope)) = (unsafe { storage::claim(socket.sk()) }) else { return };
+    let Some((state, scope)) = (unsafe { storage::claim(socket.sk(), false) }) else { return };
     apply_to(facts, site, socket, state, scope);
 }
 

@@ -29,7 +29,7 @@ pub(crate) fn birth_apply(ctx: SockContext) -> i32 {
 #[inline(always)]
 fn try_birth_apply(birth: &Birth) {
     // SAFETY: the context of cgroup/sock_create.
-    let Some((state, scope)) = (unsafe { storage::claim(birth.sk()) }) else { return };
+    let Some((state, scope)) = (unsafe { storage::claim(birth.sk(), true) }) else { return };
     // SAFETY: as above.
     state.cookie = unsafe { bpf_get_socket_cookie(birth.sk()) };
     state.is_fresh = 1;

@@ -38,10 +38,10 @@ fn try_turn_apply(ctx: &SockOpsContext) {
     };
     let Some(turn) = Turn::new(ctx.ops) else { return };
     // SAFETY: the context's socket, checked for NULL.
-    let Some((state, scope)) = (unsafe { storage::claim(turn.sk()) }) else { return };
+    let Some((state, scope)) = (unsafe { storage::claim(turn.sk(), site == site::PASSIVE) }) else { return };
     if site == site::PASSIVE {
-        // The kernel copied the listener's notes. Of these, what the application asked for on the listener goes for this
-        // socket too; and it is set up by the policies that the listener was, of which it has inherited the most part.
+        // The kernel copied the listener's notes: of these only what the application asked for on
+        // the listener goes for this socket too.
         let State { yielded, target, generation, .. } = *state;
         *state = State { yielded, target, generation, ..State::default() };
     }

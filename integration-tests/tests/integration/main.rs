@@ -21,8 +21,10 @@ mod plan;
 mod policies;
 mod preamble;
 mod precedence;
+mod reload;
 mod settings;
 mod target;
+mod targets;
 mod values;
 
 use std::process::Output;

@@ -5,8 +5,10 @@
 //!   SO_KEEPALIVE, then says `PID CALLS`;
 //! - `workload calls`: calls of every kind, good and bad, by the process, a thread of it and a child;
 //! - `workload ring plain|polled|fixed|async|deferred`: calls through an io_uring, see [`ring`];
+//! - `workload connections`: see [`connections`];
 //! - `workload threads|vfork|mark|race|faults …`: see [`odd`].
 
+mod connections;
 mod odd;
 mod ring;
 
@@ -32,6 +34,7 @@ fn main() -> ExitCode {
         ["signals", last] => signals(last),
         ["storm", processes, calls] => both(processes, calls).and_then(|(processes, calls)| storm(processes, calls)),
         ["calls"] => calls(),
+        ["connections"] => connections::connections(),
         ["ring", manner] => ring::ring(manner),
         ["threads", threads, calls] => both(threads, calls).and_then(|(threads, calls)| odd::threads(threads, calls)),
         ["vfork", program, children] => number(children).and_then(|children| odd::vfork(program, children)),
