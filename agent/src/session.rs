@@ -22,7 +22,7 @@ use crate::{
     gaps::{Gap, Gaps},
     host::{
         cgroup::{Mount, Names},
-        process, tcp,
+        containers, process, tcp,
     },
     kernel::{self, Answer, Audit, BackendChoice, KernelError, Object, Record, Target},
     options::SocketOption,
@@ -65,6 +65,7 @@ pub struct Session {
     tried: Tried,
     mount: Mount,
     names: Names,
+    containers: containers::Known,
     executables: Executables,
     report: Report,
     unknown_records: u64,
@@ -162,6 +163,7 @@ impl Session {
             tried,
             names: Names::new(mount.clone()),
             mount,
+            containers: containers::Known::default(),
             executables: Executables::default(),
             report: Report::default(),
             unknown_records: 0,
@@ -344,10 +346,12 @@ impl Session {
     }
 
     fn surroundings(&mut self, raw: &abi::event::Event) -> Surroundings {
+        let cgroup = self.names.name(raw.cgroup).map(str::to_owned);
         Surroundings {
             // Where the kernel does not say what it was, this is what it is by now.
             exe: self.exe(raw),
-            cgroup: self.names.name(raw.cgroup).map(str::to_owned),
+            container: cgroup.as_deref().and_then(|cgroup| self.containers.of_cgroup(cgroup)),
+            cgroup,
             socket_cgroup: self.names.name(raw.call.socket_cgroup).map(str::to_owned),
             monotonic_epoch_ns: monotonic_epoch_ns(),
             blindness: self.object.blindness().map(str::to_owned),

@@ -24,7 +24,7 @@ use abi::{
 pub use self::{executables::Executables, filter::Filter, json::SCHEMA};
 use crate::{
     compile::Desired,
-    host::container::{self, Container},
+    host::container::Container,
     options::{self, Kept, ValueKind},
     policy::model::{Family, Mode, Protocol},
     values,
@@ -131,7 +131,7 @@ pub struct Task {
     pub comm: String,
     pub exe: Option<String>,
     pub cgroup: Option<String>,
-    /// The container that the cgroup's name names.
+    /// The container that the cgroup is one of.
     pub container: Option<Container>,
 }
 
@@ -164,6 +164,8 @@ pub struct Surroundings {
     pub exe: Result<String, &'static str>,
     /// Name of the task's cgroup.
     pub cgroup: Option<String>,
+    /// The container that this is one of.
+    pub container: Option<Container>,
     /// Name of the socket's cgroup.
     pub socket_cgroup: Option<String>,
     /// CLOCK_REALTIME less CLOCK_MONOTONIC.
@@ -419,8 +421,7 @@ fn task(event: &raw::Event, surroundings: Surroundings) -> Option<Task> {
     }
     let end = event.comm.iter().position(|byte| *byte == 0).unwrap_or(event.comm.len());
     let comm = String::from_utf8_lossy(&event.comm[..end]).into_owned();
-    let Surroundings { exe, cgroup, .. } = surroundings;
-    let container = cgroup.as_deref().and_then(container::of_cgroup);
+    let Surroundings { exe, cgroup, container, .. } = surroundings;
     Some(Task { pid: event.pid, tid: event.tid, comm, exe: exe.ok(), cgroup, container })
 }
 

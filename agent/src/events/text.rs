@@ -57,7 +57,9 @@ impl fmt::Display for Event {
 
 impl Event {
     fn who(&self) -> String {
-        self.task.as_ref().map_or_else(|| "a process".to_owned(), |task| format!("{}[{}]", task.comm, task.pid))
+        let Some(task) = &self.task else { return "a process".to_owned() };
+        let inside = task.container.as_ref().map_or_else(String::new, |container| format!(" in {container}"));
+        format!("{}[{}]{inside}", task.comm, task.pid)
     }
 
     fn write_result(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -1,8 +1,8 @@
-//! Which container a cgroup belongs to, from nothing but its path.
+//! What a container is, and which one a cgroup belongs to, from nothing but its path.
 //!
 //! Runtimes put the id of a container into the name of its cgroup, each in its own way, and
 //! differently under systemd (`docker-ID.scope`) and without (`docker/ID`). Does not ask any runtime
-//! whether there is such a container, nor what people call it.
+//! whether there is such a container, nor what people call it: that is for [`super::containers`].
 //!
 //! Invariant: only 64 hexadecimal digits in a place where a runtime has them are taken for an id.
 //! Containers in a cgroup of somebody's own choice (`--cgroup-parent`) without systemd are missed
@@ -17,33 +17,44 @@ use std::fmt;
 
 use serde::Serialize;
 
-/// A container, as the path of a cgroup names it.
+pub const CONTAINERD: &str = "containerd";
+pub const CRI_O: &str = "cri-o";
+pub const CRUN: &str = "crun";
+pub const DOCKER: &str = "docker";
+pub const PODMAN: &str = "podman";
+pub const RUNC: &str = "runc";
+
+/// A container, as far as it is known.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Container {
-    /// `docker`, `containerd`, `cri-o` or `podman`; `kubernetes` where it is one of a pod and the path
-    /// does not tell by which runtime.
+    /// Who runs it: one of the above; `kubernetes` where it is one of a pod, and nothing but the path of its cgroup is known,
+    /// which does not tell. runc and crun are what others run containers with; it is theirs where there is nobody else.
     pub runtime: &'static str,
-    /// 64 hexadecimal digits.
+    /// 64 hexadecimal digits, but for containers of containerd, runc or crun, which whoever makes one may call what they like.
     pub id: String,
     /// The uid of its Kubernetes pod, with hyphens where it has any, or the id of its podman pod.
     pub pod: Option<String>,
+    /// `NAMESPACE/POD/CONTAINER` in Kubernetes. `None`: not known.
+    pub name: Option<String>,
+    /// As the runtime was told. `None`: not known.
+    pub image: Option<String>,
 }
 
 /// What stands before the id in the name of a cgroup, and who writes it. Processes that merely watch
 /// a container are in a cgroup like `crio-conmon-ID`, which is not here.
 const PREFIXES: [(&str, &str); 6] = [
-    ("docker", "docker"),
-    ("cri-containerd", "containerd"),
-    ("nerdctl", "containerd"),
-    ("crio", "cri-o"),
-    ("libpod", "podman"),
+    ("docker", DOCKER),
+    ("cri-containerd", CONTAINERD),
+    ("nerdctl", CONTAINERD),
+    ("crio", CRI_O),
+    ("libpod", PODMAN),
     // `--cgroups=split`, as quadlets have it
-    ("libpod-payload", "podman"),
+    ("libpod-payload", PODMAN),
 ];
 
 /// Cgroups whose children have an id for their name, and who makes them: of containerd, its
 /// namespaces.
-const PARENTS: [(&str, &str); 3] = [("docker", "docker"), ("default", "containerd"), ("k8s.io", "containerd")];
+const PARENTS: [(&str, &str); 3] = [("docker", DOCKER), ("default", CONTAINERD), ("k8s.io", CONTAINERD)];
 
 /// The container of a cgroup: the innermost where one runs in another, also for what a container
 /// made below its own cgroup. `None` where the path names none.
@@ -55,7 +66,8 @@ pub fn of_cgroup(path: &str) -> Option<Container> {
     for name in path.split('/').filter(|name| !name.is_empty()) {
         pod = pod_of(name).or(pod);
         if let Some((runtime, id)) = named_by(name, parent) {
-            found = Some(Container { runtime, id: id.to_owned(), pod: pod.map(|pod: &str| pod.replace('_', "-")) });
+            let pod = pod.map(|pod: &str| pod.replace('_', "-"));
+            found = Some(Container { runtime, id: id.to_owned(), pod, name: None, image: None });
         }
         parent = name;
     }
@@ -89,7 +101,9 @@ fn pod_of(name: &str) -> Option<&str> {
     podman.or_else(|| slice.rsplit_once("-pod").map(|(_, uid)| uid).filter(|uid| is_uid(uid)))
 }
 
-fn is_id(word: &str) -> bool {
+/// Whether a word is an id of the kind that most runtimes give.
+#[must_use]
+pub fn is_id(word: &str) -> bool {
     word.len() == 64 && word.bytes().all(is_digit)
 }
 
@@ -104,10 +118,13 @@ fn is_digit(byte: u8) -> bool {
     matches!(byte, b'0'..=b'9' | b'a'..=b'f')
 }
 
-/// As people know containers: `docker:4f7c2a9b01de`.
+/// As people know containers: `podman:web-1`, or `docker:4f7c2a9b01de`.
 impl fmt::Display for Container {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{:.12}", self.runtime, self.id)
+        match &self.name {
+            Some(name) => write!(f, "{}:{name}", self.runtime),
+            None => write!(f, "{}:{:.12}", self.runtime, self.id),
+        }
     }
 }
 
@@ -126,6 +143,10 @@ mod tests {
     fn container(path: &str) -> Option<Container> {
         let path = path.replace("OTHER", OTHER).replace("U_I_D", &UID.replace('-', "_"));
         of_cgroup(&path.replace("UID", UID).replace("ID", ID).replace("HASH", HASH))
+    }
+
+    fn named(runtime: &'static str, pod: Option<&str>) -> Container {
+        Container { runtime, id: ID.to_owned(), pod: pod.map(str::to_owned), name: None, image: None }
     }
 
     #[test]
@@ -147,7 +168,7 @@ mod tests {
             ("/libpod_parent/libpod-ID", "podman"),
             ("/libpod_parent/libpod-ID/ctr", "podman"),
         ] {
-            let expected = Container { runtime, id: ID.to_owned(), pod: None };
+            let expected = named(runtime, None);
             assert_eq!(container(path), Some(expected), "{path}");
         }
     }
@@ -184,7 +205,7 @@ mod tests {
             ),
             ("/machine.slice/machine-libpod_pod_OTHER.slice/libpod-ID.scope", "podman", OTHER),
         ] {
-            let expected = Container { runtime, id: ID.to_owned(), pod: Some(pod.to_owned()) };
+            let expected = named(runtime, Some(pod));
             assert_eq!(container(path), Some(expected), "{path}");
         }
     }
@@ -204,7 +225,7 @@ mod tests {
             // Of a pod that has no container yet the node is the innermost.
             ("/docker/ID/kubelet.slice/kubelet-kubepods-podU_I_D.slice", "docker", None),
         ] {
-            let expected = Container { runtime, id: ID.to_owned(), pod: pod.map(str::to_owned) };
+            let expected = named(runtime, pod);
             assert_eq!(container(path), Some(expected), "{path}");
         }
     }
@@ -243,9 +264,12 @@ mod tests {
     }
 
     #[test]
-    fn people_see_the_first_twelve_digits_and_programs_all() {
-        let container = container("/kubepods/podHASH/ID").unwrap();
+    fn people_see_the_name_or_the_first_twelve_digits_and_programs_all() {
+        let mut container = container("/kubepods/podHASH/ID").unwrap();
         assert_eq!(container.to_string(), "kubernetes:4f7c2a9b01de");
-        assert_eq!(json!(container), json!({ "runtime": "kubernetes", "id": ID, "pod": HASH }));
+        let line = json!({ "runtime": "kubernetes", "id": ID, "pod": HASH, "name": null, "image": null });
+        assert_eq!(json!(container), line);
+        container.name = Some("shop/web/nginx".to_owned());
+        assert_eq!(container.to_string(), "kubernetes:shop/web/nginx");
     }
 }

@@ -3,6 +3,7 @@
 pub mod btf;
 pub mod cgroup;
 pub mod container;
+pub mod containers;
 pub mod inotify;
 pub mod network;
 pub mod privileges;

@@ -152,7 +152,7 @@ fn container_is_known_by_the_name_of_its_cgroup() {
                 probe.set(socket, SO_PRIORITY, 1).unwrap();
             }
         });
-        let named = json!({ "runtime": "docker", "id": id, "pod": null });
+        let named = json!({ "runtime": "docker", "id": id, "pod": null, "name": null, "image": null });
         let seen: Vec<_> = events.into_iter().map(|event| (event.cgroup.unwrap(), event.container)).collect();
         let expected = [(&target, None), (&container, Some(&named)), (&inside, Some(&named))];
         assert_eq!(seen, expected.map(|(cgroup, named)| (cgroup.name(), named.cloned())), "{backend}");
