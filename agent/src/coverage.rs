@@ -1,15 +1,30 @@
-//! Which policies say what becomes of the sockets of which cgroups: `&[Policy]` and the cgroups there are → [`Coverage`].
+//! Which policies say what becomes of the sockets of which cgroups: `&[Policy]`, and the cgroups and containers there
+//! are → [`Coverage`].
 //!
 //! The policies that cover a cgroup make a *stack*: those with the deepest target come first, and among equals those whose
 //! files' names come first. Cgroups that have the same stack are compiled once, however many there are.
 //!
-//! Pure: it is told which cgroups there are.
+//! A container is to a policy the cgroup that its processes are in: as deep as that, and covering what is below.
+//!
+//! Pure: it is told which cgroups and which containers there are.
 
-use std::path::{Path, PathBuf};
+mod containers;
+
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
 
 use globset::{Glob, GlobBuilder, GlobMatcher, GlobSet, GlobSetBuilder};
 
-use crate::policy::Policy;
+use self::containers::Wanted;
+use crate::{
+    host::containers::Running,
+    policy::{
+        Policy,
+        model::{ContainerSelector, Target},
+    },
+};
 
 /// Policies by their place among all that are in force together; the first decides first.
 pub type Stack = Vec<usize>;
@@ -38,15 +53,19 @@ impl Coverage {
     /// # Errors
     ///
     /// Where a target is no glob.
-    pub fn of_targets(policies: &[Policy], mut cgroups: Vec<PathBuf>) -> Result<Self, GlobError> {
-        let globs = globs(policies)?;
+    pub fn of_targets(
+        policies: &[Policy],
+        mut cgroups: Vec<PathBuf>,
+        containers: &[Running],
+    ) -> Result<Self, GlobError> {
+        let meant = meant(policies, containers)?;
         // Parents sort before their children.
         cgroups.sort();
         let mut coverage = Self::default();
         for cgroup in cgroups {
             let above = coverage.targets.iter().rev().find(|(outer, _)| cgroup.starts_with(outer));
             let above = above.map(|(_, number)| coverage.stacks[*number].as_slice()).unwrap_or_default();
-            let stack = stacked(&globs, &cgroup, above);
+            let stack = stacked(&meant, &cgroup, above);
             if stack != above {
                 let number = coverage.number(stack);
                 coverage.targets.push((cgroup, number));
@@ -77,18 +96,30 @@ impl Coverage {
     }
 }
 
-/// The globs of each policy that match none of these cgroups, with the policy's number.
+/// What each policy's target says that matches none of these, in the policy's words, with the policy's number. A container
+/// counts only where its cgroup is among the cgroups.
 ///
 /// # Errors
 ///
 /// Where a target is no glob.
-pub fn idle_globs<'p>(policies: &'p [Policy], cgroups: &[PathBuf]) -> Result<Vec<(usize, &'p str)>, GlobError> {
+pub fn idle(
+    policies: &[Policy],
+    cgroups: &[PathBuf],
+    containers: &[Running],
+) -> Result<Vec<(usize, String)>, GlobError> {
     let mut idle = Vec::new();
     for (number, policy) in policies.iter().enumerate() {
-        for pattern in &policy.target {
+        let Target { cgroups: patterns, containers: selectors } = &policy.target;
+        for pattern in patterns {
             let globs = glob_set(std::slice::from_ref(pattern))?;
             if !cgroups.iter().any(|cgroup| globs.is_match(cgroup)) {
-                idle.push((number, pattern.as_str()));
+                idle.push((number, pattern.clone()));
+            }
+        }
+        for selector in selectors {
+            let selected = selected(std::slice::from_ref(selector), containers)?;
+            if !cgroups.iter().any(|cgroup| selected.contains(cgroup)) {
+                idle.push((number, selector.to_string()));
             }
         }
     }
@@ -106,11 +137,11 @@ pub fn all(policies: &[Policy]) -> Stack {
 /// # Errors
 ///
 /// Where a target is no glob.
-pub fn stack_of(policies: &[Policy], cgroup: &Path) -> Result<Stack, GlobError> {
-    let globs = globs(policies)?;
+pub fn stack_of(policies: &[Policy], cgroup: &Path, containers: &[Running]) -> Result<Stack, GlobError> {
+    let meant = meant(policies, containers)?;
     let templates = (0..policies.len()).filter(|policy| policies[*policy].target.is_empty()).collect();
     let from_the_top = cgroup.ancestors().collect::<Vec<_>>().into_iter().rev();
-    Ok(from_the_top.fold(templates, |above, cgroup| stacked(&globs, cgroup, &above)))
+    Ok(from_the_top.fold(templates, |above, cgroup| stacked(&meant, cgroup, &above)))
 }
 
 /// The policies with the same target as one of them, in order.
@@ -120,8 +151,8 @@ pub fn stack_with(policies: &[Policy], policy: usize) -> Stack {
 }
 
 /// The stack of a cgroup in one that has the stack `above`.
-fn stacked(globs: &[GlobSet], cgroup: &Path, above: &[usize]) -> Stack {
-    let own: Stack = (0..globs.len()).filter(|policy| globs[*policy].is_match(cgroup)).collect();
+fn stacked(meant: &[Meant], cgroup: &Path, above: &[usize]) -> Stack {
+    let own: Stack = (0..meant.len()).filter(|policy| meant[*policy].is_match(cgroup)).collect();
     let inherited = above.iter().copied().filter(|policy| !own.contains(policy)).collect::<Vec<_>>();
     own.iter().copied().chain(inherited).collect()
 }
@@ -138,8 +169,13 @@ impl Reach {
     ///
     /// Where a target is no glob.
     pub fn of(policies: &[Policy]) -> Result<Self, GlobError> {
-        let patterns = policies.iter().flat_map(|policy| &policy.target);
-        Ok(Self { patterns: patterns.map(|pattern| levels(pattern)).collect::<Result<_, _>>()? })
+        let globs = policies.iter().flat_map(|policy| &policy.target.cgroups);
+        let mut patterns = globs.map(|pattern| levels(pattern)).collect::<Result<Vec<_>, _>>()?;
+        // The cgroup of a container can be anywhere.
+        if policies.iter().any(|policy| !policy.target.containers.is_empty()) {
+            patterns.push(vec![None]);
+        }
+        Ok(Self { patterns })
     }
 
     /// Whether a target can be right or further below this cgroup.
@@ -168,8 +204,33 @@ fn glob(pattern: &str) -> Result<Glob, GlobError> {
     glob.map_err(|source| GlobError { pattern: pattern.to_owned(), source })
 }
 
-fn globs(policies: &[Policy]) -> Result<Vec<GlobSet>, GlobError> {
-    policies.iter().map(|policy| glob_set(&policy.target)).collect()
+/// The cgroups that a policy's target is about.
+struct Meant {
+    globs: GlobSet,
+    /// Those of containers.
+    selected: BTreeSet<PathBuf>,
+}
+
+impl Meant {
+    fn is_match(&self, cgroup: &Path) -> bool {
+        self.globs.is_match(cgroup) || self.selected.contains(cgroup)
+    }
+}
+
+/// Of each policy.
+fn meant(policies: &[Policy], containers: &[Running]) -> Result<Vec<Meant>, GlobError> {
+    let of_policy = |policy: &Policy| {
+        let Target { cgroups, containers: selectors } = &policy.target;
+        Ok(Meant { globs: glob_set(cgroups)?, selected: selected(selectors, containers)? })
+    };
+    policies.iter().map(of_policy).collect()
+}
+
+/// The cgroups of the containers that are selected.
+fn selected(selectors: &[ContainerSelector], containers: &[Running]) -> Result<BTreeSet<PathBuf>, GlobError> {
+    let wanted = selectors.iter().map(Wanted::new).collect::<Result<Vec<_>, _>>()?;
+    let is_wanted = |running: &&Running| wanted.iter().any(|wanted| wanted.is_match(&running.container));
+    Ok(containers.iter().filter(is_wanted).map(|running| running.cgroup.clone()).collect())
 }
 
 fn glob_set(patterns: &[String]) -> Result<GlobSet, GlobError> {
@@ -183,7 +244,10 @@ fn glob_set(patterns: &[String]) -> Result<GlobSet, GlobError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy;
+    use crate::{
+        host::container::{Container, PODMAN},
+        policy,
+    };
 
     fn policies(targets: &[&[&str]]) -> Vec<Policy> {
         let policy = |(at, target): (usize, &&[&str])| {
@@ -195,9 +259,56 @@ mod tests {
     }
 
     fn covered(targets: &[&[&str]], cgroups: &[&str]) -> Vec<(String, Stack)> {
-        let coverage = Coverage::of_targets(&policies(targets), cgroups.iter().map(PathBuf::from).collect()).unwrap();
+        covered_with(&policies(targets), cgroups, &[])
+    }
+
+    fn covered_with(policies: &[Policy], cgroups: &[&str], containers: &[Running]) -> Vec<(String, Stack)> {
+        let cgroups = cgroups.iter().map(PathBuf::from).collect();
+        let coverage = Coverage::of_targets(policies, cgroups, containers).unwrap();
         let name = |path: &Path| path.display().to_string();
         coverage.targets.iter().map(|(path, number)| (name(path), coverage.stacks[*number].clone())).collect()
+    }
+
+    fn container(name: &str, cgroup: &str) -> Running {
+        let container =
+            Container { runtime: PODMAN, id: name.to_owned(), pod: None, name: Some(name.to_owned()), image: None };
+        Running { container, cgroup: cgroup.into() }
+    }
+
+    fn policies_of(targets: &[&str]) -> Vec<Policy> {
+        let policy = |(at, target): (usize, &&str)| {
+            let text = format!("[target]\n{target}\n[[rule]]\nset = {{ TCP_NODELAY = true }}\n");
+            policy::parse(Path::new(&format!("{at}.toml")), &text).unwrap().0
+        };
+        targets.iter().enumerate().map(policy).collect()
+    }
+
+    #[test]
+    fn containers_are_targets_by_their_cgroups() {
+        let containers = [container("web-1", "pods/1"), container("web-2", "pods/2"), container("db", "pods/3")];
+        let cgroups = ["pods", "pods/1", "pods/1/init.scope", "pods/2", "pods/3"];
+        let policies = policies_of(&[
+            "cgroup = \"pods\"",
+            "container = { name = \"web-*\" }",
+            "cgroup = \"nosuch\"\ncontainer = [{ name = \"db\" }, { name = \"web-2\" }]",
+        ]);
+        assert_eq!(
+            covered_with(&policies, &cgroups, &containers),
+            expected(&[("pods", &[0]), ("pods/1", &[1, 0]), ("pods/2", &[1, 2, 0]), ("pods/3", &[2, 0])])
+        );
+        let stack = |cgroup| stack_of(&policies, Path::new(cgroup), &containers).unwrap();
+        assert_eq!((stack("pods/1/init.scope"), stack("pods/4")), (vec![1, 0], vec![0]));
+    }
+
+    #[test]
+    fn selectors_that_match_nothing_are_found_one_by_one() {
+        let policies =
+            policies_of(&["cgroup = \"a\"\ncontainer = [{ name = \"web\" }, { name = \"db\", runtime = \"docker\" }]"]);
+        // The cgroup of one is gone by now.
+        let containers = [container("web", "gone"), container("db", "a")];
+        let expected = ["container = { name = \"db\", runtime = \"docker\" }", "container = { name = \"web\" }"];
+        let idle = idle(&policies, &["a".into()], &containers).unwrap();
+        assert_eq!(idle, expected.map(|said| (0, said.to_owned())));
     }
 
     fn expected(targets: &[(&str, &[usize])]) -> Vec<(String, Stack)> {
@@ -235,14 +346,15 @@ mod tests {
 
     #[test]
     fn cgroups_with_the_same_policies_share_a_stack() {
-        let coverage = Coverage::of_targets(&policies(&[&["pods/*"]]), vec!["pods/1".into(), "pods/2".into()]).unwrap();
+        let cgroups = vec!["pods/1".into(), "pods/2".into()];
+        let coverage = Coverage::of_targets(&policies(&[&["pods/*"]]), cgroups, &[]).unwrap();
         assert_eq!((coverage.stacks.len(), coverage.targets.len()), (1, 2));
     }
 
     #[test]
     fn cgroup_that_is_not_there_has_a_stack_too() {
         let policies = policies(&[&["a"], &[], &["a/*/c"]]);
-        let stack = |cgroup| stack_of(&policies, Path::new(cgroup)).unwrap();
+        let stack = |cgroup| stack_of(&policies, Path::new(cgroup), &[]).unwrap();
         assert_eq!((stack("a/b/c/d"), stack("a/b"), stack("x")), (vec![2, 0, 1], vec![0, 1], vec![1]));
     }
 
@@ -250,7 +362,8 @@ mod tests {
     fn globs_that_match_nothing_are_found_one_by_one() {
         let policies = policies(&[&["a", "nosuch/*"], &["b"]]);
         let cgroups = ["a", "a/b"].map(PathBuf::from);
-        assert_eq!(idle_globs(&policies, &cgroups).unwrap(), [(0, "nosuch/*"), (1, "b")]);
+        let expected = [(0, "nosuch/*".to_owned()), (1, "b".to_owned())];
+        assert_eq!(idle(&policies, &cgroups, &[]).unwrap(), expected);
     }
 
     #[test]
@@ -266,6 +379,8 @@ mod tests {
         let within = |cgroup: &str| reach.is_within(Path::new(cgroup));
         assert!(["", "a", "a/x", "d", "d/x", "d/x/e-1"].iter().all(|cgroup| within(cgroup)));
         assert!(!["b", "a/x/c", "c", "x/a"].iter().any(|cgroup| within(cgroup)));
+        let reach = Reach::of(&policies_of(&["cgroup = \"a/b\"\ncontainer = { name = \"web\" }"])).unwrap();
+        assert!(["", "a/b", "c/d"].iter().all(|cgroup| reach.is_within(Path::new(cgroup))));
     }
 
     #[test]

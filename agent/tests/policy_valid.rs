@@ -75,11 +75,47 @@ fn a_policy_says_what_its_file_says() {
     assert_eq!(policy.name, "web-frontend");
     assert_eq!(policy.description.as_deref(), Some("WAN clients get BBR; nobody disables keepalive"));
     assert_eq!(policy.mode, Mode::DryRun);
-    assert_eq!(policy.target, ["", "kubepods.slice/**/cri-containerd-*.scope", "system.slice/nginx.service"]);
+    assert_eq!(policy.target.cgroups, ["", "kubepods.slice/**/cri-containerd-*.scope", "system.slice/nginx.service"]);
     assert_eq!(policy.audit.calls, Calls::Governed);
     assert!(!policy.audit.reads && policy.audit.timing);
     let rules: Vec<_> = policy.rules.iter().map(|rule| (rule.name.as_str(), rule.line)).collect();
     assert_eq!(rules, [("wan", 14), ("rule-2", 19)]);
+}
+
+#[test]
+fn a_target_names_cgroups_and_containers() {
+    let text = "[target]\ncgroup = \"web.slice\"\n\
+                container = [{ name = \"web-*\", runtime = \"cri-o\" }, { id = \"4f7c2a9b01de\", image = \"*/nginx:1\" }]\n\
+                [[rule]]\nset = { TCP_NODELAY = true }\n";
+    let target = parsed(text).target;
+    assert_eq!(target.cgroups, ["web.slice"]);
+    // In an order that says whether two files mean the same.
+    assert_eq!(
+        target.containers.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        [
+            "container = { image = \"*/nginx:1\", id = \"4f7c2a9b01de\" }",
+            "container = { name = \"web-*\", runtime = \"cri-o\" }"
+        ]
+    );
+    let rule = "[[rule]]\nset = { TCP_NODELAY = true }\n";
+    let alone = parsed(&format!("target.container = {{ name = \"web\" }}\n{rule}")).target;
+    let tables =
+        parsed(&format!("[[target.container]]\nname = \"web\"\n[[target.container]]\nname = \"web\"\n{rule}")).target;
+    assert_eq!((alone.cgroups.len(), alone.containers.len()), (0, 1));
+    assert_eq!(alone, tables);
+}
+
+#[test]
+fn an_image_without_a_tag_is_warned_of() {
+    let warned = |image: &str| {
+        warned(&format!("target.container = {{ image = \"{image}\" }}\n[[rule]]\nset = {{ TCP_NODELAY = true }}\n"))
+    };
+    for image in ["docker.io/library/nginx:1.27", "nginx:*", "nginx@sha256:*", "quay.io/me/*", "*"] {
+        assert!(warned(image).is_empty(), "{image}");
+    }
+    for image in ["nginx", "registry.example:5000/nginx"] {
+        assert_eq!(warned(image), [format!("image `{image}` has no tag, and runtimes name images with one")]);
+    }
 }
 
 #[test]

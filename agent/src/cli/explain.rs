@@ -7,7 +7,7 @@ use std::{
     process::ExitCode,
 };
 
-use super::{FAILURE, FINDINGS, check, complain, output::Format, unless_closed};
+use super::{FAILURE, FINDINGS, check, complain, containers, output::Format, unless_closed};
 use crate::{
     compile::{CompileError, compile},
     coverage::{all, stack_of},
@@ -95,7 +95,7 @@ enum ExplainError {
 
 fn explanation(policies: &[Policy], socket: &Socket) -> Result<Explanation, ExplainError> {
     let stack = match &socket.cgroup {
-        Some(cgroup) => stack_of(policies, cgroup).map_err(CompileError::from)?,
+        Some(cgroup) => stack_of(policies, cgroup, &containers::wanted_by(policies)).map_err(CompileError::from)?,
         None => match policies.iter().find(|policy| policy.target != policies[0].target) {
             None => all(policies),
             Some(other) => {

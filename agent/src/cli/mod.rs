@@ -5,6 +5,7 @@
 
 mod audit;
 mod check;
+mod containers;
 mod doctor;
 mod exec;
 mod explain;

@@ -3,14 +3,14 @@
 use std::{io, os::fd::BorrowedFd, path::PathBuf, process::ExitCode};
 
 use super::{
-    FAILURE, FINDINGS, check, complain,
+    FAILURE, FINDINGS, check, complain, containers,
     output::{Manner, Writer},
     signals::Signals,
     standing::{Standing, Wanted},
     watch::{self, WatchError, watch},
 };
 use crate::{
-    coverage::{Coverage, GlobError, Stack, all, idle_globs, stack_with},
+    coverage::{Coverage, GlobError, Stack, all, idle, stack_with},
     events::Filter,
     host::{
         cgroup::{Cgroup, CgroupError, Mount},
@@ -57,6 +57,12 @@ pub(super) enum RunError {
         mount.display(), mount.display()
     )]
     NoMatch { patterns: String, mount: PathBuf },
+    #[error(
+        "no cgroup and no container matches {wanted}\n  help: cgroups are the folders below {}; containers that run \
+         here:{containers}",
+        mount.display()
+    )]
+    NoMatchAmong { wanted: String, containers: String, mount: PathBuf },
     #[error(transparent)]
     Watch(#[from] WatchError),
     #[error(transparent)]
@@ -174,7 +180,9 @@ impl Placement {
 
     /// On the targets of the policies that there are now. Those that hold nowhere yet have a stack too.
     pub(super) fn for_now(mount: &Mount, policies: &[Policy]) -> Result<Self, RunError> {
-        let mut coverage = Coverage::of_targets(policies, mount.tree()?)?;
+        // Before the tree, which then has their cgroups.
+        let containers = containers::wanted_by(policies);
+        let mut coverage = Coverage::of_targets(policies, mount.tree()?, &containers)?;
         for policy in 0..policies.len() {
             if !coverage.stacks.iter().any(|stack| stack.contains(&policy)) {
                 coverage.number(stack_with(policies, policy));
@@ -199,14 +207,22 @@ impl Placement {
 }
 
 fn covered(mount: &Mount, policies: &[Policy]) -> Result<Coverage, RunError> {
+    // Before the tree, which then has their cgroups.
+    let containers = containers::wanted_by(policies);
     let tree = mount.tree()?;
-    let idle = idle_globs(policies, &tree)?;
-    if idle.len() == policies.iter().map(|policy| policy.target.len()).sum::<usize>() {
-        let patterns: Vec<_> = idle.into_iter().map(|(_, pattern)| pattern).collect();
-        return Err(RunError::NoMatch { patterns: patterns.join(", "), mount: mount.path.clone() });
+    let idle = idle(policies, &tree, &containers)?;
+    let all = |policy: &Policy| policy.target.cgroups.len() + policy.target.containers.len();
+    if idle.len() == policies.iter().map(all).sum::<usize>() {
+        let wanted = idle.into_iter().map(|(_, wanted)| wanted).collect::<Vec<_>>().join(", ");
+        return Err(match policies.iter().any(|policy| !policy.target.containers.is_empty()) {
+            true => {
+                RunError::NoMatchAmong { wanted, containers: containers::list(&containers), mount: mount.path.clone() }
+            }
+            false => RunError::NoMatch { patterns: wanted, mount: mount.path.clone() },
+        });
     }
-    for (policy, pattern) in idle {
-        log::warn!("policy `{}` does not hold on {pattern}: no cgroup matches that now", policies[policy].name);
+    for (policy, wanted) in idle {
+        log::warn!("policy `{}` does not hold on {wanted}: nothing matches that now", policies[policy].name);
     }
-    Ok(Coverage::of_targets(policies, tree)?)
+    Ok(Coverage::of_targets(policies, tree, &containers)?)
 }

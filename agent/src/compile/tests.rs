@@ -18,7 +18,7 @@ use crate::{
     coverage::all,
     explain::{WhyNot, explain},
     options::by_name,
-    policy::model::{Audit, Errno, Selector},
+    policy::model::{Audit, Errno, Selector, Target},
     policy::{Socket, diagnostic::Source},
 };
 
@@ -179,7 +179,7 @@ fn policy(rules: Vec<Rule>) -> Policy {
         name: "test".to_owned(),
         description: None,
         mode: Mode::Enforce,
-        target: Vec::new(),
+        target: Target::default(),
         audit: Audit::default(),
         rules,
         tests: Vec::new(),

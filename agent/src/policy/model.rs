@@ -21,14 +21,33 @@ pub struct Policy {
     pub name: String,
     pub description: Option<String>,
     pub mode: Mode,
-    /// Globs of cgroup paths below the cgroup2 mount, without a leading slash. Empty: the policy is
-    /// a template.
-    pub target: Vec<String>,
+    /// Empty: the policy is a template.
+    pub target: Target,
     pub audit: Audit,
     /// In order: the first that matches and names an option decides it.
     pub rules: Vec<Rule>,
     /// What the file itself says that must come of sockets.
     pub tests: Vec<Test>,
+}
+
+/// Whom a policy is about: all that any of these match.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Target {
+    /// Globs of cgroup paths below the cgroup2 mount, without a leading slash.
+    pub cgroups: Vec<String>,
+    pub containers: Vec<ContainerSelector>,
+}
+
+/// Which containers are meant: those of which all holds that is said here, never nothing.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ContainerSelector {
+    /// A glob.
+    pub name: Option<String>,
+    /// A glob.
+    pub image: Option<String>,
+    /// How it begins.
+    pub id: Option<String>,
+    pub runtime: Option<&'static str>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -272,6 +291,25 @@ pub enum OnConflict {
 /// An errno that denied calls fail with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Errno(pub u16);
+
+impl Target {
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        let Self { cgroups, containers } = self;
+        cgroups.is_empty() && containers.is_empty()
+    }
+}
+
+/// As a policy file has it: `container = { name = "web-*" }`.
+impl fmt::Display for ContainerSelector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { name, image, id, runtime } = self;
+        let keys =
+            [("name", name.as_deref()), ("image", image.as_deref()), ("id", id.as_deref()), ("runtime", *runtime)];
+        let said = keys.iter().filter_map(|(key, value)| Some(format!("{key} = \"{}\"", (*value)?)));
+        write!(f, "container = {{ {} }}", said.collect::<Vec<_>>().join(", "))
+    }
+}
 
 impl Policy {
     /// The file, as it was named.

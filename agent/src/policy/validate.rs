@@ -55,14 +55,14 @@ pub(crate) fn check(source: &Arc<Source>) -> Result<Checked, Vec<Diagnostic>> {
 /// A policy that holds what is valid in the file: all of it where nothing was noted.
 fn validate(file: &PolicyFile<'_>, source: &Arc<Source>, findings: &mut Findings) -> Policy {
     let shape_is_right = findings.errors() == 0;
-    let PolicyFile { name, description, mode, cgroup, audit, rules: rule_files, tests } = file;
+    let PolicyFile { name, description, mode, target, audit, rules: rule_files, tests } = file;
     let rules = rules(rule_files, findings);
     let policy = Policy {
         source: Arc::clone(source),
         name: policy_name(name.as_ref(), source.path(), findings),
         description: description.as_ref().map(|text| text.get_ref().clone().into_owned()),
         mode: mode.as_ref().and_then(|word| findings.ok(words::pick("mode", word, words::MODES))).unwrap_or_default(),
-        target: target::target(cgroup.as_ref(), findings),
+        target: target::target(target, findings),
         audit: audit_of(audit, findings),
         rules,
         tests: tests::tests(tests, findings),

@@ -2,10 +2,13 @@
 
 use nix::errno::Errno as Known;
 
-use crate::policy::{
-    diagnostic::{Problem, list_of, nearest, quote},
-    file::{Text, Value, keys, type_of},
-    model::{Calls, Errno, Mode, OnConflict},
+use crate::{
+    host::container,
+    policy::{
+        diagnostic::{Problem, list_of, nearest, quote},
+        file::{Text, Value, keys, type_of},
+        model::{Calls, Errno, Mode, OnConflict},
+    },
 };
 
 pub(crate) const MODES: &[(&str, Mode)] = &[(Mode::Enforce.name(), Mode::Enforce), (Mode::DryRun.name(), Mode::DryRun)];
@@ -18,6 +21,16 @@ pub(crate) const ON_CONFLICT: &[(&str, OnConflict)] = &[
     ("ignore", OnConflict::Ignore),
     ("deny", OnConflict::Deny),
     ("allow", OnConflict::Allow),
+];
+
+/// Who runs a container.
+pub(crate) const RUNTIMES: &[(&str, &str)] = &[
+    (container::PODMAN, container::PODMAN),
+    (container::DOCKER, container::DOCKER),
+    (container::CONTAINERD, container::CONTAINERD),
+    (container::CRI_O, container::CRI_O),
+    (container::RUNC, container::RUNC),
+    (container::CRUN, container::CRUN),
 ];
 
 /// The words of a choice, as they are written.

@@ -41,6 +41,7 @@ fn language() -> String {
         ("{modes}", words::of(words::MODES)),
         ("{calls}", words::of(words::CALLS)),
         ("{actions}", words::of(words::ON_CONFLICT)),
+        ("{runtimes}", words::of(words::RUNTIMES)),
         ("{protocols}", words::of(Protocol::WORDS)),
         ("{families}", words::of(Family::WORDS)),
         ("{directions}", words::of(Direction::WORDS)),

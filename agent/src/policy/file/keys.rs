@@ -16,7 +16,8 @@ pub(crate) struct Place {
 
 pub(super) const TOP: Place =
     Place { name: "", keys: &["name", "description", "mode", "target", "audit", "rule", "test"] };
-pub(super) const TARGET: Place = Place { name: "[target]", keys: &["cgroup"] };
+pub(super) const TARGET: Place = Place { name: "[target]", keys: &["cgroup", "container"] };
+pub(super) const CONTAINER: Place = Place { name: "`container`", keys: &["name", "image", "id", "runtime"] };
 pub(super) const AUDIT: Place = Place { name: "[audit]", keys: &["calls", "reads", "timing"] };
 pub(super) const RULE: Place =
     Place { name: "[[rule]]", keys: &["name", "match", "set", "limit", "deny", "on_conflict", "errno"] };
@@ -44,7 +45,7 @@ pub(super) fn unknown_key(key: &Text<'_>, place: &Place) -> Problem {
     if TOP.keys.contains(&word) {
         return problem.help(format!("move {} to the top of the file, above every [section]", quote(word)));
     }
-    if let Some(home) = [TARGET, AUDIT, MATCH].iter().find(|home| home.keys.contains(&word)) {
+    if let Some(home) = [TARGET, CONTAINER, AUDIT, MATCH].iter().find(|home| home.keys.contains(&word)) {
         return problem.help(format!("{} goes into {}", quote(word), home.name));
     }
     if options::by_name(word).is_some() {

@@ -1,12 +1,14 @@
-//! `[target]`: globs of cgroup paths, as they are written → as they are matched.
+//! `[target]`: cgroups and containers, as they are written → as they are matched.
 //!
-//! Does not look at the cgroups there are.
+//! Does not look at which there are.
 
 use globset::GlobBuilder;
 
 use crate::policy::{
     diagnostic::{Findings, Problem, quote},
-    file::{List, Text},
+    file::{ContainerFile, List, TargetFile, Text},
+    model::{ContainerSelector, Target},
+    words,
 };
 
 /// Where people's cgroup2 mount most often is: they copy paths from there.
@@ -15,13 +17,101 @@ const USUAL_MOUNTS: [&str; 2] = ["/sys/fs/cgroup/unified/", "/sys/fs/cgroup/"];
 /// Longest path that the kernel takes, from limits.h.
 const PATH_MAX: usize = 4096;
 
-pub(super) fn target(cgroups: Option<&List<Text<'_>>>, findings: &mut Findings) -> Vec<String> {
-    let globs = cgroups.map(|cgroups| cgroups.get_ref().iter()).into_iter().flatten();
-    let mut globs: Vec<String> = globs.filter_map(|glob| findings.ok(path_glob(glob))).collect();
+/// How many digits of a container's id are enough: as many as runtimes show, and no two containers share.
+const ID_MIN: usize = 12;
+/// All of them.
+const ID_MAX: usize = 64;
+
+pub(super) fn target(file: &TargetFile<'_>, findings: &mut Findings) -> Target {
+    let TargetFile { cgroup, containers } = file;
     // The order means nothing, and files with the same targets are known by them.
-    globs.sort();
-    globs.dedup();
-    globs
+    Target {
+        cgroups: ordered(cgroups(cgroup.as_ref(), findings)),
+        containers: ordered(containers.iter().map(|file| container(file, findings)).collect()),
+    }
+}
+
+fn ordered<T: Ord>(mut items: Vec<T>) -> Vec<T> {
+    items.sort();
+    items.dedup();
+    items
+}
+
+fn cgroups(cgroups: Option<&List<Text<'_>>>, findings: &mut Findings) -> Vec<String> {
+    let globs = cgroups.map(|cgroups| cgroups.get_ref().iter()).into_iter().flatten();
+    globs.filter_map(|glob| findings.ok(path_glob(glob))).collect()
+}
+
+fn container(file: &ContainerFile<'_>, findings: &mut Findings) -> ContainerSelector {
+    let ContainerFile { span: _, name, image, id, runtime } = file;
+    let mut checked = |text: &Option<Text<'_>>, check: fn(&str) -> Result<(), Problem>| {
+        let text = text.as_ref()?;
+        let checked = check(text.get_ref()).map(|()| text.get_ref().clone().into_owned());
+        findings.ok(checked.map_err(|problem| problem.at(text.span())))
+    };
+    let selector = ContainerSelector {
+        name: checked(name, check_name),
+        image: checked(image, check_image),
+        id: checked(id, check_id),
+        runtime: None,
+    };
+    if let Some(text) = image.as_ref().filter(|text| selector.image.is_some() && !can_have_tag(text.get_ref())) {
+        findings.warning(
+            Problem::new(format!("image {} has no tag, and runtimes name images with one", quote(text.get_ref())))
+                .help(format!("write \"{}:*\" for every tag", text.get_ref()))
+                .at(text.span()),
+        );
+    }
+    let runtime = runtime.as_ref().and_then(|word| findings.ok(words::pick("runtime", word, words::RUNTIMES)));
+    ContainerSelector { runtime, ..selector }
+}
+
+/// Whether a glob of images can match one with a tag or a digest.
+fn can_have_tag(glob: &str) -> bool {
+    glob.rsplit('/').next().is_some_and(|last| last.contains([':', '@', '*', '?', '[', '{']))
+}
+
+fn check_name(text: &str) -> Result<(), Problem> {
+    if let Some(name) = text.strip_prefix('/').filter(|name| !name.is_empty()) {
+        return Err(Problem::new(format!("no container is called {}", quote(text))).help(format!("write \"{name}\"")));
+    }
+    check_words(text, "\"web-*\"")
+}
+
+fn check_image(text: &str) -> Result<(), Problem> {
+    if let Some((transport, image)) = text.split_once("://") {
+        return Err(Problem::new(format!("{} is where an image comes from, and not its name", quote(text)))
+            .help(format!("leave out `{transport}://`: write \"{image}\"")));
+    }
+    check_words(text, "\"docker.io/library/nginx:*\"")
+}
+
+/// A glob of what holds no spaces.
+fn check_words(text: &str, example: &str) -> Result<(), Problem> {
+    if text.is_empty() || text.len() > PATH_MAX || text.contains(|c: char| c.is_control() || c.is_whitespace()) {
+        return Err(Problem::new(format!("{} matches no container", quote(text)))
+            .help(format!("write {example}, or \"*\" for all")));
+    }
+    build_glob(&GlobBuilder::new(text), text)
+}
+
+fn check_id(text: &str) -> Result<(), Problem> {
+    let is_hex = text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    if is_hex && (ID_MIN..=ID_MAX).contains(&text.len()) {
+        let lower = text.to_lowercase();
+        return if lower == text {
+            Ok(())
+        } else {
+            Err(Problem::new(format!("{} has capitals, and ids of containers have none", quote(text)))
+                .help(format!("write \"{lower}\"")))
+        };
+    }
+    let problem = Problem::new(format!("{} is not the id of a container, nor how one begins", quote(text)));
+    Err(if is_hex || text.starts_with("sha256:") {
+        problem.help(format!("write from {ID_MIN} to {ID_MAX} of its digits, as `podman ps` and `docker ps` show them"))
+    } else {
+        problem.help("ids are hexadecimal digits; what people call a container goes under `name`")
+    })
 }
 
 /// The path of one cgroup, without slashes at its ends.
@@ -57,9 +147,12 @@ fn check_path(text: &str) -> Result<&str, Problem> {
 
 fn check_glob(text: &str) -> Result<String, Problem> {
     let path = check_path(text)?;
-    match GlobBuilder::new(path).literal_separator(true).build() {
-        Ok(_) => Ok(path.to_owned()),
-        Err(error) => Err(Problem::new(format!("{} is not a glob: {}", quote(text), error.kind()))
-            .help("put [brackets] around a character that stands for itself, such as \"[*]\"")),
-    }
+    build_glob(GlobBuilder::new(path).literal_separator(true), text).map(|()| path.to_owned())
+}
+
+fn build_glob(glob: &GlobBuilder<'_>, text: &str) -> Result<(), Problem> {
+    glob.build().map(drop).map_err(|error| {
+        Problem::new(format!("{} is not a glob: {}", quote(text), error.kind()))
+            .help("put [brackets] around a character that stands for itself, such as \"[*]\"")
+    })
 }
