@@ -32,6 +32,14 @@ pub fn mount() -> &'static Path {
     &MOUNT
 }
 
+/// The folders of this name right below the mounts of the hierarchies of version 1, where there are any.
+pub(crate) fn of_version_1(name: &str) -> Vec<PathBuf> {
+    let mounts = must(fs::read_to_string("/proc/self/mounts"), "read /proc/self/mounts");
+    let words = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+    let mounted = words.filter(|words| words.get(2) == Some(&"cgroup")).filter_map(|words| words.get(1).copied());
+    mounted.map(|mount| Path::new(mount).join(name)).filter(|path| path.is_dir()).collect()
+}
+
 /// A cgroup. Dropping it kills who is in it and removes it and those below it.
 #[derive(Debug)]
 pub struct Cgroup {
@@ -107,7 +115,8 @@ impl Drop for Cgroup {
     }
 }
 
-fn remove(path: &Path) -> io::Result<()> {
+/// Kills who is in a cgroup and removes it and those below it.
+pub(crate) fn remove(path: &Path) -> io::Result<()> {
     let entries = match fs::read_dir(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         entries => entries?,

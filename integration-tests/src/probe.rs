@@ -51,9 +51,17 @@ impl Probe {
     pub fn start(cgroup: &Cgroup) -> Self {
         let mut command = Command::new(program());
         cgroup.enclose(&mut command);
-        let mut child = must(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn(), "start sockprobe");
+        Self::launch(command)
+    }
+
+    /// Starts the one that a command runs, or has others run.
+    #[track_caller]
+    pub(crate) fn launch(mut command: Command) -> Self {
+        let started = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+        let mut child = must(started, format_args!("start {command:?}"));
         let (input, output) = (child.stdin.take(), child.stdout.take());
-        let mut probe = Self::of(input, output).unwrap_or_else(|reason| panic!("sockprobe did not start: {reason}"));
+        let mut probe =
+            Self::of(input, output).unwrap_or_else(|reason| panic!("no sockprobe by {command:?}: {reason}"));
         probe.child = Some(child);
         probe
     }

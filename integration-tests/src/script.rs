@@ -4,6 +4,9 @@ use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
+/// What the probe is told by its argument: to stay in the network namespace that it is started in.
+pub const STAY: &str = "stay";
+
 /// A descriptor in the probe.
 pub type Fd = i32;
 

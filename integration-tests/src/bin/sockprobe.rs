@@ -1,8 +1,8 @@
 //! The owning process: does with sockets what it is told on standard input, a JSON line a step, and
 //! says on standard output what came of each.
 //!
-//! It works in a network namespace of its own in which the loopback interface is up, and ends with
-//! its input, or after [`LIFE_S`] seconds.
+//! It works in a network namespace of its own in which the loopback interface is up, or, as
+//! `sockprobe stay`, in the one that it is started in. It ends with its input, or after [`LIFE_S`] seconds.
 
 use std::{
     fs,
@@ -17,7 +17,7 @@ use nix::{
     sched::{CloneFlags, unshare},
     sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, SockaddrStorage, socket},
 };
-use sockpolicy_integration_tests::script::{Answer, Argument, Family, Fd, Hello, Kind, Step};
+use sockpolicy_integration_tests::script::{Answer, Argument, Family, Fd, Hello, Kind, STAY, Step};
 
 /// Nobody waits that long for a step. A probe that hangs ends, and the test sees it.
 const LIFE_S: u32 = 240;
@@ -36,8 +36,10 @@ fn main() -> ExitCode {
 
 fn serve() -> io::Result<()> {
     nix::unistd::alarm::set(LIFE_S);
-    unshare(CloneFlags::CLONE_NEWNET)?;
-    bring_loopback_up()?;
+    if std::env::args().nth(1).as_deref() != Some(STAY) {
+        unshare(CloneFlags::CLONE_NEWNET)?;
+        bring_loopback_up()?;
+    }
     say(&Hello { pid: std::process::id() })?;
     for line in io::stdin().lock().lines() {
         let step: Step = serde_json::from_str(&line?)?;

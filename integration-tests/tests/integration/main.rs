@@ -9,6 +9,7 @@ mod arguments;
 mod audit;
 mod bad_input;
 mod budgets;
+mod containers;
 mod datagrams;
 mod dry_run;
 mod enforcement;
