@@ -1,17 +1,21 @@
 //! Real containers, with a probe in each.
 //!
-//! The image is of our own making: busybox, sockprobe and the libraries that this wants. Everything that an engine keeps lies in
-//! a folder of its own, and its containers in a cgroup of its own, so that tests may run at the same time, and beside whatever
-//! engines this machine has. The images of two engines are the same; the names of their containers are not, as tests choose
-//! them by [`Podman::name`].
+//! What is in them is of our own making: busybox, sockprobe and the libraries that this wants. Everything that an engine keeps
+//! lies in a folder of its own, and its containers in a cgroup of its own, so that tests may run at the same time, and beside
+//! whatever engines this machine has. Names of containers are this machine's only ones: [`Ground::name`].
 
 use std::{
     fs,
+    ops::Deref,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
 };
 
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::{Value, json};
 
 use crate::{
@@ -28,6 +32,9 @@ const PROBE: &str = "/bin/sockprobe";
 
 /// What a container can have on any machine: not every one lets us raise these.
 const ULIMITS: [&str; 4] = ["--ulimit", "nofile=1024:1024", "--ulimit", "nproc=4096:4096"];
+
+/// The image of an engine's containers, without a registry.
+const IMAGE: &str = "sockpolicy-probe:1";
 
 /// The OCI runtime that works here: crun wants a machine without cgroups of version 1, and is the quicker one.
 #[must_use]
@@ -65,29 +72,20 @@ fn output(command: &mut Command) -> String {
     String::from_utf8_lossy(&output.stdout).trim().to_owned()
 }
 
-/// A podman with a storage of its own. Dropping it removes its containers.
+/// Where containers are made: a folder with their root file system, and the parent of their cgroups.
 #[derive(Debug)]
-pub struct Podman {
-    /// The parent of its containers' cgroups.
-    pub home: Cgroup,
+pub struct Ground {
+    home: Cgroup,
     folder: Folder,
     /// What the names of its containers begin with.
     prefix: String,
 }
 
-impl Podman {
-    /// The image that containers are made of.
-    pub const IMAGE: &'static str = "localhost/sockpolicy-probe:1";
-
-    /// Makes the image.
-    #[must_use]
-    pub fn new() -> Self {
-        let podman = Self { home: Cgroup::new(), folder: Folder::new(), prefix: unique_name() };
-        let (root, archive) = (podman.path("rootfs"), podman.path("rootfs.tar"));
-        make_root(&root);
-        output(Command::new("tar").arg("-C").arg(&root).arg("-cf").arg(&archive).arg("."));
-        output(podman.command(&["import", "--quiet"]).arg(&archive).arg(Self::IMAGE));
-        podman
+impl Ground {
+    fn new() -> Self {
+        let ground = Self { home: Cgroup::new(), folder: Folder::new(), prefix: unique_name() };
+        make_root(&ground.root());
+        ground
     }
 
     /// A name for a container that no other on this machine has.
@@ -96,18 +94,71 @@ impl Podman {
         format!("{}-{name}", self.prefix)
     }
 
+    /// The parent of the containers' cgroups.
+    #[must_use]
+    pub fn home(&self) -> &Cgroup {
+        &self.home
+    }
+
+    fn root(&self) -> PathBuf {
+        self.path("rootfs")
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path.join(name)
+    }
+
+    /// The root file system, as engines import it.
+    fn archive(&self) -> PathBuf {
+        let archive = self.path("rootfs.tar");
+        output(Command::new("tar").arg("-C").arg(self.root()).arg("-cf").arg(&archive).arg("."));
+        archive
+    }
+
+    /// What a command leaves in a file of this name.
+    #[track_caller]
+    fn read(&self, name: &str) -> String {
+        let path = self.path(name);
+        must(fs::read_to_string(&path), format_args!("read {}", path.display())).trim().to_owned()
+    }
+}
+
+impl Drop for Ground {
+    fn drop(&mut self) {
+        // Runtimes make a container's cgroup in every hierarchy.
+        for path in cgroup::of_version_1(self.home.name().trim_start_matches('/')) {
+            wait::until(wait::PATIENCE, || cgroup::remove(&path).is_ok());
+        }
+    }
+}
+
+/// A podman with a storage of its own. Dropping it removes its containers.
+#[derive(Debug)]
+pub struct Podman(Ground);
+
+impl Podman {
+    /// The image that containers are made of.
+    pub const IMAGE: &'static str = "localhost/sockpolicy-probe:1";
+
+    /// Makes the image.
+    #[must_use]
+    pub fn new() -> Self {
+        let podman = Self(Ground::new());
+        output(podman.command(&["import", "--quiet"]).arg(podman.archive()).arg(Self::IMAGE));
+        podman
+    }
+
     /// A container without a network.
     #[must_use]
     #[track_caller]
     pub fn run(&self, name: &str, image: &str) -> Container {
         let name = self.name(name);
-        let (id_file, pid_file) = (self.path(&format!("{name}.id")), self.path(&format!("{name}.pid")));
         let mut command = self.command(&["run", "--rm", "--interactive", "--network", "none", "--name", &name]);
         command.args(ULIMITS).arg("--cgroup-parent").arg(self.home.name());
-        command.arg("--cidfile").arg(&id_file).arg("--pidfile").arg(&pid_file).args([image, PROBE, STAY]);
-        let probe = Probe::launch(command);
-        let read = |path: &Path| must(fs::read_to_string(path), format_args!("read {}", path.display()));
-        let (id, pid) = (read(&id_file), must(read(&pid_file).trim().parse(), "tell a container's process"));
+        command.arg("--cidfile").arg(self.path("id")).arg("--pidfile").arg(self.path("pid"));
+        let probe = Probe::launch(command.args([image, PROBE, STAY]));
+        let (id, pid) = (self.read("id"), number(&self.read("pid")));
+        let _ = fs::remove_file(self.path("id"));
         let cgroup = format!("{}/libpod-{id}", self.home.name());
         Container { probe, runtime: "podman", id, name, image: Some(image.to_owned()), pid, cgroup }
     }
@@ -120,10 +171,6 @@ impl Podman {
     /// Gives a container another name, and takes away its own.
     pub fn rename(&self, container: &Container, name: &str) {
         output(&mut self.command(&["rename", &container.id, &self.name(name)]));
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path.join(name)
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
@@ -142,6 +189,14 @@ impl Default for Podman {
     }
 }
 
+impl Deref for Podman {
+    type Target = Ground;
+
+    fn deref(&self) -> &Ground {
+        &self.0
+    }
+}
+
 impl Drop for Podman {
     fn drop(&mut self) {
         // Also what it has mounted.
@@ -149,15 +204,159 @@ impl Drop for Podman {
         if !removed.is_ok_and(|output| output.status.success()) && !std::thread::panicking() {
             panic!("cannot remove the containers of {}", self.folder.path.display());
         }
-        remove_of_version_1(&self.home);
     }
 }
 
-/// Runtimes make a container's cgroup in every hierarchy.
-fn remove_of_version_1(home: &Cgroup) {
-    for path in cgroup::of_version_1(home.name().trim_start_matches('/')) {
-        wait::until(wait::PATIENCE, || cgroup::remove(&path).is_ok());
+/// A Docker of its own, with a containerd of its own. Dropping it ends both, and removes their containers.
+#[derive(Debug)]
+pub struct Docker {
+    daemon: Child,
+    ground: Ground,
+}
+
+impl Docker {
+    /// Starts it and makes the image.
+    #[must_use]
+    pub fn new() -> Self {
+        let ground = Ground::new();
+        let log = must(fs::File::create(ground.path("log")), "make a log for dockerd");
+        let mut command = Command::new("dockerd");
+        command.arg("--data-root").arg(ground.path("data")).arg("--exec-root").arg(ground.path("exec"));
+        command.arg("--pidfile").arg(ground.path("pid")).arg("--host").arg(address(&ground));
+        command.args(["--bridge", "none", "--iptables=false", "--storage-driver", "vfs"]);
+        let daemon = must(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn(), "start dockerd");
+        let docker = Self { daemon, ground };
+        let answers = || docker.command(&["version"]).output().is_ok_and(|output| output.status.success());
+        assert!(wait::until(wait::PATIENCE, answers), "dockerd does not answer: {}", docker.read("log"));
+        output(docker.command(&["import"]).arg(docker.archive()).arg(IMAGE));
+        docker
     }
+
+    /// A container without a network.
+    #[must_use]
+    #[track_caller]
+    pub fn run(&self, name: &str) -> Container {
+        let name = self.name(name);
+        let mut command = self.command(&["run", "--rm", "--interactive", "--network", "none", "--name", &name]);
+        // Its profile takes a program that need not be there.
+        command.args(["--security-opt", "apparmor=unconfined", "--cgroup-parent", &self.home.name()]);
+        let probe = Probe::launch(command.args([IMAGE, PROBE, STAY]));
+        let facts = output(&mut self.command(&["inspect", "--format", "{{.Id}} {{.State.Pid}}", &name]));
+        let Some((id, pid)) = facts.split_once(' ') else { panic!("docker inspect says {facts}") };
+        let cgroup = format!("{}/{id}", self.home.name());
+        let image = Some(IMAGE.to_owned());
+        Container { probe, runtime: "docker", id: id.to_owned(), name, image, pid: number(pid), cgroup }
+    }
+
+    /// A container that containerd runs for somebody else.
+    #[must_use]
+    #[track_caller]
+    pub fn run_by_containerd(&self, name: &str) -> Container {
+        let name = self.name(name);
+        let cgroup = format!("{}/{name}", self.home.name());
+        let mut command = self.containerd(&["run", "--rm", "--cgroup", &cgroup, "--rootfs"]);
+        let probe = Probe::launch(command.arg(self.root()).args([&name, PROBE, STAY]));
+        let tasks = output(&mut self.containerd(&["task", "list"]));
+        let task = tasks.lines().find_map(|line| line.strip_prefix(&name)?.split_whitespace().next());
+        let Some(pid) = task.map(number) else { panic!("no task {name} among {tasks}") };
+        Container { probe, runtime: "containerd", id: name.clone(), name, image: None, pid, cgroup }
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new("docker");
+        command.arg("--host").arg(address(self)).args(arguments);
+        command
+    }
+
+    fn containerd(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new("ctr");
+        command.arg("--address").arg(self.path("exec/containerd/containerd.sock")).args(["--namespace", &self.prefix]);
+        command.args(arguments);
+        command
+    }
+}
+
+fn address(ground: &Ground) -> String {
+    format!("unix://{}", ground.path("docker.sock").display())
+}
+
+impl Default for Docker {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Deref for Docker {
+    type Target = Ground;
+
+    fn deref(&self) -> &Ground {
+        &self.ground
+    }
+}
+
+impl Drop for Docker {
+    fn drop(&mut self) {
+        // It ends its containers first, and then its containerd.
+        if let Ok(pid) = i32::try_from(self.daemon.id()) {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
+        }
+        let has_ended = wait::until(wait::PATIENCE, || matches!(self.daemon.try_wait(), Ok(Some(_))));
+        if !has_ended && !std::thread::panicking() {
+            panic!("dockerd does not end: {}", self.read("log"));
+        }
+    }
+}
+
+/// Containers that the OCI runtime runs by itself, with nobody else to know of them.
+#[derive(Debug)]
+pub struct Alone(Ground);
+
+impl Alone {
+    #[must_use]
+    pub fn new() -> Self {
+        Self(Ground::new())
+    }
+
+    #[must_use]
+    #[track_caller]
+    pub fn run(&self, name: &str) -> Container {
+        let name = self.name(name);
+        let cgroup = format!("{}/of-{name}", self.home.name());
+        let namespaces = ["pid", "network", "mount", "ipc", "uts"].map(|kind| json!({ "type": kind }));
+        let config = json!({
+            "ociVersion": "1.0.2",
+            "process": { "args": [PROBE, STAY], "cwd": "/", "user": { "uid": 0, "gid": 0 } },
+            "root": { "path": self.root() },
+            "mounts": [{ "destination": "/proc", "type": "proc", "source": "proc" }],
+            "linux": { "cgroupsPath": cgroup, "namespaces": namespaces },
+        });
+        must(fs::write(self.path("config.json"), config.to_string()), "write a bundle");
+        let mut command = Command::new(runtime());
+        command.args(["run", "--bundle"]).arg(&self.folder.path).arg("--pid-file").arg(self.path("pid"));
+        command.arg(&name);
+        let probe = Probe::launch(&mut command);
+        let pid = number(&self.read("pid"));
+        Container { probe, runtime: runtime(), id: name.clone(), name, image: None, pid, cgroup }
+    }
+}
+
+impl Default for Alone {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Deref for Alone {
+    type Target = Ground;
+
+    fn deref(&self) -> &Ground {
+        &self.0
+    }
+}
+
+#[track_caller]
+fn number(text: &str) -> u32 {
+    must(text.parse(), format_args!("read the number {text}"))
 }
 
 /// A container, and the probe in it, which is its first process.

@@ -13,7 +13,7 @@
 //! | [`kernels::Kernel`] | what kernels.toml expects of this kernel; [`require!`] skips by it |
 //! | [`process::Running`] | any command line, what it says and how it ends |
 //! | [`terminal::Terminal`] | the same in the foreground of a terminal |
-//! | [`container::Podman`] | a podman of our own, and its containers, each with a probe in it |
+//! | [`container::Podman`], `Docker`, `Alone` | engines of our own, and their containers, each with a probe in it |
 //! | [`foreign::Foreign`] | somebody else's program on a cgroup |
 //! | [`wait::until`] | waiting for something to become true |
 //!

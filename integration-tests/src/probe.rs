@@ -51,12 +51,12 @@ impl Probe {
     pub fn start(cgroup: &Cgroup) -> Self {
         let mut command = Command::new(program());
         cgroup.enclose(&mut command);
-        Self::launch(command)
+        Self::launch(&mut command)
     }
 
     /// Starts the one that a command runs, or has others run.
     #[track_caller]
-    pub(crate) fn launch(mut command: Command) -> Self {
+    pub(crate) fn launch(command: &mut Command) -> Self {
         let started = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
         let mut child = must(started, format_args!("start {command:?}"));
         let (input, output) = (child.stdin.take(), child.stdout.take());

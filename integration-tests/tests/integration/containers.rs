@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use serde_json::Value;
 use sockpolicy_integration_tests::{
     agent::{self, Run},
-    container::{Container, Podman},
+    container::{Alone, Container, Docker, Podman, runtime},
     options::{SO_MARK, SO_PRIORITY, TCP_KEEPCNT, TCP_SYNCNT, TCP_USER_TIMEOUT},
     policy::PolicyFile,
     script::{Family, Kind},
@@ -123,7 +123,7 @@ fn containers_are_selected_by_what_people_know_of_them() {
     assert_eq!(planned(&format!("container = {{ name = \"{}\" }}", podman.name("three"))), sorted([&one]));
 
     // Cgroups beside them, and a selector that matches nothing.
-    let home = podman.home.name();
+    let home = podman.home().name();
     let target = format!("cgroup = \"{home}\"\ncontainer = {{ name = \"{}\" }}", one.name);
     assert_eq!(planned(&target), [home]);
     let policy = PolicyFile::new(format!(
@@ -136,4 +136,38 @@ fn containers_are_selected_by_what_people_know_of_them() {
     let wanted = format!("container = {{ name = \"{}\", runtime = \"docker\" }}", two.name);
     assert!(said.starts_with(&format!("error: no cgroup and no container matches {wanted}\n")), "{said}");
     assert!(said.contains(&format!("podman:{} ({other}) in {}", two.name, two.cgroup)), "{said}");
+}
+
+/// Has a container whose sockets are under a policy disagree with it, and looks at what is reported of that.
+fn assert_held(target: &str, container: &mut Container) {
+    let policy = PolicyFile::new(format!("[target]\n{target}\n[[rule]]\nset = {{ TCP_KEEPCNT = 5 }}\n"));
+    let run = Run::started(&policy, &[]);
+    let socket = container.probe.open(Family::Inet, Kind::Tcp);
+    container.probe.set(socket, TCP_KEEPCNT, 9).unwrap();
+    assert_eq!(container.probe.int(socket, TCP_KEEPCNT), 5);
+    let report = run.finish();
+    let event = report.conflict("TCP_KEEPCNT");
+    assert_eq!((&event.container, event.pid), (&Some(container.named()), Some(container.pid)));
+    assert_eq!(report.summary.targets, [container.cgroup.as_str()]);
+}
+
+#[test]
+fn containers_of_docker_and_containerd_are_known() {
+    let docker = Docker::new();
+    let mut of_docker = docker.run("web");
+    let name = docker.name("*");
+    let image = "docker.io/library/sockpolicy-probe:*";
+    assert_held(&format!("container = {{ name = \"{name}\", image = \"{image}\" }}"), &mut of_docker);
+    let mut of_containerd = docker.run_by_containerd("other");
+    assert_held(&format!("container = {{ name = \"{name}\", runtime = \"containerd\" }}"), &mut of_containerd);
+    assert_eq!(planned(&format!("container = {{ name = \"{name}\" }}")), sorted([&of_docker, &of_containerd]));
+}
+
+/// Also in a cgroup that is not named after it.
+#[test]
+fn container_that_nobody_watches_over_is_known_by_its_id() {
+    let alone = Alone::new();
+    let mut container = alone.run("web");
+    let target = format!("container = {{ name = \"{}\", runtime = \"{}\" }}", container.name, runtime());
+    assert_held(&target, &mut container);
 }

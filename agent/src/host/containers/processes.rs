@@ -57,12 +57,15 @@ fn numbers(pid: u32) -> Option<Vec<u32>> {
     Some(numbers.split_whitespace().filter_map(|number| number.parse().ok()).collect())
 }
 
-/// Of proc_pid_stat(5): the name is in parentheses and may contain anything.
+/// Of proc_pid_stat(5): the name is in parentheses and may contain anything. `None` for what has ended and is only waited for.
 fn parse_stat(stat: &str) -> Option<Process> {
     let (before, after) = stat.rsplit_once(") ")?;
     let (_, comm) = before.split_once(" (")?;
     let mut fields = after.split(' ');
-    let parent = fields.nth(1)?.parse().ok()?;
+    if matches!(fields.next()?, "Z" | "X") {
+        return None;
+    }
+    let parent = fields.next()?.parse().ok()?;
     let start = fields.nth(17)?.parse().ok()?;
     Some(Process { parent, comm: comm.to_owned(), start })
 }
@@ -75,6 +78,7 @@ mod tests {
     fn process_may_have_any_name() {
         let stat = "812 (a) (b) ) S 7 812 812 0 -1 4194304 1 0 0 0 1 2 3 4 20 0 1 0 4242 5 6\n";
         assert_eq!(parse_stat(stat), Some(Process { parent: 7, comm: "a) (b) ".to_owned(), start: 4242 }));
+        assert_eq!(parse_stat(&stat.replace(" S ", " Z ")), None);
         assert_eq!(parse_stat(""), None);
     }
 
