@@ -422,9 +422,9 @@ fn files_below(directory: &Path, extension: &str) -> Vec<PathBuf> {
 
 #[test]
 fn each_policy_of_the_repository_loads_without_a_warning() {
-    let files = files_below(&root().join("policies"), "toml");
-    assert!(!files.is_empty(), "there are no policies in policies/");
-    for file in files {
+    let [policies, examples] = ["policies", "examples"].map(|folder| files_below(&root().join(folder), "toml"));
+    assert!(!policies.is_empty() && !examples.is_empty(), "there are no policies in policies/ or examples/");
+    for file in policies.into_iter().chain(examples) {
         let (_, warnings) = policy::load(&file).unwrap_or_else(|errors| panic!("{errors}"));
         assert!(warnings.is_empty(), "{}", render(&warnings, Style::Plain));
     }
@@ -500,6 +500,7 @@ const PIECES: &[&str] = &[
     "[[rule]]",
     "[rule]",
     "[target]",
+    "target.container",
     "[audit]",
     "\n",
     "\r\n",
@@ -521,6 +522,8 @@ const PIECES: &[&str] = &[
     "match",
     "errno",
     "name",
+    "image",
+    "id",
     "value",
     "min",
     "max",

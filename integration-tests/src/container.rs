@@ -115,6 +115,15 @@ impl Ground {
         archive
     }
 
+    /// The only process of a container's cgroup, and the cgroup as events name it.
+    #[track_caller]
+    fn member(&self, cgroup: &str) -> (u32, String) {
+        let path = self.home.path().join(cgroup).join("cgroup.procs");
+        let members = must(fs::read_to_string(&path), format_args!("read {}", path.display()));
+        let pid = must(members.trim().parse(), format_args!("tell a process from {members:?}"));
+        (pid, format!("{}/{cgroup}", self.home.name()))
+    }
+
     /// What a command leaves in a file of this name.
     #[track_caller]
     fn read(&self, name: &str) -> String {
@@ -153,13 +162,42 @@ impl Podman {
     #[track_caller]
     pub fn run(&self, name: &str, image: &str) -> Container {
         let name = self.name(name);
-        let mut command = self.command(&["run", "--rm", "--interactive", "--network", "none", "--name", &name]);
-        command.args(ULIMITS).arg("--cgroup-parent").arg(self.home.name());
-        command.arg("--cidfile").arg(self.path("id")).arg("--pidfile").arg(self.path("pid"));
-        let probe = Probe::launch(command.args([image, PROBE, STAY]));
-        let (id, pid) = (self.read("id"), number(&self.read("pid")));
-        let _ = fs::remove_file(self.path("id"));
-        let cgroup = format!("{}/libpod-{id}", self.home.name());
+        let probe = Probe::launch(&mut self.started(self.command(&["run"]), &name, image));
+        self.container(probe, name, image)
+    }
+
+    /// A container of another podman, which sees other processes than we, and has its storage in a mount that we do not see.
+    #[must_use]
+    #[track_caller]
+    pub fn run_apart(&self, name: &str) -> Container {
+        let (name, storage) = (self.name(name), self.path("apart"));
+        must(fs::create_dir(&storage), "make a folder for another podman");
+        let import = Self::command_in(&storage, &["import", "--quiet"]);
+        let run = self.started(Self::command_in(&storage, &["run"]), &name, Self::IMAGE);
+        let script = "mount -t tmpfs none \"$0\" && import=$1 && shift && \
+                      eval \"$import\" >/dev/null && exec \"$@\"";
+        let mut import: Vec<_> = words(&import);
+        import.extend([self.archive().display().to_string(), Self::IMAGE.to_owned()]);
+        let mut outer = Command::new("unshare");
+        outer
+            .args(["--mount", "--pid", "--fork", "--mount-proc", "sh", "-c", script])
+            .arg(&storage)
+            .arg(import.join(" "));
+        let probe = Probe::launch(outer.args(words(&run)));
+        self.container(probe, name, Self::IMAGE)
+    }
+
+    fn started(&self, mut run: Command, name: &str, image: &str) -> Command {
+        run.args(["--rm", "--interactive", "--network", "none", "--name", name]).args(ULIMITS);
+        run.arg("--cgroup-parent").arg(self.home.name()).arg("--cidfile").arg(self.path(&format!("{name}.id")));
+        run.args([image, PROBE, STAY]);
+        run
+    }
+
+    #[track_caller]
+    fn container(&self, probe: Probe, name: String, image: &str) -> Container {
+        let id = self.read(&format!("{name}.id"));
+        let (pid, cgroup) = self.member(&format!("libpod-{id}"));
         Container { probe, runtime: "podman", id, name, image: Some(image.to_owned()), pid, cgroup }
     }
 
@@ -174,9 +212,13 @@ impl Podman {
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
+        Self::command_in(&self.folder.path, arguments)
+    }
+
+    fn command_in(storage: &Path, arguments: &[&str]) -> Command {
         let mut command = Command::new("podman");
-        command.arg("--root").arg(self.path("root")).arg("--runroot").arg(self.path("run"));
-        command.arg("--tmpdir").arg(self.path("tmp"));
+        let [root, run, tmp] = ["storage", "run", "tmp"].map(|folder| storage.join(folder));
+        command.arg("--root").arg(root).arg("--runroot").arg(run).arg("--tmpdir").arg(tmp);
         command.args(["--storage-driver", "vfs", "--cgroup-manager", "cgroupfs", "--events-backend", "file"]);
         command.args(["--runtime", runtime()]).args(arguments);
         command
@@ -240,12 +282,12 @@ impl Docker {
         let mut command = self.command(&["run", "--rm", "--interactive", "--network", "none", "--name", &name]);
         // Its profile takes a program that need not be there.
         command.args(["--security-opt", "apparmor=unconfined", "--cgroup-parent", &self.home.name()]);
+        let id_file = format!("{name}.id");
+        command.arg("--cidfile").arg(self.path(&id_file));
         let probe = Probe::launch(command.args([IMAGE, PROBE, STAY]));
-        let facts = output(&mut self.command(&["inspect", "--format", "{{.Id}} {{.State.Pid}}", &name]));
-        let Some((id, pid)) = facts.split_once(' ') else { panic!("docker inspect says {facts}") };
-        let cgroup = format!("{}/{id}", self.home.name());
-        let image = Some(IMAGE.to_owned());
-        Container { probe, runtime: "docker", id: id.to_owned(), name, image, pid: number(pid), cgroup }
+        let id = self.read(&id_file);
+        let (pid, cgroup) = self.member(&id);
+        Container { probe, runtime: "docker", id, name, image: Some(IMAGE.to_owned()), pid, cgroup }
     }
 
     /// A container that containerd runs for somebody else.
@@ -253,25 +295,17 @@ impl Docker {
     #[track_caller]
     pub fn run_by_containerd(&self, name: &str) -> Container {
         let name = self.name(name);
-        let cgroup = format!("{}/{name}", self.home.name());
-        let mut command = self.containerd(&["run", "--rm", "--cgroup", &cgroup, "--rootfs"]);
-        let probe = Probe::launch(command.arg(self.root()).args([&name, PROBE, STAY]));
-        let tasks = output(&mut self.containerd(&["task", "list"]));
-        let task = tasks.lines().find_map(|line| line.strip_prefix(&name)?.split_whitespace().next());
-        let Some(pid) = task.map(number) else { panic!("no task {name} among {tasks}") };
+        let mut command = Command::new("ctr");
+        command.arg("--address").arg(self.path("exec/containerd/containerd.sock")).args(["--namespace", &self.prefix]);
+        command.args(["run", "--rm", "--cgroup"]).arg(format!("{}/{name}", self.home.name()));
+        let probe = Probe::launch(command.arg("--rootfs").arg(self.root()).args([&name, PROBE, STAY]));
+        let (pid, cgroup) = self.member(&name);
         Container { probe, runtime: "containerd", id: name.clone(), name, image: None, pid, cgroup }
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new("docker");
         command.arg("--host").arg(address(self)).args(arguments);
-        command
-    }
-
-    fn containerd(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new("ctr");
-        command.arg("--address").arg(self.path("exec/containerd/containerd.sock")).args(["--namespace", &self.prefix]);
-        command.args(arguments);
         command
     }
 }
@@ -321,21 +355,19 @@ impl Alone {
     #[track_caller]
     pub fn run(&self, name: &str) -> Container {
         let name = self.name(name);
-        let cgroup = format!("{}/of-{name}", self.home.name());
+        let cgroup = format!("of-{name}");
         let namespaces = ["pid", "network", "mount", "ipc", "uts"].map(|kind| json!({ "type": kind }));
         let config = json!({
             "ociVersion": "1.0.2",
             "process": { "args": [PROBE, STAY], "cwd": "/", "user": { "uid": 0, "gid": 0 } },
             "root": { "path": self.root() },
             "mounts": [{ "destination": "/proc", "type": "proc", "source": "proc" }],
-            "linux": { "cgroupsPath": cgroup, "namespaces": namespaces },
+            "linux": { "cgroupsPath": format!("{}/{cgroup}", self.home.name()), "namespaces": namespaces },
         });
         must(fs::write(self.path("config.json"), config.to_string()), "write a bundle");
         let mut command = Command::new(runtime());
-        command.args(["run", "--bundle"]).arg(&self.folder.path).arg("--pid-file").arg(self.path("pid"));
-        command.arg(&name);
-        let probe = Probe::launch(&mut command);
-        let pid = number(&self.read("pid"));
+        let probe = Probe::launch(command.args(["run", "--bundle"]).arg(&self.folder.path).arg(&name));
+        let (pid, cgroup) = self.member(&cgroup);
         Container { probe, runtime: runtime(), id: name.clone(), name, image: None, pid, cgroup }
     }
 }
@@ -354,9 +386,10 @@ impl Deref for Alone {
     }
 }
 
-#[track_caller]
-fn number(text: &str) -> u32 {
-    must(text.parse(), format_args!("read the number {text}"))
+/// A command line.
+fn words(command: &Command) -> Vec<String> {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    words.map(|word| word.to_string_lossy().into_owned()).collect()
 }
 
 /// A container, and the probe in it, which is its first process.

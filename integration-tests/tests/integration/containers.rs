@@ -93,6 +93,22 @@ fn server_and_client_have_the_policies_of_their_containers() {
     assert_eq!(targets, sorted([&server, &client]));
     report.assert_nothing_lost();
 
+    // What is said beforehand is what was done.
+    let explain = |container: &Container| {
+        let [web, of_client] = [web.path(), &of_client].map(|path| path.to_str().unwrap());
+        stdout(&agent::output(&["explain", web, of_client, "--cgroup", &container.cgroup]))
+    };
+    assert!(
+        explain(&server).contains("TCP_KEEPCNT") && !explain(&server).contains("TCP_SYNCNT"),
+        "{}",
+        explain(&server)
+    );
+    assert!(
+        explain(&client).contains("TCP_SYNCNT") && !explain(&client).contains("TCP_KEEPCNT"),
+        "{}",
+        explain(&client)
+    );
+
     // The audit of the server shows none of the client's calls.
     let calls = web
         .add("calls.toml", format!("audit.calls = \"all\"\ntarget.container = {{ id = \"{}\" }}\n", &server.id[..12]));
@@ -161,6 +177,16 @@ fn containers_of_docker_and_containerd_are_known() {
     let mut of_containerd = docker.run_by_containerd("other");
     assert_held(&format!("container = {{ name = \"{name}\", runtime = \"containerd\" }}"), &mut of_containerd);
     assert_eq!(planned(&format!("container = {{ name = \"{name}\" }}")), sorted([&of_docker, &of_containerd]));
+}
+
+#[test]
+fn container_of_an_engine_with_mounts_and_processes_of_its_own_is_known() {
+    let podman = Podman::new();
+    let mut container = podman.run_apart("web");
+    assert_held(
+        &format!("container = {{ name = \"{}\", image = \"*/sockpolicy-probe:1\" }}", container.name),
+        &mut container,
+    );
 }
 
 /// Also in a cgroup that is not named after it.

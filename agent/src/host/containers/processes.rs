@@ -1,6 +1,10 @@
 //! All processes, at one moment: who is whose child.
 
-use std::{collections::HashMap, fs, io};
+use std::{
+    collections::HashMap,
+    fs::{self, File},
+    io::{self, Read as _},
+};
 
 /// What `/proc/PID/stat` says of each.
 #[derive(Debug, Default)]
@@ -20,8 +24,10 @@ impl Processes {
         let pids = fs::read_dir("/proc")?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
         // Who is gone by now is nobody's.
         let processes = pids.filter_map(|pid: u32| {
-            let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
-            Some((pid, parse_stat(&String::from_utf8_lossy(&stat))?))
+            // There may be thousands. All that is wanted stands at the beginning.
+            let mut stat = [0; 512];
+            let len = File::open(format!("/proc/{pid}/stat")).ok()?.read(&mut stat).ok()?;
+            Some((pid, parse_stat(&String::from_utf8_lossy(stat.get(..len)?))?))
         });
         Ok(Self(processes.collect()))
     }

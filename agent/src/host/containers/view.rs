@@ -37,10 +37,11 @@ impl View {
     /// A whole file.
     pub(super) fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
         let file = File::from(self.open(path, OFlag::O_NONBLOCK | OFlag::O_NOCTTY)?);
-        if !file.metadata()?.is_file() {
+        let metadata = file.metadata()?;
+        if !metadata.is_file() {
             return Err(io::Error::other("not a regular file"));
         }
-        let mut bytes = Vec::new();
+        let mut bytes = Vec::with_capacity(metadata.len().min(SIZE_MAX) as usize);
         file.take(SIZE_MAX).read_to_end(&mut bytes)?;
         Ok(bytes)
     }
