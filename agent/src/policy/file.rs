@@ -7,6 +7,7 @@
 //! others, except that a file that is not TOML has one for each line and says nothing more.
 
 pub(super) mod keys;
+mod target;
 
 use std::borrow::Cow;
 
@@ -15,7 +16,8 @@ use toml::{
     de::{DeTable, DeValue},
 };
 
-use self::keys::{AUDIT, CONTAINER, LIMIT, MATCH, RULE, SETTING, SOCKET, TARGET, TEST, TOP, unknown_key};
+use self::keys::{AUDIT, LIMIT, MATCH, RULE, SETTING, SOCKET, TEST, TOP, unknown_key};
+pub(crate) use self::target::{ContainerFile, TargetFile};
 use super::diagnostic::{Findings, Problem, Span, quote};
 
 pub(crate) type Text<'a> = Spanned<Cow<'a, str>>;
@@ -34,22 +36,6 @@ pub(crate) struct PolicyFile<'a> {
     pub(crate) audit: AuditFile<'a>,
     pub(crate) rules: Vec<RuleFile<'a>>,
     pub(crate) tests: Vec<TestFile<'a>>,
-}
-
-#[derive(Debug, Default)]
-pub(crate) struct TargetFile<'a> {
-    pub(crate) cgroup: Option<List<Text<'a>>>,
-    pub(crate) containers: Vec<ContainerFile<'a>>,
-}
-
-/// What is said of a container: something.
-#[derive(Debug, Default)]
-pub(crate) struct ContainerFile<'a> {
-    pub(crate) span: Span,
-    pub(crate) name: Option<Text<'a>>,
-    pub(crate) image: Option<Text<'a>>,
-    pub(crate) id: Option<Text<'a>>,
-    pub(crate) runtime: Option<Text<'a>>,
 }
 
 #[derive(Debug, Default)]
@@ -182,7 +168,7 @@ fn policy<'a>(table: DeTable<'a>, findings: &mut Findings) -> PolicyFile<'a> {
             "name" => file.name = findings.ok(text(&key, value)),
             "description" => file.description = findings.ok(text(&key, value)),
             "mode" => file.mode = findings.ok(text(&key, value)),
-            "target" => file.target = target(&key, value, findings),
+            "target" => file.target = target::target(&key, value, findings),
             "audit" => file.audit = audit(&key, value, findings),
             "rule" => file.rules = tables(&key, value, findings, rule),
             "test" => file.tests = tables(&key, value, findings, test),
@@ -190,62 +176,6 @@ fn policy<'a>(table: DeTable<'a>, findings: &mut Findings) -> PolicyFile<'a> {
         }
     }
     file
-}
-
-fn target<'a>(key: &Text<'a>, value: Value<'a>, findings: &mut Findings) -> TargetFile<'a> {
-    const HELP: &str = "name a cgroup or a container, or leave [target] out: the policy then waits for `--cgroup`";
-    let before = findings.errors();
-    let mut target = TargetFile::default();
-    let Some((header, table)) = findings.ok(table(key, value, "write [target] on a line of its own")) else {
-        return target;
-    };
-    for (key, value) in in_order(table) {
-        match key.get_ref().as_ref() {
-            "cgroup" => target.cgroup = texts(&key, value, HELP, findings),
-            "container" => target.containers = containers(&key, value, HELP, findings),
-            _ => findings.error(unknown_key(&key, &TARGET)),
-        }
-    }
-    if target.cgroup.is_none() && target.containers.is_empty() && findings.errors() == before {
-        findings.error(Problem::new("[target] names no cgroup and no container").help(HELP).at(header));
-    }
-    target
-}
-
-fn containers<'a>(
-    key: &Text<'a>,
-    value: Value<'a>,
-    help_if_empty: &str,
-    findings: &mut Findings,
-) -> Vec<ContainerFile<'a>> {
-    let tables = findings.ok(list(key, value, help_if_empty)).map(Spanned::into_inner).unwrap_or_default();
-    tables.into_iter().filter_map(|value| container(key, value, findings)).collect()
-}
-
-fn container<'a>(key: &Text<'a>, value: Value<'a>, findings: &mut Findings) -> Option<ContainerFile<'a>> {
-    const HELP: &str = "write container = { name = \"web-*\" }";
-    let before = findings.errors();
-    let mut container = ContainerFile { span: value.span(), ..ContainerFile::default() };
-    let (_, table) = findings.ok(table(key, value, HELP))?;
-    let is_empty = table.is_empty();
-    for (key, value) in in_order(table) {
-        let part = match key.get_ref().as_ref() {
-            "name" => &mut container.name,
-            "image" => &mut container.image,
-            "id" => &mut container.id,
-            "runtime" => &mut container.runtime,
-            _ => {
-                findings.error(unknown_key(&key, &CONTAINER));
-                continue;
-            }
-        };
-        *part = findings.ok(one_glob(&key, value));
-    }
-    if is_empty {
-        let help = format!("{HELP}, with \"*\" for every container");
-        findings.error(Problem::new("this says nothing of the container").help(help).at(container.span.clone()));
-    }
-    (findings.errors() == before).then_some(container)
 }
 
 fn audit<'a>(key: &Text<'a>, value: Value<'a>, findings: &mut Findings) -> AuditFile<'a> {
@@ -505,16 +435,6 @@ fn text<'a>(key: &Text<'a>, value: Value<'a>) -> Result<Text<'a>, Problem> {
 fn one_word<'a>(key: &Text<'a>, value: Value<'a>) -> Result<Text<'a>, Problem> {
     if value.get_ref().is_array() {
         let help = format!("leave {} out to match every socket, or make a rule for each", quote(key.get_ref()));
-        return Err(wrong_type(key, &value, "a single string").help(help));
-    }
-    text(key, value)
-}
-
-/// A key whose table may stand several times where its neighbours take lists.
-fn one_glob<'a>(key: &Text<'a>, value: Value<'a>) -> Result<Text<'a>, Problem> {
-    if value.get_ref().is_array() {
-        let key_name = key.get_ref();
-        let help = format!("write container = [{{ {key_name} = \"…\" }}, {{ {key_name} = \"…\" }}]");
         return Err(wrong_type(key, &value, "a single string").help(help));
     }
     text(key, value)

@@ -109,7 +109,7 @@ pub struct Known {
 
 impl Known {
     /// How old the list may be for a cgroup whose name is not that of a container's: there may be many.
-    const AGE_MAX: Duration = Duration::from_secs(1);
+    const AGE_MAX: Duration = Duration::from_secs(5);
 
     /// The container of a cgroup: of those that run, else as far as the cgroup's name tells.
     pub fn of_cgroup(&mut self, cgroup: &str) -> Option<Container> {

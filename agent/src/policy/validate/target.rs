@@ -43,7 +43,7 @@ fn cgroups(cgroups: Option<&List<Text<'_>>>, findings: &mut Findings) -> Vec<Str
 }
 
 fn container(file: &ContainerFile<'_>, findings: &mut Findings) -> ContainerSelector {
-    let ContainerFile { span: _, name, image, id, runtime } = file;
+    let ContainerFile { name, image, id, runtime } = file;
     let mut checked = |text: &Option<Text<'_>>, check: fn(&str) -> Result<(), Problem>| {
         let text = text.as_ref()?;
         let checked = check(text.get_ref()).map(|()| text.get_ref().clone().into_owned());
