@@ -36,6 +36,10 @@ const ULIMITS: [&str; 4] = ["--ulimit", "nofile=1024:1024", "--ulimit", "nproc=4
 /// The image of an engine's containers, without a registry.
 const IMAGE: &str = "sockpolicy-probe:1";
 
+/// Every podman of a machine has its locks in one piece of shared memory, wherever its storage is, and a new one begins by letting
+/// go of them all. In files they lie beside what they are for.
+const CONFIGURATION: &str = "[engine]\nlock_type = \"file\"\n";
+
 /// The OCI runtime that works here: crun wants a machine without cgroups of version 1, and is the quicker one.
 #[must_use]
 pub fn runtime() -> &'static str {
@@ -153,6 +157,7 @@ impl Podman {
     #[must_use]
     pub fn new() -> Self {
         let podman = Self(Ground::new());
+        must(fs::write(podman.path("containers.conf"), CONFIGURATION), "configure podman");
         output(podman.command(&["import", "--quiet"]).arg(podman.archive()).arg(Self::IMAGE));
         podman
     }
@@ -172,13 +177,14 @@ impl Podman {
     pub fn run_apart(&self, name: &str) -> Container {
         let (name, storage) = (self.name(name), self.path("apart"));
         must(fs::create_dir(&storage), "make a folder for another podman");
-        let import = Self::command_in(&storage, &["import", "--quiet"]);
-        let run = self.started(Self::command_in(&storage, &["run"]), &name, Self::IMAGE);
+        let import = self.command_in(&storage, &["import", "--quiet"]);
+        let run = self.started(self.command_in(&storage, &["run"]), &name, Self::IMAGE);
         let script = "mount -t tmpfs none \"$0\" && import=$1 && shift && \
                       eval \"$import\" >/dev/null && exec \"$@\"";
         let mut import: Vec<_> = words(&import);
         import.extend([self.archive().display().to_string(), Self::IMAGE.to_owned()]);
         let mut outer = Command::new("unshare");
+        outer.env("CONTAINERS_CONF", self.path("containers.conf"));
         outer
             .args(["--mount", "--pid", "--fork", "--mount-proc", "sh", "-c", script])
             .arg(&storage)
@@ -212,11 +218,12 @@ impl Podman {
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
-        Self::command_in(&self.folder.path, arguments)
+        self.command_in(&self.folder.path, arguments)
     }
 
-    fn command_in(storage: &Path, arguments: &[&str]) -> Command {
+    fn command_in(&self, storage: &Path, arguments: &[&str]) -> Command {
         let mut command = Command::new("podman");
+        command.env("CONTAINERS_CONF", self.path("containers.conf"));
         let [root, run, tmp] = ["storage", "run", "tmp"].map(|folder| storage.join(folder));
         command.arg("--root").arg(root).arg("--runroot").arg(run).arg("--tmpdir").arg(tmp);
         command.args(["--storage-driver", "vfs", "--cgroup-manager", "cgroupfs", "--events-backend", "file"]);
