@@ -95,7 +95,11 @@ enum ExplainError {
 
 fn explanation(policies: &[Policy], socket: &Socket) -> Result<Explanation, ExplainError> {
     let stack = match &socket.cgroup {
-        Some(cgroup) => stack_of(policies, cgroup, &containers::wanted_by(policies)).map_err(CompileError::from)?,
+        Some(cgroup) => {
+            let listing = containers::wanted_by(policies);
+            containers::tell_of_hidden(&listing);
+            stack_of(policies, cgroup, &listing.running).map_err(CompileError::from)?
+        }
         None => match policies.iter().find(|policy| policy.target != policies[0].target) {
             None => all(policies),
             Some(other) => {

@@ -182,7 +182,7 @@ impl Placement {
     pub(super) fn for_now(mount: &Mount, policies: &[Policy]) -> Result<Self, RunError> {
         // Before the tree, which then has their cgroups.
         let containers = containers::wanted_by(policies);
-        let mut coverage = Coverage::of_targets(policies, mount.tree()?, &containers)?;
+        let mut coverage = Coverage::of_targets(policies, mount.tree()?, &containers.running)?;
         for policy in 0..policies.len() {
             if !coverage.stacks.iter().any(|stack| stack.contains(&policy)) {
                 coverage.number(stack_with(policies, policy));
@@ -208,13 +208,15 @@ impl Placement {
 
 fn covered(mount: &Mount, policies: &[Policy]) -> Result<Coverage, RunError> {
     // Before the tree, which then has their cgroups.
-    let containers = containers::wanted_by(policies);
+    let listing = containers::wanted_by(policies);
+    containers::tell_of_hidden(&listing);
+    let containers = listing.running;
     let tree = mount.tree()?;
     let idle = idle(policies, &tree, &containers)?;
     let all = |policy: &Policy| policy.target.cgroups.len() + policy.target.containers.len();
     if idle.len() == policies.iter().map(all).sum::<usize>() {
         let wanted = idle.into_iter().map(|(_, wanted)| wanted).collect::<Vec<_>>().join(", ");
-        return Err(match policies.iter().any(|policy| !policy.target.containers.is_empty()) {
+        return Err(match containers::are_wanted_by(policies) {
             true => {
                 RunError::NoMatchAmong { wanted, containers: containers::list(&containers), mount: mount.path.clone() }
             }

@@ -17,6 +17,7 @@ use nix::poll::{PollFd, PollFlags};
 
 use super::{
     check, complain,
+    containers::{self, Looks},
     output::{Manner, Writer},
     run::{Placement, RunError, check_targets},
     signals::Signals,
@@ -73,6 +74,8 @@ pub(super) struct Standing<'a> {
     reach: Reach,
     /// When files were first found changed, and when last, since they were read.
     changed: Option<(Instant, Instant)>,
+    /// After a cgroup has come, where policies are about containers.
+    looks: Option<Looks>,
     /// When other policies came in force.
     replaced: Instant,
 }
@@ -90,8 +93,10 @@ impl<'a> Standing<'a> {
             cgroups: Watch::new(Changes::Folders)?,
             reach,
             changed: None,
+            looks: None,
             replaced: Instant::now(),
         };
+        containers::tell_of_hidden(&containers::wanted_by(&standing.policies));
         standing.follow_files();
         standing.follow_cgroups()?;
         Ok(standing)
@@ -131,8 +136,13 @@ impl<'a> Standing<'a> {
             if is_asked || self.have_files_settled() {
                 self.reload(session, writer, is_asked)?;
             }
-            if self.cgroups.has_changed().map_err(WatchError::Watch)? {
+            let has_changed = self.cgroups.has_changed().map_err(WatchError::Watch)?;
+            if has_changed && containers::are_wanted_by(&self.policies) {
+                self.looks = Some(Looks::begin());
+            }
+            if has_changed || self.looks.as_ref().is_some_and(Looks::are_due) {
                 self.retarget(session, writer)?;
+                self.looks = self.looks.take().and_then(Looks::after_one);
             }
             if session.has_removed() {
                 session.let_go_of_removed()?;
@@ -147,6 +157,7 @@ impl<'a> Standing<'a> {
     fn patience(&self, session: &Session) -> u16 {
         let patience = if session.has_removed() { LOOK_FOR_EMPTY_MS } else { u16::MAX };
         let patience = patience.min(watch::interval(session));
+        let patience = self.looks.as_ref().map_or(patience, |looks| patience.min(looks.patience_ms()));
         if self.changed.is_some() { patience.min(SETTLE.as_millis() as u16) } else { patience }
     }
 
@@ -186,6 +197,7 @@ impl<'a> Standing<'a> {
         let desired = session::prepare(&policies, &stacks, manner.dry_run, manner.reporting.timing)?;
         session.reload(desired, targets)?;
         self.replaced = Instant::now();
+        containers::tell_of_hidden(&containers::wanted_by(&policies));
         (self.policies, self.stacks, self.reach) = (policies, stacks, reach);
         self.follow_cgroups()?;
         // What came while nobody looked.

@@ -9,6 +9,7 @@ use sockpolicy_integration_tests::{
     options::{SO_MARK, SO_PRIORITY, TCP_KEEPCNT, TCP_SYNCNT, TCP_USER_TIMEOUT},
     policy::PolicyFile,
     script::{Family, Kind},
+    wait,
 };
 
 use crate::{stderr, stdout};
@@ -177,6 +178,21 @@ fn containers_of_docker_and_containerd_are_known() {
     let mut of_containerd = docker.run_by_containerd("other");
     assert_held(&format!("container = {{ name = \"{name}\", runtime = \"containerd\" }}"), &mut of_containerd);
     assert_eq!(planned(&format!("container = {{ name = \"{name}\" }}")), sorted([&of_docker, &of_containerd]));
+}
+
+#[test]
+fn container_that_starts_later_comes_under_its_policy() {
+    let podman = Podman::new();
+    let policy = PolicyFile::new(format!(
+        "target.container = {{ name = \"{}\" }}\n[[rule]]\nset = {{ SO_MARK = 32 }}\n",
+        podman.name("later")
+    ));
+    let run = Run::started(&policy, &[]);
+    let (mut other, mut later) = (podman.run("other", Podman::IMAGE), podman.run("later", Podman::IMAGE));
+    assert!(wait::until(wait::PATIENCE, || later.probe.fresh(SO_MARK) == 32));
+    assert_eq!(other.probe.fresh(SO_MARK), 0);
+    assert!(wait::until(wait::PATIENCE, || run.lines().contains(&later.cgroup)), "{}", run.lines());
+    assert!(!run.lines().contains(&other.cgroup), "{}", run.lines());
 }
 
 #[test]
