@@ -44,8 +44,33 @@ fn build() -> Result<(), String> {
     };
     fs::copy(&object, out.join(OBJECT))
         .map_err(|error| format!("cannot copy the BPF object {}: {error}", object.display()))?;
+    println!("cargo::rustc-env=SOCKPOLICY_LAYOUT={:016x}", layout(&programs)?);
     Ok(())
 }
+
+/// A number that is another wherever maps that outlive the agent may mean something else: of all sources that decide what lies
+/// in them. A comment makes another one too, which only means that what is there is replaced rather than gone on with.
+fn layout(programs: &Path) -> Result<u64, String> {
+    let mut files: Vec<PathBuf> =
+        ["src/maps.rs", "src/storage.rs"].into_iter().map(|file| programs.join(file)).collect();
+    let abi = programs.join("abi/src");
+    let entries = fs::read_dir(&abi).map_err(|error| format!("cannot read {}: {error}", abi.display()))?;
+    files.extend(entries.flatten().map(|entry| entry.path()));
+    // The places of options are bits in the notes of sockets.
+    files.push(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/options/table.rs"));
+    files.sort();
+    let mut hash = FNV_OFFSET;
+    for file in files {
+        let bytes = fs::read(&file).map_err(|error| format!("cannot read {}: {error}", file.display()))?;
+        hash = bytes.iter().fold(hash, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(FNV_PRIME));
+        println!("cargo::rerun-if-changed={}", file.display());
+    }
+    Ok(hash)
+}
+
+/// FNV-1a: the same from one build to the next, which the standard library's does not promise.
+const FNV_OFFSET: u64 = 0xcbf2_9ce4_8422_2325;
+const FNV_PRIME: u64 = 0x0000_0100_0000_01b3;
 
 /// Builds the programs below `target_dir`; gives the path of the object.
 fn compile(programs: &Path, target_dir: &Path) -> Result<PathBuf, String> {

@@ -10,14 +10,17 @@
 //! about this machine; [`kernel`] is the only module that knows aya, and [`cli`] the only one that
 //! prints.
 
+pub mod changes;
 pub mod cli;
 pub mod compile;
 pub mod coverage;
 pub mod enclosure;
 pub mod events;
 pub mod explain;
+mod fault;
 pub mod gaps;
 pub mod host;
+pub mod instance;
 pub mod kernel;
 pub mod options;
 pub mod policy;

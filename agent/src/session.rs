@@ -3,18 +3,23 @@
 //! Holds the programs and what is needed to put their records into words. It has no loop and does not print:
 //! whoever owns it waits on its descriptor and drains it.
 
+mod word;
+
 use std::{
     collections::BTreeMap,
     mem,
     os::fd::{AsFd, BorrowedFd},
+    path::Path,
 };
 
 use abi::{
+    event::{Call, flags},
     index,
     setting::{Setting, form, on_conflict},
 };
 use nix::time::{ClockId, clock_gettime};
 
+use self::word::Word;
 use crate::{
     compile::{CompileError, Desired, Hook, compile},
     coverage::Stack,
@@ -24,9 +29,13 @@ use crate::{
         cgroup::{Mount, Names},
         containers, process, tcp,
     },
+    instance::{Instance, InstanceError, Text},
     kernel::{self, Answer, Audit, BackendChoice, KernelError, Object, Record, Target},
     options::SocketOption,
-    policy::model::{self, Calls, Errno, Mode, Policy},
+    policy::{
+        Texts,
+        model::{self, Calls, Errno, Mode, Policy},
+    },
     report::{CallLine, Counts, Loss, Lost, Report, Summary, errno_name},
     trial,
 };
@@ -37,6 +46,8 @@ pub enum SessionError {
     Compile(#[from] CompileError),
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    #[error(transparent)]
+    Instance(#[from] InstanceError),
     #[error(
         "this kernel cannot do all that the policies say:{0}\n  help: leave that out, or give --allow-gaps to have the rest \
          in force without it"
@@ -50,6 +61,8 @@ const BATCH_MAX: usize = 1024;
 /// Policies in force on their targets, until this is dropped.
 pub struct Session {
     object: Object,
+    /// What others are told of it.
+    word: Option<Word>,
     current: Generation,
     /// Those that sockets may still be set up by, the latest last.
     before: Vec<Generation>,
@@ -76,9 +89,9 @@ pub struct Session {
 }
 
 /// Policies that are, or were, in force together.
-struct Generation {
-    number: u32,
-    desired: Desired,
+pub(crate) struct Generation {
+    pub(crate) number: u32,
+    pub(crate) desired: Desired,
 }
 
 /// What to put in force, on whom, and whom to look at.
@@ -91,6 +104,25 @@ pub struct Setup {
     pub gaps: GapsChoice,
     /// Events to tell of. Its processes are also the only ones whose calls the audit follows, if there are any.
     pub filter: Filter,
+    /// As which others find it, if they do, and what the policies' files say.
+    pub instance: Option<(Instance, Files)>,
+}
+
+/// What policies were read from, for an instance's record.
+#[derive(Clone, Debug, Default)]
+pub struct Files {
+    pub texts: Vec<Text>,
+    /// Whether nothing is to be changed, whatever they say.
+    pub dry_run: bool,
+    pub stacks: Vec<Stack>,
+}
+
+impl Files {
+    #[must_use]
+    pub fn new(texts: &Texts, dry_run: bool, stacks: &[Stack]) -> Self {
+        let text = |(path, text): (&Path, &str)| Text { path: path.to_owned(), text: text.to_owned() };
+        Self { texts: texts.files().map(text).collect(), dry_run, stacks: stacks.to_vec() }
+    }
 }
 
 /// What to do about what policies ask for and this kernel cannot do.
@@ -133,26 +165,40 @@ impl Session {
     ///
     /// Where this kernel cannot do it; then nothing is in force.
     pub fn start(setup: Setup) -> Result<Self, SessionError> {
-        let Setup { mut desired, mount, targets, backend, gaps: choice, filter } = setup;
+        let Setup { mut desired, mount, targets, backend, gaps: choice, filter, instance } = setup;
+        let pins = instance.as_ref().map_or(Ok(None), |(instance, _)| instance.pins())?;
+        let is_pinned = pins.is_some();
         warn_of_overruling(&mount, &targets);
-        let mut object = Object::load(&desired.hooks(), desired.audit, &filter.processes)?;
-        let mut tried = Tried::default();
-        if choice != GapsChoice::DoNotTry {
-            tried.extend(try_options(&mut object, &desired, &desired.set_options(), &mount));
-        }
+        let mut object = Object::load(&desired.hooks(), desired.audit, &filter.processes, pins)?;
+        let tried = match choice {
+            GapsChoice::DoNotTry => Tried::default(),
+            // What is pinned may be in force already.
+            _ if is_pinned => try_apart(&desired, &desired.set_options(), &mount)?,
+            _ => try_options(&mut object, &desired, &desired.set_options(), &mount),
+        };
         let gaps = find_gaps(&object, &mut desired, &tried);
         refuse(choice, &gaps)?;
         let staged = object.stage(&desired, &targets)?;
+        let (mut word, mut before) = (None, Vec::new());
+        if let Some((instance, files)) = instance {
+            let taken_over: Vec<u32> = object.former().collect();
+            let mut its_word = Word::of(instance, object.map_ids()?, &taken_over);
+            before = its_word.former();
+            its_word.add(staged.generation(), files, &targets)?;
+            word = Some(its_word);
+        }
         let audit = object.attach_audit(desired.audit, backend)?;
         warn_without_audit(audit, desired.audit);
         if let Some(reason) = object.blindness() {
             log::warn!("events will lack what sockets say of themselves: {reason}");
         }
         let number = object.enable(staged, desired.audit.calls)?;
+        object.replace_others()?;
         Ok(Self {
             object,
+            word,
             current: Generation { number, desired },
-            before: Vec::new(),
+            before,
             retired: Vec::new(),
             targets,
             filter,
@@ -178,7 +224,7 @@ impl Session {
     /// # Errors
     ///
     /// Where this kernel cannot do it; then what was in force still is.
-    pub fn reload(&mut self, mut desired: Desired, targets: Vec<Target>) -> Result<(), SessionError> {
+    pub fn reload(&mut self, mut desired: Desired, targets: Vec<Target>, files: Files) -> Result<(), SessionError> {
         self.object.load_more(&desired.hooks())?;
         if self.choice != GapsChoice::DoNotTry {
             self.try_what_is_new(&desired)?;
@@ -197,13 +243,16 @@ impl Session {
             match self.object.attach_audit(desired.audit, self.backend) {
                 Ok(audit) => self.audit = audit,
                 Err(error) => {
-                    self.object.abandon(&staged);
+                    self.object.abandon(staged);
                     // As it was. What could be attached then can be now.
                     self.audit = self.object.attach_audit(before, self.backend)?;
                     return Err(error.into());
                 }
             }
             warn_without_audit(self.audit, desired.audit);
+        }
+        if let Some(word) = &mut self.word {
+            word.add(staged.generation(), files, &targets)?;
         }
         let number = self.object.enable(staged, desired.audit.calls)?;
         let before = mem::replace(&mut self.current, Generation { number, desired });
@@ -220,11 +269,15 @@ impl Session {
     /// Where the kernel refuses; then they hold on those that were there and still are.
     pub fn retarget(&mut self, targets: Vec<Target>) -> Result<(), SessionError> {
         if self.object.retarget(&self.current.desired, &targets)? {
+            if let Some(word) = &mut self.word {
+                word.retarget(&targets)?;
+            }
             self.targets = targets;
             return Ok(());
         }
         let desired = self.current.desired.clone();
-        self.reload(desired, targets)
+        let files = self.word.as_ref().map(Word::files).unwrap_or_default();
+        self.reload(desired, targets, files)
     }
 
     /// Whether there are targets that have been removed, and that [`Self::let_go_of_removed`] is to be called for.
@@ -242,13 +295,11 @@ impl Session {
         Ok(self.object.let_go_of_removed()?)
     }
 
-    /// By programs of their own: those in force are not to be disturbed.
     fn try_what_is_new(&mut self, desired: &Desired) -> Result<(), SessionError> {
         let mut new = desired.set_options();
         new.retain(|option| !self.tried.contains_key(option.name));
         if !new.is_empty() {
-            let mut object = Object::load(&desired.hooks(), desired.audit, &[])?;
-            self.tried.extend(try_options(&mut object, desired, &new, &self.mount));
+            self.tried.extend(try_apart(desired, &new, &self.mount)?);
         }
         Ok(())
     }
@@ -271,7 +322,7 @@ impl Session {
             }
         }
         self.retired = mem::take(&mut self.before);
-        Ok(())
+        self.word.as_mut().map_or(Ok(()), |word| Ok(word.forget_all_but(self.current.number)?))
     }
 
     #[must_use]
@@ -307,8 +358,9 @@ impl Session {
                 }
                 Some(Record::Event(raw)) => {
                     let surroundings = self.surroundings(&raw);
-                    let generation = self.generation_of(raw.call.setting);
-                    decode(&raw, &generation.desired, surroundings).ok().map(|event| (generation.number, event))
+                    self.generation_of(&raw.call).and_then(|generation| {
+                        decode(&raw, &generation.desired, surroundings).ok().map(|event| (generation.number, event))
+                    })
                 }
                 Some(Record::Unknown) => None,
             };
@@ -324,11 +376,15 @@ impl Session {
         true
     }
 
-    /// The policies that a setting is of, by its number among those of all generations.
-    fn generation_of(&self, setting: u32) -> &Generation {
-        let is_its = |generation: &&Generation| index::slot_of(generation.number) == index::slot(setting);
+    /// The policies that an event's setting is of, by its number among those of all generations; those in force where no
+    /// setting decided it. `None`: they were another agent's, and its record of them is gone.
+    fn generation_of(&self, call: &Call) -> Option<&Generation> {
+        if call.flags & flags::DECIDED == 0 {
+            return Some(&self.current);
+        }
+        let is_its = |generation: &&Generation| index::slot_of(generation.number) == index::slot(call.setting);
         let later_first = [&self.current].into_iter().chain(self.before.iter().rev()).chain(self.retired.iter().rev());
-        later_first.into_iter().find(is_its).unwrap_or(&self.current)
+        later_first.into_iter().find(is_its)
     }
 
     fn exe(&mut self, raw: &abi::event::Event) -> Result<String, &'static str> {
@@ -358,13 +414,26 @@ impl Session {
         }
     }
 
-    /// Takes the policy out of force, so that what there is to drain comes to an end.
+    /// Takes the policies out of force, so that what there is to drain comes to an end, unless they are to stay.
     ///
     /// # Errors
     ///
     /// Where the configuration cannot be written.
     pub fn end(&mut self) -> Result<(), SessionError> {
+        if self.stays() {
+            return Ok(());
+        }
         Ok(self.object.disable()?)
+    }
+
+    /// The name under which what is in force stays so when this is gone, if it does.
+    #[must_use]
+    pub fn stays_as(&self) -> Option<&str> {
+        self.word.as_ref().and_then(Word::stays_as)
+    }
+
+    fn stays(&self) -> bool {
+        self.stays_as().is_some()
     }
 
     /// What has been lost since this was last asked.
@@ -435,6 +504,12 @@ fn warn_of_overruling(mount: &Mount, targets: &[Target]) {
 
 /// By the option's name.
 type Tried = BTreeMap<&'static str, Answer>;
+
+/// The same by programs of their own: those in force are not to be disturbed.
+fn try_apart(desired: &Desired, options: &[&'static SocketOption], mount: &Mount) -> Result<Tried, SessionError> {
+    let mut object = Object::load(&desired.hooks(), desired.audit, &[], None)?;
+    Ok(try_options(&mut object, desired, options, mount))
+}
 
 /// Tries these options at the hooks that the policies need.
 fn try_options(object: &mut Object, desired: &Desired, options: &[&'static SocketOption], mount: &Mount) -> Tried {

@@ -31,7 +31,7 @@ use crate::{
 };
 
 /// Kernels of the matrix lack some of what policies of tests say; what a test cannot do without it requires (`require!`).
-pub(crate) const WITH_GAPS: &str = "--allow-gaps";
+pub const WITH_GAPS: &str = "--allow-gaps";
 
 /// What `run` logs when its policy is in force.
 const IN_FORCE: &str = "in force";
@@ -304,6 +304,15 @@ impl Run {
         let (status, report) = self.finish_with_status();
         assert!(status.success(), "{status}: {}", String::from_utf8_lossy(&report.output.stderr));
         report
+    }
+
+    /// Waits for the end of an agent whose policies stay in force. Gives its output.
+    #[track_caller]
+    pub fn wait_for_end(mut self) -> Output {
+        let status = self.process.wait();
+        let stdout = self.lines.end().into_bytes();
+        assert_no_children(&self.home);
+        Output { status, stdout, stderr: self.process.stderr().into_bytes() }
     }
 
     /// Waits for the agent's end, which somebody else has brought about.

@@ -14,6 +14,7 @@
 //! | [`process::Running`] | any command line, what it says and how it ends |
 //! | [`terminal::Terminal`] | the same in the foreground of a terminal |
 //! | [`container::Podman`], `Docker`, `Alone` | engines of our own, and their containers, each with a probe in it |
+//! | [`bpffs::Instance`] | a name under which policies stay in force without an agent |
 //! | [`foreign::Foreign`] | somebody else's program on a cgroup |
 //! | [`wait::until`] | waiting for something to become true |
 //!
@@ -38,6 +39,7 @@
 #![expect(clippy::panic, reason = "what fails in a fixture fails the test")]
 
 pub mod agent;
+pub mod bpffs;
 pub mod cgroup;
 pub mod container;
 pub mod foreign;

@@ -149,7 +149,7 @@ impl Audit {
             None => Writer::new(&self.reporting, io::stdout()),
         };
         let backend = self.reporting.audit_backend;
-        let setup = Setup { desired, mount, targets, backend, gaps: GapsChoice::DoNotTry, filter };
+        let setup = Setup { desired, mount, targets, backend, gaps: GapsChoice::DoNotTry, filter, instance: None };
         Ok(run::report(setup, &mut signals, &mut writer, &ends)?)
     }
 

@@ -102,7 +102,7 @@ impl Exec {
         let prepared = session::prepare(&policies, &[all(&policies)], *dry_run, reporting.timing);
         check::warn_of_replaced_targets(&policies, "the command's cgroup");
         let report = self.report.as_deref();
-        let enclosed = Enclosed { command: &self.command, reporting, report, gaps: self.manner.gaps() };
+        let enclosed = Enclosed { command: &self.command, reporting, report, gaps: self.manner.gaps.choice() };
         enclosed.finish(prepared.map_err(ExecError::from).and_then(|desired| enclosed.run(desired, Filter::default())))
     }
 }
@@ -133,7 +133,8 @@ impl Enclosed<'_> {
         let enclosure = Enclosure::make(&mount, "")?;
         let target = Target { cgroup: mount.open(&enclosure.cgroup.path)?, scope: 0 };
         let (backend, gaps) = (self.reporting.audit_backend, self.gaps);
-        let mut session = Session::start(Setup { desired, mount, targets: vec![target], backend, gaps, filter })?;
+        let setup = Setup { desired, mount, targets: vec![target], backend, gaps, filter, instance: None };
+        let mut session = Session::start(setup)?;
         unless_closed(writer.announce(&session)).map_err(|source| self.report_error(source))?;
 
         if let Some(signal) = asked_to_end(&mut signals)? {

@@ -3,6 +3,7 @@
 //! Exit status: 0 done; 1 findings (an invalid policy, conflicts with `--fail-on-conflict`); 2
 //! could not. `exec` passes the command's own status on and keeps 125 to 127 for itself.
 
+mod attach;
 mod audit;
 mod check;
 mod containers;
@@ -15,6 +16,7 @@ mod plan;
 mod run;
 mod signals;
 mod standing;
+mod status;
 mod test;
 mod watch;
 
@@ -52,6 +54,9 @@ enum Command {
     Plan(plan::Plan),
     Exec(exec::Exec),
     Run(run::Run),
+    Attach(attach::Attach),
+    Detach(attach::Detach),
+    Status(status::Status),
     Audit(audit::Audit),
     Options(options::Options),
     Doctor(doctor::Doctor),
@@ -86,6 +91,9 @@ pub fn main() -> ExitCode {
         Command::Plan(plan) => plan.run(),
         Command::Exec(exec) => exec.run(),
         Command::Run(run) => run.run(),
+        Command::Attach(attach) => attach.run(),
+        Command::Detach(detach) => detach.run(),
+        Command::Status(status) => status.run(),
         Command::Audit(audit) => audit.run(),
         Command::Options(options) => options.run(),
         Command::Doctor(doctor) => doctor.run(),

@@ -52,15 +52,22 @@ pub(super) struct Manner {
     /// Change nothing; report what would be done
     #[arg(long)]
     pub(super) dry_run: bool,
-    /// Go on without what this kernel cannot do of what the policies say; it is reported
-    #[arg(long)]
-    allow_gaps: bool,
+    #[command(flatten)]
+    pub(super) gaps: GapsArgument,
     #[command(flatten)]
     pub(super) reporting: Reporting,
 }
 
-impl Manner {
-    pub(super) fn gaps(&self) -> GapsChoice {
+/// What to do about what this kernel cannot do.
+#[derive(Debug, clap::Args)]
+pub(super) struct GapsArgument {
+    /// Go on without what this kernel cannot do of what the policies say; it is reported
+    #[arg(long)]
+    allow_gaps: bool,
+}
+
+impl GapsArgument {
+    pub(super) fn choice(&self) -> GapsChoice {
         if self.allow_gaps { GapsChoice::Allow } else { GapsChoice::Refuse }
     }
 }

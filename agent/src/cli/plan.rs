@@ -12,9 +12,10 @@ use super::{
     FAILURE, FINDINGS, check, complain,
     output::Format,
     run::{Placement, RunError},
-    unless_closed,
+    status, unless_closed,
 };
 use crate::{
+    changes::{Change, Held, changes},
     compile::{Desired, Hook, Scope},
     events::SCHEMA,
     host::cgroup::Mount,
@@ -35,6 +36,9 @@ pub(super) struct Plan {
     /// several times
     #[arg(long, value_name = "PATH")]
     cgroup: Vec<PathBuf>,
+    /// Say only what would be different from what this instance has in force
+    #[arg(long, value_name = "NAME")]
+    instance: Option<String>,
     /// Decide and report, but change nothing
     #[arg(long)]
     dry_run: bool,
@@ -63,6 +67,17 @@ impl Plan {
         let mount = Mount::find().map_err(RunError::from)?;
         let Placement { stacks, targets } = Placement::find(&mount, &self.cgroup, policies)?;
         let desired = session::prepare(policies, &stacks, self.dry_run, false).map_err(RunError::from)?;
+        if let Some(name) = &self.instance {
+            let in_force = status::in_force(name).map_err(Box::new)?;
+            let before = Held::of(&in_force.desired, &in_force.generation.targets);
+            let targets: Vec<_> = targets.iter().map(|target| (target.cgroup.name.clone(), target.scope)).collect();
+            let changes = changes(&before, &Held::of(&desired, &targets));
+            let written = match self.output {
+                Format::Text => write_changes(name, &changes),
+                Format::Json => changes.iter().try_for_each(|change| writeln!(io::stdout(), "{}", change.to_json())),
+            };
+            return Ok(unless_closed(written)?);
+        }
         let tried: Vec<_> = desired.set_options().iter().map(|option| option.name.to_owned()).collect();
         let others = neighbours(&mount, &targets);
         let written = match self.output {
@@ -183,8 +198,19 @@ fn heading(scope: &Scope, targets: &[&Target]) -> String {
     }
 }
 
+fn write_changes(instance: &str, changes: &[Change]) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    if changes.is_empty() {
+        return writeln!(out, "no difference from what instance {instance} has in force");
+    }
+    writeln!(out, "different from what instance {instance} has in force:")?;
+    changes.iter().try_for_each(|change| writeln!(out, "  {change}"))
+}
+
 #[derive(Debug, thiserror::Error)]
 enum PlanError {
+    #[error(transparent)]
+    Status(#[from] Box<status::StatusError>),
     #[error(transparent)]
     Run(#[from] RunError),
     #[error("cannot write the plan: {0}")]

@@ -16,6 +16,7 @@ use crate::{
         cgroup::{Cgroup, CgroupError, Mount},
         inotify, process,
     },
+    instance::{Instance, InstanceError},
     kernel::Target,
     policy::{Policy, Sources, Texts},
     session::{self, Session, SessionError, Setup},
@@ -37,9 +38,19 @@ pub(super) struct Run {
     /// several times
     #[arg(long, value_name = "PATH")]
     cgroup: Vec<PathBuf>,
+    /// Keep the policies in force when this has ended, however it ends; the next `run --persist` takes over, without a moment
+    /// between
+    #[arg(long)]
+    persist: bool,
+    /// Name of this instance, for `status` and `detach` [default: `default` with --persist, else run-PID]
+    #[arg(long, value_name = "NAME")]
+    instance: Option<String>,
     #[command(flatten)]
     manner: Manner,
 }
+
+/// The name of an instance that nobody has given another.
+pub(super) const DEFAULT_INSTANCE: &str = "default";
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum RunError {
@@ -67,6 +78,8 @@ pub(super) enum RunError {
     Watch(#[from] WatchError),
     #[error(transparent)]
     Inotify(#[from] inotify::WatchError),
+    #[error(transparent)]
+    Instance(#[from] InstanceError),
 }
 
 impl Run {
@@ -99,15 +112,42 @@ impl Run {
         let Placement { stacks, targets } = standing.placement()?;
         let desired = session::prepare(policies, &stacks, *dry_run, reporting.timing)?;
         crate::kernel::check_privileges().map_err(SessionError::from)?;
+        let instance = self.become_instance(&targets)?.map(|instance| (instance, standing.files()));
         let mut writer = Writer::new(reporting, io::stdout());
-        let (backend, gaps) = (reporting.audit_backend, self.manner.gaps());
-        let setup = Setup { desired, mount: mount.clone(), targets, backend, gaps, filter: Filter::default() };
+        let (backend, gaps) = (reporting.audit_backend, self.manner.gaps.choice());
+        let setup =
+            Setup { desired, mount: mount.clone(), targets, backend, gaps, filter: Filter::default(), instance };
         let session = start(setup, &mut writer)?;
         let stand = |session: &mut Session, signals: &mut Signals, writer: &mut Writer| {
             standing.stand(session, signals, writer)
         };
         finish(session, &mut signals, &mut writer, stand)
     }
+}
+
+impl Run {
+    fn become_instance(&self, targets: &[Target]) -> Result<Option<Instance>, RunError> {
+        let name = match &self.instance {
+            Some(name) => name.clone(),
+            None if self.persist => DEFAULT_INSTANCE.to_owned(),
+            None => format!("run-{}", std::process::id()),
+        };
+        match Instance::become_one(&name, self.persist) {
+            Ok(instance) => {
+                instance.check_others(&names(targets))?;
+                Ok(Some(instance))
+            }
+            Err(error @ InstanceError::File { .. }) if !self.persist => {
+                log::warn!("`sockpolicy status` will not show this: {error}");
+                Ok(None)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+pub(super) fn names(targets: &[Target]) -> Vec<&str> {
+    targets.iter().map(|target| target.cgroup.name.as_str()).collect()
 }
 
 /// Keeps policies in force and reports, until a signal asks for the end or all of `ends`, if there are any, have ended.
@@ -124,8 +164,7 @@ pub(super) fn report(
 
 fn start(setup: Setup, writer: &mut Writer) -> Result<Session, RunError> {
     let session = Session::start(setup)?;
-    let names: Vec<&str> = session.targets().iter().map(|target| target.cgroup.name.as_str()).collect();
-    log::info!("in force on {}", names.join(", "));
+    log::info!("in force on {}", names(session.targets()).join(", "));
     writer.announce(&session).map_err(WatchError::Write)?;
     Ok(session)
 }
@@ -139,8 +178,12 @@ fn finish(
 ) -> Result<u64, RunError> {
     during(&mut session, signals, writer)?;
     watch::end(&mut session, writer)?;
+    let stays_as = session.stays_as().map(str::to_owned);
     let summary = session.finish()?;
     writer.summary(&summary).map_err(WatchError::Write)?;
+    if let Some(name) = stays_as {
+        log::warn!("the policies stay in force; `sockpolicy detach {name}` ends that");
+    }
     Ok(summary.conflicts())
 }
 

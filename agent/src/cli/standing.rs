@@ -30,7 +30,7 @@ use crate::{
         inotify::{self, Changes, Watch},
     },
     policy::{Policy, Sources, Texts},
-    session::{self, Session},
+    session::{self, Files, Session},
 };
 
 /// How long files must be left alone before they are read: who writes several, or one in parts, is to be done.
@@ -52,6 +52,11 @@ pub(super) struct Wanted<'a> {
 }
 
 impl Wanted<'_> {
+    /// For the record of an instance.
+    fn files(&self, texts: &Texts, stacks: &[Stack]) -> Files {
+        Files::new(texts, self.manner.dry_run, stacks)
+    }
+
     /// Where these policies hold by now.
     fn placement(&self, policies: &[Policy]) -> Result<Placement, RunError> {
         if self.cgroups.is_empty() {
@@ -67,6 +72,8 @@ pub(super) struct Standing<'a> {
     wanted: Wanted<'a>,
     /// What the files said when they were last read.
     texts: Texts,
+    /// What those said that are in force.
+    in_force: Texts,
     policies: Vec<Policy>,
     stacks: Vec<Stack>,
     files: Watch,
@@ -76,6 +83,8 @@ pub(super) struct Standing<'a> {
     changed: Option<(Instant, Instant)>,
     /// After a cgroup has come, where policies are about containers.
     looks: Option<Looks>,
+    /// Whether the policies do not hold yet where they should.
+    is_behind: bool,
     /// When other policies came in force.
     replaced: Instant,
 }
@@ -86,6 +95,7 @@ impl<'a> Standing<'a> {
         let reach = Reach::of(&policies)?;
         let mut standing = Self {
             wanted,
+            in_force: texts.clone(),
             texts,
             policies,
             stacks: Vec::new(),
@@ -94,6 +104,7 @@ impl<'a> Standing<'a> {
             reach,
             changed: None,
             looks: None,
+            is_behind: false,
             replaced: Instant::now(),
         };
         containers::tell_of_hidden(&containers::wanted_by(&standing.policies));
@@ -107,6 +118,11 @@ impl<'a> Standing<'a> {
         let placement = self.wanted.placement(&self.policies)?;
         self.stacks.clone_from(&placement.stacks);
         Ok(placement)
+    }
+
+    /// What is in force, for the record of an instance.
+    pub(super) fn files(&self) -> Files {
+        self.wanted.files(&self.in_force, &self.stacks)
     }
 
     /// Reports, and follows what changes, until a signal asks for the end.
@@ -140,7 +156,7 @@ impl<'a> Standing<'a> {
             if has_changed && containers::are_wanted_by(&self.policies) {
                 self.looks = Some(Looks::begin());
             }
-            if has_changed || self.looks.as_ref().is_some_and(Looks::are_due) {
+            if has_changed || self.is_behind || self.looks.as_ref().is_some_and(Looks::are_due) {
                 self.retarget(session, writer)?;
                 self.looks = self.looks.take().and_then(Looks::after_one);
             }
@@ -195,18 +211,20 @@ impl<'a> Standing<'a> {
         let reach = Reach::of(&policies)?;
         let Placement { stacks, targets } = self.wanted.placement(&policies)?;
         let desired = session::prepare(&policies, &stacks, manner.dry_run, manner.reporting.timing)?;
-        session.reload(desired, targets)?;
+        session.reload(desired, targets, self.wanted.files(&self.texts, &stacks))?;
         self.replaced = Instant::now();
         containers::tell_of_hidden(&containers::wanted_by(&policies));
         (self.policies, self.stacks, self.reach) = (policies, stacks, reach);
+        self.in_force = self.texts.clone();
         self.follow_cgroups()?;
         // What came while nobody looked.
         self.place(session).map(drop)
     }
 
-    /// Has the policies hold where they should by now. What cannot be done is said, and tried again when more changes.
+    /// Has the policies hold where they should by now. What cannot be done is said, and tried again.
     fn retarget(&mut self, session: &mut Session, writer: &mut Writer) -> Result<(), WatchError> {
         let placed = self.follow_cgroups().and_then(|()| self.place(session));
+        self.is_behind = placed.is_err();
         match placed {
             Ok(true) => writer.retargeted(session).map_err(WatchError::Write),
             Ok(false) => Ok(()),
@@ -229,7 +247,7 @@ impl<'a> Standing<'a> {
             stacks.iter().map(|stack| self.stacks.iter().position(|known| known == stack)).collect();
         let Some(scopes) = scopes else {
             let desired = session::prepare(&self.policies, &stacks, manner.dry_run, manner.reporting.timing)?;
-            session.reload(desired, targets)?;
+            session.reload(desired, targets, self.wanted.files(&self.in_force, &stacks))?;
             self.replaced = Instant::now();
             self.stacks = stacks;
             return Ok(true);

@@ -103,13 +103,14 @@ pub(super) fn watch(
     }
 }
 
-/// Takes the policy out of force and tells of what is left.
+/// Takes the policies out of force, unless they are to stay, and tells of what is left.
 pub(super) fn end(session: &mut Session, writer: &mut Writer) -> Result<(), WatchError> {
     session.end()?;
     loop {
         let (more, told) = tell(session, writer);
         told?;
-        if !more {
+        // Of what stays in force there is always more.
+        if !more || session.stays_as().is_some() {
             return Ok(());
         }
     }

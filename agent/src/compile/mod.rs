@@ -15,7 +15,7 @@ mod prefixes;
 #[cfg(test)]
 mod tests;
 
-use std::path::PathBuf;
+use std::{ops::Range, path::PathBuf};
 
 use abi::{
     RULES_MAX, SETTABLE_MAX, SiteList,
@@ -237,6 +237,13 @@ impl Desired {
         for scope in &mut self.scopes {
             scope.hooks.push(Hook::Birth);
         }
+    }
+
+    /// The indices of the settings of a scope.
+    #[must_use]
+    pub fn settings_of(&self, scope: usize) -> Range<usize> {
+        let first = |scope: usize| Some(self.scopes.get(scope)?.options.first()?.first_setting as usize);
+        first(scope).unwrap_or(self.settings.len())..first(scope + 1).unwrap_or(self.settings.len())
     }
 
     /// The options that any rule sets, each once.

@@ -4,14 +4,21 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    mem,
+    fs, io,
+    path::Path,
 };
 
 use abi::Target as Numbered;
 use aya::Ebpf;
 
-use super::{KernelError, Target, links::Link, maps, tables::Placed};
-use crate::compile::Hook;
+use super::{
+    KernelError, Target,
+    links::{self, Link},
+    maps,
+    pins::{Pinned, Pins},
+    tables::Placed,
+};
+use crate::{compile::Hook, fault};
 
 /// A hook of a cgroup, which is named by its id.
 pub(super) type Point = (u64, Hook);
@@ -22,6 +29,8 @@ pub(super) struct Attached {
     held: BTreeMap<u64, Held>,
     /// The last number that was given to a target.
     pub(super) last_id: u32,
+    /// Where links are pinned, if they are.
+    pins: Option<Pins>,
 }
 
 #[derive(Debug)]
@@ -33,6 +42,39 @@ struct Held {
 }
 
 impl Attached {
+    /// Nothing yet.
+    pub(super) fn new(pins: Option<Pins>) -> Self {
+        Self { pins, ..Self::default() }
+    }
+
+    /// A step is done of what stays in force.
+    pub(super) fn done(&self, step: &'static str) {
+        if self.pins.is_some() {
+            fault::point(step);
+        }
+    }
+
+    pub(super) fn pins(&self) -> Option<&Pins> {
+        self.pins.as_ref()
+    }
+
+    /// Takes over the links that are pinned: each goes on with this object's program, without a moment between.
+    pub(super) fn take_over(&mut self, ebpf: &Ebpf) -> Result<(), KernelError> {
+        let Some(pins) = &self.pins else { return Ok(()) };
+        for Pinned { cgroup, target, hook, link, path } in pins.links()? {
+            if links::is_defunct(&link).unwrap_or(false) {
+                unpin(&path);
+                continue;
+            }
+            let program = ebpf.program(hook.program()).ok_or(KernelError::Incomplete { what: hook.program() })?;
+            let link = Link::take_over(link, program, hook)?;
+            fault::point("link-taken-over");
+            let held = self.held.entry(cgroup);
+            held.or_insert_with(|| Held { target, links: BTreeMap::new(), is_removed: false }).links.insert(hook, link);
+        }
+        Ok(())
+    }
+
     /// Gives targets that have none yet their numbers.
     pub(super) fn place(&mut self, targets: &[Target]) -> Vec<Placed> {
         targets
@@ -71,13 +113,21 @@ impl Attached {
                 continue;
             };
             let attached = attach_to(ebpf, hook, &targets[target]).and_then(|link| {
-                held.links.insert(hook, link);
+                let link = held.links.entry(hook).insert_entry(link).into_mut();
                 added.push((cgroup.id, hook));
-                maps::tell_target(ebpf, hook, cgroup.id, held.target)
+                maps::tell_target(ebpf, hook, cgroup.id, held.target)?;
+                let Some(pins) = &self.pins else { return Ok(()) };
+                fault::point("link-attached");
+                pins.pin_link(link, cgroup.id, held.target, hook)?;
+                fault::point("link-pinned");
+                Ok(())
             });
             match attached {
                 Ok(()) => log::debug!("attached {hook} to {}", cgroup.path.display()),
-                Err(error) if !cgroup.path.exists() => log::debug!("{error}"),
+                Err(error) if !cgroup.path.exists() => {
+                    log::debug!("{error}");
+                    held.is_removed = true;
+                }
                 Err(error) => return (added, Err(error)),
             }
         }
@@ -90,17 +140,38 @@ impl Attached {
 
     /// Lets go of what is not among these, but for what still may hold sockets of a cgroup that was removed.
     pub(super) fn keep(&mut self, points: &BTreeSet<Point>) {
-        for (cgroup, held) in self.held.iter_mut().filter(|(_, held)| !held.is_removed) {
-            held.links.retain(|hook, _| points.contains(&(*cgroup, *hook)));
-        }
-        self.held.retain(|_, held| !held.links.is_empty());
+        self.let_go_where(|held, point| !held.is_removed && !points.contains(point));
     }
 
-    /// Notes that the cgroups which are not among these are removed.
+    /// Lets go of these.
+    pub(super) fn let_go(&mut self, points: &[Point]) {
+        self.let_go_where(|_, point| points.contains(point));
+    }
+
+    /// Lets go of all.
+    pub(super) fn clear(&mut self) {
+        self.let_go_where(|_, _| true);
+    }
+
+    fn let_go_where(&mut self, is_meant: impl Fn(&Held, &Point) -> bool) {
+        for (cgroup, held) in &mut self.held {
+            let points: Vec<Hook> = held.links.keys().copied().collect();
+            for hook in points.into_iter().filter(|hook| is_meant(held, &(*cgroup, *hook))).collect::<Vec<_>>() {
+                if let Some(pins) = &self.pins {
+                    unpin(&pins.link(*cgroup, held.target, hook));
+                }
+                held.links.remove(&hook);
+            }
+        }
+        // One that was removed before anything was attached still has its place in the tables.
+        self.held.retain(|_, held| held.is_removed || !held.links.is_empty());
+    }
+
+    /// Notes that cgroups which are not among these are removed.
     pub(super) fn note_removed(&mut self, targets: &[Target]) {
         let there: BTreeSet<u64> = targets.iter().map(|target| target.cgroup.id).collect();
         for (cgroup, held) in &mut self.held {
-            held.is_removed = !there.contains(cgroup);
+            held.is_removed |= !there.contains(cgroup);
         }
     }
 
@@ -113,22 +184,21 @@ impl Attached {
     pub(super) fn let_go_of_empty(&mut self) -> Vec<(u64, Numbered)> {
         // What cannot be asked about is asked about again.
         let is_empty = |held: &Held| held.links.values().all(|link| link.is_defunct().unwrap_or(false));
-        let gone: Vec<_> = self.held.extract_if(.., |_, held| held.is_removed && is_empty(held)).collect();
-        gone.into_iter().map(|(cgroup, held)| (cgroup, held.target)).collect()
+        let empty = self.held.iter().filter(|(_, held)| held.is_removed && is_empty(held));
+        let gone: Vec<_> = empty.map(|(cgroup, held)| (*cgroup, held.target)).collect();
+        self.let_go_where(|_, (cgroup, _)| gone.iter().any(|(gone, _)| gone == cgroup));
+        self.held.retain(|cgroup, _| !gone.iter().any(|(gone, _)| gone == cgroup));
+        gone
     }
+}
 
-    /// Lets go of these.
-    pub(super) fn let_go(&mut self, points: &[Point]) {
-        for (cgroup, hook) in points {
-            if let Some(held) = self.held.get_mut(cgroup) {
-                held.links.remove(hook);
-            }
+/// Removes a link's path. One that is not there was not pinned yet.
+fn unpin(path: &Path) {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            log::warn!("cannot remove {}: {error}", path.display());
         }
-        self.held.retain(|_, held| !held.links.is_empty());
-    }
-
-    pub(super) fn clear(&mut self) {
-        mem::take(&mut self.held);
+        _ => {}
     }
 }
 

@@ -32,6 +32,15 @@ pub enum KernelError {
     Load { hook: Hook, reason: String },
     #[error("cannot attach to {hook} of cgroup {}: {reason}{}", cgroup.display(), attach_help(.reason))]
     Attach { hook: Hook, cgroup: PathBuf, reason: String },
+    #[error("cannot give the program at {hook} to this agent: {reason}")]
+    TakeOver { hook: Hook, reason: String },
+    #[error(
+        "there is no BPF file system at /sys/fs/bpf, where policies stay that outlive the agent\n  help: mount -t bpf bpf \
+         /sys/fs/bpf"
+    )]
+    NoBpffs,
+    #[error("{}: {source}", path.display())]
+    Pin { path: PathBuf, source: io::Error },
     #[error(
         "the audit cannot use {backend}: {reason}\n  help: leave out --audit-backend and the best one that this kernel \
          has is taken; `sockpolicy doctor` shows which these are"

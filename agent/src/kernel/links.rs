@@ -8,7 +8,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
-use aya::programs::Program;
+use aya::programs::{Program, ProgramFd};
 
 use super::{
     KernelError,
@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{compile::Hook, host::cgroup::Cgroup};
 
-/// Holds a program at a hook, until the last descriptor of it is closed.
+/// Holds a program at a hook, until the last descriptor of it is closed and its path, if it has one, removed.
 #[derive(Debug)]
 pub(super) struct Link(OwnedFd);
 
@@ -27,15 +27,29 @@ impl Link {
     pub(super) fn attach(program: &Program, hook: Hook, cgroup: &Cgroup) -> Result<Self, KernelError> {
         // The entry of map `TARGETS`, which the kernel makes now, is charged too.
         let _memlock = Memlock::raise();
-        let program = program.fd().map_err(|error| KernelError::Load { hook, reason: load_reason(&error) })?;
-        let link = syscall::create_link(program.as_fd(), hook, &cgroup.folder);
+        let link = syscall::create_link(fd(program, hook)?.as_fd(), hook, &cgroup.folder);
         link.map(Self).map_err(|error| KernelError::Attach { hook, cgroup: cgroup.path.clone(), reason: chain(&error) })
+    }
+
+    /// Has a link hold this program, in place of another.
+    pub(super) fn take_over(link: OwnedFd, program: &Program, hook: Hook) -> Result<Self, KernelError> {
+        let updated = syscall::update_link(&link, fd(program, hook)?.as_fd());
+        updated.map_err(|error| KernelError::TakeOver { hook, reason: chain(&error) })?;
+        Ok(Self(link))
     }
 
     /// Whether its cgroup is gone, and all sockets of it.
     pub(super) fn is_defunct(&self) -> io::Result<bool> {
-        Ok(syscall::cgroup_of_link(&self.0)? == 0)
+        is_defunct(&self.0)
     }
+}
+
+pub(super) fn is_defunct(link: &OwnedFd) -> io::Result<bool> {
+    Ok(syscall::cgroup_of_link(link)? == 0)
+}
+
+fn fd(program: &Program, hook: Hook) -> Result<&ProgramFd, KernelError> {
+    program.fd().map_err(|error| KernelError::Load { hook, reason: load_reason(&error) })
 }
 
 impl AsFd for Link {

@@ -1,6 +1,6 @@
 //! Typed handles on the maps: what is written before the programs run, and what is read while they do.
 
-use std::{collections::BTreeMap, ffi::c_void, num::NonZeroUsize, ptr::NonNull};
+use std::{collections::BTreeMap, ffi::c_void, num::NonZeroUsize, path::Path, ptr::NonNull};
 
 use abi::{
     Config, Losses,
@@ -10,11 +10,15 @@ use abi::{
 };
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{self, Array, CgroupStorageKey, HashMap, Map, MapError, PerCpuHashMap},
+    maps::{self, Array, CgroupStorageKey, HashMap, Map, MapData, MapError, PerCpuHashMap},
 };
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
-use super::{KernelError, syscall::attach_type};
+use super::{
+    KernelError,
+    pins::{self, Pins},
+    syscall::{self, attach_type},
+};
 use crate::{compile::Hook, host::process, policy::model::Calls};
 
 pub(super) const EVENTS: &str = "EVENTS";
@@ -30,6 +34,48 @@ pub(super) fn size(loader: &mut EbpfLoader<'_>, calls: Calls, processes: &[u32],
         loader.map_max_entries(map, entries.max(1) as u32);
     }
     loader.map_max_entries(EVENTS, if calls == Calls::Conflicts { EVENT_BYTES } else { CALL_BYTES });
+}
+
+/// Has maps stay that outlive the agent, or taken over where they have.
+pub(super) fn keep(loader: &mut EbpfLoader<'_>, pins: &Pins) -> Result<(), KernelError> {
+    for map in pins::MAPS {
+        let path = pins.map(map);
+        if map == EVENTS && path.exists() {
+            let bytes = MapData::from_pin(&path).and_then(|map| map.info()).map_err(map_error(EVENTS))?.max_entries();
+            loader.map_max_entries(EVENTS, bytes);
+        }
+        loader.map_pin_path(map, path);
+    }
+    Ok(())
+}
+
+/// Takes out of force what the configuration that is pinned there says to be. What it means does not matter: zero is inert in
+/// every layout.
+pub(super) fn end(path: &Path) -> Result<(), KernelError> {
+    if !path.exists() {
+        return Ok(());
+    }
+    let map = MapData::from_pin(path).map_err(map_error("CONFIG"))?;
+    syscall::write_zeroes(map.fd(), map.info().map_err(map_error("CONFIG"))?.value_size())
+        .map_err(|source| KernelError::Pin { path: path.to_owned(), source })
+}
+
+/// Whether what is pinned is in force.
+pub(super) fn is_in_force(pins: &Pins) -> Result<bool, KernelError> {
+    let path = pins.map("CONFIG");
+    if !path.exists() {
+        return Ok(false);
+    }
+    let map = MapData::from_pin(&path).map_err(map_error("CONFIG"))?;
+    let map = Array::<_, Config>::try_from(Map::Array(map)).map_err(map_error("CONFIG"))?;
+    Ok(map.get(&0, 0).map_err(map_error("CONFIG"))?.in_force != 0)
+}
+
+/// What is in force.
+pub(super) fn config(ebpf: &Ebpf) -> Result<Config, KernelError> {
+    let map = ebpf.map("CONFIG").ok_or(KernelError::Incomplete { what: "CONFIG" })?;
+    let map = Array::<_, Config>::try_from(map).map_err(map_error("CONFIG"))?;
+    map.get(&0, 0).map_err(map_error("CONFIG"))
 }
 
 /// Writes what does not change with the policies.

@@ -5,7 +5,7 @@
 //!
 //! Invariant: nothing is half in force. Programs are attached while their configuration is inert,
 //! and the last step of [`Object::enable`] is what makes all of them act at once. Everything is held
-//! by file descriptors of this process, so whatever ends it ends the policy.
+//! by file descriptors of this process, so whatever ends it ends the policy, unless it is pinned ([`Pins`]).
 
 mod attached;
 mod audit;
@@ -18,6 +18,8 @@ mod memlock;
 mod misses;
 mod neighbours;
 mod object;
+mod observe;
+mod pins;
 mod probe;
 mod syscall;
 mod tables;
@@ -27,6 +29,8 @@ pub use self::{
     error::KernelError,
     neighbours::{Neighbour, Turn, neighbours, overruling},
     object::{Object, ProgramSize, Record, Staged},
+    observe::{MapIds, Observed},
+    pins::Pins,
     probe::{Answer, Probed, audit_backends, hooks},
 };
 

@@ -6,6 +6,7 @@
 
 use std::{
     collections::BTreeSet,
+    mem,
     os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
     thread,
 };
@@ -29,11 +30,14 @@ use super::{
     maps::{self, LossesView},
     memlock::Memlock,
     misses::misses,
+    observe::MapIds,
+    pins::Pins,
     syscall,
-    tables::Tables,
+    tables::{Former, Tables},
 };
 use crate::{
     compile::{Desired, Hook},
+    fault,
     host::cgroup::is_initial_namespace,
     policy::model::{self, Calls},
 };
@@ -49,8 +53,10 @@ const EVENT_INTERVAL_NS: u64 = 200_000_000;
 pub struct Object {
     /// Before the programs, so that they go first.
     attached: Attached,
-    /// The tables of the policies in force, and before them those that sockets may still be set up by.
-    generations: Vec<Tables>,
+    /// The tables of the policies in force, if this object has put them so.
+    tables: Option<Tables>,
+    /// Those that sockets may still be set up by.
+    former: Vec<Former>,
     /// The hooks that the policies in force need.
     needed: BTreeSet<Point>,
     config: Config,
@@ -66,15 +72,14 @@ pub struct Object {
     refused: Vec<(Hook, String)>,
     audit: Option<Audit>,
     by_process: bool,
+    /// What was attached for policies that are not in force yet.
+    added: Vec<Point>,
 }
 
-/// Policies that are ready to be put in force. What was attached for them stays until [`Object::enable`] or
-/// [`Object::abandon`].
+/// Policies that are ready to be put in force.
 pub struct Staged {
     tables: Tables,
     needed: BTreeSet<Point>,
-    /// What was attached for them.
-    added: Vec<Point>,
     target_levels: u64,
 }
 
@@ -90,33 +95,69 @@ pub enum Record {
 const EVENT_LEN: usize = size_of::<Event>();
 const FILE_LEN: usize = size_of::<ExecutableFile>();
 
+impl Staged {
+    /// What their generation will be numbered.
+    #[must_use]
+    pub fn generation(&self) -> u32 {
+        self.tables.generation
+    }
+}
+
 impl Object {
     /// Loads the programs for these hooks. Nothing is attached yet. Programs that this kernel cannot run are left out: see
     /// [`Self::refused`].
     ///
     /// Where there are `processes`, the audit follows the calls of these only, as far as they are in a target.
     ///
+    /// With `pins`, what is put in force stays when this value is gone. What is pinned there and in force already is taken over:
+    /// it goes on by these programs, until other policies take its place.
+    ///
     /// # Errors
     ///
     /// Where this process lacks capabilities, or the kernel has no memory for all this.
-    pub fn load(hooks: &[Hook], audit: model::Audit, processes: &[u32]) -> Result<Self, KernelError> {
+    pub fn load(
+        hooks: &[Hook],
+        audit: model::Audit,
+        processes: &[u32],
+        pins: Option<Pins>,
+    ) -> Result<Self, KernelError> {
         super::check_privileges()?;
         let _memlock = Memlock::raise();
         let knowledge = Knowledge::gather()?;
         let mut loader = knowledge.loader(audit.timing);
         loader.verifier_log_level(VerifierLogLevel::DEBUG);
         maps::size(&mut loader, audit.calls, processes, &knowledge.members);
+        let mut hooks = hooks.to_vec();
+        if let Some(pins) = &pins {
+            if !maps::is_in_force(pins)? {
+                // What is left of a start that was cut off.
+                pins.remove_ours()?;
+            }
+            pins.make_folders()?;
+            maps::keep(&mut loader, pins)?;
+            hooks.extend(pins.hooks()?.into_iter().filter(|hook| !hooks.contains(hook)).collect::<Vec<_>>());
+        }
         let mut ebpf = loader.load(OBJECT)?;
+        if pins.is_some() {
+            fault::point("maps-made");
+        }
         maps::fill(&mut ebpf, processes, &knowledge.members)?;
-        let refused = load_programs(&mut ebpf, hooks)?;
+        let refused = load_programs(&mut ebpf, &hooks)?;
+        let config = maps::config(&ebpf)?;
+        let mut attached = Attached::new(pins);
+        attached.last_id = config.last_target;
+        attached.take_over(&ebpf)?;
+        let generations = if config.in_force == 0 { 0..0 } else { config.oldest..config.generation + 1 };
+        let former = generations.map(|number| Former::of_another(&ebpf, number)).collect::<Result<_, _>>()?;
         let ring = ebpf.take_map(maps::EVENTS).ok_or(KernelError::Incomplete { what: maps::EVENTS })?;
         let ring = RingBuf::try_from(ring).map_err(|source| KernelError::Map { map: maps::EVENTS, source })?;
         let losses = LossesView::of(&mut ebpf)?;
         Ok(Self {
-            attached: Attached::default(),
-            generations: Vec::new(),
+            attached,
+            tables: None,
+            former,
             needed: BTreeSet::new(),
-            config: Config::default(),
+            config,
             ebpf,
             ring,
             losses,
@@ -126,6 +167,7 @@ impl Object {
             refused,
             audit: None,
             by_process: !processes.is_empty(),
+            added: Vec::new(),
         })
     }
 
@@ -143,6 +185,29 @@ impl Object {
         let _memlock = Memlock::raise();
         self.refused.extend(load_programs(&mut self.ebpf, &new)?);
         Ok(())
+    }
+
+    /// The generations that were in force before this object's, and by which sockets may still be set up.
+    pub fn former(&self) -> impl Iterator<Item = u32> {
+        self.former.iter().map(|former| former.generation)
+    }
+
+    /// By which others can look at what comes of it.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel does not tell.
+    pub fn map_ids(&self) -> Result<MapIds, KernelError> {
+        MapIds::of(&self.ebpf)
+    }
+
+    /// Removes what another build with another layout has pinned: what it had in force is by now beside what this one has.
+    ///
+    /// # Errors
+    ///
+    /// Where it cannot be removed.
+    pub fn replace_others(&self) -> Result<(), KernelError> {
+        self.attached.pins().map_or(Ok(()), Pins::remove_others)
     }
 
     /// Why events cannot tell what the kernel's structures say of a socket, if they cannot.
@@ -181,7 +246,7 @@ impl Object {
         self.disable()?;
         let counters = self.counters()?;
         self.attached.clear();
-        self.generations.clear();
+        self.tables = None;
         while self.next_record().is_some() {}
         Ok((result, counters))
     }
@@ -198,24 +263,31 @@ impl Object {
         let placed = self.attached.place(targets);
         let tables = Tables::make(generation, desired, &placed)?;
         tables.install(&mut self.ebpf)?;
+        self.attached.done("tables-installed");
         let (added, attached) = self.attached.attach(&mut self.ebpf, desired.attachments(&scopes), targets);
         if let Err(error) = attached {
             self.attached.let_go(&added);
             return Err(error);
         }
-        Ok(Staged { tables, needed: needed(desired, targets), added, target_levels: target_levels(targets) })
+        self.added = added;
+        Ok(Staged { tables, needed: needed(desired, targets), target_levels: target_levels(targets) })
     }
 
     /// Whether there is room for the tables of one more generation beside those that are kept.
     #[must_use]
     pub fn has_room(&self) -> bool {
         // Sockets that find their generation's number among those that are kept may look at its tables a moment later.
-        (self.generations.len() as u32) < GENERATIONS - 1
+        self.config.in_force == 0 || self.config.generation - self.config.oldest < GENERATIONS - 2
     }
 
     /// Undoes what [`Self::stage`] did.
-    pub fn abandon(&mut self, staged: &Staged) {
-        self.attached.let_go(&staged.added);
+    pub fn abandon(&mut self, _: Staged) {
+        self.let_go_of_added();
+    }
+
+    fn let_go_of_added(&mut self) {
+        let added = mem::take(&mut self.added);
+        self.attached.let_go(&added);
     }
 
     /// Puts policies in force, at once and in place of others. Gives the number of their generation.
@@ -224,7 +296,7 @@ impl Object {
     ///
     /// Where the configuration cannot be written.
     pub fn enable(&mut self, staged: Staged, calls: Calls) -> Result<u32, KernelError> {
-        let Staged { tables, needed, target_levels, added: _ } = staged;
+        let Staged { tables, needed, target_levels } = staged;
         let config = Config {
             in_force: 1,
             calls: match calls {
@@ -236,13 +308,15 @@ impl Object {
             event_interval_ns: if calls == Calls::Conflicts { EVENT_INTERVAL_NS } else { 0 },
             by_process: u32::from(self.by_process),
             generation: tables.generation,
-            oldest: self.generations.first().map_or(tables.generation, |oldest| oldest.generation),
+            oldest: if self.config.in_force == 0 { tables.generation } else { self.config.oldest },
             last_target: self.attached.last_id,
         };
         maps::configure(&mut self.ebpf, config)?;
+        self.attached.done("enabled");
         self.config = config;
-        self.generations.push(tables);
+        self.former.extend(self.tables.replace(tables).map(Tables::into_former));
         self.needed = needed;
+        self.added.clear();
         Ok(config.generation)
     }
 
@@ -254,7 +328,7 @@ impl Object {
     /// Where the kernel refuses; then new ones are no targets.
     pub fn retarget(&mut self, desired: &Desired, targets: &[Target]) -> Result<bool, KernelError> {
         let _memlock = Memlock::raise();
-        let Some(tables) = self.generations.last_mut() else { return Ok(false) };
+        let Some(tables) = &mut self.tables else { return Ok(false) };
         let placed = self.attached.place(targets);
         if !placed.iter().all(|placed| tables.has_room(placed.target.place)) {
             self.attached.keep(&self.needed);
@@ -297,7 +371,7 @@ impl Object {
     /// Where the kernel refuses.
     pub fn let_go_of_removed(&mut self) -> Result<(), KernelError> {
         let gone = self.attached.let_go_of_empty();
-        let Some(tables) = self.generations.last_mut() else { return Ok(()) };
+        let Some(tables) = &mut self.tables else { return Ok(()) };
         gone.into_iter().try_for_each(|(cgroup, target)| tables.clear(target, cgroup))
     }
 
@@ -310,11 +384,11 @@ impl Object {
     pub fn retire(&mut self) -> Result<Vec<(u32, Vec<Counters>)>, KernelError> {
         let config = Config { oldest: self.config.generation, ..self.config };
         maps::configure(&mut self.ebpf, config)?;
+        self.attached.done("retired");
         self.config = config;
         self.attached.keep(&self.needed);
-        let before = self.generations.len().saturating_sub(1);
-        let retired = self.generations.drain(..before);
-        retired.map(|tables| Ok((tables.generation, tables.counters()?))).collect()
+        self.attached.done("let-go");
+        self.former.drain(..).map(|former| Ok((former.generation, former.counters()?))).collect()
     }
 
     /// Attaches the audit to the kernel's setsockopt and, if that is wanted, getsockopt; in place of one that is there.
@@ -367,7 +441,7 @@ impl Object {
     ///
     /// Where the map cannot be read.
     pub fn counters(&self) -> Result<Vec<Counters>, KernelError> {
-        self.generations.last().map_or(Ok(Vec::new()), Tables::counters)
+        self.tables.as_ref().map_or(Ok(Vec::new()), Tables::counters)
     }
 
     /// What was lost.
@@ -415,8 +489,15 @@ impl Object {
     }
 }
 
+/// What is not in force leaves no pins.
 impl Drop for Object {
     fn drop(&mut self) {
+        self.let_go_of_added();
+        if let Some(pins) = self.attached.pins().filter(|_| self.config.in_force == 0)
+            && let Err(error) = pins.remove_ours()
+        {
+            log::warn!("{error}");
+        }
         if let Some(audit) = self.audit {
             audit.unload(&mut self.ebpf);
         }

@@ -1,8 +1,13 @@
 //! What aya has no call for: bpf(2) itself.
 
 use std::{
+    ffi::CString,
     io, mem,
-    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
+    os::{
+        fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
 };
 
 use aya::sys::BpfHelper;
@@ -40,6 +45,51 @@ unsafe fn object_info<T>(object: &impl AsFd) -> io::Result<T> {
     // The kernel writes to `info` no more than its length.
     bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attributes)?;
     Ok(info)
+}
+
+/// Gives a link another program, at once (5.7).
+pub(super) fn update_link(link: &impl AsFd, program: impl AsFd) -> io::Result<()> {
+    let mut attributes = no_attributes();
+    // SAFETY: the part of the union that BPF_LINK_UPDATE takes.
+    let update = unsafe { &mut attributes.link_update };
+    update.link_fd = link.as_fd().as_raw_fd() as u32;
+    update.__bindgen_anon_1.new_prog_fd = program.as_fd().as_raw_fd() as u32;
+    bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attributes).map(drop)
+}
+
+/// Gives an object a path in a BPF file system, which keeps it until that is removed.
+pub(super) fn pin(object: &impl AsFd, path: &Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut attributes = no_attributes();
+    // SAFETY: the part of the union that BPF_OBJ_PIN takes.
+    let pin = unsafe { &mut attributes.__bindgen_anon_4 };
+    pin.pathname = path.as_ptr() as u64;
+    pin.bpf_fd = object.as_fd().as_raw_fd() as u32;
+    bpf(bpf_cmd::BPF_OBJ_PIN, &mut attributes).map(drop)
+}
+
+/// Opens what is pinned at a path.
+pub(super) fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut attributes = no_attributes();
+    // SAFETY: the part of the union that BPF_OBJ_GET takes.
+    let get = unsafe { &mut attributes.__bindgen_anon_4 };
+    get.pathname = path.as_ptr() as u64;
+    let object = bpf(bpf_cmd::BPF_OBJ_GET, &mut attributes)?;
+    // SAFETY: a descriptor that is nobody's yet.
+    Ok(unsafe { OwnedFd::from_raw_fd(object) })
+}
+
+/// Writes zeroes to the first entry of an array whose values have this many bytes.
+pub(super) fn write_zeroes(map: &impl AsFd, bytes: u32) -> io::Result<()> {
+    let (key, value) = (0_u32, vec![0_u8; bytes as usize]);
+    let mut attributes = no_attributes();
+    // SAFETY: the part of the union that BPF_MAP_UPDATE_ELEM takes.
+    let update = unsafe { &mut attributes.__bindgen_anon_2 };
+    update.map_fd = map.as_fd().as_raw_fd() as u32;
+    update.key = (&raw const key) as u64;
+    update.__bindgen_anon_1.value = value.as_ptr() as u64;
+    bpf(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attributes).map(drop)
 }
 
 /// Attaches a program to a hook of a cgroup (5.7). Without flags, which is what the kernel wants: links always stand beside

@@ -48,7 +48,6 @@ pub(super) struct Tables {
     options_per_scope: u32,
     /// Entries of `places`.
     room: u32,
-    settings: usize,
     places: Array<MapData, Place>,
     followed: HashMap<MapData, u64, u32>,
     selectors: Array<MapData, Selectors>,
@@ -74,7 +73,6 @@ impl Tables {
             generation,
             options_per_scope: desired.options.len() as u32,
             room,
-            settings: desired.settings.len(),
             places: Array::create(room, flags::ARRAY).map_err(map_error("PLACES"))?,
             followed: HashMap::create(room, flags::HASH).map_err(map_error("FOLLOWED"))?,
             selectors: array("SELECTORS", scopes().map(|scope| scope.selectors))?,
@@ -151,16 +149,50 @@ impl Tables {
         })
     }
 
-    /// The counters of each setting, summed over CPUs.
     pub(super) fn counters(&self) -> Result<Vec<Counters>, KernelError> {
-        let cpus = cpus()? as u32;
-        let of_setting = |setting: u32| {
-            let slots = setting * cpus..(setting + 1) * cpus;
-            let mut slots = slots.map(|slot| self.counters.get(&slot, 0).map_err(map_error("COUNTERS")));
-            slots.try_fold(Counters::default(), |sum, slot| Ok(sum.plus(&slot?)))
-        };
-        (0..self.settings as u32).map(of_setting).collect()
+        sums(&self.counters)
     }
+
+    /// What is left to look at when others are in force.
+    pub(super) fn into_former(self) -> Former {
+        Former { generation: self.generation, counters: self.counters }
+    }
+}
+
+/// Tables by which only sockets go on that are still being set up.
+pub(super) struct Former {
+    pub(super) generation: u32,
+    counters: Array<MapData, Counters>,
+}
+
+impl Former {
+    /// Those of a generation that another agent put in force.
+    pub(super) fn of_another(ebpf: &Ebpf, generation: u32) -> Result<Self, KernelError> {
+        let outer = ebpf.map("COUNTERS").ok_or(KernelError::Incomplete { what: "COUNTERS" })?;
+        Self::within(outer, generation)
+    }
+
+    /// The same, in the map of all counters.
+    pub(super) fn within(outer: &Map, generation: u32) -> Result<Self, KernelError> {
+        let outer = ArrayOfMaps::<_, Array<MapData, Counters>>::try_from(outer).map_err(map_error("COUNTERS"))?;
+        let counters = outer.get(&index::slot_of(generation), 0).map_err(map_error("COUNTERS"))?;
+        Ok(Self { generation, counters })
+    }
+
+    pub(super) fn counters(&self) -> Result<Vec<Counters>, KernelError> {
+        sums(&self.counters)
+    }
+}
+
+/// The counters of each setting, summed over CPUs.
+fn sums(counters: &Array<MapData, Counters>) -> Result<Vec<Counters>, KernelError> {
+    let cpus = cpus()? as u32;
+    let of_setting = |setting: u32| {
+        let slots = setting * cpus..(setting + 1) * cpus;
+        let mut slots = slots.map(|slot| counters.get(&slot, 0).map_err(map_error("COUNTERS")));
+        slots.try_fold(Counters::default(), |sum, slot| Ok(sum.plus(&slot?)))
+    };
+    (0..counters.len() / cpus).map(of_setting).collect()
 }
 
 /// As many counters as each setting has: one for each CPU that there can be.

@@ -108,6 +108,17 @@ impl Sources {
 }
 
 impl Texts {
+    /// What was read before.
+    #[must_use]
+    pub fn of(files: impl Iterator<Item = (PathBuf, String)>) -> Self {
+        Self(files.map(|(path, text)| Ok(Source::new(&path, text))).collect())
+    }
+
+    /// The files' paths, and what they say.
+    pub fn files(&self) -> impl Iterator<Item = (&Path, &str)> {
+        self.0.iter().flatten().map(|source| (source.path(), source.text()))
+    }
+
     /// The policies that they describe.
     ///
     /// # Errors

@@ -10,10 +10,16 @@ use crate::{
 };
 
 impl Summary {
+    /// What came of each setting.
+    #[must_use]
+    pub fn settings_json(&self) -> Vec<Value> {
+        self.lines.iter().map(line_json).collect()
+    }
+
     /// The summary as one line of JSON, without its end.
     #[must_use]
     pub fn to_json(&self, time: jiff::Timestamp) -> String {
-        let Self { policies, targets, audit, gaps, lines, calls, lost } = self;
+        let Self { policies, targets, audit, gaps, lines: _, calls, lost } = self;
         let losses: Map<String, Value> =
             lost.by_reason().into_iter().map(|(reason, count)| (reason.name.to_owned(), count.into())).collect();
         json!({
@@ -27,7 +33,7 @@ impl Summary {
             "blind_to": audit.map(super::Audit::blind_to),
             "gaps": gaps.iter().map(Gap::to_json).collect::<Vec<_>>(),
             "conflicts": self.conflicts(),
-            "settings": lines.iter().map(line_json).collect::<Vec<_>>(),
+            "settings": self.settings_json(),
             "calls": calls.iter().map(CallLine::to_json).collect::<Vec<_>>(),
             "losses": losses,
         })

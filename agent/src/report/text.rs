@@ -17,8 +17,7 @@ impl fmt::Display for Summary {
             writeln!(f, "sockpolicy: the calls of {targets}")?;
         } else {
             writeln!(f, "sockpolicy: {}", self.policies_on(&targets))?;
-            self.write_settings(f)?;
-            self.write_conflicts(f)?;
+            self.tables().fmt(f)?;
             self.gaps.iter().try_for_each(|gap| writeln!(f, "\ngap: {gap}"))?;
         }
         if !self.calls.is_empty() {
@@ -37,7 +36,23 @@ impl fmt::Display for Summary {
     }
 }
 
+/// What was set, and who disagreed.
+struct Tables<'a>(&'a Summary);
+
+impl fmt::Display for Tables<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.write_settings(f)?;
+        self.0.write_conflicts(f)
+    }
+}
+
 impl Summary {
+    /// Only what was set, and who disagreed.
+    #[must_use]
+    pub fn tables(&self) -> impl fmt::Display {
+        Tables(self)
+    }
+
     fn policies_on(&self, targets: &str) -> String {
         let manner = |mode| match mode {
             Mode::Enforce => "enforced",

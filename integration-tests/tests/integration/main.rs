@@ -18,6 +18,7 @@ mod gaps;
 mod lifecycle;
 mod matching;
 mod overruling;
+mod persistence;
 mod plan;
 mod policies;
 mod preamble;

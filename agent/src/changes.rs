@@ -1,0 +1,183 @@
+//! What would be different if other policies took the place of those in force: two [`Held`] → [`Change`]s.
+//!
+//! Pure: both are told as they are compiled.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
+
+use serde_json::{Value, json};
+
+use crate::{
+    compile::{Desired, Hook},
+    events::SCHEMA,
+    policy::model::Mode,
+    values,
+};
+
+/// What policies come to, in words that can be compared.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Held {
+    attached: BTreeSet<(String, Hook)>,
+    /// By cgroup, policy, rule and option: what it is to be.
+    settings: BTreeMap<Place, String>,
+}
+
+/// Where a setting holds, and whose it is.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Place {
+    pub cgroup: String,
+    pub policy: String,
+    pub rule: String,
+    pub option: String,
+}
+
+/// One difference.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    Attach { hook: Hook, cgroup: String },
+    LetGo { hook: Hook, cgroup: String },
+    Add { place: Place, wanted: String },
+    Remove { place: Place, was: String },
+    Alter { place: Place, was: String, wanted: String },
+}
+
+impl Held {
+    /// Of policies on targets, which are names of cgroups with the numbers of their scopes.
+    #[must_use]
+    pub fn of(desired: &Desired, targets: &[(String, usize)]) -> Self {
+        let mut held = Self::default();
+        for (cgroup, number) in targets {
+            let Some(scope) = desired.scopes.get(*number) else { continue };
+            held.attached.extend(scope.hooks.iter().map(|hook| (cgroup.clone(), *hook)));
+            for setting in desired.settings_of(*number) {
+                let Some((source, rule)) = desired.source(setting as u32) else { continue };
+                let place = Place {
+                    cgroup: cgroup.clone(),
+                    policy: rule.policy.clone(),
+                    rule: rule.rule.clone(),
+                    option: source.option.to_string(),
+                };
+                let wanted = values::form_text(source.option.key(), &source.form);
+                let mode = if rule.mode == Mode::DryRun { " (dry run)" } else { "" };
+                held.settings.insert(place, format!("{wanted}{mode}"));
+            }
+        }
+        held
+    }
+}
+
+/// What there is to do to get from the one to the other: attach, then decide otherwise, then let go, as it is done.
+#[must_use]
+pub fn changes(before: &Held, after: &Held) -> Vec<Change> {
+    let attach = after.attached.difference(&before.attached);
+    let attach = attach.map(|(cgroup, hook)| Change::Attach { hook: *hook, cgroup: cgroup.clone() });
+    let removed = before.settings.iter().filter(|(place, _)| !after.settings.contains_key(place));
+    let removed = removed.map(|(place, was)| Change::Remove { place: place.clone(), was: was.clone() });
+    let others = after.settings.iter().filter_map(|(place, wanted)| {
+        let (place, wanted) = (place.clone(), wanted.clone());
+        match before.settings.get(&place) {
+            None => Some(Change::Add { place, wanted }),
+            Some(was) if *was == wanted => None,
+            Some(was) => Some(Change::Alter { place, was: was.clone(), wanted }),
+        }
+    });
+    let let_go = before.attached.difference(&after.attached);
+    let let_go = let_go.map(|(cgroup, hook)| Change::LetGo { hook: *hook, cgroup: cgroup.clone() });
+    attach.chain(removed).chain(others).chain(let_go).collect()
+}
+
+impl Change {
+    /// As a line of JSON.
+    #[must_use]
+    pub fn to_json(&self) -> Value {
+        let setting = |step: &str, place: &Place, was: Option<&String>, wanted: Option<&String>| {
+            let Place { cgroup, policy, rule, option } = place;
+            json!({
+                "schema": SCHEMA, "step": step, "cgroup": cgroup, "policy": policy, "rule": rule, "option": option,
+                "was": was, "wanted": wanted,
+            })
+        };
+        match self {
+            Self::Attach { hook, cgroup } => {
+                json!({ "schema": SCHEMA, "step": "attach", "hook": hook.name(), "cgroup": cgroup })
+            }
+            Self::LetGo { hook, cgroup } => {
+                json!({ "schema": SCHEMA, "step": "detach", "hook": hook.name(), "cgroup": cgroup })
+            }
+            Self::Add { place, wanted } => setting("add", place, None, Some(wanted)),
+            Self::Remove { place, was } => setting("remove", place, Some(was), None),
+            Self::Alter { place, was, wanted } => setting("alter", place, Some(was), Some(wanted)),
+        }
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { cgroup, policy, rule, option: _ } = self;
+        write!(f, "{policy}, rule {rule}, on {cgroup}")
+    }
+}
+
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Attach { hook, cgroup } => write!(f, "attach {hook} to {cgroup}"),
+            Self::LetGo { hook, cgroup } => write!(f, "detach {hook} from {cgroup}"),
+            Self::Add { place, wanted } => write!(f, "+ {} = {wanted}  ({place})", place.option),
+            Self::Remove { place, was } => write!(f, "- {} = {was}  ({place})", place.option),
+            Self::Alter { place, was, wanted } => write!(f, "~ {} = {was} -> {wanted}  ({place})", place.option),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::{compile::compile, policy};
+
+    fn held(rules: &str, targets: &[&str]) -> Held {
+        let policy = policy::parse(Path::new("web.toml"), rules).unwrap().0;
+        let desired = compile(&[policy], &[vec![0]]).unwrap();
+        Held::of(&desired, &targets.iter().map(|target| ((*target).to_owned(), 0)).collect::<Vec<_>>())
+    }
+
+    fn said(before: &Held, after: &Held) -> Vec<String> {
+        changes(before, after).iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn only_what_is_different_is_said() {
+        let before = held("[[rule]]\nname = \"r\"\nset = { SO_MARK = 1, TCP_NODELAY = true }\n", &["/a"]);
+        let after = held("[[rule]]\nname = \"r\"\nset = { SO_MARK = 2, TCP_KEEPCNT = 3 }\n", &["/a"]);
+        assert_eq!(said(&before, &before), [""; 0]);
+        assert_eq!(
+            said(&before, &after),
+            [
+                "- TCP_NODELAY = true  (web, rule r, on /a)",
+                "~ SO_MARK = 0x1 -> 0x2  (web, rule r, on /a)",
+                "+ TCP_KEEPCNT = 3  (web, rule r, on /a)",
+            ]
+        );
+    }
+
+    #[test]
+    fn programs_are_attached_where_a_target_is_new_and_detached_where_one_goes() {
+        let rules =
+            "[audit]\nreads = false\n[[rule]]\nname = \"r\"\nmatch = { protocol = \"udp\" }\ndeny = [\"SO_MARK\"]\n";
+        assert_eq!(
+            said(&held(rules, &["/a"]), &held(rules, &["/b"])),
+            [
+                "attach cgroup/sock_create to /b",
+                "attach cgroup/setsockopt to /b",
+                "- SO_MARK = denied  (web, rule r, on /a)",
+                "+ SO_MARK = denied  (web, rule r, on /b)",
+                "detach cgroup/sock_create from /a",
+                "detach cgroup/setsockopt from /a",
+            ]
+        );
+    }
+}

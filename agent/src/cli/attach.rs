@@ -1,0 +1,130 @@
+//! `sockpolicy attach` and `sockpolicy detach`: policies in force without an agent.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use super::{
+    FAILURE, check, complain,
+    output::GapsArgument,
+    run::{DEFAULT_INSTANCE, Placement, RunError, names},
+};
+use crate::{
+    events::Filter,
+    host::{cgroup::Mount, process},
+    instance::{Instance, InstanceError},
+    kernel::{self, BackendChoice, KernelError, Pins},
+    policy::{Policy, Sources, Texts},
+    session::{self, Files, Session, SessionError, Setup},
+};
+
+/// Put policies in force and leave them so, without an agent
+///
+/// Nothing is reported and no new cgroup becomes a target; `run --persist` takes over and does both. Conflicts are counted:
+/// `status` shows them. What an instance of this name has in force is replaced, without a moment between.
+#[derive(Debug, clap::Args)]
+pub(super) struct Attach {
+    /// Policy files, and folders whose *.toml are policies
+    #[arg(required = true, value_name = "FILE|DIR")]
+    files: Vec<PathBuf>,
+    /// Target, in place of the files' own: a cgroup's path below the cgroup2 mount, or absolute; can be given
+    /// several times
+    #[arg(long, value_name = "PATH")]
+    cgroup: Vec<PathBuf>,
+    /// Change nothing; count what would be done
+    #[arg(long)]
+    dry_run: bool,
+    #[command(flatten)]
+    gaps: GapsArgument,
+    /// Name of the instance, for `status` and `detach`
+    #[arg(long, value_name = "NAME", default_value = DEFAULT_INSTANCE)]
+    instance: String,
+}
+
+impl Attach {
+    pub(super) fn run(self) -> ExitCode {
+        let texts = Sources::new(&self.files).read();
+        let Some(policies) = check::shown(texts.policies()) else { return FAILURE.into() };
+        match self.attach(&texts, &policies) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                complain(&error);
+                FAILURE.into()
+            }
+        }
+    }
+
+    fn attach(&self, texts: &Texts, policies: &[Policy]) -> Result<(), RunError> {
+        process::raise_descriptor_limit();
+        let mount = Mount::find()?;
+        let Placement { stacks, targets } = Placement::find(&mount, &self.cgroup, policies)?;
+        let desired = session::prepare(policies, &stacks, self.dry_run, false)?;
+        kernel::check_privileges().map_err(SessionError::from)?;
+        let instance = Instance::become_one(&self.instance, true)?;
+        instance.check_others(&names(&targets))?;
+        let files = Files::new(texts, self.dry_run, &stacks);
+        let setup = Setup {
+            desired,
+            mount,
+            targets,
+            backend: BackendChoice::None,
+            gaps: self.gaps.choice(),
+            filter: Filter::default(),
+            instance: Some((instance, files)),
+        };
+        let session = Session::start(setup)?;
+        for gap in session.gaps() {
+            log::warn!("gap: {gap}");
+        }
+        session.finish()?;
+        Ok(())
+    }
+}
+
+/// Take policies out of force that stay without an agent
+///
+/// Programs, links and maps of the instance are gone afterwards. Sockets keep the values that they have.
+#[derive(Debug, clap::Args)]
+pub(super) struct Detach {
+    /// The instance, as `status` names it
+    #[arg(value_name = "NAME", default_value = DEFAULT_INSTANCE)]
+    instance: String,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum DetachError {
+    #[error(transparent)]
+    Instance(#[from] InstanceError),
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    #[error("no instance `{name}` has policies in force without an agent{}", list(.others))]
+    None { name: String, others: Vec<String> },
+}
+
+fn list(names: &[String]) -> String {
+    if names.is_empty() { String::new() } else { format!("\n  help: these have: {}", names.join(", ")) }
+}
+
+impl Detach {
+    pub(super) fn run(self) -> ExitCode {
+        match self.detach() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                complain(&error);
+                FAILURE.into()
+            }
+        }
+    }
+
+    fn detach(&self) -> Result<(), DetachError> {
+        let name = &self.instance;
+        kernel::check_privileges()?;
+        let mut instance = Instance::become_one(name, true)?;
+        let pins = Pins::of(name)?;
+        // Whatever comes of it, what it says of itself is not true any more.
+        instance.forget();
+        if !pins.exist() {
+            return Err(DetachError::None { name: name.clone(), others: Pins::instances() });
+        }
+        pins.end()?;
+        Ok(pins.remove()?)
+    }
+}

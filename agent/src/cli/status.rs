@@ -1,0 +1,213 @@
+//! `sockpolicy status`: which policies are in force on this host, by whom, and what has come of them.
+
+use std::{
+    io::{self, Write},
+    path::PathBuf,
+    process::ExitCode,
+};
+
+use serde_json::json;
+
+use super::{FAILURE, complain, output::Format, unless_closed};
+use crate::{
+    compile::Desired,
+    events::SCHEMA,
+    host::cgroup::Mount,
+    instance::{self, Generation, RecordError, Seen},
+    kernel::{self, KernelError, Neighbour},
+    policy::model::Mode,
+    report::{Counts, Lost, Report, Summary},
+};
+
+/// Show what is in force on this host: instances, targets, hooks, counters, and the programs of others beside ours
+#[derive(Debug, clap::Args)]
+pub(super) struct Status {
+    /// Only this instance
+    #[arg(value_name = "NAME")]
+    instance: Option<String>,
+    /// Form of the answer: text, or a line of JSON for each instance
+    #[arg(long, short, value_enum, default_value_t)]
+    output: Format,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub(super) enum StatusError {
+    #[error("no instance `{name}` of sockpolicy is here{}", list(.others))]
+    None { name: String, others: Vec<String> },
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    #[error("what instance `{name}` has in force cannot be told: {source}")]
+    Unknown { name: String, source: Box<Unknown> },
+    #[error("cannot write the status: {0}")]
+    Write(#[from] io::Error),
+}
+
+fn list(names: &[String]) -> String {
+    if names.is_empty() { String::new() } else { format!("\n  help: these are: {}", names.join(", ")) }
+}
+
+/// Why less than all can be said of an instance.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Unknown {
+    #[error("it has left no record, or one that this build cannot read")]
+    NoRecord,
+    #[error("its record says nothing of what is in force")]
+    NotRecorded,
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+}
+
+/// What an instance has in force.
+pub(super) struct InForce {
+    pub(super) generation: Generation,
+    pub(super) desired: Desired,
+    summary: Summary,
+}
+
+impl Status {
+    pub(super) fn run(self) -> ExitCode {
+        match self.tell() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                complain(&error);
+                FAILURE.into()
+            }
+        }
+    }
+
+    fn tell(&self) -> Result<(), StatusError> {
+        kernel::check_privileges()?;
+        let mut seen = instance::all();
+        if let Some(name) = &self.instance {
+            let others = seen.iter().map(|seen| seen.name.clone()).collect();
+            seen.retain(|seen| seen.name == *name);
+            if seen.is_empty() {
+                return Err(StatusError::None { name: name.clone(), others });
+            }
+        }
+        let mut out = io::stdout().lock();
+        let mut written = Ok(());
+        if seen.is_empty() && self.output == Format::Text {
+            written = writeln!(out, "no policies are in force");
+        }
+        for (number, seen) in seen.iter().enumerate() {
+            let looked = look(seen);
+            written = written.and_then(|()| match self.output {
+                Format::Text if number > 0 => writeln!(out).and_then(|()| write_text(&mut out, seen, &looked)),
+                Format::Text => write_text(&mut out, seen, &looked),
+                Format::Json => write_json(&mut out, seen, &looked),
+            });
+        }
+        Ok(unless_closed(written)?)
+    }
+}
+
+/// What the instance of this name has in force.
+pub(super) fn in_force(name: &str) -> Result<InForce, StatusError> {
+    kernel::check_privileges()?;
+    let Some(seen) = instance::see(name) else {
+        let others = instance::all().into_iter().map(|seen| seen.name).collect();
+        return Err(StatusError::None { name: name.to_owned(), others });
+    };
+    look(&seen).map_err(|source| StatusError::Unknown { name: name.to_owned(), source: Box::new(source) })
+}
+
+/// Looks at what is in force now.
+fn look(seen: &Seen) -> Result<InForce, Unknown> {
+    let record = seen.record.as_ref().ok_or(Unknown::NoRecord)?;
+    let observed = record.maps.observe()?;
+    let is_in_force = |generation: &&Generation| Some(generation.number) == observed.generation;
+    let generation = record.generations.iter().find(is_in_force).ok_or(Unknown::NotRecorded)?.clone();
+    let desired = generation.desired()?;
+    let mut report = Report::default();
+    report.count(generation.number, &desired, &observed.counters(generation.number)?);
+    let targets = generation.targets.iter().map(|(name, _)| name.clone()).collect();
+    let lost = Lost { losses: observed.losses, ..Lost::default() };
+    let summary = report.summarize(&desired, Counts { calls: Vec::new(), lost }, targets, None, Vec::new());
+    Ok(InForce { generation, desired, summary })
+}
+
+fn holder(seen: &Seen) -> String {
+    let persists = seen.record.as_ref().is_some_and(|record| record.persists);
+    match seen.pid {
+        Some(pid) if persists => format!("runs as process {pid}, and stays in force when that ends"),
+        Some(pid) => format!("runs as process {pid}"),
+        None => "in force without an agent".to_owned(),
+    }
+}
+
+fn write_text(out: &mut impl Write, seen: &Seen, looked: &Result<InForce, Unknown>) -> io::Result<()> {
+    writeln!(out, "instance {}: {}", seen.name, holder(seen))?;
+    let InForce { generation, desired, summary } = match looked {
+        Ok(in_force) => in_force,
+        Err(error) => return writeln!(out, "  what it has in force cannot be told: {error}"),
+    };
+    for (number, scope) in desired.scopes.iter().enumerate() {
+        let mode = match scope.mode {
+            Mode::Enforce => "enforced",
+            Mode::DryRun => "dry run",
+        };
+        writeln!(out, "  {} ({mode})", scope.policies.join(", then "))?;
+        for (target, _) in generation.targets.iter().filter(|(_, scope)| *scope == number) {
+            writeln!(out, "    on {target}")?;
+        }
+        let hooks: Vec<_> = scope.hooks.iter().map(|hook| hook.name()).collect();
+        writeln!(out, "    by {}", hooks.join(", "))?;
+    }
+    write!(out, "{}", summary.tables())?;
+    for (reason, count) in summary.lost.by_reason().into_iter().filter(|(_, count)| *count > 0) {
+        writeln!(out, "\nlost: {count} {}", reason.what)?;
+    }
+    match others_beside(generation) {
+        Err(error) => writeln!(out, "\nwhich programs of others are attached there cannot be told: {error}"),
+        Ok(others) if others.is_empty() => Ok(()),
+        Ok(others) => {
+            writeln!(out, "\nattached there by others:")?;
+            others.iter().try_for_each(|other| writeln!(out, "  {:18}  {other}", other.hook.name()))
+        }
+    }
+}
+
+fn write_json(out: &mut impl Write, seen: &Seen, looked: &Result<InForce, Unknown>) -> io::Result<()> {
+    let mut line = json!({
+        "schema": SCHEMA,
+        "instance": seen.name,
+        "pid": seen.pid,
+        "persists": seen.record.as_ref().map(|record| record.persists),
+        "version": seen.record.as_ref().map(|record| &record.version),
+    });
+    match looked {
+        Err(error) => line["unknown"] = error.to_string().into(),
+        Ok(InForce { generation, desired, summary }) => {
+            let target = |(name, scope): &(String, usize)| {
+                let scope = desired.scopes.get(*scope);
+                json!({
+                    "cgroup": name,
+                    "policies": scope.map(|scope| &scope.policies),
+                    "mode": scope.map(|scope| scope.mode.name()),
+                    "hooks": scope.map(|scope| scope.hooks.iter().map(|hook| hook.name()).collect::<Vec<_>>()),
+                })
+            };
+            line["generation"] = generation.number.into();
+            line["targets"] = generation.targets.iter().map(target).collect();
+            line["settings"] = summary.settings_json().into();
+            let lost = summary.lost.by_reason().into_iter();
+            line["losses"] = lost.map(|(reason, count)| (reason.name.to_owned(), json!(count))).collect();
+            line["others"] = others_beside(generation)
+                .ok()
+                .map_or_else(|| serde_json::Value::Null, |others| others.iter().map(Neighbour::to_json).collect());
+        }
+    }
+    writeln!(out, "{line}")
+}
+
+/// The programs of others that run for sockets of these targets.
+fn others_beside(generation: &Generation) -> io::Result<Vec<Neighbour>> {
+    let mount = Mount::find().map_err(io::Error::other)?;
+    let targets: Vec<PathBuf> =
+        generation.targets.iter().map(|(name, _)| name.trim_start_matches('/').into()).collect();
+    let all = kernel::neighbours(&mount)?.into_iter();
+    Ok(all.filter(|neighbour| !neighbour.is_sockpolicy() && neighbour.turn(&targets).is_some()).collect())
+}

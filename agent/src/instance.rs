@@ -1,0 +1,301 @@
+//! Instances: sockpolicy as it runs, or as it has left policies in force, and how others find out.
+//!
+//! Each has a name, and below `/run/sockpolicy` a lock, held by the agent for as long as it runs, and a record of what is in
+//! force: the policies' own texts, so that another agent, or `status`, comes to the same tables by the same code.
+//!
+//! Invariant: a record is written before what it tells of comes in force, so that whatever is in force is told of.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Read as _, Seek as _, Write as _},
+    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
+};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    compile::Desired,
+    coverage::Stack,
+    kernel::{KernelError, MapIds, Pins},
+    policy::{Policy, PolicyErrors, Texts},
+    session::{self, SessionError},
+};
+
+/// Where instances leave word of themselves.
+const FOLDER: &str = "/run/sockpolicy";
+
+#[derive(Debug, thiserror::Error)]
+pub enum InstanceError {
+    #[error("{}: {source}", path.display())]
+    File { path: PathBuf, source: io::Error },
+    #[error(
+        "instance `{name}` of sockpolicy runs already, as process {pid}\n  help: end that one first (kill {pid}), or give \
+         this one another name with --instance"
+    )]
+    Running { name: String, pid: String },
+    #[error(
+        "cgroup {cgroup} is a target of instance `{name}` already, which {holder}\n  help: end that one first ({remedy}), or \
+         put all policies for this cgroup into one instance"
+    )]
+    Governed { cgroup: String, name: String, holder: String, remedy: String },
+    #[error("`{0}` is no name for an instance\n  help: take letters, digits, `-` and `_`")]
+    Name(String),
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+}
+
+/// What is in force, or will be in a moment.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// The version of sockpolicy that wrote this.
+    pub version: String,
+    /// Whether it stays in force when the agent is gone.
+    pub persists: bool,
+    pub maps: MapIds,
+    /// The latest last. Of several, the configuration in the kernel says which is in force.
+    pub generations: Vec<Generation>,
+}
+
+/// Policies that are, or were, in force together.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Generation {
+    pub number: u32,
+    pub files: Vec<Text>,
+    /// Whether nothing is to be changed, whatever the files say.
+    pub dry_run: bool,
+    pub stacks: Vec<Stack>,
+    /// Names of cgroups, each with the number of its stack.
+    pub targets: Vec<(String, usize)>,
+}
+
+/// A policy file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Text {
+    pub path: PathBuf,
+    pub text: String,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    #[error(transparent)]
+    Policy(#[from] PolicyErrors),
+    #[error(transparent)]
+    Session(#[from] SessionError),
+}
+
+impl Generation {
+    /// The policies, as they were read.
+    ///
+    /// # Errors
+    ///
+    /// Where they are no policies to this build.
+    pub fn policies(&self) -> Result<Vec<Policy>, PolicyErrors> {
+        let files = self.files.iter().map(|Text { path, text }| (path.clone(), text.clone()));
+        Ok(Texts::of(files).policies()?.0)
+    }
+
+    /// The tables, as they were made.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Self::policies`].
+    pub fn desired(&self) -> Result<Desired, RecordError> {
+        Ok(session::prepare(&self.policies()?, &self.stacks, self.dry_run, false)?)
+    }
+}
+
+/// An instance that this process is, until this is dropped.
+#[derive(Debug)]
+pub struct Instance {
+    name: String,
+    _lock: Flock<File>,
+    /// Whether its record is to stay.
+    persists: bool,
+}
+
+impl Instance {
+    /// Becomes an instance.
+    ///
+    /// # Errors
+    ///
+    /// Where there is one of this name that runs.
+    pub fn become_one(name: &str, persists: bool) -> Result<Self, InstanceError> {
+        check_name(name)?;
+        fs::create_dir_all(FOLDER).map_err(|source| InstanceError::File { path: FOLDER.into(), source })?;
+        let path = path_of(name, "lock");
+        let failed = |source| InstanceError::File { path: path.clone(), source };
+        loop {
+            let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o644).open(&path);
+            let mut lock = match Flock::lock(file.map_err(failed)?, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) => lock,
+                Err((mut file, Errno::EAGAIN)) => {
+                    let mut pid = String::new();
+                    file.read_to_string(&mut pid).map_err(failed)?;
+                    return Err(InstanceError::Running { name: name.to_owned(), pid: pid.trim().to_owned() });
+                }
+                Err((_, errno)) => return Err(failed(errno.into())),
+            };
+            // Who held it may have removed it meanwhile.
+            if !is_same(&lock, &path) {
+                continue;
+            }
+            lock.set_len(0).and_then(|()| lock.rewind()).map_err(failed)?;
+            writeln!(lock, "{}", std::process::id()).map_err(failed)?;
+            return Ok(Self { name: name.to_owned(), _lock: lock, persists });
+        }
+    }
+
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Leaves word of what is, or will be, in force.
+    ///
+    /// # Errors
+    ///
+    /// Where it cannot be written.
+    pub fn write(&self, record: &Record) -> Result<(), InstanceError> {
+        let (path, new) = (path_of(&self.name, "json"), path_of(&self.name, "new"));
+        let failed = |source| InstanceError::File { path: path.clone(), source };
+        fs::write(&new, serde_json::to_vec(record).map_err(|error| failed(error.into()))?).map_err(failed)?;
+        fs::rename(&new, &path).map_err(failed)
+    }
+
+    /// Where what it has in force is to be kept, if it is to stay when this process is gone.
+    ///
+    /// # Errors
+    ///
+    /// Where there is no BPF file system.
+    pub fn pins(&self) -> Result<Option<Pins>, InstanceError> {
+        Ok(if self.persists { Some(Pins::of(&self.name)?) } else { None })
+    }
+
+    #[must_use]
+    pub fn persists(&self) -> bool {
+        self.persists
+    }
+
+    /// The record that is there.
+    #[must_use]
+    pub fn record(&self) -> Option<Record> {
+        read_record(&self.name)
+    }
+
+    /// Nothing is in force any more.
+    pub fn forget(&mut self) {
+        self.persists = false;
+    }
+
+    /// Whether one of these cgroups, by their names, is a target of another instance.
+    ///
+    /// # Errors
+    ///
+    /// If so.
+    pub fn check_others(&self, cgroups: &[&str]) -> Result<(), InstanceError> {
+        for other in all().into_iter().filter(|other| other.name != self.name) {
+            let governed = other.record.iter().filter_map(|record| record.generations.last());
+            let mut governed = governed.flat_map(|generation| &generation.targets).map(|(cgroup, _)| cgroup);
+            let Some(cgroup) = governed.find(|cgroup| cgroups.contains(&cgroup.as_str())) else { continue };
+            let (holder, remedy) = match other.pid {
+                Some(pid) => (format!("runs as process {pid}"), format!("kill {pid}")),
+                None => ("is in force without an agent".to_owned(), format!("sockpolicy detach {}", other.name)),
+            };
+            return Err(InstanceError::Governed { cgroup: cgroup.clone(), name: other.name, holder, remedy });
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Instance {
+    fn drop(&mut self) {
+        if !self.persists {
+            let _ = fs::remove_file(path_of(&self.name, "json"));
+        }
+        // While it is locked still, so that nobody else's is removed.
+        let _ = fs::remove_file(path_of(&self.name, "lock"));
+    }
+}
+
+/// An instance, seen from outside.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    pub name: String,
+    /// Of the agent, if one runs.
+    pub pid: Option<u32>,
+    pub record: Option<Record>,
+    /// Whether anything of it stays in the kernel without an agent.
+    pub is_pinned: bool,
+}
+
+/// All instances that there are, by name. What dead ones have left is removed.
+#[must_use]
+pub fn all() -> Vec<Seen> {
+    let entries = fs::read_dir(FOLDER).into_iter().flatten().flatten();
+    let mut names: Vec<String> = entries
+        .filter_map(|entry| {
+            let path = entry.path();
+            let is_ours = path.extension().is_some_and(|kind| kind == "json" || kind == "lock");
+            is_ours.then(|| path.file_stem()?.to_str().map(str::to_owned)).flatten()
+        })
+        .chain(Pins::instances())
+        .collect();
+    names.sort();
+    names.dedup();
+    names.into_iter().filter_map(|name| see(&name)).collect()
+}
+
+/// One instance, if there is one of this name.
+#[must_use]
+pub fn see(name: &str) -> Option<Seen> {
+    let is_pinned = Pins::instances().iter().any(|pinned| pinned == name);
+    let pid = holder(name);
+    if pid.is_none() && !is_pinned {
+        for kind in ["json", "lock"] {
+            let _ = fs::remove_file(path_of(name, kind));
+        }
+        return None;
+    }
+    Some(Seen { name: name.to_owned(), pid, record: read_record(name), is_pinned })
+}
+
+fn read_record(name: &str) -> Option<Record> {
+    let bytes = fs::read(path_of(name, "json")).ok()?;
+    serde_json::from_slice(&bytes).inspect_err(|error| log::debug!("record of instance {name}: {error}")).ok()
+}
+
+/// Who holds the lock, if anybody does.
+fn holder(name: &str) -> Option<u32> {
+    let mut file = File::open(path_of(name, "lock")).ok()?;
+    match Flock::lock(file.try_clone().ok()?, FlockArg::LockSharedNonblock) {
+        Ok(_) => None,
+        Err(_) => {
+            let mut pid = String::new();
+            file.read_to_string(&mut pid).ok()?;
+            pid.trim().parse().ok()
+        }
+    }
+}
+
+fn is_same(file: &File, path: &Path) -> bool {
+    let (Ok(one), Ok(other)) = (file.metadata(), fs::metadata(path)) else { return false };
+    (one.dev(), one.ino()) == (other.dev(), other.ino())
+}
+
+fn path_of(name: &str, kind: &str) -> PathBuf {
+    Path::new(FOLDER).join(format!("{name}.{kind}"))
+}
+
+/// A name is a file's, and one in a BPF file system too, which takes no dots.
+fn check_name(name: &str) -> Result<(), InstanceError> {
+    let is_good = |character: char| character.is_ascii_alphanumeric() || "-_".contains(character);
+    if name.is_empty() || name.len() > 64 || !name.chars().all(is_good) {
+        return Err(InstanceError::Name(name.to_owned()));
+    }
+    Ok(())
+}

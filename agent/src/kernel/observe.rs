@@ -1,0 +1,74 @@
+//! What an instance has in force, read from its maps by who is not its agent.
+
+use abi::{Config, Counters, Losses};
+use aya::{
+    Ebpf, Pod,
+    maps::{Array, Map, MapData},
+};
+use serde::{Deserialize, Serialize};
+
+use super::{KernelError, maps::map_error, tables::Former};
+
+/// The kernel's numbers of the maps that tell what is in force and what comes of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MapIds {
+    config: u32,
+    counters: u32,
+    losses: u32,
+}
+
+/// What is in force, and what has come of it.
+#[derive(Debug)]
+pub struct Observed {
+    /// Number of the generation in force; `None` where nothing is.
+    pub generation: Option<u32>,
+    pub losses: Losses,
+    counters: Map,
+}
+
+impl MapIds {
+    pub(super) fn of(ebpf: &Ebpf) -> Result<Self, KernelError> {
+        let id = |name: &'static str| {
+            let map = match ebpf.map(name) {
+                Some(Map::Array(map) | Map::ArrayOfMaps(map)) => map,
+                _ => return Err(KernelError::Incomplete { what: name }),
+            };
+            Ok(map.info().map_err(map_error(name))?.id())
+        };
+        Ok(Self { config: id("CONFIG")?, counters: id("COUNTERS")?, losses: id("LOSSES")? })
+    }
+
+    /// Looks at what is there now.
+    ///
+    /// # Errors
+    ///
+    /// Where these maps are gone, or may not be read.
+    pub fn observe(self) -> Result<Observed, KernelError> {
+        let Config { in_force, generation, .. } = first(self.config, "CONFIG")?;
+        Ok(Observed {
+            generation: (in_force != 0).then_some(generation),
+            losses: first(self.losses, "LOSSES")?,
+            counters: open(self.counters, "COUNTERS")?,
+        })
+    }
+}
+
+impl Observed {
+    /// The counters of each setting of a generation.
+    ///
+    /// # Errors
+    ///
+    /// Where its tables are gone.
+    pub fn counters(&self, generation: u32) -> Result<Vec<Counters>, KernelError> {
+        Former::within(&self.counters, generation)?.counters()
+    }
+}
+
+fn open(map: u32, name: &'static str) -> Result<Map, KernelError> {
+    MapData::from_id(map).and_then(Map::from_map_data).map_err(map_error(name))
+}
+
+fn first<T: Pod>(map: u32, name: &'static str) -> Result<T, KernelError> {
+    let map = Array::<_, T>::try_from(open(map, name)?).map_err(map_error(name))?;
+    map.get(&0, 0).map_err(map_error(name))
+}

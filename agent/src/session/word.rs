@@ -1,0 +1,77 @@
+//! The word that a session leaves of itself, as an instance's record.
+
+use super::{Files, Generation};
+use crate::{
+    fault,
+    instance::{self, Instance, InstanceError, Record},
+    kernel::{MapIds, Target},
+};
+
+/// An instance, and what it says of itself.
+pub(super) struct Word {
+    instance: Instance,
+    record: Record,
+}
+
+impl Word {
+    /// Of an instance that takes over generations of these numbers, if any.
+    pub(super) fn of(instance: Instance, maps: MapIds, former: &[u32]) -> Self {
+        let mut generations = instance.record().map(|record| record.generations).unwrap_or_default();
+        generations.retain(|generation| former.contains(&generation.number));
+        let record =
+            Record { version: env!("CARGO_PKG_VERSION").to_owned(), persists: instance.persists(), maps, generations };
+        Self { instance, record }
+    }
+
+    /// The policies that were taken over. Those that this build does not understand are left out.
+    pub(super) fn former(&self) -> Vec<Generation> {
+        let understood = self.record.generations.iter().filter_map(|generation| {
+            let desired = generation.desired();
+            let desired = desired.inspect_err(|error| log::debug!("generation {}: {error}", generation.number)).ok()?;
+            Some(Generation { number: generation.number, desired })
+        });
+        understood.collect()
+    }
+
+    /// Says what will be in force in a moment.
+    pub(super) fn add(&mut self, number: u32, files: Files, targets: &[Target]) -> Result<(), InstanceError> {
+        let Files { texts, dry_run, stacks } = files;
+        let generation = instance::Generation { number, files: texts, dry_run, stacks, targets: named(targets) };
+        self.record.generations.push(generation);
+        self.instance.write(&self.record)?;
+        fault::point("recorded");
+        Ok(())
+    }
+
+    /// Says where that is in force.
+    pub(super) fn retarget(&mut self, targets: &[Target]) -> Result<(), InstanceError> {
+        if let Some(last) = self.record.generations.last_mut() {
+            last.targets = named(targets);
+        }
+        self.instance.write(&self.record)
+    }
+
+    /// Says that all others are history.
+    pub(super) fn forget_all_but(&mut self, number: u32) -> Result<(), InstanceError> {
+        self.record.generations.retain(|generation| generation.number == number);
+        self.instance.write(&self.record)
+    }
+
+    /// What the files said that are in force.
+    pub(super) fn files(&self) -> Files {
+        self.record.generations.last().map_or_else(Files::default, |last| Files {
+            texts: last.files.clone(),
+            dry_run: last.dry_run,
+            stacks: last.stacks.clone(),
+        })
+    }
+
+    /// The name under which what is in force stays so, if it does.
+    pub(super) fn stays_as(&self) -> Option<&str> {
+        self.instance.persists().then(|| self.instance.name())
+    }
+}
+
+fn named(targets: &[Target]) -> Vec<(String, usize)> {
+    targets.iter().map(|target| (target.cgroup.name.clone(), target.scope)).collect()
+}

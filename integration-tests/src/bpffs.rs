@@ -1,0 +1,92 @@
+//! The BPF file system, and what instances of sockpolicy leave in it.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::Once,
+};
+
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+
+use crate::{agent, must, policy::unique_name};
+
+const PATH: &str = "/sys/fs/bpf";
+
+/// An instance of sockpolicy whose policies stay. What is left of it is removed when dropped.
+#[derive(Debug)]
+pub struct Instance {
+    pub name: String,
+}
+
+impl Instance {
+    /// A name that no other has, on a host that has a BPF file system: it is mounted where it belongs if it is not, and stays.
+    #[must_use]
+    pub fn new() -> Self {
+        static MOUNT: Once = Once::new();
+        MOUNT.call_once(|| {
+            let is_mounted = || statfs(PATH).is_ok_and(|stat| stat.filesystem_type() == BPF_FS_MAGIC);
+            if !is_mounted() {
+                must(Command::new("mount").args(["-t", "bpf", "bpf", PATH]).status(), "mount a BPF file system");
+            }
+            assert!(is_mounted(), "there is no BPF file system at {PATH}");
+        });
+        Self { name: unique_name() }
+    }
+
+    /// Where its pins are.
+    #[must_use]
+    pub fn folder(&self) -> PathBuf {
+        Path::new(PATH).join("sockpolicy").join(&self.name)
+    }
+
+    /// What is left of it: pins, a record, a lock.
+    #[must_use]
+    pub fn left(&self) -> Vec<PathBuf> {
+        let run = |kind: &str| Path::new("/run/sockpolicy").join(format!("{}.{kind}", self.name));
+        [self.folder(), run("json"), run("lock"), run("new")].into_iter().filter(|path| path.exists()).collect()
+    }
+
+    /// `sockpolicy COMMAND --instance NAME …`, run to its end.
+    #[track_caller]
+    pub fn run(&self, command: &str, arguments: &[&str]) -> std::process::Output {
+        agent::output(&[&[command, "--instance", &self.name], arguments].concat())
+    }
+
+    /// `sockpolicy attach`, which succeeds.
+    #[track_caller]
+    pub fn attach(&self, policy: &Path) {
+        let output = self.run("attach", &[agent::WITH_GAPS, must(policy.to_str().ok_or("no text"), "name a policy")]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    /// `sockpolicy detach`, which succeeds and leaves nothing.
+    #[track_caller]
+    pub fn detach(&self) {
+        let output = agent::output(&["detach", &self.name]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(self.left().is_empty(), "{:?}", self.left());
+    }
+
+    /// Its pins become those of a build with another layout.
+    pub fn pretend_other_layout(&self) {
+        let entries = must(fs::read_dir(self.folder()), "list pins");
+        for entry in entries.flatten() {
+            must(fs::rename(entry.path(), self.folder().join("0123456789abcdef")), "rename pins");
+        }
+    }
+}
+
+impl Default for Instance {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for Instance {
+    fn drop(&mut self) {
+        if !self.left().is_empty() {
+            let _ = agent::command(&["detach", &self.name]).output();
+        }
+    }
+}

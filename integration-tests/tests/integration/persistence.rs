@@ -1,0 +1,368 @@
+//! Policies that stay in force when the agent is gone, and agents that take over.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::unix::process::ExitStatusExt,
+    process::{Command, Stdio},
+};
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use sockpolicy_integration_tests::{
+    agent::{self, Run},
+    bpffs::Instance,
+    cgroup::Cgroup,
+    foreign::{Foreign, Manner, attached},
+    options::{SO_MARK, SO_RCVLOWAT},
+    policy::PolicyFile,
+    probe::Probe,
+    process::{Running, workload},
+    script::{Family, Kind},
+    wait,
+};
+
+use crate::{stderr, stdout};
+
+fn sets_mark(target: &Cgroup, mark: i32) -> String {
+    format!("[target]\ncgroup = {:?}\n[[rule]]\nname = \"r\"\nset = {{ SO_MARK = {mark} }}\n", target.name())
+}
+
+fn mark(target: &Cgroup) -> i32 {
+    Probe::start(target).fresh(SO_MARK)
+}
+
+fn run_persistent(instance: &Instance, policy: &PolicyFile) -> Run {
+    Run::started(policy, &["--persist", "--instance", &instance.name])
+}
+
+#[test]
+fn attached_policies_hold_without_an_agent_until_they_are_detached() {
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let policy = PolicyFile::new(sets_mark(&target, 1));
+    instance.attach(policy.path());
+    let mut probe = Probe::start(&target);
+    let socket = probe.open(Family::Inet, Kind::Tcp);
+    assert_eq!(probe.int(socket, SO_MARK), 1);
+    probe.set(socket, SO_MARK, 9).unwrap();
+    assert_eq!(probe.int(socket, SO_MARK), 1);
+    instance.detach();
+    assert_eq!(attached(&target), 0);
+    // The socket keeps what it has, and is its owner's.
+    assert_eq!((probe.int(socket, SO_MARK), probe.fresh(SO_MARK)), (1, 0));
+    probe.set(socket, SO_MARK, 9).unwrap();
+    assert_eq!(probe.int(socket, SO_MARK), 9);
+}
+
+#[test]
+fn attached_policies_give_way_to_others_of_the_same_instance() {
+    let (one, other, instance) = (Cgroup::new(), Cgroup::new(), Instance::new());
+    instance.attach(PolicyFile::new(sets_mark(&one, 1)).path());
+    instance.attach(PolicyFile::new(sets_mark(&one, 2)).path());
+    assert_eq!(mark(&one), 2);
+    instance.attach(PolicyFile::new(sets_mark(&other, 3)).path());
+    assert_eq!((mark(&one), mark(&other), attached(&one)), (0, 3, 0));
+    instance.detach();
+}
+
+#[test]
+fn policies_of_a_persistent_run_stay_and_the_next_one_takes_over() {
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let policy = PolicyFile::new(sets_mark(&target, 1));
+    let run = run_persistent(&instance, &policy);
+    let mut probe = Probe::start(&target);
+    assert_eq!(probe.fresh(SO_MARK), 1);
+    run.signal(Signal::SIGKILL);
+    let killed = run.wait_for_end();
+    assert_eq!(killed.status.signal(), Some(Signal::SIGKILL as i32));
+    let socket = probe.open(Family::Inet, Kind::Tcp);
+    // What nobody has heard of yet.
+    probe.set(socket, SO_MARK, 9).unwrap();
+    assert_eq!(probe.int(socket, SO_MARK), 1);
+
+    let run = run_persistent(&instance, &policy);
+    fs::write(policy.path(), sets_mark(&target, 2)).unwrap();
+    run.notice("reload", 1);
+    assert_eq!(probe.fresh(SO_MARK), 2);
+    run.signal(Signal::SIGTERM);
+    let ended = run.wait_for_end();
+    assert!(ended.status.success(), "{}", stderr(&ended));
+    assert!(stderr(&ended).contains(&format!("`sockpolicy detach {}` ends that", instance.name)), "{}", stderr(&ended));
+    let told = stdout(&ended);
+    assert!(told.contains("\"event\":\"conflict\""), "the call between the two agents is not told of: {told}");
+    assert_eq!(probe.fresh(SO_MARK), 2);
+    instance.detach();
+    assert_eq!(attached(&target), 0);
+}
+
+#[test]
+fn another_agent_for_the_same_cgroup_or_of_the_same_name_is_refused() {
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let policy = PolicyFile::new(sets_mark(&target, 1));
+    let path = policy.path().to_str().unwrap();
+    let run = run_persistent(&instance, &policy);
+    let (name, pid) = (&instance.name, run.pid());
+    let refused = |output: std::process::Output, error: String| {
+        assert_eq!((stderr(&output), output.status.code()), (error, Some(2)));
+    };
+    let runs = format!(
+        "error: instance `{name}` of sockpolicy runs already, as process {pid}\n  help: end that one first (kill {pid}), or \
+         give this one another name with --instance\n"
+    );
+    refused(instance.run("attach", &[path]), runs.clone());
+    refused(instance.run("run", &["--persist", path]), runs.clone());
+    refused(agent::output(&["detach", name]), runs);
+    refused(
+        agent::output(&["run", path]),
+        format!(
+            "error: cgroup {} is a target of instance `{name}` already, which runs as process {pid}\n  help: end that one \
+             first (kill {pid}), or put all policies for this cgroup into one instance\n",
+            target.name()
+        ),
+    );
+    assert_eq!(mark(&target), 1);
+    run.signal(Signal::SIGKILL);
+    run.wait_for_end();
+    let output = agent::output(&["run", path]);
+    assert!(stderr(&output).contains("is in force without an agent"), "{}", stderr(&output));
+    instance.detach();
+}
+
+#[test]
+fn status_tells_of_instances_and_of_programs_of_others() {
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let policy = PolicyFile::new(sets_mark(&target, 1));
+    let name = &instance.name;
+    let status =
+        || -> Value { serde_json::from_slice(&agent::output(&["status", "--output", "json", name]).stdout).unwrap() };
+    instance.attach(policy.path());
+    let foreign = Foreign::attach(&target, SO_RCVLOWAT, Manner::Link);
+    let mut probe = Probe::start(&target);
+    let socket = probe.open(Family::Inet, Kind::Tcp);
+    probe.set(socket, SO_MARK, 9).unwrap();
+    let told = status();
+    assert_eq!(
+        (&told["instance"], &told["pid"], &told["persists"]),
+        (&name.as_str().into(), &Value::Null, &true.into())
+    );
+    assert_eq!(
+        (&told["targets"][0]["cgroup"], &told["targets"][0]["mode"]),
+        (&target.name().into(), &"enforce".into())
+    );
+    let setting = &told["settings"][0];
+    assert_eq!(
+        (&setting["option"], &setting["rule"], &setting["sockets"]["set"]),
+        (&"SO_MARK".into(), &"r".into(), &1.into())
+    );
+    assert_eq!(setting["calls"]["conflicts"]["rewritten"], 1);
+    assert_eq!(told["others"].as_array().unwrap().len(), 1, "{told}");
+    drop(foreign);
+
+    let run = run_persistent(&instance, &policy);
+    assert_eq!((&status()["pid"], &status()["others"]), (&run.pid().into(), &Value::Array(Vec::new())));
+    let text = stdout(&agent::output(&["status", name]));
+    let first = format!(
+        "instance {name}: runs as process {}, and stays in force when that ends\n  policy (enforced)\n",
+        run.pid()
+    );
+    assert!(
+        text.starts_with(&first) && text.contains(&format!("    on {}\n    by cgroup/sock_create, ", target.name())),
+        "{text}"
+    );
+    run.signal(Signal::SIGTERM);
+    run.wait_for_end();
+    instance.detach();
+    let output = agent::output(&["status", name]);
+    assert!(
+        stderr(&output).starts_with(&format!("error: no instance `{name}` of sockpolicy is here")),
+        "{}",
+        stderr(&output)
+    );
+}
+
+#[test]
+fn status_tells_of_an_agent_whose_policies_do_not_stay() {
+    let target = Cgroup::new();
+    let run = Run::start(&PolicyFile::new("[[rule]]\nset = { SO_MARK = 1 }\n"), &target);
+    let name = format!("run-{}", run.pid());
+    let text = stdout(&agent::output(&["status", &name]));
+    assert!(text.starts_with(&format!("instance {name}: runs as process {}\n", run.pid())), "{text}");
+    run.finish();
+    assert_eq!(agent::output(&["status", &name]).status.code(), Some(2));
+}
+
+#[test]
+fn plan_tells_what_would_be_different_from_what_is_in_force() {
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let policy = PolicyFile::new(sets_mark(&target, 1));
+    instance.attach(policy.path());
+    let plan = || stdout(&agent::output(&["plan", "--instance", &instance.name, policy.path().to_str().unwrap()]));
+    let name = &instance.name;
+    assert_eq!(plan(), format!("no difference from what instance {name} has in force\n"));
+    fs::write(policy.path(), sets_mark(&target, 2).replace(" }", ", TCP_NODELAY = true }")).unwrap();
+    let place = format!("(policy, rule r, on {})", target.name());
+    assert_eq!(
+        plan(),
+        format!(
+            "different from what instance {name} has in force:\n  ~ SO_MARK = 0x1 -> 0x2  {place}\n  + TCP_NODELAY = true  \
+             {place}\n"
+        )
+    );
+    instance.detach();
+}
+
+#[test]
+fn detach_of_nothing_says_so() {
+    let instance = Instance::new();
+    let output = agent::output(&["detach", &instance.name]);
+    assert!(stderr(&output).starts_with("error: no instance `"), "{}", stderr(&output));
+    assert_eq!(output.status.code(), Some(2));
+    assert!(instance.left().is_empty(), "{:?}", instance.left());
+}
+
+#[test]
+fn pins_of_another_layout_are_replaced() {
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let policy = PolicyFile::new(sets_mark(&target, 1));
+    instance.attach(policy.path());
+    let before = attached(&target);
+    instance.pretend_other_layout();
+    fs::write(policy.path(), sets_mark(&target, 2)).unwrap();
+    instance.attach(policy.path());
+    assert_eq!((mark(&target), attached(&target)), (2, before));
+    instance.pretend_other_layout();
+    instance.detach();
+    assert_eq!((mark(&target), attached(&target)), (0, 0));
+}
+
+/// Steps of `attach`, and how many times to let each pass. Some are of the second attach only.
+const STEPS: [(&str, u32); 9] = [
+    ("maps-made", 0),
+    ("link-taken-over", 0),
+    ("link-taken-over", 3),
+    ("tables-installed", 0),
+    ("link-attached", 0),
+    ("link-pinned", 2),
+    ("recorded", 0),
+    ("enabled", 0),
+    ("retired", 0),
+];
+
+/// `attach` that is killed at this step. Gives whether it was.
+fn attach_killed_at(instance: &Instance, policy: &PolicyFile, step: &str, times: u32) -> bool {
+    let mut command = agent::command(&["attach", agent::WITH_GAPS, "--instance", &instance.name]);
+    command.arg(policy.path()).env("SOCKPOLICY_FAULT", format!("{step}:{times}"));
+    let output = Running::start(command).finish();
+    let is_killed = output.status.signal() == Some(Signal::SIGKILL as i32);
+    assert!(is_killed || output.status.success(), "{step}: {}", stderr(&output));
+    is_killed
+}
+
+#[test]
+fn attach_that_is_killed_at_any_step_has_all_in_force_or_nothing_and_the_next_one_goes_on() {
+    for (step, times) in STEPS {
+        let (target, instance) = (Cgroup::new(), Instance::new());
+        let policy = PolicyFile::new(sets_mark(&target, 1));
+        let is_killed = attach_killed_at(&instance, &policy, step, times);
+        assert_eq!(is_killed, step != "link-taken-over", "{step}");
+        let is_in_force = !is_killed || ["enabled", "retired"].contains(&step);
+        assert_eq!(mark(&target), i32::from(is_in_force), "{step}");
+        fs::write(policy.path(), sets_mark(&target, 2)).unwrap();
+        instance.attach(policy.path());
+        assert_eq!(mark(&target), 2, "{step}");
+        instance.detach();
+        assert_eq!(attached(&target), 0, "{step}");
+    }
+}
+
+#[test]
+fn takeover_that_is_killed_at_any_step_has_the_old_or_the_new_in_force() {
+    for (step, times) in STEPS {
+        let (target, other, instance) = (Cgroup::new(), Cgroup::new(), Instance::new());
+        let policy = PolicyFile::new(sets_mark(&target, 1));
+        instance.attach(policy.path());
+        // With a target more, so that there is something to attach.
+        let text = format!(
+            "[target]\ncgroup = [{:?}, {:?}]\n[[rule]]\nset = {{ SO_MARK = 2 }}\n",
+            target.name(),
+            other.name()
+        );
+        fs::write(policy.path(), text).unwrap();
+        assert!(attach_killed_at(&instance, &policy, step, times), "{step}");
+        let is_new = ["enabled", "retired"].contains(&step);
+        assert_eq!((mark(&target), mark(&other)), if is_new { (2, 2) } else { (1, 0) }, "{step}");
+        let output = agent::output(&["status", &instance.name]);
+        assert!(stdout(&output).contains(if is_new { "0x2" } else { "0x1" }), "{step}: {}", stdout(&output));
+        fs::write(policy.path(), sets_mark(&target, 3)).unwrap();
+        instance.attach(policy.path());
+        assert_eq!((mark(&target), mark(&other)), (3, 0), "{step}");
+        instance.detach();
+        assert_eq!((attached(&target), attached(&other)), (0, 0), "{step}");
+    }
+}
+
+#[test]
+fn reload_that_is_killed_at_any_step_has_the_old_or_the_new_in_force() {
+    // As in `attach`, once for the start.
+    for (step, times) in
+        [("tables-installed", 1), ("link-attached", 8), ("link-pinned", 9), ("recorded", 1), ("enabled", 1)]
+    {
+        let (target, other, instance) = (Cgroup::new(), Cgroup::new(), Instance::new());
+        let policy = PolicyFile::new(sets_mark(&target, 1));
+        let mut command = agent::command(&["run", agent::WITH_GAPS, "--persist", "--instance", &instance.name]);
+        command.arg(policy.path()).env("SOCKPOLICY_FAULT", format!("{step}:{times}")).env("SOCKPOLICY_LOG", "info");
+        let mut running = Running::start(command);
+        assert!(
+            wait::until(wait::PATIENCE, || running.stderr().contains("in force on")),
+            "{step}: {}",
+            running.stderr()
+        );
+        assert_eq!(mark(&target), 1, "{step}");
+        let text = format!(
+            "[target]\ncgroup = [{:?}, {:?}]\n[[rule]]\nset = {{ SO_MARK = 2 }}\n",
+            target.name(),
+            other.name()
+        );
+        fs::write(policy.path(), text).unwrap();
+        assert_eq!(running.wait().signal(), Some(Signal::SIGKILL as i32), "{step}: {}", running.stderr());
+        let is_new = step == "enabled";
+        assert_eq!((mark(&target), mark(&other)), if is_new { (2, 2) } else { (1, 0) }, "{step}");
+        instance.attach(policy.path());
+        assert_eq!((mark(&target), mark(&other)), (2, 2), "{step}");
+        instance.detach();
+        assert_eq!((attached(&target), attached(&other)), (0, 0), "{step}");
+    }
+}
+
+#[test]
+fn no_connection_goes_without_its_options_while_agents_come_and_go() {
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let text = format!(
+        "[target]\ncgroup = {:?}\n[[rule]]\nset = {{ SO_MARK = 1, SO_PRIORITY = 1, TCP_KEEPIDLE = \"101s\", \
+         TCP_KEEPCNT = 11, TCP_SYNCNT = 1, TCP_USER_TIMEOUT = \"10001ms\" }}\n",
+        target.name()
+    );
+    let policy = PolicyFile::new(text);
+    let run = run_persistent(&instance, &policy);
+    let mut command = Command::new(workload());
+    command.arg("connections").stdin(Stdio::piped());
+    let mut running = Running::start_in(command, target);
+    running.lines(1);
+    run.signal(Signal::SIGKILL);
+    run.wait_for_end();
+    for round in 0..3 {
+        instance.attach(policy.path());
+        if round == 1 {
+            instance.pretend_other_layout();
+        }
+        let run = run_persistent(&instance, &policy);
+        run.signal(if round == 0 { Signal::SIGKILL } else { Signal::SIGTERM });
+        run.wait_for_end();
+    }
+    running.close_stdin();
+    let text = stdout(&running.finish());
+    let seen: BTreeSet<String> = text.lines().skip(1).map(|line| line.rsplit_once(' ').unwrap().0.to_owned()).collect();
+    let expected = ["accepted", "outbound"].map(|which| format!("{which} 1 1 101 11 1 10001"));
+    assert_eq!(seen, BTreeSet::from(expected), "{text}");
+    instance.detach();
+}
