@@ -48,6 +48,44 @@ pub fn executable(process: u32) -> Option<String> {
     fs::read_link(format!("/proc/{process}/exe")).ok().map(|path| path.display().to_string())
 }
 
+/// The processes that there are.
+///
+/// # Errors
+///
+/// Where `/proc` cannot be read.
+pub fn all() -> io::Result<Vec<u32>> {
+    let entries = fs::read_dir("/proc")?;
+    let mut processes: Vec<u32> =
+        entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+    processes.sort_unstable();
+    Ok(processes)
+}
+
+/// The descriptors of a process that are sockets, in order, each with the socket's inode number. Its threads share them.
+///
+/// # Errors
+///
+/// Where there is no such process, or it must not be looked into.
+pub fn sockets(process: u32) -> io::Result<Vec<(i32, u32)>> {
+    let mut sockets = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{process}/fd"))? {
+        let entry = entry?;
+        let leads_to = fs::read_link(entry.path()).unwrap_or_default();
+        let inode = leads_to.to_str().and_then(|path| path.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok());
+        let descriptor = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        sockets.extend(descriptor.zip(inode));
+    }
+    sockets.sort_unstable();
+    Ok(sockets)
+}
+
+/// What a process calls itself.
+#[must_use]
+pub fn name(process: u32) -> Option<String> {
+    let name = fs::read(format!("/proc/{process}/comm")).ok()?;
+    Some(String::from_utf8_lossy(&name).trim_end_matches('\n').to_owned())
+}
+
 /// Whether there is a thread of this number.
 #[must_use]
 pub fn has_thread(thread: u32) -> bool {

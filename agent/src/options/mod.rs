@@ -267,6 +267,25 @@ pub enum Kept {
     Otherwise,
 }
 
+/// Whose doing it is what getsockopt shows of a socket that is in use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reading {
+    /// That of whoever set the option; else it is what a new socket shows.
+    Chosen,
+    /// The same where this bit of SO_BUF_LOCK says that it was set; else the kernel tunes it.
+    Tuned { lock: u32 },
+    /// The same until a TCP socket is connected. From then on it is what the kernel has made of it; of options that programs can
+    /// set, at the most what was set.
+    UntilConnected,
+    /// The same until the socket is bound to an address.
+    UntilBound,
+    /// The kernel's: it is about how the socket fares.
+    State,
+    /// Not to be read: that takes something from the socket (a pending error, a saved SYN, data) or hands over a descriptor, or
+    /// takes an argument.
+    Never,
+}
+
 /// One socket option.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SocketOption {
@@ -280,6 +299,7 @@ pub struct SocketOption {
     pub range: (i64, i64),
     pub class: Class,
     pub kept: Kept,
+    pub reading: Reading,
     /// Bits of [`abi::setting::traits`].
     pub traits: u8,
     /// What it has to do with another option, if anything.

@@ -8,7 +8,7 @@ use abi::{
 use super::{
     Class, Kept,
     Kept::{AsGiven, Otherwise},
-    Level as L, Relation, Settable, Shape, Sites, SocketOption, ValueKind,
+    Level as L, Reading, Relation, Settable, Shape, Sites, SocketOption, ValueKind,
     ValueKind::{
         Bool, Bytes, Choice, CongestionControl, Device, Dscp, Int, Linger, Mark, Microseconds, Milliseconds, Opaque,
         Rate, Seconds, Timeval, Unsigned,
@@ -74,6 +74,11 @@ impl SocketOption {
         self
     }
 
+    const fn reading(mut self, reading: Reading) -> Self {
+        self.reading = reading;
+        self
+    }
+
     const fn related(mut self, relation: Relation) -> Self {
         self.relation = Some(relation);
         self
@@ -115,6 +120,10 @@ const fn member(of: &'static str, name: &'static str) -> Kept {
     Kept::Member { of, name }
 }
 
+/// SOCK_SNDBUF_LOCK and SOCK_RCVBUF_LOCK, bits of SO_BUF_LOCK (include/uapi/linux/socket.h).
+const SNDBUF_LOCK: u32 = 1;
+const RCVBUF_LOCK: u32 = 2;
+
 /// A flag that an MPTCP socket accepts and forgets (`mptcp_setsockopt_sol_socket` in
 /// net/mptcp/sockopt.c).
 const FORGOTTEN_BY_MPTCP: Kept = Otherwise;
@@ -137,6 +146,7 @@ const fn settable(
         range: full_range(value),
         class: Class::Settable(Settable { sites, read_back: read_back::SAME, since: "5.10" }),
         kept: most_likely_kept(value),
+        reading: Reading::Chosen,
         traits: if level.0 == L::TCP.0 { traits::TCP } else { 0 },
         relation: None,
         negotiated: None,
@@ -155,6 +165,7 @@ const fn guardable(level: L, name: &'static str, number: i32, value: ValueKind, 
         range: full_range(value),
         class: Class::Guardable,
         kept: most_likely_kept(value),
+        reading: Reading::Chosen,
         traits: if level.0 == L::IP.0 { traits::BYTE } else { 0 },
         relation: None,
         negotiated: None,
@@ -165,7 +176,13 @@ const fn guardable(level: L, name: &'static str, number: i32, value: ValueKind, 
 
 /// An option that getsockopt knows and setsockopt does not.
 const fn read_only(level: L, name: &'static str, number: i32, value: ValueKind, about: &'static str) -> SocketOption {
-    SocketOption { class: Class::ReadOnly, kept: Otherwise, traits: 0, ..guardable(level, name, number, value, about) }
+    SocketOption {
+        class: Class::ReadOnly,
+        kept: Otherwise,
+        reading: Reading::State,
+        traits: 0,
+        ..guardable(level, name, number, value, about)
+    }
 }
 
 /// Every option that has a name here. Those that can be set come first, in the order in which they
@@ -205,12 +222,14 @@ pub const OPTIONS: &[SocketOption] = &[
     settable(L::SOCKET, "SO_SNDBUF", 7, Bytes, "\"64KiB\"", "send buffer; turns off its tuning")
         .reads(read_back::DOUBLED)
         .range(0, (i32::MAX / 2) as i64)
-        .kept(member("sock", "sk_sndbuf")),
+        .kept(member("sock", "sk_sndbuf"))
+        .reading(Reading::Tuned { lock: SNDBUF_LOCK }),
     settable(L::SOCKET, "SO_RCVBUF", 8, Bytes, "\"64KiB\"", "receive buffer; turns off its tuning")
         .reads(read_back::DOUBLED)
         .range(0, (i32::MAX / 2) as i64)
         .negotiated("the scale of the window has been agreed on")
-        .kept(member("sock", "sk_rcvbuf")),
+        .kept(member("sock", "sk_rcvbuf"))
+        .reading(Reading::Tuned { lock: RCVBUF_LOCK }),
     settable(L::SOCKET, "SO_KEEPALIVE", 9, Bool, "true", "probe idle connections"),
     settable(L::SOCKET, "SO_RCVLOWAT", 18, Bytes, "1", "bytes that make a socket readable")
         .range(1, i32::MAX as i64)
@@ -235,7 +254,8 @@ pub const OPTIONS: &[SocketOption] = &[
         .since("6.1")
         .reads(read_back::NONE)
         .negotiated("the peer has been told the segment size")
-        .range(88, 32767),
+        .range(88, 32767)
+        .reading(Reading::UntilConnected),
     settable(L::TCP, "TCP_KEEPIDLE", 4, Seconds, "\"60s\"", "idle time before the first keepalive probe")
         .range(1, 32767)
         .kept(AsGiven),
@@ -249,7 +269,8 @@ pub const OPTIONS: &[SocketOption] = &[
     settable(L::TCP, "TCP_WINDOW_CLAMP", 10, Bytes, "\"64KiB\"", "largest receive window to offer")
         .since("5.15")
         .range(1, i32::MAX as i64)
-        .kept(member("tcp_sock", "window_clamp")),
+        .kept(member("tcp_sock", "window_clamp"))
+        .reading(Reading::UntilConnected),
     settable(L::TCP, "TCP_THIN_LINEAR_TIMEOUTS", 16, Bool, "true", "no exponential back-off on thin streams")
         .since("6.1"),
     settable(L::TCP, "TCP_USER_TIMEOUT", 18, Milliseconds, "\"30s\"", "how long sent data may go unacknowledged")
@@ -291,7 +312,8 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::SOCKET, "SO_PASSCRED", 16, Bool, "receive the sender's credentials").kept(FORGOTTEN_BY_MPTCP),
     guardable(L::SOCKET, "SO_RCVTIMEO", 20, Timeval, "receive timeout"),
     guardable(L::SOCKET, "SO_SNDTIMEO", 21, Timeval, "send timeout"),
-    guardable(L::SOCKET, "SO_ATTACH_FILTER", 26, BYTES, "filter of received packets (read: SO_GET_FILTER)"),
+    guardable(L::SOCKET, "SO_ATTACH_FILTER", 26, BYTES, "filter of received packets (read: SO_GET_FILTER)")
+        .reading(Reading::Never),
     guardable(L::SOCKET, "SO_DETACH_FILTER", 27, BYTES, "end of a filter"),
     guardable(L::SOCKET, "SO_TIMESTAMP", 29, Bool, "timestamps in microseconds"),
     guardable(L::SOCKET, "SO_SNDBUFFORCE", 32, Bytes, "send buffer beyond the system's limit")
@@ -308,7 +330,7 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::SOCKET, "SO_LOCK_FILTER", 44, Bool, "keep the filter as it is"),
     guardable(L::SOCKET, "SO_SELECT_ERR_QUEUE", 45, Bool, "wake on errors").kept(FORGOTTEN_BY_MPTCP),
     guardable(L::SOCKET, "SO_BUSY_POLL", 46, Microseconds, "time to poll the device").kept(AsGiven),
-    guardable(L::SOCKET, "SO_INCOMING_CPU", 49, Int, "CPU that handles the socket"),
+    guardable(L::SOCKET, "SO_INCOMING_CPU", 49, Int, "CPU that handles the socket").reading(Reading::State),
     guardable(L::SOCKET, "SO_ATTACH_BPF", 50, Opaque(Shape::Descriptor), "BPF filter of received packets"),
     guardable(L::SOCKET, "SO_ATTACH_REUSEPORT_CBPF", 51, BYTES, "classic BPF that chooses among sockets of a port"),
     guardable(
@@ -341,7 +363,7 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::TCP, "TCP_LINGER2", 8, Seconds, "life of orphaned FIN-WAIT-2 sockets")
         .range(i32::MIN as i64, i32::MAX as i64),
     guardable(L::TCP, "TCP_DEFER_ACCEPT", 9, Seconds, "accept only when data has come"),
-    guardable(L::TCP, "TCP_QUICKACK", 12, Int, "acknowledge at once"),
+    guardable(L::TCP, "TCP_QUICKACK", 12, Int, "acknowledge at once").reading(Reading::State),
     guardable(L::TCP, "TCP_MD5SIG", 14, BYTES, "MD5 signatures (BGP)"),
     guardable(L::TCP, "TCP_THIN_DUPACK", 17, Bool, "retransmit on the first duplicate (without effect since 4.11)")
         .kept(Otherwise),
@@ -350,7 +372,7 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::TCP, "TCP_QUEUE_SEQ", 21, Unsigned, "sequence number of the queue under repair").kept(AsGiven),
     guardable(L::TCP, "TCP_REPAIR_OPTIONS", 22, BYTES, "negotiated options under repair"),
     guardable(L::TCP, "TCP_FASTOPEN", 23, Int, "queue of fast-open connections"),
-    guardable(L::TCP, "TCP_TIMESTAMP", 24, Unsigned, "timestamp under repair"),
+    guardable(L::TCP, "TCP_TIMESTAMP", 24, Unsigned, "timestamp under repair").reading(Reading::State),
     guardable(L::TCP, "TCP_REPAIR_WINDOW", 29, BYTES, "window under repair"),
     guardable(L::TCP, "TCP_FASTOPEN_CONNECT", 30, Bool, "fast open by connect"),
     guardable(L::TCP, "TCP_ULP", 31, Opaque(Shape::Text), "protocol above TCP, such as tls").kept(AsGiven),
@@ -361,8 +383,8 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::TCP, "TCP_TX_DELAY", 37, Microseconds, "delay of sent packets").kept(AsGiven),
     guardable(L::TCP, "TCP_AO_ADD_KEY", 38, BYTES, "key of the authentication option"),
     guardable(L::TCP, "TCP_AO_DEL_KEY", 39, BYTES, "end of a key of the authentication option"),
-    guardable(L::TCP, "TCP_AO_INFO", 40, BYTES, "state of the authentication option"),
-    guardable(L::TCP, "TCP_AO_REPAIR", 42, BYTES, "authentication option under repair"),
+    guardable(L::TCP, "TCP_AO_INFO", 40, BYTES, "state of the authentication option").reading(Reading::Never),
+    guardable(L::TCP, "TCP_AO_REPAIR", 42, BYTES, "authentication option under repair").reading(Reading::Never),
     guardable(L::TCP, "TCP_RTO_MIN_US", 45, Microseconds, "shortest retransmission timeout"),
     guardable(L::TCP, "TCP_DELACK_MAX_US", 46, Microseconds, "longest delay of an acknowledgement"),
     guardable(L::UDP, "UDP_CORK", 1, Bool, "gather sends into one datagram"),
@@ -397,7 +419,9 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::IP, "IP_MULTICAST_IF", 32, Opaque(Shape::MulticastInterface), "interface of multicasts"),
     guardable(L::IP, "IP_MULTICAST_TTL", 33, Int, "time to live of multicasts")
         .range(-1, 255)
-        .kept(member("inet_sock", "mc_ttl")),
+        .kept(member("inet_sock", "mc_ttl"))
+        // `tcp_v4_syn_recv_sock`, and its sister for IPv6
+        .reading(Reading::UntilConnected),
     guardable(L::IP, "IP_MULTICAST_LOOP", 34, Bool, "hear one's own multicasts"),
     guardable(L::IP, "IP_ADD_MEMBERSHIP", 35, Opaque(Shape::Membership), "join a group"),
     guardable(L::IP, "IP_DROP_MEMBERSHIP", 36, Opaque(Shape::Membership), "leave a group"),
@@ -405,22 +429,26 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::IP, "IP_BLOCK_SOURCE", 38, Opaque(Shape::SourceMembership), "no longer hear a source of a group"),
     guardable(L::IP, "IP_ADD_SOURCE_MEMBERSHIP", 39, Opaque(Shape::SourceMembership), "join a group for one source"),
     guardable(L::IP, "IP_DROP_SOURCE_MEMBERSHIP", 40, Opaque(Shape::SourceMembership), "leave a group for one source"),
-    guardable(L::IP, "IP_MSFILTER", 41, BYTES, "sources of a group"),
+    guardable(L::IP, "IP_MSFILTER", 41, BYTES, "sources of a group").reading(Reading::Never),
     guardable(L::IP, "IP_MULTICAST_ALL", 49, Bool, "hear every group of the host"),
     guardable(L::IP, "IP_UNICAST_IF", 50, Opaque(Shape::InterfaceIndex), "interface of unicasts").kept(AsGiven),
     guardable(L::IP, "IP_LOCAL_PORT_RANGE", 51, BYTES, "range of ports to choose from").kept(AsGiven),
-    guardable(L::IPV6, "IPV6_ADDRFORM", 1, Int, "turn an IPv6 socket into an IPv4 one"),
+    guardable(L::IPV6, "IPV6_ADDRFORM", 1, Int, "turn an IPv6 socket into an IPv4 one").reading(Reading::State),
     guardable(L::IPV6, "IPV6_2292PKTINFO", 2, Bool, "receive the addressed interface (RFC 2292)"),
     guardable(L::IPV6, "IPV6_2292HOPOPTS", 3, Bool, "receive hop-by-hop options (RFC 2292)"),
     guardable(L::IPV6, "IPV6_2292DSTOPTS", 4, Bool, "receive destination options (RFC 2292)"),
     guardable(L::IPV6, "IPV6_2292RTHDR", 5, Bool, "receive the routing header (RFC 2292)"),
-    guardable(L::IPV6, "IPV6_2292PKTOPTIONS", 6, BYTES, "options of sent packets (RFC 2292)"),
+    guardable(L::IPV6, "IPV6_2292PKTOPTIONS", 6, BYTES, "options of sent packets (RFC 2292)").reading(Reading::State),
     guardable(L::IPV6, "IPV6_CHECKSUM", 7, Int, "place of the checksum in raw packets"),
     guardable(L::IPV6, "IPV6_2292HOPLIMIT", 8, Bool, "receive the hop limit (RFC 2292)"),
     guardable(L::IPV6, "IPV6_FLOWINFO", 11, Bool, "receive the flow label"),
     guardable(L::IPV6, "IPV6_UNICAST_HOPS", 16, Int, "hop limit of unicasts").range(-1, 255),
-    guardable(L::IPV6, "IPV6_MULTICAST_IF", 17, Int, "interface of multicasts").kept(AsGiven),
-    guardable(L::IPV6, "IPV6_MULTICAST_HOPS", 18, Int, "hop limit of multicasts").range(-1, 255),
+    guardable(L::IPV6, "IPV6_MULTICAST_IF", 17, Int, "interface of multicasts")
+        .kept(AsGiven)
+        .reading(Reading::UntilConnected),
+    guardable(L::IPV6, "IPV6_MULTICAST_HOPS", 18, Int, "hop limit of multicasts")
+        .range(-1, 255)
+        .reading(Reading::UntilConnected),
     guardable(L::IPV6, "IPV6_MULTICAST_LOOP", 19, Bool, "hear one's own multicasts"),
     guardable(L::IPV6, "IPV6_ADD_MEMBERSHIP", 20, Opaque(Shape::Ipv6Membership), "join a group"),
     guardable(L::IPV6, "IPV6_DROP_MEMBERSHIP", 21, Opaque(Shape::Ipv6Membership), "leave a group"),
@@ -428,15 +456,16 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::IPV6, "IPV6_MTU_DISCOVER", 23, Choice(IPV6_MTU_DISCOVERY), "path MTU discovery")
         .range(0, 5)
         .kept(AsGiven),
-    guardable(L::IPV6, "IPV6_MTU", 24, Bytes, "MTU of the path"),
+    guardable(L::IPV6, "IPV6_MTU", 24, Bytes, "MTU of the path").reading(Reading::State),
     guardable(L::IPV6, "IPV6_RECVERR", 25, Bool, "receive ICMP errors"),
-    guardable(L::IPV6, "IPV6_V6ONLY", 26, Bool, "no IPv4 on this socket"),
+    // `__inet6_bind`
+    guardable(L::IPV6, "IPV6_V6ONLY", 26, Bool, "no IPv4 on this socket").reading(Reading::UntilBound),
     guardable(L::IPV6, "IPV6_JOIN_ANYCAST", 27, Opaque(Shape::Ipv6Membership), "take an anycast address"),
     guardable(L::IPV6, "IPV6_LEAVE_ANYCAST", 28, Opaque(Shape::Ipv6Membership), "give an anycast address back"),
     guardable(L::IPV6, "IPV6_MULTICAST_ALL", 29, Bool, "hear every group of the host"),
     guardable(L::IPV6, "IPV6_ROUTER_ALERT_ISOLATE", 30, Bool, "hear router alerts of the own namespace only"),
     guardable(L::IPV6, "IPV6_RECVERR_RFC4884", 31, Bool, "receive extended ICMP errors"),
-    guardable(L::IPV6, "IPV6_FLOWLABEL_MGR", 32, BYTES, "flow labels"),
+    guardable(L::IPV6, "IPV6_FLOWLABEL_MGR", 32, BYTES, "flow labels").reading(Reading::Never),
     guardable(L::IPV6, "IPV6_FLOWINFO_SEND", 33, Bool, "send the flow label given with the address"),
     guardable(L::IPV6, "IPV6_IPSEC_POLICY", 34, BYTES, "IPsec policy of the socket"),
     guardable(L::IPV6, "IPV6_XFRM_POLICY", 35, BYTES, "transformation policy of the socket"),
@@ -463,7 +492,8 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::IPV6, "IPV6_FREEBIND", 78, Bool, "bind addresses that are not there"),
     // What follows can only be read.
     read_only(L::SOCKET, "SO_TYPE", 3, Choice(TYPES), "type of the socket"),
-    read_only(L::SOCKET, "SO_ERROR", 4, Opaque(Shape::Errno), "pending error, which reading clears"),
+    read_only(L::SOCKET, "SO_ERROR", 4, Opaque(Shape::Errno), "pending error, which reading clears")
+        .reading(Reading::Never),
     read_only(L::SOCKET, "SO_PEERCRED", 17, Opaque(Shape::Credentials), "who is at the other end (unix)"),
     read_only(L::SOCKET, "SO_SNDLOWAT", 19, Bytes, "room that makes a socket writable: always 1"),
     read_only(L::SOCKET, "SO_PEERNAME", 28, Opaque(Shape::SocketAddress), "address of the peer"),
@@ -477,12 +507,13 @@ pub const OPTIONS: &[SocketOption] = &[
     read_only(L::SOCKET, "SO_COOKIE", 57, Opaque(Shape::Wide), "number of the socket, as ss -e shows it"),
     read_only(L::SOCKET, "SO_PEERGROUPS", 59, BYTES, "groups of who is at the other end (unix)"),
     read_only(L::SOCKET, "SO_NETNS_COOKIE", 71, Opaque(Shape::Wide), "number of the network namespace"),
-    read_only(L::SOCKET, "SO_PEERPIDFD", 77, Opaque(Shape::Descriptor), "descriptor of the process at the other end"),
+    read_only(L::SOCKET, "SO_PEERPIDFD", 77, Opaque(Shape::Descriptor), "descriptor of the process at the other end")
+        .reading(Reading::Never),
     read_only(L::TCP, "TCP_INFO", 11, BYTES, "state of the connection"),
     read_only(L::TCP, "TCP_CC_INFO", 26, BYTES, "state of the congestion control"),
-    read_only(L::TCP, "TCP_SAVED_SYN", 28, BYTES, "headers of the SYN that TCP_SAVE_SYN kept"),
-    read_only(L::TCP, "TCP_ZEROCOPY_RECEIVE", 35, BYTES, "receive by mapping pages"),
-    read_only(L::TCP, "TCP_AO_GET_KEYS", 41, BYTES, "keys of the authentication option"),
+    read_only(L::TCP, "TCP_SAVED_SYN", 28, BYTES, "headers of the SYN that TCP_SAVE_SYN kept").reading(Reading::Never),
+    read_only(L::TCP, "TCP_ZEROCOPY_RECEIVE", 35, BYTES, "receive by mapping pages").reading(Reading::Never),
+    read_only(L::TCP, "TCP_AO_GET_KEYS", 41, BYTES, "keys of the authentication option").reading(Reading::Never),
     read_only(L::TCP, "TCP_IS_MPTCP", 43, Bool, "whether MPTCP is in use"),
     read_only(L::IP, "IP_PKTOPTIONS", 9, BYTES, "control messages of the last segment"),
     read_only(L::IP, "IP_MTU", 14, Bytes, "MTU of the path"),
@@ -497,7 +528,8 @@ pub const OPTIONS: &[SocketOption] = &[
         "destination before netfilter changed it",
     ),
     read_only(L::MPTCP, "MPTCP_INFO", 1, BYTES, "state of the connection"),
-    read_only(L::MPTCP, "MPTCP_TCPINFO", 2, BYTES, "state of each subflow"),
-    read_only(L::MPTCP, "MPTCP_SUBFLOW_ADDRS", 3, BYTES, "addresses of each subflow"),
-    read_only(L::MPTCP, "MPTCP_FULL_INFO", 4, BYTES, "state of the connection and its subflows"),
+    read_only(L::MPTCP, "MPTCP_TCPINFO", 2, BYTES, "state of each subflow").reading(Reading::Never),
+    read_only(L::MPTCP, "MPTCP_SUBFLOW_ADDRS", 3, BYTES, "addresses of each subflow").reading(Reading::Never),
+    read_only(L::MPTCP, "MPTCP_FULL_INFO", 4, BYTES, "state of the connection and its subflows")
+        .reading(Reading::Never),
 ];

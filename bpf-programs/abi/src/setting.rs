@@ -21,7 +21,7 @@ pub(crate) const MICROSECONDS: u64 = 1_000_000;
 
 /// What the kernel calls an option. Key of map `OPTION_INDEX`.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct OptionKey {
     pub level: i32,
     pub name: i32,
@@ -192,7 +192,7 @@ impl Setting {
 /// A value of an option as it crosses to user space: its length and, as far as they fit, its bytes.
 /// A length of 0 means that the value is not known.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Value {
     pub words: Words,
     pub len: u32,

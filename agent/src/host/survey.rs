@@ -1,0 +1,254 @@
+//! Which sockets there are on this host, in every network namespace, whose they are, and what they have.
+//!
+//! What the kernel lists is found also where no process has it. What is neither bound nor connected the kernel does not list: it
+//! is found with the process that has it, and taken to have been made in that process's cgroup.
+//!
+//! Sockets are looked into one by one, each for a moment: a process that closes one meanwhile has it closed a moment later. That
+//! a descriptor still is what it was when the sockets were listed, the cookie tells.
+
+use std::{
+    collections::{HashMap, HashSet},
+    io,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+};
+
+use abi::{
+    setting::{OptionKey, Value, kind},
+    site,
+};
+
+use super::{
+    cgroup,
+    netns::{self, Namespace},
+    process, sock_diag,
+    socket::{self, Entry, Kind},
+};
+use crate::options::{OPTIONS, Relation, SocketOption};
+
+/// The sockets that there are.
+#[derive(Debug)]
+pub struct Survey {
+    pub sockets: Vec<Found>,
+    namespaces: Vec<Namespace>,
+    /// Processes of the wanted cgroups that must not be looked into: what else they have is not known.
+    pub unread: usize,
+    /// Whether there is any process that must not be looked into: it may have what nobody else has.
+    pub is_partial: bool,
+}
+
+#[derive(Clone, Debug)]
+pub struct Found {
+    pub entry: Entry,
+    /// Index of the network namespaces.
+    pub namespace: usize,
+    /// Who has it, by process: none has what the kernel itself uses, or still or already keeps.
+    pub holders: Vec<Holder>,
+    /// The cgroup of its process, of a socket that the kernel does not list.
+    pub home: Option<PathBuf>,
+}
+
+/// A process that has a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Holder {
+    pub process: u32,
+    pub descriptor: i32,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum SurveyError {
+    #[error("cannot list the processes: {0}")]
+    Processes(io::Error),
+    #[error("cannot list the sockets of network namespace {id}: {source}")]
+    List { id: u64, source: io::Error },
+}
+
+/// By inode number.
+type Holders = HashMap<u32, Vec<Holder>>;
+
+impl Survey {
+    /// Looks for sockets. Of those that the kernel does not list, only in processes of cgroups that are `wanted`.
+    ///
+    /// # Errors
+    ///
+    /// Where processes or sockets cannot be listed.
+    pub fn make(wanted: impl Fn(&Path) -> bool) -> Result<Self, SurveyError> {
+        let mut survey = Self { sockets: Vec::new(), namespaces: Vec::new(), unread: 0, is_partial: false };
+        let processes = process::all().map_err(SurveyError::Processes)?;
+        for process in &processes {
+            let is_known = |id| survey.namespaces.iter().any(|namespace| namespace.id == id);
+            if netns::id_of_process(*process).is_some_and(|id| !is_known(id))
+                && let Ok(namespace) = Namespace::of_process(*process)
+            {
+                survey.enter(namespace)?;
+            }
+        }
+        // After that, so that what has come meanwhile is found with its process.
+        let mut holders = Holders::new();
+        for process in processes {
+            survey.visit(process, &mut holders, &wanted);
+        }
+        let listed: HashSet<u32> = survey.sockets.iter().map(|found| found.entry.inode).collect();
+        let mut unlisted: Vec<(u32, Holder)> =
+            holders.iter().filter(|(inode, _)| !listed.contains(inode)).map(|(inode, of)| (*inode, of[0])).collect();
+        unlisted.sort_unstable_by_key(|(_, holder)| (holder.process, holder.descriptor));
+        for (inode, holder) in unlisted {
+            survey.add_unlisted(inode, holder, &wanted)?;
+        }
+        let mut seen = HashSet::new();
+        survey.sockets.retain(|found| seen.insert(found.entry.cookie));
+        for found in &mut survey.sockets {
+            found.holders = holders.get(&found.entry.inode).cloned().unwrap_or_default();
+        }
+        Ok(survey)
+    }
+
+    /// Notes which sockets a process has.
+    fn visit(&mut self, process: u32, holders: &mut Holders, wanted: &impl Fn(&Path) -> bool) {
+        match process::sockets(process) {
+            Ok(sockets) => {
+                for (descriptor, inode) in sockets {
+                    let of = holders.entry(inode).or_default();
+                    if of.iter().all(|holder| holder.process != process) {
+                        of.push(Holder { process, descriptor });
+                    }
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                self.is_partial = true;
+                self.unread += usize::from(cgroup::of_process(process).is_some_and(|home| wanted(&home)));
+            }
+            // It is gone.
+            Err(_) => {}
+        }
+    }
+
+    /// Lists what is in a namespace; gives its index.
+    fn enter(&mut self, namespace: Namespace) -> Result<usize, SurveyError> {
+        if let Some(known) = self.namespaces.iter().position(|known| known.id == namespace.id) {
+            return Ok(known);
+        }
+        let entries = match namespace.within(sock_diag::list).flatten() {
+            // What there is in it is found with its processes, as far as these may be looked into.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                log::debug!("cannot enter network namespace {}: {error}", namespace.id);
+                Vec::new()
+            }
+            entries => entries.map_err(|source| SurveyError::List { id: namespace.id, source })?,
+        };
+        let index = self.namespaces.len();
+        self.namespaces.push(namespace);
+        let found = |entry| Found { entry, namespace: index, holders: Vec::new(), home: None };
+        self.sockets.extend(entries.into_iter().map(found));
+        Ok(index)
+    }
+
+    /// Adds a socket that no list had, if policies are about it.
+    fn add_unlisted(&mut self, inode: u32, holder: Holder, wanted: &impl Fn(&Path) -> bool) -> Result<(), SurveyError> {
+        let Some(home) = cgroup::of_process(holder.process).filter(|home| wanted(home)) else { return Ok(()) };
+        let Ok(Some(taken)) = take(holder) else { return Ok(()) };
+        let Some(entry) = socket::describe(&taken) else { return Ok(()) };
+        let Ok(namespace) = Namespace::of_socket(&taken) else { return Ok(()) };
+        // It may be one that no process is in, whose sockets are listed only now.
+        let namespace = self.enter(namespace)?;
+        let entry = Entry { inode, ..entry };
+        self.sockets.push(Found { entry, namespace, holders: Vec::new(), home: Some(home) });
+        Ok(())
+    }
+
+    /// A new socket of a kind, in the same namespace as another.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses.
+    pub fn open_beside(&self, found: &Found, kind: Kind) -> io::Result<OwnedFd> {
+        self.namespaces[found.namespace].within(|| kind.open()).flatten()
+    }
+}
+
+/// What is behind a descriptor of a process; `None` where that is gone.
+fn take(holder: Holder) -> io::Result<Option<OwnedFd>> {
+    let taken = process::open(holder.process).and_then(|handle| process::take_descriptor(&handle, holder.descriptor));
+    match taken {
+        Ok(taken) => Ok(Some(taken)),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ESRCH | libc::EBADF)) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+impl Found {
+    /// The socket itself, and by whom it was reached; `None` where no process has it any more.
+    ///
+    /// # Errors
+    ///
+    /// Where it must not be looked into.
+    pub fn take(&self) -> io::Result<Option<(Holder, OwnedFd)>> {
+        let mut refused = None;
+        for holder in &self.holders {
+            match take(*holder) {
+                Ok(Some(taken)) if socket::cookie(&taken) == Some(self.entry.cookie) => {
+                    return Ok(Some((*holder, taken)));
+                }
+                Ok(_) => {}
+                Err(error) => refused = Some(error),
+            }
+        }
+        refused.map_or(Ok(None), Err)
+    }
+}
+
+/// What new sockets have, of each kind and network namespace, found as it is asked for.
+#[derive(Debug, Default)]
+pub struct Defaults {
+    /// `None` where none can be made.
+    fresh: HashMap<Place, Option<Values>>,
+    after: HashMap<(Place, OptionKey, Value), Option<Value>>,
+}
+
+/// Index of a namespace, and what sockets there are made as.
+type Place = (usize, Kind);
+
+/// Options with their values, in the order of the option table.
+pub type Values = Vec<(&'static SocketOption, Value)>;
+
+impl Defaults {
+    /// What a new socket of a kind has in the namespace of another; `None` where none can be made.
+    pub fn of(&mut self, survey: &Survey, found: &Found, kind: Kind) -> Option<&Values> {
+        let open = || {
+            let fresh = survey.open_beside(found, kind);
+            let fresh =
+                fresh.inspect_err(|error| log::debug!("no new socket to compare with, {kind:?}: {error}")).ok()?;
+            let all: Vec<&'static SocketOption> = OPTIONS.iter().collect();
+            let values = socket::values(&fresh, &all).into_iter();
+            Some(
+                values
+                    .map(|(option, value)| (option, if is_given_at_birth(option) { zero(option) } else { value }))
+                    .collect(),
+            )
+        };
+        self.fresh.entry((found.namespace, kind)).or_insert_with(open).as_ref()
+    }
+
+    /// What such a socket shows of an option after it was set to a value; `None` where that cannot be tried.
+    pub fn after(&mut self, survey: &Survey, found: &Found, kind: Kind, key: OptionKey, value: Value) -> Option<Value> {
+        let set = || {
+            let fresh = survey.open_beside(found, kind).ok()?;
+            socket::set(&fresh, key, &value).ok()?;
+            socket::value(&fresh, key)
+        };
+        let asked = ((found.namespace, kind), key, value);
+        *self.after.entry(asked).or_insert_with(set)
+    }
+}
+
+/// Whether a program can have given the option to our own new socket: the kernel itself makes all of these 0.
+fn is_given_at_birth(option: &SocketOption) -> bool {
+    let is_given =
+        |option: &SocketOption| option.settable().is_some_and(|settable| settable.sites.contains(site::BIRTH));
+    let other_name = OPTIONS.iter().find(|other| other.relation == Some(Relation::SameAs(option.name)));
+    is_given(option) || other_name.is_some_and(is_given)
+}
+
+fn zero(option: &SocketOption) -> Value {
+    Value::new([0; 2], if option.value.abi_kind() == kind::TEXT { 1 } else { size_of::<u32>() as u32 })
+}
