@@ -22,6 +22,7 @@ pub mod gaps;
 pub mod host;
 pub mod instance;
 pub mod kernel;
+pub mod live;
 pub mod options;
 pub mod policy;
 pub mod reference;

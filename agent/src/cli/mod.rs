@@ -1,6 +1,6 @@
 //! The command line: one file for each command. The only place that prints.
 //!
-//! Exit status: 0 done; 1 findings (an invalid policy, conflicts with `--fail-on-conflict`); 2
+//! Exit status: 0 done; 1 findings (an invalid policy, drift, conflicts with `--fail-on-conflict`); 2
 //! could not. `exec` passes the command's own status on and keeps 125 to 127 for itself.
 
 mod attach;
@@ -10,14 +10,17 @@ mod containers;
 mod doctor;
 mod exec;
 mod explain;
+mod ls;
 mod options;
 mod output;
 mod plan;
 mod run;
 mod signals;
+mod sockets;
 mod standing;
 mod status;
 mod test;
+mod verify;
 mod watch;
 
 use std::{
@@ -58,6 +61,8 @@ enum Command {
     Detach(attach::Detach),
     Status(status::Status),
     Audit(audit::Audit),
+    Ls(ls::Ls),
+    Verify(verify::Verify),
     Options(options::Options),
     Doctor(doctor::Doctor),
     /// Removes a cgroup when standard input ends. sockpolicy starts it for itself.
@@ -95,6 +100,8 @@ pub fn main() -> ExitCode {
         Command::Detach(detach) => detach.run(),
         Command::Status(status) => status.run(),
         Command::Audit(audit) => audit.run(),
+        Command::Ls(ls) => ls.run(),
+        Command::Verify(verify) => verify.run(),
         Command::Options(options) => options.run(),
         Command::Doctor(doctor) => doctor.run(),
         Command::Guard { cgroup, home } => match enclosure::guard(&cgroup, &home) {

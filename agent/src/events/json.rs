@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 use serde_json::Value as Json;
 
-use super::{Event, Kind, Socket, Via};
+use super::{Event, Kind, Limit, Socket, Via};
 use crate::{host::container::Container, options::display_name, values};
 
 /// The version of the format.
@@ -28,6 +28,8 @@ struct Line<'a> {
     /// The length of the whole argument.
     optlen: Option<u32>,
     wanted: Json,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    limit: Option<Limit>,
     asked: Json,
     #[serde(skip_serializing_if = "Json::is_null")]
     given: Json,
@@ -41,23 +43,13 @@ struct Line<'a> {
     exe: Option<&'a str>,
     cgroup: Option<&'a str>,
     container: Option<&'a Container>,
-    socket: Option<SocketLine<'a>>,
+    socket: Option<&'a Socket>,
     via: Option<&'static str>,
     backend: Option<&'static str>,
     suppressed: u64,
     duration_ns: Option<u64>,
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     missing: BTreeMap<&'static str, &'a str>,
-}
-
-#[derive(Serialize)]
-struct SocketLine<'a> {
-    protocol: Option<&'static str>,
-    family: Option<&'static str>,
-    local: Option<String>,
-    remote: Option<String>,
-    cookie: Option<u64>,
-    cgroup: Option<&'a str>,
 }
 
 impl Event {
@@ -67,6 +59,7 @@ impl Event {
         let (event, call, verdict, outcome) = match self.kind {
             Kind::Conflict { call, verdict } => ("conflict", Some(call.name()), Some(verdict.to_string()), None),
             Kind::Call(call) => ("call", Some(call.name()), None, None),
+            Kind::Drift { .. } => ("drift", None, None, None),
             Kind::Outcome { errno } => {
                 ("outcome", None, None, Some(format!("failed({})", crate::report::errno_name(errno))))
             }
@@ -87,6 +80,10 @@ impl Event {
             optval: (self.asked.len > 0).then(|| values::bytes_text(&self.asked)),
             optlen: (self.asked.len > 0).then_some(self.asked.len),
             wanted: values::json(self.key, &self.wanted),
+            limit: match self.kind {
+                Kind::Drift { limit } => limit,
+                _ => None,
+            },
             asked: values::json(self.key, &self.asked),
             given: values::json(self.key, &self.given),
             now: values::json(self.key, &self.now),
@@ -102,7 +99,7 @@ impl Event {
             exe: task.and_then(|task| task.exe.as_deref()),
             cgroup: task.and_then(|task| task.cgroup.as_deref()),
             container: task.and_then(|task| task.container.as_ref()),
-            socket: self.socket.as_ref().map(socket_line),
+            socket: self.socket.as_ref(),
             via: self.via.map(Via::name),
             backend: self.source.backend(),
             suppressed: self.suppressed,
@@ -111,17 +108,5 @@ impl Event {
         };
         // Cannot fail: the keys are strings and no number is a float.
         serde_json::to_string(&line).unwrap_or_default()
-    }
-}
-
-fn socket_line(socket: &Socket) -> SocketLine<'_> {
-    let Socket { protocol, family, local, remote, cookie, cgroup } = socket;
-    SocketLine {
-        protocol: *protocol,
-        family: *family,
-        local: local.map(|address| address.to_string()),
-        remote: remote.map(|address| address.to_string()),
-        cookie: *cookie,
-        cgroup: cgroup.as_deref(),
     }
 }

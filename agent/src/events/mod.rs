@@ -21,6 +21,8 @@ use abi::{
     socket::{Address, Facts, family, known},
 };
 
+use serde::Serialize;
+
 pub use self::{executables::Executables, filter::Filter, json::SCHEMA};
 use crate::{
     compile::Desired,
@@ -89,6 +91,15 @@ pub enum Kind {
     Call(Call),
     /// A setting that the kernel refused.
     Outcome { errno: i32 },
+    /// A live socket that has another value than the policy says, or one beyond its limit.
+    Drift { limit: Option<Limit> },
+}
+
+/// Both ends are within.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Limit {
+    pub min: i64,
+    pub max: i64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -135,7 +146,8 @@ pub struct Task {
     pub container: Option<Container>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// In JSON as it is here.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Socket {
     pub protocol: Option<&'static str>,
     pub family: Option<&'static str>,
@@ -383,7 +395,7 @@ fn now(call: &raw::Call, kind: Kind, result: Option<i64>) -> Value {
         Some(_) => before,
     };
     match kind {
-        Kind::Outcome { .. } => Value::UNKNOWN,
+        Kind::Outcome { .. } | Kind::Drift { .. } => Value::UNKNOWN,
         Kind::Conflict { call: Call::Get, .. } | Kind::Call(Call::Get) => call.asked,
         Kind::Call(Call::Set) => passed(call.asked),
         Kind::Conflict { call: Call::Set, verdict } => match (verdict.what, verdict.dry_run) {
@@ -405,7 +417,9 @@ fn kept(key: OptionKey, value: Value) -> Value {
     }
 }
 
-fn cause(desired: &Desired, setting: u32) -> Option<Cause> {
+/// Where a setting came from.
+#[must_use]
+pub fn cause(desired: &Desired, setting: u32) -> Option<Cause> {
     let (source, rule) = desired.source(setting)?;
     Some(Cause {
         setting,

@@ -2,8 +2,15 @@
 
 use std::fmt;
 
-use super::{Call, Deed, Event, Kind, Socket, Via};
-use crate::{options::display_name, report::errno_name, values};
+use abi::setting::read_back;
+
+use super::{Call, Deed, Event, Kind, Limit, Socket, Via};
+use crate::{
+    options::{self, SocketOption, display_name},
+    policy::model::Form,
+    report::errno_name,
+    values,
+};
 
 impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -35,6 +42,7 @@ impl fmt::Display for Event {
                 }
                 self.write_result(f)?;
             }
+            Kind::Drift { limit } => self.write_drift(f, limit)?,
         }
         if let Some(cause) = &self.cause {
             write!(f, "  ({}, rule {})", cause.place, cause.rule)?;
@@ -60,6 +68,21 @@ impl Event {
         let Some(task) = &self.task else { return "a process".to_owned() };
         let inside = task.container.as_ref().map_or_else(String::new, |container| format!(" in {container}"));
         format!("{}[{}]{inside}", task.comm, task.pid)
+    }
+
+    fn write_drift(&self, f: &mut fmt::Formatter<'_>, limit: Option<Limit>) -> fmt::Result {
+        let (name, now) = (display_name(self.key), values::text(self.key, &self.now));
+        write!(f, "drift     {} {name} is {now}", self.who())?;
+        let is_doubled =
+            |option: &SocketOption| option.settable().is_some_and(|settable| settable.read_back == read_back::DOUBLED);
+        if options::by_key(self.key).is_some_and(is_doubled) {
+            f.write_str(" (doubled by the kernel)")?;
+        }
+        let wanted = match limit {
+            Some(Limit { min, max }) => values::form_text(self.key, &Form::Limit { min, max }),
+            None => values::text(self.key, &self.wanted),
+        };
+        write!(f, ", policy wants {wanted}")
     }
 
     fn write_result(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -70,7 +70,12 @@ pub fn sockets(process: u32) -> io::Result<Vec<(i32, u32)>> {
     let mut sockets = Vec::new();
     for entry in fs::read_dir(format!("/proc/{process}/fd"))? {
         let entry = entry?;
-        let leads_to = fs::read_link(entry.path()).unwrap_or_default();
+        let leads_to = match fs::read_link(entry.path()) {
+            Ok(leads_to) => leads_to,
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Err(error),
+            // It was closed meanwhile.
+            Err(_) => continue,
+        };
         let inode = leads_to.to_str().and_then(|path| path.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok());
         let descriptor = entry.file_name().to_str().and_then(|name| name.parse().ok());
         sockets.extend(descriptor.zip(inode));

@@ -274,9 +274,10 @@ pub enum Reading {
     Chosen,
     /// The same where this bit of SO_BUF_LOCK says that it was set; else the kernel tunes it.
     Tuned { lock: u32 },
-    /// The same until a TCP socket is connected. From then on it is what the kernel has made of it; of options that programs can
-    /// set, at the most what was set.
+    /// The same until a TCP socket is connected. From then on the kernel changes it by itself.
     UntilConnected,
+    /// The same until a TCP socket is connected. From then on it is what came of it there: at the most what was set.
+    AtMost,
     /// The same until the socket is bound to an address.
     UntilBound,
     /// The kernel's: it is about how the socket fares.

@@ -255,7 +255,7 @@ pub const OPTIONS: &[SocketOption] = &[
         .reads(read_back::NONE)
         .negotiated("the peer has been told the segment size")
         .range(88, 32767)
-        .reading(Reading::UntilConnected),
+        .reading(Reading::AtMost),
     settable(L::TCP, "TCP_KEEPIDLE", 4, Seconds, "\"60s\"", "idle time before the first keepalive probe")
         .range(1, 32767)
         .kept(AsGiven),

@@ -1,0 +1,90 @@
+//! `sockpolicy ls`: the sockets that there are, whose they are, and what was chosen of their options.
+
+use std::{
+    io::{self, Write},
+    path::PathBuf,
+    process::ExitCode,
+};
+
+use super::{
+    FAILURE, check, complain,
+    output::Format,
+    run::Placement,
+    sockets::{Seen, Sockets, SocketsError, Targets},
+    unless_closed,
+};
+use crate::{
+    host::cgroup::Mount,
+    live::{Table, Told, Values, drift::Fresh},
+    options::OPTIONS,
+    policy::Policy,
+};
+
+/// List live sockets with their processes, and every option that differs from the default
+///
+/// The default is what a new socket of the kind has in the same network namespace. What the kernel changes by itself, such as
+/// buffers that nobody has set, is no difference. A socket belongs to the cgroup that it was made in; one that is neither bound
+/// nor connected is taken to be of the cgroup that its process is in.
+#[derive(Debug, clap::Args)]
+pub(super) struct Ls {
+    /// Policy files: the sockets of their targets. Without any, and without --cgroup, those of the whole host
+    #[arg(value_name = "FILE")]
+    files: Vec<PathBuf>,
+    /// The sockets of this cgroup and all below it: a path below the cgroup2 mount, or absolute; can be given several times
+    #[arg(long, value_name = "PATH")]
+    cgroup: Vec<PathBuf>,
+    /// Show every option that can be read
+    #[arg(long)]
+    all: bool,
+    /// Form of the list
+    #[arg(long, short, value_enum, default_value_t)]
+    output: Format,
+}
+
+impl Ls {
+    pub(super) fn run(self) -> ExitCode {
+        let Some(policies) = check::load(&self.files) else { return FAILURE.into() };
+        match self.list(&policies) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                complain(&error);
+                FAILURE.into()
+            }
+        }
+    }
+
+    fn list(&self, policies: &[Policy]) -> Result<(), SocketsError> {
+        let mount = Mount::find()?;
+        let targets = if policies.is_empty() {
+            Targets::open(&mount, &self.cgroup)?
+        } else {
+            Targets::These(Placement::find(&mount, &self.cgroup, policies)?.targets)
+        };
+        let mut sockets = Sockets::find(mount, targets)?;
+        let mut out = io::stdout().lock();
+        let mut table = Table::default();
+        let written = sockets.each(
+            |_| OPTIONS.iter().collect(),
+            |mut seen| {
+                let options = self.options(&mut seen);
+                match self.output {
+                    Format::Text => table.add(&seen.live, &options),
+                    Format::Json => writeln!(out, "{}", seen.live.to_json(&options))?,
+                }
+                Ok(())
+            },
+        );
+        unless_closed(written.and_then(|()| write!(out, "{table}")))?;
+        if sockets.unread() > 0 {
+            log::warn!("{} processes must not be looked into: it takes root", sockets.unread());
+        }
+        Ok(())
+    }
+
+    fn options(&self, Seen { live, fresh, .. }: &mut Seen<'_>) -> Values {
+        match (&live.values, fresh) {
+            (Told::Values(values), _) if self.all => values.clone(),
+            (_, fresh) => live.chosen(fresh.as_mut().and_then(|fresh| fresh.values())),
+        }
+    }
+}

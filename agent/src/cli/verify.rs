@@ -1,0 +1,196 @@
+//! `sockpolicy verify`: which live sockets do not have what the policies say.
+
+use std::{
+    collections::BTreeMap,
+    io::{self, Write},
+    path::PathBuf,
+    process::ExitCode,
+};
+
+use abi::setting::Value;
+use serde_json::json;
+
+use super::{
+    FAILURE, FINDINGS, check, complain,
+    output::Format,
+    run::{Placement, RunError},
+    sockets::{Seen, Sockets, SocketsError, Targets},
+    unless_closed,
+};
+use crate::{
+    compile::{Desired, compile},
+    events::{Event, Kind, SCHEMA, Source, cause},
+    host::cgroup::Mount,
+    live::{
+        Live, Told,
+        drift::{self, Finding},
+    },
+    policy::Policy,
+    session::SessionError,
+};
+
+/// Find live sockets that do not have what the policies say
+///
+/// Each socket of the targets is held against the rules that decide on it, whether the policies are in force or not; nothing
+/// is changed. A setting that a socket would not have been given yet, or never, is no drift, and a limit is about what somebody
+/// chose. Exit status: 0 no drift, 1 drift, 2 some sockets could not be looked into.
+#[derive(Debug, clap::Args)]
+pub(super) struct Verify {
+    /// Policy files
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+    /// Target, in place of the files' own: a cgroup's path below the cgroup2 mount, or absolute; can be given
+    /// several times
+    #[arg(long, value_name = "PATH")]
+    cgroup: Vec<PathBuf>,
+    /// Form of what is found
+    #[arg(long, short, value_enum, default_value_t)]
+    output: Format,
+}
+
+/// What came of it, in numbers.
+#[derive(Debug, Default)]
+struct Tally {
+    /// Sockets that were looked into.
+    sockets: u64,
+    /// Those of them that have drifted, and in how many options.
+    drifted: u64,
+    drifts: u64,
+    /// Sockets to which no descriptor leads.
+    nobodys: u64,
+    /// Sockets that must not be looked into, and processes of which it is not known what they have.
+    refused: u64,
+    unread: usize,
+    /// Options of which it cannot be told whether they agree, and why, with the number of sockets.
+    untold: BTreeMap<(&'static str, &'static str), u64>,
+}
+
+impl Verify {
+    pub(super) fn run(self) -> ExitCode {
+        let Some(policies) = check::load(&self.files) else { return FAILURE.into() };
+        match self.verify(&policies) {
+            Ok(tally) if tally.drifts > 0 => FINDINGS.into(),
+            Ok(tally) if tally.refused > 0 || tally.unread > 0 => FAILURE.into(),
+            Ok(_) => ExitCode::SUCCESS,
+            Err(error) => {
+                complain(&error);
+                FAILURE.into()
+            }
+        }
+    }
+
+    fn verify(&self, policies: &[Policy]) -> Result<Tally, SocketsError> {
+        let mount = Mount::find()?;
+        let Placement { stacks, targets } = Placement::find(&mount, &self.cgroup, policies)?;
+        let desired = compile(policies, &stacks).map_err(|error| RunError::from(SessionError::from(error)))?;
+        let mut sockets = Sockets::find(mount, Targets::These(targets))?;
+        let mut tally = Tally { unread: sockets.unread(), ..Tally::default() };
+        let mut out = io::stdout().lock();
+        let written = sockets.each(
+            |scope| drift::needed(&desired.scopes[scope]),
+            |seen| self.look(&desired, seen, &mut tally, &mut out),
+        );
+        unless_closed(written.and_then(|()| self.tell(&tally, &mut out)))?;
+        Ok(tally)
+    }
+
+    fn look(&self, desired: &Desired, seen: Seen<'_>, tally: &mut Tally, out: &mut impl Write) -> io::Result<()> {
+        let Seen { live, scope, fresh } = seen;
+        let Some(mut fresh) = fresh else {
+            match live.values {
+                Told::Refused(_) => tally.refused += 1,
+                Told::Nobody | Told::Values(_) => tally.nobodys += 1,
+            }
+            return Ok(());
+        };
+        tally.sockets += 1;
+        let before = tally.drifts;
+        for finding in drift::find(desired, &desired.scopes[scope], &live, &mut fresh) {
+            match finding {
+                Finding::Untold { option, why } => *tally.untold.entry((option.name, why)).or_default() += 1,
+                Finding::Drift { .. } => {
+                    tally.drifts += 1;
+                    if let Some(event) = event(desired, &live, &finding) {
+                        match self.output {
+                            Format::Text => writeln!(out, "{event}")?,
+                            Format::Json => writeln!(out, "{}", event.to_json())?,
+                        }
+                    }
+                }
+            }
+        }
+        tally.drifted += u64::from(tally.drifts > before);
+        Ok(())
+    }
+
+    fn tell(&self, tally: &Tally, out: &mut impl Write) -> io::Result<()> {
+        match self.output {
+            Format::Text => tally.write_text(out),
+            Format::Json => writeln!(out, "{}", tally.to_json()),
+        }
+    }
+}
+
+/// A drift, as it is reported.
+fn event(desired: &Desired, live: &Live, finding: &Finding) -> Option<Event> {
+    let Finding::Drift { setting, option, wanted, limit, now } = finding else { return None };
+    Some(Event {
+        time: jiff::Timestamp::now(),
+        kind: Kind::Drift { limit: *limit },
+        key: option.key(),
+        cause: cause(desired, *setting),
+        wanted: *wanted,
+        asked: Value::UNKNOWN,
+        given: Value::UNKNOWN,
+        now: *now,
+        result: None,
+        task: live.owner.as_ref().map(|owner| owner.task.clone()),
+        socket: Some(live.socket()),
+        source: Source::Hook,
+        via: None,
+        duration_ns: None,
+        suppressed: 0,
+        missing: Vec::new(),
+    })
+}
+
+impl Tally {
+    fn write_text(&self, out: &mut impl Write) -> io::Result<()> {
+        let Self { sockets, drifted, drifts, nobodys, refused, unread, untold } = self;
+        match drifts {
+            0 => writeln!(out, "sockets: {sockets}, no drift")?,
+            _ => writeln!(out, "sockets: {sockets}, drifted: {drifted}, in {drifts} options")?,
+        }
+        for ((option, why), sockets) in untold {
+            writeln!(out, "cannot be told: {option} on {sockets}: {why}")?;
+        }
+        if *nobodys > 0 {
+            writeln!(out, "not looked into: {nobodys} to which no descriptor leads")?;
+        }
+        if *refused > 0 {
+            writeln!(out, "could not be looked into: {refused} of processes that this one must not look into")?;
+        }
+        if *unread > 0 {
+            writeln!(out, "processes that this one must not look into: {unread}")?;
+        }
+        Ok(())
+    }
+
+    fn to_json(&self) -> serde_json::Value {
+        let Self { sockets, drifted, drifts, nobodys, refused, unread, untold } = self;
+        let untold =
+            untold.iter().map(|((option, why), sockets)| json!({ "option": option, "why": why, "sockets": sockets }));
+        json!({
+            "schema": SCHEMA,
+            "time": format!("{:.6}", jiff::Timestamp::now()),
+            "event": "summary",
+            "sockets": sockets,
+            "drifted": drifted,
+            "drifts": drifts,
+            "untold": untold.collect::<Vec<_>>(),
+            "without_descriptor": nobodys,
+            "refused": refused,
+            "unread_processes": unread,
+        })
+    }
+}

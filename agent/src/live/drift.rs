@@ -1,0 +1,254 @@
+//! What of a live socket disagrees with the policies that govern it: [`Desired`] and [`Live`] → [`Finding`]s.
+//!
+//! Which rule decides is found by the compiled tables and the code that the kernel runs, and so is whether a value agrees. A
+//! setting counts from when a policy that was in force would have applied it: what a socket has not come to yet, and what it
+//! could never come by, is no drift. A limit is about what somebody chose, and not about what the kernel gave the socket.
+//!
+//! Invariant: what cannot be told is said to be so, and neither taken for drift nor for agreement.
+
+use abi::{
+    judge::{Asked, judge, verdict},
+    setting::{Governed, Setting, Value, form, read_back, traits},
+    site,
+};
+
+use super::{Live, Values};
+use crate::{
+    compile::{Desired, Scope, facts},
+    events::Limit,
+    host::socket::State,
+    options::{self, Reading, Settable, SocketOption},
+    policy::{
+        Socket,
+        model::{Direction, Family, Protocol},
+    },
+};
+
+/// What there is to say of an option on a socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Finding {
+    /// It has another value than the setting wants, or one beyond the limit.
+    Drift {
+        /// Index of [`Desired::settings`].
+        setting: u32,
+        option: &'static SocketOption,
+        /// Unknown for a limit.
+        wanted: Value,
+        limit: Option<Limit>,
+        now: Value,
+    },
+    /// Whether it agrees cannot be told.
+    Untold { option: &'static SocketOption, why: &'static str },
+}
+
+/// What the kernel says of new sockets of the same kind.
+pub trait Fresh {
+    /// What one has; `None` where none can be made.
+    fn values(&mut self) -> Option<&Values>;
+    /// What one shows of an option after it was set to a value.
+    fn after(&mut self, option: &SocketOption, value: Value) -> Option<Value>;
+}
+
+/// The options to be read of a socket for that.
+#[must_use]
+pub fn needed(scope: &Scope) -> Vec<&'static SocketOption> {
+    let named = scope.options.iter().filter(|option| option.names != 0).map(|option| option.key);
+    let mut needed: Vec<_> = named.chain([super::BUFFER_LOCKS]).filter_map(options::by_key).collect();
+    needed.dedup();
+    needed
+}
+
+/// Holds a socket against the policies of a scope.
+pub fn find(desired: &Desired, scope: &Scope, live: &Live, fresh: &mut impl Fresh) -> Vec<Finding> {
+    let named = scope.options.iter().filter(|option| option.names != 0);
+    named.filter_map(|governed| find_in(desired, scope, governed, live, fresh)).collect()
+}
+
+const NO_DIRECTION: &str = "which end began the connection is not known, and rules ask for it";
+const NOT_READABLE: &str = "getsockopt does not show it";
+const NOT_KEPT: &str = "the kernel changes it by itself on a connection";
+const MULTIPATH: &str = "the connections of an MPTCP socket cannot be looked into";
+const WHETHER_BOUND: &str = "whether it was bound, or only sends, is not known";
+
+fn find_in(
+    desired: &Desired,
+    scope: &Scope,
+    governed: &Governed,
+    live: &Live,
+    fresh: &mut impl Fresh,
+) -> Option<Finding> {
+    let option = options::by_key(governed.key)?;
+    if !exists(governed, live) {
+        return None;
+    }
+    let winner = |socket: &Socket| governed.winner(desired.candidates(scope, &facts(socket)));
+    let cases = cases(live);
+    let setting = winner(&cases[0]);
+    if cases.iter().any(|case| winner(case) != setting) {
+        return Some(Finding::Untold { option, why: NO_DIRECTION });
+    }
+    let setting = setting?;
+    let row = desired.settings.get(setting as usize)?;
+    match row.form {
+        form::SET => {
+            let settable = option.settable()?;
+            let due = cases.iter().map(|case| due(settable, live, case, |socket| winner(socket) == Some(setting)));
+            let due = due.reduce(|one, other| if one == other { one } else { Due::Unknown(NO_DIRECTION) })?;
+            let now = live.value(governed.key);
+            match (due, now) {
+                (Due::No, _) => None,
+                (_, None) => Some(Finding::Untold { option, why: NOT_READABLE }),
+                (_, Some(now)) if agrees(governed, option, row, now, live, fresh) => None,
+                (Due::Yes, _) if option.reading == Reading::UntilConnected && live.is_connection() => {
+                    Some(Finding::Untold { option, why: NOT_KEPT })
+                }
+                (Due::Unknown(why), _) => Some(Finding::Untold { option, why }),
+                (Due::Yes, Some(now)) => {
+                    let wanted = wanted(governed, row, now);
+                    Some(Finding::Drift { setting, option, wanted, limit: None, now: *now })
+                }
+            }
+        }
+        form::LIMIT => {
+            let Some(now) = live.value(governed.key) else {
+                return Some(Finding::Untold { option, why: NOT_READABLE });
+            };
+            let is_beyond = !agrees_as_it_is(governed, row, now) && live.is_chosen(option, now, fresh.values());
+            let limit = Some(Limit { min: row.min, max: row.max });
+            is_beyond.then_some(Finding::Drift { setting, option, wanted: Value::UNKNOWN, limit, now: *now })
+        }
+        // Only calls can be denied.
+        _ => None,
+    }
+}
+
+/// Whether a socket has an option that matters to its traffic.
+fn exists(option: &Governed, live: &Live) -> bool {
+    let has = |bit| option.traits & bit != 0;
+    let is_inet6 = live.entry.family == libc::AF_INET6;
+    (!has(traits::TCP) || live.facts.protocol == Some(Protocol::Tcp))
+        && (!has(traits::INET6) || is_inet6)
+        // What may carry either may never carry IPv4.
+        && (!has(traits::INET) || live.facts.family() == Some(Family::Ipv4))
+}
+
+/// Whether a policy in force would have applied a setting by now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Due {
+    Yes,
+    No,
+    Unknown(&'static str),
+}
+
+/// What the socket may be: a connection of which it is not known which end began it is one of two.
+fn cases(live: &Live) -> Vec<Socket> {
+    if live.is_connection() && live.facts.direction.is_none() {
+        let towards = |direction| Socket { direction: Some(direction), ..live.facts.clone() };
+        return vec![towards(Direction::Outbound), towards(Direction::Inbound)];
+    }
+    vec![live.facts.clone()]
+}
+
+/// `decides`: whether the setting decides on a socket of which that much is known.
+fn due(settable: &Settable, live: &Live, case: &Socket, decides: impl Fn(&Socket) -> bool) -> Due {
+    let applies = |places: &[(u32, Socket)]| {
+        places.iter().any(|(site, socket)| settable.sites.contains(*site) && decides(socket))
+    };
+    let Passed { surely, perhaps } = passed(live, case);
+    if applies(&surely) {
+        Due::Yes
+    } else if applies(&perhaps) {
+        Due::Unknown(if live.is_multipath() { MULTIPATH } else { WHETHER_BOUND })
+    } else {
+        Due::No
+    }
+}
+
+/// The places at which options are set that a socket has come by, with what was known of it there.
+struct Passed {
+    surely: Vec<(u32, Socket)>,
+    perhaps: Vec<(u32, Socket)>,
+}
+
+fn passed(live: &Live, whole: &Socket) -> Passed {
+    let bound = Socket { direction: None, remote: None, ..whole.clone() };
+    let unbound = Socket { local: None, local_port: None, ..bound.clone() };
+    let connecting = Socket { direction: Some(Direction::Outbound), remote: whole.remote, ..unbound.clone() };
+    let is_bound = whole.local.is_some() || (whole.local_port.is_some() && has_ports(whole));
+    let born = (site::BIRTH, unbound);
+    let surely = |surely| Passed { surely, perhaps: Vec::new() };
+    if live.is_multipath() {
+        let perhaps = (site::BIRTH + 1..site::COUNT as u32).map(|site| (site, whole.clone())).collect();
+        return Passed { surely: vec![born], perhaps };
+    }
+    if whole.protocol != Some(Protocol::Tcp) {
+        return match (whole.remote, is_bound, whole.protocol) {
+            (Some(_), ..) => surely(vec![born, (site::CONNECT_DATAGRAM, connecting)]),
+            // It has had its port since it was bound, or since it first sent.
+            (None, true, Some(Protocol::Udp)) => {
+                Passed { surely: vec![born, (site::SEND, bound.clone())], perhaps: vec![(site::BIND_DATAGRAM, bound)] }
+            }
+            (None, true, _) => surely(vec![born, (site::BIND_DATAGRAM, bound)]),
+            (None, false, _) => surely(vec![born]),
+        };
+    }
+    match (live.entry.state, whole.direction) {
+        (State::Listening, _) => surely(vec![born, (site::BIND_STREAM, bound), (site::LISTEN, whole.clone())]),
+        (State::Unconnected, _) if is_bound => surely(vec![born, (site::BIND_STREAM, bound)]),
+        (State::Unconnected, _) => surely(vec![born]),
+        // What its listener was given at bind it has inherited, if that did not depend on the peer, nor on an address that the
+        // listener may not have had.
+        (_, Some(Direction::Inbound)) => {
+            surely(vec![(site::BIND_STREAM, Socket { local: None, ..bound }), (site::PASSIVE, whole.clone())])
+        }
+        (State::SynSent, _) => surely(vec![born, (site::CONNECT_STREAM, connecting), (site::SYN, whole.clone())]),
+        _ => surely(vec![
+            born,
+            (site::CONNECT_STREAM, connecting),
+            (site::SYN, whole.clone()),
+            (site::ACTIVE, whole.clone()),
+        ]),
+    }
+}
+
+/// What raw sockets have in place of a port is their protocol.
+fn has_ports(socket: &Socket) -> bool {
+    matches!(socket.protocol, Some(Protocol::Tcp | Protocol::Udp | Protocol::Sctp))
+}
+
+fn agrees(
+    governed: &Governed,
+    option: &SocketOption,
+    setting: &Setting,
+    now: &Value,
+    live: &Live,
+    fresh: &mut impl Fresh,
+) -> bool {
+    if agrees_as_it_is(governed, setting, now) {
+        return true;
+    }
+    if option.reading == Reading::AtMost && live.is_connection() {
+        return read(governed, now).is_some_and(|shown| shown.number <= i64::from(setting.value));
+    }
+    // The kernel brings some values within bounds of its own: of buffers, those of the system.
+    fresh.after(option, wanted(governed, setting, now)) == Some(*now)
+}
+
+/// Whether a value is what a setting wants, or within a limit.
+fn agrees_as_it_is(governed: &Governed, setting: &Setting, now: &Value) -> bool {
+    // A value that says nothing, such as a time that is off, disagrees with nothing.
+    read(governed, now).is_none_or(|shown| judge(governed.kind, setting, &shown).verdict == verdict::NONE)
+}
+
+/// The value that was set, if it was set to what is shown.
+fn read(governed: &Governed, now: &Value) -> Option<Asked> {
+    let shown = Asked::read(governed.kind, governed.traits, now.len as i32, &now.words)?;
+    Some(if governed.read_back == read_back::DOUBLED { Asked { number: shown.number / 2, ..shown } } else { shown })
+}
+
+fn wanted(governed: &Governed, setting: &Setting, now: &Value) -> Value {
+    read(governed, now).map_or(Value::UNKNOWN, |shown| Value::wanted(governed.kind, setting, &shown))
+}
+
+#[cfg(test)]
+mod tests;
