@@ -245,6 +245,12 @@ impl Probe {
         self.receive(one);
     }
 
+    /// Sends many bytes one way, as fast as they are received.
+    #[track_caller]
+    pub fn pour(&mut self, from: Fd, to: Fd, len: usize) {
+        self.succeed(&Step::Pour { from, to, len });
+    }
+
     /// Lets the process end: closes its input.
     pub fn end(&mut self) {
         drop(self.input.take());

@@ -149,6 +149,12 @@ pub enum Step {
         fd: Fd,
         to: Option<SocketAddr>,
     },
+    /// As many bytes from one end of a connection to the other, both of which the probe has.
+    Pour {
+        from: Fd,
+        to: Fd,
+        len: usize,
+    },
     /// One byte.
     Receive {
         fd: Fd,

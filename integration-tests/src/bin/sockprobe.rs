@@ -89,6 +89,7 @@ fn perform(step: Step) -> Answer {
         Step::Get { fd, level, name, len, bad_pointer } => get(fd, level, name, len, bad_pointer),
         Step::LocalAddress { fd } => local_address(fd),
         Step::Send { fd, to } => send(fd, to),
+        Step::Pour { from, to, len } => pour(from, to, len),
         Step::Receive { fd } => {
             let mut byte = [0; 1];
             // SAFETY: a buffer of one byte.
@@ -171,6 +172,33 @@ fn local_address(fd: Fd) -> Answer {
 fn socket_address(address: &SockaddrStorage) -> Option<SocketAddr> {
     let four = address.as_sockaddr_in().map(|address| SocketAddr::new(address.ip().into(), address.port()));
     four.or_else(|| address.as_sockaddr_in6().map(|address| SocketAddr::new(address.ip().into(), address.port())))
+}
+
+/// Keeps the connection as full as it gets.
+fn pour(from: Fd, to: Fd, len: usize) -> Answer {
+    let mut room = vec![0u8; 1 << 16];
+    let (mut sent, mut received) = (0, 0);
+    while received < len {
+        let left = room.len().min(len - sent);
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+        // SAFETY: no more bytes than there are.
+        let count = unsafe { libc::send(from, room.as_ptr().cast(), left, flags) };
+        if count >= 0 {
+            sent += count as usize;
+            if sent < len {
+                continue;
+            }
+        } else if io::Error::last_os_error().kind() != io::ErrorKind::WouldBlock {
+            return answer(-1);
+        }
+        // SAFETY: as many bytes of room.
+        let count = unsafe { libc::recv(to, room.as_mut_ptr().cast(), room.len(), 0) };
+        if count <= 0 {
+            return answer(-1);
+        }
+        received += count as usize;
+    }
+    Answer { result: received as i64, ..Answer::default() }
 }
 
 fn send(fd: Fd, to: Option<SocketAddr>) -> Answer {

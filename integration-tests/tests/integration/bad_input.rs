@@ -1,6 +1,6 @@
 //! What cannot be done: one clear error, the right exit status, and nothing left behind.
 
-mod rights;
+pub(crate) mod rights;
 
 use std::{
     fs,

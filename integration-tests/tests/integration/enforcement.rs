@@ -28,21 +28,25 @@ use crate::{
 };
 
 /// What the owning process was told: by socket and option.
-type Observed = BTreeMap<(Family, Place), BTreeMap<&'static str, Result<Vec<u8>, Errno>>>;
+pub(crate) type Observed = BTreeMap<(Family, Place), BTreeMap<&'static str, Result<Vec<u8>, Errno>>>;
 
 static ENFORCED: LazyLock<(Observed, Report)> = LazyLock::new(|| {
     for absent in SETTINGS.iter().filter(|setting| !is_here(setting)) {
         skip("enforcement", absent.option.name);
     }
+    let mut exec = Exec::start(&policy_of_all());
+    let observed = observe(&mut exec.probe);
+    (observed, exec.finish())
+});
+
+/// A policy that sets every option that this kernel can set.
+pub(crate) fn policy_of_all() -> PolicyFile {
     let settings = SETTINGS.iter().filter(|setting| is_here(setting) && setting.option != SO_BINDTOIFINDEX);
     let lines: Vec<String> = settings.map(|setting| format!("{} = {}", setting.option.name, setting.policy)).collect();
     // Without these hooks there is no place at which to set the options of datagram sockets.
     let matches = if Kernel::current().has("cgroup/bind4") { "" } else { "match = { protocol = \"tcp\" }\n" };
-    let policy = PolicyFile::new(format!("[[rule]]\n{matches}set = {{ {} }}\n", lines.join(", ")));
-    let mut exec = Exec::start(&policy);
-    let observed = observe(&mut exec.probe);
-    (observed, exec.finish())
-});
+    PolicyFile::new(format!("[[rule]]\n{matches}set = {{ {} }}\n", lines.join(", ")))
+}
 
 fn is_here(setting: &Setting) -> bool {
     let kernel = Kernel::current();
@@ -54,8 +58,8 @@ fn has(setting: &Setting, family: Family, place: Place) -> bool {
     is_here(setting) && setting.families.contains(&family) && setting.places.contains(&place)
 }
 
-/// Makes sockets of every kind and reads every option of each.
-fn observe(probe: &mut Probe) -> Observed {
+/// Makes sockets of every kind, which stay, and reads every option of each.
+pub(crate) fn observe(probe: &mut Probe) -> Observed {
     let mut observed = Observed::new();
     for family in Family::BOTH {
         let pair = probe.pair(family, Kind::Tcp);

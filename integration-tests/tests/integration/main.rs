@@ -16,6 +16,7 @@ mod enforcement;
 mod explain;
 mod gaps;
 mod lifecycle;
+mod live;
 mod matching;
 mod overruling;
 mod persistence;

@@ -19,7 +19,7 @@ use super::{MARK, fails, policy, run_on};
 use crate::{stderr, stdout};
 
 /// Runs a command with fewer capabilities, as setpriv writes them: `-bpf`, or `-all,+bpf`.
-fn with_capabilities(change: &str, command: &Command) -> Command {
+pub(crate) fn with_capabilities(change: &str, command: &Command) -> Command {
     let mut setpriv = Command::new("setpriv");
     setpriv.args(["--bounding-set", change, "--inh-caps=-all", "--"]);
     setpriv.arg(command.get_program()).args(command.get_args()).stdin(std::process::Stdio::null());
