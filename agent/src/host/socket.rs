@@ -23,7 +23,7 @@ use crate::{
 pub struct Entry {
     /// AF_INET or AF_INET6
     pub family: i32,
-    /// One of IPPROTO_
+    /// One of IPPROTO_; of a raw socket IPPROTO_RAW, whatever it is for.
     pub protocol: i32,
     pub state: State,
     pub local: SocketAddr,
@@ -88,9 +88,10 @@ pub fn describe(socket: &OwnedFd) -> Option<Entry> {
         (Some(_), _) => State::Established,
         (None, _) => State::Unconnected,
     };
+    let Kind { family, form, protocol } = Kind::of(socket)?;
     Some(Entry {
-        family: number(socket, libc::SO_DOMAIN)?,
-        protocol: number(socket, libc::SO_PROTOCOL)?,
+        family,
+        protocol: if form == libc::SOCK_RAW { libc::IPPROTO_RAW } else { protocol },
         state,
         local,
         remote,

@@ -53,9 +53,7 @@ pub trait Fresh {
 #[must_use]
 pub fn needed(scope: &Scope) -> Vec<&'static SocketOption> {
     let named = scope.options.iter().filter(|option| option.names != 0).map(|option| option.key);
-    let mut needed: Vec<_> = named.chain([super::BUFFER_LOCKS]).filter_map(options::by_key).collect();
-    needed.dedup();
-    needed
+    named.chain([super::BUFFER_LOCKS]).filter_map(options::by_key).collect()
 }
 
 /// Holds a socket against the policies of a scope.
@@ -67,6 +65,7 @@ pub fn find(desired: &Desired, scope: &Scope, live: &Live, fresh: &mut impl Fres
 const NO_DIRECTION: &str = "which end began the connection is not known, and rules ask for it";
 const NOT_READABLE: &str = "getsockopt does not show it";
 const NOT_KEPT: &str = "the kernel changes it by itself on a connection";
+const WHO_CHOSE: &str = "this kernel does not tell a buffer that was set from one that it tunes";
 const MULTIPATH: &str = "the connections of an MPTCP socket cannot be looked into";
 const WHETHER_BOUND: &str = "whether it was bound, or only sends, is not known";
 
@@ -113,9 +112,15 @@ fn find_in(
             let Some(now) = live.value(governed.key) else {
                 return Some(Finding::Untold { option, why: NOT_READABLE });
             };
-            let is_beyond = !agrees_as_it_is(governed, row, now) && live.is_chosen(option, now, fresh.values());
+            if agrees_as_it_is(governed, row, now) {
+                return None;
+            }
+            if live.may_be_tuned(option) {
+                return Some(Finding::Untold { option, why: WHO_CHOSE });
+            }
             let limit = Some(Limit { min: row.min, max: row.max });
-            is_beyond.then_some(Finding::Drift { setting, option, wanted: Value::UNKNOWN, limit, now: *now })
+            let drift = Finding::Drift { setting, option, wanted: Value::UNKNOWN, limit, now: *now };
+            live.is_chosen(option, now, fresh.values()).then_some(drift)
         }
         // Only calls can be denied.
         _ => None,

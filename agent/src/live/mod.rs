@@ -89,10 +89,9 @@ impl Live {
             Reading::Chosen => true,
             Reading::UntilConnected | Reading::AtMost => !self.is_connection(),
             Reading::UntilBound => self.facts.local.is_none(),
-            // Kernels that do not tell (5.15) tune those of TCP.
             Reading::Tuned { lock } => match self.value(BUFFER_LOCKS) {
                 Some(locks) => word_in(&locks.words) & lock != 0,
-                None => self.facts.protocol != Some(Protocol::Tcp),
+                None => !self.may_be_tuned(option),
             },
             Reading::State | Reading::Never => false,
         };
@@ -100,6 +99,14 @@ impl Live {
         may_be
             && default != Some(Some(value))
             && default.flatten().is_none_or(|default| self.differs(option, value, default))
+    }
+
+    /// Whether the kernel may have tuned what an option shows, or not: before 5.15 it does not tell. It tunes buffers of TCP.
+    #[must_use]
+    pub fn may_be_tuned(&self, option: &SocketOption) -> bool {
+        matches!(option.reading, Reading::Tuned { .. })
+            && self.facts.protocol == Some(Protocol::Tcp)
+            && self.value(BUFFER_LOCKS).is_none()
     }
 
     /// Whether a value is another than that of a new socket, but for bits that the kernel sees to.

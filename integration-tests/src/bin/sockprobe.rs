@@ -180,23 +180,21 @@ fn pour(from: Fd, to: Fd, len: usize) -> Answer {
     let (mut sent, mut received) = (0, 0);
     while received < len {
         let left = room.len().min(len - sent);
-        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
         // SAFETY: no more bytes than there are.
-        let count = unsafe { libc::send(from, room.as_ptr().cast(), left, flags) };
-        if count >= 0 {
+        let count = unsafe { libc::send(from, room.as_ptr().cast(), left, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) };
+        if count > 0 {
             sent += count as usize;
-            if sent < len {
-                continue;
-            }
-        } else if io::Error::last_os_error().kind() != io::ErrorKind::WouldBlock {
-            return answer(-1);
+            continue;
         }
+        // Without waiting, which takes as many bytes as SO_RCVLOWAT says.
         // SAFETY: as many bytes of room.
-        let count = unsafe { libc::recv(to, room.as_mut_ptr().cast(), room.len(), 0) };
-        if count <= 0 {
-            return answer(-1);
+        let count = unsafe { libc::recv(to, room.as_mut_ptr().cast(), room.len(), libc::MSG_DONTWAIT) };
+        match count {
+            1.. => received += count as usize,
+            0 => return answer(-1),
+            _ if io::Error::last_os_error().kind() == io::ErrorKind::WouldBlock => std::thread::yield_now(),
+            _ => return answer(-1),
         }
-        received += count as usize;
     }
     Answer { result: received as i64, ..Answer::default() }
 }

@@ -209,6 +209,15 @@ fn limit_is_about_what_somebody_chose() {
 }
 
 #[test]
+fn where_the_kernel_does_not_tell_who_chose_a_buffer_that_is_said() {
+    let rules = "[[rule]]\nlimit = { SO_RCVBUF = { max = 1000 } }\n";
+    let values = [("SO_RCVBUF", number(3000))];
+    assert_eq!(found(rules, &outbound(&values)), [("SO_RCVBUF", Some(WHO_CHOSE))]);
+    assert_eq!(found(rules, &udp(["10.0.0.1:1", "10.0.0.2:2"], &values)), [("SO_RCVBUF", None)], "nothing tunes these");
+    assert_eq!(found(rules, &outbound(&[("SO_RCVBUF", number(2000))])), NONE);
+}
+
+#[test]
 fn what_cannot_be_read_or_looked_into_is_said_to_be_so() {
     let rules = "[[rule]]\nset = { TCP_BPF_IW = 20 }\n";
     assert_eq!(found(rules, &outbound(&[])), [("TCP_BPF_IW", Some(NOT_READABLE))]);

@@ -140,7 +140,7 @@ fn sockets_that_a_policy_has_set_have_not_drifted() {
     drop(observe(&mut probe));
     let (status, events, _) = verify_on(&cgroup, &policy);
     assert_eq!(status, Some(1));
-    assert!(events.len() > 100, "{events:#?}");
+    assert!(events.len() > 50, "{events:#?}");
     // What nobody can read; what the kernel does not keep; and what only counts where a socket is bound.
     let may_be = ["SK_BPF_CB_FLAGS", "TCP_WINDOW_CLAMP", "SO_REUSEADDR", "SO_REUSEPORT"];
     let untold: Vec<&str> =
