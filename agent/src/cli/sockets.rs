@@ -98,7 +98,7 @@ impl Sockets {
 
     /// Processes that must not be looked into.
     pub(super) fn unread(&self) -> usize {
-        self.survey.unread
+        self.survey.unread.len()
     }
 
     /// Looks into each of the targets' sockets. `wanted` are the options to read, by scope.

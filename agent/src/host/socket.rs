@@ -189,9 +189,12 @@ impl Kind {
     }
 }
 
+/// Options with their values, in the order in which they were asked for.
+pub type Values = Vec<(&'static SocketOption, Value)>;
+
 /// The values of these options, as far as the socket has them and they can be read; none that reading would do something to.
 #[must_use]
-pub fn values(socket: &OwnedFd, wanted: &[&'static SocketOption]) -> Vec<(&'static SocketOption, Value)> {
+pub fn values(socket: &OwnedFd, wanted: &[&'static SocketOption]) -> Values {
     let readable = wanted.iter().filter(|option| option.reading != Reading::Never);
     readable.filter_map(|option| Some((*option, value(socket, option.key())?))).collect()
 }

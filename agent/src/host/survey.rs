@@ -22,17 +22,18 @@ use super::{
     cgroup,
     netns::{self, Namespace},
     process, sock_diag,
-    socket::{self, Entry, Kind},
+    socket::{self, Entry, Kind, Values},
 };
 use crate::options::{OPTIONS, Relation, SocketOption};
 
 /// The sockets that there are.
 #[derive(Debug)]
 pub struct Survey {
+    /// In the order of processes and descriptors.
     pub sockets: Vec<Found>,
     namespaces: Vec<Namespace>,
     /// Processes of the wanted cgroups that must not be looked into: what else they have is not known.
-    pub unread: usize,
+    pub unread: HashSet<u32>,
     /// Whether there is any process that must not be looked into: it may have what nobody else has.
     pub is_partial: bool,
 }
@@ -73,7 +74,8 @@ impl Survey {
     ///
     /// Where processes or sockets cannot be listed.
     pub fn make(wanted: impl Fn(&Path) -> bool) -> Result<Self, SurveyError> {
-        let mut survey = Self { sockets: Vec::new(), namespaces: Vec::new(), unread: 0, is_partial: false };
+        let mut survey =
+            Self { sockets: Vec::new(), namespaces: Vec::new(), unread: HashSet::new(), is_partial: false };
         let processes = process::all().map_err(SurveyError::Processes)?;
         for process in &processes {
             let is_known = |id| survey.namespaces.iter().any(|namespace| namespace.id == id);
@@ -89,17 +91,15 @@ impl Survey {
             survey.visit(process, &mut holders, &wanted);
         }
         let listed: HashSet<u32> = survey.sockets.iter().map(|found| found.entry.inode).collect();
-        let mut unlisted: Vec<(u32, Holder)> =
-            holders.iter().filter(|(inode, _)| !listed.contains(inode)).map(|(inode, of)| (*inode, of[0])).collect();
-        unlisted.sort_unstable_by_key(|(_, holder)| (holder.process, holder.descriptor));
-        for (inode, holder) in unlisted {
-            survey.add_unlisted(inode, holder, &wanted)?;
+        for (inode, of) in holders.iter().filter(|(inode, _)| !listed.contains(inode)) {
+            survey.add_unlisted(*inode, of, &wanted)?;
         }
         let mut seen = HashSet::new();
         survey.sockets.retain(|found| seen.insert(found.entry.cookie));
         for found in &mut survey.sockets {
             found.holders = holders.get(&found.entry.inode).cloned().unwrap_or_default();
         }
+        survey.sockets.sort_by_key(Found::place);
         Ok(survey)
     }
 
@@ -116,7 +116,9 @@ impl Survey {
             }
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                 self.is_partial = true;
-                self.unread += usize::from(cgroup::of_process(process).is_some_and(|home| wanted(&home)));
+                if cgroup::of_process(process).is_some_and(|home| wanted(&home)) {
+                    self.unread.insert(process);
+                }
             }
             // It is gone.
             Err(_) => {}
@@ -144,15 +146,32 @@ impl Survey {
     }
 
     /// Adds a socket that no list had, if policies are about it.
-    fn add_unlisted(&mut self, inode: u32, holder: Holder, wanted: &impl Fn(&Path) -> bool) -> Result<(), SurveyError> {
-        let Some(home) = cgroup::of_process(holder.process).filter(|home| wanted(home)) else { return Ok(()) };
-        let Ok(Some(taken)) = take(holder) else { return Ok(()) };
-        let Some(entry) = socket::describe(&taken) else { return Ok(()) };
-        let Ok(namespace) = Namespace::of_socket(&taken) else { return Ok(()) };
-        // It may be one that no process is in, whose sockets are listed only now.
-        let namespace = self.enter(namespace)?;
-        let entry = Entry { inode, ..entry };
-        self.sockets.push(Found { entry, namespace, holders: Vec::new(), home: Some(home) });
+    fn add_unlisted(
+        &mut self,
+        inode: u32,
+        holders: &[Holder],
+        wanted: &impl Fn(&Path) -> bool,
+    ) -> Result<(), SurveyError> {
+        for holder in holders {
+            let Some(home) = cgroup::of_process(holder.process).filter(|home| wanted(home)) else { continue };
+            let taken = match take(*holder) {
+                Ok(Some(taken)) => taken,
+                Ok(None) => continue,
+                Err(_) => {
+                    self.unread.insert(holder.process);
+                    continue;
+                }
+            };
+            let Some(entry) = socket::describe(&taken) else { return Ok(()) };
+            // Where that must not be told, most likely that of its process.
+            let namespace = Namespace::of_socket(&taken).or_else(|_| Namespace::of_process(holder.process));
+            let Ok(namespace) = namespace else { continue };
+            // It may be one that no process is in, whose sockets are listed only now.
+            let namespace = self.enter(namespace)?;
+            let entry = Entry { inode, ..entry };
+            self.sockets.push(Found { entry, namespace, holders: Vec::new(), home: Some(home) });
+            return Ok(());
+        }
         Ok(())
     }
 
@@ -177,6 +196,13 @@ fn take(holder: Holder) -> io::Result<Option<OwnedFd>> {
 }
 
 impl Found {
+    /// Sockets are in the order of processes and descriptors; those that nobody has come last.
+    fn place(&self) -> (u32, i32, u64) {
+        let (process, descriptor) =
+            self.holders.first().map_or((u32::MAX, 0), |holder| (holder.process, holder.descriptor));
+        (process, descriptor, self.entry.cookie)
+    }
+
     /// The socket itself, and by whom it was reached; `None` where no process has it any more.
     ///
     /// # Errors
@@ -207,9 +233,6 @@ pub struct Defaults {
 
 /// Index of a namespace, and what sockets there are made as.
 type Place = (usize, Kind);
-
-/// Options with their values, in the order of the option table.
-pub type Values = Vec<(&'static SocketOption, Value)>;
 
 impl Defaults {
     /// What a new socket of a kind has in the namespace of another; `None` where none can be made.

@@ -17,6 +17,7 @@ use abi::setting::{OptionKey, Value, word_in};
 use serde_json::{Map, Value as Json, json};
 
 pub use self::text::Table;
+pub use crate::host::socket::Values;
 use crate::{
     events::{self, SCHEMA, Task},
     host::socket::{Entry, State},
@@ -27,9 +28,6 @@ use crate::{
     },
     values,
 };
-
-/// Options with their values, in the order of the option table.
-pub type Values = Vec<(&'static SocketOption, Value)>;
 
 /// A socket, and what is known of it.
 #[derive(Clone, Debug)]
@@ -150,13 +148,9 @@ impl Live {
     pub fn to_json(&self, options: &Values) -> Json {
         let owner = self.owner.as_ref();
         let task = owner.map(|owner| &owner.task);
-        let options = |_: &Values| {
-            let values =
-                options.iter().map(|(option, value)| (option.name.to_owned(), values::json(option.key(), value)));
-            Json::Object(values.collect::<Map<_, _>>())
-        };
+        let shown = options.iter().map(|(option, value)| (option.name.to_owned(), values::json(option.key(), value)));
         let (options, missing) = match &self.values {
-            Told::Values(values) => (options(values), None),
+            Told::Values(_) => (Json::Object(shown.collect::<Map<_, _>>()), None),
             Told::Nobody => (Json::Null, Some("no descriptor leads to the socket")),
             Told::Refused(why) => (Json::Null, Some(why.as_str())),
         };

@@ -15,8 +15,6 @@ pub struct Table {
 
 #[derive(Debug)]
 struct Row {
-    /// By process and descriptor; those of none come last.
-    place: (u32, i32),
     cells: [String; COLUMNS],
     options: Vec<String>,
 }
@@ -48,11 +46,10 @@ impl Table {
         if let Told::Refused(why) = &live.values {
             shown.push(format!("cannot be looked into: {why}"));
         }
-        let place = live.owner.as_ref().map_or((u32::MAX, 0), |owner| (owner.task.pid, owner.descriptor));
         for (width, cell) in self.widths.iter_mut().zip(&cells) {
             *width = cell.len().max(*width);
         }
-        self.groups.entry(live.cgroup.clone()).or_default().push(Row { place, cells, options: shown });
+        self.groups.entry(live.cgroup.clone()).or_default().push(Row { cells, options: shown });
     }
 }
 
@@ -75,8 +72,6 @@ impl fmt::Display for Table {
             }
             writeln!(f, "{}", cgroup.as_deref().unwrap_or("of no cgroup that is known"))?;
             write_cells(f, &HEADER, &widths)?;
-            let mut rows: Vec<_> = rows.iter().collect();
-            rows.sort_by_key(|row| row.place);
             for row in rows {
                 write_cells(f, &row.cells, &widths)?;
                 write_options(f, &row.options)?;

@@ -17,6 +17,7 @@ use sockpolicy_integration_tests::{
         SO_BUF_LOCK, SO_COOKIE, SO_LINGER, SO_MARK, SO_RCVBUF, SO_SNDBUF, SocketOption, TCP_CONGESTION, TCP_MAXSEG,
         TCP_NODELAY,
     },
+    policy::PolicyFile,
     probe::Probe,
     process::{self, Running},
     script::{Family, Fd, Kind},
@@ -314,7 +315,7 @@ fn linger(on: i32, seconds: i32) -> Vec<u8> {
     [on.to_ne_bytes(), seconds.to_ne_bytes()].concat()
 }
 
-/// Whether what is bound is found wherever it was made, and what is not, with its process.
+/// One that is bound, by the kernel's word; one that is not, because its process is there.
 #[test]
 fn socket_is_of_the_cgroup_that_it_was_made_in() {
     let (one, other) = (Cgroup::new(), Cgroup::new());
@@ -352,4 +353,43 @@ fn socket_of_several_processes_is_shown_once_with_all_of_them() {
     let (first, second) = (parent.min(child), parent.max(child));
     assert_eq!((&line["pid"], &line["fd"], &line["state"]), (&json!(first), &json!(fd), &json!("LISTEN")));
     assert_eq!(line["also"], json!([{ "pid": second, "fd": fd }]));
+}
+
+/// The namespace lives by the socket alone.
+#[test]
+fn socket_in_a_network_that_no_process_is_in_is_found_with_its_state() {
+    let mut python = Command::new("unshare");
+    let script = "import ctypes, signal, socket\n\
+                  s = socket.socket(); s.bind(('0.0.0.0', 7)); s.listen()\n\
+                  new_network = 0x40000000\n\
+                  print(ctypes.CDLL(None).unshare(new_network), flush=True)\n\
+                  signal.pause()\n";
+    python.args(["--net", "python3", "-c", script]);
+    let mut running = Running::start(python);
+    assert_eq!(running.lines(1), ["0"]);
+    let lines = listed(&running.home, &[]);
+    let [line] = lines.as_slice() else { panic!("not one socket: {lines:#?}") };
+    assert_eq!((&line["state"], &line["socket"]["local"]), (&json!("LISTEN"), &json!("0.0.0.0:7")));
+    assert_eq!((&line["pid"], &line["options"]), (&json!(running.pid()), &json!({})));
+}
+
+#[test]
+fn sockets_of_a_policy_are_those_of_its_targets() {
+    let (target, other) = (Cgroup::new(), Cgroup::new());
+    let below = target.child("below");
+    let mut probe = Probe::start(&other);
+    probe.listener(Family::Inet, Kind::Tcp);
+    probe.enter(&below);
+    let (listener, _) = probe.listener(Family::Inet, Kind::Tcp);
+    let policy = format!("[target]\ncgroup = \"{}\"\n[[rule]]\nset = {{ TCP_NODELAY = true }}\n", target.name());
+    let policy = PolicyFile::new(policy);
+    let shown = stdout(&agent::output(&["ls", "-o", "json", policy.path().to_str().unwrap()]));
+    let line: Value = serde_json::from_str(&shown).unwrap_or_else(|error| panic!("{error}: {shown}"));
+    assert_eq!((&line["fd"], &line["socket"]["cgroup"]), (&json!(listener), &json!(below.name())));
+    let template = PolicyFile::new("[[rule]]\nset = { TCP_NODELAY = true }\n");
+    for arguments in [["ls", template.path().to_str().unwrap()], ["ls", "--cgroup=/no/such/cgroup"]] {
+        let output = agent::output(&arguments);
+        assert_eq!((output.status.code(), stdout(&output).as_str()), (Some(2), ""), "{}", stderr(&output));
+        assert!(stderr(&output).contains("help: "), "{}", stderr(&output));
+    }
 }
