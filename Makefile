@@ -10,10 +10,10 @@ MAKEFLAGS += --no-print-directory
 # The kernels that the integration tests run under, beside this machine's own.
 KERNELS ?= 5.10 6.1 6.12 6.18 7.2
 # Those of them that `make test` takes, and what it leaves out there because an emulated machine takes minutes for it: the
-# comparisons with strace on real programs, storms, every bad argument, every way of calling `audit`, Docker. `make vm-test`
-# leaves out nothing.
+# comparisons with strace on real programs, storms, every bad argument, every way of calling `audit`, Docker, agents that are
+# killed at each step. `make vm-test` leaves out nothing.
 FAST_KERNELS ?= 6.1 6.12
-FAST := $(addprefix --skip ,compared::programs pressure storm faults audit::command docker)
+FAST := $(addprefix --skip ,compared::programs pressure storm faults audit::command docker killed)
 # How many virtual machines at a time.
 VM_JOBS ?= 2
 # More for every call of cargo that builds: CI says --locked.

@@ -199,9 +199,18 @@ fn remove(layout: &Path) -> Result<(), KernelError> {
         let path = path.to_owned();
         move |source| KernelError::Pin { path, source }
     };
-    for folder in ["links", "maps"].map(|folder| layout.join(folder)) {
-        for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
-            fs::remove_file(entry.path()).map_err(failed(&entry.path()))?;
+    for folder in ["links", "maps"] {
+        for entry in fs::read_dir(layout.join(folder)).into_iter().flatten().flatten() {
+            let path = entry.path();
+            if folder == "links" {
+                let link = syscall::open_pinned(&path).map_err(failed(&path))?;
+                match syscall::detach_link(&link) {
+                    // Its cgroup is gone.
+                    Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => {}
+                    detached => detached.map_err(failed(&path))?,
+                }
+            }
+            fs::remove_file(&path).map_err(failed(&path))?;
         }
     }
     match fs::remove_dir_all(layout) {

@@ -57,6 +57,15 @@ pub(super) fn update_link(link: &impl AsFd, program: impl AsFd) -> io::Result<()
     bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attributes).map(drop)
 }
 
+/// Takes a link's program from its hook, at once: without that it stays until the kernel has nothing better to do (5.9).
+pub(super) fn detach_link(link: &impl AsFd) -> io::Result<()> {
+    let mut attributes = no_attributes();
+    // SAFETY: the part of the union that BPF_LINK_DETACH takes.
+    let detach = unsafe { &mut attributes.link_detach };
+    detach.link_fd = link.as_fd().as_raw_fd() as u32;
+    bpf(bpf_cmd::BPF_LINK_DETACH, &mut attributes).map(drop)
+}
+
 /// Gives an object a path in a BPF file system, which keeps it until that is removed.
 pub(super) fn pin(object: &impl AsFd, path: &Path) -> io::Result<()> {
     let path = CString::new(path.as_os_str().as_bytes())?;
