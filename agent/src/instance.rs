@@ -287,7 +287,7 @@ fn is_same(file: &File, path: &Path) -> bool {
     (one.dev(), one.ino()) == (other.dev(), other.ino())
 }
 
-fn path_of(name: &str, kind: &str) -> PathBuf {
+pub(crate) fn path_of(name: &str, kind: &str) -> PathBuf {
     Path::new(FOLDER).join(format!("{name}.{kind}"))
 }
 

@@ -21,6 +21,7 @@ mod fault;
 pub mod gaps;
 pub mod host;
 pub mod instance;
+pub mod journal;
 pub mod kernel;
 pub mod live;
 pub mod options;

@@ -60,6 +60,7 @@ fn pure_modules_do_no_io() {
         "fault.rs",
         "host",
         "instance.rs",
+        "journal.rs",
         "kernel",
         "main.rs",
         "session.rs",

@@ -44,7 +44,10 @@ impl Instance {
     #[must_use]
     pub fn left(&self) -> Vec<PathBuf> {
         let run = |kind: &str| Path::new("/run/sockpolicy").join(format!("{}.{kind}", self.name));
-        [self.folder(), run("json"), run("lock"), run("new")].into_iter().filter(|path| path.exists()).collect()
+        [self.folder(), run("json"), run("lock"), run("new"), run("before")]
+            .into_iter()
+            .filter(|path| path.exists())
+            .collect()
     }
 
     /// `sockpolicy COMMAND --instance NAME …`, run to its end.

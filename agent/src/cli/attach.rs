@@ -3,7 +3,9 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use super::{
-    FAILURE, check, complain,
+    FAILURE,
+    apply::{self, ApplyError},
+    check, complain,
     output::GapsArgument,
     run::{DEFAULT_INSTANCE, Placement, RunError, names},
 };
@@ -11,6 +13,7 @@ use crate::{
     events::Filter,
     host::{cgroup::Mount, process},
     instance::{Instance, InstanceError},
+    journal::Journal,
     kernel::{self, BackendChoice, KernelError, Pins},
     policy::{Policy, Sources, Texts},
     session::{self, Files, Session, SessionError, Setup},
@@ -87,6 +90,9 @@ pub(super) struct Detach {
     /// The instance, as `status` names it
     #[arg(value_name = "NAME", default_value = DEFAULT_INSTANCE)]
     instance: String,
+    /// Put back what sockets had before `apply` changed it, where nobody has since
+    #[arg(long)]
+    restore: bool,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -95,6 +101,8 @@ enum DetachError {
     Instance(#[from] InstanceError),
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    #[error(transparent)]
+    Restore(#[from] Box<ApplyError>),
     #[error("no instance `{name}` has policies in force without an agent{}", list(.others))]
     None { name: String, others: Vec<String> },
 }
@@ -125,6 +133,11 @@ impl Detach {
             return Err(DetachError::None { name: name.clone(), others: Pins::instances() });
         }
         pins.end()?;
-        Ok(pins.remove()?)
+        pins.remove()?;
+        // No sooner: the policies would set it again.
+        if self.restore {
+            return Ok(apply::restore(name).map_err(Box::new)?);
+        }
+        Ok(Journal::of(name).remove().map_err(|error| Box::new(error.into()))?)
     }
 }

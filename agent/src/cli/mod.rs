@@ -3,6 +3,7 @@
 //! Exit status: 0 done; 1 findings (an invalid policy, drift, conflicts with `--fail-on-conflict`); 2
 //! could not. `exec` passes the command's own status on and keeps 125 to 127 for itself.
 
+mod apply;
 mod attach;
 mod audit;
 mod check;
@@ -58,6 +59,7 @@ enum Command {
     Exec(exec::Exec),
     Run(run::Run),
     Attach(attach::Attach),
+    Apply(apply::Apply),
     Detach(attach::Detach),
     Status(status::Status),
     Audit(audit::Audit),
@@ -97,6 +99,7 @@ pub fn main() -> ExitCode {
         Command::Exec(exec) => exec.run(),
         Command::Run(run) => run.run(),
         Command::Attach(attach) => attach.run(),
+        Command::Apply(apply) => apply.run(),
         Command::Detach(detach) => detach.run(),
         Command::Status(status) => status.run(),
         Command::Audit(audit) => audit.run(),

@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
 };
 
@@ -83,6 +84,8 @@ pub(super) struct Seen<'a> {
     pub(super) scope: usize,
     /// What it is to be compared with; `None` where it could not be taken.
     pub(super) fresh: Option<FreshBeside<'a>>,
+    /// The socket itself; `None` likewise.
+    pub(super) socket: Option<&'a OwnedFd>,
 }
 
 impl Sockets {
@@ -94,6 +97,11 @@ impl Sockets {
         let listeners = (0..namespaces).map(|number| Listeners::of(of_namespace(number).map(|found| &found.entry)));
         let listeners = listeners.collect();
         Ok(Self { survey, targets, names: Names::new(mount), listeners, defaults: Defaults::default() })
+    }
+
+    /// How many sockets there are, those of other cgroups included.
+    pub(super) fn len(&self) -> usize {
+        self.survey.sockets.len()
     }
 
     /// Processes that must not be looked into.
@@ -139,7 +147,7 @@ impl Sockets {
             };
             let kind = taken.as_ref().and_then(|(_, socket)| Kind::of(socket));
             let fresh = kind.map(|kind| FreshBeside { survey, found, kind, defaults });
-            see(Seen { live, scope, fresh })?;
+            see(Seen { live, scope, fresh, socket: taken.as_ref().map(|(_, socket)| socket) })?;
         }
         Ok(())
     }

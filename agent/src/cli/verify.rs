@@ -95,7 +95,7 @@ impl Verify {
     }
 
     fn look(&self, desired: &Desired, seen: Seen<'_>, tally: &mut Tally, out: &mut impl Write) -> io::Result<()> {
-        let Seen { live, scope, fresh } = seen;
+        let Seen { live, scope, fresh, socket: _ } = seen;
         let Some(mut fresh) = fresh else {
             match live.values {
                 Told::Refused(_) => tally.refused += 1,
@@ -132,7 +132,7 @@ impl Verify {
 }
 
 /// A drift, as it is reported.
-fn event(desired: &Desired, live: &Live, finding: &Finding) -> Option<Event> {
+pub(super) fn event(desired: &Desired, live: &Live, finding: &Finding) -> Option<Event> {
     let Finding::Drift { setting, option, wanted, limit, now } = finding else { return None };
     Some(Event {
         time: jiff::Timestamp::now(),

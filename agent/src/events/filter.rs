@@ -22,7 +22,7 @@ impl Filter {
         let Self { options, verdicts, processes, comms } = self;
         let verdict = match event.kind {
             Kind::Conflict { verdict, .. } => Some(verdict.what),
-            Kind::Call(_) | Kind::Outcome { .. } | Kind::Drift { .. } => None,
+            Kind::Call(_) | Kind::Outcome { .. } | Kind::Drift { .. } | Kind::Applied { .. } | Kind::WouldApply => None,
         };
         let task = event.task.as_ref();
         admits(options, Some(&event.key))

@@ -33,6 +33,8 @@ struct Line<'a> {
     asked: Json,
     #[serde(skip_serializing_if = "Json::is_null")]
     given: Json,
+    #[serde(skip_serializing_if = "Json::is_null")]
+    before: Json,
     now: Json,
     verdict: Option<String>,
     outcome: Option<String>,
@@ -60,6 +62,8 @@ impl Event {
             Kind::Conflict { call, verdict } => ("conflict", Some(call.name()), Some(verdict.to_string()), None),
             Kind::Call(call) => ("call", Some(call.name()), None, None),
             Kind::Drift { .. } => ("drift", None, None, None),
+            Kind::Applied { .. } => ("applied", None, None, None),
+            Kind::WouldApply => ("would-apply", None, None, None),
             Kind::Outcome { errno } => {
                 ("outcome", None, None, Some(format!("failed({})", crate::report::errno_name(errno))))
             }
@@ -86,7 +90,14 @@ impl Event {
             },
             asked: values::json(self.key, &self.asked),
             given: values::json(self.key, &self.given),
-            now: values::json(self.key, &self.now),
+            before: match &self.kind {
+                Kind::Applied { before, .. } => values::json(self.key, before),
+                _ => Json::Null,
+            },
+            now: match &self.kind {
+                Kind::Applied { after, .. } => values::json(self.key, after),
+                _ => values::json(self.key, &self.now),
+            },
             verdict,
             outcome,
             result: match self.kind {

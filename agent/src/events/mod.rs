@@ -93,6 +93,10 @@ pub enum Kind {
     Outcome { errno: i32 },
     /// A live socket that has another value than the policy says, or one beyond its limit.
     Drift { limit: Option<Limit> },
+    /// A live socket that was brought in line.
+    Applied { before: Value, after: Value },
+    /// The same in a dry run: it has what it had.
+    WouldApply,
 }
 
 /// Both ends are within.
@@ -395,7 +399,7 @@ fn now(call: &raw::Call, kind: Kind, result: Option<i64>) -> Value {
         Some(_) => before,
     };
     match kind {
-        Kind::Outcome { .. } | Kind::Drift { .. } => Value::UNKNOWN,
+        Kind::Outcome { .. } | Kind::Drift { .. } | Kind::Applied { .. } | Kind::WouldApply => Value::UNKNOWN,
         Kind::Conflict { call: Call::Get, .. } | Kind::Call(Call::Get) => call.asked,
         Kind::Call(Call::Set) => passed(call.asked),
         Kind::Conflict { call: Call::Set, verdict } => match (verdict.what, verdict.dry_run) {

@@ -43,6 +43,18 @@ impl fmt::Display for Event {
                 self.write_result(f)?;
             }
             Kind::Drift { limit } => self.write_drift(f, limit)?,
+            Kind::Applied { before, after } => {
+                write!(f, "applied   {} {option}: {} -> {}", self.who(), shown(&before), shown(&after))?;
+            }
+            Kind::WouldApply => {
+                write!(
+                    f,
+                    "apply     {} {option}: {}, would be given {}",
+                    self.who(),
+                    shown(&self.now),
+                    shown(&self.wanted)
+                )?;
+            }
         }
         if let Some(cause) = &self.cause {
             write!(f, "  ({}, rule {})", cause.place, cause.rule)?;

@@ -5,6 +5,7 @@
 #![expect(clippy::panic, clippy::unwrap_used, reason = "what fails in a test fails the test")]
 
 mod actions;
+mod apply;
 mod arguments;
 mod audit;
 mod bad_input;
