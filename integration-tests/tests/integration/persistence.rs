@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     fs,
-    os::unix::process::ExitStatusExt,
+    os::unix::{fs::MetadataExt, process::ExitStatusExt},
     process::{Command, Stdio},
 };
 
@@ -17,7 +17,7 @@ use sockpolicy_integration_tests::{
     options::{SO_MARK, SO_RCVLOWAT},
     policy::PolicyFile,
     probe::Probe,
-    process::{Running, workload},
+    process::{self, Running, with_mounts, workload},
     script::{Family, Kind},
     wait,
 };
@@ -233,6 +233,44 @@ fn pins_of_another_layout_are_replaced() {
     instance.pretend_other_layout();
     instance.detach();
     assert_eq!((mark(&target), attached(&target)), (0, 0));
+}
+
+#[test]
+fn host_without_a_bpf_file_system_is_told_how_to_mount_it() {
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let policy = PolicyFile::new(sets_mark(&target, 1));
+    let mut attach = agent::command(&["attach", "--instance", &instance.name]);
+    attach.arg(policy.path());
+    let output = process::output(with_mounts("umount /sys/fs/bpf", &attach));
+    let error = "error: there is no BPF file system at /sys/fs/bpf, where policies stay that outlive the agent\n  help: mount \
+                 -t bpf bpf /sys/fs/bpf\n";
+    assert_eq!((stderr(&output).as_str(), output.status.code()), (error, Some(2)));
+    assert!(instance.left().is_empty(), "{:?}", instance.left());
+}
+
+#[test]
+fn cgroup_that_is_removed_takes_nothing_else_with_it() {
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let child = target.child("child");
+    let text = format!("[target]\ncgroup = {:?}\n[[rule]]\nset = {{ SO_MARK = 1 }}\n", format!("{}/*", target.name()));
+    let policy = PolicyFile::new(text);
+    instance.attach(policy.path());
+    drop(child);
+    let output = agent::output(&["status", &instance.name]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let other = target.child("other");
+    instance.attach(policy.path());
+    assert_eq!(mark(&other), 1);
+    // What the kernel has let go of by then is gone from the next one's pins.
+    let id = fs::metadata(other.path()).unwrap().ino();
+    let is_of_other = |link: &fs::DirEntry| link.file_name().to_string_lossy().starts_with(&format!("{id}-"));
+    let is_let_go = wait::until(wait::PATIENCE, || {
+        instance.attach(policy.path());
+        let layout = fs::read_dir(instance.folder()).unwrap().next().unwrap().unwrap().path();
+        fs::read_dir(layout.join("links")).unwrap().flatten().all(|link| is_of_other(&link))
+    });
+    assert!(is_let_go, "links of the removed cgroup are still pinned");
+    instance.detach();
 }
 
 /// Steps of `attach`, and how many times to let each pass. Some are of the second attach only.
