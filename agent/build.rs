@@ -56,8 +56,13 @@ fn layout(programs: &Path) -> Result<u64, String> {
     let abi = programs.join("abi/src");
     let entries = fs::read_dir(&abi).map_err(|error| format!("cannot read {}: {error}", abi.display()))?;
     files.extend(entries.flatten().map(|entry| entry.path()));
-    // The places of options are bits in the notes of sockets.
-    files.push(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/options/table.rs"));
+    // The places of options are bits in the notes of sockets, and by the order in which policies are compiled events and
+    // counters are told whose they are.
+    let agent = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    files.push(agent.join("options/table.rs"));
+    let compile = agent.join("compile");
+    let entries = fs::read_dir(&compile).map_err(|error| format!("cannot read {}: {error}", compile.display()))?;
+    files.extend(entries.flatten().map(|entry| entry.path()));
     files.sort();
     let mut hash = FNV_OFFSET;
     for file in files {

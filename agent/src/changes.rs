@@ -20,8 +20,16 @@ use crate::{
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Held {
     attached: BTreeSet<(String, Hook)>,
-    /// By cgroup, policy, rule and option: what it is to be.
-    settings: BTreeMap<Place, String>,
+    /// By cgroup, policy, rule and option: what it is to be, and under which conditions.
+    settings: BTreeMap<Place, Said>,
+}
+
+/// What a setting says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Said {
+    wanted: String,
+    /// Which sockets it is for, what becomes of calls that disagree, and which rules come first: not for people.
+    conditions: String,
 }
 
 /// Where a setting holds, and whose it is.
@@ -36,11 +44,32 @@ pub struct Place {
 /// One difference.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
-    Attach { hook: Hook, cgroup: String },
-    LetGo { hook: Hook, cgroup: String },
-    Add { place: Place, wanted: String },
-    Remove { place: Place, was: String },
-    Alter { place: Place, was: String, wanted: String },
+    Attach {
+        hook: Hook,
+        cgroup: String,
+    },
+    LetGo {
+        hook: Hook,
+        cgroup: String,
+    },
+    Add {
+        place: Place,
+        wanted: String,
+    },
+    Remove {
+        place: Place,
+        was: String,
+    },
+    Alter {
+        place: Place,
+        was: String,
+        wanted: String,
+    },
+    /// The same value, for other sockets, with another answer to calls, or after other rules.
+    Condition {
+        place: Place,
+        wanted: String,
+    },
 }
 
 impl Held {
@@ -51,6 +80,7 @@ impl Held {
         for (cgroup, number) in targets {
             let Some(scope) = desired.scopes.get(*number) else { continue };
             held.attached.extend(scope.hooks.iter().map(|hook| (cgroup.clone(), *hook)));
+            let mut ranks = BTreeMap::new();
             for setting in desired.settings_of(*number) {
                 let Some((source, rule)) = desired.source(setting as u32) else { continue };
                 let place = Place {
@@ -61,7 +91,12 @@ impl Held {
                 };
                 let wanted = values::form_text(source.option.key(), &source.form);
                 let mode = if rule.mode == Mode::DryRun { " (dry run)" } else { "" };
-                held.settings.insert(place, format!("{wanted}{mode}"));
+                let row = desired.settings.get(setting);
+                let rank: &mut u32 = ranks.entry(source.option.key()).or_default();
+                *rank += 1;
+                let conditions =
+                    format!("{rank} {:?} {:?}", rule.selector, row.map(|row| (row.on_conflict, row.errno)));
+                held.settings.insert(place, Said { wanted: format!("{wanted}{mode}"), conditions });
             }
         }
         held
@@ -74,13 +109,14 @@ pub fn changes(before: &Held, after: &Held) -> Vec<Change> {
     let attach = after.attached.difference(&before.attached);
     let attach = attach.map(|(cgroup, hook)| Change::Attach { hook: *hook, cgroup: cgroup.clone() });
     let removed = before.settings.iter().filter(|(place, _)| !after.settings.contains_key(place));
-    let removed = removed.map(|(place, was)| Change::Remove { place: place.clone(), was: was.clone() });
-    let others = after.settings.iter().filter_map(|(place, wanted)| {
-        let (place, wanted) = (place.clone(), wanted.clone());
+    let removed = removed.map(|(place, was)| Change::Remove { place: place.clone(), was: was.wanted.clone() });
+    let others = after.settings.iter().filter_map(|(place, said)| {
+        let (place, wanted) = (place.clone(), said.wanted.clone());
         match before.settings.get(&place) {
             None => Some(Change::Add { place, wanted }),
-            Some(was) if *was == wanted => None,
-            Some(was) => Some(Change::Alter { place, was: was.clone(), wanted }),
+            Some(was) if was == said => None,
+            Some(was) if was.wanted == wanted => Some(Change::Condition { place, wanted }),
+            Some(was) => Some(Change::Alter { place, was: was.wanted.clone(), wanted }),
         }
     });
     let let_go = before.attached.difference(&after.attached);
@@ -109,6 +145,7 @@ impl Change {
             Self::Add { place, wanted } => setting("add", place, None, Some(wanted)),
             Self::Remove { place, was } => setting("remove", place, Some(was), None),
             Self::Alter { place, was, wanted } => setting("alter", place, Some(was), Some(wanted)),
+            Self::Condition { place, wanted } => setting("condition", place, Some(wanted), Some(wanted)),
         }
     }
 }
@@ -128,6 +165,13 @@ impl fmt::Display for Change {
             Self::Add { place, wanted } => write!(f, "+ {} = {wanted}  ({place})", place.option),
             Self::Remove { place, was } => write!(f, "- {} = {was}  ({place})", place.option),
             Self::Alter { place, was, wanted } => write!(f, "~ {} = {was} -> {wanted}  ({place})", place.option),
+            Self::Condition { place, wanted } => {
+                write!(
+                    f,
+                    "~ {} = {wanted}: for other sockets, after other rules, or else enforced  ({place})",
+                    place.option
+                )
+            }
         }
     }
 }
@@ -162,6 +206,14 @@ mod tests {
                 "+ TCP_KEEPCNT = 3  (web, rule r, on /a)",
             ]
         );
+    }
+
+    #[test]
+    fn other_conditions_are_a_difference() {
+        let rule = |more: &str| format!("[[rule]]\nname = \"r\"\nset = {{ SO_MARK = 1 }}\n{more}");
+        let said = said(&held(&rule(""), &["/a"]), &held(&rule("on_conflict = \"deny\"\n"), &["/a"]));
+        let expected = "~ SO_MARK = 0x1: for other sockets, after other rules, or else enforced  (web, rule r, on /a)";
+        assert_eq!(said, [expected]);
     }
 
     #[test]

@@ -187,8 +187,12 @@ impl Reach {
 }
 
 fn levels(pattern: &str) -> Result<Vec<Option<GlobMatcher>>, GlobError> {
-    let levels = pattern.trim_matches('/').split('/').filter(|level| !level.is_empty());
-    levels.map(|level| if level == "**" { Ok(None) } else { Ok(Some(glob(level)?.compile_matcher())) }).collect()
+    // Braces and brackets may reach over several levels.
+    let (plain, rest) = pattern.split_at(pattern.find(['{', '[']).unwrap_or(pattern.len()));
+    let plain = if rest.is_empty() { plain } else { plain.rsplit_once('/').map_or("", |(levels, _)| levels) };
+    let levels = plain.trim_matches('/').split('/').filter(|level| !level.is_empty());
+    let levels = levels.map(|level| if level == "**" { Ok(None) } else { Ok(Some(glob(level)?.compile_matcher())) });
+    levels.chain((!rest.is_empty()).then_some(Ok(None))).collect()
 }
 
 fn leads_below(pattern: &[Option<GlobMatcher>], names: &[&Path]) -> bool {
@@ -379,6 +383,8 @@ mod tests {
         let within = |cgroup: &str| reach.is_within(Path::new(cgroup));
         assert!(["", "a", "a/x", "d", "d/x", "d/x/e-1"].iter().all(|cgroup| within(cgroup)));
         assert!(!["b", "a/x/c", "c", "x/a"].iter().any(|cgroup| within(cgroup)));
+        let reach = Reach::of(&policies(&[&["a/{b/c,d}/e"]])).unwrap();
+        assert!(reach.is_within(Path::new("a/b/c")) && !reach.is_within(Path::new("b")));
         let reach = Reach::of(&policies_of(&["cgroup = \"a/b\"\ncontainer = { name = \"web\" }"])).unwrap();
         assert!(["", "a/b", "c/d"].iter().all(|cgroup| reach.is_within(Path::new(cgroup))));
     }

@@ -8,8 +8,10 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Read as _, Seek as _, Write as _},
-    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
+    thread,
+    time::Duration,
 };
 
 use nix::{
@@ -28,6 +30,9 @@ use crate::{
 
 /// Where instances leave word of themselves.
 const FOLDER: &str = "/run/sockpolicy";
+/// How often, and after which pauses, to ask for a lock that somebody holds: who looks at it holds it for a moment.
+const PATIENCE: u32 = 20;
+const PAUSE: Duration = Duration::from_millis(10);
 
 #[derive(Debug, thiserror::Error)]
 pub enum InstanceError {
@@ -43,6 +48,11 @@ pub enum InstanceError {
          put all policies for this cgroup into one instance"
     )]
     Governed { cgroup: String, name: String, holder: String, remedy: String },
+    #[error(
+        "instance `{name}` has policies in force that stay without an agent\n  help: take them over with --persist, end them \
+         (sockpolicy detach {name}), or give this one another name with --instance"
+    )]
+    Pinned { name: String },
     #[error("`{0}` is no name for an instance\n  help: take letters, digits, `-` and `_`")]
     Name(String),
     #[error(transparent)]
@@ -126,13 +136,20 @@ impl Instance {
     /// Where there is one of this name that runs.
     pub fn become_one(name: &str, persists: bool) -> Result<Self, InstanceError> {
         check_name(name)?;
-        fs::create_dir_all(FOLDER).map_err(|source| InstanceError::File { path: FOLDER.into(), source })?;
+        make_folder().map_err(|source| InstanceError::File { path: FOLDER.into(), source })?;
         let path = path_of(name, "lock");
         let failed = |source| InstanceError::File { path: path.clone(), source };
+        let mut patience = PATIENCE;
         loop {
-            let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o644).open(&path);
+            let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
             let mut lock = match Flock::lock(file.map_err(failed)?, FlockArg::LockExclusiveNonblock) {
                 Ok(lock) => lock,
+                // It may be one who only looks.
+                Err((_, Errno::EAGAIN)) if patience > 0 => {
+                    patience -= 1;
+                    thread::sleep(PAUSE);
+                    continue;
+                }
                 Err((mut file, Errno::EAGAIN)) => {
                     let mut pid = String::new();
                     file.read_to_string(&mut pid).map_err(failed)?;
@@ -143,6 +160,9 @@ impl Instance {
             // Who held it may have removed it meanwhile.
             if !is_same(&lock, &path) {
                 continue;
+            }
+            if !persists && Pins::instances().iter().any(|pinned| pinned == name) {
+                return Err(InstanceError::Pinned { name: name.to_owned() });
             }
             lock.set_len(0).and_then(|()| lock.rewind()).map_err(failed)?;
             writeln!(lock, "{}", std::process::id()).map_err(failed)?;
@@ -163,7 +183,10 @@ impl Instance {
     pub fn write(&self, record: &Record) -> Result<(), InstanceError> {
         let (path, new) = (path_of(&self.name, "json"), path_of(&self.name, "new"));
         let failed = |source| InstanceError::File { path: path.clone(), source };
-        fs::write(&new, serde_json::to_vec(record).map_err(|error| failed(error.into()))?).map_err(failed)?;
+        let bytes = serde_json::to_vec(record).map_err(|error| failed(error.into()))?;
+        // Policies may be for nobody else to read.
+        let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new);
+        file.and_then(|mut file| file.write_all(&bytes)).map_err(failed)?;
         fs::rename(&new, &path).map_err(failed)
     }
 
@@ -199,11 +222,12 @@ impl Instance {
     /// If so.
     pub fn check_others(&self, cgroups: &[&str]) -> Result<(), InstanceError> {
         for other in all().into_iter().filter(|other| other.name != self.name) {
-            let governed = other.record.iter().filter_map(|record| record.generations.last());
+            let governed = other.record.iter().flat_map(|record| &record.generations);
             let mut governed = governed.flat_map(|generation| &generation.targets).map(|(cgroup, _)| cgroup);
             let Some(cgroup) = governed.find(|cgroup| cgroups.contains(&cgroup.as_str())) else { continue };
             let (holder, remedy) = match other.pid {
                 Some(pid) => (format!("runs as process {pid}"), format!("kill {pid}")),
+                None if other.is_running => ("is just being started".to_owned(), "sockpolicy status".to_owned()),
                 None => ("is in force without an agent".to_owned(), format!("sockpolicy detach {}", other.name)),
             };
             return Err(InstanceError::Governed { cgroup: cgroup.clone(), name: other.name, holder, remedy });
@@ -226,7 +250,9 @@ impl Drop for Instance {
 #[derive(Clone, Debug)]
 pub struct Seen {
     pub name: String,
-    /// Of the agent, if one runs.
+    /// Whether an agent runs.
+    pub is_running: bool,
+    /// Its process, if it has said so already.
     pub pid: Option<u32>,
     pub record: Option<Record>,
     /// Whether anything of it stays in the kernel without an agent.
@@ -254,14 +280,30 @@ pub fn all() -> Vec<Seen> {
 #[must_use]
 pub fn see(name: &str) -> Option<Seen> {
     let is_pinned = Pins::instances().iter().any(|pinned| pinned == name);
-    let pid = holder(name);
-    if pid.is_none() && !is_pinned {
-        for kind in ["json", "lock"] {
-            let _ = fs::remove_file(path_of(name, kind));
+    let (is_running, pid) = match lock_of(name) {
+        Lock::Held(pid) => (true, pid),
+        Lock::Free(lock) => {
+            // While it is ours, so that nobody else's is removed.
+            if !is_pinned && is_same(&lock, &path_of(name, "lock")) {
+                remove_files(name);
+            }
+            (false, None)
         }
-        return None;
+        Lock::Absent => (false, None),
+    };
+    (is_running || is_pinned).then(|| Seen {
+        name: name.to_owned(),
+        is_running,
+        pid,
+        record: read_record(name),
+        is_pinned,
+    })
+}
+
+fn remove_files(name: &str) {
+    for kind in ["json", "lock"] {
+        let _ = fs::remove_file(path_of(name, kind));
     }
-    Some(Seen { name: name.to_owned(), pid, record: read_record(name), is_pinned })
 }
 
 fn read_record(name: &str) -> Option<Record> {
@@ -269,16 +311,31 @@ fn read_record(name: &str) -> Option<Record> {
     serde_json::from_slice(&bytes).inspect_err(|error| log::debug!("record of instance {name}: {error}")).ok()
 }
 
-/// Who holds the lock, if anybody does.
-fn holder(name: &str) -> Option<u32> {
-    let mut file = File::open(path_of(name, "lock")).ok()?;
-    match Flock::lock(file.try_clone().ok()?, FlockArg::LockSharedNonblock) {
-        Ok(_) => None,
-        Err(_) => {
+enum Lock {
+    /// By this process, if it has said so already.
+    Held(Option<u32>),
+    /// Nobody's, and ours for as long as this is there.
+    Free(Flock<File>),
+    Absent,
+}
+
+fn lock_of(name: &str) -> Lock {
+    let Ok(file) = File::open(path_of(name, "lock")) else { return Lock::Absent };
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Lock::Free(lock),
+        Err((mut file, _)) => {
             let mut pid = String::new();
-            file.read_to_string(&mut pid).ok()?;
-            pid.trim().parse().ok()
+            let _ = file.read_to_string(&mut pid);
+            Lock::Held(pid.trim().parse().ok())
         }
+    }
+}
+
+/// Nobody else is to keep an agent from its lock, or to read policies that are not for him.
+fn make_folder() -> io::Result<()> {
+    match fs::DirBuilder::new().mode(0o700).create(FOLDER) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => fs::set_permissions(FOLDER, fs::Permissions::from_mode(0o700)),
     }
 }
 
@@ -287,12 +344,17 @@ fn is_same(file: &File, path: &Path) -> bool {
     (one.dev(), one.ino()) == (other.dev(), other.ino())
 }
 
+/// A file of an instance.
 pub(crate) fn path_of(name: &str, kind: &str) -> PathBuf {
     Path::new(FOLDER).join(format!("{name}.{kind}"))
 }
 
 /// A name is a file's, and one in a BPF file system too, which takes no dots.
-fn check_name(name: &str) -> Result<(), InstanceError> {
+///
+/// # Errors
+///
+/// Where it is none.
+pub fn check_name(name: &str) -> Result<(), InstanceError> {
     let is_good = |character: char| character.is_ascii_alphanumeric() || "-_".contains(character);
     if name.is_empty() || name.len() > 64 || !name.chars().all(is_good) {
         return Err(InstanceError::Name(name.to_owned()));

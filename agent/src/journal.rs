@@ -7,6 +7,7 @@ use std::{
     collections::BTreeMap,
     fs::{self, File, OpenOptions},
     io::{self, BufRead as _, BufReader, Write as _},
+    os::unix::fs::OpenOptionsExt as _,
     path::PathBuf,
 };
 
@@ -118,7 +119,7 @@ impl Journal {
             if let Some(folder) = self.path.parent() {
                 fs::create_dir_all(folder)?;
             }
-            self.file = Some(OpenOptions::new().create(true).append(true).open(&self.path)?);
+            self.file = Some(OpenOptions::new().create(true).append(true).mode(0o600).open(&self.path)?);
         }
         self.file.as_mut().ok_or_else(|| io::ErrorKind::NotFound.into())
     }
@@ -135,6 +136,22 @@ impl Journal {
         };
         let lines = BufReader::new(file).lines().map_while(Result::ok);
         Ok(fold(lines.filter_map(|line| serde_json::from_str(&line).ok())))
+    }
+
+    /// Only these are left to put back.
+    ///
+    /// # Errors
+    ///
+    /// Where that cannot be written: then all are.
+    pub fn keep(self, changes: &BTreeMap<Place, Change>) -> Result<(), JournalError> {
+        if changes.is_empty() {
+            return self.remove();
+        }
+        let mut shorter = Self { path: self.path.with_extension("new-before"), file: None };
+        for (place, change) in changes {
+            shorter.note(*place, &change.before, &change.after)?;
+        }
+        fs::rename(&shorter.path, &self.path).map_err(|source| JournalError { path: self.path.clone(), source })
     }
 
     /// There is nothing to put back any more.

@@ -92,6 +92,8 @@ pub struct Session {
 pub(crate) struct Generation {
     pub(crate) number: u32,
     pub(crate) desired: Desired,
+    /// From another agent, which has summed up, or was killed.
+    pub(crate) is_taken_over: bool,
 }
 
 /// What to put in force, on whom, and whom to look at.
@@ -197,7 +199,7 @@ impl Session {
         Ok(Self {
             object,
             word,
-            current: Generation { number, desired },
+            current: Generation { number, desired, is_taken_over: false },
             before,
             retired: Vec::new(),
             targets,
@@ -225,6 +227,9 @@ impl Session {
     ///
     /// Where this kernel cannot do it; then what was in force still is.
     pub fn reload(&mut self, mut desired: Desired, targets: Vec<Target>, files: Files) -> Result<(), SessionError> {
+        if let Some(word) = &self.word {
+            word.check_others(&targets)?;
+        }
         self.object.load_more(&desired.hooks())?;
         if self.choice != GapsChoice::DoNotTry {
             self.try_what_is_new(&desired)?;
@@ -251,11 +256,14 @@ impl Session {
             }
             warn_without_audit(self.audit, desired.audit);
         }
-        if let Some(word) = &mut self.word {
-            word.add(staged.generation(), files, &targets)?;
+        if let Some(word) = &mut self.word
+            && let Err(error) = word.add(staged.generation(), files, &targets)
+        {
+            self.object.abandon(staged);
+            return Err(error.into());
         }
         let number = self.object.enable(staged, desired.audit.calls)?;
-        let before = mem::replace(&mut self.current, Generation { number, desired });
+        let before = mem::replace(&mut self.current, Generation { number, desired, is_taken_over: false });
         self.before.push(before);
         self.targets = targets;
         self.gaps = gaps.0;
@@ -268,10 +276,11 @@ impl Session {
     ///
     /// Where the kernel refuses; then they hold on those that were there and still are.
     pub fn retarget(&mut self, targets: Vec<Target>) -> Result<(), SessionError> {
+        if let Some(word) = &mut self.word {
+            word.check_others(&targets)?;
+            word.retarget(&targets)?;
+        }
         if self.object.retarget(&self.current.desired, &targets)? {
-            if let Some(word) = &mut self.word {
-                word.retarget(&targets)?;
-            }
             self.targets = targets;
             return Ok(());
         }
@@ -307,7 +316,7 @@ impl Session {
     /// Whether there are policies before those in force by which sockets may still be set up.
     #[must_use]
     pub fn has_others(&self) -> bool {
-        !self.before.is_empty()
+        self.object.former().next().is_some()
     }
 
     /// Has sockets that are still being set up by policies of before go on by those in force.
@@ -317,12 +326,16 @@ impl Session {
     /// Where the kernel refuses.
     pub fn retire(&mut self) -> Result<(), SessionError> {
         for (number, counters) in self.object.retire()? {
-            if let Some(generation) = self.before.iter().find(|generation| generation.number == number) {
+            let is_ours = |generation: &&Generation| generation.number == number && !generation.is_taken_over;
+            if let Some(generation) = self.before.iter().find(is_ours) {
                 self.report.count(number, &generation.desired, &counters);
             }
         }
         self.retired = mem::take(&mut self.before);
-        self.word.as_mut().map_or(Ok(()), |word| Ok(word.forget_all_but(self.current.number)?))
+        if let Some(word) = &mut self.word {
+            word.forget_all_but(self.current.number);
+        }
+        Ok(())
     }
 
     #[must_use]

@@ -90,6 +90,9 @@ impl Drop for Instance {
     fn drop(&mut self) {
         if !self.left().is_empty() {
             let _ = agent::command(&["detach", &self.name]).output();
+            for path in self.left() {
+                let _ = fs::remove_file(path);
+            }
         }
     }
 }

@@ -1,7 +1,7 @@
 //! `sockpolicy apply`: brings sockets that are there in line with policies, and puts back what they had.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     io::{self, IsTerminal, Write},
     os::fd::OwnedFd,
     path::PathBuf,
@@ -28,6 +28,7 @@ use crate::{
         socket,
         survey::{Survey, SurveyError},
     },
+    instance,
     journal::{Change, Journal, JournalError, Place},
     live::{
         Live, Told,
@@ -111,7 +112,7 @@ struct Tally {
 impl Apply {
     pub(super) fn run(self) -> ExitCode {
         let done = if self.restore {
-            restore(&self.instance).map(|()| true)
+            restore(&self.instance)
         } else {
             let Some(policies) = check::load(&self.files) else { return FAILURE.into() };
             self.apply(&policies).map(|tally| tally.failed == 0 && tally.closed == 0)
@@ -127,6 +128,7 @@ impl Apply {
     }
 
     fn apply(&self, policies: &[Policy]) -> Result<Tally, ApplyError> {
+        instance::check_name(&self.instance).map_err(RunError::from)?;
         let mut signals = Signals::watch().map_err(WatchError::Watch).map_err(RunError::from)?;
         let mount = Mount::find().map_err(RunError::from)?;
         let Placement { stacks, targets } = Placement::find(&mount, &self.cgroup, policies)?;
@@ -300,21 +302,28 @@ fn tell(tally: &Tally, output: Format) -> io::Result<()> {
     }
 }
 
-/// Puts back what sockets had before policies were applied to them, where nobody has changed it since.
-pub(super) fn restore(instance: &str) -> Result<(), ApplyError> {
+/// Puts back what sockets had before policies were applied to them, where nobody has changed it since. Gives whether all of it
+/// could be; what could not is left to be put back.
+pub(super) fn restore(instance: &str) -> Result<bool, ApplyError> {
+    instance::check_name(instance).map_err(RunError::from)?;
     let journal = Journal::of(instance);
     let changes = journal.changes()?;
     let survey = Survey::make(|_| true)?;
-    let (mut restored, mut others, mut failed) = (0, 0, 0);
+    let (mut restored, mut others, mut failed) = (0, 0, BTreeMap::new());
     for found in &survey.sockets {
         let of_it = changes.iter().filter(|(place, _)| place.cookie == found.entry.cookie);
         let of_it: Vec<(&Place, &Change)> = of_it.collect();
         if of_it.is_empty() {
             continue;
         }
-        let Ok(Some((_, socket))) = found.take() else {
-            failed += of_it.len();
-            continue;
+        let socket = match found.take() {
+            Ok(Some((_, socket))) => socket,
+            // It is closed.
+            Ok(None) => continue,
+            Err(_) => {
+                failed.extend(of_it.into_iter().map(|(place, change)| (*place, *change)));
+                continue;
+            }
         };
         for (place, change) in of_it {
             let Some(option) = options::by_key(place.option) else { continue };
@@ -329,14 +338,15 @@ pub(super) fn restore(instance: &str) -> Result<(), ApplyError> {
             } else if socket::set(&socket, place.option, &as_given(option, &change.before)).is_ok() {
                 restored += 1;
             } else {
-                failed += 1;
+                failed.insert(*place, *change);
             }
         }
     }
-    journal.remove()?;
+    journal.keep(&failed)?;
+    let failed = failed.len();
     let mut out = io::stdout().lock();
     unless_closed(writeln!(out, "put back: {restored} options; changed by others since: {others}; refused: {failed}"))?;
-    Ok(())
+    Ok(failed == 0)
 }
 
 /// How far it is, on a terminal.

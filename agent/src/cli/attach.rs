@@ -114,7 +114,8 @@ fn list(names: &[String]) -> String {
 impl Detach {
     pub(super) fn run(self) -> ExitCode {
         match self.detach() {
-            Ok(()) => ExitCode::SUCCESS,
+            Ok(true) => ExitCode::SUCCESS,
+            Ok(false) => FAILURE.into(),
             Err(error) => {
                 complain(&error);
                 FAILURE.into()
@@ -122,7 +123,8 @@ impl Detach {
         }
     }
 
-    fn detach(&self) -> Result<(), DetachError> {
+    /// Gives whether all could be put back that was to be.
+    fn detach(&self) -> Result<bool, DetachError> {
         let name = &self.instance;
         kernel::check_privileges()?;
         let mut instance = Instance::become_one(name, true)?;
@@ -138,6 +140,7 @@ impl Detach {
         if self.restore {
             return Ok(apply::restore(name).map_err(Box::new)?);
         }
-        Ok(Journal::of(name).remove().map_err(|error| Box::new(error.into()))?)
+        Journal::of(name).remove().map_err(|error| Box::new(error.into()))?;
+        Ok(true)
     }
 }

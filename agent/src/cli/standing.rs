@@ -216,9 +216,9 @@ impl<'a> Standing<'a> {
         containers::tell_of_hidden(&containers::wanted_by(&policies));
         (self.policies, self.stacks, self.reach) = (policies, stacks, reach);
         self.in_force = self.texts.clone();
-        self.follow_cgroups()?;
         // What came while nobody looked.
-        self.place(session).map(drop)
+        self.is_behind = true;
+        Ok(())
     }
 
     /// Has the policies hold where they should by now. What cannot be done is said, and tried again.
@@ -266,9 +266,17 @@ impl<'a> Standing<'a> {
     }
 
     fn follow_files(&mut self) {
-        if let Err(error) = self.files.follow(&self.wanted.sources.folders()) {
-            log::warn!("{error}");
-            log::warn!("changes of the policies' files may go unseen: kill -HUP {} has them read", std::process::id());
+        match self.files.follow(&self.wanted.sources.folders()) {
+            // What changed there while nobody looked.
+            Ok(true) => self.changed = Some((Instant::now(), Instant::now())),
+            Ok(false) => {}
+            Err(error) => {
+                log::warn!("{error}");
+                log::warn!(
+                    "changes of the policies' files may go unseen: kill -HUP {} has them read",
+                    std::process::id()
+                );
+            }
         }
     }
 

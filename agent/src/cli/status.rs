@@ -134,6 +134,7 @@ fn holder(seen: &Seen) -> String {
     match seen.pid {
         Some(pid) if persists => format!("runs as process {pid}, and stays in force when that ends"),
         Some(pid) => format!("runs as process {pid}"),
+        None if seen.is_running => "is just being started".to_owned(),
         None => "in force without an agent".to_owned(),
     }
 }

@@ -5,7 +5,8 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
-    path::Path,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
 };
 
 use abi::Target as Numbered;
@@ -18,7 +19,7 @@ use super::{
     pins::{Pinned, Pins},
     tables::Placed,
 };
-use crate::{compile::Hook, fault};
+use crate::{compile::Hook, fault, host::cgroup::Cgroup};
 
 /// A hook of a cgroup, which is named by its id.
 pub(super) type Point = (u64, Hook);
@@ -37,8 +38,21 @@ pub(super) struct Attached {
 struct Held {
     target: Numbered,
     links: BTreeMap<Hook, Link>,
+    /// Of the cgroup; `None` where it was another agent's target and is none of this one's yet.
+    path: Option<PathBuf>,
     /// Whether the cgroup has been removed. Sockets of it may live on.
     is_removed: bool,
+}
+
+impl Held {
+    fn new(target: Numbered) -> Self {
+        Self { target, links: BTreeMap::new(), path: None, is_removed: false }
+    }
+}
+
+/// Whether the cgroup of this id is still what this path names.
+fn is_at(path: &Path, cgroup: u64) -> bool {
+    fs::metadata(path).is_ok_and(|metadata| metadata.ino() == cgroup)
 }
 
 impl Attached {
@@ -66,11 +80,13 @@ impl Attached {
                 unpin(&path);
                 continue;
             }
+            // Also one that never came in force.
+            self.last_id = self.last_id.max(target.id);
             let program = ebpf.program(hook.program()).ok_or(KernelError::Incomplete { what: hook.program() })?;
             let link = Link::take_over(link, program, hook)?;
             fault::point("link-taken-over");
             let held = self.held.entry(cgroup);
-            held.or_insert_with(|| Held { target, links: BTreeMap::new(), is_removed: false }).links.insert(hook, link);
+            held.or_insert_with(|| Held::new(target)).links.insert(hook, link);
         }
         Ok(())
     }
@@ -80,21 +96,22 @@ impl Attached {
         targets
             .iter()
             .map(|Target { cgroup, scope }| {
-                let target = self.number(cgroup.id);
+                let target = self.number(cgroup);
                 Placed { target, cgroup: cgroup.id, level: cgroup.level, scope: *scope }
             })
             .collect()
     }
 
-    fn number(&mut self, cgroup: u64) -> Numbered {
-        if let Some(held) = self.held.get(&cgroup) {
+    fn number(&mut self, cgroup: &Cgroup) -> Numbered {
+        if let Some(held) = self.held.get_mut(&cgroup.id) {
+            held.path = Some(cgroup.path.clone());
             return held.target;
         }
         let taken: BTreeSet<u32> = self.held.values().map(|held| held.target.place).collect();
         let place = (0..).find(|place| !taken.contains(place)).unwrap_or_default();
         self.last_id += 1;
         let target = Numbered { place, id: self.last_id };
-        self.held.insert(cgroup, Held { target, links: BTreeMap::new(), is_removed: false });
+        self.held.insert(cgroup.id, Held { path: Some(cgroup.path.clone()), ..Held::new(target) });
         target
     }
 
@@ -124,7 +141,7 @@ impl Attached {
             });
             match attached {
                 Ok(()) => log::debug!("attached {hook} to {}", cgroup.path.display()),
-                Err(error) if !cgroup.path.exists() => {
+                Err(error) if !is_at(&cgroup.path, cgroup.id) => {
                     log::debug!("{error}");
                     held.is_removed = true;
                 }
@@ -167,12 +184,19 @@ impl Attached {
         self.held.retain(|_, held| held.is_removed || !held.links.is_empty());
     }
 
-    /// Notes that cgroups which are not among these are removed.
-    pub(super) fn note_removed(&mut self, targets: &[Target]) {
+    /// Notes which cgroups have been removed of those that are not among these. Gives the others: they are there, and no targets
+    /// any more.
+    pub(super) fn note_removed(&mut self, targets: &[Target]) -> Vec<(u64, Numbered)> {
         let there: BTreeSet<u64> = targets.iter().map(|target| target.cgroup.id).collect();
-        for (cgroup, held) in &mut self.held {
-            held.is_removed |= !there.contains(cgroup);
+        let mut others = Vec::new();
+        for (cgroup, held) in self.held.iter_mut().filter(|(cgroup, _)| !there.contains(cgroup)) {
+            if held.path.as_deref().is_some_and(|path| !is_at(path, *cgroup)) {
+                held.is_removed = true;
+            } else if !held.is_removed {
+                others.push((*cgroup, held.target));
+            }
         }
+        others
     }
 
     /// Whether any cgroup has been removed whose links are still held.

@@ -103,6 +103,8 @@ pub(super) fn configure(ebpf: &mut Ebpf, config: Config) -> Result<(), KernelErr
 /// What was lost, as the programs write it.
 pub(super) struct LossesView {
     memory: NonNull<c_void>,
+    /// What was lost before this agent: another one has told of it.
+    before: Losses,
 }
 
 // SAFETY: it is memory that is only read.
@@ -117,14 +119,17 @@ impl LossesView {
         let Some(Map::Array(map)) = ebpf.map(MAP) else { return Err(KernelError::Incomplete { what: MAP }) };
         // SAFETY: a new mapping, of a map that is as long.
         let memory = unsafe { mmap(None, Self::LEN, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, map.fd(), 0) };
-        memory.map(|memory| Self { memory }).map_err(|errno| KernelError::View { map: MAP, source: errno.into() })
+        let memory = memory.map_err(|errno| KernelError::View { map: MAP, source: errno.into() })?;
+        let mut view = Self { memory, before: Losses::default() };
+        view.before = view.get();
+        Ok(view)
     }
 
     /// What has been lost by now.
     pub(super) fn get(&self) -> Losses {
         // SAFETY: mapped until this is dropped, aligned to a page, and valid whatever the bytes. The programs may write to it
         // meanwhile, each number at once.
-        unsafe { self.memory.cast::<Losses>().read_volatile() }
+        unsafe { self.memory.cast::<Losses>().read_volatile() }.since(&self.before)
     }
 }
 

@@ -353,8 +353,15 @@ impl Object {
             }
             return Err(error);
         }
-        self.attached.note_removed(targets);
-        self.needed = needed(desired, targets);
+        let was_needed = mem::replace(&mut self.needed, needed(desired, targets));
+        for (cgroup, target) in self.attached.note_removed(targets) {
+            let points: Vec<Point> = was_needed.iter().copied().filter(|(needed, _)| *needed == cgroup).collect();
+            // Others are of policies before these.
+            if !points.is_empty() {
+                tables.clear(target, cgroup)?;
+                self.attached.let_go(&points);
+            }
+        }
         Ok(true)
     }
 

@@ -25,8 +25,8 @@ const OURS: &str = "/sys/fs/bpf/sockpolicy";
 /// Of the sources that decide what lies in maps (build.rs).
 const LAYOUT: &str = env!("SOCKPOLICY_LAYOUT");
 
-/// Maps whose contents outlive the agent. The others are filled anew by each.
-pub(super) const MAPS: [&str; 18] = [
+/// Maps whose contents outlive the agent. Each has others of its own.
+pub(super) const MAPS: [&str; 14] = [
     "CONFIG",
     "PLACES",
     "FOLLOWED",
@@ -40,10 +40,6 @@ pub(super) const MAPS: [&str; 18] = [
     "TARGETS",
     "SOCKETS",
     "LOSSES",
-    "CALLS",
-    "TALLIES",
-    "LIMITS",
-    "TOLD",
     "EVENTS",
 ];
 

@@ -116,10 +116,16 @@ impl Tables {
     /// Has nothing hold on a target any more.
     pub(super) fn clear(&mut self, target: abi::Target, cgroup: u64) -> Result<(), KernelError> {
         match self.followed.remove(&cgroup) {
-            Ok(()) | Err(MapError::KeyNotFound) => {}
-            Err(error) => return Err(map_error("FOLLOWED")(error)),
+            // It may be of tables before these.
+            Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => {}
+            removed => removed.map_err(map_error("FOLLOWED"))?,
         }
-        self.places.set(target.place, Place::default(), 0).map_err(map_error("PLACES"))
+        match self.places.get(&target.place, 0) {
+            Ok(place) if place.id == target.id => {
+                self.places.set(target.place, Place::default(), 0).map_err(map_error("PLACES"))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Puts them at their slot. The kernel waits until no program uses what was there; for all at once.

@@ -28,7 +28,7 @@ impl Word {
         let understood = self.record.generations.iter().filter_map(|generation| {
             let desired = generation.desired();
             let desired = desired.inspect_err(|error| log::debug!("generation {}: {error}", generation.number)).ok()?;
-            Some(Generation { number: generation.number, desired })
+            Some(Generation { number: generation.number, desired, is_taken_over: true })
         });
         understood.collect()
     }
@@ -37,8 +37,10 @@ impl Word {
     pub(super) fn add(&mut self, number: u32, files: Files, targets: &[Target]) -> Result<(), InstanceError> {
         let Files { texts, dry_run, stacks } = files;
         let generation = instance::Generation { number, files: texts, dry_run, stacks, targets: named(targets) };
+        // One of this number never came in force.
+        self.record.generations.retain(|other| other.number != number);
         self.record.generations.push(generation);
-        self.instance.write(&self.record)?;
+        self.write()?;
         fault::point("recorded");
         Ok(())
     }
@@ -48,13 +50,33 @@ impl Word {
         if let Some(last) = self.record.generations.last_mut() {
             last.targets = named(targets);
         }
-        self.instance.write(&self.record)
+        self.write()
+    }
+
+    /// Whether one of these is another instance's.
+    pub(super) fn check_others(&self, targets: &[Target]) -> Result<(), InstanceError> {
+        let names: Vec<&str> = targets.iter().map(|target| target.cgroup.name.as_str()).collect();
+        self.instance.check_others(&names)
+    }
+
+    /// What does not stay needs no record to go on.
+    fn write(&self) -> Result<(), InstanceError> {
+        match self.instance.write(&self.record) {
+            Err(error) if !self.instance.persists() => {
+                log::warn!("`sockpolicy status` will not show this as it is: {error}");
+                Ok(())
+            }
+            written => written,
+        }
     }
 
     /// Says that all others are history.
-    pub(super) fn forget_all_but(&mut self, number: u32) -> Result<(), InstanceError> {
+    pub(super) fn forget_all_but(&mut self, number: u32) {
         self.record.generations.retain(|generation| generation.number == number);
-        self.instance.write(&self.record)
+        // The others are told of too long, no more.
+        if let Err(error) = self.instance.write(&self.record) {
+            log::warn!("{error}");
+        }
     }
 
     /// What the files said that are in force.

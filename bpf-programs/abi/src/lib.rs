@@ -280,3 +280,23 @@ pub struct Losses {
     pub unjudged: u64,
 }
 shared!(Losses, size 8 * 8);
+
+impl Losses {
+    /// What was lost after it was so much.
+    #[must_use]
+    pub fn since(self, before: &Self) -> Self {
+        // Taken apart in full: a new count has to be thought of here.
+        let Self { ring_full, calls_full, unreadable, no_storage, no_room, no_return, tallies_full, unjudged } =
+            *before;
+        Self {
+            ring_full: self.ring_full - ring_full,
+            calls_full: self.calls_full - calls_full,
+            unreadable: self.unreadable - unreadable,
+            no_storage: self.no_storage - no_storage,
+            no_room: self.no_room - no_room,
+            no_return: self.no_return - no_return,
+            tallies_full: self.tallies_full - tallies_full,
+            unjudged: self.unjudged - unjudged,
+        }
+    }
+}
