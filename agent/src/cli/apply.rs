@@ -274,6 +274,12 @@ fn as_given(option: &SocketOption, shown: &Value) -> Value {
     if is_doubled { Value::int(word_in(&shown.words) / 2) } else { *shown }
 }
 
+/// By which option one is put back: the kernel tunes buffers beyond what SO_SNDBUF may set, and SO_SNDBUFFORCE may set all.
+fn unbounded(option: &'static SocketOption) -> abi::setting::OptionKey {
+    let is_it = |other: &&SocketOption| other.name.strip_suffix("FORCE") == Some(option.name);
+    options::OPTIONS.iter().find(is_it).unwrap_or(option).key()
+}
+
 fn tell(tally: &Tally, output: Format) -> io::Result<()> {
     let Tally { sockets, changed, set, failed, untold, closed } = tally;
     let mut out = io::stdout().lock();
@@ -335,7 +341,7 @@ pub(super) fn restore(instance: &str) -> Result<bool, ApplyError> {
                 restored += 1;
             } else if now != Some(change.after) {
                 others += 1;
-            } else if socket::set(&socket, place.option, &as_given(option, &change.before)).is_ok() {
+            } else if socket::set(&socket, unbounded(option), &as_given(option, &change.before)).is_ok() {
                 restored += 1;
             } else {
                 failed.insert(*place, *change);
