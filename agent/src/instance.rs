@@ -75,12 +75,28 @@ pub struct Record {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Generation {
     pub number: u32,
-    pub files: Vec<Text>,
-    /// Whether nothing is to be changed, whatever the files say.
-    pub dry_run: bool,
-    pub stacks: Vec<Stack>,
+    #[serde(flatten)]
+    pub files: Files,
     /// Names of cgroups, each with the number of its stack.
     pub targets: Vec<(String, usize)>,
+}
+
+/// What policies were read from.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Files {
+    #[serde(rename = "files")]
+    pub texts: Vec<Text>,
+    /// Whether nothing is to be changed, whatever they say.
+    pub dry_run: bool,
+    pub stacks: Vec<Stack>,
+}
+
+impl Files {
+    #[must_use]
+    pub fn new(texts: &Texts, dry_run: bool, stacks: &[Stack]) -> Self {
+        let text = |(path, text): (&Path, &str)| Text { path: path.to_owned(), text: text.to_owned() };
+        Self { texts: texts.files().map(text).collect(), dry_run, stacks: stacks.to_vec() }
+    }
 }
 
 /// A policy file.
@@ -105,7 +121,7 @@ impl Generation {
     ///
     /// Where they are no policies to this build.
     pub fn policies(&self) -> Result<Vec<Policy>, PolicyErrors> {
-        let files = self.files.iter().map(|Text { path, text }| (path.clone(), text.clone()));
+        let files = self.files.texts.iter().map(|Text { path, text }| (path.clone(), text.clone()));
         Ok(Texts::of(files).policies()?.0)
     }
 
@@ -115,7 +131,7 @@ impl Generation {
     ///
     /// As of [`Self::policies`].
     pub fn desired(&self) -> Result<Desired, RecordError> {
-        Ok(session::prepare(&self.policies()?, &self.stacks, self.dry_run, false)?)
+        Ok(session::prepare(&self.policies()?, &self.files.stacks, self.files.dry_run, false)?)
     }
 }
 
@@ -238,11 +254,8 @@ impl Instance {
 
 impl Drop for Instance {
     fn drop(&mut self) {
-        if !self.persists {
-            let _ = fs::remove_file(path_of(&self.name, "json"));
-        }
         // While it is locked still, so that nobody else's is removed.
-        let _ = fs::remove_file(path_of(&self.name, "lock"));
+        remove_files(&self.name, if self.persists { &["lock"] } else { &["json", "lock"] });
     }
 }
 
@@ -285,7 +298,7 @@ pub fn see(name: &str) -> Option<Seen> {
         Lock::Free(lock) => {
             // While it is ours, so that nobody else's is removed.
             if !is_pinned && is_same(&lock, &path_of(name, "lock")) {
-                remove_files(name);
+                remove_files(name, &["json", "lock"]);
             }
             (false, None)
         }
@@ -300,8 +313,8 @@ pub fn see(name: &str) -> Option<Seen> {
     })
 }
 
-fn remove_files(name: &str) {
-    for kind in ["json", "lock"] {
+fn remove_files(name: &str, kinds: &[&str]) {
+    for kind in kinds {
         let _ = fs::remove_file(path_of(name, kind));
     }
 }

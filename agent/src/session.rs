@@ -9,7 +9,6 @@ use std::{
     collections::BTreeMap,
     mem,
     os::fd::{AsFd, BorrowedFd},
-    path::Path,
 };
 
 use abi::{
@@ -29,13 +28,10 @@ use crate::{
         cgroup::{Mount, Names},
         containers, process, tcp,
     },
-    instance::{Instance, InstanceError, Text},
+    instance::{Files, Instance, InstanceError},
     kernel::{self, Answer, Audit, BackendChoice, KernelError, Object, Record, Target},
     options::SocketOption,
-    policy::{
-        Texts,
-        model::{self, Calls, Errno, Mode, Policy},
-    },
+    policy::model::{self, Calls, Errno, Mode, Policy},
     report::{CallLine, Counts, Loss, Lost, Report, Summary, errno_name},
     trial,
 };
@@ -108,23 +104,6 @@ pub struct Setup {
     pub filter: Filter,
     /// As which others find it, if they do, and what the policies' files say.
     pub instance: Option<(Instance, Files)>,
-}
-
-/// What policies were read from, for an instance's record.
-#[derive(Clone, Debug, Default)]
-pub struct Files {
-    pub texts: Vec<Text>,
-    /// Whether nothing is to be changed, whatever they say.
-    pub dry_run: bool,
-    pub stacks: Vec<Stack>,
-}
-
-impl Files {
-    #[must_use]
-    pub fn new(texts: &Texts, dry_run: bool, stacks: &[Stack]) -> Self {
-        let text = |(path, text): (&Path, &str)| Text { path: path.to_owned(), text: text.to_owned() };
-        Self { texts: texts.files().map(text).collect(), dry_run, stacks: stacks.to_vec() }
-    }
 }
 
 /// What to do about what policies ask for and this kernel cannot do.
@@ -227,9 +206,7 @@ impl Session {
     ///
     /// Where this kernel cannot do it; then what was in force still is.
     pub fn reload(&mut self, mut desired: Desired, targets: Vec<Target>, files: Files) -> Result<(), SessionError> {
-        if let Some(word) = &self.word {
-            word.check_others(&targets)?;
-        }
+        self.check_others(&targets)?;
         self.object.load_more(&desired.hooks())?;
         if self.choice != GapsChoice::DoNotTry {
             self.try_what_is_new(&desired)?;
@@ -276,8 +253,8 @@ impl Session {
     ///
     /// Where the kernel refuses; then they hold on those that were there and still are.
     pub fn retarget(&mut self, targets: Vec<Target>) -> Result<(), SessionError> {
+        self.check_others(&targets)?;
         if let Some(word) = &mut self.word {
-            word.check_others(&targets)?;
             word.retarget(&targets)?;
         }
         if self.object.retarget(&self.current.desired, &targets)? {
@@ -287,6 +264,17 @@ impl Session {
         let desired = self.current.desired.clone();
         let files = self.word.as_ref().map(Word::files).unwrap_or_default();
         self.reload(desired, targets, files)
+    }
+
+    /// Whether a target that is new is another instance's. The records of all of them are read for that.
+    fn check_others(&self, targets: &[Target]) -> Result<(), SessionError> {
+        let own = kernel::names(&self.targets);
+        let mut new = kernel::names(targets);
+        new.retain(|name| !own.contains(name));
+        match &self.word {
+            Some(word) if !new.is_empty() => Ok(word.check_others(&new)?),
+            _ => Ok(()),
+        }
     }
 
     /// Whether there are targets that have been removed, and that [`Self::let_go_of_removed`] is to be called for.
@@ -485,7 +473,7 @@ impl Session {
             Counts { calls: tallies.into_iter().filter_map(|(key, tally)| CallLine::new(key, tally)).collect(), lost };
         let Self { object, current, targets, audit, gaps, mut report, .. } = self;
         report.count(current.number, &current.desired, &object.counters()?);
-        let targets = targets.iter().map(|target| target.cgroup.name.clone()).collect();
+        let targets = kernel::names(&targets).into_iter().map(str::to_owned).collect();
         Ok(report.summarize(&current.desired, counts, targets, audit, gaps))
     }
 }

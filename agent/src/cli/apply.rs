@@ -188,6 +188,7 @@ impl Work<'_> {
         };
         self.tally.sockets += 1;
         let scope = &self.desired.scopes[scope];
+        let only_says = self.dry_run || scope.mode == Mode::DryRun;
         let before = self.tally.set;
         let mut refused = BTreeSet::new();
         for round in 0..ROUNDS {
@@ -202,13 +203,13 @@ impl Work<'_> {
                 break;
             }
             for finding in drifts {
-                if self.dry_run || scope.mode == Mode::DryRun {
+                if only_says {
                     self.say(&live, finding, Kind::WouldApply)?;
                 } else if !self.set(&live, finding, socket)? {
                     refused.insert(option_of(finding));
                 }
             }
-            if self.dry_run || scope.mode == Mode::DryRun {
+            if only_says {
                 break;
             }
             live.values = Told::Values(socket::values(socket, &drift::needed(scope)));

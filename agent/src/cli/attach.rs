@@ -7,16 +7,16 @@ use super::{
     apply::{self, ApplyError},
     check, complain,
     output::GapsArgument,
-    run::{DEFAULT_INSTANCE, Placement, RunError, names},
+    run::{DEFAULT_INSTANCE, Placement, RunError},
 };
 use crate::{
     events::Filter,
     host::{cgroup::Mount, process},
-    instance::{Instance, InstanceError},
+    instance::{Files, Instance, InstanceError},
     journal::Journal,
     kernel::{self, BackendChoice, KernelError, Pins},
     policy::{Policy, Sources, Texts},
-    session::{self, Files, Session, SessionError, Setup},
+    session::{self, Session, SessionError, Setup},
 };
 
 /// Put policies in force and leave them so, without an agent
@@ -62,7 +62,7 @@ impl Attach {
         let desired = session::prepare(policies, &stacks, self.dry_run, false)?;
         kernel::check_privileges().map_err(SessionError::from)?;
         let instance = Instance::become_one(&self.instance, true)?;
-        instance.check_others(&names(&targets))?;
+        instance.check_others(&kernel::names(&targets))?;
         let files = Files::new(texts, self.dry_run, &stacks);
         let setup = Setup {
             desired,

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::{
     events::{Event, SCHEMA},
-    kernel::{Audit, BackendChoice},
+    kernel::{self, Audit, BackendChoice},
     policy::model::Mode,
     report::{Loss, Summary},
     session::{GapsChoice, Session},
@@ -110,7 +110,7 @@ impl Writer {
             return Ok(());
         }
         let desired = session.desired();
-        let targets = targets_of(session).join(", ");
+        let targets = kernel::names(session.targets()).join(", ");
         let audit = session.audit().map_or_else(|| "no audit".to_owned(), describe_audit);
         if desired.rules.is_empty() {
             writeln!(self.out, "sockpolicy: watching the calls of cgroup {targets}; {audit}")?;
@@ -147,13 +147,13 @@ impl Writer {
         let policies: Vec<&str> = session.desired().policies().into_iter().map(|(name, _)| name).collect();
         self.notice(
             &format!("reload    refused; still in force: {}", policies.join(", ")),
-            json!({ "event": "reload", "in_force": is_new, "policies": policies, "targets": targets_of(session) }),
+            json!({ "event": "reload", "in_force": is_new, "policies": policies, "targets": kernel::names(session.targets()) }),
         )
     }
 
     /// Says where the policies hold, cgroups having come or gone.
     pub(super) fn retargeted(&mut self, session: &Session) -> io::Result<()> {
-        let targets = targets_of(session);
+        let targets = kernel::names(session.targets());
         let shown = if targets.is_empty() { "none".to_owned() } else { targets.join(", ") };
         self.notice(&format!("targets   {shown}"), json!({ "event": "targets", "targets": targets }))
     }
@@ -202,10 +202,6 @@ impl Writer {
         }
         self.out.flush()
     }
-}
-
-fn targets_of(session: &Session) -> Vec<&str> {
-    session.targets().iter().map(|target| target.cgroup.name.as_str()).collect()
 }
 
 /// How calls are seen, and which are not.

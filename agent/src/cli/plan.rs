@@ -70,8 +70,7 @@ impl Plan {
         if let Some(name) = &self.instance {
             let in_force = status::in_force(name).map_err(Box::new)?;
             let before = Held::of(&in_force.desired, &in_force.generation.targets);
-            let targets: Vec<_> = targets.iter().map(|target| (target.cgroup.name.clone(), target.scope)).collect();
-            let changes = changes(&before, &Held::of(&desired, &targets));
+            let changes = changes(&before, &Held::of(&desired, &kernel::names_and_scopes(&targets)));
             let written = match self.output {
                 Format::Text => write_changes(name, &changes),
                 Format::Json => changes.iter().try_for_each(|change| writeln!(io::stdout(), "{}", change.to_json())),

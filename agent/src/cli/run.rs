@@ -10,14 +10,14 @@ use super::{
     watch::{self, WatchError, watch},
 };
 use crate::{
-    coverage::{Coverage, GlobError, Stack, all, idle, stack_with},
+    coverage::{Coverage, GlobError, Reach, Stack, all, idle, stack_with},
     events::Filter,
     host::{
         cgroup::{Cgroup, CgroupError, Mount},
         inotify, process,
     },
     instance::{Instance, InstanceError},
-    kernel::Target,
+    kernel::{self, Target},
     policy::{Policy, Sources, Texts},
     session::{self, Session, SessionError, Setup},
 };
@@ -111,7 +111,7 @@ impl Run {
         let mut standing = Standing::watch(wanted, texts, policies.to_owned())?;
         let Placement { stacks, targets } = standing.placement()?;
         let desired = session::prepare(policies, &stacks, *dry_run, reporting.timing)?;
-        crate::kernel::check_privileges().map_err(SessionError::from)?;
+        kernel::check_privileges().map_err(SessionError::from)?;
         let instance = self.become_instance(&targets)?.map(|instance| (instance, standing.files()));
         let mut writer = Writer::new(reporting, io::stdout());
         let (backend, gaps) = (reporting.audit_backend, self.manner.gaps.choice());
@@ -123,9 +123,7 @@ impl Run {
         };
         finish(session, &mut signals, &mut writer, stand)
     }
-}
 
-impl Run {
     fn become_instance(&self, targets: &[Target]) -> Result<Option<Instance>, RunError> {
         let name = match &self.instance {
             Some(name) => name.clone(),
@@ -134,7 +132,7 @@ impl Run {
         };
         match Instance::become_one(&name, self.persist) {
             Ok(instance) => {
-                instance.check_others(&names(targets))?;
+                instance.check_others(&kernel::names(targets))?;
                 Ok(Some(instance))
             }
             Err(error @ InstanceError::File { .. }) if !self.persist => {
@@ -144,10 +142,6 @@ impl Run {
             Err(error) => Err(error.into()),
         }
     }
-}
-
-pub(super) fn names(targets: &[Target]) -> Vec<&str> {
-    targets.iter().map(|target| target.cgroup.name.as_str()).collect()
 }
 
 /// Keeps policies in force and reports, until a signal asks for the end or all of `ends`, if there are any, have ended.
@@ -164,7 +158,7 @@ pub(super) fn report(
 
 fn start(setup: Setup, writer: &mut Writer) -> Result<Session, RunError> {
     let session = Session::start(setup)?;
-    log::info!("in force on {}", names(session.targets()).join(", "));
+    log::info!("in force on {}", kernel::names(session.targets()).join(", "));
     writer.announce(&session).map_err(WatchError::Write)?;
     Ok(session)
 }
@@ -225,7 +219,9 @@ impl Placement {
     pub(super) fn for_now(mount: &Mount, policies: &[Policy]) -> Result<Self, RunError> {
         // Before the tree, which then has their cgroups.
         let containers = containers::wanted_by(policies);
-        let mut coverage = Coverage::of_targets(policies, mount.tree()?, &containers.running)?;
+        let reach = Reach::of(policies)?;
+        let tree = mount.tree_within(|below| reach.is_within(below))?;
+        let mut coverage = Coverage::of_targets(policies, tree, &containers.running)?;
         for policy in 0..policies.len() {
             if !coverage.stacks.iter().any(|stack| stack.contains(&policy)) {
                 coverage.number(stack_with(policies, policy));

@@ -29,8 +29,9 @@ use crate::{
         cgroup::Mount,
         inotify::{self, Changes, Watch},
     },
+    instance::Files,
     policy::{Policy, Sources, Texts},
-    session::{self, Files, Session},
+    session::{self, Session},
 };
 
 /// How long files must be left alone before they are read: who writes several, or one in parts, is to be done.
@@ -55,6 +56,21 @@ impl Wanted<'_> {
     /// For the record of an instance.
     fn files(&self, texts: &Texts, stacks: &[Stack]) -> Files {
         Files::new(texts, self.manner.dry_run, stacks)
+    }
+
+    /// Has these policies, which are those of `texts`, in force there in place of others; gives their stacks.
+    fn put_in_force(
+        &self,
+        session: &mut Session,
+        policies: &[Policy],
+        texts: &Texts,
+        placement: Placement,
+    ) -> Result<Vec<Stack>, RunError> {
+        let Placement { stacks, targets } = placement;
+        let Manner { dry_run, reporting, .. } = self.manner;
+        let desired = session::prepare(policies, &stacks, *dry_run, reporting.timing)?;
+        session.reload(desired, targets, self.files(texts, &stacks))?;
+        Ok(stacks)
     }
 
     /// Where these policies hold by now.
@@ -207,11 +223,9 @@ impl<'a> Standing<'a> {
     }
 
     fn replace(&mut self, session: &mut Session, policies: Vec<Policy>) -> Result<(), RunError> {
-        let Wanted { manner, .. } = &self.wanted;
         let reach = Reach::of(&policies)?;
-        let Placement { stacks, targets } = self.wanted.placement(&policies)?;
-        let desired = session::prepare(&policies, &stacks, manner.dry_run, manner.reporting.timing)?;
-        session.reload(desired, targets, self.wanted.files(&self.texts, &stacks))?;
+        let placement = self.wanted.placement(&policies)?;
+        let stacks = self.wanted.put_in_force(session, &policies, &self.texts, placement)?;
         self.replaced = Instant::now();
         containers::tell_of_hidden(&containers::wanted_by(&policies));
         (self.policies, self.stacks, self.reach) = (policies, stacks, reach);
@@ -238,18 +252,16 @@ impl<'a> Standing<'a> {
 
     /// Gives whether any target is other than it was.
     fn place(&mut self, session: &mut Session) -> Result<bool, RunError> {
-        let Wanted { cgroups, manner, .. } = &self.wanted;
-        if !cgroups.is_empty() {
+        if !self.wanted.cgroups.is_empty() {
             return Ok(false);
         }
         let Placement { stacks, mut targets } = self.wanted.placement(&self.policies)?;
         let scopes: Option<Vec<usize>> =
             stacks.iter().map(|stack| self.stacks.iter().position(|known| known == stack)).collect();
         let Some(scopes) = scopes else {
-            let desired = session::prepare(&self.policies, &stacks, manner.dry_run, manner.reporting.timing)?;
-            session.reload(desired, targets, self.wanted.files(&self.in_force, &stacks))?;
+            let placement = Placement { stacks, targets };
+            self.stacks = self.wanted.put_in_force(session, &self.policies, &self.in_force, placement)?;
             self.replaced = Instant::now();
-            self.stacks = stacks;
             return Ok(true);
         };
         for target in &mut targets {

@@ -10,7 +10,7 @@ use std::{
 };
 
 use abi::Target as Numbered;
-use aya::Ebpf;
+use aya::{Ebpf, programs::Program};
 
 use super::{
     KernelError, Target,
@@ -82,8 +82,7 @@ impl Attached {
             }
             // Also one that never came in force.
             self.last_id = self.last_id.max(target.id);
-            let program = ebpf.program(hook.program()).ok_or(KernelError::Incomplete { what: hook.program() })?;
-            let link = Link::take_over(link, program, hook)?;
+            let link = Link::take_over(link, program(ebpf, hook)?, hook)?;
             fault::point("link-taken-over");
             let held = self.held.entry(cgroup);
             held.or_insert_with(|| Held::new(target)).links.insert(hook, link);
@@ -120,7 +119,7 @@ impl Attached {
     pub(super) fn attach(
         &mut self,
         ebpf: &mut Ebpf,
-        points: impl Iterator<Item = (Hook, usize)>,
+        points: Vec<(Hook, usize)>,
         targets: &[Target],
     ) -> (Vec<Point>, Result<(), KernelError>) {
         let mut added = Vec::new();
@@ -129,16 +128,17 @@ impl Attached {
             let Some(held) = self.held.get_mut(&cgroup.id).filter(|held| !held.links.contains_key(&hook)) else {
                 continue;
             };
-            let attached = attach_to(ebpf, hook, &targets[target]).and_then(|link| {
-                let link = held.links.entry(hook).insert_entry(link).into_mut();
-                added.push((cgroup.id, hook));
-                maps::tell_target(ebpf, hook, cgroup.id, held.target)?;
-                let Some(pins) = &self.pins else { return Ok(()) };
-                fault::point("link-attached");
-                pins.pin_link(link, cgroup.id, held.target, hook)?;
-                fault::point("link-pinned");
-                Ok(())
-            });
+            let attached =
+                program(ebpf, hook).and_then(|program| Link::attach(program, hook, cgroup)).and_then(|link| {
+                    let link = held.links.entry(hook).insert_entry(link).into_mut();
+                    added.push((cgroup.id, hook));
+                    maps::tell_target(ebpf, hook, cgroup.id, held.target)?;
+                    let Some(pins) = &self.pins else { return Ok(()) };
+                    fault::point("link-attached");
+                    pins.pin_link(link, cgroup.id, held.target, hook)?;
+                    fault::point("link-pinned");
+                    Ok(())
+                });
             match attached {
                 Ok(()) => log::debug!("attached {hook} to {}", cgroup.path.display()),
                 Err(error) if !is_at(&cgroup.path, cgroup.id) => {
@@ -157,12 +157,12 @@ impl Attached {
 
     /// Lets go of what is not among these, but for what still may hold sockets of a cgroup that was removed.
     pub(super) fn keep(&mut self, points: &BTreeSet<Point>) {
-        self.let_go_where(|held, point| !held.is_removed && !points.contains(point));
+        self.let_go_where(|point, is_removed| !is_removed && !points.contains(point));
     }
 
     /// Lets go of these.
     pub(super) fn let_go(&mut self, points: &[Point]) {
-        self.let_go_where(|_, point| points.contains(point));
+        self.let_go_where(|point, _| points.contains(point));
     }
 
     /// Lets go of all.
@@ -170,15 +170,16 @@ impl Attached {
         self.let_go_where(|_, _| true);
     }
 
-    fn let_go_where(&mut self, is_meant: impl Fn(&Held, &Point) -> bool) {
-        for (cgroup, held) in &mut self.held {
-            let points: Vec<Hook> = held.links.keys().copied().collect();
-            for hook in points.into_iter().filter(|hook| is_meant(held, &(*cgroup, *hook))).collect::<Vec<_>>() {
-                if let Some(pins) = &self.pins {
-                    unpin(&pins.link(*cgroup, held.target, hook));
+    /// `is_meant` is also told whether the cgroup has been removed.
+    fn let_go_where(&mut self, is_meant: impl Fn(&Point, bool) -> bool) {
+        for (cgroup, Held { target, links, is_removed, path: _ }) in &mut self.held {
+            links.retain(|hook, _| {
+                let goes = is_meant(&(*cgroup, *hook), *is_removed);
+                if let Some(pins) = self.pins.as_ref().filter(|_| goes) {
+                    unpin(&pins.link(*cgroup, *target, *hook));
                 }
-                held.links.remove(&hook);
-            }
+                !goes
+            });
         }
         // One that was removed before anything was attached still has its place in the tables.
         self.held.retain(|_, held| held.is_removed || !held.links.is_empty());
@@ -210,7 +211,7 @@ impl Attached {
         let is_empty = |held: &Held| held.links.values().all(|link| link.is_defunct().unwrap_or(false));
         let empty = self.held.iter().filter(|(_, held)| held.is_removed && is_empty(held));
         let gone: Vec<_> = empty.map(|(cgroup, held)| (*cgroup, held.target)).collect();
-        self.let_go_where(|_, (cgroup, _)| gone.iter().any(|(gone, _)| gone == cgroup));
+        self.let_go_where(|(cgroup, _), _| gone.iter().any(|(gone, _)| gone == cgroup));
         self.held.retain(|cgroup, _| !gone.iter().any(|(gone, _)| gone == cgroup));
         gone
     }
@@ -226,7 +227,6 @@ fn unpin(path: &Path) {
     }
 }
 
-fn attach_to(ebpf: &Ebpf, hook: Hook, target: &Target) -> Result<Link, KernelError> {
-    let program = ebpf.program(hook.program()).ok_or(KernelError::Incomplete { what: hook.program() })?;
-    Link::attach(program, hook, &target.cgroup)
+fn program(ebpf: &Ebpf, hook: Hook) -> Result<&Program, KernelError> {
+    ebpf.program(hook.program()).ok_or(KernelError::Incomplete { what: hook.program() })
 }

@@ -44,6 +44,18 @@ pub struct Target {
     pub scope: usize,
 }
 
+/// The names of the targets' cgroups.
+#[must_use]
+pub fn names(targets: &[Target]) -> Vec<&str> {
+    targets.iter().map(|target| target.cgroup.name.as_str()).collect()
+}
+
+/// The same, each with the number of its scope.
+#[must_use]
+pub fn names_and_scopes(targets: &[Target]) -> Vec<(String, usize)> {
+    targets.iter().map(|target| (target.cgroup.name.clone(), target.scope)).collect()
+}
+
 /// Whether this process may do what it is about to do, as far as its capabilities say.
 ///
 /// # Errors

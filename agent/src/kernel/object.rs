@@ -259,12 +259,11 @@ impl Object {
     pub fn stage(&mut self, desired: &Desired, targets: &[Target]) -> Result<Staged, KernelError> {
         let _memlock = Memlock::raise();
         let generation = self.config.generation + 1;
-        let scopes: Vec<_> = targets.iter().map(|target| target.scope).collect();
         let placed = self.attached.place(targets);
         let tables = Tables::make(generation, desired, &placed)?;
         tables.install(&mut self.ebpf)?;
         self.attached.done("tables-installed");
-        let (added, attached) = self.attached.attach(&mut self.ebpf, desired.attachments(&scopes), targets);
+        let (added, attached) = self.attached.attach(&mut self.ebpf, attachments(desired, targets), targets);
         if let Err(error) = attached {
             self.attached.let_go(&added);
             return Err(error);
@@ -344,8 +343,7 @@ impl Object {
         };
         maps::configure(&mut self.ebpf, config)?;
         self.config = config;
-        let scopes: Vec<_> = targets.iter().map(|target| target.scope).collect();
-        let (added, attached) = self.attached.attach(&mut self.ebpf, desired.attachments(&scopes), targets);
+        let (added, attached) = self.attached.attach(&mut self.ebpf, attachments(desired, targets), targets);
         if let Err(error) = attached {
             self.attached.let_go(&added);
             for placed in placed.iter().filter(|placed| !self.attached.holds(placed.cgroup)) {
@@ -527,8 +525,13 @@ impl AsRawFd for Object {
 
 /// The hooks that policies need on these targets.
 fn needed(desired: &Desired, targets: &[Target]) -> BTreeSet<Point> {
+    attachments(desired, targets).into_iter().map(|(hook, target)| (targets[target].cgroup.id, hook)).collect()
+}
+
+/// The programs to attach, each to one of the targets.
+fn attachments(desired: &Desired, targets: &[Target]) -> Vec<(Hook, usize)> {
     let scopes: Vec<_> = targets.iter().map(|target| target.scope).collect();
-    desired.attachments(&scopes).map(|(hook, target)| (targets[target].cgroup.id, hook)).collect()
+    desired.attachments(&scopes).collect()
 }
 
 /// The levels at which targets are. In a cgroup namespace these are not what the kernel counts, and

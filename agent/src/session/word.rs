@@ -1,10 +1,10 @@
 //! The word that a session leaves of itself, as an instance's record.
 
-use super::{Files, Generation};
+use super::Generation;
 use crate::{
     fault,
-    instance::{self, Instance, InstanceError, Record},
-    kernel::{MapIds, Target},
+    instance::{self, Files, Instance, InstanceError, Record},
+    kernel::{MapIds, Target, names_and_scopes},
 };
 
 /// An instance, and what it says of itself.
@@ -35,8 +35,7 @@ impl Word {
 
     /// Says what will be in force in a moment.
     pub(super) fn add(&mut self, number: u32, files: Files, targets: &[Target]) -> Result<(), InstanceError> {
-        let Files { texts, dry_run, stacks } = files;
-        let generation = instance::Generation { number, files: texts, dry_run, stacks, targets: named(targets) };
+        let generation = instance::Generation { number, files, targets: names_and_scopes(targets) };
         // One of this number never came in force.
         self.record.generations.retain(|other| other.number != number);
         self.record.generations.push(generation);
@@ -48,15 +47,14 @@ impl Word {
     /// Says where that is in force.
     pub(super) fn retarget(&mut self, targets: &[Target]) -> Result<(), InstanceError> {
         if let Some(last) = self.record.generations.last_mut() {
-            last.targets = named(targets);
+            last.targets = names_and_scopes(targets);
         }
         self.write()
     }
 
     /// Whether one of these is another instance's.
-    pub(super) fn check_others(&self, targets: &[Target]) -> Result<(), InstanceError> {
-        let names: Vec<&str> = targets.iter().map(|target| target.cgroup.name.as_str()).collect();
-        self.instance.check_others(&names)
+    pub(super) fn check_others(&self, cgroups: &[&str]) -> Result<(), InstanceError> {
+        self.instance.check_others(cgroups)
     }
 
     /// What does not stay needs no record to go on.
@@ -81,19 +79,11 @@ impl Word {
 
     /// What the files said that are in force.
     pub(super) fn files(&self) -> Files {
-        self.record.generations.last().map_or_else(Files::default, |last| Files {
-            texts: last.files.clone(),
-            dry_run: last.dry_run,
-            stacks: last.stacks.clone(),
-        })
+        self.record.generations.last().map(|last| last.files.clone()).unwrap_or_default()
     }
 
     /// The name under which what is in force stays so, if it does.
     pub(super) fn stays_as(&self) -> Option<&str> {
         self.instance.persists().then(|| self.instance.name())
     }
-}
-
-fn named(targets: &[Target]) -> Vec<(String, usize)> {
-    targets.iter().map(|target| (target.cgroup.name.clone(), target.scope)).collect()
 }

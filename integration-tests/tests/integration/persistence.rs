@@ -274,7 +274,7 @@ fn cgroup_that_is_removed_takes_nothing_else_with_it() {
 }
 
 /// Steps of `attach`, and how many times to let each pass. Some are of the second attach only.
-const STEPS: [(&str, u32); 9] = [
+const STEPS: [(&str, u32); 10] = [
     ("maps-made", 0),
     ("link-taken-over", 0),
     ("link-taken-over", 3),
@@ -284,6 +284,7 @@ const STEPS: [(&str, u32); 9] = [
     ("recorded", 0),
     ("enabled", 0),
     ("retired", 0),
+    ("let-go", 0),
 ];
 
 /// `attach` that is killed at this step. Gives whether it was.
@@ -303,7 +304,7 @@ fn attach_that_is_killed_at_any_step_has_all_in_force_or_nothing_and_the_next_on
         let policy = PolicyFile::new(sets_mark(&target, 1));
         let is_killed = attach_killed_at(&instance, &policy, step, times);
         assert_eq!(is_killed, step != "link-taken-over", "{step}");
-        let is_in_force = !is_killed || ["enabled", "retired"].contains(&step);
+        let is_in_force = !is_killed || ["enabled", "retired", "let-go"].contains(&step);
         assert_eq!(mark(&target), i32::from(is_in_force), "{step}");
         fs::write(policy.path(), sets_mark(&target, 2)).unwrap();
         instance.attach(policy.path());
@@ -327,7 +328,7 @@ fn takeover_that_is_killed_at_any_step_has_the_old_or_the_new_in_force() {
         );
         fs::write(policy.path(), text).unwrap();
         assert!(attach_killed_at(&instance, &policy, step, times), "{step}");
-        let is_new = ["enabled", "retired"].contains(&step);
+        let is_new = ["enabled", "retired", "let-go"].contains(&step);
         assert_eq!((mark(&target), mark(&other)), if is_new { (2, 2) } else { (1, 0) }, "{step}");
         let output = agent::output(&["status", &instance.name]);
         assert!(stdout(&output).contains(if is_new { "0x2" } else { "0x1" }), "{step}: {}", stdout(&output));
