@@ -47,6 +47,25 @@ struct Line {
     after: Bytes,
 }
 
+impl Line {
+    fn of(place: Place, before: Option<&Value>, after: &Value) -> Self {
+        let Place { cookie, option } = place;
+        Self {
+            cookie,
+            level: option.level,
+            name: option.name,
+            before: before.map(Bytes::from),
+            after: Bytes::from(after),
+        }
+    }
+
+    fn write_to(&self, text: &mut Vec<u8>) -> io::Result<()> {
+        serde_json::to_writer(&mut *text, self)?;
+        text.push(b'\n');
+        Ok(())
+    }
+}
+
 /// A value: its length, and as much of it as matters.
 #[derive(Clone, Copy, Serialize, Deserialize)]
 struct Bytes {
@@ -97,21 +116,31 @@ impl Journal {
         self.write(place, None, after)
     }
 
+    /// The same of many, at once: what options show and are about to be given or, without that, show after.
+    ///
+    /// # Errors
+    ///
+    /// Where it cannot be written.
+    pub fn note_all(
+        &mut self,
+        notes: impl IntoIterator<Item = (Place, Option<Value>, Value)>,
+    ) -> Result<(), JournalError> {
+        let mut text = Vec::new();
+        for (place, before, after) in notes {
+            Line::of(place, before.as_ref(), &after).write_to(&mut text).map_err(|source| self.error(source))?;
+        }
+        if text.is_empty() {
+            return Ok(());
+        }
+        self.open().and_then(|file| file.write_all(&text)).map_err(|source| self.error(source))
+    }
+
     fn write(&mut self, place: Place, before: Option<&Value>, after: &Value) -> Result<(), JournalError> {
-        let Place { cookie, option } = place;
-        let line = Line {
-            cookie,
-            level: option.level,
-            name: option.name,
-            before: before.map(Bytes::from),
-            after: Bytes::from(after),
-        };
-        let written = self.open().and_then(|file| {
-            let mut text = serde_json::to_vec(&line)?;
-            text.push(b'\n');
-            file.write_all(&text)
-        });
-        written.map_err(|source| JournalError { path: self.path.clone(), source })
+        self.note_all([(place, before.copied(), *after)])
+    }
+
+    fn error(&self, source: io::Error) -> JournalError {
+        JournalError { path: self.path.clone(), source }
     }
 
     fn open(&mut self) -> io::Result<&mut File> {

@@ -12,6 +12,7 @@ use abi::{
     event::{Call, Executable, Limit, LimitKey, TOLD_MAX, Tally, TallyKey, bucket},
     index,
     layout::Member,
+    live::{Assignment, Job, List, Outcome},
     select::{PrefixData, Prefixes, Selectors},
     setting::{Governed, OptionKey, Setting},
 };
@@ -120,6 +121,25 @@ static LIMITS: LruHashMap<LimitKey, Limit> = LruHashMap::with_max_entries(8192, 
 /// Executables whose files the agent has been told. The agent removes those that it has forgotten. The least recently used entry makes room: it is told again.
 #[map]
 static TOLD: LruHashMap<Executable, u32> = LruHashMap::with_max_entries(TOLD_MAX, 0);
+
+/// Index 0: what is done with live sockets that have a job ([`abi::live::step`]). This map and the four after it are the agent's,
+/// which gives them their sizes at load where it is to bring live sockets in line, and writes them before each step.
+#[map]
+static STEP: Array<u32> = Array::with_max_entries(1, 0);
+
+/// By cookie: what is to be done with a socket.
+#[map]
+static JOBS: HashMap<u64, Job> = HashMap::with_max_entries(1, 0);
+
+#[map]
+static LISTS: Array<List> = Array::with_max_entries(1, 0);
+
+#[map]
+static ASSIGNMENTS: Array<Assignment> = Array::with_max_entries(1, 0);
+
+/// What came of the jobs: written by the program, read by the agent in its own memory.
+#[map]
+static OUTCOMES: Array<Outcome> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
 /// Events for the agent, and the files of executables. When it is full the event is dropped and counted in
 /// [`Losses::ring_full`].
@@ -336,6 +356,35 @@ pub(crate) fn is_told(executable: &Executable) -> bool {
 pub(crate) fn note_told(executable: &Executable) {
     // Fails only where another CPU holds the last free entries: it will be told again.
     let _ = TOLD.insert(executable, 1, 0);
+}
+
+/// What is to be done with live sockets.
+#[inline(always)]
+pub(crate) fn step() -> u32 {
+    STEP.get(0).copied().unwrap_or(abi::live::step::NONE)
+}
+
+/// What is to be done with a socket.
+#[inline(always)]
+pub(crate) fn job(cookie: u64) -> Option<&'static Job> {
+    // SAFETY: the agent does not write this map while the program runs.
+    unsafe { JOBS.get(cookie) }
+}
+
+#[inline(always)]
+pub(crate) fn list(index: u32) -> Option<&'static List> {
+    LISTS.get(index)
+}
+
+#[inline(always)]
+pub(crate) fn assignment(index: u32) -> Option<&'static Assignment> {
+    ASSIGNMENTS.get(index)
+}
+
+#[inline(always)]
+pub(crate) fn outcome(index: u32) -> Option<&'static mut Outcome> {
+    // SAFETY: each outcome is one socket's, which is visited by one CPU at a time.
+    OUTCOMES.get_ptr_mut(index).map(|outcome| unsafe { &mut *outcome })
 }
 
 /// The table of `abi::select`, as a map, of the generation that a scope is of.

@@ -1,9 +1,8 @@
 //! `sockpolicy apply`: brings sockets that are there in line with policies, and puts back what they had.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
-    io::{self, IsTerminal, Write},
-    os::fd::OwnedFd,
+    collections::{BTreeMap, HashMap},
+    io::{self, BufWriter, IsTerminal, Write},
     path::PathBuf,
     process::ExitCode,
 };
@@ -13,16 +12,17 @@ use serde_json::json;
 
 use super::{
     FAILURE, check, complain,
+    in_line::{InLine, Tally},
     output::Format,
     run::{DEFAULT_INSTANCE, Placement, RunError},
     signals::Signals,
-    sockets::{Seen, Sockets, SocketsError, Targets},
-    unless_closed, verify,
+    sockets::{Sockets, SocketsError, Targets},
+    unless_closed,
     watch::WatchError,
 };
 use crate::{
-    compile::{Desired, compile},
-    events::{Kind, SCHEMA},
+    compile::compile,
+    events::{Event, SCHEMA},
     host::{
         cgroup::Mount,
         socket,
@@ -30,12 +30,9 @@ use crate::{
     },
     instance,
     journal::{Change, Journal, JournalError, Place},
-    live::{
-        Live, Told,
-        drift::{self, Finding},
-    },
+    kernel::KernelError,
     options::{self, SocketOption},
-    policy::{Policy, model::Mode},
+    policy::Policy,
     session::SessionError,
 };
 
@@ -87,26 +84,16 @@ impl From<RunError> for ApplyError {
     }
 }
 
+impl From<KernelError> for ApplyError {
+    fn from(error: KernelError) -> Self {
+        RunError::from(SessionError::from(error)).into()
+    }
+}
+
 impl From<SurveyError> for ApplyError {
     fn from(error: SurveyError) -> Self {
         Self::Sockets(error.into())
     }
-}
-
-/// What came of it, in numbers.
-#[derive(Debug, Default)]
-struct Tally {
-    /// That were looked into.
-    sockets: u64,
-    /// That were changed.
-    changed: u64,
-    /// Values that were set, and those that the kernel refused.
-    set: u64,
-    failed: u64,
-    /// Options of sockets of which it cannot be told whether they agree.
-    untold: u64,
-    /// Sockets that could not be looked into.
-    closed: u64,
 }
 
 impl Apply {
@@ -133,28 +120,24 @@ impl Apply {
         let mount = Mount::find().map_err(RunError::from)?;
         let Placement { stacks, targets } = Placement::find(&mount, &self.cgroup, policies)?;
         let desired = compile(policies, &stacks).map_err(|error| RunError::from(SessionError::from(error)))?;
-        let mut sockets = Sockets::find(mount, Targets::These(targets))?;
+        let mut sockets = Sockets::find(mount, Targets::These(&targets))?;
         let mut progress = Progress::of(sockets.len());
-        let mut work = Work {
-            desired: &desired,
-            dry_run: self.dry_run,
-            output: self.output,
-            journal: Journal::of(&self.instance),
-            tally: Tally::default(),
+        let mut out = BufWriter::new(io::stdout().lock());
+        let mut tell_event = |event: &Event| match self.output {
+            Format::Text => writeln!(out, "{event}"),
+            Format::Json => writeln!(out, "{}", event.to_json()),
         };
-        let done = sockets.each(
-            |scope| drift::needed(&desired.scopes[scope]),
-            |seen| {
-                if asks_for_end(&mut signals)? {
-                    return Err(ApplyError::Stopped);
-                }
-                progress.step();
-                work.bring_in_line(seen)
-            },
-        );
+        let mut work = InLine::new(&desired, self.dry_run, Journal::of(&self.instance), &mut tell_event);
+        let done = work.bring(&mut sockets, |sockets| {
+            if asks_for_end(&mut signals)? {
+                return Err(ApplyError::Stopped);
+            }
+            progress.step(sockets);
+            Ok(())
+        });
         drop(progress);
-        let tally = work.tally;
-        unless_closed(tell(&tally, self.output))?;
+        let tally = work.tally();
+        unless_closed(tell(&tally, self.output, &mut out).and_then(|()| out.flush()))?;
         done.map(|()| tally)
     }
 }
@@ -168,109 +151,8 @@ fn asks_for_end(signals: &mut Signals) -> io::Result<bool> {
     Ok(false)
 }
 
-struct Work<'a> {
-    desired: &'a Desired,
-    dry_run: bool,
-    output: Format,
-    journal: Journal,
-    tally: Tally,
-}
-
-/// Setting one option may give another a value (IP_TOS, SO_PRIORITY): then there is something left to do.
-const ROUNDS: usize = 2;
-
-impl Work<'_> {
-    fn bring_in_line(&mut self, seen: Seen<'_>) -> Result<(), ApplyError> {
-        let Seen { mut live, scope, fresh, socket } = seen;
-        let (Some(mut fresh), Some(socket)) = (fresh, socket) else {
-            self.tally.closed += u64::from(matches!(live.values, Told::Refused(_)));
-            return Ok(());
-        };
-        self.tally.sockets += 1;
-        let scope = &self.desired.scopes[scope];
-        let only_says = self.dry_run || scope.mode == Mode::DryRun;
-        let before = self.tally.set;
-        let mut refused = BTreeSet::new();
-        for round in 0..ROUNDS {
-            let findings = drift::find(self.desired, scope, &live, &mut fresh);
-            let untold = findings.iter().filter(|finding| matches!(finding, Finding::Untold { .. })).count();
-            self.tally.untold += if round == 0 { untold as u64 } else { 0 };
-            let drifts: Vec<&Finding> = findings
-                .iter()
-                .filter(|finding| is_to_be_set(finding) && !refused.contains(&option_of(finding)))
-                .collect();
-            if drifts.is_empty() {
-                break;
-            }
-            for finding in drifts {
-                if only_says {
-                    self.say(&live, finding, Kind::WouldApply)?;
-                } else if !self.set(&live, finding, socket)? {
-                    refused.insert(option_of(finding));
-                }
-            }
-            if only_says {
-                break;
-            }
-            live.values = Told::Values(socket::values(socket, &drift::needed(scope)));
-        }
-        self.tally.changed += u64::from(self.tally.set > before);
-        Ok(())
-    }
-
-    /// Gives whether the kernel took it.
-    fn set(&mut self, live: &Live, finding: &Finding, socket: &OwnedFd) -> Result<bool, ApplyError> {
-        let Finding::Drift { option, now, .. } = finding else { return Ok(false) };
-        let wanted = value_to_set(finding);
-        let place = Place { cookie: live.entry.cookie, option: option.key() };
-        self.journal.note(place, now, &wanted)?;
-        match socket::set(socket, option.key(), &wanted) {
-            Ok(()) => {
-                let after = socket::value(socket, option.key()).unwrap_or(wanted);
-                self.journal.note_after(place, &after)?;
-                self.tally.set += 1;
-                self.say(live, finding, Kind::Applied { before: *now, after })?;
-                Ok(true)
-            }
-            Err(error) => {
-                self.journal.note_after(place, now)?;
-                self.tally.failed += 1;
-                self.say(live, finding, Kind::Outcome { errno: error.raw_os_error().unwrap_or_default() })?;
-                Ok(false)
-            }
-        }
-    }
-
-    fn say(&self, live: &Live, finding: &Finding, kind: Kind) -> io::Result<()> {
-        let Some(event) = verify::event(self.desired, live, finding) else { return Ok(()) };
-        let event = crate::events::Event { kind, wanted: value_to_set(finding), ..event };
-        unless_closed(match self.output {
-            Format::Text => writeln!(io::stdout(), "{event}"),
-            Format::Json => writeln!(io::stdout(), "{}", event.to_json()),
-        })
-    }
-}
-
-fn is_to_be_set(finding: &Finding) -> bool {
-    matches!(finding, Finding::Drift { .. })
-}
-
-fn option_of(finding: &Finding) -> abi::setting::OptionKey {
-    match finding {
-        Finding::Drift { option, .. } | Finding::Untold { option, .. } => option.key(),
-    }
-}
-
-/// What a socket is to be given; of a limit, the bound that it is beyond.
-fn value_to_set(finding: &Finding) -> Value {
-    let Finding::Drift { option, wanted, limit, now, .. } = finding else { return Value::UNKNOWN };
-    let Some(limit) = limit else { return *wanted };
-    let shown = i64::from(word_in(&as_given(option, now).words));
-    Value::number(option.value.abi_kind(), shown.clamp(limit.min, limit.max))
-}
-
 /// What to set for an option to show a value: the kernel doubles buffers.
-fn as_given(option: &SocketOption, shown: &Value) -> Value {
+pub(super) fn as_given(option: &SocketOption, shown: &Value) -> Value {
     let is_doubled = option.settable().is_some_and(|settable| settable.read_back == read_back::DOUBLED);
     if is_doubled { Value::int(word_in(&shown.words) / 2) } else { *shown }
 }
@@ -281,9 +163,8 @@ fn unbounded(option: &'static SocketOption) -> abi::setting::OptionKey {
     options::OPTIONS.iter().find(is_it).unwrap_or(option).key()
 }
 
-fn tell(tally: &Tally, output: Format) -> io::Result<()> {
+fn tell(tally: &Tally, output: Format, out: &mut impl Write) -> io::Result<()> {
     let Tally { sockets, changed, set, failed, untold, closed } = tally;
-    let mut out = io::stdout().lock();
     match output {
         Format::Text => {
             writeln!(out, "sockets: {sockets}, changed: {changed}, in {set} options")?;
@@ -315,14 +196,14 @@ pub(super) fn restore(instance: &str) -> Result<bool, ApplyError> {
     instance::check_name(instance).map_err(RunError::from)?;
     let journal = Journal::of(instance);
     let changes = journal.changes()?;
+    let mut by_socket: HashMap<u64, Vec<(&Place, &Change)>> = HashMap::new();
+    for (place, change) in &changes {
+        by_socket.entry(place.cookie).or_default().push((place, change));
+    }
     let survey = Survey::make(|_| true)?;
     let (mut restored, mut others, mut failed) = (0, 0, BTreeMap::new());
     for found in &survey.sockets {
-        let of_it = changes.iter().filter(|(place, _)| place.cookie == found.entry.cookie);
-        let of_it: Vec<(&Place, &Change)> = of_it.collect();
-        if of_it.is_empty() {
-            continue;
-        }
+        let Some(of_it) = by_socket.remove(&found.entry.cookie) else { continue };
         let socket = match found.take() {
             Ok(Some((_, socket))) => socket,
             // It is closed.
@@ -372,9 +253,11 @@ impl Progress {
         Self { total, done: 0, is_shown: total >= Self::MANY && io::stderr().is_terminal() }
     }
 
-    fn step(&mut self) {
-        self.done += 1;
-        if self.is_shown && self.done.is_multiple_of(Self::STEP) {
+    /// So many sockets more are done.
+    fn step(&mut self, sockets: usize) {
+        let before = self.done / Self::STEP;
+        self.done += sockets;
+        if self.is_shown && self.done / Self::STEP > before {
             // Nobody looks.
             let _ = write!(io::stderr(), "\r{} of {} sockets\x1b[K", self.done, self.total);
         }

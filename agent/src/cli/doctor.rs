@@ -24,7 +24,7 @@ use crate::{
         cgroup::{CgroupError, Mount},
         privileges,
     },
-    kernel::{self, Answer, Backend, KernelError, Neighbour, Object, Probed, ProgramSize, Tried},
+    kernel::{self, Answer, Backend, ITERATOR_SINCE, KernelError, Neighbour, Object, Probed, ProgramSize, Tried},
     options::{OPTIONS, SocketOption},
     policy::model,
     session::SessionError,
@@ -65,6 +65,8 @@ struct Findings {
     /// Why the kernel's types are not known, if they are not.
     btf: Result<(), String>,
     hooks: Vec<(Hook, Answer)>,
+    /// Those for live sockets, by name.
+    iterators: Vec<(&'static str, Answer)>,
     backends: Vec<(Backend, Tried)>,
     options: Vec<(&'static SocketOption, Answer)>,
     /// Our programs, as the kernel took them.
@@ -100,8 +102,9 @@ fn examine() -> Result<Findings, DoctorError> {
     let enclosure = Enclosure::make(&mount, "-doctor")?;
     let Probed { answers: hooks, mut programs } = kernel::hooks(&enclosure.cgroup)?;
     enclosure.remove()?;
+    let Probed { answers: iterators, programs: of_iterators } = kernel::iterator()?;
     let Probed { answers: backends, programs: of_audit } = kernel::audit_backends()?;
-    programs.extend(of_audit);
+    programs.extend(of_iterators.into_iter().chain(of_audit));
     let options = try_options(&mount)?;
     let neighbours = kernel::neighbours(&mount).map_err(|error| error.to_string());
     Ok(Findings {
@@ -109,6 +112,7 @@ fn examine() -> Result<Findings, DoctorError> {
         cgroup2: mount.path.display().to_string(),
         btf: Types::of_kernel().map(drop).map_err(|error| error.to_string()),
         hooks,
+        iterators,
         backends,
         options,
         programs,
@@ -129,12 +133,15 @@ fn try_options(mount: &Mount) -> Result<Vec<(&'static SocketOption, Answer)>, Do
 
 impl Findings {
     fn write_text(&self, out: &mut impl Write) -> io::Result<()> {
-        let Self { kernel, cgroup2, btf, hooks, backends, options, neighbours, programs: _ } = self;
+        let Self { kernel, cgroup2, btf, hooks, iterators, backends, options, neighbours, programs: _ } = self;
         writeln!(out, "kernel {kernel}, cgroup2 at {cgroup2}, {}", if btf.is_ok() { "BTF" } else { "no BTF" })?;
         let mut table = Table::new();
         table.load_preset(presets::NOTHING).set_header(["", "works", "why not", "since"]);
         for (hook, answer) in hooks {
             table.add_row(row(hook.name(), answer, hook.since()));
+        }
+        for (name, answer) in iterators {
+            table.add_row(row(name, answer, ITERATOR_SINCE));
         }
         for (backend, found) in backends {
             table.add_row(row(&format!("audit by {backend}"), &backend_answer(found), ""));
@@ -165,7 +172,9 @@ impl Findings {
     }
 
     fn write_json(&self, out: &mut impl Write) -> io::Result<()> {
-        let Self { kernel, cgroup2, btf, hooks, backends, options, programs, neighbours } = self;
+        let Self { kernel, cgroup2, btf, hooks, iterators, backends, options, programs, neighbours } = self;
+        let of_hooks = hooks.iter().map(|(hook, answer)| (hook.name(), answer));
+        let of_iterators = iterators.iter().map(|(name, answer)| (*name, answer));
         let missing = privileges::missing_capabilities();
         let answer = json!({
             "schema": crate::events::SCHEMA,
@@ -173,7 +182,7 @@ impl Findings {
             "cgroup2": cgroup2,
             "btf": btf.is_ok(),
             "missing_capabilities": missing,
-            "hooks": hooks.iter().map(|(hook, answer)| line(hook.name(), answer)).collect::<Vec<_>>(),
+            "hooks": of_hooks.chain(of_iterators).map(|(name, answer)| line(name, answer)).collect::<Vec<_>>(),
             "audit": backends.iter().map(|(backend, found)| backend_line(*backend, found)).collect::<Vec<_>>(),
             "options": options.iter().map(|(option, answer)| line(option.name, answer)).collect::<Vec<_>>(),
             "programs": programs.iter().map(program_line).collect::<Vec<_>>(),

@@ -58,9 +58,9 @@ impl Ls {
         let targets = if policies.is_empty() {
             Targets::open(&mount, &self.cgroup)?
         } else {
-            Targets::These(Placement::find(&mount, &self.cgroup, policies)?.targets)
+            Placement::find(&mount, &self.cgroup, policies)?.targets
         };
-        let mut sockets = Sockets::find(mount, targets)?;
+        let mut sockets = Sockets::find(mount, Targets::of(&targets))?;
         let mut out = io::stdout().lock();
         let mut table = Table::default();
         let written = sockets.each(

@@ -11,6 +11,7 @@ mod containers;
 mod doctor;
 mod exec;
 mod explain;
+mod in_line;
 mod ls;
 mod options;
 mod output;

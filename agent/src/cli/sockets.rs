@@ -1,6 +1,7 @@
 //! The sockets of targets, as `ls` and `verify` look at them.
 
 use std::{
+    collections::{HashMap, HashSet},
     io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
@@ -13,13 +14,16 @@ use crate::{
     events::Task,
     host::{
         cgroup::{self, CgroupError, Mount, Names},
-        container, process,
-        socket::{self, Kind},
+        container,
+        netns::Namespace,
+        process,
+        socket::{self, Entry, Kind, State},
         survey::{Defaults, Found, Holder, Survey, SurveyError},
     },
     kernel::Target,
     live::{Listeners, Live, Owner, Told, Values, drift::Fresh},
     options::SocketOption,
+    policy::Socket,
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -39,19 +43,20 @@ impl From<CgroupError> for SocketsError {
 }
 
 /// Whose sockets to look at: those of these targets, or of everybody.
-pub(super) enum Targets {
+pub(super) enum Targets<'a> {
     All,
-    These(Vec<Target>),
+    These(&'a [Target]),
 }
 
-impl Targets {
-    /// These cgroups.
-    pub(super) fn open(mount: &Mount, cgroups: &[PathBuf]) -> Result<Self, CgroupError> {
-        if cgroups.is_empty() {
-            return Ok(Self::All);
-        }
-        let open = |path: &PathBuf| mount.open(path).map(|cgroup| Target { cgroup, scope: 0 });
-        Ok(Self::These(cgroups.iter().map(open).collect::<Result<_, _>>()?))
+impl<'a> Targets<'a> {
+    /// All of these cgroups; of everybody where there are none.
+    pub(super) fn of(opened: &'a [Target]) -> Self {
+        if opened.is_empty() { Self::All } else { Self::These(opened) }
+    }
+
+    /// These cgroups, without policies.
+    pub(super) fn open(mount: &Mount, cgroups: &[PathBuf]) -> Result<Vec<Target>, CgroupError> {
+        cgroups.iter().map(|path| mount.open(path).map(|cgroup| Target { cgroup, scope: 0 })).collect()
     }
 
     /// The scope of the sockets of a cgroup, named as the kernel does: that of the deepest target that it is in.
@@ -68,13 +73,17 @@ impl Targets {
 }
 
 /// All sockets of the targets, to be looked into one by one.
-pub(super) struct Sockets {
+pub(super) struct Sockets<'a> {
     survey: Survey,
-    targets: Targets,
+    targets: Targets<'a>,
     names: Names,
     /// By network namespace.
     listeners: Vec<Listeners>,
     defaults: Defaults,
+    /// By process.
+    tasks: HashMap<u32, Task>,
+    /// The cookies of sockets that are not to be looked into.
+    set_aside: HashSet<u64>,
 }
 
 /// A socket that was looked into.
@@ -88,15 +97,26 @@ pub(super) struct Seen<'a> {
     pub(super) socket: Option<&'a OwnedFd>,
 }
 
-impl Sockets {
-    pub(super) fn find(mount: Mount, targets: Targets) -> Result<Self, SurveyError> {
+impl<'a> Sockets<'a> {
+    pub(super) fn find(mount: Mount, targets: Targets<'a>) -> Result<Self, SurveyError> {
         process::raise_descriptor_limit();
         let survey = Survey::make(|home| targets.scope(Some(&Path::new("/").join(home))).is_some())?;
-        let namespaces = survey.sockets.iter().map(|found| found.namespace + 1).max().unwrap_or_default();
-        let of_namespace = |number| survey.sockets.iter().filter(move |found| found.namespace == number);
-        let listeners = (0..namespaces).map(|number| Listeners::of(of_namespace(number).map(|found| &found.entry)));
-        let listeners = listeners.collect();
-        Ok(Self { survey, targets, names: Names::new(mount), listeners, defaults: Defaults::default() })
+        let mut listeners: Vec<Vec<&Entry>> = vec![Vec::new(); survey.namespaces().len()];
+        for found in &survey.sockets {
+            if found.entry.state == State::Listening {
+                listeners[found.namespace].push(&found.entry);
+            }
+        }
+        let listeners = listeners.into_iter().map(Listeners::of).collect();
+        Ok(Self {
+            survey,
+            targets,
+            names: Names::new(mount),
+            listeners,
+            defaults: Defaults::default(),
+            tasks: HashMap::new(),
+            set_aside: HashSet::new(),
+        })
     }
 
     /// How many sockets there are, those of other cgroups included.
@@ -109,20 +129,50 @@ impl Sockets {
         self.survey.unread.len()
     }
 
+    /// The network namespaces that sockets are in.
+    pub(super) fn namespaces(&self) -> &[Namespace] {
+        self.survey.namespaces()
+    }
+
+    /// Has [`Self::each`] leave out a socket.
+    pub(super) fn set_aside(&mut self, cookie: u64) {
+        self.set_aside.insert(cookie);
+    }
+
+    /// The targets' TCP sockets that listen or are connected, without looking into them: each with its scope, and the number of
+    /// its network namespace.
+    pub(super) fn listed_tcp(&mut self) -> Vec<(usize, usize, Live)> {
+        let Self { survey, targets, names, listeners, tasks, .. } = self;
+        let lasts = |state| matches!(state, State::Listening | State::Established | State::SynSent | State::CloseWait);
+        let mut listed = Vec::new();
+        for found in &survey.sockets {
+            let entry = &found.entry;
+            if entry.protocol != libc::IPPROTO_TCP || !lasts(entry.state) {
+                continue;
+            }
+            let Some((scope, cgroup, facts)) = place(found, targets, names) else { continue };
+            let direction = listeners[found.namespace].direction(entry, None);
+            let live = Live {
+                entry: entry.clone(),
+                facts: Socket { direction, ..facts },
+                cgroup,
+                owner: found.holders.first().map(|holder| owner(found, *holder, tasks)),
+                values: Told::Nobody,
+            };
+            listed.push((scope, found.namespace, live));
+        }
+        listed
+    }
+
     /// Looks into each of the targets' sockets. `wanted` are the options to read, by scope.
     pub(super) fn each<E>(
         &mut self,
         wanted: impl Fn(usize) -> Vec<&'static SocketOption>,
         mut see: impl FnMut(Seen<'_>) -> Result<(), E>,
     ) -> Result<(), E> {
-        let Self { survey, targets, names, listeners, defaults } = self;
-        for found in &survey.sockets {
-            let cgroup = match (&found.home, found.entry.cgroup) {
-                (Some(home), _) => Some(format!("/{}", home.display())),
-                (None, id) => id.and_then(|id| names.name(id)).map(str::to_owned),
-            };
-            let Some(scope) = targets.scope(cgroup.as_deref().map(Path::new)) else { continue };
-            let Some(facts) = found.entry.facts() else { continue };
+        let Self { survey, targets, names, listeners, defaults, tasks, set_aside } = self;
+        for found in survey.sockets.iter().filter(|found| !set_aside.contains(&found.entry.cookie)) {
+            let Some((scope, cgroup, facts)) = place(found, targets, names) else { continue };
             let (taken, refused) = match found.take() {
                 Ok(taken) => (taken, None),
                 Err(error) => (None, Some(error.to_string())),
@@ -140,9 +190,9 @@ impl Sockets {
             let holder = taken.as_ref().map(|(holder, _)| *holder).or(found.holders.first().copied());
             let live = Live {
                 entry: found.entry.clone(),
-                facts: crate::policy::Socket { direction, ..facts },
+                facts: Socket { direction, ..facts },
                 cgroup,
-                owner: holder.map(|holder| owner(found, holder)),
+                owner: holder.map(|holder| owner(found, holder, tasks)),
                 values: told,
             };
             let kind = taken.as_ref().and_then(|(_, socket)| Kind::of(socket));
@@ -153,21 +203,36 @@ impl Sockets {
     }
 }
 
-fn owner(found: &Found, Holder { process, descriptor }: Holder) -> Owner {
-    let cgroup = cgroup::of_process(process).map(|path| format!("/{}", path.display()));
-    let container = cgroup.as_deref().and_then(container::of_cgroup);
+/// The scope that a socket is in, its cgroup, and what policies go by; `None` where policies are not about it.
+fn place(found: &Found, targets: &Targets<'_>, names: &mut Names) -> Option<(usize, Option<String>, Socket)> {
+    let cgroup = match (&found.home, found.entry.cgroup) {
+        (Some(home), _) => Some(format!("/{}", home.display())),
+        (None, id) => id.and_then(|id| names.name(id)).map(str::to_owned),
+    };
+    let scope = targets.scope(cgroup.as_deref().map(Path::new))?;
+    Some((scope, cgroup, found.entry.facts()?))
+}
+
+/// Who has a socket. Of a process that has many it is asked once.
+fn owner(found: &Found, Holder { process, descriptor }: Holder, tasks: &mut HashMap<u32, Task>) -> Owner {
     let others = found.holders.iter().filter(|other| other.process != process);
     Owner {
-        task: Task {
-            pid: process,
-            tid: process,
-            comm: process::name(process).unwrap_or_default(),
-            exe: process::executable(process),
-            cgroup,
-            container,
-        },
+        task: tasks.entry(process).or_insert_with(|| task(process)).clone(),
         descriptor,
         others: others.map(|other| (other.process, other.descriptor)).collect(),
+    }
+}
+
+fn task(process: u32) -> Task {
+    let cgroup = cgroup::of_process(process).map(|path| format!("/{}", path.display()));
+    let container = cgroup.as_deref().and_then(container::of_cgroup);
+    Task {
+        pid: process,
+        tid: process,
+        comm: process::name(process).unwrap_or_default(),
+        exe: process::executable(process),
+        cgroup,
+        container,
     }
 }
 

@@ -175,6 +175,12 @@ impl Survey {
         Ok(())
     }
 
+    /// The network namespaces that sockets are in, by [`Found::namespace`].
+    #[must_use]
+    pub fn namespaces(&self) -> &[Namespace] {
+        &self.namespaces
+    }
+
     /// A new socket of a kind, in the same namespace as another.
     ///
     /// # Errors

@@ -32,6 +32,8 @@ pub enum KernelError {
     Load { hook: Hook, reason: String },
     #[error("cannot attach to {hook} of cgroup {}: {reason}{}", cgroup.display(), attach_help(.reason))]
     Attach { hook: Hook, cgroup: PathBuf, reason: String },
+    #[error("the iterator over TCP sockets: {reason}")]
+    Iterator { reason: String },
     #[error("cannot give the program at {hook} to this agent: {reason}")]
     TakeOver { hook: Hook, reason: String },
     #[error(

@@ -1,6 +1,6 @@
 //! Typed handles on the maps: what is written before the programs run, and what is read while they do.
 
-use std::{collections::BTreeMap, ffi::c_void, num::NonZeroUsize, path::Path, ptr::NonNull};
+use std::{collections::BTreeMap, ffi::c_void, marker::PhantomData, num::NonZeroUsize, path::Path, ptr::NonNull};
 
 use abi::{
     Config, Losses,
@@ -9,7 +9,7 @@ use abi::{
     setting::OptionKey,
 };
 use aya::{
-    Ebpf, EbpfLoader,
+    Ebpf, EbpfLoader, Pod,
     maps::{self, Array, CgroupStorageKey, HashMap, Map, MapData, MapError, PerCpuHashMap},
 };
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
@@ -100,45 +100,79 @@ pub(super) fn configure(ebpf: &mut Ebpf, config: Config) -> Result<(), KernelErr
     with_map::<Array<_, Config>>(ebpf, "CONFIG", |map| map.set(0, config, 0))
 }
 
+/// The values of an array that this process has in its own memory, as the programs write them.
+pub(super) struct View<T> {
+    memory: NonNull<c_void>,
+    bytes: NonZeroUsize,
+    values: PhantomData<T>,
+}
+
+// SAFETY: it is memory that is read and written value by value.
+unsafe impl<T> Send for View<T> {}
+
+impl<T: Pod> View<T> {
+    /// Takes an array into this process's memory. Its programs' map has BPF_F_MMAPABLE.
+    pub(super) fn of(ebpf: &Ebpf, name: &'static str, protection: ProtFlags) -> Result<Self, KernelError> {
+        let Some(Map::Array(map)) = ebpf.map(name) else { return Err(KernelError::Incomplete { what: name }) };
+        let entries = map.info().map_err(map_error(name))?.max_entries() as usize;
+        let bytes = NonZeroUsize::new(entries * size_of::<T>()).ok_or(KernelError::Incomplete { what: name })?;
+        // SAFETY: a new mapping, of a map that is as long: the kernel lays values out in steps of eight bytes.
+        let memory = unsafe { mmap(None, bytes, protection, MapFlags::MAP_SHARED, map.fd(), 0) };
+        let memory = memory.map_err(|errno| KernelError::View { map: name, source: errno.into() })?;
+        const { assert!(size_of::<T>().is_multiple_of(8)) };
+        Ok(Self { memory, bytes, values: PhantomData })
+    }
+
+    fn place(&self, index: usize) -> Option<NonNull<T>> {
+        let is_there = index < self.bytes.get() / size_of::<T>();
+        // SAFETY: within the mapping.
+        is_there.then(|| unsafe { self.memory.cast::<T>().add(index) })
+    }
+
+    /// A value; `None` where there is no such.
+    pub(super) fn get(&self, index: usize) -> Option<T> {
+        // SAFETY: mapped until this is dropped, aligned as the kernel has it, and valid whatever the bytes. The programs may
+        // write to it meanwhile, each number at once.
+        self.place(index).map(|place| unsafe { place.read_volatile() })
+    }
+
+    /// Writes a value of an array that was mapped to be written; where there is no such, nothing.
+    pub(super) fn set(&self, index: usize, value: T) {
+        if let Some(place) = self.place(index) {
+            // SAFETY: as above.
+            unsafe { place.write_volatile(value) };
+        }
+    }
+}
+
+impl<T> Drop for View<T> {
+    fn drop(&mut self) {
+        // SAFETY: nobody has a reference into it.
+        if let Err(errno) = unsafe { munmap(self.memory, self.bytes.get()) } {
+            log::debug!("cannot unmap an array: {errno}");
+        }
+    }
+}
+
 /// What was lost, as the programs write it.
 pub(super) struct LossesView {
-    memory: NonNull<c_void>,
+    view: View<Losses>,
     /// What was lost before this agent: another one has told of it.
     before: Losses,
 }
 
-// SAFETY: it is memory that is only read.
-unsafe impl Send for LossesView {}
-
 impl LossesView {
-    const LEN: NonZeroUsize = NonZeroUsize::new(size_of::<Losses>()).unwrap();
-
     /// Takes the map into this process's memory.
-    pub(super) fn of(ebpf: &mut Ebpf) -> Result<Self, KernelError> {
-        const MAP: &str = "LOSSES";
-        let Some(Map::Array(map)) = ebpf.map(MAP) else { return Err(KernelError::Incomplete { what: MAP }) };
-        // SAFETY: a new mapping, of a map that is as long.
-        let memory = unsafe { mmap(None, Self::LEN, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, map.fd(), 0) };
-        let memory = memory.map_err(|errno| KernelError::View { map: MAP, source: errno.into() })?;
-        let mut view = Self { memory, before: Losses::default() };
+    pub(super) fn of(ebpf: &Ebpf) -> Result<Self, KernelError> {
+        let view = View::of(ebpf, "LOSSES", ProtFlags::PROT_READ)?;
+        let mut view = Self { view, before: Losses::default() };
         view.before = view.get();
         Ok(view)
     }
 
     /// What has been lost by now.
     pub(super) fn get(&self) -> Losses {
-        // SAFETY: mapped until this is dropped, aligned to a page, and valid whatever the bytes. The programs may write to it
-        // meanwhile, each number at once.
-        unsafe { self.memory.cast::<Losses>().read_volatile() }.since(&self.before)
-    }
-}
-
-impl Drop for LossesView {
-    fn drop(&mut self) {
-        // SAFETY: nobody has a reference into it.
-        if let Err(errno) = unsafe { munmap(self.memory, Self::LEN.get()) } {
-            log::debug!("cannot unmap the losses: {errno}");
-        }
+        self.view.get(0).unwrap_or_default().since(&self.before)
     }
 }
 
@@ -205,7 +239,7 @@ pub(super) fn map_error(map: &'static str) -> impl Fn(MapError) -> KernelError {
 }
 
 /// A map as a typed handle, for as long as `write` runs.
-fn with_map<'a, M: TryFrom<&'a mut Map, Error = MapError>>(
+pub(super) fn with_map<'a, M: TryFrom<&'a mut Map, Error = MapError>>(
     ebpf: &'a mut Ebpf,
     name: &'static str,
     write: impl FnOnce(&mut M) -> Result<(), MapError>,

@@ -13,6 +13,7 @@ mod error;
 mod knowledge;
 mod layout;
 mod links;
+mod live;
 mod maps;
 mod memlock;
 mod misses;
@@ -27,11 +28,12 @@ mod tables;
 pub use self::{
     audit::{Audit, Backend, BackendChoice, Tried, candidates},
     error::KernelError,
+    live::{ITERATOR_SINCE, Job, Walk},
     neighbours::{Neighbour, Turn, neighbours, overruling},
     object::{Object, ProgramSize, Record, Staged},
     observe::{MapIds, Observed},
     pins::Pins,
-    probe::{Answer, Probed, audit_backends, hooks},
+    probe::{Answer, Probed, audit_backends, hooks, iterator},
 };
 
 use crate::host::{cgroup::Cgroup, privileges};

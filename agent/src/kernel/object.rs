@@ -16,7 +16,7 @@ use abi::{
     event::{Event, Executable, ExecutableFile, Tally, TallyKey},
 };
 use aya::{
-    Ebpf, VerifierLogLevel, include_bytes_aligned,
+    Ebpf, EbpfLoader, VerifierLogLevel, include_bytes_aligned,
     maps::{MapData, RingBuf},
     programs::{Program, ProgramError},
 };
@@ -151,7 +151,7 @@ impl Object {
         let former = generations.map(|number| Former::of_another(&ebpf, number)).collect::<Result<_, _>>()?;
         let ring = ebpf.take_map(maps::EVENTS).ok_or(KernelError::Incomplete { what: maps::EVENTS })?;
         let ring = RingBuf::try_from(ring).map_err(|source| KernelError::Map { map: maps::EVENTS, source })?;
-        let losses = LossesView::of(&mut ebpf)?;
+        let losses = LossesView::of(&ebpf)?;
         Ok(Self {
             attached,
             tables: None,
@@ -638,4 +638,15 @@ pub(super) fn bare() -> Result<Bare, KernelError> {
     let knowledge = Knowledge::gather()?;
     let ebpf = knowledge.loader(true).load(OBJECT)?;
     Ok(Bare { ebpf, can_follow: knowledge.can_follow() })
+}
+
+/// The object for one program that decides nothing and follows nobody, with maps of these sizes.
+pub(super) fn sized(entries: &[(&'static str, u32)]) -> Result<Ebpf, KernelError> {
+    let _memlock = Memlock::raise();
+    let mut loader = EbpfLoader::new();
+    loader.btf(None).verifier_log_level(VerifierLogLevel::DEBUG);
+    for (map, entries) in entries {
+        loader.map_max_entries(map, *entries);
+    }
+    Ok(loader.load(OBJECT)?)
 }

@@ -10,6 +10,7 @@ use super::{
     audit::{self, Aim},
     error::{chain, load_reason},
     links::Link,
+    live,
     object::{self, Bare, ProgramSize},
 };
 use crate::{compile::Hook, host::cgroup::Cgroup};
@@ -52,6 +53,15 @@ pub fn hooks(cgroup: &Cgroup) -> Result<Probed<Hook, Answer>, KernelError> {
         answers.push((hook, answer));
     }
     Ok(Probed { answers, programs: object::sizes(&ebpf) })
+}
+
+/// Whether live TCP sockets can be set by a program that the kernel runs for each of them.
+///
+/// # Errors
+///
+/// Where the object cannot be prepared at all.
+pub fn iterator() -> Result<Probed<&'static str, Answer>, KernelError> {
+    live::probe()
 }
 
 /// Whether each backend of the audit can be attached. Its programs are inert while this runs.

@@ -8,6 +8,7 @@
 
 use abi::{
     judge::{Asked, judge, verdict},
+    live::Assignment,
     setting::{Governed, Setting, Value, form, read_back, traits},
     site,
 };
@@ -76,23 +77,12 @@ fn find_in(
     live: &Live,
     fresh: &mut impl Fresh,
 ) -> Option<Finding> {
-    let option = options::by_key(governed.key)?;
-    if !exists(governed, live) {
-        return None;
-    }
-    let winner = |socket: &Socket| governed.winner(desired.candidates(scope, &facts(socket)));
-    let cases = cases(live);
-    let setting = winner(&cases[0]);
-    if cases.iter().any(|case| winner(case) != setting) {
-        return Some(Finding::Untold { option, why: NO_DIRECTION });
-    }
-    let setting = setting?;
-    let row = desired.settings.get(setting as usize)?;
+    let Decision { setting, option, row, due } = match decide(desired, scope, governed, live)? {
+        Ok(decision) => decision,
+        Err(finding) => return Some(finding),
+    };
     match row.form {
         form::SET => {
-            let settable = option.settable()?;
-            let due = cases.iter().map(|case| due(settable, live, case, |socket| winner(socket) == Some(setting)));
-            let due = due.reduce(|one, other| if one == other { one } else { Due::Unknown(NO_DIRECTION) })?;
             let now = live.value(governed.key);
             match (due, now) {
                 (Due::No, _) => None,
@@ -125,6 +115,89 @@ fn find_in(
         // Only calls can be denied.
         _ => None,
     }
+}
+
+/// What policies say of an option on a socket, whatever it has.
+struct Decision<'a> {
+    setting: u32,
+    option: &'static SocketOption,
+    row: &'a Setting,
+    /// Of a limit, which is always: that it is.
+    due: Due,
+}
+
+/// `None` where nothing decides on the option, or the socket has none such; a finding where it cannot be told.
+fn decide<'a>(
+    desired: &'a Desired,
+    scope: &Scope,
+    governed: &Governed,
+    live: &Live,
+) -> Option<Result<Decision<'a>, Finding>> {
+    let option = options::by_key(governed.key)?;
+    if !exists(governed, live) {
+        return None;
+    }
+    let winner = |socket: &Socket| governed.winner(desired.candidates(scope, &facts(socket)));
+    let cases = cases(live);
+    let setting = winner(&cases[0]);
+    if cases.iter().any(|case| winner(case) != setting) {
+        return Some(Err(Finding::Untold { option, why: NO_DIRECTION }));
+    }
+    let setting = setting?;
+    let row = desired.settings.get(setting as usize)?;
+    let due = if row.form == form::SET {
+        let settable = option.settable()?;
+        let due = cases.iter().map(|case| due(settable, live, case, |socket| winner(socket) == Some(setting)));
+        due.reduce(|one, other| if one == other { one } else { Due::Unknown(NO_DIRECTION) })?
+    } else {
+        Due::Yes
+    };
+    Some(Ok(Decision { setting, option, row, due }))
+}
+
+/// What a socket is to be given, told without looking into it.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Assigned {
+    /// In the order in which to set them.
+    pub assignments: Vec<Assignment>,
+    /// By assignment: the setting that says so.
+    pub settings: Vec<u32>,
+    /// Whether there is more to find: something of which the socket itself has to be asked.
+    pub is_part: bool,
+}
+
+/// What a socket of a scope is to be given, whatever it has.
+#[must_use]
+pub fn assign(desired: &Desired, scope: &Scope, live: &Live) -> Assigned {
+    let mut assigned = Assigned::default();
+    for governed in scope.options.iter().filter(|option| option.names != 0) {
+        match decide(desired, scope, governed, live) {
+            None => {}
+            Some(Ok(Decision { row, due, .. })) if row.form == form::DENY || due == Due::No => {}
+            Some(Ok(Decision { setting, option, row, due: Due::Yes }))
+                if row.form == form::SET && is_kept(option, live) && !is_wide(governed) =>
+            {
+                assigned.assignments.push(Assignment::new(governed, row));
+                assigned.settings.push(setting);
+            }
+            Some(_) => assigned.is_part = true,
+        }
+    }
+    assigned
+}
+
+/// Whether a socket goes on to show what it was given.
+fn is_kept(option: &SocketOption, live: &Live) -> bool {
+    match option.reading {
+        Reading::Chosen | Reading::Tuned { .. } => true,
+        Reading::UntilConnected | Reading::AtMost => !live.is_connection(),
+        Reading::UntilBound | Reading::State | Reading::Never => false,
+    }
+}
+
+/// Whether getsockopt shows an option in another width than programs see it in: then neither tells what came of the other.
+fn is_wide(governed: &Governed) -> bool {
+    governed.traits & traits::WIDE != 0
 }
 
 /// Whether a socket has an option that matters to its traffic.

@@ -16,6 +16,7 @@
 pub mod event;
 pub mod judge;
 pub mod layout;
+pub mod live;
 pub mod select;
 pub mod setting;
 pub mod socket;

@@ -4,4 +4,5 @@ mod address;
 mod audit;
 mod birth;
 mod calls;
+mod live;
 mod turns;

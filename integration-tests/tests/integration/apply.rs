@@ -1,5 +1,7 @@
 //! Sockets that were there before: brought in line with policies, and given back what they had.
 
+use std::process::Command;
+
 use sockpolicy_integration_tests::{
     agent,
     bpffs::Instance,
@@ -7,6 +9,7 @@ use sockpolicy_integration_tests::{
     options::{IP_TOS, SO_MARK, SO_PRIORITY, SO_SNDBUF, SocketOption, TCP_CONGESTION, TCP_KEEPIDLE, TCP_NODELAY},
     policy::PolicyFile,
     probe::Probe,
+    require,
     script::{Family, Fd, Kind},
 };
 
@@ -97,6 +100,111 @@ fn sockets_that_were_there_before_are_brought_in_line_and_given_back_what_they_h
     probe.set(client, TCP_KEEPIDLE, default).unwrap();
     assert_eq!(all(&mut probe), before);
     assert!(instance.left().is_empty(), "{:?}", instance.left());
+}
+
+/// More than are worth a walk over all of them.
+const MANY: usize = 150;
+
+#[test]
+fn many_tcp_sockets_are_brought_in_line_without_a_look_into_any() {
+    require!("iter/tcp");
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let mut probe = Probe::start(&target);
+    let (listener, address) = probe.listener(Family::Inet, Kind::Tcp);
+    let mut sockets = vec![listener];
+    for _ in 0..MANY {
+        let client = probe.open(Family::Inet, Kind::Tcp);
+        probe.connect(client, address);
+        sockets.extend([client, probe.accept(listener)]);
+    }
+    let policy = policy(&target, "");
+    let all = |probe: &mut Probe| -> Vec<_> { sockets.iter().map(|socket| values(probe, *socket, true)).collect() };
+    let before = all(&mut probe);
+
+    assert_eq!(calls_on_sockets(&instance, &policy), Vec::<String>::new());
+    let wanted = ([7, 18 << 2, 5, 2 * 32 * 1024, 1, 61].to_vec(), Some("reno".to_owned()));
+    assert!(all(&mut probe).iter().all(|socket| *socket == wanted), "{:?}", all(&mut probe));
+    let again = apply(&instance, &policy, &[]);
+    assert!(again.contains(&format!("sockets: {}, changed: 0, in 0 options\n", sockets.len())), "{again}");
+
+    let output = instance.run("apply", &["--restore"]);
+    assert!(stdout(&output).contains("changed by others since: 0; refused: 0"), "{}", stdout(&output));
+    assert_eq!(all(&mut probe), before);
+}
+
+/// Applies a policy, and gives the calls by which a socket of another process was taken or set meanwhile.
+fn calls_on_sockets(instance: &Instance, policy: &PolicyFile) -> Vec<String> {
+    let mut command = Command::new("strace");
+    command.args(["-f", "-e", "trace=pidfd_getfd,setsockopt"]).arg(agent::program());
+    command.args(["apply", "--instance", &instance.name]).arg(policy.path());
+    let output = command.output().expect("strace runs");
+    assert!(output.status.success(), "{}{}", stdout(&output), stderr(&output));
+    let of_netlink = |line: &&str| line.contains("SOL_NETLINK");
+    let calls = stderr(&output);
+    calls
+        .lines()
+        .filter(|line| line.contains("sockopt(") || line.contains("pidfd_getfd("))
+        .filter(|line| !of_netlink(line))
+        .map(str::to_owned)
+        .collect()
+}
+
+#[test]
+fn connection_that_nobody_has_accepted_yet_is_brought_in_line() {
+    require!("iter/tcp");
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let mut probe = Probe::start(&target);
+    let (listener, address) = probe.listener(Family::Inet, Kind::Tcp);
+    let client = probe.open(Family::Inet, Kind::Tcp);
+    probe.connect(client, address);
+    apply(&instance, &policy(&target, ""), &[]);
+    let server = probe.accept(listener);
+    for socket in [listener, client, server] {
+        assert_eq!(probe.int(socket, SO_MARK), 7);
+        assert_eq!(probe.text(socket, TCP_CONGESTION), "reno");
+    }
+    instance.run("apply", &["--restore"]);
+    assert_eq!(probe.int(server, SO_MARK), 0);
+}
+
+#[test]
+fn value_that_the_kernel_refuses_on_many_sockets_is_told_and_counted_and_the_rest_is_set() {
+    require!("iter/tcp");
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let mut probe = Probe::start(&target);
+    let (listener, address) = probe.listener(Family::Inet, Kind::Tcp);
+    let client = probe.open(Family::Inet, Kind::Tcp);
+    probe.connect(client, address);
+    // Whoever is not accepted yet has it done by the iterator.
+    let set = "set = { TCP_CONGESTION = \"no-such\", TCP_KEEPIDLE = \"61s\" }";
+    let text = format!("[target]\ncgroup = {:?}\n[[rule]]\n{set}\n", target.name());
+    let before = probe.text(client, TCP_CONGESTION);
+    let policy = PolicyFile::new(text);
+    let output = instance.run("apply", &[policy.path().to_str().unwrap()]);
+    let said = stdout(&output);
+    assert_eq!(output.status.code(), Some(2), "{said}{}", stderr(&output));
+    assert_eq!(said.matches("ENOENT").count(), 3, "{said}");
+    assert!(said.contains("3 values were refused by the kernel"), "{said}");
+    let server = probe.accept(listener);
+    for socket in [listener, client, server] {
+        assert_eq!(probe.int(socket, TCP_KEEPIDLE), 61);
+        assert_eq!(probe.text(socket, TCP_CONGESTION), before);
+    }
+}
+
+#[test]
+fn sockets_of_another_network_namespace_are_brought_in_line_there() {
+    require!("iter/tcp");
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let mut probe = Probe::start_apart(&target);
+    let (listener, address) = probe.listener(Family::Inet, Kind::Tcp);
+    let client = probe.open(Family::Inet, Kind::Tcp);
+    probe.connect(client, address);
+    apply(&instance, &policy(&target, ""), &[]);
+    let server = probe.accept(listener);
+    for socket in [listener, client, server] {
+        assert_eq!(probe.int(socket, SO_MARK), 7);
+    }
 }
 
 #[test]

@@ -1,0 +1,366 @@
+//! Live sockets brought in line with policies, for `apply` and for `run`.
+//!
+//! TCP sockets that listen or are connected are set by a program that the kernel runs for each of them, as far as that needs no
+//! look into the socket; all else, and what that program cannot do, through a descriptor of the socket's process.
+//!
+//! Invariants: what a socket has is in the journal before it is changed; each option of each socket is told of once.
+
+use std::{
+    collections::{BTreeSet, HashSet},
+    io,
+    os::fd::OwnedFd,
+};
+
+use abi::{
+    live::{Outcome, state},
+    setting::{OptionKey, Value, word_in},
+};
+
+use super::{
+    apply::{ApplyError, as_given},
+    sockets::{Seen, Sockets},
+    unless_closed, verify,
+};
+use crate::{
+    compile::Desired,
+    events::{Event, Kind},
+    host::socket,
+    journal::{Journal, Place},
+    kernel::{Job, KernelError, Walk},
+    live::{
+        Live, Told,
+        drift::{self, Assigned, Finding},
+    },
+    options::{self, SocketOption},
+    policy::model::Mode,
+};
+
+/// What came of it, in numbers.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Tally {
+    /// Sockets that were held against the policies.
+    pub(super) sockets: u64,
+    /// Those of them that were changed.
+    pub(super) changed: u64,
+    /// Values that were set, and those that the kernel refused.
+    pub(super) set: u64,
+    pub(super) failed: u64,
+    /// Options of sockets of which it cannot be told whether they agree.
+    pub(super) untold: u64,
+    /// Sockets that could not be looked into.
+    pub(super) closed: u64,
+}
+
+/// Setting one option may give another a value (IP_TOS, SO_PRIORITY): then there is something left to do.
+const ROUNDS: usize = 2;
+
+/// A walk goes by all places at which TCP sockets can be, those of other network namespaces too: for fewer sockets than this it
+/// is quicker to look into each.
+const WORTH_A_WALK: usize = 256;
+
+pub(super) struct InLine<'a> {
+    desired: &'a Desired,
+    dry_run: bool,
+    journal: Journal,
+    tell: &'a mut dyn FnMut(&Event) -> io::Result<()>,
+    tally: Tally,
+    /// The cookies of sockets that were changed.
+    changed: HashSet<u64>,
+    /// What the kernel has refused, and is not asked for again.
+    refused: BTreeSet<Place>,
+}
+
+/// What a TCP socket is to be given by the program.
+struct Planned {
+    live: Live,
+    job: Job,
+    /// By assignment of the job: the setting that says so.
+    settings: Vec<u32>,
+    /// Whether there is more to find on it.
+    is_part: bool,
+    /// Whether it is only said what would be set.
+    only_says: bool,
+}
+
+impl<'a> InLine<'a> {
+    pub(super) fn new(
+        desired: &'a Desired,
+        dry_run: bool,
+        journal: Journal,
+        tell: &'a mut dyn FnMut(&Event) -> io::Result<()>,
+    ) -> Self {
+        Self {
+            desired,
+            dry_run,
+            journal,
+            tell,
+            tally: Tally::default(),
+            changed: HashSet::new(),
+            refused: BTreeSet::new(),
+        }
+    }
+
+    pub(super) fn tally(&self) -> Tally {
+        Tally { changed: self.changed.len() as u64, ..self.tally }
+    }
+
+    /// Brings all of these in line. `pause` is called between sockets with how many have been done since, and may end it.
+    pub(super) fn bring(
+        &mut self,
+        sockets: &mut Sockets<'_>,
+        mut pause: impl FnMut(usize) -> Result<(), ApplyError>,
+    ) -> Result<(), ApplyError> {
+        self.walk(sockets, &mut pause)?;
+        let desired = self.desired;
+        sockets.each(
+            |scope| drift::needed(&desired.scopes[scope]),
+            |seen| {
+                pause(1)?;
+                self.look_into(seen)
+            },
+        )
+    }
+
+    fn only_says(&self, scope: usize) -> bool {
+        self.dry_run || self.desired.scopes[scope].mode == Mode::DryRun
+    }
+
+    /// Has the kernel's iterator do what it can, and sets those sockets aside that are done.
+    fn walk(
+        &mut self,
+        sockets: &mut Sockets<'_>,
+        pause: &mut impl FnMut(usize) -> Result<(), ApplyError>,
+    ) -> Result<(), ApplyError> {
+        let planned = self.plan(sockets);
+        if planned.is_empty() {
+            return Ok(());
+        }
+        let mut walk = match Walk::load() {
+            Ok(walk) => walk,
+            Err(error @ KernelError::Iterator { .. }) => {
+                log::info!("{error}: each socket is set through a descriptor of its process");
+                return Ok(());
+            }
+            Err(error) => return Err(error.into()),
+        };
+        // A round either sets or says.
+        for planned in planned.chunk_by(|one, other| one.only_says == other.only_says) {
+            let jobs: Vec<Job> = planned.iter().map(|planned| planned.job.clone()).collect();
+            let mut done = 0;
+            while done < jobs.len() {
+                let round = Walk::first_of(&jobs[done..]);
+                let planned = &planned[done..done + round.len()];
+                pause(0)?;
+                self.do_round(&mut walk, round, planned, sockets)?;
+                done += round.len();
+                pause(planned.iter().filter(|planned| !planned.is_part).count())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What there is for the iterator to do: sockets in the order of their namespaces, in which there are enough of them.
+    fn plan(&self, sockets: &mut Sockets<'_>) -> Vec<Planned> {
+        let mut planned = Vec::new();
+        let mut worth = vec![0_usize; sockets.namespaces().len()];
+        for (scope, namespace, live) in sockets.listed_tcp() {
+            let Assigned { assignments, settings, is_part } =
+                drift::assign(self.desired, &self.desired.scopes[scope], &live);
+            if assignments.is_empty() {
+                continue;
+            }
+            // To what nobody has yet, a connection that is not accepted, no descriptor leads.
+            worth[namespace] += if live.owner.is_some() { 1 } else { WORTH_A_WALK };
+            let job = Job { cookie: live.entry.cookie, namespace, assignments };
+            planned.push(Planned { live, job, settings, is_part, only_says: self.only_says(scope) });
+        }
+        planned.retain(|planned| worth[planned.job.namespace] >= WORTH_A_WALK);
+        planned.sort_by_key(|planned| (planned.only_says, planned.job.namespace));
+        planned
+    }
+
+    fn do_round(
+        &mut self,
+        walk: &mut Walk,
+        jobs: &[Job],
+        planned: &[Planned],
+        sockets: &mut Sockets<'_>,
+    ) -> Result<(), ApplyError> {
+        let looked = walk.look(jobs, sockets.namespaces())?;
+        for (planned, outcomes) in planned.iter().zip(&looked) {
+            let is_done = outcomes.iter().all(Outcome::is_read);
+            if is_done && !planned.is_part {
+                self.tally.sockets += 1;
+                sockets.set_aside(planned.job.cookie);
+            }
+        }
+        let to_set = to_set(planned, &looked);
+        if planned.first().is_some_and(|planned| planned.only_says) {
+            return to_set.iter().try_for_each(|one| self.say(&one.planned.live, &one.finding(), Kind::WouldApply));
+        }
+        if to_set.is_empty() {
+            return Ok(());
+        }
+        self.journal.note_all(to_set.iter().map(|one| (one.place(), Some(one.before), one.wanted)))?;
+        let set = walk.set(sockets.namespaces())?;
+        let outcomes: Vec<&Outcome> = to_set.iter().map(|one| &set[one.socket][one.at]).collect();
+        let after = to_set.iter().zip(&outcomes).map(|(one, outcome)| (one.place(), None, one.after(outcome)));
+        self.journal.note_all(after)?;
+        to_set.iter().zip(outcomes).try_for_each(|(one, outcome)| self.conclude(one, outcome))
+    }
+
+    /// Counts and tells what came of one option.
+    fn conclude(&mut self, one: &ToSet<'_>, outcome: &Outcome) -> Result<(), ApplyError> {
+        // Else the socket is gone, or has got the value meanwhile.
+        if outcome.state != state::SET {
+            return Ok(());
+        }
+        let kind = if is_set(outcome) {
+            self.tally.set += 1;
+            self.changed.insert(one.planned.job.cookie);
+            Kind::Applied { before: one.before, after: one.after(outcome) }
+        } else {
+            self.tally.failed += 1;
+            self.refused.insert(one.place());
+            Kind::Outcome { errno: outcome.errno as i32 }
+        };
+        self.say(&one.planned.live, &one.finding(), kind)
+    }
+
+    /// Brings a socket in line through a descriptor.
+    fn look_into(&mut self, seen: Seen<'_>) -> Result<(), ApplyError> {
+        let Seen { mut live, scope, fresh, socket } = seen;
+        let (Some(mut fresh), Some(socket)) = (fresh, socket) else {
+            self.tally.closed += u64::from(matches!(live.values, Told::Refused(_)));
+            return Ok(());
+        };
+        self.tally.sockets += 1;
+        let only_says = self.only_says(scope);
+        let scope = &self.desired.scopes[scope];
+        for round in 0..ROUNDS {
+            let findings = drift::find(self.desired, scope, &live, &mut fresh);
+            let untold = findings.iter().filter(|finding| matches!(finding, Finding::Untold { .. })).count();
+            self.tally.untold += if round == 0 { untold as u64 } else { 0 };
+            let drifts: Vec<&Finding> = findings
+                .iter()
+                .filter(|finding| is_to_be_set(finding) && !self.refused.contains(&place_of(&live, option_of(finding))))
+                .collect();
+            if drifts.is_empty() {
+                break;
+            }
+            for finding in drifts {
+                if only_says {
+                    self.say(&live, finding, Kind::WouldApply)?;
+                } else {
+                    self.set(&live, finding, socket)?;
+                }
+            }
+            if only_says {
+                break;
+            }
+            live.values = Told::Values(socket::values(socket, &drift::needed(scope)));
+        }
+        Ok(())
+    }
+
+    fn set(&mut self, live: &Live, finding: &Finding, socket: &OwnedFd) -> Result<(), ApplyError> {
+        let Finding::Drift { option, now, .. } = finding else { return Ok(()) };
+        let wanted = value_to_set(finding);
+        let place = place_of(live, option.key());
+        self.journal.note(place, now, &wanted)?;
+        match socket::set(socket, option.key(), &wanted) {
+            Ok(()) => {
+                let after = socket::value(socket, option.key()).unwrap_or(wanted);
+                self.journal.note_after(place, &after)?;
+                self.tally.set += 1;
+                self.changed.insert(place.cookie);
+                self.say(live, finding, Kind::Applied { before: *now, after })
+            }
+            Err(error) => {
+                self.journal.note_after(place, now)?;
+                self.tally.failed += 1;
+                self.refused.insert(place);
+                self.say(live, finding, Kind::Outcome { errno: error.raw_os_error().unwrap_or_default() })
+            }
+        }
+    }
+
+    fn say(&mut self, live: &Live, finding: &Finding, kind: Kind) -> Result<(), ApplyError> {
+        let Some(event) = verify::event(self.desired, live, finding) else { return Ok(()) };
+        let event = Event { kind, wanted: value_to_set(finding), ..event };
+        Ok(unless_closed((self.tell)(&event))?)
+    }
+}
+
+/// An option of a socket that is to be set in a round.
+struct ToSet<'a> {
+    planned: &'a Planned,
+    option: &'static SocketOption,
+    /// The number of the socket in the round, and that of the option in its job.
+    socket: usize,
+    at: usize,
+    before: Value,
+    wanted: Value,
+}
+
+/// What there is to set, by what has been read: options that do not show what they are to.
+fn to_set<'a>(planned: &'a [Planned], looked: &[Vec<Outcome>]) -> Vec<ToSet<'a>> {
+    let mut found = Vec::new();
+    for (socket, (planned, outcomes)) in planned.iter().zip(looked).enumerate() {
+        for (at, (assignment, outcome)) in planned.job.assignments.iter().zip(outcomes).enumerate() {
+            let given = assignment.given(&outcome.before);
+            if outcome.is_read()
+                && assignment.shown(&given) != outcome.before
+                && let Some(option) = options::by_key(assignment.key)
+            {
+                let (before, wanted) = (assignment.shows(outcome.before), assignment.shows(given));
+                found.push(ToSet { planned, option, socket, at, before, wanted });
+            }
+        }
+    }
+    found
+}
+
+impl ToSet<'_> {
+    fn place(&self) -> Place {
+        place_of(&self.planned.live, self.option.key())
+    }
+
+    /// What it shows since.
+    fn after(&self, outcome: &Outcome) -> Value {
+        let assignment = &self.planned.job.assignments[self.at];
+        if is_set(outcome) { assignment.shows(outcome.after) } else { self.before }
+    }
+
+    /// The same as what a look into the socket would have found.
+    fn finding(&self) -> Finding {
+        let Self { planned, option, at, before, wanted, socket: _ } = self;
+        Finding::Drift { setting: planned.settings[*at], option, wanted: *wanted, limit: None, now: *before }
+    }
+}
+
+fn is_set(outcome: &Outcome) -> bool {
+    outcome.state == state::SET && outcome.errno == 0
+}
+
+fn place_of(live: &Live, option: OptionKey) -> Place {
+    Place { cookie: live.entry.cookie, option }
+}
+
+fn is_to_be_set(finding: &Finding) -> bool {
+    matches!(finding, Finding::Drift { .. })
+}
+
+fn option_of(finding: &Finding) -> OptionKey {
+    match finding {
+        Finding::Drift { option, .. } | Finding::Untold { option, .. } => option.key(),
+    }
+}
+
+/// What a socket is to be given; of a limit, the bound that it is beyond.
+fn value_to_set(finding: &Finding) -> Value {
+    let Finding::Drift { option, wanted, limit, now, .. } = finding else { return Value::UNKNOWN };
+    let Some(limit) = limit else { return *wanted };
+    let shown = i64::from(word_in(&as_given(option, now).words));
+    Value::number(option.value.abi_kind(), shown.clamp(limit.min, limit.max))
+}

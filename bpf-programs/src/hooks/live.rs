@@ -1,0 +1,107 @@
+//! iter/tcp: TCP sockets that are there, each visited once when the agent reads from the iterator.
+//!
+//! The kernel runs this for every TCP socket of the network namespace in which the iterator was made, and holds the socket's
+//! lock meanwhile (`bpf_iter_tcp_seq_show`, net/ipv4/tcp_ipv4.c, 5.15). What is to become of it has been decided: it stands in
+//! the maps, by the socket's cookie. Sockets without a job are left alone.
+
+use abi::{
+    SETTABLE_MAX,
+    live::{Assignment, Outcome, state, step},
+};
+use aya_ebpf::{
+    cty::c_void,
+    helpers::generated::{bpf_get_socket_cookie, bpf_skc_to_tcp_sock},
+};
+
+use crate::{ctx::Socket, maps};
+
+/// `struct bpf_iter__tcp` (net/ipv4/tcp_ipv4.c).
+#[repr(C)]
+pub(crate) struct Context {
+    meta: *mut c_void,
+    /// NULL at the end.
+    sock_common: *mut c_void,
+    uid: u32,
+}
+
+/// Goes on with the next socket: 1 would ask for this one again.
+const NEXT: i32 = 0;
+
+// aya-ebpf has no macro for iterators.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/tcp")]
+pub(crate) extern "C" fn live_apply(ctx: *mut Context) -> i32 {
+    visit(ctx);
+    NEXT
+}
+
+/// A TCP socket as tracing programs have it.
+struct LiveTcp(*mut c_void);
+
+impl Socket for LiveTcp {
+    #[inline(always)]
+    fn as_ptr(&self) -> *mut c_void {
+        self.0
+    }
+}
+
+#[inline(always)]
+fn visit(ctx: *mut Context) -> Option<()> {
+    let step = maps::step();
+    // SAFETY: the kernel's context.
+    let sock_common = unsafe { core::ptr::read_volatile(&raw const (*ctx).sock_common) };
+    if step == step::NONE || sock_common.is_null() {
+        return None;
+    }
+    // SAFETY: the context's socket, checked for NULL.
+    let job = maps::job(unsafe { bpf_get_socket_cookie(sock_common) })?;
+    // SAFETY: as above. NULL for a request, and for what is left of a closed socket.
+    let tcp = LiveTcp(unsafe { bpf_skc_to_tcp_sock(sock_common) }.cast());
+    if tcp.0.is_null() {
+        return None;
+    }
+    let list = maps::list(job.list)?;
+    for position in 0..SETTABLE_MAX {
+        if position as u32 >= list.len {
+            break;
+        }
+        let assignment = maps::assignment(list.assignments[position])?;
+        let outcome = maps::outcome(job.first + position as u32)?;
+        if step == step::LOOK {
+            look(&tcp, assignment, outcome);
+        } else if outcome.state == state::LOOKED_AT && outcome.errno == 0 {
+            set(&tcp, assignment, outcome);
+        }
+    }
+    Some(())
+}
+
+// What is read goes to the map at once, and so does what the helpers return: the verifier follows neither. On the stack each
+// could be another for every option before this one.
+
+#[inline(always)]
+fn look(tcp: &LiveTcp, assignment: &Assignment, outcome: &mut Outcome) {
+    let key = assignment.key;
+    outcome.errno = errno(tcp.get(key.level, key.name, &mut outcome.before, assignment.len()));
+    outcome.state = state::LOOKED_AT;
+}
+
+#[inline(always)]
+fn set(tcp: &LiveTcp, assignment: &Assignment, outcome: &mut Outcome) {
+    let (level, name, len) = (assignment.key.level, assignment.key.name, assignment.len());
+    outcome.errno = errno(tcp.get(level, name, &mut outcome.after, len));
+    let given = assignment.given(&outcome.after);
+    if outcome.after == assignment.shown(&given) {
+        outcome.state = state::UNCHANGED;
+        return;
+    }
+    outcome.errno = errno(tcp.set(level, name, &given, len));
+    outcome.state = state::SET;
+    // It could be read a moment ago.
+    let _ = tcp.get(level, name, &mut outcome.after, len);
+}
+
+#[inline(always)]
+fn errno(result: Result<(), i32>) -> u32 {
+    result.err().unwrap_or(0) as u32
+}
