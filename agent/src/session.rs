@@ -277,6 +277,18 @@ impl Session {
         }
     }
 
+    /// Looks at sockets, which the policies in force are to take for no application's doing.
+    ///
+    /// # Errors
+    ///
+    /// Where the configuration cannot be written.
+    pub fn unnoticed<T>(&mut self, look: impl FnOnce(&Desired, &[Target]) -> T) -> Result<T, SessionError> {
+        self.object.look_away(true)?;
+        let seen = look(&self.current.desired, &self.targets);
+        self.object.look_away(false)?;
+        Ok(seen)
+    }
+
     /// Whether there are targets that have been removed, and that [`Self::let_go_of_removed`] is to be called for.
     #[must_use]
     pub fn has_removed(&self) -> bool {

@@ -1,9 +1,10 @@
-//! Looks at the kernel's own structures, by the offsets of [`LAYOUT`]. The audit alone does so: other hooks
-//! are handed what they need.
+//! Looks at the kernel's own structures, by the offsets of [`LAYOUT`]. The audit does so; other hooks are handed what they need,
+//! but for who calls ([`is_agent`]).
 //!
 //! Nothing here can fault: reading an address that is none gives `None`.
 
 use abi::{
+    Config, TICK_NS,
     event::{Call, Executable, ExecutableFile, NAME_MAX, PATH_MAX, flags},
     layout::{Layout, Member, known, of},
     setting::{Value, Words},
@@ -55,6 +56,7 @@ static LAYOUT: Layout = Layout {
     cgroup_level: 0,
     regs_syscall: 0,
     regs_result: 0,
+    task_tgid: 0,
     task_leader: 0,
     task_start: 0,
     task_exec_id: 0,
@@ -340,6 +342,18 @@ fn is_compat() -> bool {
     /// `TS_COMPAT` (arch/x86/include/asm/thread_info.h).
     const TS_COMPAT: u32 = 2;
     read_or_zero::<u32>(member!(current_task(), task_status)) & TS_COMPAT != 0
+}
+
+/// Whether the current task is the agent, which looks at sockets itself.
+#[inline(always)]
+pub(crate) fn is_agent(config: &Config) -> bool {
+    if config.agent == 0 || !knows(known::EXECUTABLE) {
+        return false;
+    }
+    let task = current_task();
+    let leader: u64 = read_or_zero(member!(task, task_leader));
+    let start = read_or_zero::<u64>(member!(leader, task_start)) / TICK_NS;
+    read_or_zero::<u32>(member!(task, task_tgid)) == config.agent && start == config.agent_start
 }
 
 /// The executable that the current task runs; zero where that cannot be told.

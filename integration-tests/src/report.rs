@@ -180,7 +180,7 @@ impl Report {
                 losses.push(serde_json::from_value(value).unwrap_or_else(|error| fail(line, error.to_string())));
             } else if value["event"] == "gap" {
                 gaps.push(serde_json::from_value(value).unwrap_or_else(|error| fail(line, error.to_string())));
-            } else if ["reload", "targets"].iter().any(|notice| value["event"] == *notice) {
+            } else if ["reload", "targets", "live"].iter().any(|notice| value["event"] == *notice) {
                 notices.push(value);
             } else {
                 events.push(serde_json::from_value(value).unwrap_or_else(|error| fail(line, error.to_string())));

@@ -8,7 +8,6 @@ use std::{
 };
 
 use abi::setting::{Value, read_back, word_in};
-use serde_json::json;
 
 use super::{
     FAILURE, check, complain,
@@ -164,29 +163,14 @@ fn unbounded(option: &'static SocketOption) -> abi::setting::OptionKey {
 }
 
 fn tell(tally: &Tally, output: Format, out: &mut impl Write) -> io::Result<()> {
-    let Tally { sockets, changed, set, failed, untold, closed } = tally;
     match output {
-        Format::Text => {
-            writeln!(out, "sockets: {sockets}, changed: {changed}, in {set} options")?;
-            for (count, what) in [
-                (failed, "values were refused by the kernel"),
-                (untold, "options cannot be told to agree or not"),
-                (closed, "sockets could not be looked into"),
-            ] {
-                if *count > 0 {
-                    writeln!(out, "{count} {what}")?;
-                }
-            }
-            Ok(())
+        Format::Text => write!(out, "{}", tally.to_text()),
+        Format::Json => {
+            let mut summary = tally.to_json("summary");
+            summary["schema"] = SCHEMA.into();
+            summary["time"] = format!("{:.6}", jiff::Timestamp::now()).into();
+            writeln!(out, "{summary}")
         }
-        Format::Json => writeln!(
-            out,
-            "{}",
-            json!({
-                "schema": SCHEMA, "time": format!("{:.6}", jiff::Timestamp::now()), "event": "summary", "sockets": sockets,
-                "changed": changed, "set": set, "failed": failed, "untold": untold, "refused": closed,
-            })
-        ),
     }
 }
 

@@ -16,6 +16,8 @@ use abi::{
     setting::{OptionKey, Value, word_in},
 };
 
+use serde_json::json;
+
 use super::{
     apply::{ApplyError, as_given},
     sockets::{Seen, Sockets},
@@ -42,13 +44,41 @@ pub(super) struct Tally {
     pub(super) sockets: u64,
     /// Those of them that were changed.
     pub(super) changed: u64,
-    /// Values that were set, and those that the kernel refused.
+    /// Values that were set or, in a dry run, would have been; and those that the kernel refused.
     pub(super) set: u64,
+    pub(super) would_set: u64,
     pub(super) failed: u64,
     /// Options of sockets of which it cannot be told whether they agree.
     pub(super) untold: u64,
     /// Sockets that could not be looked into.
     pub(super) closed: u64,
+}
+
+impl Tally {
+    /// For people, with a line for whatever did not go well.
+    pub(super) fn to_text(self) -> String {
+        let Self { sockets, changed, set, would_set, failed, untold, closed } = self;
+        let mut text = format!("sockets: {sockets}, changed: {changed}, in {set} options\n");
+        for (count, what) in [
+            (would_set, "values would be set"),
+            (failed, "values were refused by the kernel"),
+            (untold, "options cannot be told to agree or not"),
+            (closed, "sockets could not be looked into"),
+        ] {
+            if count > 0 {
+                text.push_str(&format!("{count} {what}\n"));
+            }
+        }
+        text
+    }
+
+    pub(super) fn to_json(self, event: &str) -> serde_json::Value {
+        let Self { sockets, changed, set, would_set, failed, untold, closed } = self;
+        json!({
+            "event": event, "sockets": sockets, "changed": changed, "set": set, "would_set": would_set, "failed": failed,
+            "untold": untold, "refused": closed,
+        })
+    }
 }
 
 /// Setting one option may give another a value (IP_TOS, SO_PRIORITY): then there is something left to do.
@@ -196,6 +226,7 @@ impl<'a> InLine<'a> {
         }
         let to_set = to_set(planned, &looked);
         if planned.first().is_some_and(|planned| planned.only_says) {
+            self.tally.would_set += to_set.len() as u64;
             return to_set.iter().try_for_each(|one| self.say(&one.planned.live, &one.finding(), Kind::WouldApply));
         }
         if to_set.is_empty() {
@@ -250,6 +281,7 @@ impl<'a> InLine<'a> {
             }
             for finding in drifts {
                 if only_says {
+                    self.tally.would_set += 1;
                     self.say(&live, finding, Kind::WouldApply)?;
                 } else {
                     self.set(&live, finding, socket)?;

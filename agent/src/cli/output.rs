@@ -8,8 +8,9 @@ use std::{
 
 use serde_json::{Value, json};
 
+use super::in_line::Tally;
 use crate::{
-    events::{Event, SCHEMA},
+    events::{Event, Kind, SCHEMA},
     kernel::{self, Audit, BackendChoice},
     policy::model::Mode,
     report::{Loss, Summary},
@@ -156,6 +157,21 @@ impl Writer {
         let targets = kernel::names(session.targets());
         let shown = if targets.is_empty() { "none".to_owned() } else { targets.join(", ") };
         self.notice(&format!("targets   {shown}"), json!({ "event": "targets", "targets": targets }))
+    }
+
+    /// Says what was done to one live socket: for people only where it could not be, for there may be thousands.
+    pub(super) fn applied(&mut self, event: &Event) -> io::Result<()> {
+        match (self.format, event.kind) {
+            (Format::Text, Kind::Applied { .. } | Kind::WouldApply) => Ok(()),
+            _ => self.event(event),
+        }
+    }
+
+    /// Says what has come of bringing live sockets in line.
+    pub(super) fn brought_in_line(&mut self, tally: &Tally) -> io::Result<()> {
+        let text = tally.to_text();
+        let lines: Vec<String> = text.lines().map(|line| format!("live      {line}")).collect();
+        self.notice(&lines.join("\n"), tally.to_json("live"))
     }
 
     fn notice(&mut self, text: &str, mut event: Value) -> io::Result<()> {

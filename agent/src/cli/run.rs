@@ -17,6 +17,7 @@ use crate::{
         inotify, process,
     },
     instance::{Instance, InstanceError},
+    journal::{Journal, JournalError},
     kernel::{self, Target},
     policy::{Policy, Sources, Texts},
     session::{self, Session, SessionError, Setup},
@@ -25,7 +26,7 @@ use crate::{
 /// Put policies in force on cgroups, and report until interrupted
 ///
 /// The policies are in force while this runs, and end with it, however it ends. Sockets that were
-/// there before are left as they are; only their later calls are judged.
+/// there before are left as they are, only their later calls are judged; unless --apply is given.
 ///
 /// When a policy file changes, one comes to a folder or goes, or on SIGHUP, all are read anew and put in force in place of the
 /// others: as a whole, or not at all where any has an error. Cgroups that match a target and are made later become targets.
@@ -42,6 +43,10 @@ pub(super) struct Run {
     /// between
     #[arg(long)]
     persist: bool,
+    /// Bring sockets that are there in line, too: when this starts, and after each change of the policies and their targets. What
+    /// they had is kept, for `apply --restore` and `detach --restore`
+    #[arg(long)]
+    apply: bool,
     /// Name of this instance, for `status` and `detach` [default: `default` with --persist, else run-PID]
     #[arg(long, value_name = "NAME")]
     instance: Option<String>,
@@ -80,6 +85,8 @@ pub(super) enum RunError {
     Inotify(#[from] inotify::WatchError),
     #[error(transparent)]
     Instance(#[from] InstanceError),
+    #[error("what sockets had before is still kept: {0}")]
+    Journal(#[from] JournalError),
 }
 
 impl Run {
@@ -107,7 +114,9 @@ impl Run {
         let Manner { dry_run, reporting, .. } = &self.manner;
         process::raise_descriptor_limit();
         let mount = Mount::find()?;
-        let wanted = Wanted { sources, cgroups: &self.cgroup, manner: &self.manner, mount: &mount };
+        let name = self.name();
+        let journal = self.apply.then_some(name.as_str());
+        let wanted = Wanted { sources, cgroups: &self.cgroup, manner: &self.manner, mount: &mount, journal };
         let mut standing = Standing::watch(wanted, texts, policies.to_owned())?;
         let Placement { stacks, targets } = standing.placement()?;
         let desired = session::prepare(policies, &stacks, *dry_run, reporting.timing)?;
@@ -121,16 +130,24 @@ impl Run {
         let stand = |session: &mut Session, signals: &mut Signals, writer: &mut Writer| {
             standing.stand(session, signals, writer)
         };
-        finish(session, &mut signals, &mut writer, stand)
+        let ended = finish(session, &mut signals, &mut writer, stand);
+        if self.apply && !self.persist {
+            // Nobody asks by this name any more.
+            Journal::of(&name).remove()?;
+        }
+        ended
     }
 
-    fn become_instance(&self, targets: &[Target]) -> Result<Option<Instance>, RunError> {
-        let name = match &self.instance {
+    fn name(&self) -> String {
+        match &self.instance {
             Some(name) => name.clone(),
             None if self.persist => DEFAULT_INSTANCE.to_owned(),
             None => format!("run-{}", std::process::id()),
-        };
-        match Instance::become_one(&name, self.persist) {
+        }
+    }
+
+    fn become_instance(&self, targets: &[Target]) -> Result<Option<Instance>, RunError> {
+        match Instance::become_one(&self.name(), self.persist) {
             Ok(instance) => {
                 instance.check_others(&kernel::names(targets))?;
                 Ok(Some(instance))

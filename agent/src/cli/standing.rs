@@ -8,6 +8,7 @@
 
 use std::{
     collections::BTreeSet,
+    io, mem,
     os::fd::AsFd,
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -16,20 +17,25 @@ use std::{
 use nix::poll::{PollFd, PollFlags};
 
 use super::{
+    apply::ApplyError,
     check, complain,
     containers::{self, Looks},
+    in_line::InLine,
     output::{Manner, Writer},
     run::{Placement, RunError, check_targets},
     signals::Signals,
+    sockets::{Sockets, Targets},
     watch::{self, WatchError},
 };
 use crate::{
     coverage::{Reach, Stack},
+    events::Event,
     host::{
         cgroup::Mount,
         inotify::{self, Changes, Watch},
     },
     instance::Files,
+    journal::Journal,
     policy::{Policy, Sources, Texts},
     session::{self, Session},
 };
@@ -50,6 +56,8 @@ pub(super) struct Wanted<'a> {
     pub(super) cgroups: &'a [PathBuf],
     pub(super) manner: &'a Manner,
     pub(super) mount: &'a Mount,
+    /// The instance with which to keep what live sockets had, where these are to be brought in line.
+    pub(super) journal: Option<&'a str>,
 }
 
 impl Wanted<'_> {
@@ -103,6 +111,26 @@ pub(super) struct Standing<'a> {
     is_behind: bool,
     /// When other policies came in force.
     replaced: Instant,
+    /// When to bring live sockets in line, if they are to be.
+    due: Option<Instant>,
+}
+
+/// What signals have asked for.
+#[derive(Default)]
+struct Asked {
+    reload: bool,
+    end: bool,
+}
+
+impl Asked {
+    /// Adds what has come since.
+    fn hear(&mut self, signals: &mut Signals) -> io::Result<()> {
+        while let Some(received) = signals.next()? {
+            self.reload |= received.asks_for_reload();
+            self.end |= received.asks_for_end();
+        }
+        Ok(())
+    }
 }
 
 impl<'a> Standing<'a> {
@@ -122,7 +150,9 @@ impl<'a> Standing<'a> {
             looks: None,
             is_behind: false,
             replaced: Instant::now(),
+            due: None,
         };
+        standing.due = standing.wanted.journal.map(|_| Instant::now());
         containers::tell_of_hidden(&containers::wanted_by(&standing.policies));
         standing.follow_files();
         standing.follow_cgroups()?;
@@ -148,19 +178,22 @@ impl<'a> Standing<'a> {
         signals: &mut Signals,
         writer: &mut Writer,
     ) -> Result<(), WatchError> {
+        let mut asked = Asked::default();
         loop {
+            if self.due.is_some_and(|due| due <= Instant::now()) {
+                self.bring_in_line(session, signals, &mut asked, writer)?;
+            }
             let mut polled = watch::sources(signals, session);
             polled.extend([&self.files, &self.cgroups].map(|watch| PollFd::new(watch.as_fd(), PollFlags::POLLIN)));
-            watch::wait_for(&mut polled, self.patience(session))?;
-            let mut is_asked = false;
-            while let Some(received) = signals.next().map_err(WatchError::Watch)? {
-                if received.asks_for_reload() {
-                    is_asked = true;
-                } else if received.asks_for_end() {
-                    return watch::tell(session, writer).1;
-                }
+            if !(asked.reload || asked.end) {
+                watch::wait_for(&mut polled, self.patience(session))?;
             }
+            asked.hear(signals).map_err(WatchError::Watch)?;
             watch::tell(session, writer).1?;
+            if asked.end {
+                return Ok(());
+            }
+            let is_asked = mem::take(&mut asked.reload);
             if self.files.has_changed().map_err(WatchError::Watch)? {
                 let now = Instant::now();
                 self.changed = Some((self.changed.map_or(now, |(first, _)| first), now));
@@ -185,9 +218,46 @@ impl<'a> Standing<'a> {
         }
     }
 
+    /// Brings sockets that are there in line with the policies in force. What cannot be done is said, and the policies stay in
+    /// force.
+    fn bring_in_line(
+        &mut self,
+        session: &mut Session,
+        signals: &mut Signals,
+        asked: &mut Asked,
+        writer: &mut Writer,
+    ) -> Result<(), WatchError> {
+        self.due = None;
+        let Wanted { manner, mount, journal: Some(journal), .. } = self.wanted else { return Ok(()) };
+        let mut tell = |event: &Event| writer.applied(event);
+        let (tally, brought) = session.unnoticed(|desired, targets| {
+            let mut in_line = InLine::new(desired, manner.dry_run, Journal::of(journal), &mut tell);
+            let brought = Sockets::find(mount.clone(), Targets::These(targets)).map_err(ApplyError::from).and_then(
+                |mut sockets| {
+                    in_line.bring(&mut sockets, |_| {
+                        asked.hear(signals)?;
+                        if asked.end { Err(ApplyError::Stopped) } else { Ok(()) }
+                    })
+                },
+            );
+            (in_line.tally(), brought)
+        })?;
+        if let Err(error) = brought {
+            complain(&error);
+        }
+        writer.brought_in_line(&tally).map_err(WatchError::Write)
+    }
+
+    /// Has live sockets brought in line, if they are to be, when what has changed now has settled.
+    fn will_bring_in_line(&mut self) {
+        self.due = self.wanted.journal.map(|_| Instant::now() + SETTLE);
+    }
+
     /// How long to wait for something to happen, in milliseconds.
     fn patience(&self, session: &Session) -> u16 {
-        let patience = if session.has_removed() { LOOK_FOR_EMPTY_MS } else { u16::MAX };
+        let until = |due: Instant| due.saturating_duration_since(Instant::now()).as_millis() as u16 + 1;
+        let patience =
+            self.due.map_or(u16::MAX, until).min(if session.has_removed() { LOOK_FOR_EMPTY_MS } else { u16::MAX });
         let patience = patience.min(watch::interval(session));
         let patience = self.looks.as_ref().map_or(patience, |looks| patience.min(looks.patience_ms()));
         if self.changed.is_some() { patience.min(SETTLE.as_millis() as u16) } else { patience }
@@ -230,6 +300,7 @@ impl<'a> Standing<'a> {
         containers::tell_of_hidden(&containers::wanted_by(&policies));
         (self.policies, self.stacks, self.reach) = (policies, stacks, reach);
         self.in_force = self.texts.clone();
+        self.will_bring_in_line();
         // What came while nobody looked.
         self.is_behind = true;
         Ok(())
@@ -262,6 +333,7 @@ impl<'a> Standing<'a> {
             let placement = Placement { stacks, targets };
             self.stacks = self.wanted.put_in_force(session, &self.policies, &self.in_force, placement)?;
             self.replaced = Instant::now();
+            self.will_bring_in_line();
             return Ok(true);
         };
         for target in &mut targets {
@@ -274,6 +346,8 @@ impl<'a> Standing<'a> {
             return Ok(false);
         }
         session.retarget(targets)?;
+        // Sockets may have been made before the programs were there.
+        self.will_bring_in_line();
         Ok(true)
     }
 

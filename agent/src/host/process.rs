@@ -105,6 +105,16 @@ pub fn is_initial_namespace() -> bool {
     fs::metadata("/proc/self/ns/pid").is_ok_and(|namespace| namespace.ino() == INITIAL)
 }
 
+/// When a process was made, in ticks since the system booted (`starttime` in proc_pid_stat(5)); `None` where it is gone.
+#[must_use]
+pub fn start(process: u32) -> Option<u64> {
+    /// Its place behind the name, which may have anything in it.
+    const START: usize = 19;
+    let stat = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    let (_, behind_name) = stat.rsplit_once(") ")?;
+    behind_name.split(' ').nth(START)?.parse().ok()
+}
+
 /// Lets this process have as many descriptors as it may: each target takes a dozen. What it starts inherits that.
 pub fn raise_descriptor_limit() {
     let raised =

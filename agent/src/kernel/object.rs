@@ -38,7 +38,7 @@ use super::{
 use crate::{
     compile::{Desired, Hook},
     fault,
-    host::cgroup::is_initial_namespace,
+    host::{cgroup::is_initial_namespace, process},
     policy::model::{self, Calls},
 };
 
@@ -309,6 +309,8 @@ impl Object {
             generation: tables.generation,
             oldest: if self.config.in_force == 0 { tables.generation } else { self.config.oldest },
             last_target: self.attached.last_id,
+            // Nobody: whoever looked may have been killed.
+            ..Config::default()
         };
         maps::configure(&mut self.ebpf, config)?;
         self.attached.done("enabled");
@@ -412,6 +414,21 @@ impl Object {
         let aim = Aim { reads: wanted.reads, calls: wanted.calls != Calls::Conflicts };
         self.audit = audit::attach(&mut self.ebpf, choice, aim)?;
         Ok(self.audit)
+    }
+
+    /// Has the programs take what this process calls, while it looks at sockets itself, for no application's call, or no longer.
+    ///
+    /// # Errors
+    ///
+    /// Where the configuration cannot be written.
+    pub fn look_away(&mut self, is_wanted: bool) -> Result<(), KernelError> {
+        let own = std::process::id();
+        let start = (is_wanted && process::is_initial_namespace()).then(|| process::start(own)).flatten();
+        let (agent, agent_start) = start.map_or((0, 0), |start| (own, start));
+        let config = Config { agent, agent_start, ..self.config };
+        maps::configure(&mut self.ebpf, config)?;
+        self.config = config;
+        Ok(())
     }
 
     /// Makes everything inert again, at once.

@@ -77,8 +77,17 @@ pub struct Config {
     pub oldest: u32,
     /// The last [`Target::id`] that was given, for an agent that comes after this one.
     pub last_target: u32,
+    /// The agent, while it looks at the sockets of targets itself: what it calls then is no application's call. 0: nobody. By
+    /// the number that the process has in the initial namespace.
+    pub agent: u32,
+    pub _pad: u32,
+    /// When that process was made, which tells it from others of its number. CLOCK_BOOTTIME, in units of [`TICK_NS`].
+    pub agent_start: u64,
 }
-shared!(Config, size 4 + 4 + 8 + 8 + 4 * 4);
+shared!(Config, size 4 + 4 + 8 + 8 + 4 * 4 + 4 + 4 + 8);
+
+/// Nanoseconds of a tick, in which the kernel tells when processes were made (`nsec_to_clock_t`, USER_HZ: kernel/time/time.c).
+pub const TICK_NS: u64 = 10_000_000;
 
 /// The tables of a generation are inner maps, each at the generation's slot of an outer map of its kind. What stands in them
 /// goes by one number, of the slot and of the index in the inner map.

@@ -78,10 +78,10 @@ impl Assignment {
         Self { key: option.key, value, mask, is_text: is_text.into(), is_doubled: is_doubled.into() }
     }
 
-    /// The bytes of a value.
+    /// How many bytes the value has.
     #[inline(always)]
     #[must_use]
-    pub fn len(&self) -> i32 {
+    pub fn bytes(&self) -> i32 {
         4 + (self.is_text & 1) as i32 * 12
     }
 
@@ -102,7 +102,7 @@ impl Assignment {
     /// Words as what the option shows.
     #[must_use]
     pub fn shows(&self, words: Words) -> Value {
-        Value::new(words, self.len() as u32)
+        Value::new(words, self.bytes() as u32)
     }
 }
 

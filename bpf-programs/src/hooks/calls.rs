@@ -22,6 +22,7 @@ use aya_ebpf::{
 use crate::{
     ctx::{OptionCall, Socket as _},
     emit::{self, Head, Task},
+    kernel,
     maps::{self, PrefixMap, count},
     storage,
 };
@@ -106,7 +107,11 @@ pub(crate) extern "C" fn govern(ctx: *mut bpf_sockopt) -> u64 {
 
 #[inline(always)]
 fn find_governance(call: &OptionCall) -> Option<Governance> {
-    let generation = maps::config()?.generation;
+    let config = maps::config()?;
+    if kernel::is_agent(config) {
+        return None;
+    }
+    let generation = config.generation;
     let number = maps::option_number(generation, OptionKey { level: call.level(), name: call.name() })?;
     let facts = call.facts()?;
     // SAFETY: the context's socket, which is never NULL.

@@ -82,13 +82,13 @@ fn visit(ctx: *mut Context) -> Option<()> {
 #[inline(always)]
 fn look(tcp: &LiveTcp, assignment: &Assignment, outcome: &mut Outcome) {
     let key = assignment.key;
-    outcome.errno = errno(tcp.get(key.level, key.name, &mut outcome.before, assignment.len()));
+    outcome.errno = errno(tcp.get(key.level, key.name, &mut outcome.before, assignment.bytes()));
     outcome.state = state::LOOKED_AT;
 }
 
 #[inline(always)]
 fn set(tcp: &LiveTcp, assignment: &Assignment, outcome: &mut Outcome) {
-    let (level, name, len) = (assignment.key.level, assignment.key.name, assignment.len());
+    let (level, name, len) = (assignment.key.level, assignment.key.name, assignment.bytes());
     outcome.errno = errno(tcp.get(level, name, &mut outcome.after, len));
     let given = assignment.given(&outcome.after);
     if outcome.after == assignment.shown(&given) {

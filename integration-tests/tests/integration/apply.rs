@@ -1,5 +1,7 @@
 //! Sockets that were there before: brought in line with policies, and given back what they had.
 
+mod running;
+
 use std::process::Command;
 
 use sockpolicy_integration_tests::{
@@ -137,7 +139,7 @@ fn calls_on_sockets(instance: &Instance, policy: &PolicyFile) -> Vec<String> {
     let mut command = Command::new("strace");
     command.args(["-f", "-e", "trace=pidfd_getfd,setsockopt"]).arg(agent::program());
     command.args(["apply", "--instance", &instance.name]).arg(policy.path());
-    let output = command.output().expect("strace runs");
+    let output = command.output().unwrap_or_else(|error| panic!("strace: {error}"));
     assert!(output.status.success(), "{}{}", stdout(&output), stderr(&output));
     let of_netlink = |line: &&str| line.contains("SOL_NETLINK");
     let calls = stderr(&output);

@@ -136,7 +136,7 @@ fn begin(begun: Begun) {
     if config.calls != calls::ALL && maps::option_number(config.generation, begun.key).is_none() {
         return;
     }
-    if followed(config).is_none() {
+    if followed(config).is_none() || kernel::is_agent(config) {
         return;
     }
     let mut call = Call {
