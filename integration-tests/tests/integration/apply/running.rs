@@ -7,7 +7,7 @@ use sockpolicy_integration_tests::{
     agent::{self, Run},
     bpffs::Instance,
     cgroup::Cgroup,
-    options::{SO_MARK, SO_PRIORITY, SO_SNDBUF, TCP_KEEPIDLE, TCP_NODELAY},
+    options::{SO_MARK, SO_PRIORITY, TCP_KEEPCNT, TCP_KEEPIDLE, TCP_NODELAY},
     policy::PolicyFile,
     probe::Probe,
     script::{Family, Fd, Kind},
@@ -18,15 +18,15 @@ use crate::stderr;
 fn text(target: &Cgroup, mark: i32) -> String {
     format!(
         "[target]\ncgroup = {:?}\n[[rule]]\nset = {{ SO_MARK = {mark}, SO_PRIORITY = 5 }}\n[[rule]]\nmatch = {{ protocol = \
-         \"tcp\" }}\nset = {{ TCP_KEEPIDLE = \"61s\" }}\nlimit = {{ SO_SNDBUF = {{ max = \"64KiB\" }} }}\n",
+         \"tcp\" }}\nset = {{ TCP_KEEPIDLE = \"61s\" }}\nlimit = {{ TCP_KEEPCNT = {{ max = 4 }} }}\n",
         target.name()
     )
 }
 
-/// A connection with a buffer beyond the limit, and a datagram socket.
+/// A connection with a count beyond the limit, and a datagram socket.
 fn sockets(probe: &mut Probe) -> [Fd; 3] {
     let pair = probe.pair(Family::Inet, Kind::Tcp);
-    probe.set(pair.client, SO_SNDBUF, 100 * 1024).unwrap();
+    probe.set(pair.client, TCP_KEEPCNT, 8).unwrap();
     let [one, other] = [(); 2].map(|()| probe.open(Family::Inet, Kind::Udp));
     let address = probe.bind(other, "127.0.0.1:0".parse().unwrap());
     probe.connect(one, address);
@@ -40,7 +40,7 @@ fn assert_in_line(probe: &mut Probe, [client, server, datagram]: [Fd; 3], mark: 
     for socket in [client, server] {
         assert_eq!(probe.int(socket, TCP_KEEPIDLE), 61);
     }
-    assert_eq!(probe.int(client, SO_SNDBUF), 2 * 64 * 1024);
+    assert_eq!(probe.int(client, TCP_KEEPCNT), 4);
 }
 
 /// The files that instances of this name have.
@@ -101,8 +101,10 @@ fn what_an_agent_brought_in_line_is_given_back_when_its_policies_end() {
     let policy = PolicyFile::new(text(&target, 7));
     let mut probe = Probe::start(&target);
     let sockets = sockets(&mut probe);
-    let options = [SO_MARK, SO_PRIORITY, SO_SNDBUF];
-    let all = |probe: &mut Probe| sockets.map(|socket| options.map(|option| probe.int(socket, option)));
+    let all = |probe: &mut Probe| {
+        let of_all = sockets.map(|socket| [SO_MARK, SO_PRIORITY].map(|option| probe.int(socket, option)));
+        (of_all, [TCP_KEEPCNT, TCP_KEEPIDLE].map(|option| probe.int(sockets[0], option)))
+    };
     let before = all(&mut probe);
     let run = Run::started(&policy, &["--apply", "--persist", "--instance", &instance.name]);
     run.notice("live", 1);
