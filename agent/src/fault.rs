@@ -1,24 +1,35 @@
-//! Steps between which this process may be killed: a test has it killed at each of them.
+//! Steps at which this process may be killed, or held while something else happens: a test has it so at each of them.
 //!
 //! Only debug builds look; to others a point is nothing.
 
-/// A step is done. Kills this process if `SOCKPOLICY_FAULT` names the step and how many times it is to be passed first, as in
-/// `enabled:1`.
+/// A step is done. `SOCKPOLICY_FAULT` may name it, and how many times it is to be passed first: `enabled:1` kills this process,
+/// `enabled:1:stop` stops it until it is told to go on (SIGCONT).
 pub(crate) fn point(step: &'static str) {
     #[cfg(debug_assertions)]
-    die_at(step);
+    heed(step);
     #[cfg(not(debug_assertions))]
     let _ = step;
 }
 
+/// The same of a step that is done for one of many, which `SOCKPOLICY_FAULT` then names too: `namespace-opened=4026531840:0`.
+pub(crate) fn point_of(step: &'static str, which: u64) {
+    #[cfg(debug_assertions)]
+    heed(&format!("{step}={which}"));
+    #[cfg(not(debug_assertions))]
+    let _ = (step, which);
+}
+
 #[cfg(debug_assertions)]
-fn die_at(step: &str) {
+fn heed(step: &str) {
     use std::sync::atomic::{AtomicU32, Ordering};
+
+    use nix::sys::signal::{Signal, raise};
 
     static PASSED: AtomicU32 = AtomicU32::new(0);
     let Ok(wanted) = std::env::var("SOCKPOLICY_FAULT") else { return };
-    let Some((name, times)) = wanted.split_once(':') else { return };
+    let mut words = wanted.split(':');
+    let (Some(name), Some(times)) = (words.next(), words.next()) else { return };
     if name == step && Ok(PASSED.fetch_add(1, Ordering::Relaxed)) == times.parse() {
-        let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
+        let _ = raise(if words.next() == Some("stop") { Signal::SIGSTOP } else { Signal::SIGKILL });
     }
 }

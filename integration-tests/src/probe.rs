@@ -14,6 +14,7 @@ use crate::{
     cgroup::Cgroup,
     must,
     options::SocketOption,
+    process::workload,
     script::{Answer, Argument, Family, Fd, Hello, Kind, Step},
 };
 
@@ -61,6 +62,18 @@ impl Probe {
         command.args(["--net", "sh", "-c", "ip link set lo up && exec \"$0\""]).arg(program());
         cgroup.enclose(&mut command);
         Self::launch(&mut command)
+    }
+
+    /// Starts one that has this number, which no process has.
+    #[must_use]
+    #[track_caller]
+    pub fn start_as(pid: u32, cgroup: &Cgroup) -> Self {
+        let mut command = Command::new(workload());
+        command.args(["as", &pid.to_string()]).arg(program());
+        cgroup.enclose(&mut command);
+        let probe = Self::launch(&mut command);
+        assert_eq!(probe.pid, pid);
+        probe
     }
 
     /// Starts the one that a command runs, or has others run.

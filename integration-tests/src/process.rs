@@ -45,6 +45,22 @@ impl Running {
         Self { child, stdout, stderr, home }
     }
 
+    /// Starts an agent that stops at a step (`fault::point` in its sources), until it is told to go on.
+    #[must_use]
+    #[track_caller]
+    pub fn start_held(mut command: Command, step: &str) -> Self {
+        command.env("SOCKPOLICY_FAULT", format!("{step}:0:stop"));
+        let mut held = Self::start(command);
+        let is_held = wait::until(wait::PATIENCE, || state(held.pid()) == Some('T') || held.has_ended());
+        assert!(is_held && !held.has_ended(), "it does not stop at {step}: {}{}", held.stdout(), held.stderr());
+        held
+    }
+
+    /// Lets it go on that was held.
+    pub fn go_on(&self) {
+        self.signal(Signal::SIGCONT);
+    }
+
     /// `sockpolicy exec POLICY -- COMMAND`, with arguments before the policy.
     #[must_use]
     #[track_caller]
@@ -181,9 +197,14 @@ pub fn cgroup_of(pid: u32) -> Option<String> {
 /// Whether a process is there and not a zombie.
 #[must_use]
 pub fn is_alive(pid: u32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    state(pid).is_some_and(|state| !['Z', 'X'].contains(&state))
+}
+
+/// What a process does, in the letters of proc(5); `None` if it is gone.
+fn state(pid: u32) -> Option<char> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name is in parentheses and may contain anything.
-    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
+    stat.rsplit_once(") ")?.1.chars().next()
 }
 
 /// What `--output json --report FILE` left there.

@@ -80,8 +80,6 @@ pub(super) struct Sockets<'a> {
     /// By network namespace.
     listeners: Vec<Listeners>,
     defaults: Defaults,
-    /// By process.
-    tasks: HashMap<u32, Task>,
     /// The cookies of sockets that are not to be looked into.
     set_aside: HashSet<u64>,
 }
@@ -114,7 +112,6 @@ impl<'a> Sockets<'a> {
             names: Names::new(mount),
             listeners,
             defaults: Defaults::default(),
-            tasks: HashMap::new(),
             set_aside: HashSet::new(),
         })
     }
@@ -142,7 +139,10 @@ impl<'a> Sockets<'a> {
     /// The targets' TCP sockets that listen or are connected, without looking into them: each with its scope, and the number of
     /// its network namespace.
     pub(super) fn listed_tcp(&mut self) -> Vec<(usize, usize, Live)> {
-        let Self { survey, targets, names, listeners, tasks, .. } = self;
+        let Self { survey, targets, names, listeners, .. } = self;
+        // A process that has many is asked once.
+        let mut tasks = HashMap::new();
+        let mut task = |process| tasks.entry(process).or_insert_with(|| task(process)).clone();
         let lasts = |state| matches!(state, State::Listening | State::Established | State::SynSent | State::CloseWait);
         let mut listed = Vec::new();
         for found in &survey.sockets {
@@ -156,7 +156,7 @@ impl<'a> Sockets<'a> {
                 entry: entry.clone(),
                 facts: Socket { direction, ..facts },
                 cgroup,
-                owner: found.holders.first().map(|holder| owner(found, *holder, tasks)),
+                owner: found.holders.first().map(|holder| owner(found, *holder, &mut task)),
                 values: Told::Nobody,
             };
             listed.push((scope, found.namespace, live));
@@ -170,34 +170,36 @@ impl<'a> Sockets<'a> {
         wanted: impl Fn(usize) -> Vec<&'static SocketOption>,
         mut see: impl FnMut(Seen<'_>) -> Result<(), E>,
     ) -> Result<(), E> {
-        let Self { survey, targets, names, listeners, defaults, tasks, set_aside } = self;
+        let Self { survey, targets, names, listeners, defaults, set_aside } = self;
         for found in survey.sockets.iter().filter(|found| !set_aside.contains(&found.entry.cookie)) {
             let Some((scope, cgroup, facts)) = place(found, targets, names) else { continue };
-            let (taken, refused) = match found.take() {
-                Ok(taken) => (taken, None),
-                Err(error) => (None, Some(error.to_string())),
+            // Nobody has one that cannot be taken, unless it was refused.
+            let (owner, taken, refused) = match found.take_by(|holder| owner(found, holder, task)) {
+                Ok(Some((owner, socket))) => (Some(owner), Some(socket), None),
+                Ok(None) => (None, None, None),
+                Err(refused) => (Some(refused.by), None, Some(refused.source.to_string())),
             };
-            let counted = taken.as_ref().and_then(|(_, socket)| socket::beginning(socket));
+            let counted = taken.as_ref().and_then(socket::beginning);
             let direction = listeners[found.namespace].direction(&found.entry, counted);
             let told = match (&taken, refused) {
-                (Some((_, socket)), _) => Told::Values(socket::values(socket, &wanted(scope))),
+                (Some(socket), _) => Told::Values(socket::values(socket, &wanted(scope))),
                 (None, Some(why)) => Told::Refused(why),
-                (None, None) if survey.is_partial && found.entry.inode != 0 => {
+                // One that somebody had a moment ago has been closed.
+                (None, None) if survey.is_partial && found.entry.inode != 0 && found.holders.is_empty() => {
                     Told::Refused("whoever has it must not be looked into".to_owned())
                 }
                 (None, None) => Told::Nobody,
             };
-            let holder = taken.as_ref().map(|(holder, _)| *holder).or(found.holders.first().copied());
             let live = Live {
                 entry: found.entry.clone(),
                 facts: Socket { direction, ..facts },
                 cgroup,
-                owner: holder.map(|holder| owner(found, holder, tasks)),
+                owner,
                 values: told,
             };
-            let kind = taken.as_ref().and_then(|(_, socket)| Kind::of(socket));
+            let kind = taken.as_ref().and_then(Kind::of);
             let fresh = kind.map(|kind| FreshBeside { survey, found, kind, defaults });
-            see(Seen { live, scope, fresh, socket: taken.as_ref().map(|(_, socket)| socket) })?;
+            see(Seen { live, scope, fresh, socket: taken.as_ref() })?;
         }
         Ok(())
     }
@@ -213,11 +215,11 @@ fn place(found: &Found, targets: &Targets<'_>, names: &mut Names) -> Option<(usi
     Some((scope, cgroup, found.entry.facts()?))
 }
 
-/// Who has a socket. Of a process that has many it is asked once.
-fn owner(found: &Found, Holder { process, descriptor }: Holder, tasks: &mut HashMap<u32, Task>) -> Owner {
+/// Who has a socket; `task` is asked about the process.
+fn owner(found: &Found, Holder { process, descriptor }: Holder, task: impl FnOnce(u32) -> Task) -> Owner {
     let others = found.holders.iter().filter(|other| other.process != process);
     Owner {
-        task: tasks.entry(process).or_insert_with(|| task(process)).clone(),
+        task: task(process),
         descriptor,
         others: others.map(|other| (other.process, other.descriptor)).collect(),
     }

@@ -7,7 +7,10 @@ use std::{
 };
 
 use abi::setting::{OptionKey, TEXT_LEN, Value, kind};
-use nix::sys::socket::{SockaddrStorage, getpeername, getsockname};
+use nix::sys::{
+    socket::{SockaddrStorage, getpeername, getsockname},
+    stat::fstat,
+};
 
 use super::process;
 use crate::{
@@ -293,6 +296,12 @@ pub fn cookie(socket: &OwnedFd) -> Option<u64> {
     let mut cookie = [0; 8];
     let len = read(socket, OptionKey { level: Level::SOCKET.0, name: libc::SO_COOKIE }, &mut cookie)?;
     (len == cookie.len()).then(|| u64::from_ne_bytes(cookie))
+}
+
+/// What `/proc/PID/fd` calls it.
+#[must_use]
+pub fn inode(socket: &OwnedFd) -> Option<u32> {
+    fstat(socket).ok().and_then(|socket| u32::try_from(socket.st_ino).ok())
 }
 
 /// An option of SOL_SOCKET that is an `int`.

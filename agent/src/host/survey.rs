@@ -4,7 +4,8 @@
 //! is found with the process that has it, and taken to have been made in that process's cgroup.
 //!
 //! Sockets are looked into one by one, each for a moment: a process that closes one meanwhile has it closed a moment later. That
-//! a descriptor still is what it was when the sockets were listed, the cookie tells.
+//! a descriptor still is what it was when the sockets were listed, the cookie tells, and before that the inode number: the
+//! process may be gone by then, and its number another's.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -24,7 +25,10 @@ use super::{
     process, sock_diag,
     socket::{self, Entry, Kind, Values},
 };
-use crate::options::{OPTIONS, Relation, SocketOption};
+use crate::{
+    fault,
+    options::{OPTIONS, Relation, SocketOption},
+};
 
 /// The sockets that there are.
 #[derive(Debug)]
@@ -77,11 +81,12 @@ impl Survey {
         let mut survey =
             Self { sockets: Vec::new(), namespaces: Vec::new(), unread: HashSet::new(), is_partial: false };
         let processes = process::all().map_err(SurveyError::Processes)?;
+        fault::point("processes-listed");
         for process in &processes {
             let is_known = |id| survey.namespaces.iter().any(|namespace| namespace.id == id);
-            if netns::id_of_process(*process).is_some_and(|id| !is_known(id))
-                && let Ok(namespace) = Namespace::of_process(*process)
-            {
+            let Some(id) = netns::id_of_process(*process).filter(|id| !is_known(*id)) else { continue };
+            fault::point_of("namespace-found", id);
+            if let Ok(namespace) = Namespace::of_process(*process) {
                 survey.enter(namespace)?;
             }
         }
@@ -90,6 +95,7 @@ impl Survey {
         for process in processes {
             survey.visit(process, &mut holders, &wanted);
         }
+        fault::point("holders-listed");
         let listed: HashSet<u32> = survey.sockets.iter().map(|found| found.entry.inode).collect();
         for (inode, of) in holders.iter().filter(|(inode, _)| !listed.contains(inode)) {
             survey.add_unlisted(*inode, of, &wanted)?;
@@ -100,6 +106,7 @@ impl Survey {
             found.holders = holders.get(&found.entry.inode).cloned().unwrap_or_default();
         }
         survey.sockets.sort_by_key(Found::place);
+        fault::point("sockets-listed");
         Ok(survey)
     }
 
@@ -130,6 +137,7 @@ impl Survey {
         if let Some(known) = self.namespaces.iter().position(|known| known.id == namespace.id) {
             return Ok(known);
         }
+        fault::point_of("namespace-opened", namespace.id);
         let entries = match namespace.within(sock_diag::list).flatten() {
             // What there is in it is found with its processes, as far as these may be looked into.
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
@@ -154,9 +162,12 @@ impl Survey {
     ) -> Result<(), SurveyError> {
         for holder in holders {
             let Some(home) = cgroup::of_process(holder.process).filter(|home| wanted(home)) else { continue };
+            fault::point("home-read");
             let taken = match take(*holder) {
-                Ok(Some(taken)) => taken,
-                Ok(None) => continue,
+                // Otherwise it is closed, and something else has its descriptor, or its process is gone, and another has its
+                // number: that one may be of any cgroup.
+                Ok(Some(taken)) if socket::inode(&taken) == Some(inode) => taken,
+                Ok(_) => continue,
                 Err(_) => {
                     self.unread.insert(holder.process);
                     continue;
@@ -214,19 +225,40 @@ impl Found {
     /// # Errors
     ///
     /// Where it must not be looked into.
-    pub fn take(&self) -> io::Result<Option<(Holder, OwnedFd)>> {
+    pub fn take(&self) -> Result<Option<(Holder, OwnedFd)>, Refused<Holder>> {
+        self.take_by(|holder| holder)
+    }
+
+    /// The same, with what `note` says of the process. It is asked before the socket is taken: whose socket that proves to be had
+    /// its number then.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Self::take`].
+    pub fn take_by<T>(&self, mut note: impl FnMut(Holder) -> T) -> Result<Option<(T, OwnedFd)>, Refused<T>> {
         let mut refused = None;
         for holder in &self.holders {
+            let noted = note(*holder);
             match take(*holder) {
                 Ok(Some(taken)) if socket::cookie(&taken) == Some(self.entry.cookie) => {
-                    return Ok(Some((*holder, taken)));
+                    fault::point("socket-taken");
+                    return Ok(Some((noted, taken)));
                 }
                 Ok(_) => {}
-                Err(error) => refused = Some(error),
+                Err(source) => refused = Some(Refused { by: noted, source }),
             }
         }
         refused.map_or(Ok(None), Err)
     }
+}
+
+/// A process does not let its socket be taken.
+#[derive(Debug, thiserror::Error)]
+#[error("{source}")]
+pub struct Refused<T> {
+    /// What was noted of the process.
+    pub by: T,
+    pub source: io::Error,
 }
 
 /// What new sockets have, of each kind and network namespace, found as it is asked for.

@@ -19,6 +19,7 @@ mod gaps;
 mod lifecycle;
 mod live;
 mod matching;
+mod meanwhile;
 mod overruling;
 mod persistence;
 mod plan;

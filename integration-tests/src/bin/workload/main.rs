@@ -6,6 +6,7 @@
 //! - `workload calls`: calls of every kind, good and bad, by the process, a thread of it and a child;
 //! - `workload ring plain|polled|fixed|async|deferred`: calls through an io_uring, see [`ring`];
 //! - `workload connections`: see [`connections`];
+//! - `workload as PID PROGRAM`: runs a program as the process of this number;
 //! - `workload threads|vfork|mark|race|faults …`: see [`odd`].
 
 mod connections;
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         ["storm", processes, calls] => both(processes, calls).and_then(|(processes, calls)| storm(processes, calls)),
         ["calls"] => calls(),
         ["connections"] => connections::connections(),
+        ["as", pid, program] => number(pid).and_then(|pid| odd::run_as(pid, program)),
         ["ring", manner] => ring::ring(manner),
         ["threads", threads, calls] => both(threads, calls).and_then(|(threads, calls)| odd::threads(threads, calls)),
         ["vfork", program, children] => number(children).and_then(|children| odd::vfork(program, children)),

@@ -1,0 +1,146 @@
+//! What changes on the host between two steps of a command: it is held there until that is done.
+
+use std::fs;
+
+use serde_json::Value;
+use sockpolicy_integration_tests::{
+    agent,
+    bpffs::Instance,
+    cgroup::Cgroup,
+    options::SO_MARK,
+    policy::PolicyFile,
+    probe::Probe,
+    process::Running,
+    script::{Family, Fd, Kind},
+};
+
+use crate::{stderr, stdout};
+
+fn sets_mark(target: &Cgroup) -> PolicyFile {
+    PolicyFile::new(format!("[target]\ncgroup = {:?}\n[[rule]]\nset = {{ SO_MARK = 7 }}\n", target.name()))
+}
+
+/// A socket that the kernel lists, or one that is found with its process.
+fn socket(probe: &mut Probe, is_listed: bool) -> Fd {
+    let socket = probe.open(Family::Inet, Kind::Tcp);
+    if is_listed {
+        probe.bind(socket, Family::Inet.loopback());
+        probe.listen(socket);
+    }
+    socket
+}
+
+/// Has another process, of another cgroup, have the number of one that ends, and the number of its descriptor.
+fn succeed(probe: Probe, socket: Fd, elsewhere: &Cgroup) -> Probe {
+    let pid = probe.pid;
+    drop(probe);
+    let mut successor = Probe::start_as(pid, elsewhere);
+    assert_eq!(successor.open(Family::Inet, Kind::Tcp), socket);
+    successor
+}
+
+/// Steps between listing sockets and taking a descriptor, and whether the socket is one that the kernel lists.
+const BEFORE_TAKING: [(&str, bool); 4] =
+    [("sockets-listed", true), ("sockets-listed", false), ("holders-listed", false), ("home-read", false)];
+
+#[test]
+fn process_that_has_the_number_of_one_that_ended_is_left_alone() {
+    for (step, is_listed) in BEFORE_TAKING {
+        let (target, elsewhere, instance) = (Cgroup::new(), Cgroup::new(), Instance::new());
+        let policy = sets_mark(&target);
+        let (mut stays, mut ends) = (Probe::start(&target), Probe::start(&target));
+        let open = stays.listener(Family::Inet, Kind::Tcp).0;
+        let closed = socket(&mut ends, is_listed);
+        let mut apply = agent::command(&["apply", "--instance", &instance.name]);
+        apply.arg(policy.path());
+        let held = Running::start_held(apply, step);
+        let mut successor = succeed(ends, closed, &elsewhere);
+        held.go_on();
+        let output = held.finish();
+        assert_eq!(successor.int(closed, SO_MARK), 0, "{step}: {}", stdout(&output));
+        assert_eq!(stays.int(open, SO_MARK), 7, "{step}: {}", stderr(&output));
+        let said = stdout(&output);
+        assert!(output.status.success() && said.contains("sockets: 1, changed: 1, in 1 options\n"), "{step}: {said}");
+    }
+}
+
+#[test]
+fn socket_that_has_the_descriptor_of_one_that_was_closed_is_left_alone() {
+    for (step, is_listed) in BEFORE_TAKING {
+        let (target, instance) = (Cgroup::new(), Instance::new());
+        let policy = sets_mark(&target);
+        let mut probe = Probe::start(&target);
+        let open = socket(&mut probe, true);
+        let closed = socket(&mut probe, is_listed);
+        let mut apply = agent::command(&["apply", "--instance", &instance.name]);
+        apply.arg(policy.path());
+        let held = Running::start_held(apply, step);
+        probe.close(closed);
+        assert_eq!(socket(&mut probe, is_listed), closed);
+        held.go_on();
+        let output = held.finish();
+        assert_eq!((probe.int(open, SO_MARK), probe.int(closed, SO_MARK)), (7, 0), "{step}: {}", stdout(&output));
+        assert!(output.status.success(), "{step}: {}", stderr(&output));
+    }
+}
+
+/// Whose a command says that sockets are, whatever comes of it.
+fn owners(output: &std::process::Output) -> Vec<(Option<u64>, Option<String>)> {
+    let lines = stdout(output);
+    let lines = lines.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let sockets = lines.filter(|line| line["event"] != "summary");
+    sockets.map(|line| (line["pid"].as_u64(), line["cgroup"].as_str().map(str::to_owned))).collect()
+}
+
+#[test]
+fn socket_is_not_said_to_be_of_a_process_that_has_the_number_of_its_own() {
+    for command in ["ls", "verify"] {
+        for step in ["sockets-listed", "socket-taken"] {
+            let (target, elsewhere) = (Cgroup::new(), Cgroup::new());
+            let policy = sets_mark(&target);
+            let mut probe = Probe::start(&target);
+            let closed = socket(&mut probe, true);
+            let pid = probe.pid;
+            let mut agent = agent::command(&[command, "-o", "json"]);
+            agent.arg(policy.path());
+            let held = Running::start_held(agent, step);
+            let successor = succeed(probe, closed, &elsewhere);
+            held.go_on();
+            let output = held.finish();
+            let owners = owners(&output);
+            match (command, step) {
+                // It was its own when it was taken.
+                (_, "socket-taken") => assert_eq!(owners, [(Some(pid.into()), Some(target.name()))], "{command}"),
+                ("ls", _) => assert_eq!(owners, [(None, None)]),
+                _ => assert!(output.status.success() && owners.is_empty(), "{owners:?}{}", stderr(&output)),
+            }
+            drop(successor);
+        }
+    }
+}
+
+#[test]
+fn network_namespace_that_goes_while_it_is_visited_takes_nothing_else_with_it() {
+    for step in ["processes-listed", "namespace-found", "namespace-opened", "sockets-listed"] {
+        let (target, instance) = (Cgroup::new(), Instance::new());
+        let policy = sets_mark(&target);
+        let (mut ends, mut stays) = (Probe::start(&target), Probe::start(&target));
+        let open = [true, false].map(|is_listed| socket(&mut stays, is_listed));
+        for is_listed in [true, false] {
+            socket(&mut ends, is_listed);
+        }
+        let namespace = fs::read_link(format!("/proc/{}/ns/net", ends.pid)).unwrap();
+        let namespace = namespace.to_str().unwrap().trim_matches(|letter: char| !letter.is_ascii_digit());
+        let step = if step.starts_with("namespace") { format!("{step}={namespace}") } else { step.to_owned() };
+        let mut apply = agent::command(&["apply", "--instance", &instance.name]);
+        apply.arg(policy.path());
+        let held = Running::start_held(apply, &step);
+        drop(ends);
+        held.go_on();
+        let output = held.finish();
+        assert!(output.status.success(), "{step}: {}", stderr(&output));
+        assert_eq!(stderr(&output), "", "{step}");
+        assert_eq!(open.map(|socket| stays.int(socket, SO_MARK)), [7, 7], "{step}");
+        assert!(stdout(&output).contains("sockets: 2, changed: 2, in 2 options\n"), "{step}: {}", stdout(&output));
+    }
+}
