@@ -4,7 +4,8 @@ use std::{
     env,
     ffi::OsStr,
     fs,
-    io::{BufRead, BufReader},
+    io::{self, BufRead, BufReader},
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Output, Stdio},
     sync::{Arc, Mutex, Once, PoisonError},
@@ -63,9 +64,67 @@ fn heed_signals() {
 
 /// The agent with these arguments, not started yet.
 pub fn command<A: AsRef<OsStr>>(arguments: &[A]) -> Command {
-    let mut command = Command::new(program());
-    command.args(arguments).stdin(Stdio::null());
-    command
+    Build::ours().command(arguments)
+}
+
+/// A build of the agent.
+#[derive(Debug)]
+pub struct Build {
+    program: PathBuf,
+    /// Where `program` is, if it is one of the tests' own.
+    _folder: Option<Folder>,
+}
+
+impl Build {
+    /// The one that is tested.
+    #[must_use]
+    pub fn ours() -> Self {
+        Self { program: program(), _folder: None }
+    }
+
+    /// The same in another file, as a package that is installed anew without a change of layout.
+    #[must_use]
+    #[track_caller]
+    pub fn copy() -> Self {
+        Self::with(&must(fs::read(program()), "read the agent's program"))
+    }
+
+    /// One for which all that is pinned of `layout`, which is ours, is another's. The layout is a word in the program, from
+    /// sources of which nothing else can be told: with another one it is what a build from other sources is.
+    #[must_use]
+    #[track_caller]
+    pub fn of_another_layout(layout: &str) -> Self {
+        let mut bytes = must(fs::read(program()), "read the agent's program");
+        let other: Vec<u8> = layout.bytes().map(|digit| if digit == b'0' { b'1' } else { b'0' }).collect();
+        let mut is_there = false;
+        while let Some(place) = find(&bytes, layout.as_bytes()) {
+            bytes[place..place + other.len()].copy_from_slice(&other);
+            is_there = true;
+        }
+        assert!(is_there, "layout {layout} does not stand in the agent's program");
+        Self::with(&bytes)
+    }
+
+    #[track_caller]
+    fn with(program: &[u8]) -> Self {
+        let folder = Folder::new();
+        let path = folder.write("sockpolicy", program);
+        must(fs::set_permissions(&path, fs::Permissions::from_mode(0o755)), "make a program of a file");
+        // A child that another test has just forked has it open to be written until it becomes another program.
+        let can_be_run = || {
+            let output = Command::new(&path).arg("--version").output();
+            !output.is_err_and(|error| error.kind() == io::ErrorKind::ExecutableFileBusy)
+        };
+        assert!(wait::until(wait::PATIENCE, can_be_run), "{} stays open to be written", path.display());
+        Self { program: path, _folder: Some(folder) }
+    }
+
+    /// It with these arguments, not started yet.
+    pub fn command<A: AsRef<OsStr>>(&self, arguments: &[A]) -> Command {
+        let mut command = Command::new(&self.program);
+        command.args(arguments).stdin(Stdio::null());
+        command
+    }
 }
 
 /// Runs the agent to its end, in a cgroup of its own that must be empty afterwards.
@@ -78,6 +137,13 @@ pub fn output<A: AsRef<OsStr>>(arguments: &[A]) -> Output {
     let output = must(command.output(), "run the agent");
     assert_no_children(&home);
     output
+}
+
+/// Where bytes stand among others.
+fn find(among: &[u8], wanted: &[u8]) -> Option<usize> {
+    // SAFETY: as many bytes as there are of each.
+    let found = unsafe { libc::memmem(among.as_ptr().cast(), among.len(), wanted.as_ptr().cast(), wanted.len()) };
+    (!found.is_null()).then(|| found.addr() - among.as_ptr().addr())
 }
 
 /// `sockpolicy exec` of a probe.
@@ -224,7 +290,14 @@ impl Run {
     #[must_use]
     #[track_caller]
     pub fn of(policies: &Path, arguments: &[&str]) -> Self {
-        let mut command = command(&["run", WITH_GAPS]);
+        Self::by(&Build::ours(), policies, arguments)
+    }
+
+    /// The same by another build.
+    #[must_use]
+    #[track_caller]
+    pub fn by(build: &Build, policies: &Path, arguments: &[&str]) -> Self {
+        let mut command = build.command(&["run", WITH_GAPS]);
         command.args(arguments).args(["--output", "json"]).arg(policies);
         Self::launch(command)
     }

@@ -9,7 +9,12 @@ use std::{
 
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
-use crate::{agent, must, policy::unique_name};
+use crate::{
+    agent::{self, Build},
+    must,
+    policy::unique_name,
+    process,
+};
 
 const PATH: &str = "/sys/fs/bpf";
 
@@ -59,7 +64,15 @@ impl Instance {
     /// `sockpolicy attach`, which succeeds.
     #[track_caller]
     pub fn attach(&self, policy: &Path) {
-        let output = self.run("attach", &[agent::WITH_GAPS, must(policy.to_str().ok_or("no text"), "name a policy")]);
+        self.attach_by(&Build::ours(), policy);
+    }
+
+    /// The same by another build.
+    #[track_caller]
+    pub fn attach_by(&self, build: &Build, policy: &Path) {
+        let mut command = build.command(&["attach", "--instance", &self.name, agent::WITH_GAPS]);
+        command.arg(policy);
+        let output = process::output(command);
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
 
@@ -71,12 +84,11 @@ impl Instance {
         assert!(self.left().is_empty(), "{:?}", self.left());
     }
 
-    /// Its pins become those of a build with another layout.
-    pub fn pretend_other_layout(&self) {
+    /// The layouts of which it has pins.
+    #[must_use]
+    pub fn layouts(&self) -> Vec<String> {
         let entries = must(fs::read_dir(self.folder()), "list pins");
-        for entry in entries.flatten() {
-            must(fs::rename(entry.path(), self.folder().join("0123456789abcdef")), "rename pins");
-        }
+        entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
     }
 }
 

@@ -7,6 +7,7 @@
 //! | [`agent::Exec`] | `sockpolicy exec POLICY -- sockprobe`, with the [`probe::Probe`] to talk to |
 //! | [`agent::Run`] | `sockpolicy run POLICY --cgroup TARGET` |
 //! | [`agent::output`] | any other command, to its end |
+//! | [`agent::Build`] | another build of the agent |
 //! | [`probe::Probe`] | a process that opens sockets and calls setsockopt and getsockopt as it is told |
 //! | [`report::Report`] | what the agent reported: events and the summary |
 //! | [`residue::Residue`] | the BPF programs and links of an agent, and whether they are gone |

@@ -59,7 +59,7 @@ impl Folder {
         Self { path }
     }
 
-    fn write(&self, name: &str, text: impl AsRef<[u8]>) -> PathBuf {
+    pub(crate) fn write(&self, name: &str, text: impl AsRef<[u8]>) -> PathBuf {
         let path = self.path.join(name);
         must(fs::write(&path, text), format_args!("write {}", path.display()));
         path

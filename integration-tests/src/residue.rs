@@ -22,21 +22,8 @@ impl Residue {
     /// What the process holds now.
     #[must_use]
     pub fn of(pid: u32) -> Self {
-        let mut found = Self::default();
-        let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fdinfo")) else { return found };
-        for entry in entries.flatten() {
-            let Ok(info) = fs::read_to_string(entry.path()) else { continue };
-            for line in info.lines() {
-                let Some((key, value)) = line.split_once(':') else { continue };
-                let Ok(number) = value.trim().parse() else { continue };
-                match key {
-                    "prog_id" => found.programs.insert(number),
-                    "link_id" => found.links.insert(number),
-                    _ => false,
-                };
-            }
-        }
-        found
+        let ids = |key| numbers(pid, key).into_iter().filter_map(|id| u32::try_from(id).ok()).collect();
+        Self { programs: ids("prog_id"), links: ids("link_id") }
     }
 
     /// The part of it that is still there.
@@ -54,6 +41,24 @@ impl Residue {
         let is_gone = wait::until(DEADLINE, || self.left() == Self::default());
         assert!(is_gone, "still there after the agent ended: {:?}", self.left());
     }
+}
+
+/// The ids of the cgroups that the links are on which a process holds; 0 is one that is gone.
+#[must_use]
+pub fn cgroups_of_links(pid: u32) -> BTreeSet<u64> {
+    numbers(pid, "cgroup_id")
+}
+
+/// What the kernel says by this name of the descriptors of a process.
+fn numbers(pid: u32, key: &str) -> BTreeSet<u64> {
+    let entries = fs::read_dir(format!("/proc/{pid}/fdinfo")).into_iter().flatten().flatten();
+    let infos = entries.filter_map(|entry| fs::read_to_string(entry.path()).ok());
+    let mut found = BTreeSet::new();
+    for info in infos {
+        let lines = info.lines().filter_map(|line| line.split_once(':'));
+        found.extend(lines.filter(|(name, _)| *name == key).filter_map(|(_, value)| value.trim().parse::<u64>().ok()));
+    }
+    found
 }
 
 /// Commands of bpf(2), which libc does not name (include/uapi/linux/bpf.h).

@@ -82,7 +82,12 @@ impl Attached {
             }
             // Also one that never came in force.
             self.last_id = self.last_id.max(target.id);
-            let link = Link::take_over(link, program(ebpf, hook)?, hook)?;
+            fault::point_of("link-found", cgroup);
+            let Some(link) = Link::take_over(link, program(ebpf, hook)?, hook)? else {
+                // It has gone since.
+                unpin(&path);
+                continue;
+            };
             fault::point("link-taken-over");
             let held = self.held.entry(cgroup);
             held.or_insert_with(|| Held::new(target)).links.insert(hook, link);

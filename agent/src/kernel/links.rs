@@ -31,11 +31,13 @@ impl Link {
         link.map(Self).map_err(|error| KernelError::Attach { hook, cgroup: cgroup.path.clone(), reason: chain(&error) })
     }
 
-    /// Has a link hold this program, in place of another.
-    pub(super) fn take_over(link: OwnedFd, program: &Program, hook: Hook) -> Result<Self, KernelError> {
-        let updated = syscall::update_link(&link, fd(program, hook)?.as_fd());
-        updated.map_err(|error| KernelError::TakeOver { hook, reason: chain(&error) })?;
-        Ok(Self(link))
+    /// Has a link hold this program, in place of another; `None` where its cgroup is gone, and all sockets of it.
+    pub(super) fn take_over(link: OwnedFd, program: &Program, hook: Hook) -> Result<Option<Self>, KernelError> {
+        match syscall::update_link(&link, fd(program, hook)?.as_fd()) {
+            Ok(()) => Ok(Some(Self(link))),
+            Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => Ok(None),
+            Err(error) => Err(KernelError::TakeOver { hook, reason: chain(&error) }),
+        }
     }
 
     /// Whether its cgroup is gone, and all sockets of it.

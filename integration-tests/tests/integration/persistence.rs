@@ -10,7 +10,7 @@ use std::{
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use sockpolicy_integration_tests::{
-    agent::{self, Run},
+    agent::{self, Build, Run},
     bpffs::Instance,
     cgroup::Cgroup,
     foreign::{Foreign, Manner, attached},
@@ -18,6 +18,7 @@ use sockpolicy_integration_tests::{
     policy::PolicyFile,
     probe::Probe,
     process::{self, Running, with_mounts, workload},
+    residue::cgroups_of_links,
     script::{Family, Kind},
     wait,
 };
@@ -220,19 +221,51 @@ fn detach_of_nothing_says_so() {
     assert!(instance.left().is_empty(), "{:?}", instance.left());
 }
 
+/// The layout of the build that is tested, and a build of another one.
+fn other_layout(instance: &Instance) -> (String, Build) {
+    let [layout] = <[String; 1]>::try_from(instance.layouts()).unwrap();
+    let build = Build::of_another_layout(&layout);
+    (layout, build)
+}
+
 #[test]
-fn pins_of_another_layout_are_replaced() {
+fn pins_of_a_build_of_another_layout_are_replaced() {
     let (target, instance) = (Cgroup::new(), Instance::new());
     let policy = PolicyFile::new(sets_mark(&target, 1));
     instance.attach(policy.path());
     let before = attached(&target);
-    instance.pretend_other_layout();
+    let (ours, other) = other_layout(&instance);
     fs::write(policy.path(), sets_mark(&target, 2)).unwrap();
-    instance.attach(policy.path());
+    instance.attach_by(&other, policy.path());
     assert_eq!((mark(&target), attached(&target)), (2, before));
-    instance.pretend_other_layout();
+    assert!(instance.layouts().len() == 1 && instance.layouts() != [ours], "{:?}", instance.layouts());
+    // By ours, of which nothing is there.
     instance.detach();
     assert_eq!((mark(&target), attached(&target)), (0, 0));
+}
+
+#[test]
+fn takeover_from_another_build_that_is_killed_at_any_step_has_the_old_or_the_new_in_force() {
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let policy = PolicyFile::new(sets_mark(&target, 1));
+    instance.attach(policy.path());
+    let before = attached(&target);
+    let (ours, other) = other_layout(&instance);
+    for (step, times) in STEPS.into_iter().filter(|(step, _)| *step != "link-taken-over") {
+        fs::write(policy.path(), sets_mark(&target, 1)).unwrap();
+        instance.attach_by(&other, policy.path());
+        fs::write(policy.path(), sets_mark(&target, 2)).unwrap();
+        assert!(attach_killed_at(&instance, &policy, step, times), "{step}");
+        // Of two that are attached the later one sets last.
+        let is_new = ["enabled", "retired", "let-go"].contains(&step);
+        assert_eq!(mark(&target), if is_new { 2 } else { 1 }, "{step}");
+        fs::write(policy.path(), sets_mark(&target, 3)).unwrap();
+        instance.attach(policy.path());
+        let layouts = instance.layouts();
+        assert_eq!((mark(&target), attached(&target), layouts), (3, before, vec![ours.clone()]), "{step}");
+    }
+    instance.detach();
+    assert_eq!(attached(&target), 0);
 }
 
 #[test]
@@ -373,35 +406,102 @@ fn reload_that_is_killed_at_any_step_has_the_old_or_the_new_in_force() {
     }
 }
 
-#[test]
-fn no_connection_goes_without_its_options_while_agents_come_and_go() {
-    let (target, instance) = (Cgroup::new(), Instance::new());
-    let text = format!(
+/// Sets options at hooks of all kinds, which `workload connections` looks at.
+fn sets_many(target: &Cgroup) -> PolicyFile {
+    PolicyFile::new(format!(
         "[target]\ncgroup = {:?}\n[[rule]]\nset = {{ SO_MARK = 1, SO_PRIORITY = 1, TCP_KEEPIDLE = \"101s\", \
          TCP_KEEPCNT = 11, TCP_SYNCNT = 1, TCP_USER_TIMEOUT = \"10001ms\" }}\n",
         target.name()
-    );
-    let policy = PolicyFile::new(text);
-    let run = run_persistent(&instance, &policy);
+    ))
+}
+
+/// Connections to itself, as many as there can be, of a process of a cgroup.
+fn connections(target: Cgroup) -> Running {
     let mut command = Command::new(workload());
     command.arg("connections").stdin(Stdio::piped());
     let mut running = Running::start_in(command, target);
     running.lines(1);
-    run.signal(Signal::SIGKILL);
-    run.wait_for_end();
-    for round in 0..3 {
-        instance.attach(policy.path());
-        if round == 1 {
-            instance.pretend_other_layout();
-        }
-        let run = run_persistent(&instance, &policy);
-        run.signal(if round == 0 { Signal::SIGKILL } else { Signal::SIGTERM });
-        run.wait_for_end();
-    }
-    running.close_stdin();
-    let text = stdout(&running.finish());
+    running
+}
+
+/// Ends the connections, each of which has had its options.
+#[track_caller]
+fn end_governed(mut connections: Running) {
+    connections.close_stdin();
+    let text = stdout(&connections.finish());
     let seen: BTreeSet<String> = text.lines().skip(1).map(|line| line.rsplit_once(' ').unwrap().0.to_owned()).collect();
     let expected = ["accepted", "outbound"].map(|which| format!("{which} 1 1 101 11 1 10001"));
     assert_eq!(seen, BTreeSet::from(expected), "{text}");
+}
+
+#[test]
+fn no_connection_goes_without_its_options_while_agents_come_and_go() {
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let policy = sets_many(&target);
+    let run = run_persistent(&instance, &policy);
+    let connections = connections(target);
+    run.signal(Signal::SIGKILL);
+    run.wait_for_end();
+    for signal in [Signal::SIGKILL, Signal::SIGTERM] {
+        instance.attach(policy.path());
+        let run = run_persistent(&instance, &policy);
+        run.signal(signal);
+        run.wait_for_end();
+    }
+    end_governed(connections);
+    instance.detach();
+}
+
+#[test]
+fn no_connection_goes_without_its_options_while_builds_take_over_from_each_other() {
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let policy = sets_many(&target);
+    let run = run_persistent(&instance, &policy);
+    let (layout, other) = other_layout(&instance);
+    let (ours, copy) = (Build::ours(), Build::copy());
+    let hooks = attached(&target);
+    let connections = connections(target);
+    run.signal(Signal::SIGKILL);
+    run.wait_for_end();
+    for (build, is_of_ours, signal) in [
+        (&other, false, Signal::SIGKILL),
+        (&copy, true, Signal::SIGTERM),
+        (&ours, true, Signal::SIGKILL),
+        (&other, false, Signal::SIGTERM),
+        (&ours, true, Signal::SIGTERM),
+    ] {
+        let run = Run::by(build, policy.path(), &["--persist", "--instance", &instance.name]);
+        let layouts = instance.layouts();
+        assert!(layouts.len() == 1 && (layouts[0] == layout) == is_of_ours, "{layouts:?}");
+        assert_eq!(attached(&connections.home), hooks, "what the other build attached is gone");
+        run.signal(signal);
+        run.wait_for_end();
+    }
+    end_governed(connections);
+    instance.detach();
+}
+
+#[test]
+fn cgroup_that_goes_in_the_moment_of_being_taken_over_takes_nothing_else_with_it() {
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let [goes, stays] = ["goes", "stays"].map(|name| target.child(name));
+    let text = |mark| {
+        format!("[target]\ncgroup = {:?}\n[[rule]]\nset = {{ SO_MARK = {mark} }}\n", format!("{}/*", target.name()))
+    };
+    let policy = PolicyFile::new(text(1));
+    instance.attach(policy.path());
+    fs::write(policy.path(), text(2)).unwrap();
+    let id = fs::metadata(goes.path()).unwrap().ino();
+    let mut attach = agent::command(&["attach", agent::WITH_GAPS, "--instance", &instance.name]);
+    attach.arg(policy.path());
+    let held = Running::start_held(attach, &format!("link-found={id}"));
+    assert!(cgroups_of_links(held.pid()).contains(&id));
+    drop(goes);
+    let is_gone = wait::until(wait::PATIENCE, || !cgroups_of_links(held.pid()).contains(&id));
+    assert!(is_gone, "the kernel does not let go of a removed cgroup");
+    held.go_on();
+    let output = held.finish();
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(mark(&stays), 2);
     instance.detach();
 }
