@@ -49,10 +49,9 @@ impl Running {
     #[must_use]
     #[track_caller]
     pub fn start_held(mut command: Command, step: &str) -> Self {
-        command.env("SOCKPOLICY_FAULT", format!("{step}:0:stop"));
-        let mut held = Self::start(command);
-        let is_held = wait::until(wait::PATIENCE, || state(held.pid()) == Some('T') || held.has_ended());
-        assert!(is_held && !held.has_ended(), "it does not stop at {step}: {}{}", held.stdout(), held.stderr());
+        hold(&mut command, step, 0);
+        let held = Self::start(command);
+        wait_for_stop(held.pid(), step);
         held
     }
 
@@ -160,6 +159,18 @@ impl Drop for Running {
     }
 }
 
+/// Has an agent stop at a step when it has passed that so many times.
+pub fn hold(agent: &mut Command, step: &str, times: u32) {
+    agent.env("SOCKPOLICY_FAULT", format!("{step}:{times}:stop"));
+}
+
+/// Waits until it has.
+#[track_caller]
+pub fn wait_for_stop(pid: u32, step: &str) {
+    let is_held = wait::until(wait::PATIENCE, || state(pid) == Some('T') || !is_alive(pid));
+    assert!(is_held && is_alive(pid), "the agent does not stop at {step}");
+}
+
 /// `sockpolicy exec POLICY -- COMMAND`, with arguments before the policy, not started yet.
 #[must_use]
 pub fn exec(arguments: &[&str], policy: &PolicyFile, command: &[&str]) -> Command {
@@ -198,6 +209,15 @@ pub fn cgroup_of(pid: u32) -> Option<String> {
 #[must_use]
 pub fn is_alive(pid: u32) -> bool {
     state(pid).is_some_and(|state| !['Z', 'X'].contains(&state))
+}
+
+/// Whether a signal waits for a process to heed it.
+#[must_use]
+pub fn has_pending(pid: u32, signal: Signal) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let pending = status.lines().find_map(|line| line.strip_prefix("ShdPnd:"));
+    let pending = pending.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok());
+    pending.is_some_and(|bits| bits & 1 << (signal as u32 - 1) != 0)
 }
 
 /// What a process does, in the letters of proc(5); `None` if it is gone.

@@ -12,6 +12,11 @@ use std::{
     thread,
 };
 
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
 use crate::{cgroup::Cgroup, must, wait};
 
 /// vhangup(2) for any terminal (include/uapi/asm-generic/ioctls.h).
@@ -34,7 +39,7 @@ impl Terminal {
         let home = Cgroup::new();
         home.enclose(&mut command);
         let stdio = || Stdio::from(must(slave.try_clone(), "share a terminal"));
-        command.stdin(stdio()).stdout(stdio()).stderr(stdio());
+        command.stdin(stdio()).stdout(stdio()).stderr(stdio()).env("TERM", "xterm");
         // SAFETY: only makes system calls.
         unsafe {
             command.pre_exec(|| {
@@ -58,6 +63,12 @@ impl Terminal {
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    #[track_caller]
+    pub fn signal(&self, signal: Signal) {
+        let pid = must(i32::try_from(self.child.id()), "name a process");
+        must(kill(Pid::from_raw(pid), signal), "send a signal");
     }
 
     /// Types.

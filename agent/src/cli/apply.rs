@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    io::{self, BufWriter, IsTerminal, Write},
+    io::{self, BufWriter, Write},
     path::PathBuf,
     process::ExitCode,
 };
@@ -13,6 +13,7 @@ use super::{
     FAILURE, check, complain,
     in_line::{InLine, Tally},
     output::Format,
+    progress::Progress,
     run::{DEFAULT_INSTANCE, Placement, RunError},
     signals::Signals,
     sockets::{Sockets, SocketsError, Targets},
@@ -120,11 +121,13 @@ impl Apply {
         let Placement { stacks, targets } = Placement::find(&mount, &self.cgroup, policies)?;
         let desired = compile(policies, &stacks).map_err(|error| RunError::from(SessionError::from(error)))?;
         let mut sockets = Sockets::find(mount, Targets::These(&targets))?;
-        let mut progress = Progress::of(sockets.len());
+        let progress = Progress::of(sockets.len());
         let mut out = BufWriter::new(io::stdout().lock());
-        let mut tell_event = |event: &Event| match self.output {
-            Format::Text => writeln!(out, "{event}"),
-            Format::Json => writeln!(out, "{}", event.to_json()),
+        let mut tell_event = |event: &Event| {
+            progress.above(|| match self.output {
+                Format::Text => writeln!(out, "{event}"),
+                Format::Json => writeln!(out, "{}", event.to_json()),
+            })
         };
         let mut work = InLine::new(&desired, self.dry_run, Journal::of(&self.instance), &mut tell_event);
         let done = work.bring(&mut sockets, |sockets| {
@@ -219,39 +222,4 @@ pub(super) fn restore(instance: &str) -> Result<bool, ApplyError> {
     let mut out = io::stdout().lock();
     unless_closed(writeln!(out, "put back: {restored} options; changed by others since: {others}; refused: {failed}"))?;
     Ok(failed == 0)
-}
-
-/// How far it is, on a terminal.
-struct Progress {
-    total: usize,
-    done: usize,
-    is_shown: bool,
-}
-
-impl Progress {
-    /// So many sockets take long enough to be waited for.
-    const MANY: usize = 500;
-    const STEP: usize = 100;
-
-    fn of(total: usize) -> Self {
-        Self { total, done: 0, is_shown: total >= Self::MANY && io::stderr().is_terminal() }
-    }
-
-    /// So many sockets more are done.
-    fn step(&mut self, sockets: usize) {
-        let before = self.done / Self::STEP;
-        self.done += sockets;
-        if self.is_shown && self.done / Self::STEP > before {
-            // Nobody looks.
-            let _ = write!(io::stderr(), "\r{} of {} sockets\x1b[K", self.done, self.total);
-        }
-    }
-}
-
-impl Drop for Progress {
-    fn drop(&mut self) {
-        if self.is_shown {
-            let _ = write!(io::stderr(), "\r\x1b[K");
-        }
-    }
 }

@@ -9,6 +9,7 @@ use std::{
 use super::{
     FAILURE, check, complain,
     output::Format,
+    progress::Progress,
     run::Placement,
     sockets::{Seen, Sockets, SocketsError, Targets},
     unless_closed,
@@ -63,17 +64,20 @@ impl Ls {
         let mut sockets = Sockets::find(mount, Targets::of(&targets))?;
         let mut out = io::stdout().lock();
         let mut table = Table::default();
+        let progress = Progress::of(sockets.len());
         let written = sockets.each(
             |_| OPTIONS.iter().collect(),
             |mut seen| {
+                progress.step(1);
                 let options = self.options(&mut seen);
                 match self.output {
                     Format::Text => table.add(&seen.live, &options),
-                    Format::Json => writeln!(out, "{}", seen.live.to_json(&options))?,
+                    Format::Json => progress.above(|| writeln!(out, "{}", seen.live.to_json(&options)))?,
                 }
                 Ok(())
             },
         );
+        drop(progress);
         unless_closed(written.and_then(|()| write!(out, "{table}")))?;
         if sockets.unread() > 0 {
             log::warn!("{} processes must not be looked into: it takes root", sockets.unread());

@@ -16,6 +16,7 @@ mod ls;
 mod options;
 mod output;
 mod plan;
+mod progress;
 mod run;
 mod signals;
 mod sockets;

@@ -70,6 +70,23 @@ impl<'a> Targets<'a> {
             }
         }
     }
+
+    /// `None` where it is none of theirs, or nothing that policies are about.
+    fn place(&self, found: &Found, names: &mut Names) -> Option<Placed> {
+        let cgroup = match (&found.home, found.entry.cgroup) {
+            (Some(home), _) => Some(format!("/{}", home.display())),
+            (None, id) => id.and_then(|id| names.name(id)).map(str::to_owned),
+        };
+        let scope = self.scope(cgroup.as_deref().map(Path::new))?;
+        Some(Placed { cgroup, scope, facts: found.entry.facts()? })
+    }
+}
+
+/// Where a socket belongs that is to be looked into.
+struct Placed {
+    cgroup: Option<String>,
+    scope: usize,
+    facts: Socket,
 }
 
 /// All sockets of the targets, to be looked into one by one.
@@ -116,9 +133,10 @@ impl<'a> Sockets<'a> {
         })
     }
 
-    /// How many sockets there are, those of other cgroups included.
-    pub(super) fn len(&self) -> usize {
-        self.survey.sockets.len()
+    /// How many sockets there are to be looked into.
+    pub(super) fn len(&mut self) -> usize {
+        let Self { survey, targets, names, .. } = self;
+        survey.sockets.iter().filter(|found| targets.place(found, names).is_some()).count()
     }
 
     /// Processes that must not be looked into.
@@ -150,7 +168,7 @@ impl<'a> Sockets<'a> {
             if entry.protocol != libc::IPPROTO_TCP || !lasts(entry.state) {
                 continue;
             }
-            let Some((scope, cgroup, facts)) = place(found, targets, names) else { continue };
+            let Some(Placed { cgroup, scope, facts }) = targets.place(found, names) else { continue };
             let direction = listeners[found.namespace].direction(entry, None);
             let live = Live {
                 entry: entry.clone(),
@@ -172,7 +190,7 @@ impl<'a> Sockets<'a> {
     ) -> Result<(), E> {
         let Self { survey, targets, names, listeners, defaults, set_aside } = self;
         for found in survey.sockets.iter().filter(|found| !set_aside.contains(&found.entry.cookie)) {
-            let Some((scope, cgroup, facts)) = place(found, targets, names) else { continue };
+            let Some(Placed { cgroup, scope, facts }) = targets.place(found, names) else { continue };
             // Nobody has one that cannot be taken, unless it was refused.
             let (owner, taken, refused) = match found.take_by(|holder| owner(found, holder, task)) {
                 Ok(Some((owner, socket))) => (Some(owner), Some(socket), None),
@@ -190,13 +208,8 @@ impl<'a> Sockets<'a> {
                 }
                 (None, None) => Told::Nobody,
             };
-            let live = Live {
-                entry: found.entry.clone(),
-                facts: Socket { direction, ..facts },
-                cgroup,
-                owner,
-                values: told,
-            };
+            let live =
+                Live { entry: found.entry.clone(), facts: Socket { direction, ..facts }, cgroup, owner, values: told };
             let kind = taken.as_ref().and_then(Kind::of);
             let fresh = kind.map(|kind| FreshBeside { survey, found, kind, defaults });
             see(Seen { live, scope, fresh, socket: taken.as_ref() })?;
@@ -205,24 +218,10 @@ impl<'a> Sockets<'a> {
     }
 }
 
-/// The scope that a socket is in, its cgroup, and what policies go by; `None` where policies are not about it.
-fn place(found: &Found, targets: &Targets<'_>, names: &mut Names) -> Option<(usize, Option<String>, Socket)> {
-    let cgroup = match (&found.home, found.entry.cgroup) {
-        (Some(home), _) => Some(format!("/{}", home.display())),
-        (None, id) => id.and_then(|id| names.name(id)).map(str::to_owned),
-    };
-    let scope = targets.scope(cgroup.as_deref().map(Path::new))?;
-    Some((scope, cgroup, found.entry.facts()?))
-}
-
 /// Who has a socket; `task` is asked about the process.
 fn owner(found: &Found, Holder { process, descriptor }: Holder, task: impl FnOnce(u32) -> Task) -> Owner {
     let others = found.holders.iter().filter(|other| other.process != process);
-    Owner {
-        task: task(process),
-        descriptor,
-        others: others.map(|other| (other.process, other.descriptor)).collect(),
-    }
+    Owner { task: task(process), descriptor, others: others.map(|other| (other.process, other.descriptor)).collect() }
 }
 
 fn task(process: u32) -> Task {

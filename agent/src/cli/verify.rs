@@ -13,6 +13,7 @@ use serde_json::json;
 use super::{
     FAILURE, FINDINGS, check, complain,
     output::Format,
+    progress::Progress,
     run::{Placement, RunError},
     sockets::{Seen, Sockets, SocketsError, Targets},
     unless_closed,
@@ -85,42 +86,25 @@ impl Verify {
         let desired = compile(policies, &stacks).map_err(|error| RunError::from(SessionError::from(error)))?;
         let mut sockets = Sockets::find(mount, Targets::These(&targets))?;
         let mut tally = Tally { unread: sockets.unread(), ..Tally::default() };
+        let progress = Progress::of(sockets.len());
         let mut out = io::stdout().lock();
         let written = sockets.each(
             |scope| drift::needed(&desired.scopes[scope]),
-            |seen| self.look(&desired, seen, &mut tally, &mut out),
+            |seen| {
+                progress.step(1);
+                look(&desired, seen, &mut tally, |event| progress.above(|| self.say(event, &mut out)))
+            },
         );
+        drop(progress);
         unless_closed(written.and_then(|()| self.tell(&tally, &mut out)))?;
         Ok(tally)
     }
 
-    fn look(&self, desired: &Desired, seen: Seen<'_>, tally: &mut Tally, out: &mut impl Write) -> io::Result<()> {
-        let Seen { live, scope, fresh, socket: _ } = seen;
-        let Some(mut fresh) = fresh else {
-            match live.values {
-                Told::Refused(_) => tally.refused += 1,
-                Told::Nobody | Told::Values(_) => tally.nobodys += 1,
-            }
-            return Ok(());
-        };
-        tally.sockets += 1;
-        let before = tally.drifts;
-        for finding in drift::find(desired, &desired.scopes[scope], &live, &mut fresh) {
-            match finding {
-                Finding::Untold { option, why } => *tally.untold.entry((option.name, why)).or_default() += 1,
-                Finding::Drift { .. } => {
-                    tally.drifts += 1;
-                    if let Some(event) = event(desired, &live, &finding) {
-                        match self.output {
-                            Format::Text => writeln!(out, "{event}")?,
-                            Format::Json => writeln!(out, "{}", event.to_json())?,
-                        }
-                    }
-                }
-            }
+    fn say(&self, event: &Event, out: &mut impl Write) -> io::Result<()> {
+        match self.output {
+            Format::Text => writeln!(out, "{event}"),
+            Format::Json => writeln!(out, "{}", event.to_json()),
         }
-        tally.drifted += u64::from(tally.drifts > before);
-        Ok(())
     }
 
     fn tell(&self, tally: &Tally, out: &mut impl Write) -> io::Result<()> {
@@ -129,6 +113,36 @@ impl Verify {
             Format::Json => writeln!(out, "{}", tally.to_json()),
         }
     }
+}
+
+/// Counts what comes of a socket, and says where it has drifted.
+fn look(
+    desired: &Desired,
+    seen: Seen<'_>,
+    tally: &mut Tally,
+    mut say: impl FnMut(&Event) -> io::Result<()>,
+) -> io::Result<()> {
+    let Seen { live, scope, fresh, socket: _ } = seen;
+    let Some(mut fresh) = fresh else {
+        match live.values {
+            Told::Refused(_) => tally.refused += 1,
+            Told::Nobody | Told::Values(_) => tally.nobodys += 1,
+        }
+        return Ok(());
+    };
+    tally.sockets += 1;
+    let before = tally.drifts;
+    for finding in drift::find(desired, &desired.scopes[scope], &live, &mut fresh) {
+        match finding {
+            Finding::Untold { option, why } => *tally.untold.entry((option.name, why)).or_default() += 1,
+            Finding::Drift { .. } => {
+                tally.drifts += 1;
+                event(desired, &live, &finding).as_ref().map_or(Ok(()), &mut say)?;
+            }
+        }
+    }
+    tally.drifted += u64::from(tally.drifts > before);
+    Ok(())
 }
 
 /// A drift, as it is reported.

@@ -26,6 +26,7 @@ mod plan;
 mod policies;
 mod preamble;
 mod precedence;
+mod progress;
 mod reload;
 mod settings;
 mod target;

@@ -1,0 +1,109 @@
+//! What is seen of work that takes its time, and how it is stopped in the middle.
+
+use nix::sys::signal::Signal;
+use sockpolicy_integration_tests::{
+    agent,
+    bpffs::Instance,
+    cgroup::Cgroup,
+    options::SO_MARK,
+    policy::PolicyFile,
+    probe::Probe,
+    process,
+    script::{Family, Fd, Kind},
+    terminal::Terminal,
+    wait,
+};
+
+use crate::{stderr, stdout};
+
+/// As many sockets as have a bar shown.
+const MANY: usize = 500;
+
+fn policy(target: &Cgroup) -> PolicyFile {
+    PolicyFile::new(format!("[target]\ncgroup = {:?}\n[[rule]]\nset = {{ SO_MARK = 7 }}\n", target.name()))
+}
+
+fn many(probe: &mut Probe) -> Vec<Fd> {
+    (0..MANY).map(|_| probe.open(Family::Inet, Kind::Udp)).collect()
+}
+
+fn marks(probe: &mut Probe, sockets: &[Fd]) -> Vec<i32> {
+    sockets.iter().map(|socket| probe.int(*socket, SO_MARK)).collect()
+}
+
+/// What a screen shows in the end: what was erased is gone.
+fn left(screen: &str) -> Vec<&str> {
+    const ERASE_LINE: &str = "\u{1b}[2K";
+    screen.lines().map(|line| line.rsplit(ERASE_LINE).next().unwrap_or_default().trim_end_matches('\r')).collect()
+}
+
+/// Whether it shows how far the work is.
+fn has_bar(text: &str) -> bool {
+    text.contains(&format!(" of {MANY} sockets"))
+}
+
+#[test]
+fn bar_is_shown_on_a_terminal_for_as_long_as_there_is_work_and_nothing_of_it_elsewhere() {
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let policy = policy(&target);
+    let path = policy.path().to_str().unwrap();
+    let mut probe = Probe::start(&target);
+    let mut sockets = many(&mut probe);
+    let last_one = sockets.pop().unwrap();
+    probe.close(last_one);
+    let mut few = Terminal::start(agent::command(&["verify", path]));
+    few.wait();
+    few.wait_for("sockets: 499, ");
+    assert!(!few.screen().contains(" of 499 sockets"), "{}", few.screen());
+    sockets.push(probe.open(Family::Inet, Kind::Udp));
+    for command in [&["verify", path][..], &["ls", path], &["apply", "--instance", &instance.name, path]] {
+        assert_eq!(stderr(&agent::output(command)), "", "{command:?}");
+        if command[0] == "apply" {
+            instance.run("apply", &["--restore"]);
+        }
+        let mut terminal = Terminal::start(agent::command(command));
+        terminal.wait();
+        let last = if command[0] == "ls" { format!("fd {}", sockets[MANY - 1]) } else { "sockets: 500, ".to_owned() };
+        terminal.wait_for(&last);
+        let screen = terminal.screen();
+        assert!(has_bar(&screen), "{screen}");
+        let left = left(&screen);
+        assert!(left.len() > MANY && !left.iter().any(|line| has_bar(line)), "{command:?}: {left:#?}");
+    }
+    assert_eq!(marks(&mut probe, &sockets), [7; MANY]);
+}
+
+#[test]
+fn apply_that_is_interrupted_leaves_each_socket_as_it_was_or_as_is_wanted_and_all_can_be_put_back() {
+    const DONE: u32 = 300;
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let policy = policy(&target);
+    let mut probe = Probe::start(&target);
+    let sockets = many(&mut probe);
+    probe.set(sockets[0], SO_MARK, 3).unwrap();
+    let mut apply = agent::command(&["apply", "--instance", &instance.name]);
+    apply.arg(policy.path());
+    process::hold(&mut apply, "socket-taken", DONE);
+    let mut terminal = Terminal::start(apply);
+    process::wait_for_stop(terminal.pid(), "socket-taken");
+    // Ctrl-C, of which the agent is told when it goes on.
+    terminal.press(b"\x03");
+    let is_sent = || process::has_pending(terminal.pid(), Signal::SIGINT);
+    assert!(wait::until(wait::PATIENCE, is_sent), "the terminal sends no SIGINT");
+    terminal.signal(Signal::SIGCONT);
+    let status = terminal.wait();
+    let help = "do it again, or put back what they had: sockpolicy apply --restore";
+    terminal.wait_for(help);
+    let left = left(&terminal.screen()).join("\n");
+    assert!(left.contains("sockets: 300, changed: 300, in 300 options\n"), "{left}");
+    assert!(left.contains("\nerror: stopped by a signal: some sockets are as they were\n"), "{left}");
+    assert_eq!((status.code(), has_bar(&left)), (Some(2), false), "{left}");
+    // In the order of descriptors.
+    let (done, others) = sockets.split_at(DONE as usize);
+    assert_eq!(marks(&mut probe, done), [7; DONE as usize]);
+    assert_eq!(marks(&mut probe, others), [0; MANY - DONE as usize]);
+    let output = instance.run("apply", &["--restore"]);
+    assert!(stdout(&output).contains("put back: 300 options; changed by others since: 0; refused: 0\n"), "{output:?}");
+    let before: Vec<i32> = (0..MANY).map(|number| if number == 0 { 3 } else { 0 }).collect();
+    assert_eq!(marks(&mut probe, &sockets), before);
+}
