@@ -3,7 +3,8 @@
 //! Each has a name, and below `/run/sockpolicy` a lock, held by the agent for as long as it runs, and a record of what is in
 //! force: the policies' own texts, so that another agent, or `status`, comes to the same tables by the same code.
 //!
-//! Invariant: a record is written before what it tells of comes in force, so that whatever is in force is told of.
+//! Invariants: a record is written before what it tells of comes in force, so that whatever is in force is told of. Who says
+//! that cgroups are its own has found that they are nobody else's, and nobody says so between.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -23,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     compile::Desired,
     coverage::Stack,
+    fault,
     kernel::{KernelError, MapIds, Pins},
     policy::{Policy, PolicyErrors, Texts},
     session::{self, SessionError},
@@ -69,6 +71,13 @@ pub struct Record {
     pub maps: MapIds,
     /// The latest last. Of several, the configuration in the kernel says which is in force.
     pub generations: Vec<Generation>,
+}
+
+impl Record {
+    /// The names of all cgroups that it is about.
+    pub fn targets(&self) -> impl Iterator<Item = &str> {
+        self.generations.iter().flat_map(|generation| &generation.targets).map(|(name, _)| name.as_str())
+    }
 }
 
 /// Policies that are, or were, in force together.
@@ -206,6 +215,21 @@ impl Instance {
         fs::rename(&new, &path).map_err(failed)
     }
 
+    /// The same where these cgroups, by their names, become targets by it.
+    ///
+    /// # Errors
+    ///
+    /// Where one of them is a target of another instance, or it cannot be written.
+    pub fn claim(&self, record: &Record, cgroups: &[&str]) -> Result<(), InstanceError> {
+        let failed = |source| InstanceError::File { path: FOLDER.into(), source };
+        // One at a time: the folder is locked.
+        let folder = File::open(FOLDER).map_err(failed)?;
+        let _turn = Flock::lock(folder, FlockArg::LockExclusive).map_err(|(_, errno)| failed(errno.into()))?;
+        self.check_others(cgroups)?;
+        fault::point("others-checked");
+        self.write(record)
+    }
+
     /// Where what it has in force is to be kept, if it is to stay when this process is gone.
     ///
     /// # Errors
@@ -238,15 +262,15 @@ impl Instance {
     /// If so.
     pub fn check_others(&self, cgroups: &[&str]) -> Result<(), InstanceError> {
         for other in all().into_iter().filter(|other| other.name != self.name) {
-            let governed = other.record.iter().flat_map(|record| &record.generations);
-            let mut governed = governed.flat_map(|generation| &generation.targets).map(|(cgroup, _)| cgroup);
-            let Some(cgroup) = governed.find(|cgroup| cgroups.contains(&cgroup.as_str())) else { continue };
+            let mut governed = other.record.iter().flat_map(Record::targets);
+            let Some(cgroup) = governed.find(|cgroup| cgroups.contains(cgroup)) else { continue };
+            let cgroup = cgroup.to_owned();
             let (holder, remedy) = match other.pid {
                 Some(pid) => (format!("runs as process {pid}"), format!("kill {pid}")),
                 None if other.is_running => ("is just being started".to_owned(), "sockpolicy status".to_owned()),
                 None => ("is in force without an agent".to_owned(), format!("sockpolicy detach {}", other.name)),
             };
-            return Err(InstanceError::Governed { cgroup: cgroup.clone(), name: other.name, holder, remedy });
+            return Err(InstanceError::Governed { cgroup, name: other.name, holder, remedy });
         }
         Ok(())
     }
@@ -345,14 +369,14 @@ fn lock_of(name: &str) -> Lock {
 }
 
 /// Nobody else is to keep an agent from its lock, or to read policies that are not for him.
-fn make_folder() -> io::Result<()> {
+pub(crate) fn make_folder() -> io::Result<()> {
     match fs::DirBuilder::new().mode(0o700).create(FOLDER) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
         _ => fs::set_permissions(FOLDER, fs::Permissions::from_mode(0o700)),
     }
 }
 
-fn is_same(file: &File, path: &Path) -> bool {
+pub(crate) fn is_same(file: &File, path: &Path) -> bool {
     let (Ok(one), Ok(other)) = (file.metadata(), fs::metadata(path)) else { return false };
     (one.dev(), one.ino()) == (other.dev(), other.ino())
 }

@@ -150,6 +150,8 @@ impl Session {
         let pins = instance.as_ref().map_or(Ok(None), |(instance, _)| instance.pins())?;
         let is_pinned = pins.is_some();
         warn_of_overruling(&mount, &targets);
+        // Its name stays its own until all that it has attached is gone: what is declared first goes last.
+        let mut word = None;
         let mut object = Object::load(&desired.hooks(), desired.audit, &filter.processes, pins)?;
         let tried = match choice {
             GapsChoice::DoNotTry => Tried::default(),
@@ -160,13 +162,12 @@ impl Session {
         let gaps = find_gaps(&object, &mut desired, &tried);
         refuse(choice, &gaps)?;
         let staged = object.stage(&desired, &targets)?;
-        let (mut word, mut before) = (None, Vec::new());
+        let mut before = Vec::new();
         if let Some((instance, files)) = instance {
             let taken_over: Vec<u32> = object.former().collect();
-            let mut its_word = Word::of(instance, object.map_ids()?, &taken_over);
-            before = its_word.former();
-            its_word.add(staged.generation(), files, &targets)?;
-            word = Some(its_word);
+            let word = word.insert(Word::of(instance, object.map_ids()?, &taken_over));
+            before = word.former();
+            word.add(staged.generation(), files, &targets)?;
         }
         let audit = object.attach_audit(desired.audit, backend)?;
         warn_without_audit(audit, desired.audit);
@@ -253,7 +254,6 @@ impl Session {
     ///
     /// Where the kernel refuses; then they hold on those that were there and still are.
     pub fn retarget(&mut self, targets: Vec<Target>) -> Result<(), SessionError> {
-        self.check_others(&targets)?;
         if let Some(word) = &mut self.word {
             word.retarget(&targets)?;
         }

@@ -211,6 +211,15 @@ pub fn is_alive(pid: u32) -> bool {
     state(pid).is_some_and(|state| !['Z', 'X'].contains(&state))
 }
 
+/// Whether a process waits for a lock that another has.
+#[must_use]
+pub fn waits_for_lock(pid: u32) -> bool {
+    let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
+    // Those who wait stand below who has it, with an arrow.
+    let waits = |line: &str| line.contains("->") && line.split_whitespace().any(|word| word == pid.to_string());
+    locks.lines().any(waits)
+}
+
 /// Whether a signal waits for a process to heed it.
 #[must_use]
 pub fn has_pending(pid: u32, signal: Signal) -> bool {

@@ -137,8 +137,8 @@ impl Apply {
             progress.step(sockets);
             Ok(())
         });
-        drop(progress);
         let tally = work.tally();
+        drop(progress);
         unless_closed(tell(&tally, self.output, &mut out).and_then(|()| out.flush()))?;
         done.map(|()| tally)
     }
@@ -181,7 +181,7 @@ fn tell(tally: &Tally, output: Format, out: &mut impl Write) -> io::Result<()> {
 /// could be; what could not is left to be put back.
 pub(super) fn restore(instance: &str) -> Result<bool, ApplyError> {
     instance::check_name(instance).map_err(RunError::from)?;
-    let journal = Journal::of(instance);
+    let mut journal = Journal::of(instance);
     let changes = journal.changes()?;
     let mut by_socket: HashMap<u64, Vec<(&Place, &Change)>> = HashMap::new();
     for (place, change) in &changes {

@@ -1,5 +1,7 @@
 //! The word that a session leaves of itself, as an instance's record.
 
+use std::collections::BTreeSet;
+
 use super::Generation;
 use crate::{
     fault,
@@ -36,20 +38,22 @@ impl Word {
     /// Says what will be in force in a moment.
     pub(super) fn add(&mut self, number: u32, files: Files, targets: &[Target]) -> Result<(), InstanceError> {
         let generation = instance::Generation { number, files, targets: names_and_scopes(targets) };
+        let mut record = self.record.clone();
         // One of this number never came in force.
-        self.record.generations.retain(|other| other.number != number);
-        self.record.generations.push(generation);
-        self.write()?;
+        record.generations.retain(|other| other.number != number);
+        record.generations.push(generation);
+        self.write(record)?;
         fault::point("recorded");
         Ok(())
     }
 
     /// Says where that is in force.
     pub(super) fn retarget(&mut self, targets: &[Target]) -> Result<(), InstanceError> {
-        if let Some(last) = self.record.generations.last_mut() {
+        let mut record = self.record.clone();
+        if let Some(last) = record.generations.last_mut() {
             last.targets = names_and_scopes(targets);
         }
-        self.write()
+        self.write(record)
     }
 
     /// Whether one of these is another instance's.
@@ -57,15 +61,20 @@ impl Word {
         self.instance.check_others(cgroups)
     }
 
-    /// What does not stay needs no record to go on.
-    fn write(&self) -> Result<(), InstanceError> {
-        match self.instance.write(&self.record) {
-            Err(error) if !self.instance.persists() => {
+    /// Says this from now on, unless another instance has one of the targets that are new in it. What does not stay needs no
+    /// record to go on.
+    fn write(&mut self, record: Record) -> Result<(), InstanceError> {
+        let own: BTreeSet<&str> = self.record.targets().collect();
+        let new: Vec<&str> = record.targets().filter(|name| !own.contains(name)).collect();
+        let written = if new.is_empty() { self.instance.write(&record) } else { self.instance.claim(&record, &new) };
+        match written {
+            Err(error @ InstanceError::File { .. }) if !self.instance.persists() => {
                 log::warn!("`sockpolicy status` will not show this as it is: {error}");
-                Ok(())
             }
-            written => written,
+            written => written?,
         }
+        self.record = record;
+        Ok(())
     }
 
     /// Says that all others are history.

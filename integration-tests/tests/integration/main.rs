@@ -16,6 +16,7 @@ mod dry_run;
 mod enforcement;
 mod explain;
 mod gaps;
+mod journal;
 mod lifecycle;
 mod live;
 mod matching;

@@ -129,6 +129,64 @@ fn another_agent_for_the_same_cgroup_or_of_the_same_name_is_refused() {
     instance.detach();
 }
 
+/// `run` of an instance, which says when it is in force.
+fn run_named(name: &str, policy: &PolicyFile) -> Command {
+    let mut run = agent::command(&["run", agent::WITH_GAPS, "--instance", name]);
+    run.arg(policy.path()).env("SOCKPOLICY_LOG", "info");
+    run
+}
+
+fn is_in_force(run: &Running) -> bool {
+    run.stderr().contains("in force on")
+}
+
+#[track_caller]
+fn assert_refused(refused: Running, holder: &Running) {
+    let output = refused.finish();
+    let error = format!("which runs as process {}\n", holder.pid());
+    assert!(stderr(&output).contains(&error), "{}: {}", holder.pid(), stderr(&output));
+    assert_eq!(output.status.code(), Some(2));
+}
+
+#[test]
+fn agent_that_starts_while_another_claims_the_same_cgroup_waits_for_it_and_is_refused() {
+    let (target, one, other) = (Cgroup::new(), Instance::new(), Instance::new());
+    let [first, second] = [1, 2].map(|value| PolicyFile::new(sets_mark(&target, value)));
+    let holder = Running::start_held(run_named(&one.name, &first), "others-checked");
+    let mut refused = Running::start(run_named(&other.name, &second));
+    let waits = || process::waits_for_lock(refused.pid()) || is_in_force(&refused);
+    assert!(wait::until(wait::PATIENCE, waits) && !is_in_force(&refused), "{}", refused.stderr());
+    assert!(!refused.has_ended());
+    holder.go_on();
+    assert_refused(refused, &holder);
+    assert!(wait::until(wait::PATIENCE, || is_in_force(&holder)), "{}", holder.stderr());
+    assert_eq!(mark(&target), 1);
+    holder.signal(Signal::SIGTERM);
+    assert!(holder.finish().status.success());
+    assert!(one.left().is_empty() && other.left().is_empty(), "{:?}{:?}", one.left(), other.left());
+}
+
+#[test]
+fn of_agents_that_start_at_once_for_the_same_cgroup_one_gets_it() {
+    let target = Cgroup::new();
+    let policy = PolicyFile::new(sets_mark(&target, 1));
+    let instances = [(); 4].map(|()| Instance::new());
+    let runs = instances.each_ref().map(|instance| Running::start(run_named(&instance.name, &policy)));
+    let mut runs = Vec::from(runs);
+    let is_settled = wait::until(wait::PATIENCE, || {
+        runs.iter_mut().map(Running::has_ended).filter(|has_ended| !has_ended).count() == 1
+            && runs.iter().any(is_in_force)
+    });
+    let said: Vec<String> = runs.iter().map(Running::stderr).collect();
+    assert!(is_settled, "{said:#?}");
+    let holder = runs.swap_remove(runs.iter().position(is_in_force).unwrap());
+    for refused in runs {
+        assert_refused(refused, &holder);
+    }
+    holder.signal(Signal::SIGTERM);
+    assert!(holder.finish().status.success());
+}
+
 #[test]
 fn status_tells_of_instances_and_of_programs_of_others() {
     let (target, instance) = (Cgroup::new(), Instance::new());

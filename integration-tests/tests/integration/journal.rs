@@ -1,0 +1,95 @@
+//! What `apply` keeps of what sockets had: for one command at a time, and no longer than there are sockets.
+
+use std::{fs, process::Command};
+
+use sockpolicy_integration_tests::{
+    agent,
+    bpffs::Instance,
+    cgroup::Cgroup,
+    options::SO_MARK,
+    policy::PolicyFile,
+    probe::Probe,
+    process::{self, Running},
+    script::{Family, Kind},
+};
+
+use crate::{stderr, stdout};
+
+fn sets_mark(target: &Cgroup, mark: i32) -> PolicyFile {
+    PolicyFile::new(format!("[target]\ncgroup = {:?}\n[[rule]]\nset = {{ SO_MARK = {mark} }}\n", target.name()))
+}
+
+fn apply(instance: &Instance, policy: &PolicyFile) -> Command {
+    let mut apply = agent::command(&["apply", "--instance", &instance.name]);
+    apply.arg(policy.path());
+    apply
+}
+
+/// A command that would use what another one works on.
+#[track_caller]
+fn assert_refused(command: Command, instance: &Instance, holder: &Running) {
+    let output = process::output(command);
+    let error = format!(
+        "error: cannot keep what sockets had, and so leaves them as they are: another sockpolicy, process {}, works on \
+         /run/sockpolicy/{}.before just now\n  help: do it again when that has ended, or keep what sockets had under another \
+         name, with --instance\n",
+        holder.pid(),
+        instance.name
+    );
+    assert_eq!((stderr(&output), output.status.code()), (error, Some(2)));
+}
+
+#[test]
+fn of_two_commands_at_once_that_work_on_a_journal_the_second_is_refused() {
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let [one, other] = [7, 8].map(|mark| sets_mark(&target, mark));
+    let mut probe = Probe::start(&target);
+    let socket = probe.open(Family::Inet, Kind::Udp);
+    let held = Running::start_held(apply(&instance, &one), "journal-opened");
+    let restore = || agent::command(&["apply", "--restore", "--instance", &instance.name]);
+    assert_refused(apply(&instance, &other), &instance, &held);
+    assert_refused(restore(), &instance, &held);
+    assert_eq!(probe.int(socket, SO_MARK), 0);
+    held.go_on();
+    assert!(held.finish().status.success());
+    assert_eq!(probe.int(socket, SO_MARK), 7);
+    let held = Running::start_held(restore(), "journal-opened");
+    assert_refused(apply(&instance, &other), &instance, &held);
+    held.go_on();
+    assert!(held.finish().status.success());
+    assert_eq!(probe.int(socket, SO_MARK), 0);
+    assert!(instance.left().is_empty(), "{:?}", instance.left());
+}
+
+#[test]
+fn journal_that_has_grown_long_forgets_sockets_that_are_closed() {
+    const MANY: usize = 500;
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let policy = sets_mark(&target, 7);
+    let len = || fs::metadata(format!("/run/sockpolicy/{}.before", instance.name)).unwrap().len();
+    let (mut ends, mut stays) = (Probe::start(&target), Probe::start(&target));
+    for _ in 0..MANY {
+        ends.open(Family::Inet, Kind::Udp);
+    }
+    let first = stays.open(Family::Inet, Kind::Udp);
+    stays.set(first, SO_MARK, 3).unwrap();
+    assert!(process::output(apply(&instance, &policy)).status.success());
+    assert!(len() > 64 * 1024, "{}", len());
+    drop(ends);
+    let more = [(); 2].map(|()| stays.open(Family::Inet, Kind::Udp));
+    // The first of these has been noted by then.
+    let mut last = apply(&instance, &policy);
+    process::hold(&mut last, "socket-taken", 2);
+    let held = Running::start(last);
+    process::wait_for_stop(held.pid(), "socket-taken");
+    assert!(len() < 1024, "{}", len());
+    // In the new file's place too.
+    assert_refused(apply(&instance, &sets_mark(&target, 8)), &instance, &held);
+    held.go_on();
+    assert!(held.finish().status.success());
+    let marks = |probe: &mut Probe| [first, more[0], more[1]].map(|socket| probe.int(socket, SO_MARK));
+    assert_eq!(marks(&mut stays), [7, 7, 7]);
+    let output = instance.run("apply", &["--restore"]);
+    assert!(stdout(&output).starts_with("put back: 3 options; "), "{}{}", stdout(&output), stderr(&output));
+    assert_eq!(marks(&mut stays), [3, 0, 0]);
+}
