@@ -69,8 +69,41 @@ pub struct Record {
     /// Whether it stays in force when the agent is gone.
     pub persists: bool,
     pub maps: MapIds,
+    #[serde(default)]
+    pub unread: Unread,
     /// The latest last. Of several, the configuration in the kernel says which is in force.
     pub generations: Vec<Generation>,
+}
+
+/// Events that found the ring buffer full: while there was nobody to read it that is no fault of anybody's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unread {
+    /// Those that came while there was no agent, until the one of this record began.
+    before: u64,
+    /// All that there were when that one last looked.
+    counted: u64,
+}
+
+impl Unread {
+    /// As of an agent that begins when there are so many in all, after another one, if there was one.
+    #[must_use]
+    pub fn begun(all: u64, former: Option<Self>) -> Self {
+        let before = former.map_or(all, |former| former.of(all, false));
+        Self { before, counted: all }
+    }
+
+    /// As of an agent that is there when there are so many.
+    #[must_use]
+    pub fn counted(self, all: u64) -> Self {
+        Self { counted: all, ..self }
+    }
+
+    /// How many of all of them came while there was no agent.
+    #[must_use]
+    pub fn of(self, all: u64, is_running: bool) -> u64 {
+        let Self { before, counted } = self;
+        before + if is_running { 0 } else { all.saturating_sub(counted) }
+    }
 }
 
 impl Record {

@@ -165,7 +165,7 @@ impl Session {
         let mut before = Vec::new();
         if let Some((instance, files)) = instance {
             let taken_over: Vec<u32> = object.former().collect();
-            let word = word.insert(Word::of(instance, object.map_ids()?, &taken_over));
+            let word = word.insert(Word::of(instance, object.map_ids()?, &taken_over, object.ring_full()));
             before = word.former();
             word.add(staged.generation(), files, &targets)?;
         }
@@ -461,7 +461,15 @@ impl Session {
         }
         let new = lost.since(&self.told);
         self.told = lost;
+        self.count_unread();
         Ok(new)
+    }
+
+    /// What finds no room from now on is another agent's matter, or nobody's.
+    fn count_unread(&mut self) {
+        if let Some(word) = &mut self.word {
+            word.count(self.object.ring_full());
+        }
     }
 
     fn lost(&self) -> Lost {
@@ -477,6 +485,7 @@ impl Session {
     /// Where the counters cannot be read.
     pub fn finish(mut self) -> Result<Summary, SessionError> {
         self.retire()?;
+        self.count_unread();
         let tallies = self.object.tallies()?;
         let mut lost = self.lost();
         // Whatever has not returned by now will not be seen to.

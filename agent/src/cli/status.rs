@@ -64,6 +64,8 @@ pub(super) struct InForce {
     pub(super) generation: Generation,
     pub(super) desired: Desired,
     summary: Summary,
+    /// Events that came while there was no agent, and were more than the ring buffer holds.
+    unread: u64,
 }
 
 impl Status {
@@ -124,9 +126,12 @@ fn look(seen: &Seen) -> Result<InForce, Unknown> {
     let mut report = Report::default();
     report.count(generation.number, &desired, &observed.counters(generation.number)?);
     let targets = generation.targets.iter().map(|(name, _)| name.clone()).collect();
-    let lost = Lost { losses: observed.losses, ..Lost::default() };
+    let mut losses = observed.losses;
+    let unread = record.unread.of(losses.ring_full, seen.is_running);
+    losses.ring_full = losses.ring_full.saturating_sub(unread);
+    let lost = Lost { losses, ..Lost::default() };
     let summary = report.summarize(&desired, Counts { calls: Vec::new(), lost }, targets, None, Vec::new());
-    Ok(InForce { generation, desired, summary })
+    Ok(InForce { generation, desired, summary, unread })
 }
 
 fn holder(seen: &Seen) -> String {
@@ -141,7 +146,7 @@ fn holder(seen: &Seen) -> String {
 
 fn write_text(out: &mut impl Write, seen: &Seen, looked: &Result<InForce, Unknown>) -> io::Result<()> {
     writeln!(out, "instance {}: {}", seen.name, holder(seen))?;
-    let InForce { generation, desired, summary } = match looked {
+    let InForce { generation, desired, summary, unread } = match looked {
         Ok(in_force) => in_force,
         Err(error) => return writeln!(out, "  what it has in force cannot be told: {error}"),
     };
@@ -160,6 +165,12 @@ fn write_text(out: &mut impl Write, seen: &Seen, looked: &Result<InForce, Unknow
     write!(out, "{}", summary.tables())?;
     for (reason, count) in summary.lost.by_reason().into_iter().filter(|(_, count)| *count > 0) {
         writeln!(out, "\nlost: {count} {}", reason.what)?;
+    }
+    if *unread > 0 {
+        writeln!(
+            out,
+            "\nnot told: {unread} events that came while there was no agent, more than are kept for the next one"
+        )?;
     }
     match others_beside(generation) {
         Err(error) => writeln!(out, "\nwhich programs of others are attached there cannot be told: {error}"),
@@ -181,7 +192,7 @@ fn write_json(out: &mut impl Write, seen: &Seen, looked: &Result<InForce, Unknow
     });
     match looked {
         Err(error) => line["unknown"] = error.to_string().into(),
-        Ok(InForce { generation, desired, summary }) => {
+        Ok(InForce { generation, desired, summary, unread }) => {
             let target = |(name, scope): &(String, usize)| {
                 let scope = desired.scopes.get(*scope);
                 json!({
@@ -196,6 +207,7 @@ fn write_json(out: &mut impl Write, seen: &Seen, looked: &Result<InForce, Unknow
             line["settings"] = summary.settings_json().into();
             let lost = summary.lost.by_reason().into_iter();
             line["losses"] = lost.map(|(reason, count)| (reason.name.to_owned(), json!(count))).collect();
+            line["unread"] = (*unread).into();
             line["others"] = others_beside(generation)
                 .ok()
                 .map_or_else(|| serde_json::Value::Null, |others| others.iter().map(Neighbour::to_json).collect());

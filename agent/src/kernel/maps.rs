@@ -166,13 +166,18 @@ impl LossesView {
     pub(super) fn of(ebpf: &Ebpf) -> Result<Self, KernelError> {
         let view = View::of(ebpf, "LOSSES", ProtFlags::PROT_READ)?;
         let mut view = Self { view, before: Losses::default() };
-        view.before = view.get();
+        view.before = view.all();
         Ok(view)
     }
 
     /// What has been lost by now.
     pub(super) fn get(&self) -> Losses {
-        self.view.get(0).unwrap_or_default().since(&self.before)
+        self.all().since(&self.before)
+    }
+
+    /// The same with what was lost before this agent.
+    pub(super) fn all(&self) -> Losses {
+        self.view.get(0).unwrap_or_default()
     }
 }
 

@@ -472,6 +472,12 @@ impl Object {
         self.losses.get()
     }
 
+    /// Events that have found the ring buffer full since it was made, by whichever agent.
+    #[must_use]
+    pub fn ring_full(&self) -> u64 {
+        self.losses.all().ring_full
+    }
+
     /// Times that the kernel did not run a program of the audit, because one was running on that CPU.
     #[must_use]
     pub fn misses(&self) -> u64 {

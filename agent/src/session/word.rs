@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::Generation;
 use crate::{
     fault,
-    instance::{self, Files, Instance, InstanceError, Record},
+    instance::{self, Files, Instance, InstanceError, Record, Unread},
     kernel::{MapIds, Target, names_and_scopes},
 };
 
@@ -16,12 +16,19 @@ pub(super) struct Word {
 }
 
 impl Word {
-    /// Of an instance that takes over generations of these numbers, if any.
-    pub(super) fn of(instance: Instance, maps: MapIds, former: &[u32]) -> Self {
-        let mut generations = instance.record().map(|record| record.generations).unwrap_or_default();
+    /// Of an instance that takes over generations of these numbers, if any, when so many events had found no room.
+    pub(super) fn of(instance: Instance, maps: MapIds, former: &[u32], ring_full: u64) -> Self {
+        let before = instance.record();
+        let unread = before.as_ref().filter(|before| before.maps == maps).map(|before| before.unread);
+        let mut generations = before.map(|before| before.generations).unwrap_or_default();
         generations.retain(|generation| former.contains(&generation.number));
-        let record =
-            Record { version: env!("CARGO_PKG_VERSION").to_owned(), persists: instance.persists(), maps, generations };
+        let record = Record {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            persists: instance.persists(),
+            maps,
+            unread: Unread::begun(ring_full, unread),
+            generations,
+        };
         Self { instance, record }
     }
 
@@ -81,6 +88,19 @@ impl Word {
     pub(super) fn forget_all_but(&mut self, number: u32) {
         self.record.generations.retain(|generation| generation.number == number);
         // The others are told of too long, no more.
+        self.write_if_possible();
+    }
+
+    /// Says that so many events have found no room by now.
+    pub(super) fn count(&mut self, ring_full: u64) {
+        let unread = self.record.unread.counted(ring_full);
+        if self.record.unread != unread {
+            self.record.unread = unread;
+            self.write_if_possible();
+        }
+    }
+
+    fn write_if_possible(&self) {
         if let Err(error) = self.instance.write(&self.record) {
             log::warn!("{error}");
         }

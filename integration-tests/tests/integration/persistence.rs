@@ -240,6 +240,48 @@ fn status_tells_of_instances_and_of_programs_of_others() {
 }
 
 #[test]
+fn status_tells_what_was_lost_in_a_storm_from_what_came_while_there_was_no_agent() {
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let rule = "[[rule]]\nset = { TCP_NODELAY = true, SO_KEEPALIVE = true }\n";
+    let policy = PolicyFile::new(format!("[target]\ncgroup = {:?}\n[audit]\ncalls = \"all\"\n{rule}", target.name()));
+    let storm = |target| {
+        let mut storm = Command::new(workload());
+        storm.args(["storm", "1", "12000"]);
+        let mut storm = Running::start_in(storm, target);
+        assert!(storm.wait().success(), "{}", storm.stderr());
+    };
+    // Lost, and not told of for want of an agent.
+    let counted = || {
+        let output = agent::output(&["status", "--output", "json", &instance.name]);
+        let told: Value = serde_json::from_slice(&output.stdout).unwrap();
+        (told["losses"]["ring_full"].as_u64().unwrap(), told["unread"].as_u64().unwrap())
+    };
+    instance.attach(policy.path());
+    storm(target.child("one"));
+    let (lost, unread) = counted();
+    assert!(lost == 0 && unread > 0, "{lost} {unread}");
+    let text = stdout(&agent::output(&["status", &instance.name]));
+    assert!(text.contains(&format!("\nnot told: {unread} events that came while there was no agent")), "{text}");
+    assert!(!text.contains("lost: "), "{text}");
+
+    let run = run_persistent(&instance, &policy);
+    assert_eq!(counted(), (0, unread));
+    // One that does not come to reading.
+    run.signal(Signal::SIGSTOP);
+    storm(target.child("two"));
+    run.signal(Signal::SIGCONT);
+    let losses = run.notice("loss", 1);
+    run.signal(Signal::SIGKILL);
+    run.wait_for_end();
+    let lost = losses["total"].as_u64().unwrap();
+    assert_eq!((&losses["reason"], counted()), (&"ring_full".into(), (lost, unread)));
+    storm(target.child("three"));
+    let (still_lost, more) = counted();
+    assert!(still_lost == lost && more > unread, "{still_lost} {more}");
+    instance.detach();
+}
+
+#[test]
 fn status_tells_of_an_agent_whose_policies_do_not_stay() {
     let target = Cgroup::new();
     let run = Run::start(&PolicyFile::new("[[rule]]\nset = { SO_MARK = 1 }\n"), &target);
