@@ -11,9 +11,9 @@ MAKEFLAGS += --no-print-directory
 KERNELS ?= 5.10 6.1 6.12 6.18 7.2
 # Those of them that `make test` takes, and what it leaves out there because an emulated machine takes minutes for it: the
 # comparisons with strace on real programs, storms, every bad argument, every way of calling `audit`, Docker, agents that are
-# killed at each step. `make vm-test` leaves out nothing.
+# killed at each step, builds that take over from each other. `make vm-test` leaves out nothing.
 FAST_KERNELS ?= 6.1 6.12
-FAST := $(addprefix --skip ,compared::programs pressure storm faults audit::command docker killed)
+FAST := $(addprefix --skip ,compared::programs pressure storm faults audit::command docker killed builds)
 # How many virtual machines at a time.
 VM_JOBS ?= 2
 # More for every call of cargo that builds: CI says --locked.

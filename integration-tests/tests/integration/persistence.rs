@@ -170,7 +170,7 @@ fn agent_that_starts_while_another_claims_the_same_cgroup_waits_for_it_and_is_re
 fn of_agents_that_start_at_once_for_the_same_cgroup_one_gets_it() {
     let target = Cgroup::new();
     let policy = PolicyFile::new(sets_mark(&target, 1));
-    let instances = [(); 4].map(|()| Instance::new());
+    let instances = [(); 3].map(|()| Instance::new());
     let runs = instances.each_ref().map(|instance| Running::start(run_named(&instance.name, &policy)));
     let mut runs = Vec::from(runs);
     let is_settled = wait::until(wait::PATIENCE, || {
