@@ -126,8 +126,12 @@ impl Asked {
     /// Adds what has come since.
     fn hear(&mut self, signals: &mut Signals) -> io::Result<()> {
         while let Some(received) = signals.next()? {
-            self.reload |= received.asks_for_reload();
-            self.end |= received.asks_for_end();
+            // A hangup asks for either, and first for the files to be read.
+            if received.asks_for_reload() {
+                self.reload = true;
+            } else {
+                self.end |= received.asks_for_end();
+            }
         }
         Ok(())
     }
