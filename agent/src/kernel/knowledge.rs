@@ -1,5 +1,7 @@
 //! What is found out about this kernel before the programs are loaded, and told to them as constants.
 
+use std::{panic::resume_unwind, thread};
+
 use abi::{
     layout::{Layout, Member, known},
     setting::OptionKey,
@@ -10,6 +12,10 @@ use aya::{
     sys::{BpfHelper, is_helper_supported},
 };
 use aya_obj::generated::{bpf_attach_type::BPF_CGROUP_SETSOCKOPT, bpf_prog_type::BPF_PROG_TYPE_CGROUP_SOCKOPT};
+use nix::{
+    sched::{CloneFlags, unshare},
+    unistd::chroot,
+};
 
 use super::{KernelError, layout, syscall, tables};
 use crate::host::btf::Types;
@@ -80,10 +86,7 @@ impl Knowledge {
 
     /// What every load of the object starts from, with all that is constant to the programs.
     pub(super) fn loader(&self, timing: bool) -> EbpfLoader<'_> {
-        let mut loader = EbpfLoader::new();
-        // The programs have no relocations against the kernel's types, and reading those takes
-        // longer than all the rest.
-        loader.btf(None);
+        let mut loader = loader_without_types();
         loader.override_global("LAYOUT", &self.layout, true);
         loader.override_global("CPUS", &self.cpus, true);
         for (name, is_so) in [
@@ -97,4 +100,24 @@ impl Knowledge {
         }
         loader
     }
+}
+
+/// The programs have no relocations against the kernel's types, and digesting those takes aya as long as the programs take the
+/// kernel, and twice the memory that is used otherwise. It does so when a loader is made, before it can be told not to. So that
+/// it finds none, this is done by a thread with another root, for which nothing lies there.
+fn loader_without_types<'a>() -> EbpfLoader<'a> {
+    const ROOT_WITHOUT_TYPES: &str = "/sys";
+    let made = thread::scope(|scope| {
+        let make = || {
+            // Where this is not allowed, it takes its time.
+            if let Err(errno) = unshare(CloneFlags::CLONE_FS).and_then(|()| chroot(ROOT_WITHOUT_TYPES)) {
+                log::debug!("aya reads the kernel's types in vain: {errno}");
+            }
+            EbpfLoader::new()
+        };
+        scope.spawn(make).join()
+    });
+    let mut loader = made.unwrap_or_else(|panic| resume_unwind(panic));
+    loader.btf(None);
+    loader
 }
