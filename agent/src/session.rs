@@ -9,6 +9,8 @@ use std::{
     collections::BTreeMap,
     mem,
     os::fd::{AsFd, BorrowedFd},
+    panic::resume_unwind,
+    thread,
 };
 
 use abi::{
@@ -33,7 +35,7 @@ use crate::{
     options::SocketOption,
     policy::model::{self, Calls, Errno, Mode, Policy},
     report::{CallLine, Counts, Loss, Lost, Report, Summary, errno_name},
-    trial,
+    trial::{self, Sample},
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -152,12 +154,13 @@ impl Session {
         warn_of_overruling(&mount, &targets);
         // Its name stays its own until all that it has attached is gone: what is declared first goes last.
         let mut word = None;
-        let mut object = Object::load(&desired.hooks(), desired.audit, &filter.processes, pins)?;
-        let tried = match choice {
-            GapsChoice::DoNotTry => Tried::default(),
+        let options = if choice == GapsChoice::DoNotTry { Vec::new() } else { desired.set_options() };
+        let load = || Object::load(&desired.hooks(), desired.audit, backend, &filter.processes, pins);
+        let (mut object, tried) = if is_pinned {
             // What is pinned may be in force already.
-            _ if is_pinned => try_apart(&desired, &desired.set_options(), &mount)?,
-            _ => try_options(&mut object, &desired, &desired.set_options(), &mount),
+            (load()?, try_apart(&desired, &options, &mount)?)
+        } else {
+            with_sample(&desired, &options, &mount, load)?
         };
         let gaps = find_gaps(&object, &mut desired, &tried);
         refuse(choice, &gaps)?;
@@ -529,24 +532,41 @@ type Tried = BTreeMap<&'static str, Answer>;
 
 /// The same by programs of their own: those in force are not to be disturbed.
 fn try_apart(desired: &Desired, options: &[&'static SocketOption], mount: &Mount) -> Result<Tried, SessionError> {
-    let mut object = Object::load(&desired.hooks(), desired.audit, &[], None)?;
-    Ok(try_options(&mut object, desired, options, mount))
+    if options.is_empty() {
+        return Ok(Tried::default());
+    }
+    let load = || Object::load(&desired.hooks(), desired.audit, BackendChoice::None, &[], None);
+    Ok(with_sample(desired, options, mount, load)?.1)
 }
 
-/// Tries these options at the hooks that the policies need.
-fn try_options(object: &mut Object, desired: &Desired, options: &[&'static SocketOption], mount: &Mount) -> Tried {
+/// Loads programs and tries these options with them, at the hooks that the policies need. The process that this takes is started
+/// meanwhile.
+fn with_sample(
+    desired: &Desired,
+    options: &[&'static SocketOption],
+    mount: &Mount,
+    load: impl FnOnce() -> Result<Object, KernelError>,
+) -> Result<(Object, Tried), SessionError> {
+    if options.is_empty() {
+        return Ok((load()?, Tried::default()));
+    }
+    let (object, sample) = thread::scope(|scope| {
+        let starting = scope.spawn(|| Sample::start(mount));
+        let object = load();
+        (object, starting.join().unwrap_or_else(|panic| resume_unwind(panic)))
+    });
+    let mut object = object?;
     let has = |hook: &Hook| !object.refused().iter().any(|(refused, _)| refused == hook);
     let hooks: Vec<Hook> = desired.hooks().into_iter().filter(has).collect();
-    if options.is_empty() {
-        return Tried::default();
-    }
-    match trial::try_options(object, options, &hooks, mount) {
+    let answers = sample.and_then(|sample| trial::try_options(&mut object, options, &hooks, mount, sample));
+    let tried = match answers {
         Ok(answers) => answers.into_iter().map(|(option, answer)| (option.name, answer)).collect(),
         Err(error) => {
             log::warn!("cannot try whether this kernel sets the options: {error}");
             Tried::default()
         }
-    }
+    };
+    Ok((object, tried))
 }
 
 /// What the policies ask for and this kernel cannot do. Of `desired`, the hooks are left that it has.

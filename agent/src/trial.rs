@@ -5,10 +5,10 @@
 //! the kernel took. Nothing of all this is left.
 
 use std::{
-    io,
+    io::{self, Read as _},
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     path::Path,
-    process::Command,
+    process::{Child, Command, Stdio},
 };
 
 use abi::Counters;
@@ -50,6 +50,47 @@ pub fn policy_that_sets(options: &[&'static SocketOption]) -> Policy {
     }
 }
 
+/// A process of ours in a cgroup made for it, that is to open sockets. It takes a while to get there, in which the programs can
+/// be loaded.
+pub struct Sample {
+    enclosure: Enclosure,
+    process: Child,
+}
+
+impl Sample {
+    /// Starts the process. It waits.
+    ///
+    /// # Errors
+    ///
+    /// Where it cannot be started, or not in a cgroup of its own.
+    pub fn start(mount: &Mount) -> Result<Self, TrialError> {
+        let enclosure = Enclosure::make(mount, "-try")?;
+        let mut command = Command::new("/proc/self/exe");
+        command.arg(SAMPLE).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let process = enclosure.enclose(&mut command).and_then(|()| command.spawn()).map_err(TrialError::Sample)?;
+        Ok(Self { enclosure, process })
+    }
+
+    /// Has the process open its sockets, and end.
+    fn open_sockets(&mut self) -> io::Result<()> {
+        drop(self.process.stdin.take());
+        let mut complaint = String::new();
+        if let Some(stderr) = &mut self.process.stderr {
+            stderr.read_to_string(&mut complaint)?;
+        }
+        if self.process.wait()?.success() { Ok(()) } else { Err(io::Error::other(complaint.trim().to_owned())) }
+    }
+}
+
+impl Drop for Sample {
+    fn drop(&mut self) {
+        // Nothing happens where it has ended.
+        if let Err(error) = self.process.kill().and_then(|()| self.process.wait()) {
+            log::debug!("cannot end the process that opens sockets: {error}");
+        }
+    }
+}
+
 /// Tries options at these hooks; gives what came of each.
 ///
 /// # Errors
@@ -60,27 +101,15 @@ pub fn try_options(
     options: &[&'static SocketOption],
     hooks: &[Hook],
     mount: &Mount,
+    mut sample: Sample,
 ) -> Result<Vec<(&'static SocketOption, Answer)>, TrialError> {
     let policy = policy_that_sets(options);
     let mut desired = compile(std::slice::from_ref(&policy), &[vec![0]])?;
     desired.keep_hooks(|hook| hooks.contains(&hook));
-    let enclosure = Enclosure::make(mount, "-try")?;
-    let cgroup = mount.open(&enclosure.cgroup.path).map_err(EnclosureError::from)?;
-    let (sampled, counters) = object.in_force_on(&desired, Target { cgroup, scope: 0 }, || run_sample(&enclosure))?;
-    enclosure.remove()?;
+    let cgroup = mount.open(&sample.enclosure.cgroup.path).map_err(EnclosureError::from)?;
+    let (sampled, counters) = object.in_force_on(&desired, Target { cgroup, scope: 0 }, || sample.open_sockets())?;
     sampled.map_err(TrialError::Sample)?;
     Ok(answers(&desired, &counters))
-}
-
-fn run_sample(enclosure: &Enclosure) -> io::Result<()> {
-    let mut command = Command::new("/proc/self/exe");
-    command.arg(SAMPLE);
-    enclosure.enclose(&mut command)?;
-    let output = command.output()?;
-    if output.status.success() {
-        return Ok(());
-    }
-    Err(io::Error::other(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
 }
 
 fn answers(desired: &Desired, counters: &[Counters]) -> Vec<(&'static SocketOption, Answer)> {
@@ -104,6 +133,8 @@ fn answers(desired: &Desired, counters: &[Counters]) -> Vec<(&'static SocketOpti
 ///
 /// Where one cannot be opened.
 pub fn sample() -> io::Result<()> {
+    // Until there is something to try.
+    io::stdin().read_to_end(&mut Vec::new())?;
     // A firewall or a missing loopback address of the host must not tell us about the kernel.
     if unshare(CloneFlags::CLONE_NEWNET).is_ok() {
         network::bring_loopback_up()?;

@@ -24,11 +24,14 @@ use crate::{
         cgroup::{CgroupError, Mount},
         privileges,
     },
-    kernel::{self, Answer, Backend, ITERATOR_SINCE, KernelError, Neighbour, Object, Probed, ProgramSize, Tried},
+    kernel::{
+        self, Answer, Backend, BackendChoice, ITERATOR_SINCE, KernelError, Neighbour, Object, Probed, ProgramSize,
+        Tried,
+    },
     options::{OPTIONS, SocketOption},
     policy::model,
     session::SessionError,
-    trial::{self, TrialError},
+    trial::{self, Sample, TrialError},
 };
 
 /// Show what this kernel can do: hooks, audit backends, options
@@ -125,10 +128,10 @@ fn examine() -> Result<Findings, DoctorError> {
 fn try_options(mount: &Mount) -> Result<Vec<(&'static SocketOption, Answer)>, DoctorError> {
     let settable: Vec<_> = OPTIONS.iter().filter(|option| option.settable().is_some()).collect();
     let audit = model::Audit { calls: model::Calls::Conflicts, reads: false, timing: false };
-    let mut object = Object::load(&Hook::ALL, audit, &[], None)?;
+    let mut object = Object::load(&Hook::ALL, audit, BackendChoice::None, &[], None)?;
     let has = |hook: &Hook| !object.refused().iter().any(|(refused, _)| refused == hook);
     let hooks: Vec<_> = Hook::ALL.into_iter().filter(has).collect();
-    Ok(trial::try_options(&mut object, &settable, &hooks, mount)?)
+    Ok(trial::try_options(&mut object, &settable, &hooks, mount, Sample::start(mount)?)?)
 }
 
 impl Findings {

@@ -3,7 +3,7 @@
 //! Hosts without systemd often do not have it mounted. It is then mounted where only one thread of
 //! ours sees it, for as long as that thread runs, so that nothing is left behind.
 
-use std::{io, path::Path, thread};
+use std::{fs, io, path::Path, thread};
 
 use nix::{
     mount::{MsFlags, mount},
@@ -12,11 +12,23 @@ use nix::{
 
 /// Where tracefs is mounted, by convention of the kernel's documentation.
 const PLACE: &str = "/sys/kernel/tracing";
+/// Where it is mounted by itself, with debugfs.
+const OTHER_PLACE: &str = "/sys/kernel/debug/tracing";
 
 /// Whether tracepoints can be looked up.
 #[must_use]
 pub fn is_mounted() -> bool {
-    [PLACE, "/sys/kernel/debug/tracing"].iter().any(|place| Path::new(place).join("events").is_dir())
+    [PLACE, OTHER_PLACE].iter().any(|place| Path::new(place).join("events").is_dir())
+}
+
+/// The number by which perf_event_open(2) knows a tracepoint.
+///
+/// # Errors
+///
+/// Where tracefs is not mounted, or there is no such tracepoint.
+pub fn tracepoint_id(category: &str, name: &str) -> io::Result<u64> {
+    let read = |place| fs::read_to_string(Path::new(place).join("events").join(category).join(name).join("id"));
+    read(PLACE).or_else(|_| read(OTHER_PLACE))?.trim().parse().map_err(io::Error::other)
 }
 
 /// Runs `work` where tracefs is mounted.

@@ -7,7 +7,7 @@
 use std::{
     collections::BTreeSet,
     mem,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
     thread,
 };
 
@@ -71,6 +71,8 @@ pub struct Object {
     /// The hooks for which the kernel did not take our program, and what it said.
     refused: Vec<(Hook, String)>,
     audit: Option<Audit>,
+    /// See [`Audit::ease_unloading`].
+    easing: Option<OwnedFd>,
     by_process: bool,
     /// What was attached for policies that are not in force yet.
     added: Vec<Point>,
@@ -104,8 +106,8 @@ impl Staged {
 }
 
 impl Object {
-    /// Loads the programs for these hooks. Nothing is attached yet. Programs that this kernel cannot run are left out: see
-    /// [`Self::refused`].
+    /// Loads the programs for these hooks, and those that an audit by the backend of `choice` will most likely take. Nothing is
+    /// attached yet. Programs that this kernel cannot run are left out: see [`Self::refused`].
     ///
     /// Where there are `processes`, the audit follows the calls of these only, as far as they are in a target.
     ///
@@ -118,6 +120,7 @@ impl Object {
     pub fn load(
         hooks: &[Hook],
         audit: model::Audit,
+        choice: BackendChoice,
         processes: &[u32],
         pins: Option<Pins>,
     ) -> Result<Self, KernelError> {
@@ -142,7 +145,7 @@ impl Object {
             fault::point("maps-made");
         }
         maps::fill(&mut ebpf, processes, &knowledge.members)?;
-        let refused = load_programs(&mut ebpf, &hooks)?;
+        let refused = load_programs(&mut ebpf, &hooks, &audit::likely(choice, Aim::of(audit)))?;
         let config = maps::config(&ebpf)?;
         let mut attached = Attached::new(pins);
         attached.last_id = config.last_target;
@@ -166,6 +169,7 @@ impl Object {
             can_follow: knowledge.can_follow(),
             refused,
             audit: None,
+            easing: None,
             by_process: !processes.is_empty(),
             added: Vec::new(),
         })
@@ -183,7 +187,7 @@ impl Object {
         };
         let new: Vec<Hook> = hooks.iter().copied().filter(|hook| !is_tried(hook)).collect();
         let _memlock = Memlock::raise();
-        self.refused.extend(load_programs(&mut self.ebpf, &new)?);
+        self.refused.extend(load_programs(&mut self.ebpf, &new, &[])?);
         Ok(())
     }
 
@@ -411,8 +415,9 @@ impl Object {
             audit.unload(&mut self.ebpf);
         }
         let _memlock = Memlock::raise();
-        let aim = Aim { reads: wanted.reads, calls: wanted.calls != Calls::Conflicts };
+        let aim = Aim::of(wanted);
         self.audit = audit::attach(&mut self.ebpf, choice, aim)?;
+        self.easing = self.audit.and_then(|audit| audit.ease_unloading(aim));
         Ok(self.audit)
     }
 
@@ -566,19 +571,24 @@ fn target_levels(targets: &[Target]) -> u64 {
     targets.iter().fold(0, |levels, target| levels | 1 << target.cgroup.level)
 }
 
-/// Has the kernel check the programs, several at a time: that is what takes the time. Gives those that it did not take.
-fn load_programs(ebpf: &mut Ebpf, hooks: &[Hook]) -> Result<Vec<(Hook, String)>, KernelError> {
-    let programs: Vec<(Hook, &mut Program)> = ebpf
-        .programs_mut()
-        .filter_map(|(name, program)| {
-            let hook = hooks.iter().find(|hook| hook.program() == name)?;
-            Some((*hook, program))
-        })
-        .collect();
+/// Has the kernel check the programs, several at a time: that is what takes the time. Gives those that it did not take. What
+/// comes of `others` shows when they are attached.
+fn load_programs(ebpf: &mut Ebpf, hooks: &[Hook], others: &[&str]) -> Result<Vec<(Hook, String)>, KernelError> {
+    let (mut programs, mut other_programs): (Vec<(Hook, &mut Program)>, Vec<&mut Program>) = Default::default();
+    for (name, program) in ebpf.programs_mut() {
+        match hooks.iter().find(|hook| hook.program() == name) {
+            Some(hook) => programs.push((*hook, program)),
+            None if others.contains(&name) => other_programs.push(program),
+            None => {}
+        }
+    }
     if programs.len() != hooks.len() {
         return Err(KernelError::Incomplete { what: "program for one of the hooks" });
     }
     let mut results: Vec<(Hook, Result<(), ProgramError>)> = thread::scope(|scope| {
+        for program in other_programs {
+            scope.spawn(move || load_once(program));
+        }
         let threads: Vec<_> =
             programs.into_iter().map(|(hook, program)| (hook, scope.spawn(move || load_program(program)))).collect();
         let joined = threads.into_iter().map(|(hook, thread)| {

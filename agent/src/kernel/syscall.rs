@@ -1,4 +1,4 @@
-//! What aya has no call for: bpf(2) itself.
+//! What aya has no call for: bpf(2) itself, and perf_event_open(2).
 
 use std::{
     ffi::CString,
@@ -12,8 +12,8 @@ use std::{
 
 use aya::sys::BpfHelper;
 use aya_obj::generated::{
-    BPF_ALU64, BPF_CALL, BPF_EXIT, BPF_JMP, BPF_K, BPF_MOV, bpf_attach_type, bpf_attr, bpf_cmd, bpf_insn,
-    bpf_link_info, bpf_prog_info, bpf_prog_type,
+    BPF_ALU64, BPF_CALL, BPF_EXIT, BPF_JMP, BPF_K, BPF_MOV, PERF_FLAG_FD_CLOEXEC, bpf_attach_type, bpf_attr, bpf_cmd,
+    bpf_insn, bpf_link_info, bpf_map_type, bpf_prog_info, bpf_prog_type, perf_event_attr, perf_type_id,
 };
 
 use crate::compile::Hook;
@@ -181,6 +181,89 @@ pub(super) fn has_helper(
         Err(error) => return Err(error),
     }
     Ok(true)
+}
+
+/// Whether this kernel lets us load programs such as fentry and fexit are.
+///
+/// It is asked for one at a type that is no function. A kernel that has such programs says that (EINVAL); rights it looks at
+/// before.
+///
+/// # Errors
+///
+/// Where rights are missing.
+pub(super) fn check_tracing() -> io::Result<()> {
+    const NO_FUNCTION: u32 = 1;
+    let program = [instruction(BPF_ALU64 | BPF_MOV | BPF_K, 0, 0), instruction(BPF_JMP | BPF_EXIT, 0, 0)];
+    let mut attributes = no_attributes();
+    // SAFETY: the part of the union that BPF_PROG_LOAD takes.
+    let load = unsafe { &mut attributes.__bindgen_anon_3 };
+    load.prog_type = bpf_prog_type::BPF_PROG_TYPE_TRACING as u32;
+    load.expected_attach_type = bpf_attach_type::BPF_TRACE_FENTRY as u32;
+    load.attach_btf_id = NO_FUNCTION;
+    load.insns = program.as_ptr() as u64;
+    load.insn_cnt = program.len() as u32;
+    load.license = c"GPL".as_ptr() as u64;
+    match bpf(bpf_cmd::BPF_PROG_LOAD, &mut attributes) {
+        // SAFETY: a descriptor that is nobody's yet.
+        Ok(program) => drop(unsafe { OwnedFd::from_raw_fd(program) }),
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => return Err(error),
+        Err(_) => {}
+    }
+    Ok(())
+}
+
+/// Opens an event of a tracepoint that counts nothing.
+pub(super) fn open_tracepoint(id: u64) -> io::Result<OwnedFd> {
+    const EVERY_TASK: libc::pid_t = -1;
+    const CPU: libc::c_int = 0;
+    const NO_GROUP: libc::c_int = -1;
+    // SAFETY: zero is valid for each field.
+    let mut attributes: perf_event_attr = unsafe { mem::zeroed() };
+    attributes.size = size_of_val(&attributes) as u32;
+    attributes.type_ = perf_type_id::PERF_TYPE_TRACEPOINT as u32;
+    attributes.config = id;
+    attributes.set_disabled(1);
+    // SAFETY: the kernel reads the attributes, no more than their length.
+    let event = unsafe {
+        libc::syscall(
+            libc::SYS_perf_event_open,
+            &raw const attributes,
+            EVERY_TASK,
+            CPU,
+            NO_GROUP,
+            libc::c_ulong::from(PERF_FLAG_FD_CLOEXEC),
+        )
+    };
+    if event < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a descriptor that is nobody's yet.
+    Ok(unsafe { OwnedFd::from_raw_fd(event as i32) })
+}
+
+/// Makes a map that holds these events.
+pub(super) fn hold_events(events: &[OwnedFd]) -> io::Result<OwnedFd> {
+    let mut attributes = no_attributes();
+    // SAFETY: the part of the union that BPF_MAP_CREATE takes.
+    let create = unsafe { &mut attributes.__bindgen_anon_1 };
+    create.map_type = bpf_map_type::BPF_MAP_TYPE_PERF_EVENT_ARRAY as u32;
+    create.key_size = size_of::<u32>() as u32;
+    create.value_size = size_of::<u32>() as u32;
+    create.max_entries = events.len() as u32;
+    let map = bpf(bpf_cmd::BPF_MAP_CREATE, &mut attributes)?;
+    // SAFETY: a descriptor that is nobody's yet.
+    let map = unsafe { OwnedFd::from_raw_fd(map) };
+    for (event, key) in events.iter().zip(0_u32..) {
+        let value = event.as_raw_fd();
+        let mut attributes = no_attributes();
+        // SAFETY: the part of the union that BPF_MAP_UPDATE_ELEM takes.
+        let update = unsafe { &mut attributes.__bindgen_anon_2 };
+        update.map_fd = map.as_raw_fd() as u32;
+        update.key = (&raw const key) as u64;
+        update.__bindgen_anon_1.value = (&raw const value) as u64;
+        bpf(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attributes)?;
+    }
+    Ok(map)
 }
 
 fn instruction(code: u32, register: u8, number: i32) -> bpf_insn {

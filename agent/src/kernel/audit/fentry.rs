@@ -9,7 +9,10 @@ use super::{
     Way, attach_reason,
     functions::{Programs, ways},
 };
-use crate::kernel::error::{chain, load_reason};
+use crate::kernel::{
+    error::{chain, load_reason},
+    syscall,
+};
 
 pub(super) static WAYS: [Way; 4] = ways(&SET, &GET);
 
@@ -31,6 +34,8 @@ const GET: Programs = Programs {
 
 /// The kernel's types, among which the functions are looked up.
 pub(super) fn types() -> Result<Btf, String> {
+    // Reading them takes longer than this.
+    syscall::check_tracing().map_err(|error| format!("programs of this kind: {error}"))?;
     Btf::from_sys_fs().map_err(|error| format!("the kernel's BTF: {}", chain(&error)))
 }
 

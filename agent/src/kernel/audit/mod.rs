@@ -8,15 +8,18 @@ mod functions;
 mod kprobe;
 mod tracepoint;
 
-use std::{fmt, thread};
+use std::{fmt, os::fd::OwnedFd, thread};
 
 use aya::{
     Btf, Ebpf,
     programs::{FEntry, FExit, KProbe, Program, ProgramError, TracePoint},
 };
 
-use super::{KernelError, error::chain};
-use crate::host::system;
+use super::{KernelError, error::chain, syscall};
+use crate::{
+    host::system,
+    policy::model::{self, Calls},
+};
 
 /// A kind of hook to see calls with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +62,12 @@ pub(super) struct Aim {
     pub(super) reads: bool,
     /// Calls that conflict with nothing too, and with them those on descriptors that are no sockets.
     pub(super) calls: bool,
+}
+
+impl Aim {
+    pub(super) fn of(wanted: model::Audit) -> Self {
+        Self { reads: wanted.reads, calls: wanted.calls != Calls::Conflicts }
+    }
 }
 
 /// One way of seeing calls: the programs, and where they go.
@@ -166,6 +175,15 @@ impl Audit {
         self.way.programs()
     }
 
+    /// What makes it quick to take the programs out of the kernel, for as long as it is there when that is done.
+    pub(super) fn ease_unloading(self, aim: Aim) -> Option<OwnedFd> {
+        if self.backend != Backend::Tracepoint {
+            return None;
+        }
+        let lingering = tracepoint::linger(self.way.hooks(aim));
+        lingering.inspect_err(|reason| log::debug!("it will take longer to end the audit: {reason}")).ok()
+    }
+
     /// Takes the programs out of the kernel.
     pub(super) fn unload(self, ebpf: &mut Ebpf) {
         self.way.unload(ebpf);
@@ -177,7 +195,12 @@ impl Way {
         [&self.set, &self.get].into_iter().flatten().flatten().map(|hook| hook.program)
     }
 
-    /// All at once: for each the kernel waits until all CPUs have left it, some 80 ms for a tracepoint.
+    /// Where what it is to see is seen, in the order in which to attach.
+    fn hooks(&self, aim: Aim) -> impl Iterator<Item = &Hook> {
+        [&self.set, &self.get].into_iter().take(if aim.reads { 2 } else { 1 }).flatten().flatten()
+    }
+
+    /// All at once: for each the kernel waits until all CPUs have left it.
     fn unload(&self, ebpf: &mut Ebpf) {
         let is_ours = |name: &str| self.programs().any(|ours| ours == name);
         thread::scope(|scope| {
@@ -197,6 +220,19 @@ pub(super) fn attach(ebpf: &mut Ebpf, choice: BackendChoice, aim: Aim) -> Result
         }
         ref several => attach_best(ebpf, several, aim).map(Some),
     }
+}
+
+/// The programs that will most likely be attached, as far as they can be loaded before that is known: those of fentry are made
+/// for the function that they go to.
+pub(super) fn likely(choice: BackendChoice, aim: Aim) -> Vec<&'static str> {
+    let is_likely = |backend: &Backend| match backend {
+        Backend::Fentry => syscall::check_tracing().is_ok(),
+        Backend::Kprobe => kprobe::is_there().is_ok(),
+        Backend::Tracepoint => true,
+    };
+    let backend = candidates(choice).into_iter().find(is_likely).filter(|backend| *backend != Backend::Fentry);
+    let way = backend.and_then(|backend| backend.ways().iter().find(|way| way.calls.contains(&aim.calls)));
+    way.map_or(Vec::new(), |way| way.hooks(aim).map(|hook| hook.program).collect())
 }
 
 /// The backends that are tried, in that order.
@@ -243,9 +279,7 @@ pub(super) fn attach_backend(ebpf: &mut Ebpf, backend: Backend, aim: Aim) -> Tri
 }
 
 fn attach_way(ebpf: &mut Ebpf, backend: Backend, way: &Way, aim: Aim, types: Option<&Btf>) -> Result<(), String> {
-    let calls = [&way.set, &way.get];
-    let mut wanted = calls.into_iter().take(if aim.reads { 2 } else { 1 }).flatten().flatten();
-    let attached = wanted.try_for_each(|hook| attach_program(ebpf, backend, hook, types));
+    let attached = way.hooks(aim).try_for_each(|hook| attach_program(ebpf, backend, hook, types));
     if attached.is_err() {
         way.unload(ebpf);
     }
