@@ -16,6 +16,8 @@ FAST_KERNELS ?= 6.1 6.12
 FAST := $(addprefix --skip ,compared::programs pressure storm faults audit::command docker killed builds)
 # How many virtual machines at a time.
 VM_JOBS ?= 2
+# Which parts of the benchmark, all if none: `target/release/bench --help` lists them.
+BENCH ?=
 # More for every call of cargo that builds: CI says --locked.
 CARGO_FLAGS ?=
 
@@ -41,7 +43,8 @@ UNIT := --workspace --exclude sockpolicy-integration-tests
 INTEGRATION := --package sockpolicy-integration-tests --test integration
 matrix = $(SUDO) $(CURDIR)/integration-tests/vm/matrix -j $(VM_JOBS) -t $(1) $(foreach kernel,$(2),-k $(kernel)) --
 
-.PHONY: help build demo test unit integration vm-test vm-test-fast lint fmt docs clean bootstrap debug-build
+.PHONY: help build demo test unit integration vm-test vm-test-fast bench bench-docs bench-build lint fmt docs clean bootstrap \
+	debug-build
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -62,6 +65,7 @@ unit: ## the tests that need neither root nor BPF
 	@echo 'unit: tests without a kernel'
 	@cargo build --quiet --all-targets $(CARGO_FLAGS)
 	@cargo test $(CARGO_FLAGS) $(UNIT)
+	@cargo test $(CARGO_FLAGS) --package sockpolicy-integration-tests --bin bench
 
 integration: debug-build ## the tests on this machine's kernel, as root
 	@echo "integration: tests on this kernel, $$(uname -r)"
@@ -74,6 +78,12 @@ vm-test: debug-build ## the same tests on other kernels (KERNELS), in virtual ma
 vm-test-fast: debug-build ## the quicker ones of them, on two kernels (FAST_KERNELS)
 	@echo 'vm-test-fast: the same on $(FAST_KERNELS), in virtual machines, but for the slowest'
 	@cargo test $(CARGO_FLAGS) $(INTEGRATION) $(call run_tests_by,$(call matrix,2400,$(FAST_KERNELS))) -- $(FAST)
+
+bench: bench-build ## what it costs, beside what people would use instead: one table; BENCH names parts of it
+	@$(SUDO) target/release/bench $(BENCH)
+
+bench-docs: bench-build ## the same, and publish it in docs/benchmarks.md
+	@$(SUDO) target/release/bench --docs docs
 
 lint: ## check the format and look for doubtful code
 	@echo 'lint: format, then clippy and shellcheck'
@@ -94,6 +104,13 @@ clean: ## remove what was built; the fetched kernels stay
 
 bootstrap: ## install what is missing for all of the above
 	@./bootstrap
+
+# Both as they are measured.
+bench-build:
+	@./bootstrap build
+	@echo 'bench: target/release/bench measures target/release/sockpolicy, and writes to target/bench'
+	@cargo build --quiet --release $(CARGO_FLAGS)
+	@cargo build --quiet --release $(CARGO_FLAGS) --package sockpolicy-integration-tests --bin bench
 
 # What the integration tests run: the agent, as target/debug/sockpolicy.
 debug-build:

@@ -1,0 +1,187 @@
+//! Live sockets brought in line by `sockpolicy apply`, against the least that a program can do from user space.
+//!
+//! Both find the sockets of a cgroup's processes and set an option on each. Every run sets another value, so that all of
+//! them have to be changed.
+
+use std::{
+    fs, io,
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use super::run;
+use crate::{
+    guard::{self, Ground},
+    measure::{self, Spread},
+    row::{Budget, Findings, Kind, Line, Plot, Scale, Series, Unit, whole},
+    scene::Samples,
+    trouble::{Attempt, Result, Trouble},
+    work::{Work, Worker},
+};
+
+const PART: &str = "live";
+
+/// Sockets, both ends of connections.
+const SIZES: [usize; 3] = [1000, 10_000, 50_000];
+/// As many as a process may have open, with some left.
+const PER_PROCESS: usize = 18_000;
+const ROUNDS: usize = 5;
+/// What one size may take. Where the last one was slow, the next has fewer rounds, or is left out.
+const PATIENCE: Duration = Duration::from_secs(45);
+
+pub(crate) fn measure(ground: &Ground, findings: &mut Findings) -> Result<()> {
+    let mut samples = Samples::default();
+    let mut each = Duration::ZERO;
+    for size in SIZES {
+        let expected = each * size as u32;
+        let rounds = if expected.is_zero() { ROUNDS } else { PATIENCE.div_duration_f64(expected).min(5.0) as usize };
+        if rounds == 0 {
+            let reason = format!("would take {expected:.0?} a round");
+            leave_out(&mut samples, size, &Trouble::new(reason));
+            continue;
+        }
+        match of_size(ground, size, rounds, &mut samples) {
+            Ok(took) => each = took / size as u32,
+            Err(trouble) => leave_out(&mut samples, size, &trouble),
+        }
+    }
+    let lines = SIZES.map(|size| {
+        // The rate, so the other way round.
+        Line::new(
+            format!("apply, {size} sockets"),
+            whole(format!("loop-{size}/all")),
+            "rate of pidfd_getfd and setsockopt",
+            whole(format!("apply-{size}/all")),
+        )
+        .plain(format!("apply-{size}/all"))
+        .unit(Unit::Milliseconds)
+        .budget(Budget::AtLeast(5.0))
+    });
+    findings.add(PART, &samples, &lines);
+    findings.plots.push(plot(&samples));
+    Ok(())
+}
+
+fn leave_out(samples: &mut Samples, size: usize, reason: &Trouble) {
+    for who in ["apply", "loop"] {
+        samples.leave_out(&format!("{who}-{size}"), reason.clone());
+    }
+}
+
+/// Gives what a round takes.
+fn of_size(ground: &Ground, size: usize, rounds: usize, samples: &mut Samples) -> Result<Duration> {
+    let home = ground.cgroup(&format!("live-{size}"))?;
+    let mut workers = Vec::new();
+    let mut left = size;
+    while left > 0 {
+        let sockets = left.min(PER_PROCESS);
+        let mut worker = Worker::start(ground, &home, &[], &[])?;
+        worker.perform(&home, &home, 0, &Work::Hold { connections: sockets / 2 })?;
+        workers.push(worker);
+        left -= sockets;
+    }
+    let mut round_took = Duration::ZERO;
+    let mut value = 100;
+    for round in 0..rounds {
+        let begin = Instant::now();
+        for who in measure::order(2, round) {
+            value += 1;
+            let (name, took) = match who {
+                0 => ("apply", apply(ground, &home, size, value)?),
+                _ => ("loop", set_all(&home, size, value)?),
+            };
+            samples.add(&format!("{name}-{size}/all"), took.as_nanos() as f64);
+        }
+        round_took = begin.elapsed();
+    }
+    drop(workers);
+    guard::remove(&home)?;
+    Ok(round_took)
+}
+
+fn apply(ground: &Ground, home: &Path, size: usize, value: i32) -> Result<Duration> {
+    let rules = format!("[[rule]]\nset = {{ TCP_KEEPIDLE = \"{value}s\" }}");
+    let policy = ground.policy("live", home, &rules)?;
+    let program = ground.sockpolicy.display().to_string();
+    let instance = format!("live-{size}");
+    let (took, said) = run(ground, &[&program, "apply", "--instance", &instance, &policy.display().to_string()])?;
+    // The listener is there too; it went with the setup.
+    let summary = said.lines().last().unwrap_or_default();
+    let changed = summary.split("changed: ").nth(1).and_then(|rest| rest.split(',').next()?.parse().ok());
+    match changed {
+        Some(changed) if (size..=size + size / 10 + 10).contains(&changed) => Ok(took),
+        _ => Err(Trouble::new(format_args!("sockpolicy apply changed not {size} sockets: {summary}"))),
+    }
+}
+
+/// What people write themselves: every process of the cgroup, every descriptor, every TCP socket.
+fn set_all(home: &Path, size: usize, value: i32) -> Result<Duration> {
+    let begin = Instant::now();
+    let count = try_set_all(home, value).or_cannot("set an option on sockets of other processes")?;
+    if count < size {
+        return Err(Trouble::new(format_args!("{count} sockets found, of {size}")));
+    }
+    Ok(begin.elapsed())
+}
+
+fn try_set_all(home: &Path, value: i32) -> io::Result<usize> {
+    let mut count = 0;
+    let pids = fs::read_to_string(home.join("cgroup.procs"))?;
+    for pid in pids.lines().filter_map(|line| line.parse::<libc::pid_t>().ok()) {
+        // SAFETY: takes numbers.
+        let process = descriptor(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+        for entry in fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
+            // One that is closed meanwhile is none.
+            let Ok(target) = fs::read_link(entry.path()) else { continue };
+            let number = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok());
+            let Some(number) = number.filter(|_| target.as_os_str().as_encoded_bytes().starts_with(b"socket:")) else {
+                continue;
+            };
+            // SAFETY: takes numbers.
+            let taken = unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), number, 0) };
+            let Ok(socket) = descriptor(taken) else { continue };
+            count += usize::from(set_if_tcp(&socket, value)?);
+        }
+    }
+    Ok(count)
+}
+
+fn set_if_tcp(socket: &OwnedFd, value: i32) -> io::Result<bool> {
+    let (mut protocol, mut len) = (0i32, 4);
+    // SAFETY: room for an int.
+    let result = unsafe {
+        let room = (&raw mut protocol).cast();
+        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_PROTOCOL, room, &raw mut len)
+    };
+    if result < 0 || protocol != libc::IPPROTO_TCP {
+        return Ok(false);
+    }
+    // SAFETY: points to an int.
+    let result = unsafe {
+        let value = (&raw const value).cast();
+        libc::setsockopt(socket.as_raw_fd(), libc::SOL_TCP, libc::TCP_KEEPIDLE, value, 4)
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(true) }
+}
+
+fn descriptor(result: libc::c_long) -> io::Result<OwnedFd> {
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: just made, and nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(result as i32) })
+}
+
+fn plot(samples: &Samples) -> Plot {
+    let series = [("apply", "sockpolicy apply"), ("loop", "pidfd_getfd and setsockopt")].map(|(who, name)| {
+        let point = |size: usize| {
+            let spread = Spread::of(samples.of(&format!("{who}-{size}/all")).ok()?)?;
+            Some((size as f64, spread.scaled(1e-6)))
+        };
+        Series { name: name.to_owned(), points: SIZES.into_iter().filter_map(point).collect() }
+    });
+    let (sizes, figures, series) = (Scale::Logarithmic, Scale::Logarithmic, series.to_vec());
+    let kind = Kind::Curves { size: "live sockets", sizes, figure: "milliseconds", figures, series };
+    Plot { name: "live", title: "An option set on all sockets of a cgroup", kind }
+}

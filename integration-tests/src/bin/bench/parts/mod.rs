@@ -1,0 +1,81 @@
+//! The parts of the benchmark: what is measured in each, as data.
+
+mod connections;
+mod datagrams;
+mod lifecycle;
+mod live;
+mod programs;
+mod scaling;
+mod servers;
+mod setsockopt;
+mod storm;
+
+use std::{
+    fs,
+    os::unix::process::CommandExt,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use crate::{
+    guard::{self, Ground},
+    row::Findings,
+    trouble::{Attempt, Result, Trouble},
+    work::Call,
+};
+
+/// A part that can be asked for by its name.
+pub(crate) struct Part {
+    pub(crate) name: &'static str,
+    pub(crate) what: &'static str,
+    pub(crate) measure: fn(&Ground, &mut Findings) -> Result<()>,
+}
+
+const fn part(name: &'static str, what: &'static str, measure: fn(&Ground, &mut Findings) -> Result<()>) -> Part {
+    Part { name, what, measure }
+}
+
+pub(crate) const ALL: [Part; 11] = [
+    part("setsockopt", "application calls, one by one", setsockopt::measure),
+    part("connections", "connections over loopback", connections::measure),
+    part("rules", "policies of many rules", scaling::rules),
+    part("targets", "policies of many targets", scaling::targets),
+    part("prefixes", "matches of many networks", scaling::prefixes),
+    part("datagrams", "datagrams over loopback", datagrams::measure),
+    part("servers", "Redis and nginx under load", servers::measure),
+    part("live", "live sockets brought in line", live::measure),
+    part("lifecycle", "how long it takes to come in force, and what it takes up", lifecycle::measure),
+    part("programs", "where the time goes, by the kernel's clock", programs::measure),
+    part("storm", "far more conflicts than anybody reads", storm::measure),
+];
+
+const fn call(level: i32, name: i32, value: i32) -> Call {
+    Call { level, name, value }
+}
+
+/// Runs a command to its end; gives how long it took, and what it wrote to standard output.
+fn run(ground: &Ground, words: &[&str]) -> Result<(Duration, String)> {
+    let what = words[..words.len().min(2)].join(" ");
+    let (out_path, err_path) = (ground.scratch.join("run.out"), ground.scratch.join("run.err"));
+    let create = |path| fs::File::create(path).or_cannot(format_args!("write for {what}"));
+    let mut command = Command::new(words[0]);
+    command.args(&words[1..]).stdin(Stdio::null()).stdout(create(&out_path)?).stderr(create(&err_path)?);
+    let mut enter = guard::enter(&ground.cgroup("beside")?)?;
+    // SAFETY: only makes system calls.
+    unsafe {
+        command.pre_exec(move || {
+            guard::die_with_parent()?;
+            enter()
+        });
+    }
+    let begin = Instant::now();
+    let status = command.status().or_cannot(format_args!("run {what}"))?;
+    let took = begin.elapsed();
+    let said = |path| fs::read_to_string(path).unwrap_or_default();
+    if status.success() {
+        return Ok((took, said(&out_path)));
+    }
+    let errors = said(&err_path);
+    let why = errors.lines().find(|line| line.contains("rror")).unwrap_or("it said nothing");
+    Err(Trouble::new(format_args!("{what}: {status}: {why}")))
+}

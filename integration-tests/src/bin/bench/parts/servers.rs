@@ -1,0 +1,96 @@
+//! Servers that people run, under load: Redis and nginx, each in a cgroup with its client.
+
+use super::connections;
+use crate::{
+    guard::Ground,
+    peers,
+    row::{Findings, Line, Unit, whole},
+    scene::{Arm, Comparison, Condition, Place, Scene, check_installed},
+    trouble::Result,
+    work::{Says, Work},
+};
+
+const PART: &str = "servers";
+
+const REDIS_PORT: u16 = 6390;
+const NGINX_PORT: u16 = 8090;
+
+pub(crate) fn measure(ground: &Ground, findings: &mut Findings) -> Result<()> {
+    for (server, scenes, arms) in [("redis", redis(), REDIS_ARMS), ("nginx", nginx(ground)?, NGINX_ARMS)] {
+        let samples = Comparison { rounds: 5, millis: 0, scenes }.run(ground)?;
+        let mut lines = Vec::new();
+        for (arm, says) in arms {
+            for (under, what) in [("policy", "policy of 10 options"), ("audited", "the same with audit")] {
+                // Requests a second, so the other way round: more is better.
+                let (without, with) = (format!("none-{server}/{arm}"), format!("{under}-{server}/{arm}"));
+                let line = Line::new(format!("{says}, {what}"), whole(without), "no tool", whole(with.clone()));
+                lines.push(line.plain(with).unit(Unit::Rate));
+            }
+        }
+        findings.add(PART, &samples, &lines);
+    }
+    Ok(())
+}
+
+const REDIS_ARMS: [(&str, &str); 2] =
+    [("kept", "redis-benchmark GET"), ("anew", "redis-benchmark GET, each on a new connection")];
+const NGINX_ARMS: [(&str, &str); 2] = [("kept", "wrk on nginx"), ("anew", "wrk on nginx, each on a new connection")];
+
+fn words(text: &str) -> Vec<String> {
+    text.split_whitespace().map(str::to_owned).collect()
+}
+
+fn scenes(server: &str, needs: &[&'static str], setup: &Work, arms: &[Arm]) -> Vec<Scene> {
+    let scene = |under: &str, condition: Condition| Scene {
+        name: format!("{under}-{server}"),
+        condition: Condition { needs: needs.to_vec(), ..condition },
+        setup: vec![setup.clone()],
+        arms: arms.to_vec(),
+    };
+    vec![
+        scene("none", peers::nothing()),
+        scene("policy", peers::policy(connections::TEN)),
+        scene("audited", peers::audited(connections::TEN)),
+    ]
+}
+
+fn redis() -> Vec<Scene> {
+    let server = format!("redis-server --port {REDIS_PORT} --bind 127.0.0.1 --save  --appendonly no --dir /run/bench");
+    // An empty word turns saving off.
+    let mut server = words(&server);
+    if let Some(place) = server.iter().position(|word| word == "--save") {
+        server.insert(place + 1, String::new());
+    }
+    let client = |name, requests: u32, more: &str| {
+        let line = format!("redis-benchmark -p {REDIS_PORT} -t get -c 16 --csv -n {requests} {more}");
+        Arm { name, place: Place::Inside, work: Work::Load { command: words(&line), says: Says::SecondColumn } }
+    };
+    let arms = [client("kept", 30_000, ""), client("anew", 6_000, "-k 0")];
+    let needs = ["redis-server", "redis-benchmark"];
+    scenes("redis", &needs, &Work::Serve { command: server, port: REDIS_PORT }, &arms)
+}
+
+fn nginx(ground: &Ground) -> Result<Vec<Scene>> {
+    if check_installed(&["nginx", "wrk"]).is_err() {
+        // The scenes say what is missing.
+        return Ok(scenes("nginx", &["nginx", "wrk"], &Work::Run { command: Vec::new() }, &[]));
+    }
+    let folder = ground.scratch.display();
+    let folders: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
+        .map(|kind| format!("{kind}_temp_path {folder}/nginx-{kind};\n"))
+        .concat();
+    let configuration = format!(
+        "daemon off;\nmaster_process off;\npid {folder}/nginx.pid;\nerror_log stderr crit;\nevents {{}}\n\
+         http {{\naccess_log off;\nkeepalive_requests 1000000000;\n{folders}\
+         server {{ listen 127.0.0.1:{NGINX_PORT}; location / {{ return 200 hello; }} }}\n}}\n"
+    );
+    let configuration = ground.file("nginx.conf", &configuration)?;
+    let server = words(&format!("nginx -e stderr -c {}", configuration.display()));
+    let client = |name, header: Option<&str>| {
+        let mut command = words(&format!("wrk -t 1 -c 16 -d 1 http://127.0.0.1:{NGINX_PORT}/"));
+        command.extend(header.into_iter().flat_map(|header| ["-H".to_owned(), header.to_owned()]));
+        Arm { name, place: Place::Inside, work: Work::Load { command, says: Says::RequestsPerSecond } }
+    };
+    let arms = [client("kept", None), client("anew", Some("Connection: close"))];
+    Ok(scenes("nginx", &["nginx", "wrk"], &Work::Serve { command: server, port: NGINX_PORT }, &arms))
+}
