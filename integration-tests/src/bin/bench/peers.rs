@@ -70,9 +70,10 @@ pub(crate) fn perf_trace() -> Condition {
 }
 
 pub(crate) fn bpftrace(script: &str) -> Condition {
-    let mut beside = words("bpftrace -o /run/bench/bpftrace.out -e");
-    beside.push(script.to_owned());
-    Condition { needs: vec!["bpftrace"], beside, programs: 1, is_everywhere: true, ..Condition::default() }
+    let mut wrap = words("bpftrace -o /run/bench/bpftrace.out -e");
+    // It starts the worker when its probes are attached.
+    wrap.extend([script.to_owned(), "-c".to_owned()]);
+    Condition { needs: vec!["bpftrace"], wrap, is_one_word: true, is_everywhere: true, ..Condition::default() }
 }
 
 /// A library that sets SO_KEEPALIVE on every socket that is made.

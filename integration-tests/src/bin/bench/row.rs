@@ -76,12 +76,14 @@ pub(crate) struct Term {
 }
 
 impl Term {
-    fn samples(&self, samples: &Samples) -> Result<Vec<f64>> {
-        let of = samples.of(&self.of)?;
-        match &self.less {
-            None => Ok(of.to_vec()),
-            Some(less) => Ok(measure::differences(of, samples.of(less)?)),
-        }
+    fn arms(&self) -> impl Iterator<Item = &str> {
+        [Some(&*self.of), self.less.as_deref()].into_iter().flatten()
+    }
+
+    /// Of the samples of its arms, which come first.
+    fn take(&self, samples: &mut impl Iterator<Item = Vec<f64>>) -> Vec<f64> {
+        let of = samples.next().unwrap_or_default();
+        if self.less.is_none() { of } else { measure::differences(&of, &samples.next().unwrap_or_default()) }
     }
 }
 
@@ -140,8 +142,16 @@ impl Line {
     }
 
     fn ratio(&self, samples: &Samples) -> Result<Spread> {
-        let ratios = measure::ratios(&self.over.samples(samples)?, &self.under.samples(samples)?);
-        Spread::of(&ratios).ok_or_else(|| Trouble::new("what it is compared with was too small to measure"))
+        let Self { over, under, .. } = self;
+        let arms: Vec<&str> = over.arms().chain(under.arms()).collect();
+        // Differences are small beside what they are differences of: medians first.
+        let by_round = over.less.is_some() || under.less.is_some();
+        let mut samples = samples.beside_each_other(&arms, by_round)?.into_iter();
+        let (over, under) = (over.take(&mut samples), under.take(&mut samples));
+        // Where it may as well be nothing, any number can come out.
+        let is_sound = Spread::of(&under).is_some_and(|under| under.low > 0.0);
+        let ratio = if is_sound { Spread::of(&measure::ratios(&over, &under)) } else { None };
+        ratio.ok_or_else(|| Trouble::new("what it is compared with was lost in what else the machine did"))
     }
 }
 
@@ -248,6 +258,15 @@ mod tests {
         assert_eq!(line.clone().budget(Budget::AtLeast(2.0)).row("part", &samples()).is_met(), Some(true));
         assert_eq!(line.clone().budget(Budget::AtLeast(2.1)).row("part", &samples()).is_met(), Some(false));
         assert_eq!(line.row("part", &samples()).is_met(), None);
+    }
+
+    #[test]
+    fn what_may_be_nothing_is_no_measure() {
+        let mut samples = samples();
+        samples.add("noise/set", 90.0);
+        samples.add("noise/set", 210.0);
+        let row = Line::new("ours", added("ours/set", "none/set"), "noise", added("noise/set", "none/set"));
+        assert!(row.row("part", &samples).left_out.is_some());
     }
 
     #[test]

@@ -19,7 +19,7 @@ use nix::{
 use sockpolicy_integration_tests::wait;
 
 use crate::{
-    bpf::{self, Empty, Hook},
+    bpf::{Empty, Hook},
     guard::{self, Ground},
     measure,
     trouble::{Attempt, Result, Trouble},
@@ -44,12 +44,12 @@ pub(crate) struct Condition {
     pub(crate) rules: Option<String>,
     /// Cgroups below the scene's that are targets, if not that one itself.
     pub(crate) targets: Option<usize>,
-    /// A process that runs meanwhile, what it says when it is ready, and how many BPF programs it has loaded by then.
+    /// A process that runs meanwhile, and what it says when it is ready.
     pub(crate) beside: Vec<String>,
     pub(crate) ready: &'static str,
-    pub(crate) programs: usize,
-    /// What the worker is run by.
+    /// What the worker is run by, and whether that takes the worker's command line as one word.
     pub(crate) wrap: Vec<String>,
+    pub(crate) is_one_word: bool,
     /// Variables of the worker.
     pub(crate) variables: Vec<(String, String)>,
     /// Whether it touches every process of the host.
@@ -98,13 +98,19 @@ pub(crate) struct Comparison {
     pub(crate) rounds: usize,
     /// For how long each arm works in each round.
     pub(crate) millis: u64,
+    /// In how many turns each round goes over the scenes that stay: the shorter, the less changes within one.
+    pub(crate) turns: usize,
     pub(crate) scenes: Vec<Scene>,
 }
 
-/// What came of a comparison: nanoseconds for each arm (`SCENE/ARM`), one a round; and why of some there are none.
+/// What came of a comparison: nanoseconds for each arm (`SCENE/ARM`), one for each turn of each round; and why of some there are
+/// none.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Samples {
     by_arm: BTreeMap<String, Vec<f64>>,
+    rounds: usize,
+    /// Turns in a round, of arms that have more than one; 0 if none has.
+    turns: usize,
     left_out: BTreeMap<String, Trouble>,
 }
 
@@ -116,6 +122,19 @@ impl Samples {
         let scene = arm.split('/').next().unwrap_or(arm);
         let reason = self.left_out.get(arm).or_else(|| self.left_out.get(scene));
         Err(reason.cloned().unwrap_or_else(|| Trouble::new(format_args!("{arm} was not measured"))))
+    }
+
+    /// The samples of several arms, as many of each: where some have one a round and some have turns, or if it is asked for, the
+    /// medians of these.
+    pub(crate) fn beside_each_other(&self, arms: &[&str], by_round: bool) -> Result<Vec<Vec<f64>>> {
+        let all = arms.iter().map(|arm| self.of(arm)).collect::<Result<Vec<_>>>()?;
+        let least = all.iter().map(|samples| samples.len()).min().unwrap_or_default();
+        let is_by_round = |samples: &[f64]| samples.len() == self.rounds;
+        let as_many = |samples: &&[f64]| {
+            let stays = is_by_round(samples) || !by_round && samples.len() == least || self.turns == 0;
+            if stays { samples.to_vec() } else { samples.chunks(self.turns).map(measure::median).collect() }
+        };
+        Ok(all.iter().map(as_many).collect())
     }
 
     pub(crate) fn add(&mut self, arm: &str, sample: f64) {
@@ -134,22 +153,25 @@ impl Samples {
 
 impl Comparison {
     pub(crate) fn run(&self, ground: &Ground) -> Result<Samples> {
-        let mut samples = Samples::default();
+        let mut samples = Samples { rounds: self.rounds, turns: self.turns, ..Samples::default() };
         let outside = ground.cgroup("outside")?;
         let mut stages = self.set(ground, &outside, &mut samples)?;
         for round in 0..self.rounds {
+            for turn in 0..self.turns {
+                for place in measure::order(self.scenes.len(), round * self.turns + turn) {
+                    let scene = &self.scenes[place];
+                    if let Some(stage) = stages.get_mut(&scene.name).filter(|_| !samples.is_left_out(&scene.name)) {
+                        let result = self.play(stage, scene, &outside, self.millis / self.turns as u64, &mut samples);
+                        result.unwrap_or_else(|trouble| samples.leave_out(&scene.name, trouble));
+                    }
+                }
+            }
             for place in measure::order(self.scenes.len(), round) {
                 let scene = &self.scenes[place];
-                if samples.is_left_out(&scene.name) {
-                    continue;
-                }
-                let result = match stages.get_mut(&scene.name) {
-                    Some(stage) => self.play(stage, scene, &outside, &mut samples),
-                    None => Stage::set(ground, scene, &outside)
-                        .and_then(|mut stage| self.play(&mut stage, scene, &outside, &mut samples)),
-                };
-                if let Err(trouble) = result {
-                    samples.leave_out(&scene.name, trouble);
+                if !stages.contains_key(&scene.name) && !samples.is_left_out(&scene.name) {
+                    let result = Stage::set(ground, scene, &outside)
+                        .and_then(|mut stage| self.play(&mut stage, scene, &outside, self.millis, &mut samples));
+                    result.unwrap_or_else(|trouble| samples.leave_out(&scene.name, trouble));
                 }
             }
         }
@@ -177,10 +199,10 @@ impl Comparison {
         Ok(stages)
     }
 
-    fn play(&self, stage: &mut Stage, scene: &Scene, outside: &Path, samples: &mut Samples) -> Result<()> {
+    fn play(&self, stage: &mut Stage, scene: &Scene, outside: &Path, millis: u64, samples: &mut Samples) -> Result<()> {
         for arm in &scene.arms {
             let (at, listen_at) = arm.place.cgroups(&stage.target, outside);
-            let took = stage.worker.perform(at, listen_at, self.millis, &arm.work)?;
+            let took = stage.worker.perform(at, listen_at, millis, &arm.work)?;
             samples.add(&format!("{}/{}", scene.name, arm.name), took.ns);
         }
         Ok(())
@@ -202,8 +224,7 @@ impl Stage {
 
     fn on(ground: &Ground, scene: &Scene, outside: &Path, mut in_force: InForce) -> Result<Self> {
         in_force.wait()?;
-        let Condition { wrap, variables, .. } = &scene.condition;
-        let mut worker = Worker::start(ground, outside, wrap, variables)?;
+        let mut worker = Worker::start(ground, outside, &scene.condition)?;
         let target = in_force.target.clone();
         for work in &scene.setup {
             worker.perform(&target, &target, 0, work)?;
@@ -249,7 +270,7 @@ impl InForce {
                     _ => word.clone(),
                 });
                 let words: Vec<String> = replaced.collect();
-                Some(Beside::start(ground, name, &words, condition.ready, condition.programs)?)
+                Some(Beside::start(ground, name, &words, condition.ready)?)
             }
         };
         Ok(Self { _empty: empty, beside, target })
@@ -284,19 +305,10 @@ pub(crate) struct Beside {
     /// What it says, on both ways.
     pub(crate) log: PathBuf,
     ready: &'static str,
-    /// How many BPF programs there are when it is ready that are newer than this one.
-    programs: usize,
-    newest: u32,
 }
 
 impl Beside {
-    pub(crate) fn start(
-        ground: &Ground,
-        name: &str,
-        words: &[String],
-        ready: &'static str,
-        programs: usize,
-    ) -> Result<Self> {
+    pub(crate) fn start(ground: &Ground, name: &str, words: &[String], ready: &'static str) -> Result<Self> {
         let log = ground.scratch.join(format!("{name}.log"));
         let out = fs::File::create(&log).or_cannot(format_args!("write {}", log.display()))?;
         let err = out.try_clone().or_cannot(format_args!("write {}", log.display()))?;
@@ -310,19 +322,17 @@ impl Beside {
                 enter()
             });
         }
-        let newest = bpf::newest_program();
         let child = command.spawn().or_cannot(format_args!("run {}", words[0]))?;
-        Ok(Self { child, program: words[..words.len().min(2)].join(" "), log, ready, programs, newest })
+        Ok(Self { child, program: words[..words.len().min(2)].join(" "), log, ready })
     }
 
     /// Waits until it is ready.
     pub(crate) fn wait(&mut self) -> Result<()> {
-        let Self { child, log, ready, programs, program, newest } = self;
+        let Self { child, log, ready, program } = self;
         let mut said = String::new();
         let is_ready = wait::until(wait::PATIENCE, || {
             said = fs::read_to_string(&log).unwrap_or_default();
-            let is_ready = said.contains(*ready) && bpf::programs_after(*newest) >= *programs;
-            is_ready || !matches!(child.try_wait(), Ok(None))
+            said.contains(*ready) || !matches!(child.try_wait(), Ok(None))
         });
         if is_ready && matches!(child.try_wait(), Ok(None)) {
             return Ok(());

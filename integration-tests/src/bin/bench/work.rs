@@ -26,6 +26,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     guard::{self, Ground},
+    scene::Condition,
     trouble::{Attempt, Result, Trouble},
 };
 
@@ -101,9 +102,11 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    /// Starts one, by this command line before its own and with these variables.
-    pub(crate) fn start(ground: &Ground, home: &Path, wrap: &[String], variables: &[(String, String)]) -> Result<Self> {
-        let own = [ground.bench.display().to_string(), WORK.to_owned()];
+    /// Starts one as a condition says: run by something else, with variables.
+    pub(crate) fn start(ground: &Ground, home: &Path, condition: &Condition) -> Result<Self> {
+        let Condition { wrap, is_one_word, variables, .. } = condition;
+        let own = vec![ground.bench.display().to_string(), WORK.to_owned()];
+        let own = if *is_one_word { vec![own.join(" ")] } else { own };
         let words: Vec<&String> = wrap.iter().chain(&own).collect();
         let log = ground.scratch.join("worker.log");
         let said = fs::File::create(&log).or_cannot(format_args!("write {}", log.display()))?;
@@ -134,8 +137,9 @@ impl Worker {
     /// What it said before it ended, if that is why.
     fn explained(&self, trouble: &Trouble) -> Trouble {
         let said = fs::read_to_string(&self.log).unwrap_or_default();
-        let first = said.lines().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing");
-        Trouble::new(format_args!("{}: {first}", trouble.in_short()))
+        let error = said.lines().rfind(|line| line.contains("rror"));
+        let why = error.or_else(|| said.lines().rfind(|line| !line.trim().is_empty())).unwrap_or("it said nothing");
+        Trouble::new(format_args!("{}: {why}", trouble.in_short()))
     }
 
     fn ask(&mut self, task: &Task) -> io::Result<Answer> {
@@ -153,6 +157,13 @@ impl Worker {
     }
 }
 
+impl Worker {
+    /// Of what wraps it, if anything does.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+}
+
 impl Drop for Worker {
     fn drop(&mut self) {
         drop(self.input.take());
@@ -166,29 +177,36 @@ pub(crate) fn serve() -> Result<()> {
     unshare(CloneFlags::CLONE_NEWNET).or_cannot("make a network namespace")?;
     bring_loopback_up().or_cannot("bring the loopback interface up")?;
     let mut held = loops::Held::default();
+    let mut place = PathBuf::new();
     for line in io::stdin().lock().lines() {
         let line = line.or_cannot("read a task")?;
         let task: Task = serde_json::from_str(&line).or_cannot(format_args!("understand {line}"))?;
-        let answer: Answer = perform(&task, &mut held).map_err(|error| error.to_string());
+        let answer: Answer = perform(&task, &mut held, &mut place).map_err(|error| error.to_string());
         let text = serde_json::to_string(&answer).or_cannot("write an answer")?;
         writeln!(io::stdout(), "{text}").or_cannot("write an answer")?;
     }
     Ok(())
 }
 
-fn perform(task: &Task, held: &mut loops::Held) -> io::Result<Took> {
+/// `place` is the cgroup that this process is in: going to one waits for the kernel.
+fn perform(task: &Task, held: &mut loops::Held, place: &mut PathBuf) -> io::Result<Took> {
     let Task { at, listen_at, millis, work } = task;
-    let go_to = |cgroup: &Path| fs::write(cgroup.join("cgroup.procs"), "0");
+    let mut go_to = |cgroup: &Path| {
+        if place != cgroup {
+            fs::write(cgroup.join("cgroup.procs"), "0")?;
+            cgroup.clone_into(place);
+        }
+        io::Result::Ok(())
+    };
+    if matches!(work, Work::Connect { .. }) && !held.has_listener(listen_at) {
+        go_to(listen_at)?;
+        held.listen(listen_at)?;
+    }
     go_to(at)?;
     match work {
         Work::Set { call, errno } => loops::set(*call, *errno, *millis),
         Work::Get { call } => loops::get(*call, *millis),
-        Work::Connect { own } => {
-            go_to(listen_at)?;
-            let listener = loops::Listener::new()?;
-            go_to(at)?;
-            listener.connect(own, *millis)
-        }
+        Work::Connect { own } => held.listener(listen_at)?.connect(own, *millis),
         Work::Send { connected } => loops::send(*connected, *millis),
         Work::Hold { connections } => timed(|| held.connect(*connections)),
         Work::Serve { command, port } => timed(|| held.serve(command, *port)),

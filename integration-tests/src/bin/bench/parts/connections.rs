@@ -49,7 +49,7 @@ const OWN: [Call; 10] = [
 ];
 
 pub(crate) fn measure(ground: &Ground, findings: &mut Findings) -> Result<()> {
-    let samples = Comparison { rounds: 15, millis: 100, scenes: scenes() }.run(ground)?;
+    let samples = Comparison { rounds: 9, millis: 200, turns: 10, scenes: scenes() }.run(ground)?;
     findings.add(PART, &samples, &lines());
     findings.plots.push(plot(&samples));
     Ok(())

@@ -16,7 +16,7 @@ const PART: &str = "datagrams";
 const ONE: &str = "[[rule]]\nset = { SO_PRIORITY = 3 }";
 
 pub(crate) fn measure(ground: &Ground, findings: &mut Findings) -> Result<()> {
-    let samples = Comparison { rounds: 11, millis: 60, scenes: scenes() }.run(ground)?;
+    let samples = Comparison { rounds: 11, millis: 60, turns: 5, scenes: scenes() }.run(ground)?;
     let mut lines = Vec::new();
     for (arm, says) in [("sendto", "sendto, unconnected"), ("send", "send, connected")] {
         for (scene, under) in [("empty", "an empty program on sendmsg4"), ("one", "1 option"), ("ten", "10 options")] {

@@ -99,7 +99,7 @@ fn start(ground: &Ground, name: &str, arguments: &[&str], policy: &str) -> Resul
     let more = arguments.iter().chain([&policy]).map(|word| (*word).to_owned());
     let words: Vec<String> = own.into_iter().chain(more).collect();
     let begin = Instant::now();
-    let mut agent = Beside::start(ground, name, &words, peers::IN_FORCE, 0)?;
+    let mut agent = Beside::start(ground, name, &words, peers::IN_FORCE)?;
     agent.wait()?;
     Ok((agent, begin.elapsed()))
 }

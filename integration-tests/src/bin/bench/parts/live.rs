@@ -15,7 +15,7 @@ use crate::{
     guard::{self, Ground},
     measure::{self, Spread},
     row::{Budget, Findings, Kind, Line, Plot, Scale, Series, Unit, whole},
-    scene::Samples,
+    scene::{Condition, Samples},
     trouble::{Attempt, Result, Trouble},
     work::{Work, Worker},
 };
@@ -76,7 +76,7 @@ fn of_size(ground: &Ground, size: usize, rounds: usize, samples: &mut Samples) -
     let mut left = size;
     while left > 0 {
         let sockets = left.min(PER_PROCESS);
-        let mut worker = Worker::start(ground, &home, &[], &[])?;
+        let mut worker = Worker::start(ground, &home, &Condition::default())?;
         worker.perform(&home, &home, 0, &Work::Hold { connections: sockets / 2 })?;
         workers.push(worker);
         left -= sockets;

@@ -92,7 +92,7 @@ fn play(ground: &Ground, scene: &Scene) -> Result<Vec<(String, f64)>> {
     let newest = bpf::newest_program();
     let mut in_force = InForce::begin(ground, scene)?;
     in_force.wait()?;
-    let mut worker = Worker::start(ground, &outside, &[], &[])?;
+    let mut worker = Worker::start(ground, &outside, &scene.condition)?;
     let mut found = Vec::new();
     for arm in &scene.arms {
         let before = run_times(newest);

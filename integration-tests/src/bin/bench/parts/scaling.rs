@@ -64,7 +64,7 @@ fn of_prefixes(count: usize) -> Condition {
 
 impl Dimension {
     fn measure(&self, ground: &Ground, findings: &mut Findings) -> Result<()> {
-        let samples = Comparison { rounds: 11, millis: 60, scenes: self.scenes() }.run(ground)?;
+        let samples = Comparison { rounds: 11, millis: 60, turns: 5, scenes: self.scenes() }.run(ground)?;
         findings.add(self.part, &samples, &self.lines());
         findings.plots.push(self.plot(&samples));
         Ok(())

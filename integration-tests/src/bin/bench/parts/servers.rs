@@ -17,7 +17,7 @@ const NGINX_PORT: u16 = 8090;
 
 pub(crate) fn measure(ground: &Ground, findings: &mut Findings) -> Result<()> {
     for (server, scenes, arms) in [("redis", redis(), REDIS_ARMS), ("nginx", nginx(ground)?, NGINX_ARMS)] {
-        let samples = Comparison { rounds: 5, millis: 0, scenes }.run(ground)?;
+        let samples = Comparison { rounds: 5, millis: 0, turns: 1, scenes }.run(ground)?;
         let mut lines = Vec::new();
         for (arm, says) in arms {
             for (under, what) in [("policy", "policy of 10 options"), ("audited", "the same with audit")] {

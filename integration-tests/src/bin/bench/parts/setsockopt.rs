@@ -34,7 +34,7 @@ const PRINTING: &str = "tracepoint:syscalls:sys_enter_setsockopt \
     { printf(\"%d %d %d\\n\", pid, args->level, args->optname); }";
 
 pub(crate) fn measure(ground: &Ground, findings: &mut Findings) -> Result<()> {
-    let comparison = Comparison { rounds: 9, millis: 60, scenes: scenes() };
+    let comparison = Comparison { rounds: 9, millis: 60, turns: 5, scenes: scenes() };
     let samples = comparison.run(ground)?;
     findings.add(PART, &samples, &lines());
     findings.plots.push(plot(&samples));

@@ -66,15 +66,19 @@ fn storm(ground: &Ground, name: &str, condition: Condition, samples: &mut Sample
     let mut in_force = InForce::begin(ground, &scene)?;
     in_force.wait()?;
     let target = in_force.target.clone();
-    let tool = in_force.into_beside().ok_or_else(|| Trouble::new("nothing runs beside the storm"))?;
-    let mut worker = Worker::start(ground, &target, &[], &[])?;
-    let (before, begin) = (cpu_seconds(&tool)?, Instant::now());
+    let mut worker = Worker::start(ground, &target, &scene.condition)?;
+    // What wraps the worker, if there is nothing beside it.
+    let tool = in_force.into_beside();
+    let pid = tool.as_ref().map_or(worker.pid(), Beside::pid);
+    // It is there when it has answered.
+    worker.perform(&target, &target, 0, &Work::Hold { connections: 0 })?;
+    let (before, begin) = (cpu_seconds(pid)?, Instant::now());
     let took = worker.perform(&target, &target, MILLIS, &Work::Set { call: STORM, errno: 0 })?;
-    let cpu = (cpu_seconds(&tool)? - before) / begin.elapsed().as_secs_f64();
+    let cpu = (cpu_seconds(pid)? - before) / begin.elapsed().as_secs_f64();
     samples.add(&format!("{name}/cpu"), cpu * 100.0);
-    samples.add(&format!("{name}/memory"), peak_kib(&tool)?);
+    samples.add(&format!("{name}/memory"), peak_kib(pid)?);
     drop(worker);
-    let said = tool.end();
+    let said = tool.map_or_else(String::new, Beside::end);
     guard::remove(&target)?;
     // The first is tried before the clock runs.
     Ok((said, took.times as f64 + 1.0))
@@ -97,8 +101,8 @@ fn tally(said: &str, called: f64, samples: &mut Samples) -> Result<()> {
 }
 
 /// How long the threads of a process have run by now.
-fn cpu_seconds(tool: &Beside) -> Result<f64> {
-    let path = format!("/proc/{}/task", tool.pid());
+fn cpu_seconds(pid: u32) -> Result<f64> {
+    let path = format!("/proc/{pid}/task");
     let threads = fs::read_dir(&path).or_cannot(format_args!("list {path}"))?;
     // Nanoseconds on a CPU, then two other numbers.
     let ran = |folder: PathBuf| {
@@ -110,8 +114,8 @@ fn cpu_seconds(tool: &Beside) -> Result<f64> {
     Ok(times.iter().sum::<f64>() / 1e9)
 }
 
-fn peak_kib(tool: &Beside) -> Result<f64> {
-    let path = format!("/proc/{}/status", tool.pid());
+fn peak_kib(pid: u32) -> Result<f64> {
+    let path = format!("/proc/{pid}/status");
     let text = fs::read_to_string(&path).or_cannot(format_args!("read {path}"))?;
     let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
     let peak = line.and_then(|line| line.split_whitespace().next()?.parse().ok());

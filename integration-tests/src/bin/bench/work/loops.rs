@@ -1,9 +1,11 @@
 //! The loops themselves, and what a worker keeps open.
 
 use std::{
+    collections::BTreeMap,
     io, mem,
     net::{Ipv4Addr, TcpListener, TcpStream},
     os::unix::process::CommandExt,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     ptr,
     time::{Duration, Instant},
@@ -176,11 +178,26 @@ pub(super) fn send(connected: bool, millis: u64) -> io::Result<Took> {
 /// What a worker has open, and whom it has started.
 #[derive(Default)]
 pub(super) struct Held {
+    /// By the cgroup that each was made in.
+    listeners: BTreeMap<PathBuf, Listener>,
     connections: Vec<(TcpStream, TcpStream)>,
     servers: Vec<Child>,
 }
 
 impl Held {
+    pub(super) fn has_listener(&self, cgroup: &Path) -> bool {
+        self.listeners.contains_key(cgroup)
+    }
+
+    pub(super) fn listen(&mut self, cgroup: &Path) -> io::Result<()> {
+        self.listeners.insert(cgroup.to_owned(), Listener::new()?);
+        Ok(())
+    }
+
+    pub(super) fn listener(&self, cgroup: &Path) -> io::Result<&Listener> {
+        self.listeners.get(cgroup).ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
     pub(super) fn connect(&mut self, count: usize) -> io::Result<()> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         for _ in 0..count {
