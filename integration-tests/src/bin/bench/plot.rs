@@ -130,7 +130,9 @@ fn curves((size, sizes): (&str, Scale), (figure, figures): (&str, Scale), series
     }
     for value in &across.ticks {
         text += &line("grid", (x(*value), top), (x(*value), HEIGHT - BOTTOM));
-        text += &words("", x(*value), HEIGHT - BOTTOM + 18.0, "middle", &tick(*value));
+        // The last one must not go over the edge.
+        let anchor = if across.place(*value) < 1.0 { "middle" } else { "end" };
+        text += &words("", x(*value), HEIGHT - BOTTOM + 18.0, anchor, &tick(*value));
     }
     text += &line("axis", (LEFT, HEIGHT - BOTTOM), (WIDTH - RIGHT, HEIGHT - BOTTOM));
     text += &line("axis", (LEFT, top), (LEFT, HEIGHT - BOTTOM));
