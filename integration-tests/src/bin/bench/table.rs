@@ -75,7 +75,9 @@ pub(crate) fn cells(row: &Row) -> [String; 7] {
         }
         None => {
             let reason = row.left_out.as_deref().unwrap_or("left out");
-            [what, "–".to_owned(), String::new(), String::new(), versus, figure, format!("left out: {reason}")]
+            let words = [budget(row), format!("left out: {reason}")];
+            let last = words.into_iter().filter(|words| !words.is_empty()).collect::<Vec<_>>().join("; ");
+            [what, "–".to_owned(), String::new(), String::new(), versus, figure, last]
         }
     }
 }

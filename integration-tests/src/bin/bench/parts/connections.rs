@@ -87,7 +87,10 @@ fn scenes() -> Vec<Scene> {
         scene("own-one", peers::nothing(), own(1)),
         scene("own-ten", peers::nothing(), own(10)),
         scene("libkeepalive", peers::libkeepalive(), vec![outbound()]),
-        Scene { setup: vec![Work::Run { command: route }], ..scene("route", peers::nothing(), vec![outbound()]) },
+        Scene {
+            setup: vec![Work::Run { command: route }],
+            ..scene("route", Condition { needs: vec!["ip"], ..peers::nothing() }, vec![outbound()])
+        },
     ]
 }
 
