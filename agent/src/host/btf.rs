@@ -55,7 +55,10 @@ impl Types {
     fn read(path: &Path) -> Result<Self, BtfError> {
         let missing = |source| BtfError::Missing { path: path.display().to_string(), source };
         // Looking up a few names in mapped memory takes a tenth of the time that it takes to digest all of them. The
-        // file itself can be mapped by new kernels only, a copy by all.
+        // file itself can be mapped from 6.16 on only, a copy always.
+        if let Ok(types) = Btf::from_file_with_backend(path, Backend::Mmap) {
+            return Ok(Self(types));
+        }
         let mut copy =
             fs::File::from(memfd_create("btf", MFdFlags::MFD_CLOEXEC).map_err(|errno| missing(errno.into()))?);
         copy.write_all(&fs::read(path).map_err(missing)?).map_err(missing)?;

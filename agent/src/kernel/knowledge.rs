@@ -105,7 +105,7 @@ impl Knowledge {
 /// The programs have no relocations against the kernel's types, and digesting those takes aya as long as the programs take the
 /// kernel, and twice the memory that is used otherwise. It does so when a loader is made, before it can be told not to. So that
 /// it finds none, this is done by a thread with another root, for which nothing lies there.
-fn loader_without_types<'a>() -> EbpfLoader<'a> {
+pub(super) fn loader_without_types<'a>() -> EbpfLoader<'a> {
     const ROOT_WITHOUT_TYPES: &str = "/sys";
     let made = thread::scope(|scope| {
         let make = || {

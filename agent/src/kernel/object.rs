@@ -16,7 +16,7 @@ use abi::{
     event::{Event, Executable, ExecutableFile, Tally, TallyKey},
 };
 use aya::{
-    Ebpf, EbpfLoader, VerifierLogLevel, include_bytes_aligned,
+    Ebpf, VerifierLogLevel, include_bytes_aligned,
     maps::{MapData, RingBuf},
     programs::{Program, ProgramError},
 };
@@ -26,7 +26,7 @@ use super::{
     attached::{Attached, Point},
     audit::{self, Aim},
     error::load_reason,
-    knowledge::{Abilities, Knowledge},
+    knowledge::{Abilities, Knowledge, loader_without_types},
     maps::{self, LossesView},
     memlock::Memlock,
     misses::misses,
@@ -676,8 +676,8 @@ pub(super) fn bare() -> Result<Bare, KernelError> {
 /// The object for one program that decides nothing and follows nobody, with maps of these sizes.
 pub(super) fn sized(entries: &[(&'static str, u32)]) -> Result<Ebpf, KernelError> {
     let _memlock = Memlock::raise();
-    let mut loader = EbpfLoader::new();
-    loader.btf(None).verifier_log_level(VerifierLogLevel::DEBUG);
+    let mut loader = loader_without_types();
+    loader.verifier_log_level(VerifierLogLevel::DEBUG);
     for (map, entries) in entries {
         loader.map_max_entries(map, *entries);
     }
