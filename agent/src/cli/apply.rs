@@ -11,7 +11,7 @@ use abi::setting::{Value, read_back, word_in};
 
 use super::{
     FAILURE, check, complain,
-    in_line::{InLine, Tally},
+    in_line::{InLine, Tally, Tell},
     output::Format,
     progress::Progress,
     run::{DEFAULT_INSTANCE, Placement, RunError},
@@ -54,8 +54,11 @@ pub(super) struct Apply {
     #[arg(long)]
     dry_run: bool,
     /// Put back what sockets had before, where nobody has changed it since
-    #[arg(long, conflicts_with_all = ["files", "cgroup", "dry_run"])]
+    #[arg(long, conflicts_with_all = ["files", "cgroup", "dry_run", "quiet"])]
     restore: bool,
+    /// Say how many were changed, and not which
+    #[arg(long, short)]
+    quiet: bool,
     /// The instance with which to keep what sockets had
     #[arg(long, value_name = "NAME", default_value = DEFAULT_INSTANCE)]
     instance: String,
@@ -129,7 +132,8 @@ impl Apply {
                 Format::Json => writeln!(out, "{}", event.to_json()),
             })
         };
-        let mut work = InLine::new(&desired, self.dry_run, Journal::of(&self.instance), &mut tell_event);
+        let listener: Option<&mut Tell<'_>> = if self.quiet { None } else { Some(&mut tell_event) };
+        let mut work = InLine::new(&desired, self.dry_run, Journal::of(&self.instance), listener);
         let done = work.bring(&mut sockets, |sockets| {
             if asks_for_end(&mut signals)? {
                 return Err(ApplyError::Stopped);

@@ -88,11 +88,15 @@ const ROUNDS: usize = 2;
 /// is quicker to look into each.
 const WORTH_A_WALK: usize = 256;
 
+/// To whom each change is told.
+pub(super) type Tell<'a> = dyn FnMut(&Event) -> io::Result<()> + 'a;
+
 pub(super) struct InLine<'a> {
     desired: &'a Desired,
     dry_run: bool,
     journal: Journal,
-    tell: &'a mut dyn FnMut(&Event) -> io::Result<()>,
+    /// Nobody, if only the numbers are wanted.
+    tell: Option<&'a mut Tell<'a>>,
     tally: Tally,
     /// The cookies of sockets that were changed.
     changed: HashSet<u64>,
@@ -113,12 +117,7 @@ struct Planned {
 }
 
 impl<'a> InLine<'a> {
-    pub(super) fn new(
-        desired: &'a Desired,
-        dry_run: bool,
-        journal: Journal,
-        tell: &'a mut dyn FnMut(&Event) -> io::Result<()>,
-    ) -> Self {
+    pub(super) fn new(desired: &'a Desired, dry_run: bool, journal: Journal, tell: Option<&'a mut Tell<'a>>) -> Self {
         Self {
             desired,
             dry_run,
@@ -232,11 +231,13 @@ impl<'a> InLine<'a> {
         if to_set.is_empty() {
             return Ok(());
         }
-        self.journal.note_all(to_set.iter().map(|one| (one.place(), Some(one.before), one.wanted)))?;
+        self.journal.note_all(to_set.iter().map(|one| (one.place(), Some(one.before), one.shown)))?;
         let set = walk.set(sockets.namespaces())?;
         let outcomes: Vec<&Outcome> = to_set.iter().map(|one| &set[one.socket][one.at]).collect();
-        let after = to_set.iter().zip(&outcomes).map(|(one, outcome)| (one.place(), None, one.after(outcome)));
-        self.journal.note_all(after)?;
+        let after = to_set.iter().zip(&outcomes).map(|(one, outcome)| (one, one.after(outcome)));
+        // What was wanted is noted already.
+        let others = after.filter(|(one, after)| *after != one.shown);
+        self.journal.note_all(others.map(|(one, after)| (one.place(), None, after)))?;
         to_set.iter().zip(outcomes).try_for_each(|(one, outcome)| self.conclude(one, outcome))
     }
 
@@ -318,9 +319,10 @@ impl<'a> InLine<'a> {
     }
 
     fn say(&mut self, live: &Live, finding: &Finding, kind: Kind) -> Result<(), ApplyError> {
+        let Some(tell) = &mut self.tell else { return Ok(()) };
         let Some(event) = verify::event(self.desired, live, finding) else { return Ok(()) };
         let event = Event { kind, wanted: value_to_set(finding), ..event };
-        Ok(unless_closed((self.tell)(&event))?)
+        Ok(unless_closed(tell(&event))?)
     }
 }
 
@@ -333,6 +335,8 @@ struct ToSet<'a> {
     at: usize,
     before: Value,
     wanted: Value,
+    /// What it is to show then.
+    shown: Value,
 }
 
 /// What there is to set, by what has been read: options that do not show what they are to.
@@ -341,12 +345,13 @@ fn to_set<'a>(planned: &'a [Planned], looked: &[Vec<Outcome>]) -> Vec<ToSet<'a>>
     for (socket, (planned, outcomes)) in planned.iter().zip(looked).enumerate() {
         for (at, (assignment, outcome)) in planned.job.assignments.iter().zip(outcomes).enumerate() {
             let given = assignment.given(&outcome.before);
+            let shown = assignment.shown(&given);
             if outcome.is_read()
-                && assignment.shown(&given) != outcome.before
+                && shown != outcome.before
                 && let Some(option) = options::by_key(assignment.key)
             {
-                let (before, wanted) = (assignment.shows(outcome.before), assignment.shows(given));
-                found.push(ToSet { planned, option, socket, at, before, wanted });
+                let [before, wanted, shown] = [outcome.before, given, shown].map(|words| assignment.shows(words));
+                found.push(ToSet { planned, option, socket, at, before, wanted, shown });
             }
         }
     }
@@ -366,7 +371,7 @@ impl ToSet<'_> {
 
     /// The same as what a look into the socket would have found.
     fn finding(&self) -> Finding {
-        let Self { planned, option, at, before, wanted, socket: _ } = self;
+        let Self { planned, option, at, before, wanted, socket: _, shown: _ } = self;
         Finding::Drift { setting: planned.settings[*at], option, wanted: *wanted, limit: None, now: *before }
     }
 }

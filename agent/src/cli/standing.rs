@@ -235,7 +235,7 @@ impl<'a> Standing<'a> {
         let Wanted { manner, mount, journal: Some(journal), .. } = self.wanted else { return Ok(()) };
         let mut tell = |event: &Event| writer.applied(event);
         let (tally, brought) = session.unnoticed(|desired, targets| {
-            let mut in_line = InLine::new(desired, manner.dry_run, Journal::of(journal), &mut tell);
+            let mut in_line = InLine::new(desired, manner.dry_run, Journal::of(journal), Some(&mut tell));
             let brought = Sockets::find(mount.clone(), Targets::These(targets)).map_err(ApplyError::from).and_then(
                 |mut sockets| {
                     in_line.bring(&mut sockets, |_| {

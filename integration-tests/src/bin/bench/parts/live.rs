@@ -1,7 +1,7 @@
 //! Live sockets brought in line by `sockpolicy apply`, against the least that a program can do from user space.
 //!
-//! Both find the sockets of a cgroup's processes and set an option on each. Every run sets another value, so that all of
-//! them have to be changed.
+//! Both find the sockets of a cgroup's processes and set one option on each, or nine. Every run sets other values, so that all of
+//! them have to be changed. The loop does no more than that: it looks at nothing, and keeps nothing to be put back.
 
 use std::{
     fs, io,
@@ -21,6 +21,23 @@ use crate::{
 };
 
 const PART: &str = "live";
+
+/// Numbers that each value from 1 to 127 is valid for.
+const OPTIONS: [(&str, libc::c_int, libc::c_int); 9] = [
+    ("TCP_KEEPIDLE", libc::SOL_TCP, libc::TCP_KEEPIDLE),
+    ("TCP_KEEPINTVL", libc::SOL_TCP, libc::TCP_KEEPINTVL),
+    ("TCP_KEEPCNT", libc::SOL_TCP, libc::TCP_KEEPCNT),
+    ("TCP_SYNCNT", libc::SOL_TCP, libc::TCP_SYNCNT),
+    ("TCP_USER_TIMEOUT", libc::SOL_TCP, libc::TCP_USER_TIMEOUT),
+    ("TCP_NOTSENT_LOWAT", libc::SOL_TCP, TCP_NOTSENT_LOWAT),
+    ("SO_MARK", libc::SOL_SOCKET, libc::SO_MARK),
+    ("SO_PRIORITY", libc::SOL_SOCKET, libc::SO_PRIORITY),
+    ("SO_RCVLOWAT", libc::SOL_SOCKET, libc::SO_RCVLOWAT),
+];
+/// Of include/uapi/linux/tcp.h.
+const TCP_NOTSENT_LOWAT: libc::c_int = 25;
+/// How many of them are set.
+const COUNTS: [usize; 2] = [1, OPTIONS.len()];
 
 /// Sockets, both ends of connections.
 const SIZES: [usize; 3] = [1000, 10_000, 50_000];
@@ -46,26 +63,30 @@ pub(crate) fn measure(ground: &Ground, findings: &mut Findings) -> Result<()> {
             Err(trouble) => leave_out(&mut samples, size, &trouble),
         }
     }
-    let lines = SIZES.map(|size| {
+    let line = |count: usize, size: usize| {
+        let key = |who: &str| format!("{who}-{count}-{size}/all");
         // The rate, so the other way round.
         Line::new(
-            format!("apply, {size} sockets"),
-            whole(format!("loop-{size}/all")),
+            format!("apply, {size} sockets, options: {count}"),
+            whole(key("loop")),
             "rate of pidfd_getfd and setsockopt",
-            whole(format!("apply-{size}/all")),
+            whole(key("apply")),
         )
-        .plain(format!("apply-{size}/all"))
+        .plain(key("apply"))
         .unit(Unit::Milliseconds)
         .budget(Budget::AtLeast(5.0))
-    });
+    };
+    let lines: Vec<Line> = COUNTS.into_iter().flat_map(|count| SIZES.map(|size| line(count, size))).collect();
     findings.add(PART, &samples, &lines);
     findings.plots.push(plot(&samples));
     Ok(())
 }
 
 fn leave_out(samples: &mut Samples, size: usize, reason: &Trouble) {
-    for who in ["apply", "loop"] {
-        samples.leave_out(&format!("{who}-{size}"), reason.clone());
+    for count in COUNTS {
+        for who in ["apply", "loop"] {
+            samples.leave_out(&format!("{who}-{count}-{size}"), reason.clone());
+        }
     }
 }
 
@@ -82,16 +103,18 @@ fn of_size(ground: &Ground, size: usize, rounds: usize, samples: &mut Samples) -
         left -= sockets;
     }
     let mut round_took = Duration::ZERO;
-    let mut value = 100;
+    let mut value = 0;
     for round in 0..rounds {
         let begin = Instant::now();
-        for who in measure::order(2, round) {
+        for (count, who) in
+            COUNTS.into_iter().flat_map(|count| measure::order(2, round).into_iter().map(move |who| (count, who)))
+        {
             value += 1;
             let (name, took) = match who {
-                0 => ("apply", apply(ground, &home, size, value)?),
-                _ => ("loop", set_all(&home, size, value)?),
+                0 => ("apply", apply(ground, &home, size, count, value)?),
+                _ => ("loop", set_all(&home, size, count, value)?),
             };
-            samples.add(&format!("{name}-{size}/all"), took.as_nanos() as f64);
+            samples.add(&format!("{name}-{count}-{size}/all"), took.as_nanos() as f64);
         }
         round_took = begin.elapsed();
     }
@@ -100,12 +123,15 @@ fn of_size(ground: &Ground, size: usize, rounds: usize, samples: &mut Samples) -
     Ok(round_took)
 }
 
-fn apply(ground: &Ground, home: &Path, size: usize, value: i32) -> Result<Duration> {
-    let rules = format!("[[rule]]\nset = {{ TCP_KEEPIDLE = \"{value}s\" }}");
+fn apply(ground: &Ground, home: &Path, size: usize, count: usize, value: i32) -> Result<Duration> {
+    let settings = OPTIONS[..count].iter().map(|(name, ..)| format!("{name} = {value}"));
+    let rules = format!("[[rule]]\nset = {{ {} }}", settings.collect::<Vec<_>>().join(", "));
     let policy = ground.policy("live", home, &rules)?;
     let program = ground.sockpolicy.display().to_string();
-    let instance = format!("live-{size}");
-    let (took, said) = run(ground, &[&program, "apply", "--instance", &instance, &policy.display().to_string()])?;
+    // What earlier rounds changed is not to be kept anew.
+    let instance = format!("live-{size}-{value}");
+    let (took, said) =
+        run(ground, &[&program, "apply", "--quiet", "--instance", &instance, &policy.display().to_string()])?;
     // The listener is there too; it went with the setup.
     let summary = said.lines().last().unwrap_or_default();
     let changed = summary.split("changed: ").nth(1).and_then(|rest| rest.split(',').next()?.parse().ok());
@@ -116,16 +142,16 @@ fn apply(ground: &Ground, home: &Path, size: usize, value: i32) -> Result<Durati
 }
 
 /// What people write themselves: every process of the cgroup, every descriptor, every TCP socket.
-fn set_all(home: &Path, size: usize, value: i32) -> Result<Duration> {
+fn set_all(home: &Path, size: usize, count: usize, value: i32) -> Result<Duration> {
     let begin = Instant::now();
-    let count = try_set_all(home, value).or_cannot("set an option on sockets of other processes")?;
-    if count < size {
-        return Err(Trouble::new(format_args!("{count} sockets found, of {size}")));
+    let found = try_set_all(home, &OPTIONS[..count], value).or_cannot("set options on sockets of other processes")?;
+    if found < size {
+        return Err(Trouble::new(format_args!("{found} sockets found, of {size}")));
     }
     Ok(begin.elapsed())
 }
 
-fn try_set_all(home: &Path, value: i32) -> io::Result<usize> {
+fn try_set_all(home: &Path, options: &[(&str, libc::c_int, libc::c_int)], value: i32) -> io::Result<usize> {
     let mut count = 0;
     let pids = fs::read_to_string(home.join("cgroup.procs"))?;
     for pid in pids.lines().filter_map(|line| line.parse::<libc::pid_t>().ok()) {
@@ -141,13 +167,13 @@ fn try_set_all(home: &Path, value: i32) -> io::Result<usize> {
             // SAFETY: takes numbers.
             let taken = unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), number, 0) };
             let Ok(socket) = descriptor(taken) else { continue };
-            count += usize::from(set_if_tcp(&socket, value)?);
+            count += usize::from(set_if_tcp(&socket, options, value)?);
         }
     }
     Ok(count)
 }
 
-fn set_if_tcp(socket: &OwnedFd, value: i32) -> io::Result<bool> {
+fn set_if_tcp(socket: &OwnedFd, options: &[(&str, libc::c_int, libc::c_int)], value: i32) -> io::Result<bool> {
     let (mut protocol, mut len) = (0i32, 4);
     // SAFETY: room for an int.
     let result = unsafe {
@@ -157,12 +183,14 @@ fn set_if_tcp(socket: &OwnedFd, value: i32) -> io::Result<bool> {
     if result < 0 || protocol != libc::IPPROTO_TCP {
         return Ok(false);
     }
-    // SAFETY: points to an int.
-    let result = unsafe {
-        let value = (&raw const value).cast();
-        libc::setsockopt(socket.as_raw_fd(), libc::SOL_TCP, libc::TCP_KEEPIDLE, value, 4)
-    };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(true) }
+    for (_, level, name) in options {
+        // SAFETY: points to an int.
+        let result = unsafe { libc::setsockopt(socket.as_raw_fd(), *level, *name, (&raw const value).cast(), 4) };
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(true)
 }
 
 fn descriptor(result: libc::c_long) -> io::Result<OwnedFd> {
@@ -174,14 +202,17 @@ fn descriptor(result: libc::c_long) -> io::Result<OwnedFd> {
 }
 
 fn plot(samples: &Samples) -> Plot {
-    let series = [("apply", "sockpolicy apply"), ("loop", "pidfd_getfd and setsockopt")].map(|(who, name)| {
+    let all = COUNTS.into_iter().flat_map(|count| {
+        [("apply", "sockpolicy apply"), ("loop", "pidfd_getfd and setsockopt")].map(|(who, name)| (count, who, name))
+    });
+    let series = all.map(|(count, who, name)| {
         let point = |size: usize| {
-            let spread = Spread::of(samples.of(&format!("{who}-{size}/all")).ok()?)?;
+            let spread = Spread::of(samples.of(&format!("{who}-{count}-{size}/all")).ok()?)?;
             Some((size as f64, spread.scaled(1e-6)))
         };
-        Series { name: name.to_owned(), points: SIZES.into_iter().filter_map(point).collect() }
+        Series { name: format!("{name}, options: {count}"), points: SIZES.into_iter().filter_map(point).collect() }
     });
-    let (sizes, figures, series) = (Scale::Logarithmic, Scale::Logarithmic, series.to_vec());
+    let (sizes, figures, series) = (Scale::Logarithmic, Scale::Logarithmic, series.collect());
     let kind = Kind::Curves { size: "live sockets", sizes, figure: "milliseconds", figures, series };
-    Plot { name: "live", title: "An option set on all sockets of a cgroup", kind }
+    Plot { name: "live", title: "Options set on all sockets of a cgroup", kind }
 }
