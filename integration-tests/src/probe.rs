@@ -55,15 +55,6 @@ impl Probe {
         Self::launch(&mut command)
     }
 
-    /// Starts one in a network namespace of its own, too.
-    #[must_use]
-    pub fn start_apart(cgroup: &Cgroup) -> Self {
-        let mut command = Command::new("unshare");
-        command.args(["--net", "sh", "-c", "ip link set lo up && exec \"$0\""]).arg(program());
-        cgroup.enclose(&mut command);
-        Self::launch(&mut command)
-    }
-
     /// Starts one that has this number, which no process has.
     #[must_use]
     #[track_caller]

@@ -1,19 +1,17 @@
 //! `sockpolicy apply`: brings sockets that are there in line with policies, and puts back what they had.
 
 use std::{
-    collections::{BTreeMap, HashMap},
     io::{self, BufWriter, Write},
     path::PathBuf,
     process::ExitCode,
 };
-
-use abi::setting::{Value, read_back, word_in};
 
 use super::{
     FAILURE, check, complain,
     in_line::{InLine, Tally, Tell},
     output::Format,
     progress::Progress,
+    restore,
     run::{DEFAULT_INSTANCE, Placement, RunError},
     signals::Signals,
     sockets::{Sockets, SocketsError, Targets},
@@ -23,15 +21,10 @@ use super::{
 use crate::{
     compile::compile,
     events::{Event, SCHEMA},
-    host::{
-        cgroup::Mount,
-        socket,
-        survey::{Survey, SurveyError},
-    },
+    host::{cgroup::Mount, survey::SurveyError},
     instance,
-    journal::{Change, Journal, JournalError, Place},
+    journal::{Journal, JournalError},
     kernel::KernelError,
-    options::{self, SocketOption},
     policy::Policy,
     session::SessionError,
 };
@@ -102,7 +95,7 @@ impl From<SurveyError> for ApplyError {
 impl Apply {
     pub(super) fn run(self) -> ExitCode {
         let done = if self.restore {
-            restore(&self.instance)
+            restore::put_back(&self.instance)
         } else {
             let Some(policies) = check::load(&self.files) else { return FAILURE.into() };
             self.apply(&policies).map(|tally| tally.failed == 0 && tally.closed == 0)
@@ -157,18 +150,6 @@ fn asks_for_end(signals: &mut Signals) -> io::Result<bool> {
     Ok(false)
 }
 
-/// What to set for an option to show a value: the kernel doubles buffers.
-pub(super) fn as_given(option: &SocketOption, shown: &Value) -> Value {
-    let is_doubled = option.settable().is_some_and(|settable| settable.read_back == read_back::DOUBLED);
-    if is_doubled { Value::int(word_in(&shown.words) / 2) } else { *shown }
-}
-
-/// By which option one is put back: the kernel tunes buffers beyond what SO_SNDBUF may set, and SO_SNDBUFFORCE may set all.
-fn unbounded(option: &'static SocketOption) -> abi::setting::OptionKey {
-    let is_it = |other: &&SocketOption| other.name.strip_suffix("FORCE") == Some(option.name);
-    options::OPTIONS.iter().find(is_it).unwrap_or(option).key()
-}
-
 fn tell(tally: &Tally, output: Format, out: &mut impl Write) -> io::Result<()> {
     match output {
         Format::Text => write!(out, "{}", tally.to_text()),
@@ -179,51 +160,4 @@ fn tell(tally: &Tally, output: Format, out: &mut impl Write) -> io::Result<()> {
             writeln!(out, "{summary}")
         }
     }
-}
-
-/// Puts back what sockets had before policies were applied to them, where nobody has changed it since. Gives whether all of it
-/// could be; what could not is left to be put back.
-pub(super) fn restore(instance: &str) -> Result<bool, ApplyError> {
-    instance::check_name(instance).map_err(RunError::from)?;
-    let mut journal = Journal::of(instance);
-    let changes = journal.changes()?;
-    let mut by_socket: HashMap<u64, Vec<(&Place, &Change)>> = HashMap::new();
-    for (place, change) in &changes {
-        by_socket.entry(place.cookie).or_default().push((place, change));
-    }
-    let survey = Survey::make(|_| true)?;
-    let (mut restored, mut others, mut failed) = (0, 0, BTreeMap::new());
-    for found in &survey.sockets {
-        let Some(of_it) = by_socket.remove(&found.entry.cookie) else { continue };
-        let socket = match found.take() {
-            Ok(Some((_, socket))) => socket,
-            // It is closed.
-            Ok(None) => continue,
-            Err(_) => {
-                failed.extend(of_it.into_iter().map(|(place, change)| (*place, *change)));
-                continue;
-            }
-        };
-        for (place, change) in of_it {
-            let Some(option) = options::by_key(place.option) else { continue };
-            let now = socket::value(&socket, place.option);
-            if change.after == change.before {
-                // It was refused.
-            } else if now == Some(change.before) {
-                // What was put back before has brought it back too.
-                restored += 1;
-            } else if now != Some(change.after) {
-                others += 1;
-            } else if socket::set(&socket, unbounded(option), &as_given(option, &change.before)).is_ok() {
-                restored += 1;
-            } else {
-                failed.insert(*place, *change);
-            }
-        }
-    }
-    journal.keep(&failed)?;
-    let failed = failed.len();
-    let mut out = io::stdout().lock();
-    unless_closed(writeln!(out, "put back: {restored} options; changed by others since: {others}; refused: {failed}"))?;
-    Ok(failed == 0)
 }

@@ -4,9 +4,10 @@ use std::{path::PathBuf, process::ExitCode};
 
 use super::{
     FAILURE,
-    apply::{self, ApplyError},
+    apply::ApplyError,
     check, complain,
     output::GapsArgument,
+    restore,
     run::{DEFAULT_INSTANCE, Placement, RunError},
 };
 use crate::{
@@ -138,7 +139,7 @@ impl Detach {
         pins.remove()?;
         // No sooner: the policies would set it again.
         if self.restore {
-            return Ok(apply::restore(name).map_err(Box::new)?);
+            return Ok(restore::put_back(name).map_err(Box::new)?);
         }
         Journal::of(name).remove().map_err(|error| Box::new(error.into()))?;
         Ok(true)

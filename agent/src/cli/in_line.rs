@@ -12,14 +12,15 @@ use std::{
 };
 
 use abi::{
-    live::{Outcome, state},
+    live::{Assignment, Outcome, state},
     setting::{OptionKey, Value, word_in},
 };
 
 use serde_json::json;
 
 use super::{
-    apply::{ApplyError, as_given},
+    apply::ApplyError,
+    restore::as_given,
     sockets::{Seen, Sockets},
     unless_closed, verify,
 };
@@ -112,8 +113,6 @@ struct Planned {
     settings: Vec<u32>,
     /// Whether there is more to find on it.
     is_part: bool,
-    /// Whether it is only said what would be set.
-    only_says: bool,
 }
 
 impl<'a> InLine<'a> {
@@ -172,39 +171,39 @@ impl<'a> InLine<'a> {
             }
             Err(error) => return Err(error.into()),
         };
-        // A round either sets or says.
-        for planned in planned.chunk_by(|one, other| one.only_says == other.only_says) {
-            let jobs: Vec<Job> = planned.iter().map(|planned| planned.job.clone()).collect();
-            let mut done = 0;
-            while done < jobs.len() {
-                let round = Walk::first_of(&jobs[done..]);
-                let planned = &planned[done..done + round.len()];
-                pause(0)?;
-                self.do_round(&mut walk, round, planned, sockets)?;
-                done += round.len();
-                pause(planned.iter().filter(|planned| !planned.is_part).count())?;
-            }
+        let jobs: Vec<Job> = planned.iter().map(|planned| planned.job.clone()).collect();
+        let mut done = 0;
+        while done < jobs.len() {
+            let round = Walk::first_of(&jobs[done..]);
+            let planned = &planned[done..done + round.len()];
+            pause(0)?;
+            self.do_round(&mut walk, round, planned, sockets)?;
+            done += round.len();
+            pause(planned.iter().filter(|planned| !planned.is_part).count())?;
         }
         Ok(())
     }
 
-    /// What there is for the iterator to do: sockets in the order of their namespaces, in which there are enough of them.
+    /// What there is for the iterator to do: sockets in the order of their namespaces, in which there are enough of them. What the
+    /// kernel would make of a value it only tells when it is set: so what is only to be said is found by looking into sockets.
     fn plan(&self, sockets: &mut Sockets<'_>) -> Vec<Planned> {
         let mut planned = Vec::new();
         let mut worth = vec![0_usize; sockets.namespaces().len()];
         for (scope, namespace, live) in sockets.listed_tcp() {
             let Assigned { assignments, settings, is_part } =
                 drift::assign(self.desired, &self.desired.scopes[scope], &live);
-            if assignments.is_empty() {
+            if assignments.is_empty() || self.only_says(scope) {
                 continue;
             }
-            // To what nobody has yet, a connection that is not accepted, no descriptor leads.
-            worth[namespace] += if live.owner.is_some() { 1 } else { WORTH_A_WALK };
+            // To what nobody has yet, a connection that is not accepted, no descriptor leads; and what only programs know none
+            // can read.
+            let needs_program = live.owner.is_none() || assignments.iter().any(is_for_programs);
+            worth[namespace] += if needs_program { WORTH_A_WALK } else { 1 };
             let job = Job { cookie: live.entry.cookie, namespace, assignments };
-            planned.push(Planned { live, job, settings, is_part, only_says: self.only_says(scope) });
+            planned.push(Planned { live, job, settings, is_part });
         }
         planned.retain(|planned| worth[planned.job.namespace] >= WORTH_A_WALK);
-        planned.sort_by_key(|planned| (planned.only_says, planned.job.namespace));
+        planned.sort_by_key(|planned| planned.job.namespace);
         planned
     }
 
@@ -224,10 +223,6 @@ impl<'a> InLine<'a> {
             }
         }
         let to_set = to_set(planned, &looked);
-        if planned.first().is_some_and(|planned| planned.only_says) {
-            self.tally.would_set += to_set.len() as u64;
-            return to_set.iter().try_for_each(|one| self.say(&one.planned.live, &one.finding(), Kind::WouldApply));
-        }
         if to_set.is_empty() {
             return Ok(());
         }
@@ -243,8 +238,8 @@ impl<'a> InLine<'a> {
 
     /// Counts and tells what came of one option.
     fn conclude(&mut self, one: &ToSet<'_>, outcome: &Outcome) -> Result<(), ApplyError> {
-        // Else the socket is gone, or has got the value meanwhile.
-        if outcome.state != state::SET {
+        // Else the socket is gone, or has got the value meanwhile; or the kernel makes of the value what was there.
+        if outcome.state != state::SET || (outcome.errno == 0 && one.after(outcome) == one.before) {
             return Ok(());
         }
         let kind = if is_set(outcome) {
@@ -271,8 +266,12 @@ impl<'a> InLine<'a> {
         let scope = &self.desired.scopes[scope];
         for round in 0..ROUNDS {
             let findings = drift::find(self.desired, scope, &live, &mut fresh);
-            let untold = findings.iter().filter(|finding| matches!(finding, Finding::Untold { .. })).count();
-            self.tally.untold += if round == 0 { untold as u64 } else { 0 };
+            for finding in findings.iter().filter(|_| round == 0) {
+                if let Finding::Untold { why, .. } = finding {
+                    self.tally.untold += 1;
+                    self.say(&live, finding, Kind::Untold { why })?;
+                }
+            }
             let drifts: Vec<&Finding> = findings
                 .iter()
                 .filter(|finding| is_to_be_set(finding) && !self.refused.contains(&place_of(&live, option_of(finding))))
@@ -320,8 +319,7 @@ impl<'a> InLine<'a> {
 
     fn say(&mut self, live: &Live, finding: &Finding, kind: Kind) -> Result<(), ApplyError> {
         let Some(tell) = &mut self.tell else { return Ok(()) };
-        let Some(event) = verify::event(self.desired, live, finding) else { return Ok(()) };
-        let event = Event { kind, wanted: value_to_set(finding), ..event };
+        let event = Event { kind, wanted: value_to_set(finding), ..verify::event(self.desired, live, finding) };
         Ok(unless_closed(tell(&event))?)
     }
 }
@@ -374,6 +372,10 @@ impl ToSet<'_> {
         let Self { planned, option, at, before, wanted, socket: _, shown: _ } = self;
         Finding::Drift { setting: planned.settings[*at], option, wanted: *wanted, limit: None, now: *before }
     }
+}
+
+fn is_for_programs(assignment: &Assignment) -> bool {
+    options::by_key(assignment.key).is_some_and(SocketOption::is_for_programs)
 }
 
 fn is_set(outcome: &Outcome) -> bool {

@@ -17,6 +17,7 @@ mod options;
 mod output;
 mod plan;
 mod progress;
+mod restore;
 mod run;
 mod signals;
 mod sockets;

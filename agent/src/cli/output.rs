@@ -162,7 +162,7 @@ impl Writer {
     /// Says what was done to one live socket: for people only where it could not be, for there may be thousands.
     pub(super) fn applied(&mut self, event: &Event) -> io::Result<()> {
         match (self.format, event.kind) {
-            (Format::Text, Kind::Applied { .. } | Kind::WouldApply) => Ok(()),
+            (Format::Text, Kind::Applied { .. } | Kind::WouldApply | Kind::Untold { .. }) => Ok(()),
             _ => self.event(event),
         }
     }

@@ -137,7 +137,7 @@ fn look(
             Finding::Untold { option, why } => *tally.untold.entry((option.name, why)).or_default() += 1,
             Finding::Drift { .. } => {
                 tally.drifts += 1;
-                event(desired, &live, &finding).as_ref().map_or(Ok(()), &mut say)?;
+                say(&event(desired, &live, &finding))?;
             }
         }
     }
@@ -145,18 +145,29 @@ fn look(
     Ok(())
 }
 
-/// A drift, as it is reported.
-pub(super) fn event(desired: &Desired, live: &Live, finding: &Finding) -> Option<Event> {
-    let Finding::Drift { setting, option, wanted, limit, now } = finding else { return None };
-    Some(Event {
+/// What was found, as it is reported.
+pub(super) fn event(desired: &Desired, live: &Live, finding: &Finding) -> Event {
+    let (key, cause, kind, wanted, now) = match *finding {
+        Finding::Drift { setting, option, wanted, limit, now } => {
+            (option.key(), cause(desired, setting), Kind::Drift { limit }, wanted, now)
+        }
+        Finding::Untold { option, why } => (
+            option.key(),
+            None,
+            Kind::Untold { why },
+            Value::UNKNOWN,
+            live.value(option.key()).copied().unwrap_or_default(),
+        ),
+    };
+    Event {
         time: jiff::Timestamp::now(),
-        kind: Kind::Drift { limit: *limit },
-        key: option.key(),
-        cause: cause(desired, *setting),
-        wanted: *wanted,
+        kind,
+        key,
+        cause,
+        wanted,
         asked: Value::UNKNOWN,
         given: Value::UNKNOWN,
-        now: *now,
+        now,
         result: None,
         task: live.owner.as_ref().map(|owner| owner.task.clone()),
         socket: Some(live.socket()),
@@ -165,7 +176,7 @@ pub(super) fn event(desired: &Desired, live: &Live, finding: &Finding) -> Option
         duration_ns: None,
         suppressed: 0,
         missing: Vec::new(),
-    })
+    }
 }
 
 impl Tally {

@@ -22,7 +22,12 @@ impl Filter {
         let Self { options, verdicts, processes, comms } = self;
         let verdict = match event.kind {
             Kind::Conflict { verdict, .. } => Some(verdict.what),
-            Kind::Call(_) | Kind::Outcome { .. } | Kind::Drift { .. } | Kind::Applied { .. } | Kind::WouldApply => None,
+            Kind::Call(_)
+            | Kind::Outcome { .. }
+            | Kind::Drift { .. }
+            | Kind::Applied { .. }
+            | Kind::WouldApply
+            | Kind::Untold { .. } => None,
         };
         let task = event.task.as_ref();
         admits(options, Some(&event.key))

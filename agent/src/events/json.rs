@@ -64,6 +64,7 @@ impl Event {
             Kind::Drift { .. } => ("drift", None, None, None),
             Kind::Applied { .. } => ("applied", None, None, None),
             Kind::WouldApply => ("would-apply", None, None, None),
+            Kind::Untold { why } => ("untold", None, None, Some(why.to_owned())),
             Kind::Outcome { errno } => {
                 ("outcome", None, None, Some(format!("failed({})", crate::report::errno_name(errno))))
             }

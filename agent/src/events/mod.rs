@@ -97,6 +97,8 @@ pub enum Kind {
     Applied { before: Value, after: Value },
     /// The same in a dry run: it has what it had.
     WouldApply,
+    /// A live socket of which it cannot be told whether it has what the policy says, and so is left alone.
+    Untold { why: &'static str },
 }
 
 /// Both ends are within.
@@ -399,7 +401,9 @@ fn now(call: &raw::Call, kind: Kind, result: Option<i64>) -> Value {
         Some(_) => before,
     };
     match kind {
-        Kind::Outcome { .. } | Kind::Drift { .. } | Kind::Applied { .. } | Kind::WouldApply => Value::UNKNOWN,
+        Kind::Outcome { .. } | Kind::Drift { .. } | Kind::Applied { .. } | Kind::WouldApply | Kind::Untold { .. } => {
+            Value::UNKNOWN
+        }
         Kind::Conflict { call: Call::Get, .. } | Kind::Call(Call::Get) => call.asked,
         Kind::Call(Call::Set) => passed(call.asked),
         Kind::Conflict { call: Call::Set, verdict } => match (verdict.what, verdict.dry_run) {

@@ -46,6 +46,7 @@ impl fmt::Display for Event {
             Kind::Applied { before, after } => {
                 write!(f, "applied   {} {option}: {} -> {}", self.who(), shown(&before), shown(&after))?;
             }
+            Kind::Untold { why } => write!(f, "untold    {} {option}: {why}", self.who())?,
             Kind::WouldApply => {
                 write!(
                     f,

@@ -319,6 +319,14 @@ impl SocketOption {
         OptionKey { level: self.level.0, name: self.number }
     }
 
+    /// Whether only programs know it: those have numbers from 1000 on (include/uapi/linux/bpf.h), which setsockopt and getsockopt
+    /// refuse.
+    #[must_use]
+    pub fn is_for_programs(&self) -> bool {
+        const FIRST: i32 = 1000;
+        self.number >= FIRST && matches!(self.level, Level::SOCKET | Level::TCP)
+    }
+
     #[must_use]
     pub fn settable(&self) -> Option<&Settable> {
         match &self.class {

@@ -13,6 +13,7 @@ use sockpolicy_integration_tests::{
     probe::Probe,
     require,
     script::{Family, Fd, Kind},
+    wait,
 };
 
 use crate::{stderr, stdout};
@@ -153,21 +154,27 @@ fn calls_on_sockets(instance: &Instance, policy: &PolicyFile) -> Vec<String> {
 }
 
 #[test]
-fn connection_that_nobody_has_accepted_yet_is_brought_in_line() {
+fn connection_that_nobody_has_accepted_yet_is_brought_in_line_and_given_back_what_it_had() {
     require!("iter/tcp");
     let (target, instance) = (Cgroup::new(), Instance::new());
     let mut probe = Probe::start(&target);
     let (listener, address) = probe.listener(Family::Inet, Kind::Tcp);
-    let client = probe.open(Family::Inet, Kind::Tcp);
-    probe.connect(client, address);
+    let clients = [(); 2].map(|()| probe.open(Family::Inet, Kind::Tcp));
+    for client in clients {
+        probe.connect(client, address);
+    }
     apply(&instance, &policy(&target, ""), &[]);
     let server = probe.accept(listener);
-    for socket in [listener, client, server] {
+    for socket in [listener, clients[0], clients[1], server] {
         assert_eq!(probe.int(socket, SO_MARK), 7);
         assert_eq!(probe.text(socket, TCP_CONGESTION), "reno");
     }
-    instance.run("apply", &["--restore"]);
-    assert_eq!(probe.int(server, SO_MARK), 0);
+    let output = instance.run("apply", &["--restore"]);
+    assert!(stdout(&output).contains("; changed by others since: 0; refused: 0"), "{}", stdout(&output));
+    let late = probe.accept(listener);
+    for socket in [clients[1], server, late] {
+        assert_eq!(probe.int(socket, SO_MARK), 0);
+    }
 }
 
 #[test]
@@ -196,17 +203,89 @@ fn value_that_the_kernel_refuses_on_many_sockets_is_told_and_counted_and_the_res
 }
 
 #[test]
-fn sockets_of_another_network_namespace_are_brought_in_line_there() {
+fn what_only_programs_can_read_and_set_is_set_and_put_back() {
     require!("iter/tcp");
+    require!("TCP_RTO_MAX_MS"); // From 6.15 on, as what can be read of TCP_BPF_RTO_MIN.
     let (target, instance) = (Cgroup::new(), Instance::new());
-    let mut probe = Probe::start_apart(&target);
+    let mut probe = Probe::start(&target);
     let (listener, address) = probe.listener(Family::Inet, Kind::Tcp);
     let client = probe.open(Family::Inet, Kind::Tcp);
     probe.connect(client, address);
-    apply(&instance, &policy(&target, ""), &[]);
+    let text = format!("[target]\ncgroup = {:?}\n[[rule]]\nset = {{ TCP_BPF_RTO_MIN = \"40ms\" }}\n", target.name());
+    let policy = PolicyFile::new(text);
+    let said = apply(&instance, &policy, &[]);
+    assert!(said.contains("TCP_BPF_RTO_MIN: 200ms -> 40ms"), "{said}");
+    assert!(said.contains("changed: 3, in 3 options"), "{said}");
+    // Its owner is not told, but `ss` knows for how long the kernel waits: with each round trip more of what it is to.
     let server = probe.accept(listener);
-    for socket in [listener, client, server] {
-        assert_eq!(probe.int(socket, SO_MARK), 7);
+    // The probe has a network of its own.
+    let network = format!("--net=/proc/{}/ns/net", probe.pid);
+    let mut ss = Command::new("nsenter");
+    ss.args([&network, "ss", "--tcp", "--info", "--numeric", "--no-header"]);
+    let mut waits_less = || {
+        probe.talk(client, server);
+        stdout(&ss.output().unwrap()).contains(" rto:4")
+    };
+    assert!(wait::until(wait::PATIENCE, &mut waits_less), "it waits as long as it did");
+    let again = apply(&instance, &policy, &[]);
+    assert!(again.contains("changed: 0, in 0 options"), "{again}");
+    let output = instance.run("apply", &["--restore"]);
+    assert!(stdout(&output).contains("put back: 3 options;"), "{}{}", stdout(&output), stderr(&output));
+    let again = apply(&instance, &policy, &[]);
+    assert!(again.contains("TCP_BPF_RTO_MIN: 200ms -> 40ms"), "{again}");
+}
+
+#[test]
+fn option_that_cannot_be_changed_on_a_live_socket_is_told_of_each() {
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let mut probe = Probe::start(&target);
+    let pair = probe.pair(Family::Inet, Kind::Tcp);
+    let text = format!(
+        "[target]\ncgroup = {:?}\n[[rule]]\nmatch = {{ protocol = \"tcp\" }}\nset = {{ TCP_BPF_IW = 20, SO_MARK = 7 }}\n",
+        target.name()
+    );
+    let said = apply(&instance, &PolicyFile::new(text), &[]);
+    let untold: Vec<&str> = said.lines().filter(|line| line.starts_with("untold ")).collect();
+    assert_eq!(untold.len(), 2, "{said}");
+    assert!(untold[0].contains("TCP_BPF_IW: getsockopt does not show it"), "{said}");
+    assert!(said.contains("2 options cannot be told to agree or not"), "{said}");
+    assert_eq!([pair.client, pair.server].map(|socket| probe.int(socket, SO_MARK)), [7, 7]);
+}
+
+#[test]
+fn value_that_the_system_does_not_allow_is_set_once_and_is_no_change_then() {
+    require!("iter/tcp");
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let mut probe = Probe::start(&target);
+    let (_, address) = probe.listener(Family::Inet, Kind::Tcp);
+    // Nobody accepts it: the iterator does it all.
+    let client = probe.open(Family::Inet, Kind::Tcp);
+    probe.connect(client, address);
+    let text = format!("[target]\ncgroup = {:?}\n[[rule]]\nset = {{ SO_SNDBUF = \"300MiB\" }}\n", target.name());
+    let policy = PolicyFile::new(text);
+    assert!(apply(&instance, &policy, &[]).contains("changed: 3,"));
+    let most = probe.int(client, SO_SNDBUF);
+    assert!(apply(&instance, &policy, &[]).contains("changed: 0, in 0 options"));
+    assert_eq!(probe.int(client, SO_SNDBUF), most);
+}
+
+#[test]
+fn sockets_are_brought_in_line_in_each_network_namespace() {
+    require!("iter/tcp");
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    // Each probe has a network of its own.
+    let mut probes = [(); 2].map(|()| Probe::start(&target));
+    let connect = |probe: &mut Probe| {
+        let (listener, address) = probe.listener(Family::Inet, Kind::Tcp);
+        let client = probe.open(Family::Inet, Kind::Tcp);
+        probe.connect(client, address);
+        [listener, client]
+    };
+    let sockets = probes.each_mut().map(connect);
+    apply(&instance, &policy(&target, ""), &[]);
+    for (probe, [listener, client]) in probes.iter_mut().zip(sockets) {
+        let server = probe.accept(listener);
+        assert_eq!([listener, client, server].map(|socket| probe.int(socket, SO_MARK)), [7; 3]);
     }
 }
 

@@ -1,0 +1,201 @@
+//! What live sockets had before policies were applied to them, put back: for `apply --restore` and `detach --restore`.
+//!
+//! Through a descriptor of the socket's process; where none leads to it, or only programs can read and set the option, by the
+//! program that the kernel runs for each TCP socket.
+//!
+//! Invariant: what shows another value than it was left with is somebody's choice since, and stays.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    io::{self, Write},
+    os::fd::OwnedFd,
+};
+
+use abi::{
+    live::{Assignment, Outcome, state},
+    setting::{OptionKey, Value, read_back, word_in},
+};
+
+use super::{apply::ApplyError, run::RunError, unless_closed};
+use crate::{
+    host::{socket, survey::Survey},
+    instance,
+    journal::{Change, Journal, Place},
+    kernel::{Job, KernelError, Walk},
+    options::{self, SocketOption},
+};
+
+/// What came of it.
+#[derive(Default)]
+struct Restored {
+    put_back: usize,
+    /// Options that somebody has changed since.
+    others: usize,
+    /// What is left to be put back.
+    failed: BTreeMap<Place, Change>,
+}
+
+/// What the program is to put back on a socket.
+struct Left {
+    job: Job,
+    /// By assignment of the job.
+    changes: Vec<(Place, Change)>,
+}
+
+/// Puts back what sockets had before policies were applied to them, where nobody has changed it since. Gives whether all of it
+/// could be; what could not is left to be put back.
+pub(super) fn put_back(instance: &str) -> Result<bool, ApplyError> {
+    instance::check_name(instance).map_err(RunError::from)?;
+    let mut journal = Journal::of(instance);
+    let mut by_socket: HashMap<u64, Vec<(Place, Change)>> = HashMap::new();
+    for (place, change) in journal.changes()? {
+        // Else it was refused.
+        if change.after != change.before {
+            by_socket.entry(place.cookie).or_default().push((place, change));
+        }
+    }
+    let survey = Survey::make(|_| true)?;
+    let mut restored = Restored::default();
+    let mut left = Vec::new();
+    for found in &survey.sockets {
+        let Some(changes) = by_socket.remove(&found.entry.cookie) else { continue };
+        let changes = match found.take() {
+            Ok(Some((_, socket))) => {
+                changes.into_iter().filter(|change| !restored.by_descriptor(&socket, *change)).collect()
+            }
+            Ok(None) => changes,
+            Err(_) => {
+                restored.failed.extend(changes);
+                continue;
+            }
+        };
+        // What is no TCP socket and nobody's any more is closed.
+        if !changes.is_empty() && found.entry.protocol == libc::IPPROTO_TCP {
+            left.push(Left::new(found.entry.cookie, found.namespace, changes));
+        }
+    }
+    restored.by_program(left, &survey)?;
+    let Restored { put_back, others, failed } = restored;
+    journal.keep(&failed)?;
+    let failed = failed.len();
+    let mut out = io::stdout().lock();
+    unless_closed(writeln!(out, "put back: {put_back} options; changed by others since: {others}; refused: {failed}"))?;
+    Ok(failed == 0)
+}
+
+impl Restored {
+    /// Gives whether the option can be read so: if not, there is nothing done.
+    fn by_descriptor(&mut self, socket: &OwnedFd, (place, change): (Place, Change)) -> bool {
+        let Some(option) = options::by_key(place.option) else { return true };
+        let Some(now) = socket::value(socket, place.option) else { return false };
+        if now == change.before {
+            // What was put back before has brought it back too.
+            self.put_back += 1;
+        } else if now != change.after {
+            self.others += 1;
+        } else if socket::set(socket, unbounded(option), &as_given(option, &change.before)).is_ok() {
+            self.put_back += 1;
+        } else {
+            self.failed.insert(place, change);
+        }
+        true
+    }
+
+    fn by_program(&mut self, left: Vec<Left>, survey: &Survey) -> Result<(), ApplyError> {
+        if left.is_empty() {
+            return Ok(());
+        }
+        let mut walk = match Walk::load() {
+            Ok(walk) => walk,
+            Err(error @ KernelError::Iterator { .. }) => {
+                log::warn!("{error}: what no descriptor leads to is left as it is");
+                self.failed.extend(left.into_iter().flat_map(|left| left.changes));
+                return Ok(());
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let mut unchanged = Vec::new();
+        for (left, outcomes) in all_rounds(&mut walk, left, survey, false)? {
+            unchanged.extend(self.unchanged(left, &outcomes));
+        }
+        for (left, outcomes) in all_rounds(&mut walk, unchanged, survey, true)? {
+            for (change, outcome) in left.changes.into_iter().zip(outcomes) {
+                match outcome.errno {
+                    // Or the socket is closed.
+                    0 => self.put_back += usize::from(outcome.state != state::NONE),
+                    _ => drop(self.failed.insert(change.0, change.1)),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What of a socket shows what it was left with.
+    fn unchanged(&mut self, left: Left, outcomes: &[Outcome]) -> Option<Left> {
+        let Left { job, changes } = left;
+        let mut kept = Left { job: Job { assignments: Vec::new(), ..job }, changes: Vec::new() };
+        for ((change, assignment), outcome) in changes.into_iter().zip(job.assignments).zip(outcomes) {
+            if outcome.state == state::NONE {
+                // The socket is closed.
+            } else if outcome.errno != 0 {
+                self.failed.insert(change.0, change.1);
+            } else if outcome.before == change.1.after.words {
+                kept.job.assignments.push(assignment);
+                kept.changes.push(change);
+            } else {
+                self.others += 1;
+            }
+        }
+        (!kept.changes.is_empty()).then_some(kept)
+    }
+}
+
+/// Looks at these, and sets them if that is wanted; as many at a time as there is room for.
+fn all_rounds(
+    walk: &mut Walk,
+    left: Vec<Left>,
+    survey: &Survey,
+    sets: bool,
+) -> Result<Vec<(Left, Vec<Outcome>)>, KernelError> {
+    let jobs: Vec<Job> = left.iter().map(|left| left.job.clone()).collect();
+    let mut all = Vec::new();
+    while all.len() < jobs.len() {
+        let round = Walk::first_of(&jobs[all.len()..]);
+        let looked = walk.look(round, survey.namespaces())?;
+        all.extend(if sets { walk.set(survey.namespaces())? } else { looked });
+    }
+    Ok(left.into_iter().zip(all).collect())
+}
+
+impl Left {
+    fn new(cookie: u64, namespace: usize, changes: Vec<(Place, Change)>) -> Self {
+        let assignments = changes.iter().map(|(place, change)| {
+            let option = options::by_key(place.option);
+            let given = option.map_or(change.before, |option| as_given(option, &change.before));
+            let is_text = given.len > size_of::<u32>() as u32;
+            Assignment {
+                key: place.option,
+                value: given.words,
+                mask: [u64::MAX; 2],
+                is_text: is_text.into(),
+                is_doubled: option.is_some_and(is_doubled).into(),
+            }
+        });
+        Self { job: Job { cookie, namespace, assignments: assignments.collect() }, changes }
+    }
+}
+
+fn is_doubled(option: &SocketOption) -> bool {
+    option.settable().is_some_and(|settable| settable.read_back == read_back::DOUBLED)
+}
+
+/// What to set for an option to show a value: the kernel doubles buffers.
+pub(super) fn as_given(option: &SocketOption, shown: &Value) -> Value {
+    if is_doubled(option) { Value::int(word_in(&shown.words) / 2) } else { *shown }
+}
+
+/// By which option one is put back: the kernel tunes buffers beyond what SO_SNDBUF may set, and SO_SNDBUFFORCE may set all.
+fn unbounded(option: &'static SocketOption) -> OptionKey {
+    let is_it = |other: &&SocketOption| other.name.strip_suffix("FORCE") == Some(option.name);
+    options::OPTIONS.iter().find(is_it).unwrap_or(option).key()
+}
