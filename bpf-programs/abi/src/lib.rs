@@ -83,8 +83,20 @@ pub struct Config {
     pub _pad: u32,
     /// When that process was made, which tells it from others of its number. CLOCK_BOOTTIME, in units of [`TICK_NS`].
     pub agent_start: u64,
+    /// By slot of a generation ([`index::slot_of`]): the options that rules of any scope name. Written before the generation
+    /// that it is of is in force, for it is not written at once.
+    pub named: [setting::Named; GENERATIONS as usize],
 }
-shared!(Config, size 4 + 4 + 8 + 8 + 4 * 4 + 4 + 4 + 8);
+shared!(Config, size 4 + 4 + 8 + 8 + 4 * 4 + 4 + 4 + 8 + GENERATIONS as usize * 32);
+
+impl Config {
+    /// Whether a rule of the generation in force may name an option; that none does is certain.
+    #[inline(always)]
+    #[must_use]
+    pub fn may_name(&self, key: setting::OptionKey) -> bool {
+        self.named[index::slot_of(self.generation) as usize].may_have(key)
+    }
+}
 
 /// Nanoseconds of a tick, in which the kernel tells when processes were made (`nsec_to_clock_t`, USER_HZ: kernel/time/time.c).
 pub const TICK_NS: u64 = 10_000_000;

@@ -28,6 +28,37 @@ pub struct OptionKey {
 }
 shared!(OptionKey, size 4 + 4);
 
+/// Options, as bits: one that was added is always there, and few others are. For the calls on options that no rule names,
+/// which are most of them and are not to wait for a map to be searched.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Named {
+    bits: [u64; 4],
+}
+shared!(Named, size 4 * 8);
+
+impl Named {
+    pub fn add(&mut self, key: OptionKey) {
+        let (word, bit) = Self::place(key);
+        self.bits[word] |= bit;
+    }
+
+    #[inline(always)]
+    #[must_use]
+    pub fn may_have(&self, key: OptionKey) -> bool {
+        let (word, bit) = Self::place(key);
+        self.bits[word] & bit != 0
+    }
+
+    /// The names of a level are small numbers in a row. By this factor the rows of IP, of sockets and of TCP lie beside one
+    /// another.
+    #[inline(always)]
+    fn place(key: OptionKey) -> (usize, u64) {
+        let mixed = (key.level as u32).wrapping_mul(71).wrapping_add(key.name as u32);
+        ((mixed >> 6 & 3) as usize, 1 << (mixed & 63))
+    }
+}
+
 /// Values of [`Governed::kind`]: how the bytes of a value are read.
 pub mod kind {
     /// No value that we understand: the option can only be denied.
@@ -284,6 +315,21 @@ pub fn words_of_text(text: &[u8]) -> Words {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn options_that_were_added_are_found_and_their_neighbours_are_not() {
+        let mut named = Named::default();
+        let keys = [(0, 1), (1, 12), (6, 1), (41, 67), (-1, i32::MIN)].map(|(level, name)| OptionKey { level, name });
+        assert!(!keys.iter().any(|key| named.may_have(*key)));
+        for key in keys {
+            named.add(key);
+        }
+        assert!(keys.iter().all(|key| named.may_have(*key)));
+        // SO_REUSEADDR, SO_KEEPALIVE, TCP_MAXSEG, IP_TTL
+        for (level, name) in [(1, 2), (1, 9), (6, 2), (0, 2)] {
+            assert!(!named.may_have(OptionKey { level, name }), "{level} {name}");
+        }
+    }
 
     const OPTION: Governed = Governed {
         names: 0b1110,

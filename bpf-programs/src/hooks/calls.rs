@@ -50,7 +50,8 @@ const EINVAL: i32 = 22;
 #[cgroup_sockopt(setsockopt)]
 pub(crate) fn set_judge(ctx: SockoptContext) -> i32 {
     let call = OptionCall::new(ctx.sockopt);
-    let Some(governed) = Governance::find(ctx.sockopt) else {
+    let governed = if is_named(&call) { Governance::find(ctx.sockopt) } else { None };
+    let Some(governed) = governed else {
         call.pass();
         return GO_ON;
     };
@@ -64,6 +65,12 @@ pub(crate) fn set_judge(ctx: SockoptContext) -> i32 {
         return GO_ON;
     }
     enact(&call, governed, verdict)
+}
+
+/// Whether policies in force may say something about a call. Mostly they do not, and this is all that it then takes.
+#[inline(always)]
+fn is_named(call: &OptionCall) -> bool {
+    maps::config().is_some_and(|config| config.may_name(OptionKey { level: call.level(), name: call.name() }))
 }
 
 /// Which option a call is about, and which setting governs it.
@@ -326,7 +333,8 @@ fn read_before(call: &OptionCall, option: &Governed) -> Option<Value> {
 #[cgroup_sockopt(getsockopt)]
 pub(crate) fn get_compare(ctx: SockoptContext) -> i32 {
     let call = OptionCall::new(ctx.sockopt);
-    if call.retval() == 0
+    if is_named(&call)
+        && call.retval() == 0
         && let Some(governed) = Governance::find(ctx.sockopt)
         && compare_read(ctx.sockopt, governed.index, governed.winner) != 0
     {

@@ -133,7 +133,9 @@ fn begin(begun: Begun) {
         }
         drop_unended(task);
     }
-    if config.calls != calls::ALL && maps::option_number(config.generation, begun.key).is_none() {
+    if config.calls != calls::ALL
+        && !(config.may_name(begun.key) && maps::option_number(config.generation, begun.key).is_some())
+    {
         return;
     }
     if followed(config).is_none() || kernel::is_agent(config) {
