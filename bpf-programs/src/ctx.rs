@@ -305,10 +305,16 @@ impl OptionCall {
         field!(self.sk, protocol) == IPPROTO_MPTCP
     }
 
+    /// Whether the kernel passes only a part of the argument.
+    #[inline(always)]
+    pub(crate) fn is_long(&self) -> bool {
+        self.len() > ARGUMENT_MAX
+    }
+
     /// Lets the kernel take the call as the application made it.
     #[inline(always)]
     pub(crate) fn pass(&self) {
-        if self.len() > ARGUMENT_MAX {
+        if self.is_long() {
             set_field!(self.ctx, optlen, 0);
         }
     }
@@ -317,7 +323,7 @@ impl OptionCall {
     /// part, which another thread can no longer change.
     #[inline(always)]
     pub(crate) fn pass_as_read(&self, kind: u8) {
-        if self.len() > ARGUMENT_MAX && kind != kind::OPAQUE {
+        if self.is_long() && kind != kind::OPAQUE {
             set_field!(self.ctx, optlen, if kind == kind::TEXT { TEXT_LEN as i32 } else { 4 });
         } else {
             self.pass();

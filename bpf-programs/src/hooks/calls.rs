@@ -144,12 +144,14 @@ const IS_DONE: u32 = 0x100;
 #[inline(never)]
 pub(crate) extern "C" fn judge_call(ctx: *mut bpf_sockopt, index: u32, winner: u32) -> u32 {
     let call = OptionCall::new(ctx);
-    let Some(judgement) = judgement(&call, Governance { index, winner }) else { return verdict::NONE.into() };
+    let governed = Governance { index, winner };
+    let (Some(option), Some(setting)) = (governed.option(), governed.setting()) else { return verdict::NONE.into() };
+    let Some(judgement) = judgement(&call, option, setting) else { return verdict::NONE.into() };
     let (verdict, done) = match judgement.verdict {
-        verdict::REWRITTEN if is_enforced(winner) => rewrite(&call, Governance { index, winner }, &judgement),
+        verdict::REWRITTEN if !setting.is_dry_run() => rewrite(&call, option, winner, &judgement),
         verdict => (verdict, 0),
     };
-    note_who_wins(&call, Governance { index, winner }, verdict);
+    note_who_wins(&call, option, setting, verdict);
     count(winner, |counters| match verdict {
         verdict::NONE => &mut counters.agreed,
         verdict::ALLOWED => &mut counters.verdicts[0],
@@ -161,24 +163,18 @@ pub(crate) extern "C" fn judge_call(ctx: *mut bpf_sockopt, index: u32, winner: u
     u32::from(verdict) | done
 }
 
-#[inline(always)]
-fn is_enforced(setting: u32) -> bool {
-    maps::setting(setting).is_some_and(|setting| !setting.is_dry_run())
-}
-
 /// Gives the socket the policy's value where programs can. The kernel's own handler would ask the
 /// application's rights, and refuse a value that the application would never have asked for.
 ///
 /// Where the kernel refuses the value itself, the application's call goes through as it is.
 #[inline(always)]
-fn rewrite(call: &OptionCall, governed: Governance, judgement: &Judgement) -> (u8, u32) {
+fn rewrite(call: &OptionCall, option: &Governed, winner: u32, judgement: &Judgement) -> (u8, u32) {
     // What this kernel's programs cannot set from here is rewritten in the call's argument.
     const BY_ARGUMENT: (u8, u32) = (verdict::REWRITTEN, 0);
     // The kernel's handler gives a value to the subflows of an MPTCP socket too, the helper does not.
     if CAN_GET.load() == 0 || call.is_multipath() {
         return BY_ARGUMENT;
     }
-    let Some(option) = governed.option() else { return BY_ARGUMENT };
     let (level, name) = (option.key.level, option.key.name);
     let result = if option.kind == kind::TEXT {
         call.set(level, name, &judgement.given.words, TEXT_LEN as i32)
@@ -190,7 +186,7 @@ fn rewrite(call: &OptionCall, governed: Governance, judgement: &Judgement) -> (u
         // What the helper does not know on this socket the kernel's handler may.
         Err(EINVAL) => BY_ARGUMENT,
         Err(errno) => {
-            count(governed.winner, |counters| {
+            count(winner, |counters| {
                 counters.failed_errno = errno as u64;
                 &mut counters.failed
             });
@@ -201,20 +197,18 @@ fn rewrite(call: &OptionCall, governed: Governance, judgement: &Judgement) -> (u
 
 /// `None` where the kernel will refuse the argument's length.
 #[inline(always)]
-fn judgement(call: &OptionCall, governed: Governance) -> Option<Judgement> {
-    let Governed { kind, traits, .. } = *governed.option()?;
-    let asked = Asked::read(kind, traits, call.len(), &call.argument())?;
-    Some(judge(kind, governed.setting()?, &asked))
+fn judgement(call: &OptionCall, option: &Governed, setting: &Setting) -> Option<Judgement> {
+    let asked = Asked::read(option.kind, option.traits, call.len(), &call.argument())?;
+    Some(judge(option.kind, setting, &asked))
 }
 
 /// Where the policy lets the application win, it is not to be overruled at a later hook.
 #[inline(always)]
-fn note_who_wins(call: &OptionCall, governed: Governance, verdict: u8) {
-    let Some(setting) = governed.setting() else { return };
+fn note_who_wins(call: &OptionCall, option: &Governed, setting: &Setting, verdict: u8) {
     if setting.form != form::SET || setting.on_conflict != on_conflict::ALLOW {
         return;
     }
-    let (Some(option), Some(state)) = (governed.option(), state(call)) else { return };
+    let Some(state) = state(call) else { return };
     let bit = 1u64 << (option.bit & 63);
     if verdict == verdict::NONE {
         state.yielded &= !bit;
@@ -226,9 +220,14 @@ fn note_who_wins(call: &OptionCall, governed: Governance, verdict: u8) {
 /// Does what was decided.
 #[inline(always)]
 fn enact(call: &OptionCall, governed: Governance, verdict: u32) -> i32 {
-    match if is_enforced(governed.winner) { verdict as u8 } else { verdict::NONE } {
+    // What agrees needs no look at the tables for this.
+    let setting = if verdict == verdict::NONE.into() { None } else { governed.setting() };
+    let Some(setting) = setting.filter(|setting| !setting.is_dry_run()) else { return let_pass(call, governed) };
+    match verdict as u8 {
         verdict::REWRITTEN | verdict::CLAMPED => {
-            let is_replaced = judgement(call, governed)
+            let is_replaced = governed
+                .option()
+                .and_then(|option| judgement(call, option, setting))
                 .is_some_and(|judgement| call.replace(judgement.given.words, judgement.given.len));
             if !is_replaced {
                 call.pass();
@@ -241,9 +240,7 @@ fn enact(call: &OptionCall, governed: Governance, verdict: u32) -> i32 {
         }
         verdict::DENIED => {
             call.pass();
-            if CAN_SET_RETVAL.load() != 0
-                && let Some(setting) = governed.setting()
-            {
+            if CAN_SET_RETVAL.load() != 0 {
                 // From 7.2 on the verifier wants to see that this is an error number: no less than -4095.
                 let errno = i32::from(setting.errno) & 0xfff;
                 // SAFETY: takes a number.
@@ -251,11 +248,17 @@ fn enact(call: &OptionCall, governed: Governance, verdict: u32) -> i32 {
             }
             FAIL
         }
-        _ => {
-            call.pass_as_read(governed.option().map_or(kind::OPAQUE, |option| option.kind));
-            GO_ON
-        }
+        _ => let_pass(call, governed),
     }
+}
+
+/// Lets the kernel take the value that was judged.
+#[inline(always)]
+fn let_pass(call: &OptionCall, governed: Governance) -> i32 {
+    if call.is_long() {
+        call.pass_as_read(governed.option().map_or(kind::OPAQUE, |option| option.kind));
+    }
+    GO_ON
 }
 
 /// Leaves a verdict for the audit to report, or reports it.
