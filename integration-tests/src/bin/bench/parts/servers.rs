@@ -23,7 +23,12 @@ pub(crate) fn measure(ground: &Ground, findings: &mut Findings) -> Result<()> {
             for (under, what) in [("policy", "policy of 10 options"), ("audited", "the same with audit")] {
                 // Requests a second, so the other way round: more is better.
                 let (without, with) = (format!("none-{server}/{arm}"), format!("{under}-{server}/{arm}"));
-                let line = Line::new(format!("{says}, {what}"), whole(without), "no tool", whole(with.clone()));
+                let line = Line::new(
+                    format!("requests a second, {says}, {what}"),
+                    whole(without),
+                    "no tool",
+                    whole(with.clone()),
+                );
                 lines.push(line.plain(with).unit(Unit::Rate));
             }
         }
