@@ -190,6 +190,9 @@ impl Journal {
             return Ok(());
         }
         let Ok(survey) = Survey::make(|_| true).inspect_err(|error| log::debug!("{error}")) else { return Ok(()) };
+        if survey.has_unlisted {
+            return Ok(());
+        }
         let there: HashSet<u64> = survey.sockets.iter().map(|found| found.entry.cookie).collect();
         let mut changes = self.read()?;
         changes.retain(|place, _| there.contains(&place.cookie));
@@ -291,6 +294,10 @@ fn fold(lines: impl Iterator<Item = Line>) -> BTreeMap<Place, Change> {
     for Line { cookie, level, name, before, after } in lines {
         let place = Place { cookie, option: OptionKey { level, name } };
         match (changes.get_mut(&place), before) {
+            // Nothing came of what was noted before.
+            (Some(change), Some(before)) if change.before == change.after => {
+                *change = Change { before: before.into(), after: after.into() };
+            }
             (Some(change), _) => change.after = after.into(),
             (None, Some(before)) => drop(changes.insert(place, Change { before: before.into(), after: after.into() })),
             (None, None) => {}
@@ -313,6 +320,14 @@ mod tests {
         let lines = [written(Some(1), 2), written(None, 3), written(Some(3), 4), written(None, 5)];
         let change = *fold(lines.into_iter()).values().next().unwrap();
         assert_eq!(change, Change { before: Value::int(1), after: Value::int(5) });
+    }
+
+    #[test]
+    fn change_that_was_refused_leaves_no_value_to_be_put_back() {
+        // 1, and 2 refused; then somebody set 3, which was replaced by 2.
+        let lines = [written(Some(1), 2), written(None, 1), written(Some(3), 2)];
+        let change = *fold(lines.into_iter()).values().next().unwrap();
+        assert_eq!(change, Change { before: Value::int(3), after: Value::int(2) });
     }
 
     #[test]

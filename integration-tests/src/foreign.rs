@@ -5,19 +5,22 @@
 use std::{
     fs::File,
     io,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    os::fd::{AsRawFd, OwnedFd},
 };
 
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
 
-use crate::{cgroup::Cgroup, must, options::SocketOption};
+use crate::{
+    bpf::{self, LINK_CREATE, bpf, descriptor},
+    cgroup::Cgroup,
+    must,
+    options::SocketOption,
+};
 
 /// Commands of bpf(2) (include/uapi/linux/bpf.h).
-const PROG_LOAD: libc::c_int = 5;
 const PROG_ATTACH: libc::c_int = 8;
 const PROG_DETACH: libc::c_int = 9;
 const PROG_QUERY: libc::c_int = 16;
-const LINK_CREATE: libc::c_int = 28;
 
 const PROG_TYPE_CGROUP_SOCKOPT: u32 = 25;
 const CGROUP_SETSOCKOPT: u32 = 22;
@@ -56,8 +59,7 @@ impl Foreign {
         let link = match manner {
             Manner::Link => {
                 let link = must(bpf(LINK_CREATE, &mut [program_fd, folder_fd, CGROUP_SETSOCKOPT, 0]), "make a link");
-                // SAFETY: just made, and nobody else's.
-                Some(unsafe { OwnedFd::from_raw_fd(link) })
+                Some(descriptor(link))
             }
             Manner::Multi | Manner::Exclusive => {
                 let flags = if manner == Manner::Multi { 2 } else { 0 };
@@ -106,49 +108,16 @@ fn load(option: SocketOption) -> io::Result<OwnedFd> {
         instruction(0xb7, 0x00, 0, 0),             // r0 = 0
         instruction(0x95, 0x00, 0, 0),             // exit
     ];
-    let halves = |address: usize| [address as u32, (address as u64 >> 32) as u32];
-    let [code_low, code_high] = halves(program.as_ptr().expose_provenance());
-    let licence = c"GPL";
-    let [licence_low, licence_high] = halves(licence.as_ptr().expose_provenance());
-    // prog_type, insn_cnt, insns, license, then zeroes up to prog_name (16 bytes), and up to expected_attach_type
-    let mut attributes = [0; 18];
-    attributes[..6].copy_from_slice(&[
-        PROG_TYPE_CGROUP_SOCKOPT,
-        program.len() as u32,
-        code_low,
-        code_high,
-        licence_low,
-        licence_high,
-    ]);
-    for (word, bytes) in attributes[12..16].iter_mut().zip(NAME.as_bytes().chunks(4)) {
-        let mut padded = [0; 4];
-        padded[..bytes.len()].copy_from_slice(bytes);
-        *word = u32::from_ne_bytes(padded);
-    }
-    attributes[17] = CGROUP_SETSOCKOPT;
-    let program = match bpf(PROG_LOAD, &mut attributes) {
+    let load = || bpf::load(PROG_TYPE_CGROUP_SOCKOPT, CGROUP_SETSOCKOPT, NAME, &program);
+    match load() {
         // Before 5.11 it is charged to what a process may lock.
         Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
             let (soft, hard) = getrlimit(Resource::RLIMIT_MEMLOCK)?;
             setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY)?;
-            let program = bpf(PROG_LOAD, &mut attributes);
+            let program = load();
             setrlimit(Resource::RLIMIT_MEMLOCK, soft, hard)?;
-            program?
+            program
         }
-        program => program?,
-    };
-    // SAFETY: just made, and nobody else's.
-    Ok(unsafe { OwnedFd::from_raw_fd(program) })
-}
-
-fn bpf(command: libc::c_int, attributes: &mut [u32]) -> io::Result<i32> {
-    #[repr(C, align(8))]
-    struct Aligned([u32; 32]);
-    let mut aligned = Aligned([0; 32]);
-    aligned.0[..attributes.len()].copy_from_slice(attributes);
-    let len = size_of_val(attributes);
-    // SAFETY: attributes of the length that is given, which these commands read and, at the most, write.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut aligned, len) };
-    attributes.copy_from_slice(&aligned.0[..attributes.len()]);
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(i32::try_from(result).unwrap_or(-1)) }
+        program => program,
+    }
 }

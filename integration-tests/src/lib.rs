@@ -40,6 +40,7 @@
 #![expect(clippy::panic, reason = "what fails in a fixture fails the test")]
 
 pub mod agent;
+pub mod bpf;
 pub mod bpffs;
 pub mod cgroup;
 pub mod container;

@@ -31,9 +31,9 @@ use crate::{
 
 /// Bring sockets that are there already in line with policies
 ///
-/// What `verify` finds to disagree is set, on each socket through a descriptor of its process; what it had is kept, for `apply
-/// --restore` and `detach --restore`. Policies need not be in force for that, and do not come in force. Of a dry-run policy it is only said
-/// what would be set.
+/// What `verify` finds to disagree is set: on TCP sockets by a program of the kernel's, where it has that, on others through a
+/// descriptor of their process. What they had is kept, for `apply --restore` and `detach --restore`. Policies need not be in force
+/// for that, and do not come in force. Of a dry-run policy it is only said what would be set.
 #[derive(Debug, clap::Args)]
 pub(super) struct Apply {
     /// Policy files, and folders whose *.toml are policies

@@ -27,8 +27,8 @@ use super::{
 use crate::{
     compile::Desired,
     events::{Event, Kind},
-    host::socket,
-    journal::{Journal, Place},
+    host::{netns::Namespace, socket},
+    journal::{Journal, JournalError, Place},
     kernel::{Job, KernelError, Walk},
     live::{
         Live, Told,
@@ -51,19 +51,22 @@ pub(super) struct Tally {
     pub(super) failed: u64,
     /// Options of sockets of which it cannot be told whether they agree.
     pub(super) untold: u64,
-    /// Sockets that could not be looked into.
+    /// Sockets to which no descriptor leads, and that the program could not do all of.
+    pub(super) nobodys: u64,
+    /// Sockets that must not be looked into.
     pub(super) closed: u64,
 }
 
 impl Tally {
     /// For people, with a line for whatever did not go well.
     pub(super) fn to_text(self) -> String {
-        let Self { sockets, changed, set, would_set, failed, untold, closed } = self;
+        let Self { sockets, changed, set, would_set, failed, untold, nobodys, closed } = self;
         let mut text = format!("sockets: {sockets}, changed: {changed}, in {set} options\n");
         for (count, what) in [
             (would_set, "values would be set"),
             (failed, "values were refused by the kernel"),
             (untold, "options cannot be told to agree or not"),
+            (nobodys, "sockets were not looked into: no descriptor leads to them"),
             (closed, "sockets could not be looked into"),
         ] {
             if count > 0 {
@@ -74,10 +77,10 @@ impl Tally {
     }
 
     pub(super) fn to_json(self, event: &str) -> serde_json::Value {
-        let Self { sockets, changed, set, would_set, failed, untold, closed } = self;
+        let Self { sockets, changed, set, would_set, failed, untold, nobodys, closed } = self;
         json!({
             "event": event, "sockets": sockets, "changed": changed, "set": set, "would_set": would_set, "failed": failed,
-            "untold": untold, "refused": closed,
+            "untold": untold, "without_descriptor": nobodys, "refused": closed,
         })
     }
 }
@@ -103,6 +106,47 @@ pub(super) struct InLine<'a> {
     changed: HashSet<u64>,
     /// What the kernel has refused, and is not asked for again.
     refused: BTreeSet<Place>,
+}
+
+/// What ends a round.
+#[derive(Debug)]
+enum RoundError {
+    /// This kernel does not run the program.
+    Refused(KernelError),
+    Other(ApplyError),
+}
+
+impl From<KernelError> for RoundError {
+    fn from(error: KernelError) -> Self {
+        match error {
+            KernelError::Iterator { .. } => Self::Refused(error),
+            other => Self::Other(other.into()),
+        }
+    }
+}
+
+impl From<ApplyError> for RoundError {
+    fn from(error: ApplyError) -> Self {
+        Self::Other(error)
+    }
+}
+
+impl From<JournalError> for RoundError {
+    fn from(error: JournalError) -> Self {
+        Self::Other(error.into())
+    }
+}
+
+/// `None` where it takes descriptors.
+fn unless_refused<T>(done: Result<T, RoundError>) -> Result<Option<T>, ApplyError> {
+    match done {
+        Ok(done) => Ok(Some(done)),
+        Err(RoundError::Refused(error)) => {
+            log::info!("{error}: each socket is set through a descriptor of its process");
+            Ok(None)
+        }
+        Err(RoundError::Other(error)) => Err(error),
+    }
 }
 
 /// What a TCP socket is to be given by the program.
@@ -163,23 +207,22 @@ impl<'a> InLine<'a> {
         if planned.is_empty() {
             return Ok(());
         }
-        let mut walk = match Walk::load() {
-            Ok(walk) => walk,
-            Err(error @ KernelError::Iterator { .. }) => {
-                log::info!("{error}: each socket is set through a descriptor of its process");
-                return Ok(());
-            }
-            Err(error) => return Err(error.into()),
-        };
+        let Some(mut walk) = unless_refused(Walk::load().map_err(RoundError::from))? else { return Ok(()) };
         let jobs: Vec<Job> = planned.iter().map(|planned| planned.job.clone()).collect();
         let mut done = 0;
         while done < jobs.len() {
             let round = Walk::first_of(&jobs[done..]);
             let planned = &planned[done..done + round.len()];
             pause(0)?;
-            self.do_round(&mut walk, round, planned, sockets)?;
+            let Some(in_line) = unless_refused(self.do_round(&mut walk, round, planned, sockets.namespaces()))? else {
+                return Ok(());
+            };
+            for planned in &in_line {
+                self.tally.sockets += 1;
+                sockets.set_aside(planned.job.cookie);
+            }
             done += round.len();
-            pause(planned.iter().filter(|planned| !planned.is_part).count())?;
+            pause(in_line.len())?;
         }
         Ok(())
     }
@@ -207,58 +250,70 @@ impl<'a> InLine<'a> {
         planned
     }
 
-    fn do_round(
+    /// Gives those of the sockets that need no look any more.
+    fn do_round<'p>(
         &mut self,
         walk: &mut Walk,
         jobs: &[Job],
-        planned: &[Planned],
-        sockets: &mut Sockets<'_>,
-    ) -> Result<(), ApplyError> {
-        let looked = walk.look(jobs, sockets.namespaces())?;
-        for (planned, outcomes) in planned.iter().zip(&looked) {
-            let is_done = outcomes.iter().all(Outcome::is_read);
-            if is_done && !planned.is_part {
-                self.tally.sockets += 1;
-                sockets.set_aside(planned.job.cookie);
+        planned: &'p [Planned],
+        namespaces: &[Namespace],
+    ) -> Result<Vec<&'p Planned>, RoundError> {
+        let looked = walk.look(jobs, namespaces)?;
+        let mut is_done: Vec<bool> = planned
+            .iter()
+            .zip(&looked)
+            .map(|(planned, outcomes)| !planned.is_part && outcomes.iter().all(Outcome::is_read))
+            .collect();
+        let to_set = to_set(planned, &looked);
+        if !to_set.is_empty() {
+            self.journal.note_all(to_set.iter().map(|one| (one.place(), Some(one.before), one.shown)))?;
+            let set = walk.set(namespaces)?;
+            let outcomes: Vec<&Outcome> = to_set.iter().map(|one| &set[one.socket][one.at]).collect();
+            let after = to_set.iter().zip(&outcomes).map(|(one, outcome)| (one, one.after(outcome)));
+            // What was wanted is noted already.
+            let others = after.filter(|(one, after)| *after != one.shown);
+            self.journal.note_all(others.map(|(one, after)| (one.place(), None, after)))?;
+            for (one, outcome) in to_set.iter().zip(outcomes) {
+                is_done[one.socket] &= self.conclude(one, outcome)?;
             }
         }
-        let to_set = to_set(planned, &looked);
-        if to_set.is_empty() {
-            return Ok(());
-        }
-        self.journal.note_all(to_set.iter().map(|one| (one.place(), Some(one.before), one.shown)))?;
-        let set = walk.set(sockets.namespaces())?;
-        let outcomes: Vec<&Outcome> = to_set.iter().map(|one| &set[one.socket][one.at]).collect();
-        let after = to_set.iter().zip(&outcomes).map(|(one, outcome)| (one, one.after(outcome)));
-        // What was wanted is noted already.
-        let others = after.filter(|(one, after)| *after != one.shown);
-        self.journal.note_all(others.map(|(one, after)| (one.place(), None, after)))?;
-        to_set.iter().zip(outcomes).try_for_each(|(one, outcome)| self.conclude(one, outcome))
+        Ok(planned.iter().zip(is_done).filter(|(_, is_done)| *is_done).map(|(planned, _)| planned).collect())
     }
 
-    /// Counts and tells what came of one option.
-    fn conclude(&mut self, one: &ToSet<'_>, outcome: &Outcome) -> Result<(), ApplyError> {
-        // Else the socket is gone, or has got the value meanwhile; or the kernel makes of the value what was there.
-        if outcome.state != state::SET || (outcome.errno == 0 && one.after(outcome) == one.before) {
-            return Ok(());
-        }
-        let kind = if is_set(outcome) {
-            self.tally.set += 1;
-            self.changed.insert(one.planned.job.cookie);
-            Kind::Applied { before: one.before, after: one.after(outcome) }
-        } else {
-            self.tally.failed += 1;
-            self.refused.insert(one.place());
-            Kind::Outcome { errno: outcome.errno as i32 }
+    /// Counts and tells what came of one option. Gives whether that is all: what was refused a program a call may get (a congestion
+    /// control is loaded for it), and a socket that has not come by again is looked for by its descriptor.
+    fn conclude(&mut self, one: &ToSet<'_>, outcome: &Outcome) -> Result<bool, ApplyError> {
+        let kind = match outcome.state {
+            // It has got the value meanwhile.
+            state::UNCHANGED => return Ok(true),
+            state::SET if outcome.errno == 0 => {
+                let after = one.after(outcome);
+                // Or the kernel makes of the value what was there.
+                if after == one.before {
+                    return Ok(true);
+                }
+                self.tally.set += 1;
+                self.changed.insert(one.planned.job.cookie);
+                Kind::Applied { before: one.before, after }
+            }
+            state::SET if one.planned.live.owner.is_none() => {
+                self.tally.failed += 1;
+                Kind::Outcome { errno: outcome.errno as i32 }
+            }
+            _ => return Ok(false),
         };
-        self.say(&one.planned.live, &one.finding(), kind)
+        self.say(&one.planned.live, &one.finding(), kind)?;
+        Ok(true)
     }
 
     /// Brings a socket in line through a descriptor.
     fn look_into(&mut self, seen: Seen<'_>) -> Result<(), ApplyError> {
         let Seen { mut live, scope, fresh, socket } = seen;
         let (Some(mut fresh), Some(socket)) = (fresh, socket) else {
-            self.tally.closed += u64::from(matches!(live.values, Told::Refused(_)));
+            match live.values {
+                Told::Refused(_) => self.tally.closed += 1,
+                Told::Nobody | Told::Values(_) => self.tally.nobodys += 1,
+            }
             return Ok(());
         };
         self.tally.sockets += 1;
@@ -364,7 +419,7 @@ impl ToSet<'_> {
     /// What it shows since.
     fn after(&self, outcome: &Outcome) -> Value {
         let assignment = &self.planned.job.assignments[self.at];
-        if is_set(outcome) { assignment.shows(outcome.after) } else { self.before }
+        if outcome.state == state::SET && outcome.errno == 0 { assignment.shows(outcome.after) } else { self.before }
     }
 
     /// The same as what a look into the socket would have found.
@@ -376,10 +431,6 @@ impl ToSet<'_> {
 
 fn is_for_programs(assignment: &Assignment) -> bool {
     options::by_key(assignment.key).is_some_and(SocketOption::is_for_programs)
-}
-
-fn is_set(outcome: &Outcome) -> bool {
-    outcome.state == state::SET && outcome.errno == 0
 }
 
 fn place_of(live: &Live, option: OptionKey) -> Place {

@@ -60,9 +60,7 @@ pub(super) fn put_back(instance: &str) -> Result<bool, ApplyError> {
     for found in &survey.sockets {
         let Some(changes) = by_socket.remove(&found.entry.cookie) else { continue };
         let changes = match found.take() {
-            Ok(Some((_, socket))) => {
-                changes.into_iter().filter(|change| !restored.by_descriptor(&socket, *change)).collect()
-            }
+            Ok(Some((_, socket))) => restored.by_descriptor(&socket, changes),
             Ok(None) => changes,
             Err(_) => {
                 restored.failed.extend(changes);
@@ -76,58 +74,93 @@ pub(super) fn put_back(instance: &str) -> Result<bool, ApplyError> {
     }
     restored.by_program(left, &survey)?;
     let Restored { put_back, others, failed } = restored;
-    journal.keep(&failed)?;
-    let failed = failed.len();
+    // What was not found is closed, if all could be looked for.
+    let unseen = by_socket.into_values().flatten().filter(|_| survey.has_unlisted);
+    let kept: BTreeMap<Place, Change> = failed.iter().map(|(place, change)| (*place, *change)).chain(unseen).collect();
+    journal.keep(&kept)?;
+    let (failed, unseen) = (failed.len(), kept.len() - failed.len());
     let mut out = io::stdout().lock();
     unless_closed(writeln!(out, "put back: {put_back} options; changed by others since: {others}; refused: {failed}"))?;
-    Ok(failed == 0)
+    if unseen > 0 {
+        unless_closed(writeln!(
+            out,
+            "kept: {unseen} of sockets that may be in network namespaces that this process must not enter"
+        ))?;
+    }
+    if failed > 0 {
+        log::warn!(
+            "policies that are in force set their values again: end them first, as `sockpolicy detach --restore` does"
+        );
+    }
+    Ok(kept.is_empty())
 }
 
 impl Restored {
-    /// Gives whether the option can be read so: if not, there is nothing done.
-    fn by_descriptor(&mut self, socket: &OwnedFd, (place, change): (Place, Change)) -> bool {
-        let Some(option) = options::by_key(place.option) else { return true };
-        let Some(now) = socket::value(socket, place.option) else { return false };
-        if now == change.before {
-            // What was put back before has brought it back too.
-            self.put_back += 1;
-        } else if now != change.after {
-            self.others += 1;
-        } else if socket::set(socket, unbounded(option), &as_given(option, &change.before)).is_ok() {
-            self.put_back += 1;
-        } else {
-            self.failed.insert(place, change);
+    /// Gives what cannot be read so. One option may reset another (IP_TOS, SO_PRIORITY): so all are looked at first, and what counts is
+    /// what they show in the end.
+    fn by_descriptor(&mut self, socket: &OwnedFd, changes: Vec<(Place, Change)>) -> Vec<(Place, Change)> {
+        let (mut unchanged, mut rest) = (Vec::new(), Vec::new());
+        for (place, change) in changes {
+            match (options::by_key(place.option), socket::value(socket, place.option)) {
+                (Some(option), Some(now)) if now == change.after || now == change.before => {
+                    unchanged.push((option, place, change));
+                }
+                (_, Some(_)) => self.others += 1,
+                (_, None) => rest.push((place, change)),
+            }
         }
-        true
+        for (option, place, change) in unchanged.iter().chain(&unchanged) {
+            if socket::value(socket, place.option) != Some(change.before) {
+                // Whether it was taken shows below.
+                let _ = socket::set(socket, unbounded(option), &as_given(option, &change.before));
+            }
+        }
+        for (_, place, change) in unchanged {
+            if socket::value(socket, place.option) == Some(change.before) {
+                self.put_back += 1;
+            } else {
+                self.failed.insert(place, change);
+            }
+        }
+        rest
     }
 
     fn by_program(&mut self, left: Vec<Left>, survey: &Survey) -> Result<(), ApplyError> {
         if left.is_empty() {
             return Ok(());
         }
-        let mut walk = match Walk::load() {
-            Ok(walk) => walk,
-            Err(error @ KernelError::Iterator { .. }) => {
-                log::warn!("{error}: what no descriptor leads to is left as it is");
-                self.failed.extend(left.into_iter().flat_map(|left| left.changes));
-                return Ok(());
-            }
-            Err(error) => return Err(error.into()),
-        };
-        let mut unchanged = Vec::new();
-        for (left, outcomes) in all_rounds(&mut walk, left, survey, false)? {
-            unchanged.extend(self.unchanged(left, &outcomes));
-        }
-        for (left, outcomes) in all_rounds(&mut walk, unchanged, survey, true)? {
-            for (change, outcome) in left.changes.into_iter().zip(outcomes) {
-                match outcome.errno {
-                    // Or the socket is closed.
-                    0 => self.put_back += usize::from(outcome.state != state::NONE),
-                    _ => drop(self.failed.insert(change.0, change.1)),
+        let Some(mut walk) = self.unless_refused(Walk::load(), &left)? else { return Ok(()) };
+        let looked = all_rounds(&mut walk, &left, survey, false);
+        let Some(looked) = self.unless_refused(looked, &left)? else { return Ok(()) };
+        let unchanged = left.into_iter().zip(looked).filter_map(|(left, outcomes)| self.unchanged(left, &outcomes));
+        let unchanged: Vec<Left> = unchanged.collect();
+        let set = all_rounds(&mut walk, &unchanged, survey, true);
+        let Some(set) = self.unless_refused(set, &unchanged)? else { return Ok(()) };
+        for (left, outcomes) in unchanged.into_iter().zip(set) {
+            for ((place, change), outcome) in left.changes.into_iter().zip(outcomes) {
+                match outcome.state {
+                    // The socket is closed.
+                    state::NONE => {}
+                    state::UNCHANGED => self.put_back += 1,
+                    state::SET if outcome.errno == 0 && outcome.after == change.before.words => self.put_back += 1,
+                    _ => drop(self.failed.insert(place, change)),
                 }
             }
         }
         Ok(())
+    }
+
+    /// Where the kernel does not run the program, all of these are left to be put back.
+    fn unless_refused<T>(&mut self, done: Result<T, KernelError>, left: &[Left]) -> Result<Option<T>, ApplyError> {
+        match done {
+            Ok(done) => Ok(Some(done)),
+            Err(error @ KernelError::Iterator { .. }) => {
+                log::warn!("{error}: what no descriptor leads to is left as it is");
+                self.failed.extend(left.iter().flat_map(|left| left.changes.iter().copied()));
+                Ok(None)
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// What of a socket shows what it was left with.
@@ -151,12 +184,7 @@ impl Restored {
 }
 
 /// Looks at these, and sets them if that is wanted; as many at a time as there is room for.
-fn all_rounds(
-    walk: &mut Walk,
-    left: Vec<Left>,
-    survey: &Survey,
-    sets: bool,
-) -> Result<Vec<(Left, Vec<Outcome>)>, KernelError> {
+fn all_rounds(walk: &mut Walk, left: &[Left], survey: &Survey, sets: bool) -> Result<Vec<Vec<Outcome>>, KernelError> {
     let jobs: Vec<Job> = left.iter().map(|left| left.job.clone()).collect();
     let mut all = Vec::new();
     while all.len() < jobs.len() {
@@ -164,7 +192,7 @@ fn all_rounds(
         let looked = walk.look(round, survey.namespaces())?;
         all.extend(if sets { walk.set(survey.namespaces())? } else { looked });
     }
-    Ok(left.into_iter().zip(all).collect())
+    Ok(all)
 }
 
 impl Left {

@@ -17,7 +17,7 @@ use crate::{
         inotify, process,
     },
     instance::{Instance, InstanceError},
-    journal::{Journal, JournalError},
+    journal::Journal,
     kernel::{self, Target},
     policy::{Policy, Sources, Texts},
     session::{self, Session, SessionError, Setup},
@@ -43,8 +43,8 @@ pub(super) struct Run {
     /// between
     #[arg(long)]
     persist: bool,
-    /// Bring sockets that are there in line, too: when this starts, and after each change of the policies and their targets. What
-    /// they had is kept, for `apply --restore` and `detach --restore`
+    /// Bring sockets that are there in line, too: when this starts, and after each change of the policies and their targets. With
+    /// --persist or --instance what they had is kept, for `detach --restore` and `apply --restore`
     #[arg(long)]
     apply: bool,
     /// Name of this instance, for `status` and `detach` [default: `default` with --persist, else run-PID]
@@ -85,8 +85,6 @@ pub(super) enum RunError {
     Inotify(#[from] inotify::WatchError),
     #[error(transparent)]
     Instance(#[from] InstanceError),
-    #[error("what sockets had before is still kept: {0}")]
-    Journal(#[from] JournalError),
 }
 
 impl Run {
@@ -131,9 +129,11 @@ impl Run {
             standing.stand(session, signals, writer)
         };
         let ended = finish(session, &mut signals, &mut writer, stand);
-        if self.apply && !self.persist {
+        if self.apply && !self.persist && self.instance.is_none() {
             // Nobody asks by this name any more.
-            Journal::of(&name).remove()?;
+            if let Err(error) = Journal::of(&name).remove() {
+                log::warn!("what sockets had before is still kept: {error}");
+            }
         }
         ended
     }

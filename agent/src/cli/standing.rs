@@ -35,7 +35,7 @@ use crate::{
         inotify::{self, Changes, Watch},
     },
     instance::Files,
-    journal::Journal,
+    journal::{Journal, JournalError},
     policy::{Policy, Sources, Texts},
     session::{self, Session},
 };
@@ -48,6 +48,9 @@ const SETTLE_MAX: Duration = Duration::from_secs(1);
 const RETIRE_AFTER: Duration = Duration::from_secs(60);
 /// How often to look whether the last socket of a removed cgroup is closed, which the kernel does not tell.
 const LOOK_FOR_EMPTY_MS: u16 = 1000;
+
+/// How long to wait where another process works on what sockets had.
+const WHILE_BUSY: Duration = Duration::from_secs(5);
 
 /// What people asked to be in force, and where.
 pub(super) struct Wanted<'a> {
@@ -246,8 +249,14 @@ impl<'a> Standing<'a> {
             );
             (in_line.tally(), brought)
         })?;
-        if let Err(error) = brought {
-            complain(&error);
+        match brought {
+            Ok(()) | Err(ApplyError::Stopped) => {}
+            Err(error) => {
+                complain(&error);
+                if matches!(error, ApplyError::Journal(JournalError::Busy { .. })) {
+                    self.due = Some(Instant::now() + WHILE_BUSY);
+                }
+            }
         }
         writer.brought_in_line(&tally).map_err(WatchError::Write)
     }

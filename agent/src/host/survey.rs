@@ -40,6 +40,8 @@ pub struct Survey {
     pub unread: HashSet<u32>,
     /// Whether there is any process that must not be looked into: it may have what nobody else has.
     pub is_partial: bool,
+    /// Whether there is a network namespace whose sockets must not be listed.
+    pub has_unlisted: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -78,8 +80,13 @@ impl Survey {
     ///
     /// Where processes or sockets cannot be listed.
     pub fn make(wanted: impl Fn(&Path) -> bool) -> Result<Self, SurveyError> {
-        let mut survey =
-            Self { sockets: Vec::new(), namespaces: Vec::new(), unread: HashSet::new(), is_partial: false };
+        let mut survey = Self {
+            sockets: Vec::new(),
+            namespaces: Vec::new(),
+            unread: HashSet::new(),
+            is_partial: false,
+            has_unlisted: false,
+        };
         let processes = process::all().map_err(SurveyError::Processes)?;
         fault::point("processes-listed");
         for process in &processes {
@@ -142,6 +149,7 @@ impl Survey {
             // What there is in it is found with its processes, as far as these may be looked into.
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                 log::debug!("cannot enter network namespace {}: {error}", namespace.id);
+                self.has_unlisted = true;
                 Vec::new()
             }
             entries => entries.map_err(|source| SurveyError::List { id: namespace.id, source })?,

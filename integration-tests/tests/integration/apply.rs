@@ -290,6 +290,42 @@ fn sockets_are_brought_in_line_in_each_network_namespace() {
 }
 
 #[test]
+fn what_policies_in_force_set_again_is_kept_to_be_put_back_when_they_end() {
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let policy = policy(&target, "");
+    let mut probe = Probe::start(&target);
+    let pair = probe.pair(Family::Inet, Kind::Tcp);
+    instance.attach(policy.path());
+    apply(&instance, &policy, &["--quiet"]);
+    let output = instance.run("apply", &["--restore"]);
+    assert_eq!(output.status.code(), Some(2), "{}", stdout(&output));
+    // Buffers are put back by SO_SNDBUFFORCE, which the policy does not name.
+    assert!(
+        stdout(&output).starts_with("put back: 3 options; changed by others since: 0; refused: 18"),
+        "{}",
+        stdout(&output)
+    );
+    assert!(stderr(&output).contains("policies that are in force set their values again"), "{}", stderr(&output));
+    assert_eq!(probe.int(pair.client, SO_MARK), 7);
+    let output = agent::output(&["detach", "--restore", &instance.name]);
+    assert!(output.status.success(), "{}{}", stdout(&output), stderr(&output));
+    assert_eq!(probe.int(pair.client, SO_MARK), 0);
+}
+
+#[test]
+fn option_that_another_one_resets_is_given_back_too() {
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let mut probe = Probe::start(&target);
+    let pair = probe.pair(Family::Inet, Kind::Tcp);
+    probe.set(pair.client, SO_PRIORITY, 3).unwrap();
+    apply(&instance, &policy(&target, ""), &["--quiet"]);
+    assert_eq!(probe.int(pair.client, SO_PRIORITY), 5);
+    let output = instance.run("apply", &["--restore"]);
+    assert!(output.status.success(), "{}{}", stdout(&output), stderr(&output));
+    assert_eq!([IP_TOS, SO_PRIORITY].map(|option| probe.int(pair.client, option)), [0, 3]);
+}
+
+#[test]
 fn limits_bring_within_bounds() {
     let (target, instance) = (Cgroup::new(), Instance::new());
     let text =

@@ -6,18 +6,18 @@ use std::{
     fs::{self, File},
     io,
     iter::successors,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    os::fd::{AsRawFd, OwnedFd},
     path::Path,
 };
+
+use sockpolicy_integration_tests::bpf::{self, LINK_CREATE, bpf, descriptor};
 
 use crate::trouble::{Attempt, Result};
 
 /// Commands of bpf(2) (include/uapi/linux/bpf.h).
-const PROG_LOAD: libc::c_int = 5;
 const PROG_GET_NEXT_ID: libc::c_int = 11;
 const PROG_GET_FD_BY_ID: libc::c_int = 13;
 const OBJ_GET_INFO_BY_FD: libc::c_int = 15;
-const LINK_CREATE: libc::c_int = 28;
 const ENABLE_STATS: libc::c_int = 32;
 
 const PROG_TYPE_TRACEPOINT: u32 = 5;
@@ -71,29 +71,9 @@ impl Empty {
     }
 }
 
-/// What the kernel calls such a program: `empty`.
-const EMPTY: [[u8; 4]; 2] = [*b"empt", *b"y\0\0\0"];
-
 /// `r0 = result; exit`
 fn load(program_type: u32, attach_type: u32, result: u32) -> io::Result<OwnedFd> {
-    let program = [0xb7 | u64::from(result) << 32, 0x95];
-    let halves = |address: usize| [address as u32, (address as u64 >> 32) as u32];
-    let [code_low, code_high] = halves(program.as_ptr().expose_provenance());
-    let licence = c"GPL";
-    let [licence_low, licence_high] = halves(licence.as_ptr().expose_provenance());
-    // prog_type, insn_cnt, insns, license, then zeroes up to expected_attach_type
-    let mut attributes = [0; 18];
-    attributes[..6].copy_from_slice(&[
-        program_type,
-        program.len() as u32,
-        code_low,
-        code_high,
-        licence_low,
-        licence_high,
-    ]);
-    attributes[12..14].copy_from_slice(&EMPTY.map(u32::from_ne_bytes));
-    attributes[17] = attach_type;
-    Ok(descriptor(bpf(PROG_LOAD, &mut attributes)?))
+    bpf::load(program_type, attach_type, "empty", &[0xb7 | u64::from(result) << 32, 0x95])
 }
 
 fn tracepoint_event(id: u64, program: &OwnedFd) -> io::Result<OwnedFd> {
@@ -170,21 +150,4 @@ pub(crate) fn run_time(id: u32) -> io::Result<(String, u64, u64)> {
     let name: Vec<u8> = words[NAME..NAME + 4].iter().flat_map(|word| word.to_ne_bytes()).collect();
     let name = String::from_utf8_lossy(&name).trim_end_matches('\0').to_owned();
     Ok((name, long(RUN_TIME), long(RUNS)))
-}
-
-fn descriptor(number: i32) -> OwnedFd {
-    // SAFETY: just made, and nobody else's.
-    unsafe { OwnedFd::from_raw_fd(number) }
-}
-
-fn bpf(command: libc::c_int, attributes: &mut [u32]) -> io::Result<i32> {
-    #[repr(C, align(8))]
-    struct Aligned([u32; 32]);
-    let mut aligned = Aligned([0; 32]);
-    aligned.0[..attributes.len()].copy_from_slice(attributes);
-    let len = size_of_val(attributes);
-    // SAFETY: attributes of the length that is given, which these commands read and, at the most, write.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut aligned, len) };
-    attributes.copy_from_slice(&aligned.0[..attributes.len()]);
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(i32::try_from(result).unwrap_or(-1)) }
 }
