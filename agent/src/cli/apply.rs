@@ -66,6 +66,9 @@ pub(super) enum ApplyError {
     Sockets(#[from] SocketsError),
     #[error("cannot keep what sockets had, and so leaves them as they are: {0}")]
     Journal(#[from] JournalError),
+    /// Where descriptors do.
+    #[error(transparent)]
+    Iterator(KernelError),
     #[error("cannot write what was done: {0}")]
     Write(#[from] io::Error),
     #[error(
@@ -82,7 +85,10 @@ impl From<RunError> for ApplyError {
 
 impl From<KernelError> for ApplyError {
     fn from(error: KernelError) -> Self {
-        RunError::from(SessionError::from(error)).into()
+        match error {
+            KernelError::Iterator { .. } => Self::Iterator(error),
+            other => RunError::from(SessionError::from(other)).into(),
+        }
     }
 }
 

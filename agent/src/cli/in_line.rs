@@ -5,17 +5,12 @@
 //!
 //! Invariants: what a socket has is in the journal before it is changed; each option of each socket is told of once.
 
-use std::{
-    collections::{BTreeSet, HashSet},
-    io,
-    os::fd::OwnedFd,
-};
+use std::{collections::HashSet, io, os::fd::OwnedFd};
 
 use abi::{
     live::{Assignment, Outcome, state},
     setting::{OptionKey, Value, word_in},
 };
-
 use serde_json::json;
 
 use super::{
@@ -28,8 +23,8 @@ use crate::{
     compile::Desired,
     events::{Event, Kind},
     host::{netns::Namespace, socket},
-    journal::{Journal, JournalError, Place},
-    kernel::{Job, KernelError, Walk},
+    journal::{Journal, Place},
+    kernel::{Job, Walk},
     live::{
         Live, Told,
         drift::{self, Assigned, Finding},
@@ -104,48 +99,17 @@ pub(super) struct InLine<'a> {
     tally: Tally,
     /// The cookies of sockets that were changed.
     changed: HashSet<u64>,
-    /// What the kernel has refused, and is not asked for again.
-    refused: BTreeSet<Place>,
 }
 
-/// What ends a round.
-#[derive(Debug)]
-enum RoundError {
-    /// This kernel does not run the program.
-    Refused(KernelError),
-    Other(ApplyError),
-}
-
-impl From<KernelError> for RoundError {
-    fn from(error: KernelError) -> Self {
-        match error {
-            KernelError::Iterator { .. } => Self::Refused(error),
-            other => Self::Other(other.into()),
-        }
-    }
-}
-
-impl From<ApplyError> for RoundError {
-    fn from(error: ApplyError) -> Self {
-        Self::Other(error)
-    }
-}
-
-impl From<JournalError> for RoundError {
-    fn from(error: JournalError) -> Self {
-        Self::Other(error.into())
-    }
-}
-
-/// `None` where it takes descriptors.
-fn unless_refused<T>(done: Result<T, RoundError>) -> Result<Option<T>, ApplyError> {
+/// `None` where this kernel does not run the program: then it takes descriptors.
+fn unless_refused<T>(done: Result<T, ApplyError>) -> Result<Option<T>, ApplyError> {
     match done {
         Ok(done) => Ok(Some(done)),
-        Err(RoundError::Refused(error)) => {
+        Err(ApplyError::Iterator(error)) => {
             log::info!("{error}: each socket is set through a descriptor of its process");
             Ok(None)
         }
-        Err(RoundError::Other(error)) => Err(error),
+        Err(error) => Err(error),
     }
 }
 
@@ -161,15 +125,7 @@ struct Planned {
 
 impl<'a> InLine<'a> {
     pub(super) fn new(desired: &'a Desired, dry_run: bool, journal: Journal, tell: Option<&'a mut Tell<'a>>) -> Self {
-        Self {
-            desired,
-            dry_run,
-            journal,
-            tell,
-            tally: Tally::default(),
-            changed: HashSet::new(),
-            refused: BTreeSet::new(),
-        }
+        Self { desired, dry_run, journal, tell, tally: Tally::default(), changed: HashSet::new() }
     }
 
     pub(super) fn tally(&self) -> Tally {
@@ -207,21 +163,17 @@ impl<'a> InLine<'a> {
         if planned.is_empty() {
             return Ok(());
         }
-        let Some(mut walk) = unless_refused(Walk::load().map_err(RoundError::from))? else { return Ok(()) };
-        let jobs: Vec<Job> = planned.iter().map(|planned| planned.job.clone()).collect();
-        let mut done = 0;
-        while done < jobs.len() {
-            let round = Walk::first_of(&jobs[done..]);
-            let planned = &planned[done..done + round.len()];
+        let Some(mut walk) = unless_refused(Walk::load().map_err(ApplyError::from))? else { return Ok(()) };
+        let mut left = &planned[..];
+        while !left.is_empty() {
             pause(0)?;
-            let Some(in_line) = unless_refused(self.do_round(&mut walk, round, planned, sockets.namespaces()))? else {
-                return Ok(());
-            };
+            let done = self.do_round(&mut walk, left, sockets.namespaces());
+            let Some((round, in_line)) = unless_refused(done)? else { return Ok(()) };
             for planned in &in_line {
                 self.tally.sockets += 1;
                 sockets.set_aside(planned.job.cookie);
             }
-            done += round.len();
+            left = &left[round..];
             pause(in_line.len())?;
         }
         Ok(())
@@ -233,9 +185,12 @@ impl<'a> InLine<'a> {
         let mut planned = Vec::new();
         let mut worth = vec![0_usize; sockets.namespaces().len()];
         for (scope, namespace, live) in sockets.listed_tcp() {
+            if self.only_says(scope) {
+                continue;
+            }
             let Assigned { assignments, settings, is_part } =
                 drift::assign(self.desired, &self.desired.scopes[scope], &live);
-            if assignments.is_empty() || self.only_says(scope) {
+            if assignments.is_empty() {
                 continue;
             }
             // To what nobody has yet, a connection that is not accepted, no descriptor leads; and what only programs know none
@@ -250,15 +205,15 @@ impl<'a> InLine<'a> {
         planned
     }
 
-    /// Gives those of the sockets that need no look any more.
+    /// Does as many as can be done at a time, the first ones. Gives how many these were, and those of them that need no look any
+    /// more.
     fn do_round<'p>(
         &mut self,
         walk: &mut Walk,
-        jobs: &[Job],
         planned: &'p [Planned],
         namespaces: &[Namespace],
-    ) -> Result<Vec<&'p Planned>, RoundError> {
-        let looked = walk.look(jobs, namespaces)?;
+    ) -> Result<(usize, Vec<&'p Planned>), ApplyError> {
+        let looked = walk.look(planned.iter().map(|planned| &planned.job), namespaces)?;
         let mut is_done: Vec<bool> = planned
             .iter()
             .zip(&looked)
@@ -277,7 +232,8 @@ impl<'a> InLine<'a> {
                 is_done[one.socket] &= self.conclude(one, outcome)?;
             }
         }
-        Ok(planned.iter().zip(is_done).filter(|(_, is_done)| *is_done).map(|(planned, _)| planned).collect())
+        let in_line = planned.iter().zip(is_done).filter(|(_, is_done)| *is_done).map(|(planned, _)| planned);
+        Ok((looked.len(), in_line.collect()))
     }
 
     /// Counts and tells what came of one option. Gives whether that is all: what was refused a program a call may get (a congestion
@@ -319,6 +275,7 @@ impl<'a> InLine<'a> {
         self.tally.sockets += 1;
         let only_says = self.only_says(scope);
         let scope = &self.desired.scopes[scope];
+        let mut refused = HashSet::new();
         for round in 0..ROUNDS {
             let findings = drift::find(self.desired, scope, &live, &mut fresh);
             for finding in findings.iter().filter(|_| round == 0) {
@@ -329,7 +286,7 @@ impl<'a> InLine<'a> {
             }
             let drifts: Vec<&Finding> = findings
                 .iter()
-                .filter(|finding| is_to_be_set(finding) && !self.refused.contains(&place_of(&live, option_of(finding))))
+                .filter(|finding| is_to_be_set(finding) && !refused.contains(&option_of(finding)))
                 .collect();
             if drifts.is_empty() {
                 break;
@@ -338,8 +295,8 @@ impl<'a> InLine<'a> {
                 if only_says {
                     self.tally.would_set += 1;
                     self.say(&live, finding, Kind::WouldApply)?;
-                } else {
-                    self.set(&live, finding, socket)?;
+                } else if !self.set(&live, finding, socket)? {
+                    refused.insert(option_of(finding));
                 }
             }
             if only_says {
@@ -350,8 +307,9 @@ impl<'a> InLine<'a> {
         Ok(())
     }
 
-    fn set(&mut self, live: &Live, finding: &Finding, socket: &OwnedFd) -> Result<(), ApplyError> {
-        let Finding::Drift { option, now, .. } = finding else { return Ok(()) };
+    /// Gives whether the kernel took it.
+    fn set(&mut self, live: &Live, finding: &Finding, socket: &OwnedFd) -> Result<bool, ApplyError> {
+        let Finding::Drift { option, now, .. } = finding else { return Ok(false) };
         let wanted = value_to_set(finding);
         let place = place_of(live, option.key());
         self.journal.note(place, now, &wanted)?;
@@ -361,13 +319,14 @@ impl<'a> InLine<'a> {
                 self.journal.note_after(place, &after)?;
                 self.tally.set += 1;
                 self.changed.insert(place.cookie);
-                self.say(live, finding, Kind::Applied { before: *now, after })
+                self.say(live, finding, Kind::Applied { before: *now, after })?;
+                Ok(true)
             }
             Err(error) => {
                 self.journal.note_after(place, now)?;
                 self.tally.failed += 1;
-                self.refused.insert(place);
-                self.say(live, finding, Kind::Outcome { errno: error.raw_os_error().unwrap_or_default() })
+                self.say(live, finding, Kind::Outcome { errno: error.raw_os_error().unwrap_or_default() })?;
+                Ok(false)
             }
         }
     }

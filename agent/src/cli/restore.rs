@@ -96,8 +96,8 @@ pub(super) fn put_back(instance: &str) -> Result<bool, ApplyError> {
 }
 
 impl Restored {
-    /// Gives what cannot be read so. One option may reset another (IP_TOS, SO_PRIORITY): so all are looked at first, and what counts is
-    /// what they show in the end.
+    /// Gives what cannot be read so. One option may reset another (IP_TOS, SO_PRIORITY): so all are looked at first, and what
+    /// counts is what they show in the end.
     fn by_descriptor(&mut self, socket: &OwnedFd, changes: Vec<(Place, Change)>) -> Vec<(Place, Change)> {
         let (mut unchanged, mut rest) = (Vec::new(), Vec::new());
         for (place, change) in changes {
@@ -185,11 +185,9 @@ impl Restored {
 
 /// Looks at these, and sets them if that is wanted; as many at a time as there is room for.
 fn all_rounds(walk: &mut Walk, left: &[Left], survey: &Survey, sets: bool) -> Result<Vec<Vec<Outcome>>, KernelError> {
-    let jobs: Vec<Job> = left.iter().map(|left| left.job.clone()).collect();
     let mut all = Vec::new();
-    while all.len() < jobs.len() {
-        let round = Walk::first_of(&jobs[all.len()..]);
-        let looked = walk.look(round, survey.namespaces())?;
+    while all.len() < left.len() {
+        let looked = walk.look(left[all.len()..].iter().map(|left| &left.job), survey.namespaces())?;
         all.extend(if sets { walk.set(survey.namespaces())? } else { looked });
     }
     Ok(all)

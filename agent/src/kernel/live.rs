@@ -5,7 +5,7 @@
 //!
 //! Invariant: a socket without a job is left alone, and what could not be looked at is not set.
 
-use std::{collections::HashMap, io::Read as _, ops::Range};
+use std::{collections::HashMap, io::Read as _, mem, ops::Range};
 
 use abi::{
     SETTABLE_MAX,
@@ -82,30 +82,22 @@ impl Walk {
         Ok(Self { ebpf, outcomes, placed: Vec::new(), namespaces: Vec::new() })
     }
 
-    /// As many of the jobs as can be done at a time.
-    #[must_use]
-    pub fn first_of(jobs: &[Job]) -> &[Job] {
-        let mut lists = Lists::default();
-        let mut outcomes = 0;
-        let fits = jobs.iter().take(JOBS_MAX).take_while(|job| {
-            outcomes += job.assignments.len();
-            outcomes <= OUTCOMES_MAX && lists.add(&job.assignments).is_some()
-        });
-        &jobs[..fits.count()]
-    }
-
-    /// Reads what the sockets of these jobs have, which are no more than [`Self::first_of`] gives. Where there is no such socket
-    /// any more, its outcomes are zero.
+    /// Reads what the sockets of these jobs have: of the first ones, as many as there is room for at a time, and one at the least.
+    /// Where there is no such socket any more, its outcomes are zero.
     ///
     /// # Errors
     ///
     /// Where the kernel refuses.
-    pub fn look(&mut self, jobs: &[Job], namespaces: &[Namespace]) -> Result<Vec<Outcomes>, KernelError> {
-        self.place(jobs)?;
+    pub fn look<'a>(
+        &mut self,
+        jobs: impl IntoIterator<Item = &'a Job>,
+        namespaces: &[Namespace],
+    ) -> Result<Vec<Outcomes>, KernelError> {
+        self.place(Round::first_of(jobs))?;
         self.visit(step::LOOK, namespaces)
     }
 
-    /// Gives them what they are to have, as far as they could be looked at.
+    /// Gives those what they are to have, as far as they could be looked at.
     ///
     /// # Errors
     ///
@@ -115,21 +107,15 @@ impl Walk {
     }
 
     /// Writes jobs to the maps, in place of those that are there.
-    fn place(&mut self, jobs: &[Job]) -> Result<(), KernelError> {
-        let placed = std::mem::take(&mut self.placed);
-        let mut lists = Lists::default();
-        let mut rows = Vec::new();
-        for job in jobs {
-            let list = lists.add(&job.assignments).ok_or(KernelError::Incomplete { what: "room for these jobs" })?;
-            let first = self.placed.last().map_or(0, |(_, range)| range.end);
-            self.placed.push((job.cookie, first..first + job.assignments.len()));
-            rows.push((job.cookie, live::Job { list, first: first as u32 }));
+    fn place(&mut self, round: Round) -> Result<(), KernelError> {
+        let Round { placed, rows, namespaces, lists } = round;
+        if placed.is_empty() {
+            return Err(KernelError::Incomplete { what: "room for these jobs" });
         }
-        self.namespaces = jobs.iter().map(|job| job.namespace).collect();
-        self.namespaces.sort_unstable();
-        self.namespaces.dedup();
+        let before = mem::replace(&mut self.placed, placed);
+        self.namespaces = namespaces;
         with_map::<maps::HashMap<_, u64, live::Job>>(&mut self.ebpf, "JOBS", |map| {
-            placed.iter().try_for_each(|(cookie, _)| map.remove(cookie))?;
+            before.iter().try_for_each(|(cookie, _)| map.remove(cookie))?;
             rows.iter().try_for_each(|(cookie, job)| map.insert(cookie, job, 0))
         })?;
         with_map::<Array<_, List>>(&mut self.ebpf, "LISTS", |map| {
@@ -205,6 +191,38 @@ fn visit_here(ebpf: &mut Ebpf) -> Result<(), KernelError> {
     }
 }
 
+/// What is done at a time, as it stands in the maps.
+#[derive(Default)]
+struct Round {
+    /// See [`Walk::placed`].
+    placed: Vec<(u64, Range<usize>)>,
+    rows: Vec<(u64, live::Job)>,
+    /// Each once.
+    namespaces: Vec<usize>,
+    lists: Lists,
+}
+
+impl Round {
+    /// As many of the jobs as there is room for.
+    fn first_of<'a>(jobs: impl IntoIterator<Item = &'a Job>) -> Self {
+        let mut round = Self::default();
+        for job in jobs.into_iter().take(JOBS_MAX) {
+            let first = round.placed.last().map_or(0, |(_, range)| range.end);
+            let end = first + job.assignments.len();
+            if end > OUTCOMES_MAX {
+                break;
+            }
+            let Some(list) = round.lists.add(&job.assignments) else { break };
+            round.placed.push((job.cookie, first..end));
+            round.rows.push((job.cookie, live::Job { list, first: first as u32 }));
+            round.namespaces.push(job.namespace);
+        }
+        round.namespaces.sort_unstable();
+        round.namespaces.dedup();
+        round
+    }
+}
+
 /// What sockets are to be given, each only once, however many sockets it is for.
 #[derive(Default)]
 struct Lists {
@@ -268,10 +286,10 @@ mod tests {
     #[test]
     fn so_many_jobs_are_done_at_a_time_as_there_is_room_for() {
         let same = vec![job([1]); JOBS_MAX + 1];
-        assert_eq!(Walk::first_of(&same).len(), JOBS_MAX);
+        assert_eq!(Round::first_of(&same).placed.len(), JOBS_MAX);
         let long = vec![job(0..40); JOBS_MAX];
-        assert_eq!(Walk::first_of(&long).len(), OUTCOMES_MAX / 40);
+        assert_eq!(Round::first_of(&long).placed.len(), OUTCOMES_MAX / 40);
         let various: Vec<Job> = (0..2000).map(|value| job([value])).collect();
-        assert_eq!(Walk::first_of(&various).len(), LISTS_MAX);
+        assert_eq!(Round::first_of(&various).placed.len(), LISTS_MAX);
     }
 }
