@@ -6,7 +6,14 @@ use std::{
     sync::atomic::{AtomicU32, Ordering},
 };
 
-use crate::must;
+use crate::{cgroup::Cgroup, must};
+
+/// The text of a policy that gives each socket of a cgroup a mark, and says nothing else: where it matters only whether one is in
+/// force, and which.
+#[must_use]
+pub fn sets_mark(target: &Cgroup, mark: i32) -> String {
+    format!("[target]\ncgroup = {:?}\n[[rule]]\nset = {{ SO_MARK = {mark} }}\n", target.name())
+}
 
 /// A policy in a folder of its own, which goes with it.
 #[derive(Debug)]

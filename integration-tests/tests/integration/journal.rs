@@ -7,17 +7,13 @@ use sockpolicy_integration_tests::{
     bpffs::Instance,
     cgroup::Cgroup,
     options::SO_MARK,
-    policy::PolicyFile,
+    policy::{PolicyFile, sets_mark},
     probe::Probe,
     process::{self, Running},
     script::{Family, Kind},
 };
 
 use crate::{stderr, stdout};
-
-fn sets_mark(target: &Cgroup, mark: i32) -> PolicyFile {
-    PolicyFile::new(format!("[target]\ncgroup = {:?}\n[[rule]]\nset = {{ SO_MARK = {mark} }}\n", target.name()))
-}
 
 fn apply(instance: &Instance, policy: &PolicyFile) -> Command {
     let mut apply = agent::command(&["apply", "--instance", &instance.name]);
@@ -42,7 +38,7 @@ fn assert_refused(command: Command, instance: &Instance, holder: &Running) {
 #[test]
 fn of_two_commands_at_once_that_work_on_a_journal_the_second_is_refused() {
     let (target, instance) = (Cgroup::new(), Instance::new());
-    let [one, other] = [7, 8].map(|mark| sets_mark(&target, mark));
+    let [one, other] = [7, 8].map(|mark| PolicyFile::new(sets_mark(&target, mark)));
     let mut probe = Probe::start(&target);
     let socket = probe.open(Family::Inet, Kind::Udp);
     let held = Running::start_held(apply(&instance, &one), "journal-opened");
@@ -65,7 +61,7 @@ fn of_two_commands_at_once_that_work_on_a_journal_the_second_is_refused() {
 fn journal_that_has_grown_long_forgets_sockets_that_are_closed() {
     const MANY: usize = 500;
     let (target, instance) = (Cgroup::new(), Instance::new());
-    let policy = sets_mark(&target, 7);
+    let policy = PolicyFile::new(sets_mark(&target, 7));
     let len = || fs::metadata(format!("/run/sockpolicy/{}.before", instance.name)).unwrap().len();
     let (mut ends, mut stays) = (Probe::start(&target), Probe::start(&target));
     for _ in 0..MANY {
@@ -84,7 +80,7 @@ fn journal_that_has_grown_long_forgets_sockets_that_are_closed() {
     process::wait_for_stop(held.pid(), "socket-taken");
     assert!(len() < 1024, "{}", len());
     // In the new file's place too.
-    assert_refused(apply(&instance, &sets_mark(&target, 8)), &instance, &held);
+    assert_refused(apply(&instance, &PolicyFile::new(sets_mark(&target, 8))), &instance, &held);
     held.go_on();
     assert!(held.finish().status.success());
     let marks = |probe: &mut Probe| [first, more[0], more[1]].map(|socket| probe.int(socket, SO_MARK));

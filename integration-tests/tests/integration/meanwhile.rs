@@ -8,17 +8,13 @@ use sockpolicy_integration_tests::{
     bpffs::Instance,
     cgroup::Cgroup,
     options::SO_MARK,
-    policy::PolicyFile,
+    policy::{PolicyFile, sets_mark},
     probe::Probe,
     process::Running,
     script::{Family, Fd, Kind},
 };
 
 use crate::{stderr, stdout};
-
-fn sets_mark(target: &Cgroup) -> PolicyFile {
-    PolicyFile::new(format!("[target]\ncgroup = {:?}\n[[rule]]\nset = {{ SO_MARK = 7 }}\n", target.name()))
-}
 
 /// A socket that the kernel lists, or one that is found with its process.
 fn socket(probe: &mut Probe, is_listed: bool) -> Fd {
@@ -47,7 +43,7 @@ const BEFORE_TAKING: [(&str, bool); 4] =
 fn process_that_has_the_number_of_one_that_ended_is_left_alone() {
     for (step, is_listed) in BEFORE_TAKING {
         let (target, elsewhere, instance) = (Cgroup::new(), Cgroup::new(), Instance::new());
-        let policy = sets_mark(&target);
+        let policy = PolicyFile::new(sets_mark(&target, 7));
         let (mut stays, mut ends) = (Probe::start(&target), Probe::start(&target));
         let open = stays.listener(Family::Inet, Kind::Tcp).0;
         let closed = socket(&mut ends, is_listed);
@@ -68,7 +64,7 @@ fn process_that_has_the_number_of_one_that_ended_is_left_alone() {
 fn socket_that_has_the_descriptor_of_one_that_was_closed_is_left_alone() {
     for (step, is_listed) in BEFORE_TAKING {
         let (target, instance) = (Cgroup::new(), Instance::new());
-        let policy = sets_mark(&target);
+        let policy = PolicyFile::new(sets_mark(&target, 7));
         let mut probe = Probe::start(&target);
         let open = socket(&mut probe, true);
         let closed = socket(&mut probe, is_listed);
@@ -97,7 +93,7 @@ fn socket_is_not_said_to_be_of_a_process_that_has_the_number_of_its_own() {
     for command in ["ls", "verify"] {
         for step in ["sockets-listed", "socket-taken"] {
             let (target, elsewhere) = (Cgroup::new(), Cgroup::new());
-            let policy = sets_mark(&target);
+            let policy = PolicyFile::new(sets_mark(&target, 7));
             let mut probe = Probe::start(&target);
             let closed = socket(&mut probe, true);
             let pid = probe.pid;
@@ -123,7 +119,7 @@ fn socket_is_not_said_to_be_of_a_process_that_has_the_number_of_its_own() {
 fn network_namespace_that_goes_while_it_is_visited_takes_nothing_else_with_it() {
     for step in ["processes-listed", "namespace-found", "namespace-opened", "sockets-listed"] {
         let (target, instance) = (Cgroup::new(), Instance::new());
-        let policy = sets_mark(&target);
+        let policy = PolicyFile::new(sets_mark(&target, 7));
         let (mut ends, mut stays) = (Probe::start(&target), Probe::start(&target));
         let open = [true, false].map(|is_listed| socket(&mut stays, is_listed));
         for is_listed in [true, false] {

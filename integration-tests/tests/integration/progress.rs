@@ -6,7 +6,7 @@ use sockpolicy_integration_tests::{
     bpffs::Instance,
     cgroup::Cgroup,
     options::SO_MARK,
-    policy::PolicyFile,
+    policy::{PolicyFile, sets_mark},
     probe::Probe,
     process,
     script::{Family, Fd, Kind},
@@ -18,10 +18,6 @@ use crate::{stderr, stdout};
 
 /// As many sockets as have a bar shown.
 const MANY: usize = 500;
-
-fn policy(target: &Cgroup) -> PolicyFile {
-    PolicyFile::new(format!("[target]\ncgroup = {:?}\n[[rule]]\nset = {{ SO_MARK = 7 }}\n", target.name()))
-}
 
 fn many(probe: &mut Probe) -> Vec<Fd> {
     (0..MANY).map(|_| probe.open(Family::Inet, Kind::Udp)).collect()
@@ -45,7 +41,7 @@ fn has_bar(text: &str) -> bool {
 #[test]
 fn bar_is_shown_on_a_terminal_for_as_long_as_there_is_work_and_nothing_of_it_elsewhere() {
     let (target, instance) = (Cgroup::new(), Instance::new());
-    let policy = policy(&target);
+    let policy = PolicyFile::new(sets_mark(&target, 7));
     let path = policy.path().to_str().unwrap();
     let mut probe = Probe::start(&target);
     let mut sockets = many(&mut probe);
@@ -77,7 +73,7 @@ fn bar_is_shown_on_a_terminal_for_as_long_as_there_is_work_and_nothing_of_it_els
 fn apply_that_is_interrupted_leaves_each_socket_as_it_was_or_as_is_wanted_and_all_can_be_put_back() {
     const DONE: u32 = 300;
     let (target, instance) = (Cgroup::new(), Instance::new());
-    let policy = policy(&target);
+    let policy = PolicyFile::new(sets_mark(&target, 7));
     let mut probe = Probe::start(&target);
     let sockets = many(&mut probe);
     probe.set(sockets[0], SO_MARK, 3).unwrap();

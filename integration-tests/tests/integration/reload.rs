@@ -17,16 +17,12 @@ use sockpolicy_integration_tests::{
     agent::Run,
     cgroup::Cgroup,
     options::{SO_MARK, SO_PRIORITY, TCP_KEEPCNT},
-    policy::PolicyFile,
+    policy::{PolicyFile, sets_mark},
     probe::Probe,
     process::{Running, workload},
     script::{Family, Kind},
     wait,
 };
-
-fn sets_mark(target: &Cgroup, mark: i32) -> String {
-    format!("[target]\ncgroup = {:?}\n[[rule]]\nset = {{ SO_MARK = {mark} }}\n", target.name())
-}
 
 /// The mark that a new socket has.
 fn mark(probe: &mut Probe) -> i32 {
