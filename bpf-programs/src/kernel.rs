@@ -56,6 +56,7 @@ static LAYOUT: Layout = Layout {
     cgroup_level: 0,
     regs_syscall: 0,
     regs_result: 0,
+    task_pid: 0,
     task_tgid: 0,
     task_leader: 0,
     task_start: 0,
@@ -123,6 +124,17 @@ fn follow(address: u64) -> Option<u64> {
 pub(crate) fn current_task() -> u64 {
     // SAFETY: has no arguments.
     unsafe { bpf_get_current_task() }
+}
+
+/// The current thread as `bpf_get_current_pid_tgid` has it, for programs that may not ask; 0 where it is not known.
+#[inline(always)]
+pub(crate) fn current_thread() -> u64 {
+    if !knows(known::EXECUTABLE) {
+        return 0;
+    }
+    let task = current_task();
+    let thread: u32 = read_or_zero(member!(task, task_pid));
+    u64::from(read_or_zero::<u32>(member!(task, task_tgid))) << 32 | u64::from(thread)
 }
 
 /// The `struct sock` behind a `struct socket`.

@@ -9,7 +9,7 @@ use core::arch::asm;
 
 use abi::{
     Config, Counters, GENERATIONS, Losses, Place, SiteList, Target,
-    event::{Call, Executable, Limit, LimitKey, TOLD_MAX, Tally, TallyKey, bucket},
+    event::{CALLS_MAX, Call, Executable, Limit, LimitKey, Slot, TOLD_MAX, Tally, TallyKey, bucket},
     index,
     layout::Member,
     live::{Assignment, Job, List, Outcome},
@@ -103,10 +103,12 @@ static MEMBERS: HashMap<OptionKey, Member> = HashMap::with_max_entries(1, 0);
 #[map]
 static LOSSES: Array<Losses> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
-/// Calls under way, by task. Written at entry, removed at exit. When it is full the call is
-/// decided all the same, but reported without its result; counted in [`Losses::calls_full`].
+/// Calls under way, by thread ([`Slot::index`]). Begun at entry, ended at exit. Where another thread is in the same place, the
+/// call is decided all the same, but reported without its result; counted in [`Losses::calls_full`].
+///
+/// An array, which programs look into without a call: most callers have nothing there.
 #[map]
-static CALLS: HashMap<u64, Call> = HashMap::with_max_entries(8192, 0);
+static CALLS: Array<Slot> = Array::with_max_entries(CALLS_MAX, 0);
 
 /// Calls seen by the audit, by option: written by the programs, read by the agent. When it is full, calls on further
 /// options are not counted here; counted in [`Losses::tallies_full`].
@@ -308,30 +310,44 @@ pub(crate) fn add(counter: &mut u64, amount: u64) {
     }
 }
 
-/// The call that a task is in.
 #[inline(always)]
-pub(crate) fn call(task: u64) -> Option<&'static mut Call> {
-    // SAFETY: only the task itself writes its entry, and it is in one call at a time.
-    CALLS.get_ptr_mut(task).map(|call| unsafe { &mut *call })
+fn slot(thread: u64) -> Option<&'static mut Slot> {
+    // SAFETY: what it holds is written by the one thread that is its holder, and that is in one call at a time.
+    CALLS.get_ptr_mut(Slot::index(thread)).map(|slot| unsafe { &mut *slot })
+}
+
+/// The call that a thread is in, by what `bpf_get_current_pid_tgid` says of it.
+#[inline(always)]
+pub(crate) fn call(thread: u64) -> Option<&'static mut Call> {
+    slot(thread).map(|slot| &mut slot.call).filter(|call| call.thread == thread)
 }
 
 /// The same, if it is the call of this kind on this option: the end of another may not have been seen.
 #[inline(always)]
-pub(crate) fn call_of(task: u64, kind: u32, key: OptionKey) -> Option<&'static mut Call> {
-    call(task).filter(|call| call.kind == kind && call.key == key)
+pub(crate) fn call_of(thread: u64, kind: u32, key: OptionKey) -> Option<&'static mut Call> {
+    call(thread).filter(|call| call.kind == kind && call.key == key)
 }
 
+/// Room for the call of a thread that is in none; counted where there is none. Whoever is given it sets [`Call::thread`].
 #[inline(always)]
-pub(crate) fn begin_call(task: u64, call: &Call) {
-    if CALLS.insert(task, call, 0).is_err() {
+pub(crate) fn begin_call(thread: u64) -> Option<&'static mut Call> {
+    let slot = slot(thread)?;
+    increment(&mut slot.holders);
+    // SAFETY: a reference, read anew.
+    if unsafe { (&raw const slot.holders).read_volatile() } != 1 {
+        add(&mut slot.holders, 1u64.wrapping_neg());
         lose(|losses| &mut losses.calls_full);
+        return None;
     }
+    Some(&mut slot.call)
 }
 
+/// Ends the call that a thread is in.
 #[inline(always)]
-pub(crate) fn end_call(task: u64) {
-    // Fails only where there is none.
-    let _ = CALLS.remove(task);
+pub(crate) fn end_call(thread: u64) {
+    let Some(slot) = slot(thread) else { return };
+    slot.call.thread = 0;
+    add(&mut slot.holders, 1u64.wrapping_neg());
 }
 
 #[inline(always)]

@@ -90,6 +90,7 @@ fn system_call(types: &Types, layout: &mut Layout) -> Option<()> {
 
 fn executable(types: &Types, layout: &mut Layout) -> Option<()> {
     let task = types.structure("task_struct")?;
+    layout.task_pid = offset(&task, "pid")?;
     layout.task_tgid = offset(&task, "tgid")?;
     layout.task_leader = offset(&task, "group_leader")?;
     layout.task_start = offset(&task, "start_boottime")?;

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, ffi::c_void, marker::PhantomData, num::NonZeroU
 
 use abi::{
     Config, Losses,
-    event::{Call, Executable, Tally, TallyKey},
+    event::{Executable, Slot, Tally, TallyKey},
     layout::Member,
     setting::OptionKey,
 };
@@ -22,6 +22,7 @@ use super::{
 use crate::{compile::Hook, host::process, policy::model::Calls};
 
 pub(super) const EVENTS: &str = "EVENTS";
+const CALLS: &str = "CALLS";
 
 /// Room for events. Conflicts are held back where they come too fast, calls are not: a busy program makes some
 /// thousands in the time that the agent may be kept waiting.
@@ -194,30 +195,32 @@ pub(super) fn tallies(ebpf: &Ebpf) -> Result<Vec<(TallyKey, Tally)>, KernelError
     Ok(tallies.map_err(map_error(MAP))?.into_iter().collect())
 }
 
-/// How many calls the audit has seen begin and not end.
-pub(super) fn calls_under_way(ebpf: &Ebpf) -> Result<u64, KernelError> {
-    const MAP: &str = "CALLS";
-    let map = ebpf.map(MAP).ok_or(KernelError::Incomplete { what: MAP })?;
-    let map = HashMap::<_, u64, Call>::try_from(map).map_err(map_error(MAP))?;
-    Ok(map.keys().filter(Result::is_ok).count() as u64)
+/// How many calls the audit has seen begin and not end, of which it would tell when these are `wanted` ([`abi::calls`]).
+pub(super) fn calls_under_way(ebpf: &Ebpf, wanted: u32) -> Result<u64, KernelError> {
+    let map = ebpf.map(CALLS).ok_or(KernelError::Incomplete { what: CALLS })?;
+    let map = Array::<_, Slot>::try_from(map).map_err(map_error(CALLS))?;
+    let is_missed = |Slot { call, .. }: &Slot| call.thread != 0 && call.is_to_be_told(wanted);
+    Ok(map.iter().flatten().filter(is_missed).count() as u64)
 }
 
-/// Removes the records of calls whose threads are gone; gives how many.
-pub(super) fn drop_dead_calls(ebpf: &mut Ebpf) -> Result<u64, KernelError> {
+/// Removes the records of calls whose threads are gone; gives of how many it would have told.
+pub(super) fn drop_dead_calls(ebpf: &mut Ebpf, wanted: u32) -> Result<u64, KernelError> {
     // In another namespace threads have other numbers.
     if !process::is_initial_namespace() {
         return Ok(0);
     }
-    let mut dropped = 0;
-    with_map::<HashMap<_, u64, Call>>(ebpf, "CALLS", |map| {
-        let is_dead = |call: &Call| !process::has_thread(call.thread as u32);
-        // Others come and go meanwhile.
-        let dead: Vec<u64> =
-            map.iter().filter_map(Result::ok).filter(|(_, call)| is_dead(call)).map(|(task, _)| task).collect();
-        dropped = dead.iter().filter(|task| map.remove(task).is_ok()).count() as u64;
+    let mut missed = 0;
+    with_map::<Array<_, Slot>>(ebpf, CALLS, |map| {
+        for index in 0..map.len() {
+            let Slot { call, .. } = map.get(&index, 0)?;
+            if call.thread != 0 && !process::has_thread(call.thread as u32) {
+                map.set(index, Slot::default(), 0)?;
+                missed += u64::from(call.is_to_be_told(wanted));
+            }
+        }
         Ok(())
     })?;
-    Ok(dropped)
+    Ok(missed)
 }
 
 /// Removes an executable from those whose files were told.

@@ -495,22 +495,23 @@ impl Object {
         self.audit.map_or(0, |audit| misses(&self.ebpf, audit.programs()))
     }
 
-    /// Calls whose end has not come.
+    /// Calls of which there would be something to tell, but for their end, which has not come.
     ///
     /// # Errors
     ///
     /// Where the map cannot be read.
     pub fn calls_under_way(&self) -> Result<u64, KernelError> {
-        maps::calls_under_way(&self.ebpf)
+        maps::calls_under_way(&self.ebpf, self.config.calls)
     }
 
-    /// Drops the records of calls whose threads are gone, and whose ends were therefore not seen; gives how many.
+    /// Drops the records of calls whose threads are gone, and whose ends were therefore not seen; gives of how many there would
+    /// have been something to tell.
     ///
     /// # Errors
     ///
     /// Where the map cannot be read.
     pub fn drop_dead_calls(&mut self) -> Result<u64, KernelError> {
-        maps::drop_dead_calls(&mut self.ebpf)
+        maps::drop_dead_calls(&mut self.ebpf, self.config.calls)
     }
 
     /// Has the file of an executable told again before its next event.

@@ -48,8 +48,8 @@ pub mod flags {
     pub const COMPLETE: u32 = 8192;
 }
 
-/// One setsockopt or getsockopt call on its way through the kernel. Map `CALLS`, by task: made by
-/// the audit at the call's entry, completed by the cgroup hook, reported at its exit.
+/// One setsockopt or getsockopt call on its way through the kernel: begun by the audit at the call's entry, completed by the
+/// cgroup hook, reported at its exit.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Call {
@@ -96,6 +96,41 @@ pub struct Call {
     pub facts: Facts,
 }
 shared!(Call, size 8 * 8 + 8 + 6 * 4 + 5 * 24 + 40);
+
+impl Call {
+    /// Whether there is something to tell of the call when it has ended, where `wanted` are reported ([`crate::calls`]).
+    #[inline(always)]
+    #[must_use]
+    pub fn is_to_be_told(&self, wanted: u32) -> bool {
+        wanted != crate::calls::CONFLICTS || self.flags & (flags::DECIDED | flags::COMPAT) != 0
+    }
+}
+
+/// Entries of map `CALLS`: threads whose numbers are the same but for multiples of it cannot both be followed at a time. A power
+/// of two.
+pub const CALLS_MAX: u32 = 1 << CALLS_BITS;
+const CALLS_BITS: u32 = 13;
+
+/// The room for the call that a thread is in. Map `CALLS`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Slot {
+    /// How many threads are here: 1 where `call` is that of the one which [`Call::thread`] names. A second one leaves at once.
+    pub holders: u64,
+    pub call: Call,
+}
+shared!(Slot, size 8 + size_of::<Call>());
+
+impl Slot {
+    /// Where the call of a thread stands. Numbers that follow on one another, which threads that run at the same time often have,
+    /// are far apart, so that CPUs share no cache line.
+    #[inline(always)]
+    #[must_use]
+    pub fn index(thread: u64) -> u32 {
+        let number = thread as u32 & (CALLS_MAX - 1);
+        (number << (CALLS_BITS - 3) | number >> 3) & (CALLS_MAX - 1)
+    }
+}
 
 /// Values of [`Event::kind`].
 pub mod kind {
@@ -257,6 +292,15 @@ pub fn bucket(duration_ns: u64) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn threads_made_in_a_row_have_slots_of_their_own() {
+        let mut is_taken = [false; CALLS_MAX as usize];
+        for thread in 70_000..70_000 + u64::from(CALLS_MAX) {
+            assert!(!core::mem::replace(&mut is_taken[Slot::index(thread) as usize], true), "{thread}");
+        }
+        assert!(Slot::index(70_000).abs_diff(Slot::index(70_001)) > 1);
+    }
 
     #[test]
     fn bucket_is_the_power_of_two_below() {

@@ -68,8 +68,9 @@ pub struct Layout {
     /// `struct pt_regs`: the number of the system call, and what it returns.
     pub regs_syscall: u32,
     pub regs_result: u32,
-    /// `struct task_struct`: its process's number; the process's first thread; when a thread was made; how many programs it has
+    /// `struct task_struct`: its number; its process's number; the process's first thread; when a thread was made; how many programs it has
     /// been; its memory.
+    pub task_pid: u32,
     pub task_tgid: u32,
     pub task_leader: u32,
     pub task_start: u32,
@@ -90,7 +91,7 @@ pub struct Layout {
     pub mount_parent: u32,
     pub mount_point: u32,
 }
-shared!(Layout, size 44 * 4);
+shared!(Layout, size 45 * 4);
 
 /// Values of [`Member::of`]: which sockets have the structure.
 pub mod of {

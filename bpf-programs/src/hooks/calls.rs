@@ -14,7 +14,7 @@ use abi::{
 use aya_ebpf::{
     Global,
     bindings::bpf_sockopt,
-    helpers::generated::{bpf_get_current_task, bpf_set_retval},
+    helpers::{bpf_get_current_pid_tgid, generated::bpf_set_retval},
     macros::cgroup_sockopt,
     programs::SockoptContext,
 };
@@ -268,8 +268,7 @@ pub(crate) extern "C" fn report_call(ctx: *mut bpf_sockopt, index: u32, winner: 
     let call = OptionCall::new(ctx);
     let governed = Governance { index, winner };
     let Some(option) = governed.option() else { return 0 };
-    // SAFETY: has no arguments.
-    if let Some(record) = maps::call_of(unsafe { bpf_get_current_task() }, call::SETSOCKOPT, option.key) {
+    if let Some(record) = record(call::SETSOCKOPT, option.key) {
         fill(record, &call, governed, verdict);
         return 0;
     }
@@ -279,6 +278,13 @@ pub(crate) extern "C" fn report_call(ctx: *mut bpf_sockopt, index: u32, winner: 
         fill(record, &call, governed, verdict);
     });
     0
+}
+
+/// The audit's record of a call, if it has one.
+#[inline(always)]
+fn record(kind: u32, key: OptionKey) -> Option<&'static mut Call> {
+    let thread = if CAN_SEE_TASK.load() != 0 { bpf_get_current_pid_tgid() } else { kernel::current_thread() };
+    (thread != 0).then(|| maps::call_of(thread, kind, key))?
 }
 
 /// The task that makes the call, where this kernel tells.
@@ -386,8 +392,7 @@ pub(crate) extern "C" fn report_read(ctx: *mut bpf_sockopt, index: u32, winner: 
     let call = OptionCall::new(ctx);
     let governed = Governance { index, winner };
     let Some(option) = governed.option() else { return 0 };
-    // SAFETY: has no arguments.
-    if let Some(record) = maps::call_of(unsafe { bpf_get_current_task() }, call::GETSOCKOPT, option.key) {
+    if let Some(record) = record(call::GETSOCKOPT, option.key) {
         fill_read(record, &call, governed);
         return 0;
     }

@@ -12,7 +12,7 @@
 //! for which the kernel does not run the cgroup hooks.
 //!
 //! Invariant: what is reported of a call is of that call. The record of one whose end was not seen is dropped and counted
-//! when its task is seen in another, and a socket that the kernel does not hold is looked at only while the descriptor
+//! when its thread is seen in another, and a socket that the kernel does not hold is looked at only while the descriptor
 //! stands for it.
 
 mod fentry;
@@ -115,11 +115,14 @@ const SYSTEM_CALLS: [i64; 2] = [54, 55];
 const SYSTEM_CALLS: [i64; 2] = [208, 209];
 
 /// Notes a call that the audit is to follow.
+///
+/// Where only conflicts are reported, whose call it is and what it asks for is left to the cgroup's hooks, if there are any to
+/// see it: in most calls they find no conflict, and most callers are in no target.
 #[inline(always)]
 fn begin(begun: Begun) {
     let Some(config) = maps::config() else { return };
-    let task = kernel::current_task();
-    if let Some(call) = maps::call(task) {
+    let thread = bpf_get_current_pid_tgid();
+    if let Some(call) = maps::call(thread) {
         if let Subject::Socket(socket) = begun.subject
             && is_within(&begun, call)
         {
@@ -131,24 +134,25 @@ fn begin(begun: Begun) {
             }
             return;
         }
-        drop_unended(task);
+        drop_unended(thread, call);
     }
-    if config.calls != calls::ALL
-        && !(config.may_name(begun.key) && maps::option_number(config.generation, begun.key).is_some())
-    {
+    if config.calls != calls::ALL && !config.may_name(begun.key) {
         return;
     }
-    if followed(config).is_none() || kernel::is_agent(config) {
+    let via = via_of(&begun);
+    let is_hooked = config.calls == calls::CONFLICTS && via & flags::COMPAT == 0;
+    if (!is_hooked || TIMING.load() != 0) && !is_followed(config, begun.key) {
         return;
     }
-    let mut call = Call {
+    let Some(call) = maps::begin_call(thread) else { return };
+    *call = Call {
         key: begun.key,
         kind: begun.kind,
-        flags: via_of(&begun),
+        flags: via,
         fd: -1,
         optval: begun.optval.address,
         optlen: begun.optlen.address,
-        thread: bpf_get_current_pid_tgid(),
+        thread,
         ..Call::default()
     };
     if begun.optval.in_kernel {
@@ -157,8 +161,6 @@ fn begin(begun: Begun) {
     if begun.optlen.in_kernel {
         call.flags |= flags::OPTLEN_IN_KERNEL;
     }
-    // Where only conflicts are reported, a cgroup hook sees to the rest if there is one, and mostly there is none.
-    let is_to_be_read = config.calls != calls::CONFLICTS || call.flags & flags::COMPAT != 0;
     match begun.subject {
         Subject::Socket(socket) => {
             call.sk = kernel::sock_of(socket);
@@ -170,19 +172,26 @@ fn begin(begun: Begun) {
         }
         Subject::DescriptorAlone(fd) => {
             call.fd = fd;
-            if is_to_be_read {
+            if !is_hooked {
                 call.file = kernel::file_of_descriptor(fd);
             }
         }
     }
-    if is_to_be_read && begun.kind == call::SETSOCKOPT {
-        read_asked(&mut call, begun.optlen.address as i32);
+    if !is_hooked && begun.kind == call::SETSOCKOPT {
+        read_asked(call, begun.optlen.address as i32);
     }
     if TIMING.load() != 0 {
         // SAFETY: has no arguments.
         call.start_ns = unsafe { bpf_ktime_get_ns() };
     }
-    maps::begin_call(task, &call);
+}
+
+/// Whether the audit is about calls of the current task on this option.
+#[inline(always)]
+fn is_followed(config: &Config, key: OptionKey) -> bool {
+    (config.calls == calls::ALL || maps::option_number(config.generation, key).is_some())
+        && followed(config).is_some()
+        && !kernel::is_agent(config)
 }
 
 /// How a call was made: bits of [`flags`].
@@ -200,7 +209,6 @@ fn via_of(begun: &Begun) -> u32 {
 fn is_within(begun: &Begun, outer: &Call) -> bool {
     outer.flags & flags::OUTER != 0
         && outer.sk == 0
-        && outer.thread == bpf_get_current_pid_tgid()
         && outer.kind == begun.kind
         && outer.key == begun.key
         && outer.optval == begun.optval.address
@@ -211,28 +219,28 @@ fn is_within(begun: &Begun, outer: &Call) -> bool {
 /// Notes the socket of the call that the current task is in, which the kernel has just found.
 #[inline(always)]
 fn meet(socket: *const c_void, kind: u32, key: OptionKey) {
-    let task = kernel::current_task();
-    let Some(call) = maps::call_of(task, kind, key) else { return };
+    let thread = bpf_get_current_pid_tgid();
+    let Some(call) = maps::call_of(thread, kind, key) else { return };
     // The cgroup hook knows the sockets of the others.
     if reports_everything() || call.flags & flags::COMPAT != 0 {
         call.sk = kernel::sock_of(socket);
-        describe(task);
+        describe(thread);
     }
 }
 
 /// The end of the function that was handed the socket.
 #[inline(always)]
 fn end_with_socket(ended: Ended) {
-    let Some((task, call)) = under_way(&ended) else { return };
+    let Some((thread, call)) = under_way(&ended) else { return };
     if call.flags & flags::OUTER == 0 {
-        finish(task, call, &ended);
+        finish(thread, call, &ended);
         return;
     }
     // The system call goes on to its end, and may let go of the socket before that.
     if is_to_be_told(call) {
-        complete(task, call.kind, call.flags, ended.result);
+        complete(thread, call.kind, call.flags, ended.result);
     }
-    if let Some(call) = maps::call(task) {
+    if let Some(call) = maps::call(thread) {
         call.flags = (call.flags | flags::COMPLETE) & !flags::HELD;
     }
 }
@@ -240,17 +248,17 @@ fn end_with_socket(ended: Ended) {
 /// The end of the function that a call began with.
 #[inline(always)]
 fn end(ended: Ended) {
-    let Some((task, call)) = under_way(&ended) else { return };
+    let Some((thread, call)) = under_way(&ended) else { return };
     if call.flags & flags::OUTER != 0 {
         // Also where the end of the function that was handed it was not seen.
         call.flags &= !flags::HELD;
     }
-    finish(task, call, &ended);
+    finish(thread, call, &ended);
 }
 
 /// Reports a call that `begin` noted, now that its result is known.
 #[inline(always)]
-fn finish(task: u64, call: &Call, ended: &Ended) {
+fn finish(thread: u64, call: &Call, ended: &Ended) {
     let Ended { source, result, .. } = *ended;
     let duration_ns = if TIMING.load() != 0 && call.start_ns != 0 {
         // SAFETY: has no arguments.
@@ -264,56 +272,56 @@ fn finish(task: u64, call: &Call, ended: &Ended) {
     }
     if is_to_be_told(call) {
         if call.flags & flags::COMPLETE == 0 {
-            complete(task, call.kind, call.flags, result);
+            complete(thread, call.kind, call.flags, result);
         }
-        tell(task, source, result, duration_ns);
+        tell(thread, source, result, duration_ns);
     }
-    maps::end_call(task);
+    maps::end_call(thread);
 }
 
-/// The current task, and the record of the call that it is in.
+/// The current thread, and the record of the call that it is in.
 ///
-/// The kernel may have left out the end of one call and the beginning of the next, which may be that of another task in the
-/// same place in memory. The record of the former is then dropped and counted, as far as it can be told from the latter.
+/// The kernel may have left out the end of one call and the beginning of the next, which may be that of another thread with the
+/// same number. The record of the former is then dropped and counted, as far as it can be told from the latter.
 #[inline(always)]
 fn under_way(ended: &Ended) -> Option<(u64, &'static mut Call)> {
-    let task = kernel::current_task();
-    let call = maps::call(task)?;
-    let is_this = call.thread == bpf_get_current_pid_tgid()
-        && (ended.kind == 0 || ended.kind == call.kind)
-        && ended.key.is_none_or(|key| key == call.key);
+    let thread = bpf_get_current_pid_tgid();
+    let call = maps::call(thread)?;
+    let is_this = (ended.kind == 0 || ended.kind == call.kind) && ended.key.is_none_or(|key| key == call.key);
     if !is_this {
-        drop_unended(task);
+        drop_unended(thread, call);
         return None;
     }
-    Some((task, call))
+    Some((thread, call))
 }
 
 /// Drops the record of a call whose end was not seen: it must not be taken for another's.
 #[inline(always)]
-fn drop_unended(task: u64) {
-    maps::end_call(task);
-    lose(|losses| &mut losses.no_return);
+fn drop_unended(thread: u64, call: &Call) {
+    if is_to_be_told(call) || TIMING.load() != 0 {
+        lose(|losses| &mut losses.no_return);
+    }
+    maps::end_call(thread);
 }
 
 #[inline(always)]
 fn is_to_be_told(call: &Call) -> bool {
-    call.flags & (flags::DECIDED | flags::COMPAT) != 0 || reports_everything()
+    maps::config().is_none_or(|config| call.is_to_be_told(config.calls))
 }
 
-/// Adds to the record of a task's call what can be read now that it is over.
+/// Adds to the record of a thread's call what can be read now that it is over.
 #[inline(always)]
-fn complete(task: u64, kind: u32, call_flags: u32, result: i64) {
+fn complete(thread: u64, kind: u32, call_flags: u32, result: i64) {
     // What most calls do not need is not called for: each function looks for the record anew.
     if kind == call::GETSOCKOPT || call_flags & flags::UNREADABLE != 0 {
-        complete_argument(task, result);
+        complete_argument(thread, result);
     }
-    complete_socket(task);
+    complete_socket(thread);
     if kind == call::SETSOCKOPT {
-        complete_value(task);
+        complete_value(thread);
     }
     if call_flags & (flags::DECIDED | flags::COMPAT) == flags::COMPAT {
-        unhooked::judge_unhooked(task, result);
+        unhooked::judge_unhooked(thread, result);
     }
 }
 
@@ -326,11 +334,11 @@ fn reports_everything() -> bool {
 // The verifier checks each of the functions below once and on its own. In one piece they took kernels before 6.3 half a
 // million steps, for their branches multiply.
 
-/// Adds to the record of a task's call what could not be read of its argument before.
+/// Adds to the record of a thread's call what could not be read of its argument before.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn complete_argument(task: u64, result: i64) -> u32 {
-    let Some(call) = maps::call(task) else { return 0 };
+extern "C" fn complete_argument(thread: u64, result: i64) -> u32 {
+    let Some(call) = maps::call(thread) else { return 0 };
     if call.flags & flags::DECIDED != 0 {
         return 0;
     }
@@ -346,11 +354,11 @@ extern "C" fn complete_argument(task: u64, result: i64) -> u32 {
     0
 }
 
-/// Adds to the record of a task's call what its socket says of itself, if that is still there and was not asked before.
+/// Adds to the record of a thread's call what its socket says of itself, if that is still there and was not asked before.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn complete_socket(task: u64) -> u32 {
-    let Some(call) = maps::call(task) else { return 0 };
+extern "C" fn complete_socket(thread: u64) -> u32 {
+    let Some(call) = maps::call(thread) else { return 0 };
     if call.flags & flags::LOOKED_AT != 0 || !is_held(call) {
         return 0;
     }
@@ -363,11 +371,11 @@ extern "C" fn complete_socket(task: u64) -> u32 {
     0
 }
 
-/// Adds to the record of a task's call what its socket says of itself. The kernel holds the socket.
+/// Adds to the record of a thread's call what its socket says of itself. The kernel holds the socket.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn describe(task: u64) -> u32 {
-    let Some(call) = maps::call(task) else { return 0 };
+extern "C" fn describe(thread: u64) -> u32 {
+    let Some(call) = maps::call(thread) else { return 0 };
     look_at_socket(call);
     0
 }
@@ -378,11 +386,11 @@ fn look_at_socket(call: &mut Call) {
     kernel::describe(call, call.sk);
 }
 
-/// Adds to the record of a task's setsockopt call the value that its socket has now.
+/// Adds to the record of a thread's setsockopt call the value that its socket has now.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn complete_value(task: u64) -> u32 {
-    let Some(call) = maps::call(task) else { return 0 };
+extern "C" fn complete_value(thread: u64) -> u32 {
+    let Some(call) = maps::call(thread) else { return 0 };
     if call.flags & flags::LOOKED_AT != 0
         && let Some(member) = maps::member(call.key)
         && is_held(call)
@@ -394,11 +402,11 @@ extern "C" fn complete_value(task: u64) -> u32 {
     0
 }
 
-/// Reports the call that a task is in.
+/// Reports the call that a thread is in.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn tell(task: u64, source: u32, result: i64, duration_ns: u64) -> u32 {
-    let Some(call) = maps::call(task) else { return 0 };
+extern "C" fn tell(thread: u64, source: u32, result: i64, duration_ns: u64) -> u32 {
+    let Some(call) = maps::call(thread) else { return 0 };
     let head = Head { key: call.key, call: call.kind, source, result, duration_ns };
     if emit::is_conflict(call) {
         emit::conflict(head, call.setting, call.verdict, Task::current(), executable, |record| *record = *call);

@@ -21,11 +21,11 @@ use crate::{
     maps::{self, PrefixMap, count, lose},
 };
 
-/// Judges the call that a task is in, whose record the audit has completed, and counts it.
+/// Judges the call that a thread is in, whose record the audit has completed, and counts it.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(super) extern "C" fn judge_unhooked(task: u64, result: i64) -> u32 {
-    if let Some(call) = maps::call(task) {
+pub(super) extern "C" fn judge_unhooked(thread: u64, result: i64) -> u32 {
+    if let Some(call) = maps::call(thread) {
         judge_call(call, result);
     }
     0
