@@ -11,8 +11,8 @@ use crate::{
 };
 
 pub(super) static WAYS: [Way; 1] = [Way {
-    set: [exit("setsockopt", "trace_set_end"), entry("setsockopt", "trace_set"), None, None],
-    get: [exit("getsockopt", "trace_get_end"), entry("getsockopt", "trace_get"), None, None],
+    set: [exit("setsockopt", "trace_end"), entry("setsockopt", "trace_begin"), None, None],
+    get: [exit("getsockopt", "trace_end"), entry("getsockopt", "trace_begin"), None, None],
     calls: &[false, true],
     blind_to: &["io_uring", "32-bit programs"],
 }];

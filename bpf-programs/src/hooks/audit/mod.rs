@@ -108,7 +108,7 @@ fn via(compat: u64) -> u32 {
     if is_set(compat) { flags::COMPAT } else { 0 }
 }
 
-/// The numbers of the two system calls, by which one is told from a call made through io_uring.
+/// The numbers of setsockopt and getsockopt: by these they are told from one another, and from a call made through io_uring.
 #[cfg(bpf_target_arch = "x86_64")]
 const SYSTEM_CALLS: [i64; 2] = [54, 55];
 #[cfg(not(bpf_target_arch = "x86_64"))]

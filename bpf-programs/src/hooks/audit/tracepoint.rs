@@ -12,47 +12,35 @@ use abi::{
 };
 use aya_ebpf::{EbpfContext as _, macros::tracepoint, programs::TracePointContext};
 
-use super::{Begun, Ended, Pointer, Subject, begin, end};
+use super::{Begun, Ended, Pointer, SYSTEM_CALLS, Subject, begin, end};
 
-#[tracepoint(category = "syscalls", name = "sys_enter_setsockopt")]
-pub(crate) fn trace_set(ctx: TracePointContext) -> u32 {
-    begin(system_call(call::SETSOCKOPT, &ctx));
-    0
-}
-
-#[tracepoint(category = "syscalls", name = "sys_enter_getsockopt")]
-pub(crate) fn trace_get(ctx: TracePointContext) -> u32 {
-    begin(system_call(call::GETSOCKOPT, &ctx));
-    0
-}
-
-#[tracepoint(category = "syscalls", name = "sys_exit_setsockopt")]
-pub(crate) fn trace_set_end(ctx: TracePointContext) -> u32 {
-    system_call_end(call::SETSOCKOPT, &ctx);
-    0
-}
-
-#[tracepoint(category = "syscalls", name = "sys_exit_getsockopt")]
-pub(crate) fn trace_get_end(ctx: TracePointContext) -> u32 {
-    system_call_end(call::GETSOCKOPT, &ctx);
-    0
-}
-
-#[inline(always)]
-fn system_call_end(kind: u32, ctx: &TracePointContext) {
-    end(Ended { source: source::TRACEPOINT, result: slot(ctx, 1) as i64, kind, key: None });
-}
-
-#[inline(always)]
-fn system_call(kind: u32, ctx: &TracePointContext) -> Begun {
-    Begun {
-        kind,
+/// At the entry of both.
+#[tracepoint]
+pub(crate) fn trace_begin(ctx: TracePointContext) -> u32 {
+    begin(Begun {
+        kind: kind(&ctx),
         via: flags::SYSCALL,
-        subject: Subject::DescriptorAlone(slot(ctx, 1) as i32),
-        key: OptionKey { level: slot(ctx, 2) as i32, name: slot(ctx, 3) as i32 },
-        optval: Pointer::user(slot(ctx, 4)),
-        optlen: Pointer::user(slot(ctx, 5)),
-    }
+        subject: Subject::DescriptorAlone(slot(&ctx, 1) as i32),
+        key: OptionKey { level: slot(&ctx, 2) as i32, name: slot(&ctx, 3) as i32 },
+        optval: Pointer::user(slot(&ctx, 4)),
+        optlen: Pointer::user(slot(&ctx, 5)),
+    });
+    0
+}
+
+/// At the exit of both.
+#[tracepoint]
+pub(crate) fn trace_end(ctx: TracePointContext) -> u32 {
+    end(Ended { source: source::TRACEPOINT, result: slot(&ctx, 1) as i64, kind: kind(&ctx), key: None });
+    0
+}
+
+/// Which of the two system calls it is.
+#[inline(always)]
+fn kind(ctx: &TracePointContext) -> u32 {
+    // SAFETY: as in `slot`. The number has four bytes, and what is behind it means nothing.
+    let number = unsafe { ctx.as_ptr().cast::<u32>().add(2).read_volatile() };
+    if i64::from(number) == SYSTEM_CALLS[0] { call::SETSOCKOPT } else { call::GETSOCKOPT }
 }
 
 /// The n-th 8 bytes after the header. Read as the context, which takes one instruction; by a helper it would take a call.
