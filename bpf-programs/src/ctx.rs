@@ -5,7 +5,7 @@
 //! compiler from merging neighbours.
 
 use abi::{
-    setting::{TEXT_LEN, Words, kind, words_of},
+    setting::{OptionKey, TEXT_LEN, Words, kind, words_of},
     socket::{Address, Facts, direction, known, protocol, sk_family},
 };
 use aya_ebpf::{
@@ -280,13 +280,8 @@ impl OptionCall {
     }
 
     #[inline(always)]
-    pub(crate) fn level(&self) -> i32 {
-        field!(self.ctx, level)
-    }
-
-    #[inline(always)]
-    pub(crate) fn name(&self) -> i32 {
-        field!(self.ctx, optname)
+    pub(crate) fn key(&self) -> OptionKey {
+        OptionKey { level: field!(self.ctx, level), name: field!(self.ctx, optname) }
     }
 
     #[inline(always)]
@@ -379,14 +374,16 @@ impl OptionCall {
         true
     }
 
-    /// What is known of the socket, but for its direction. `None` for families that policies are
-    /// not about: this hook runs for all of them.
+    /// Whether the socket is of a family that policies are about: this hook runs for all of them.
     #[inline(always)]
-    pub(crate) fn facts(&self) -> Option<Facts> {
+    pub(crate) fn is_inet(&self) -> bool {
+        is_inet(field!(self.sk, family))
+    }
+
+    /// What is known of a socket of these families, but for its direction.
+    #[inline(always)]
+    pub(crate) fn facts(&self) -> Facts {
         let family = field!(self.sk, family);
-        if !is_inet(family) {
-            return None;
-        }
         let mut facts =
             Facts { protocol: protocol(field!(self.sk, type_), field!(self.sk, protocol)), ..Facts::default() };
         let inet6 = family == sk_family::INET6;
@@ -395,7 +392,7 @@ impl OptionCall {
             (address!(self.sk, inet6, dst_ip6, dst_ip4), u16::from_be(field!(self.sk, dst_port)))
         });
         facts.settle_family(family);
-        Some(facts)
+        facts
     }
 }
 

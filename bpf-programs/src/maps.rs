@@ -14,7 +14,7 @@ use abi::{
     layout::Member,
     live::{Assignment, Job, List, Outcome},
     select::{PrefixData, Prefixes, Selectors},
-    setting::{Governed, OptionKey, Setting},
+    setting::{Governed, Numbered, OptionKey, Setting},
 };
 use aya_ebpf::{
     Global,
@@ -60,7 +60,7 @@ static PREFIXES: ArrayOfMaps<btf_maps::LpmTrie<PrefixData, [u32; 2], 1>, { GENER
 #[btf_map]
 static OPTIONS: Table<{ size_of::<Governed>() }> = Table::new();
 
-/// From an option's level and name to the number that it has in each scope.
+/// From an option's level and name to the number that it has in each scope. [`Config::numbers`] has most of them too.
 #[btf_map]
 static OPTION_INDEX: Dictionary<OptionKey, u32> = Dictionary::new();
 
@@ -204,6 +204,24 @@ pub(crate) fn selectors(scope: u32) -> Option<&'static Selectors> {
 #[inline(always)]
 pub(crate) fn option(index: u32) -> Option<&'static Governed> {
     row(&OPTIONS, index)
+}
+
+/// The option of a scope that a call is about, if rules of the generation name it, and its index. `first` is that of the scope's
+/// first option.
+#[inline(always)]
+pub(crate) fn option_named(
+    config: &Config,
+    generation: u32,
+    first: u32,
+    key: OptionKey,
+) -> Option<(u32, &'static Governed)> {
+    let number = match config.number(generation, key) {
+        Numbered::No => return None,
+        Numbered::Perhaps(number) => number,
+        Numbered::Elsewhere => option_number(generation, key)?,
+    };
+    let index = first + number;
+    option(index).filter(|option| option.key == key).map(|option| (index, option))
 }
 
 /// The number of an option that a rule of any scope names.

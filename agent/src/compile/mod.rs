@@ -180,6 +180,8 @@ fn add_scope(
             let form = clause.form.clone();
             desired.sources.push(SettingSource { rule: numbers[bit], option: *named, line: clause.line, form });
         }
+        let first = rules.get(option.names.trailing_zeros() as usize);
+        option.certain = first.map_or(0, |rule| u32::from(rule.selector == Selector::default()));
         options.push(option);
     }
     let scope = desired.scopes.len() as u32;

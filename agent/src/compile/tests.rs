@@ -195,7 +195,9 @@ fn compile_all(policies: &[Policy]) -> Result<Desired, CompileError> {
 fn winner_in(desired: &Desired, scope: usize, named: Named, facts: &Facts) -> Option<usize> {
     let scope = &desired.scopes[scope];
     let option = scope.options.iter().find(|option| option.key == named.key())?;
-    let winner = option.winner(desired.candidates(scope, facts))?;
+    let winner = option.winner(desired.candidates(scope, facts));
+    assert!(!option.is_certain() || winner == Some(option.first_setting), "certain, and not so");
+    let winner = winner?;
     let source = &desired.sources[winner as usize];
     assert_eq!(source.option, named, "a setting of another option");
     Some(source.rule)

@@ -301,10 +301,10 @@ impl Object {
     /// Where the configuration cannot be written.
     pub fn enable(&mut self, staged: Staged, calls: Calls) -> Result<u32, KernelError> {
         let Staged { tables, needed, target_levels } = staged;
-        let mut named = self.config.named;
-        named[index::slot_of(tables.generation) as usize] = tables.named;
+        let mut numbers = self.config.numbers;
+        numbers[index::slot_of(tables.generation) as usize] = tables.numbers;
         // Before the number by which programs look there.
-        maps::configure(&mut self.ebpf, Config { named, ..self.config })?;
+        maps::configure(&mut self.ebpf, Config { numbers, ..self.config })?;
         let config = Config {
             in_force: 1,
             calls: match calls {
@@ -318,7 +318,7 @@ impl Object {
             generation: tables.generation,
             oldest: if self.config.in_force == 0 { tables.generation } else { self.config.oldest },
             last_target: self.attached.last_id,
-            named,
+            numbers,
             // Nobody: whoever looked may have been killed.
             ..Config::default()
         };

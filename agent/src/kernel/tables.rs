@@ -9,7 +9,7 @@ use std::thread;
 use abi::{
     Counters, Place, SiteList, index,
     select::{PrefixData, Selectors},
-    setting::{Governed, Named, OptionKey, Setting},
+    setting::{Governed, Numbers, OptionKey, Setting},
 };
 use aya::{
     Ebpf, Pod,
@@ -44,8 +44,8 @@ pub(super) struct Placed {
 
 pub(super) struct Tables {
     pub(super) generation: u32,
-    /// The keys of `option_index`.
-    pub(super) named: Named,
+    /// What `option_index` has, as far as they can say it.
+    pub(super) numbers: Numbers,
     /// Options that each scope has.
     options_per_scope: u32,
     /// Entries of `places`.
@@ -73,7 +73,7 @@ impl Tables {
         let cpus = cpus()?;
         let mut tables = Self {
             generation,
-            named: Named::default(),
+            numbers: Numbers::default(),
             options_per_scope: desired.options.len() as u32,
             room,
             places: Array::create(room, flags::ARRAY).map_err(map_error("PLACES"))?,
@@ -90,7 +90,7 @@ impl Tables {
                 .map_err(map_error("COUNTERS"))?,
         };
         for (option, number) in desired.options.iter().zip(0..) {
-            tables.named.add(*option);
+            tables.numbers.add(*option, number);
             tables.option_index.insert(option, number, 0).map_err(map_error("OPTION_INDEX"))?;
         }
         for prefix in &desired.prefixes {

@@ -387,7 +387,10 @@ pub const UNLIMITED: u32 = u32::MAX;
 mod tests {
     use std::collections::BTreeSet;
 
-    use abi::{setting::read_back, site::BIRTH};
+    use abi::{
+        setting::{Numbered, Numbers, read_back},
+        site::BIRTH,
+    };
 
     use super::*;
 
@@ -397,6 +400,17 @@ mod tests {
         let keys: BTreeSet<_> = OPTIONS.iter().map(SocketOption::key).collect();
         assert_eq!(names.len(), OPTIONS.len());
         assert_eq!(keys.len(), OPTIONS.len());
+    }
+
+    #[test]
+    fn numbers_of_all_options_are_found_without_a_search() {
+        let mut numbers = Numbers::default();
+        for (option, number) in OPTIONS.iter().zip(0..) {
+            numbers.add(option.key(), number);
+        }
+        for (option, number) in OPTIONS.iter().zip(0..) {
+            assert_eq!(numbers.get(option.key()), Numbered::Perhaps(number), "{}", option.name);
+        }
     }
 
     #[test]

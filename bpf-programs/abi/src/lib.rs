@@ -85,16 +85,23 @@ pub struct Config {
     pub agent_start: u64,
     /// By slot of a generation ([`index::slot_of`]): the options that rules of any scope name. Written before the generation
     /// that it is of is in force, for it is not written at once.
-    pub named: [setting::Named; GENERATIONS as usize],
+    pub numbers: [setting::Numbers; GENERATIONS as usize],
 }
-shared!(Config, size 4 + 4 + 8 + 8 + 4 * 4 + 4 + 4 + 8 + GENERATIONS as usize * 32);
+shared!(Config, size 4 + 4 + 8 + 8 + 4 * 4 + 4 + 4 + 8 + GENERATIONS as usize * size_of::<setting::Numbers>());
 
 impl Config {
     /// Whether a rule of the generation in force may name an option; that none does is certain.
     #[inline(always)]
     #[must_use]
     pub fn may_name(&self, key: setting::OptionKey) -> bool {
-        self.named[index::slot_of(self.generation) as usize].may_have(key)
+        self.number(self.generation, key) != setting::Numbered::No
+    }
+
+    /// The number that an option may have in a generation.
+    #[inline(always)]
+    #[must_use]
+    pub fn number(&self, generation: u32, key: setting::OptionKey) -> setting::Numbered {
+        self.numbers[index::slot_of(generation) as usize].get(key)
     }
 }
 

@@ -155,6 +155,8 @@ mod tests {
         traits: 0,
         read_back: read_back::SAME,
         bit: 0,
+        certain: 0,
+        _pad: 0,
     };
 
     #[test]

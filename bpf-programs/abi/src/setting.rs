@@ -28,34 +28,58 @@ pub struct OptionKey {
 }
 shared!(OptionKey, size 4 + 4);
 
-/// Options, as bits: one that was added is always there, and few others are. For the calls on options that no rule names,
-/// which are most of them and are not to wait for a map to be searched.
+/// The numbers of the options that rules name, by a hash of level and name: for the calls on options that no rule names, which are
+/// most of them, and for all others but a few a map need not be searched.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Named {
-    bits: [u64; 4],
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Numbers {
+    /// 0: none; [`Numbers::ELSEWHERE`]; or the number plus one.
+    bytes: [u8; Self::LEN],
 }
-shared!(Named, size 4 * 8);
+shared!(Numbers, size Numbers::LEN);
 
-impl Named {
-    pub fn add(&mut self, key: OptionKey) {
-        let (word, bit) = Self::place(key);
-        self.bits[word] |= bit;
+/// What [`Numbers`] say of an option.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Numbered {
+    /// No rule names it.
+    No,
+    /// If a rule names it, this is its number. It may be that of another option.
+    Perhaps(u32),
+    /// If a rule names it, map `OPTION_INDEX` has its number.
+    Elsewhere,
+}
+
+impl Default for Numbers {
+    fn default() -> Self {
+        Self { bytes: [0; Self::LEN] }
+    }
+}
+
+impl Numbers {
+    /// A power of two. No two of the options that we know have the same place among so many.
+    const LEN: usize = 512;
+    const ELSEWHERE: u8 = u8::MAX;
+
+    pub fn add(&mut self, key: OptionKey, number: u32) {
+        let place = &mut self.bytes[Self::place(key)];
+        let is_free = *place == 0 && number < u32::from(Self::ELSEWHERE) - 1;
+        *place = if is_free { number as u8 + 1 } else { Self::ELSEWHERE };
     }
 
     #[inline(always)]
     #[must_use]
-    pub fn may_have(&self, key: OptionKey) -> bool {
-        let (word, bit) = Self::place(key);
-        self.bits[word] & bit != 0
+    pub fn get(&self, key: OptionKey) -> Numbered {
+        match self.bytes[Self::place(key)] {
+            0 => Numbered::No,
+            Self::ELSEWHERE => Numbered::Elsewhere,
+            number => Numbered::Perhaps(u32::from(number) - 1),
+        }
     }
 
-    /// The names of a level are small numbers in a row. By this factor the rows of IP, of sockets and of TCP lie beside one
-    /// another.
+    /// The names of a level are small numbers in a row. By this factor the rows of all levels lie beside one another.
     #[inline(always)]
-    fn place(key: OptionKey) -> (usize, u64) {
-        let mixed = (key.level as u32).wrapping_mul(71).wrapping_add(key.name as u32);
-        ((mixed >> 6 & 3) as usize, 1 << (mixed & 63))
+    fn place(key: OptionKey) -> usize {
+        (key.level as u32).wrapping_mul(135).wrapping_add(key.name as u32) as usize & (Self::LEN - 1)
     }
 }
 
@@ -124,10 +148,20 @@ pub struct Governed {
     pub read_back: u8,
     /// Which bit of [`crate::socket::State`] this is, if any rule sets it.
     pub bit: u8,
+    /// Whether the first rule that names the option matches every socket (0 or 1): then nobody has to look at the socket.
+    pub certain: u32,
+    pub _pad: u32,
 }
-shared!(Governed, size 8 + 8 + 8 + 4 + 4);
+shared!(Governed, size 8 + 8 + 8 + 4 + 4 + 4 + 4);
 
 impl Governed {
+    /// Whether the option's first setting governs it on every socket.
+    #[inline(always)]
+    #[must_use]
+    pub fn is_certain(&self) -> bool {
+        self.certain != 0
+    }
+
     /// The setting that governs this option on a socket that `rules` may match: an index of map
     /// `SETTINGS`, or `None` where no rule decides (yet).
     ///
@@ -318,16 +352,31 @@ mod tests {
 
     #[test]
     fn options_that_were_added_are_found_and_their_neighbours_are_not() {
-        let mut named = Named::default();
+        let mut numbers = Numbers::default();
         let keys = [(0, 1), (1, 12), (6, 1), (41, 67), (-1, i32::MIN)].map(|(level, name)| OptionKey { level, name });
-        assert!(!keys.iter().any(|key| named.may_have(*key)));
-        for key in keys {
-            named.add(key);
+        assert!(keys.iter().all(|key| numbers.get(*key) == Numbered::No));
+        for (key, number) in keys.iter().zip(0..) {
+            numbers.add(*key, number);
         }
-        assert!(keys.iter().all(|key| named.may_have(*key)));
+        for (key, number) in keys.iter().zip(0..) {
+            assert_eq!(numbers.get(*key), Numbered::Perhaps(number));
+        }
         // SO_REUSEADDR, SO_KEEPALIVE, TCP_MAXSEG, IP_TTL
         for (level, name) in [(1, 2), (1, 9), (6, 2), (0, 2)] {
-            assert!(!named.may_have(OptionKey { level, name }), "{level} {name}");
+            assert_eq!(numbers.get(OptionKey { level, name }), Numbered::No, "{level} {name}");
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_elsewhere() {
+        let mut numbers = Numbers::default();
+        let [one, same, other] = [1, 513, 2].map(|name| OptionKey { level: 0, name });
+        numbers.add(one, 3);
+        assert_eq!(numbers.get(same), Numbered::Perhaps(3));
+        numbers.add(same, 4);
+        numbers.add(other, 254);
+        for key in [one, same, other] {
+            assert_eq!(numbers.get(key), Numbered::Elsewhere);
         }
     }
 
@@ -340,6 +389,8 @@ mod tests {
         traits: 0,
         read_back: 0,
         bit: 0,
+        certain: 0,
+        _pad: 0,
     };
 
     fn winner(sure: u64, possible: u64) -> Option<u32> {

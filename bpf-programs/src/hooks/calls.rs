@@ -50,17 +50,16 @@ const EINVAL: i32 = 22;
 #[cgroup_sockopt(setsockopt)]
 pub(crate) fn set_judge(ctx: SockoptContext) -> i32 {
     let call = OptionCall::new(ctx.sockopt);
-    let governed = if is_named(&call) { Governance::find(ctx.sockopt) } else { None };
-    let Some(governed) = governed else {
+    let judged = Judged(if is_named(&call) { judge_call(ctx.sockopt) } else { Judged::UNGOVERNED });
+    let Some(governed) = judged.governance() else {
         call.pass();
         return GO_ON;
     };
-    let judged = judge_call(ctx.sockopt, governed.index, governed.winner);
-    let verdict = judged & !IS_DONE;
+    let verdict = judged.verdict();
     if verdict != u32::from(verdict::NONE) {
-        report_call(ctx.sockopt, governed.index, governed.winner, verdict);
+        report_call(ctx.sockopt, judged.0);
     }
-    if judged & IS_DONE != 0 {
+    if judged.is_done() {
         call.skip();
         return GO_ON;
     }
@@ -70,7 +69,7 @@ pub(crate) fn set_judge(ctx: SockoptContext) -> i32 {
 /// Whether policies in force may say something about a call. Mostly they do not, and this is all that it then takes.
 #[inline(always)]
 fn is_named(call: &OptionCall) -> bool {
-    maps::config().is_some_and(|config| config.may_name(OptionKey { level: call.level(), name: call.name() }))
+    maps::config().is_some_and(|config| config.may_name(call.key()))
 }
 
 /// Which option a call is about, and which setting governs it.
@@ -78,55 +77,81 @@ fn is_named(call: &OptionCall) -> bool {
 struct Governance {
     /// Of the option.
     index: u32,
+    /// Which of the option's settings.
+    rank: u32,
+}
+
+impl Governance {
+    #[inline(always)]
+    fn rows(self) -> Option<Rows> {
+        let option = maps::option(self.index)?;
+        let winner = option.first_setting + self.rank;
+        Some(Rows { option, setting: maps::setting(winner)?, winner })
+    }
+}
+
+/// What the tables say of a call that is governed.
+struct Rows {
+    option: &'static Governed,
+    setting: &'static Setting,
     /// Index of the setting.
     winner: u32,
 }
 
-impl Governance {
-    /// `None` where nothing governs the call.
+/// What governs a call, if anything does, and what came of it: a number, for it crosses from one function to another.
+#[derive(Clone, Copy)]
+struct Judged(u64);
+
+impl Judged {
+    const UNGOVERNED: u64 = 0;
+    const IS_GOVERNED: u64 = 1 << 63;
+    /// The socket has the policy's value already, so that the kernel's own handler need not see the call.
+    const IS_DONE: u64 = 1 << 62;
+    const VERDICT_SHIFT: u32 = 40;
+    const RANK_SHIFT: u32 = 32;
+    const BYTE: u64 = 0xff;
+
     #[inline(always)]
-    fn find(ctx: *mut bpf_sockopt) -> Option<Self> {
-        let found = govern(ctx);
-        (found != 0).then_some(Self { index: found as u32, winner: (found >> 32) as u32 - 1 })
+    fn new(governed: Governance, verdict: u8, is_done: bool) -> Self {
+        let done = if is_done { Self::IS_DONE } else { 0 };
+        let (verdict, rank) = (u64::from(verdict) << Self::VERDICT_SHIFT, u64::from(governed.rank) << Self::RANK_SHIFT);
+        Self(Self::IS_GOVERNED | done | verdict | rank | u64::from(governed.index))
     }
 
     #[inline(always)]
-    fn option(self) -> Option<&'static Governed> {
-        maps::option(self.index)
+    fn governance(self) -> Option<Governance> {
+        let governed = Governance { index: self.0 as u32, rank: (self.0 >> Self::RANK_SHIFT & Self::BYTE) as u32 };
+        (self.0 != Self::UNGOVERNED).then_some(governed)
     }
 
     #[inline(always)]
-    fn setting(self) -> Option<&'static Setting> {
-        maps::setting(self.winner)
+    fn verdict(self) -> u32 {
+        (self.0 >> Self::VERDICT_SHIFT & Self::BYTE) as u32
+    }
+
+    #[inline(always)]
+    fn is_done(self) -> bool {
+        self.0 & Self::IS_DONE != 0
     }
 }
 
-// As in `apply`, the verifier checks each of the functions below once and on its own.
-
-/// Finds what governs a call: the option's index, and above it the setting's plus one; 0 for
-/// nothing.
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub(crate) extern "C" fn govern(ctx: *mut bpf_sockopt) -> u64 {
-    let call = OptionCall::new(ctx);
-    find_governance(&call).map_or(0, |found| u64::from(found.index) | (u64::from(found.winner) + 1) << 32)
-}
-
+/// Finds what governs a call.
 #[inline(always)]
-fn find_governance(call: &OptionCall) -> Option<Governance> {
+fn find_governance(call: &OptionCall) -> Option<(Governance, &'static Governed)> {
     let config = maps::config()?;
-    if kernel::is_agent(config) {
+    if !call.is_inet() || kernel::is_agent(config) {
         return None;
     }
     let generation = config.generation;
-    let number = maps::option_number(generation, OptionKey { level: call.level(), name: call.name() })?;
-    let facts = call.facts()?;
     // SAFETY: the context's socket, which is never NULL.
     let (state, scope) = unsafe { storage::claim_now(call.sk(), generation) }?;
-    let state = storage::learn(state, facts);
+    let (index, option) = maps::option_named(config, generation, scope.options, call.key())?;
+    if option.is_certain() {
+        return Some((Governance { index, rank: 0 }, option));
+    }
+    let state = storage::learn(state, call.facts());
     let rules = select(&state.facts, maps::selectors(scope.number)?, &PrefixMap { scope: scope.number });
-    let index = scope.options + number;
-    Some(Governance { index, winner: maps::option(index)?.winner(rules)? })
+    Some((Governance { index, rank: option.winner(rules)? - option.first_setting }, option))
 }
 
 #[inline(always)]
@@ -135,23 +160,29 @@ fn state(call: &OptionCall) -> Option<&'static mut State> {
     unsafe { storage::state(call.sk()) }
 }
 
-/// In what [`judge_call`] returns: the socket has the policy's value already, so that the kernel's
-/// own handler need not see the call.
-const IS_DONE: u32 = 0x100;
+// As in `apply`, the verifier checks each of the functions below once and on its own.
 
-/// Judges and counts a call; returns the verdict, with [`IS_DONE`] where nothing is left to do.
+/// Finds what governs a call, judges and counts it; gives a [`Judged`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn judge_call(ctx: *mut bpf_sockopt, index: u32, winner: u32) -> u32 {
-    let call = OptionCall::new(ctx);
-    let governed = Governance { index, winner };
-    let (Some(option), Some(setting)) = (governed.option(), governed.setting()) else { return verdict::NONE.into() };
-    let Some(judgement) = judgement(&call, option, setting) else { return verdict::NONE.into() };
-    let (verdict, done) = match judgement.verdict {
-        verdict::REWRITTEN if !setting.is_dry_run() => rewrite(&call, option, winner, &judgement),
-        verdict => (verdict, 0),
+pub(crate) extern "C" fn judge_call(ctx: *mut bpf_sockopt) -> u64 {
+    judge_governed(&OptionCall::new(ctx)).map_or(Judged::UNGOVERNED, |judged| judged.0)
+}
+
+#[inline(always)]
+fn judge_governed(call: &OptionCall) -> Option<Judged> {
+    let (governed, option) = find_governance(call)?;
+    let winner = option.first_setting + governed.rank;
+    let setting = maps::setting(winner)?;
+    // What the kernel will refuse is none of our business.
+    let Some(judgement) = judgement(call, option, setting) else {
+        return Some(Judged::new(governed, verdict::NONE, false));
     };
-    note_who_wins(&call, option, setting, verdict);
+    let (verdict, is_done) = match judgement.verdict {
+        verdict::REWRITTEN if !setting.is_dry_run() => rewrite(call, option, winner, &judgement),
+        verdict => (verdict, false),
+    };
+    note_who_wins(call, option, setting, verdict);
     count(winner, |counters| match verdict {
         verdict::NONE => &mut counters.agreed,
         verdict::ALLOWED => &mut counters.verdicts[0],
@@ -160,7 +191,7 @@ pub(crate) extern "C" fn judge_call(ctx: *mut bpf_sockopt, index: u32, winner: u
         verdict::IGNORED => &mut counters.verdicts[3],
         _ => &mut counters.verdicts[4],
     });
-    u32::from(verdict) | done
+    Some(Judged::new(governed, verdict, is_done))
 }
 
 /// Gives the socket the policy's value where programs can. The kernel's own handler would ask the
@@ -168,9 +199,9 @@ pub(crate) extern "C" fn judge_call(ctx: *mut bpf_sockopt, index: u32, winner: u
 ///
 /// Where the kernel refuses the value itself, the application's call goes through as it is.
 #[inline(always)]
-fn rewrite(call: &OptionCall, option: &Governed, winner: u32, judgement: &Judgement) -> (u8, u32) {
+fn rewrite(call: &OptionCall, option: &Governed, winner: u32, judgement: &Judgement) -> (u8, bool) {
     // What this kernel's programs cannot set from here is rewritten in the call's argument.
-    const BY_ARGUMENT: (u8, u32) = (verdict::REWRITTEN, 0);
+    const BY_ARGUMENT: (u8, bool) = (verdict::REWRITTEN, false);
     // The kernel's handler gives a value to the subflows of an MPTCP socket too, the helper does not.
     if CAN_GET.load() == 0 || call.is_multipath() {
         return BY_ARGUMENT;
@@ -182,7 +213,7 @@ fn rewrite(call: &OptionCall, option: &Governed, winner: u32, judgement: &Judgem
         call.set(level, name, &judgement.given.words, 4)
     };
     match result {
-        Ok(()) => (verdict::REWRITTEN, IS_DONE),
+        Ok(()) => (verdict::REWRITTEN, true),
         // What the helper does not know on this socket the kernel's handler may.
         Err(EINVAL) => BY_ARGUMENT,
         Err(errno) => {
@@ -190,7 +221,7 @@ fn rewrite(call: &OptionCall, option: &Governed, winner: u32, judgement: &Judgem
                 counters.failed_errno = errno as u64;
                 &mut counters.failed
             });
-            (verdict::ALLOWED, 0)
+            (verdict::ALLOWED, false)
         }
     }
 }
@@ -221,13 +252,13 @@ fn note_who_wins(call: &OptionCall, option: &Governed, setting: &Setting, verdic
 #[inline(always)]
 fn enact(call: &OptionCall, governed: Governance, verdict: u32) -> i32 {
     // What agrees needs no look at the tables for this.
-    let setting = if verdict == verdict::NONE.into() { None } else { governed.setting() };
-    let Some(setting) = setting.filter(|setting| !setting.is_dry_run()) else { return let_pass(call, governed) };
+    let rows = if verdict == verdict::NONE.into() { None } else { governed.rows() };
+    let Some(Rows { option, setting, .. }) = rows.filter(|rows| !rows.setting.is_dry_run()) else {
+        return let_pass(call, governed);
+    };
     match verdict as u8 {
         verdict::REWRITTEN | verdict::CLAMPED => {
-            let is_replaced = governed
-                .option()
-                .and_then(|option| judgement(call, option, setting))
+            let is_replaced = judgement(call, option, setting)
                 .is_some_and(|judgement| call.replace(judgement.given.words, judgement.given.len));
             if !is_replaced {
                 call.pass();
@@ -256,7 +287,7 @@ fn enact(call: &OptionCall, governed: Governance, verdict: u32) -> i32 {
 #[inline(always)]
 fn let_pass(call: &OptionCall, governed: Governance) -> i32 {
     if call.is_long() {
-        call.pass_as_read(governed.option().map_or(kind::OPAQUE, |option| option.kind));
+        call.pass_as_read(maps::option(governed.index).map_or(kind::OPAQUE, |option| option.kind));
     }
     GO_ON
 }
@@ -264,18 +295,18 @@ fn let_pass(call: &OptionCall, governed: Governance) -> i32 {
 /// Leaves a verdict for the audit to report, or reports it.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn report_call(ctx: *mut bpf_sockopt, index: u32, winner: u32, verdict: u32) -> u32 {
-    let call = OptionCall::new(ctx);
-    let governed = Governance { index, winner };
-    let Some(option) = governed.option() else { return 0 };
-    if let Some(record) = record(call::SETSOCKOPT, option.key) {
-        fill(record, &call, governed, verdict);
+pub(crate) extern "C" fn report_call(ctx: *mut bpf_sockopt, judged: u64) -> u32 {
+    let (call, judged) = (OptionCall::new(ctx), Judged(judged));
+    let Some(rows) = judged.governance().and_then(Governance::rows) else { return 0 };
+    let (key, verdict) = (rows.option.key, judged.verdict());
+    if let Some(record) = record(call::SETSOCKOPT, key) {
+        fill(record, &call, &rows, verdict);
         return 0;
     }
-    let head = Head { key: option.key, call: call::SETSOCKOPT, source: source::HOOK, result: 0, duration_ns: 0 };
-    emit::conflict(head, winner, verdict, caller(), Executable::default, |record| {
+    let head = Head { key, call: call::SETSOCKOPT, source: source::HOOK, result: 0, duration_ns: 0 };
+    emit::conflict(head, rows.winner, verdict, caller(), Executable::default, |record| {
         *record = Call { fd: -1, ..Call::default() };
-        fill(record, &call, governed, verdict);
+        fill(record, &call, &rows, verdict);
     });
     0
 }
@@ -295,8 +326,8 @@ fn caller() -> Task {
 
 /// Completes the record of a call that an application made to set an option.
 #[inline(always)]
-fn fill(record: &mut Call, call: &OptionCall, governed: Governance, verdict: u32) {
-    let (Some(option), Some(setting)) = (governed.option(), governed.setting()) else { return };
+fn fill(record: &mut Call, call: &OptionCall, rows: &Rows, verdict: u32) {
+    let Rows { option, setting, winner } = *rows;
     let argument = call.argument();
     // The very bytes that were judged: the caller's memory may have changed since the audit looked.
     record.asked = Value::new(argument, call.len() as u32);
@@ -304,7 +335,7 @@ fn fill(record: &mut Call, call: &OptionCall, governed: Governance, verdict: u32
         record.given = judge(option.kind, setting, &asked).given;
         record.wanted = Value::wanted(option.kind, setting, &asked);
     }
-    fill_socket(record, call, governed, verdict);
+    fill_socket(record, call, winner, verdict);
     if let Some(before) = read_before(call, option) {
         record.before = before;
         record.flags |= flags::BEFORE;
@@ -312,12 +343,14 @@ fn fill(record: &mut Call, call: &OptionCall, governed: Governance, verdict: u32
 }
 
 #[inline(always)]
-fn fill_socket(record: &mut Call, call: &OptionCall, governed: Governance, verdict: u32) {
+fn fill_socket(record: &mut Call, call: &OptionCall, winner: u32, verdict: u32) {
     record.flags = (record.flags | flags::SOCKET | flags::DECIDED) & !flags::UNREADABLE;
-    record.setting = governed.winner;
+    record.setting = winner;
     record.verdict = verdict;
     record.sk = call.sk() as u64;
     if let Some(state) = state(call) {
+        // What governs the call may not have asked for them.
+        let state = storage::learn(state, call.facts());
         record.facts = state.facts;
         record.cookie = state.cookie;
     }
@@ -342,12 +375,11 @@ fn read_before(call: &OptionCall, option: &Governed) -> Option<Value> {
 #[cgroup_sockopt(getsockopt)]
 pub(crate) fn get_compare(ctx: SockoptContext) -> i32 {
     let call = OptionCall::new(ctx.sockopt);
-    if is_named(&call)
-        && call.retval() == 0
-        && let Some(governed) = Governance::find(ctx.sockopt)
-        && compare_read(ctx.sockopt, governed.index, governed.winner) != 0
-    {
-        report_read(ctx.sockopt, governed.index, governed.winner);
+    if is_named(&call) && call.retval() == 0 {
+        let judged = compare_read(ctx.sockopt);
+        if judged != Judged::UNGOVERNED {
+            report_read(ctx.sockopt, judged);
+        }
     }
     call.pass();
     GO_ON
@@ -370,48 +402,52 @@ pub(super) fn shown(option: &Governed, setting: &Setting, len: i32, words: &Word
     })
 }
 
-/// Whether a read shows another value than the policy wants; counts it.
+/// Counts a read that shows another value than the policy wants, and gives a [`Judged`] for it.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn compare_read(ctx: *mut bpf_sockopt, index: u32, winner: u32) -> u32 {
-    let call = OptionCall::new(ctx);
-    let governed = Governance { index, winner };
-    let (Some(option), Some(setting)) = (governed.option(), governed.setting()) else { return 0 };
-    let Some(shown) = shown(option, setting, call.len(), &call.argument()) else { return 0 };
+pub(crate) extern "C" fn compare_read(ctx: *mut bpf_sockopt) -> u64 {
+    compare(&OptionCall::new(ctx)).map_or(Judged::UNGOVERNED, |judged| judged.0)
+}
+
+#[inline(always)]
+fn compare(call: &OptionCall) -> Option<Judged> {
+    let (governed, option) = find_governance(call)?;
+    let winner = option.first_setting + governed.rank;
+    let setting = maps::setting(winner)?;
+    let shown = shown(option, setting, call.len(), &call.argument())?;
     if judge(option.kind, setting, &shown).verdict == verdict::NONE {
-        return 0;
+        return None;
     }
     count(winner, |counters| &mut counters.reads);
-    1
+    Some(Judged::new(governed, verdict::ALLOWED, false))
 }
 
 /// Leaves what a read showed for the audit to report, or reports it.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn report_read(ctx: *mut bpf_sockopt, index: u32, winner: u32) -> u32 {
-    let call = OptionCall::new(ctx);
-    let governed = Governance { index, winner };
-    let Some(option) = governed.option() else { return 0 };
-    if let Some(record) = record(call::GETSOCKOPT, option.key) {
-        fill_read(record, &call, governed);
+pub(crate) extern "C" fn report_read(ctx: *mut bpf_sockopt, judged: u64) -> u32 {
+    let (call, judged) = (OptionCall::new(ctx), Judged(judged));
+    let Some(rows) = judged.governance().and_then(Governance::rows) else { return 0 };
+    let (key, verdict) = (rows.option.key, judged.verdict());
+    if let Some(record) = record(call::GETSOCKOPT, key) {
+        fill_read(record, &call, &rows, verdict);
         return 0;
     }
-    let head = Head { key: option.key, call: call::GETSOCKOPT, source: source::HOOK, result: 0, duration_ns: 0 };
-    emit::conflict(head, winner, verdict::ALLOWED.into(), caller(), Executable::default, |record| {
+    let head = Head { key, call: call::GETSOCKOPT, source: source::HOOK, result: 0, duration_ns: 0 };
+    emit::conflict(head, rows.winner, verdict, caller(), Executable::default, |record| {
         *record = Call { fd: -1, ..Call::default() };
-        fill_read(record, &call, governed);
+        fill_read(record, &call, &rows, verdict);
     });
     0
 }
 
 #[inline(always)]
-fn fill_read(record: &mut Call, call: &OptionCall, governed: Governance) {
+fn fill_read(record: &mut Call, call: &OptionCall, rows: &Rows, verdict: u32) {
+    let Rows { option, setting, winner } = *rows;
     let argument = call.argument();
     record.asked = Value::new(argument, call.len() as u32);
-    if let (Some(option), Some(setting)) = (governed.option(), governed.setting())
-        && let Some(shown) = shown(option, setting, call.len(), &argument)
-    {
+    if let Some(shown) = shown(option, setting, call.len(), &argument) {
         record.wanted = Value::wanted(option.kind, setting, &shown);
     }
-    fill_socket(record, call, governed, verdict::ALLOWED.into());
+    fill_socket(record, call, winner, verdict);
 }

@@ -37,7 +37,7 @@ fn judge_call(call: &mut Call, result: i64) -> Option<()> {
     let generation = config.generation;
     let Place { scope, options, .. } = *followed(config)?;
     let scope = index::of(generation, scope);
-    let option = maps::option(index::of(generation, options + maps::option_number(generation, call.key)?))?;
+    let (_, option) = maps::option_named(config, generation, index::of(generation, options), call.key)?;
     // Of a family that policies are not about.
     let is_other = call.flags & flags::SOCKET == 0 && call.sk_family != 0;
     if is_other || call.flags & flags::UNREADABLE != 0 {
