@@ -68,7 +68,7 @@ impl Types {
             .map_err(|source| BtfError::Unreadable { path: path.display().to_string(), source })
     }
 
-    /// The structure of this name, if the kernel has one.
+    /// The structure of this name, if the kernel has one. All types are gone through for that.
     #[must_use]
     pub fn structure(&self, name: &str) -> Option<Structure<'_>> {
         let definitions = self.0.resolve_types_by_name(name).ok()?;
@@ -113,11 +113,30 @@ impl Types {
     }
 }
 
-impl Structure<'_> {
+impl<'a> Structure<'a> {
     /// Where a member is: `sk_rcvbuf`, or one of a structure within, `__sk_common.skc_family`. Members of unnamed
     /// structures and unions count as the structure's own. `None` also for bit fields.
     #[must_use]
     pub fn place(&self, path: &str) -> Option<Place> {
+        self.member(path).map(|(offset, found)| Place { offset, size: size(&found) })
+    }
+
+    /// The structure that a member is, or points to. Quicker than by its name, for which all types are gone through.
+    #[must_use]
+    pub fn structure(&self, path: &str) -> Option<Structure<'a>> {
+        let (_, mut found) = self.member(path)?;
+        while let Type::Ptr(pointer) = &found {
+            found = self.types.resolve(pointer)?;
+        }
+        match found {
+            Type::Struct(definition) => Some(Structure { types: self.types, definition }),
+            // Only its name is known there: where there are several of that name.
+            Type::Fwd(named) => self.types.structure(&self.types.0.resolve_name(&named).ok()?),
+            _ => None,
+        }
+    }
+
+    fn member(&self, path: &str) -> Option<(u32, Type)> {
         let mut definition = self.definition.clone();
         let mut offset = 0;
         let mut names = path.split('.').peekable();
@@ -125,7 +144,7 @@ impl Structure<'_> {
             let (within, found) = self.types.find(&definition, name)?;
             offset += within;
             if names.peek().is_none() {
-                return Some(Place { offset, size: size(&found) });
+                return Some((offset, found));
             }
             let (Type::Struct(inner) | Type::Union(inner)) = found else { return None };
             definition = inner;

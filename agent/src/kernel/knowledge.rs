@@ -17,7 +17,11 @@ use nix::{
     unistd::chroot,
 };
 
-use super::{KernelError, layout, syscall, tables};
+use super::{
+    KernelError,
+    layout::{self, Roots},
+    syscall, tables,
+};
 use crate::host::btf::Types;
 
 /// What programs at cgroup/setsockopt may call on this kernel.
@@ -60,7 +64,10 @@ impl Knowledge {
     pub(super) fn gather() -> Result<Self, KernelError> {
         let types = Types::of_kernel();
         let (layout, members) = match &types {
-            Ok(types) => (layout::layout(types), layout::members(types)),
+            Ok(types) => {
+                let roots = Roots::find(types);
+                (layout::layout(&roots), layout::members(&roots))
+            }
             Err(_) => (Layout::default(), Vec::new()),
         };
         let sees = is_helper_supported(ProgramType::KProbe, BpfHelper::BPF_FUNC_get_current_ancestor_cgroup_id);

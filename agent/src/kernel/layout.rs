@@ -10,16 +10,35 @@ use crate::{
     options::{Kept, OPTIONS},
 };
 
+/// The structures from which the others are found. What is not here is looked up by its name where it is wanted.
+pub(super) struct Roots<'a> {
+    types: &'a Types,
+    task: Option<Structure<'a>>,
+    /// What a socket of TCP is, from the innermost structure to the whole.
+    sock: Option<Structure<'a>>,
+    inet_sock: Option<Structure<'a>>,
+    tcp_sock: Option<Structure<'a>>,
+}
+
+impl<'a> Roots<'a> {
+    pub(super) fn find(types: &'a Types) -> Self {
+        let tcp_sock = types.structure("tcp_sock");
+        let inet_sock = tcp_sock.as_ref().and_then(|tcp| tcp.structure("inet_conn.icsk_inet"));
+        let sock = inet_sock.as_ref().and_then(|inet| inet.structure("sk"));
+        Self { types, task: types.structure("task_struct"), sock, inet_sock, tcp_sock }
+    }
+}
+
 /// The places that the programs look at. What this kernel does not have is left out, and with it the whole of what it is
 /// a part of.
-pub(super) fn layout(types: &Types) -> Layout {
+pub(super) fn layout(roots: &Roots<'_>) -> Layout {
     let mut layout = Layout::default();
     let parts = [
-        (known::SOCKET, socket(types, &mut layout)),
-        (known::DESCRIPTOR, descriptor(types, &mut layout)),
-        (known::ANCESTORS, ancestors(types, &mut layout)),
-        (known::SYSCALL, system_call(types, &mut layout)),
-        (known::EXECUTABLE, executable(types, &mut layout)),
+        (known::SOCKET, socket(roots, &mut layout)),
+        (known::DESCRIPTOR, descriptor(roots, &mut layout)),
+        (known::ANCESTORS, ancestors(roots, &mut layout)),
+        (known::SYSCALL, system_call(roots, &mut layout)),
+        (known::EXECUTABLE, executable(roots, &mut layout)),
     ];
     for (part, found) in parts {
         match found {
@@ -34,10 +53,10 @@ fn offset(structure: &Structure<'_>, path: &str) -> Option<u32> {
     structure.place(path).map(|place| place.offset)
 }
 
-fn socket(types: &Types, layout: &mut Layout) -> Option<()> {
-    layout.socket_sk = offset(&types.structure("socket")?, "sk")?;
-    let sock = types.structure("sock")?;
-    let common = |name: &str| offset(&sock, &format!("__sk_common.{name}"));
+fn socket(roots: &Roots<'_>, layout: &mut Layout) -> Option<()> {
+    let sock = roots.sock.as_ref()?;
+    layout.socket_sk = offset(&sock.structure("sk_socket")?, "sk")?;
+    let common = |name: &str| offset(sock, &format!("__sk_common.{name}"));
     layout.sock_family = common("skc_family")?;
     layout.sock_state = common("skc_state")?;
     layout.sock_num = common("skc_num")?;
@@ -48,63 +67,69 @@ fn socket(types: &Types, layout: &mut Layout) -> Option<()> {
     layout.sock_v6_daddr = common("skc_v6_daddr")?;
     layout.sock_cookie = common("skc_cookie")?;
     // Both were bit fields before 5.6.
-    layout.sock_protocol = offset(&sock, "sk_protocol")?;
-    layout.sock_type = offset(&sock, "sk_type")?;
-    layout.sock_cgroup = offset(&sock, "sk_cgrp_data.cgroup")?;
-    layout.cgroup_kn = offset(&types.structure("cgroup")?, "kn")?;
-    layout.kernfs_node_id = offset(&types.structure("kernfs_node")?, "id")?;
+    layout.sock_protocol = offset(sock, "sk_protocol")?;
+    layout.sock_type = offset(sock, "sk_type")?;
+    layout.sock_cgroup = offset(sock, "sk_cgrp_data.cgroup")?;
+    let cgroup = sock.structure("sk_cgrp_data.cgroup")?;
+    layout.cgroup_kn = offset(&cgroup, "kn")?;
+    layout.kernfs_node_id = offset(&cgroup.structure("kn")?, "id")?;
     Some(())
 }
 
-fn descriptor(types: &Types, layout: &mut Layout) -> Option<()> {
-    layout.task_files = offset(&types.structure("task_struct")?, "files")?;
-    layout.files_fdt = offset(&types.structure("files_struct")?, "fdt")?;
-    let table = types.structure("fdtable")?;
+fn descriptor(roots: &Roots<'_>, layout: &mut Layout) -> Option<()> {
+    let task = roots.task.as_ref()?;
+    layout.task_files = offset(task, "files")?;
+    let files = task.structure("files")?;
+    layout.files_fdt = offset(&files, "fdt")?;
+    let table = files.structure("fdt")?;
     layout.fdtable_max_fds = offset(&table, "max_fds")?;
     layout.fdtable_fd = offset(&table, "fd")?;
-    let file = types.structure("file")?;
+    let file = table.structure("fd")?;
     layout.file_inode = offset(&file, "f_inode")?;
     layout.file_private_data = offset(&file, "private_data")?;
-    layout.inode_mode = offset(&types.structure("inode")?, "i_mode")?;
+    layout.inode_mode = offset(&file.structure("f_inode")?, "i_mode")?;
     Some(())
 }
 
 /// Until 6.0 a cgroup had the ids of those above it, since then it has pointers to them; but since 5.15 there is a helper.
-fn ancestors(types: &Types, layout: &mut Layout) -> Option<()> {
-    layout.task_cgroups = offset(&types.structure("task_struct")?, "cgroups")?;
-    layout.css_set_cgroup = offset(&types.structure("css_set")?, "dfl_cgrp")?;
-    let cgroup = types.structure("cgroup")?;
+fn ancestors(roots: &Roots<'_>, layout: &mut Layout) -> Option<()> {
+    let task = roots.task.as_ref()?;
+    layout.task_cgroups = offset(task, "cgroups")?;
+    let set = task.structure("cgroups")?;
+    layout.css_set_cgroup = offset(&set, "dfl_cgrp")?;
+    let cgroup = set.structure("dfl_cgrp")?;
     layout.cgroup_level = offset(&cgroup, "level")?;
     layout.cgroup_ancestor_ids = offset(&cgroup, "ancestor_ids")?;
     Some(())
 }
 
 /// x86 keeps all in these places; other machines are not looked at so closely.
-fn system_call(types: &Types, layout: &mut Layout) -> Option<()> {
-    layout.task_status = offset(&types.structure("task_struct")?, "thread_info.status")?;
-    let registers = types.structure("pt_regs")?;
+fn system_call(roots: &Roots<'_>, layout: &mut Layout) -> Option<()> {
+    layout.task_status = offset(roots.task.as_ref()?, "thread_info.status")?;
+    let registers = roots.types.structure("pt_regs")?;
     layout.regs_syscall = offset(&registers, "orig_ax")?;
     layout.regs_result = offset(&registers, "ax")?;
     Some(())
 }
 
-fn executable(types: &Types, layout: &mut Layout) -> Option<()> {
-    let task = types.structure("task_struct")?;
-    layout.task_pid = offset(&task, "pid")?;
-    layout.task_tgid = offset(&task, "tgid")?;
-    layout.task_leader = offset(&task, "group_leader")?;
-    layout.task_start = offset(&task, "start_boottime")?;
-    layout.task_exec_id = offset(&task, "self_exec_id")?;
-    layout.task_mm = offset(&task, "mm")?;
-    layout.mm_exe_file = offset(&types.structure("mm_struct")?, "exe_file")?;
-    let file = types.structure("file")?;
+fn executable(roots: &Roots<'_>, layout: &mut Layout) -> Option<()> {
+    let task = roots.task.as_ref()?;
+    layout.task_pid = offset(task, "pid")?;
+    layout.task_tgid = offset(task, "tgid")?;
+    layout.task_leader = offset(task, "group_leader")?;
+    layout.task_start = offset(task, "start_boottime")?;
+    layout.task_exec_id = offset(task, "self_exec_id")?;
+    layout.task_mm = offset(task, "mm")?;
+    let memory = task.structure("mm")?;
+    layout.mm_exe_file = offset(&memory, "exe_file")?;
+    let file = memory.structure("exe_file")?;
     layout.file_mount = offset(&file, "f_path.mnt")?;
     layout.file_dentry = offset(&file, "f_path.dentry")?;
-    let dentry = types.structure("dentry")?;
+    let dentry = file.structure("f_path.dentry")?;
     layout.dentry_parent = offset(&dentry, "d_parent")?;
     layout.dentry_name = offset(&dentry, "d_name.name")?;
-    layout.vfsmount_root = offset(&types.structure("vfsmount")?, "mnt_root")?;
-    let mount = types.structure("mount")?;
+    layout.vfsmount_root = offset(&file.structure("f_path.mnt")?, "mnt_root")?;
+    let mount = roots.types.structure("mount")?;
     layout.mount_vfsmount = offset(&mount, "mnt")?;
     layout.mount_parent = offset(&mount, "mnt_parent")?;
     layout.mount_point = offset(&mount, "mnt_mountpoint")?;
@@ -112,11 +137,12 @@ fn executable(types: &Types, layout: &mut Layout) -> Option<()> {
 }
 
 /// Where sockets of this kernel keep the values of options, for those options that have such a place.
-pub(super) fn members(types: &Types) -> Vec<(OptionKey, Member)> {
-    let structures = [("sock", of::SOCK), ("inet_sock", of::INET), ("tcp_sock", of::TCP)];
+pub(super) fn members(roots: &Roots<'_>) -> Vec<(OptionKey, Member)> {
+    let Roots { sock, inet_sock, tcp_sock, .. } = roots;
+    let structures = [("sock", sock, of::SOCK), ("inet_sock", inet_sock, of::INET), ("tcp_sock", tcp_sock, of::TCP)];
     let mut members = Vec::new();
-    for (name, of) in structures {
-        let Some(structure) = types.structure(name) else { continue };
+    for (name, structure, of) in structures {
+        let Some(structure) = structure else { continue };
         for option in OPTIONS {
             let Kept::Member { of: owner, name: member } = option.kept else { continue };
             if owner != name {
