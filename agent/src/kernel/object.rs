@@ -7,7 +7,7 @@
 use std::{
     collections::BTreeSet,
     mem,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
     thread,
 };
 
@@ -25,7 +25,7 @@ use aya::{
 use super::{
     Audit, BackendChoice, KernelError, Target,
     attached::{Attached, Point},
-    audit::{self, Aim},
+    audit::{self, Aim, Events},
     error::load_reason,
     knowledge::{Abilities, Knowledge, loader_without_types},
     maps::{self, LossesView},
@@ -72,8 +72,7 @@ pub struct Object {
     /// The hooks for which the kernel did not take our program, and what it said.
     refused: Vec<(Hook, String)>,
     audit: Option<Audit>,
-    /// See [`Audit::ease_unloading`].
-    easing: Option<OwnedFd>,
+    events: Events,
     by_process: bool,
     /// What was attached for policies that are not in force yet.
     added: Vec<Point>,
@@ -170,7 +169,7 @@ impl Object {
             can_follow: knowledge.can_follow(),
             refused,
             audit: None,
-            easing: None,
+            events: Events::default(),
             by_process: !processes.is_empty(),
             added: Vec::new(),
         })
@@ -417,13 +416,15 @@ impl Object {
         if choice != BackendChoice::None {
             self.can_follow.clone().map_err(|reasons| KernelError::NoBackend { reasons })?;
         }
+        // No call is to be seen by this one and by the next.
+        mem::take(&mut self.events).take();
         if let Some(audit) = self.audit.take() {
             audit.unload(&mut self.ebpf);
         }
         let _memlock = Memlock::raise();
-        let aim = Aim::of(wanted);
-        self.audit = audit::attach(&mut self.ebpf, choice, aim)?;
-        self.easing = self.audit.and_then(|audit| audit.ease_unloading(aim));
+        if let Some((audit, events)) = audit::attach(&mut self.ebpf, choice, Aim::of(wanted))? {
+            (self.audit, self.events) = (Some(audit), events);
+        }
         Ok(self.audit)
     }
 
@@ -537,6 +538,12 @@ impl Drop for Object {
             && let Err(error) = pins.remove_ours()
         {
             log::warn!("{error}");
+        }
+        let events = mem::take(&mut self.events);
+        if self.config.in_force == 0 {
+            events.leave();
+        } else {
+            events.take();
         }
         if let Some(audit) = self.audit {
             audit.unload(&mut self.ebpf);

@@ -73,7 +73,11 @@ pub fn audit_backends() -> Result<Probed<Backend, Tried>, KernelError> {
     const EVERYTHING: Aim = Aim { reads: true, calls: true };
     let Bare { mut ebpf, can_follow } = object::bare()?;
     let answer = |backend| {
-        let tried = can_follow.clone().and_then(|()| audit::attach_backend(&mut ebpf, backend, EVERYTHING));
+        let attached = can_follow.clone().and_then(|()| audit::attach_backend(&mut ebpf, backend, EVERYTHING));
+        let tried = attached.map(|(audit, events)| {
+            events.leave();
+            audit
+        });
         (backend, tried)
     };
     let answers = Backend::ALL.map(answer).into();

@@ -12,8 +12,9 @@ use std::{
 
 use aya::sys::BpfHelper;
 use aya_obj::generated::{
-    BPF_ALU64, BPF_CALL, BPF_EXIT, BPF_JMP, BPF_K, BPF_MOV, PERF_FLAG_FD_CLOEXEC, bpf_attach_type, bpf_attr, bpf_cmd,
-    bpf_insn, bpf_link_info, bpf_map_type, bpf_prog_info, bpf_prog_type, perf_event_attr, perf_type_id,
+    BPF_ALU64, BPF_CALL, BPF_EXIT, BPF_JMP, BPF_K, BPF_MOV, PERF_EVENT_IOC_SET_BPF, PERF_FLAG_FD_CLOEXEC,
+    bpf_attach_type, bpf_attr, bpf_cmd, bpf_insn, bpf_link_info, bpf_map_type, bpf_prog_info, bpf_prog_type,
+    perf_event_attr, perf_type_id,
 };
 
 use crate::compile::Hook;
@@ -235,14 +236,23 @@ pub(super) fn open_tracepoint(id: u64) -> io::Result<OwnedFd> {
         )
     };
     if event < 0 {
-        return Err(io::Error::last_os_error());
+        let error = io::Error::last_os_error();
+        return Err(io::Error::new(error.kind(), format!("perf_event_open: {error}")));
     }
     // SAFETY: a descriptor that is nobody's yet.
     Ok(unsafe { OwnedFd::from_raw_fd(event as i32) })
 }
 
+/// Has a program run at an event's tracepoint, for as long as the event is open: for every task, on every CPU.
+pub(super) fn run_at(event: &OwnedFd, program: impl AsFd) -> io::Result<()> {
+    // SAFETY: takes two descriptors.
+    let set =
+        unsafe { libc::ioctl(event.as_raw_fd(), PERF_EVENT_IOC_SET_BPF as libc::Ioctl, program.as_fd().as_raw_fd()) };
+    if set < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Makes a map that holds these events.
-pub(super) fn hold_events(events: &[OwnedFd]) -> io::Result<OwnedFd> {
+pub(super) fn hold_events(events: &[impl AsFd]) -> io::Result<OwnedFd> {
     let mut attributes = no_attributes();
     // SAFETY: the part of the union that BPF_MAP_CREATE takes.
     let create = unsafe { &mut attributes.__bindgen_anon_1 };
@@ -254,7 +264,7 @@ pub(super) fn hold_events(events: &[OwnedFd]) -> io::Result<OwnedFd> {
     // SAFETY: a descriptor that is nobody's yet.
     let map = unsafe { OwnedFd::from_raw_fd(map) };
     for (event, key) in events.iter().zip(0_u32..) {
-        let value = event.as_raw_fd();
+        let value = event.as_fd().as_raw_fd();
         let mut attributes = no_attributes();
         // SAFETY: the part of the union that BPF_MAP_UPDATE_ELEM takes.
         let update = unsafe { &mut attributes.__bindgen_anon_2 };

@@ -8,7 +8,7 @@ mod functions;
 mod kprobe;
 mod tracepoint;
 
-use std::{fmt, os::fd::OwnedFd, thread};
+use std::{error::Error, fmt, thread};
 
 use aya::{
     Btf, Ebpf,
@@ -48,11 +48,27 @@ pub enum BackendChoice {
 /// Whether a backend works here: how, or why not.
 pub type Tried = Result<Audit, String>;
 
-/// An audit that is attached.
+/// An audit that is attached, or was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Audit {
     pub backend: Backend,
     way: &'static Way,
+}
+
+/// What holds the programs of an audit at their points, unless they do so themselves.
+#[derive(Default)]
+pub(super) struct Events(Vec<tracepoint::Event>);
+
+impl Events {
+    /// Takes the programs from their points, and is done when they are not there any more.
+    pub(super) fn take(self) {
+        tracepoint::take(self.0);
+    }
+
+    /// Leaves that to the kernel, which needs a moment for it. The programs should be inert.
+    pub(super) fn leave(self) {
+        tracepoint::leave(self.0);
+    }
 }
 
 /// What an audit is to see.
@@ -140,10 +156,7 @@ impl Backend {
 
     /// Runs `attach` where the backend finds what it needs of the system; `Err` says what is missing. Only fentry needs
     /// the kernel's types, which take long to read and much room.
-    fn with_system(
-        self,
-        attach: impl FnOnce(Option<&Btf>) -> Result<&'static Way, String> + Send,
-    ) -> Result<&'static Way, String> {
+    fn with_system<T: Send>(self, attach: impl FnOnce(Option<&Btf>) -> Result<T, String> + Send) -> Result<T, String> {
         match self {
             Self::Fentry => fentry::types().and_then(|types| attach(Some(&types))),
             Self::Kprobe => kprobe::is_there().and_then(|()| attach(None)),
@@ -175,15 +188,6 @@ impl Audit {
         self.way.programs()
     }
 
-    /// What makes it quick to take the programs out of the kernel, for as long as it is there when that is done.
-    pub(super) fn ease_unloading(self, aim: Aim) -> Option<OwnedFd> {
-        if self.backend != Backend::Tracepoint {
-            return None;
-        }
-        let lingering = tracepoint::linger(self.way.hooks(aim));
-        lingering.inspect_err(|reason| log::debug!("it will take longer to end the audit: {reason}")).ok()
-    }
-
     /// Takes the programs out of the kernel.
     pub(super) fn unload(self, ebpf: &mut Ebpf) {
         self.way.unload(ebpf);
@@ -212,7 +216,7 @@ impl Way {
 }
 
 /// Attaches the backend of choice; gives the one that was taken.
-pub(super) fn attach(ebpf: &mut Ebpf, choice: BackendChoice, aim: Aim) -> Result<Option<Audit>, KernelError> {
+pub(super) fn attach(ebpf: &mut Ebpf, choice: BackendChoice, aim: Aim) -> Result<Option<(Audit, Events)>, KernelError> {
     match candidates(choice)[..] {
         [] => Ok(None),
         [backend] => {
@@ -247,11 +251,11 @@ pub fn candidates(choice: BackendChoice) -> Vec<Backend> {
     }
 }
 
-fn attach_best(ebpf: &mut Ebpf, backends: &[Backend], aim: Aim) -> Result<Audit, KernelError> {
+fn attach_best(ebpf: &mut Ebpf, backends: &[Backend], aim: Aim) -> Result<(Audit, Events), KernelError> {
     let mut reasons = Vec::new();
     for backend in backends.iter().copied() {
         match attach_backend(ebpf, backend, aim) {
-            Ok(audit) => return Ok(audit),
+            Ok(attached) => return Ok(attached),
             Err(reason) => {
                 log::debug!("the audit cannot use {backend}: {reason}");
                 reasons.push(format!("{backend}: {reason}"));
@@ -262,12 +266,12 @@ fn attach_best(ebpf: &mut Ebpf, backends: &[Backend], aim: Aim) -> Result<Audit,
 }
 
 /// Attaches all programs of a backend, or none.
-pub(super) fn attach_backend(ebpf: &mut Ebpf, backend: Backend, aim: Aim) -> Tried {
-    let way = backend.with_system(|types| {
+pub(super) fn attach_backend(ebpf: &mut Ebpf, backend: Backend, aim: Aim) -> Result<(Audit, Events), String> {
+    let (way, events) = backend.with_system(|types| {
         let mut reasons = Vec::new();
         for way in backend.ways().iter().filter(|way| way.calls.contains(&aim.calls)) {
             match attach_way(ebpf, backend, way, aim, types) {
-                Ok(()) => return Ok(way),
+                Ok(events) => return Ok((way, events)),
                 // Several ways may fail at the same function.
                 Err(reason) if reasons.contains(&reason) => {}
                 Err(reason) => reasons.push(reason),
@@ -275,31 +279,36 @@ pub(super) fn attach_backend(ebpf: &mut Ebpf, backend: Backend, aim: Aim) -> Tri
         }
         Err(reasons.join("; "))
     })?;
-    Ok(Audit { backend, way })
+    Ok((Audit { backend, way }, events))
 }
 
-fn attach_way(ebpf: &mut Ebpf, backend: Backend, way: &Way, aim: Aim, types: Option<&Btf>) -> Result<(), String> {
-    let attached = way.hooks(aim).try_for_each(|hook| attach_program(ebpf, backend, hook, types));
+fn attach_way(ebpf: &mut Ebpf, backend: Backend, way: &Way, aim: Aim, types: Option<&Btf>) -> Result<Events, String> {
+    let attached: Result<Vec<_>, _> = way.hooks(aim).map(|hook| attach_program(ebpf, backend, hook, types)).collect();
     if attached.is_err() {
         way.unload(ebpf);
     }
-    attached
+    Ok(Events(attached?.into_iter().flatten().collect()))
 }
 
-fn attach_program(ebpf: &mut Ebpf, backend: Backend, hook: &Hook, types: Option<&Btf>) -> Result<(), String> {
+fn attach_program(
+    ebpf: &mut Ebpf,
+    backend: Backend,
+    hook: &Hook,
+    types: Option<&Btf>,
+) -> Result<Option<tracepoint::Event>, String> {
     let Hook { end, point, program } = *hook;
     let program = ebpf.program_mut(program).ok_or_else(|| format!("no program {program}"))?;
     let attached = match (backend, types) {
-        (Backend::Fentry, Some(types)) => fentry::attach(program, point, types),
+        (Backend::Fentry, Some(types)) => fentry::attach(program, point, types).map(|()| None),
         (Backend::Fentry, None) => Err("the kernel's BTF was not read".to_owned()),
-        (Backend::Kprobe, _) => kprobe::attach(program, point),
-        (Backend::Tracepoint, _) => tracepoint::attach(program, point, end),
+        (Backend::Kprobe, _) => kprobe::attach(program, point).map(|()| None),
+        (Backend::Tracepoint, _) => tracepoint::attach(program, point, end).map(Some),
     };
     attached.map_err(|reason| format!("{point}: {reason}"))
 }
 
 /// Why the kernel does not attach a program.
-fn attach_reason(error: &ProgramError) -> String {
+fn attach_reason(error: &(dyn Error + 'static)) -> String {
     /// Debian and Ubuntu ask for more than CAP_PERFMON where kernel.perf_event_paranoid is above what other kernels know.
     const PARANOID: &str = " (this takes CAP_SYS_ADMIN here unless sysctl kernel.perf_event_paranoid is 2 or less)";
     let reason = chain(error);

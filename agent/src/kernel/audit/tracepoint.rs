@@ -1,13 +1,21 @@
 //! The tracepoints of the two system calls: where there is nothing better.
 
-use std::{io, os::fd::OwnedFd};
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    thread,
+};
 
-use aya::programs::{Program, ProgramError};
+use aya::programs::Program;
 
-use super::{End, Hook, Way, attach_reason, entry, exit};
+use super::{End, Way, attach_reason, entry, exit};
 use crate::{
     host::tracefs,
-    kernel::{error::load_reason, object::load_once, syscall},
+    kernel::{
+        error::{chain, load_reason},
+        object::load_once,
+        syscall,
+    },
 };
 
 pub(super) static WAYS: [Way; 1] = [Way {
@@ -32,26 +40,61 @@ fn name(system_call: &str, end: End) -> String {
     }
 }
 
-/// Has the kernel go on looking after these tracepoints until the map that is given is gone, and a moment longer.
-///
-/// Who closes the last event of a tracepoint waits until no CPU is in it any more, some 35 ms, and for one tracepoint after the
-/// other (`perf_trace_event_unreg`, kernel/trace/trace_event_perf.c). So that our programs' events are not the last ones,
-/// there is one beside each that counts nothing. The kernel closes those in a worker of its own, for they are in a map
-/// (`__bpf_event_entry_free`, kernel/bpf/arraymap.c, and `fput`). Our programs are gone by then.
-pub(super) fn linger<'a>(hooks: impl Iterator<Item = &'a Hook> + Send) -> Result<OwnedFd, String> {
-    let open = |hook: &Hook| syscall::open_tracepoint(tracefs::tracepoint_id(CATEGORY, &name(hook.point, hook.end))?);
-    with_tracefs(|| {
-        let events = hooks.map(open).collect::<io::Result<Vec<_>>>();
-        events.and_then(|events| syscall::hold_events(&events)).map_err(|error| error.to_string())
-    })
+/// A program at a tracepoint, for as long as this is there. Not a link, as aya makes them where the kernel has such: of those
+/// nothing can be left to the kernel.
+pub(in crate::kernel) struct Event {
+    tracepoint: u64,
+    descriptor: OwnedFd,
+}
+
+impl AsFd for Event {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.descriptor.as_fd()
+    }
 }
 
 /// Attaches to one end of a system call.
-pub(super) fn attach(program: &mut Program, system_call: &str, end: End) -> Result<(), String> {
+pub(super) fn attach(program: &mut Program, system_call: &str, end: End) -> Result<Event, String> {
     load_once(program).map_err(|error| load_reason(&error))?;
-    match program {
-        Program::TracePoint(program) => program.attach(CATEGORY, &name(system_call, end)).map(drop),
-        _ => Err(ProgramError::UnexpectedProgramType),
+    let program = program.fd().map_err(|error| chain(&error))?;
+    let tracepoint = tracefs::tracepoint_id(CATEGORY, &name(system_call, end)).map_err(|error| error.to_string())?;
+    let attach = || {
+        let descriptor = syscall::open_tracepoint(tracepoint)?;
+        syscall::run_at(&descriptor, program)?;
+        Ok(Event { tracepoint, descriptor })
+    };
+    attach().map_err(|error: io::Error| attach_reason(&error))
+}
+
+/// Leaves programs to the kernel to take from their tracepoints, which it does within some milliseconds.
+///
+/// Whoever closes an event waits until no CPU is in its program any more (`perf_event_detach_bpf_prog`,
+/// kernel/trace/bpf_trace.c), and for the last event of a tracepoint until none is in that either, some 35 ms, one after the
+/// other (`perf_trace_event_unreg`, kernel/trace/trace_event_perf.c). Events in a map are closed by a worker of the kernel
+/// (`__bpf_event_entry_free`, kernel/bpf/arraymap.c, and `fput`).
+pub(super) fn leave(events: Vec<impl AsFd>) {
+    if events.is_empty() {
+        return;
     }
-    .map_err(|error| attach_reason(&error))
+    let map = syscall::hold_events(&events);
+    // As long as they are in the map.
+    drop(events);
+    if let Err(error) = map {
+        log::debug!("it will take longer to end the audit: {error}");
+    }
+}
+
+/// Takes programs from their tracepoints, and is done when they are not there any more. The tracepoints themselves are left to
+/// the kernel.
+pub(super) fn take(events: Vec<Event>) {
+    // Beside each, one that counts nothing: so that ours is not the last one there.
+    let others: Vec<OwnedFd> =
+        events.iter().filter_map(|event| syscall::open_tracepoint(event.tracepoint).ok()).collect();
+    // All at once: for each the kernel waits.
+    thread::scope(|scope| {
+        for event in events {
+            scope.spawn(|| drop(event));
+        }
+    });
+    leave(others);
 }
