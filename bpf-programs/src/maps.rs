@@ -12,7 +12,7 @@ use abi::{
     event::{CALLS_MAX, Call, Executable, Limit, LimitKey, Slot, TOLD_MAX, Tally, TallyKey, bucket},
     index,
     layout::Member,
-    live::{Assignment, Job, List, Outcome},
+    live::{self, Assignment, Job, List, Outcome, Turn},
     select::{PrefixData, Prefixes, Selectors},
     setting::{Governed, Numbered, OptionKey, Setting},
 };
@@ -124,14 +124,14 @@ static LIMITS: LruHashMap<LimitKey, Limit> = LruHashMap::with_max_entries(8192, 
 #[map]
 static TOLD: LruHashMap<Executable, u32> = LruHashMap::with_max_entries(TOLD_MAX, 0);
 
-/// Index 0: what is done with live sockets that have a job ([`abi::live::step`]). This map and the four after it are the agent's,
-/// which gives them their sizes at load where it is to bring live sockets in line, and writes them before each step.
+/// Index 0: what is done with live sockets that have a job. This map and the four after it are the agent's, which gives them their
+/// sizes at load where it is to bring live sockets in line, and writes them before each step.
 #[map]
-static STEP: Array<u32> = Array::with_max_entries(1, 0);
+static TURN: Array<Turn> = Array::with_max_entries(1, 0);
 
-/// By cookie: what is to be done with a socket.
+/// What is to be done with sockets, at their [`live::places`]: written by the agent in its own memory.
 #[map]
-static JOBS: HashMap<u64, Job> = HashMap::with_max_entries(1, 0);
+static JOBS: Array<Job> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
 #[map]
 static LISTS: Array<List> = Array::with_max_entries(1, 0);
@@ -394,15 +394,24 @@ pub(crate) fn note_told(executable: &Executable) {
 
 /// What is to be done with live sockets.
 #[inline(always)]
-pub(crate) fn step() -> u32 {
-    STEP.get(0).copied().unwrap_or(abi::live::step::NONE)
+pub(crate) fn turn() -> Turn {
+    TURN.get(0).copied().unwrap_or_default()
 }
 
 /// What is to be done with a socket.
 #[inline(always)]
-pub(crate) fn job(cookie: u64) -> Option<&'static Job> {
-    // SAFETY: the agent does not write this map while the program runs.
-    unsafe { JOBS.get(cookie) }
+pub(crate) fn job(cookie: u64, turn: &Turn) -> Option<&'static Job> {
+    for place in live::places(cookie, turn.shift) {
+        let job = JOBS.get(place)?;
+        if job.cookie == cookie {
+            return Some(job);
+        }
+        // A job stands at the first free one.
+        if job.cookie == 0 {
+            return None;
+        }
+    }
+    None
 }
 
 #[inline(always)]

@@ -24,7 +24,7 @@ use crate::{
     events::{Event, Kind},
     host::{netns::Namespace, socket},
     journal::{Journal, Place},
-    kernel::{Job, Walk},
+    kernel::{Job, Outcomes, Walk},
     live::{
         Live, Told,
         drift::{self, Assigned, Finding},
@@ -216,13 +216,14 @@ impl<'a> InLine<'a> {
         let looked = walk.look(planned.iter().map(|planned| &planned.job), namespaces)?;
         let mut is_done: Vec<bool> = planned
             .iter()
-            .zip(&looked)
+            .zip(looked.iter())
             .map(|(planned, outcomes)| !planned.is_part && outcomes.iter().all(Outcome::is_read))
             .collect();
         let to_set = to_set(planned, &looked);
         if !to_set.is_empty() {
             self.journal.note_all(to_set.iter().map(|one| (one.place(), Some(one.before), one.shown)))?;
             let set = walk.set(namespaces)?;
+            let set: Vec<&[Outcome]> = set.iter().collect();
             let outcomes: Vec<&Outcome> = to_set.iter().map(|one| &set[one.socket][one.at]).collect();
             let after = to_set.iter().zip(&outcomes).map(|(one, outcome)| (one, one.after(outcome)));
             // What was wanted is noted already.
@@ -352,9 +353,9 @@ struct ToSet<'a> {
 }
 
 /// What there is to set, by what has been read: options that do not show what they are to.
-fn to_set<'a>(planned: &'a [Planned], looked: &[Vec<Outcome>]) -> Vec<ToSet<'a>> {
+fn to_set<'a>(planned: &'a [Planned], looked: &Outcomes) -> Vec<ToSet<'a>> {
     let mut found = Vec::new();
-    for (socket, (planned, outcomes)) in planned.iter().zip(looked).enumerate() {
+    for (socket, (planned, outcomes)) in planned.iter().zip(looked.iter()).enumerate() {
         for (at, (assignment, outcome)) in planned.job.assignments.iter().zip(outcomes).enumerate() {
             let given = assignment.given(&outcome.before);
             let shown = assignment.shown(&given);

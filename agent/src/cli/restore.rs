@@ -188,7 +188,8 @@ fn all_rounds(walk: &mut Walk, left: &[Left], survey: &Survey, sets: bool) -> Re
     let mut all = Vec::new();
     while all.len() < left.len() {
         let looked = walk.look(left[all.len()..].iter().map(|left| &left.job), survey.namespaces())?;
-        all.extend(if sets { walk.set(survey.namespaces())? } else { looked });
+        let outcomes = if sets { walk.set(survey.namespaces())? } else { looked };
+        all.extend(outcomes.iter().map(<[Outcome]>::to_vec));
     }
     Ok(all)
 }

@@ -5,15 +5,15 @@
 //!
 //! Invariant: a socket without a job is left alone, and what could not be looked at is not set.
 
-use std::{collections::HashMap, io::Read as _, mem, ops::Range};
+use std::{collections::HashMap, io::Read as _, mem};
 
 use abi::{
     SETTABLE_MAX,
-    live::{self, Assignment, List, Outcome, step},
+    live::{self, Assignment, List, Outcome, REACH, Turn, places, step},
 };
 use aya::{
     Btf, Ebpf,
-    maps::{self, Array},
+    maps::Array,
     programs::{Iter, Program, ProgramError},
 };
 use nix::sys::mman::ProtFlags;
@@ -32,9 +32,13 @@ const PROGRAM: &str = "live_apply";
 const NAME: &str = "iter/tcp";
 pub const ITERATOR_SINCE: &str = "5.15";
 
-/// Sockets, and values of theirs, that are looked at or set at a time: some megabytes' worth.
-const JOBS_MAX: usize = 16 * 1024;
-const OUTCOMES_MAX: usize = 64 * 1024;
+/// Sockets, and values of theirs, that are looked at or set at a time: some megabytes' worth. Each time takes two walks, in which
+/// the kernel visits all sockets that there are.
+const JOBS_MAX: usize = 64 * 1024;
+const OUTCOMES_MAX: usize = 256 * 1024;
+/// See [`places`].
+const PLACES_PER_JOB: usize = 4;
+const PLACES_MAX: usize = JOBS_MAX * PLACES_PER_JOB + REACH as usize;
 /// Values that any socket is to be given, and ways in which sockets are to be given some of them.
 const ASSIGNMENTS_MAX: usize = 1024;
 const LISTS_MAX: usize = 1024;
@@ -52,17 +56,34 @@ pub struct Job {
     pub assignments: Vec<Assignment>,
 }
 
-/// What came of a job: one outcome for each of its assignments.
-pub(super) type Outcomes = Vec<Outcome>;
+/// What came of jobs: of each, one outcome for each of its assignments.
+pub struct Outcomes {
+    all: Vec<Outcome>,
+    /// By job: where its outcomes begin; and where the last one's end.
+    bounds: Vec<usize>,
+}
+
+impl Outcomes {
+    /// How many jobs these are of.
+    #[expect(clippy::len_without_is_empty, reason = "a walk is for one job at the least")]
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.bounds.len() - 1
+    }
+
+    /// By job.
+    pub fn iter(&self) -> impl Iterator<Item = &[Outcome]> {
+        self.bounds.windows(2).map(|bounds| &self.all[bounds[0]..bounds[1]])
+    }
+}
 
 /// The program, and its maps.
 pub struct Walk {
     ebpf: Ebpf,
+    jobs: View<live::Job>,
     outcomes: View<Outcome>,
-    /// The jobs that stand in the maps, with their places in `outcomes`.
-    placed: Vec<(u64, Range<usize>)>,
-    /// The namespaces that their sockets are in.
-    namespaces: Vec<usize>,
+    /// What stands in the maps.
+    round: Round,
 }
 
 impl Walk {
@@ -74,12 +95,13 @@ impl Walk {
     pub fn load() -> Result<Self, KernelError> {
         super::check_privileges()?;
         let sizes =
-            [("JOBS", JOBS_MAX), ("LISTS", LISTS_MAX), ("ASSIGNMENTS", ASSIGNMENTS_MAX), ("OUTCOMES", OUTCOMES_MAX)];
+            [("JOBS", PLACES_MAX), ("LISTS", LISTS_MAX), ("ASSIGNMENTS", ASSIGNMENTS_MAX), ("OUTCOMES", OUTCOMES_MAX)];
         let sizes = sizes.map(|(map, entries)| (map, entries as u32));
         let mut ebpf = object::sized(&[&sizes[..], &IDLE[..]].concat())?;
         load(&mut ebpf)?;
-        let outcomes = View::of(&ebpf, "OUTCOMES", ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
-        Ok(Self { ebpf, outcomes, placed: Vec::new(), namespaces: Vec::new() })
+        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        let (jobs, outcomes) = (View::of(&ebpf, "JOBS", protection)?, View::of(&ebpf, "OUTCOMES", protection)?);
+        Ok(Self { ebpf, jobs, outcomes, round: Round::default() })
     }
 
     /// Reads what the sockets of these jobs have: of the first ones, as many as there is room for at a time, and one at the least.
@@ -90,9 +112,9 @@ impl Walk {
     /// Where the kernel refuses.
     pub fn look<'a>(
         &mut self,
-        jobs: impl IntoIterator<Item = &'a Job>,
+        jobs: impl ExactSizeIterator<Item = &'a Job>,
         namespaces: &[Namespace],
-    ) -> Result<Vec<Outcomes>, KernelError> {
+    ) -> Result<Outcomes, KernelError> {
         self.place(Round::first_of(jobs))?;
         self.visit(step::LOOK, namespaces)
     }
@@ -102,37 +124,35 @@ impl Walk {
     /// # Errors
     ///
     /// Where the kernel refuses.
-    pub fn set(&mut self, namespaces: &[Namespace]) -> Result<Vec<Outcomes>, KernelError> {
+    pub fn set(&mut self, namespaces: &[Namespace]) -> Result<Outcomes, KernelError> {
         self.visit(step::SET, namespaces)
     }
 
     /// Writes jobs to the maps, in place of those that are there.
     fn place(&mut self, round: Round) -> Result<(), KernelError> {
-        let Round { placed, rows, namespaces, lists } = round;
-        if placed.is_empty() {
+        if round.rows.is_empty() {
             return Err(KernelError::Incomplete { what: "room for these jobs" });
         }
-        let before = mem::replace(&mut self.placed, placed);
-        self.namespaces = namespaces;
-        with_map::<maps::HashMap<_, u64, live::Job>>(&mut self.ebpf, "JOBS", |map| {
-            before.iter().try_for_each(|(cookie, _)| map.remove(cookie))?;
-            rows.iter().try_for_each(|(cookie, job)| map.insert(cookie, job, 0))
-        })?;
+        let before = mem::replace(&mut self.round, round);
+        before.rows.iter().for_each(|(place, _)| self.jobs.set(*place, live::Job::default()));
+        let Round { rows, bounds, lists, .. } = &self.round;
+        rows.iter().for_each(|(place, job)| self.jobs.set(*place, *job));
         with_map::<Array<_, List>>(&mut self.ebpf, "LISTS", |map| {
             (0..).zip(&lists.lists).try_for_each(|(at, list)| map.set(at, list, 0))
         })?;
         with_map::<Array<_, Assignment>>(&mut self.ebpf, "ASSIGNMENTS", |map| {
             (0..).zip(&lists.assignments).try_for_each(|(at, assignment)| map.set(at, assignment, 0))
         })?;
-        let used = self.placed.last().map_or(0, |(_, range)| range.end);
+        let used = bounds.last().copied().unwrap_or_default();
         (0..used).for_each(|at| self.outcomes.set(at, Outcome::default()));
         Ok(())
     }
 
     /// Has the program visit all TCP sockets of these namespaces.
-    fn visit(&mut self, step: u32, namespaces: &[Namespace]) -> Result<Vec<Outcomes>, KernelError> {
-        with_map::<Array<_, u32>>(&mut self.ebpf, "STEP", |map| map.set(0, step, 0))?;
-        for number in &self.namespaces {
+    fn visit(&mut self, step: u32, namespaces: &[Namespace]) -> Result<Outcomes, KernelError> {
+        let turn = Turn { step, shift: self.round.shift };
+        with_map::<Array<_, Turn>>(&mut self.ebpf, "TURN", |map| map.set(0, turn, 0))?;
+        for number in &self.round.namespaces {
             let Some(namespace) = namespaces.get(*number) else { continue };
             let visited = namespace.within(|| visit_here(&mut self.ebpf));
             match visited {
@@ -143,8 +163,9 @@ impl Walk {
                 }
             }
         }
-        let outcomes = |range: &Range<usize>| range.clone().filter_map(|at| self.outcomes.get(at)).collect();
-        Ok(self.placed.iter().map(|(_, range)| outcomes(range)).collect())
+        let bounds = self.round.bounds.clone();
+        let used = bounds.last().copied().unwrap_or_default();
+        Ok(Outcomes { all: (0..used).filter_map(|at| self.outcomes.get(at)).collect(), bounds })
     }
 }
 
@@ -194,31 +215,38 @@ fn visit_here(ebpf: &mut Ebpf) -> Result<(), KernelError> {
 /// What is done at a time, as it stands in the maps.
 #[derive(Default)]
 struct Round {
-    /// See [`Walk::placed`].
-    placed: Vec<(u64, Range<usize>)>,
-    rows: Vec<(u64, live::Job)>,
-    /// Each once.
+    /// By job: its place, and what stands there.
+    rows: Vec<(usize, live::Job)>,
+    /// See [`places`].
+    shift: u32,
+    /// See [`Outcomes::bounds`].
+    bounds: Vec<usize>,
+    /// The namespaces that the sockets are in, each once.
     namespaces: Vec<usize>,
     lists: Lists,
 }
 
 impl Round {
     /// As many of the jobs as there is room for.
-    fn first_of<'a>(jobs: impl IntoIterator<Item = &'a Job>) -> Self {
-        let mut round = Self::default();
-        for job in jobs.into_iter().take(JOBS_MAX) {
-            let first = round.placed.last().map_or(0, |(_, range)| range.end);
+    fn first_of<'a>(jobs: impl ExactSizeIterator<Item = &'a Job>) -> Self {
+        let count = jobs.len().min(JOBS_MAX);
+        let places_used = (count * PLACES_PER_JOB).next_power_of_two().max(2);
+        let shift = u64::BITS - places_used.ilog2();
+        let mut is_free = vec![true; places_used + REACH as usize];
+        let mut round = Self { shift, bounds: vec![0], rows: Vec::with_capacity(count), ..Self::default() };
+        for job in jobs.take(count) {
+            let first = round.bounds.last().copied().unwrap_or_default();
             let end = first + job.assignments.len();
-            if end > OUTCOMES_MAX {
-                break;
-            }
+            let place = places(job.cookie, shift).map(|place| place as usize).find(|place| is_free[*place]);
+            let Some(place) = place.filter(|_| end <= OUTCOMES_MAX) else { break };
             let Some(list) = round.lists.add(&job.assignments) else { break };
-            round.placed.push((job.cookie, first..end));
-            round.rows.push((job.cookie, live::Job { list, first: first as u32 }));
-            round.namespaces.push(job.namespace);
+            is_free[place] = false;
+            round.rows.push((place, live::Job { cookie: job.cookie, list, first: first as u32 }));
+            round.bounds.push(end);
+            if !round.namespaces.contains(&job.namespace) {
+                round.namespaces.push(job.namespace);
+            }
         }
-        round.namespaces.sort_unstable();
-        round.namespaces.dedup();
         round
     }
 }
@@ -269,15 +297,15 @@ impl Lists {
 mod tests {
     use super::*;
 
-    fn job(values: impl IntoIterator<Item = u64>) -> Job {
+    fn job(cookie: u64, values: impl IntoIterator<Item = u64>) -> Job {
         let assignment = |value| Assignment { value: [value, 0], ..Assignment::default() };
-        Job { cookie: 1, namespace: 0, assignments: values.into_iter().map(assignment).collect() }
+        Job { cookie, namespace: 0, assignments: values.into_iter().map(assignment).collect() }
     }
 
     #[test]
     fn what_many_sockets_are_to_be_given_stands_there_once() {
         let mut lists = Lists::default();
-        let numbers = [[1, 2], [1, 3], [1, 2]].map(|values| lists.add(&job(values).assignments));
+        let numbers = [[1, 2], [1, 3], [1, 2]].map(|values| lists.add(&job(1, values).assignments));
         assert_eq!(numbers, [Some(0), Some(1), Some(0)]);
         assert_eq!((lists.lists.len(), lists.assignments.len()), (2, 3));
         assert_eq!(lists.lists[1].assignments[..2], [0, 2]);
@@ -285,11 +313,25 @@ mod tests {
 
     #[test]
     fn so_many_jobs_are_done_at_a_time_as_there_is_room_for() {
-        let same = vec![job([1]); JOBS_MAX + 1];
-        assert_eq!(Round::first_of(&same).placed.len(), JOBS_MAX);
-        let long = vec![job(0..40); JOBS_MAX];
-        assert_eq!(Round::first_of(&long).placed.len(), OUTCOMES_MAX / 40);
-        let various: Vec<Job> = (0..2000).map(|value| job([value])).collect();
-        assert_eq!(Round::first_of(&various).placed.len(), LISTS_MAX);
+        let rows = |jobs: Vec<Job>| Round::first_of(jobs.iter()).rows.len();
+        let cookies = 1..=JOBS_MAX as u64 + 1;
+        assert_eq!(rows(cookies.clone().map(|cookie| job(cookie, [1])).collect()), JOBS_MAX);
+        assert_eq!(rows(cookies.map(|cookie| job(cookie, 0..40)).collect()), OUTCOMES_MAX / 40);
+        assert_eq!(rows((1..2000).map(|value| job(value, [value])).collect()), LISTS_MAX);
+    }
+
+    #[test]
+    fn each_job_is_found_at_a_place_of_its_own() {
+        // Cookies are given out to each CPU in rows of 4096.
+        let jobs: Vec<Job> =
+            (0..JOBS_MAX as u64).map(|number| job(1 + number % 4096 + (number / 4096) * 65_536, [1])).collect();
+        let round = Round::first_of(jobs.iter());
+        assert_eq!(round.rows.len(), jobs.len());
+        let mut taken = vec![0; PLACES_MAX];
+        round.rows.iter().for_each(|(place, job)| taken[*place] = job.cookie);
+        for job in &jobs {
+            let mut passed = places(job.cookie, round.shift).map(|place| taken[place as usize]);
+            assert_eq!(passed.find(|cookie| *cookie == job.cookie || *cookie == 0), Some(job.cookie));
+        }
     }
 }

@@ -28,7 +28,7 @@ mod tables;
 pub use self::{
     audit::{Audit, Backend, BackendChoice, Tried, candidates},
     error::KernelError,
-    live::{ITERATOR_SINCE, Job, Walk},
+    live::{ITERATOR_SINCE, Job, Outcomes, Walk},
     neighbours::{Neighbour, Turn, neighbours, overruling},
     object::{Object, ProgramSize, Record, Staged},
     observe::{MapIds, Observed},

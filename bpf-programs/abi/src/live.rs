@@ -9,7 +9,7 @@ use crate::{
     shared,
 };
 
-/// Values of map `STEP`: what the program does with sockets that have a [`Job`].
+/// Values of [`Turn::step`]: what the program does with sockets that have a [`Job`].
 pub mod step {
     /// A zeroed map: nothing.
     pub const NONE: u32 = 0;
@@ -19,16 +19,43 @@ pub mod step {
     pub const SET: u32 = 2;
 }
 
-/// What is to be done with one socket. Map `JOBS`, by the socket's cookie.
+/// What a walk is for. Map `TURN`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Turn {
+    /// See [`step`].
+    pub step: u32,
+    /// See [`places`].
+    pub shift: u32,
+}
+shared!(Turn, size 4 + 4);
+
+/// How many places a job can stand at. With four for each job there is a free one, as good as always.
+pub const REACH: u32 = 16;
+
+/// The indices of map `JOBS` at which the job of a socket can stand: in a table of `1 << (64 - shift)`, and as many more as the
+/// last of them reaches beyond.
+#[inline(always)]
+pub fn places(cookie: u64, shift: u32) -> impl Iterator<Item = u32> {
+    // Cookies come in long rows: multiplied by the golden ratio they lie far from each other.
+    const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+    let first = cookie.wrapping_mul(GOLDEN).wrapping_shr(shift) as u32;
+    (0..REACH).map(move |step| first.wrapping_add(step))
+}
+
+/// What is to be done with one socket. Map `JOBS`, at the first of its [`places`] that was free: what an array in the agent's own
+/// memory takes no time to write, a hash map takes two calls for each.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Job {
+    /// The socket's; 0 where there is no job.
+    pub cookie: u64,
     /// Index of map `LISTS`: what it is to be given.
     pub list: u32,
     /// Index of map `OUTCOMES` of what comes of the first of these; those of the others follow.
     pub first: u32,
 }
-shared!(Job, size 4 + 4);
+shared!(Job, size 8 + 4 + 4);
 
 /// What one or more sockets are to be given. Map `LISTS`.
 #[repr(C)]
@@ -145,6 +172,14 @@ impl Outcome {
 mod tests {
     use super::*;
     use crate::setting::words_of_text;
+
+    #[test]
+    fn places_are_within_the_table_and_what_it_has_beyond() {
+        for bits in [1, 6, 18] {
+            let mut all = (1..10_000).flat_map(|cookie| places(cookie, 64 - bits));
+            assert!(all.all(|place| place < (1 << bits) + REACH - 1));
+        }
+    }
 
     const OPTION: Governed = Governed {
         names: 1,

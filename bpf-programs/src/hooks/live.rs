@@ -47,14 +47,14 @@ impl Socket for LiveTcp {
 
 #[inline(always)]
 fn visit(ctx: *mut Context) -> Option<()> {
-    let step = maps::step();
+    let turn = maps::turn();
     // SAFETY: the kernel's context.
     let sock_common = unsafe { core::ptr::read_volatile(&raw const (*ctx).sock_common) };
-    if step == step::NONE || sock_common.is_null() {
+    if turn.step == step::NONE || sock_common.is_null() {
         return None;
     }
     // SAFETY: the context's socket, checked for NULL.
-    let job = maps::job(unsafe { bpf_get_socket_cookie(sock_common) })?;
+    let job = maps::job(unsafe { bpf_get_socket_cookie(sock_common) }, &turn)?;
     // SAFETY: as above. NULL for a request, and for what is left of a closed socket.
     let tcp = LiveTcp(unsafe { bpf_skc_to_tcp_sock(sock_common) }.cast());
     if tcp.0.is_null() {
@@ -67,7 +67,7 @@ fn visit(ctx: *mut Context) -> Option<()> {
         }
         let assignment = maps::assignment(list.assignments[position])?;
         let outcome = maps::outcome(job.first + position as u32)?;
-        if step == step::LOOK {
+        if turn.step == step::LOOK {
             look(&tcp, assignment, outcome);
         } else if outcome.state == state::LOOKED_AT && outcome.errno == 0 {
             set(&tcp, assignment, outcome);
