@@ -31,7 +31,7 @@ use crate::{
         containers, process, tcp,
     },
     instance::{Files, Instance, InstanceError},
-    kernel::{self, Answer, Audit, BackendChoice, KernelError, Object, Record, Target},
+    kernel::{self, Answer, Audit, BackendChoice, KernelError, Object, Record, Tabled, Target},
     options::SocketOption,
     policy::model::{self, Calls, Errno, Mode, Policy},
     report::{CallLine, Counts, Loss, Lost, Report, Summary, errno_name},
@@ -155,16 +155,18 @@ impl Session {
         // Its name stays its own until all that it has attached is gone: what is declared first goes last.
         let mut word = None;
         let options = if choice == GapsChoice::DoNotTry { Vec::new() } else { desired.set_options() };
-        let load = || Object::load(&desired.hooks(), desired.audit, backend, &filter.processes, pins);
-        let (mut object, tried) = if is_pinned {
+        let load = |next: &[(&Desired, usize)]| {
+            Object::load(&desired.hooks(), desired.audit, backend, &filter.processes, pins, next)
+        };
+        let (mut object, tabled, tried) = if is_pinned {
             // What is pinned may be in force already.
-            (load()?, try_apart(&desired, &options, &mount)?)
+            (load(&[])?.0, None, try_apart(&desired, &options, &mount)?)
         } else {
-            with_sample(&desired, &options, &mount, load)?
+            with_sample(&desired, &options, &mount, Some(targets.len()), load)?
         };
         let gaps = find_gaps(&object, &mut desired, &tried);
         refuse(choice, &gaps)?;
-        let staged = object.stage(&desired, &targets)?;
+        let staged = object.stage(&desired, tabled, &targets)?;
         let mut before = Vec::new();
         if let Some((instance, files)) = instance {
             let taken_over: Vec<u32> = object.former().collect();
@@ -224,7 +226,7 @@ impl Session {
         if desired.audit.timing && !before.timing {
             log::warn!("calls are not timed until sockpolicy starts anew");
         }
-        let staged = self.object.stage(&desired, &targets)?;
+        let staged = self.object.stage(&desired, None, &targets)?;
         if desired.audit != before {
             match self.object.attach_audit(desired.audit, self.backend) {
                 Ok(audit) => self.audit = audit,
@@ -535,30 +537,40 @@ fn try_apart(desired: &Desired, options: &[&'static SocketOption], mount: &Mount
     if options.is_empty() {
         return Ok(Tried::default());
     }
-    let load = || Object::load(&desired.hooks(), desired.audit, BackendChoice::None, &[], None);
-    Ok(with_sample(desired, options, mount, load)?.1)
+    let load = |next: &[(&Desired, usize)]| {
+        Object::load(&desired.hooks(), desired.audit, BackendChoice::None, &[], None, next)
+    };
+    let (_, _, tried) = with_sample(desired, options, mount, None, load)?;
+    Ok(tried)
 }
 
 /// Loads programs and tries these options with them, at the hooks that the policies need. The process that this takes is started
-/// meanwhile.
+/// meanwhile, and where the policies are to be in force next on so many `targets`, their tables written.
 fn with_sample(
     desired: &Desired,
     options: &[&'static SocketOption],
     mount: &Mount,
-    load: impl FnOnce() -> Result<Object, KernelError>,
-) -> Result<(Object, Tried), SessionError> {
+    targets: Option<usize>,
+    load: impl FnOnce(&[(&Desired, usize)]) -> Result<(Object, Vec<Tabled>), KernelError>,
+) -> Result<(Object, Option<Tabled>, Tried), SessionError> {
+    let wanted = targets.map(|targets| (desired, targets));
     if options.is_empty() {
-        return Ok((load()?, Tried::default()));
+        let (object, mut tabled) = load(wanted.as_slice())?;
+        return Ok((object, tabled.pop(), Tried::default()));
     }
-    let (object, sample) = thread::scope(|scope| {
+    let trial = trial::desired(options)?;
+    let next: Vec<_> = [(&trial, 1)].into_iter().chain(wanted).collect();
+    let (loaded, sample) = thread::scope(|scope| {
         let starting = scope.spawn(|| Sample::start(mount));
-        let object = load();
-        (object, starting.join().unwrap_or_else(|panic| resume_unwind(panic)))
+        let loaded = load(&next);
+        (loaded, starting.join().unwrap_or_else(|panic| resume_unwind(panic)))
     });
-    let mut object = object?;
+    let (mut object, tabled) = loaded?;
+    let mut tabled = tabled.into_iter();
+    let (of_trial, of_policies) = (tabled.next(), tabled.next());
     let has = |hook: &Hook| !object.refused().iter().any(|(refused, _)| refused == hook);
     let hooks: Vec<Hook> = desired.hooks().into_iter().filter(has).collect();
-    let answers = sample.and_then(|sample| trial::try_options(&mut object, options, &hooks, mount, sample));
+    let answers = sample.and_then(|sample| trial::try_options(&mut object, trial, of_trial, &hooks, mount, sample));
     let tried = match answers {
         Ok(answers) => answers.into_iter().map(|(option, answer)| (option.name, answer)).collect(),
         Err(error) => {
@@ -566,7 +578,7 @@ fn with_sample(
             Tried::default()
         }
     };
-    Ok((object, tried))
+    Ok((object, of_policies, tried))
 }
 
 /// What the policies ask for and this kernel cannot do. Of `desired`, the hooks are left that it has.

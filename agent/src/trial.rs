@@ -18,7 +18,7 @@ use crate::{
     compile::{CompileError, Desired, Hook, SettingSource, compile},
     enclosure::{Enclosure, EnclosureError},
     host::{cgroup::Mount, network},
-    kernel::{Answer, KernelError, Object, Target},
+    kernel::{Answer, KernelError, Object, Tabled, Target},
     options::SocketOption,
     policy::{self, Policy, model::Named},
     report::errno_name,
@@ -91,6 +91,15 @@ impl Drop for Sample {
     }
 }
 
+/// What has these options tried when it is in force.
+///
+/// # Errors
+///
+/// Where there are too many of them.
+pub fn desired(options: &[&'static SocketOption]) -> Result<Desired, CompileError> {
+    compile(&[policy_that_sets(options)], &[vec![0]])
+}
+
 /// Tries options at these hooks; gives what came of each.
 ///
 /// # Errors
@@ -98,16 +107,16 @@ impl Drop for Sample {
 /// Where it cannot be tried.
 pub fn try_options(
     object: &mut Object,
-    options: &[&'static SocketOption],
+    mut desired: Desired,
+    tabled: Option<Tabled>,
     hooks: &[Hook],
     mount: &Mount,
     mut sample: Sample,
 ) -> Result<Vec<(&'static SocketOption, Answer)>, TrialError> {
-    let policy = policy_that_sets(options);
-    let mut desired = compile(std::slice::from_ref(&policy), &[vec![0]])?;
     desired.keep_hooks(|hook| hooks.contains(&hook));
     let cgroup = mount.open(&sample.enclosure.cgroup.path).map_err(EnclosureError::from)?;
-    let (sampled, counters) = object.in_force_on(&desired, Target { cgroup, scope: 0 }, || sample.open_sockets())?;
+    let target = Target { cgroup, scope: 0 };
+    let (sampled, counters) = object.in_force_on(&desired, tabled, target, || sample.open_sockets())?;
     sampled.map_err(TrialError::Sample)?;
     Ok(answers(&desired, &counters))
 }

@@ -128,10 +128,11 @@ fn examine() -> Result<Findings, DoctorError> {
 fn try_options(mount: &Mount) -> Result<Vec<(&'static SocketOption, Answer)>, DoctorError> {
     let settable: Vec<_> = OPTIONS.iter().filter(|option| option.settable().is_some()).collect();
     let audit = model::Audit { calls: model::Calls::Conflicts, reads: false, timing: false };
-    let mut object = Object::load(&Hook::ALL, audit, BackendChoice::None, &[], None)?;
+    let desired = trial::desired(&settable).map_err(TrialError::from)?;
+    let (mut object, _) = Object::load(&Hook::ALL, audit, BackendChoice::None, &[], None, &[])?;
     let has = |hook: &Hook| !object.refused().iter().any(|(refused, _)| refused == hook);
     let hooks: Vec<_> = Hook::ALL.into_iter().filter(has).collect();
-    Ok(trial::try_options(&mut object, &settable, &hooks, mount, Sample::start(mount)?)?)
+    Ok(trial::try_options(&mut object, desired, None, &hooks, mount, Sample::start(mount)?)?)
 }
 
 impl Findings {

@@ -30,7 +30,7 @@ pub use self::{
     error::KernelError,
     live::{ITERATOR_SINCE, Job, Outcomes, Walk},
     neighbours::{Neighbour, Turn, neighbours, overruling},
-    object::{Object, ProgramSize, Record, Staged},
+    object::{Object, ProgramSize, Record, Staged, Tabled},
     observe::{MapIds, Observed},
     pins::Pins,
     probe::{Answer, Probed, audit_backends, hooks, iterator},

@@ -8,7 +8,8 @@ use std::{
     collections::BTreeSet,
     mem,
     os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
-    thread,
+    panic::resume_unwind,
+    slice, thread,
 };
 
 use abi::{
@@ -34,7 +35,7 @@ use super::{
     observe::MapIds,
     pins::Pins,
     syscall,
-    tables::{Former, Tables},
+    tables::{Former, Slots, Tables},
 };
 use crate::{
     compile::{Desired, Hook},
@@ -54,6 +55,7 @@ const EVENT_INTERVAL_NS: u64 = 200_000_000;
 pub struct Object {
     /// Before the programs, so that they go first.
     attached: Attached,
+    slots: Slots,
     /// The tables of the policies in force, if this object has put them so.
     tables: Option<Tables>,
     /// Those that sockets may still be set up by.
@@ -77,6 +79,9 @@ pub struct Object {
     /// What was attached for policies that are not in force yet.
     added: Vec<Point>,
 }
+
+/// Policies whose tables are there.
+pub struct Tabled(Tables);
 
 /// Policies that are ready to be put in force.
 pub struct Staged {
@@ -114,6 +119,9 @@ impl Object {
     /// With `pins`, what is put in force stays when this value is gone. What is pinned there and in force already is taken over:
     /// it goes on by these programs, until other policies take its place.
     ///
+    /// The tables of what is to come in force next are written meanwhile, for so many targets, in the order in which they
+    /// will be.
+    ///
     /// # Errors
     ///
     /// Where this process lacks capabilities, or the kernel has no memory for all this.
@@ -123,7 +131,8 @@ impl Object {
         choice: BackendChoice,
         processes: &[u32],
         pins: Option<Pins>,
-    ) -> Result<Self, KernelError> {
+        next: &[(&Desired, usize)],
+    ) -> Result<(Self, Vec<Tabled>), KernelError> {
         super::check_privileges()?;
         let _memlock = Memlock::raise();
         let knowledge = Knowledge::gather()?;
@@ -145,8 +154,18 @@ impl Object {
             fault::point("maps-made");
         }
         maps::fill(&mut ebpf, processes, &knowledge.members)?;
-        let refused = load_programs(&mut ebpf, &hooks, &audit::likely(choice, Aim::of(audit)))?;
         let config = maps::config(&ebpf)?;
+        let mut slots = Slots::of(&ebpf)?;
+        let next = next.iter().zip(config.generation + 1..);
+        let tables = next.map(|((desired, targets), generation)| Tables::make(generation, desired, *targets));
+        let tables: Vec<_> = tables.collect::<Result<_, _>>()?;
+        let (refused, put) = thread::scope(|scope| {
+            let putting = scope.spawn(|| slots.put(&tables));
+            let refused = load_programs(&mut ebpf, &hooks, &audit::likely(choice, Aim::of(audit)));
+            (refused, putting.join().unwrap_or_else(|panic| resume_unwind(panic)))
+        });
+        put?;
+        let refused = refused?;
         let mut attached = Attached::new(pins);
         attached.last_id = config.last_target;
         attached.take_over(&ebpf)?;
@@ -155,8 +174,9 @@ impl Object {
         let ring = ebpf.take_map(maps::EVENTS).ok_or(KernelError::Incomplete { what: maps::EVENTS })?;
         let ring = RingBuf::try_from(ring).map_err(|source| KernelError::Map { map: maps::EVENTS, source })?;
         let losses = LossesView::of(&ebpf)?;
-        Ok(Self {
+        let object = Self {
             attached,
+            slots,
             tables: None,
             former,
             needed: BTreeSet::new(),
@@ -172,7 +192,8 @@ impl Object {
             events: Events::default(),
             by_process: !processes.is_empty(),
             added: Vec::new(),
-        })
+        };
+        Ok((object, tables.into_iter().map(Tabled).collect()))
     }
 
     /// Loads the programs for further hooks.
@@ -241,10 +262,11 @@ impl Object {
     pub fn in_force_on<T>(
         &mut self,
         desired: &Desired,
+        tabled: Option<Tabled>,
         target: Target,
         during: impl FnOnce() -> T,
     ) -> Result<(T, Vec<Counters>), KernelError> {
-        let staged = self.stage(desired, &[target])?;
+        let staged = self.stage(desired, tabled, &[target])?;
         self.enable(staged, Calls::Conflicts)?;
         let result = during();
         self.disable()?;
@@ -255,17 +277,30 @@ impl Object {
         Ok((result, counters))
     }
 
-    /// Makes policies ready to be put in force: writes their tables and attaches what they need beside what is attached.
+    /// Makes policies ready to be put in force: writes their tables, unless [`Self::load`] has, and attaches what they need
+    /// beside what is attached.
     ///
     /// # Errors
     ///
     /// Where the kernel refuses; then everything is as before.
-    pub fn stage(&mut self, desired: &Desired, targets: &[Target]) -> Result<Staged, KernelError> {
+    pub fn stage(
+        &mut self,
+        desired: &Desired,
+        tabled: Option<Tabled>,
+        targets: &[Target],
+    ) -> Result<Staged, KernelError> {
         let _memlock = Memlock::raise();
-        let generation = self.config.generation + 1;
         let placed = self.attached.place(targets);
-        let tables = Tables::make(generation, desired, &placed)?;
-        tables.install(&mut self.ebpf)?;
+        let mut tables = match tabled {
+            Some(Tabled(tables)) => tables,
+            None => {
+                let places = placed.iter().map(|placed| placed.target.place as usize + 1).max().unwrap_or(0);
+                let tables = Tables::make(self.config.generation + 1, desired, places)?;
+                self.slots.put(slice::from_ref(&tables))?;
+                tables
+            }
+        };
+        placed.iter().try_for_each(|placed| tables.place(placed))?;
         self.attached.done("tables-installed");
         let (added, attached) = self.attached.attach(&mut self.ebpf, attachments(desired, targets), targets);
         if let Err(error) = attached {

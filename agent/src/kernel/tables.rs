@@ -3,8 +3,10 @@
 //!
 //! They are written before they are in force, and then no more, but for places: a cgroup may come or go. The kernel keeps them
 //! for as long as they are at their slot, or this value is there.
+//!
+//! Putting them there waits for a grace period. It takes no programs: tables can be put there while these are still checked.
 
-use std::thread;
+use std::{os::fd::AsFd as _, panic::resume_unwind, thread};
 
 use abi::{
     Counters, Place, SiteList, index,
@@ -63,10 +65,9 @@ pub(super) struct Tables {
 }
 
 impl Tables {
-    /// Makes and fills them. Nobody sees them yet.
-    pub(super) fn make(generation: u32, desired: &Desired, placed: &[Placed]) -> Result<Self, KernelError> {
-        let highest = placed.iter().map(|placed| placed.target.place as usize + 1).max().unwrap_or(0);
-        let room = (2 * highest).max(ROOM) as u32;
+    /// Makes and fills them, for targets at so many places. Nobody sees them yet, and no target has its place.
+    pub(super) fn make(generation: u32, desired: &Desired, places: usize) -> Result<Self, KernelError> {
+        let room = (2 * places).max(ROOM) as u32;
         let scopes = || desired.scopes.iter();
         let with_slot =
             |option: &Governed| Governed { first_setting: index::of(generation, option.first_setting), ..*option };
@@ -96,9 +97,6 @@ impl Tables {
         for prefix in &desired.prefixes {
             let key = Key::new(prefix.bits, prefix.data);
             tables.prefixes.insert(&key, prefix.rules, 0).map_err(map_error("PREFIXES"))?;
-        }
-        for placed in placed {
-            tables.place(placed)?;
         }
         Ok(tables)
     }
@@ -132,33 +130,6 @@ impl Tables {
         }
     }
 
-    /// Puts them at their slot. The kernel waits until no program uses what was there; for all at once.
-    pub(super) fn install(&self, ebpf: &mut Ebpf) -> Result<(), KernelError> {
-        let slot = index::slot_of(self.generation);
-        thread::scope(|scope| {
-            let mut threads = Vec::new();
-            for (name, map) in ebpf.maps_mut() {
-                let install: Box<dyn FnOnce() -> Result<(), KernelError> + Send> = match name {
-                    "PLACES" => Box::new(|| set("PLACES", map, slot, &self.places)),
-                    "FOLLOWED" => Box::new(|| set("FOLLOWED", map, slot, &self.followed)),
-                    "SELECTORS" => Box::new(|| set("SELECTORS", map, slot, &self.selectors)),
-                    "PREFIXES" => Box::new(|| set("PREFIXES", map, slot, &self.prefixes)),
-                    "OPTIONS" => Box::new(|| set("OPTIONS", map, slot, &self.options)),
-                    "OPTION_INDEX" => Box::new(|| set("OPTION_INDEX", map, slot, &self.option_index)),
-                    "SETTINGS" => Box::new(|| set("SETTINGS", map, slot, &self.contents)),
-                    "SITES" => Box::new(|| set("SITES", map, slot, &self.sites)),
-                    "COUNTERS" => Box::new(|| set("COUNTERS", map, slot, &self.counters)),
-                    _ => continue,
-                };
-                threads.push(scope.spawn(install));
-            }
-            let results = threads.into_iter().map(|thread| {
-                thread.join().unwrap_or(Err(KernelError::Incomplete { what: "map for one of the tables" }))
-            });
-            results.collect()
-        })
-    }
-
     pub(super) fn counters(&self) -> Result<Vec<Counters>, KernelError> {
         sums(&self.counters)
     }
@@ -166,6 +137,77 @@ impl Tables {
     /// What is left to look at when others are in force.
     pub(super) fn into_former(self) -> Former {
         Former { generation: self.generation, counters: self.counters }
+    }
+}
+
+/// The maps in which programs find the tables of each generation, at its slot.
+pub(super) struct Slots {
+    places: Outer<Array<MapData, Place>>,
+    followed: Outer<HashMap<MapData, u64, u32>>,
+    selectors: Outer<Array<MapData, Selectors>>,
+    prefixes: Outer<LpmTrie<MapData, PrefixData, u64>>,
+    options: Outer<Array<MapData, Governed>>,
+    option_index: Outer<HashMap<MapData, OptionKey, u32>>,
+    contents: Outer<Array<MapData, Setting>>,
+    sites: Outer<Array<MapData, SiteList>>,
+    counters: Outer<Array<MapData, Counters>>,
+}
+
+impl Slots {
+    pub(super) fn of(ebpf: &Ebpf) -> Result<Self, KernelError> {
+        Ok(Self {
+            places: Outer::of(ebpf, "PLACES")?,
+            followed: Outer::of(ebpf, "FOLLOWED")?,
+            selectors: Outer::of(ebpf, "SELECTORS")?,
+            prefixes: Outer::of(ebpf, "PREFIXES")?,
+            options: Outer::of(ebpf, "OPTIONS")?,
+            option_index: Outer::of(ebpf, "OPTION_INDEX")?,
+            contents: Outer::of(ebpf, "SETTINGS")?,
+            sites: Outer::of(ebpf, "SITES")?,
+            counters: Outer::of(ebpf, "COUNTERS")?,
+        })
+    }
+
+    /// Puts tables at their slots. For each map the kernel waits until no program uses what was there; for all at once.
+    pub(super) fn put(&mut self, tables: &[Tables]) -> Result<(), KernelError> {
+        let Self { places, followed, selectors, prefixes, options, option_index, contents, sites, counters } = self;
+        thread::scope(|scope| {
+            let threads = [
+                scope.spawn(|| places.put(tables, |tables| &tables.places)),
+                scope.spawn(|| followed.put(tables, |tables| &tables.followed)),
+                scope.spawn(|| selectors.put(tables, |tables| &tables.selectors)),
+                scope.spawn(|| prefixes.put(tables, |tables| &tables.prefixes)),
+                scope.spawn(|| options.put(tables, |tables| &tables.options)),
+                scope.spawn(|| option_index.put(tables, |tables| &tables.option_index)),
+                scope.spawn(|| contents.put(tables, |tables| &tables.contents)),
+                scope.spawn(|| sites.put(tables, |tables| &tables.sites)),
+                scope.spawn(|| counters.put(tables, |tables| &tables.counters)),
+            ];
+            let results = threads.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)));
+            results.collect()
+        })
+    }
+}
+
+/// A map of tables of one kind.
+struct Outer<T> {
+    name: &'static str,
+    map: ArrayOfMaps<MapData, T>,
+}
+
+impl<T: InnerMap> Outer<T> {
+    /// A handle of its own on it, apart from the object's, whose programs may be busy.
+    fn of(ebpf: &Ebpf, name: &'static str) -> Result<Self, KernelError> {
+        let Some(Map::ArrayOfMaps(map)) = ebpf.map(name) else { return Err(KernelError::Incomplete { what: name }) };
+        let copy = map.fd().as_fd().try_clone_to_owned();
+        let copy = copy.map_err(|source| KernelError::View { map: name, source })?;
+        let map = MapData::from_fd(copy).and_then(|map| Map::ArrayOfMaps(map).try_into());
+        Ok(Self { name, map: map.map_err(map_error(name))? })
+    }
+
+    fn put(&mut self, tables: &[Tables], inner: impl Fn(&Tables) -> &T) -> Result<(), KernelError> {
+        let put = |tables: &Tables| self.map.set(index::slot_of(tables.generation), inner(tables), 0);
+        tables.iter().try_for_each(put).map_err(map_error(self.name))
     }
 }
 
@@ -218,9 +260,4 @@ fn array<T: Pod>(name: &'static str, values: impl Iterator<Item = T>) -> Result<
         array.set(index, value, 0).map_err(map_error(name))?;
     }
     Ok(array)
-}
-
-fn set<T: InnerMap>(name: &'static str, outer: &mut Map, slot: u32, table: &T) -> Result<(), KernelError> {
-    let mut outer = ArrayOfMaps::<_, T>::try_from(outer).map_err(map_error(name))?;
-    outer.set(slot, table, 0).map_err(map_error(name))
 }
