@@ -6,10 +6,13 @@
 
 use std::{
     collections::BTreeSet,
-    mem,
+    iter, mem,
+    num::NonZeroUsize,
     os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
     panic::resume_unwind,
-    slice, thread,
+    slice,
+    sync::{Mutex, PoisonError},
+    thread,
 };
 
 use abi::{
@@ -620,36 +623,35 @@ fn target_levels(targets: &[Target]) -> u64 {
     targets.iter().fold(0, |levels, target| levels | 1 << target.cgroup.level)
 }
 
-/// Has the kernel check the programs, several at a time: that is what takes the time. Gives those that it did not take. What
-/// comes of `others` shows when they are attached.
+/// Has the kernel check the programs, as many at a time as there are CPUs: that is what takes the time. Gives those that it did
+/// not take. What comes of `others` shows when they are attached.
 fn load_programs(ebpf: &mut Ebpf, hooks: &[Hook], others: &[&str]) -> Result<Vec<(Hook, String)>, KernelError> {
-    let (mut programs, mut other_programs): (Vec<(Hook, &mut Program)>, Vec<&mut Program>) = Default::default();
-    for (name, program) in ebpf.programs_mut() {
-        match hooks.iter().find(|hook| hook.program() == name) {
-            Some(hook) => programs.push((*hook, program)),
-            None if others.contains(&name) => other_programs.push(program),
-            None => {}
-        }
-    }
-    if programs.len() != hooks.len() {
+    // The longest first, so that no CPU is left with one of them at the end: those of the audit, then those at calls.
+    let of_hooks = hooks.iter().rev().map(|hook| (hook.program(), Some(*hook)));
+    let order: Vec<_> = others.iter().map(|name| (*name, None)).chain(of_hooks).collect();
+    let place = |name| order.iter().position(|(wanted, _)| *wanted == name);
+    let mut programs: Vec<_> =
+        ebpf.programs_mut().filter_map(|(name, program)| Some((place(name)?, program))).collect();
+    programs.sort_by_key(|(place, _)| *place);
+    let programs: Vec<_> = programs.into_iter().map(|(place, program)| (order[place].1, program)).collect();
+    if programs.iter().filter(|(hook, _)| hook.is_some()).count() != hooks.len() {
         return Err(KernelError::Incomplete { what: "program for one of the hooks" });
     }
-    let mut results: Vec<(Hook, Result<(), ProgramError>)> = thread::scope(|scope| {
-        for program in other_programs {
-            scope.spawn(move || load_once(program));
-        }
-        let threads: Vec<_> =
-            programs.into_iter().map(|(hook, program)| (hook, scope.spawn(move || load_program(program)))).collect();
-        let joined = threads.into_iter().map(|(hook, thread)| {
-            let result = thread.join().unwrap_or_else(|_| Err(ProgramError::NotLoaded));
-            (hook, result)
-        });
-        joined.collect()
+    let queue = Mutex::new(programs.into_iter());
+    let load = || {
+        let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+        iter::from_fn(next).filter_map(|(hook, program)| Some((load_program(program), hook?))).collect::<Vec<_>>()
+    };
+    let workers = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    let mut results = thread::scope(|scope| {
+        let threads: Vec<_> = (0..workers).map(|_| scope.spawn(load)).collect();
+        let results = threads.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        results.flatten().collect::<Vec<_>>()
     });
-    // The same error each time, whichever thread was first.
-    results.sort_by_key(|(hook, _)| *hook);
+    // The same error each time, whichever was first.
+    results.sort_by_key(|(_, hook)| *hook);
     let mut refused = Vec::new();
-    for (hook, result) in results {
+    for (result, hook) in results {
         let Err(error) = result else { continue };
         let reason = load_reason(&error);
         if !is_refusal(&error) {
