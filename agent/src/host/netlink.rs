@@ -8,6 +8,9 @@ use netlink_packet_core::{
 };
 use netlink_sys::{Socket, SocketAddr};
 
+/// More than the kernel puts into one datagram, of which it makes no longer ones than there is room for (`netlink_recvmsg`).
+const ROOM: usize = 64 * 1024;
+
 /// A socket to ask the kernel by, in the network namespace of this thread.
 pub(super) fn open(protocol: isize) -> io::Result<Socket> {
     let mut socket = Socket::new(protocol)?;
@@ -29,9 +32,14 @@ where
     let mut bytes = vec![0; request.buffer_len()];
     request.serialize(&mut bytes);
     socket.send(&bytes, 0)?;
+    let mut room = Vec::with_capacity(ROOM);
     loop {
-        let (bytes, _) = socket.recv_from_full()?;
-        let mut left = bytes.as_slice();
+        room.clear();
+        let len = socket.recv(&mut room, libc::MSG_TRUNC)?;
+        if len > ROOM {
+            return Err(io::Error::other("a message that is longer than the kernel makes any"));
+        }
+        let mut left = room.as_slice();
         while !left.is_empty() {
             let message = NetlinkMessage::<M>::deserialize(left).map_err(io::Error::other)?;
             // Messages begin at multiples of four bytes.

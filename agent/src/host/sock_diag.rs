@@ -22,10 +22,15 @@ use super::{
 
 /// SOCK_DIAG_BY_FAMILY (include/uapi/linux/sock_diag.h)
 const BY_FAMILY: u16 = 20;
+/// TCPDIAG_GETSOCK (include/uapi/linux/inet_diag.h): sockets of TCP whatever their family, in one walk over a table that may be
+/// large however few there are. For other protocols there is no such request.
+const OF_TCP: u16 = 18;
 /// INET_DIAG_REQ_PROTOCOL (include/uapi/linux/inet_diag.h): for protocols whose number does not fit a byte.
 const REQUESTED_PROTOCOL: u16 = 3;
 /// INET_DIAG_CGROUP_ID
 const CGROUP_ID: u16 = 21;
+/// Of `struct inet_diag_req`.
+const TCP_REQUEST_LEN: usize = 60;
 /// Of `struct inet_diag_req_v2`, and of `struct inet_diag_msg`, which attributes follow.
 const REQUEST_LEN: usize = 56;
 const ENTRY_LEN: usize = 72;
@@ -40,19 +45,23 @@ const ATTRIBUTE_LEN: u16 = 8;
 pub fn list() -> io::Result<Vec<Entry>> {
     let socket = netlink::open(NETLINK_SOCK_DIAG)?;
     let mut found = Vec::new();
-    for protocol in [libc::IPPROTO_TCP, libc::IPPROTO_UDP, libc::IPPROTO_RAW, libc::IPPROTO_MPTCP] {
-        for family in [libc::AF_INET, libc::AF_INET6] {
-            let listed = netlink::dump(&socket, Message::Request { family, protocol }, |message| {
-                if let Message::Entry(entry) = message {
-                    found.push(Entry { protocol, ..entry });
-                }
-            });
-            match listed {
-                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
-                    log::debug!("this kernel does not list sockets of protocol {protocol}");
-                }
-                listed => listed?,
+    let others = [libc::IPPROTO_UDP, libc::IPPROTO_RAW, libc::IPPROTO_MPTCP];
+    let others = others.map(|protocol| {
+        [libc::AF_INET, libc::AF_INET6].map(|family| (protocol, Message::Request { family, protocol }))
+    });
+    for (protocol, request) in
+        [(libc::IPPROTO_TCP, Message::RequestTcp)].into_iter().chain(others.into_iter().flatten())
+    {
+        let listed = netlink::dump(&socket, request, |message| {
+            if let Message::Entry(entry) = message {
+                found.push(Entry { protocol, ..entry });
             }
+        });
+        match listed {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
+                log::debug!("this kernel does not list sockets of protocol {protocol}");
+            }
+            listed => listed?,
         }
     }
     Ok(found)
@@ -60,6 +69,7 @@ pub fn list() -> io::Result<Vec<Entry>> {
 
 #[derive(Debug)]
 enum Message {
+    RequestTcp,
     Request { family: i32, protocol: i32 },
     Entry(Entry),
 }
@@ -72,16 +82,20 @@ impl From<Message> for NetlinkPayload<Message> {
 
 impl NetlinkSerializable for Message {
     fn message_type(&self) -> u16 {
-        BY_FAMILY
+        if matches!(self, Self::RequestTcp) { OF_TCP } else { BY_FAMILY }
     }
 
     fn buffer_len(&self) -> usize {
-        REQUEST_LEN + usize::from(ATTRIBUTE_LEN)
+        if matches!(self, Self::RequestTcp) { TCP_REQUEST_LEN } else { REQUEST_LEN + usize::from(ATTRIBUTE_LEN) }
     }
 
     fn serialize(&self, buffer: &mut [u8]) {
-        let Self::Request { family, protocol } = self else { return };
         buffer.fill(0);
+        let Self::Request { family, protocol } = self else {
+            // In every state.
+            buffer[52..56].fill(0xff);
+            return;
+        };
         buffer[0] = *family as u8;
         // MPTCP's number does not fit: what is left of it is that of TCP.
         buffer[1] = *protocol as u8;
