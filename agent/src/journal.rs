@@ -189,7 +189,9 @@ impl Journal {
         if file.metadata().map_err(failed(&self.path))?.len() < LONG {
             return Ok(());
         }
-        let Ok(survey) = Survey::make(|_| true).inspect_err(|error| log::debug!("{error}")) else { return Ok(()) };
+        let Ok(survey) = Survey::make(|_| true, || None).inspect_err(|error| log::debug!("{error}")) else {
+            return Ok(());
+        };
         if survey.has_unlisted {
             return Ok(());
         }

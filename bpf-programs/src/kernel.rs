@@ -52,6 +52,7 @@ static LAYOUT: Layout = Layout {
     file_inode: 0,
     file_private_data: 0,
     inode_mode: 0,
+    inode_number: 0,
     css_set_cgroup: 0,
     cgroup_level: 0,
     regs_syscall: 0,
@@ -178,15 +179,37 @@ fn find_file(fd: u32) -> Option<u64> {
     follow(descriptors.wrapping_add(8 * u64::from(fd)))
 }
 
+/// The `struct inode` behind a `struct file` that is a socket.
 #[inline(always)]
-fn find_sock(file: u64) -> Option<u64> {
+fn find_socket_inode(file: u64) -> Option<u64> {
     /// The part of a mode that tells the type of a file, and that of a socket (include/uapi/linux/stat.h).
     const S_IFMT: u16 = 0o170_000;
     const S_IFSOCK: u16 = 0o140_000;
     let inode = follow(member!(file, file_inode))?;
-    if read::<u16>(member!(inode, inode_mode))? & S_IFMT != S_IFSOCK {
+    (read::<u16>(member!(inode, inode_mode))? & S_IFMT == S_IFSOCK).then_some(inode)
+}
+
+/// The number of the inode of a `struct file`, if it is a socket.
+#[inline(always)]
+pub(crate) fn socket_inode(file: u64) -> Option<u64> {
+    if !knows(known::DESCRIPTOR) {
         return None;
     }
+    read(member!(find_socket_inode(file)?, inode_number))
+}
+
+/// The number of a task's process, if it is the process's first thread.
+#[inline(always)]
+pub(crate) fn process_of(task: u64) -> Option<u32> {
+    if !knows(known::EXECUTABLE) || read_or_zero::<u64>(member!(task, task_leader)) != task {
+        return None;
+    }
+    read(member!(task, task_tgid))
+}
+
+#[inline(always)]
+fn find_sock(file: u64) -> Option<u64> {
+    find_socket_inode(file)?;
     let socket = follow(member!(file, file_private_data))?;
     follow(member!(socket, socket_sk))
 }

@@ -16,6 +16,7 @@ use super::{
     signals::Signals,
     sockets::{Sockets, SocketsError, Targets},
     unless_closed,
+    walker::Walker,
     watch::WatchError,
 };
 use crate::{
@@ -119,10 +120,11 @@ impl Apply {
     fn apply(&self, policies: &[Policy]) -> Result<Tally, ApplyError> {
         instance::check_name(&self.instance).map_err(RunError::from)?;
         let mut signals = Signals::watch().map_err(WatchError::Watch).map_err(RunError::from)?;
+        let mut walker = Walker::begin();
         let mount = Mount::find().map_err(RunError::from)?;
         let Placement { stacks, targets } = Placement::find(&mount, &self.cgroup, policies)?;
         let desired = compile(policies, &stacks).map_err(|error| RunError::from(SessionError::from(error)))?;
-        let mut sockets = Sockets::find(mount, Targets::These(&targets))?;
+        let mut sockets = Sockets::find(mount, Targets::These(&targets), || walker.holders())?;
         let progress = Progress::of(sockets.len());
         let mut out = BufWriter::new(io::stdout().lock());
         let mut tell_event = |event: &Event| {
@@ -133,7 +135,7 @@ impl Apply {
         };
         let listener: Option<&mut Tell<'_>> = if self.quiet { None } else { Some(&mut tell_event) };
         let mut work = InLine::new(&desired, self.dry_run, Journal::of(&self.instance), listener);
-        let done = work.bring(&mut sockets, |sockets| {
+        let done = work.bring(&mut sockets, &mut walker, |sockets| {
             if asks_for_end(&mut signals)? {
                 return Err(ApplyError::Stopped);
             }

@@ -18,6 +18,7 @@ use super::{
     restore::as_given,
     sockets::{Seen, Sockets},
     unless_closed, verify,
+    walker::Walker,
 };
 use crate::{
     compile::Desired,
@@ -136,9 +137,10 @@ impl<'a> InLine<'a> {
     pub(super) fn bring(
         &mut self,
         sockets: &mut Sockets<'_>,
+        walker: &mut Walker,
         mut pause: impl FnMut(usize) -> Result<(), ApplyError>,
     ) -> Result<(), ApplyError> {
-        self.walk(sockets, &mut pause)?;
+        self.walk(sockets, walker, &mut pause)?;
         let desired = self.desired;
         sockets.each(
             |scope| drift::needed(&desired.scopes[scope]),
@@ -157,17 +159,18 @@ impl<'a> InLine<'a> {
     fn walk(
         &mut self,
         sockets: &mut Sockets<'_>,
+        walker: &mut Walker,
         pause: &mut impl FnMut(usize) -> Result<(), ApplyError>,
     ) -> Result<(), ApplyError> {
         let planned = self.plan(sockets);
         if planned.is_empty() {
             return Ok(());
         }
-        let Some(mut walk) = unless_refused(Walk::load().map_err(ApplyError::from))? else { return Ok(()) };
+        let Some(walk) = unless_refused(walker.get().map_err(ApplyError::from))? else { return Ok(()) };
         let mut left = &planned[..];
         while !left.is_empty() {
             pause(0)?;
-            let done = self.do_round(&mut walk, left, sockets.namespaces());
+            let done = self.do_round(walk, left, sockets.namespaces());
             let Some((round, in_line)) = unless_refused(done)? else { return Ok(()) };
             for planned in &in_line {
                 self.tally.sockets += 1;

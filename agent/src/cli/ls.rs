@@ -61,7 +61,7 @@ impl Ls {
         } else {
             Placement::find(&mount, &self.cgroup, policies)?.targets
         };
-        let mut sockets = Sockets::find(mount, Targets::of(&targets))?;
+        let mut sockets = Sockets::find(mount, Targets::of(&targets), || None)?;
         let mut out = io::stdout().lock();
         let mut table = Table::default();
         let progress = Progress::of(sockets.len());

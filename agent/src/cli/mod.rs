@@ -25,6 +25,7 @@ mod standing;
 mod status;
 mod test;
 mod verify;
+mod walker;
 mod watch;
 
 use std::{

@@ -16,7 +16,7 @@ use abi::{
     setting::{OptionKey, Value, read_back, word_in},
 };
 
-use super::{apply::ApplyError, run::RunError, unless_closed};
+use super::{apply::ApplyError, run::RunError, unless_closed, walker::Walker};
 use crate::{
     host::{socket, survey::Survey},
     instance,
@@ -54,7 +54,8 @@ pub(super) fn put_back(instance: &str) -> Result<bool, ApplyError> {
             by_socket.entry(place.cookie).or_default().push((place, change));
         }
     }
-    let survey = Survey::make(|_| true)?;
+    let mut walker = Walker::begin();
+    let survey = Survey::make(|_| true, || walker.holders())?;
     let mut restored = Restored::default();
     let mut left = Vec::new();
     for found in &survey.sockets {
@@ -72,7 +73,7 @@ pub(super) fn put_back(instance: &str) -> Result<bool, ApplyError> {
             left.push(Left::new(found.entry.cookie, found.namespace, changes));
         }
     }
-    restored.by_program(left, &survey)?;
+    restored.by_program(left, &survey, &mut walker)?;
     let Restored { put_back, others, failed } = restored;
     // What was not found is closed, if all could be looked for.
     let unseen = by_socket.into_values().flatten().filter(|_| survey.has_unlisted);
@@ -125,16 +126,16 @@ impl Restored {
         rest
     }
 
-    fn by_program(&mut self, left: Vec<Left>, survey: &Survey) -> Result<(), ApplyError> {
+    fn by_program(&mut self, left: Vec<Left>, survey: &Survey, walker: &mut Walker) -> Result<(), ApplyError> {
         if left.is_empty() {
             return Ok(());
         }
-        let Some(mut walk) = self.unless_refused(Walk::load(), &left)? else { return Ok(()) };
-        let looked = all_rounds(&mut walk, &left, survey, false);
+        let Some(walk) = self.unless_refused(walker.get(), &left)? else { return Ok(()) };
+        let looked = all_rounds(walk, &left, survey, false);
         let Some(looked) = self.unless_refused(looked, &left)? else { return Ok(()) };
         let unchanged = left.into_iter().zip(looked).filter_map(|(left, outcomes)| self.unchanged(left, &outcomes));
         let unchanged: Vec<Left> = unchanged.collect();
-        let set = all_rounds(&mut walk, &unchanged, survey, true);
+        let set = all_rounds(walk, &unchanged, survey, true);
         let Some(set) = self.unless_refused(set, &unchanged)? else { return Ok(()) };
         for (left, outcomes) in unchanged.into_iter().zip(set) {
             for ((place, change), outcome) in left.changes.into_iter().zip(outcomes) {

@@ -113,9 +113,15 @@ pub(super) struct Seen<'a> {
 }
 
 impl<'a> Sockets<'a> {
-    pub(super) fn find(mount: Mount, targets: Targets<'a>) -> Result<Self, SurveyError> {
+    /// `all_holders`: see [`Survey::make`].
+    pub(super) fn find(
+        mount: Mount,
+        targets: Targets<'a>,
+        all_holders: impl FnOnce() -> Option<Vec<(u32, Holder)>>,
+    ) -> Result<Self, SurveyError> {
         process::raise_descriptor_limit();
-        let survey = Survey::make(|home| targets.scope(Some(&Path::new("/").join(home))).is_some())?;
+        let is_wanted = |home: &Path| targets.scope(Some(&Path::new("/").join(home))).is_some();
+        let survey = Survey::make(is_wanted, all_holders)?;
         let mut listeners: Vec<Vec<&Entry>> = vec![Vec::new(); survey.namespaces().len()];
         for found in &survey.sockets {
             if found.entry.state == State::Listening {

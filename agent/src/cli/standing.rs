@@ -25,6 +25,7 @@ use super::{
     run::{Placement, RunError, check_targets},
     signals::Signals,
     sockets::{Sockets, Targets},
+    walker::Walker,
     watch::{self, WatchError},
 };
 use crate::{
@@ -238,15 +239,15 @@ impl<'a> Standing<'a> {
         let Wanted { manner, mount, journal: Some(journal), .. } = self.wanted else { return Ok(()) };
         let mut tell = |event: &Event| writer.applied(event);
         let (tally, brought) = session.unnoticed(|desired, targets| {
+            let mut walker = Walker::begin();
             let mut in_line = InLine::new(desired, manner.dry_run, Journal::of(journal), Some(&mut tell));
-            let brought = Sockets::find(mount.clone(), Targets::These(targets)).map_err(ApplyError::from).and_then(
-                |mut sockets| {
-                    in_line.bring(&mut sockets, |_| {
-                        asked.hear(signals)?;
-                        if asked.end { Err(ApplyError::Stopped) } else { Ok(()) }
-                    })
-                },
-            );
+            let found = Sockets::find(mount.clone(), Targets::These(targets), || walker.holders());
+            let brought = found.map_err(ApplyError::from).and_then(|mut sockets| {
+                in_line.bring(&mut sockets, &mut walker, |_| {
+                    asked.hear(signals)?;
+                    if asked.end { Err(ApplyError::Stopped) } else { Ok(()) }
+                })
+            });
             (in_line.tally(), brought)
         })?;
         match brought {

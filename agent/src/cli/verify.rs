@@ -84,7 +84,7 @@ impl Verify {
         let mount = Mount::find()?;
         let Placement { stacks, targets } = Placement::find(&mount, &self.cgroup, policies)?;
         let desired = compile(policies, &stacks).map_err(|error| RunError::from(SessionError::from(error)))?;
-        let mut sockets = Sockets::find(mount, Targets::These(&targets))?;
+        let mut sockets = Sockets::find(mount, Targets::These(&targets), || None)?;
         let mut tally = Tally { unread: sockets.unread(), ..Tally::default() };
         let progress = Progress::of(sockets.len());
         let mut out = io::stdout().lock();

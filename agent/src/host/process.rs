@@ -115,6 +115,12 @@ pub fn start(process: u32) -> Option<u64> {
     behind_name.split(' ').nth(START)?.parse().ok()
 }
 
+/// How many files are open on this host, by whomsoever; `None` where that is not told.
+#[must_use]
+pub fn open_files() -> Option<u64> {
+    fs::read_to_string("/proc/sys/fs/file-nr").ok()?.split_whitespace().next()?.parse().ok()
+}
+
 /// Lets this process have as many descriptors as it may: each target takes a dozen. What it starts inherits that.
 pub fn raise_descriptor_limit() {
     let raised =

@@ -73,13 +73,26 @@ pub enum SurveyError {
 /// By inode number.
 type Holders = HashMap<u32, Vec<Holder>>;
 
+fn note(holders: &mut Holders, inode: u32, holder: Holder) {
+    let of = holders.entry(inode).or_default();
+    if of.iter().all(|other| other.process != holder.process) {
+        of.push(holder);
+    }
+}
+
 impl Survey {
     /// Looks for sockets. Of those that the kernel does not list, only in processes of cgroups that are `wanted`.
+    ///
+    /// `all_holders` may know of all processes' descriptors which socket each is, in the order of processes and descriptors.
+    /// Otherwise they are looked at one by one.
     ///
     /// # Errors
     ///
     /// Where processes or sockets cannot be listed.
-    pub fn make(wanted: impl Fn(&Path) -> bool) -> Result<Self, SurveyError> {
+    pub fn make(
+        wanted: impl Fn(&Path) -> bool,
+        all_holders: impl FnOnce() -> Option<Vec<(u32, Holder)>>,
+    ) -> Result<Self, SurveyError> {
         let mut survey = Self {
             sockets: Vec::new(),
             namespaces: Vec::new(),
@@ -99,8 +112,9 @@ impl Survey {
         }
         // After that, so that what has come meanwhile is found with its process.
         let mut holders = Holders::new();
-        for process in processes {
-            survey.visit(process, &mut holders, &wanted);
+        match all_holders() {
+            Some(all) => all.into_iter().for_each(|(inode, holder)| note(&mut holders, inode, holder)),
+            None => processes.into_iter().for_each(|process| survey.visit(process, &mut holders, &wanted)),
         }
         fault::point("holders-listed");
         let listed: HashSet<u32> = survey.sockets.iter().map(|found| found.entry.inode).collect();
@@ -122,10 +136,7 @@ impl Survey {
         match process::sockets(process) {
             Ok(sockets) => {
                 for (descriptor, inode) in sockets {
-                    let of = holders.entry(inode).or_default();
-                    if of.iter().all(|holder| holder.process != process) {
-                        of.push(Holder { process, descriptor });
-                    }
+                    note(holders, inode, Holder { process, descriptor });
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {

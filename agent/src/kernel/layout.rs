@@ -87,7 +87,9 @@ fn descriptor(roots: &Roots<'_>, layout: &mut Layout) -> Option<()> {
     let file = table.structure("fd")?;
     layout.file_inode = offset(&file, "f_inode")?;
     layout.file_private_data = offset(&file, "private_data")?;
-    layout.inode_mode = offset(&file.structure("f_inode")?, "i_mode")?;
+    let inode = file.structure("f_inode")?;
+    layout.inode_mode = offset(&inode, "i_mode")?;
+    layout.inode_number = offset(&inode, "i_ino")?;
     Some(())
 }
 

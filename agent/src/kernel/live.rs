@@ -9,7 +9,8 @@ use std::{collections::HashMap, io::Read as _, mem};
 
 use abi::{
     SETTABLE_MAX,
-    live::{self, Assignment, List, Outcome, REACH, Turn, places, step},
+    layout::known,
+    live::{self, Assignment, Held, List, Outcome, REACH, Turn, places, step},
 };
 use aya::{
     Btf, Ebpf,
@@ -21,12 +22,16 @@ use nix::sys::mman::ProtFlags;
 use super::{
     Answer, KernelError, Probed,
     error::{chain, load_reason},
+    layout::{Roots, layout},
     maps::{View, with_map},
     object::{self, Bare},
 };
-use crate::host::netns::Namespace;
+use crate::host::{btf::Types, netns::Namespace, process, survey::Holder};
 
+/// Visits sockets.
 const PROGRAM: &str = "live_apply";
+/// Visits the files that processes have open.
+const HOLDERS: &str = "live_holders";
 
 /// What the kernel's documentation calls the hook, and since when programs can set options there.
 const NAME: &str = "iter/tcp";
@@ -80,6 +85,8 @@ impl Outcomes {
 /// The program, and its maps.
 pub struct Walk {
     ebpf: Ebpf,
+    /// Whether the other program is there, too.
+    can_name_holders: bool,
     jobs: View<live::Job>,
     outcomes: View<Outcome>,
     /// What stands in the maps.
@@ -97,11 +104,37 @@ impl Walk {
         let sizes =
             [("JOBS", PLACES_MAX), ("LISTS", LISTS_MAX), ("ASSIGNMENTS", ASSIGNMENTS_MAX), ("OUTCOMES", OUTCOMES_MAX)];
         let sizes = sizes.map(|(map, entries)| (map, entries as u32));
-        let mut ebpf = object::sized(&[&sizes[..], &IDLE[..]].concat())?;
-        load(&mut ebpf)?;
+        // Without it what they are asked for is not there to be told.
+        let layout = Types::of_kernel().map(|types| layout(&Roots::find(&types))).unwrap_or_default();
+        let mut ebpf = object::sized(&[&sizes[..], &IDLE[..]].concat(), &layout)?;
+        let types = types()?;
+        load(&mut ebpf, &types)?;
+        let can_name_holders = layout.known & NAMES_HOLDERS == NAMES_HOLDERS
+            // It tells them by the numbers that they have to the kernel.
+            && process::is_initial_namespace()
+            && iterator(&mut ebpf, HOLDERS)?
+                .load("task_file", &types)
+                .inspect_err(|error| log::debug!("who has sockets is looked up in /proc: {}", load_reason(error)))
+                .is_ok();
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         let (jobs, outcomes) = (View::of(&ebpf, "JOBS", protection)?, View::of(&ebpf, "OUTCOMES", protection)?);
-        Ok(Self { ebpf, jobs, outcomes, round: Round::default() })
+        Ok(Self { ebpf, can_name_holders, jobs, outcomes, round: Round::default() })
+    }
+
+    /// All descriptors of processes that are sockets, each with the socket's inode number, in the order of processes and
+    /// descriptors; `None` where this kernel does not tell.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses.
+    pub fn holders(&mut self) -> Result<Option<Vec<(u32, Holder)>>, KernelError> {
+        if !self.can_name_holders {
+            return Ok(None);
+        }
+        let mut told = Vec::new();
+        read(&mut self.ebpf, HOLDERS, |bytes| told.extend_from_slice(bytes))?;
+        let (records, _) = told.as_chunks::<{ size_of::<Held>() }>();
+        Ok(Some(records.iter().map(holder).collect()))
     }
 
     /// Reads what the sockets of these jobs have: of the first ones, as many as there is room for at a time, and one at the least.
@@ -169,16 +202,27 @@ impl Walk {
     }
 }
 
-fn load(ebpf: &mut Ebpf) -> Result<(), KernelError> {
-    let refused = |reason| KernelError::Iterator { reason };
-    let types = Btf::from_sys_fs().map_err(|error| refused(format!("the kernel's BTF: {}", chain(&error))))?;
-    iterator(ebpf)?.load("tcp", &types).map_err(|error| refused(load_reason(&error)))
+/// What the program has to know of the kernel's structures that names who has sockets.
+const NAMES_HOLDERS: u32 = known::DESCRIPTOR | known::EXECUTABLE;
+
+fn holder(record: &[u8; size_of::<Held>()]) -> (u32, Holder) {
+    // SAFETY: as many bytes, of numbers that are valid whatever they are.
+    let Held { inode, process, descriptor } = unsafe { record.as_ptr().cast::<Held>().read_unaligned() };
+    (inode as u32, Holder { process, descriptor: descriptor as i32 })
+}
+
+fn types() -> Result<Btf, KernelError> {
+    Btf::from_sys_fs().map_err(|error| KernelError::Iterator { reason: format!("the kernel's BTF: {}", chain(&error)) })
+}
+
+fn load(ebpf: &mut Ebpf, types: &Btf) -> Result<(), KernelError> {
+    iterator(ebpf, PROGRAM)?.load("tcp", types).map_err(|error| KernelError::Iterator { reason: load_reason(&error) })
 }
 
 /// Whether this kernel takes the program and runs it.
 pub(super) fn probe() -> Result<Probed<&'static str, Answer>, KernelError> {
     let Bare { mut ebpf, .. } = object::bare()?;
-    let answer = match load(&mut ebpf).and_then(|()| visit_here(&mut ebpf)) {
+    let answer = match types().and_then(|types| load(&mut ebpf, &types)).and_then(|()| visit_here(&mut ebpf)) {
         Ok(()) => Answer::Yes,
         Err(KernelError::Iterator { reason }) => Answer::No(reason),
         Err(error) => return Err(error),
@@ -186,26 +230,35 @@ pub(super) fn probe() -> Result<Probed<&'static str, Answer>, KernelError> {
     Ok(Probed { answers: vec![(NAME, answer)], programs: object::sizes(&ebpf) })
 }
 
-fn iterator(ebpf: &mut Ebpf) -> Result<&mut Iter, KernelError> {
-    match ebpf.program_mut(PROGRAM) {
+fn iterator<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Iter, KernelError> {
+    match ebpf.program_mut(name) {
         Some(Program::Iter(program)) => Ok(program),
-        _ => Err(KernelError::Incomplete { what: PROGRAM }),
+        _ => Err(KernelError::Incomplete { what: name }),
     }
 }
 
 /// Visits the sockets of the network namespace of this thread: an iterator is of the one in which it was made
 /// (`bpf_iter_init_seq_net`, fs/proc/proc_net.c).
 fn visit_here(ebpf: &mut Ebpf) -> Result<(), KernelError> {
-    let program = iterator(ebpf)?;
+    // It has nothing to say.
+    read(ebpf, PROGRAM, |_| {})
+}
+
+/// Has a program visit all that it is for, and takes what it says.
+fn read(ebpf: &mut Ebpf, name: &'static str, mut take: impl FnMut(&[u8])) -> Result<(), KernelError> {
+    /// As much as the kernel keeps until it is read (`bpf_seq_read`).
+    const ROOM: usize = 32 * 1024;
+    let program = iterator(ebpf, name)?;
     let failed = |reason| KernelError::Iterator { reason };
     let link = program.attach().and_then(|link| program.take_link(link));
     let link = link.map_err(|error: ProgramError| failed(chain(&error)))?;
     let mut file = link.into_file().map_err(|error| failed(chain(&error)))?;
-    // It has nothing to say, but may want to be asked again: after a million sockets (`bpf_seq_read`, kernel/bpf/bpf_iter.c).
+    let mut room = vec![0; ROOM];
+    // It may want to be asked again without having said anything: after a million (`bpf_seq_read`, kernel/bpf/bpf_iter.c).
     loop {
-        match file.read(&mut [0; 64]) {
+        match file.read(&mut room) {
             Ok(0) => return Ok(()),
-            Ok(_) => {}
+            Ok(len) => take(&room[..len]),
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(failed(error.to_string())),
         }

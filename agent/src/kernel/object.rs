@@ -19,6 +19,7 @@ use abi::{
     Config, Counters, GENERATIONS, Losses, calls,
     event::{Event, Executable, ExecutableFile, Tally, TallyKey},
     index,
+    layout::Layout,
 };
 use aya::{
     Ebpf, VerifierLogLevel, include_bytes_aligned,
@@ -724,10 +725,11 @@ pub(super) fn bare() -> Result<Bare, KernelError> {
     Ok(Bare { ebpf, can_follow: knowledge.can_follow() })
 }
 
-/// The object for one program that decides nothing and follows nobody, with maps of these sizes.
-pub(super) fn sized(entries: &[(&'static str, u32)]) -> Result<Ebpf, KernelError> {
+/// The object for programs that decide nothing and follow nobody, with maps of these sizes.
+pub(super) fn sized(entries: &[(&'static str, u32)], layout: &Layout) -> Result<Ebpf, KernelError> {
     let _memlock = Memlock::raise();
     let mut loader = loader_without_types();
+    loader.override_global("LAYOUT", layout, true);
     loader.verifier_log_level(VerifierLogLevel::DEBUG);
     for (map, entries) in entries {
         loader.map_max_entries(map, *entries);

@@ -61,6 +61,7 @@ pub struct Layout {
     pub file_private_data: u32,
     /// `struct inode`
     pub inode_mode: u32,
+    pub inode_number: u32,
     /// `struct css_set`
     pub css_set_cgroup: u32,
     /// `struct cgroup`: its level, counted from the root.
@@ -91,7 +92,7 @@ pub struct Layout {
     pub mount_parent: u32,
     pub mount_point: u32,
 }
-shared!(Layout, size 45 * 4);
+shared!(Layout, size 46 * 4);
 
 /// Values of [`Member::of`]: which sockets have the structure.
 pub mod of {

@@ -168,6 +168,17 @@ impl Outcome {
     }
 }
 
+/// A descriptor of a process that is a socket: what the program tells that is run for each file of each process.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Held {
+    /// What `/proc/PID/fd` calls the socket.
+    pub inode: u64,
+    pub process: u32,
+    pub descriptor: u32,
+}
+shared!(Held, size 8 + 4 + 4);
+
 #[cfg(test)]
 mod tests {
     use super::*;

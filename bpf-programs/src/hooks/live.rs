@@ -1,4 +1,5 @@
-//! iter/tcp: TCP sockets that are there, each visited once when the agent reads from the iterator.
+//! iter/tcp: TCP sockets that are there, each visited once when the agent reads from the iterator. And iter/task_file: who has
+//! which sockets.
 //!
 //! The kernel runs this for every TCP socket of the network namespace in which the iterator was made, and holds the socket's
 //! lock meanwhile (`bpf_iter_tcp_seq_show`, net/ipv4/tcp_ipv4.c, 5.15). What is to become of it has been decided: it stands in
@@ -6,14 +7,14 @@
 
 use abi::{
     SETTABLE_MAX,
-    live::{Assignment, Outcome, state, step},
+    live::{Assignment, Held, Outcome, state, step},
 };
 use aya_ebpf::{
     cty::c_void,
-    helpers::generated::{bpf_get_socket_cookie, bpf_skc_to_tcp_sock},
+    helpers::generated::{bpf_get_socket_cookie, bpf_seq_write, bpf_skc_to_tcp_sock},
 };
 
-use crate::{ctx::Socket, maps};
+use crate::{ctx::Socket, kernel, maps};
 
 /// `struct bpf_iter__tcp` (net/ipv4/tcp_ipv4.c).
 #[repr(C)]
@@ -104,4 +105,56 @@ fn set(tcp: &LiveTcp, assignment: &Assignment, outcome: &mut Outcome) {
 #[inline(always)]
 fn errno(result: Result<(), i32>) -> u32 {
     result.err().unwrap_or(0) as u32
+}
+
+/// `struct bpf_iter__task_file` (kernel/bpf/task_iter.c).
+#[repr(C)]
+pub(crate) struct FileContext {
+    meta: *mut Meta,
+    task: *mut c_void,
+    /// Pointers begin at multiples of eight bytes.
+    descriptor: u32,
+    /// NULL at the end.
+    file: *mut c_void,
+}
+
+/// `struct bpf_iter_meta` (include/linux/bpf.h).
+#[repr(C)]
+struct Meta {
+    /// Takes what the agent reads.
+    seq: *mut c_void,
+    session: u64,
+    number: u64,
+}
+
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/task_file")]
+pub(crate) extern "C" fn live_holders(ctx: *mut FileContext) -> i32 {
+    tell_holder(ctx);
+    NEXT
+}
+
+/// Threads that have descriptors of their own are left out, as they are in `/proc/PID/fd`.
+#[inline(always)]
+fn tell_holder(ctx: *mut FileContext) -> Option<()> {
+    // SAFETY: the kernel's context.
+    let (task, file) =
+        unsafe { (core::ptr::read_volatile(&raw const (*ctx).task), core::ptr::read_volatile(&raw const (*ctx).file)) };
+    if task.is_null() || file.is_null() {
+        return None;
+    }
+    let inode = kernel::socket_inode(file as u64)?;
+    let process = kernel::process_of(task as u64)?;
+    // SAFETY: as above; the kernel's own structure, which is always there.
+    let (descriptor, seq) = unsafe {
+        (
+            core::ptr::read_volatile(&raw const (*ctx).descriptor),
+            core::ptr::read_volatile(&raw const (*(*ctx).meta).seq),
+        )
+    };
+    let mut held = Held { inode, process, descriptor };
+    // Where there is no room left, the kernel has it read, and comes by again.
+    // SAFETY: reads the bytes of `held`.
+    unsafe { bpf_seq_write(seq.cast(), (&raw mut held).cast(), size_of::<Held>() as u32) };
+    Some(())
 }
