@@ -84,9 +84,7 @@ struct Governance {
 impl Governance {
     #[inline(always)]
     fn rows(self) -> Option<Rows> {
-        let option = maps::option(self.index)?;
-        let winner = option.first_setting + self.rank;
-        Some(Rows { option, setting: maps::setting(winner)?, winner })
+        Rows::of(maps::option(self.index)?, self.rank)
     }
 }
 
@@ -96,6 +94,14 @@ struct Rows {
     setting: &'static Setting,
     /// Index of the setting.
     winner: u32,
+}
+
+impl Rows {
+    #[inline(always)]
+    fn of(option: &'static Governed, rank: u32) -> Option<Self> {
+        let winner = option.first_setting + rank;
+        Some(Self { option, setting: maps::setting(winner)?, winner })
+    }
 }
 
 /// What governs a call, if anything does, and what came of it: a number, for it crosses from one function to another.
@@ -137,7 +143,7 @@ impl Judged {
 
 /// Finds what governs a call.
 #[inline(always)]
-fn find_governance(call: &OptionCall) -> Option<(Governance, &'static Governed)> {
+fn find_governance(call: &OptionCall) -> Option<(Governance, Rows)> {
     let config = maps::config()?;
     if !call.is_inet() || kernel::is_agent(config) {
         return None;
@@ -147,11 +153,12 @@ fn find_governance(call: &OptionCall) -> Option<(Governance, &'static Governed)>
     let (state, scope) = unsafe { storage::claim_now(call.sk(), generation) }?;
     let (index, option) = maps::option_named(config, generation, scope.options, call.key())?;
     if option.is_certain() {
-        return Some((Governance { index, rank: 0 }, option));
+        return Some((Governance { index, rank: 0 }, Rows::of(option, 0)?));
     }
     let state = storage::learn(state, call.facts());
     let rules = select(&state.facts, maps::selectors(scope.number)?, &PrefixMap { scope: scope.number });
-    Some((Governance { index, rank: option.winner(rules)? - option.first_setting }, option))
+    let rank = option.winner(rules)? - option.first_setting;
+    Some((Governance { index, rank }, Rows::of(option, rank)?))
 }
 
 #[inline(always)]
@@ -171,9 +178,7 @@ pub(crate) extern "C" fn judge_call(ctx: *mut bpf_sockopt) -> u64 {
 
 #[inline(always)]
 fn judge_governed(call: &OptionCall) -> Option<Judged> {
-    let (governed, option) = find_governance(call)?;
-    let winner = option.first_setting + governed.rank;
-    let setting = maps::setting(winner)?;
+    let (governed, Rows { option, setting, winner }) = find_governance(call)?;
     // What the kernel will refuse is none of our business.
     let Some(judgement) = judgement(call, option, setting) else {
         return Some(Judged::new(governed, verdict::NONE, false));
@@ -411,9 +416,7 @@ pub(crate) extern "C" fn compare_read(ctx: *mut bpf_sockopt) -> u64 {
 
 #[inline(always)]
 fn compare(call: &OptionCall) -> Option<Judged> {
-    let (governed, option) = find_governance(call)?;
-    let winner = option.first_setting + governed.rank;
-    let setting = maps::setting(winner)?;
+    let (governed, Rows { option, setting, winner }) = find_governance(call)?;
     let shown = shown(option, setting, call.len(), &call.argument())?;
     if judge(option.kind, setting, &shown).verdict == verdict::NONE {
         return None;
