@@ -350,14 +350,17 @@ pub(crate) fn call_of(thread: u64, kind: u32, key: OptionKey) -> Option<&'static
 #[inline(always)]
 pub(crate) fn begin_call(thread: u64) -> Option<&'static mut Call> {
     let slot = slot(thread)?;
-    increment(&mut slot.holders);
-    // SAFETY: a reference, read anew.
-    if unsafe { (&raw const slot.holders).read_volatile() } != 1 {
+    // Where another is, nobody comes and goes: the agent clears the slot of one that is gone.
+    if slot.call.thread == 0 {
+        increment(&mut slot.holders);
+        // SAFETY: a reference, read anew.
+        if unsafe { (&raw const slot.holders).read_volatile() } == 1 {
+            return Some(&mut slot.call);
+        }
         add(&mut slot.holders, 1u64.wrapping_neg());
-        lose(|losses| &mut losses.calls_full);
-        return None;
     }
-    Some(&mut slot.call)
+    lose(|losses| &mut losses.calls_full);
+    None
 }
 
 /// Ends the call that a thread is in.

@@ -115,7 +115,8 @@ const CALLS_BITS: u32 = 13;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Slot {
-    /// How many threads are here: 1 where `call` is that of the one which [`Call::thread`] names. A second one leaves at once.
+    /// How many threads are here: 1 where `call` is that of the one which [`Call::thread`] names. Of two that come at once both
+    /// may leave.
     pub holders: u64,
     pub call: Call,
 }

@@ -69,8 +69,8 @@ pub struct Layout {
     /// `struct pt_regs`: the number of the system call, and what it returns.
     pub regs_syscall: u32,
     pub regs_result: u32,
-    /// `struct task_struct`: its number; its process's number; the process's first thread; when a thread was made; how many programs it has
-    /// been; its memory.
+    /// `struct task_struct`: its number; its process's number; the process's first thread; when a thread was made; how many
+    /// programs it has been; its memory.
     pub task_pid: u32,
     pub task_tgid: u32,
     pub task_leader: u32,
