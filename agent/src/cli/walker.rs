@@ -15,7 +15,7 @@ const WORTH_LOADING: u64 = 8 * 1024;
 pub(super) enum Walker {
     #[default]
     Idle,
-    /// Loaded beside whatever else is to be done.
+    /// Loaded beside whatever else is to be done, to tell who has sockets too.
     Coming(thread::JoinHandle<Result<Walk, KernelError>>),
     There(Box<Walk>),
 }
@@ -24,7 +24,7 @@ impl Walker {
     /// Begins to load them, where there are so many files that they will be wanted.
     pub(super) fn begin() -> Self {
         let is_worth_it = process::open_files().is_some_and(|files| files >= WORTH_LOADING);
-        if is_worth_it { Self::Coming(thread::spawn(Walk::load)) } else { Self::Idle }
+        if is_worth_it { Self::Coming(thread::spawn(|| Walk::load(true))) } else { Self::Idle }
     }
 
     /// Who has which sockets, if they were begun with.
@@ -44,7 +44,7 @@ impl Walker {
     /// Where they cannot be loaded.
     pub(super) fn get(&mut self) -> Result<&mut Walk, KernelError> {
         let walk = match std::mem::take(self) {
-            Self::Idle => Box::new(Walk::load()?),
+            Self::Idle => Box::new(Walk::load(false)?),
             Self::Coming(loading) => Box::new(loading.join().unwrap_or_else(|panic| resume_unwind(panic))?),
             Self::There(walk) => walk,
         };

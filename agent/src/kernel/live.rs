@@ -9,7 +9,7 @@ use std::{collections::HashMap, io::Read as _, mem};
 
 use abi::{
     SETTABLE_MAX,
-    layout::known,
+    layout::{Layout, known},
     live::{self, Assignment, Held, List, Outcome, REACH, Turn, places, step},
 };
 use aya::{
@@ -94,24 +94,25 @@ pub struct Walk {
 }
 
 impl Walk {
-    /// Loads the program.
+    /// Loads the program, and if that is wanted, the one that names holders.
     ///
     /// # Errors
     ///
     /// [`KernelError::Iterator`] where this kernel does not take it; others where this process lacks rights or memory.
-    pub fn load() -> Result<Self, KernelError> {
+    pub fn load(names_holders: bool) -> Result<Self, KernelError> {
         super::check_privileges()?;
         let sizes =
             [("JOBS", PLACES_MAX), ("LISTS", LISTS_MAX), ("ASSIGNMENTS", ASSIGNMENTS_MAX), ("OUTCOMES", OUTCOMES_MAX)];
         let sizes = sizes.map(|(map, entries)| (map, entries as u32));
-        // Without it what they are asked for is not there to be told.
-        let layout = Types::of_kernel().map(|types| layout(&Roots::find(&types))).unwrap_or_default();
+        // It tells them by the numbers that they have to the kernel, and only it looks at structures.
+        let layout = match names_holders && process::is_initial_namespace() {
+            true => Types::of_kernel().map(|types| layout(&Roots::find(&types))).unwrap_or_default(),
+            false => Layout::default(),
+        };
         let mut ebpf = object::sized(&[&sizes[..], &IDLE[..]].concat(), &layout)?;
         let types = types()?;
         load(&mut ebpf, &types)?;
         let can_name_holders = layout.known & NAMES_HOLDERS == NAMES_HOLDERS
-            // It tells them by the numbers that they have to the kernel.
-            && process::is_initial_namespace()
             && iterator(&mut ebpf, HOLDERS)?
                 .load("task_file", &types)
                 .inspect_err(|error| log::debug!("who has sockets is looked up in /proc: {}", load_reason(error)))
