@@ -5,6 +5,7 @@ use std::{
     io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
+    rc::Rc,
 };
 
 use abi::setting::Value;
@@ -166,7 +167,7 @@ impl<'a> Sockets<'a> {
         let Self { survey, targets, names, listeners, .. } = self;
         // A process that has many is asked once.
         let mut tasks = HashMap::new();
-        let mut task = |process| tasks.entry(process).or_insert_with(|| task(process)).clone();
+        let mut task = |process| Rc::clone(tasks.entry(process).or_insert_with(|| task(process)));
         let lasts = |state| matches!(state, State::Listening | State::Established | State::SynSent | State::CloseWait);
         let mut listed = Vec::new();
         for found in &survey.sockets {
@@ -225,22 +226,22 @@ impl<'a> Sockets<'a> {
 }
 
 /// Who has a socket; `task` is asked about the process.
-fn owner(found: &Found, Holder { process, descriptor }: Holder, task: impl FnOnce(u32) -> Task) -> Owner {
+fn owner(found: &Found, Holder { process, descriptor }: Holder, task: impl FnOnce(u32) -> Rc<Task>) -> Owner {
     let others = found.holders.iter().filter(|other| other.process != process);
     Owner { task: task(process), descriptor, others: others.map(|other| (other.process, other.descriptor)).collect() }
 }
 
-fn task(process: u32) -> Task {
+fn task(process: u32) -> Rc<Task> {
     let cgroup = cgroup::of_process(process).map(|path| format!("/{}", path.display()));
     let container = cgroup.as_deref().and_then(container::of_cgroup);
-    Task {
+    Rc::new(Task {
         pid: process,
         tid: process,
         comm: process::name(process).unwrap_or_default(),
         exe: process::executable(process),
         cgroup,
         container,
-    }
+    })
 }
 
 /// New sockets of a kind in the namespace of another.

@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     compile::{Desired, compile},
-    events::{Event, Kind, SCHEMA, Source, cause},
+    events::{Event, Kind, SCHEMA, Source, Task, cause},
     host::cgroup::Mount,
     live::{
         Live, Told,
@@ -169,7 +169,7 @@ pub(super) fn event(desired: &Desired, live: &Live, finding: &Finding) -> Event 
         given: Value::UNKNOWN,
         now,
         result: None,
-        task: live.owner.as_ref().map(|owner| owner.task.clone()),
+        task: live.owner.as_ref().map(|owner| Task::clone(&owner.task)),
         socket: Some(live.socket()),
         source: Source::Hook,
         via: None,

@@ -9,6 +9,7 @@
 use abi::{
     judge::{Asked, judge, verdict},
     live::Assignment,
+    select::Candidates,
     setting::{Governed, Setting, Value, form, read_back, traits},
     site,
 };
@@ -59,8 +60,9 @@ pub fn needed(scope: &Scope) -> Vec<&'static SocketOption> {
 
 /// Holds a socket against the policies of a scope.
 pub fn find(desired: &Desired, scope: &Scope, live: &Live, fresh: &mut impl Fresh) -> Vec<Finding> {
+    let cases = cases(desired, scope, live);
     let named = scope.options.iter().filter(|option| option.names != 0);
-    named.filter_map(|governed| find_in(desired, scope, governed, live, fresh)).collect()
+    named.filter_map(|governed| find_in(desired, &cases, governed, live, fresh)).collect()
 }
 
 const NO_DIRECTION: &str = "which end began the connection is not known, and rules ask for it";
@@ -72,12 +74,12 @@ const WHETHER_BOUND: &str = "whether it was bound, or only sends, is not known";
 
 fn find_in(
     desired: &Desired,
-    scope: &Scope,
+    cases: &[Case],
     governed: &Governed,
     live: &Live,
     fresh: &mut impl Fresh,
 ) -> Option<Finding> {
-    let Decision { setting, option, row, due } = match decide(desired, scope, governed, live)? {
+    let Decision { setting, option, row, due } = match decide(desired, cases, governed, live)? {
         Ok(decision) => decision,
         Err(finding) => return Some(finding),
     };
@@ -129,7 +131,7 @@ struct Decision<'a> {
 /// `None` where nothing decides on the option, or the socket has none such; a finding where it cannot be told.
 fn decide<'a>(
     desired: &'a Desired,
-    scope: &Scope,
+    cases: &[Case],
     governed: &Governed,
     live: &Live,
 ) -> Option<Result<Decision<'a>, Finding>> {
@@ -137,17 +139,16 @@ fn decide<'a>(
     if !exists(governed, live) {
         return None;
     }
-    let winner = |socket: &Socket| governed.winner(desired.candidates(scope, &facts(socket)));
-    let cases = cases(live);
-    let setting = winner(&cases[0]);
-    if cases.iter().any(|case| winner(case) != setting) {
+    let mut winners = cases.iter().map(|case| governed.winner(case.rules));
+    let setting = winners.next()?;
+    if winners.any(|winner| winner != setting) {
         return Some(Err(Finding::Untold { option, why: NO_DIRECTION }));
     }
     let setting = setting?;
     let row = desired.settings.get(setting as usize)?;
     let due = if row.form == form::SET {
         let settable = option.settable()?;
-        let due = cases.iter().map(|case| due(settable, live, case, |socket| winner(socket) == Some(setting)));
+        let due = cases.iter().map(|case| due(settable, live, case, |rules| governed.winner(rules) == Some(setting)));
         due.reduce(|one, other| if one == other { one } else { Due::Unknown(NO_DIRECTION) })?
     } else {
         Due::Yes
@@ -170,8 +171,9 @@ pub struct Assigned {
 #[must_use]
 pub fn assign(desired: &Desired, scope: &Scope, live: &Live) -> Assigned {
     let mut assigned = Assigned::default();
+    let cases = cases(desired, scope, live);
     for governed in scope.options.iter().filter(|option| option.names != 0) {
-        match decide(desired, scope, governed, live) {
+        match decide(desired, &cases, governed, live) {
             None => {}
             Some(Ok(Decision { row, due, .. })) if row.form == form::DENY || due == Due::No => {}
             Some(Ok(Decision { setting, option, row, due: Due::Yes }))
@@ -218,24 +220,38 @@ enum Due {
     Unknown(&'static str),
 }
 
-/// What the socket may be: a connection of which it is not known which end began it is one of two.
-fn cases(live: &Live) -> Vec<Socket> {
-    if live.is_connection() && live.facts.direction.is_none() {
-        let towards = |direction| Socket { direction: Some(direction), ..live.facts.clone() };
-        return vec![towards(Direction::Outbound), towards(Direction::Inbound)];
-    }
-    vec![live.facts.clone()]
+/// What a socket may be, by the rules that match it: found once for all options.
+struct Case {
+    /// As it is.
+    rules: Candidates,
+    /// By places at which options are set that it has come by, or may have: those that matched what was known of it there.
+    surely: Vec<(u32, Candidates)>,
+    perhaps: Vec<(u32, Candidates)>,
 }
 
-/// `decides`: whether the setting decides on a socket of which that much is known.
-fn due(settable: &Settable, live: &Live, case: &Socket, decides: impl Fn(&Socket) -> bool) -> Due {
-    let applies = |places: &[(u32, Socket)]| {
-        places.iter().any(|(site, socket)| settable.sites.contains(*site) && decides(socket))
+/// One at the least: a connection of which it is not known which end began it is one of two.
+fn cases(desired: &Desired, scope: &Scope, live: &Live) -> Vec<Case> {
+    let rules = |socket: &Socket| desired.candidates(scope, &facts(socket));
+    let at = |places: Vec<(u32, Socket)>| places.iter().map(|(site, socket)| (*site, rules(socket))).collect();
+    let case = |whole: &Socket| {
+        let Passed { surely, perhaps } = passed(live, whole);
+        Case { rules: rules(whole), surely: at(surely), perhaps: at(perhaps) }
     };
-    let Passed { surely, perhaps } = passed(live, case);
-    if applies(&surely) {
+    if live.is_connection() && live.facts.direction.is_none() {
+        let towards = |direction| case(&Socket { direction: Some(direction), ..live.facts.clone() });
+        return vec![towards(Direction::Outbound), towards(Direction::Inbound)];
+    }
+    vec![case(&live.facts)]
+}
+
+/// `decides`: whether the setting decides on a socket that these rules match.
+fn due(settable: &Settable, live: &Live, case: &Case, decides: impl Fn(Candidates) -> bool) -> Due {
+    let applies = |places: &[(u32, Candidates)]| {
+        places.iter().any(|(site, rules)| settable.sites.contains(*site) && decides(*rules))
+    };
+    if applies(&case.surely) {
         Due::Yes
-    } else if applies(&perhaps) {
+    } else if applies(&case.perhaps) {
         Due::Unknown(if live.is_multipath() { MULTIPATH } else { WHETHER_BOUND })
     } else {
         Due::No

@@ -11,6 +11,7 @@ mod text;
 use std::{
     collections::HashMap,
     net::{IpAddr, SocketAddr},
+    rc::Rc,
 };
 
 use abi::setting::{OptionKey, Value, word_in};
@@ -44,7 +45,8 @@ pub struct Live {
 /// Who has a socket.
 #[derive(Clone, Debug)]
 pub struct Owner {
-    pub task: Task,
+    /// One for all sockets that it has, where it was asked for them at once.
+    pub task: Rc<Task>,
     pub descriptor: i32,
     /// The other processes that have it, with their descriptors.
     pub others: Vec<(u32, i32)>,
@@ -147,7 +149,7 @@ impl Live {
     #[must_use]
     pub fn to_json(&self, options: &Values) -> Json {
         let owner = self.owner.as_ref();
-        let task = owner.map(|owner| &owner.task);
+        let task = owner.map(|owner| &*owner.task);
         let shown = options.iter().map(|(option, value)| (option.name.to_owned(), values::json(option.key(), value)));
         let (options, missing) = match &self.values {
             Told::Values(_) => (Json::Object(shown.collect::<Map<_, _>>()), None),
