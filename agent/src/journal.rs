@@ -32,6 +32,9 @@ use crate::{
 /// A file of so many bytes may be about many sockets that are gone: it has some 200 for each change.
 const LONG: u64 = 64 * 1024;
 
+/// Bytes that are written at a time, and kept until then.
+const AT_A_TIME: usize = 256 * 1024;
+
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
     #[error("{}: {source}", path.display())]
@@ -141,19 +144,24 @@ impl Journal {
         &mut self,
         notes: impl IntoIterator<Item = (Place, Option<Value>, Value)>,
     ) -> Result<(), JournalError> {
-        let mut text = Vec::new();
+        let mut text = Vec::with_capacity(AT_A_TIME);
         for (place, before, after) in notes {
             write_line(&mut text, place, before.as_ref(), &after).map_err(failed(&self.path))?;
+            if text.len() >= AT_A_TIME {
+                self.append(&text)?;
+                text.clear();
+            }
         }
-        if text.is_empty() {
-            return Ok(());
-        }
+        if text.is_empty() { Ok(()) } else { self.append(&text) }
+    }
+
+    fn append(&mut self, text: &[u8]) -> Result<(), JournalError> {
         if self.file.is_none() {
             self.open(true)?;
             self.shorten()?;
         }
         let Some(file) = &mut self.file else { return Ok(()) };
-        file.write_all(&text).map_err(failed(&self.path))
+        file.write_all(text).map_err(failed(&self.path))
     }
 
     /// Has the file, if there is one or it is to be made, for this process alone.
