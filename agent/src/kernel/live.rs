@@ -112,11 +112,7 @@ impl Walk {
         let mut ebpf = object::sized(&[&sizes[..], &IDLE[..]].concat(), &layout)?;
         let types = types()?;
         load(&mut ebpf, &types)?;
-        let can_name_holders = layout.known & NAMES_HOLDERS == NAMES_HOLDERS
-            && iterator(&mut ebpf, HOLDERS)?
-                .load("task_file", &types)
-                .inspect_err(|error| log::debug!("who has sockets is looked up in /proc: {}", load_reason(error)))
-                .is_ok();
+        let can_name_holders = layout.known & NAMES_HOLDERS == NAMES_HOLDERS && load_holders(&mut ebpf, &types)?;
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         let (jobs, outcomes) = (View::of(&ebpf, "JOBS", protection)?, View::of(&ebpf, "OUTCOMES", protection)?);
         Ok(Self { ebpf, can_name_holders, jobs, outcomes, round: Round::default() })
@@ -220,10 +216,21 @@ fn load(ebpf: &mut Ebpf, types: &Btf) -> Result<(), KernelError> {
     iterator(ebpf, PROGRAM)?.load("tcp", types).map_err(|error| KernelError::Iterator { reason: load_reason(&error) })
 }
 
-/// Whether this kernel takes the program and runs it.
+/// Loads the program that names holders; gives whether this kernel takes it.
+fn load_holders(ebpf: &mut Ebpf, types: &Btf) -> Result<bool, KernelError> {
+    let loaded = iterator(ebpf, HOLDERS)?.load("task_file", types);
+    Ok(loaded.inspect_err(|error| log::debug!("who has sockets is looked up in /proc: {}", load_reason(error))).is_ok())
+}
+
+/// Whether this kernel takes the program and runs it. The one that names holders is loaded for its size.
 pub(super) fn probe() -> Result<Probed<&'static str, Answer>, KernelError> {
     let Bare { mut ebpf, .. } = object::bare()?;
-    let answer = match types().and_then(|types| load(&mut ebpf, &types)).and_then(|()| visit_here(&mut ebpf)) {
+    let tried = types().and_then(|types| {
+        load(&mut ebpf, &types)?;
+        load_holders(&mut ebpf, &types)?;
+        visit_here(&mut ebpf)
+    });
+    let answer = match tried {
         Ok(()) => Answer::Yes,
         Err(KernelError::Iterator { reason }) => Answer::No(reason),
         Err(error) => return Err(error),
