@@ -45,23 +45,27 @@ const ATTRIBUTE_LEN: u16 = 8;
 pub fn list() -> io::Result<Vec<Entry>> {
     let socket = netlink::open(NETLINK_SOCK_DIAG)?;
     let mut found = Vec::new();
-    let others = [libc::IPPROTO_UDP, libc::IPPROTO_RAW, libc::IPPROTO_MPTCP];
-    let others = others.map(|protocol| {
-        [libc::AF_INET, libc::AF_INET6].map(|family| (protocol, Message::Request { family, protocol }))
-    });
-    for (protocol, request) in
-        [(libc::IPPROTO_TCP, Message::RequestTcp)].into_iter().chain(others.into_iter().flatten())
-    {
+    // Gives whether the kernel knows the request.
+    let mut ask = |protocol, request| {
         let listed = netlink::dump(&socket, request, |message| {
             if let Message::Entry(entry) = message {
                 found.push(Entry { protocol, ..entry });
             }
         });
         match listed {
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
+            // Of a protocol that it does not list, and of a kind that it does not answer (`sock_diag_rcv_msg`,
+            // net/core/sock_diag.c).
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EOPNOTSUPP)) => Ok(false),
+            listed => listed.map(|()| true),
+        }
+    };
+    let is_told = ask(libc::IPPROTO_TCP, Message::RequestTcp)?;
+    let others = [libc::IPPROTO_UDP, libc::IPPROTO_RAW, libc::IPPROTO_MPTCP];
+    for protocol in others.into_iter().chain((!is_told).then_some(libc::IPPROTO_TCP)) {
+        for family in [libc::AF_INET, libc::AF_INET6] {
+            if !ask(protocol, Message::Request { family, protocol })? {
                 log::debug!("this kernel does not list sockets of protocol {protocol}");
             }
-            listed => listed?,
         }
     }
     Ok(found)
