@@ -82,13 +82,19 @@ impl Knowledge {
         })
     }
 
-    /// Whether programs of the audit can tell which cgroups a task is in; `Err` says why not.
+    /// Whether programs of the audit can tell which cgroups a task is in, and those at cgroup/setsockopt which call of the audit's
+    /// they see; `Err` says why not.
     pub(super) fn can_follow(&self) -> Result<(), String> {
-        if self.can_see_ancestors || self.layout.known & known::ANCESTORS != 0 {
+        let knows = |what| self.layout.known & what == what;
+        let (what, place) = if !self.can_see_ancestors && !knows(known::ANCESTORS) {
+            ("which cgroups a task is in", "where a task's cgroups are")
+        } else if !self.abilities.see_task && !knows(known::EXECUTABLE) {
+            ("at cgroup/setsockopt who calls", "where a task's number is")
+        } else {
             return Ok(());
-        }
-        let why = self.blindness.as_deref().unwrap_or("its BTF does not say where a task's cgroups are");
-        Err(format!("this kernel does not tell programs which cgroups a task is in, and {why}"))
+        };
+        let why = self.blindness.clone().unwrap_or_else(|| format!("its BTF does not say {place}"));
+        Err(format!("this kernel does not tell programs {what}, and {why}"))
     }
 
     /// What every load of the object starts from, with all that is constant to the programs.
