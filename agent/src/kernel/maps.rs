@@ -212,8 +212,13 @@ pub(super) fn drop_dead_calls(ebpf: &mut Ebpf, wanted: u32) -> Result<u64, Kerne
     let mut missed = 0;
     with_map::<Array<_, Slot>>(ebpf, CALLS, |map| {
         for index in 0..map.len() {
+            let thread = map.get(&index, 0)?.call.thread;
+            if thread == 0 || process::has_thread(thread as u32) {
+                continue;
+            }
+            // Only what is there now is left there: it may have ended its call before it went.
             let Slot { call, .. } = map.get(&index, 0)?;
-            if call.thread != 0 && !process::has_thread(call.thread as u32) {
+            if call.thread == thread {
                 map.set(index, Slot::default(), 0)?;
                 missed += u64::from(call.is_to_be_told(wanted));
             }
