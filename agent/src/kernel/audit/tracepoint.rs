@@ -90,10 +90,10 @@ pub(super) fn take(events: Vec<Event>) {
     // Beside each, one that counts nothing: so that ours is not the last one there.
     let others: Vec<OwnedFd> =
         events.iter().filter_map(|event| syscall::open_tracepoint(event.tracepoint).ok()).collect();
-    // All at once: for each the kernel waits.
+    // All at once: for each the kernel waits. Where there can be no thread, here.
     thread::scope(|scope| {
         for event in events {
-            scope.spawn(|| drop(event));
+            drop(thread::Builder::new().spawn_scoped(scope, || drop(event)));
         }
     });
     leave(others);
