@@ -46,7 +46,7 @@ fn gaps_are_what_kernels_toml_says_that_there_is_not() {
     let missing = |names: &BTreeSet<String>| names.iter().filter(|name| !kernel.has(name)).cloned().collect();
     assert_eq!(
         (hooks, options),
-        (missing(&policy_hooks(&kernel)), missing(&kernel.known.options)),
+        (missing(&policy_hooks(kernel)), missing(&kernel.known.options)),
         "{:#?}",
         report.gaps
     );
@@ -91,7 +91,7 @@ fn table_of_kernels_says_of_this_one_what_was_tried() {
         .filter(|line| line["severity"] == "error")
         .map(|line| line["message"].as_str().unwrap().to_owned())
         .collect();
-    for names in [&kernel.known.options, &policy_hooks(&kernel)] {
+    for names in [&kernel.known.options, &policy_hooks(kernel)] {
         for name in names {
             let is_missing = messages.iter().any(|message| {
                 message.contains(&format!("does not let programs set {name}:"))
