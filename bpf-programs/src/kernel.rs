@@ -179,14 +179,18 @@ fn find_file(fd: u32) -> Option<u64> {
     follow(descriptors.wrapping_add(8 * u64::from(fd)))
 }
 
-/// The `struct inode` behind a `struct file` that is a socket.
+/// The `struct inode` and the `struct socket` behind a `struct file` that is a socket. What was opened with O_PATH, be it the
+/// file that a Unix socket is bound to, has none.
 #[inline(always)]
-fn find_socket_inode(file: u64) -> Option<u64> {
+fn find_socket(file: u64) -> Option<(u64, u64)> {
     /// The part of a mode that tells the type of a file, and that of a socket (include/uapi/linux/stat.h).
     const S_IFMT: u16 = 0o170_000;
     const S_IFSOCK: u16 = 0o140_000;
     let inode = follow(member!(file, file_inode))?;
-    (read::<u16>(member!(inode, inode_mode))? & S_IFMT == S_IFSOCK).then_some(inode)
+    if read::<u16>(member!(inode, inode_mode))? & S_IFMT != S_IFSOCK {
+        return None;
+    }
+    Some((inode, follow(member!(file, file_private_data))?))
 }
 
 /// The number of the inode of a `struct file`, if it is a socket.
@@ -195,7 +199,8 @@ pub(crate) fn socket_inode(file: u64) -> Option<u64> {
     if !knows(known::DESCRIPTOR) {
         return None;
     }
-    read(member!(find_socket_inode(file)?, inode_number))
+    let (inode, _) = find_socket(file)?;
+    read(member!(inode, inode_number))
 }
 
 /// The number of a task's process, if it is the process's first thread.
@@ -209,8 +214,7 @@ pub(crate) fn process_of(task: u64) -> Option<u32> {
 
 #[inline(always)]
 fn find_sock(file: u64) -> Option<u64> {
-    find_socket_inode(file)?;
-    let socket = follow(member!(file, file_private_data))?;
+    let (_, socket) = find_socket(file)?;
     follow(member!(socket, socket_sk))
 }
 

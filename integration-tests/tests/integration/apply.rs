@@ -2,7 +2,10 @@
 
 mod running;
 
-use std::process::Command;
+use std::{
+    io::{BufRead as _, BufReader},
+    process::{Command, Stdio},
+};
 
 use sockpolicy_integration_tests::{
     agent,
@@ -138,19 +141,46 @@ fn many_tcp_sockets_are_brought_in_line_without_a_look_into_any() {
 
 /// Applies a policy, and gives the calls by which a socket of another process was taken or set meanwhile.
 fn calls_on_sockets(instance: &Instance, policy: &PolicyFile) -> Vec<String> {
-    let mut command = Command::new("strace");
-    command.args(["-f", "-e", "trace=pidfd_getfd,setsockopt"]).arg(agent::program());
-    command.args(["apply", "--instance", &instance.name]).arg(policy.path());
-    let output = command.output().unwrap_or_else(|error| panic!("strace: {error}"));
-    assert!(output.status.success(), "{}{}", stdout(&output), stderr(&output));
     let of_netlink = |line: &&str| line.contains("SOL_NETLINK");
-    let calls = stderr(&output);
-    calls
+    traced("pidfd_getfd,setsockopt", instance, policy)
         .lines()
         .filter(|line| line.contains("sockopt(") || line.contains("pidfd_getfd("))
         .filter(|line| !of_netlink(line))
         .map(str::to_owned)
         .collect()
+}
+
+/// Applies a policy, and gives what strace says of these calls of the agent's.
+fn traced(calls: &str, instance: &Instance, policy: &PolicyFile) -> String {
+    let mut command = Command::new("strace");
+    command.args(["-f", "-e", &format!("trace={calls}")]).arg(agent::program());
+    command.args(["apply", "--instance", &instance.name]).arg(policy.path());
+    let output = command.output().unwrap_or_else(|error| panic!("strace: {error}"));
+    assert!(output.status.success(), "{}{}", stdout(&output), stderr(&output));
+    stderr(&output)
+}
+
+/// Keeps so many files open that it is worth a program to tell who has which sockets.
+const MANY_FILES: &str =
+    "ulimit -n 10000; for ((file = 0; file < 8500; file++)); do exec {descriptor}< /dev/null; done; echo there; read";
+
+#[test]
+fn who_has_sockets_is_told_without_a_look_at_files_where_many_are_open() {
+    require!("iter/tcp");
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let mut probe = Probe::start(&target);
+    let pair = probe.pair(Family::Inet, Kind::Tcp);
+    let files = format!("/proc/{}/fd", probe.pid);
+    let policy = policy(&target, "");
+    let mut bash = Command::new("bash");
+    let mut many = bash.args(["-c", MANY_FILES]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut said = String::new();
+    BufReader::new(many.stdout.take().unwrap()).read_line(&mut said).unwrap();
+    assert_eq!(said, "there\n");
+    assert!(!traced("%file", &instance, &policy).contains(&files));
+    assert_eq!([pair.client, pair.server].map(|socket| probe.int(socket, SO_MARK)), [7, 7]);
+    drop(many.stdin.take());
+    many.wait().unwrap();
 }
 
 #[test]
