@@ -346,7 +346,7 @@ pub(crate) fn call_of(thread: u64, kind: u32, key: OptionKey) -> Option<&'static
     call(thread).filter(|call| call.kind == kind && call.key == key)
 }
 
-/// Room for the call of a thread that is in none; counted where there is none. Whoever is given it sets [`Call::thread`].
+/// Room for the call of a thread that is in none, if there is any. Whoever is given it sets [`Call::thread`].
 #[inline(always)]
 pub(crate) fn begin_call(thread: u64) -> Option<&'static mut Call> {
     let slot = slot(thread)?;
@@ -359,7 +359,6 @@ pub(crate) fn begin_call(thread: u64) -> Option<&'static mut Call> {
         }
         add(&mut slot.holders, 1u64.wrapping_neg());
     }
-    lose(|losses| &mut losses.calls_full);
     None
 }
 

@@ -144,7 +144,13 @@ fn begin(begun: Begun) {
     if (!is_hooked || TIMING.load() != 0) && !is_followed(config, begun.key) {
         return;
     }
-    let Some(call) = maps::begin_call(thread) else { return };
+    let Some(call) = maps::begin_call(thread) else {
+        // Of most callers nothing would have been told.
+        if is_followed(config, begun.key) {
+            lose(|losses| &mut losses.calls_full);
+        }
+        return;
+    };
     *call = Call {
         key: begun.key,
         kind: begun.kind,
