@@ -24,8 +24,8 @@ const BYTES: ValueKind = Opaque(Shape::Bytes);
 const STREAM: Sites = Sites::of(&[SYN, LISTEN, PASSIVE]);
 /// Any socket. A datagram socket is reached when it binds or connects, or, if it does neither, with its first datagram.
 const ANY: Sites = Sites::of(&[BIND_DATAGRAM, CONNECT_DATAGRAM, SEND, SYN, LISTEN, PASSIVE]);
-/// Bears on the choice of a route, and so must hold before connect looks it up. (SYN is for
-/// connections made by sendto with MSG_FASTOPEN, which pass no connect hook.)
+/// Bears on the choice of a route, and so must hold before connect looks it up; and once more with the SYN, for rules about
+/// the local end, which the route may choose.
 const ROUTE: Sites = Sites::of(&[BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SEND, SYN, LISTEN, PASSIVE]);
 /// The same for what can be given to a socket at birth already. Not with the first datagram too: each would pay for that.
 const ROUTE_FROM_BIRTH: Sites =
