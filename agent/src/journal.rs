@@ -144,7 +144,7 @@ impl Journal {
         &mut self,
         notes: impl IntoIterator<Item = (Place, Option<Value>, Value)>,
     ) -> Result<(), JournalError> {
-        let mut text = Vec::with_capacity(AT_A_TIME);
+        let mut text = Vec::new();
         for (place, before, after) in notes {
             write_line(&mut text, place, before.as_ref(), &after).map_err(failed(&self.path))?;
             if text.len() >= AT_A_TIME {
