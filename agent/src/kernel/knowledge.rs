@@ -85,10 +85,9 @@ impl Knowledge {
     /// Whether programs of the audit can tell which cgroups a task is in, and those at cgroup/setsockopt which call of the audit's
     /// they see; `Err` says why not.
     pub(super) fn can_follow(&self) -> Result<(), String> {
-        let knows = |what| self.layout.known & what == what;
-        let (what, place) = if !self.can_see_ancestors && !knows(known::ANCESTORS) {
+        let (what, place) = if !self.can_see_ancestors && !self.layout.knows(known::ANCESTORS) {
             ("which cgroups a task is in", "where a task's cgroups are")
-        } else if !self.abilities.see_task && !knows(known::EXECUTABLE) {
+        } else if !self.abilities.see_task && !self.layout.knows(known::EXECUTABLE) {
             ("at cgroup/setsockopt who calls", "where a task's number is")
         } else {
             return Ok(());

@@ -112,7 +112,7 @@ impl Walk {
         let mut ebpf = object::sized(&[&sizes[..], &IDLE[..]].concat(), &layout)?;
         let types = types()?;
         load(&mut ebpf, &types)?;
-        let can_name_holders = layout.known & NAMES_HOLDERS == NAMES_HOLDERS && load_holders(&mut ebpf, &types)?;
+        let can_name_holders = layout.knows(NAMES_HOLDERS) && load_holders(&mut ebpf, &types)?;
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         let (jobs, outcomes) = (View::of(&ebpf, "JOBS", protection)?, View::of(&ebpf, "OUTCOMES", protection)?);
         Ok(Self { ebpf, can_name_holders, jobs, outcomes, round: Round::default() })

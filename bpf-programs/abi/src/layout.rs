@@ -94,6 +94,14 @@ pub struct Layout {
 }
 shared!(Layout, size 46 * 4);
 
+impl Layout {
+    /// Whether it has all offsets for `what`: bits of [`known`].
+    #[must_use]
+    pub fn knows(&self, what: u32) -> bool {
+        self.known & what == what
+    }
+}
+
 /// Values of [`Member::of`]: which sockets have the structure.
 pub mod of {
     /// All: `struct sock`.

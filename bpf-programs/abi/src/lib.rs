@@ -291,7 +291,7 @@ impl Counters {
 pub struct Losses {
     /// Events that found the ring buffer full.
     pub ring_full: u64,
-    /// Calls that found no room in map `CALLS`: their result and process are not reported.
+    /// Calls of those whom the audit follows that found no room in map `CALLS`: their result and process are not reported.
     pub calls_full: u64,
     /// Arguments of a call that could not be read from the caller's memory.
     pub unreadable: u64,
