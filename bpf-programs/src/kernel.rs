@@ -6,7 +6,7 @@
 use abi::{
     Config, TICK_NS,
     event::{Call, Executable, ExecutableFile, NAME_MAX, PATH_MAX, flags},
-    layout::{Layout, Member, known, of},
+    layout::{ARGUMENTS, Layout, Member, known, of},
     setting::{Value, Words},
     socket::{Facts, protocol},
 };
@@ -57,6 +57,7 @@ static LAYOUT: Layout = Layout {
     cgroup_level: 0,
     regs_syscall: 0,
     regs_result: 0,
+    regs_arguments: [0; ARGUMENTS],
     task_pid: 0,
     task_tgid: 0,
     task_leader: 0,
@@ -364,8 +365,7 @@ pub(crate) fn via(system_call: i64) -> u32 {
     if !knows(known::SYSCALL) {
         return 0;
     }
-    // SAFETY: the first has no arguments, the second takes what the first gives.
-    let regs = unsafe { bpf_task_pt_regs(bpf_get_current_task_btf()) } as u64;
+    let regs = registers();
     if read_or_zero::<i64>(member!(regs, regs_result)) != NOT_YET {
         return flags::RING;
     }
@@ -373,6 +373,20 @@ pub(crate) fn via(system_call: i64) -> u32 {
         return flags::COMPAT;
     }
     if read_or_zero::<i64>(member!(regs, regs_syscall)) == system_call { flags::SYSCALL } else { flags::RING }
+}
+
+/// What the current task has handed to the system call that it is in.
+#[inline(always)]
+pub(crate) fn arguments() -> [u64; ARGUMENTS] {
+    let regs = registers();
+    layout!(regs_arguments).map(|register| read_or_zero(regs.wrapping_add(u64::from(register))))
+}
+
+/// The registers with which the current task has entered the kernel.
+#[inline(always)]
+fn registers() -> u64 {
+    // SAFETY: the first has no arguments, the second takes what the first gives.
+    unsafe { bpf_task_pt_regs(bpf_get_current_task_btf()) as u64 }
 }
 
 /// Whether the current task is in a system call of a 32-bit program's.

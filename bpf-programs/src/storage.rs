@@ -9,7 +9,7 @@
 use core::arch::asm;
 
 use abi::{
-    Place, Target, index,
+    Config, Place, Target, index,
     socket::{Facts, State, direction},
 };
 use aya_ebpf::{
@@ -53,6 +53,14 @@ pub(crate) struct Scope {
     pub(crate) options: u32,
 }
 
+impl Scope {
+    #[inline(always)]
+    fn of(generation: u32, place: &Place) -> Self {
+        let of = |within| index::of(generation, within);
+        Self { number: of(place.scope), options: of(place.options) }
+    }
+}
+
 /// The notes of a socket that is being set up, and what holds on it; `None` where that is not this program's turn to say:
 /// another target's, deeper than this one, has.
 ///
@@ -74,19 +82,24 @@ pub(crate) unsafe fn claim(sk: *mut c_void, begins: bool) -> Option<(&'static mu
     claim_in(state.generation, target, state)
 }
 
-/// The same of a socket whose owner makes a call: that is judged by the policies of now.
+/// What holds on a socket whose owner makes a call: that is judged by the policies of now. `None` as of [`claim`].
+///
+/// The notes are looked at only where they say something: that takes a quarter of what such a call adds.
 ///
 /// # Safety
 ///
 /// As for [`state`].
 #[inline(always)]
-pub(crate) unsafe fn claim_now(sk: *mut c_void, generation: u32) -> Option<(&'static mut State, Scope)> {
+pub(crate) unsafe fn scope_now(sk: *mut c_void, config: &Config) -> Option<Scope> {
     let target = maps::target();
     if target.id == 0 {
         return None;
     }
+    if config.are_nested == 0 {
+        return maps::place(config.generation, target).map(|place| Scope::of(config.generation, place));
+    }
     // SAFETY: as the caller says.
-    claim_in(generation, target, unsafe { state(sk) }?)
+    claim_in(config.generation, target, unsafe { state(sk) }?).map(|(_, scope)| scope)
 }
 
 #[inline(always)]
@@ -99,8 +112,7 @@ fn claim_in(generation: u32, target: &Target, state: &'static mut State) -> Opti
         }
         state.target = *target;
     }
-    let of = |within| index::of(generation, within);
-    Some((state, Scope { number: of(place.scope), options: of(place.options) }))
+    Some((state, Scope::of(generation, place)))
 }
 
 /// The notes of a socket, made if there are none.

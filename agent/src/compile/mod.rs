@@ -19,6 +19,7 @@ use std::{ops::Range, path::PathBuf};
 
 use abi::{
     RULES_MAX, SETTABLE_MAX, SiteList,
+    judge::agreeing,
     select::{Candidates, Selectors, select},
     setting::{Governed, OptionKey, Setting, form, kind, on_conflict, read_back, words_of_text},
     site,
@@ -181,7 +182,13 @@ fn add_scope(
             desired.sources.push(SettingSource { rule: numbers[bit], option: *named, line: clause.line, form });
         }
         let first = rules.get(option.names.trailing_zeros() as usize);
-        option.certain = first.map_or(0, |rule| u32::from(rule.selector == Selector::default()));
+        if first.is_some_and(|rule| rule.selector == Selector::default()) {
+            option.certain = 1;
+            let setting = desired.settings.get(option.first_setting as usize);
+            if let Some(value) = setting.and_then(|setting| agreeing(option.kind, option.traits, setting)) {
+                (option.has_agreeing, option.agreeing) = (1, value);
+            }
+        }
         options.push(option);
     }
     let scope = desired.scopes.len() as u32;

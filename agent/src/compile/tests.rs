@@ -9,7 +9,10 @@ use std::{
     path::Path,
 };
 
-use abi::socket::{Facts, protocol};
+use abi::{
+    setting::words_of,
+    socket::{Facts, protocol},
+};
 use ipnet::IpNet;
 use proptest::{collection::vec, option, prelude::*, sample};
 
@@ -247,6 +250,21 @@ fn plain_rule(name: &str, selector: Selector, forms: &[(&str, Form)]) -> Rule {
 
 fn on() -> Form {
     Form::Set(Wanted::Number { value: 1, mask: u32::MAX })
+}
+
+#[test]
+fn argument_that_agrees_is_known_where_one_setting_governs_all_sockets() {
+    let tcp = Selector { protocols: vec![Protocol::Tcp], ..Selector::default() };
+    let limit = Form::Limit { min: 0, max: 1 };
+    for (selector, form, agrees) in
+        [(Selector::default(), on(), true), (tcp, on(), false), (Selector::default(), limit, false)]
+    {
+        let rule = plain_rule("r", selector, &[("TCP_NODELAY", form)]);
+        let desired = compile_all(&[policy(vec![rule])]).unwrap();
+        let option = desired.scopes[0].options[0];
+        assert_eq!(option.surely_agrees(4, &words_of(1)), agrees);
+        assert!(!option.surely_agrees(4, &words_of(0)) && !option.surely_agrees(8, &words_of(1)));
+    }
 }
 
 #[test]

@@ -33,6 +33,8 @@ pub struct Abilities {
     pub set_retval: bool,
     /// See who calls (6.1).
     pub see_task: bool,
+    /// See which system call that is (5.15).
+    pub see_call: bool,
 }
 
 impl Abilities {
@@ -44,6 +46,8 @@ impl Abilities {
             set_retval: has(BpfHelper::BPF_FUNC_set_retval).unwrap_or(true),
             see_task: has(BpfHelper::BPF_FUNC_get_current_pid_tgid).unwrap_or(true)
                 && has(BpfHelper::BPF_FUNC_get_current_comm).unwrap_or(true),
+            see_call: has(BpfHelper::BPF_FUNC_task_pt_regs).unwrap_or(true)
+                && has(BpfHelper::BPF_FUNC_get_current_task_btf).unwrap_or(true),
         }
     }
 }
@@ -96,6 +100,11 @@ impl Knowledge {
         Err(format!("this kernel does not tell programs {what}, and {why}"))
     }
 
+    /// Whether programs at cgroup/setsockopt can begin the audit's records of calls.
+    pub(super) fn can_begin_calls(&self) -> bool {
+        self.abilities.see_call && self.layout.knows(known::SOCKET | known::DESCRIPTOR | known::SYSCALL)
+    }
+
     /// What every load of the object starts from, with all that is constant to the programs.
     pub(super) fn loader(&self, timing: bool) -> EbpfLoader<'_> {
         let mut loader = loader_without_types();
@@ -106,6 +115,7 @@ impl Knowledge {
             ("CAN_GET", self.abilities.get),
             ("CAN_SET_RETVAL", self.abilities.set_retval),
             ("CAN_SEE_TASK", self.abilities.see_task),
+            ("CAN_BEGIN_CALLS", self.can_begin_calls()),
             ("TIMING", timing),
         ] {
             loader.override_global(name, if is_so { &1_u8 } else { &0_u8 }, true);

@@ -111,6 +111,9 @@ fn system_call(roots: &Roots<'_>, layout: &mut Layout) -> Option<()> {
     let registers = roots.types.structure("pt_regs")?;
     layout.regs_syscall = offset(&registers, "orig_ax")?;
     layout.regs_result = offset(&registers, "ax")?;
+    for (place, register) in layout.regs_arguments.iter_mut().zip(["di", "si", "dx", "r10", "r8"]) {
+        *place = offset(&registers, register)?;
+    }
     Some(())
 }
 

@@ -10,6 +10,7 @@ use std::{
     num::NonZeroUsize,
     os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
     panic::resume_unwind,
+    path::Path,
     slice,
     sync::{Mutex, PoisonError},
     thread,
@@ -75,6 +76,9 @@ pub struct Object {
     blindness: Option<String>,
     /// Whether the audit can tell whose calls it sees, and why not.
     can_follow: Result<(), String>,
+    /// Whether hooks are to begin the audit's records of calls where they can do so. Not where they stay when this is gone, and
+    /// with it whoever sees the end.
+    can_begin_calls: bool,
     /// The hooks for which the kernel did not take our program, and what it said.
     refused: Vec<(Hook, String)>,
     audit: Option<Audit>,
@@ -92,6 +96,7 @@ pub struct Staged {
     tables: Tables,
     needed: BTreeSet<Point>,
     target_levels: u64,
+    are_nested: bool,
 }
 
 /// What the programs tell.
@@ -140,6 +145,7 @@ impl Object {
         super::check_privileges()?;
         let _memlock = Memlock::raise();
         let knowledge = Knowledge::gather()?;
+        let can_begin_calls = knowledge.can_begin_calls() && pins.is_none();
         let mut loader = knowledge.loader(audit.timing);
         loader.verifier_log_level(VerifierLogLevel::DEBUG);
         maps::size(&mut loader, audit.calls, processes, &knowledge.members);
@@ -165,7 +171,7 @@ impl Object {
         let tables: Vec<_> = tables.collect::<Result<_, _>>()?;
         let (refused, put) = thread::scope(|scope| {
             let putting = scope.spawn(|| slots.put(&tables));
-            let refused = load_programs(&mut ebpf, &hooks, &audit::likely(choice, Aim::of(audit)));
+            let refused = load_programs(&mut ebpf, &hooks, &audit::likely(choice, Aim::of(audit, can_begin_calls)));
             (refused, putting.join().unwrap_or_else(|panic| resume_unwind(panic)))
         });
         put?;
@@ -191,6 +197,7 @@ impl Object {
             abilities: knowledge.abilities,
             blindness: knowledge.blindness.clone(),
             can_follow: knowledge.can_follow(),
+            can_begin_calls,
             refused,
             audit: None,
             events: Events::default(),
@@ -312,7 +319,12 @@ impl Object {
             return Err(error);
         }
         self.added = added;
-        Ok(Staged { tables, needed: needed(desired, targets), target_levels: target_levels(targets) })
+        Ok(Staged {
+            tables,
+            needed: needed(desired, targets),
+            target_levels: target_levels(targets),
+            are_nested: are_nested(targets),
+        })
     }
 
     /// Whether there is room for the tables of one more generation beside those that are kept.
@@ -338,11 +350,13 @@ impl Object {
     ///
     /// Where the configuration cannot be written.
     pub fn enable(&mut self, staged: Staged, calls: Calls) -> Result<u32, KernelError> {
-        let Staged { tables, needed, target_levels } = staged;
+        let Staged { tables, needed, target_levels, are_nested } = staged;
+        // It stays so: a target that is none any more may have sockets for long.
+        let are_nested = self.config.are_nested | u32::from(are_nested);
         let mut numbers = self.config.numbers;
         numbers[index::slot_of(tables.generation) as usize] = tables.numbers;
         // Before the number by which programs look there.
-        maps::configure(&mut self.ebpf, Config { numbers, ..self.config })?;
+        maps::configure(&mut self.ebpf, Config { numbers, are_nested, ..self.config })?;
         let config = Config {
             in_force: 1,
             calls: match calls {
@@ -356,6 +370,8 @@ impl Object {
             generation: tables.generation,
             oldest: if self.config.in_force == 0 { tables.generation } else { self.config.oldest },
             last_target: self.attached.last_id,
+            audit: self.config.audit,
+            are_nested,
             numbers,
             // Nobody: whoever looked may have been killed.
             ..Config::default()
@@ -389,6 +405,7 @@ impl Object {
         let config = Config {
             target_levels: self.config.target_levels | target_levels(targets),
             last_target: self.attached.last_id,
+            are_nested: self.config.are_nested | u32::from(are_nested(targets)),
             ..self.config
         };
         maps::configure(&mut self.ebpf, config)?;
@@ -455,16 +472,28 @@ impl Object {
         if choice != BackendChoice::None {
             self.can_follow.clone().map_err(|reasons| KernelError::NoBackend { reasons })?;
         }
+        self.note_audit(abi::audit::NONE)?;
         // No call is to be seen by this one and by the next.
         mem::take(&mut self.events).take();
         if let Some(audit) = self.audit.take() {
             audit.unload(&mut self.ebpf);
         }
         let _memlock = Memlock::raise();
-        if let Some((audit, events)) = audit::attach(&mut self.ebpf, choice, Aim::of(wanted))? {
+        if let Some((audit, events)) = audit::attach(&mut self.ebpf, choice, Aim::of(wanted, self.can_begin_calls))? {
             (self.audit, self.events) = (Some(audit), events);
+            self.note_audit(if audit.sees_ends_alone() { abi::audit::ENDS } else { abi::audit::CALLS })?;
         }
         Ok(self.audit)
+    }
+
+    /// Tells hooks what the audit sees of calls: before it does not any more, and when it does.
+    fn note_audit(&mut self, audit: u32) -> Result<(), KernelError> {
+        let config = Config { audit, ..self.config };
+        if config != self.config {
+            maps::configure(&mut self.ebpf, config)?;
+            self.config = config;
+        }
+        Ok(())
     }
 
     /// Has the programs take what this process calls, while it looks at sockets itself, for no application's call, or no longer.
@@ -613,6 +642,14 @@ fn needed(desired: &Desired, targets: &[Target]) -> BTreeSet<Point> {
 fn attachments(desired: &Desired, targets: &[Target]) -> Vec<(Hook, usize)> {
     let scopes: Vec<_> = targets.iter().map(|target| target.scope).collect();
     desired.attachments(&scopes).collect()
+}
+
+/// Whether one of the targets stands within another.
+fn are_nested(targets: &[Target]) -> bool {
+    let mut names: Vec<&Path> = targets.iter().map(|target| Path::new(&target.cgroup.name)).collect();
+    // Then what is within a cgroup comes right after it.
+    names.sort_unstable();
+    names.windows(2).any(|pair| pair[1].starts_with(pair[0]))
 }
 
 /// The levels at which targets are. In a cgroup namespace these are not what the kernel counts, and

@@ -7,7 +7,7 @@ use aya::programs::ProgramError;
 
 use super::{
     Backend, KernelError, Tried,
-    audit::{self, Aim},
+    audit::{self, Aim, Span},
     error::{chain, load_reason},
     links::Link,
     live,
@@ -70,7 +70,7 @@ pub fn iterator() -> Result<Probed<&'static str, Answer>, KernelError> {
 ///
 /// Where the object cannot be prepared at all.
 pub fn audit_backends() -> Result<Probed<Backend, Tried>, KernelError> {
-    const EVERYTHING: Aim = Aim { reads: true, calls: true };
+    const EVERYTHING: Aim = Aim { reads: true, span: Span::All };
     let Bare { mut ebpf, can_follow } = object::bare()?;
     let answer = |backend| {
         let attached = can_follow.clone().and_then(|()| audit::attach_backend(&mut ebpf, backend, EVERYTHING));

@@ -46,10 +46,12 @@ pub mod flags {
     pub const OUTER: u32 = 4096;
     /// All that there is to read has been.
     pub const COMPLETE: u32 = 8192;
+    /// The record was begun by the cgroup's hook ([`crate::audit::ENDS`]).
+    pub const HOOKED: u32 = 16384;
 }
 
-/// One setsockopt or getsockopt call on its way through the kernel: begun by the audit at the call's entry, completed by the
-/// cgroup hook, reported at its exit.
+/// One setsockopt or getsockopt call on its way through the kernel: begun by the audit at the call's entry or by the cgroup's
+/// hook, completed by that hook, reported at the call's exit.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Call {

@@ -3,7 +3,7 @@
 use crate::{
     setting::{
         LINGER_LEN, MICROSECONDS, Setting, TEXT_LEN, TIMEVAL_LEN, Value, Words, form, kind, on_conflict, traits,
-        word_in,
+        word_in, words_of,
     },
     shared,
 };
@@ -148,6 +148,17 @@ pub struct Judgement {
     pub given: Value,
 }
 
+/// The argument of four bytes that agrees with a setting because it asks for just that. `None` where there is none, and where
+/// the application may win: there it is noted who does.
+#[must_use]
+pub fn agreeing(kind: u8, traits: u8, setting: &Setting) -> Option<u32> {
+    let asked = Asked::read(kind, traits, 4, &words_of(setting.value))?;
+    let is_it = setting.form == form::SET
+        && setting.on_conflict != on_conflict::ALLOW
+        && judge(kind, setting, &asked).verdict == verdict::NONE;
+    is_it.then_some(setting.value)
+}
+
 /// Judges a call that `setting` governs.
 #[inline(always)]
 #[must_use]
@@ -245,6 +256,21 @@ mod tests {
     fn call_that_asks_for_the_policys_value_agrees() {
         let setting = set(1, u32::MAX, on_conflict::DENY);
         assert_eq!(judge(kind::BOOL, &setting, &asked(1)).verdict, verdict::NONE);
+    }
+
+    #[test]
+    fn value_of_a_setting_agrees_with_it_unless_it_matters_who_wins() {
+        let mask = |mask, value, action| agreeing(kind::INT, 0, &set(value, mask, action));
+        assert_eq!(mask(u32::MAX, 7, on_conflict::DENY), Some(7));
+        assert_eq!(mask(0xff, 7, on_conflict::REWRITE), Some(7));
+        assert_eq!(mask(u32::MAX, 7, on_conflict::ALLOW), None);
+        // Read as true, which is 1.
+        assert_eq!(agreeing(kind::BOOL, 0, &set(7, u32::MAX, on_conflict::DENY)), None);
+        let text = Setting { text: words(b"bbr"), ..set(0, u32::MAX, on_conflict::DENY) };
+        assert_eq!(agreeing(kind::TEXT, 0, &text), None);
+        let limit = Setting { form: form::LIMIT, min: 0, max: 9, ..Setting::default() };
+        assert_eq!(agreeing(kind::INT, 0, &limit), None);
+        assert_eq!(agreeing(kind::INT, 0, &Setting { form: form::DENY, ..limit }), None);
     }
 
     #[test]

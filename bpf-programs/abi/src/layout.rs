@@ -13,11 +13,14 @@ pub mod known {
     pub const DESCRIPTOR: u32 = 2;
     /// The cgroups above a task's, for kernels that have no helper for it.
     pub const ANCESTORS: u32 = 4;
-    /// The number of the system call that a task is in, and whether it is a 32-bit one.
+    /// The system call that a task is in: its number, what it was given, and whether it is a 32-bit one.
     pub const SYSCALL: u32 = 8;
     /// What tells a task's process from others before and after it, and the file that it runs.
     pub const EXECUTABLE: u32 = 16;
 }
+
+/// The arguments of setsockopt and getsockopt.
+pub const ARGUMENTS: usize = 5;
 
 /// Offsets in bytes, each from the beginning of the structure that its name starts with.
 #[repr(C)]
@@ -66,9 +69,10 @@ pub struct Layout {
     pub css_set_cgroup: u32,
     /// `struct cgroup`: its level, counted from the root.
     pub cgroup_level: u32,
-    /// `struct pt_regs`: the number of the system call, and what it returns.
+    /// `struct pt_regs`: the number of the system call, what it returns, and what it was given.
     pub regs_syscall: u32,
     pub regs_result: u32,
+    pub regs_arguments: [u32; ARGUMENTS],
     /// `struct task_struct`: its number; its process's number; the process's first thread; when a thread was made; how many
     /// programs it has been; its memory.
     pub task_pid: u32,
@@ -92,7 +96,7 @@ pub struct Layout {
     pub mount_parent: u32,
     pub mount_point: u32,
 }
-shared!(Layout, size 46 * 4);
+shared!(Layout, size 46 * 4 + ARGUMENTS * 4);
 
 impl Layout {
     /// Whether it has all offsets for `what`: bits of [`known`].

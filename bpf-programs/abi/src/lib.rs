@@ -55,6 +55,16 @@ macro_rules! shared {
 }
 pub(crate) use shared;
 
+/// Values of [`Config::audit`].
+pub mod audit {
+    /// There is none.
+    pub const NONE: u32 = 0;
+    /// It sees how they begin and how they end.
+    pub const CALLS: u32 = 1;
+    /// It sees how they end. The cgroup's hooks begin the records of those that they find in conflict.
+    pub const ENDS: u32 = 2;
+}
+
 /// What is in force. Map `CONFIG`, index 0; written by the agent last, after every other map and when the programs are
 /// attached. A change takes effect with the one number in `generation`.
 #[repr(C)]
@@ -80,6 +90,10 @@ pub struct Config {
     /// The agent, while it looks at the sockets of targets itself: what it calls then is no application's call. 0: nobody. By
     /// the number that the process has in the initial namespace.
     pub agent: u32,
+    /// What the audit sees of calls. See [`audit`].
+    pub audit: u32,
+    /// Whether a target may stand within another (0 or 1), so that sockets are within both.
+    pub are_nested: u32,
     pub _pad: u32,
     /// When that process was made, which tells it from others of its number. CLOCK_BOOTTIME, in units of [`TICK_NS`].
     pub agent_start: u64,
@@ -87,7 +101,7 @@ pub struct Config {
     /// that it is of is in force, for it is not written at once.
     pub numbers: [setting::Numbers; GENERATIONS as usize],
 }
-shared!(Config, size 4 + 4 + 8 + 8 + 4 * 4 + 4 + 4 + 8 + GENERATIONS as usize * size_of::<setting::Numbers>());
+shared!(Config, size 4 + 4 + 8 + 8 + 4 * 4 + 4 * 4 + 8 + GENERATIONS as usize * size_of::<setting::Numbers>());
 
 impl Config {
     /// Whether a rule of the generation in force may name an option; that none does is certain.

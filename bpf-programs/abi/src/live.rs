@@ -202,7 +202,8 @@ mod tests {
         read_back: read_back::SAME,
         bit: 0,
         certain: 0,
-        _pad: 0,
+        has_agreeing: 0,
+        agreeing: 0,
     };
 
     #[test]

@@ -149,10 +149,14 @@ pub struct Governed {
     /// Which bit of [`crate::socket::State`] this is, if any rule sets it.
     pub bit: u8,
     /// Whether the first rule that names the option matches every socket (0 or 1): then nobody has to look at the socket.
-    pub certain: u32,
-    pub _pad: u32,
+    pub certain: u16,
+    /// Whether moreover `agreeing` says something (0 or 1).
+    pub has_agreeing: u16,
+    /// The argument of four bytes that most of the calls have which agree with the first setting, and of which nothing is to be
+    /// noted ([`crate::judge::agreeing`]).
+    pub agreeing: u32,
 }
-shared!(Governed, size 8 + 8 + 8 + 4 + 4 + 4 + 4);
+shared!(Governed, size 8 + 8 + 8 + 4 + 4 + 2 + 2 + 4);
 
 impl Governed {
     /// Whether the option's first setting governs it on every socket.
@@ -160,6 +164,14 @@ impl Governed {
     #[must_use]
     pub fn is_certain(&self) -> bool {
         self.certain != 0
+    }
+
+    /// Whether a call with this argument agrees with what governs it, for all that can be told without the setting. What else
+    /// agrees is found by judging it.
+    #[inline(always)]
+    #[must_use]
+    pub fn surely_agrees(&self, len: i32, words: &Words) -> bool {
+        self.has_agreeing != 0 && len == 4 && word_in(words) == self.agreeing
     }
 
     /// The setting that governs this option on a socket that `rules` may match: an index of map
@@ -390,7 +402,8 @@ mod tests {
         read_back: 0,
         bit: 0,
         certain: 0,
-        _pad: 0,
+        has_agreeing: 0,
+        agreeing: 0,
     };
 
     fn winner(sure: u64, possible: u64) -> Option<u32> {

@@ -1,7 +1,7 @@
 //! cgroup/setsockopt and cgroup/getsockopt: the application's own calls.
 //!
 //! These hooks see the socket and so decide; the audit ([`super::audit`]) sees the task and the
-//! result. A decision is left in the audit's record of the call, and only where there is none (the
+//! result. A decision is left in the audit's record of the call ([`hooked`]). Only where there is none (the
 //! audit is off, or does not see this call) is it reported from here.
 
 use abi::{
@@ -19,6 +19,7 @@ use aya_ebpf::{
     programs::SockoptContext,
 };
 
+use super::audit::hooked;
 use crate::{
     ctx::{OptionCall, Socket as _},
     emit::{self, Head, Task},
@@ -141,24 +142,24 @@ impl Judged {
     }
 }
 
-/// Finds what governs a call.
+/// Finds what governs a call: the option, and which of its settings.
 #[inline(always)]
-fn find_governance(call: &OptionCall) -> Option<(Governance, Rows)> {
+fn find_governance(call: &OptionCall) -> Option<(Governance, &'static Governed)> {
     let config = maps::config()?;
     if !call.is_inet() || kernel::is_agent(config) {
         return None;
     }
     let generation = config.generation;
     // SAFETY: the context's socket, which is never NULL.
-    let (state, scope) = unsafe { storage::claim_now(call.sk(), generation) }?;
+    let scope = unsafe { storage::scope_now(call.sk(), config) }?;
     let (index, option) = maps::option_named(config, generation, scope.options, call.key())?;
     if option.is_certain() {
-        return Some((Governance { index, rank: 0 }, Rows::of(option, 0)?));
+        return Some((Governance { index, rank: 0 }, option));
     }
-    let state = storage::learn(state, call.facts());
+    let state = storage::learn(state(call)?, call.facts());
     let rules = select(&state.facts, maps::selectors(scope.number)?, &PrefixMap { scope: scope.number });
     let rank = option.winner(rules)? - option.first_setting;
-    Some((Governance { index, rank }, Rows::of(option, rank)?))
+    Some((Governance { index, rank }, option))
 }
 
 #[inline(always)]
@@ -178,7 +179,13 @@ pub(crate) extern "C" fn judge_call(ctx: *mut bpf_sockopt) -> u64 {
 
 #[inline(always)]
 fn judge_governed(call: &OptionCall) -> Option<Judged> {
-    let (governed, Rows { option, setting, winner }) = find_governance(call)?;
+    let (governed, option) = find_governance(call)?;
+    hooked::drop_unended(caller_thread());
+    if option.surely_agrees(call.len(), &call.argument()) {
+        count(option.first_setting, |counters| &mut counters.agreed);
+        return Some(Judged::new(governed, verdict::NONE, false));
+    }
+    let Rows { setting, winner, .. } = Rows::of(option, governed.rank)?;
     // What the kernel will refuse is none of our business.
     let Some(judgement) = judgement(call, option, setting) else {
         return Some(Judged::new(governed, verdict::NONE, false));
@@ -316,11 +323,17 @@ pub(crate) extern "C" fn report_call(ctx: *mut bpf_sockopt, judged: u64) -> u32 
     0
 }
 
-/// The audit's record of a call, if it has one.
+/// The audit's record of a call, if it has one or has it begun here.
 #[inline(always)]
 fn record(kind: u32, key: OptionKey) -> Option<&'static mut Call> {
-    let thread = if CAN_SEE_TASK.load() != 0 { bpf_get_current_pid_tgid() } else { kernel::current_thread() };
-    (thread != 0).then(|| maps::call_of(thread, kind, key))?
+    let thread = caller_thread();
+    if thread == 0 { None } else { hooked::record(thread, kind, key) }
+}
+
+/// The thread that makes the call as `bpf_get_current_pid_tgid` has it; 0 where it is not known.
+#[inline(always)]
+fn caller_thread() -> u64 {
+    if CAN_SEE_TASK.load() != 0 { bpf_get_current_pid_tgid() } else { kernel::current_thread() }
 }
 
 /// The task that makes the call, where this kernel tells.
@@ -416,7 +429,9 @@ pub(crate) extern "C" fn compare_read(ctx: *mut bpf_sockopt) -> u64 {
 
 #[inline(always)]
 fn compare(call: &OptionCall) -> Option<Judged> {
-    let (governed, Rows { option, setting, winner }) = find_governance(call)?;
+    let (governed, option) = find_governance(call)?;
+    hooked::drop_unended(caller_thread());
+    let Rows { setting, winner, .. } = Rows::of(option, governed.rank)?;
     let shown = shown(option, setting, call.len(), &call.argument())?;
     if judge(option.kind, setting, &shown).verdict == verdict::NONE {
         return None;

@@ -1,6 +1,6 @@
 //! The kernel's functions at which fentry and kprobes see calls. They are looked up, and taken where they are.
 
-use super::{Hooks, Way, entry, exit};
+use super::{Hooks, Span, Way, entry, exit};
 
 /// The programs of a backend, for calls of one kind.
 pub(super) struct Programs {
@@ -30,18 +30,23 @@ const GET: Points =
 /// From the one that lets see most to the one that lets see least.
 pub(super) const fn ways(set: &Programs, get: &Programs) -> [Way; 4] {
     [
-        Way { set: nested(&SET, set), get: nested(&GET, get), calls: &[true], blind_to: &[] },
+        Way { set: nested(&SET, set), get: nested(&GET, get), spans: &[Span::All], blind_to: &[] },
         // No call conflicts with anything that does not come as far as this.
-        Way { set: common(&SET, set), get: common(&GET, get), calls: &[false], blind_to: &[] },
+        Way { set: common(&SET, set), get: common(&GET, get), spans: &[Span::Ends, Span::Conflicts], blind_to: &[] },
         // Before 6.7 io_uring has no such calls. A kernel that has them but not the common functions is not known; if
         // there is one, this is true of it.
-        Way { set: before(&SET, set), get: before(&GET, get), calls: &[false, true], blind_to: &["io_uring"] },
+        Way {
+            set: before(&SET, set),
+            get: before(&GET, get),
+            spans: &[Span::Ends, Span::Conflicts, Span::All],
+            blind_to: &["io_uring"],
+        },
         // For kernels in which the functions of the system calls cannot be looked up. Calls that fail with EBADF or ENOTSOCK
         // are over before there is a socket.
         Way {
             set: common(&SET, set),
             get: common(&GET, get),
-            calls: &[true],
+            spans: &[Span::All],
             blind_to: &["descriptors that are no sockets"],
         },
     ]

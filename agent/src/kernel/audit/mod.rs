@@ -76,13 +76,29 @@ impl Events {
 pub(super) struct Aim {
     /// getsockopt too.
     pub(super) reads: bool,
-    /// Calls that conflict with nothing too, and with them those on descriptors that are no sockets.
-    pub(super) calls: bool,
+    pub(super) span: Span,
+}
+
+/// What of calls is to be seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Span {
+    /// The ends of those that conflict, which the cgroup's hooks have found to do so.
+    Ends,
+    /// Those that conflict.
+    Conflicts,
+    /// Those that conflict with nothing too, and with them those on descriptors that are no sockets.
+    All,
 }
 
 impl Aim {
-    pub(super) fn of(wanted: model::Audit) -> Self {
-        Self { reads: wanted.reads, calls: wanted.calls != Calls::Conflicts }
+    /// `can_begin_calls`: whether hooks can begin the records of calls.
+    pub(super) fn of(wanted: model::Audit, can_begin_calls: bool) -> Self {
+        let span = match wanted.calls {
+            Calls::Conflicts if can_begin_calls && !wanted.timing => Span::Ends,
+            Calls::Conflicts => Span::Conflicts,
+            Calls::Governed | Calls::All => Span::All,
+        };
+        Self { reads: wanted.reads, span }
     }
 }
 
@@ -92,8 +108,8 @@ struct Way {
     /// Where setsockopt calls are seen, in the order in which to attach.
     set: Hooks,
     get: Hooks,
-    /// For which [`Aim::calls`] it is good.
-    calls: &'static [bool],
+    /// What it is good for.
+    spans: &'static [Span],
     /// Calls that are not seen so.
     blind_to: &'static [&'static str],
 }
@@ -180,7 +196,15 @@ impl Audit {
 
     /// The points of the kernel at which setsockopt calls are seen.
     pub fn points(self) -> impl Iterator<Item = &'static str> {
-        self.way.set.iter().flatten().filter(|hook| hook.end == End::Entry).map(|hook| hook.point)
+        let hooks = || self.way.set.iter().flatten();
+        // Both ends of a point are one.
+        let is_last = move |(n, hook): &(usize, &Hook)| !hooks().skip(n + 1).any(|other| other.point == hook.point);
+        hooks().enumerate().filter(is_last).map(|(_, hook)| hook.point)
+    }
+
+    /// Whether the ends of calls are all that is seen, so that hooks have to begin their records.
+    pub(super) fn sees_ends_alone(self) -> bool {
+        self.way.set.iter().flatten().all(|hook| hook.end == End::Exit)
     }
 
     /// The programs that may be attached.
@@ -235,7 +259,7 @@ pub(super) fn likely(choice: BackendChoice, aim: Aim) -> Vec<&'static str> {
         Backend::Tracepoint => true,
     };
     let backend = candidates(choice).into_iter().find(is_likely).filter(|backend| *backend != Backend::Fentry);
-    let way = backend.and_then(|backend| backend.ways().iter().find(|way| way.calls.contains(&aim.calls)));
+    let way = backend.and_then(|backend| backend.ways().iter().find(|way| way.spans.contains(&aim.span)));
     way.map_or(Vec::new(), |way| way.hooks(aim).map(|hook| hook.program).collect())
 }
 
@@ -269,7 +293,7 @@ fn attach_best(ebpf: &mut Ebpf, backends: &[Backend], aim: Aim) -> Result<(Audit
 pub(super) fn attach_backend(ebpf: &mut Ebpf, backend: Backend, aim: Aim) -> Result<(Audit, Events), String> {
     let (way, events) = backend.with_system(|types| {
         let mut reasons = Vec::new();
-        for way in backend.ways().iter().filter(|way| way.calls.contains(&aim.calls)) {
+        for way in backend.ways().iter().filter(|way| way.spans.contains(&aim.span)) {
             match attach_way(ebpf, backend, way, aim, types) {
                 Ok(events) => return Ok((way, events)),
                 // Several ways may fail at the same function.

@@ -8,7 +8,7 @@ use std::{
 
 use aya::programs::Program;
 
-use super::{End, Way, attach_reason, entry, exit};
+use super::{End, Span, Way, attach_reason, entry, exit};
 use crate::{
     host::tracefs,
     kernel::{
@@ -18,12 +18,22 @@ use crate::{
     },
 };
 
-pub(super) static WAYS: [Way; 1] = [Way {
-    set: [exit("setsockopt", "trace_end"), entry("setsockopt", "trace_begin"), None, None],
-    get: [exit("getsockopt", "trace_end"), entry("getsockopt", "trace_begin"), None, None],
-    calls: &[false, true],
-    blind_to: &["io_uring", "32-bit programs"],
-}];
+pub(super) static WAYS: [Way; 2] = [
+    Way {
+        set: [exit("setsockopt", "trace_end"), None, None, None],
+        get: [exit("getsockopt", "trace_end"), None, None, None],
+        spans: &[Span::Ends],
+        blind_to: BLIND_TO,
+    },
+    Way {
+        set: [exit("setsockopt", "trace_end"), entry("setsockopt", "trace_begin"), None, None],
+        get: [exit("getsockopt", "trace_end"), entry("getsockopt", "trace_begin"), None, None],
+        spans: &[Span::Conflicts, Span::All],
+        blind_to: BLIND_TO,
+    },
+];
+
+const BLIND_TO: &[&str] = &["io_uring", "32-bit programs"];
 
 /// Runs `attach` where tracepoints can be looked up.
 pub(super) fn with_tracefs<T: Send>(attach: impl FnOnce() -> Result<T, String> + Send) -> Result<T, String> {

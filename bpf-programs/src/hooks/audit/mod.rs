@@ -8,6 +8,8 @@
 //! both are seen they make one record, which the outer begins and ends. Tracepoints have the number alone
 //! ([`Subject::DescriptorAlone`]).
 //!
+//! Where only conflicts are reported, the beginning of a call may be left to the cgroup's hooks ([`hooked`]).
+//!
 //! The audit changes nothing. It decides only what no other hook gets to see: the calls of 32-bit programs,
 //! for which the kernel does not run the cgroup hooks.
 //!
@@ -16,6 +18,7 @@
 //! stands for it.
 
 mod fentry;
+pub(super) mod hooked;
 mod kprobe;
 mod tracepoint;
 mod unhooked;
@@ -114,6 +117,12 @@ const SYSTEM_CALLS: [i64; 2] = [54, 55];
 #[cfg(not(bpf_target_arch = "x86_64"))]
 const SYSTEM_CALLS: [i64; 2] = [208, 209];
 
+/// The number of the system call of a kind.
+#[inline(always)]
+fn system_call(kind: u32) -> i64 {
+    SYSTEM_CALLS[if kind == call::SETSOCKOPT { 0 } else { 1 }]
+}
+
 /// Notes a call that the audit is to follow.
 ///
 /// Where only conflicts are reported, whose call it is and what it asks for is left to the cgroup's hooks, if there are any to
@@ -205,7 +214,7 @@ fn is_followed(config: &Config, key: OptionKey) -> bool {
 fn via_of(begun: &Begun) -> u32 {
     match begun.subject {
         _ if begun.via != 0 => begun.via,
-        Subject::Socket(_) => kernel::via(SYSTEM_CALLS[if begun.kind == call::SETSOCKOPT { 0 } else { 1 }]),
+        Subject::Socket(_) => kernel::via(system_call(begun.kind)),
         _ => kernel::via_by_descriptor(),
     }
 }
@@ -293,7 +302,9 @@ fn finish(thread: u64, call: &Call, ended: &Ended) {
 fn under_way(ended: &Ended) -> Option<(u64, &'static mut Call)> {
     let thread = bpf_get_current_pid_tgid();
     let call = maps::call(thread)?;
-    let is_this = (ended.kind == 0 || ended.kind == call.kind) && ended.key.is_none_or(|key| key == call.key);
+    let is_this = (ended.kind == 0 || ended.kind == call.kind)
+        && ended.key.is_none_or(|key| key == call.key)
+        && hooked::may_be_current(call);
     if !is_this {
         drop_unended(thread, call);
         return None;

@@ -93,10 +93,14 @@ pub(crate) struct Scene {
     pub(crate) arms: Vec<Arm>,
 }
 
+/// What comes in force for its own turn has all its time there, and a machine that is shared with others is faster or slower for
+/// tenths of a second.
+const IN_ONE_PIECE: u64 = 5;
+
 #[derive(Clone, Debug)]
 pub(crate) struct Comparison {
     pub(crate) rounds: usize,
-    /// For how long each arm works in each round.
+    /// For how long each arm works in each round; [`IN_ONE_PIECE`] times that where it does so in one.
     pub(crate) millis: u64,
     /// In how many turns each round goes over the scenes that stay: the shorter, the less changes within one.
     pub(crate) turns: usize,
@@ -169,8 +173,9 @@ impl Comparison {
             for place in measure::order(self.scenes.len(), round) {
                 let scene = &self.scenes[place];
                 if !stages.contains_key(&scene.name) && !samples.is_left_out(&scene.name) {
-                    let result = Stage::set(ground, scene, &outside)
-                        .and_then(|mut stage| self.play(&mut stage, scene, &outside, self.millis, &mut samples));
+                    let result = Stage::set(ground, scene, &outside).and_then(|mut stage| {
+                        self.play(&mut stage, scene, &outside, IN_ONE_PIECE * self.millis, &mut samples)
+                    });
                     result.unwrap_or_else(|trouble| samples.leave_out(&scene.name, trouble));
                 }
             }

@@ -7,7 +7,7 @@
 //! - `workload ring plain|polled|fixed|async|deferred`: calls through an io_uring, see [`ring`];
 //! - `workload connections`: see [`connections`];
 //! - `workload as PID PROGRAM`: runs a program as the process of this number;
-//! - `workload threads|vfork|mark|race|faults …`: see [`odd`].
+//! - `workload threads|pairs|vfork|mark|race|faults …`: see [`odd`].
 
 mod connections;
 mod odd;
@@ -39,6 +39,9 @@ fn main() -> ExitCode {
         ["as", pid, program] => number(pid).and_then(|pid| odd::run_as(pid, program)),
         ["ring", manner] => ring::ring(manner),
         ["threads", threads, calls] => both(threads, calls).and_then(|(threads, calls)| odd::threads(threads, calls)),
+        ["pairs", processes, calls] => {
+            both(processes, calls).and_then(|(processes, calls)| odd::pairs(processes, calls))
+        }
         ["vfork", program, children] => number(children).and_then(|children| odd::vfork(program, children)),
         ["mark", value] => number(value).and_then(odd::mark_once),
         ["race", calls] => number(calls).and_then(odd::race),

@@ -22,7 +22,7 @@ use nix::{
     unistd,
 };
 
-use super::{int, reap, say, set, socket};
+use super::{in_child, int, reap, say, set, socket};
 
 /// Values of a thread begin here, times its number.
 const STRIDE: u32 = 1 << 16;
@@ -47,6 +47,29 @@ pub(super) fn threads(threads: u32, calls: u32) -> io::Result<()> {
         let threads: Vec<_> = (0..2 * threads).map(|number| scope.spawn(move || work(number))).collect();
         threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| Err(io::Error::other("panicked"))))
     })
+}
+
+/// So many processes, each of which asks in turns for a TCP_SYNCNT that is denied and for one that is not, so many times, and
+/// always by the same place in its memory.
+pub(super) fn pairs(processes: u32, calls: u32) -> io::Result<()> {
+    const DENIED: i32 = 20;
+    const ALLOWED: i32 = 5;
+    let work = || {
+        let socket = socket()?;
+        let mut value = int(DENIED);
+        for _ in 0..calls {
+            for asked in [DENIED, ALLOWED] {
+                value.copy_from_slice(&int(asked));
+                let errno = set(socket, libc::SOL_TCP, libc::TCP_SYNCNT, &value).err().and_then(|e| e.raw_os_error());
+                if errno != (asked == DENIED).then_some(libc::EPERM) {
+                    return Err(io::Error::other(format!("{asked}: {errno:?}")));
+                }
+            }
+        }
+        Ok(())
+    };
+    (0..processes).try_for_each(|_| in_child(work))?;
+    (0..processes).try_for_each(|_| reap())
 }
 
 /// So many children by vfork, each of which makes a call, becomes `program` and makes another; beside them the parent

@@ -1,0 +1,94 @@
+//! The audit's records of calls, as the cgroup's hooks come upon them, or begin them.
+//!
+//! Where only conflicts are reported, the audit need not see calls begin: a conflict is found by a hook, which knows all that
+//! there is to note. Then the audit sees their ends alone ([`audit::ENDS`]), and of most calls there is nothing to be found at
+//! the end.
+//!
+//! Invariant: as the audit's. A hook decides once about a call, so a record that is decided already, or begun by a hook, is
+//! of an earlier one. So is one that was given something else than the call has that its thread is in: that is known by the
+//! registers with which it came into the kernel. Of two calls that were given the same, the second either comes to its hook,
+//! which drops the record of the first, or does not find the socket any more.
+
+use abi::{
+    audit,
+    event::{Call, flags},
+    setting::OptionKey,
+};
+use aya_ebpf::Global;
+
+use super::system_call;
+use crate::{
+    kernel,
+    maps::{self, lose},
+};
+
+/// Whether programs at cgroup/setsockopt can tell which system call a task is in and what it was given, and others then which
+/// socket is meant by that: `bpf_task_pt_regs`, and [`LAYOUT`](abi::layout). As in `calls`, a constant to the verifier.
+#[unsafe(no_mangle)]
+static CAN_BEGIN_CALLS: Global<u8> = Global::new(0);
+
+/// What the audit sees of calls.
+#[inline(always)]
+fn seen() -> u32 {
+    maps::config().map_or(audit::NONE, |config| config.audit)
+}
+
+/// Drops what a thread, which is in a call that a hook decides about, has left of an earlier one, whose end was then not seen.
+#[inline(always)]
+pub(in crate::hooks) fn drop_unended(thread: u64) {
+    let seen = seen();
+    if seen != audit::NONE
+        && thread != 0
+        && let Some(call) = maps::call(thread)
+        && (seen == audit::ENDS || call.flags & flags::DECIDED != 0)
+    {
+        super::drop_unended(thread, call);
+    }
+}
+
+/// The record of a call that a hook has found in conflict. `None` where the audit does not see it, or there is no room.
+#[inline(always)]
+pub(in crate::hooks) fn record(thread: u64, kind: u32, key: OptionKey) -> Option<&'static mut Call> {
+    if CAN_BEGIN_CALLS.load() != 0 && seen() == audit::ENDS {
+        return begin(thread, kind, key);
+    }
+    let call = maps::call_of(thread, kind, key)?;
+    if CAN_BEGIN_CALLS.load() != 0 && call.flags & flags::SYSCALL != 0 && !was_given_the_same(call) {
+        super::drop_unended(thread, call);
+        return None;
+    }
+    Some(call)
+}
+
+#[inline(always)]
+fn begin(thread: u64, kind: u32, key: OptionKey) -> Option<&'static mut Call> {
+    if kernel::via(system_call(kind)) != flags::SYSCALL {
+        return None;
+    }
+    let Some(call) = maps::begin_call(thread) else {
+        lose(|losses| &mut losses.calls_full);
+        return None;
+    };
+    let [fd, _, _, optval, optlen] = kernel::arguments();
+    let flags = flags::SYSCALL | flags::HOOKED;
+    *call = Call { key, kind, flags, fd: fd as i32, optval, optlen, thread, ..Call::default() };
+    Some(call)
+}
+
+/// Whether the system call that the current task is at the end of may be that of a record of its own.
+#[inline(always)]
+pub(super) fn may_be_current(call: &Call) -> bool {
+    CAN_BEGIN_CALLS.load() == 0 || call.flags & flags::HOOKED == 0 || was_given_the_same(call) && super::is_held(call)
+}
+
+/// Whether the system call that the current task is in was given what that of a record was.
+#[inline(always)]
+fn was_given_the_same(call: &Call) -> bool {
+    let [fd, level, name, optval, optlen] = kernel::arguments();
+    // A record that came with the socket has no descriptor.
+    (call.fd < 0 || call.fd == fd as i32)
+        && call.key == OptionKey { level: level as i32, name: name as i32 }
+        && call.optval == optval
+        // A length is an int, and what a register has beside it means nothing.
+        && call.optlen as u32 == optlen as u32
+}
