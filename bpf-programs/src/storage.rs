@@ -84,7 +84,7 @@ pub(crate) unsafe fn claim(sk: *mut c_void, begins: bool) -> Option<(&'static mu
 
 /// What holds on a socket whose owner makes a call: that is judged by the policies of now. `None` as of [`claim`].
 ///
-/// The notes are looked at only where they say something: that takes a quarter of what such a call adds.
+/// The notes are looked at only where they say something: of the 90 ns that judging a call took, that was a quarter (6.18).
 ///
 /// # Safety
 ///
