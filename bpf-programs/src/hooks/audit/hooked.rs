@@ -5,9 +5,7 @@
 //! the end.
 //!
 //! Invariant: as the audit's. A hook decides once about a call, so a record that is decided already, or begun by a hook, is
-//! of an earlier one. So is one that was given something else than the call has that its thread is in: that is known by the
-//! registers with which it came into the kernel. Of two calls that were given the same, the second either comes to its hook,
-//! which drops the record of the first, or does not find the socket any more.
+//! of an earlier one. So is one that was given something else than the call has that its thread is in.
 
 use abi::{
     audit,
@@ -53,7 +51,7 @@ pub(in crate::hooks) fn record(thread: u64, kind: u32, key: OptionKey) -> Option
         return begin(thread, kind, key);
     }
     let call = maps::call_of(thread, kind, key)?;
-    if CAN_BEGIN_CALLS.load() != 0 && call.flags & flags::SYSCALL != 0 && !was_given_the_same(call) {
+    if CAN_BEGIN_CALLS.load() != 0 && call.flags & flags::SYSCALL != 0 && !super::was_given_the_same(call) {
         super::drop_unended(thread, call);
         return None;
     }
@@ -73,22 +71,4 @@ fn begin(thread: u64, kind: u32, key: OptionKey) -> Option<&'static mut Call> {
     let flags = flags::SYSCALL | flags::HOOKED;
     *call = Call { key, kind, flags, fd: fd as i32, optval, optlen, thread, ..Call::default() };
     Some(call)
-}
-
-/// Whether the system call that the current task is at the end of may be that of a record of its own.
-#[inline(always)]
-pub(super) fn may_be_current(call: &Call) -> bool {
-    CAN_BEGIN_CALLS.load() == 0 || call.flags & flags::HOOKED == 0 || was_given_the_same(call) && super::is_held(call)
-}
-
-/// Whether the system call that the current task is in was given what that of a record was.
-#[inline(always)]
-fn was_given_the_same(call: &Call) -> bool {
-    let [fd, level, name, optval, optlen] = kernel::arguments();
-    // A record that came with the socket has no descriptor.
-    (call.fd < 0 || call.fd == fd as i32)
-        && call.key == OptionKey { level: level as i32, name: name as i32 }
-        && call.optval == optval
-        // A length is an int, and what a register has beside it means nothing.
-        && call.optlen as u32 == optlen as u32
 }

@@ -26,6 +26,7 @@ mod unhooked;
 use abi::{
     Config, Place, calls,
     event::{Call, Executable, TallyKey, call, flags},
+    layout::known,
     setting::{OptionKey, TEXT_LEN, Value, Words, word_in},
 };
 use aya_ebpf::{
@@ -275,6 +276,10 @@ fn end(ended: Ended) {
 #[inline(always)]
 fn finish(thread: u64, call: &Call, ended: &Ended) {
     let Ended { source, result, .. } = *ended;
+    if is_to_be_told(call) && is_current(thread) == 0 {
+        drop_unended(thread, call);
+        return;
+    }
     let duration_ns = if TIMING.load() != 0 && call.start_ns != 0 {
         // SAFETY: has no arguments.
         let now = unsafe { bpf_ktime_get_ns() };
@@ -302,14 +307,52 @@ fn finish(thread: u64, call: &Call, ended: &Ended) {
 fn under_way(ended: &Ended) -> Option<(u64, &'static mut Call)> {
     let thread = bpf_get_current_pid_tgid();
     let call = maps::call(thread)?;
-    let is_this = (ended.kind == 0 || ended.kind == call.kind)
-        && ended.key.is_none_or(|key| key == call.key)
-        && hooked::may_be_current(call);
+    let is_this = (ended.kind == 0 || ended.kind == call.kind) && ended.key.is_none_or(|key| key == call.key);
     if !is_this {
         drop_unended(thread, call);
         return None;
     }
     Some((thread, call))
+}
+
+/// Whether a thread's record is of the system call that it is at the end of, as far as that can be told: 1 or 0.
+///
+/// What was given is known by the registers with which the thread came into the kernel. Of two calls that were given the same place
+/// in memory, what stands there tells. Where a hook decides about calls it need not: it drops the record of the first, if the second
+/// comes to it at all, and does not fail to find the socket.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn is_current(thread: u64) -> u32 {
+    let Some(call) = maps::call(thread) else { return 0 };
+    // Of calls that are made in other ways these registers tell nothing.
+    let is_current = !kernel::knows(known::SYSCALL)
+        || call.flags & flags::SYSCALL == 0
+        || was_given_the_same(call)
+            && (call.flags & flags::DECIDED != 0 || still_asks(call))
+            && (call.flags & flags::HOOKED == 0 || is_held(call));
+    is_current.into()
+}
+
+/// Whether the system call that the current task is in was given what that of a record was.
+#[inline(always)]
+fn was_given_the_same(call: &Call) -> bool {
+    let [fd, level, name, optval, optlen] = kernel::arguments();
+    // A record that came with the socket has no descriptor.
+    (call.fd < 0 || call.fd == fd as i32)
+        && call.key == OptionKey { level: level as i32, name: name as i32 }
+        && call.optval == optval
+        // A length is an int, and what a register has beside it means nothing.
+        && (call.kind == call::GETSOCKOPT || call.optlen as u32 == optlen as u32)
+}
+
+/// Whether what a call asks for stands where it was read.
+#[inline(always)]
+fn still_asks(call: &Call) -> bool {
+    if call.kind != call::SETSOCKOPT || call.flags & flags::UNREADABLE != 0 {
+        return true;
+    }
+    let optval = Pointer { address: call.optval, in_kernel: call.flags & flags::OPTVAL_IN_KERNEL != 0 };
+    read_value(optval, call.optlen as i32).is_none_or(|asks| asks.words == call.asked.words)
 }
 
 /// Drops the record of a call whose end was not seen: it must not be taken for another's.

@@ -39,8 +39,9 @@ fn main() -> ExitCode {
         ["as", pid, program] => number(pid).and_then(|pid| odd::run_as(pid, program)),
         ["ring", manner] => ring::ring(manner),
         ["threads", threads, calls] => both(threads, calls).and_then(|(threads, calls)| odd::threads(threads, calls)),
-        ["pairs", processes, calls] => {
-            both(processes, calls).and_then(|(processes, calls)| odd::pairs(processes, calls))
+        ["pairs", processes, calls, refused] => {
+            let refused = number(refused);
+            both(processes, calls).and_then(|(processes, calls)| odd::pairs(processes, calls, refused?))
         }
         ["vfork", program, children] => number(children).and_then(|children| odd::vfork(program, children)),
         ["mark", value] => number(value).and_then(odd::mark_once),

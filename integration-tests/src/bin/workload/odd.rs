@@ -49,20 +49,19 @@ pub(super) fn threads(threads: u32, calls: u32) -> io::Result<()> {
     })
 }
 
-/// So many processes, each of which asks in turns for a TCP_SYNCNT that is denied and for one that is not, so many times, and
+/// So many processes, each of which asks in turns for a TCP_SYNCNT that is refused and for one that is not, so many times, and
 /// always by the same place in its memory.
-pub(super) fn pairs(processes: u32, calls: u32) -> io::Result<()> {
-    const DENIED: i32 = 20;
-    const ALLOWED: i32 = 5;
+pub(super) fn pairs(processes: u32, calls: u32, refused: u32) -> io::Result<()> {
+    const TAKEN: u32 = 5;
     let work = || {
         let socket = socket()?;
-        let mut value = int(DENIED);
+        let mut value = int(0);
         for _ in 0..calls {
-            for asked in [DENIED, ALLOWED] {
-                value.copy_from_slice(&int(asked));
-                let errno = set(socket, libc::SOL_TCP, libc::TCP_SYNCNT, &value).err().and_then(|e| e.raw_os_error());
-                if errno != (asked == DENIED).then_some(libc::EPERM) {
-                    return Err(io::Error::other(format!("{asked}: {errno:?}")));
+            for asked in [refused, TAKEN] {
+                value.copy_from_slice(&int(asked as i32));
+                let set = set(socket, libc::SOL_TCP, libc::TCP_SYNCNT, &value);
+                if set.is_err() != (asked == refused) {
+                    return Err(io::Error::other(format!("{asked}: {set:?}")));
                 }
             }
         }

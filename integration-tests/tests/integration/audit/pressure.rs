@@ -98,7 +98,7 @@ fn result_of_a_conflict_is_never_that_of_the_call_after_it() {
     let report = policy.folder().join("report").display().to_string();
     for backend in backends() {
         let arguments = ["-o", "json", "--report", &report, "--audit-backend", backend];
-        let output = Running::exec(&arguments, &policy, &[&workload(), "pairs", "32", "3000"]).finish();
+        let output = Running::exec(&arguments, &policy, &[&workload(), "pairs", "32", "3000", "20"]).finish();
         assert!(output.status.success(), "{}", stderr(&output));
         let report = read_report(&report);
         let calls = &report.setting("TCP_SYNCNT").calls;
@@ -107,6 +107,16 @@ fn result_of_a_conflict_is_never_that_of_the_call_after_it() {
         // The kernel may leave out programs, so that no result is known; and then more than one call may have none.
         assert!(told.contains(&(20, Some(-1))), "{backend}: {told:?}");
         assert!(told.is_subset(&BTreeSet::from([(20, Some(-1)), (20, None)])), "{backend}: {told:?}");
+    }
+}
+
+#[test]
+fn result_of_any_other_call_is_its_own_too() {
+    for backend in backends() {
+        // The kernel refuses what takes no byte.
+        let (_, report) = audited(backend, &[&workload(), "pairs", "32", "1000", "300"]);
+        let told: BTreeSet<_> = report.events.iter().map(|event| (number(&event.asked), event.result)).collect();
+        assert_eq!(told, BTreeSet::from([(5, Some(0)), (300, Some(-22))]), "{backend}");
     }
 }
 
