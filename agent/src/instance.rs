@@ -27,6 +27,7 @@ use crate::{
     fault,
     kernel::{KernelError, MapIds, Pins},
     policy::{Policy, PolicyErrors, Texts},
+    report::Counted,
     session::{self, SessionError},
 };
 
@@ -73,6 +74,12 @@ pub struct Record {
     pub unread: Unread,
     /// The latest last. Of several, the configuration in the kernel says which is in force.
     pub generations: Vec<Generation>,
+    /// Those before them, the latest last, that events may be of which nobody has read.
+    #[serde(default)]
+    pub retired: Vec<Generation>,
+    /// What had been counted of settings when these were put in force.
+    #[serde(default)]
+    pub counted: Vec<Counted>,
 }
 
 /// Events that found the ring buffer full: while there was nobody to read it that is no fault of anybody's.

@@ -14,6 +14,7 @@ use std::{
 };
 
 use abi::{
+    GENERATIONS,
     event::{Call, flags},
     index,
     setting::{Setting, form, on_conflict},
@@ -64,8 +65,10 @@ pub struct Session {
     current: Generation,
     /// Those that sockets may still be set up by, the latest last.
     before: Vec<Generation>,
-    /// Those that were so until now: what they caused may still be to be told.
+    /// Those that were so until now, the latest last: what they caused may still be to be told.
     retired: Vec<Generation>,
+    /// Whether all has been told since the last of these was retired.
+    has_told: bool,
     targets: Vec<Target>,
     filter: Filter,
     backend: BackendChoice,
@@ -90,8 +93,6 @@ pub struct Session {
 pub(crate) struct Generation {
     pub(crate) number: u32,
     pub(crate) desired: Desired,
-    /// From another agent, which has summed up, or was killed.
-    pub(crate) is_taken_over: bool,
 }
 
 /// What to put in force, on whom, and whom to look at.
@@ -167,11 +168,11 @@ impl Session {
         let gaps = find_gaps(&object, &mut desired, &tried);
         refuse(choice, &gaps)?;
         let staged = object.stage(&desired, tabled, &targets)?;
-        let mut before = Vec::new();
+        let (mut before, mut retired, mut report) = (Vec::new(), Vec::new(), Report::default());
         if let Some((instance, files)) = instance {
             let taken_over: Vec<u32> = object.former().collect();
             let word = word.insert(Word::of(instance, object.map_ids()?, &taken_over, object.ring_full()));
-            before = word.former();
+            (before, retired, report) = (word.former(), word.retired(), Report::going_on(word.counted()));
             word.add(staged.generation(), files, &targets)?;
         }
         let audit = object.attach_audit(desired.audit, backend)?;
@@ -184,9 +185,10 @@ impl Session {
         Ok(Self {
             object,
             word,
-            current: Generation { number, desired, is_taken_over: false },
+            current: Generation { number, desired },
             before,
-            retired: Vec::new(),
+            retired,
+            has_told: false,
             targets,
             filter,
             backend,
@@ -198,7 +200,7 @@ impl Session {
             mount,
             containers: containers::Known::default(),
             executables: Executables::default(),
-            report: Report::default(),
+            report,
             unknown_records: 0,
             dead_calls: 0,
             told: Lost::default(),
@@ -246,7 +248,7 @@ impl Session {
             return Err(error.into());
         }
         let number = self.object.enable(staged, desired.audit.calls)?;
-        let before = mem::replace(&mut self.current, Generation { number, desired, is_taken_over: false });
+        let before = mem::replace(&mut self.current, Generation { number, desired });
         self.before.push(before);
         self.targets = targets;
         self.gaps = gaps.0;
@@ -331,14 +333,20 @@ impl Session {
     /// Where the kernel refuses.
     pub fn retire(&mut self) -> Result<(), SessionError> {
         for (number, counters) in self.object.retire()? {
-            let is_ours = |generation: &&Generation| generation.number == number && !generation.is_taken_over;
-            if let Some(generation) = self.before.iter().find(is_ours) {
+            if let Some(generation) = self.before.iter().find(|generation| generation.number == number) {
                 self.report.count(number, &generation.desired, &counters);
             }
         }
-        self.retired = mem::take(&mut self.before);
+        if mem::take(&mut self.has_told) {
+            self.retired.clear();
+        }
+        self.retired.append(&mut self.before);
+        let current = self.current.number;
+        // Others have their numbers by now.
+        self.retired.retain(|generation| current - generation.number < GENERATIONS);
         if let Some(word) = &mut self.word {
-            word.forget_all_but(self.current.number);
+            let is_to_be_told = |number| self.retired.iter().any(|generation| generation.number == number);
+            word.retire_all_but(current, is_to_be_told, self.report.counted(&self.current.desired));
         }
         Ok(())
     }
@@ -369,7 +377,10 @@ impl Session {
     pub fn drain(&mut self, mut tell: impl FnMut(&Event)) -> bool {
         for _ in 0..BATCH_MAX {
             let event = match self.object.next_record() {
-                None => return false,
+                None => {
+                    self.has_told = true;
+                    return false;
+                }
                 Some(Record::File(file)) => {
                     self.executables.learn(&file);
                     continue;

@@ -388,6 +388,15 @@ impl Run {
         Output { status, stdout, stderr: self.process.stderr().into_bytes() }
     }
 
+    /// Ends an agent whose policies stay in force with SIGTERM, and gives its report.
+    #[track_caller]
+    pub fn finish_and_stay(self) -> Report {
+        self.signal(Signal::SIGTERM);
+        let output = self.wait_for_end();
+        let lines = String::from_utf8_lossy(&output.stdout).into_owned();
+        Report::read(&lines, output)
+    }
+
     /// Waits for the agent's end, which somebody else has brought about.
     #[track_caller]
     pub fn finish_with_status(mut self) -> (ExitStatus, Report) {

@@ -123,7 +123,14 @@ fn look(seen: &Seen) -> Result<InForce, Unknown> {
     let is_in_force = |generation: &&Generation| Some(generation.number) == observed.generation;
     let generation = record.generations.iter().find(is_in_force).ok_or(Unknown::NotRecorded)?.clone();
     let desired = generation.desired()?;
-    let mut report = Report::default();
+    // Those before it, that sockets may still be set up by, count until they are retired.
+    let mut before = Report::going_on(record.counted.clone());
+    for former in record.generations.iter().filter(|former| former.number != generation.number) {
+        if let (Ok(desired), Ok(counters)) = (former.desired(), observed.counters(former.number)) {
+            before.count(former.number, &desired, &counters);
+        }
+    }
+    let mut report = Report::going_on(before.counted(&desired));
     report.count(generation.number, &desired, &observed.counters(generation.number)?);
     let targets = generation.targets.iter().map(|(name, _)| name.clone()).collect();
     let mut losses = observed.losses;

@@ -4,6 +4,7 @@
 //! comes from events, of which repeated ones are held back, and so is a list of examples.
 
 mod calls;
+mod counted;
 mod json;
 mod loss;
 mod table;
@@ -15,6 +16,7 @@ use abi::Counters;
 
 pub use self::{
     calls::{CallLine, duration_text},
+    counted::Counted,
     loss::{Loss, Lost, Reason},
 };
 use crate::{
@@ -35,6 +37,8 @@ pub struct Report {
     /// By generation and setting: what was asked for otherwise, and by whom.
     asked: BTreeMap<(u32, u32), Vec<String>>,
     lines: Vec<Line>,
+    /// What was counted before, of settings that have no line yet.
+    before: Vec<Counted>,
 }
 
 /// All that is to be said at the end.
@@ -89,27 +93,36 @@ impl Report {
         }
     }
 
+    /// Begins with what was counted before.
+    #[must_use]
+    pub fn going_on(before: Vec<Counted>) -> Self {
+        Self { before, ..Self::default() }
+    }
+
     /// Adds up what the settings of a generation came to; `counters` are in their order.
     pub fn count(&mut self, generation: u32, desired: &Desired, counters: &[Counters]) {
         for (counters, setting) in counters.iter().zip(0..) {
-            let Some((source, rule)) = desired.source(setting) else { continue };
+            let Some(line) = Line::of(desired, setting) else { continue };
             let asked = self.asked.remove(&(generation, setting)).unwrap_or_default();
-            let line = Line {
-                policy: rule.policy.clone(),
-                rule: rule.rule.clone(),
-                place: format!("{}:{}", rule.path.display(), source.line),
-                option: source.option,
-                form: source.form.clone(),
-                mode: rule.mode,
-                counters: *counters,
-                asked,
-            };
+            let line = Line { counters: *counters, asked, ..line };
             // A rule holds in each scope that its policy is part of, and may come through a reload as it was.
             match self.lines.iter_mut().find(|other| other.is_of_same_setting(&line)) {
                 Some(same) => same.add(line),
-                None => self.lines.push(line),
+                None => {
+                    let before = counted::take(&mut self.before, &line);
+                    self.lines.push(Line { counters: line.counters.plus(&before), ..line });
+                }
             }
         }
+    }
+
+    /// What has been counted of the settings of these policies, for whoever goes on with it.
+    #[must_use]
+    pub fn counted(&self, desired: &Desired) -> Vec<Counted> {
+        let mut all: Vec<Counted> = self.lines.iter().map(Counted::from).chain(self.before.iter().cloned()).collect();
+        let lines = (0..desired.settings.len() as u32).filter_map(|setting| Line::of(desired, setting));
+        let counted = lines.map(|line| Line { counters: counted::take(&mut all, &line), ..line });
+        counted.filter(|line| line.counters != Counters::default()).map(|line| Counted::from(&line)).collect()
     }
 
     /// Sums up. `desired` are the policies that were in force last.
@@ -144,6 +157,21 @@ impl Summary {
 }
 
 impl Line {
+    /// Of the setting of this number, with nothing counted.
+    fn of(desired: &Desired, setting: u32) -> Option<Self> {
+        let (source, rule) = desired.source(setting)?;
+        Some(Self {
+            policy: rule.policy.clone(),
+            rule: rule.rule.clone(),
+            place: format!("{}:{}", rule.path.display(), source.line),
+            option: source.option,
+            form: source.form.clone(),
+            mode: rule.mode,
+            counters: Counters::default(),
+            asked: Vec::new(),
+        })
+    }
+
     fn is_of_same_setting(&self, other: &Self) -> bool {
         let Self { policy, rule, place, option, form, mode, counters: _, asked: _ } = self;
         (policy, rule, place, option, form, mode)

@@ -1,12 +1,13 @@
 //! The word that a session leaves of itself, as an instance's record.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, mem};
 
 use super::Generation;
 use crate::{
     fault,
     instance::{self, Files, Instance, InstanceError, Record, Unread},
     kernel::{MapIds, Target, names_and_scopes},
+    report::Counted,
 };
 
 /// An instance, and what it says of itself.
@@ -19,27 +20,39 @@ impl Word {
     /// Of an instance that takes over generations of these numbers, if any, when so many events had found no room.
     pub(super) fn of(instance: Instance, maps: MapIds, former: &[u32], ring_full: u64) -> Self {
         let before = instance.record();
-        let unread = before.as_ref().filter(|before| before.maps == maps).map(|before| before.unread);
-        let mut generations = before.map(|before| before.generations).unwrap_or_default();
-        generations.retain(|generation| former.contains(&generation.number));
         let record = Record {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             persists: instance.persists(),
             maps,
-            unread: Unread::begun(ring_full, unread),
-            generations,
+            unread: Unread::begun(ring_full, None),
+            generations: Vec::new(),
+            retired: Vec::new(),
+            counted: Vec::new(),
+        };
+        // Else it is not what goes on.
+        let record = match before.filter(|before| before.maps == maps) {
+            Some(Record { unread, mut generations, retired, counted, .. }) => {
+                generations.retain(|generation| former.contains(&generation.number));
+                Record { unread: Unread::begun(ring_full, Some(unread)), generations, retired, counted, ..record }
+            }
+            None => record,
         };
         Self { instance, record }
     }
 
-    /// The policies that were taken over. Those that this build does not understand are left out.
+    /// The policies that were taken over.
     pub(super) fn former(&self) -> Vec<Generation> {
-        let understood = self.record.generations.iter().filter_map(|generation| {
-            let desired = generation.desired();
-            let desired = desired.inspect_err(|error| log::debug!("generation {}: {error}", generation.number)).ok()?;
-            Some(Generation { number: generation.number, desired, is_taken_over: true })
-        });
-        understood.collect()
+        understood(&self.record.generations)
+    }
+
+    /// Those before them.
+    pub(super) fn retired(&self) -> Vec<Generation> {
+        understood(&self.record.retired)
+    }
+
+    /// What had been counted when what was taken over was put in force.
+    pub(super) fn counted(&self) -> Vec<Counted> {
+        self.record.counted.clone()
     }
 
     /// Says what will be in force in a moment.
@@ -84,9 +97,14 @@ impl Word {
         Ok(())
     }
 
-    /// Says that all others are history.
-    pub(super) fn forget_all_but(&mut self, number: u32) {
-        self.record.generations.retain(|generation| generation.number == number);
+    /// Says that all others are history, some of which may still be to be told, and what had been counted by then.
+    pub(super) fn retire_all_but(&mut self, number: u32, is_to_be_told: impl Fn(u32) -> bool, counted: Vec<Counted>) {
+        let (current, others) =
+            mem::take(&mut self.record.generations).into_iter().partition(|generation| generation.number == number);
+        self.record.generations = current;
+        self.record.retired.extend::<Vec<_>>(others);
+        self.record.retired.retain(|generation| is_to_be_told(generation.number));
+        self.record.counted = counted;
         // The others are told of too long, no more.
         self.write_if_possible();
     }
@@ -115,4 +133,14 @@ impl Word {
     pub(super) fn stays_as(&self) -> Option<&str> {
         self.instance.persists().then(|| self.instance.name())
     }
+}
+
+/// Those that this build understands.
+fn understood(generations: &[instance::Generation]) -> Vec<Generation> {
+    let understood = generations.iter().filter_map(|generation| {
+        let desired = generation.desired();
+        let desired = desired.inspect_err(|error| log::debug!("generation {}: {error}", generation.number)).ok()?;
+        Some(Generation { number: generation.number, desired })
+    });
+    understood.collect()
 }

@@ -1,7 +1,7 @@
 //! Policies that stay in force when the agent is gone, and agents that take over.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs,
     os::unix::{fs::MetadataExt, process::ExitStatusExt},
     process::{Command, Stdio},
@@ -94,6 +94,57 @@ fn policies_of_a_persistent_run_stay_and_the_next_one_takes_over() {
     assert_eq!(probe.fresh(SO_MARK), 2);
     instance.detach();
     assert_eq!(attached(&target), 0);
+}
+
+/// A process of its own asks for a mark that the policy does not want.
+fn disagree(target: &Cgroup, mark: i32) {
+    let mut probe = Probe::start(target);
+    let socket = probe.open(Family::Inet, Kind::Tcp);
+    probe.set(socket, SO_MARK, mark).unwrap();
+}
+
+#[test]
+fn counts_and_what_nobody_has_read_go_on_from_policies_to_policies_and_from_agent_to_agent() {
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let policy = PolicyFile::new(sets_mark(&target, 1));
+    let counted = || {
+        let status = agent::output(&["status", "--output", "json", &instance.name]);
+        let status: Value = serde_json::from_slice(&status.stdout).unwrap();
+        let setting = &status["settings"][0];
+        [&setting["sockets"]["set"], &setting["calls"]["conflicts"]["rewritten"]].map(|count| count.as_u64().unwrap())
+    };
+    // Without an agent, and each time by the same policies put in force anew.
+    for times in 1..=3 {
+        instance.attach(policy.path());
+        disagree(&target, 10 + times);
+        assert_eq!(counted(), [times as u64; 2]);
+    }
+    let run = run_persistent(&instance, &policy);
+    assert_eq!(counted(), [3; 2]);
+    disagree(&target, 14);
+    run.signal(Signal::SIGHUP);
+    run.notice("reload", 1);
+    assert_eq!(counted(), [4; 2]);
+    let report = run.finish_and_stay();
+    let asked: Vec<_> = report.of("conflict", "SO_MARK").iter().map(|event| event.asked.as_u64().unwrap()).collect();
+    assert_eq!(asked, [11, 12, 13, 14]);
+    report.assert_nothing_lost();
+    let setting = report.setting("SO_MARK");
+    assert_eq!((setting.sockets.set, setting.calls.verdicts()), (4, BTreeMap::from([("rewritten", 4)])));
+
+    let run = run_persistent(&instance, &policy);
+    disagree(&target, 15);
+    run.signal(Signal::SIGKILL);
+    run.wait_for_end();
+    disagree(&target, 16);
+    assert_eq!(counted(), [6; 2]);
+    instance.attach(policy.path());
+    assert_eq!(counted(), [6; 2]);
+    // What is new begins anew.
+    fs::write(policy.path(), sets_mark(&target, 2)).unwrap();
+    instance.attach(policy.path());
+    assert_eq!(counted(), [0; 2]);
+    instance.detach();
 }
 
 #[test]

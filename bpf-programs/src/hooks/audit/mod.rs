@@ -342,7 +342,7 @@ fn was_given_the_same(call: &Call) -> bool {
         && call.key == OptionKey { level: level as i32, name: name as i32 }
         && call.optval == optval
         // A length is an int, and what a register has beside it means nothing.
-        && (call.kind == call::GETSOCKOPT || call.optlen as u32 == optlen as u32)
+        && call.optlen as u32 == optlen as u32
 }
 
 /// Whether what a call asks for stands where it was read.
