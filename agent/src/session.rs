@@ -229,10 +229,20 @@ impl Session {
             log::warn!("calls are not timed until sockpolicy starts anew");
         }
         let staged = self.object.stage(&desired, None, &targets)?;
+        if let Some(word) = &mut self.word
+            && let Err(error) = word.add(staged.generation(), files, &targets)
+        {
+            self.object.abandon(staged);
+            return Err(error.into());
+        }
+        // Last, for it does not wait for the policies.
         if desired.audit != before {
             match self.object.attach_audit(desired.audit, self.backend) {
                 Ok(audit) => self.audit = audit,
                 Err(error) => {
+                    if let Some(word) = &mut self.word {
+                        word.take_back(staged.generation());
+                    }
                     self.object.abandon(staged);
                     // As it was. What could be attached then can be now.
                     self.audit = self.object.attach_audit(before, self.backend)?;
@@ -240,12 +250,6 @@ impl Session {
                 }
             }
             warn_without_audit(self.audit, desired.audit);
-        }
-        if let Some(word) = &mut self.word
-            && let Err(error) = word.add(staged.generation(), files, &targets)
-        {
-            self.object.abandon(staged);
-            return Err(error.into());
         }
         let number = self.object.enable(staged, desired.audit.calls)?;
         let before = mem::replace(&mut self.current, Generation { number, desired });

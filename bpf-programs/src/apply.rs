@@ -1,4 +1,4 @@
-//! Applies the settings of one site to one socket. The only caller of bpf_setsockopt.
+//! Applies the settings of one site to one socket.
 //!
 //! What concerns a single option stands in functions of their own ([`apply_turn`],
 //! [`apply_addressed`]) that the verifier checks once, however many options a loop may meet: they

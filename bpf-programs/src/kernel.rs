@@ -1,5 +1,5 @@
 //! Looks at the kernel's own structures, by the offsets of [`LAYOUT`]. The audit does so; other hooks are handed what they need,
-//! but for who calls ([`is_agent`]).
+//! but for who calls ([`is_agent`]) and with what ([`arguments`]).
 //!
 //! Nothing here can fault: reading an address that is none gives `None`.
 

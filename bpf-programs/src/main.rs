@@ -1,7 +1,7 @@
 //! The kernel side of sockpolicy.
 //!
 //! One object with a program for each hook. A program reads what its hook knows of the socket
-//! ([`ctx`]), asks [`abi`] what the policy says, and does it ([`apply`], [`hooks::setsockopt`]).
+//! ([`ctx`]), asks [`abi`] what the policy says, and does it ([`apply`], [`hooks::calls`]).
 //!
 //! Invariants: a program never makes a connection fail; whatever goes wrong leaves the socket as
 //! the application had it and is counted; with zeroed maps every program does nothing.

@@ -481,7 +481,11 @@ impl Object {
         let _memlock = Memlock::raise();
         if let Some((audit, events)) = audit::attach(&mut self.ebpf, choice, Aim::of(wanted, self.can_begin_calls))? {
             (self.audit, self.events) = (Some(audit), events);
-            self.note_audit(if audit.sees_ends_alone() { abi::audit::ENDS } else { abi::audit::CALLS })?;
+            self.note_audit(match (audit.sees_ends_alone(), wanted.reads) {
+                (false, _) => abi::audit::CALLS,
+                (true, false) => abi::audit::ENDS,
+                (true, true) => abi::audit::ENDS | abi::audit::READ_ENDS,
+            })?;
         }
         Ok(self.audit)
     }

@@ -67,6 +67,12 @@ impl Word {
         Ok(())
     }
 
+    /// Says that this will not be in force after all.
+    pub(super) fn take_back(&mut self, number: u32) {
+        self.record.generations.retain(|generation| generation.number != number);
+        self.write_if_possible();
+    }
+
     /// Says where that is in force.
     pub(super) fn retarget(&mut self, targets: &[Target]) -> Result<(), InstanceError> {
         let mut record = self.record.clone();

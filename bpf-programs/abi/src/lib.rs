@@ -61,8 +61,10 @@ pub mod audit {
     pub const NONE: u32 = 0;
     /// It sees how they begin and how they end.
     pub const CALLS: u32 = 1;
-    /// It sees how they end. The cgroup's hooks begin the records of those that they find in conflict.
+    /// It sees how setsockopt calls end. The cgroup's hooks begin the records of those that they find in conflict.
     pub const ENDS: u32 = 2;
+    /// Beside that: the same of getsockopt calls.
+    pub const READ_ENDS: u32 = 4;
 }
 
 /// What is in force. Map `CONFIG`, index 0; written by the agent last, after every other map and when the programs are

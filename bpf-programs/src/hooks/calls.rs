@@ -142,16 +142,19 @@ impl Judged {
     }
 }
 
-/// Finds what governs a call: the option, and which of its settings.
+/// Finds what governs a call: the option, and which of its settings. What the audit still has of an earlier one is dropped.
 #[inline(always)]
 fn find_governance(call: &OptionCall) -> Option<(Governance, &'static Governed)> {
     let config = maps::config()?;
-    if !call.is_inet() || kernel::is_agent(config) {
+    if kernel::is_agent(config) {
         return None;
     }
     let generation = config.generation;
     // SAFETY: the context's socket, which is never NULL.
-    let scope = unsafe { storage::scope_now(call.sk(), config) }?;
+    let scope = if call.is_inet() { Some(unsafe { storage::scope_now(call.sk(), config) }?) } else { None };
+    // Not before it is this program's turn to decide: another's may have, about this very call.
+    hooked::drop_unended(caller_thread());
+    let scope = scope?;
     let (index, option) = maps::option_named(config, generation, scope.options, call.key())?;
     if option.is_certain() {
         return Some((Governance { index, rank: 0 }, option));
@@ -180,7 +183,6 @@ pub(crate) extern "C" fn judge_call(ctx: *mut bpf_sockopt) -> u64 {
 #[inline(always)]
 fn judge_governed(call: &OptionCall) -> Option<Judged> {
     let (governed, option) = find_governance(call)?;
-    hooked::drop_unended(caller_thread());
     if option.surely_agrees(call.len(), &call.argument()) {
         count(option.first_setting, |counters| &mut counters.agreed);
         return Some(Judged::new(governed, verdict::NONE, false));
@@ -430,7 +432,6 @@ pub(crate) extern "C" fn compare_read(ctx: *mut bpf_sockopt) -> u64 {
 #[inline(always)]
 fn compare(call: &OptionCall) -> Option<Judged> {
     let (governed, option) = find_governance(call)?;
-    hooked::drop_unended(caller_thread());
     let Rows { setting, winner, .. } = Rows::of(option, governed.rank)?;
     let shown = shown(option, setting, call.len(), &call.argument())?;
     if judge(option.kind, setting, &shown).verdict == verdict::NONE {

@@ -4,12 +4,13 @@
 //! there is to note. Then the audit sees their ends alone ([`audit::ENDS`]), and of most calls there is nothing to be found at
 //! the end.
 //!
-//! Invariant: as the audit's. A hook decides once about a call, so a record that is decided already, or begun by a hook, is
-//! of an earlier one. So is one that was given something else than the call has that its thread is in.
+//! Invariant: as the audit's. A hook decides once about a call, within the function that is handed the socket: so a record that is
+//! decided already or begun by a hook, or in which that function has ended, is of an earlier one. So is one that was given
+//! something else than the call has that its thread is in.
 
 use abi::{
     audit,
-    event::{Call, flags},
+    event::{Call, call, flags},
     setting::OptionKey,
 };
 use aya_ebpf::Global;
@@ -23,7 +24,7 @@ use crate::{
 /// Whether programs at cgroup/setsockopt can tell which system call a task is in and what it was given, and others then which
 /// socket is meant by that: `bpf_task_pt_regs`, and [`LAYOUT`](abi::layout). As in `calls`, a constant to the verifier.
 #[unsafe(no_mangle)]
-static CAN_BEGIN_CALLS: Global<u8> = Global::new(0);
+pub(super) static CAN_BEGIN_CALLS: Global<u8> = Global::new(0);
 
 /// What the audit sees of calls.
 #[inline(always)]
@@ -31,14 +32,15 @@ fn seen() -> u32 {
     maps::config().map_or(audit::NONE, |config| config.audit)
 }
 
-/// Drops what a thread, which is in a call that a hook decides about, has left of an earlier one, whose end was then not seen.
+/// Drops what a thread, which is in a call that a hook has not decided about yet, has left of an earlier one, whose end was then
+/// not seen.
 #[inline(always)]
 pub(in crate::hooks) fn drop_unended(thread: u64) {
     let seen = seen();
     if seen != audit::NONE
         && thread != 0
         && let Some(call) = maps::call(thread)
-        && (seen == audit::ENDS || call.flags & flags::DECIDED != 0)
+        && (seen & audit::ENDS != 0 || call.flags & (flags::DECIDED | flags::COMPLETE) != 0)
     {
         super::drop_unended(thread, call);
     }
@@ -47,8 +49,10 @@ pub(in crate::hooks) fn drop_unended(thread: u64) {
 /// The record of a call that a hook has found in conflict. `None` where the audit does not see it, or there is no room.
 #[inline(always)]
 pub(in crate::hooks) fn record(thread: u64, kind: u32, key: OptionKey) -> Option<&'static mut Call> {
-    if CAN_BEGIN_CALLS.load() != 0 && seen() == audit::ENDS {
-        return begin(thread, kind, key);
+    let seen = seen();
+    if CAN_BEGIN_CALLS.load() != 0 && seen & audit::ENDS != 0 {
+        let is_seen_to_its_end = kind == call::SETSOCKOPT || seen & audit::READ_ENDS != 0;
+        return if is_seen_to_its_end { begin(thread, kind, key) } else { None };
     }
     let call = maps::call_of(thread, kind, key)?;
     if CAN_BEGIN_CALLS.load() != 0 && call.flags & flags::SYSCALL != 0 && !super::was_given_the_same(call) {

@@ -26,7 +26,6 @@ mod unhooked;
 use abi::{
     Config, Place, calls,
     event::{Call, Executable, TallyKey, call, flags},
-    layout::known,
     setting::{OptionKey, TEXT_LEN, Value, Words, word_in},
 };
 use aya_ebpf::{
@@ -38,6 +37,7 @@ use aya_ebpf::{
     },
 };
 
+use self::hooked::CAN_BEGIN_CALLS;
 use crate::{
     emit::{self, Head, Task},
     kernel,
@@ -276,7 +276,7 @@ fn end(ended: Ended) {
 #[inline(always)]
 fn finish(thread: u64, call: &Call, ended: &Ended) {
     let Ended { source, result, .. } = *ended;
-    if is_to_be_told(call) && is_current(thread) == 0 {
+    if (is_to_be_told(call) || TIMING.load() != 0) && is_current(thread, result) == 0 {
         drop_unended(thread, call);
         return;
     }
@@ -317,20 +317,29 @@ fn under_way(ended: &Ended) -> Option<(u64, &'static mut Call)> {
 
 /// Whether a thread's record is of the system call that it is at the end of, as far as that can be told: 1 or 0.
 ///
-/// What was given is known by the registers with which the thread came into the kernel. Of two calls that were given the same place
-/// in memory, what stands there tells. Where a hook decides about calls it need not: it drops the record of the first, if the second
-/// comes to it at all, and does not fail to find the socket.
+/// What was given is known by the registers with which the thread came into the kernel, from 5.15 on. Of two calls that were given
+/// the same place in memory, what stands there tells. Where a hook has decided about the first it need not: if the second comes to
+/// a hook, that drops the record, and if its descriptor stands for no socket the result says so. On a socket of no target, by the
+/// same descriptor, it is not told from the first.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn is_current(thread: u64) -> u32 {
+extern "C" fn is_current(thread: u64, result: i64) -> u32 {
     let Some(call) = maps::call(thread) else { return 0 };
     // Of calls that are made in other ways these registers tell nothing.
-    let is_current = !kernel::knows(known::SYSCALL)
+    let is_current = CAN_BEGIN_CALLS.load() == 0
         || call.flags & flags::SYSCALL == 0
         || was_given_the_same(call)
             && (call.flags & flags::DECIDED != 0 || still_asks(call))
-            && (call.flags & flags::HOOKED == 0 || is_held(call));
+            && (!is_of_no_socket(result) || call.sk == 0 || is_held(call));
     is_current.into()
+}
+
+/// Whether a result is what the kernel says of a descriptor that stands for no socket.
+#[inline(always)]
+fn is_of_no_socket(result: i64) -> bool {
+    const EBADF: i64 = 9;
+    const ENOTSOCK: i64 = 88;
+    result == -EBADF || result == -ENOTSOCK
 }
 
 /// Whether the system call that the current task is in was given what that of a record was.
@@ -348,7 +357,8 @@ fn was_given_the_same(call: &Call) -> bool {
 /// Whether what a call asks for stands where it was read.
 #[inline(always)]
 fn still_asks(call: &Call) -> bool {
-    if call.kind != call::SETSOCKOPT || call.flags & flags::UNREADABLE != 0 {
+    let was_read = call.asked.len != 0 && call.flags & flags::UNREADABLE == 0;
+    if call.kind != call::SETSOCKOPT || !was_read {
         return true;
     }
     let optval = Pointer { address: call.optval, in_kernel: call.flags & flags::OPTVAL_IN_KERNEL != 0 };

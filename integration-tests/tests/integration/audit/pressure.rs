@@ -114,7 +114,7 @@ fn result_of_a_conflict_is_never_that_of_the_call_after_it() {
 fn result_of_any_other_call_is_its_own_too() {
     for backend in backends() {
         // The kernel refuses what takes no byte.
-        let (_, report) = audited(backend, &[&workload(), "pairs", "32", "1000", "300"]);
+        let (_, report) = audited(backend, &[&workload(), "pairs", "32", "500", "300"]);
         let told: BTreeSet<_> = report.events.iter().map(|event| (number(&event.asked), event.result)).collect();
         assert_eq!(told, BTreeSet::from([(5, Some(0)), (300, Some(-22))]), "{backend}");
     }
