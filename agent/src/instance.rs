@@ -301,19 +301,28 @@ impl Instance {
     ///
     /// If so.
     pub fn check_others(&self, cgroups: &[&str]) -> Result<(), InstanceError> {
-        for other in all().into_iter().filter(|other| other.name != self.name) {
-            let mut governed = other.record.iter().flat_map(Record::targets);
-            let Some(cgroup) = governed.find(|cgroup| cgroups.contains(cgroup)) else { continue };
-            let cgroup = cgroup.to_owned();
-            let (holder, remedy) = match other.pid {
-                Some(pid) => (format!("runs as process {pid}"), format!("kill {pid}")),
-                None if other.is_running => ("is just being started".to_owned(), "sockpolicy status".to_owned()),
-                None => ("is in force without an agent".to_owned(), format!("sockpolicy detach {}", other.name)),
-            };
-            return Err(InstanceError::Governed { cgroup, name: other.name, holder, remedy });
-        }
-        Ok(())
+        check_others(Some(&self.name), cgroups)
     }
+}
+
+/// Whether one of these cgroups, by their names, is a target of an instance, other than the one of this name.
+///
+/// # Errors
+///
+/// If so.
+pub fn check_others(own: Option<&str>, cgroups: &[&str]) -> Result<(), InstanceError> {
+    for other in all().into_iter().filter(|other| Some(&*other.name) != own) {
+        let mut governed = other.record.iter().flat_map(Record::targets);
+        let Some(cgroup) = governed.find(|cgroup| cgroups.contains(cgroup)) else { continue };
+        let cgroup = cgroup.to_owned();
+        let (holder, remedy) = match other.pid {
+            Some(pid) => (format!("runs as process {pid}"), format!("kill {pid}")),
+            None if other.is_running => ("is just being started".to_owned(), "sockpolicy status".to_owned()),
+            None => ("is in force without an agent".to_owned(), format!("sockpolicy detach {}", other.name)),
+        };
+        return Err(InstanceError::Governed { cgroup, name: other.name, holder, remedy });
+    }
+    Ok(())
 }
 
 impl Drop for Instance {

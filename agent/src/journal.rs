@@ -117,6 +117,12 @@ impl Journal {
         Self { path: instance::path_of(instance, "before"), file: None }
     }
 
+    /// Whether anything is kept.
+    #[must_use]
+    pub fn exists(&self) -> bool {
+        self.path.exists()
+    }
+
     /// Notes what an option shows, and what it is about to be given.
     ///
     /// # Errors

@@ -98,14 +98,35 @@ pub(super) struct Detach {
 
 #[derive(Debug, thiserror::Error)]
 enum DetachError {
+    #[error(
+        "instance `{name}` of sockpolicy runs, as process {pid}\n  help: end that one (kill {pid}), and then, if it was to persist, \
+         detach what it leaves"
+    )]
+    Running { name: String, pid: String },
     #[error(transparent)]
-    Instance(#[from] InstanceError),
+    Instance(InstanceError),
     #[error(transparent)]
     Kernel(#[from] KernelError),
     #[error(transparent)]
     Restore(#[from] Box<ApplyError>),
-    #[error("no instance `{name}` has policies in force without an agent{}", list(.others))]
-    None { name: String, others: Vec<String> },
+    #[error("no instance `{name}` has policies in force without an agent{}{}", list(.others), restore(*.has_journal, .name))]
+    None { name: String, others: Vec<String>, has_journal: bool },
+}
+
+impl From<InstanceError> for DetachError {
+    fn from(error: InstanceError) -> Self {
+        match error {
+            InstanceError::Running { name, pid } => Self::Running { name, pid },
+            other => Self::Instance(other),
+        }
+    }
+}
+
+fn restore(has_journal: bool, instance: &str) -> String {
+    if !has_journal {
+        return String::new();
+    }
+    format!("\n  help: put back what `apply` has changed: sockpolicy apply --restore --instance {instance}")
 }
 
 fn list(names: &[String]) -> String {
@@ -129,12 +150,15 @@ impl Detach {
         let name = &self.instance;
         kernel::check_privileges()?;
         let mut instance = Instance::become_one(name, true)?;
+        let others = Pins::instances();
+        if !others.contains(name) {
+            instance.forget();
+            let has_journal = Journal::of(name).exists();
+            return Err(DetachError::None { name: name.clone(), others, has_journal });
+        }
         let pins = Pins::of(name)?;
         // Whatever comes of it, what it says of itself is not true any more.
         instance.forget();
-        if !pins.exist() {
-            return Err(DetachError::None { name: name.clone(), others: Pins::instances() });
-        }
         pins.end()?;
         pins.remove()?;
         // No sooner: the policies would set it again.

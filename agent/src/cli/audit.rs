@@ -24,7 +24,10 @@ use crate::{
     host::{cgroup::Mount, process},
     kernel,
     options::{self, SocketOption},
-    policy::model::{Calls, Policy},
+    policy::{
+        model::{Calls, Policy},
+        nearest_option,
+    },
     session::{self, GapsChoice, SessionError, Setup},
 };
 
@@ -176,10 +179,10 @@ fn parse_option(text: &str) -> Result<abi::setting::OptionKey, String> {
         let (level, name) = text.split_once(':')?;
         Some(abi::setting::OptionKey { level: level.parse().ok()?, name: name.parse().ok()? })
     };
-    options::by_name(text)
-        .map(SocketOption::key)
-        .or_else(numeric)
-        .ok_or_else(|| "no option of this name; `sockpolicy options` lists all, and LEVEL:NUMBER names any".to_owned())
+    options::by_name(text).map(SocketOption::key).or_else(numeric).ok_or_else(|| match nearest_option(text) {
+        Some(near) => format!("no option of this name: did you mean {near}?"),
+        None => "no option of this name; `sockpolicy options` lists all, and LEVEL:NUMBER names any".to_owned(),
+    })
 }
 
 fn parse_verdict(text: &str) -> Result<Deed, String> {

@@ -19,6 +19,7 @@ use crate::{
     compile::{Desired, Hook, Scope},
     events::SCHEMA,
     host::cgroup::Mount,
+    instance::{self, InstanceError},
     kernel::{self, BackendChoice, Neighbour, Target, Turn},
     policy::{Policy, model::Mode},
     session,
@@ -65,7 +66,7 @@ impl Plan {
     fn tell(&self, policies: &[Policy]) -> Result<(), PlanError> {
         check::show(&check::on_this_host(policies));
         let mount = Mount::find().map_err(RunError::from)?;
-        let Placement { stacks, targets } = Placement::find(&mount, &self.cgroup, policies)?;
+        let Placement { stacks, targets } = Placement::standing(&mount, &self.cgroup, policies)?;
         let desired = session::prepare(policies, &stacks, self.dry_run, false).map_err(RunError::from)?;
         if let Some(name) = &self.instance {
             let in_force = status::in_force(name).map_err(Box::new)?;
@@ -79,14 +80,23 @@ impl Plan {
         }
         let tried: Vec<_> = desired.set_options().iter().map(|option| option.name.to_owned()).collect();
         let others = neighbours(&mount, &targets);
+        // As far as this process may know.
+        let refused = instance::check_others(None, &kernel::names(&targets)).err();
         let written = match self.output {
-            Format::Text => self.write_text(&desired, &targets, &tried, &others),
-            Format::Json => self.write_json(&desired, &targets, &tried, &others),
+            Format::Text => self.write_text(&desired, &targets, &tried, &others, refused.as_ref()),
+            Format::Json => self.write_json(&desired, &targets, &tried, &others, refused.as_ref()),
         };
         Ok(unless_closed(written)?)
     }
 
-    fn write_text(&self, desired: &Desired, targets: &[Target], tried: &[String], others: &Others) -> io::Result<()> {
+    fn write_text(
+        &self,
+        desired: &Desired,
+        targets: &[Target],
+        tried: &[String],
+        others: &Others,
+        refused: Option<&InstanceError>,
+    ) -> io::Result<()> {
         let mut out = io::stdout().lock();
         if !tried.is_empty() {
             writeln!(
@@ -116,6 +126,9 @@ impl Plan {
             [] => writeln!(out, "no audit: results of calls are not seen"),
             ref backends => writeln!(out, "in the kernel:\n  attach to {calls}, by {}", backends.join(", or else ")),
         }?;
+        if let Some(error) = refused {
+            writeln!(out, "\nunless it takes over that instance, it would be refused as things are:\n  {error}")?;
+        }
         match others {
             Err(error) => writeln!(out, "\nwhich programs of others are attached there cannot be told: {error}"),
             Ok(others) if others.is_empty() => Ok(()),
@@ -132,8 +145,18 @@ impl Plan {
         }
     }
 
-    fn write_json(&self, desired: &Desired, targets: &[Target], tried: &[String], others: &Others) -> io::Result<()> {
+    fn write_json(
+        &self,
+        desired: &Desired,
+        targets: &[Target],
+        tried: &[String],
+        others: &Others,
+        refused: Option<&InstanceError>,
+    ) -> io::Result<()> {
         let mut out = io::stdout().lock();
+        if let Some(error) = refused {
+            writeln!(out, "{}", json!({ "schema": SCHEMA, "step": "refuse", "why": error.to_string() }))?;
+        }
         if !tried.is_empty() {
             writeln!(out, "{}", json!({ "schema": SCHEMA, "step": "try", "options": tried }))?;
         }
@@ -189,6 +212,7 @@ fn heading(scope: &Scope, targets: &[&Target]) -> String {
     };
     let policies = format!("{} ({mode})", scope.policies.join(", then "));
     match targets {
+        [] => format!("on no cgroup yet, and on those that come to be its targets: {policies}"),
         [only] => format!("on {}, and all below it: {policies}", only.cgroup.name),
         several => {
             let names: Vec<_> = several.iter().map(|target| format!("\n    {}", target.cgroup.name)).collect();

@@ -232,8 +232,17 @@ impl Placement {
         Self::of(mount, coverage)
     }
 
+    /// On the targets that were asked for, else on those of the policies that there are now: others may come.
+    pub(super) fn standing(mount: &Mount, asked: &[PathBuf], policies: &[Policy]) -> Result<Self, RunError> {
+        if asked.is_empty() {
+            check_targets(policies)?;
+            return Self::for_now(mount, policies);
+        }
+        Self::find(mount, asked, policies)
+    }
+
     /// On the targets of the policies that there are now. Those that hold nowhere yet have a stack too.
-    pub(super) fn for_now(mount: &Mount, policies: &[Policy]) -> Result<Self, RunError> {
+    fn for_now(mount: &Mount, policies: &[Policy]) -> Result<Self, RunError> {
         // Before the tree, which then has their cgroups.
         let containers = containers::wanted_by(policies);
         let reach = Reach::of(policies)?;

@@ -22,7 +22,7 @@ use super::{
     containers::{self, Looks},
     in_line::InLine,
     output::{Manner, Writer},
-    run::{Placement, RunError, check_targets},
+    run::{Placement, RunError},
     signals::Signals,
     sockets::{Sockets, Targets},
     walker::Walker,
@@ -87,11 +87,7 @@ impl Wanted<'_> {
 
     /// Where these policies hold by now.
     fn placement(&self, policies: &[Policy]) -> Result<Placement, RunError> {
-        if self.cgroups.is_empty() {
-            check_targets(policies)?;
-            return Placement::for_now(self.mount, policies);
-        }
-        Placement::find(self.mount, self.cgroups, policies)
+        Placement::standing(self.mount, self.cgroups, policies)
     }
 }
 

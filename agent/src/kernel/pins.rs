@@ -80,12 +80,6 @@ impl Pins {
         names
     }
 
-    /// Whether there is anything of this instance.
-    #[must_use]
-    pub fn exist(&self) -> bool {
-        self.instance.exists()
-    }
-
     fn ours(&self) -> PathBuf {
         self.instance.join(LAYOUT)
     }

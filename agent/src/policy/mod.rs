@@ -32,6 +32,7 @@ pub use self::{
     model::Policy,
     socket::{End, Socket, TwoFamilies, parse_end},
     sources::{Sources, Texts},
+    validate::clauses::nearest_option,
 };
 use self::{
     diagnostic::{Diagnostic, Problem, Severity, Source, Span, Style, quote},

@@ -6,7 +6,7 @@
 //! Invariant: a [`Policy`] comes out only where there is no error, and every error of the file is
 //! found in one go.
 
-mod clauses;
+pub(super) mod clauses;
 mod selector;
 mod target;
 mod tests;

@@ -370,6 +370,41 @@ fn detach_of_nothing_says_so() {
     assert!(stderr(&output).starts_with("error: no instance `"), "{}", stderr(&output));
     assert_eq!(output.status.code(), Some(2));
     assert!(instance.left().is_empty(), "{:?}", instance.left());
+    // It does not take what it would then not find either.
+    let without = process::output(with_mounts("umount /sys/fs/bpf", &agent::command(&["detach", &instance.name])));
+    assert_eq!(stderr(&without).lines().next(), stderr(&output).lines().next());
+}
+
+#[test]
+fn detach_says_what_to_do_about_an_agent_that_runs_and_about_what_apply_has_changed() {
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let policy = PolicyFile::new(sets_mark(&target, 1));
+    let detach = || stderr(&agent::output(&["detach", "--restore", &instance.name]));
+    let run = run_persistent(&instance, &policy);
+    let pid = run.pid();
+    assert_eq!(
+        detach(),
+        format!(
+            "error: instance `{}` of sockpolicy runs, as process {pid}\n  help: end that one (kill {pid}), and then, if it \
+             was to persist, detach what it leaves\n",
+            instance.name
+        )
+    );
+    run.finish_and_stay();
+    instance.detach();
+    let mut probe = Probe::start(&target);
+    let socket = probe.open(Family::Inet, Kind::Tcp);
+    let applied = instance.run("apply", &[policy.path().to_str().unwrap()]);
+    assert!(applied.status.success(), "{}", stderr(&applied));
+    assert_eq!(probe.int(socket, SO_MARK), 1);
+    let said = detach();
+    let help = format!(
+        "\n  help: put back what `apply` has changed: sockpolicy apply --restore --instance {}\n",
+        instance.name
+    );
+    assert!(said.ends_with(&help), "{said}");
+    assert_eq!(stdout(&instance.run("apply", &["--restore"])).split(';').next(), Some("put back: 1 options"));
+    assert_eq!(probe.int(socket, SO_MARK), 0);
 }
 
 /// The layout of the build that is tested, and a build of another one.

@@ -1,5 +1,7 @@
 //! `sockpolicy plan`, against what `run` does.
 
+use std::path::Path;
+
 use serde_json::Value;
 use sockpolicy_integration_tests::{
     agent::{self, Run},
@@ -68,6 +70,30 @@ fn programs_of_others_are_named() {
     let ours: Vec<_> = attached.iter().filter(|line| line["cgroup"] == target.name().as_str()).collect();
     assert_eq!(ours.len(), 1, "{attached:?}");
     assert_eq!((&ours[0]["hook"], &ours[0]["name"]), (&hook.into(), &foreign::NAME.into()));
+}
+
+#[test]
+fn what_is_not_there_yet_is_waited_for_and_what_another_instance_has_is_refused() {
+    let target = Cgroup::new();
+    let policy = PolicyFile::new(format!(
+        "[target]\ncgroup = [{:?}, \"no-such-cgroup\"]\n[[rule]]\nset = {{ TCP_SYNCNT = 3 }}\n",
+        target.name()
+    ));
+    let later = policy.add("later.toml", "[target]\ncgroup = \"no-such-cgroup\"\n[[rule]]\nset = { SO_MARK = 3 }\n");
+    let plan = |path: &Path| stdout(&agent::output(&["plan", path.to_str().unwrap()]));
+    let said = plan(&later);
+    assert!(said.contains("on no cgroup yet, and on those that come to be its targets: later (enforced)\n"), "{said}");
+    assert!(!plan(policy.path()).contains("refused"));
+    let run = Run::started(&policy, &[]);
+    let refused = format!(
+        "\nunless it takes over that instance, it would be refused as things are:\n  cgroup {} is a target of instance \
+         `run-{}` already, which runs as process {}\n",
+        target.name(),
+        run.pid(),
+        run.pid()
+    );
+    assert!(plan(policy.path()).contains(&refused), "{}", plan(policy.path()));
+    run.finish();
 }
 
 #[test]

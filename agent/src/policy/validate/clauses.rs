@@ -231,7 +231,8 @@ fn named_option(name: &Text<'_>) -> Result<&'static SocketOption, Problem> {
 }
 
 /// The option that was probably meant. People leave the prefix out, and forget the capitals.
-fn nearest_option(word: &str) -> Option<&'static str> {
+#[must_use]
+pub fn nearest_option(word: &str) -> Option<&'static str> {
     let names = || OPTIONS.iter().map(|option| option.name);
     let without_prefix = |name: &str| name.split_once('_').map(|(_, rest)| rest.to_owned());
     names()

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 use super::{clauses, target};
 use crate::policy::{
     diagnostic::{Findings, Problem, quote},
-    file::{SocketFile, TestFile, Text},
+    file::{RuleFile, SocketFile, TestFile, Text},
     model::{Direction, Expected, Family, Named, Protocol, Test},
     socket::{End, Socket, parse_end},
     words,
@@ -52,6 +52,14 @@ fn expected(file: &TestFile<'_>, findings: &mut Findings) -> Vec<Expected> {
             refuse_second(&expected, option, name, findings);
             expected.push(Expected { option, line: findings.line(&name.span()), form: None });
         }
+    }
+    let RuleFile { set, limit, deny, .. } = &file.expected;
+    if set.is_empty() && limit.is_empty() && deny.is_empty() && file.free.is_empty() {
+        findings.error(
+            Problem::new("this test expects nothing, so it cannot fail")
+                .help("say what the socket is to have: set = { TCP_NODELAY = true }, or free = [\"TCP_NODELAY\"]")
+                .at(file.expected.header.clone()),
+        );
     }
     expected.sort_by_key(|expected| expected.line);
     expected

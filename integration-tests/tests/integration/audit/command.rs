@@ -308,10 +308,12 @@ fn filters_choose_among_conflicts() {
 fn filters_that_mean_nothing_are_refused() {
     let verdicts = "the verdicts are allowed, rewritten, clamped, ignored, denied";
     let options = "no option of this name; `sockpolicy options` lists all, and LEVEL:NUMBER names any";
+    let near = "no option of this name: did you mean TCP_NODELAY?";
     for (flag, value, why) in [
-        ("--option", "TCP_NODELEY", options),
+        ("--option", "TCP_NODELEY", near),
+        ("--option", "nodelay", near),
         ("--option", "6:", options),
-        ("--option", "6:TCP_NODELAY", options),
+        ("--option", "6:TCP_NODELAY", near),
         ("--option", "6:99999999999", options),
         ("--verdict", "forgiven", verdicts),
         ("--calls", "some", "one of conflicts, governed, all"),
