@@ -510,12 +510,14 @@ impl Session {
         let mut lost = self.lost();
         // Whatever has not returned by now will not be seen to.
         lost.losses.no_return += self.object.calls_under_way()?;
-        let counts =
-            Counts { calls: tallies.into_iter().filter_map(|(key, tally)| CallLine::new(key, tally)).collect(), lost };
-        let Self { object, current, targets, audit, gaps, mut report, .. } = self;
+        let Self { object, current, targets, filter, audit, gaps, mut report, .. } = self;
+        let tallies = tallies.into_iter().filter(|(key, _)| filter.admits_option(key.key));
+        let counts = Counts { calls: tallies.filter_map(|(key, tally)| CallLine::new(key, tally)).collect(), lost };
         report.count(current.number, &current.desired, &object.counters()?);
         let targets = kernel::names(&targets).into_iter().map(str::to_owned).collect();
-        Ok(report.summarize(&current.desired, counts, targets, audit, gaps))
+        let mut summary = report.summarize(&current.desired, counts, targets, audit, gaps);
+        summary.lines.retain(|line| filter.admits_option(line.option.key()));
+        Ok(summary)
     }
 }
 

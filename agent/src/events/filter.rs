@@ -19,7 +19,7 @@ impl Filter {
     /// Whether to tell of an event.
     #[must_use]
     pub fn admits(&self, event: &Event) -> bool {
-        let Self { options, verdicts, processes, comms } = self;
+        let Self { options: _, verdicts, processes, comms } = self;
         let verdict = match event.kind {
             Kind::Conflict { verdict, .. } => Some(verdict.what),
             Kind::Call(_)
@@ -30,10 +30,16 @@ impl Filter {
             | Kind::Untold { .. } => None,
         };
         let task = event.task.as_ref();
-        admits(options, Some(&event.key))
+        self.admits_option(event.key)
             && admits(verdicts, verdict.as_ref())
             && admits(processes, task.map(|task| &task.pid))
             && admits(comms, task.map(|task| &task.comm))
+    }
+
+    /// Whether to tell of an option: the others are not counted either.
+    #[must_use]
+    pub fn admits_option(&self, key: OptionKey) -> bool {
+        admits(&self.options, Some(&key))
     }
 }
 

@@ -12,7 +12,7 @@ use crate::policy::model::Mode;
 
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let targets = self.targets.join(", ");
+        let targets = if self.targets.is_empty() { "no cgroup".to_owned() } else { self.targets.join(", ") };
         if self.policies.is_empty() {
             writeln!(f, "sockpolicy: the calls of {targets}")?;
         } else {
@@ -134,7 +134,15 @@ impl Summary {
             }
         }
         align_right(&mut table, 3);
-        writeln!(f, "\n{table}")
+        writeln!(f, "\n{table}")?;
+        let held_back: u64 = self.lines.iter().map(|line| line.counters.suppressed).sum();
+        if held_back > 0 {
+            writeln!(
+                f,
+                "\nheld back: the events of {held_back} of these calls, each like one that was told a moment before"
+            )?;
+        }
+        Ok(())
     }
 }
 

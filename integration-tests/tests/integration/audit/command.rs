@@ -7,7 +7,7 @@ use std::{
     process::{Command, Output},
 };
 
-use nix::errno::Errno;
+use nix::{errno::Errno, sys::signal::Signal};
 use serde_json::Value;
 use sockpolicy_integration_tests::{
     agent::{self, Run},
@@ -281,6 +281,23 @@ fn filters_choose_among_calls() {
 }
 
 #[test]
+fn options_that_were_not_asked_for_are_neither_summed_up_nor_a_failure() {
+    let policy = PolicyFile::new("[[rule]]\nlimit = { TCP_SYNCNT = { max = 9 } }\n");
+    let (policy, target) = (policy.path().to_str().unwrap().to_owned(), Cgroup::new());
+    let summed_up = |option: &str| {
+        let arguments = ["--cgroup", &path_of(&target), "--calls", "all", "--fail-on-conflict", "--option", option];
+        let run = Run::audit(&[&arguments[..], &[&policy]].concat());
+        make_calls(&mut Probe::start(&target));
+        run.signal(Signal::SIGTERM);
+        let (status, report) = run.finish_with_status();
+        let options: BTreeSet<_> = report.summary.calls.iter().map(|line| line.option.clone()).collect();
+        (status.code(), report.summary.conflicts, options.into_iter().collect::<Vec<_>>())
+    };
+    assert_eq!(summed_up("TCP_NODELAY"), (Some(0), 0, vec!["TCP_NODELAY".to_owned()]));
+    assert_eq!(summed_up("TCP_SYNCNT"), (Some(1), 1, vec!["TCP_SYNCNT".to_owned()]));
+}
+
+#[test]
 fn filters_choose_among_conflicts() {
     let policy = PolicyFile::new(
         "[[rule]]\nset = { TCP_NODELAY = { value = false, on_conflict = \"deny\" } }\nlimit = { TCP_SYNCNT = { max = 9 } }\n",
@@ -432,11 +449,11 @@ fn losses_are_told_while_it_runs_and_add_up_to_the_summarys() {
     let agent = nix::unistd::Pid::from_raw(run.pid() as i32);
     for storm in 1..=2 {
         // Nobody empties the ring buffer meanwhile.
-        nix::sys::signal::kill(agent, nix::sys::signal::Signal::SIGSTOP).unwrap();
+        nix::sys::signal::kill(agent, Signal::SIGSTOP).unwrap();
         let mut command = Command::new(workload());
         command.args(["storm", "1", &(CALLS / 2).to_string()]);
         assert!(Running::start_in(command, target.child(&storm.to_string())).finish().status.success());
-        nix::sys::signal::kill(agent, nix::sys::signal::Signal::SIGCONT).unwrap();
+        nix::sys::signal::kill(agent, Signal::SIGCONT).unwrap();
         let losses = || run.lines().lines().filter(|line| line.contains("\"event\":\"loss\"")).count();
         assert!(wait::until(wait::PATIENCE, || losses() >= storm), "no loss was told of");
     }
@@ -466,7 +483,7 @@ fn without_btf_events_say_why_they_do_not_know_the_socket() {
     assert!(wait::until(wait::PATIENCE, || running.stderr().contains("in force")), "{}", running.stderr());
     let mut probe = Probe::start(&target);
     make_calls(&mut probe);
-    running.signal(nix::sys::signal::Signal::SIGTERM);
+    running.signal(Signal::SIGTERM);
     let output = running.finish();
     assert!(output.status.success(), "{}", stderr(&output));
     assert!(stderr(&output).contains("events will lack what sockets say of themselves: "), "{}", stderr(&output));
