@@ -125,12 +125,12 @@ fn make_calls() -> io::Result<()> {
     set(socket, libc::SOL_TCP, libc::TCP_CONGESTION, b"reno")?;
     get(socket, libc::SOL_TCP, libc::TCP_CONGESTION, 16);
     set(socket, libc::SOL_SOCKET, libc::SO_LINGER, &[int(1), int(5)].concat())?;
-    // None of these succeeds.
+    // None of these succeeds. Of some the kernel never looks at the argument: so it is on the stack, and its page there.
     let refused = [
         set(socket, libc::SOL_TCP, libc::TCP_KEEPIDLE, &int(0)),
         set(socket, libc::SOL_TCP, 9999, &int(1)),
         set(socket, 9999, 1, &int(1)),
-        set(socket, libc::SOL_TCP, libc::TCP_NODELAY, &[1]),
+        set(socket, libc::SOL_TCP, libc::TCP_NODELAY, &int(1)[..1]),
         set(socket, libc::SOL_TCP, libc::TCP_CONGESTION, b"no-such-thing"),
         set(-1, libc::SOL_TCP, libc::TCP_NODELAY, &int(1)),
         set(12345, libc::SOL_SOCKET, libc::SO_KEEPALIVE, &int(1)),
