@@ -84,11 +84,19 @@ enum AuditError {
          the container (in the host's PID namespace), or give --cgroup"
     )]
     Namespace,
+    #[error("there is no policy file {word}\n  help: a command stands behind `--`: sockpolicy audit -- {word}")]
+    Command { word: String },
 }
 
 impl Audit {
     pub(super) fn run(mut self) -> ExitCode {
         let failure = if self.command.is_empty() { FAILURE } else { OURS };
+        if self.command.is_empty()
+            && let Some(word) = self.files.iter().find(|file| is_like_a_command(file))
+        {
+            complain(&AuditError::Command { word: word.display().to_string() });
+            return failure.into();
+        }
         let Some(policies) = check::load(&self.files) else { return failure.into() };
         let filter = Filter {
             options: std::mem::take(&mut self.option),
@@ -172,6 +180,11 @@ impl Audit {
         }
         Placement::find(mount, &self.cgroup, policies)
     }
+}
+
+/// Whether a word among the policy files is no file, and could not be the name of one.
+fn is_like_a_command(word: &Path) -> bool {
+    word.components().count() == 1 && word.extension().is_none() && !word.exists()
 }
 
 fn parse_option(text: &str) -> Result<abi::setting::OptionKey, String> {

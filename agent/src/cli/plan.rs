@@ -66,7 +66,13 @@ impl Plan {
     fn tell(&self, policies: &[Policy]) -> Result<(), PlanError> {
         check::show(&check::on_this_host(policies));
         let mount = Mount::find().map_err(RunError::from)?;
-        let Placement { stacks, targets } = Placement::standing(&mount, &self.cgroup, policies)?;
+        let Placement { stacks, targets } = match Placement::find(&mount, &self.cgroup, policies) {
+            Err(error @ (RunError::NoMatch { .. } | RunError::NoMatchAmong { .. })) => {
+                log::warn!("`run` would wait for what is not there: {error}");
+                Placement::standing(&mount, &self.cgroup, policies)?
+            }
+            placement => placement?,
+        };
         let desired = session::prepare(policies, &stacks, self.dry_run, false).map_err(RunError::from)?;
         if let Some(name) = &self.instance {
             let in_force = status::in_force(name).map_err(Box::new)?;

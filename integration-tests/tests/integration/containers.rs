@@ -148,10 +148,12 @@ fn containers_are_selected_by_what_people_know_of_them() {
         two.name
     ));
     let output = agent::output(&["plan", policy.path().to_str().unwrap()]);
-    assert_eq!(output.status.code(), Some(2));
+    assert_eq!(output.status.code(), Some(0));
     let said = stderr(&output);
     let wanted = format!("container = {{ name = \"{}\", runtime = \"docker\" }}", two.name);
-    assert!(said.starts_with(&format!("error: no cgroup and no container matches {wanted}\n")), "{said}");
+    let warning =
+        format!("warning: `run` would wait for what is not there: no cgroup and no container matches {wanted}\n");
+    assert!(said.starts_with(&warning), "{said}");
     assert!(said.contains(&format!("podman:{} ({other}) in {}", two.name, two.cgroup)), "{said}");
 }
 

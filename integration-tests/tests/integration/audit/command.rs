@@ -340,6 +340,11 @@ fn filters_that_mean_nothing_are_refused() {
         assert!(said.contains(&format!("'{value}'")) && said.contains(flag) && said.contains(why), "{said}");
         assert_eq!(status, Some(2));
     }
+    let (said, _) = refused(&["redis-cli"]);
+    assert_eq!(
+        said,
+        "error: there is no policy file redis-cli\n  help: a command stands behind `--`: sockpolicy audit -- redis-cli\n"
+    );
     let (said, status) = refused(&["--pid", "1", "--", "true"]);
     assert!(said.contains("cannot be used with"), "{said}");
     assert_eq!(status, Some(2));
