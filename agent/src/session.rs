@@ -93,6 +93,8 @@ pub struct Session {
 pub(crate) struct Generation {
     pub(crate) number: u32,
     pub(crate) desired: Desired,
+    /// From another agent, or none.
+    pub(crate) is_taken_over: bool,
 }
 
 /// What to put in force, on whom, and whom to look at.
@@ -168,14 +170,32 @@ impl Session {
         let gaps = find_gaps(&object, &mut desired, &tried);
         refuse(choice, &gaps)?;
         let staged = object.stage(&desired, tabled, &targets)?;
-        let (mut before, mut retired, mut report) = (Vec::new(), Vec::new(), Report::default());
+        let (mut before, mut retired, mut report, mut taken_over) = (Vec::new(), Vec::new(), Report::default(), None);
         if let Some((instance, files)) = instance {
-            let taken_over: Vec<u32> = object.former().collect();
-            let word = word.insert(Word::of(instance, object.map_ids()?, &taken_over, object.ring_full()));
-            (before, retired, report) = (word.former(), word.retired(), Report::going_on(word.counted()));
-            word.add(staged.generation(), files, &targets)?;
+            let former: Vec<u32> = object.former().collect();
+            let word = word.insert(Word::of(instance, object.map_ids()?, &former, object.ring_full()));
+            (before, retired) = (word.former(), word.retired());
+            let counters = object.former_counters()?;
+            let counters = counters.iter().filter_map(|(number, counters)| {
+                let generation = before.iter().find(|generation| generation.number == *number)?;
+                Some((&generation.desired, counters.as_slice()))
+            });
+            report = Report::going_on(word.counted()).since(counters);
+            for (number, counters) in object.take_retired()? {
+                let Some(at) = before.iter().position(|generation| generation.number == number) else { continue };
+                let generation = before.remove(at);
+                report.count(number, &generation.desired, &counters, false);
+                retired.push(generation);
+            }
+            retired.retain(|generation| staged.generation() - generation.number < GENERATIONS);
+            let there: Vec<u32> = before.iter().map(|generation| generation.number).collect();
+            word.retire(&there, &retired, report.counted(&desired));
+            taken_over = Some(files);
         }
         let audit = object.attach_audit(desired.audit, backend)?;
+        if let (Some(word), Some(files)) = (&mut word, taken_over) {
+            word.add(staged.generation(), files, &targets)?;
+        }
         warn_without_audit(audit, desired.audit);
         if let Some(reason) = object.blindness() {
             log::warn!("events will lack what sockets say of themselves: {reason}");
@@ -185,7 +205,7 @@ impl Session {
         Ok(Self {
             object,
             word,
-            current: Generation { number, desired },
+            current: Generation { number, desired, is_taken_over: false },
             before,
             retired,
             has_told: false,
@@ -252,7 +272,7 @@ impl Session {
             warn_without_audit(self.audit, desired.audit);
         }
         let number = self.object.enable(staged, desired.audit.calls)?;
-        let before = mem::replace(&mut self.current, Generation { number, desired });
+        let before = mem::replace(&mut self.current, Generation { number, desired, is_taken_over: false });
         self.before.push(before);
         self.targets = targets;
         self.gaps = gaps.0;
@@ -338,19 +358,17 @@ impl Session {
     pub fn retire(&mut self) -> Result<(), SessionError> {
         for (number, counters) in self.object.retire()? {
             if let Some(generation) = self.before.iter().find(|generation| generation.number == number) {
-                self.report.count(number, &generation.desired, &counters);
+                self.report.count(number, &generation.desired, &counters, !generation.is_taken_over);
             }
         }
         if mem::take(&mut self.has_told) {
             self.retired.clear();
         }
         self.retired.append(&mut self.before);
-        let current = self.current.number;
-        // Others have their numbers by now.
-        self.retired.retain(|generation| current - generation.number < GENERATIONS);
+        // Others have the places of those before.
+        self.retired.retain(|generation| self.current.number - generation.number < GENERATIONS);
         if let Some(word) = &mut self.word {
-            let is_to_be_told = |number| self.retired.iter().any(|generation| generation.number == number);
-            word.retire_all_but(current, is_to_be_told, self.report.counted(&self.current.desired));
+            word.retire(&[self.current.number], &self.retired, self.report.counted(&self.current.desired));
         }
         Ok(())
     }
@@ -513,7 +531,7 @@ impl Session {
         let Self { object, current, targets, filter, audit, gaps, mut report, .. } = self;
         let tallies = tallies.into_iter().filter(|(key, _)| filter.admits_option(key.key));
         let counts = Counts { calls: tallies.filter_map(|(key, tally)| CallLine::new(key, tally)).collect(), lost };
-        report.count(current.number, &current.desired, &object.counters()?);
+        report.count(current.number, &current.desired, &object.counters()?, true);
         let targets = kernel::names(&targets).into_iter().map(str::to_owned).collect();
         let mut summary = report.summarize(&current.desired, counts, targets, audit, gaps);
         summary.lines.retain(|line| filter.admits_option(line.option.key()));

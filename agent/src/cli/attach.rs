@@ -152,6 +152,10 @@ impl Detach {
         let mut instance = Instance::become_one(name, true)?;
         let others = Pins::instances();
         if !others.contains(name) {
+            // In another mount namespace, with the record of what is in force there.
+            if instance.record().is_some_and(|record| record.persists) {
+                Pins::of(name)?;
+            }
             instance.forget();
             let has_journal = Journal::of(name).exists();
             return Err(DetachError::None { name: name.clone(), others, has_journal });

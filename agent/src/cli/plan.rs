@@ -66,13 +66,15 @@ impl Plan {
     fn tell(&self, policies: &[Policy]) -> Result<(), PlanError> {
         check::show(&check::on_this_host(policies));
         let mount = Mount::find().map_err(RunError::from)?;
-        let Placement { stacks, targets } = match Placement::find(&mount, &self.cgroup, policies) {
-            Err(error @ (RunError::NoMatch { .. } | RunError::NoMatchAmong { .. })) => {
-                log::warn!("`run` would wait for what is not there: {error}");
-                Placement::standing(&mount, &self.cgroup, policies)?
+        if self.cgroup.is_empty() {
+            match Placement::find(&mount, &[], policies) {
+                Err(error @ (RunError::NoMatch { .. } | RunError::NoMatchAmong { .. })) => {
+                    log::warn!("`run` would wait for what is not there: {error}");
+                }
+                placement => drop(placement?),
             }
-            placement => placement?,
-        };
+        }
+        let Placement { stacks, targets } = Placement::standing(&mount, &self.cgroup, policies)?;
         let desired = session::prepare(policies, &stacks, self.dry_run, false).map_err(RunError::from)?;
         if let Some(name) = &self.instance {
             let in_force = status::in_force(name).map_err(Box::new)?;
@@ -161,7 +163,17 @@ impl Plan {
     ) -> io::Result<()> {
         let mut out = io::stdout().lock();
         if let Some(error) = refused {
-            writeln!(out, "{}", json!({ "schema": SCHEMA, "step": "refuse", "why": error.to_string() }))?;
+            let instance = match error {
+                InstanceError::Governed { name, .. } => Some(name),
+                _ => None,
+            };
+            let step = json!({
+                "schema": SCHEMA,
+                "step": "refuse",
+                "unless_taken_over": instance,
+                "why": error.to_string(),
+            });
+            writeln!(out, "{step}")?;
         }
         if !tried.is_empty() {
             writeln!(out, "{}", json!({ "schema": SCHEMA, "step": "try", "options": tried }))?;

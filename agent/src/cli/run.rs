@@ -195,7 +195,7 @@ fn finish(
     if let Some(name) = stays_as {
         log::warn!("the policies stay in force; `sockpolicy detach {name}` ends that");
     }
-    Ok(summary.conflicts())
+    Ok(summary.new_conflicts())
 }
 
 /// Whether all policies have targets of their own.

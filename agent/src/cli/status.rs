@@ -6,6 +6,7 @@ use std::{
     process::ExitCode,
 };
 
+use abi::GENERATIONS;
 use serde_json::json;
 
 use super::{FAILURE, complain, output::Format, unless_closed};
@@ -116,8 +117,16 @@ pub(super) fn in_force(name: &str) -> Result<InForce, StatusError> {
     look(&seen).map_err(|source| StatusError::Unknown { name: name.to_owned(), source: Box::new(source) })
 }
 
-/// Looks at what is in force now.
+/// Looks at what is in force now. Others may come in force between a look at the record and one at the kernel.
 fn look(seen: &Seen) -> Result<InForce, Unknown> {
+    let again = || instance::see(&seen.name).ok_or(Unknown::NoRecord);
+    match look_once(seen) {
+        Err(Unknown::NotRecorded) => look_once(&again()?),
+        looked => looked,
+    }
+}
+
+fn look_once(seen: &Seen) -> Result<InForce, Unknown> {
     let record = seen.record.as_ref().ok_or(Unknown::NoRecord)?;
     let observed = record.maps.observe()?;
     let is_in_force = |generation: &&Generation| Some(generation.number) == observed.generation;
@@ -125,13 +134,14 @@ fn look(seen: &Seen) -> Result<InForce, Unknown> {
     let desired = generation.desired()?;
     // Those before it, that sockets may still be set up by, count until they are retired.
     let mut before = Report::going_on(record.counted.clone());
-    for former in record.generations.iter().filter(|former| former.number != generation.number) {
+    let is_former = |other: &&Generation| (1..GENERATIONS).contains(&generation.number.abs_diff(other.number));
+    for former in record.generations.iter().filter(is_former) {
         if let (Ok(desired), Ok(counters)) = (former.desired(), observed.counters(former.number)) {
-            before.count(former.number, &desired, &counters);
+            before.count(former.number, &desired, &counters, true);
         }
     }
     let mut report = Report::going_on(before.counted(&desired));
-    report.count(generation.number, &desired, &observed.counters(generation.number)?);
+    report.count(generation.number, &desired, &observed.counters(generation.number)?, true);
     let targets = generation.targets.iter().map(|(name, _)| name.clone()).collect();
     let mut losses = observed.losses;
     let unread = record.unread.of(losses.ring_full, seen.is_running);

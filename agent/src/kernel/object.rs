@@ -179,8 +179,15 @@ impl Object {
         let mut attached = Attached::new(pins);
         attached.last_id = config.last_target;
         attached.take_over(&ebpf)?;
-        let generations = if config.in_force == 0 { 0..0 } else { config.oldest..config.generation + 1 };
-        let former = generations.map(|number| Former::of_another(&ebpf, number)).collect::<Result<_, _>>()?;
+        // As many as do not have the place of the next one: those before the oldest may have been retired, and not counted.
+        let generations = if config.in_force == 0 { 0..0 } else { 1..config.generation + 1 };
+        let generations = generations.rev().take(GENERATIONS as usize - 1).rev();
+        let is_retired = |number: &u32| *number < config.oldest;
+        let former = generations.filter_map(|number| match Former::of_another(&ebpf, number) {
+            Err(_) if is_retired(&number) => None,
+            former => Some(former),
+        });
+        let former = former.collect::<Result<_, _>>()?;
         let ring = ebpf.take_map(maps::EVENTS).ok_or(KernelError::Incomplete { what: maps::EVENTS })?;
         let ring = RingBuf::try_from(ring).map_err(|source| KernelError::Map { map: maps::EVENTS, source })?;
         let losses = LossesView::of(&ebpf)?;
@@ -223,9 +230,30 @@ impl Object {
         Ok(())
     }
 
-    /// The generations that were in force before this object's, and by which sockets may still be set up.
+    /// The generations that were in force before this object's, the latest of them, and are not retired by it.
     pub fn former(&self) -> impl Iterator<Item = u32> {
         self.former.iter().map(|former| former.generation)
+    }
+
+    /// Those of them that had been retired when this was loaded, by an agent that was gone before it could say so; with what they
+    /// have counted.
+    ///
+    /// # Errors
+    ///
+    /// Where the counters cannot be read.
+    pub fn take_retired(&mut self) -> Result<Vec<(u32, Vec<Counters>)>, KernelError> {
+        let oldest = self.config.oldest;
+        let retired = self.former.extract_if(.., |former| former.generation < oldest);
+        retired.map(|former| Ok((former.generation, former.counters()?))).collect()
+    }
+
+    /// What those that are left have counted by now.
+    ///
+    /// # Errors
+    ///
+    /// Where the counters cannot be read.
+    pub fn former_counters(&self) -> Result<Vec<(u32, Vec<Counters>)>, KernelError> {
+        self.former.iter().map(|former| Ok((former.generation, former.counters()?))).collect()
     }
 
     /// By which others can look at what comes of it.
@@ -368,7 +396,12 @@ impl Object {
             event_interval_ns: if calls == Calls::Conflicts { EVENT_INTERVAL_NS } else { 0 },
             by_process: u32::from(self.by_process),
             generation: tables.generation,
-            oldest: if self.config.in_force == 0 { tables.generation } else { self.config.oldest },
+            oldest: if self.config.in_force == 0 {
+                tables.generation
+            } else {
+                // Agents that come one after another may each be gone before they retire any.
+                self.config.oldest.max((tables.generation + 2).saturating_sub(GENERATIONS))
+            },
             last_target: self.attached.last_id,
             audit: self.config.audit,
             are_nested,
@@ -460,7 +493,9 @@ impl Object {
         self.config = config;
         self.attached.keep(&self.needed);
         self.attached.done("let-go");
-        self.former.drain(..).map(|former| Ok((former.generation, former.counters()?))).collect()
+        let counted = self.former_counters()?;
+        self.former.clear();
+        Ok(counted)
     }
 
     /// Attaches the audit to the kernel's setsockopt and, if that is wanted, getsockopt; in place of one that is there.

@@ -19,7 +19,7 @@ impl Summary {
     /// The summary as one line of JSON, without its end.
     #[must_use]
     pub fn to_json(&self, time: jiff::Timestamp) -> String {
-        let Self { policies, targets, audit, gaps, lines: _, calls, lost } = self;
+        let Self { policies, targets, audit, gaps, lines: _, earlier_conflicts: _, calls, lost } = self;
         let losses: Map<String, Value> =
             lost.by_reason().into_iter().map(|(reason, count)| (reason.name.to_owned(), count.into())).collect();
         json!({

@@ -39,6 +39,8 @@ pub struct Report {
     lines: Vec<Line>,
     /// What was counted before, of settings that have no line yet.
     before: Vec<Counted>,
+    /// All that had been counted when this began.
+    at_first: Vec<Counted>,
 }
 
 /// All that is to be said at the end.
@@ -50,6 +52,8 @@ pub struct Summary {
     /// What the policies ask for and this kernel cannot do.
     pub gaps: Vec<Gap>,
     pub lines: Vec<Line>,
+    /// Conflicts of these that were there before this began.
+    pub earlier_conflicts: u64,
     /// What the audit counted, if it was asked to look at more than conflicts.
     pub calls: Vec<CallLine>,
     pub lost: Lost,
@@ -75,6 +79,8 @@ pub struct Line {
     pub counters: Counters,
     /// What was asked for otherwise, and by whom: examples.
     pub asked: Vec<String>,
+    /// Whether it is to be told of: not where only policies that were there before this report have it.
+    is_told: bool,
 }
 
 impl Report {
@@ -99,12 +105,22 @@ impl Report {
         Self { before, ..Self::default() }
     }
 
-    /// Adds up what the settings of a generation came to; `counters` are in their order.
-    pub fn count(&mut self, generation: u32, desired: &Desired, counters: &[Counters]) {
+    /// Beside that, policies have counted so much that are still to be added up.
+    #[must_use]
+    pub fn since<'a>(mut self, counted: impl IntoIterator<Item = (&'a Desired, &'a [Counters])>) -> Self {
+        let mut first = Self::going_on(self.before.clone());
+        counted.into_iter().for_each(|(desired, counters)| first.count(0, desired, counters, true));
+        self.at_first = first.lines.iter().map(Counted::from).chain(first.before).collect();
+        self
+    }
+
+    /// Adds up what the settings of a generation came to; `counters` are in their order. `is_told` where they are to be told of
+    /// also if no others have them.
+    pub fn count(&mut self, generation: u32, desired: &Desired, counters: &[Counters], is_told: bool) {
         for (counters, setting) in counters.iter().zip(0..) {
             let Some(line) = Line::of(desired, setting) else { continue };
             let asked = self.asked.remove(&(generation, setting)).unwrap_or_default();
-            let line = Line { counters: *counters, asked, ..line };
+            let line = Line { counters: *counters, asked, is_told, ..line };
             // A rule holds in each scope that its policy is part of, and may come through a reload as it was.
             match self.lines.iter_mut().find(|other| other.is_of_same_setting(&line)) {
                 Some(same) => same.add(line),
@@ -136,8 +152,11 @@ impl Report {
         gaps: Vec<Gap>,
     ) -> Summary {
         let Counts { calls, lost } = counts;
+        let Self { mut lines, mut at_first, .. } = self;
         let policies = desired.policies().into_iter().map(|(name, mode)| (name.to_owned(), mode)).collect();
-        Summary { policies, targets, audit, gaps, lines: self.lines, calls, lost }
+        lines.retain(|line| line.is_told);
+        let earlier = lines.iter().map(|line| conflicts(&counted::take(&mut at_first, line))).sum();
+        Summary { policies, targets, audit, gaps, lines, earlier_conflicts: earlier, calls, lost }
     }
 }
 
@@ -149,6 +168,12 @@ pub fn common_mode<N>(policies: &[(N, Mode)]) -> Option<Mode> {
 }
 
 impl Summary {
+    /// How many of these calls have been made since this report began.
+    #[must_use]
+    pub fn new_conflicts(&self) -> u64 {
+        self.conflicts().saturating_sub(self.earlier_conflicts)
+    }
+
     /// How many calls disagreed with the policy, reads included.
     #[must_use]
     pub fn conflicts(&self) -> u64 {
@@ -169,24 +194,26 @@ impl Line {
             mode: rule.mode,
             counters: Counters::default(),
             asked: Vec::new(),
+            is_told: false,
         })
     }
 
     fn is_of_same_setting(&self, other: &Self) -> bool {
-        let Self { policy, rule, place, option, form, mode, counters: _, asked: _ } = self;
+        let Self { policy, rule, place, option, form, mode, counters: _, asked: _, is_told: _ } = self;
         (policy, rule, place, option, form, mode)
             == (&other.policy, &other.rule, &other.place, &other.option, &other.form, &other.mode)
     }
 
     fn add(&mut self, other: Self) {
         self.counters = self.counters.plus(&other.counters);
+        self.is_told |= other.is_told;
         let new: Vec<_> = other.asked.into_iter().filter(|example| !self.asked.contains(example)).collect();
         self.asked.extend(new);
         self.asked.truncate(EXAMPLES_MAX);
     }
 
     fn conflicts(&self) -> u64 {
-        self.counters.verdicts.iter().sum::<u64>() + self.counters.reads
+        conflicts(&self.counters)
     }
 
     /// The verdicts that were given, with how often.
@@ -203,6 +230,10 @@ impl Line {
     fn wanted(&self) -> String {
         values::form_text(self.option.key(), &self.form)
     }
+}
+
+fn conflicts(counters: &Counters) -> u64 {
+    counters.verdicts.iter().sum::<u64>() + counters.reads
 }
 
 /// The name of an errno.

@@ -1,6 +1,6 @@
 //! The word that a session leaves of itself, as an instance's record.
 
-use std::{collections::BTreeSet, mem};
+use std::collections::BTreeSet;
 
 use super::Generation;
 use crate::{
@@ -103,16 +103,21 @@ impl Word {
         Ok(())
     }
 
-    /// Says that all others are history, some of which may still be to be told, and what had been counted by then.
-    pub(super) fn retire_all_but(&mut self, number: u32, is_to_be_told: impl Fn(u32) -> bool, counted: Vec<Counted>) {
-        let (current, others) =
-            mem::take(&mut self.record.generations).into_iter().partition(|generation| generation.number == number);
-        self.record.generations = current;
-        self.record.retired.extend::<Vec<_>>(others);
-        self.record.retired.retain(|generation| is_to_be_told(generation.number));
-        self.record.counted = counted;
-        // The others are told of too long, no more.
-        self.write_if_possible();
+    /// Says that only these are there still, that those are history of which may be to be told yet, and what had been counted by then.
+    pub(super) fn retire(&mut self, there: &[u32], to_be_told: &[Generation], counted: Vec<Counted>) {
+        let Record { generations, retired, .. } = &self.record;
+        let is_to_be_told = |generation: &&instance::Generation| {
+            to_be_told.iter().any(|other| other.number == generation.number) && !there.contains(&generation.number)
+        };
+        let retired = retired.iter().chain(generations).filter(is_to_be_told).cloned().collect();
+        let is_there = |generation: &&instance::Generation| there.contains(&generation.number);
+        let generations = generations.iter().filter(is_there).cloned().collect();
+        let record = Record { generations, retired, counted, ..self.record.clone() };
+        if record != self.record {
+            self.record = record;
+            // The others are told of too long, no more.
+            self.write_if_possible();
+        }
     }
 
     /// Says that so many events have found no room by now.
@@ -146,7 +151,7 @@ fn understood(generations: &[instance::Generation]) -> Vec<Generation> {
     let understood = generations.iter().filter_map(|generation| {
         let desired = generation.desired();
         let desired = desired.inspect_err(|error| log::debug!("generation {}: {error}", generation.number)).ok()?;
-        Some(Generation { number: generation.number, desired })
+        Some(Generation { number: generation.number, desired, is_taken_over: true })
     });
     understood.collect()
 }

@@ -113,6 +113,10 @@ fn counts_and_what_nobody_has_read_go_on_from_policies_to_policies_and_from_agen
         let setting = &status["settings"][0];
         [&setting["sockets"]["set"], &setting["calls"]["conflicts"]["rewritten"]].map(|count| count.as_u64().unwrap())
     };
+    let fails = |run: Run| {
+        run.signal(Signal::SIGTERM);
+        run.wait_for_end().status.code()
+    };
     // Without an agent, and each time by the same policies put in force anew.
     for times in 1..=3 {
         instance.attach(policy.path());
@@ -132,14 +136,25 @@ fn counts_and_what_nobody_has_read_go_on_from_policies_to_policies_and_from_agen
     let setting = report.setting("SO_MARK");
     assert_eq!((setting.sockets.set, setting.calls.verdicts()), (4, BTreeMap::from([("rewritten", 4)])));
 
-    let run = run_persistent(&instance, &policy);
+    // What somebody has been told of is no failure of those who come after.
+    let arguments = ["--persist", "--fail-on-conflict", "--instance", &instance.name];
+    assert_eq!(fails(Run::started(&policy, &arguments)), Some(0));
+    let run = Run::started(&policy, &arguments);
     disagree(&target, 15);
+    assert_eq!(fails(run), Some(1));
+    let run = run_persistent(&instance, &policy);
+    disagree(&target, 16);
     run.signal(Signal::SIGKILL);
     run.wait_for_end();
-    disagree(&target, 16);
-    assert_eq!(counted(), [6; 2]);
+    disagree(&target, 17);
+    assert_eq!(counted(), [7; 2]);
+    // As often as there are generations, each gone before it has summed up those before it.
+    for _ in 0..5 {
+        assert!(attach_killed_at(&instance, &policy, "retired", 0));
+        assert_eq!(counted(), [7; 2]);
+    }
     instance.attach(policy.path());
-    assert_eq!(counted(), [6; 2]);
+    assert_eq!(counted(), [7; 2]);
     // What is new begins anew.
     fs::write(policy.path(), sets_mark(&target, 2)).unwrap();
     instance.attach(policy.path());
@@ -162,8 +177,7 @@ fn another_agent_for_the_same_cgroup_or_of_the_same_name_is_refused() {
          give this one another name with --instance\n"
     );
     refused(instance.run("attach", &[path]), runs.clone());
-    refused(instance.run("run", &["--persist", path]), runs.clone());
-    refused(agent::output(&["detach", name]), runs);
+    refused(instance.run("run", &["--persist", path]), runs);
     refused(
         agent::output(&["run", path]),
         format!(

@@ -319,8 +319,8 @@ fn under_way(ended: &Ended) -> Option<(u64, &'static mut Call)> {
 ///
 /// What was given is known by the registers with which the thread came into the kernel, from 5.15 on. Of two calls that were given
 /// the same place in memory, what stands there tells. Where a hook has decided about the first it need not: if the second comes to
-/// a hook, that drops the record, and if its descriptor stands for no socket the result says so. On a socket of no target, by the
-/// same descriptor, it is not told from the first.
+/// a hook, that drops the record; and if its descriptor stands for no socket, or it is a read that failed, the result says so. On a
+/// socket of no target it is not told from the first.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn is_current(thread: u64, result: i64) -> u32 {
@@ -329,6 +329,7 @@ extern "C" fn is_current(thread: u64, result: i64) -> u32 {
     let is_current = CAN_BEGIN_CALLS.load() == 0
         || call.flags & flags::SYSCALL == 0
         || was_given_the_same(call)
+            && (call.flags & flags::DECIDED == 0 || call.kind == call::SETSOCKOPT || result >= 0)
             && (call.flags & flags::DECIDED != 0 || still_asks(call))
             && (!is_of_no_socket(result) || call.sk == 0 || is_held(call));
     is_current.into()
