@@ -362,6 +362,19 @@ pub fn all() -> Vec<Seen> {
     names.into_iter().filter_map(|name| see(&name)).collect()
 }
 
+/// Names of instances with which it is kept what sockets had before they were changed, by whether they have policies in force or not.
+#[must_use]
+pub fn with_journals() -> Vec<String> {
+    let entries = fs::read_dir(FOLDER).into_iter().flatten().flatten();
+    let mut names: Vec<String> = entries
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|kind| kind == "before"))
+        .filter_map(|path| Some(path.file_stem()?.to_str()?.to_owned()))
+        .collect();
+    names.sort();
+    names
+}
+
 /// One instance, if there is one of this name.
 #[must_use]
 pub fn see(name: &str) -> Option<Seen> {

@@ -103,8 +103,21 @@ impl Status {
                 Format::Json => write_json(&mut out, seen, &looked),
             });
         }
+        let mut kept = instance::with_journals();
+        kept.retain(|name| self.instance.as_ref().is_none_or(|asked| asked == name));
+        if self.output == Format::Text {
+            written = written.and_then(|()| kept.iter().try_for_each(|name| write_kept(&mut out, name)));
+        }
         Ok(unless_closed(written)?)
     }
+}
+
+fn write_kept(out: &mut impl Write, instance: &str) -> io::Result<()> {
+    writeln!(
+        out,
+        "\nkept with instance {instance}: what sockets had before `apply`; `sockpolicy apply --restore --instance {instance}` puts \
+         it back"
+    )
 }
 
 /// What the instance of this name has in force.

@@ -395,10 +395,14 @@ fn detach_gives_back_what_sockets_had_if_it_is_asked_to() {
         assert_eq!(probe.int(pair.client, SO_MARK), 0, "attach leaves live sockets alone");
         apply(&instance, &policy, &[]);
         assert_eq!(probe.int(pair.client, SO_MARK), 7);
+        let kept = format!("\nkept with instance {}: ", instance.name);
+        let status = || stdout(&agent::output(&["status"]));
+        assert!(status().contains(&kept), "{}", status());
         let arguments: &[&str] = if is_asked { &["detach", "--restore"] } else { &["detach"] };
         let output = agent::output(&[arguments, &[&instance.name]].concat());
         assert!(output.status.success(), "{}", stderr(&output));
         assert_eq!(probe.int(pair.client, SO_MARK), if is_asked { 0 } else { 7 });
         assert!(instance.left().is_empty(), "{:?}", instance.left());
+        assert!(!status().contains(&kept), "{}", status());
     }
 }

@@ -43,6 +43,19 @@ fn storm(policy: &PolicyFile, processes: usize, calls: u64) -> (BTreeSet<u32>, R
     (pids, read_report(&report))
 }
 
+#[test]
+fn report_says_how_many_events_were_held_back() {
+    const CALLS: u64 = 100;
+    let command = [&workload(), "storm", "1", &CALLS.to_string()];
+    let output = Running::exec(&[], &storm_policy(""), &command).finish();
+    let said = stderr(&output);
+    let told = said.lines().filter(|line| line.starts_with("conflict ")).count() as u64;
+    let held_back = said.split("\nheld back: the events of ").nth(1).and_then(|rest| rest.split(' ').next());
+    let held_back: u64 = held_back.unwrap_or_else(|| panic!("{said}")).parse().unwrap();
+    assert!(held_back > 0);
+    assert_eq!(told + held_back, OPTIONS.len() as u64 * CALLS, "{said}");
+}
+
 /// By (process, option): the events, in order.
 fn by_source(report: &Report) -> BTreeMap<(u32, String), Vec<&Event>> {
     let mut found: BTreeMap<_, Vec<&Event>> = BTreeMap::new();
