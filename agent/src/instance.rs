@@ -348,31 +348,20 @@ pub struct Seen {
 /// All instances that there are, by name. What dead ones have left is removed.
 #[must_use]
 pub fn all() -> Vec<Seen> {
-    let entries = fs::read_dir(FOLDER).into_iter().flatten().flatten();
-    let mut names: Vec<String> = entries
-        .filter_map(|entry| {
-            let path = entry.path();
-            let is_ours = path.extension().is_some_and(|kind| kind == "json" || kind == "lock");
-            is_ours.then(|| path.file_stem()?.to_str().map(str::to_owned)).flatten()
-        })
-        .chain(Pins::instances())
-        .collect();
+    let mut names: Vec<String> = with_files(&["json", "lock"]).chain(Pins::instances()).collect();
     names.sort();
     names.dedup();
     names.into_iter().filter_map(|name| see(&name)).collect()
 }
 
-/// Names of instances with which it is kept what sockets had before they were changed, by whether they have policies in force or not.
-#[must_use]
-pub fn with_journals() -> Vec<String> {
+/// Names of instances that have a file of one of these kinds; those that have several come several times.
+pub(crate) fn with_files(kinds: &[&str]) -> impl Iterator<Item = String> {
     let entries = fs::read_dir(FOLDER).into_iter().flatten().flatten();
-    let mut names: Vec<String> = entries
-        .map(|entry| entry.path())
-        .filter(|path| path.extension().is_some_and(|kind| kind == "before"))
-        .filter_map(|path| Some(path.file_stem()?.to_str()?.to_owned()))
-        .collect();
-    names.sort();
-    names
+    entries.filter_map(|entry| {
+        let path = entry.path();
+        let is_wanted = path.extension().is_some_and(|kind| kinds.iter().any(|wanted| kind == *wanted));
+        is_wanted.then(|| path.file_stem()?.to_str().map(str::to_owned)).flatten()
+    })
 }
 
 /// One instance, if there is one of this name.

@@ -32,6 +32,9 @@ use crate::{
 /// A file of so many bytes may be about many sockets that are gone: it has some 200 for each change.
 const LONG: u64 = 64 * 1024;
 
+/// Of files among those of an instance.
+const KIND: &str = "before";
+
 /// Bytes that are written at a time, and kept until then.
 const AT_A_TIME: usize = 256 * 1024;
 
@@ -104,6 +107,14 @@ impl From<Bytes> for Value {
     }
 }
 
+/// The instances that have one, whether they have policies in force or not.
+#[must_use]
+pub fn instances() -> Vec<String> {
+    let mut names: Vec<String> = instance::with_files(&[KIND]).collect();
+    names.sort();
+    names
+}
+
 /// The journal of an instance, which is nobody else's as long as this is there and has been used.
 #[derive(Debug)]
 pub struct Journal {
@@ -114,13 +125,7 @@ pub struct Journal {
 impl Journal {
     #[must_use]
     pub fn of(instance: &str) -> Self {
-        Self { path: instance::path_of(instance, "before"), file: None }
-    }
-
-    /// Whether anything is kept.
-    #[must_use]
-    pub fn exists(&self) -> bool {
-        self.path.exists()
+        Self { path: instance::path_of(instance, KIND), file: None }
     }
 
     /// Notes what an option shows, and what it is about to be given.

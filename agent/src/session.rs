@@ -170,17 +170,12 @@ impl Session {
         let gaps = find_gaps(&object, &mut desired, &tried);
         refuse(choice, &gaps)?;
         let staged = object.stage(&desired, tabled, &targets)?;
-        let (mut before, mut retired, mut report, mut taken_over) = (Vec::new(), Vec::new(), Report::default(), None);
-        if let Some((instance, files)) = instance {
+        let (mut before, mut retired, mut report) = (Vec::new(), Vec::new(), Report::default());
+        let (instance, files) = instance.unzip();
+        if let Some(instance) = instance {
             let former: Vec<u32> = object.former().collect();
             let word = word.insert(Word::of(instance, object.map_ids()?, &former, object.ring_full()));
-            (before, retired) = (word.former(), word.retired());
-            let counters = object.former_counters()?;
-            let counters = counters.iter().filter_map(|(number, counters)| {
-                let generation = before.iter().find(|generation| generation.number == *number)?;
-                Some((&generation.desired, counters.as_slice()))
-            });
-            report = Report::going_on(word.counted()).since(counters);
+            (before, retired, report) = (word.former(), word.retired(), Report::going_on(word.counted()));
             for (number, counters) in object.take_retired()? {
                 let Some(at) = before.iter().position(|generation| generation.number == number) else { continue };
                 let generation = before.remove(at);
@@ -190,10 +185,14 @@ impl Session {
             retired.retain(|generation| staged.generation() - generation.number < GENERATIONS);
             let there: Vec<u32> = before.iter().map(|generation| generation.number).collect();
             word.retire(&there, &retired, report.counted(&desired));
-            taken_over = Some(files);
+            let counters = object.former_counters()?;
+            report.begin(counters.iter().filter_map(|(number, counters)| {
+                let generation = before.iter().find(|generation| generation.number == *number)?;
+                Some((&generation.desired, counters.as_slice()))
+            }));
         }
         let audit = object.attach_audit(desired.audit, backend)?;
-        if let (Some(word), Some(files)) = (&mut word, taken_over) {
+        if let (Some(word), Some(files)) = (&mut word, files) {
             word.add(staged.generation(), files, &targets)?;
         }
         warn_without_audit(audit, desired.audit);

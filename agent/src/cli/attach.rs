@@ -14,7 +14,7 @@ use crate::{
     events::Filter,
     host::{cgroup::Mount, process},
     instance::{Files, Instance, InstanceError},
-    journal::Journal,
+    journal::{self, Journal},
     kernel::{self, BackendChoice, KernelError, Pins},
     policy::{Policy, Sources, Texts},
     session::{self, Session, SessionError, Setup},
@@ -157,7 +157,7 @@ impl Detach {
                 Pins::of(name)?;
             }
             instance.forget();
-            let has_journal = Journal::of(name).exists();
+            let has_journal = journal::instances().contains(name);
             return Err(DetachError::None { name: name.clone(), others, has_journal });
         }
         let pins = Pins::of(name)?;

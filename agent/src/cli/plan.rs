@@ -86,25 +86,22 @@ impl Plan {
             };
             return Ok(unless_closed(written)?);
         }
-        let tried: Vec<_> = desired.set_options().iter().map(|option| option.name.to_owned()).collect();
-        let others = neighbours(&mount, &targets);
-        // As far as this process may know.
-        let refused = instance::check_others(None, &kernel::names(&targets)).err();
+        let steps = Steps {
+            desired: &desired,
+            targets: &targets,
+            tried: desired.set_options().iter().map(|option| option.name).collect(),
+            others: neighbours(&mount, &targets),
+            refused: instance::check_others(None, &kernel::names(&targets)).err(),
+        };
         let written = match self.output {
-            Format::Text => self.write_text(&desired, &targets, &tried, &others, refused.as_ref()),
-            Format::Json => self.write_json(&desired, &targets, &tried, &others, refused.as_ref()),
+            Format::Text => self.write_text(&steps),
+            Format::Json => self.write_json(&steps),
         };
         Ok(unless_closed(written)?)
     }
 
-    fn write_text(
-        &self,
-        desired: &Desired,
-        targets: &[Target],
-        tried: &[String],
-        others: &Others,
-        refused: Option<&InstanceError>,
-    ) -> io::Result<()> {
+    fn write_text(&self, steps: &Steps<'_>) -> io::Result<()> {
+        let Steps { desired, targets, tried, others, refused } = steps;
         let mut out = io::stdout().lock();
         if !tried.is_empty() {
             writeln!(
@@ -153,14 +150,8 @@ impl Plan {
         }
     }
 
-    fn write_json(
-        &self,
-        desired: &Desired,
-        targets: &[Target],
-        tried: &[String],
-        others: &Others,
-        refused: Option<&InstanceError>,
-    ) -> io::Result<()> {
+    fn write_json(&self, steps: &Steps<'_>) -> io::Result<()> {
+        let Steps { desired, targets, tried, others, refused } = steps;
         let mut out = io::stdout().lock();
         if let Some(error) = refused {
             let instance = match error {
@@ -211,6 +202,17 @@ impl Plan {
     fn backends(&self) -> Vec<&'static str> {
         kernel::candidates(self.audit_backend).into_iter().map(kernel::Backend::name).collect()
     }
+}
+
+/// What there is to say.
+struct Steps<'a> {
+    desired: &'a Desired,
+    targets: &'a [Target],
+    /// Names of the options that are tried first.
+    tried: Vec<&'static str>,
+    others: Others,
+    /// Why it would be refused, as far as this process may know.
+    refused: Option<InstanceError>,
 }
 
 /// The programs of others that run for the same sockets, or why they cannot be told.

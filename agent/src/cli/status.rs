@@ -15,6 +15,7 @@ use crate::{
     events::SCHEMA,
     host::cgroup::Mount,
     instance::{self, Generation, RecordError, Seen},
+    journal,
     kernel::{self, KernelError, Neighbour},
     policy::model::Mode,
     report::{Counts, Lost, Report, Summary},
@@ -103,10 +104,10 @@ impl Status {
                 Format::Json => write_json(&mut out, seen, &looked),
             });
         }
-        let mut kept = instance::with_journals();
-        kept.retain(|name| self.instance.as_ref().is_none_or(|asked| asked == name));
         if self.output == Format::Text {
-            written = written.and_then(|()| kept.iter().try_for_each(|name| write_kept(&mut out, name)));
+            let kept = journal::instances().into_iter();
+            let mut kept = kept.filter(|name| self.instance.as_ref().is_none_or(|asked| asked == name));
+            written = written.and_then(|()| kept.try_for_each(|name| write_kept(&mut out, &name)));
         }
         Ok(unless_closed(written)?)
     }

@@ -230,7 +230,7 @@ impl Object {
         Ok(())
     }
 
-    /// The generations that were in force before this object's, the latest of them, and are not retired by it.
+    /// The latest generations that were in force before this object's, as far as it has not retired them.
     pub fn former(&self) -> impl Iterator<Item = u32> {
         self.former.iter().map(|former| former.generation)
     }

@@ -105,13 +105,11 @@ impl Report {
         Self { before, ..Self::default() }
     }
 
-    /// Beside that, policies have counted so much that are still to be added up.
-    #[must_use]
-    pub fn since<'a>(mut self, counted: impl IntoIterator<Item = (&'a Desired, &'a [Counters])>) -> Self {
-        let mut first = Self::going_on(self.before.clone());
+    /// Beside what has been counted, policies have counted so much that are still to be added up: what comes now is new.
+    pub fn begin<'a>(&mut self, counted: impl IntoIterator<Item = (&'a Desired, &'a [Counters])>) {
+        let mut first = Self::going_on(self.all());
         counted.into_iter().for_each(|(desired, counters)| first.count(0, desired, counters, true));
-        self.at_first = first.lines.iter().map(Counted::from).chain(first.before).collect();
-        self
+        self.at_first = first.all();
     }
 
     /// Adds up what the settings of a generation came to; `counters` are in their order. `is_told` where they are to be told of
@@ -135,10 +133,14 @@ impl Report {
     /// What has been counted of the settings of these policies, for whoever goes on with it.
     #[must_use]
     pub fn counted(&self, desired: &Desired) -> Vec<Counted> {
-        let mut all: Vec<Counted> = self.lines.iter().map(Counted::from).chain(self.before.iter().cloned()).collect();
+        let mut all = self.all();
         let lines = (0..desired.settings.len() as u32).filter_map(|setting| Line::of(desired, setting));
         let counted = lines.map(|line| Line { counters: counted::take(&mut all, &line), ..line });
         counted.filter(|line| line.counters != Counters::default()).map(|line| Counted::from(&line)).collect()
+    }
+
+    fn all(&self) -> Vec<Counted> {
+        self.lines.iter().map(Counted::from).chain(self.before.iter().cloned()).collect()
     }
 
     /// Sums up. `desired` are the policies that were in force last.
