@@ -103,8 +103,9 @@ static MEMBERS: HashMap<OptionKey, Member> = HashMap::with_max_entries(1, 0);
 #[map]
 static LOSSES: Array<Losses> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
-/// Calls under way, by thread ([`Slot::index`]). Begun at entry, or by a hook that finds a conflict; ended at exit. Where another thread is in the same place, the
-/// call is decided all the same, but reported without its result; counted in [`Losses::calls_full`].
+/// Calls under way, by thread ([`Slot::index`]). Begun at entry, or by a hook that finds a conflict; ended at exit. Where another
+/// thread is in the same place, the call is decided all the same, but reported without its result; counted in
+/// [`Losses::calls_full`].
 ///
 /// An array, which programs look into without a call: most callers have nothing there.
 #[map]

@@ -326,13 +326,15 @@ fn under_way(ended: &Ended) -> Option<(u64, &'static mut Call)> {
 extern "C" fn is_current(thread: u64, result: i64) -> u32 {
     let Some(call) = maps::call(thread) else { return 0 };
     // Of calls that are made in other ways these registers tell nothing.
-    let is_current = CAN_BEGIN_CALLS.load() == 0
-        || call.flags & flags::SYSCALL == 0
-        || was_given_the_same(call)
-            && (call.flags & flags::DECIDED == 0 || call.kind == call::SETSOCKOPT || result >= 0)
-            && (call.flags & flags::DECIDED != 0 || still_asks(call))
-            && (!is_of_no_socket(result) || call.sk == 0 || is_held(call));
-    is_current.into()
+    if CAN_BEGIN_CALLS.load() == 0 || call.flags & flags::SYSCALL == 0 {
+        return 1;
+    }
+    if !was_given_the_same(call) {
+        return 0;
+    }
+    let may_be =
+        if call.flags & flags::DECIDED == 0 { still_asks(call) } else { call.kind == call::SETSOCKOPT || result >= 0 };
+    (may_be && (!is_of_no_socket(result) || call.sk == 0 || is_held(call))).into()
 }
 
 /// Whether a result is what the kernel says of a descriptor that stands for no socket.
@@ -362,8 +364,7 @@ fn still_asks(call: &Call) -> bool {
     if call.kind != call::SETSOCKOPT || !was_read {
         return true;
     }
-    let optval = Pointer { address: call.optval, in_kernel: call.flags & flags::OPTVAL_IN_KERNEL != 0 };
-    read_value(optval, call.optlen as i32).is_none_or(|asks| asks.words == call.asked.words)
+    read_value(optval(call), call.optlen as i32).is_none_or(|asks| asks.words == call.asked.words)
 }
 
 /// Drops the record of a call whose end was not seen: it must not be taken for another's.
@@ -560,19 +561,23 @@ fn ancestor(level: u32) -> u64 {
     }
 }
 
+/// The argument of a call.
+#[inline(always)]
+fn optval(call: &Call) -> Pointer {
+    Pointer { address: call.optval, in_kernel: call.flags & flags::OPTVAL_IN_KERNEL != 0 }
+}
+
 /// Reads what the application asks for.
 #[inline(always)]
 fn read_asked(call: &mut Call, len: i32) {
-    let optval = Pointer { address: call.optval, in_kernel: call.flags & flags::OPTVAL_IN_KERNEL != 0 };
-    note_asked(call, read_value(optval, len));
+    note_asked(call, read_value(optval(call), len));
 }
 
 /// Reads what the application was shown.
 #[inline(always)]
 fn read_shown(call: &mut Call) {
-    let optval = Pointer { address: call.optval, in_kernel: call.flags & flags::OPTVAL_IN_KERNEL != 0 };
     let optlen = Pointer { address: call.optlen, in_kernel: call.flags & flags::OPTLEN_IN_KERNEL != 0 };
-    let shown = read_value(optlen, 4).and_then(|len| read_value(optval, word_in(&len.words) as i32));
+    let shown = read_value(optlen, 4).and_then(|len| read_value(optval(call), word_in(&len.words) as i32));
     note_asked(call, shown);
 }
 
