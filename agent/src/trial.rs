@@ -42,8 +42,20 @@ pub enum TrialError {
 /// A policy that sets these options to their examples.
 #[expect(clippy::panic, reason = "the option table's own examples are tested to be valid")]
 pub fn policy_that_sets(options: &[&'static SocketOption]) -> Policy {
-    let settings: Vec<String> = options.iter().map(|option| format!("{} = {}", option.name, option.example)).collect();
-    let text = format!("[audit]\nreads = false\n[[rule]]\nset = {{ {} }}\n", settings.join(", "));
+    // A rule names a value once. Where an option is another name of one, TCP sockets are given the one, all others the other.
+    let (first, others): (Vec<_>, Vec<_>) = options
+        .iter()
+        .partition(|option| option.other_names().any(|other| other.same_as.is_some() && options.contains(&other)));
+    let rule = |selector: &str, options: &[&SocketOption]| {
+        let settings: Vec<_> = options.iter().map(|option| format!("{} = {}", option.name, option.example)).collect();
+        if settings.is_empty() {
+            String::new()
+        } else {
+            format!("[[rule]]\n{selector}set = {{ {} }}\n", settings.join(", "))
+        }
+    };
+    let rules = rule("match = { protocol = \"tcp\" }\n", &first) + &rule("", &others);
+    let text = format!("[audit]\nreads = false\n{rules}");
     match policy::parse(Path::new("trial.toml"), &text) {
         Ok((policy, _)) => policy,
         Err(errors) => panic!("the examples of the option table are not valid:\n{errors}"),

@@ -101,7 +101,9 @@ pub(crate) fn apply_option(
     let Some(winner) = option.winner(rules) else { return };
     let Some(setting) = maps::setting(winner) else { return };
     let has_yielded = state.yielded & bit != 0 && setting.on_conflict == on_conflict::ALLOW;
-    if setting.form == form::SET && !has_yielded {
+    // A device has two options, and each takes the settings of its own kind.
+    let is_own = setting.is_text() == option.is_text();
+    if setting.form == form::SET && is_own && !has_yielded {
         note(state, bit, winner, set(option, setting, winner));
     }
 }
@@ -221,8 +223,8 @@ fn set_int(socket: &impl Socket, option: &Governed, setting: &Setting, may_fail:
             Ok(()) => {
                 let current = word_in(&current);
                 wanted = setting.apply_to(current);
-                let shown = if option.read_back == read_back::DOUBLED { wanted.wrapping_mul(2) } else { wanted };
-                if option.read_back != read_back::NONE && current == shown {
+                // A buffer of the same size may be one that the kernel tunes: setting it turns that off.
+                if option.read_back == read_back::SAME && current == wanted {
                     return Ok(outcome::UNCHANGED);
                 }
             }
@@ -243,7 +245,7 @@ fn set_int(socket: &impl Socket, option: &Governed, setting: &Setting, may_fail:
 #[inline(always)]
 fn report_failure(option: &Governed, winner: u32, setting: &Setting, errno: i32, cookie: u64) {
     emit::outcome(option.key, errno, |call| {
-        let wanted = if option.kind == kind::TEXT { Value::text(setting.text) } else { Value::int(setting.value) };
+        let wanted = setting.whole_value();
         *call = Call { flags: flags::DECIDED, setting: winner, wanted, cookie, ..Call::default() };
     });
 }

@@ -5,7 +5,7 @@
 //! compiler from merging neighbours.
 
 use abi::{
-    setting::{OptionKey, TEXT_LEN, Words, kind, words_of},
+    setting::{DEVICE_BY_INDEX, OptionKey, TEXT_LEN, Words, word_in, words_of},
     socket::{Address, Facts, direction, known, protocol, sk_family},
 };
 use aya_ebpf::{
@@ -16,6 +16,7 @@ use aya_ebpf::{
 
 use crate::{
     facts::{IPPROTO_MPTCP, is_inet, note_local, note_state, protocol},
+    kernel,
     maps::lose,
 };
 
@@ -51,6 +52,9 @@ pub(crate) trait Socket {
     /// The argument of the socket option helpers.
     fn as_ptr(&self) -> *mut c_void;
 
+    /// The socket itself.
+    fn socket(&self) -> *mut c_void;
+
     /// Reads an option; `Err` is the errno.
     #[inline(always)]
     fn get(&self, level: i32, name: i32, value: &mut Words, len: i32) -> Result<(), i32> {
@@ -59,13 +63,24 @@ pub(crate) trait Socket {
         if ret == 0 { Ok(()) } else { Err(-(ret as i32)) }
     }
 
-    /// Sets an option; `Err` is the errno.
+    /// Sets an option; `Err` is the errno. A device that does not exist fails with ENODEV, which the kernel leaves out.
     #[inline(always)]
     fn set(&self, level: i32, name: i32, value: &Words, len: i32) -> Result<(), i32> {
+        if (OptionKey { level, name }) == DEVICE_BY_INDEX && !has_device(self.socket(), word_in(value)) {
+            return Err(ENODEV);
+        }
         // SAFETY: as in `get`; the helper does not write through the pointer.
         let ret = unsafe { bpf_setsockopt(self.as_ptr(), level, name, value.as_ptr().cast_mut().cast(), len) };
         if ret == 0 { Ok(()) } else { Err(-(ret as i32)) }
     }
+}
+
+pub(crate) const ENODEV: i32 = 19;
+
+/// Whether a socket can be bound to the device of an index; 0 stands for any device.
+#[inline(always)]
+pub(crate) fn has_device(socket: *mut c_void, index: u32) -> bool {
+    index == 0 || kernel::has_device(kernel::address_of(socket), index) != 0
 }
 
 /// cgroup/sock_create: a socket that has just been made.
@@ -198,6 +213,11 @@ impl Socket for Addressed {
     fn as_ptr(&self) -> *mut c_void {
         self.ctx.cast()
     }
+
+    #[inline(always)]
+    fn socket(&self) -> *mut c_void {
+        self.sk()
+    }
 }
 
 /// Notes what a socket itself says about its local end.
@@ -255,6 +275,11 @@ impl Socket for Turn {
     fn as_ptr(&self) -> *mut c_void {
         self.ctx.cast()
     }
+
+    #[inline(always)]
+    fn socket(&self) -> *mut c_void {
+        self.sk()
+    }
 }
 
 /// cgroup/setsockopt and cgroup/getsockopt: an application's call.
@@ -272,6 +297,11 @@ impl OptionCall {
     #[inline(always)]
     pub(crate) fn new(ctx: *mut bpf_sockopt) -> Self {
         Self { ctx, sk: field!(ctx, __bindgen_anon_1.sk) }
+    }
+
+    #[inline(always)]
+    pub(crate) fn ctx(&self) -> *mut bpf_sockopt {
+        self.ctx
     }
 
     #[inline(always)]
@@ -314,14 +344,24 @@ impl OptionCall {
         }
     }
 
-    /// Lets the kernel take a call whose value was looked at: of a long argument no more than that
-    /// part, which another thread can no longer change.
+    /// Lets the kernel take a call whose value was judged: of a long argument only the bytes that the handler reads, which
+    /// another thread can no longer change. `needed` is [`Governed::needed_len`](abi::setting::Governed::needed_len).
     #[inline(always)]
-    pub(crate) fn pass_as_read(&self, kind: u8) {
-        if self.is_long() && kind != kind::OPAQUE {
-            set_field!(self.ctx, optlen, if kind == kind::TEXT { TEXT_LEN as i32 } else { 4 });
-        } else {
-            self.pass();
+    pub(crate) fn pass_as_read(&self, needed: i32) {
+        if self.is_long() && needed > 0 {
+            set_field!(self.ctx, optlen, needed);
+        }
+    }
+
+    /// Lets the caller of getsockopt have what the kernel wrote. Where the kernel returned a length beyond the caller's
+    /// buffer, a program must set `optlen` to 0, or the call fails with EFAULT (`__cgroup_bpf_run_filter_getsockopt`,
+    /// kernel/bpf/cgroup.c): the length that NETLINK_LIST_MEMBERSHIPS needs, for one.
+    #[inline(always)]
+    pub(crate) fn pass_read(&self) {
+        let value = field!(self.ctx, __bindgen_anon_2.optval) as u64;
+        let end = field!(self.ctx, __bindgen_anon_3.optval_end) as u64;
+        if self.len() as i64 > end.wrapping_sub(value) as i64 {
+            set_field!(self.ctx, optlen, 0);
         }
     }
 
@@ -401,5 +441,10 @@ impl Socket for OptionCall {
     #[inline(always)]
     fn as_ptr(&self) -> *mut c_void {
         self.sk.cast()
+    }
+
+    #[inline(always)]
+    fn socket(&self) -> *mut c_void {
+        self.sk()
     }
 }

@@ -73,6 +73,10 @@ static LAYOUT: Layout = Layout {
     mount_vfsmount: 0,
     mount_parent: 0,
     mount_point: 0,
+    sock_net: 0,
+    net_devices: 0,
+    device_node: 0,
+    device_index: 0,
 };
 
 /// A field of [`LAYOUT`]. Volatile, for its value is not the one that stands above.
@@ -120,6 +124,42 @@ fn read_or_zero<T: Copy + Default>(address: u64) -> T {
 #[inline(always)]
 fn follow(address: u64) -> Option<u64> {
     read::<u64>(address).filter(|pointer| *pointer != 0)
+}
+
+/// The address that a pointer holds, as a number: the verifier allows no arithmetic on some pointers.
+#[inline(always)]
+pub(crate) fn address_of(pointer: *const c_void) -> u64 {
+    read_or_zero((&raw const pointer) as u64)
+}
+
+/// Devices of one list that are searched. The kernel has 256 lists for each network namespace.
+const DEVICES_SEARCHED: usize = 16;
+
+/// Whether the network namespace of the socket at `sk` has a device of this index (0 or 1), as `dev_get_by_index_rcu` finds it
+/// (net/core/dev.c, 5.10 to 6.18). 0 also where that cannot be told.
+///
+/// SO_BINDTOIFINDEX itself does not ask (`sock_bindtoindex_locked`, net/core/sock.c): the socket could not connect any more.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn has_device(sk: u64, index: u32) -> u32 {
+    find_device(sk, index).is_some().into()
+}
+
+#[inline(always)]
+fn find_device(sk: u64, index: u32) -> Option<()> {
+    if !knows(known::DEVICES) {
+        return None;
+    }
+    let lists = follow(member!(follow(member!(sk, sock_net))?, net_devices))?;
+    let mut node = follow(lists.wrapping_add(u64::from(index & 0xff) * size_of::<u64>() as u64))?;
+    for _ in 0..DEVICES_SEARCHED {
+        let device = node.wrapping_sub(u64::from(layout!(device_node)));
+        if read_or_zero::<u32>(member!(device, device_index)) == index {
+            return Some(());
+        }
+        node = follow(node)?;
+    }
+    None
 }
 
 #[inline(always)]

@@ -107,6 +107,7 @@ fn value(option: &SocketOption) -> String {
         ValueKind::Opaque(_) => option.value.describe().to_owned(),
         ValueKind::CongestionControl => "name".to_owned(),
         ValueKind::Device => "device name".to_owned(),
+        ValueKind::Interface => "device index".to_owned(),
         ValueKind::Dscp => "DSCP".to_owned(),
         ValueKind::Mark => "number, value/mask".to_owned(),
         kind => match (unit(kind), option.class) {

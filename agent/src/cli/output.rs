@@ -134,7 +134,7 @@ impl Writer {
             self.out,
             "sockpolicy: {doing} on {targets}: {} rules, {} options; {}; {audit}",
             desired.rules.len(),
-            desired.options.len(),
+            desired.named,
             hooks.join(", "),
         )?;
         self.out.flush()

@@ -119,7 +119,7 @@ const DATAGRAM: [u32; 3] = [site::BIND_DATAGRAM, site::CONNECT_DATAGRAM, site::S
 /// What to apply at each site. An option is left out where no rule that sets it can match.
 pub(super) fn sites(options: &[Governed], rules: &[&Rule]) -> [SiteList; site::COUNT] {
     let mut sites = [SiteList::default(); site::COUNT];
-    for (index, option) in options.iter().enumerate() {
+    for (index, option) in options.iter().enumerate().filter(|(_, option)| !option.is_alias()) {
         let Some(settable) = options::by_key(option.key).and_then(|known| known.settable()) else { continue };
         let setting: Vec<&&Rule> = rules
             .iter()
@@ -204,7 +204,7 @@ fn is_compared(option: &Governed) -> bool {
 /// The options that the program at a hook sets, judges or compares: indices of `options`.
 pub(super) fn options_at(hook: Hook, options: &[Governed], sites: &[SiteList; site::COUNT]) -> Vec<usize> {
     let is_there = |index: usize, option: &Governed| match hook {
-        Hook::Set => true,
+        Hook::Set => !option.is_alias(),
         Hook::Get => is_compared(option),
         _ => hook.sites().iter().any(|site| {
             let SiteList { len, options } = &sites[*site as usize];

@@ -12,20 +12,22 @@
 mod facts;
 mod hooks;
 mod prefixes;
+mod rows;
 #[cfg(test)]
 mod tests;
 
-use std::{ops::Range, path::PathBuf};
+use std::{collections::BTreeSet, ops::Range, path::PathBuf};
 
 use abi::{
-    RULES_MAX, SETTABLE_MAX, SiteList,
+    RULES_MAX, SiteList,
     judge::agreeing,
     select::{Candidates, Selectors, select},
-    setting::{Governed, OptionKey, Setting, form, kind, on_conflict, read_back, words_of_text},
+    setting::{Governed, OptionKey, Setting, form, on_conflict, words_of_text},
     site,
     socket::{Facts, direction, family, protocol},
 };
 
+use self::rows::{Rows, SocketValue};
 pub use self::{
     facts::facts,
     hooks::{Hook, may_pass},
@@ -49,8 +51,11 @@ pub struct Desired {
     /// By stack.
     pub scopes: Vec<Scope>,
     pub prefixes: Vec<Prefix>,
-    /// Every option that a rule names, by number. Those that are set come first, in the order in which they are applied.
+    /// Every option whose calls rules govern, by number. Those that rules name come first, and of these those that are set, in
+    /// the order in which they are applied. An option may have several numbers.
     pub options: Vec<OptionKey>,
+    /// How many options rules name.
+    pub named: usize,
     pub settings: Vec<Setting>,
     /// Where each of `settings` came from.
     pub sources: Vec<SettingSource>,
@@ -126,6 +131,7 @@ pub fn compile(policies: &[Policy], stacks: &[Stack]) -> Result<Desired, Compile
         scopes: Vec::new(),
         prefixes: Vec::new(),
         options: Vec::new(),
+        named: 0,
         settings: Vec::new(),
         sources: Vec::new(),
     };
@@ -143,12 +149,14 @@ pub fn compile(policies: &[Policy], stacks: &[Stack]) -> Result<Desired, Compile
         }));
     }
     let named = named_options(policies);
-    desired.options = named.iter().map(|option| option.key()).collect();
+    let rows = Rows::of(&named);
+    desired.options = rows.rows.iter().map(|row| row.template.key).collect();
+    desired.named = named.len();
     for stack in stacks {
         let stacked: Vec<&Policy> = stack.iter().map(|policy| &policies[*policy]).collect();
         let numbered = stack.iter().flat_map(|policy| (first_rules[*policy]..).zip(&policies[*policy].rules));
         let (numbers, rules): (Vec<usize>, Vec<&Rule>) = numbered.unzip();
-        add_scope(&mut desired, &stacked, &named, &rules, &numbers)?;
+        add_scope(&mut desired, &stacked, &rows, &rules, &numbers)?;
     }
     Ok(desired)
 }
@@ -158,7 +166,7 @@ pub fn compile(policies: &[Policy], stacks: &[Stack]) -> Result<Desired, Compile
 fn add_scope(
     desired: &mut Desired,
     stack: &[&Policy],
-    named: &[Named],
+    rows: &Rows,
     rules: &[&Rule],
     numbers: &[usize],
 ) -> Result<(), CompileError> {
@@ -167,30 +175,15 @@ fn add_scope(
     if rules.len() > RULES_MAX {
         return Err(CompileError::TooManyRules { policies, count: rules.len() });
     }
-    let mut options = Vec::new();
-    for named in named {
-        let mut option = governed(*named);
-        option.first_setting = desired.settings.len() as u32;
-        for (bit, rule) in rules.iter().enumerate() {
-            let Some(clause) = rule.clauses.iter().find(|clause| clause.option == *named) else { continue };
-            option.names |= 1 << bit;
-            if matches!(clause.form, Form::Set(_)) {
-                option.sets |= 1 << bit;
-            }
-            desired.settings.push(setting(clause, mode));
-            let form = clause.form.clone();
-            desired.sources.push(SettingSource { rule: numbers[bit], option: *named, line: clause.line, form });
-        }
-        let first = rules.get(option.names.trailing_zeros() as usize);
-        if first.is_some_and(|rule| rule.selector == Selector::default()) {
-            option.certain = 1;
-            let setting = desired.settings.get(option.first_setting as usize);
-            if let Some(value) = setting.and_then(|setting| agreeing(option.kind, option.traits, setting)) {
-                (option.has_agreeing, option.agreeing) = (1, value);
-            }
-        }
-        options.push(option);
-    }
+    let said: Vec<Said> = rows.values.iter().map(|value| add_settings(desired, *value, rules, numbers, mode)).collect();
+    let options: Vec<Governed> = rows
+        .rows
+        .iter()
+        .map(|row| match row.value {
+            Some(value) => said[value].complete(row.template, desired),
+            None => row.template,
+        })
+        .collect();
     let scope = desired.scopes.len() as u32;
     let sites = hooks::sites(&options, rules);
     let hooks = hooks::needed(&options, &sites, rules, desired.audit.reads);
@@ -199,7 +192,56 @@ fn add_scope(
     Ok(())
 }
 
+/// What the rules of a scope say of one value.
+struct Said {
+    names: u64,
+    sets: u64,
+    first_setting: u32,
+    is_certain: bool,
+}
+
+/// Adds the settings of one value: one for each rule that names it.
+fn add_settings(desired: &mut Desired, value: SocketValue, rules: &[&Rule], numbers: &[usize], mode: Mode) -> Said {
+    let mut said = Said { names: 0, sets: 0, first_setting: desired.settings.len() as u32, is_certain: false };
+    for (bit, rule) in rules.iter().enumerate() {
+        let Some(clause) = rule.clauses.iter().find(|clause| SocketValue::of(clause.option) == value) else { continue };
+        said.is_certain |= said.names == 0 && rule.selector == Selector::default();
+        said.names |= 1 << bit;
+        if matches!(clause.form, Form::Set(_)) {
+            said.sets |= 1 << bit;
+        }
+        desired.settings.push(setting(clause, mode));
+        let form = clause.form.clone();
+        desired.sources.push(SettingSource { rule: numbers[bit], option: clause.option, line: clause.line, form });
+    }
+    said
+}
+
+impl Said {
+    /// The row of an option that sets the value.
+    fn complete(&self, template: Governed, desired: &Desired) -> Governed {
+        let Self { names, sets, first_setting, is_certain } = *self;
+        let mut option = Governed { names, sets, first_setting, certain: is_certain.into(), ..template };
+        // What other rows have a say in is not settled by this one alone.
+        let is_alone = option.next == 0 && option.resets == 0;
+        if let Some(setting) = desired.settings.get(first_setting as usize)
+            && let Some(value) = agreeing(&option, setting)
+            && is_certain
+            && is_alone
+        {
+            (option.has_agreeing, option.agreeing) = (1, value);
+        }
+        option
+    }
+}
+
 impl Desired {
+    /// The options by which a call is found, each with its number.
+    pub fn numbered(&self) -> impl Iterator<Item = (OptionKey, u32)> {
+        let mut seen = BTreeSet::new();
+        self.options.iter().copied().zip(0..).filter(move |(key, _)| seen.insert(*key))
+    }
+
     /// What a setting came from.
     #[must_use]
     pub fn source(&self, setting: u32) -> Option<(&SettingSource, &RuleSource)> {
@@ -209,8 +251,12 @@ impl Desired {
 
     /// The options that an option's number in a scope stands for.
     fn named(&self, scope: usize, number: usize) -> Option<Named> {
-        let option = self.scopes.get(scope)?.options.get(number).filter(|option| option.names != 0)?;
-        Some(self.sources.get(option.first_setting as usize)?.option)
+        let option = self.scopes.get(scope)?.options.get(number)?;
+        let is_named = option.names != 0 && !option.is_alias();
+        let settings = option.first_setting as usize..;
+        let sources = self.sources.get(settings)?.iter().take(option.names.count_ones() as usize);
+        let mut named = sources.map(|source| source.option).filter(|named| is_named && named.key() == option.key);
+        named.next()
     }
 
     /// What the program at a hook is about: the options that it sets, judges or compares.
@@ -401,22 +447,6 @@ fn place(named: Named) -> usize {
     }
 }
 
-fn governed(named: Named) -> Governed {
-    // The same under all policies, for sockets keep it. There are fewer options to set than bits, and only these need one.
-    let bit = place(named).min(SETTABLE_MAX) as u8;
-    let mut option = Governed { key: named.key(), kind: kind::OPAQUE, bit, ..Governed::default() };
-    if let Named::Known(known) = named {
-        let SocketOption { value, traits, .. } = *known;
-        option.kind = value.abi_kind();
-        if option.kind == kind::INT && known.range.1 > i64::from(i32::MAX) {
-            option.kind = kind::UNSIGNED;
-        }
-        option.traits = traits;
-        option.read_back = known.settable().map_or(read_back::NONE, |settable| settable.read_back);
-    }
-    option
-}
-
 fn setting(clause: &Clause, mode: Mode) -> Setting {
     let mut setting = Setting {
         on_conflict: match clause.on_conflict {
@@ -426,7 +456,7 @@ fn setting(clause: &Clause, mode: Mode) -> Setting {
             OnConflict::Deny => on_conflict::DENY,
         },
         errno: clause.errno.0,
-        dry_run: u32::from(mode == Mode::DryRun),
+        dry_run: u16::from(mode == Mode::DryRun),
         ..Setting::default()
     };
     match &clause.form {
@@ -438,14 +468,20 @@ fn setting(clause: &Clause, mode: Mode) -> Setting {
         Form::Set(Wanted::Text(text)) => {
             setting.form = form::SET;
             setting.mask = u32::MAX;
+            setting.is_text = 1;
             setting.text = words_of_text(text.as_bytes());
         }
         Form::Limit { min, max } => {
             setting.form = form::LIMIT;
-            setting.min = *min;
-            setting.max = *max;
+            (setting.min, setting.max) = open_bounds(clause.option, *min, *max);
         }
         Form::Deny => setting.form = form::DENY,
     }
     setting
+}
+
+/// A bound at the end of an option's range bounds nothing, not even what the kernel takes for none or for the default.
+fn open_bounds(option: Named, min: i64, max: i64) -> (i64, i64) {
+    let Named::Known(SocketOption { range, .. }) = option else { return (min, max) };
+    (if min <= range.0 { i64::MIN } else { min }, if max >= range.1 { i64::MAX } else { max })
 }

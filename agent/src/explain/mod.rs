@@ -67,7 +67,7 @@ pub fn explain(desired: &Desired, scope: &Scope, socket: &Socket) -> Explanation
     let mut options: Vec<_> = scope
         .options
         .iter()
-        .filter(|option| option.names != 0)
+        .filter(|option| option.names != 0 && !option.is_alias())
         .map(|option| (first_of(option), explain_option(desired, socket, option, candidates)))
         .collect();
     options.sort_by_key(|(first, _)| desired.sources.get(*first).map(|source| (source.rule, source.line)));
@@ -133,8 +133,9 @@ impl OptionExplained {
         self.winner.iter().chain(self.others.iter().map(|(clause, _)| clause))
     }
 
-    fn key(&self) -> Option<OptionKey> {
-        self.clauses().next().map(|clause| clause.source.option.key())
+    /// What all names of the option have in common.
+    fn value_key(&self) -> Option<OptionKey> {
+        self.clauses().next().map(|clause| clause.source.option.value_key())
     }
 
     /// The option's name.

@@ -67,7 +67,7 @@ pub fn try_all(policies: &[Policy]) -> Result<Vec<Trial>, CompileError> {
 }
 
 fn failure(explanation: &Explanation, expected: &Expected) -> Option<Failure> {
-    let found = explanation.options.iter().find(|option| option.key() == Some(expected.option.key()));
+    let found = explanation.options.iter().find(|option| option.value_key() == Some(expected.option.value_key()));
     let decided = found.and_then(|option| option.winner.as_ref()).map(|winner| &winner.source.form);
     (decided != expected.form.as_ref()).then(|| Failure { expected: expected.clone(), found: found.cloned() })
 }

@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     fault,
-    options::{OPTIONS, Relation, SocketOption},
+    options::{OPTIONS, SocketOption},
 };
 
 /// The sockets that there are.
@@ -322,11 +322,10 @@ impl Defaults {
 }
 
 /// Whether a program can have given the option to our own new socket: the kernel itself makes all of these 0.
-fn is_given_at_birth(option: &SocketOption) -> bool {
+fn is_given_at_birth(option: &'static SocketOption) -> bool {
     let is_given =
         |option: &SocketOption| option.settable().is_some_and(|settable| settable.sites.contains(site::BIRTH));
-    let other_name = OPTIONS.iter().find(|other| other.relation == Some(Relation::SameAs(option.name)));
-    is_given(option) || other_name.is_some_and(is_given)
+    is_given(option) || option.other_names().any(is_given)
 }
 
 fn zero(option: &SocketOption) -> Value {

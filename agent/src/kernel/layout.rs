@@ -39,6 +39,7 @@ pub(super) fn layout(roots: &Roots<'_>) -> Layout {
         (known::ANCESTORS, ancestors(roots, &mut layout)),
         (known::SYSCALL, system_call(roots, &mut layout)),
         (known::EXECUTABLE, executable(roots, &mut layout)),
+        (known::DEVICES, devices(roots, &mut layout)),
     ];
     for (part, found) in parts {
         match found {
@@ -90,6 +91,17 @@ fn descriptor(roots: &Roots<'_>, layout: &mut Layout) -> Option<()> {
     let inode = file.structure("f_inode")?;
     layout.inode_mode = offset(&inode, "i_mode")?;
     layout.inode_number = offset(&inode, "i_ino")?;
+    Some(())
+}
+
+/// The lists that `dev_get_by_index_rcu` searches (net/core/dev.c).
+fn devices(roots: &Roots<'_>, layout: &mut Layout) -> Option<()> {
+    let sock = roots.sock.as_ref()?;
+    layout.sock_net = offset(sock, "__sk_common.skc_net.net")?;
+    layout.net_devices = offset(&sock.structure("__sk_common.skc_net.net")?, "dev_index_head")?;
+    let device = roots.types.structure("net_device")?;
+    layout.device_node = offset(&device, "index_hlist")?;
+    layout.device_index = offset(&device, "ifindex")?;
     Some(())
 }
 

@@ -90,8 +90,8 @@ impl Tables {
             counters: Array::create((desired.settings.len() * cpus).max(1) as u32, flags::ARRAY)
                 .map_err(map_error("COUNTERS"))?,
         };
-        for (option, number) in desired.options.iter().zip(0..) {
-            tables.numbers.add(*option, number);
+        for (option, number) in desired.numbered() {
+            tables.numbers.add(option, number);
             tables.option_index.insert(option, number, 0).map_err(map_error("OPTION_INDEX"))?;
         }
         for prefix in &desired.prefixes {

@@ -10,7 +10,7 @@ use abi::{
     judge::{Asked, judge, verdict},
     live::Assignment,
     select::Candidates,
-    setting::{Governed, Setting, Value, form, read_back, traits},
+    setting::{Governed, Setting, Value, argument, form, read_back, traits},
     site,
 };
 
@@ -22,7 +22,7 @@ use crate::{
     options::{self, Reading, Settable, SocketOption},
     policy::{
         Socket,
-        model::{Direction, Family, Protocol},
+        model::{Direction, Family, Form, Protocol},
     },
 };
 
@@ -61,7 +61,7 @@ pub fn needed(scope: &Scope) -> Vec<&'static SocketOption> {
 /// Holds a socket against the policies of a scope.
 pub fn find(desired: &Desired, scope: &Scope, live: &Live, fresh: &mut impl Fresh) -> Vec<Finding> {
     let cases = cases(desired, scope, live);
-    let named = scope.options.iter().filter(|option| option.names != 0);
+    let named = scope.options.iter().filter(|option| option.names != 0 && !option.is_alias());
     named.filter_map(|governed| find_in(desired, &cases, governed, live, fresh)).collect()
 }
 
@@ -110,7 +110,10 @@ fn find_in(
             if live.may_be_tuned(option) {
                 return Some(Finding::Untold { option, why: WHO_CHOSE });
             }
-            let limit = Some(Limit { min: row.min, max: row.max });
+            let limit = desired.sources.get(setting as usize).and_then(|source| match source.form {
+                Form::Limit { min, max } => Some(Limit { min, max }),
+                _ => None,
+            });
             let drift = Finding::Drift { setting, option, wanted: Value::UNKNOWN, limit, now: *now };
             live.is_chosen(option, now, fresh.values()).then_some(drift)
         }
@@ -145,7 +148,11 @@ fn decide<'a>(
         return Some(Err(Finding::Untold { option, why: NO_DIRECTION }));
     }
     let setting = setting?;
-    let row = desired.settings.get(setting as usize)?;
+    // The other name of a device has a row of its own.
+    let row = desired
+        .settings
+        .get(setting as usize)
+        .filter(|row| row.form != form::SET || row.is_text() == governed.is_text())?;
     let due = if row.form == form::SET {
         let settable = option.settable()?;
         let due = cases.iter().map(|case| due(settable, live, case, |rules| governed.winner(rules) == Some(setting)));
@@ -172,7 +179,7 @@ pub struct Assigned {
 pub fn assign(desired: &Desired, scope: &Scope, live: &Live) -> Assigned {
     let mut assigned = Assigned::default();
     let cases = cases(desired, scope, live);
-    for governed in scope.options.iter().filter(|option| option.names != 0) {
+    for governed in scope.options.iter().filter(|option| option.names != 0 && !option.is_alias()) {
         match decide(desired, &cases, governed, live) {
             None => {}
             Some(Ok(Decision { row, due, .. })) if row.form == form::DENY || due == Due::No => {}
@@ -199,7 +206,7 @@ fn is_kept(option: &SocketOption, live: &Live) -> bool {
 
 /// Whether getsockopt shows an option in another width than programs see it in: then neither tells what came of the other.
 fn is_wide(governed: &Governed) -> bool {
-    governed.traits & traits::WIDE != 0
+    governed.argument == argument::RATE
 }
 
 /// Whether a socket has an option that matters to its traffic.
@@ -331,17 +338,17 @@ fn agrees(
 /// Whether a value is what a setting wants, or within a limit.
 fn agrees_as_it_is(governed: &Governed, setting: &Setting, now: &Value) -> bool {
     // A value that says nothing, such as a time that is off, disagrees with nothing.
-    read(governed, now).is_none_or(|shown| judge(governed.kind, setting, &shown).verdict == verdict::NONE)
+    read(governed, now).is_none_or(|shown| judge(governed, setting, &shown).verdict == verdict::NONE)
 }
 
 /// The value that was set, if it was set to what is shown.
 fn read(governed: &Governed, now: &Value) -> Option<Asked> {
-    let shown = Asked::read(governed.kind, governed.traits, now.len as i32, &now.words)?;
+    let shown = Asked::read(governed, now.len as i32, &now.words)?;
     Some(if governed.read_back == read_back::DOUBLED { Asked { number: shown.number / 2, ..shown } } else { shown })
 }
 
 fn wanted(governed: &Governed, setting: &Setting, now: &Value) -> Value {
-    read(governed, now).map_or(Value::UNKNOWN, |shown| Value::wanted(governed.kind, setting, &shown))
+    read(governed, now).map_or(Value::UNKNOWN, |shown| Value::wanted(governed, setting, &shown))
 }
 
 #[cfg(test)]

@@ -11,12 +11,14 @@
 //! (net/ipv6/ipv6_sockglue.c) and, for what programs may set, `sol_socket_sockopt` and its sisters
 //! in net/core/filter.c, all of 6.18. Numbers are those of asm-generic: x86, arm64, riscv.
 
+mod aliases;
 mod names;
 mod table;
 
-use abi::setting::{OptionKey, kind};
+use abi::setting::{OptionKey, effective, kind};
 
 pub use self::{
+    aliases::{GUARDS, Guard, by_spelling},
     names::{DSCP_NAMES, Names},
     table::OPTIONS,
 };
@@ -75,6 +77,8 @@ pub enum ValueKind {
     CongestionControl,
     /// The name of a network interface.
     Device,
+    /// The index of a network interface.
+    Interface,
     /// `struct linger`: whether close waits, and for how long; what policies bound is the time, in whole seconds.
     Linger,
     /// `struct timeval`: seconds and microseconds, two `__s64`, or two `__s32` from a 32-bit program (`sock_copy_user_timeval`
@@ -128,6 +132,7 @@ impl ValueKind {
             | Self::Milliseconds
             | Self::Microseconds
             | Self::Bytes
+            | Self::Interface
             | Self::Dscp => kind::INT,
             Self::Unsigned | Self::Rate | Self::Mark => kind::UNSIGNED,
             Self::CongestionControl | Self::Device => kind::TEXT,
@@ -151,7 +156,13 @@ impl ValueKind {
             | Self::Linger
             | Self::Timeval
             | Self::Rate => true,
-            Self::Bool | Self::Dscp | Self::Mark | Self::CongestionControl | Self::Device | Self::Opaque(_) => false,
+            Self::Bool
+            | Self::Dscp
+            | Self::Mark
+            | Self::CongestionControl
+            | Self::Device
+            | Self::Interface
+            | Self::Opaque(_) => false,
         }
     }
 
@@ -170,6 +181,7 @@ impl ValueKind {
             Self::Mark => "a number, or \"value/mask\" such as \"0x20/0xff\"",
             Self::CongestionControl => "the name of a congestion control, such as \"bbr\"",
             Self::Device => "the name of a network interface, such as \"eth0\"",
+            Self::Interface => "the index of a network interface",
             Self::Linger => "how long close waits, in whole seconds, such as \"5s\"",
             Self::Timeval => "a time, such as \"30s\" or \"500ms\"; 0, for ever, is more than any",
             Self::Opaque(shape) => shape.describe(),
@@ -234,8 +246,6 @@ pub struct Settable {
 pub enum Relation {
     /// Setting the one gives the other another value.
     Resets(&'static str),
-    /// Two names of one thing.
-    SameAs(&'static str),
 }
 
 /// What a policy can do with an option.
@@ -303,6 +313,17 @@ pub struct SocketOption {
     pub reading: Reading,
     /// Bits of [`abi::setting::traits`].
     pub traits: u8,
+    /// Which lengths of an argument the kernel accepts: one of [`abi::setting::argument`].
+    pub argument: u8,
+    /// Whether the kernel reads the number as unsigned, whatever the range that a policy can give.
+    pub is_unsigned: bool,
+    /// What a limit compares in place of 0: a number, or one of [`abi::setting::effective`]. A default is that of the
+    /// system, as Linux ships it.
+    pub zero: i64,
+    /// The same in place of a negative number.
+    pub negative: i64,
+    /// The option of which this is another name.
+    pub same_as: Option<&'static str>,
     /// What it has to do with another option, if anything.
     pub relation: Option<Relation>,
     /// What has happened by the time that a connection is accepted and in which this option has a say; for people.
@@ -332,6 +353,30 @@ impl SocketOption {
         match &self.class {
             Class::Settable(settable) => Some(settable),
             Class::Guardable | Class::ReadOnly => None,
+        }
+    }
+
+    /// The function of the kernel that reads the argument, and its file.
+    #[must_use]
+    pub fn handler(&self) -> &'static str {
+        match self.level {
+            Level::TCP if self.is_for_programs() => "bpf_sol_tcp_setsockopt, net/core/filter.c",
+            Level::SOCKET => "sk_setsockopt, net/core/sock.c",
+            Level::TCP => "do_tcp_setsockopt, net/ipv4/tcp.c",
+            Level::UDP => "udp_lib_setsockopt, net/ipv4/udp.c",
+            Level::IP => "do_ip_setsockopt, net/ipv4/ip_sockglue.c",
+            Level::IPV6 => "do_ipv6_setsockopt, net/ipv6/ipv6_sockglue.c",
+            _ => "mptcp_setsockopt, net/mptcp/sockopt.c",
+        }
+    }
+
+    /// What a limit compares in place of a number.
+    #[must_use]
+    pub fn stands_for(&self, number: i64) -> i64 {
+        match number {
+            0 => self.zero,
+            ..0 => self.negative,
+            _ => effective::SAME,
         }
     }
 

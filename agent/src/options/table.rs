@@ -1,7 +1,11 @@
 //! The rows of the table, and how they are written down.
 
 use abi::{
-    setting::{read_back, traits},
+    setting::{
+        argument,
+        effective::{SAME, UNCERTAIN},
+        read_back, traits,
+    },
     site::{ACTIVE, BIND_DATAGRAM, BIND_STREAM, BIRTH, CONNECT_DATAGRAM, CONNECT_STREAM, LISTEN, PASSIVE, SEND, SYN},
 };
 
@@ -10,8 +14,8 @@ use super::{
     Kept::{AsGiven, Otherwise},
     Level as L, Reading, Relation, Settable, Shape, Sites, SocketOption, ValueKind,
     ValueKind::{
-        Bool, Bytes, Choice, CongestionControl, Device, Dscp, Int, Linger, Mark, Microseconds, Milliseconds, Opaque,
-        Rate, Seconds, Timeval, Unsigned,
+        Bool, Bytes, Choice, CongestionControl, Device, Dscp, Int, Interface, Linger, Mark, Microseconds, Milliseconds,
+        Opaque, Rate, Seconds, Timeval, Unsigned,
     },
     names::{DOMAINS, IPV6_MTU_DISCOVERY, MTU_DISCOVERY, PROTOCOLS, TYPES},
 };
@@ -93,13 +97,40 @@ impl SocketOption {
         self.traits |= traits;
         self
     }
+
+    const fn argument(mut self, argument: u8) -> Self {
+        self.argument = argument;
+        self
+    }
+
+    const fn unsigned(mut self) -> Self {
+        self.is_unsigned = true;
+        self
+    }
+
+    /// What 0 stands for.
+    const fn zero(mut self, effective: i64) -> Self {
+        self.zero = effective;
+        self
+    }
+
+    /// What a negative number stands for.
+    const fn negative(mut self, effective: i64) -> Self {
+        self.negative = effective;
+        self
+    }
+
+    const fn same_as(mut self, option: &'static str) -> Self {
+        self.same_as = Some(option);
+        self
+    }
 }
 
 /// The range of a value that nothing more is known about.
 const fn full_range(value: ValueKind) -> (i64, i64) {
     match value {
         Bool => (0, 1),
-        Unsigned | Mark | Linger => (0, u32::MAX as i64),
+        Unsigned | Mark => (0, u32::MAX as i64),
         Dscp => (0, 0xff),
         // The last value means "unlimited".
         Rate => (1, u32::MAX as i64),
@@ -148,6 +179,11 @@ const fn settable(
         kept: most_likely_kept(value),
         reading: Reading::Chosen,
         traits: if level.0 == L::TCP.0 { traits::TCP } else { 0 },
+        argument: argument::INT,
+        is_unsigned: false,
+        zero: SAME,
+        negative: SAME,
+        same_as: None,
         relation: None,
         negotiated: None,
         example,
@@ -166,7 +202,12 @@ const fn guardable(level: L, name: &'static str, number: i32, value: ValueKind, 
         class: Class::Guardable,
         kept: most_likely_kept(value),
         reading: Reading::Chosen,
-        traits: if level.0 == L::IP.0 { traits::BYTE } else { 0 },
+        traits: 0,
+        argument: if level.0 == L::IP.0 { argument::BYTE } else { argument::INT },
+        is_unsigned: false,
+        zero: SAME,
+        negative: SAME,
+        same_as: None,
         relation: None,
         negotiated: None,
         example: "",
@@ -190,20 +231,23 @@ const fn read_only(level: L, name: &'static str, number: i32, value: ValueKind, 
 pub const OPTIONS: &[SocketOption] = &[
     settable(L::IP, "IP_TOS", 1, Dscp, "\"CS0\"", "type of service: DSCP of sent packets")
         .at(ROUTE)
-        .traits(traits::INET | traits::BYTE)
+        .traits(traits::INET | traits::LOW_BYTE)
+        .argument(argument::BYTE)
         // `__ip_sock_set_tos`, where the value is another than before.
         .related(Relation::Resets("SO_PRIORITY"))
         .kept(member("inet_sock", "tos")),
     settable(L::IPV6, "IPV6_TCLASS", 67, Dscp, "\"CS0\"", "traffic class: DSCP of sent IPv6 packets")
         .at(ROUTE)
-        .traits(traits::INET6),
+        .traits(traits::INET6 | traits::MINUS_ONE_IS_ZERO),
     settable(L::IPV6, "IPV6_AUTOFLOWLABEL", 70, Bool, "true", "flow label from a hash of the connection")
         .since("6.1")
+        .argument(argument::INT_OR_ZERO)
         .traits(traits::INET6),
     settable(L::SOCKET, "SO_MARK", 36, Mark, "0x1", "firewall mark, for policy routing and filters")
         .at(ROUTE_FROM_BIRTH)
         .kept(AsGiven),
     settable(L::SOCKET, "SO_PRIORITY", 12, Int, "1", "queueing priority of sent packets")
+        .unsigned()
         .at(ROUTE_FROM_BIRTH)
         .range(0, i32::MAX as i64)
         .kept(AsGiven),
@@ -212,9 +256,9 @@ pub const OPTIONS: &[SocketOption] = &[
         .reads(read_back::NONE)
         .traits(traits::ONCE),
     // When a socket is made, in 5.10 too; later in its life bpf_setsockopt takes it from 5.15 on.
-    settable(L::SOCKET, "SO_BINDTOIFINDEX", 62, Int, "1", "interface to send and receive through, by index")
+    settable(L::SOCKET, "SO_BINDTOIFINDEX", 62, Interface, "1", "interface to send and receive through, by index")
         .at(DEVICE_FROM_BIRTH)
-        .related(Relation::SameAs("SO_BINDTODEVICE"))
+        .same_as("SO_BINDTODEVICE")
         .range(0, i32::MAX as i64)
         .kept(AsGiven),
     settable(L::SOCKET, "SO_REUSEADDR", 2, Bool, "true", "bind although old connections linger").at(BIND).since("6.1"),
@@ -222,24 +266,34 @@ pub const OPTIONS: &[SocketOption] = &[
     settable(L::SOCKET, "SO_SNDBUF", 7, Bytes, "\"64KiB\"", "send buffer; turns off its tuning")
         .reads(read_back::DOUBLED)
         .range(0, (i32::MAX / 2) as i64)
+        .unsigned()
         .kept(member("sock", "sk_sndbuf"))
         .reading(Reading::Tuned { lock: SNDBUF_LOCK }),
     settable(L::SOCKET, "SO_RCVBUF", 8, Bytes, "\"64KiB\"", "receive buffer; turns off its tuning")
         .reads(read_back::DOUBLED)
         .range(0, (i32::MAX / 2) as i64)
+        .unsigned()
+        // `sk_setsockopt`, 7.2 and later, of TCP sockets.
+        .related(Relation::Resets("TCP_WINDOW_CLAMP"))
         .negotiated("the scale of the window has been agreed on")
         .kept(member("sock", "sk_rcvbuf"))
         .reading(Reading::Tuned { lock: RCVBUF_LOCK }),
     settable(L::SOCKET, "SO_KEEPALIVE", 9, Bool, "true", "probe idle connections"),
     settable(L::SOCKET, "SO_RCVLOWAT", 18, Bytes, "1", "bytes that make a socket readable")
         .range(1, i32::MAX as i64)
+        .zero(1)
+        .negative(i32::MAX as i64)
         .kept(member("sock", "sk_rcvlowat")),
     settable(L::SOCKET, "SO_MAX_PACING_RATE", 47, Rate, "\"unlimited\"", "rate at which to send at the most")
-        .traits(traits::WIDE)
+        .argument(argument::RATE)
+        // TCP's own pacing ends; the fq queueing discipline sends one packet a second (net/sched/sch_fq.c).
+        .zero(UNCERTAIN)
         .kept(AsGiven),
     settable(L::SOCKET, "SO_TXREHASH", 74, Int, "1", "choose another path after a timeout (-1: as the sysctl says)")
         .since("6.1")
         .range(-1, 1)
+        // net.core.txrehash
+        .negative(1)
         .at(STREAM)
         .traits(traits::TCP),
     settable(L::SOCKET, "SK_BPF_CB_FLAGS", 1009, Unsigned, "0", "events for timestamping BPF programs (1: transmit)")
@@ -255,6 +309,7 @@ pub const OPTIONS: &[SocketOption] = &[
         .reads(read_back::NONE)
         .negotiated("the peer has been told the segment size")
         .range(88, 32767)
+        .zero(i64::MAX)
         .reading(Reading::AtMost),
     settable(L::TCP, "TCP_KEEPIDLE", 4, Seconds, "\"60s\"", "idle time before the first keepalive probe")
         .range(1, 32767)
@@ -269,14 +324,21 @@ pub const OPTIONS: &[SocketOption] = &[
     settable(L::TCP, "TCP_WINDOW_CLAMP", 10, Bytes, "\"64KiB\"", "largest receive window to offer")
         .since("5.15")
         .range(1, i32::MAX as i64)
+        .zero(i64::MAX)
+        // No clamp up to 6.12, the smallest one from 6.18 on.
+        .negative(UNCERTAIN)
         .kept(member("tcp_sock", "window_clamp"))
         .reading(Reading::UntilConnected),
     settable(L::TCP, "TCP_THIN_LINEAR_TIMEOUTS", 16, Bool, "true", "no exponential back-off on thin streams")
         .since("6.1"),
     settable(L::TCP, "TCP_USER_TIMEOUT", 18, Milliseconds, "\"30s\"", "how long sent data may go unacknowledged")
+        // The least that net.ipv4.tcp_retries2 = 15 makes (Documentation/networking/ip-sysctl.rst).
+        .zero(924_600)
         .kept(AsGiven),
     settable(L::TCP, "TCP_NOTSENT_LOWAT", 25, Bytes, "\"128KiB\"", "unsent data that makes a socket unwritable")
         .range(0, u32::MAX as i64)
+        // net.ipv4.tcp_notsent_lowat
+        .zero(u32::MAX as i64)
         .kept(AsGiven),
     settable(L::TCP, "TCP_SAVE_SYN", 27, Int, "1", "keep the SYN for the application (2: with the MAC header)")
         .at(LISTENER)
@@ -317,11 +379,15 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::SOCKET, "SO_DETACH_FILTER", 27, BYTES, "end of a filter"),
     guardable(L::SOCKET, "SO_TIMESTAMP", 29, Bool, "timestamps in microseconds"),
     guardable(L::SOCKET, "SO_SNDBUFFORCE", 32, Bytes, "send buffer beyond the system's limit")
-        .kept(member("sock", "sk_sndbuf")),
+        .kept(member("sock", "sk_sndbuf"))
+        .negative(0)
+        .same_as("SO_SNDBUF"),
     guardable(L::SOCKET, "SO_RCVBUFFORCE", 33, Bytes, "receive buffer beyond the system's limit")
-        .kept(member("sock", "sk_rcvbuf")),
+        .kept(member("sock", "sk_rcvbuf"))
+        .negative(0)
+        .same_as("SO_RCVBUF"),
     guardable(L::SOCKET, "SO_PASSSEC", 34, Bool, "receive the sender's security label").kept(FORGOTTEN_BY_MPTCP),
-    guardable(L::SOCKET, "SO_TIMESTAMPNS", 35, Bool, "timestamps in nanoseconds"),
+    guardable(L::SOCKET, "SO_TIMESTAMPNS", 35, Bool, "timestamps in nanoseconds").same_as("SO_TIMESTAMP"),
     guardable(L::SOCKET, "SO_TIMESTAMPING", 37, BYTES, "timestamps of hardware and software"),
     guardable(L::SOCKET, "SO_RXQ_OVFL", 40, Bool, "count of dropped packets").kept(FORGOTTEN_BY_MPTCP),
     guardable(L::SOCKET, "SO_WIFI_STATUS", 41, Bool, "status of packets sent by wifi").kept(FORGOTTEN_BY_MPTCP),
@@ -343,14 +409,15 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::SOCKET, "SO_CNX_ADVICE", 53, Int, "ask for another path"),
     guardable(L::SOCKET, "SO_ZEROCOPY", 60, Bool, "send without copying"),
     guardable(L::SOCKET, "SO_TXTIME", 61, BYTES, "time at which to send"),
-    guardable(L::SOCKET, "SO_TIMESTAMP_NEW", 63, Bool, "timestamps in microseconds, 64-bit"),
-    guardable(L::SOCKET, "SO_TIMESTAMPNS_NEW", 64, Bool, "timestamps in nanoseconds, 64-bit"),
-    guardable(L::SOCKET, "SO_TIMESTAMPING_NEW", 65, BYTES, "timestamps of hardware and software, 64-bit"),
-    guardable(L::SOCKET, "SO_RCVTIMEO_NEW", 66, Timeval, "receive timeout, 64-bit"),
-    guardable(L::SOCKET, "SO_SNDTIMEO_NEW", 67, Timeval, "send timeout, 64-bit"),
+    guardable(L::SOCKET, "SO_TIMESTAMP_NEW", 63, Bool, "timestamps in microseconds, 64-bit").same_as("SO_TIMESTAMP"),
+    guardable(L::SOCKET, "SO_TIMESTAMPNS_NEW", 64, Bool, "timestamps in nanoseconds, 64-bit").same_as("SO_TIMESTAMP"),
+    guardable(L::SOCKET, "SO_TIMESTAMPING_NEW", 65, BYTES, "timestamps of hardware and software, 64-bit")
+        .same_as("SO_TIMESTAMPING"),
+    guardable(L::SOCKET, "SO_RCVTIMEO_NEW", 66, Timeval, "receive timeout, 64-bit").same_as("SO_RCVTIMEO"),
+    guardable(L::SOCKET, "SO_SNDTIMEO_NEW", 67, Timeval, "send timeout, 64-bit").same_as("SO_SNDTIMEO"),
     guardable(L::SOCKET, "SO_DETACH_REUSEPORT_BPF", 68, BYTES, "end of the choice among sockets of a port"),
     guardable(L::SOCKET, "SO_PREFER_BUSY_POLL", 69, Bool, "poll rather than interrupt"),
-    guardable(L::SOCKET, "SO_BUSY_POLL_BUDGET", 70, Int, "packets to poll at once").kept(AsGiven),
+    guardable(L::SOCKET, "SO_BUSY_POLL_BUDGET", 70, Int, "packets to poll at once").kept(AsGiven).zero(8),
     guardable(L::SOCKET, "SO_BUF_LOCK", 72, Int, "which buffers are not tuned").kept(AsGiven),
     guardable(L::SOCKET, "SO_RESERVE_MEM", 73, Bytes, "memory set aside for the socket"),
     guardable(L::SOCKET, "SO_RCVMARK", 75, Bool, "receive the mark of packets"),
@@ -361,8 +428,11 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::SOCKET, "SO_INQ", 84, Bool, "receive the length of the queue"),
     guardable(L::TCP, "TCP_CORK", 3, Bool, "hold back partial segments"),
     guardable(L::TCP, "TCP_LINGER2", 8, Seconds, "life of orphaned FIN-WAIT-2 sockets")
-        .range(i32::MIN as i64, i32::MAX as i64),
-    guardable(L::TCP, "TCP_DEFER_ACCEPT", 9, Seconds, "accept only when data has come"),
+        .range(i32::MIN as i64, i32::MAX as i64)
+        // net.ipv4.tcp_fin_timeout; no FIN-WAIT-2 at all
+        .zero(60)
+        .negative(0),
+    guardable(L::TCP, "TCP_DEFER_ACCEPT", 9, Seconds, "accept only when data has come").negative(0),
     guardable(L::TCP, "TCP_QUICKACK", 12, Int, "acknowledge at once").reading(Reading::State),
     guardable(L::TCP, "TCP_MD5SIG", 14, BYTES, "MD5 signatures (BGP)"),
     guardable(L::TCP, "TCP_THIN_DUPACK", 17, Bool, "retransmit on the first duplicate (without effect since 4.11)")
@@ -376,24 +446,29 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::TCP, "TCP_REPAIR_WINDOW", 29, BYTES, "window under repair"),
     guardable(L::TCP, "TCP_FASTOPEN_CONNECT", 30, Bool, "fast open by connect"),
     guardable(L::TCP, "TCP_ULP", 31, Opaque(Shape::Text), "protocol above TCP, such as tls").kept(AsGiven),
-    guardable(L::TCP, "TCP_MD5SIG_EXT", 32, BYTES, "MD5 signatures by prefix"),
+    guardable(L::TCP, "TCP_MD5SIG_EXT", 32, BYTES, "MD5 signatures by prefix").same_as("TCP_MD5SIG"),
     guardable(L::TCP, "TCP_FASTOPEN_KEY", 33, BYTES, "key of fast-open cookies"),
     guardable(L::TCP, "TCP_FASTOPEN_NO_COOKIE", 34, Bool, "fast open without a cookie"),
     guardable(L::TCP, "TCP_INQ", 36, Bool, "receive the length of the queue"),
-    guardable(L::TCP, "TCP_TX_DELAY", 37, Microseconds, "delay of sent packets").kept(AsGiven),
+    guardable(L::TCP, "TCP_TX_DELAY", 37, Microseconds, "delay of sent packets").kept(AsGiven).unsigned(),
     guardable(L::TCP, "TCP_AO_ADD_KEY", 38, BYTES, "key of the authentication option"),
     guardable(L::TCP, "TCP_AO_DEL_KEY", 39, BYTES, "end of a key of the authentication option"),
     guardable(L::TCP, "TCP_AO_INFO", 40, BYTES, "state of the authentication option").reading(Reading::Never),
     guardable(L::TCP, "TCP_AO_REPAIR", 42, BYTES, "authentication option under repair").reading(Reading::Never),
-    guardable(L::TCP, "TCP_RTO_MIN_US", 45, Microseconds, "shortest retransmission timeout"),
-    guardable(L::TCP, "TCP_DELACK_MAX_US", 46, Microseconds, "longest delay of an acknowledgement"),
+    guardable(L::TCP, "TCP_RTO_MIN_US", 45, Microseconds, "shortest retransmission timeout").same_as("TCP_BPF_RTO_MIN"),
+    guardable(L::TCP, "TCP_DELACK_MAX_US", 46, Microseconds, "longest delay of an acknowledgement")
+        .same_as("TCP_BPF_DELACK_MAX"),
     guardable(L::UDP, "UDP_CORK", 1, Bool, "gather sends into one datagram"),
     guardable(L::UDP, "UDP_ENCAP", 100, Int, "encapsulation, such as IPsec's").kept(AsGiven),
     guardable(L::UDP, "UDP_NO_CHECK6_TX", 101, Bool, "send IPv6 without checksum"),
     guardable(L::UDP, "UDP_NO_CHECK6_RX", 102, Bool, "receive IPv6 without checksum"),
     guardable(L::UDP, "UDP_SEGMENT", 103, Bytes, "segment size of large sends").kept(AsGiven),
     guardable(L::UDP, "UDP_GRO", 104, Bool, "receive several datagrams as one"),
-    guardable(L::IP, "IP_TTL", 2, Int, "time to live of sent packets").range(-1, 255),
+    guardable(L::IP, "IP_TTL", 2, Int, "time to live of sent packets")
+        .range(-1, 255)
+        .argument(argument::BYTE_REQUIRED)
+        // net.ipv4.ip_default_ttl
+        .negative(64),
     guardable(L::IP, "IP_HDRINCL", 3, Bool, "the application writes the IP header"),
     guardable(L::IP, "IP_OPTIONS", 4, BYTES, "options of the IP header"),
     guardable(L::IP, "IP_ROUTER_ALERT", 5, Bool, "receive packets that ask for a router"),
@@ -404,13 +479,16 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::IP, "IP_RECVERR", 11, Bool, "receive ICMP errors"),
     guardable(L::IP, "IP_RECVTTL", 12, Bool, "receive the time to live"),
     guardable(L::IP, "IP_RECVTOS", 13, Bool, "receive the type of service"),
-    guardable(L::IP, "IP_FREEBIND", 15, Bool, "bind addresses that are not there"),
-    guardable(L::IP, "IP_IPSEC_POLICY", 16, BYTES, "IPsec policy of the socket"),
+    guardable(L::IP, "IP_FREEBIND", 15, Bool, "bind addresses that are not there").argument(argument::BYTE_REQUIRED),
+    guardable(L::IP, "IP_IPSEC_POLICY", 16, BYTES, "IPsec policy of the socket").same_as("IP_XFRM_POLICY"),
     guardable(L::IP, "IP_XFRM_POLICY", 17, BYTES, "transformation policy of the socket"),
     guardable(L::IP, "IP_PASSSEC", 18, Bool, "receive the peer's security label"),
-    guardable(L::IP, "IP_TRANSPARENT", 19, Bool, "use foreign addresses"),
+    guardable(L::IP, "IP_TRANSPARENT", 19, Bool, "use foreign addresses").argument(argument::BYTE_REQUIRED),
     guardable(L::IP, "IP_ORIGDSTADDR", 20, Bool, "receive the original destination"),
-    guardable(L::IP, "IP_MINTTL", 21, Int, "drop packets from further away").range(0, 255).kept(AsGiven),
+    guardable(L::IP, "IP_MINTTL", 21, Int, "drop packets from further away")
+        .range(0, 255)
+        .kept(AsGiven)
+        .argument(argument::BYTE_REQUIRED),
     guardable(L::IP, "IP_NODEFRAG", 22, Bool, "leave fragments alone"),
     guardable(L::IP, "IP_CHECKSUM", 23, Bool, "receive checksums"),
     guardable(L::IP, "IP_BIND_ADDRESS_NO_PORT", 24, Bool, "choose the port at connect"),
@@ -418,11 +496,13 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::IP, "IP_RECVERR_RFC4884", 26, Bool, "receive extended ICMP errors"),
     guardable(L::IP, "IP_MULTICAST_IF", 32, Opaque(Shape::MulticastInterface), "interface of multicasts"),
     guardable(L::IP, "IP_MULTICAST_TTL", 33, Int, "time to live of multicasts")
+        .argument(argument::BYTE_REQUIRED)
         .range(-1, 255)
+        .negative(1)
         .kept(member("inet_sock", "mc_ttl"))
         // `tcp_v4_syn_recv_sock`, and its sister for IPv6
         .reading(Reading::UntilConnected),
-    guardable(L::IP, "IP_MULTICAST_LOOP", 34, Bool, "hear one's own multicasts"),
+    guardable(L::IP, "IP_MULTICAST_LOOP", 34, Bool, "hear one's own multicasts").argument(argument::BYTE_REQUIRED),
     guardable(L::IP, "IP_ADD_MEMBERSHIP", 35, Opaque(Shape::Membership), "join a group"),
     guardable(L::IP, "IP_DROP_MEMBERSHIP", 36, Opaque(Shape::Membership), "leave a group"),
     guardable(L::IP, "IP_UNBLOCK_SOURCE", 37, Opaque(Shape::SourceMembership), "hear a source of a group again"),
@@ -430,9 +510,13 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::IP, "IP_ADD_SOURCE_MEMBERSHIP", 39, Opaque(Shape::SourceMembership), "join a group for one source"),
     guardable(L::IP, "IP_DROP_SOURCE_MEMBERSHIP", 40, Opaque(Shape::SourceMembership), "leave a group for one source"),
     guardable(L::IP, "IP_MSFILTER", 41, BYTES, "sources of a group").reading(Reading::Never),
-    guardable(L::IP, "IP_MULTICAST_ALL", 49, Bool, "hear every group of the host"),
-    guardable(L::IP, "IP_UNICAST_IF", 50, Opaque(Shape::InterfaceIndex), "interface of unicasts").kept(AsGiven),
-    guardable(L::IP, "IP_LOCAL_PORT_RANGE", 51, BYTES, "range of ports to choose from").kept(AsGiven),
+    guardable(L::IP, "IP_MULTICAST_ALL", 49, Bool, "hear every group of the host").argument(argument::BYTE_REQUIRED),
+    guardable(L::IP, "IP_UNICAST_IF", 50, Opaque(Shape::InterfaceIndex), "interface of unicasts")
+        .kept(AsGiven)
+        .argument(argument::INT_EXACT),
+    guardable(L::IP, "IP_LOCAL_PORT_RANGE", 51, BYTES, "range of ports to choose from")
+        .kept(AsGiven)
+        .argument(argument::INT_EXACT),
     guardable(L::IPV6, "IPV6_ADDRFORM", 1, Int, "turn an IPv6 socket into an IPv4 one").reading(Reading::State),
     guardable(L::IPV6, "IPV6_2292PKTINFO", 2, Bool, "receive the addressed interface (RFC 2292)"),
     guardable(L::IPV6, "IPV6_2292HOPOPTS", 3, Bool, "receive hop-by-hop options (RFC 2292)"),
@@ -442,12 +526,13 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::IPV6, "IPV6_CHECKSUM", 7, Int, "place of the checksum in raw packets"),
     guardable(L::IPV6, "IPV6_2292HOPLIMIT", 8, Bool, "receive the hop limit (RFC 2292)"),
     guardable(L::IPV6, "IPV6_FLOWINFO", 11, Bool, "receive the flow label"),
-    guardable(L::IPV6, "IPV6_UNICAST_HOPS", 16, Int, "hop limit of unicasts").range(-1, 255),
+    guardable(L::IPV6, "IPV6_UNICAST_HOPS", 16, Int, "hop limit of unicasts").range(-1, 255).negative(64),
     guardable(L::IPV6, "IPV6_MULTICAST_IF", 17, Int, "interface of multicasts")
         .kept(AsGiven)
         .reading(Reading::UntilConnected),
     guardable(L::IPV6, "IPV6_MULTICAST_HOPS", 18, Int, "hop limit of multicasts")
         .range(-1, 255)
+        .negative(1)
         .reading(Reading::UntilConnected),
     guardable(L::IPV6, "IPV6_MULTICAST_LOOP", 19, Bool, "hear one's own multicasts"),
     guardable(L::IPV6, "IPV6_ADD_MEMBERSHIP", 20, Opaque(Shape::Ipv6Membership), "join a group"),
@@ -456,7 +541,7 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::IPV6, "IPV6_MTU_DISCOVER", 23, Choice(IPV6_MTU_DISCOVERY), "path MTU discovery")
         .range(0, 5)
         .kept(AsGiven),
-    guardable(L::IPV6, "IPV6_MTU", 24, Bytes, "MTU of the path").reading(Reading::State),
+    guardable(L::IPV6, "IPV6_MTU", 24, Bytes, "MTU of the path").reading(Reading::State).zero(i64::MAX),
     guardable(L::IPV6, "IPV6_RECVERR", 25, Bool, "receive ICMP errors"),
     // `__inet6_bind`
     guardable(L::IPV6, "IPV6_V6ONLY", 26, Bool, "no IPv4 on this socket").reading(Reading::UntilBound),
@@ -467,7 +552,7 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::IPV6, "IPV6_RECVERR_RFC4884", 31, Bool, "receive extended ICMP errors"),
     guardable(L::IPV6, "IPV6_FLOWLABEL_MGR", 32, BYTES, "flow labels").reading(Reading::Never),
     guardable(L::IPV6, "IPV6_FLOWINFO_SEND", 33, Bool, "send the flow label given with the address"),
-    guardable(L::IPV6, "IPV6_IPSEC_POLICY", 34, BYTES, "IPsec policy of the socket"),
+    guardable(L::IPV6, "IPV6_IPSEC_POLICY", 34, BYTES, "IPsec policy of the socket").same_as("IPV6_XFRM_POLICY"),
     guardable(L::IPV6, "IPV6_XFRM_POLICY", 35, BYTES, "transformation policy of the socket"),
     guardable(L::IPV6, "IPV6_HDRINCL", 36, Bool, "the application writes the IP header"),
     guardable(L::IPV6, "IPV6_RECVPKTINFO", 49, Bool, "receive the addressed interface"),
@@ -481,15 +566,17 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::IPV6, "IPV6_RECVDSTOPTS", 58, Bool, "receive destination options"),
     guardable(L::IPV6, "IPV6_DSTOPTS", 59, BYTES, "destination options"),
     guardable(L::IPV6, "IPV6_RECVPATHMTU", 60, Bool, "receive changes of the path MTU"),
-    guardable(L::IPV6, "IPV6_DONTFRAG", 62, Bool, "never fragment"),
+    guardable(L::IPV6, "IPV6_DONTFRAG", 62, Bool, "never fragment").argument(argument::INT_OR_ZERO),
     guardable(L::IPV6, "IPV6_RECVTCLASS", 66, Bool, "receive the traffic class"),
     guardable(L::IPV6, "IPV6_ADDR_PREFERENCES", 72, Int, "preferred source addresses"),
     guardable(L::IPV6, "IPV6_MINHOPCOUNT", 73, Int, "drop packets from further away").range(0, 255).kept(AsGiven),
     guardable(L::IPV6, "IPV6_RECVORIGDSTADDR", 74, Bool, "receive the original destination"),
-    guardable(L::IPV6, "IPV6_TRANSPARENT", 75, Bool, "use foreign addresses"),
-    guardable(L::IPV6, "IPV6_UNICAST_IF", 76, Opaque(Shape::InterfaceIndex), "interface of unicasts").kept(AsGiven),
-    guardable(L::IPV6, "IPV6_RECVFRAGSIZE", 77, Bool, "receive the size of fragments"),
-    guardable(L::IPV6, "IPV6_FREEBIND", 78, Bool, "bind addresses that are not there"),
+    guardable(L::IPV6, "IPV6_TRANSPARENT", 75, Bool, "use foreign addresses").same_as("IP_TRANSPARENT"),
+    guardable(L::IPV6, "IPV6_UNICAST_IF", 76, Opaque(Shape::InterfaceIndex), "interface of unicasts")
+        .kept(AsGiven)
+        .argument(argument::INT_EXACT),
+    guardable(L::IPV6, "IPV6_RECVFRAGSIZE", 77, Bool, "receive the size of fragments").argument(argument::INT_OR_ZERO),
+    guardable(L::IPV6, "IPV6_FREEBIND", 78, Bool, "bind addresses that are not there").same_as("IP_FREEBIND"),
     // What follows can only be read.
     read_only(L::SOCKET, "SO_TYPE", 3, Choice(TYPES), "type of the socket"),
     read_only(L::SOCKET, "SO_ERROR", 4, Opaque(Shape::Errno), "pending error, which reading clears")

@@ -244,6 +244,15 @@ impl Named {
             Self::Numeric(key) => key,
         }
     }
+
+    /// What all names of one value have in common.
+    #[must_use]
+    pub fn value_key(self) -> abi::setting::OptionKey {
+        match self {
+            Self::Known(option) => option.canonical().key(),
+            Self::Numeric(key) => key,
+        }
+    }
 }
 
 impl fmt::Display for Named {

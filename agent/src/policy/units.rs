@@ -90,10 +90,7 @@ pub fn quantity(kind: ValueKind, text: &str) -> Result<i64, Problem> {
             .help(format!("write a whole number and a unit: {}", scale.choice))
     })?;
     if unit.is_empty() {
-        return Err(Problem::new(format!("{} has no unit", quote(text))).help(format!(
-            "write {number} without quotes for {number} {}, or add a unit: {}",
-            scale.own_name, scale.choice
-        )));
+        return Err(Problem::new(format!("{} has no unit", quote(text))).help(readings(kind, number)));
     }
     if unit.starts_with('.') {
         return Err(Problem::new(format!("{} is not a whole number", quote(text)))
@@ -104,6 +101,33 @@ pub fn quantity(kind: ValueKind, text: &str) -> Result<i64, Problem> {
             .help(format!("the units here are {}", scale.choice)));
     };
     in_own_unit(kind, &scale, text, i128::from(number) * i128::from(*size))
+}
+
+/// Whether a number of this kind needs a unit: options measure times in three units, and people write rates in bits.
+#[must_use]
+pub fn needs_unit(kind: ValueKind) -> bool {
+    scale(kind).is_some() && kind != ValueKind::Bytes
+}
+
+/// What a number without a unit may mean, as advice.
+#[must_use]
+pub fn readings(kind: ValueKind, number: i64) -> String {
+    let Some(scale) = scale(kind) else { return format!("write {number} without quotes") };
+    let unit_of = |size| scale.units.iter().find(|(_, known)| *known == size).map_or("", |(unit, _)| *unit);
+    let (own, other) = match kind {
+        ValueKind::Bytes => {
+            return format!("write {number} without quotes for {number} bytes, or add a unit: {}", scale.choice);
+        }
+        ValueKind::Rate => ("B/s", "bit"),
+        ValueKind::Seconds | ValueKind::Linger => ("s", "min"),
+        _ => (unit_of(scale.own), "s"),
+    };
+    let second = match other {
+        "bit" => "bits a second",
+        "min" => "minutes",
+        _ => "seconds",
+    };
+    format!("write \"{number}{own}\" for {number} {}, or \"{number}{other}\" for {number} {second}", scale.own_name)
 }
 
 fn in_own_unit(kind: ValueKind, scale: &Scale, text: &str, smallest: i128) -> Result<i64, Problem> {
@@ -156,6 +180,7 @@ pub fn show(kind: ValueKind, value: i64) -> String {
         | ValueKind::Choice(_)
         | ValueKind::CongestionControl
         | ValueKind::Device
+        | ValueKind::Interface
         | ValueKind::Opaque(_) => value.to_string(),
     }
 }

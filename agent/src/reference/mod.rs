@@ -5,10 +5,13 @@
 
 use std::fmt::Write as _;
 
-use abi::site;
+use abi::{
+    setting::{OptionKey, argument, effective, kind},
+    site,
+};
 
 use crate::{
-    options::{Class, Level, OPTIONS, Relation, SocketOption, ValueKind},
+    options::{self, Class, GUARDS, Level, OPTIONS, Relation, SocketOption, ValueKind},
     policy::{
         model::{Direction, Family, Protocol},
         units, words,
@@ -69,7 +72,7 @@ fn kinds() -> String {
     rows.join("\n")
 }
 
-fn describe(page: &mut String, option: &SocketOption) {
+fn describe(page: &mut String, option: &'static SocketOption) {
     let Some(settable) = option.settable() else { return };
     let mut line = |text: String| {
         // Writing to a string does not fail.
@@ -84,23 +87,76 @@ fn describe(page: &mut String, option: &SocketOption) {
     if option.can_be_limited() {
         line("- can be limited".to_owned());
     }
-    match option.relation {
-        Some(Relation::Resets(other)) => line(format!("- an application that sets it gives {other} another value")),
-        Some(Relation::SameAs(other)) => line(format!("- another name of what {other} sets")),
-        None => {}
+    for fact in facts(option) {
+        line(format!("- {fact}"));
     }
     if let Some(negotiated) = option.negotiated {
         line(format!("- by a rule about the peer, too late for accepted connections: {negotiated} by then"));
     }
 }
 
+/// How the kernel reads an option, beyond its range.
+fn facts(option: &'static SocketOption) -> Vec<String> {
+    let mut facts = vec![format!("read by {}; {}", option.handler(), lengths(option))];
+    for (value, effective) in [("0", option.zero), ("a negative number", option.negative)] {
+        if let Some(meaning) = meaning(option, effective) {
+            facts.push(format!("to a limit {value} is {meaning}"));
+        }
+    }
+    let others: Vec<_> =
+        option.spellings().filter(|(key, _)| *key != option.key()).map(|(key, _)| spelling(key)).collect();
+    if !others.is_empty() {
+        facts.push(format!("other names of the same value, which the same rules govern: {}", others.join(", ")));
+    }
+    let guards: Vec<_> = GUARDS.iter().filter(|guard| guard.keeps == option.name).map(|guard| guard.option).collect();
+    if !guards.is_empty() {
+        facts.push(format!("a rule for it also governs {}", guards.join(", ")));
+    }
+    if let Some(Relation::Resets(other)) = option.relation {
+        facts.push(format!("the kernel resets {other} with it: where a rule governs {other}, the value stays"));
+    }
+    facts
+}
+
+fn spelling(key: OptionKey) -> String {
+    options::by_key(key).map_or_else(|| format!("{}:{}", key.level, key.name), |option| option.name.to_owned())
+}
+
+/// What a value stands for; `None`: for itself.
+fn meaning(option: &SocketOption, effective: i64) -> Option<String> {
+    Some(match effective {
+        effective::SAME => return None,
+        effective::UNCERTAIN => "beyond any bound: kernels differ in what they make of it".to_owned(),
+        i64::MAX => "more than any bound".to_owned(),
+        number if number >= i64::from(i32::MAX) => "more than any bound".to_owned(),
+        number => units::show(option.value, number),
+    })
+}
+
+fn lengths(option: &SocketOption) -> &'static str {
+    match (option.value.abi_kind(), option.argument) {
+        (kind::OPAQUE, _) => "policies do not read the argument",
+        (kind::TEXT, _) => "up to 15 bytes, ended by NUL or by the length",
+        (kind::LINGER, _) => "8 bytes or more",
+        (kind::TIMEVAL, _) => "16 bytes or more",
+        (_, argument::BYTE) => "4 bytes or more, or one byte; an empty argument is 0",
+        (_, argument::BYTE_REQUIRED) => "4 bytes or more, or one byte",
+        (_, argument::INT_OR_ZERO) => "4 bytes or more; a shorter argument is 0",
+        (_, argument::INT_EXACT) => "exactly 4 bytes",
+        (_, argument::RATE) => "4 bytes, or 64 bits in 8 bytes or more",
+        _ => "4 bytes or more",
+    }
+}
+
 fn table(page: &mut String, is_meant: impl Fn(&SocketOption) -> bool) {
-    page.push_str("| option | number | value | what it does |\n| --- | --- | --- | --- |\n");
+    page.push_str(
+        "| option | number | value | what it does | how the kernel reads it |\n| --- | --- | --- | --- | --- |\n",
+    );
     for option in OPTIONS.iter().filter(|option| is_meant(option)) {
         let number = format!("{} {}", level(option.level), option.number);
-        let about = option.about.replace('|', "\\|");
+        let [about, facts] = [option.about.to_owned(), facts(option).join("; ")].map(|text| text.replace('|', "\\|"));
         // As above.
-        let _ = writeln!(page, "| {} | {number} | {} | {about} |", option.name, value(option));
+        let _ = writeln!(page, "| {} | {number} | {} | {about} | {facts} |", option.name, value(option));
     }
 }
 

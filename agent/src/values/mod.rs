@@ -8,7 +8,7 @@
 
 mod shape;
 
-use abi::setting::{OptionKey, TEXT_LEN, Value, kind, traits};
+use abi::setting::{OptionKey, TEXT_LEN, Value, argument, kind};
 use serde_json::{Value as Json, json};
 
 use crate::{
@@ -118,14 +118,16 @@ fn decode(key: OptionKey, value: &Value) -> Shown {
 
 /// The number that a value is, in the option's own unit.
 fn read_number(option: &SocketOption, bytes: &[u8]) -> Option<i64> {
-    let has = |bit| option.traits & bit != 0;
+    let takes_byte = matches!(option.argument, argument::BYTE | argument::BYTE_REQUIRED);
     match *bytes {
-        [a, b, c, d, e, f, g, h, ..] if has(traits::WIDE) => match u64::from_ne_bytes([a, b, c, d, e, f, g, h]) {
-            u64::MAX => Some(i64::from(UNLIMITED)),
-            wide => i64::try_from(wide).ok(),
-        },
+        [a, b, c, d, e, f, g, h, ..] if option.argument == argument::RATE => {
+            match u64::from_ne_bytes([a, b, c, d, e, f, g, h]) {
+                u64::MAX => Some(i64::from(UNLIMITED)),
+                wide => i64::try_from(wide).ok(),
+            }
+        }
         [a, b, c, d, ..] => Some(number(option.value, u32::from_ne_bytes([a, b, c, d]))),
-        [byte] if has(traits::BYTE) => Some(byte.into()),
+        [byte] if takes_byte => Some(byte.into()),
         _ => None,
     }
 }
@@ -250,7 +252,8 @@ mod tests {
         assert_eq!(json(key("TCP_NODELAY"), &Value::UNKNOWN), Json::Null);
         for option in OPTIONS {
             let Some(size) = size(option.value) else { continue };
-            let shortest = if option.traits & traits::BYTE == 0 { 1 } else { 2 };
+            let takes_byte = matches!(option.argument, argument::BYTE | argument::BYTE_REQUIRED);
+            let shortest = if takes_byte { 2 } else { 1 };
             for len in shortest..size {
                 let value = of(&[2; TEXT_LEN], len);
                 let hex = format!("0x{}", "02".repeat(len.min(TEXT_LEN)));

@@ -2,8 +2,8 @@
 
 use crate::{
     setting::{
-        LINGER_LEN, MICROSECONDS, Setting, TEXT_LEN, TIMEVAL_LEN, Value, Words, form, kind, on_conflict, traits,
-        word_in, words_of,
+        Governed, LINGER_LEN, MICROSECONDS, Setting, TEXT_LEN, TIMEVAL_LEN, Value, Words, argument, effective, form,
+        kind, on_conflict, traits, word_in, words_of,
     },
     shared,
 };
@@ -33,61 +33,83 @@ pub struct Asked {
 shared!(Asked, size 8 + 16);
 
 impl Asked {
-    /// Reads the first bytes of an argument of `len` bytes.
+    /// Reads the first bytes of an argument of `len` bytes as the kernel's handler of the option does.
     ///
-    /// `None` where the kernel would refuse the length (`EINVAL`): such a call changes nothing and
-    /// is none of our business.
+    /// `None` where the kernel refuses the length (EINVAL) or the time (EDOM): such a call changes nothing.
     #[inline(always)]
     #[must_use]
-    pub fn read(kind: u8, traits: u8, len: i32, words: &Words) -> Option<Self> {
+    pub fn read(option: &Governed, len: i32, words: &Words) -> Option<Self> {
         // A program further down has seen to it that the call does nothing.
         if len < 0 {
             return None;
         }
         let mut asked = Self::default();
-        if kind == kind::OPAQUE {
-            return Some(asked);
+        match option.kind {
+            kind::OPAQUE => {}
+            kind::TEXT => asked.text = text(len, words),
+            kind::LINGER => asked.number = linger(len, words)?,
+            kind::TIMEVAL => asked.number = timeval(len, words)?,
+            _ => asked.number = number(option, len, words)?,
         }
-        if kind == kind::TEXT {
-            asked.text = text(len, words);
-            return Some(asked);
-        }
-        if kind == kind::LINGER || kind == kind::TIMEVAL {
-            asked.number = duration(kind, len, words)?;
-            return Some(asked);
-        }
-        let word = word_in(words);
-        asked.number = if traits & traits::WIDE != 0 && len == 8 {
-            // All ones mean "unlimited", in either width.
-            match words[0] {
-                u64::MAX => i64::from(u32::MAX),
-                wide if wide > i64::MAX as u64 => i64::MAX,
-                wide => wide as i64,
-            }
-        } else if len >= 4 {
-            match kind {
-                kind::UNSIGNED => i64::from(word),
-                kind::BOOL => i64::from(word != 0),
-                _ => i64::from(word as i32),
-            }
-        } else if traits & traits::BYTE != 0 {
-            // do_ip_setsockopt (net/ipv4/ip_sockglue.c): one byte where there is no int, 0 where
-            // there is nothing at all.
-            if len >= 1 { i64::from(words[0].to_ne_bytes()[0]) } else { 0 }
-        } else {
-            return None;
-        };
         Some(asked)
     }
 }
 
-/// The time in a structure. `None` where the kernel refuses its length, and where it asks for none.
+/// The number in an argument; `None` where the kernel refuses its length.
 #[inline(always)]
-fn duration(kind: u8, len: i32, words: &Words) -> Option<i64> {
-    if kind == kind::LINGER {
-        let is_on = words[0] as u32 != 0;
-        return (len >= LINGER_LEN && is_on).then_some((words[0] >> 32) as i64);
+fn number(option: &Governed, len: i32, words: &Words) -> Option<i64> {
+    let word = word_in(words);
+    if option.argument == argument::RATE && len >= 8 {
+        return Some(match words[0] {
+            u64::MAX => i64::from(u32::MAX),
+            // All ones of 32 bits mean "unlimited" in an argument of four bytes alone: in eight they are a rate.
+            wide if wide == u64::from(u32::MAX) => wide as i64 + 1,
+            wide if wide > i64::MAX as u64 => i64::MAX,
+            wide => wide as i64,
+        });
     }
+    if len < 4 || (option.argument == argument::INT_EXACT && len != 4) {
+        let first = i64::from(words[0].to_ne_bytes()[0]);
+        return match option.argument {
+            argument::INT_OR_ZERO => Some(0),
+            argument::BYTE if len == 0 => Some(0),
+            argument::BYTE | argument::BYTE_REQUIRED if len > 0 => Some(first),
+            _ => None,
+        };
+    }
+    if option.traits & traits::LOW_BYTE != 0 {
+        return Some(i64::from(word & 0xff));
+    }
+    if option.traits & traits::MINUS_ONE_IS_ZERO != 0 && word == u32::MAX {
+        return Some(0);
+    }
+    Some(match option.kind {
+        kind::UNSIGNED => i64::from(word),
+        kind::BOOL => i64::from(word != 0),
+        _ => i64::from(word as i32),
+    })
+}
+
+/// The seconds for which close waits: none where it does not, and for ever where they are negative (`sk_setsockopt`,
+/// net/core/sock.c; 5.10 reads them as unsigned, which is as good as for ever).
+#[inline(always)]
+fn linger(len: i32, words: &Words) -> Option<i64> {
+    if len < LINGER_LEN {
+        return None;
+    }
+    let (is_on, seconds) = (words[0] as u32 != 0, (words[0] >> 32) as i32);
+    Some(if !is_on {
+        0
+    } else if seconds < 0 {
+        i64::MAX
+    } else {
+        i64::from(seconds)
+    })
+}
+
+/// The microseconds in a time; `None` where the kernel refuses it (`sock_set_timeout`, net/core/sock.c).
+#[inline(always)]
+fn timeval(len: i32, words: &Words) -> Option<i64> {
     if len < TIMEVAL_LEN {
         return None;
     }
@@ -95,8 +117,7 @@ fn duration(kind: u8, len: i32, words: &Words) -> Option<i64> {
     if microseconds < 0 || microseconds >= MICROSECONDS as i64 {
         return None;
     }
-    // sock_set_timeout (net/core/sock.c): for ever, and not at all; and EDOM above. More seconds than fit are as good as for
-    // ever.
+    // No time means for ever, and a negative one none at all. More seconds than fit are as good as for ever.
     Some(match seconds {
         0 if microseconds == 0 => i64::MAX,
         ..0 => 0,
@@ -148,57 +169,103 @@ pub struct Judgement {
     pub given: Value,
 }
 
+impl Judgement {
+    const NONE: Self = Self::of(verdict::NONE);
+    const DENIED: Self = Self::of(verdict::DENIED);
+
+    const fn of(verdict: u8) -> Self {
+        Self { verdict, given: Value::UNKNOWN }
+    }
+}
+
 /// The argument of four bytes that agrees with a setting because it asks for just that. `None` where there is none, and where
 /// the application may win: there it is noted who does.
 #[must_use]
-pub fn agreeing(kind: u8, traits: u8, setting: &Setting) -> Option<u32> {
-    let asked = Asked::read(kind, traits, 4, &words_of(setting.value))?;
+pub fn agreeing(option: &Governed, setting: &Setting) -> Option<u32> {
+    let asked = Asked::read(option, 4, &words_of(setting.value))?;
     let is_it = setting.form == form::SET
         && setting.on_conflict != on_conflict::ALLOW
-        && judge(kind, setting, &asked).verdict == verdict::NONE;
+        && judge(option, setting, &asked).verdict == verdict::NONE;
     is_it.then_some(setting.value)
+}
+
+/// Judges a call with an argument of `len` bytes, of which these are the first. `None` where the kernel refuses the argument
+/// by itself.
+#[inline(always)]
+#[must_use]
+pub fn judge_argument(option: &Governed, setting: &Setting, len: i32, words: &Words) -> Option<Judgement> {
+    // Denied whatever it is; but a call that a program further down has skipped does nothing.
+    if setting.form == form::DENY && len >= 0 {
+        return Some(Judgement::DENIED);
+    }
+    Some(judge(option, setting, &Asked::read(option, len, words)?))
 }
 
 /// Judges a call that `setting` governs.
 #[inline(always)]
 #[must_use]
-pub fn judge(kind: u8, setting: &Setting, asked: &Asked) -> Judgement {
-    let none = Judgement { verdict: verdict::NONE, given: Value::UNKNOWN };
-    let (replaced_by, replacing) = match setting.form {
-        form::SET => {
-            if kind == kind::TEXT {
-                if setting.text == asked.text {
-                    return none;
-                }
-                (Value::text(setting.text), verdict::REWRITTEN)
-            } else {
-                // A number that does not fit 32 bits disagrees with any policy.
-                let fits = asked.number >= i64::from(i32::MIN) && asked.number <= i64::from(u32::MAX);
-                let word = asked.number as u32;
-                if fits && (word ^ setting.value) & setting.mask == 0 {
-                    return none;
-                }
-                (Value::int(setting.apply_to(word)), verdict::REWRITTEN)
-            }
-        }
+pub fn judge(option: &Governed, setting: &Setting, asked: &Asked) -> Judgement {
+    let conflict = match setting.form {
+        form::DENY => return Judgement::DENIED,
+        form::SET if option.kind == kind::LOCK => unlocked(option, asked, verdict::REWRITTEN),
+        form::LIMIT if option.kind == kind::LOCK => unlocked(option, asked, verdict::CLAMPED),
+        form::SET => other_value(option, setting, asked).map(|value| (value, verdict::REWRITTEN)),
         form::LIMIT => {
-            let clamped = if asked.number < setting.min {
-                setting.min
-            } else if asked.number > setting.max {
-                setting.max
-            } else {
-                return none;
-            };
-            (Value::number(kind, clamped), verdict::CLAMPED)
+            beyond(option, setting, asked.number).map(|bound| (Value::number(option.kind, bound), verdict::CLAMPED))
         }
-        form::DENY => return Judgement { verdict: verdict::DENIED, given: Value::UNKNOWN },
-        _ => return none,
+        _ => None,
     };
+    let Some((given, replacing)) = conflict else { return Judgement::NONE };
     match setting.on_conflict {
-        on_conflict::REWRITE => Judgement { verdict: replacing, given: replaced_by },
-        on_conflict::IGNORE => Judgement { verdict: verdict::IGNORED, given: Value::UNKNOWN },
-        on_conflict::DENY => Judgement { verdict: verdict::DENIED, given: Value::UNKNOWN },
-        _ => Judgement { verdict: verdict::ALLOWED, given: Value::UNKNOWN },
+        on_conflict::REWRITE => Judgement { verdict: replacing, given },
+        on_conflict::IGNORE => Judgement::of(verdict::IGNORED),
+        on_conflict::DENY => Judgement::DENIED,
+        _ => Judgement::of(verdict::ALLOWED),
+    }
+}
+
+/// What SO_BUF_LOCK is to be given where the application would have a governed buffer tuned.
+#[inline(always)]
+fn unlocked(option: &Governed, asked: &Asked, verdict: u8) -> Option<(Value, u8)> {
+    let (number, lock) = (asked.number as u32, u32::from(option.lock));
+    (number & lock != lock).then(|| (Value::int(number | lock), verdict))
+}
+
+/// The value that a setting wants in place of the application's; `None` where they agree.
+#[inline(always)]
+fn other_value(option: &Governed, setting: &Setting, asked: &Asked) -> Option<Value> {
+    if setting.is_text() != option.is_text() {
+        return Some(setting.whole_value());
+    }
+    if option.is_text() {
+        return (setting.text != asked.text).then(|| setting.whole_value());
+    }
+    // A number that does not fit 32 bits disagrees with any policy.
+    let fits = asked.number >= i64::from(i32::MIN) && asked.number <= i64::from(u32::MAX);
+    let word = asked.number as u32;
+    let agrees = fits && (word ^ setting.value) & setting.mask == 0;
+    (!agrees).then(|| Value::int(setting.apply_to(word)))
+}
+
+/// The bound of a limit that a number violates, if it does.
+#[inline(always)]
+fn beyond(option: &Governed, setting: &Setting, number: i64) -> Option<i64> {
+    let effective = match number {
+        0 => option.zero,
+        ..0 => option.negative,
+        _ => effective::SAME,
+    };
+    let (low, high) = match effective {
+        effective::SAME => (number, number),
+        effective::UNCERTAIN => (i64::MIN, i64::MAX),
+        stands_for => (stands_for, stands_for),
+    };
+    if high > setting.max {
+        Some(setting.max)
+    } else if low < setting.min {
+        Some(setting.min)
+    } else {
+        None
     }
 }
 
@@ -213,31 +280,80 @@ mod tests {
         [first, second].map(|half| u64::from_ne_bytes(half.try_into().unwrap()))
     }
 
-    fn number(kind: u8, traits: u8, value: &[u8]) -> Option<i64> {
-        Asked::read(kind, traits, value.len() as i32, &words(value)).map(|asked| asked.number)
+    fn option(kind: u8) -> Governed {
+        Governed { kind, zero: effective::SAME, negative: effective::SAME, ..Governed::default() }
+    }
+
+    fn taking(kind: u8, argument: u8) -> Governed {
+        Governed { argument, ..option(kind) }
+    }
+
+    fn number(option: &Governed, value: &[u8]) -> Option<i64> {
+        Asked::read(option, value.len() as i32, &words(value)).map(|asked| asked.number)
     }
 
     #[test]
     fn argument_is_read_as_the_kernel_reads_it() {
-        assert_eq!(number(kind::INT, 0, &(-1i32).to_ne_bytes()), Some(-1));
-        assert_eq!(number(kind::UNSIGNED, 0, &(-1i32).to_ne_bytes()), Some(0xffff_ffff));
-        assert_eq!(number(kind::BOOL, 0, &7i32.to_ne_bytes()), Some(1));
-        assert_eq!(number(kind::INT, 0, &[1, 0]), None, "too short for an int");
-        assert_eq!(number(kind::INT, traits::BYTE, &[0xb8]), Some(0xb8));
-        assert_eq!(number(kind::INT, traits::BYTE, &[]), Some(0));
-        assert_eq!(number(kind::UNSIGNED, traits::WIDE, &(1u64 << 40).to_ne_bytes()), Some(1 << 40));
-        assert_eq!(number(kind::UNSIGNED, 0, &(1u64 << 40).to_ne_bytes()), Some(0));
-        assert_eq!(number(kind::UNSIGNED, traits::WIDE, &u64::MAX.to_ne_bytes()), Some(0xffff_ffff));
+        assert_eq!(number(&option(kind::INT), &(-1i32).to_ne_bytes()), Some(-1));
+        assert_eq!(number(&option(kind::UNSIGNED), &(-1i32).to_ne_bytes()), Some(0xffff_ffff));
+        assert_eq!(number(&option(kind::BOOL), &7i32.to_ne_bytes()), Some(1));
+        assert_eq!(number(&option(kind::INT), &[1, 0]), None, "too short for an int");
+        assert_eq!(number(&option(kind::UNSIGNED), &(1u64 << 40).to_ne_bytes()), Some(0));
+    }
+
+    #[test]
+    fn short_arguments_are_read_by_the_rule_of_the_option() {
+        let read = |rule, value: &[u8]| number(&taking(kind::INT, rule), value);
+        for (rule, empty, two, eight) in [
+            (argument::INT, None, None, Some(0x0201)),
+            (argument::BYTE, Some(0), Some(5), Some(0x0201)),
+            (argument::BYTE_REQUIRED, None, Some(5), Some(0x0201)),
+            (argument::INT_OR_ZERO, Some(0), Some(0), Some(0x0201)),
+            (argument::INT_EXACT, None, None, None),
+        ] {
+            assert_eq!(read(rule, &[]), empty, "{rule}");
+            assert_eq!(read(rule, &[5, 1]), two, "{rule}");
+            assert_eq!(read(rule, &[1, 2, 0, 0]), Some(0x0201), "{rule}");
+            assert_eq!(read(rule, &[1, 2, 0, 0, 9, 9, 9, 9]), eight, "{rule}");
+        }
+        assert_eq!(read(argument::BYTE_REQUIRED, &[0xff]), Some(255), "a byte is unsigned");
+    }
+
+    #[test]
+    fn rate_has_32_or_64_bits() {
+        let rate = taking(kind::UNSIGNED, argument::RATE);
+        assert_eq!(number(&rate, &(1u64 << 40).to_ne_bytes()), Some(1 << 40));
+        let longer = [(1u64 << 40).to_ne_bytes(), [0; 8]].concat();
+        for len in 9..16 {
+            assert_eq!(number(&rate, &longer[..len]), Some(1 << 40), "{len}");
+        }
+        for len in 4..8 {
+            assert_eq!(number(&rate, &longer[..len]), Some(0), "{len}");
+        }
+        let unlimited = i64::from(u32::MAX);
+        assert_eq!(number(&rate, &u32::MAX.to_ne_bytes()), Some(unlimited));
+        assert_eq!(number(&rate, &u64::MAX.to_ne_bytes()), Some(unlimited));
+        assert_ne!(number(&rate, &u64::from(u32::MAX).to_ne_bytes()), Some(unlimited));
+    }
+
+    #[test]
+    fn values_are_narrowed_as_the_kernel_narrows_them() {
+        let tos = Governed { traits: traits::LOW_BYTE, ..taking(kind::INT, argument::BYTE) };
+        assert_eq!(number(&tos, &0x148_u32.to_ne_bytes()), Some(0x48));
+        assert_eq!(number(&tos, &(-1_i32).to_ne_bytes()), Some(0xff));
+        let traffic_class = Governed { traits: traits::MINUS_ONE_IS_ZERO, ..option(kind::INT) };
+        assert_eq!(number(&traffic_class, &(-1_i32).to_ne_bytes()), Some(0));
+        assert_eq!(number(&traffic_class, &(-2_i32).to_ne_bytes()), Some(-2));
     }
 
     #[test]
     fn text_ends_at_its_length_or_nul() {
-        let read = |len, value: &[u8]| Asked::read(kind::TEXT, 0, len, &words(value)).unwrap().text;
+        let read = |len, value: &[u8]| Asked::read(&option(kind::TEXT), len, &words(value)).unwrap().text;
         assert_eq!(read(3, b"bbrxyz"), words(b"bbr"));
         assert_eq!(read(16, b"bbr\0junk"), words(b"bbr"));
         assert_eq!(read(4096, b"0123456789abcdef"), words(b"0123456789abcde"));
         assert_eq!(read(0, b"bbr"), words(b""));
-        assert_eq!(Asked::read(kind::TEXT, 0, -1, &words(b"bbr")), None);
+        assert_eq!(Asked::read(&option(kind::TEXT), -1, &words(b"bbr")), None);
         assert_eq!(read(8, b"01234567zz"), words(b"01234567"));
         assert_eq!(read(9, b"01234567zz"), words(b"01234567z"));
         assert_eq!(read(12, b"0123\x001234567"), words(b"0123"));
@@ -255,22 +371,22 @@ mod tests {
     #[test]
     fn call_that_asks_for_the_policys_value_agrees() {
         let setting = set(1, u32::MAX, on_conflict::DENY);
-        assert_eq!(judge(kind::BOOL, &setting, &asked(1)).verdict, verdict::NONE);
+        assert_eq!(judge(&option(kind::BOOL), &setting, &asked(1)).verdict, verdict::NONE);
     }
 
     #[test]
     fn value_of_a_setting_agrees_with_it_unless_it_matters_who_wins() {
-        let mask = |mask, value, action| agreeing(kind::INT, 0, &set(value, mask, action));
+        let mask = |mask, value, action| agreeing(&option(kind::INT), &set(value, mask, action));
         assert_eq!(mask(u32::MAX, 7, on_conflict::DENY), Some(7));
         assert_eq!(mask(0xff, 7, on_conflict::REWRITE), Some(7));
         assert_eq!(mask(u32::MAX, 7, on_conflict::ALLOW), None);
         // Read as true, which is 1.
-        assert_eq!(agreeing(kind::BOOL, 0, &set(7, u32::MAX, on_conflict::DENY)), None);
-        let text = Setting { text: words(b"bbr"), ..set(0, u32::MAX, on_conflict::DENY) };
-        assert_eq!(agreeing(kind::TEXT, 0, &text), None);
+        assert_eq!(agreeing(&option(kind::BOOL), &set(7, u32::MAX, on_conflict::DENY)), None);
+        let text = Setting { text: words(b"bbr"), is_text: 1, ..set(0, u32::MAX, on_conflict::DENY) };
+        assert_eq!(agreeing(&option(kind::TEXT), &text), None);
         let limit = Setting { form: form::LIMIT, min: 0, max: 9, ..Setting::default() };
-        assert_eq!(agreeing(kind::INT, 0, &limit), None);
-        assert_eq!(agreeing(kind::INT, 0, &Setting { form: form::DENY, ..limit }), None);
+        assert_eq!(agreeing(&option(kind::INT), &limit), None);
+        assert_eq!(agreeing(&option(kind::INT), &Setting { form: form::DENY, ..limit }), None);
     }
 
     #[test]
@@ -281,7 +397,7 @@ mod tests {
             (on_conflict::IGNORE, verdict::IGNORED, Value::UNKNOWN),
             (on_conflict::DENY, verdict::DENIED, Value::UNKNOWN),
         ] {
-            let judgement = judge(kind::BOOL, &set(1, u32::MAX, action), &asked(0));
+            let judgement = judge(&option(kind::BOOL), &set(1, u32::MAX, action), &asked(0));
             assert_eq!(judgement, Judgement { verdict, given });
         }
     }
@@ -289,21 +405,21 @@ mod tests {
     #[test]
     fn bits_outside_the_mask_stay_the_applications() {
         let setting = set(0x20, 0xff, on_conflict::REWRITE);
-        assert_eq!(judge(kind::UNSIGNED, &setting, &asked(0x1120)).verdict, verdict::NONE);
-        assert_eq!(judge(kind::UNSIGNED, &setting, &asked(0x1133)).given, Value::int(0x1120));
+        assert_eq!(judge(&option(kind::UNSIGNED), &setting, &asked(0x1120)).verdict, verdict::NONE);
+        assert_eq!(judge(&option(kind::UNSIGNED), &setting, &asked(0x1133)).given, Value::int(0x1120));
     }
 
     #[test]
     fn limit_clamps_to_the_nearer_end() {
         let setting =
             Setting { form: form::LIMIT, min: 10, max: 20, on_conflict: on_conflict::REWRITE, ..Setting::default() };
-        assert_eq!(judge(kind::INT, &setting, &asked(15)).verdict, verdict::NONE);
+        assert_eq!(judge(&option(kind::INT), &setting, &asked(15)).verdict, verdict::NONE);
         assert_eq!(
-            judge(kind::INT, &setting, &asked(9)),
+            judge(&option(kind::INT), &setting, &asked(9)),
             Judgement { verdict: verdict::CLAMPED, given: Value::int(10) }
         );
         assert_eq!(
-            judge(kind::INT, &setting, &asked(99)),
+            judge(&option(kind::INT), &setting, &asked(99)),
             Judgement { verdict: verdict::CLAMPED, given: Value::int(20) }
         );
     }
@@ -313,13 +429,16 @@ mod tests {
         let limit =
             |min, max| Setting { form: form::LIMIT, min, max, on_conflict: on_conflict::REWRITE, ..Setting::default() };
         let judged = |kind, setting: &Setting, words, len| {
-            Asked::read(kind, 0, len, &words).map(|asked| judge(kind, setting, &asked).given)
+            judge_argument(&option(kind), setting, len, &words).map(|judgement| judgement.given)
         };
         let linger = |on: u64, seconds: u64| [on | seconds << 32, 0];
         let five_seconds = limit(0, 5);
         assert_eq!(judged(kind::LINGER, &five_seconds, linger(1, 9), 8), Some(Value::new(linger(1, 5), 8)));
         assert_eq!(judged(kind::LINGER, &five_seconds, linger(1, 3), 8), Some(Value::UNKNOWN));
-        assert_eq!(judged(kind::LINGER, &five_seconds, linger(0, 9), 8), None, "it is off");
+        assert_eq!(judged(kind::LINGER, &five_seconds, linger(0, 9), 8), Some(Value::UNKNOWN), "it does not wait");
+        let negative = linger(1, 0xffff_ffff);
+        assert_eq!(judged(kind::LINGER, &five_seconds, negative, 8), Some(Value::new(linger(1, 5), 8)), "for ever");
+        assert_eq!(judged(kind::LINGER, &limit(2, 5), linger(0, 9), 8), Some(Value::new(linger(1, 2), 8)));
         assert_eq!(judged(kind::LINGER, &five_seconds, linger(1, 9), 4), None, "the kernel refuses it");
         let setting = limit(1_000_000, 2_500_000);
         let given = |words| judged(kind::TIMEVAL, &setting, words, 16);
@@ -335,13 +454,66 @@ mod tests {
     }
 
     #[test]
+    fn limit_compares_what_a_value_stands_for() {
+        let limit =
+            |min, max| Setting { form: form::LIMIT, min, max, on_conflict: on_conflict::REWRITE, ..Setting::default() };
+        let judged = |zero, negative, setting: &Setting, number| {
+            judge(&Governed { zero, negative, ..option(kind::INT) }, setting, &asked(number)).given
+        };
+        let (at_most, at_least) = (limit(i64::MIN, 8), limit(100, i64::MAX));
+        // A default of 64.
+        assert_eq!(judged(64, effective::SAME, &at_most, 0), Value::int(8));
+        assert_eq!(judged(64, effective::SAME, &at_least, 0), Value::int(100));
+        assert_eq!(judged(effective::SAME, 64, &at_most, -1), Value::int(8));
+        assert_eq!(judged(effective::SAME, 4, &at_most, -1), Value::UNKNOWN);
+        // No limit of its own.
+        assert_eq!(judged(i64::MAX, effective::SAME, &at_most, 0), Value::int(8));
+        assert_eq!(judged(i64::MAX, effective::SAME, &at_least, 0), Value::UNKNOWN);
+        // Either.
+        assert_eq!(judged(effective::UNCERTAIN, effective::SAME, &at_most, 0), Value::int(8));
+        assert_eq!(judged(effective::UNCERTAIN, effective::SAME, &at_least, 0), Value::int(100));
+        // Itself.
+        assert_eq!(judged(effective::SAME, effective::SAME, &at_most, 0), Value::UNKNOWN);
+        assert_eq!(judged(effective::SAME, effective::SAME, &at_least, -1), Value::int(100));
+    }
+
+    #[test]
+    fn governed_buffer_stays_locked() {
+        let lock = Governed { lock: 1, ..option(kind::LOCK) };
+        let (set, limit) = (
+            set(65536, u32::MAX, on_conflict::REWRITE),
+            Setting { form: form::LIMIT, on_conflict: on_conflict::REWRITE, ..Setting::default() },
+        );
+        for (setting, verdict) in [(set, verdict::REWRITTEN), (limit, verdict::CLAMPED)] {
+            assert_eq!(judge(&lock, &setting, &asked(2)), Judgement { verdict, given: Value::int(3) });
+            assert_eq!(judge(&lock, &setting, &asked(3)).verdict, verdict::NONE);
+        }
+    }
+
+    #[test]
+    fn name_and_index_of_a_device_disagree() {
+        let by_name = Setting { is_text: 1, text: words(b"eth0"), ..set(0, u32::MAX, on_conflict::REWRITE) };
+        let judgement = judge(&option(kind::INT), &by_name, &asked(3));
+        assert_eq!(judgement, Judgement { verdict: verdict::REWRITTEN, given: Value::text(words(b"eth0")) });
+        let by_index = set(3, u32::MAX, on_conflict::REWRITE);
+        let name = Asked { text: words(b"eth0"), ..Asked::default() };
+        assert_eq!(judge(&option(kind::TEXT), &by_index, &name).given, Value::int(3));
+    }
+
+    #[test]
     fn deny_denies_whatever_is_asked() {
         let setting = Setting { form: form::DENY, ..Setting::default() };
-        assert_eq!(judge(kind::OPAQUE, &setting, &asked(0)).verdict, verdict::DENIED);
+        for kind in [kind::OPAQUE, kind::INT, kind::TEXT, kind::LINGER, kind::TIMEVAL] {
+            for len in [0, 1, 3, 4, 8, 16, 4097, i32::MAX] {
+                let judgement = judge_argument(&option(kind), &setting, len, &[0; 2]);
+                assert_eq!(judgement.map(|judgement| judgement.verdict), Some(verdict::DENIED), "{kind} {len}");
+            }
+            assert_eq!(judge_argument(&option(kind), &setting, -1, &[0; 2]), None, "a program has skipped it");
+        }
     }
 
     #[test]
     fn zeroed_setting_is_inert() {
-        assert_eq!(judge(kind::INT, &Setting::default(), &asked(5)).verdict, verdict::NONE);
+        assert_eq!(judge(&option(kind::INT), &Setting::default(), &asked(5)).verdict, verdict::NONE);
     }
 }

@@ -17,6 +17,8 @@ pub mod known {
     pub const SYSCALL: u32 = 8;
     /// What tells a task's process from others before and after it, and the file that it runs.
     pub const EXECUTABLE: u32 = 16;
+    /// The devices of a socket's network namespace, by index.
+    pub const DEVICES: u32 = 32;
 }
 
 /// The arguments of setsockopt and getsockopt.
@@ -95,8 +97,15 @@ pub struct Layout {
     pub mount_vfsmount: u32,
     pub mount_parent: u32,
     pub mount_point: u32,
+    /// `struct sock`
+    pub sock_net: u32,
+    /// `struct net`: its table of lists of devices, by the lowest eight bits of their index.
+    pub net_devices: u32,
+    /// `struct net_device`: its place in such a list, and its index.
+    pub device_node: u32,
+    pub device_index: u32,
 }
-shared!(Layout, size 46 * 4 + ARGUMENTS * 4);
+shared!(Layout, size 50 * 4 + ARGUMENTS * 4);
 
 impl Layout {
     /// Whether it has all offsets for `what`: bits of [`known`].

@@ -5,7 +5,7 @@
 
 use crate::{
     SETTABLE_MAX,
-    setting::{Governed, OptionKey, Setting, Value, Words, kind, read_back, words_of},
+    setting::{Governed, OptionKey, Setting, Value, Words, read_back, words_of},
     shared,
 };
 
@@ -96,13 +96,13 @@ impl Assignment {
     /// What a setting says of an option.
     #[must_use]
     pub fn new(option: &Governed, setting: &Setting) -> Self {
-        let is_text = option.kind == kind::TEXT;
+        let is_text = setting.is_text();
         let (value, mask) = match is_text {
             true => (setting.text, [u64::MAX; 2]),
             false => (words_of(setting.value), words_of(setting.mask)),
         };
         let is_doubled = option.read_back == read_back::DOUBLED;
-        Self { key: option.key, value, mask, is_text: is_text.into(), is_doubled: is_doubled.into() }
+        Self { key: option.helper_key(setting), value, mask, is_text: is_text.into(), is_doubled: is_doubled.into() }
     }
 
     /// How many bytes the value has.
@@ -182,7 +182,7 @@ shared!(Held, size 8 + 4 + 4);
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::setting::words_of_text;
+    use crate::setting::{kind, words_of_text};
 
     #[test]
     fn places_are_within_the_table_and_what_it_has_beyond() {
@@ -192,42 +192,42 @@ mod tests {
         }
     }
 
-    const OPTION: Governed = Governed {
-        names: 1,
-        sets: 1,
-        key: OptionKey { level: 1, name: 7 },
-        first_setting: 0,
-        kind: kind::INT,
-        traits: 0,
-        read_back: read_back::SAME,
-        bit: 0,
-        certain: 0,
-        has_agreeing: 0,
-        agreeing: 0,
-    };
+    const KEY: OptionKey = OptionKey { level: 1, name: 7 };
+
+    fn option() -> Governed {
+        Governed {
+            names: 1,
+            sets: 1,
+            key: KEY,
+            set_as: KEY,
+            kind: kind::INT,
+            read_back: read_back::SAME,
+            ..Governed::default()
+        }
+    }
 
     #[test]
     fn bits_outside_the_mask_stay() {
         let setting = Setting { value: 0x20, mask: 0xff, ..Setting::default() };
-        let mark = Assignment::new(&OPTION, &setting);
+        let mark = Assignment::new(&option(), &setting);
         assert_eq!(mark.given(&words_of(0x1234)), words_of(0x1220));
     }
 
     #[test]
     fn doubled_value_shows_twice_what_was_given() {
         let setting = Setting { value: 4096, mask: u32::MAX, ..Setting::default() };
-        let buffer = Assignment::new(&Governed { read_back: read_back::DOUBLED, ..OPTION }, &setting);
+        let buffer = Assignment::new(&Governed { read_back: read_back::DOUBLED, ..option() }, &setting);
         let given = buffer.given(&words_of(87380));
         assert_eq!((given, buffer.shown(&given)), (words_of(4096), words_of(8192)));
     }
 
     #[test]
     fn text_takes_the_place_of_what_was_there() {
-        let setting = Setting { text: words_of_text(b"bbr"), ..Setting::default() };
-        let text = Assignment::new(&Governed { kind: kind::TEXT, ..OPTION }, &setting);
+        let setting = Setting { text: words_of_text(b"bbr"), is_text: 1, ..Setting::default() };
+        let text = Assignment::new(&Governed { kind: kind::TEXT, ..option() }, &setting);
         let given = text.given(&words_of_text(b"cubic-and-more"));
         assert_eq!(text.shows(text.shown(&given)), Value::text(words_of_text(b"bbr")));
-        let number = Assignment::new(&OPTION, &Setting::default());
+        let number = Assignment::new(&option(), &Setting::default());
         assert_eq!(number.shows(words_of(7)), Value::int(7));
     }
 }

@@ -95,10 +95,41 @@ pub mod kind {
     pub const BOOL: u8 = 3;
     /// Up to [`super::TEXT_LEN`] bytes, ended by NUL or by the length
     pub const TEXT: u8 = 4;
-    /// `struct linger`, as its seconds; one that is off says nothing
+    /// `struct linger`, as its seconds: 0 where it is off, and the most where they are negative
     pub const LINGER: u8 = 5;
     /// `struct timeval`, as microseconds; zero, which means for ever, is more than any
     pub const TIMEVAL: u8 = 6;
+    /// SO_BUF_LOCK under a setting of a buffer: the bit [`super::Governed::lock`] must stay set, or the kernel tunes the buffer
+    pub const LOCK: u8 = 7;
+}
+
+/// Values of [`Governed::argument`]: which lengths of an argument the kernel accepts, and which of the bytes it reads.
+///
+/// Each has been tried on 5.10, 6.1, 6.12, 6.18 and 7.2; other lengths fail with EINVAL.
+pub mod argument {
+    /// Four bytes or more: an `int` in the first four (`sk_setsockopt`, net/core/sock.c; `do_tcp_setsockopt`, net/ipv4/tcp.c;
+    /// `udp_lib_setsockopt`, net/ipv4/udp.c).
+    pub const INT: u8 = 0;
+    /// Four bytes or more: an `int`. One to three: the first byte, unsigned. None: 0 (`do_ip_setsockopt`,
+    /// net/ipv4/ip_sockglue.c).
+    pub const BYTE: u8 = 1;
+    /// As [`BYTE`], but the kernel refuses an empty argument.
+    pub const BYTE_REQUIRED: u8 = 2;
+    /// Four bytes or more: an `int`. Less: 0 (`do_ipv6_setsockopt`, net/ipv6/ipv6_sockglue.c, for options that do not check
+    /// the length).
+    pub const INT_OR_ZERO: u8 = 3;
+    /// Exactly four bytes: an `int`.
+    pub const INT_EXACT: u8 = 4;
+    /// Four to seven bytes: 32 bits. Eight or more: 64 bits (SO_MAX_PACING_RATE in `sk_setsockopt`).
+    pub const RATE: u8 = 5;
+}
+
+/// Values of [`Governed::zero`] and [`Governed::negative`] that are no numbers: what a limit compares in place of a value.
+pub mod effective {
+    /// The value itself.
+    pub const SAME: i64 = i64::MIN;
+    /// Depends on the kernel or on the queueing discipline: the value violates each bound.
+    pub const UNCERTAIN: i64 = i64::MIN + 1;
 }
 
 /// Bits of [`Governed::traits`].
@@ -110,10 +141,10 @@ pub mod traits {
     pub const INET: u8 = 2;
     /// Exists on AF_INET6 sockets only.
     pub const INET6: u8 = 4;
-    /// The kernel also takes the value as one byte (`do_ip_setsockopt`).
-    pub const BYTE: u8 = 8;
-    /// The kernel also takes the value as eight bytes (SO_MAX_PACING_RATE in `sk_setsockopt`).
-    pub const WIDE: u8 = 16;
+    /// The kernel keeps the lowest byte of the `int` (IP_TOS, `__ip_sock_set_tos` in net/ipv4/ip_sockglue.c).
+    pub const LOW_BYTE: u8 = 8;
+    /// The kernel reads -1 as 0 (IPV6_TCLASS, `do_ipv6_setsockopt` in net/ipv6/ipv6_sockglue.c).
+    pub const MINUS_ONE_IS_ZERO: u8 = 16;
     /// Is applied to a socket once: a second time the kernel may refuse it (SO_BINDTODEVICE).
     pub const ONCE: u8 = 32;
 }
@@ -128,20 +159,41 @@ pub mod read_back {
     pub const DOUBLED: u8 = 2;
 }
 
-/// An option that at least one rule names, and the rules of one scope that do. Map `OPTIONS`.
+/// Which of an alias's two keys names a device (see [`Governed::set_as`]).
+pub const DEVICE_BY_NAME: OptionKey = OptionKey { level: 1, name: 25 };
+pub const DEVICE_BY_INDEX: OptionKey = OptionKey { level: 1, name: 62 };
+
+/// How one option of the socket API is read, and the rules of one scope that govern it. Map `OPTIONS`.
+///
+/// An option that has several names or levels has a row for each of them. The rows share the settings.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Governed {
-    /// The rules that name the option, in any way.
+    /// The rules that name the option, in any way and under any of its names.
     pub names: u64,
     /// Those of them that set it (and do not limit or deny it).
     pub sets: u64,
     pub key: OptionKey,
+    /// What the helpers set in place of the option: the name of the same value that they know.
+    pub set_as: OptionKey,
+    /// The value that a limit compares where the application passes 0. See [`effective`].
+    pub zero: i64,
+    /// The value that a limit compares where the application passes a negative number. See [`effective`].
+    pub negative: i64,
     /// Index in map `SETTINGS` of the setting of the first rule that names the option; those of
     /// the others follow in the order of the rules.
     pub first_setting: u32,
+    /// Number plus one of the row that also governs calls on this option; 0: there is none.
+    pub next: u32,
+    /// Number plus one of the row of the option that the kernel resets when it sets this one; 0: there is none.
+    pub resets: u32,
+    /// The argument of four bytes that most of the calls have which agree with the first setting, and of which nothing is to be
+    /// noted ([`crate::judge::agreeing`]).
+    pub agreeing: u32,
     /// See [`kind`].
     pub kind: u8,
+    /// See [`argument`].
+    pub argument: u8,
     /// See [`traits`].
     pub traits: u8,
     /// See [`read_back`].
@@ -149,14 +201,16 @@ pub struct Governed {
     /// Which bit of [`crate::socket::State`] this is, if any rule sets it.
     pub bit: u8,
     /// Whether the first rule that names the option matches every socket (0 or 1): then nobody has to look at the socket.
-    pub certain: u16,
+    pub certain: u8,
     /// Whether moreover `agreeing` says something (0 or 1).
-    pub has_agreeing: u16,
-    /// The argument of four bytes that most of the calls have which agree with the first setting, and of which nothing is to be
-    /// noted ([`crate::judge::agreeing`]).
-    pub agreeing: u32,
+    pub has_agreeing: u8,
+    /// The bit of SO_BUF_LOCK, for [`kind::LOCK`].
+    pub lock: u8,
+    /// Whether no rule names the option under this name (0 or 1): the row is here to judge calls.
+    pub is_alias: u32,
+    pub _pad: u32,
 }
-shared!(Governed, size 8 + 8 + 8 + 4 + 4 + 2 + 2 + 4);
+shared!(Governed, size 6 * 8 + 4 * 4 + 8 + 2 * 4);
 
 impl Governed {
     /// Whether the option's first setting governs it on every socket.
@@ -164,6 +218,49 @@ impl Governed {
     #[must_use]
     pub fn is_certain(&self) -> bool {
         self.certain != 0
+    }
+
+    /// Whether no rule names the option under this name.
+    #[inline(always)]
+    #[must_use]
+    pub fn is_alias(&self) -> bool {
+        self.is_alias != 0
+    }
+
+    /// What the helpers set to apply a setting of this option.
+    ///
+    /// A device has two options of different kinds, which share their settings.
+    #[inline(always)]
+    #[must_use]
+    pub fn helper_key(&self, setting: &Setting) -> OptionKey {
+        match (self.is_text(), setting.is_text()) {
+            (true, false) => DEVICE_BY_INDEX,
+            (false, true) => DEVICE_BY_NAME,
+            _ => self.set_as,
+        }
+    }
+
+    /// Whether the option takes a text.
+    #[inline(always)]
+    #[must_use]
+    pub fn is_text(&self) -> bool {
+        self.kind == kind::TEXT
+    }
+
+    /// Returns the least number of bytes with which the kernel reads all of an argument that it accepts; 0 where it accepts only
+    /// the length that the application passed.
+    #[inline(always)]
+    #[must_use]
+    pub fn needed_len(&self) -> i32 {
+        match self.kind {
+            kind::OPAQUE => 0,
+            kind::TEXT => TEXT_LEN as i32,
+            kind::LINGER => LINGER_LEN,
+            kind::TIMEVAL => TIMEVAL_LEN,
+            _ if self.argument == argument::INT_EXACT => 0,
+            _ if self.argument == argument::RATE => 8,
+            _ => 4,
+        }
     }
 
     /// Whether a call with this argument agrees with what governs it, for all that can be told without the setting. What else
@@ -239,7 +336,9 @@ pub struct Setting {
     /// What a denied call fails with; positive.
     pub errno: u16,
     /// Whether the setting is tried only: decided and reported, but nothing done (0 or 1).
-    pub dry_run: u32,
+    pub dry_run: u16,
+    /// Whether the value to set is `text` (0 or 1).
+    pub is_text: u16,
 }
 shared!(Setting, size 8 + 8 + 4 + 4 + 16 + 4 + 4);
 
@@ -255,6 +354,19 @@ impl Setting {
     #[must_use]
     pub fn is_dry_run(&self) -> bool {
         self.dry_run != 0
+    }
+
+    #[inline(always)]
+    #[must_use]
+    pub fn is_text(&self) -> bool {
+        self.is_text != 0
+    }
+
+    /// The value to set, where no bit of it is the application's.
+    #[inline(always)]
+    #[must_use]
+    pub fn whole_value(&self) -> Value {
+        if self.is_text() { Value::text(self.text) } else { Value::int(self.value) }
     }
 
     /// Whether setting the option leaves some of its bits as they are, so that its current value
@@ -315,11 +427,14 @@ impl Value {
     /// What the policy wants of an option that the application would give `asked`.
     #[inline(always)]
     #[must_use]
-    pub fn wanted(kind: u8, setting: &Setting, asked: &judge::Asked) -> Self {
+    pub fn wanted(option: &Governed, setting: &Setting, asked: &judge::Asked) -> Self {
+        if option.kind == kind::LOCK && setting.form != form::DENY {
+            return Self::int(asked.number as u32 | u32::from(option.lock));
+        }
         if setting.form != form::SET {
             return Self::UNKNOWN;
         }
-        if kind == kind::TEXT { Self::text(setting.text) } else { Self::int(setting.apply_to(asked.number as u32)) }
+        if setting.is_text() { setting.whole_value() } else { Self::int(setting.apply_to(asked.number as u32)) }
     }
 
     /// The bytes as they lie in memory.
@@ -392,22 +507,9 @@ mod tests {
         }
     }
 
-    const OPTION: Governed = Governed {
-        names: 0b1110,
-        sets: 0b1010,
-        key: OptionKey { level: 6, name: 1 },
-        first_setting: 100,
-        kind: kind::BOOL,
-        traits: 0,
-        read_back: 0,
-        bit: 0,
-        certain: 0,
-        has_agreeing: 0,
-        agreeing: 0,
-    };
-
     fn winner(sure: u64, possible: u64) -> Option<u32> {
-        OPTION.winner(Candidates { sure, possible: sure | possible })
+        let option = Governed { names: 0b1110, sets: 0b1010, first_setting: 100, ..Governed::default() };
+        option.winner(Candidates { sure, possible: sure | possible })
     }
 
     #[test]

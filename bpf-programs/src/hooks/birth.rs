@@ -5,14 +5,14 @@
 
 use abi::{
     BIRTH_MAX,
-    setting::{Governed, Setting},
+    setting::{DEVICE_BY_INDEX, Governed, Setting},
     site,
 };
-use aya_ebpf::{helpers::generated::bpf_get_socket_cookie, macros::cgroup_sock, programs::SockContext};
+use aya_ebpf::{cty::c_void, helpers::generated::bpf_get_socket_cookie, macros::cgroup_sock, programs::SockContext};
 
 use crate::{
     apply::{apply, apply_option, outcome},
-    ctx::{Birth, BirthFields},
+    ctx::{Birth, BirthFields, ENODEV, has_device},
     storage,
 };
 
@@ -37,13 +37,15 @@ fn try_birth_apply(birth: &Birth) {
     let mut fields = birth.fields();
     // The options that only one family has are not among those of this site.
     apply::<BIRTH_MAX>(scope, site::BIRTH, state, false, |index, rules, missing, state| {
-        apply_option(index, rules, missing, state, |option, setting, _| set_field(&mut fields, option, setting));
+        apply_option(index, rules, missing, state, |option, setting, _| {
+            set_field(birth.sk(), &mut fields, option, setting)
+        });
     });
     birth.set_fields(&fields);
 }
 
 #[inline(always)]
-fn set_field(fields: &mut BirthFields, option: &Governed, setting: &Setting) -> u32 {
+fn set_field(sk: *mut c_void, fields: &mut BirthFields, option: &Governed, setting: &Setting) -> u32 {
     let field = match option.key.name {
         SO_MARK => &mut fields.mark,
         SO_PRIORITY => &mut fields.priority,
@@ -52,6 +54,9 @@ fn set_field(fields: &mut BirthFields, option: &Governed, setting: &Setting) -> 
     let wanted = setting.apply_to(*field);
     if wanted == *field {
         return outcome::UNCHANGED;
+    }
+    if (option.key == DEVICE_BY_INDEX) && !has_device(sk, wanted) {
+        return outcome::FAILED + ENODEV as u32;
     }
     if !setting.is_dry_run() {
         *field = wanted;

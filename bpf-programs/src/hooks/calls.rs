@@ -6,9 +6,12 @@
 
 use abi::{
     event::{Call, Executable, call, flags, source},
-    judge::{Asked, Judgement, judge, verdict},
+    judge::{Asked, Judgement, judge, judge_argument, verdict},
     select::select,
-    setting::{Governed, OptionKey, Setting, TEXT_LEN, Value, Words, form, kind, on_conflict, read_back},
+    setting::{
+        DEVICE_BY_INDEX, Governed, OptionKey, Setting, TEXT_LEN, Value, Words, form, kind, on_conflict, read_back,
+        word_in, words_of,
+    },
     socket::State,
 };
 use aya_ebpf::{
@@ -25,7 +28,7 @@ use crate::{
     emit::{self, Head, Task},
     kernel,
     maps::{self, PrefixMap, count},
-    storage,
+    storage::{self, Scope},
 };
 
 // What cgroup/setsockopt programs may call on this kernel. The agent finds out and gives the value
@@ -48,23 +51,41 @@ const FAIL: i32 = 0;
 
 const EINVAL: i32 = 22;
 
+/// Rows that can govern one call: the option's own, and those of the four options that IPV6_2292PKTOPTIONS writes.
+const ROWS_MAX: usize = 5;
+
 #[cgroup_sockopt(setsockopt)]
 pub(crate) fn set_judge(ctx: SockoptContext) -> i32 {
     let call = OptionCall::new(ctx.sockopt);
-    let judged = Judged(if is_named(&call) { judge_call(ctx.sockopt) } else { Judged::UNGOVERNED });
-    let Some(governed) = judged.governance() else {
-        call.pass();
-        return GO_ON;
-    };
+    if is_named(&call) {
+        let mut row = FIRST_ROW;
+        for _ in 0..ROWS_MAX {
+            let judged = Judged(judge_call(ctx.sockopt, row));
+            if let Some(end) = carry_out(ctx.sockopt, &call, judged) {
+                return end;
+            }
+            row = judged.next_row();
+            if row == FIRST_ROW {
+                break;
+            }
+        }
+    }
+    call.pass();
+    GO_ON
+}
+
+/// Reports a call that was judged, and does what was decided. `None`: the call goes on.
+#[inline(always)]
+fn carry_out(ctx: *mut bpf_sockopt, call: &OptionCall, judged: Judged) -> Option<i32> {
     let verdict = judged.verdict();
     if verdict != u32::from(verdict::NONE) {
-        report_call(ctx.sockopt, judged.0);
+        report_call(ctx, judged.0);
     }
     if judged.is_done() {
         call.skip();
-        return GO_ON;
+        return Some(GO_ON);
     }
-    enact(&call, governed, verdict)
+    enact(call, judged.governance()?, verdict)
 }
 
 /// Whether policies in force may say something about a call. Mostly they do not, and this is all that it then takes.
@@ -105,6 +126,9 @@ impl Rows {
     }
 }
 
+/// In place of the number of a row: that by which the call is found.
+const FIRST_ROW: u32 = 0;
+
 /// What governs a call, if anything does, and what came of it: a number, for it crosses from one function to another.
 #[derive(Clone, Copy)]
 struct Judged(u64);
@@ -112,8 +136,10 @@ struct Judged(u64);
 impl Judged {
     const UNGOVERNED: u64 = 0;
     const IS_GOVERNED: u64 = 1 << 63;
-    /// The socket has the policy's value already, so that the kernel's own handler need not see the call.
+    /// The socket has its value already, so that the kernel's own handler need not see the call.
     const IS_DONE: u64 = 1 << 62;
+    const NEXT_SHIFT: u32 = 48;
+    const NEXT_MASK: u64 = 0x3fff;
     const VERDICT_SHIFT: u32 = 40;
     const RANK_SHIFT: u32 = 32;
     const BYTE: u64 = 0xff;
@@ -128,7 +154,23 @@ impl Judged {
     #[inline(always)]
     fn governance(self) -> Option<Governance> {
         let governed = Governance { index: self.0 as u32, rank: (self.0 >> Self::RANK_SHIFT & Self::BYTE) as u32 };
-        (self.0 != Self::UNGOVERNED).then_some(governed)
+        (self.0 & Self::IS_GOVERNED != 0).then_some(governed)
+    }
+
+    /// The row that also governs the call, or [`FIRST_ROW`].
+    #[inline(always)]
+    fn next_row(self) -> u32 {
+        (self.0 >> Self::NEXT_SHIFT & Self::NEXT_MASK) as u32
+    }
+
+    #[inline(always)]
+    fn with_next(self, row: u32) -> Self {
+        Self(self.0 | (u64::from(row) & Self::NEXT_MASK) << Self::NEXT_SHIFT)
+    }
+
+    #[inline(always)]
+    fn done(self) -> Self {
+        Self(self.0 | Self::IS_DONE)
     }
 
     #[inline(always)]
@@ -142,27 +184,60 @@ impl Judged {
     }
 }
 
-/// Finds what governs a call: the option, and which of its settings. What the audit still has of an earlier one is dropped.
+/// A row that governs a call, whether or not one of its settings does.
+struct Found {
+    scope: Scope,
+    /// Index of the option.
+    index: u32,
+    option: &'static Governed,
+}
+
+/// Finds a row that governs a call. What the audit still has of an earlier call is dropped.
 #[inline(always)]
-fn find_governance(call: &OptionCall) -> Option<(Governance, &'static Governed)> {
+fn find(call: &OptionCall, row: u32) -> Option<Found> {
     let config = maps::config()?;
     if kernel::is_agent(config) {
         return None;
     }
-    let generation = config.generation;
     // SAFETY: the context's socket, which is never NULL.
     let scope = if call.is_inet() { Some(unsafe { storage::scope_now(call.sk(), config) }?) } else { None };
-    // Not before it is this program's turn to decide: another's may have, about this very call.
-    hooked::drop_unended(caller_thread());
-    let scope = scope?;
-    let (index, option) = maps::option_named(config, generation, scope.options, call.key())?;
-    if option.is_certain() {
-        return Some((Governance { index, rank: 0 }, option));
+    if row == FIRST_ROW {
+        // Not before it is this program's turn to decide: another's may have, about this very call.
+        hooked::drop_unended(caller_thread());
     }
+    let scope = scope?;
+    let (index, option) = if row == FIRST_ROW {
+        maps::option_named(config, config.generation, scope.options, call.key())?
+    } else {
+        let index = scope.options + row - 1;
+        // Policies may have changed since the row before this one.
+        (index, maps::option(index).filter(|option| option.key == call.key())?)
+    };
+    Some(Found { scope, index, option })
+}
+
+/// Which of an option's settings governs a call.
+#[inline(always)]
+fn rank(call: &OptionCall, scope: Scope, index: u32, option: &Governed) -> Option<u32> {
+    if option.is_certain() {
+        return Some(0);
+    }
+    (select_rank(call.ctx(), scope.number, index)).checked_sub(1)
+}
+
+/// The number of the setting that governs a call by what is known of the socket, plus one; 0: none does.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn select_rank(ctx: *mut bpf_sockopt, scope: u32, index: u32) -> u32 {
+    selected(&OptionCall::new(ctx), scope, index).map_or(0, |rank| rank + 1)
+}
+
+#[inline(always)]
+fn selected(call: &OptionCall, scope: u32, index: u32) -> Option<u32> {
+    let option = maps::option(index)?;
     let state = storage::learn(state(call)?, call.facts());
-    let rules = select(&state.facts, maps::selectors(scope.number)?, &PrefixMap { scope: scope.number });
-    let rank = option.winner(rules)? - option.first_setting;
-    Some((Governance { index, rank }, option))
+    let rules = select(&state.facts, maps::selectors(scope)?, &PrefixMap { scope });
+    Some(option.winner(rules)? - option.first_setting)
 }
 
 #[inline(always)]
@@ -173,27 +248,37 @@ fn state(call: &OptionCall) -> Option<&'static mut State> {
 
 // As in `apply`, the verifier checks each of the functions below once and on its own.
 
-/// Finds what governs a call, judges and counts it; gives a [`Judged`].
+/// Finds what governs a call in one row, judges and counts it; gives a [`Judged`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn judge_call(ctx: *mut bpf_sockopt) -> u64 {
-    judge_governed(&OptionCall::new(ctx)).map_or(Judged::UNGOVERNED, |judged| judged.0)
+pub(crate) extern "C" fn judge_call(ctx: *mut bpf_sockopt, row: u32) -> u64 {
+    judge_row(&OptionCall::new(ctx), row).map_or(Judged::UNGOVERNED, |judged| judged.0)
 }
 
 #[inline(always)]
-fn judge_governed(call: &OptionCall) -> Option<Judged> {
-    let (governed, option) = find_governance(call)?;
+fn judge_row(call: &OptionCall, row: u32) -> Option<Judged> {
+    let Found { scope, index, option } = find(call, row)?;
+    let kept = kept_value(call, scope, option);
+    let rank = rank(call, scope, index, option);
+    let judged = rank.and_then(|rank| judge_governed(call, Governance { index, rank }, option));
+    let judged = judged.unwrap_or(Judged(Judged::UNGOVERNED)).with_next(option.next);
+    Some(match kept {
+        Some(kept) => keep(call, option, judged, &kept),
+        None => judged,
+    })
+}
+
+#[inline(always)]
+fn judge_governed(call: &OptionCall, governed: Governance, option: &'static Governed) -> Option<Judged> {
     if option.surely_agrees(call.len(), &call.argument()) {
         count(option.first_setting, |counters| &mut counters.agreed);
         return Some(Judged::new(governed, verdict::NONE, false));
     }
     let Rows { setting, winner, .. } = Rows::of(option, governed.rank)?;
-    // What the kernel will refuse is none of our business.
-    let Some(judgement) = judgement(call, option, setting) else {
-        return Some(Judged::new(governed, verdict::NONE, false));
-    };
+    // The kernel refuses the argument by itself.
+    let judgement = judgement(call, option, setting)?;
     let (verdict, is_done) = match judgement.verdict {
-        verdict::REWRITTEN if !setting.is_dry_run() => rewrite(call, option, winner, &judgement),
+        verdict::REWRITTEN if !setting.is_dry_run() => rewrite(call, option, setting, winner, &judgement),
         verdict => (verdict, false),
     };
     note_who_wins(call, option, setting, verdict);
@@ -213,15 +298,21 @@ fn judge_governed(call: &OptionCall) -> Option<Judged> {
 ///
 /// Where the kernel refuses the value itself, the application's call goes through as it is.
 #[inline(always)]
-fn rewrite(call: &OptionCall, option: &Governed, winner: u32, judgement: &Judgement) -> (u8, bool) {
-    // What this kernel's programs cannot set from here is rewritten in the call's argument.
-    const BY_ARGUMENT: (u8, bool) = (verdict::REWRITTEN, false);
-    // The kernel's handler gives a value to the subflows of an MPTCP socket too, the helper does not.
-    if CAN_GET.load() == 0 || call.is_multipath() {
-        return BY_ARGUMENT;
+fn rewrite(call: &OptionCall, option: &Governed, setting: &Setting, winner: u32, judgement: &Judgement) -> (u8, bool) {
+    let is_other_kind = setting.is_text() != option.is_text();
+    if is_other_kind && is_bound_as_asked(call, option) {
+        return (verdict::NONE, false);
     }
-    let (level, name) = (option.key.level, option.key.name);
-    let result = if option.kind == kind::TEXT {
+    // What this kernel's programs cannot set from here is rewritten in the call's argument; a device has no argument that says the
+    // same in the other way.
+    let by_argument = (if is_other_kind { verdict::DENIED } else { verdict::REWRITTEN }, false);
+    // The kernel's handler gives a value to the subflows of an MPTCP socket too, the helper does not. Bits that stay the
+    // application's are not ours to grant: the handler asks whether the application may set them.
+    if CAN_GET.load() == 0 || call.is_multipath() || setting.is_partial() || option.kind == kind::LOCK {
+        return by_argument;
+    }
+    let OptionKey { level, name } = option.helper_key(setting);
+    let result = if setting.is_text() {
         call.set(level, name, &judgement.given.words, TEXT_LEN as i32)
     } else {
         call.set(level, name, &judgement.given.words, 4)
@@ -229,7 +320,7 @@ fn rewrite(call: &OptionCall, option: &Governed, winner: u32, judgement: &Judgem
     match result {
         Ok(()) => (verdict::REWRITTEN, true),
         // What the helper does not know on this socket the kernel's handler may.
-        Err(EINVAL) => BY_ARGUMENT,
+        Err(EINVAL) => by_argument,
         Err(errno) => {
             count(winner, |counters| {
                 counters.failed_errno = errno as u64;
@@ -240,11 +331,75 @@ fn rewrite(call: &OptionCall, option: &Governed, winner: u32, judgement: &Judgem
     }
 }
 
-/// `None` where the kernel will refuse the argument's length.
+/// Whether a call asks by its index for the device that the socket is bound to.
+#[inline(always)]
+fn is_bound_as_asked(call: &OptionCall, option: &Governed) -> bool {
+    let mut bound = [0; 2];
+    CAN_GET.load() != 0
+        && option.key == DEVICE_BY_INDEX
+        && call.get(DEVICE_BY_INDEX.level, DEVICE_BY_INDEX.name, &mut bound, 4).is_ok()
+        && Asked::read(option, call.len(), &call.argument())
+            .is_some_and(|asked| asked.number == i64::from(word_in(&bound)))
+}
+
+/// `None` where the kernel will refuse the argument.
 #[inline(always)]
 fn judgement(call: &OptionCall, option: &Governed, setting: &Setting) -> Option<Judgement> {
-    let asked = Asked::read(option.kind, option.traits, call.len(), &call.argument())?;
-    Some(judge(option.kind, setting, &asked))
+    judge_argument(option, setting, call.len(), &call.argument())
+}
+
+/// The value of an option that the kernel resets when it sets another one, and that a rule governs.
+struct Kept {
+    key: OptionKey,
+    value: Words,
+}
+
+/// What the call would reset, where a setting in force governs that and this kernel lets programs put it back.
+#[inline(always)]
+fn kept_value(call: &OptionCall, scope: Scope, option: &Governed) -> Option<Kept> {
+    if option.resets == 0 || CAN_GET.load() == 0 || call.is_multipath() {
+        return None;
+    }
+    let index = scope.options + option.resets - 1;
+    let reset = maps::option(index)?;
+    let Rows { setting, .. } = Rows::of(reset, rank(call, scope, index, reset)?)?;
+    if setting.is_dry_run() || setting.on_conflict == on_conflict::ALLOW {
+        return None;
+    }
+    let mut value = [0; 2];
+    call.get(reset.key.level, reset.key.name, &mut value, 4).ok()?;
+    Some(Kept { key: reset.key, value })
+}
+
+/// Sets what a call asks for, or what the policy makes of it, and puts back what the kernel resets with it. A call that the
+/// helper refuses is left to the kernel's handler.
+#[inline(always)]
+fn keep(call: &OptionCall, option: &Governed, judged: Judged, kept: &Kept) -> Judged {
+    let is_set = judged.is_done()
+        || word_to_set(call, option, judged)
+            .is_some_and(|word| call.set(option.key.level, option.key.name, &words_of(word), 4).is_ok());
+    if !is_set {
+        return judged;
+    }
+    // It was read a moment ago: the helper knows the option.
+    let _ = call.set(kept.key.level, kept.key.name, &kept.value, 4);
+    judged.done()
+}
+
+/// The number that the kernel's handler would be given; `None` where it would get none, or would refuse it.
+#[inline(always)]
+fn word_to_set(call: &OptionCall, option: &Governed, judged: Judged) -> Option<u32> {
+    let asked = Asked::read(option, call.len(), &call.argument())?.number as u32;
+    let verdict = judged.verdict() as u8;
+    if verdict == verdict::NONE || verdict == verdict::ALLOWED {
+        return Some(asked);
+    }
+    let Rows { setting, .. } = judged.governance()?.rows()?;
+    if setting.is_dry_run() {
+        return Some(asked);
+    }
+    let is_replaced = verdict == verdict::REWRITTEN || verdict == verdict::CLAMPED;
+    is_replaced.then(|| judgement(call, option, setting).map(|judgement| word_in(&judgement.given.words)))?
 }
 
 /// Where the policy lets the application win, it is not to be overruled at a later hook.
@@ -262,26 +417,23 @@ fn note_who_wins(call: &OptionCall, option: &Governed, setting: &Setting, verdic
     }
 }
 
-/// Does what was decided.
+/// Does what was decided. `None`: the call goes on.
 #[inline(always)]
-fn enact(call: &OptionCall, governed: Governance, verdict: u32) -> i32 {
-    // What agrees needs no look at the tables for this.
-    let rows = if verdict == verdict::NONE.into() { None } else { governed.rows() };
-    let Some(Rows { option, setting, .. }) = rows.filter(|rows| !rows.setting.is_dry_run()) else {
-        return let_pass(call, governed);
-    };
+fn enact(call: &OptionCall, governed: Governance, verdict: u32) -> Option<i32> {
+    // What agrees needs no look at the tables, but where the caller's memory would be read again.
+    if verdict == verdict::NONE.into() && !call.is_long() {
+        return None;
+    }
+    let Rows { option, setting, .. } = governed.rows().filter(|rows| !rows.setting.is_dry_run())?;
     match verdict as u8 {
         verdict::REWRITTEN | verdict::CLAMPED => {
-            let is_replaced = judgement(call, option, setting)
-                .is_some_and(|judgement| call.replace(judgement.given.words, judgement.given.len));
-            if !is_replaced {
-                call.pass();
-            }
-            GO_ON
+            let judgement = judgement(call, option, setting)?;
+            call.replace(judgement.given.words, judgement.given.len);
+            None
         }
         verdict::IGNORED => {
             call.skip();
-            GO_ON
+            Some(GO_ON)
         }
         verdict::DENIED => {
             call.pass();
@@ -291,19 +443,16 @@ fn enact(call: &OptionCall, governed: Governance, verdict: u32) -> i32 {
                 // SAFETY: takes a number.
                 unsafe { bpf_set_retval(-errno) };
             }
-            FAIL
+            Some(FAIL)
         }
-        _ => let_pass(call, governed),
+        _ => {
+            // An argument that the kernel refuses for its length must keep it.
+            if judgement(call, option, setting).is_some() {
+                call.pass_as_read(option.needed_len());
+            }
+            None
+        }
     }
-}
-
-/// Lets the kernel take the value that was judged.
-#[inline(always)]
-fn let_pass(call: &OptionCall, governed: Governance) -> i32 {
-    if call.is_long() {
-        call.pass_as_read(maps::option(governed.index).map_or(kind::OPAQUE, |option| option.kind));
-    }
-    GO_ON
 }
 
 /// Leaves a verdict for the audit to report, or reports it.
@@ -351,9 +500,9 @@ fn fill(record: &mut Call, call: &OptionCall, rows: &Rows, verdict: u32) {
     let argument = call.argument();
     // The very bytes that were judged: the caller's memory may have changed since the audit looked.
     record.asked = Value::new(argument, call.len() as u32);
-    if let Some(asked) = Asked::read(option.kind, option.traits, call.len(), &argument) {
-        record.given = judge(option.kind, setting, &asked).given;
-        record.wanted = Value::wanted(option.kind, setting, &asked);
+    if let Some(asked) = Asked::read(option, call.len(), &argument) {
+        record.given = judge(option, setting, &asked).given;
+        record.wanted = Value::wanted(option, setting, &asked);
     }
     fill_socket(record, call, winner, verdict);
     if let Some(before) = read_before(call, option) {
@@ -401,13 +550,13 @@ pub(crate) fn get_compare(ctx: SockoptContext) -> i32 {
             report_read(ctx.sockopt, judged);
         }
     }
-    call.pass();
+    call.pass_read();
     GO_ON
 }
 
 /// What a read of `len` bytes showed, in the terms of the policy. `None` where that says nothing about the setting.
 #[inline(always)]
-pub(super) fn shown(option: &Governed, setting: &Setting, len: i32, words: &Words) -> Option<Asked> {
+fn shown(option: &Governed, setting: &Setting, len: i32, words: &Words) -> Option<Asked> {
     if setting.form != form::SET || option.read_back == read_back::NONE {
         return None;
     }
@@ -415,11 +564,17 @@ pub(super) fn shown(option: &Governed, setting: &Setting, len: i32, words: &Word
         // A caller without room for the whole name was shown a part of it.
         return None;
     }
-    let shown = Asked::read(option.kind, option.traits, len, words)?;
+    let shown = Asked::read(option, len, words)?;
     Some(match option.read_back {
         read_back::DOUBLED => Asked { number: shown.number / 2, ..shown },
         _ => shown,
     })
+}
+
+/// What a read is to the policy: a verdict. `None` where it says nothing about the setting.
+#[inline(always)]
+pub(super) fn compared(option: &Governed, setting: &Setting, len: i32, words: &Words) -> Option<u8> {
+    Some(judge(option, setting, &shown(option, setting, len, words)?).verdict)
 }
 
 /// Counts a read that shows another value than the policy wants, and gives a [`Judged`] for it.
@@ -431,10 +586,12 @@ pub(crate) extern "C" fn compare_read(ctx: *mut bpf_sockopt) -> u64 {
 
 #[inline(always)]
 fn compare(call: &OptionCall) -> Option<Judged> {
-    let (governed, option) = find_governance(call)?;
+    let Found { scope, index, option } = find(call, FIRST_ROW)?;
+    let governed = Governance { index, rank: rank(call, scope, index, option)? };
     let Rows { setting, winner, .. } = Rows::of(option, governed.rank)?;
-    let shown = shown(option, setting, call.len(), &call.argument())?;
-    if judge(option.kind, setting, &shown).verdict == verdict::NONE {
+    if setting.is_text() != option.is_text()
+        || compared(option, setting, call.len(), &call.argument())? == verdict::NONE
+    {
         return None;
     }
     count(winner, |counters| &mut counters.reads);
@@ -466,7 +623,7 @@ fn fill_read(record: &mut Call, call: &OptionCall, rows: &Rows, verdict: u32) {
     let argument = call.argument();
     record.asked = Value::new(argument, call.len() as u32);
     if let Some(shown) = shown(option, setting, call.len(), &argument) {
-        record.wanted = Value::wanted(option.kind, setting, &shown);
+        record.wanted = Value::wanted(option, setting, &shown);
     }
     fill_socket(record, call, winner, verdict);
 }

@@ -44,6 +44,11 @@ impl Socket for LiveTcp {
     fn as_ptr(&self) -> *mut c_void {
         self.0
     }
+
+    #[inline(always)]
+    fn socket(&self) -> *mut c_void {
+        self.0
+    }
 }
 
 #[inline(always)]
@@ -92,7 +97,8 @@ fn set(tcp: &LiveTcp, assignment: &Assignment, outcome: &mut Outcome) {
     let (level, name, len) = (assignment.key.level, assignment.key.name, assignment.bytes());
     outcome.errno = errno(tcp.get(level, name, &mut outcome.after, len));
     let given = assignment.given(&outcome.after);
-    if outcome.after == assignment.shown(&given) {
+    // A buffer of the same size may be one that the kernel tunes: setting it turns that off.
+    if assignment.is_doubled == 0 && outcome.after == assignment.shown(&given) {
         outcome.state = state::UNCHANGED;
         return;
     }

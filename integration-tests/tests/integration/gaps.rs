@@ -23,7 +23,13 @@ fn everything() -> PolicyFile {
     let settings: Vec<String> = settable
         .map(|line| format!("{} = {}", line["option"].as_str().unwrap(), line["example"].as_str().unwrap()))
         .collect();
-    PolicyFile::new(format!("[[rule]]\nset = {{ {} }}\n", settings.join(", ")))
+    // A device has two options, of which a rule may name one.
+    let (device, others): (Vec<_>, Vec<_>) =
+        settings.into_iter().partition(|setting| setting.starts_with("SO_BINDTODEVICE "));
+    let (device, others) = (device.join(", "), others.join(", "));
+    PolicyFile::new(format!(
+        "[[rule]]\nmatch = {{ protocol = \"tcp\" }}\nset = {{ {device} }}\n[[rule]]\nset = {{ {others} }}\n"
+    ))
 }
 
 fn gaps_in(report: &Report) -> (BTreeSet<String>, BTreeSet<String>) {

@@ -29,14 +29,14 @@ const TOP: &str = "
 [[rule]]
 name = \"top\"
 match = { protocol = \"tcp\" }
-set = { SO_PRIORITY = 1, TCP_KEEPCNT = 3, TCP_KEEPIDLE = 10 }
+set = { SO_PRIORITY = 1, TCP_KEEPCNT = 3, TCP_KEEPIDLE = \"10s\" }
 deny = [\"SO_RCVLOWAT\", \"TCP_USER_TIMEOUT\"]
 ";
 const MIDDLE: &str = "
 [[rule]]
 name = \"middle-in\"
 match = { protocol = \"tcp\", direction = \"inbound\" }
-set = { TCP_KEEPIDLE = 20 }
+set = { TCP_KEEPIDLE = \"20s\" }
 [[rule]]
 name = \"middle\"
 match = { protocol = \"tcp\" }

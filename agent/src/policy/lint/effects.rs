@@ -7,26 +7,17 @@ use abi::site;
 use super::{clauses, warning};
 use crate::{
     compile::may_pass,
-    options::{Relation, SocketOption, by_name},
+    options::SocketOption,
     policy::{
         diagnostic::{Diagnostic, Problem},
-        model::{Clause, Direction, Family, Form, Named, Policy, Protocol, Rule, Selector},
+        model::{Clause, Direction, Form, Named, Policy, Protocol, Rule, Selector},
     },
 };
 
 pub(super) fn lint(policy: &Policy) -> Vec<Diagnostic> {
     settings(policy)
-        .flat_map(|(rule, clause, option)| {
-            let problems = [twice(rule, clause, option), too_late(rule, option)];
-            problems.into_iter().flatten().map(|problem| warning(policy, problem.at(clause.span.clone())))
-        })
-        .collect()
-}
-
-pub(super) fn caveats(policy: &Policy) -> Vec<Diagnostic> {
-    settings(policy)
         .filter_map(|(rule, clause, option)| {
-            Some(warning(policy, reset(policy, rule, option)?.at(clause.span.clone())))
+            too_late(rule, option).map(|problem| warning(policy, problem.at(clause.span.clone())))
         })
         .collect()
 }
@@ -37,37 +28,6 @@ fn settings(policy: &Policy) -> impl Iterator<Item = (&Rule, &Clause, &'static S
         (Named::Known(option), Form::Set(_)) => Some((rule, clause, option)),
         _ => None,
     })
-}
-
-/// An option that an application's call on another one resets, which no rule names.
-fn reset(policy: &Policy, rule: &Rule, option: &SocketOption) -> Option<Problem> {
-    let other = crate::options::OPTIONS.iter().find(|other| other.relation == Some(Relation::Resets(option.name)))?;
-    let is_named = clauses(policy).any(|(_, clause)| clause.option == Named::Known(other));
-    if is_named || rule.selector.family == Some(Family::Ipv6) {
-        return None;
-    }
-    let (one, other) = (option.name, other.name);
-    Some(
-        Problem::new(format!("an application that sets {other} gives {one} another value, and no rule names {other}"))
-            .help(format!("set {other} too, or keep applications from it: deny = [\"{other}\"]")),
-    )
-}
-
-/// Two options that are one to the kernel.
-fn twice(rule: &Rule, clause: &Clause, option: &SocketOption) -> Option<Problem> {
-    let Some(Relation::SameAs(name)) = option.relation else { return None };
-    let other = by_name(name)?;
-    let is_other = |placed: &&Clause| placed.option == Named::Known(other) && matches!(placed.form, Form::Set(_));
-    let line = rule.clauses.iter().find(is_other)?.line;
-    let own = clause.line;
-    let where_else = if line == own { String::new() } else { format!(" on line {line}") };
-    Some(
-        Problem::new(format!(
-            "{} is the same to the kernel as {name}, which this rule sets too{where_else}",
-            option.name
-        ))
-        .help("leave one of the two out: the last one that is set wins"),
-    )
 }
 
 /// An option that is never set by a rule: no socket of the rule comes by where it takes effect, or too little is known of it

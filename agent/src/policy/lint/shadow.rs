@@ -42,8 +42,8 @@ pub(super) fn lint(policies: &[Policy]) -> Vec<Diagnostic> {
 
 fn shadows((policy, rule): Placed<'_>, earlier: &[Placed<'_>]) -> Vec<Diagnostic> {
     let winner = |clause: &Clause| {
-        let key = clause.option.key();
-        let names = |other: &&Placed<'_>| other.1.clauses.iter().any(|other| other.option.key() == key);
+        let key = clause.option.value_key();
+        let names = |other: &&Placed<'_>| other.1.clauses.iter().any(|other| other.option.value_key() == key);
         earlier.iter().filter(names).find(|other| covers(&other.1.selector, &rule.selector))
     };
     let shadowed: Vec<_> = rule.clauses.iter().filter_map(|clause| Some((clause, winner(clause)?))).collect();

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use abi::setting::OptionKey;
+use abi::setting::{OptionKey, effective};
 
 use super::values;
 use crate::{
@@ -86,6 +86,7 @@ fn limited(file: &LimitFile<'_>, defaults: &Defaults, findings: &mut Findings) -
     };
     let (least, most) = (bound(min.as_ref(), option.range.0), bound(max.as_ref(), option.range.1));
     let (least, most) = (least?, most?);
+    refuse_default_as_bound(option, max.as_ref(), most, findings)?;
     if least > most {
         let [least, most] = [least, most].map(|bound| units::show_literal(option.value, bound));
         let span = max.as_ref().or(min.as_ref()).map_or_else(|| file.option.span(), Value::span);
@@ -98,6 +99,30 @@ fn limited(file: &LimitFile<'_>, defaults: &Defaults, findings: &mut Findings) -
     }
     let form = Form::Limit { min: least, max: most };
     Some(place(&file.option, Named::Known(option), form, action, errno?, findings))
+}
+
+/// A value that stands for the default, or for no limit, is no upper bound.
+fn refuse_default_as_bound(
+    option: &SocketOption,
+    file: Option<&Value<'_>>,
+    most: i64,
+    findings: &mut Findings,
+) -> Option<()> {
+    let Some(file) = file.filter(|_| ![effective::SAME, most].contains(&option.stands_for(most))) else {
+        return Some(());
+    };
+    let shown = units::show_literal(option.value, most);
+    let meaning = match option.stands_for(most) {
+        effective::UNCERTAIN => "different things to different kernels".to_owned(),
+        i64::MAX => "no limit".to_owned(),
+        number => units::show(option.value, number),
+    };
+    findings.error(
+        Problem::new(format!("{} cannot be at most {shown}: to the kernel {shown} means {meaning}", option.name))
+            .help(format!("write a larger `max`, or keep applications from setting it: deny = [\"{}\"]", option.name))
+            .at(file.span()),
+    );
+    None
 }
 
 fn no_bounds(option: &SocketOption) -> Problem {
@@ -124,7 +149,7 @@ fn denied(option: &Text<'_>, defaults: &Defaults, findings: &mut Findings) -> Op
 /// The option of this name, or of this number.
 pub(super) fn option_named(name: &Text<'_>) -> Result<Named, Problem> {
     match numeric(name.get_ref()) {
-        Some(key) => Ok(options::by_key(key).map_or(Named::Numeric(key), Named::Known)),
+        Some(key) => Ok(options::by_spelling(key).map_or(Named::Numeric(key), Named::Known)),
         None => named_option(name).map(Named::Known),
     }
 }
@@ -185,12 +210,23 @@ fn refuse_emptiness(rule: &RuleFile<'_>, clauses: &[Clause], findings: &mut Find
 }
 
 fn refuse_doubles(clauses: &[Clause], findings: &mut Findings) {
-    let mut lines_by_key = BTreeMap::new();
+    let mut first_by_key: BTreeMap<OptionKey, &Clause> = BTreeMap::new();
     for second in clauses {
         let option = second.option;
-        let Some(first) = lines_by_key.insert(option.key(), second.line) else { continue };
+        let Some(first) = first_by_key.insert(option.value_key(), second) else { continue };
+        let (line, other) = (first.line, first.option);
+        let says_the_same =
+            (&first.form, first.on_conflict, first.errno) == (&second.form, second.on_conflict, second.errno);
+        if other != option && says_the_same && !matches!(first.form, Form::Set(_)) {
+            continue;
+        }
+        let message = if other == option {
+            format!("this rule names {option} twice: the first time on line {line}")
+        } else {
+            format!("this rule names {option} and, on line {line}, {other}: both set the same value")
+        };
         findings.error(
-            Problem::new(format!("this rule names {option} twice: the first time on line {first}"))
+            Problem::new(message)
                 .help("leave one of the two out, or make a rule of its own for it")
                 .at(second.span.clone()),
         );

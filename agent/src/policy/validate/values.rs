@@ -38,10 +38,13 @@ pub(super) fn wanted(option: &SocketOption, value: &Value<'_>) -> Result<Wanted,
 /// A number that the option takes, in its own unit.
 pub(super) fn number(option: &SocketOption, value: &Value<'_>) -> Result<i64, Problem> {
     let number = match value.get_ref() {
-        DeValue::Integer(number) => integer(number),
+        DeValue::Integer(number) => with_unit(option, integer(number)).map_err(|problem| problem.at(value.span()))?,
         // A number in quotes is a wrong type only where there are no units.
         DeValue::String(text)
-            if !matches!(option.value, ValueKind::Int | ValueKind::Unsigned | ValueKind::Choice(_)) =>
+            if !matches!(
+                option.value,
+                ValueKind::Int | ValueKind::Unsigned | ValueKind::Interface | ValueKind::Choice(_)
+            ) =>
         {
             units::quantity(option.value, text)
                 .map_err(|problem| Problem { message: format!("{}: {}", option.name, problem.message), ..problem })
@@ -61,6 +64,15 @@ pub(super) fn number(option: &SocketOption, value: &Value<'_>) -> Result<i64, Pr
     Err(Problem::new(format!("{} cannot be {}", option.name, quote(&shown)))
         .help(units::show_range(option.value, option.range))
         .at(value.span()))
+}
+
+/// Refuses a number without a unit where it could be read in several; 0 is the same in all of them.
+fn with_unit(option: &SocketOption, number: i64) -> Result<i64, Problem> {
+    if number == 0 || !units::needs_unit(option.value) {
+        return Ok(number);
+    }
+    Err(Problem::new(format!("{} takes a unit: {number} has none", option.name))
+        .help(units::readings(option.value, number)))
 }
 
 fn whole(value: u32) -> Wanted {

@@ -10,14 +10,14 @@ use abi::{
     Place,
     event::{Call, call, flags},
     index,
-    judge::{Asked, judge, verdict},
+    judge::{Asked, judge_argument, verdict},
     select::select,
     setting::Value,
 };
 
 use super::followed;
 use crate::{
-    hooks::calls::shown,
+    hooks::calls::compared,
     maps::{self, PrefixMap, count, lose},
 };
 
@@ -50,15 +50,16 @@ fn judge_call(call: &mut Call, result: i64) -> Option<()> {
     let winner = option.winner(select(&call.facts, maps::selectors(scope)?, &PrefixMap { scope }))?;
     let setting = maps::setting(winner)?;
     let (len, words) = (call.asked.len as i32, call.asked.words);
-    let asked = if call.kind == call::SETSOCKOPT {
-        Asked::read(option.kind, option.traits, len, &words)?
-    } else if result == 0 {
-        shown(option, setting, len, &words)?
-    } else {
-        return None;
-    };
     let is_set = call.kind == call::SETSOCKOPT;
-    if judge(option.kind, setting, &asked).verdict == verdict::NONE {
+    if !is_set && result != 0 {
+        return None;
+    }
+    let verdict = if is_set {
+        judge_argument(option, setting, len, &words)?.verdict
+    } else {
+        compared(option, setting, len, &words)?
+    };
+    if verdict == verdict::NONE {
         if is_set {
             count(winner, |counters| &mut counters.agreed);
         }
@@ -67,7 +68,9 @@ fn judge_call(call: &mut Call, result: i64) -> Option<()> {
     count(winner, |counters| if is_set { &mut counters.verdicts[0] } else { &mut counters.reads });
     call.setting = winner;
     call.verdict = verdict::ALLOWED.into();
-    call.wanted = Value::wanted(option.kind, setting, &asked);
+    if let Some(asked) = Asked::read(option, len, &words) {
+        call.wanted = Value::wanted(option, setting, &asked);
+    }
     call.flags |= flags::DECIDED;
     Some(())
 }

@@ -158,7 +158,7 @@ fn connection_whose_listener_is_gone_is_told_by_which_end_began_it() {
     let mut probe = Probe::start(&cgroup);
     let policy = PolicyFile::new(
         "[[rule]]\nmatch = { direction = \"inbound\" }\nset = { TCP_KEEPCNT = 5 }\n\
-         [[rule]]\nmatch = { direction = \"outbound\" }\nset = { TCP_KEEPIDLE = 60 }\n",
+         [[rule]]\nmatch = { direction = \"outbound\" }\nset = { TCP_KEEPIDLE = \"60s\" }\n",
     );
     for carried in [0, 1, 3 << 20] {
         let pair = probe.pair(Family::Inet, Kind::Tcp);
@@ -213,7 +213,8 @@ fn sockets_that_were_there_before_have_drifted_and_later_ones_have_not() {
     let target = Cgroup::new();
     let mut probe = Probe::start(&target);
     let before = probe.pair(Family::Inet, Kind::Tcp);
-    let policy = PolicyFile::new("[[rule]]\nset = { TCP_NODELAY = true, TCP_KEEPIDLE = 60 }\n[audit]\nreads = false\n");
+    let policy =
+        PolicyFile::new("[[rule]]\nset = { TCP_NODELAY = true, TCP_KEEPIDLE = \"60s\" }\n[audit]\nreads = false\n");
     let run = Run::start(&policy, &target);
     let after = probe.pair(Family::Inet, Kind::Tcp);
     let new = probe.open(Family::Inet, Kind::Tcp);
@@ -240,7 +241,7 @@ fn connection_that_nobody_has_accepted_yet_is_counted_and_no_failure() {
     let client = probe.open(Family::Inet, Kind::Tcp);
     probe.connect(client, address);
     let keep = probe.int(client, TCP_KEEPIDLE);
-    let policy = PolicyFile::new(format!("[[rule]]\nset = {{ TCP_KEEPIDLE = {keep} }}\n"));
+    let policy = PolicyFile::new(format!("[[rule]]\nset = {{ TCP_KEEPIDLE = \"{keep}s\" }}\n"));
     let (status, _, summary) = verify_on(&cgroup, &policy);
     assert_eq!((status, &summary["sockets"], &summary["without_descriptor"]), (Some(0), &json!(2), &json!(1)));
 }

@@ -26,8 +26,8 @@ const ALL: &str = "[[rule]]\nset = { SO_KEEPALIVE = true, TCP_KEEPIDLE = \"60s\"
     TCP_NOTSENT_LOWAT = \"128KiB\", SO_BINDTODEVICE = \"lo\", SO_REUSEADDR = true, SO_SNDBUF = \"64KiB\", \
     SO_RCVBUF = \"64KiB\", SO_RCVLOWAT = 1, SO_MAX_PACING_RATE = \"10gbit\", SO_TXREHASH = 1, TCP_CONGESTION = \"reno\", \
     TCP_MAXSEG = 1400, TCP_SYNCNT = 4, TCP_WINDOW_CLAMP = \"64KiB\", TCP_THIN_LINEAR_TIMEOUTS = true, TCP_SAVE_SYN = 1, \
-    TCP_RTO_MAX_MS = \"60s\", TCP_BPF_IW = 20, TCP_BPF_SNDCWND_CLAMP = 1000, TCP_BPF_DELACK_MAX = 40000, \
-    TCP_BPF_RTO_MIN = 200000 }";
+    TCP_RTO_MAX_MS = \"60s\", TCP_BPF_IW = 20, TCP_BPF_SNDCWND_CLAMP = 1000, TCP_BPF_DELACK_MAX = \"40ms\", \
+    TCP_BPF_RTO_MIN = \"200ms\" }";
 const ALL_COUNT: f64 = 28.0;
 const CONGESTION: &str = "[[rule]]\nmatch = { remote = \"127.0.0.0/8\" }\nset = { TCP_CONGESTION = \"reno\" }";
 /// The same by a route. It stands in the table of local addresses, as these do.

@@ -1,0 +1,166 @@
+//! The rows of the option table that the programs search: one for each level and number whose calls rules govern.
+//!
+//! A rule names an option once; the kernel may know its value under several names, and may change it as a side effect of
+//! another option. Each of these has a row, and all rows of one value share the settings.
+
+use abi::setting::{Governed, OptionKey, argument, effective, kind, read_back};
+
+use super::place;
+use crate::{
+    options::{GUARDS, OPTIONS, Relation, SocketOption, by_name},
+    policy::model::Named,
+};
+
+/// One value of a socket, under whichever name rules name it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum SocketValue {
+    Known(&'static SocketOption),
+    Numeric(OptionKey),
+}
+
+impl SocketValue {
+    pub(super) fn of(named: Named) -> Self {
+        match named {
+            Named::Known(option) => Self::Known(option.canonical()),
+            Named::Numeric(key) => Self::Numeric(key),
+        }
+    }
+}
+
+/// A row, without what depends on the scope.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Row {
+    /// Index of [`Rows::values`]; `None`: no rule governs the option itself.
+    pub(super) value: Option<usize>,
+    pub(super) template: Governed,
+}
+
+/// All rows, those of the options that rules name first.
+#[derive(Debug, Default)]
+pub(super) struct Rows {
+    pub(super) values: Vec<SocketValue>,
+    pub(super) rows: Vec<Row>,
+}
+
+impl Rows {
+    /// `named`: every option that a rule names, in the order in which they are applied.
+    pub(super) fn of(named: &[Named]) -> Self {
+        let mut rows = Self::default();
+        for option in named {
+            let value = rows.value(SocketValue::of(*option));
+            let row = named_row(*option);
+            let is_alias = rows
+                .rows
+                .iter()
+                .any(|row_before| row_before.value == Some(value) && row_before.template.is_text() == row.is_text());
+            rows.push(Some(value), Governed { is_alias: is_alias.into(), ..row });
+        }
+        rows.add_spellings();
+        rows.add_guards();
+        rows.link_resets();
+        rows
+    }
+
+    fn value(&mut self, value: SocketValue) -> usize {
+        let known = self.values.iter().position(|known| *known == value);
+        known.unwrap_or_else(|| {
+            self.values.push(value);
+            self.values.len() - 1
+        })
+    }
+
+    fn push(&mut self, value: Option<usize>, template: Governed) -> usize {
+        self.rows.push(Row { value, template });
+        self.rows.len() - 1
+    }
+
+    fn find(&self, key: OptionKey) -> Option<usize> {
+        self.rows.iter().position(|row| row.template.key == key)
+    }
+
+    /// The value of this option, if a rule names it under any name.
+    fn named_value(&self, option: &'static SocketOption) -> Option<usize> {
+        self.values.iter().position(|value| *value == SocketValue::Known(option.canonical()))
+    }
+
+    /// Adds a row for each other name of the values that rules name.
+    fn add_spellings(&mut self) {
+        for value in 0..self.values.len() {
+            let SocketValue::Known(canonical) = self.values[value] else { continue };
+            let bit = self.rows.iter().find(|row| row.value == Some(value)).map_or(0, |row| row.template.bit);
+            for (key, option) in canonical.spellings() {
+                if self.find(key).is_none() {
+                    let row = Governed { key, bit, is_alias: 1, read_back: read_back::NONE, ..known_row(option) };
+                    self.push(Some(value), row);
+                }
+            }
+        }
+    }
+
+    /// Adds a row for each option that undoes a setting of another, behind the row that the option has itself.
+    fn add_guards(&mut self) {
+        for guard in GUARDS {
+            let (Some(option), Some(keeps)) = (by_name(guard.option), by_name(guard.keeps)) else { continue };
+            let Some(value) = self.named_value(keeps) else { continue };
+            let kind = if guard.lock == 0 { kind::OPAQUE } else { kind::LOCK };
+            let row = Governed { kind, lock: guard.lock, is_alias: 1, read_back: read_back::NONE, ..known_row(option) };
+            let last = self.rows.iter().rposition(|row| row.template.key == option.key());
+            let added = self.push(Some(value), row);
+            if let Some(last) = last {
+                self.rows[last].template.next = added as u32 + 1;
+            }
+        }
+    }
+
+    /// Notes which options reset one that a rule names, and adds rows for those that no rule names.
+    fn link_resets(&mut self) {
+        for option in OPTIONS {
+            let Some(Relation::Resets(other)) = option.relation else { continue };
+            let Some(reset) =
+                by_name(other).and_then(|other| self.named_value(other).and_then(|_| self.find(other.key())))
+            else {
+                continue;
+            };
+            let resetting = self.find(option.key()).unwrap_or_else(|| {
+                self.push(None, Governed { is_alias: 1, read_back: read_back::NONE, ..known_row(option) })
+            });
+            self.rows[resetting].template.resets = reset as u32 + 1;
+        }
+    }
+}
+
+fn named_row(named: Named) -> Governed {
+    match named {
+        Named::Known(option) => known_row(option),
+        Named::Numeric(key) => Governed { key, set_as: key, kind: kind::OPAQUE, ..unread() },
+    }
+}
+
+/// A row that says nothing of how a number is read.
+fn unread() -> Governed {
+    Governed { zero: effective::SAME, negative: effective::SAME, argument: argument::INT, ..Governed::default() }
+}
+
+/// What the option table says of an option, as the programs see it.
+fn known_row(option: &'static SocketOption) -> Governed {
+    let settable = |option: &'static SocketOption| option.settable().is_some().then(|| option.key());
+    Governed {
+        key: option.key(),
+        set_as: settable(option).or_else(|| settable(option.canonical())).unwrap_or_else(|| option.key()),
+        kind: kind_of(option),
+        argument: option.argument,
+        traits: option.traits,
+        zero: option.zero,
+        negative: option.negative,
+        read_back: option.settable().map_or(read_back::NONE, |settable| settable.read_back),
+        // The same under all policies, for sockets keep it. There are fewer options to set than bits, and only these need one.
+        bit: place(Named::Known(option)).min(abi::SETTABLE_MAX) as u8,
+        ..unread()
+    }
+}
+
+fn kind_of(option: &SocketOption) -> u8 {
+    let kind = option.value.abi_kind();
+    let is_unsigned = option.is_unsigned || option.range.1 > i64::from(i32::MAX);
+    if kind == kind::INT && is_unsigned { kind::UNSIGNED } else { kind }
+}
