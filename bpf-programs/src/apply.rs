@@ -6,9 +6,14 @@
 //! numbers.
 
 use abi::{
+    SETTABLE_MAX, entry,
     event::{Call, flags},
+    judge::{Asked, Judgement, judge, verdict},
     select::{Candidates, select},
-    setting::{Governed, Setting, TEXT_LEN, Value, form, kind, on_conflict, read_back, traits, word_in, words_of},
+    setting::{
+        Governed, OptionKey, Setting, TEXT_LEN, Value, Words, form, kind, on_conflict, read_back, traits, word_in,
+        words_of,
+    },
     socket::{State, family, protocol},
 };
 use aya_ebpf::{
@@ -17,11 +22,17 @@ use aya_ebpf::{
 };
 
 use crate::{
-    ctx::{Addressed, Socket, Turn},
+    ctx::{Addressed, Bound, Socket, Turn},
     emit,
-    maps::{self, PrefixMap, count},
+    maps::{self, PrefixMap, count, lose},
     storage::{self, Scope},
 };
+
+const TOS: OptionKey = OptionKey { level: 0, name: 1 };
+const PRIORITY: OptionKey = OptionKey { level: 1, name: 12 };
+/// SO_BINDTOIFINDEX
+const IFINDEX: OptionKey = OptionKey { level: 1, name: 62 };
+const MAXSEG: OptionKey = OptionKey { level: 6, name: 2 };
 
 /// What became of a setting on a socket: a number, because it crosses from one function to another.
 pub(crate) mod outcome {
@@ -35,7 +46,7 @@ pub(crate) mod outcome {
 
 /// Applies what the policies of a scope say at `site`, which has `MAX` options at the most, to a socket whose
 /// notes are `state`. `apply` gets the index of an option, the rules that match, the traits of options that the socket does
-/// not have, and the notes.
+/// not have with the bits of [`entry`], and the notes.
 ///
 /// `is_inet6` is the socket's own family, which decides what options it has; `state.facts.family` is
 /// that of its traffic.
@@ -53,7 +64,7 @@ pub(crate) fn apply<const MAX: usize>(
     }
     let Some(selectors) = maps::selectors(scope.number) else { return };
     let rules = select(&state.facts, selectors, &PrefixMap { scope: scope.number });
-    if rules.sure == 0 {
+    if rules.sure | state.changed | state.asked == 0 {
         return;
     }
     let missing = missing_traits(state, is_inet6);
@@ -61,12 +72,17 @@ pub(crate) fn apply<const MAX: usize>(
         if position as u32 >= list.len {
             break;
         }
-        apply(scope.options + list.options[position], rules, missing, state);
+        let entry = list.options[position];
+        apply(scope.options + (entry & entry::NUMBER), rules, missing | (entry & !entry::NUMBER), state);
     }
 }
 
 /// Beside the traits of options that a socket does not have: it may yet carry IPv4 or IPv6.
 const DUAL_STACK: u32 = 0x100;
+
+/// Beside the same: the kernel may bind the socket to another device after this hook. A device that is set now counts when the
+/// socket still has it at a later hook.
+pub(crate) const POSTPONED: u32 = 0x200;
 
 /// The traits of options that a socket does not have, and [`DUAL_STACK`] if it is that.
 #[inline(always)]
@@ -82,30 +98,39 @@ fn missing_traits(state: &State, is_inet6: bool) -> u32 {
     u32::from(tcp | family) | dual_stack
 }
 
-/// Applies an option: `set` is told the option and the setting, and gives an
-/// [`outcome`], which is noted and counted.
+/// Applies an option to a new socket: `set` is told the option, the setting and the notes, and gives an [`outcome`], which is
+/// noted and counted.
 #[inline(always)]
 pub(crate) fn apply_option(
     index: u32,
     rules: Candidates,
     missing_traits: u32,
     state: &mut State,
-    set: impl FnOnce(&Governed, &Setting, u32) -> u32,
+    set: impl FnOnce(&Governed, &Setting, &mut State) -> u32,
 ) {
     let Some(option) = maps::option(index) else { return };
     let bit = 1u64 << (option.bit & 63);
-    let done = if option.traits & traits::ONCE != 0 { state.settled & bit } else { 0 };
-    if u32::from(option.traits) & missing_traits != 0 || done != 0 {
+    if u32::from(option.traits) & missing_traits != 0 {
         return;
     }
     let Some(winner) = option.winner(rules) else { return };
     let Some(setting) = maps::setting(winner) else { return };
-    let has_yielded = state.yielded & bit != 0 && setting.on_conflict == on_conflict::ALLOW;
-    // A device has two options, and each takes the settings of its own kind.
-    let is_own = setting.is_text() == option.is_text();
-    if setting.form == form::SET && is_own && !has_yielded {
-        note(state, bit, winner, set(option, setting, winner));
+    if setting.form == form::SET && is_own(option, setting) && !has_yielded(state, bit, setting) {
+        let outcome = set(option, setting, state);
+        note(state, bit, winner, outcome);
     }
+}
+
+/// A device has two options, and each takes the settings of its own kind.
+#[inline(always)]
+fn is_own(option: &Governed, setting: &Setting) -> bool {
+    setting.is_text() == option.is_text()
+}
+
+/// Whether the application asked for another value where the policy lets the application win.
+#[inline(always)]
+fn has_yielded(state: &State, bit: u64, setting: &Setting) -> bool {
+    state.yielded & bit != 0 && setting.on_conflict == on_conflict::ALLOW
 }
 
 /// Notes and counts an outcome, once for each socket.
@@ -115,6 +140,10 @@ fn note(state: &mut State, bit: u64, winner: u32, outcome: u32) {
         return;
     }
     if outcome >= outcome::FAILED {
+        if state.settled & bit != 0 {
+            state.settled &= !bit;
+            count(winner, |counters| &mut counters.undone);
+        }
         if state.failed & bit == 0 {
             state.failed |= bit;
             count(winner, |counters| {
@@ -158,16 +187,262 @@ pub(crate) extern "C" fn apply_addressed(
     0
 }
 
+/// An option of a socket at a hook.
+struct Task<'a, S> {
+    socket: &'a S,
+    sk: *mut c_void,
+    option: &'static Governed,
+    bit: u64,
+    state: &'static mut State,
+}
+
 #[inline(always)]
-fn apply_by_helper(socket: &impl Socket, sk: *mut c_void, index: u32, rules: Candidates, missing: u32) {
+fn apply_by_helper(socket: &impl Bound, sk: *mut c_void, index: u32, rules: Candidates, missing: u32) {
     // SAFETY: the context's socket, checked for NULL.
     let Some(state) = (unsafe { storage::state(sk) }) else { return };
-    let cookie = state.cookie;
-    apply_option(index, rules, missing, state, |option, setting, winner| {
-        // The kernel may not take it, and the socket may never carry IPv4.
-        let is_for_both = option.traits & traits::INET != 0 && missing & DUAL_STACK != 0;
-        set_option(socket, option, setting, winner, cookie, is_for_both)
-    });
+    let Some(option) = maps::option(index) else { return };
+    let mut task = Task { socket, sk, option, bit: 1u64 << (option.bit & 63), state };
+    let is_there = u32::from(option.traits) & missing == 0;
+    let winner = if is_there { option.winner(rules) } else { None };
+    let setting = winner.and_then(maps::setting);
+    if let (Some(winner), Some(setting)) = (winner, setting)
+        && setting.form == form::SET
+    {
+        if missing & entry::CHECK == 0 && is_own(option, setting) && !has_yielded(task.state, task.bit, setting) {
+            task.set(setting, winner, missing);
+        }
+        return;
+    }
+    if task.state.changed & task.bit != 0 {
+        task.give_back();
+    }
+    if task.state.asked & task.bit != 0
+        && let (Some(winner), Some(setting)) = (winner, setting)
+    {
+        task.hold(setting, winner);
+    }
+}
+
+impl<S: Bound> Task<'_, S> {
+    #[inline(always)]
+    fn is_device(&self) -> bool {
+        self.option.traits & traits::DEVICE != 0
+    }
+
+    /// The option's place in [`Kept`], which the verifier wants to see within its bounds.
+    #[inline(always)]
+    fn place(&self) -> Option<usize> {
+        Some(usize::from(self.option.bit)).filter(|place| *place < SETTABLE_MAX)
+    }
+
+    /// Sets the option, and keeps what it had before if rules may come not to set it any more.
+    #[inline(always)]
+    fn set(&mut self, setting: &Setting, winner: u32, missing: u32) {
+        let is_kept = missing & entry::KEEP != 0 && self.state.changed & self.bit == 0 && !setting.is_dry_run();
+        let before = if is_kept { self.now() } else { None };
+        let priority = if is_kept { self.priority() } else { None };
+        let outcome = if self.is_device() {
+            self.set_device(setting, winner)
+        } else {
+            // The kernel may not take it, and the socket may never carry IPv4.
+            let is_for_both = self.option.traits & traits::INET != 0 && missing & DUAL_STACK != 0;
+            set_option(self.socket, self.option, setting, winner, self.state.cookie, is_for_both)
+        };
+        if outcome == outcome::SET
+            && is_kept
+            && let Some(before) = before
+        {
+            self.keep(&before, priority);
+        }
+        if missing & POSTPONED == 0 || !self.is_device() || outcome >= outcome::FAILED {
+            note(self.state, self.bit, winner, outcome);
+        }
+    }
+
+    /// What the option has now, as getsockopt shows it; of a device, the interface index.
+    #[inline(always)]
+    fn now(&self) -> Option<Words> {
+        if self.is_device() {
+            return Some(words_of(self.socket.device()));
+        }
+        let OptionKey { level, name } = self.option.key;
+        if self.option.read_back == read_back::NONE {
+            // It shows the segment size of the route where none was set. 0 is what a new socket has.
+            return if self.option.key == MAXSEG { Some([0; 2]) } else { None };
+        }
+        let mut now = [0; 2];
+        if self.option.kind == kind::TEXT {
+            self.socket.get(level, name, &mut now, TEXT_LEN as i32).ok()?;
+        } else {
+            self.socket.get(level, name, &mut now, 4).ok()?;
+        }
+        Some(now)
+    }
+
+    /// SO_PRIORITY, if setting this option changes it.
+    #[inline(always)]
+    fn priority(&self) -> Option<u32> {
+        let mut priority = [0; 2];
+        if self.option.key != TOS {
+            return None;
+        }
+        self.socket.get(PRIORITY.level, PRIORITY.name, &mut priority, 4).ok()?;
+        Some(word_in(&priority))
+    }
+
+    #[inline(always)]
+    fn keep(&mut self, before: &Words, priority: Option<u32>) {
+        let Some(place) = self.place() else { return };
+        // SAFETY: the context's socket, checked for NULL.
+        let Some(kept) = (unsafe { storage::kept(self.sk, true) }) else {
+            lose(|losses| &mut losses.no_storage);
+            return;
+        };
+        self.state.changed |= self.bit;
+        kept.has_before |= self.bit;
+        if let Some(priority) = priority {
+            (kept.priority, kept.has_priority) = (priority, 1);
+        }
+        if self.option.kind == kind::TEXT && !self.is_device() {
+            kept.before_text = *before;
+        } else if self.option.key == PRIORITY && kept.has_priority != 0 {
+            // What it has now is IP_TOS's doing.
+            kept.before[place] = kept.priority;
+        } else {
+            kept.before[place] = word_in(before);
+        }
+    }
+
+    /// Gives the option back what it had before a rule set it.
+    #[inline(always)]
+    fn give_back(&mut self) {
+        self.state.changed &= !self.bit;
+        if self.try_give_back().is_none_or(|result| result.is_err()) {
+            lose(|losses| &mut losses.not_restored);
+        }
+    }
+
+    #[inline(always)]
+    fn try_give_back(&mut self) -> Option<Result<(), i32>> {
+        let place = self.place()?;
+        // SAFETY: as in `keep`.
+        let kept = unsafe { storage::kept(self.sk, false) }?;
+        kept.has_before &= !self.bit;
+        if self.is_device() {
+            // Where it has another one, that is not a rule's.
+            let is_ours = self.socket.device() == self.state.device;
+            (self.state.device, self.state.device_wanted) = (0, 0);
+            let before = words_of(kept.before[place]);
+            return Some(if is_ours { self.socket.set(IFINDEX.level, IFINDEX.name, &before, 4) } else { Ok(()) });
+        }
+        if self.option.kind == kind::TEXT {
+            let before = kept.before_text;
+            return Some(self.put(&before));
+        }
+        let result = self.put_number(kept.before[place]);
+        if self.option.key == TOS && kept.has_priority != 0 {
+            kept.has_priority = 0;
+            let _ = self.socket.set(PRIORITY.level, PRIORITY.name, &words_of(kept.priority), 4);
+        }
+        Some(result)
+    }
+
+    /// Sets a number as getsockopt showed it.
+    #[inline(always)]
+    fn put_number(&self, shown: u32) -> Result<(), i32> {
+        let value = if self.option.read_back == read_back::DOUBLED { shown / 2 } else { shown };
+        self.socket.set(self.option.key.level, self.option.key.name, &words_of(value), 4)
+    }
+
+    #[inline(always)]
+    fn put(&self, text: &Words) -> Result<(), i32> {
+        self.socket.set(self.option.key.level, self.option.key.name, text, TEXT_LEN as i32)
+    }
+
+    /// Holds what the application asked for, before all was known of the socket, against a limit or a deny.
+    #[inline(always)]
+    fn hold(&mut self, setting: &Setting, winner: u32) {
+        let Some(judgement) = self.judge(setting) else { return };
+        if judgement.verdict == verdict::NONE {
+            return;
+        }
+        self.state.asked &= !self.bit;
+        count(winner, |counters| match judgement.verdict {
+            verdict::ALLOWED => &mut counters.verdicts[0],
+            verdict::CLAMPED => &mut counters.verdicts[2],
+            verdict::IGNORED => &mut counters.verdicts[3],
+            _ => &mut counters.verdicts[4],
+        });
+        if setting.is_dry_run() || judgement.verdict == verdict::ALLOWED {
+            return;
+        }
+        let result = if judgement.verdict == verdict::CLAMPED {
+            let OptionKey { level, name } = self.option.key;
+            Some(self.socket.set(level, name, &judgement.given.words, 4))
+        } else {
+            self.give_back_asked()
+        };
+        if !matches!(result, Some(Ok(()))) {
+            let errno = if let Some(Err(errno)) = result { errno } else { 0 };
+            report_failure(self.option, winner, setting, errno, self.state.cookie);
+            note(self.state, self.bit, winner, outcome::FAILED + errno as u32);
+        }
+    }
+
+    #[inline(always)]
+    fn judge(&self, setting: &Setting) -> Option<Judgement> {
+        let mut asked = Asked::default();
+        if setting.form != form::DENY {
+            let now = self.now()?;
+            asked = Asked::read(self.option, 4, &now)?;
+            if self.option.read_back == read_back::DOUBLED {
+                asked.number /= 2;
+            }
+        }
+        Some(judge(self.option, setting, &asked))
+    }
+
+    /// Gives the option back what it had before the application asked for another value.
+    #[inline(always)]
+    fn give_back_asked(&mut self) -> Option<Result<(), i32>> {
+        let place = self.place()?;
+        // SAFETY: as in `keep`.
+        let kept = unsafe { storage::kept(self.sk, false) }?;
+        kept.has_asked &= !self.bit;
+        if self.option.kind == kind::TEXT {
+            let before = kept.asked_text;
+            return Some(self.put(&before));
+        }
+        Some(self.put_number(kept.asked[place]))
+    }
+
+    /// Binds the socket to a device, unless it is bound to this one already.
+    #[inline(always)]
+    fn set_device(&mut self, setting: &Setting, winner: u32) -> u32 {
+        let (now, wanted) = (self.socket.device(), setting.device());
+        if self.state.device_wanted == wanted && self.state.device == now {
+            // It counts once, also where that was put off.
+            return if self.state.settled & self.bit == 0 { outcome::SET } else { outcome::NONE };
+        }
+        if self.option.kind != kind::TEXT && now == setting.value {
+            (self.state.device, self.state.device_wanted) = (now, wanted);
+            return outcome::UNCHANGED;
+        }
+        if !setting.is_dry_run() {
+            let OptionKey { level, name } = self.option.key;
+            let result = if self.option.kind == kind::TEXT {
+                self.put(&setting.text)
+            } else {
+                self.socket.set(level, name, &words_of(setting.value), 4)
+            };
+            if let Err(errno) = result {
+                report_failure(self.option, winner, setting, errno, self.state.cookie);
+                return outcome::FAILED + errno as u32;
+            }
+        }
+        (self.state.device, self.state.device_wanted) = (self.socket.device(), wanted);
+        outcome::SET
+    }
 }
 
 /// Sets an option through the helpers; gives the outcome, of which a failure that was to be expected is none.

@@ -15,7 +15,7 @@ use aya_ebpf::{
 };
 
 use crate::{
-    facts::{IPPROTO_MPTCP, is_inet, note_local, note_state, protocol},
+    facts::{IPPROTO_MPTCP, is_connected, is_inet, note_local, note_state, protocol},
     kernel,
     maps::lose,
 };
@@ -81,6 +81,12 @@ pub(crate) const ENODEV: i32 = 19;
 #[inline(always)]
 pub(crate) fn has_device(socket: *mut c_void, index: u32) -> bool {
     index == 0 || kernel::has_device(kernel::address_of(socket), index) != 0
+}
+
+/// A socket whose hook tells which device it is bound to.
+pub(crate) trait Bound: Socket {
+    /// The interface index; 0 for any.
+    fn device(&self) -> u32;
 }
 
 /// cgroup/sock_create: a socket that has just been made.
@@ -155,6 +161,19 @@ impl Addressed {
         field!(self.ctx, family) == sk_family::INET6
     }
 
+    /// Whether the socket has a peer.
+    #[inline(always)]
+    pub(crate) fn is_connected(&self) -> bool {
+        is_connected(field!(self.sk, state))
+    }
+
+    /// Whether the address in the context of bind6 is a link-local one. The kernel then binds the socket to the device of the
+    /// address, if it has one, after this hook (`__inet6_bind`, net/ipv6/af_inet6.c); the context does not show the device.
+    #[inline(always)]
+    pub(crate) fn is_link_local(&self) -> bool {
+        u32::from_be(field!(self.ctx, user_ip6[0])) >> 22 == 0xfe80 >> 6
+    }
+
     /// The address in the context. Only the fields of the hook's own family may be read.
     #[inline(always)]
     fn address(&self, inet6: bool) -> Address {
@@ -176,6 +195,8 @@ impl Addressed {
         facts.remote_port = self.port();
         facts.known |= known::REMOTE;
         local_facts(self.sk, inet6, &mut facts);
+        let local = facts.local;
+        facts.settle_remote(inet6, &local, self.device() != 0);
         // An IPv6 datagram socket that connects to an address of AF_INET comes by connect4
         // (`udpv6_pre_connect`, net/ipv6/udp.c): what counts is the hook.
         facts.settle_family(if inet6 { sk_family::INET6 } else { sk_family::INET });
@@ -220,6 +241,13 @@ impl Socket for Addressed {
     }
 }
 
+impl Bound for Addressed {
+    #[inline(always)]
+    fn device(&self) -> u32 {
+        field!(self.sk, bound_dev_if)
+    }
+}
+
 /// Notes what a socket itself says about its local end.
 #[inline(always)]
 fn local_facts(sk: *mut bpf_sock, inet6: bool, facts: &mut Facts) {
@@ -252,6 +280,13 @@ impl Turn {
         field!(self.ctx, family) == sk_family::INET6
     }
 
+    /// Whether the socket has sent a segment. A socket that is being accepted has not: its SYN-ACK counts for nobody
+    /// (`tcp_v4_send_synack`, net/ipv4/tcp_ipv4.c). A socket that is connected by a simultaneous open has sent a SYN.
+    #[inline(always)]
+    pub(crate) fn has_sent(&self) -> bool {
+        field!(self.ctx, segs_out) != 0
+    }
+
     /// What is known of a socket that listens or, with `peer`, is connected.
     #[inline(always)]
     pub(crate) fn facts(&self, direction: u8, peer: bool) -> Facts {
@@ -279,6 +314,13 @@ impl Socket for Turn {
     #[inline(always)]
     fn socket(&self) -> *mut c_void {
         self.sk()
+    }
+}
+
+impl Bound for Turn {
+    #[inline(always)]
+    fn device(&self) -> u32 {
+        field!(self.sk, bound_dev_if)
     }
 }
 

@@ -52,6 +52,12 @@ pub(crate) fn note_local(facts: &mut Facts) {
     }
 }
 
+/// Whether a datagram socket of this state has a peer.
+#[inline(always)]
+pub(crate) fn is_connected(state: u32) -> bool {
+    state == TCP_ESTABLISHED
+}
+
 /// Notes what the state of a socket tells: whether it listens, or else who its peer is.
 #[inline(always)]
 pub(crate) fn note_state(facts: &mut Facts, state: u32, remote: impl FnOnce() -> (Address, u16)) {

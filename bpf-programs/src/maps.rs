@@ -8,13 +8,14 @@
 use core::arch::asm;
 
 use abi::{
-    Config, Counters, GENERATIONS, Losses, Place, SiteList, Target,
+    Config, Counters, GENERATIONS, Losses, Place, SiteList, Target, UNSTORED_MAX,
     event::{CALLS_MAX, Call, Executable, Limit, LimitKey, Slot, TOLD_MAX, Tally, TallyKey, bucket},
     index,
     layout::Member,
     live::{self, Assignment, Job, List, Outcome, Turn},
     select::{PrefixData, Prefixes, Selectors},
     setting::{Governed, Numbered, OptionKey, Setting},
+    socket::Unstored,
 };
 use aya_ebpf::{
     Global,
@@ -124,6 +125,11 @@ static LIMITS: LruHashMap<LimitKey, Limit> = LruHashMap::with_max_entries(8192, 
 /// Executables whose files the agent has been told. The agent removes those that it has forgotten. The least recently used entry makes room: it is told again.
 #[map]
 static TOLD: LruHashMap<Executable, u32> = LruHashMap::with_max_entries(TOLD_MAX, 0);
+
+/// The notes of sockets for whose storage the kernel has no memory, by the socket's address in the kernel: written and read by
+/// the programs only. The least recently used notes make room. New notes are counted in [`Losses::no_storage`].
+#[map]
+static UNSTORED: LruHashMap<u64, Unstored> = LruHashMap::with_max_entries(UNSTORED_MAX, 0);
 
 /// Index 0: what is done with live sockets that have a job. This map and the four after it are the agent's, which gives them their
 /// sizes at load where it is to bring live sockets in line, and writes them before each step.
@@ -382,6 +388,27 @@ pub(crate) fn begin_limit(key: &LimitKey, limit: &Limit) {
     // Fails only where another CPU holds the last free entries: the next event counts as a first.
     let _ = LIMITS.insert(key, limit, 0);
 }
+
+/// The notes of a socket without storage, made if there are none.
+#[inline(always)]
+pub(crate) fn unstored(sk: u64) -> Option<&'static mut Unstored> {
+    unstored_if_any(sk).or_else(|| {
+        lose(|losses| &mut losses.no_storage);
+        // Fails only where another CPU holds the last free entries.
+        let _ = UNSTORED.insert(sk, NO_NOTES, 0);
+        unstored_if_any(sk)
+    })
+}
+
+/// The notes of a socket without storage, if there are any.
+#[inline(always)]
+pub(crate) fn unstored_if_any(sk: u64) -> Option<&'static mut Unstored> {
+    // SAFETY: two CPUs that write it at once can at worst lose a note.
+    UNSTORED.get_ptr_mut(sk).map(|unstored| unsafe { &mut *unstored })
+}
+
+/// What the notes of a socket without storage begin with. Not on the stack, which has no room for it.
+static NO_NOTES: &Unstored = &Unstored::NEW;
 
 #[inline(always)]
 pub(crate) fn is_told(executable: &Executable) -> bool {

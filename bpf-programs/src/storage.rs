@@ -1,8 +1,12 @@
 //! Notes kept with each socket ([`State`]), in storage that the kernel frees with the socket; and by them, which of the
 //! programs that the kernel runs for a socket is to decide about it.
 //!
+//! A socket may have no room for storage: `net.core.optmem_max` of its network namespace limits it, and root of a user namespace
+//! can set it to 0 (`omem_charge`, net/core/bpf_sk_storage.c). Then the notes stand in map `UNSTORED`, which has room for
+//! [`abi::UNSTORED_MAX`] sockets: the least recently used notes make room, and a socket without its notes begins anew.
+//!
 //! aya-ebpf's `SkStorage` takes only connect and sendmsg contexts and cannot ask for notes to be
-//! copied to accepted sockets, so the map is defined here.
+//! copied to accepted sockets, so the maps are defined here.
 //!
 //! Invariant: of all targets that a socket is in, the programs of the deepest decide about it, and no others.
 
@@ -10,7 +14,7 @@ use core::arch::asm;
 
 use abi::{
     Config, Place, Target, index,
-    socket::{Facts, State, direction},
+    socket::{Facts, Kept, State, direction},
 };
 use aya_ebpf::{
     bindings::{BPF_F_CLONE, BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_map_type::BPF_MAP_TYPE_SK_STORAGE},
@@ -18,32 +22,54 @@ use aya_ebpf::{
     helpers::generated::bpf_sk_storage_get,
 };
 
-use crate::maps::{self, lose};
+use crate::maps;
 
 /// A map definition as loaders read it from BTF: only the types of the fields say something.
 #[repr(C)]
-struct SocketStorage {
+struct SocketStorage<T: 'static, const FLAGS: usize> {
     r#type: *const [i32; BPF_MAP_TYPE_SK_STORAGE as usize],
     key: *const i32,
-    value: *const State,
+    value: *const T,
     max_entries: *const [i32; 0],
-    map_flags: *const [i32; (BPF_F_NO_PREALLOC | BPF_F_CLONE) as usize],
+    map_flags: *const [i32; FLAGS],
 }
 
 // SAFETY: nobody follows these pointers.
-unsafe impl Sync for SocketStorage {}
+unsafe impl<T, const FLAGS: usize> Sync for SocketStorage<T, FLAGS> {}
 
-/// Written and read by the programs only. Where the kernel has no memory for an entry, the socket
-/// is left alone; counted in [`abi::Losses::no_storage`].
+impl<T, const FLAGS: usize> SocketStorage<T, FLAGS> {
+    const NEW: Self = Self {
+        r#type: core::ptr::null(),
+        key: core::ptr::null(),
+        value: core::ptr::null(),
+        max_entries: core::ptr::null(),
+        map_flags: core::ptr::null(),
+    };
+
+    /// The value of a socket, made if `flags` say so. NULL if there is none, or no memory for one.
+    ///
+    /// # Safety
+    ///
+    /// As for [`state`].
+    #[inline(always)]
+    unsafe fn get(&'static self, sk: *mut c_void, flags: u32) -> *mut T {
+        // SAFETY: the caller vouches for `sk`; the kernel zeroes a new value.
+        unsafe {
+            bpf_sk_storage_get((&raw const *self).cast_mut().cast(), sk, core::ptr::null_mut(), flags.into()).cast()
+        }
+    }
+}
+
+/// Written and read by the programs only. Not copied to accepted sockets: the kernel drops a connection whose copy finds no
+/// memory (`sk_clone_lock`, net/core/sock.c).
 #[unsafe(link_section = ".maps")]
 #[unsafe(no_mangle)]
-static SOCKETS: SocketStorage = SocketStorage {
-    r#type: core::ptr::null(),
-    key: core::ptr::null(),
-    value: core::ptr::null(),
-    max_entries: core::ptr::null(),
-    map_flags: core::ptr::null(),
-};
+static SOCKETS: SocketStorage<State, { BPF_F_NO_PREALLOC as usize }> = SocketStorage::NEW;
+
+/// Written and read by the programs only. Made for few sockets: see [`Kept`].
+#[unsafe(link_section = ".maps")]
+#[unsafe(no_mangle)]
+static KEPT: SocketStorage<Kept, { (BPF_F_NO_PREALLOC | BPF_F_CLONE) as usize }> = SocketStorage::NEW;
 
 /// What holds on a socket: numbers of a generation ([`abi::index`]).
 #[derive(Clone, Copy)]
@@ -64,19 +90,22 @@ impl Scope {
 /// The notes of a socket that is being set up, and what holds on it; `None` where that is not this program's turn to say:
 /// another target's, deeper than this one, has.
 ///
-/// A socket that is being set up when policies change is set up by those that it began with. It `begins` at birth or, with the
-/// notes of its listener, when it is accepted.
+/// A socket that is being set up when policies change is set up by those that it began with. `begins` is given the notes, and
+/// tells whether the socket begins now.
 ///
 /// # Safety
 ///
 /// As for [`state`].
 #[inline(always)]
-pub(crate) unsafe fn claim(sk: *mut c_void, begins: bool) -> Option<(&'static mut State, Scope)> {
+pub(crate) unsafe fn claim(
+    sk: *mut c_void,
+    begins: impl FnOnce(&mut State) -> bool,
+) -> Option<(&'static mut State, Scope)> {
     let target = maps::target();
     let config = maps::config().filter(|_| target.id != 0)?;
     // SAFETY: as the caller says.
     let state = unsafe { state(sk) }?;
-    if begins || state.generation < config.oldest {
+    if begins(state) || state.generation < config.oldest {
         state.generation = config.generation;
     }
     claim_in(state.generation, target, state)
@@ -123,22 +152,41 @@ fn claim_in(generation: u32, target: &Target, state: &'static mut State) -> Opti
 /// for NULL, or the context of cgroup/sock_create.
 #[inline(always)]
 pub(crate) unsafe fn state(sk: *mut c_void) -> Option<&'static mut State> {
-    // SAFETY: the caller vouches for `sk`; the kernel zeroes a new value.
-    let state = unsafe {
-        bpf_sk_storage_get(
-            (&raw const SOCKETS).cast_mut().cast(),
-            sk,
-            core::ptr::null_mut(),
-            BPF_SK_STORAGE_GET_F_CREATE.into(),
-        )
-    };
+    // SAFETY: as the caller says.
+    let state = unsafe { SOCKETS.get(sk, BPF_SK_STORAGE_GET_F_CREATE) };
     if state.is_null() {
-        lose(|losses| &mut losses.no_storage);
-        return None;
+        return maps::unstored(sk as u64).map(|unstored| &mut unstored.state);
     }
     // SAFETY: not NULL, so it is this socket's value; two CPUs that write it at once can at worst
     // lose a note, and with it count a socket twice.
-    Some(unsafe { &mut *state.cast::<State>() })
+    Some(unsafe { &mut *state })
+}
+
+/// Forgets the notes that another socket, which was at the same address in the kernel, left in map `UNSTORED`; tells whether
+/// the notes are new now. `cookie` is the socket's.
+#[inline(always)]
+pub(crate) fn forget_another(state: &mut State, cookie: u64) -> bool {
+    let is_another = state.is_unstored != 0 && state.cookie != cookie;
+    if is_another {
+        *state = State { is_unstored: 1, cookie, ..State::default() };
+    }
+    is_another
+}
+
+/// The values that are kept of a socket, made if `create`. `None` if there are none, or no memory for them.
+///
+/// # Safety
+///
+/// As for [`state`].
+#[inline(always)]
+pub(crate) unsafe fn kept(sk: *mut c_void, create: bool) -> Option<&'static mut Kept> {
+    // SAFETY: as the caller says.
+    let kept = unsafe { KEPT.get(sk, if create { BPF_SK_STORAGE_GET_F_CREATE } else { 0 }) };
+    if kept.is_null() {
+        return maps::unstored_if_any(sk as u64).map(|unstored| &mut unstored.kept);
+    }
+    // SAFETY: as in `state`.
+    Some(unsafe { &mut *kept })
 }
 
 /// Notes what a hook knows of the socket. A direction once known stays.

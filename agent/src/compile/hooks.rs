@@ -3,14 +3,14 @@
 use std::fmt;
 
 use abi::{
-    SiteList,
+    SiteList, entry,
     setting::{Governed, read_back},
     site,
 };
 
 use crate::{
     options::{self, Relation},
-    policy::model::{Protocol, Rule},
+    policy::model::{Protocol, Rule, Selector},
 };
 
 /// A kernel attach point of a cgroup.
@@ -116,34 +116,55 @@ const STREAM: [u32; 6] =
     [site::BIND_STREAM, site::CONNECT_STREAM, site::SYN, site::ACTIVE, site::PASSIVE, site::LISTEN];
 const DATAGRAM: [u32; 3] = [site::BIND_DATAGRAM, site::CONNECT_DATAGRAM, site::SEND];
 
-/// What to apply at each site. An option is left out where no rule that sets it can match.
+/// Sites at which facts come to be known, or come to be others.
+const CHECKS: [u32; 6] =
+    [site::BIND_DATAGRAM, site::CONNECT_DATAGRAM, site::SEND, site::SYN, site::LISTEN, site::PASSIVE];
+
+/// What to apply at each site. An option is left out where no rule that names it can match.
 pub(super) fn sites(options: &[Governed], rules: &[&Rule]) -> [SiteList; site::COUNT] {
     let mut sites = [SiteList::default(); site::COUNT];
     for (index, option) in options.iter().enumerate().filter(|(_, option)| !option.is_alias()) {
         let Some(settable) = options::by_key(option.key).and_then(|known| known.settable()) else { continue };
-        let setting: Vec<&&Rule> = rules
-            .iter()
-            .enumerate()
-            .filter(|(number, _)| option.sets & (1 << number) != 0)
-            .map(|(_, rule)| rule)
-            .collect();
+        let of = |bits: u64| {
+            rules.iter().enumerate().filter(move |(number, _)| bits & (1 << number) != 0).map(|(_, rule)| *rule)
+        };
         let is_tcp_only = option.traits & abi::setting::traits::TCP != 0;
+        let is_kept = option.sets != 0 && of(option.names).any(asks_what_may_change);
+        let is_checked = is_kept || (!option.is_certain() && of(option.names & !option.sets).any(asks_facts));
         for (number, list) in sites.iter_mut().enumerate() {
             let number = number as u32;
             // What another option resets there is set again.
-            let is_reset =
-                list.options[..list.len as usize].iter().any(|earlier| resets(&options[*earlier as usize], option));
-            if !(settable.sites.contains(number) || is_reset)
-                || (is_tcp_only && DATAGRAM.contains(&number))
-                || !setting.iter().any(|rule| rule_may_pass(rule, number))
-            {
+            let is_reset = list.options[..list.len as usize]
+                .iter()
+                .any(|earlier| resets(&options[(*earlier & entry::NUMBER) as usize], option));
+            // Where the peer is gone, what holds without it.
+            let is_without_peer = is_kept && number == site::SEND && settable.sites.contains(site::CONNECT_DATAGRAM);
+            let is_set = (settable.sites.contains(number) || is_reset || is_without_peer)
+                && of(option.sets).any(|rule| rule_may_pass(rule, number));
+            let is_checked =
+                is_checked && CHECKS.contains(&number) && of(option.names).any(|rule| rule_may_pass(rule, number));
+            if (is_tcp_only && DATAGRAM.contains(&number)) || !(is_set || is_checked) {
                 continue;
             }
-            list.options[list.len as usize] = index as u32;
+            let how = if is_set { 0 } else { entry::CHECK } | if is_kept { entry::KEEP } else { 0 };
+            list.options[list.len as usize] = index as u32 | how;
             list.len += 1;
         }
     }
     sites
+}
+
+/// Whether a rule asks about what may be another later in the life of a socket: its peer, and with it its family and its own
+/// address. That a socket which has connected listens later, or the other way round, changes nothing that it was given.
+fn asks_what_may_change(rule: &Rule) -> bool {
+    let Selector { family, local, remote, not_remote, local_ports, remote_ports, .. } = &rule.selector;
+    let is_asked = [!local.is_empty(), !remote.is_empty(), !not_remote.is_empty()];
+    family.is_some() || is_asked.contains(&true) || !local_ports.is_empty() || !remote_ports.is_empty()
+}
+
+/// Whether a rule asks about what is not known of a new socket.
+fn asks_facts(rule: &Rule) -> bool {
+    rule.selector.direction.is_some() || asks_what_may_change(rule)
 }
 
 /// Whether setting `one` gives `other` another value.
@@ -208,7 +229,7 @@ pub(super) fn options_at(hook: Hook, options: &[Governed], sites: &[SiteList; si
         Hook::Get => is_compared(option),
         _ => hook.sites().iter().any(|site| {
             let SiteList { len, options } = &sites[*site as usize];
-            options.iter().take(*len as usize).any(|at| *at as usize == index)
+            options.iter().take(*len as usize).any(|at| (*at & entry::NUMBER) as usize == index)
         }),
     };
     options.iter().enumerate().filter(|(index, option)| is_there(*index, option)).map(|(index, _)| index).collect()

@@ -3,7 +3,7 @@
 //! A rule names an option once; the kernel may know its value under several names, and may change it as a side effect of
 //! another option. Each of these has a row, and all rows of one value share the settings.
 
-use abi::setting::{Governed, OptionKey, argument, effective, kind, read_back};
+use abi::setting::{Governed, OptionKey, argument, effective, kind, read_back, traits};
 
 use super::place;
 use crate::{
@@ -149,7 +149,7 @@ fn known_row(option: &'static SocketOption) -> Governed {
         set_as: settable(option).or_else(|| settable(option.canonical())).unwrap_or_else(|| option.key()),
         kind: kind_of(option),
         argument: option.argument,
-        traits: option.traits,
+        traits: option.traits | corrected(option),
         zero: option.zero,
         negative: option.negative,
         read_back: option.settable().map_or(read_back::NONE, |settable| settable.read_back),
@@ -157,6 +157,12 @@ fn known_row(option: &'static SocketOption) -> Governed {
         bit: place(Named::Known(option)).min(abi::SETTABLE_MAX) as u8,
         ..unread()
     }
+}
+
+/// What programs can read they can hold against a limit when more is known of the socket.
+fn corrected(option: &SocketOption) -> u8 {
+    let is_readable = option.settable().is_some_and(|settable| settable.read_back != read_back::NONE);
+    if is_readable { traits::CORRECTED } else { 0 }
 }
 
 fn kind_of(option: &SocketOption) -> u8 {

@@ -26,7 +26,7 @@ const OURS: &str = "/sys/fs/bpf/sockpolicy";
 const LAYOUT: &str = env!("SOCKPOLICY_LAYOUT");
 
 /// Maps whose contents outlive the agent. Each has others of its own.
-pub(super) const MAPS: [&str; 14] = [
+pub(super) const MAPS: [&str; 16] = [
     "CONFIG",
     "PLACES",
     "FOLLOWED",
@@ -39,6 +39,8 @@ pub(super) const MAPS: [&str; 14] = [
     "COUNTERS",
     "TARGETS",
     "SOCKETS",
+    "KEPT",
+    "UNSTORED",
     "LOSSES",
     "EVENTS",
 ];

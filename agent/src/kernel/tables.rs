@@ -242,7 +242,7 @@ fn sums(counters: &Array<MapData, Counters>) -> Result<Vec<Counters>, KernelErro
     let of_setting = |setting: u32| {
         let slots = setting * cpus..(setting + 1) * cpus;
         let mut slots = slots.map(|slot| counters.get(&slot, 0).map_err(map_error("COUNTERS")));
-        slots.try_fold(Counters::default(), |sum, slot| Ok(sum.plus(&slot?)))
+        slots.try_fold(Counters::default(), |sum, slot| Ok(sum.plus(&slot?))).map(Counters::settled)
     };
     (0..counters.len() / cpus).map(of_setting).collect()
 }

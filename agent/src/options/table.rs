@@ -38,7 +38,7 @@ const ROUTE_FROM_BIRTH: Sites =
 /// (`sock_bindtoindex_locked`, which asks the current task even from a program).
 const DEVICE: Sites = Sites::of(&[BIND_STREAM, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SEND, LISTEN]);
 const DEVICE_FROM_BIRTH: Sites =
-    Sites::of(&[BIRTH, BIND_STREAM, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, LISTEN]);
+    Sites::of(&[BIRTH, BIND_STREAM, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SEND, LISTEN]);
 /// Only matters to bind.
 const BIND: Sites = Sites::of(&[BIND_STREAM, BIND_DATAGRAM, CONNECT_DATAGRAM, SYN]);
 /// Overwritten by `tcp_init_transfer` when set any earlier.
@@ -254,11 +254,12 @@ pub const OPTIONS: &[SocketOption] = &[
     settable(L::SOCKET, "SO_BINDTODEVICE", 25, Device, "\"lo\"", "interface to send and receive through, by name")
         .at(DEVICE)
         .reads(read_back::NONE)
-        .traits(traits::ONCE),
+        .traits(traits::DEVICE),
     // When a socket is made, in 5.10 too; later in its life bpf_setsockopt takes it from 5.15 on.
     settable(L::SOCKET, "SO_BINDTOIFINDEX", 62, Interface, "1", "interface to send and receive through, by index")
         .at(DEVICE_FROM_BIRTH)
         .same_as("SO_BINDTODEVICE")
+        .traits(traits::DEVICE)
         .range(0, i32::MAX as i64)
         .kept(AsGiven),
     settable(L::SOCKET, "SO_REUSEADDR", 2, Bool, "true", "bind although old connections linger").at(BIND).since("6.1"),

@@ -32,8 +32,11 @@ struct Kept {
     reads: u64,
     reported: u64,
     suppressed: u64,
+    /// Taken from the others before.
     #[serde(skip)]
-    _pad: [u64; 3],
+    undone: u64,
+    #[serde(skip)]
+    _pad: [u64; 2],
 }
 
 impl From<&Line> for Counted {

@@ -42,8 +42,19 @@ impl Summary {
 }
 
 fn line_json(line: &Line) -> Value {
-    let abi::Counters { set, unchanged, failed, failed_errno, agreed, verdicts, reads, reported, suppressed, _pad: _ } =
-        line.counters;
+    let abi::Counters {
+        set,
+        unchanged,
+        failed,
+        failed_errno,
+        agreed,
+        verdicts,
+        reads,
+        reported,
+        suppressed,
+        undone: _,
+        _pad: _,
+    } = line.counters;
     let dry_run = line.mode == Mode::DryRun;
     let verdicts: Map<String, Value> = Deed::ALL
         .into_iter()

@@ -37,21 +37,31 @@ pub struct Reason {
 impl Lost {
     /// Every reason, with how often.
     #[must_use]
-    pub fn by_reason(&self) -> [(Reason, u64); 10] {
+    pub fn by_reason(&self) -> [(Reason, u64); 11] {
         // Taken apart in full: a new one has to be thought of here.
         let Self { losses, not_run, unknown_records } = *self;
-        let Losses { ring_full, calls_full, unreadable, no_storage, no_room, no_return, tallies_full, unjudged } =
-            losses;
+        let Losses {
+            ring_full,
+            calls_full,
+            unreadable,
+            no_storage,
+            no_room,
+            no_return,
+            tallies_full,
+            unjudged,
+            not_restored,
+        } = losses;
         let reason = |name, what, count| (Reason { name, what }, count);
         [
             reason("ring_full", "events found the ring buffer full", ring_full),
             reason("calls_full", "calls found no room to be noted: their results are not known", calls_full),
             reason("unreadable", "arguments could not be read", unreadable),
-            reason("no_storage", "sockets had no room for notes: calls on them were not judged", no_storage),
+            reason("no_storage", "sockets had no memory for notes: they may count more than once", no_storage),
             reason("no_room", "values found no room to be rewritten", no_room),
             reason("no_return", "calls were not seen to return", no_return),
             reason("tallies_full", "calls on ever more options were not counted by option", tallies_full),
             reason("unjudged", "calls of 32-bit programs could not be judged: on which socket is not known", unjudged),
+            reason("not_restored", "options could not be given back the value from before a rule", not_restored),
             reason("not_run", "times the kernel left a program of the audit out", not_run),
             reason("unknown_records", "records were of an unknown kind", unknown_records),
         ]

@@ -31,6 +31,9 @@ pub const SETTABLE_MAX: usize = 48;
 /// A power of two.
 pub const GENERATIONS: u32 = 4;
 
+/// Sockets whose notes find room in map `UNSTORED`.
+pub const UNSTORED_MAX: u32 = 1024;
+
 /// Options that can be set at [`site::BIRTH`].
 pub const BIRTH_MAX: usize = 3;
 
@@ -235,8 +238,18 @@ pub mod site {
 #[derive(Clone, Copy, Debug)]
 pub struct SiteList {
     pub len: u32,
-    /// Numbers of options, of which each scope has its own entry in map `OPTIONS`.
+    /// Numbers of options, of which each scope has its own entry in map `OPTIONS`, with the bits of [`entry`].
     pub options: [u32; SETTABLE_MAX],
+}
+
+/// Bits of an entry of a [`SiteList`].
+pub mod entry {
+    /// The option is not set at this site: its value is given back if no rule sets it any more, and held against limits.
+    pub const CHECK: u32 = 1 << 31;
+    /// What the option had before a rule set it is kept: rules about facts that may change name the option.
+    pub const KEEP: u32 = 1 << 30;
+    /// The number of the option.
+    pub const NUMBER: u32 = KEEP - 1;
 }
 shared!(SiteList, size 4 + 4 * SETTABLE_MAX);
 
@@ -271,7 +284,10 @@ pub struct Counters {
     pub reported: u64,
     /// Conflict events that were held back by the rate limit.
     pub suppressed: u64,
-    pub _pad: [u64; 3],
+    /// Sockets that were counted as set or unchanged, whose value something else then changed, and on which the kernel refused
+    /// the value again: counted as failed too. [`Counters::settled`] takes them from the other two.
+    pub undone: u64,
+    pub _pad: [u64; 2],
 }
 shared!(Counters, size 128);
 
@@ -280,7 +296,8 @@ impl Counters {
     #[must_use]
     pub fn plus(self, other: &Self) -> Self {
         // Taken apart in full: a new counter has to be thought of here.
-        let Self { set, unchanged, failed, failed_errno, agreed, verdicts, reads, reported, suppressed, _pad } = *other;
+        let Self { set, unchanged, failed, failed_errno, agreed, verdicts, reads, reported, suppressed, undone, _pad } =
+            *other;
         let mut all = self.verdicts;
         for (sum, count) in all.iter_mut().zip(verdicts) {
             *sum += count;
@@ -296,8 +313,17 @@ impl Counters {
             reads: self.reads + reads,
             reported: self.reported + reported,
             suppressed: self.suppressed + suppressed,
+            undone: self.undone + undone,
             _pad,
         }
+    }
+
+    /// The same without those sockets among `set` and `unchanged` that lost the value.
+    #[must_use]
+    pub fn settled(self) -> Self {
+        let set = self.set.saturating_sub(self.undone);
+        let rest = self.undone.saturating_sub(self.set);
+        Self { set, unchanged: self.unchanged.saturating_sub(rest), undone: 0, ..self }
     }
 }
 
@@ -311,7 +337,7 @@ pub struct Losses {
     pub calls_full: u64,
     /// Arguments of a call that could not be read from the caller's memory.
     pub unreadable: u64,
-    /// Times that the kernel had no memory to keep our notes of a socket: it was left alone.
+    /// Sockets for whose notes the kernel had no memory: these notes are in map `UNSTORED`, from which they may be pushed out.
     pub no_storage: u64,
     /// Rewritten values that did not fit the buffer the kernel gave us: the call went through
     /// as the application made it.
@@ -323,16 +349,27 @@ pub struct Losses {
     pub tallies_full: u64,
     /// Calls of 32-bit programs that could not be judged, for their socket could not be found out.
     pub unjudged: u64,
+    /// Options that no rule sets any more, and that could not be given back the value from before.
+    pub not_restored: u64,
 }
-shared!(Losses, size 8 * 8);
+shared!(Losses, size 8 * 9);
 
 impl Losses {
     /// What was lost after it was so much.
     #[must_use]
     pub fn since(self, before: &Self) -> Self {
         // Taken apart in full: a new count has to be thought of here.
-        let Self { ring_full, calls_full, unreadable, no_storage, no_room, no_return, tallies_full, unjudged } =
-            *before;
+        let Self {
+            ring_full,
+            calls_full,
+            unreadable,
+            no_storage,
+            no_room,
+            no_return,
+            tallies_full,
+            unjudged,
+            not_restored,
+        } = *before;
         Self {
             ring_full: self.ring_full - ring_full,
             calls_full: self.calls_full - calls_full,
@@ -342,6 +379,7 @@ impl Losses {
             no_return: self.no_return - no_return,
             tallies_full: self.tallies_full - tallies_full,
             unjudged: self.unjudged - unjudged,
+            not_restored: self.not_restored - not_restored,
         }
     }
 }

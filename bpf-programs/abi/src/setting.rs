@@ -145,8 +145,12 @@ pub mod traits {
     pub const LOW_BYTE: u8 = 8;
     /// The kernel reads -1 as 0 (IPV6_TCLASS, `do_ipv6_setsockopt` in net/ipv6/ipv6_sockglue.c).
     pub const MINUS_ONE_IS_ZERO: u8 = 16;
-    /// Is applied to a socket once: a second time the kernel may refuse it (SO_BINDTODEVICE).
-    pub const ONCE: u8 = 32;
+    /// Names the device that a socket is bound to: the kernel may refuse another one (`sock_bindtoindex_locked`,
+    /// net/core/sock.c).
+    pub const DEVICE: u8 = 32;
+    /// Programs can read and set the option: a value that the application asked for before the facts were known is corrected
+    /// when the facts are known. A limit or a deny of an option without this trait holds while it may yet match.
+    pub const CORRECTED: u8 = 64;
 }
 
 /// Values of [`Governed::read_back`]: what getsockopt shows after the option was set to v.
@@ -292,6 +296,19 @@ impl Governed {
         }
         Some(self.first_setting + (self.names & earlier).count_ones())
     }
+
+    /// The setting that governs a call, if what the call sets cannot be corrected later: as [`Self::winner`], but a limit or a
+    /// deny of a rule that may yet match holds.
+    #[inline(always)]
+    #[must_use]
+    pub fn cautious_winner(&self, rules: Candidates) -> Option<u32> {
+        let deciding = self.names & (rules.sure | (rules.possible & !self.sets));
+        if deciding == 0 {
+            return None;
+        }
+        let first = deciding & deciding.wrapping_neg();
+        Some(self.first_setting + (self.names & (first - 1)).count_ones())
+    }
 }
 
 /// Values of [`Setting::form`].
@@ -348,6 +365,15 @@ impl Setting {
     #[must_use]
     pub fn apply_to(&self, current: u32) -> u32 {
         (current & !self.mask) | self.value
+    }
+
+    /// A number for the device that the setting names, by which devices are told apart; never 0.
+    #[inline(always)]
+    #[must_use]
+    pub fn device(&self) -> u32 {
+        const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+        let words = self.text[0].wrapping_mul(GOLDEN) ^ self.text[1].wrapping_add(u64::from(self.value));
+        (words.wrapping_mul(GOLDEN) >> 32) as u32 | 1
     }
 
     #[inline(always)]
@@ -532,6 +558,15 @@ mod tests {
     #[test]
     fn earlier_rule_that_may_forbid_it_holds_it_up() {
         assert_eq!(winner(0b1000, 0b0100), None);
+    }
+
+    #[test]
+    fn rule_that_may_forbid_it_governs_a_call_that_cannot_be_corrected() {
+        let winner = |sure: u64, possible: u64| OPTION.cautious_winner(Candidates { sure, possible: sure | possible });
+        assert_eq!(winner(0b1000, 0b0100), Some(101));
+        assert_eq!(winner(0, 0b0100), Some(101));
+        assert_eq!(winner(0b1000, 0b0010), Some(102), "that rule would set it");
+        assert_eq!(winner(0, 0b1010), None);
     }
 
     #[test]

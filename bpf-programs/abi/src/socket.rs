@@ -99,7 +99,7 @@ impl Facts {
 /// Whether an IPv6 address is `::ffff:a.b.c.d`.
 #[inline(always)]
 fn is_mapped(address: &Address) -> bool {
-    address[0] == 0 && address[1] == 0 && address[2] == 0xffff_u32.to_be()
+    address[0] == 0 && address[1] == 0 && address[2] == MAPPED
 }
 
 /// Moves the IPv4 part of a mapped address to the front and clears the rest.
@@ -108,9 +108,54 @@ fn unmap(address: &mut Address) {
     *address = [address[3], 0, 0, 0];
 }
 
-/// Notes kept with each governed socket, in the socket's own storage (map `SOCKETS`).
-///
-/// The kernel copies a listener's notes to each socket accepted from it (`BPF_F_CLONE`).
+impl Facts {
+    /// Replaces a remote address of zeros by the address that the kernel connects to instead. `local` is the socket's own
+    /// address: zeros if the socket has none. Call it before [`Self::settle_family`].
+    ///
+    /// IPv4: the socket's own address, or 127.0.0.1 if it has none (`ip_route_output_key_hash_rcu`, net/ipv4/route.c, 6.18).
+    /// IPv6: `::` is ::1, or ::ffff:127.0.0.1 if the socket is bound to an IPv4-mapped address (`tcp_v6_connect`,
+    /// net/ipv6/tcp_ipv6.c; `__ip6_datagram_connect`, net/ipv6/datagram.c), and ::ffff:0.0.0.0 is as 0.0.0.0.
+    ///
+    /// The kernel takes the first address of the device for an IPv4 socket that has a device and no address. Programs cannot
+    /// read that address: then the remote address is not known.
+    #[inline(always)]
+    pub fn settle_remote(&mut self, inet6: bool, local: &Address, has_device: bool) {
+        let is_mapped_any = inet6 && is_mapped(&self.remote) && self.remote[3] == 0;
+        let is_any = self.remote[0] | self.remote[1] | self.remote[2] | self.remote[3] == 0;
+        if inet6 && is_any {
+            self.remote = if is_mapped(local) { MAPPED_LOOPBACK } else { LOOPBACK6 };
+            return;
+        }
+        if !(is_any || is_mapped_any) {
+            return;
+        }
+        let own = if !inet6 {
+            local[0]
+        } else if is_mapped(local) {
+            local[3]
+        } else {
+            0
+        };
+        if own == 0 && has_device {
+            self.known &= !known::REMOTE;
+            return;
+        }
+        // A multicast address is no source: the kernel does as if the socket had no address (`__inet_bind`, net/ipv4/af_inet.c).
+        let is_source = own != 0 && own != u32::MAX && u32::from_be(own) >> 28 != 0xe;
+        let peer = if is_source { own } else { LOOPBACK4 };
+        self.remote = if inet6 { [0, 0, MAPPED, peer] } else { [peer, 0, 0, 0] };
+    }
+}
+
+/// 127.0.0.1, in network byte order.
+const LOOPBACK4: u32 = 0x7f00_0001_u32.to_be();
+/// The third word of an IPv4-mapped address.
+const MAPPED: u32 = 0xffff_u32.to_be();
+const MAPPED_LOOPBACK: Address = [0, 0, MAPPED, LOOPBACK4];
+const LOOPBACK6: Address = [0, 0, 0, 1_u32.to_be()];
+
+/// Notes kept with each governed socket, in the socket's own storage (map `SOCKETS`). If the kernel has no memory for this
+/// storage, map `UNSTORED` has the notes, as long as the notes find room there.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct State {
@@ -130,11 +175,106 @@ pub struct State {
     /// Whether the socket was made under the policies and has not been bound or connected since, nor sent anything (0 or 1):
     /// what is set at [`crate::site::SEND`] is for such.
     pub is_fresh: u32,
+    /// Bit n: the application asked for a value of option n that a rule which may yet match does not allow, or that another
+    /// rule does not allow if the peer changes. [`Kept::asked`] has the value from before.
+    pub asked: u64,
+    /// Bit n: [`Kept::before`] has the value that option n had before a rule set it.
+    pub changed: u64,
+    /// The interface index that the socket had after a program bound the socket to a device.
+    pub device: u32,
+    /// What names that device in the policy, as a number ([`crate::setting::Setting::device`]); 0: no program bound the socket.
+    pub device_wanted: u32,
+    /// Whether the notes are in map `UNSTORED` (0 or 1).
+    pub is_unstored: u32,
+    pub _pad: u32,
     /// What was last known of the socket. In memory that the verifier does not look into, so that
     /// the many ways to come to know it are one to it afterwards.
     pub facts: Facts,
 }
-shared!(State, size 8 * 4 + size_of::<Target>() + 4 * 2 + size_of::<Facts>());
+shared!(State, size 8 * 4 + size_of::<Target>() + 4 * 2 + 8 * 2 + 4 * 4 + size_of::<Facts>());
+
+/// Values that are kept of a socket, to give them back to its options. In storage of its own (map `KEPT`), because few
+/// sockets need it. The kernel copies a listener's values to each accepted socket (`BPF_F_CLONE`).
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Kept {
+    /// As [`State::yielded`], for the sockets that a listener accepts.
+    pub yielded: u64,
+    /// As [`State::asked`].
+    pub has_asked: u64,
+    /// As [`State::changed`].
+    pub has_before: u64,
+    /// By bit of an option that is a number, as getsockopt shows it: the value before the application asked for another one.
+    pub asked: [u32; crate::SETTABLE_MAX],
+    /// By bit of an option that is a number, as getsockopt shows it: the value before a rule set the option. Of a device, its
+    /// interface index.
+    pub before: [u32; crate::SETTABLE_MAX],
+    /// As `asked`, for TCP_CONGESTION.
+    pub asked_text: crate::setting::Words,
+    /// As `before`, for TCP_CONGESTION.
+    pub before_text: crate::setting::Words,
+    /// SO_PRIORITY before a rule set IP_TOS, which also sets the priority (`__ip_sock_set_tos`, net/ipv4/ip_sockglue.c).
+    pub priority: u32,
+    /// Whether `priority` is set (0 or 1).
+    pub has_priority: u32,
+}
+shared!(Kept, size 8 * 3 + 2 * 4 * crate::SETTABLE_MAX + 2 * 16 + 4 * 2);
+
+impl Kept {
+    /// Nothing.
+    pub const NONE: Self = Self {
+        yielded: 0,
+        has_asked: 0,
+        has_before: 0,
+        asked: [0; crate::SETTABLE_MAX],
+        before: [0; crate::SETTABLE_MAX],
+        asked_text: [0; 2],
+        before_text: [0; 2],
+        priority: 0,
+        has_priority: 0,
+    };
+}
+
+/// The notes of a socket for whose storage the kernel has no memory. Map `UNSTORED`, by the socket's address in the kernel.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Unstored {
+    pub state: State,
+    pub kept: Kept,
+}
+shared!(Unstored, size size_of::<State>() + size_of::<Kept>());
+
+impl Unstored {
+    /// The notes of a socket of which nothing is known.
+    pub const NEW: Self = Self {
+        state: State {
+            yielded: 0,
+            settled: 0,
+            failed: 0,
+            cookie: 0,
+            target: Target { place: 0, id: 0 },
+            generation: 0,
+            is_fresh: 0,
+            asked: 0,
+            changed: 0,
+            device: 0,
+            device_wanted: 0,
+            is_unstored: 1,
+            _pad: 0,
+            facts: Facts {
+                local: [0; 4],
+                remote: [0; 4],
+                local_port: 0,
+                remote_port: 0,
+                family: family::UNKNOWN,
+                protocol: protocol::UNKNOWN,
+                direction: direction::UNKNOWN,
+                known: 0,
+            },
+        },
+        kept: Kept::NONE,
+    };
+}
 
 #[cfg(test)]
 mod tests {
@@ -156,6 +296,31 @@ mod tests {
         assert_eq!(facts.family, family::IPV4);
         assert_eq!(facts.remote, [u32::from_ne_bytes([10, 1, 2, 3]), 0, 0, 0]);
         assert_eq!(facts.local, [u32::from_ne_bytes([127, 0, 0, 1]), 0, 0, 0]);
+    }
+
+    fn remote(inet6: bool, remote: Address, local: Address, has_device: bool) -> Option<Address> {
+        let mut facts = Facts { remote, known: known::REMOTE, ..Facts::default() };
+        facts.settle_remote(inet6, &local, has_device);
+        (facts.known & known::REMOTE != 0).then_some(facts.remote)
+    }
+
+    #[test]
+    fn any_address_is_what_the_kernel_connects_to() {
+        let v4 = |address: [u8; 4]| [u32::from_ne_bytes(address), 0, 0, 0];
+        let (any, bound, loopback) = (v4([0; 4]), v4([10, 1, 2, 3]), v4([127, 0, 0, 1]));
+        assert_eq!(remote(false, any, any, false), Some(loopback));
+        assert_eq!(remote(false, any, bound, false), Some(bound));
+        assert_eq!(remote(false, any, bound, true), Some(bound));
+        assert_eq!(remote(false, any, any, true), None, "the first address of the device");
+        assert_eq!(remote(false, any, v4([224, 0, 0, 1]), false), Some(loopback));
+        assert_eq!(remote(false, bound, any, true), Some(bound));
+        assert_eq!(remote(true, [0; 4], [0; 4], true), Some(LOOPBACK6));
+        assert_eq!(remote(true, [0; 4], [1, 2, 3, 4], false), Some(LOOPBACK6));
+        assert_eq!(remote(true, [0; 4], mapped([10, 1, 2, 3]), false), Some(MAPPED_LOOPBACK));
+        assert_eq!(remote(true, mapped([0; 4]), mapped([10, 1, 2, 3]), false), Some(mapped([10, 1, 2, 3])));
+        assert_eq!(remote(true, mapped([0; 4]), [0; 4], false), Some(MAPPED_LOOPBACK));
+        assert_eq!(remote(true, mapped([0; 4]), [0; 4], true), None);
+        assert_eq!(remote(true, [1, 2, 3, 4], [0; 4], false), Some([1, 2, 3, 4]));
     }
 
     #[test]

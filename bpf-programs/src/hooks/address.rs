@@ -3,13 +3,13 @@
 
 use abi::{
     SETTABLE_MAX, site,
-    socket::{Facts, State, protocol},
+    socket::{Facts, State, known, protocol},
 };
 use aya_ebpf::{helpers::generated::bpf_get_socket_cookie, macros::cgroup_sock_addr, programs::SockAddrContext};
 
 use crate::{
-    apply::{apply, apply_addressed},
-    ctx::{Addressed, Socket as _},
+    apply::{POSTPONED, apply, apply_addressed},
+    ctx::{Addressed, Bound as _, Socket as _},
     storage::{self, Scope},
 };
 
@@ -57,7 +57,7 @@ fn bind(ctx: &SockAddrContext, inet6: bool) {
     let Some(socket) = Addressed::new(ctx.sock_addr) else { return };
     let facts = socket.bind_facts(inet6);
     let site = if facts.protocol == protocol::TCP { site::BIND_STREAM } else { site::BIND_DATAGRAM };
-    apply_at(site, &socket, facts);
+    apply_at(site, &socket, facts, if inet6 && socket.is_link_local() { POSTPONED } else { 0 });
 }
 
 #[inline(always)]
@@ -65,30 +65,33 @@ fn connect(ctx: &SockAddrContext, inet6: bool) {
     let Some(socket) = Addressed::new(ctx.sock_addr) else { return };
     let facts = socket.connect_facts(inet6);
     let site = if facts.protocol == protocol::TCP { site::CONNECT_STREAM } else { site::CONNECT_DATAGRAM };
-    apply_at(site, &socket, facts);
+    apply_at(site, &socket, facts, 0);
 }
 
-/// Comes by with every datagram that is sent to an address: all but the first of a socket are let through at once, and those
-/// of sockets that were bound or connected, which have all they are to have, or were there before the policies.
+/// Comes by with every datagram that is sent to an address: most are let through at once. What a socket is to have is looked at
+/// with its first datagram, unless it was bound or connected or was there before the policies; and again when the kernel has
+/// taken its peer or its device from it (`connect` with AF_UNSPEC, `__udp_disconnect` in net/ipv4/udp.c, which no hook sees).
 #[inline(always)]
 fn send(ctx: &SockAddrContext) {
     let Some(socket) = Addressed::new(ctx.sock_addr) else { return };
     // SAFETY: the context's socket, checked for NULL.
-    let Some((state, scope)) = (unsafe { storage::claim(socket.sk(), false) }) else { return };
-    if state.is_fresh != 0 {
-        apply_to(socket.send_facts(), site::SEND, &socket, state, scope);
+    let Some((state, scope)) = (unsafe { storage::claim(socket.sk(), |_| false) }) else { return };
+    let lost_device = state.device_wanted != 0 && state.device != socket.device();
+    let lost_peer = state.facts.known & known::REMOTE != 0 && !socket.is_connected();
+    if state.is_fresh != 0 || lost_device || lost_peer {
+        apply_to(socket.send_facts(), site::SEND, &socket, state, scope, 0);
     }
 }
 
 #[inline(always)]
-fn apply_at(site: u32, socket: &Addressed, facts: Facts) {
+fn apply_at(site: u32, socket: &Addressed, facts: Facts, how: u32) {
     // SAFETY: the context's socket, checked for NULL.
-    let Some((state, scope)) = (unsafe { storage::claim(socket.sk(), false) }) else { return };
-    apply_to(facts, site, socket, state, scope);
+    let Some((state, scope)) = (unsafe { storage::claim(socket.sk(), |_| false) }) else { return };
+    apply_to(facts, site, socket, state, scope, how);
 }
 
 #[inline(always)]
-fn apply_to(facts: Facts, site: u32, socket: &Addressed, state: &'static mut State, scope: Scope) {
+fn apply_to(facts: Facts, site: u32, socket: &Addressed, state: &'static mut State, scope: Scope, how: u32) {
     state.is_fresh = 0;
     if state.cookie == 0 {
         // SAFETY: the helper takes this context.
@@ -96,6 +99,6 @@ fn apply_to(facts: Facts, site: u32, socket: &Addressed, state: &'static mut Sta
     }
     let state = storage::learn(state, facts);
     apply::<SETTABLE_MAX>(scope, site, state, socket.is_inet6(), |index, rules, missing, _| {
-        apply_addressed(socket.ctx(), index, rules.sure, rules.possible, missing);
+        apply_addressed(socket.ctx(), index, rules.sure, rules.possible, missing | how);
     });
 }

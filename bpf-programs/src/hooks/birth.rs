@@ -7,6 +7,7 @@ use abi::{
     BIRTH_MAX,
     setting::{DEVICE_BY_INDEX, Governed, Setting},
     site,
+    socket::State,
 };
 use aya_ebpf::{cty::c_void, helpers::generated::bpf_get_socket_cookie, macros::cgroup_sock, programs::SockContext};
 
@@ -29,27 +30,42 @@ pub(crate) fn birth_apply(ctx: SockContext) -> i32 {
 #[inline(always)]
 fn try_birth_apply(birth: &Birth) {
     // SAFETY: the context of cgroup/sock_create.
-    let Some((state, scope)) = (unsafe { storage::claim(birth.sk(), true) }) else { return };
+    let cookie = unsafe { bpf_get_socket_cookie(birth.sk()) };
+    let begins = |state: &mut State| {
+        storage::forget_another(state, cookie);
+        true
+    };
     // SAFETY: as above.
-    state.cookie = unsafe { bpf_get_socket_cookie(birth.sk()) };
+    let Some((state, scope)) = (unsafe { storage::claim(birth.sk(), begins) }) else { return };
+    state.cookie = cookie;
     state.is_fresh = 1;
     let state = storage::learn(state, birth.facts());
     let mut fields = birth.fields();
     // The options that only one family has are not among those of this site.
     apply::<BIRTH_MAX>(scope, site::BIRTH, state, false, |index, rules, missing, state| {
-        apply_option(index, rules, missing, state, |option, setting, _| {
-            set_field(birth.sk(), &mut fields, option, setting)
+        apply_option(index, rules, missing, state, |option, setting, state| {
+            set_field(birth.sk(), &mut fields, option, setting, state)
         });
     });
     birth.set_fields(&fields);
 }
 
 #[inline(always)]
-fn set_field(sk: *mut c_void, fields: &mut BirthFields, option: &Governed, setting: &Setting) -> u32 {
+fn set_field(
+    sk: *mut c_void,
+    fields: &mut BirthFields,
+    option: &Governed,
+    setting: &Setting,
+    state: &mut State,
+) -> u32 {
     let field = match option.key.name {
         SO_MARK => &mut fields.mark,
         SO_PRIORITY => &mut fields.priority,
-        _ => &mut fields.device, // SO_BINDTOIFINDEX: the site has these three
+        _ => {
+            // SO_BINDTOIFINDEX: the site has these three.
+            (state.device, state.device_wanted) = (setting.value, setting.device());
+            &mut fields.device
+        }
     };
     let wanted = setting.apply_to(*field);
     if wanted == *field {

@@ -5,14 +5,15 @@
 //! audit is off, or does not see this call) is it reported from here.
 
 use abi::{
+    SETTABLE_MAX,
     event::{Call, Executable, call, flags, source},
     judge::{Asked, Judgement, judge, judge_argument, verdict},
     select::select,
     setting::{
         DEVICE_BY_INDEX, Governed, OptionKey, Setting, TEXT_LEN, Value, Words, form, kind, on_conflict, read_back,
-        word_in, words_of,
+        traits, word_in, words_of,
     },
-    socket::State,
+    socket::{State, protocol},
 };
 use aya_ebpf::{
     Global,
@@ -216,28 +217,89 @@ fn find(call: &OptionCall, row: u32) -> Option<Found> {
     Some(Found { scope, index, option })
 }
 
-/// Which of an option's settings governs a call.
+/// Which of an option's settings governs a call. `sets` must be a constant: whether the call is setsockopt. Programs at
+/// cgroup/getsockopt may not call `bpf_getsockopt`, so they must not lead to [`select_rank`].
 #[inline(always)]
-fn rank(call: &OptionCall, scope: Scope, index: u32, option: &Governed) -> Option<u32> {
+fn rank(call: &OptionCall, scope: Scope, index: u32, option: &Governed, sets: bool) -> Option<u32> {
     if option.is_certain() {
         return Some(0);
     }
-    (select_rank(call.ctx(), scope.number, index)).checked_sub(1)
+    if !sets {
+        return selected(call, scope.number, index, false);
+    }
+    select_rank(call.ctx(), scope.number, index).checked_sub(1)
 }
 
-/// The number of the setting that governs a call by what is known of the socket, plus one; 0: none does.
+/// The number of the setting that governs a setsockopt call by what is known of the socket, plus one; 0: none does.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn select_rank(ctx: *mut bpf_sockopt, scope: u32, index: u32) -> u32 {
-    selected(&OptionCall::new(ctx), scope, index).map_or(0, |rank| rank + 1)
+    selected(&OptionCall::new(ctx), scope, index, true).map_or(0, |rank| rank + 1)
 }
 
 #[inline(always)]
-fn selected(call: &OptionCall, scope: u32, index: u32) -> Option<u32> {
+fn selected(call: &OptionCall, scope: u32, index: u32, sets: bool) -> Option<u32> {
     let option = maps::option(index)?;
     let state = storage::learn(state(call)?, call.facts());
     let rules = select(&state.facts, maps::selectors(scope)?, &PrefixMap { scope });
-    Some(option.winner(rules)? - option.first_setting)
+    let winner = if !sets || option.names & !option.sets == 0 || is_corrected_later(call, option, state) {
+        option.winner(rules)?
+    } else {
+        option.cautious_winner(rules)?
+    };
+    Some(winner - option.first_setting)
+}
+
+/// Whether what a call sets is held against limits again when more is known of the socket ([`crate::apply`]): the programs can
+/// read and set the option, and the socket comes by their hooks.
+#[inline(always)]
+fn is_corrected_later(call: &OptionCall, option: &Governed, state: &State) -> bool {
+    let comes_by = state.facts.protocol == protocol::TCP || state.facts.protocol == protocol::UDP;
+    comes_by
+        && option.traits & traits::CORRECTED != 0
+        && state.is_unstored == 0
+        && !call.is_multipath()
+        && read_now(call, option).is_some()
+}
+
+/// Notes that the application asks for a value that a rule may forbid later, and what the option has before.
+#[inline(always)]
+fn note_asked(call: &OptionCall, option: &Governed) {
+    if option.names & !option.sets == 0 || option.is_certain() || option.traits & traits::CORRECTED == 0 {
+        return;
+    }
+    let (bit, place) = (1u64 << (option.bit & 63), usize::from(option.bit));
+    let Some(state) = state(call).filter(|state| state.asked & bit == 0) else { return };
+    let Some(now) = read_now(call, option) else { return };
+    // SAFETY: the context's socket, which is never NULL.
+    let Some(kept) = (unsafe { storage::kept(call.sk(), true) }) else {
+        maps::lose(|losses| &mut losses.no_storage);
+        return;
+    };
+    if place < SETTABLE_MAX {
+        state.asked |= bit;
+        kept.has_asked |= bit;
+        if option.kind == kind::TEXT {
+            kept.asked_text = now;
+        } else {
+            kept.asked[place] = word_in(&now);
+        }
+    }
+}
+
+/// What the option has now, as getsockopt shows it.
+#[inline(always)]
+fn read_now(call: &OptionCall, option: &Governed) -> Option<Words> {
+    if CAN_GET.load() == 0 || option.read_back == read_back::NONE {
+        return None;
+    }
+    let mut words = [0; 2];
+    if option.kind == kind::TEXT {
+        call.get(option.key.level, option.key.name, &mut words, TEXT_LEN as i32).ok()?;
+    } else {
+        call.get(option.key.level, option.key.name, &mut words, 4).ok()?;
+    }
+    Some(words)
 }
 
 #[inline(always)]
@@ -259,8 +321,13 @@ pub(crate) extern "C" fn judge_call(ctx: *mut bpf_sockopt, row: u32) -> u64 {
 fn judge_row(call: &OptionCall, row: u32) -> Option<Judged> {
     let Found { scope, index, option } = find(call, row)?;
     let kept = kept_value(call, scope, option);
-    let rank = rank(call, scope, index, option);
-    let judged = rank.and_then(|rank| judge_governed(call, Governance { index, rank }, option));
+    let judged = match rank(call, scope, index, option, true) {
+        Some(rank) => judge_governed(call, Governance { index, rank }, option),
+        None => {
+            note_asked(call, option);
+            None
+        }
+    };
     let judged = judged.unwrap_or(Judged(Judged::UNGOVERNED)).with_next(option.next);
     Some(match kept {
         Some(kept) => keep(call, option, judged, &kept),
@@ -282,6 +349,9 @@ fn judge_governed(call: &OptionCall, governed: Governance, option: &'static Gove
         verdict => (verdict, false),
     };
     note_who_wins(call, option, setting, verdict);
+    if verdict == verdict::NONE || verdict == verdict::ALLOWED || verdict == verdict::CLAMPED {
+        note_asked(call, option);
+    }
     count(winner, |counters| match verdict {
         verdict::NONE => &mut counters.agreed,
         verdict::ALLOWED => &mut counters.verdicts[0],
@@ -362,7 +432,7 @@ fn kept_value(call: &OptionCall, scope: Scope, option: &Governed) -> Option<Kept
     }
     let index = scope.options + option.resets - 1;
     let reset = maps::option(index)?;
-    let Rows { setting, .. } = Rows::of(reset, rank(call, scope, index, reset)?)?;
+    let Rows { setting, .. } = Rows::of(reset, rank(call, scope, index, reset, true)?)?;
     if setting.is_dry_run() || setting.on_conflict == on_conflict::ALLOW {
         return None;
     }
@@ -414,6 +484,14 @@ fn note_who_wins(call: &OptionCall, option: &Governed, setting: &Setting, verdic
         state.yielded &= !bit;
     } else {
         state.yielded |= bit;
+        // What the socket has from now on is not the policy's.
+        state.changed &= !bit;
+    }
+    // For the sockets that this one may accept.
+    // SAFETY: the context's socket, which is never NULL.
+    if let Some(kept) = unsafe { storage::kept(call.sk(), state.yielded != 0) } {
+        kept.yielded = state.yielded;
+        kept.has_before &= !bit;
     }
 }
 
@@ -528,16 +606,8 @@ fn fill_socket(record: &mut Call, call: &OptionCall, winner: u32, verdict: u32) 
 /// The option's value before the call, where this kernel lets us read it.
 #[inline(always)]
 fn read_before(call: &OptionCall, option: &Governed) -> Option<Value> {
-    if CAN_GET.load() == 0 || option.read_back == read_back::NONE {
-        return None;
-    }
-    let mut words = [0; 2];
-    if option.kind == kind::TEXT {
-        call.get(option.key.level, option.key.name, &mut words, TEXT_LEN as i32).ok()?;
-        return Some(Value::text(words));
-    }
-    call.get(option.key.level, option.key.name, &mut words, 4).ok()?;
-    Some(Value::new(words, 4))
+    let now = read_now(call, option)?;
+    Some(if option.kind == kind::TEXT { Value::text(now) } else { Value::new(now, 4) })
 }
 
 /// Reports a read that shows another value than the policy wants. Never changes what is read.
@@ -587,7 +657,7 @@ pub(crate) extern "C" fn compare_read(ctx: *mut bpf_sockopt) -> u64 {
 #[inline(always)]
 fn compare(call: &OptionCall) -> Option<Judged> {
     let Found { scope, index, option } = find(call, FIRST_ROW)?;
-    let governed = Governance { index, rank: rank(call, scope, index, option)? };
+    let governed = Governance { index, rank: rank(call, scope, index, option, false)? };
     let Rows { setting, winner, .. } = Rows::of(option, governed.rank)?;
     if setting.is_text() != option.is_text()
         || compared(option, setting, call.len(), &call.argument())? == verdict::NONE

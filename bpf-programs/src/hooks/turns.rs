@@ -37,14 +37,17 @@ fn try_turn_apply(ctx: &SockOpsContext) {
         _ => return,
     };
     let Some(turn) = Turn::new(ctx.ops) else { return };
+    let mut is_accepted = false;
+    let begins = |state: &mut State| {
+        is_accepted = site == site::PASSIVE && is_accepted_now(&turn, state);
+        is_accepted
+    };
     // SAFETY: the context's socket, checked for NULL.
-    let Some((state, scope)) = (unsafe { storage::claim(turn.sk(), site == site::PASSIVE) }) else { return };
-    if site == site::PASSIVE {
-        // The kernel copied the listener's notes: of these only what the application asked for on
-        // the listener goes for this socket too.
-        let State { yielded, target, generation, .. } = *state;
-        *state = State { yielded, target, generation, ..State::default() };
-    }
+    let Some((state, scope)) = (unsafe { storage::claim(turn.sk(), begins) }) else { return };
+    let (site, direction) = match (site, is_accepted) {
+        (site::PASSIVE, false) => (site::ACTIVE, direction::OUTBOUND),
+        _ => (site, direction),
+    };
     if state.cookie == 0 {
         // SAFETY: the helper takes this context.
         state.cookie = unsafe { bpf_get_socket_cookie(turn.as_ptr()) };
@@ -53,4 +56,30 @@ fn try_turn_apply(ctx: &SockOpsContext) {
     apply::<SETTABLE_MAX>(scope, site, state, turn.is_inet6(), |index, rules, missing, _| {
         apply_turn(ctx.ops, index, rules.sure, rules.possible, missing);
     });
+}
+
+/// Whether a socket that is connected without having been answered is accepted from a listener, and not connected by a
+/// simultaneous open: then the socket has called connect. Begins the notes of an accepted socket.
+///
+/// The kernel has the same callback for both (`tcp_rcv_state_process`, TCP_SYN_RECV, net/ipv4/tcp_input.c).
+#[inline(always)]
+fn is_accepted_now(turn: &Turn, state: &mut State) -> bool {
+    if state.is_unstored != 0 {
+        // SAFETY: the helper takes this context.
+        let cookie = unsafe { bpf_get_socket_cookie(turn.as_ptr()) };
+        if storage::forget_another(state, cookie) && turn.has_sent() {
+            state.facts.direction = direction::OUTBOUND;
+        }
+    }
+    if state.facts.direction == direction::OUTBOUND {
+        return false;
+    }
+    // Of the listener's notes only what the application asked for on the listener goes for this socket too.
+    // SAFETY: the context's socket, checked for NULL.
+    if let Some(kept) = unsafe { storage::kept(turn.sk(), false) } {
+        state.yielded = kept.yielded;
+        state.asked = kept.has_asked;
+        state.changed = kept.has_before;
+    }
+    true
 }
