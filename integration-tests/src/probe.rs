@@ -138,6 +138,17 @@ impl Probe {
     }
 
     #[track_caller]
+    pub fn peer_address(&mut self, fd: Fd) -> SocketAddr {
+        self.succeed(&Step::PeerAddress { fd }).address.unwrap_or_else(|| panic!("socket {fd} has no peer"))
+    }
+
+    /// Writes a file as the probe sees it, such as one of its network namespace's below /proc/sys.
+    #[track_caller]
+    pub fn write(&mut self, path: &str, text: &str) {
+        self.succeed(&Step::Write { path: path.to_owned(), text: text.to_owned() });
+    }
+
+    #[track_caller]
     pub fn listen(&mut self, fd: Fd) {
         self.succeed(&Step::Listen { fd });
     }

@@ -36,6 +36,9 @@ pub enum Kind {
     Udp,
     /// ICMP, by a raw socket.
     Raw,
+    /// ICMP, by a datagram socket.
+    Ping,
+    UdpLite,
     /// AF_UNIX, of which policies know nothing.
     Unix,
 }
@@ -143,6 +146,14 @@ pub enum Step {
     },
     LocalAddress {
         fd: Fd,
+    },
+    PeerAddress {
+        fd: Fd,
+    },
+    /// Writes a file as the probe sees it, such as one of its network namespace's below /proc/sys.
+    Write {
+        path: String,
+        text: String,
     },
     /// One byte, to the peer or to an address.
     Send {

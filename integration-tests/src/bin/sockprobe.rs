@@ -87,7 +87,9 @@ fn perform(step: Step) -> Answer {
         Step::Accept { fd } => answer(unsafe { libc::accept(fd, std::ptr::null_mut(), std::ptr::null_mut()) }.into()),
         Step::Set { fd, level, name, argument } => set(fd, level, name, &argument),
         Step::Get { fd, level, name, len, bad_pointer } => get(fd, level, name, len, bad_pointer),
-        Step::LocalAddress { fd } => local_address(fd),
+        Step::LocalAddress { fd } => addressed(nix::sys::socket::getsockname(fd)),
+        Step::PeerAddress { fd } => addressed(nix::sys::socket::getpeername(fd)),
+        Step::Write { path, text } => written(fs::write(path, text)),
         Step::Send { fd, to } => send(fd, to),
         Step::Pour { from, to, len } => pour(from, to, len),
         Step::Receive { fd } => {
@@ -97,10 +99,14 @@ fn perform(step: Step) -> Answer {
         }
         // SAFETY: of a descriptor that only the script uses.
         Step::Close { fd } => answer(unsafe { libc::close(fd) }.into()),
-        Step::EnterCgroup { path } => match fs::write(format!("{path}/cgroup.procs"), "0") {
-            Ok(()) => Answer::default(),
-            Err(error) => Answer { result: -1, errno: error.raw_os_error().unwrap_or(libc::EIO), ..Answer::default() },
-        },
+        Step::EnterCgroup { path } => written(fs::write(format!("{path}/cgroup.procs"), "0")),
+    }
+}
+
+fn written(result: io::Result<()>) -> Answer {
+    match result {
+        Ok(()) => Answer::default(),
+        Err(error) => Answer { result: -1, errno: error.raw_os_error().unwrap_or(libc::EIO), ..Answer::default() },
     }
 }
 
@@ -119,6 +125,9 @@ fn open(family: Family, kind: Kind) -> Answer {
         (Kind::Tcp | Kind::Unix, _) => (libc::SOCK_STREAM, 0),
         (Kind::Mptcp, _) => (libc::SOCK_STREAM, IPPROTO_MPTCP),
         (Kind::Udp, _) => (libc::SOCK_DGRAM, 0),
+        (Kind::UdpLite, _) => (libc::SOCK_DGRAM, libc::IPPROTO_UDPLITE),
+        (Kind::Ping, Family::Inet) => (libc::SOCK_DGRAM, SockProtocol::Icmp as i32),
+        (Kind::Ping, Family::Inet6) => (libc::SOCK_DGRAM, SockProtocol::IcmpV6 as i32),
         (Kind::Raw, Family::Inet) => (libc::SOCK_RAW, SockProtocol::Icmp as i32),
         (Kind::Raw, Family::Inet6) => (libc::SOCK_RAW, SockProtocol::IcmpV6 as i32),
     };
@@ -162,8 +171,8 @@ fn get(fd: Fd, level: i32, name: i32, len: u32, bad_pointer: bool) -> Answer {
     answer
 }
 
-fn local_address(fd: Fd) -> Answer {
-    match nix::sys::socket::getsockname::<SockaddrStorage>(fd) {
+fn addressed(address: nix::Result<SockaddrStorage>) -> Answer {
+    match address {
         Ok(address) => Answer { address: socket_address(&address), ..Answer::default() },
         Err(errno) => Answer { result: -1, errno: errno as i32, ..Answer::default() },
     }

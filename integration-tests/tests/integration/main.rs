@@ -15,6 +15,7 @@ mod datagrams;
 mod dry_run;
 mod enforcement;
 mod explain;
+mod facts;
 mod gaps;
 mod journal;
 mod lifecycle;
