@@ -30,4 +30,5 @@ pub mod reference;
 pub mod report;
 pub mod session;
 pub mod trial;
+pub mod unsupported;
 pub mod values;

@@ -103,6 +103,8 @@ pub struct Bucket {
 /// What became of one option of one rule.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Setting {
+    #[serde(default)]
+    pub unsupported: Vec<String>,
     pub policy: String,
     pub rule: String,
     pub file: String,

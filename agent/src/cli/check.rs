@@ -62,6 +62,7 @@ impl Check {
             Ok(loaded) => loaded,
             Err(errors) => return (errors.diagnostics, false),
         };
+        found.extend(lint::caveats(&policies));
         match compile_together(&policies) {
             Ok(desired) => match self.kernel {
                 Some(kernel) => found.extend(on_kernel(&policies, &desired, kernel)),

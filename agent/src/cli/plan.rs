@@ -124,6 +124,9 @@ impl Plan {
                 };
                 writeln!(out, "  attach {:18}  {}", hook.name(), format!("{does} {}", options.join(", ")).trim_end())?;
             }
+            for entry in desired.unsupported(number) {
+                writeln!(out, "  unsupported: {entry}")?;
+            }
             writeln!(out)?;
         }
         let calls = if desired.audit.reads { "setsockopt and getsockopt" } else { "setsockopt" };
@@ -182,6 +185,20 @@ impl Plan {
                 "options": options,
             });
             writeln!(out, "{step}")?;
+        }
+        for (number, scope) in desired.scopes.iter().enumerate() {
+            for entry in desired.unsupported(number) {
+                let line = json!({
+                    "schema": SCHEMA,
+                    "step": "unsupported",
+                    "policies": scope.policies,
+                    "name": entry.name,
+                    "of": entry.of,
+                    "what": entry.what,
+                    "why": entry.why,
+                });
+                writeln!(out, "{line}")?;
+            }
         }
         let audit =
             json!({ "schema": SCHEMA, "step": "audit", "backends": self.backends(), "reads": desired.audit.reads });

@@ -40,6 +40,7 @@ use crate::{
         Audit, Calls, Clause, Direction, Family, Form, Mode, Named, OnConflict, Policy, Protocol, Rule, Selector,
         Wanted,
     },
+    unsupported::{self, Unsupported},
 };
 
 /// Everything that the kernel side is to be told, and where each part came from.
@@ -265,6 +266,20 @@ impl Desired {
         let Some(Scope { options, sites, .. }) = self.scopes.get(scope) else { return Vec::new() };
         let numbers = hooks::options_at(hook, options, sites);
         numbers.into_iter().filter_map(|number| self.named(scope, number)).collect()
+    }
+
+    /// What is not done of what a scope says.
+    pub fn unsupported(&self, scope: usize) -> impl Iterator<Item = &'static Unsupported> {
+        let settings = self.settings_of(scope);
+        let sources = self.sources.get(settings).unwrap_or_default();
+        let concerns = move |entry: &Unsupported| {
+            sources.iter().any(|source| {
+                let Some(rule) = self.rules.get(source.rule) else { return false };
+                let entries = unsupported::of_rule(&rule.selector, source.option, &source.form);
+                entries.iter().any(|(concerned, _)| *concerned == entry)
+            })
+        };
+        unsupported::ALL.iter().copied().filter(move |entry| concerns(entry))
     }
 
     /// The programs to attach, and to which of the targets, whose scopes these are, in that order.

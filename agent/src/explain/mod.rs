@@ -21,6 +21,7 @@ use crate::{
     compile::{Desired, RuleSource, Scope, SettingSource, facts},
     events::SCHEMA,
     policy::{Socket, model::Form},
+    unsupported::{self, Unsupported},
     values,
 };
 
@@ -38,6 +39,8 @@ pub struct OptionExplained {
     pub winner: Option<Clause>,
     /// The other rules that name the option, in their order; never empty where there is no winner.
     pub others: Vec<(Clause, WhyNot)>,
+    /// What is not done of what decides, on such a socket.
+    pub unsupported: Vec<&'static Unsupported>,
 }
 
 /// What a rule says of an option.
@@ -111,7 +114,10 @@ fn explain_option(desired: &Desired, socket: &Socket, option: &Governed, candida
         };
         others.push((other, why));
     }
-    OptionExplained { winner: decides, others }
+    let unsupported = decides
+        .as_ref()
+        .map_or_else(Vec::new, |clause| unsupported::of_socket(socket, clause.source.option, &clause.source.form));
+    OptionExplained { winner: decides, others, unsupported }
 }
 
 impl Clause {
@@ -165,6 +171,7 @@ impl OptionExplained {
             "option": self.name(),
             "decides": self.winner.as_ref().map(clause),
             "others": others.collect::<Vec<_>>(),
+            "unsupported": self.unsupported.iter().map(|entry| entry.name).collect::<Vec<_>>(),
         })
     }
 }

@@ -18,6 +18,7 @@ impl fmt::Display for OptionExplained {
             Some(winner) => write!(f, "{name}: {}, by rule {} ({})", winner.says(), winner.rule.rule, winner.place())?,
             None => write!(f, "{name}: the application's own")?,
         }
+        self.unsupported.iter().try_for_each(|entry| write!(f, "\n  unsupported: {entry}"))?;
         self.others.iter().try_for_each(|(other, why)| {
             write!(f, "\n  not {}, by rule {} ({}): {why}", other.says(), other.rule.rule, other.place())
         })

@@ -24,6 +24,7 @@ use crate::{
         Socket,
         model::{Direction, Family, Form, Protocol},
     },
+    unsupported,
 };
 
 /// What there is to say of an option on a socket.
@@ -70,6 +71,7 @@ const NOT_READABLE: &str = "getsockopt does not show it";
 const NOT_KEPT: &str = "the kernel changes it by itself on a connection";
 const WHO_CHOSE: &str = "this kernel does not tell a buffer that was set from one that it tunes";
 const MULTIPATH: &str = "the connections of an MPTCP socket cannot be looked into";
+const UNREACHED: &str = "hooks do not reach such sockets everywhere";
 const WHETHER_BOUND: &str = "whether it was bound, or only sends, is not known";
 
 fn find_in(
@@ -259,7 +261,14 @@ fn due(settable: &Settable, live: &Live, case: &Case, decides: impl Fn(Candidate
     if applies(&case.surely) {
         Due::Yes
     } else if applies(&case.perhaps) {
-        Due::Unknown(if live.is_multipath() { MULTIPATH } else { WHETHER_BOUND })
+        let is_udp = live.facts.protocol == Some(Protocol::Udp);
+        Due::Unknown(if live.is_multipath() {
+            MULTIPATH
+        } else if is_udp {
+            WHETHER_BOUND
+        } else {
+            UNREACHED
+        })
     } else {
         Due::No
     }
@@ -284,13 +293,17 @@ fn passed(live: &Live, whole: &Socket) -> Passed {
     }
     if whole.protocol != Some(Protocol::Tcp) {
         return match (whole.remote, is_bound, whole.protocol) {
-            (Some(_), ..) => surely(vec![born, (site::CONNECT_DATAGRAM, connecting)]),
+            (Some(_), _, Some(Protocol::Udp)) => surely(vec![born, (site::CONNECT_DATAGRAM, connecting)]),
             // It has had its port since it was bound, or since it first sent.
             (None, true, Some(Protocol::Udp)) => {
                 Passed { surely: vec![born, (site::SEND, bound.clone())], perhaps: vec![(site::BIND_DATAGRAM, bound)] }
             }
-            (None, true, _) => surely(vec![born, (site::BIND_DATAGRAM, bound)]),
-            (None, false, _) => surely(vec![born]),
+            (None, false, Some(Protocol::Udp)) => surely(vec![born]),
+            (_, _, protocol) => {
+                let others = site::BIRTH + 1..site::COUNT as u32;
+                let perhaps = others.filter(|site| unsupported::may_come_by(protocol, *site));
+                Passed { surely: vec![born], perhaps: perhaps.map(|site| (site, whole.clone())).collect() }
+            }
         };
     }
     match (live.entry.state, whole.direction) {

@@ -16,6 +16,7 @@ use crate::{
         model::{Direction, Family, Protocol},
         units, words,
     },
+    unsupported::{self, Unsupported},
 };
 
 const LANGUAGE: &str = include_str!("language.md");
@@ -51,6 +52,7 @@ fn language() -> String {
         ("{socket_keys}", words::socket_keys()),
         ("{settable}", settable.to_string()),
         ("{kinds}", kinds()),
+        ("{unsupported}", unsupported()),
     ];
     replaced.into_iter().fold(LANGUAGE.to_owned(), |text, (mark, words)| text.replace(mark, &words))
 }
@@ -70,6 +72,12 @@ fn kinds() -> String {
     ];
     let rows: Vec<_> = kinds.iter().map(|(name, kind)| format!("| {name} | {} |", kind.describe())).collect();
     rows.join("\n")
+}
+
+/// What is not done.
+fn unsupported() -> String {
+    let row = |entry: &&Unsupported| format!("| {} | {} | {} | {} |", entry.name, entry.of, entry.what, entry.why);
+    unsupported::ALL.iter().map(row).collect::<Vec<_>>().join("\n")
 }
 
 fn describe(page: &mut String, option: &'static SocketOption) {

@@ -75,5 +75,6 @@ fn line_json(line: &Line) -> Value {
         "calls": { "agreed": agreed, "conflicts": verdicts, "reads": reads },
         "events": { "reported": reported, "suppressed": suppressed },
         "asked": line.asked,
+        "unsupported": line.unsupported.iter().map(|(entry, _)| entry.name).collect::<Vec<_>>(),
     })
 }

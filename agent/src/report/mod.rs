@@ -25,6 +25,7 @@ use crate::{
     gaps::Gap,
     kernel::Audit,
     policy::model::{Form, Mode, Named},
+    unsupported::{self, Concern, Unsupported},
     values,
 };
 
@@ -79,6 +80,8 @@ pub struct Line {
     pub counters: Counters,
     /// What was asked for otherwise, and by whom: examples.
     pub asked: Vec<String>,
+    /// What is not done of it.
+    pub unsupported: Vec<(&'static Unsupported, Concern)>,
     /// Whether it is to be told of: not where only policies that were there before this report have it.
     is_told: bool,
 }
@@ -196,12 +199,13 @@ impl Line {
             mode: rule.mode,
             counters: Counters::default(),
             asked: Vec::new(),
+            unsupported: unsupported::of_rule(&rule.selector, source.option, &source.form),
             is_told: false,
         })
     }
 
     fn is_of_same_setting(&self, other: &Self) -> bool {
-        let Self { policy, rule, place, option, form, mode, counters: _, asked: _, is_told: _ } = self;
+        let Self { policy, rule, place, option, form, mode, counters: _, asked: _, unsupported: _, is_told: _ } = self;
         (policy, rule, place, option, form, mode)
             == (&other.policy, &other.rule, &other.place, &other.option, &other.form, &other.mode)
     }

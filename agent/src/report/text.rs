@@ -8,7 +8,10 @@ use super::{
     common_mode, errno_name,
     table::{align_right, table},
 };
-use crate::policy::model::Mode;
+use crate::{
+    policy::model::Mode,
+    unsupported::{self, Concern},
+};
 
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -19,6 +22,7 @@ impl fmt::Display for Summary {
             writeln!(f, "sockpolicy: {}", self.policies_on(&targets))?;
             self.tables().fmt(f)?;
             self.gaps.iter().try_for_each(|gap| writeln!(f, "\ngap: {gap}"))?;
+            self.write_unsupported(f)?;
         }
         if !self.calls.is_empty() {
             writeln!(f, "\n{}", calls_table(&self.calls))?;
@@ -69,6 +73,20 @@ impl Summary {
                 format!("{} on {targets}", names.join(", "))
             }
         }
+    }
+
+    /// What is not done for sockets that rules ask for.
+    fn write_unsupported(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for entry in unsupported::ALL {
+            let is_asked = |line: &&Line| line.unsupported.contains(&(entry, Concern::Asked));
+            let mut options: Vec<String> =
+                self.lines.iter().filter(is_asked).map(|line| line.option.to_string()).collect();
+            options.dedup();
+            if !options.is_empty() {
+                writeln!(f, "\nunsupported: {}: {entry}", options.join(", "))?;
+            }
+        }
+        Ok(())
     }
 
     fn write_settings(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -12,6 +12,7 @@ use crate::{
         diagnostic::{Diagnostic, Problem},
         model::{Clause, Direction, Form, Named, Policy, Protocol, Rule, Selector},
     },
+    unsupported::{self, Concern},
 };
 
 pub(super) fn lint(policy: &Policy) -> Vec<Diagnostic> {
@@ -20,6 +21,17 @@ pub(super) fn lint(policy: &Policy) -> Vec<Diagnostic> {
             too_late(rule, option).map(|problem| warning(policy, problem.at(clause.span.clone())))
         })
         .collect()
+}
+
+pub(super) fn caveats(policy: &Policy) -> Vec<Diagnostic> {
+    let unsupported = clauses(policy).flat_map(|(rule, clause)| {
+        let entries = unsupported::of_rule(&rule.selector, clause.option, &clause.form).into_iter();
+        entries.filter(|(_, concern)| *concern == Concern::Asked).map(|(entry, _)| {
+            let problem = Problem::new(format!("{} is not supported on all sockets of this rule", clause.option));
+            warning(policy, problem.help(entry.to_string()).at(clause.span.clone()))
+        })
+    });
+    unsupported.collect()
 }
 
 /// Each option that a rule sets.

@@ -30,6 +30,12 @@ pub fn lint(policies: &[Policy]) -> Vec<Diagnostic> {
     found
 }
 
+/// What may come between policies and what they are for. Who has read it once knows it, so it is said when it is asked for.
+#[must_use]
+pub fn caveats(policies: &[Policy]) -> Vec<Diagnostic> {
+    policies.iter().flat_map(effects::caveats).collect()
+}
+
 fn warning(policy: &Policy, problem: Problem) -> Diagnostic {
     Diagnostic::new(Severity::Warning, &policy.source, problem)
 }

@@ -1,0 +1,262 @@
+//! What sockpolicy does not do, because the kernel offers no way: written down once, for `check`, `plan`, `explain`, reports,
+//! `verify` and docs/reference.md.
+//!
+//! Pure: what is here holds on every kernel that sockpolicy knows. What only this kernel cannot do is a [`crate::gaps::Gap`].
+
+use abi::{setting::traits, site};
+
+use crate::{
+    options::{Reading, SocketOption},
+    policy::{
+        Socket,
+        model::{Form, Named, Protocol, Selector},
+    },
+};
+
+/// Something that is not done.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Unsupported {
+    /// In JSON.
+    pub name: &'static str,
+    /// Of which sockets or packets.
+    pub of: &'static str,
+    /// What is not done.
+    pub what: &'static str,
+    /// Why: what the kernel does, or does not offer.
+    pub why: &'static str,
+}
+
+/// How far a rule is about what is not done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Concern {
+    /// The rule may match such sockets.
+    May,
+    /// The rule asks for such sockets.
+    Asked,
+}
+
+pub const RAW: Unsupported = Unsupported {
+    name: "raw",
+    of: "raw, SCTP and other sockets without a name under `protocol`",
+    what: "only SO_MARK, SO_PRIORITY and SO_BINDTOIFINDEX are set; limits and denials of calls hold",
+    why: "the kernel runs no program when they bind, connect or send",
+};
+
+pub const PING: Unsupported = Unsupported {
+    name: "ping",
+    of: "ICMP datagram sockets",
+    what: "SO_MARK, SO_PRIORITY and SO_BINDTOIFINDEX are set when the socket is made, other options only if it connects",
+    why: "the kernel runs no program when they bind or send, and before 6.1 none when they connect",
+};
+
+pub const UDP_LITE: Unsupported = Unsupported {
+    name: "udp-lite",
+    of: "UDP-Lite sockets, which count as other",
+    what: "SO_MARK, SO_PRIORITY and SO_BINDTOIFINDEX are set when the socket is made, other options at bind or with the first \
+           datagram, and none at connect",
+    why: "the kernel runs no program when they connect",
+};
+
+pub const MULTIPATH: Unsupported = Unsupported {
+    name: "mptcp",
+    of: "MPTCP sockets",
+    what: "options are set on the subflows; the socket that the application has may read other values",
+    why: "programs cannot set options of an MPTCP socket itself",
+};
+
+pub const UNCONNECTED: Unsupported = Unsupported {
+    name: "unconnected",
+    of: "UDP sockets that send without being connected",
+    what: "rules about the peer do not match them; of options that cannot be corrected later, their limits and denials hold for \
+           calls on such sockets",
+    why: "the kernel reads the options of a datagram before it runs a program that knows the peer",
+};
+
+pub const FIRST_DATAGRAM: Unsupported = Unsupported {
+    name: "first-datagram",
+    of: "the first datagram of a UDP socket that is neither bound nor connected, and the first after connect(AF_UNSPEC)",
+    what: "it is sent with the options from before",
+    why: "the kernel reads mark, priority, code point and device before it runs a program",
+};
+
+pub const DEVICE: Unsupported = Unsupported {
+    name: "link-local-device",
+    of: "sockets that bind to a link-local IPv6 address with a scope",
+    what: "the socket keeps the device of the address, and counts as failed, if its owner has no CAP_NET_RAW",
+    why: "the kernel binds the socket to that device after the program has run, and takes another device from nobody else",
+};
+
+pub const CONTROL_MESSAGES: Unsupported = Unsupported {
+    name: "control-messages",
+    of: "datagrams that are sent with control messages (sendmsg)",
+    what: "values in control messages are neither judged nor replaced",
+    why: "the kernel runs no program for them",
+};
+
+pub const BUFFERS: Unsupported = Unsupported {
+    name: "buffer-tuning",
+    of: "sockets whose buffer a rule no longer sets, because the peer is another one",
+    what: "the size is given back, but the kernel does not tune the buffer any more",
+    why: "programs cannot unlock a buffer",
+};
+
+pub const DIRECTION: Unsupported = Unsupported {
+    name: "direction",
+    of: "TCP sockets that connected, or tried to, and listen later, or the other way round",
+    what: "an option that no rule sets any more keeps its value",
+    why: "the old values would have to be kept of every connection",
+};
+
+pub const FAMILIES: Unsupported = Unsupported {
+    name: "families",
+    of: "AF_UNIX, netlink, packet, vsock and all other sockets that are neither AF_INET nor AF_INET6",
+    what: "they are not governed",
+    why: "policies are about IP sockets",
+};
+
+/// All of them, in the order in which they are shown.
+pub const ALL: &[&Unsupported] = &[
+    &RAW,
+    &PING,
+    &UDP_LITE,
+    &MULTIPATH,
+    &UNCONNECTED,
+    &FIRST_DATAGRAM,
+    &DEVICE,
+    &CONTROL_MESSAGES,
+    &BUFFERS,
+    &DIRECTION,
+    &FAMILIES,
+];
+
+/// Options that a control message sets for one datagram (`__sock_cmsg_send`, net/core/sock.c; `ip_cmsg_send`,
+/// net/ipv4/ip_sockglue.c; `ip6_datagram_send_ctl`, net/ipv6/datagram.c).
+const IN_CONTROL_MESSAGES: &[&str] = &[
+    "SO_MARK",
+    "SO_PRIORITY",
+    "SO_BINDTODEVICE",
+    "SO_BINDTOIFINDEX",
+    "IP_TOS",
+    "IP_TTL",
+    "IPV6_TCLASS",
+    "IPV6_UNICAST_HOPS",
+    "IPV6_DONTFRAG",
+    "UDP_SEGMENT",
+];
+
+/// What is not done of a rule's word on an option, and how far the rule is about it.
+#[must_use]
+pub fn of_rule(selector: &Selector, option: Named, form: &Form) -> Vec<(&'static Unsupported, Concern)> {
+    ALL.iter().filter_map(|entry| Some((*entry, concern(entry, selector, option, form)?))).collect()
+}
+
+fn concern(entry: &Unsupported, selector: &Selector, option: Named, form: &Form) -> Option<Concern> {
+    let Named::Known(option) = option else { return None };
+    let sets = matches!(form, Form::Set(_));
+    let by_protocol = |protocols: &[Protocol]| {
+        if selector.protocols.is_empty() {
+            return (option.traits & traits::TCP == 0 || protocols.contains(&Protocol::Tcp)).then_some(Concern::May);
+        }
+        protocols.iter().any(|protocol| selector.protocols.contains(protocol)).then_some(Concern::Asked)
+    };
+    let may = |holds: bool| holds.then_some(Concern::May);
+    let sends = || may(by_protocol(&[Protocol::Udp, Protocol::Icmp, Protocol::Other]).is_some());
+    match entry.name {
+        "raw" if sets && !is_from_birth(option) => by_protocol(&[Protocol::Other, Protocol::Sctp]),
+        "ping" if sets && !is_from_birth(option) => by_protocol(&[Protocol::Icmp]),
+        "udp-lite" if sets && !is_from_birth(option) => may(by_protocol(&[Protocol::Other]).is_some()),
+        "mptcp" if sets => may(by_protocol(&[Protocol::Tcp]).is_some()),
+        "unconnected" if asks_peer(selector) => by_protocol(&[Protocol::Udp]),
+        "first-datagram" if sets && !is_from_birth(option) => may(by_protocol(&[Protocol::Udp]).is_some()),
+        "link-local-device" => may(sets && option.traits & traits::DEVICE != 0),
+        "control-messages" if IN_CONTROL_MESSAGES.contains(&option.name) => sends(),
+        "buffer-tuning" => may(sets && asks_peer(selector) && matches!(option.reading, Reading::Tuned { .. })),
+        "direction" => may(sets && selector.direction.is_some()),
+        _ => None,
+    }
+}
+
+/// What is not done of an option that a rule sets on a socket that is described.
+#[must_use]
+pub fn of_socket(socket: &Socket, option: Named, form: &Form) -> Vec<&'static Unsupported> {
+    let Named::Known(option) = option else { return Vec::new() };
+    if !matches!(form, Form::Set(_)) || is_from_birth(option) {
+        return Vec::new();
+    }
+    match socket.protocol {
+        Some(Protocol::Other) => vec![&RAW, &UDP_LITE],
+        Some(Protocol::Sctp) => vec![&RAW],
+        Some(Protocol::Icmp) => vec![&PING],
+        _ => Vec::new(),
+    }
+}
+
+/// Whether sockets of a protocol, which are neither TCP nor UDP ones, may come by a site after their birth.
+#[must_use]
+pub fn may_come_by(protocol: Option<Protocol>, at: u32) -> bool {
+    match protocol {
+        Some(Protocol::Icmp) => at == site::CONNECT_DATAGRAM,
+        // UDP-Lite.
+        Some(Protocol::Other) => at == site::BIND_DATAGRAM || at == site::SEND,
+        _ => false,
+    }
+}
+
+fn is_from_birth(option: &SocketOption) -> bool {
+    option.settable().is_some_and(|settable| settable.sites.contains(site::BIRTH))
+}
+
+fn asks_peer(selector: &Selector) -> bool {
+    !(selector.remote.is_empty() && selector.not_remote.is_empty() && selector.remote_ports.is_empty())
+}
+
+impl std::fmt::Display for Unsupported {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}, because {}", self.of, self.what, self.why)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::options;
+
+    fn named(name: &str) -> Named {
+        Named::Known(options::by_name(name).unwrap())
+    }
+
+    fn names(selector: &Selector, option: &str, form: &Form) -> Vec<(&'static str, Concern)> {
+        of_rule(selector, named(option), form).into_iter().map(|(entry, concern)| (entry.name, concern)).collect()
+    }
+
+    #[test]
+    fn names_are_unique() {
+        let names: std::collections::BTreeSet<_> = ALL.iter().map(|entry| entry.name).collect();
+        assert_eq!(names.len(), ALL.len());
+        for name in IN_CONTROL_MESSAGES {
+            assert!(options::by_name(name).is_some(), "{name}");
+        }
+    }
+
+    #[test]
+    fn rule_that_asks_for_such_sockets_is_told_from_one_that_may_match_them() {
+        use crate::policy::model::Wanted;
+        let set = Form::Set(Wanted::Number { value: 3, mask: u32::MAX });
+        let all = Selector::default();
+        let raw = Selector { protocols: vec![Protocol::Other], ..Selector::default() };
+        assert!(names(&all, "SO_RCVLOWAT", &set).contains(&("raw", Concern::May)));
+        assert!(names(&raw, "SO_RCVLOWAT", &set).contains(&("raw", Concern::Asked)));
+        assert!(!names(&raw, "SO_MARK", &set).iter().any(|(name, _)| *name == "raw"));
+        assert!(!names(&all, "TCP_KEEPIDLE", &set).iter().any(|(name, _)| *name == "raw"));
+        assert_eq!(names(&raw, "SO_KEEPALIVE", &Form::Deny), []);
+    }
+
+    #[test]
+    fn socket_that_no_hook_reaches_is_told() {
+        let form = Form::Set(crate::policy::model::Wanted::Number { value: 3, mask: u32::MAX });
+        let socket = |protocol| Socket::new(protocol, None, None, Default::default(), None).unwrap();
+        assert_eq!(of_socket(&socket(Protocol::Icmp), named("IP_TOS"), &form), [&PING]);
+        assert!(of_socket(&socket(Protocol::Udp), named("IP_TOS"), &form).is_empty());
+        assert!(of_socket(&socket(Protocol::Other), named("SO_MARK"), &form).is_empty());
+    }
+}
