@@ -15,6 +15,7 @@ pub mod cli;
 pub mod compile;
 pub mod coverage;
 pub mod enclosure;
+pub mod escape;
 pub mod events;
 pub mod explain;
 mod fault;

@@ -512,7 +512,7 @@ impl Session {
     fn lost(&self) -> Lost {
         let mut losses = self.object.losses();
         losses.no_return += self.dead_calls;
-        Lost { losses, not_run: self.object.misses(), unknown_records: self.unknown_records }
+        Lost { losses, not_run: self.object.misses(), unknown_records: self.unknown_records, ..Lost::default() }
     }
 
     /// Sums up, and removes the programs.

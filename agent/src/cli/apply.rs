@@ -8,6 +8,7 @@ use std::{
 
 use super::{
     FAILURE, check, complain,
+    descriptor::stdout,
     in_line::{InLine, Tally, Tell},
     output::Format,
     progress::Progress,
@@ -126,7 +127,7 @@ impl Apply {
         let desired = compile(policies, &stacks).map_err(|error| RunError::from(SessionError::from(error)))?;
         let mut sockets = Sockets::find(mount, Targets::These(&targets), || walker.holders())?;
         let progress = Progress::of(sockets.len());
-        let mut out = BufWriter::new(io::stdout().lock());
+        let mut out = BufWriter::new(stdout(self.output));
         let mut tell_event = |event: &Event| {
             progress.above(|| match self.output {
                 Format::Text => writeln!(out, "{event}"),

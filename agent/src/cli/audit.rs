@@ -11,7 +11,9 @@ use std::{
 
 use super::{
     FAILURE, FINDINGS, check, complain,
+    descriptor::Standard,
     exec::{Enclosed, ExecError, OURS},
+    messages,
     output::{ReportError, Reporting, Writer},
     run::{self, Placement, RunError},
     signals::Signals,
@@ -90,6 +92,7 @@ enum AuditError {
 
 impl Audit {
     pub(super) fn run(mut self) -> ExitCode {
+        messages::start(self.reporting.output);
         let failure = if self.command.is_empty() { FAILURE } else { OURS };
         if self.command.is_empty()
             && let Some(word) = self.files.iter().find(|file| is_like_a_command(file))
@@ -114,12 +117,6 @@ impl Audit {
         match self.watch(filter, &policies) {
             Ok(conflicts) if self.reporting.fail_on_conflict && conflicts > 0 => FINDINGS.into(),
             Ok(_) => ExitCode::SUCCESS,
-            // Whoever read the report has gone, and with them the reason to run.
-            Err(AuditError::Run(RunError::Watch(WatchError::Write(error))))
-                if error.kind() == io::ErrorKind::BrokenPipe =>
-            {
-                ExitCode::SUCCESS
-            }
             Err(error) => {
                 complain(&error);
                 failure.into()
@@ -155,13 +152,13 @@ impl Audit {
         kernel::check_privileges().map_err(SessionError::from).map_err(RunError::from)?;
         let processes = self.open_processes()?;
         let ends: Vec<BorrowedFd<'_>> = processes.iter().map(OwnedFd::as_fd).collect();
-        let mut writer = match &self.report {
+        let writer = match &self.report {
             Some(path) => Writer::to_file(&self.reporting, path)?,
-            None => Writer::new(&self.reporting, io::stdout()),
+            None => Writer::to_standard(&self.reporting, Standard::Output)?,
         };
         let backend = self.reporting.audit_backend;
         let setup = Setup { desired, mount, targets, backend, gaps: GapsChoice::DoNotTry, filter, instance: None };
-        Ok(run::report(setup, &mut signals, &mut writer, &ends)?)
+        Ok(run::report(setup, &mut signals, writer, &ends)?)
     }
 
     fn open_processes(&self) -> Result<Vec<OwnedFd>, AuditError> {

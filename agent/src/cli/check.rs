@@ -1,12 +1,13 @@
 //! `sockpolicy check`: finds every mistake in policy files, without any rights.
 
 use std::{
-    io::{self, IsTerminal, Write},
+    io::{self, Write},
     path::PathBuf,
     process::ExitCode,
 };
 
-use super::{FAILURE, FINDINGS, complain, output::Format, unless_closed};
+pub(super) use super::messages::show;
+use super::{FAILURE, FINDINGS, complain, descriptor::stdout, output::Format, unless_closed};
 use crate::{
     compile::{CompileError, Desired, compile},
     coverage::{Coverage, stack_with},
@@ -14,7 +15,7 @@ use crate::{
     host::{routes, tcp},
     policy::{
         self, Policy, PolicyErrors, Warnings,
-        diagnostic::{Diagnostic, Problem, Severity, Style},
+        diagnostic::{Diagnostic, Problem, Severity},
         lint::{self, Host, Version},
     },
 };
@@ -77,7 +78,7 @@ impl Check {
 }
 
 fn tell_programs(found: &[Diagnostic]) -> io::Result<()> {
-    let mut out = io::stdout().lock();
+    let mut out = stdout(Format::Json);
     unless_closed(found.iter().try_for_each(|diagnostic| writeln!(out, "{}", diagnostic.to_json())))
 }
 
@@ -113,15 +114,6 @@ pub(super) fn on_this_host(policies: &[Policy]) -> Vec<Diagnostic> {
 
 fn told<T>(what: &str, answer: io::Result<T>) -> Option<T> {
     answer.inspect_err(|error| log::debug!("cannot tell of this host {what}: {error}")).ok()
-}
-
-/// Shows diagnostics to people.
-#[expect(clippy::print_stderr, reason = "this is the command line")]
-pub(super) fn show(found: &[Diagnostic]) {
-    if !found.is_empty() {
-        let style = if io::stderr().is_terminal() { Style::Coloured } else { Style::Plain };
-        eprintln!("{}", policy::render(found, style));
-    }
 }
 
 /// Says that policies with targets of their own are in force elsewhere.

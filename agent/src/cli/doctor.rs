@@ -13,6 +13,7 @@ use serde_json::json;
 
 use super::{
     FAILURE, complain,
+    descriptor::stdout,
     output::{Format, describe_audit},
     unless_closed,
 };
@@ -90,7 +91,7 @@ impl Doctor {
     }
 
     fn tell(&self, findings: &Findings) -> Result<(), DoctorError> {
-        let mut out = io::stdout().lock();
+        let mut out = stdout(self.output);
         let written = match self.output {
             Format::Text => findings.write_text(&mut out),
             Format::Json => findings.write_json(&mut out),

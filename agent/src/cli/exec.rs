@@ -12,9 +12,10 @@ use nix::{sys::signal::kill, unistd::Pid};
 
 use super::{
     check, complain,
+    descriptor::Standard,
+    messages,
     output::{Manner, ReportError, Reporting, Writer},
     signals::Signals,
-    unless_closed,
     watch::{self, WatchError},
 };
 use crate::{
@@ -97,6 +98,7 @@ impl ExecError {
 
 impl Exec {
     pub(super) fn run(self) -> ExitCode {
+        messages::start(self.manner.reporting.output);
         let Some(policies) = check::load(&self.files) else { return OURS.into() };
         let Manner { dry_run, reporting, .. } = &self.manner;
         let prepared = session::prepare(&policies, &[all(&policies)], *dry_run, reporting.timing);
@@ -135,7 +137,7 @@ impl Enclosed<'_> {
         let (backend, gaps) = (self.reporting.audit_backend, self.gaps);
         let setup = Setup { desired, mount, targets: vec![target], backend, gaps, filter, instance: None };
         let mut session = Session::start(setup)?;
-        unless_closed(writer.announce(&session)).map_err(|source| self.report_error(source))?;
+        writer.announce(&session);
 
         if let Some(signal) = asked_to_end(&mut signals)? {
             return Ok(ExitCode::from(128 + signal as u8));
@@ -143,11 +145,14 @@ impl Enclosed<'_> {
         let mut child = self.spawn(&enclosure, &signals)?;
         let status = follow(&mut child, &mut session, &mut signals, &mut writer)?;
         session.end()?;
-        while tell(&mut session, &mut writer) {}
+        while watch::tell(&mut session, &mut writer)? {}
         let left = enclosure.population();
         let summary = session.finish()?;
         let conflicts = summary.conflicts();
-        unless_closed(writer.summary(&summary)).map_err(|source| self.report_error(source))?;
+        // The command's status says more.
+        if let Err(error) = writer.summary(summary) {
+            log::warn!("{error}");
+        }
         if left > 0 {
             log::warn!("{left} processes outlived the command; they go on without the policy");
         }
@@ -163,14 +168,8 @@ impl Enclosed<'_> {
     fn writer(&self) -> Result<Writer, ReportError> {
         match self.report {
             Some(path) => Writer::to_file(self.reporting, path),
-            // A line at a time: the command may write there too.
-            None => Ok(Writer::new(self.reporting, io::LineWriter::new(io::stderr()))),
+            None => Writer::to_standard(self.reporting, Standard::Error),
         }
-    }
-
-    fn report_error(&self, source: io::Error) -> ReportError {
-        let place = self.report.map_or_else(|| "standard error".to_owned(), |path| path.display().to_string());
-        ReportError { place, source }
     }
 
     fn spawn(&self, enclosure: &Enclosure, signals: &Signals) -> Result<Child, ExecError> {
@@ -211,7 +210,7 @@ fn follow(
             return Ok(status);
         }
         watch::wait(signals, session, &[])?;
-        tell(session, writer);
+        watch::tell(session, writer)?;
         while let Some(received) = signals.next()? {
             if received.signal != nix::sys::signal::Signal::SIGCHLD && received.is_from_process {
                 // Fails only where the command has just ended, which is seen next.
@@ -219,18 +218,6 @@ fn follow(
             }
         }
     }
-}
-
-/// Writes what there is to tell; gives whether there may be more. The command goes on also where its report cannot be
-/// written.
-fn tell(session: &mut Session, writer: &mut Writer) -> bool {
-    let (more, told) = watch::tell(session, writer);
-    match told {
-        Err(WatchError::Write(error)) if error.kind() == io::ErrorKind::BrokenPipe => {}
-        Err(error) => log::warn!("{error}"),
-        Ok(()) => {}
-    }
-    more
 }
 
 /// The command's own status; 128 and the signal's number where one killed it.

@@ -7,7 +7,7 @@ use std::{
     process::ExitCode,
 };
 
-use super::{FAILURE, FINDINGS, check, complain, containers, output::Format, unless_closed};
+use super::{FAILURE, FINDINGS, check, complain, containers, descriptor::stdout, output::Format, unless_closed};
 use crate::{
     compile::{CompileError, compile},
     coverage::{all, stack_of},
@@ -177,11 +177,12 @@ impl Explain {
     }
 
     fn tell(&self, explanation: &Explanation) -> io::Result<()> {
-        let mut out = io::stdout().lock();
+        let mut out = stdout(self.output);
         match self.output {
-            Format::Text => write!(out, "{explanation}"),
-            Format::Json => explanation.options.iter().try_for_each(|option| writeln!(out, "{}", option.to_json())),
+            Format::Text => write!(out, "{explanation}")?,
+            Format::Json => explanation.options.iter().try_for_each(|option| writeln!(out, "{}", option.to_json()))?,
         }
+        out.flush()
     }
 }
 

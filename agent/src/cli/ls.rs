@@ -1,13 +1,14 @@
 //! `sockpolicy ls`: the sockets that there are, whose they are, and what was chosen of their options.
 
 use std::{
-    io::{self, Write},
+    io::Write,
     path::PathBuf,
     process::ExitCode,
 };
 
 use super::{
     FAILURE, check, complain,
+    descriptor::stdout,
     output::Format,
     progress::Progress,
     run::Placement,
@@ -62,7 +63,7 @@ impl Ls {
             Placement::find(&mount, &self.cgroup, policies)?.targets
         };
         let mut sockets = Sockets::find(mount, Targets::of(&targets), || None)?;
-        let mut out = io::stdout().lock();
+        let mut out = stdout(self.output);
         let mut table = Table::default();
         let progress = Progress::of(sockets.len());
         let written = sockets.each(
@@ -78,7 +79,7 @@ impl Ls {
             },
         );
         drop(progress);
-        unless_closed(written.and_then(|()| write!(out, "{table}")))?;
+        unless_closed(written.and_then(|()| write!(out, "{table}")).and_then(|()| out.flush()))?;
         if sockets.unread() > 0 {
             log::warn!("{} processes must not be looked into: it takes root", sockets.unread());
         }

@@ -8,11 +8,13 @@ mod attach;
 mod audit;
 mod check;
 mod containers;
+mod descriptor;
 mod doctor;
 mod exec;
 mod explain;
 mod in_line;
 mod ls;
+mod messages;
 mod options;
 mod output;
 mod plan;
@@ -20,6 +22,7 @@ mod progress;
 mod restore;
 mod run;
 mod signals;
+mod sink;
 mod sockets;
 mod standing;
 mod status;
@@ -30,15 +33,16 @@ mod watch;
 
 use std::{
     env,
-    error::Error,
-    io::{self, Write},
+    ffi::OsString,
+    io::{self, IsTerminal, Write},
     path::PathBuf,
     process::ExitCode,
 };
 
 use clap::{Parser, Subcommand};
 
-use crate::{enclosure, trial};
+use self::{descriptor::Standard, messages::complain};
+use crate::{enclosure, escape::Escape, trial};
 
 /// Done, and something was found that should not be.
 const FINDINGS: u8 = 1;
@@ -85,16 +89,16 @@ enum Command {
 /// Runs the program.
 #[must_use]
 pub fn main() -> ExitCode {
-    env_logger::Builder::from_env(env_logger::Env::new().filter_or("SOCKPOLICY_LOG", "warn"))
-        .format(|out, record| match record.level() {
-            log::Level::Warn => writeln!(out, "warning: {}", record.args()),
-            level => writeln!(out, "{}: {}", level.as_str().to_lowercase(), record.args()),
-        })
-        .init();
-    let arguments = match Arguments::try_parse() {
-        Ok(arguments) => arguments,
-        Err(error) => return tell_usage(&error),
+    messages::init_log();
+    let status = match parse(env::args_os()) {
+        Ok(arguments) => run(arguments),
+        Err(error) => show_usage(&error),
     };
+    messages::finish();
+    status
+}
+
+fn run(arguments: Arguments) -> ExitCode {
     match arguments.command {
         Command::Check(check) => check.run(),
         Command::Explain(explain) => explain.run(),
@@ -114,7 +118,7 @@ pub fn main() -> ExitCode {
         Command::Guard { cgroup, home } => match enclosure::guard(&cgroup, &home) {
             Ok(()) => ExitCode::SUCCESS,
             Err(reason) => {
-                let _ = writeln!(io::stdout(), "{reason}");
+                let _ = writeln!(Standard::Output, "{reason}");
                 FAILURE.into()
             }
         },
@@ -128,35 +132,34 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Says how the program is to be called; help that was asked for is no failure.
-fn tell_usage(error: &clap::Error) -> ExitCode {
-    // Nobody is there to read it.
-    let _ = error.print();
-    if !error.use_stderr() {
-        return ExitCode::SUCCESS;
+/// Parses the command line. An error repeats arguments: these are escaped.
+fn parse(words: impl Iterator<Item = OsString>) -> Result<Arguments, clap::Error> {
+    let words: Vec<OsString> = words.collect();
+    Arguments::try_parse_from(&words).map_err(|error| {
+        let escaped = words.iter().map(|word| OsString::from(word.escaped().to_string()));
+        Arguments::try_parse_from(escaped).err().unwrap_or(error)
+    })
+}
+
+/// Writes what clap has to say: help that was asked for is no failure.
+fn show_usage(error: &clap::Error) -> ExitCode {
+    let text = error.render();
+    let is_error = error.use_stderr();
+    let is_terminal = if is_error { io::stderr().is_terminal() } else { io::stdout().is_terminal() };
+    let text = if is_terminal { text.ansi().to_string() } else { text.to_string() };
+    if !is_error {
+        return match unless_closed(Standard::Output.write_all(text.as_bytes())) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                complain(&error);
+                FAILURE.into()
+            }
+        };
     }
+    // There is nowhere to say it.
+    let _ = Standard::Error.write_all(text.as_bytes());
     let is_exec = env::args_os().nth(1).is_some_and(|command| command == "exec");
     if is_exec { exec::OURS.into() } else { FAILURE.into() }
-}
-
-/// Says what went wrong, on standard error.
-#[expect(clippy::print_stderr, reason = "this is the command line")]
-fn complain(error: &(dyn Error + 'static)) {
-    eprintln!("error: {}", with_causes(error));
-}
-
-/// An error, and what its own text does not say of its causes. The help line stays last.
-fn with_causes(error: &(dyn Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let part = error.to_string();
-        if !text.contains(&part) {
-            text = format!("{text}: {part}");
-        }
-        cause = error.source();
-    }
-    text
 }
 
 /// A result of writing to a pipe that nobody reads any more is not a failure.

@@ -1,14 +1,11 @@
 //! `sockpolicy options`: the option table.
 
-use std::{
-    io::{self, Write},
-    process::ExitCode,
-};
+use std::{io::Write, process::ExitCode};
 
 use comfy_table::{Table, presets};
 use serde_json::json;
 
-use super::{FAILURE, complain, unless_closed};
+use super::{FAILURE, complain, descriptor::stdout, output::Format, unless_closed};
 use crate::{
     options::{Class, OPTIONS, SocketOption, ValueKind},
     reference::reference,
@@ -45,12 +42,13 @@ impl Options {
             complain(&NoOption(wanted));
             return FAILURE.into();
         }
+        let mut out = stdout(Format::Json);
         let written = match self.output {
-            Form::Text => writeln!(io::stdout(), "{}", table(&options)),
-            Form::Json => options.iter().try_for_each(|option| writeln!(io::stdout(), "{}", line(option))),
-            Form::Markdown => write!(io::stdout(), "{}", reference()),
+            Form::Text => writeln!(out, "{}", table(&options)),
+            Form::Json => options.iter().try_for_each(|option| writeln!(out, "{}", line(option))),
+            Form::Markdown => write!(out, "{}", reference()),
         };
-        match unless_closed(written) {
+        match unless_closed(written.and_then(|()| out.flush())) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 complain(&error);

@@ -1,15 +1,18 @@
 //! How reports are written: for people or as JSON lines, to a terminal or a file.
 
-use std::{
-    fs::File,
-    io::{self, BufWriter, Write},
-    path::Path,
-};
+use std::{fmt, fs::File, io, path::Path, time::Instant};
 
+use nix::errno::Errno;
 use serde_json::{Value, json};
 
-use super::in_line::Tally;
+use super::{
+    descriptor::Standard,
+    in_line::Tally,
+    messages::{self, Throttle},
+    sink::{Sink, Target, Unfinished, loss_line},
+};
 use crate::{
+    escape::{self, Escape, visible},
     events::{Event, Kind, SCHEMA},
     kernel::{self, Audit, BackendChoice},
     policy::model::Mode,
@@ -35,7 +38,7 @@ pub(super) struct Reporting {
     quiet: bool,
     /// Form of the report
     #[arg(long, short, value_enum, default_value_t)]
-    output: Format,
+    pub(super) output: Format,
     /// How to see the calls' results
     #[arg(long, value_enum, default_value_t, value_name = "BACKEND")]
     pub(super) audit_backend: BackendChoice,
@@ -73,12 +76,16 @@ impl GapsArgument {
     }
 }
 
-/// Where events and the summary go.
+/// Where events and the summary go. Writing waits for nobody and cannot fail: see [`super::sink`].
 pub(super) struct Writer {
     format: Format,
     /// Whether events are left out.
     quiet: bool,
-    out: Box<dyn Write>,
+    out: Sink,
+    /// Where the report goes, for people.
+    place: String,
+    /// Changes of the targets that are written.
+    targets: Throttle,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -88,39 +95,78 @@ pub(super) struct ReportError {
     pub(super) source: io::Error,
 }
 
+/// Why the report has no end.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write the report to {place}: {reason}{}", lost_text(*.lost))]
+pub(super) struct IncompleteReport {
+    place: String,
+    reason: String,
+    lost: u64,
+}
+
+fn lost_text(lost: u64) -> String {
+    if lost == 0 { String::new() } else { format!("; lines that are missing: {lost}") }
+}
+
 impl Writer {
-    pub(super) fn new(reporting: &Reporting, out: impl Write + 'static) -> Self {
-        Self { format: reporting.output, quiet: reporting.quiet, out: Box::new(out) }
+    /// Writes to standard output or standard error.
+    pub(super) fn to_standard(reporting: &Reporting, standard: Standard) -> Result<Self, ReportError> {
+        let place = match standard {
+            Standard::Output => "standard output",
+            Standard::Error => "standard error",
+        };
+        let is_messages_too = standard == Standard::Error || Standard::are_one();
+        let messages = messages::queue().filter(|_| is_messages_too);
+        Self::start(reporting, Target::Standard(standard), place.to_owned(), messages)
     }
 
     /// Writes to a file, made anew.
     pub(super) fn to_file(reporting: &Reporting, path: &Path) -> Result<Self, ReportError> {
-        let file = File::create(path).map_err(|source| ReportError { place: path.display().to_string(), source })?;
-        Ok(Self::new(reporting, BufWriter::new(file)))
+        let place = path.escaped().to_string();
+        let file = File::create(path).map_err(|source| ReportError { place: place.clone(), source })?;
+        Self::start(reporting, Target::File(file.into()), place, None)
+    }
+
+    fn start(reporting: &Reporting, target: Target, place: String, shared: Option<Sink>) -> Result<Self, ReportError> {
+        let started = || {
+            Sink::start(target, reporting.output).map_err(|source| ReportError { place: place.clone(), source })
+        };
+        let out = shared.map_or_else(started, Ok)?;
+        Ok(Self { format: reporting.output, quiet: reporting.quiet, out, place, targets: Throttle::default() })
+    }
+
+    fn line(&self, line: &dyn fmt::Display) {
+        self.out.put(&self.lines(line));
+    }
+
+    /// In text, control characters are escaped, whoever wrote them.
+    fn lines(&self, lines: &dyn fmt::Display) -> String {
+        match self.format {
+            Format::Text => visible(&format!("{lines}\n"), true),
+            Format::Json => format!("{lines}\n"),
+        }
     }
 
     /// Says what has been put in force, before anything comes of it. JSON has events only.
-    pub(super) fn announce(&mut self, session: &Session) -> io::Result<()> {
+    pub(super) fn announce(&self, session: &Session) {
         for gap in session.gaps().iter().filter(|_| !self.quiet) {
             match self.format {
-                Format::Text => writeln!(self.out, "gap       {gap}")?,
-                Format::Json => writeln!(self.out, "{}", gap.to_event(jiff::Timestamp::now()))?,
+                Format::Text => self.line(&format_args!("gap       {gap}")),
+                Format::Json => self.line(&gap.to_event(jiff::Timestamp::now())),
             }
         }
         if self.format == Format::Json || self.quiet {
-            return Ok(());
+            return;
         }
         let desired = session.desired();
-        let targets = kernel::names(session.targets()).join(", ");
+        let targets = escape::join(kernel::names(session.targets()), ", ");
         let audit = session.audit().map_or_else(|| "no audit".to_owned(), describe_audit);
         if desired.rules.is_empty() {
-            writeln!(self.out, "sockpolicy: watching the calls of cgroup {targets}; {audit}")?;
-            return self.out.flush();
+            return self.line(&format_args!("sockpolicy: watching the calls of cgroup {targets}; {audit}"));
         }
         let policies = |wanted| {
-            let names: Vec<_> =
-                desired.policies().into_iter().filter(|(_, mode)| *mode == wanted).map(|(name, _)| name).collect();
-            names.join(", ")
+            let policies = desired.policies().into_iter().filter(|(_, mode)| *mode == wanted);
+            escape::join(policies.map(|(name, _)| name), ", ")
         };
         let (enforced, dry) = (policies(Mode::Enforce), policies(Mode::DryRun));
         let doing = match (enforced.as_str(), dry.as_str()) {
@@ -130,93 +176,113 @@ impl Writer {
         };
         let hooks: Vec<&str> = desired.hooks().iter().map(|hook| hook.name()).collect();
         let targets = if targets.is_empty() { "no cgroup yet".to_owned() } else { format!("cgroup {targets}") };
-        writeln!(
-            self.out,
+        self.line(&format_args!(
             "sockpolicy: {doing} on {targets}: {} rules, {} options; {}; {audit}",
             desired.rules.len(),
             desired.named,
             hooks.join(", "),
-        )?;
-        self.out.flush()
+        ));
     }
 
     /// Says what is in force after the files were read again: the old policies where these are not valid.
-    pub(super) fn reloaded(&mut self, session: &Session, is_new: bool) -> io::Result<()> {
+    pub(super) fn reloaded(&self, session: &Session, is_new: bool) {
         if self.format == Format::Text && is_new {
             return self.announce(session);
         }
         let policies: Vec<&str> = session.desired().policies().into_iter().map(|(name, _)| name).collect();
         self.notice(
-            &format!("reload    refused; still in force: {}", policies.join(", ")),
+            &format!("reload    refused; still in force: {}", escape::join(&policies, ", ")),
             json!({ "event": "reload", "in_force": is_new, "policies": policies, "targets": kernel::names(session.targets()) }),
-        )
+        );
     }
 
-    /// Says where the policies hold, cgroups having come or gone.
-    pub(super) fn retargeted(&mut self, session: &Session) -> io::Result<()> {
+    /// Says where the policies hold, cgroups having come or gone. Of many changes in a short time not each is said.
+    pub(super) fn retargeted(&mut self, session: &Session) {
+        let Some(left_out) = self.targets.admit(Instant::now()) else { return };
         let targets = kernel::names(session.targets());
-        let shown = if targets.is_empty() { "none".to_owned() } else { targets.join(", ") };
-        self.notice(&format!("targets   {shown}"), json!({ "event": "targets", "targets": targets }))
+        let shown = if targets.is_empty() { "none".to_owned() } else { escape::join(&targets, ", ") };
+        let more = if left_out == 0 { String::new() } else { format!(" (changes before this one: {left_out})") };
+        let mut event = json!({ "event": "targets", "targets": targets });
+        if left_out > 0 {
+            event["left_out"] = left_out.into();
+        }
+        self.notice(&format!("targets   {shown}{more}"), event);
+    }
+
+    /// Says what a change of the targets left unsaid, when it is time for that.
+    pub(super) fn catch_up(&mut self, session: &Session) {
+        if self.targets.is_behind() && self.targets.is_due(Instant::now()) {
+            self.retargeted(session);
+        }
     }
 
     /// Says what was done to one live socket: for people only where it could not be, for there may be thousands.
-    pub(super) fn applied(&mut self, event: &Event) -> io::Result<()> {
+    pub(super) fn applied(&self, event: &Event) {
         match (self.format, event.kind) {
-            (Format::Text, Kind::Applied { .. } | Kind::WouldApply | Kind::Untold { .. }) => Ok(()),
+            (Format::Text, Kind::Applied { .. } | Kind::WouldApply | Kind::Untold { .. }) => {}
             _ => self.event(event),
         }
     }
 
     /// Says what has come of bringing live sockets in line.
-    pub(super) fn brought_in_line(&mut self, tally: &Tally) -> io::Result<()> {
+    pub(super) fn brought_in_line(&self, tally: &Tally) {
         let text = tally.to_text();
         let lines: Vec<String> = text.lines().map(|line| format!("live      {line}")).collect();
-        self.notice(&lines.join("\n"), tally.to_json("live"))
+        self.notice(&lines.join("\n"), tally.to_json("live"));
     }
 
-    fn notice(&mut self, text: &str, mut event: Value) -> io::Result<()> {
+    fn notice(&self, text: &str, mut event: Value) {
         if self.quiet {
-            return Ok(());
+            return;
         }
         match self.format {
-            Format::Text => writeln!(self.out, "{text}")?,
+            Format::Text => self.line(&text),
             Format::Json => {
                 event["schema"] = SCHEMA.into();
                 event["time"] = format!("{:.6}", jiff::Timestamp::now()).into();
-                writeln!(self.out, "{event}")?;
+                self.line(&event);
             }
         }
-        self.out.flush()
     }
 
-    pub(super) fn event(&mut self, event: &Event) -> io::Result<()> {
-        if self.quiet {
-            return Ok(());
-        }
+    pub(super) fn event(&self, event: &Event) {
         match self.format {
-            Format::Text => writeln!(self.out, "{event}"),
-            Format::Json => writeln!(self.out, "{}", event.to_json()),
+            _ if self.quiet => {}
+            Format::Text => self.line(event),
+            Format::Json => self.line(&event.to_json()),
         }
     }
 
     /// Says what was lost, also where events are left out: it is then the summary that is not whole.
-    pub(super) fn loss(&mut self, loss: &Loss) -> io::Result<()> {
-        match self.format {
-            Format::Text => writeln!(self.out, "{loss}"),
-            Format::Json => writeln!(self.out, "{}", loss.to_json(jiff::Timestamp::now())),
-        }
+    pub(super) fn loss(&self, loss: &Loss) {
+        self.out.put(&loss_line(loss, self.format));
     }
 
-    pub(super) fn flush(&mut self) -> io::Result<()> {
-        self.out.flush()
+    /// Whether the reader of the report is gone.
+    pub(super) fn is_closed(&self) -> bool {
+        self.out.is_closed()
     }
 
-    pub(super) fn summary(&mut self, summary: &Summary) -> io::Result<()> {
-        match self.format {
-            Format::Text => write!(self.out, "{summary}")?,
-            Format::Json => writeln!(self.out, "{}", summary.to_json(jiff::Timestamp::now()))?,
+    /// Writes the summary, and waits for a bounded time until everything is written.
+    ///
+    /// # Errors
+    ///
+    /// Where the end of the report could not be written. A reader that is gone is no error.
+    pub(super) fn summary(self, mut summary: Summary) -> Result<(), IncompleteReport> {
+        summary.lost.unwritten = self.out.lost();
+        if messages::queue().is_some_and(|messages| !messages.is_same(&self.out)) {
+            summary.lost.unwritten = summary.lost.unwritten.plus(&messages::lost());
         }
-        self.out.flush()
+        self.out.put_last(&match self.format {
+            Format::Text => visible(&summary.to_string(), true),
+            Format::Json => format!("{}\n", summary.to_json(jiff::Timestamp::now())),
+        });
+        let reason = match self.out.finish() {
+            Ok(()) | Err(Unfinished::Failed(Errno::EPIPE)) => return Ok(()),
+            Err(Unfinished::Stuck) => "nobody reads it".to_owned(),
+            Err(Unfinished::Failed(errno)) => io::Error::from(errno).to_string(),
+        };
+        Err(IncompleteReport { place: self.place, reason, lost: self.out.lost().total() })
     }
 }
 

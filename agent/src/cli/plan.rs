@@ -10,6 +10,7 @@ use serde_json::json;
 
 use super::{
     FAILURE, FINDINGS, check, complain,
+    descriptor::stdout,
     output::Format,
     run::{Placement, RunError},
     status, unless_closed,
@@ -82,7 +83,10 @@ impl Plan {
             let changes = changes(&before, &Held::of(&desired, &kernel::names_and_scopes(&targets)));
             let written = match self.output {
                 Format::Text => write_changes(name, &changes),
-                Format::Json => changes.iter().try_for_each(|change| writeln!(io::stdout(), "{}", change.to_json())),
+                Format::Json => {
+                    let mut out = stdout(Format::Json);
+                    changes.iter().try_for_each(|change| writeln!(out, "{}", change.to_json()))
+                }
             };
             return Ok(unless_closed(written)?);
         }
@@ -102,7 +106,7 @@ impl Plan {
 
     fn write_text(&self, steps: &Steps<'_>) -> io::Result<()> {
         let Steps { desired, targets, tried, others, refused } = steps;
-        let mut out = io::stdout().lock();
+        let mut out = stdout(self.output);
         if !tried.is_empty() {
             writeln!(
                 out,
@@ -155,7 +159,7 @@ impl Plan {
 
     fn write_json(&self, steps: &Steps<'_>) -> io::Result<()> {
         let Steps { desired, targets, tried, others, refused } = steps;
-        let mut out = io::stdout().lock();
+        let mut out = stdout(self.output);
         if let Some(error) = refused {
             let instance = match error {
                 InstanceError::Governed { name, .. } => Some(name),
@@ -259,7 +263,7 @@ fn heading(scope: &Scope, targets: &[&Target]) -> String {
 }
 
 fn write_changes(instance: &str, changes: &[Change]) -> io::Result<()> {
-    let mut out = io::stdout().lock();
+    let mut out = stdout(Format::Text);
     if changes.is_empty() {
         return writeln!(out, "no difference from what instance {instance} has in force");
     }

@@ -7,7 +7,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    io::{self, Write},
+    io::Write,
     os::fd::OwnedFd,
 };
 
@@ -16,7 +16,9 @@ use abi::{
     setting::{OptionKey, Value, read_back, word_in},
 };
 
-use super::{apply::ApplyError, run::RunError, unless_closed, walker::Walker};
+use super::{
+    apply::ApplyError, descriptor::stdout, output::Format, run::RunError, unless_closed, walker::Walker,
+};
 use crate::{
     host::{socket, survey::Survey},
     instance,
@@ -80,7 +82,7 @@ pub(super) fn put_back(instance: &str) -> Result<bool, ApplyError> {
     let kept: BTreeMap<Place, Change> = failed.iter().map(|(place, change)| (*place, *change)).chain(unseen).collect();
     journal.keep(&kept)?;
     let (failed, unseen) = (failed.len(), kept.len() - failed.len());
-    let mut out = io::stdout().lock();
+    let mut out = stdout(Format::Text);
     unless_closed(writeln!(out, "put back: {put_back} options; changed by others since: {others}; refused: {failed}"))?;
     if unseen > 0 {
         unless_closed(writeln!(

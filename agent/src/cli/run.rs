@@ -1,10 +1,12 @@
 //! `sockpolicy run`: puts policies in force on cgroups and reports until it is told to end.
 
-use std::{io, os::fd::BorrowedFd, path::PathBuf, process::ExitCode};
+use std::{os::fd::BorrowedFd, path::PathBuf, process::ExitCode};
 
 use super::{
     FAILURE, FINDINGS, check, complain, containers,
-    output::{Manner, Writer},
+    descriptor::Standard,
+    messages,
+    output::{Manner, ReportError, Writer},
     signals::Signals,
     standing::{Standing, Wanted},
     watch::{self, WatchError, watch},
@@ -82,6 +84,8 @@ pub(super) enum RunError {
     #[error(transparent)]
     Watch(#[from] WatchError),
     #[error(transparent)]
+    Report(#[from] ReportError),
+    #[error(transparent)]
     Inotify(#[from] inotify::WatchError),
     #[error(transparent)]
     Instance(#[from] InstanceError),
@@ -89,16 +93,13 @@ pub(super) enum RunError {
 
 impl Run {
     pub(super) fn run(self) -> ExitCode {
+        messages::start(self.manner.reporting.output);
         let sources = Sources::new(&self.files);
         let texts = sources.read();
         let Some(policies) = check::shown(texts.policies()) else { return FAILURE.into() };
         match self.run_policies(sources, texts, &policies) {
             Ok(conflicts) if self.manner.reporting.fail_on_conflict && conflicts > 0 => FINDINGS.into(),
             Ok(_) => ExitCode::SUCCESS,
-            // Whoever read the report has gone, and with them the reason to run.
-            Err(RunError::Watch(WatchError::Write(error))) if error.kind() == io::ErrorKind::BrokenPipe => {
-                ExitCode::SUCCESS
-            }
             Err(error) => {
                 complain(&error);
                 FAILURE.into()
@@ -120,15 +121,15 @@ impl Run {
         let desired = session::prepare(policies, &stacks, *dry_run, reporting.timing)?;
         kernel::check_privileges().map_err(SessionError::from)?;
         let instance = self.become_instance(&targets)?.map(|instance| (instance, standing.files()));
-        let mut writer = Writer::new(reporting, io::stdout());
+        let writer = Writer::to_standard(reporting, Standard::Output)?;
         let (backend, gaps) = (reporting.audit_backend, self.manner.gaps.choice());
         let setup =
             Setup { desired, mount: mount.clone(), targets, backend, gaps, filter: Filter::default(), instance };
-        let session = start(setup, &mut writer)?;
+        let session = start(setup, &writer)?;
         let stand = |session: &mut Session, signals: &mut Signals, writer: &mut Writer| {
             standing.stand(session, signals, writer)
         };
-        let ended = finish(session, &mut signals, &mut writer, stand);
+        let ended = finish(session, &mut signals, writer, stand);
         if self.apply && !self.persist && self.instance.is_none() {
             // Nobody asks by this name any more.
             if let Err(error) = Journal::of(&name).remove() {
@@ -166,17 +167,17 @@ impl Run {
 pub(super) fn report(
     setup: Setup,
     signals: &mut Signals,
-    writer: &mut Writer,
+    writer: Writer,
     ends: &[BorrowedFd<'_>],
 ) -> Result<u64, RunError> {
-    let session = start(setup, writer)?;
+    let session = start(setup, &writer)?;
     finish(session, signals, writer, |session, signals, writer| watch(session, signals, writer, ends))
 }
 
-fn start(setup: Setup, writer: &mut Writer) -> Result<Session, RunError> {
+fn start(setup: Setup, writer: &Writer) -> Result<Session, RunError> {
     let session = Session::start(setup)?;
     log::info!("in force on {}", kernel::names(session.targets()).join(", "));
-    writer.announce(&session).map_err(WatchError::Write)?;
+    writer.announce(&session);
     Ok(session)
 }
 
@@ -184,18 +185,19 @@ fn start(setup: Setup, writer: &mut Writer) -> Result<Session, RunError> {
 fn finish(
     mut session: Session,
     signals: &mut Signals,
-    writer: &mut Writer,
+    mut writer: Writer,
     during: impl FnOnce(&mut Session, &mut Signals, &mut Writer) -> Result<(), WatchError>,
 ) -> Result<u64, RunError> {
-    during(&mut session, signals, writer)?;
-    watch::end(&mut session, writer)?;
+    during(&mut session, signals, &mut writer)?;
+    watch::end(&mut session, &mut writer)?;
     let stays_as = session.stays_as().map(str::to_owned);
     let summary = session.finish()?;
-    writer.summary(&summary).map_err(WatchError::Write)?;
+    let conflicts = summary.new_conflicts();
     if let Some(name) = stays_as {
         log::warn!("the policies stay in force; `sockpolicy detach {name}` ends that");
     }
-    Ok(summary.new_conflicts())
+    writer.summary(summary).map_err(WatchError::from)?;
+    Ok(conflicts)
 }
 
 /// Whether all policies have targets of their own.

@@ -193,7 +193,7 @@ impl<'a> Standing<'a> {
                 watch::wait_for(&mut polled, self.patience(session))?;
             }
             asked.hear(signals).map_err(WatchError::Watch)?;
-            watch::tell(session, writer).1?;
+            watch::tell(session, writer)?;
             if asked.end {
                 return Ok(());
             }
@@ -203,14 +203,14 @@ impl<'a> Standing<'a> {
                 self.changed = Some((self.changed.map_or(now, |(first, _)| first), now));
             }
             if is_asked || self.have_files_settled() {
-                self.reload(session, writer, is_asked)?;
+                self.reload(session, writer, is_asked);
             }
             let has_changed = self.cgroups.has_changed().map_err(WatchError::Watch)?;
             if has_changed && containers::are_wanted_by(&self.policies) {
                 self.looks = Some(Looks::begin());
             }
             if has_changed || self.is_behind || self.looks.as_ref().is_some_and(Looks::are_due) {
-                self.retarget(session, writer)?;
+                self.retarget(session, writer);
                 self.looks = self.looks.take().and_then(Looks::after_one);
             }
             if session.has_removed() {
@@ -233,7 +233,10 @@ impl<'a> Standing<'a> {
     ) -> Result<(), WatchError> {
         self.due = None;
         let Wanted { manner, mount, journal: Some(journal), .. } = self.wanted else { return Ok(()) };
-        let mut tell = |event: &Event| writer.applied(event);
+        let mut tell = |event: &Event| {
+            writer.applied(event);
+            Ok(())
+        };
         let (tally, brought) = session.unnoticed(|desired, targets| {
             let mut walker = Walker::begin();
             let mut in_line = InLine::new(desired, manner.dry_run, Journal::of(journal), Some(&mut tell));
@@ -255,7 +258,8 @@ impl<'a> Standing<'a> {
                 }
             }
         }
-        writer.brought_in_line(&tally).map_err(WatchError::Write)
+        writer.brought_in_line(&tally);
+        Ok(())
     }
 
     /// Has live sockets brought in line, if they are to be, when what has changed now has settled.
@@ -278,12 +282,12 @@ impl<'a> Standing<'a> {
     }
 
     /// Reads the files, and has in force what they say. `is_asked` where somebody waits for an answer, whatever they say.
-    fn reload(&mut self, session: &mut Session, writer: &mut Writer, is_asked: bool) -> Result<(), WatchError> {
+    fn reload(&mut self, session: &mut Session, writer: &Writer, is_asked: bool) {
         self.changed = None;
         let texts = self.wanted.sources.read();
         self.follow_files();
         if texts == self.texts && !is_asked {
-            return Ok(());
+            return;
         }
         self.texts = texts;
         let reloaded = match self.texts.policies() {
@@ -299,7 +303,7 @@ impl<'a> Standing<'a> {
         if !reloaded {
             log::error!("the policies in force stay as they are");
         }
-        writer.reloaded(session, reloaded).map_err(WatchError::Write)
+        writer.reloaded(session, reloaded);
     }
 
     fn replace(&mut self, session: &mut Session, policies: Vec<Policy>) -> Result<(), RunError> {
@@ -317,16 +321,15 @@ impl<'a> Standing<'a> {
     }
 
     /// Has the policies hold where they should by now. What cannot be done is said, and tried again.
-    fn retarget(&mut self, session: &mut Session, writer: &mut Writer) -> Result<(), WatchError> {
+    fn retarget(&mut self, session: &mut Session, writer: &mut Writer) {
         let placed = self.follow_cgroups().and_then(|()| self.place(session));
         self.is_behind = placed.is_err();
         match placed {
-            Ok(true) => writer.retargeted(session).map_err(WatchError::Write),
-            Ok(false) => Ok(()),
+            Ok(true) => writer.retargeted(session),
+            Ok(false) => {}
             Err(error) => {
                 complain(&error);
                 log::error!("the policies are in force on the cgroups that they were on");
-                Ok(())
             }
         }
     }

@@ -9,7 +9,7 @@ use std::{
 use abi::GENERATIONS;
 use serde_json::json;
 
-use super::{FAILURE, complain, output::Format, unless_closed};
+use super::{FAILURE, complain, descriptor::stdout, output::Format, unless_closed};
 use crate::{
     compile::Desired,
     events::SCHEMA,
@@ -91,7 +91,7 @@ impl Status {
                 return Err(StatusError::None { name: name.clone(), others });
             }
         }
-        let mut out = io::stdout().lock();
+        let mut out = stdout(self.output);
         let mut written = Ok(());
         if seen.is_empty() && self.output == Format::Text {
             written = writeln!(out, "no policies are in force");
@@ -109,7 +109,7 @@ impl Status {
             let mut kept = kept.filter(|name| self.instance.as_ref().is_none_or(|asked| asked == name));
             written = written.and_then(|()| kept.try_for_each(|name| write_kept(&mut out, &name)));
         }
-        Ok(unless_closed(written)?)
+        Ok(unless_closed(written.and_then(|()| out.flush()))?)
     }
 }
 

@@ -6,7 +6,7 @@ use std::{
     process::ExitCode,
 };
 
-use super::{FAILURE, FINDINGS, check, complain, output::Format, unless_closed};
+use super::{FAILURE, FINDINGS, check, complain, descriptor::stdout, output::Format, unless_closed};
 use crate::explain::{Trial, try_all};
 
 /// Hold policies against the tests that stand in their files
@@ -41,7 +41,7 @@ impl Test {
     }
 
     fn tell(&self, trials: &[Trial]) -> io::Result<()> {
-        let mut out = io::stdout().lock();
+        let mut out = stdout(self.output);
         if self.output == Format::Json {
             return trials.iter().try_for_each(|trial| writeln!(out, "{}", trial.to_json()));
         }

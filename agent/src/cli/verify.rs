@@ -12,6 +12,7 @@ use serde_json::json;
 
 use super::{
     FAILURE, FINDINGS, check, complain,
+    descriptor::stdout,
     output::Format,
     progress::Progress,
     run::{Placement, RunError},
@@ -87,7 +88,7 @@ impl Verify {
         let mut sockets = Sockets::find(mount, Targets::These(&targets), || None)?;
         let mut tally = Tally { unread: sockets.unread(), ..Tally::default() };
         let progress = Progress::of(sockets.len());
-        let mut out = io::stdout().lock();
+        let mut out = stdout(self.output);
         let written = sockets.each(
             |scope| drift::needed(&desired.scopes[scope]),
             |seen| {

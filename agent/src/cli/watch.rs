@@ -10,7 +10,10 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 
-use super::{output::Writer, signals::Signals};
+use super::{
+    output::{IncompleteReport, Writer},
+    signals::Signals,
+};
 use crate::{
     policy::model::Calls,
     session::{Session, SessionError},
@@ -28,8 +31,8 @@ pub(super) enum WatchError {
     Session(#[from] SessionError),
     #[error("cannot watch for signals and events: {0}")]
     Watch(#[source] io::Error),
-    #[error("cannot write the report: {0}")]
-    Write(#[source] io::Error),
+    #[error(transparent)]
+    Report(#[from] IncompleteReport),
 }
 
 /// Waits until there is a signal or an event, one of `ends` has ended, or it is time to look for losses.
@@ -60,26 +63,17 @@ pub(super) fn wait_for(polled: &mut [PollFd<'_>], patience: u16) -> Result<(), W
     }
 }
 
-/// Writes what there is to tell. Gives whether there may be more, and the first thing that went wrong: what comes after
-/// it is taken all the same, and not written.
-pub(super) fn tell(session: &mut Session, writer: &mut Writer) -> (bool, Result<(), WatchError>) {
-    let mut written = Ok(());
-    let more = session.drain(|event| {
-        if written.is_ok() {
-            written = writer.event(event);
-        }
-    });
-    (more, written.map_err(WatchError::Write).and_then(|()| tell_losses(session, writer)))
-}
-
-fn tell_losses(session: &mut Session, writer: &mut Writer) -> Result<(), WatchError> {
+/// Writes what there is to tell. Gives whether there may be more.
+pub(super) fn tell(session: &mut Session, writer: &mut Writer) -> Result<bool, WatchError> {
+    let more = session.drain(|event| writer.event(event));
     for loss in session.new_losses()? {
-        writer.loss(&loss).map_err(WatchError::Write)?;
+        writer.loss(&loss);
     }
-    writer.flush().map_err(WatchError::Write)
+    writer.catch_up(session);
+    Ok(more)
 }
 
-/// Tells of events until a signal asks for the end, or all of `ends`, if there are any, have ended.
+/// Tells of events until a signal asks for the end, the reader is gone, or all of `ends`, if there are any, have ended.
 pub(super) fn watch(
     session: &mut Session,
     signals: &mut Signals,
@@ -96,8 +90,8 @@ pub(super) fn watch(
         while let Some(received) = signals.next().map_err(WatchError::Watch)? {
             is_over |= received.asks_for_end();
         }
-        tell(session, writer).1?;
-        if is_over {
+        tell(session, writer)?;
+        if is_over || writer.is_closed() {
             return Ok(());
         }
     }
@@ -107,8 +101,7 @@ pub(super) fn watch(
 pub(super) fn end(session: &mut Session, writer: &mut Writer) -> Result<(), WatchError> {
     session.end()?;
     loop {
-        let (more, told) = tell(session, writer);
-        told?;
+        let more = tell(session, writer)?;
         // Of what stays in force there is always more.
         if !more || session.stays_as().is_some() {
             return Ok(());

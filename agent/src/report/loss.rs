@@ -3,6 +3,7 @@
 use std::fmt;
 
 use abi::Losses;
+use nix::errno::Errno;
 use serde_json::json;
 
 use crate::events::SCHEMA;
@@ -16,6 +17,50 @@ pub struct Lost {
     pub not_run: u64,
     /// Records that this build does not know.
     pub unknown_records: u64,
+    /// Lines of output.
+    pub unwritten: Unwritten,
+}
+
+/// Lines of output that could not be written, by reason.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Unwritten {
+    /// Too much was waiting for the reader already.
+    pub blocked: u64,
+    /// The disk, the quota or the file is full (ENOSPC, EDQUOT, EFBIG).
+    pub no_space: u64,
+    /// The reader is gone (EPIPE).
+    pub closed: u64,
+    /// Any other error.
+    pub failed: u64,
+}
+
+impl Unwritten {
+    /// Counts lines that failed with `errno`.
+    pub fn add(&mut self, errno: Errno, lines: u64) {
+        let count = match errno {
+            Errno::ENOSPC | Errno::EDQUOT | Errno::EFBIG => &mut self.no_space,
+            Errno::EPIPE => &mut self.closed,
+            _ => &mut self.failed,
+        };
+        *count += lines;
+    }
+
+    #[must_use]
+    pub fn plus(self, other: &Self) -> Self {
+        let Self { blocked, no_space, closed, failed } = *other;
+        Self {
+            blocked: self.blocked + blocked,
+            no_space: self.no_space + no_space,
+            closed: self.closed + closed,
+            failed: self.failed + failed,
+        }
+    }
+
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        let Self { blocked, no_space, closed, failed } = self;
+        blocked + no_space + closed + failed
+    }
 }
 
 /// A loss that has just been seen.
@@ -37,9 +82,10 @@ pub struct Reason {
 impl Lost {
     /// Every reason, with how often.
     #[must_use]
-    pub fn by_reason(&self) -> [(Reason, u64); 11] {
+    pub fn by_reason(&self) -> [(Reason, u64); 16] {
         // Taken apart in full: a new one has to be thought of here.
-        let Self { losses, not_run, unknown_records } = *self;
+        let Self { losses, not_run, unknown_records, unwritten } = *self;
+        let Unwritten { blocked, no_space, closed, failed } = unwritten;
         let Losses {
             ring_full,
             calls_full,
@@ -50,6 +96,7 @@ impl Lost {
             tallies_full,
             unjudged,
             not_restored,
+            over_budget,
         } = losses;
         let reason = |name, what, count| (Reason { name, what }, count);
         [
@@ -64,6 +111,11 @@ impl Lost {
             reason("not_restored", "options could not be given back the value from before a rule", not_restored),
             reason("not_run", "times the kernel left a program of the audit out", not_run),
             reason("unknown_records", "records were of an unknown kind", unknown_records),
+            reason("over_budget", "events were more than their cgroup may cause", over_budget),
+            reason("output_blocked", "lines of output: nobody read what was written before", blocked),
+            reason("output_no_space", "lines of output: no space was left", no_space),
+            reason("output_closed", "lines of output: the reader was gone", closed),
+            reason("output_failed", "lines of output: writing failed", failed),
         ]
     }
 

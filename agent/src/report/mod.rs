@@ -17,7 +17,7 @@ use abi::Counters;
 pub use self::{
     calls::{CallLine, duration_text},
     counted::Counted,
-    loss::{Loss, Lost, Reason},
+    loss::{Loss, Lost, Reason, Unwritten},
 };
 use crate::{
     compile::Desired,

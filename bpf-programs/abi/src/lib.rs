@@ -351,8 +351,11 @@ pub struct Losses {
     pub unjudged: u64,
     /// Options that no rule sets any more, and that could not be given back the value from before.
     pub not_restored: u64,
+    /// Events that were more than the budget of their cgroup, of their target or of all targets allows ([`event::Budget`]).
+    /// [`Counters::suppressed`] has the conflicts among them too.
+    pub over_budget: u64,
 }
-shared!(Losses, size 8 * 9);
+shared!(Losses, size 10 * 8);
 
 impl Losses {
     /// What was lost after it was so much.
@@ -369,6 +372,7 @@ impl Losses {
             tallies_full,
             unjudged,
             not_restored,
+            over_budget,
         } = *before;
         Self {
             ring_full: self.ring_full - ring_full,
@@ -380,6 +384,7 @@ impl Losses {
             tallies_full: self.tallies_full - tallies_full,
             unjudged: self.unjudged - unjudged,
             not_restored: self.not_restored - not_restored,
+            over_budget: self.over_budget - over_budget,
         }
     }
 }

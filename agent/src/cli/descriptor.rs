@@ -1,0 +1,155 @@
+//! Standard output and standard error as descriptors.
+//!
+//! The standard library treats a write to a closed descriptor as a success, and its print macros panic where a write fails.
+//! This module does neither: every write reports what the kernel says.
+
+use std::{
+    io::{self, Write},
+    mem,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::stat::fstat,
+    unistd::write,
+};
+
+use super::output::Format;
+use crate::escape::visible;
+
+/// One of the two descriptors that every process starts with for output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Standard {
+    Output,
+    Error,
+}
+
+/// Whether this process started with the descriptor closed. Rust's runtime then opens /dev/null in its place
+/// (`sanitize_standard_fds`, library/std/src/sys/pal/unix/mod.rs).
+static WAS_CLOSED: [AtomicBool; 2] = [AtomicBool::new(false), AtomicBool::new(false)];
+
+/// Runs before Rust's runtime does.
+#[used]
+// SAFETY: the section holds functions that the C library calls, with arguments that this one leaves alone.
+#[unsafe(link_section = ".init_array")]
+static NOTE_CLOSED: extern "C" fn() = {
+    extern "C" fn note() {
+        for standard in [Standard::Output, Standard::Error] {
+            // SAFETY: only asks for the flags of the descriptor; where it is closed, the answer says so.
+            let is_closed = unsafe { libc::fcntl(standard.as_raw_fd(), libc::F_GETFD) } < 0;
+            WAS_CLOSED[standard as usize].store(is_closed, Ordering::Relaxed);
+        }
+    }
+    note
+};
+
+impl Standard {
+    fn was_closed(self) -> bool {
+        WAS_CLOSED[self as usize].load(Ordering::Relaxed)
+    }
+
+    /// Whether both are the same open file, as after `2>&1`.
+    pub(super) fn are_one() -> bool {
+        let of = |standard: Self| fstat(standard).map(|stat| (stat.st_dev, stat.st_ino));
+        let any_closed = [Self::Output, Self::Error].into_iter().any(Self::was_closed);
+        !any_closed && of(Self::Output).is_ok_and(|output| of(Self::Error) == Ok(output))
+    }
+}
+
+impl AsRawFd for Standard {
+    fn as_raw_fd(&self) -> RawFd {
+        match self {
+            Self::Output => libc::STDOUT_FILENO,
+            Self::Error => libc::STDERR_FILENO,
+        }
+    }
+}
+
+impl AsFd for Standard {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: Rust's runtime opens these descriptors where they are closed, and nothing here closes them.
+        unsafe { BorrowedFd::borrow_raw(self.as_raw_fd()) }
+    }
+}
+
+/// Writes without a buffer.
+///
+/// # Errors
+///
+/// Each of write(2), EBADF for a descriptor that was closed at the start among them. EAGAIN is none: the call waits until a
+/// descriptor that is set to O_NONBLOCK takes more.
+impl Write for Standard {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.was_closed() {
+            return Err(Errno::EBADF.into());
+        }
+        write_some(self.as_fd(), bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Writes at least one of these bytes; gives how many. Waits where the descriptor is full.
+pub(super) fn write_some(descriptor: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
+    loop {
+        match write(descriptor, bytes) {
+            Ok(0) if !bytes.is_empty() => return Err(io::ErrorKind::WriteZero.into()),
+            Err(Errno::EINTR) => {}
+            Err(Errno::EAGAIN) => wait_for_room(descriptor)?,
+            written => return Ok(written?),
+        }
+    }
+}
+
+fn wait_for_room(descriptor: BorrowedFd<'_>) -> io::Result<()> {
+    match poll(&mut [PollFd::new(descriptor, PollFlags::POLLOUT)], PollTimeout::NONE) {
+        Ok(_) | Err(Errno::EINTR) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Standard output, a line at a time.
+///
+/// In text, control characters other than line ends are escaped, whoever wrote them. Flush it: what follows the last line end
+/// is written then.
+pub(super) struct Lines {
+    format: Format,
+    /// What follows the last line end.
+    rest: Vec<u8>,
+}
+
+/// Standard output, for a report of this form.
+pub(super) fn stdout(format: Format) -> Lines {
+    Lines { format, rest: Vec::new() }
+}
+
+impl Lines {
+    fn write_all_of(&self, bytes: &[u8]) -> io::Result<()> {
+        match self.format {
+            Format::Text => Standard::Output.write_all(visible(&String::from_utf8_lossy(bytes), true).as_bytes()),
+            Format::Json => Standard::Output.write_all(bytes),
+        }
+    }
+}
+
+impl Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.rest.extend_from_slice(bytes);
+        if let Some(end) = self.rest.iter().rposition(|byte| *byte == b'\n') {
+            let after = self.rest.split_off(end + 1);
+            let lines = mem::replace(&mut self.rest, after);
+            self.write_all_of(&lines)?;
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let rest = mem::take(&mut self.rest);
+        self.write_all_of(&rest)
+    }
+}

@@ -1,0 +1,225 @@
+//! Messages for people, on standard error: errors, warnings and what was found in files.
+//!
+//! A message never panics and is never an error of its own. In commands that keep running, a message waits in a queue
+//! ([`start`]), and of messages from the same place in the code only the first ones and then one per second are written: what
+//! causes a message may be the doing of a tenant. The number of those left out is written.
+
+use std::{
+    collections::HashMap,
+    error::Error,
+    io::{self, IsTerminal, Write},
+    panic::Location,
+    sync::{Mutex, MutexGuard, OnceLock, PoisonError},
+    time::{Duration, Instant},
+};
+
+use super::{
+    descriptor::Standard,
+    output::Format,
+    sink::{Sink, Target},
+};
+use crate::{
+    escape::visible,
+    policy::diagnostic::{Diagnostic, Style},
+    report::Unwritten,
+};
+
+/// Messages from one place that are written without a limit.
+const BURST: u32 = 20;
+/// How often one more is written after these.
+const INTERVAL: Duration = Duration::from_secs(1);
+
+static QUEUE: OnceLock<Sink> = OnceLock::new();
+static LIMITS: OnceLock<Mutex<Limits>> = OnceLock::new();
+
+/// By place in the code: file and line. As many as there are places.
+type Limits = HashMap<(String, u32), Throttle>;
+
+/// Has messages wait in a queue from now on, and limits their rate. `format` is that of the report, for where standard error
+/// and standard output are one file.
+pub(super) fn start(format: Format) {
+    let target = Target::Standard(Standard::Error);
+    let format = if Standard::are_one() { format } else { Format::Text };
+    // Without a thread, messages are written at once.
+    if let Ok(sink) = Sink::start(target, format) {
+        let _ = QUEUE.set(sink);
+        let _ = LIMITS.set(Mutex::default());
+    }
+}
+
+/// The queue of standard error, if there is one.
+pub(super) fn queue() -> Option<Sink> {
+    QUEUE.get().cloned()
+}
+
+/// Messages that could not be written.
+pub(super) fn lost() -> Unwritten {
+    QUEUE.get().map_or_else(Unwritten::default, Sink::lost)
+}
+
+/// Writes what waits, and how many messages were left out.
+pub(super) fn finish() {
+    let left_out: u64 = limits().map_or(0, |limits| limits.values().map(|throttle| throttle.left_out).sum());
+    if left_out > 0 {
+        write(&format!("warning: left out: {left_out} messages like earlier ones\n"));
+    }
+    if let Some(queue) = QUEUE.get() {
+        // There is nowhere to say it.
+        let _ = queue.finish();
+    }
+}
+
+/// Writes whole lines, without control characters.
+pub(super) fn write(lines: &str) {
+    write_styled(&visible(lines, true));
+}
+
+/// Writes whole lines as they are.
+fn write_styled(lines: &str) {
+    match QUEUE.get() {
+        Some(queue) => queue.put(lines),
+        None => {
+            // There is nowhere to say it.
+            let _ = Standard::Error.write_all(lines.as_bytes());
+        }
+    }
+}
+
+/// Writes an error with its causes.
+#[track_caller]
+pub(super) fn complain(error: &(dyn Error + 'static)) {
+    let place = Location::caller();
+    if let Some(left_out) = admit(place.file(), place.line()) {
+        write(&format!("error: {}{}\n", with_causes(error), left_out_text(left_out)));
+    }
+}
+
+/// An error, and what its own text does not say of its causes. The help line stays last.
+fn with_causes(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let part = error.to_string();
+        if !text.contains(&part) {
+            text = format!("{text}: {part}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
+/// Shows diagnostics.
+pub(super) fn show(found: &[Diagnostic]) {
+    if found.is_empty() {
+        return;
+    }
+    if io::stderr().is_terminal() {
+        write_styled(&format!("{}\n", crate::policy::render(found, Style::Coloured)));
+    } else {
+        write(&format!("{}\n", crate::policy::render(found, Style::Plain)));
+    }
+}
+
+/// Has the program's log go where messages go.
+pub(super) fn init_log() {
+    env_logger::Builder::from_env(env_logger::Env::new().filter_or("SOCKPOLICY_LOG", "warn"))
+        .target(env_logger::Target::Pipe(Box::new(Log)))
+        .write_style(env_logger::WriteStyle::Never)
+        .format(|out, record| {
+            let (file, line) = (record.file().unwrap_or_default(), record.line().unwrap_or_default());
+            let Some(left_out) = admit(file, line) else { return Ok(()) };
+            let level = match record.level() {
+                log::Level::Warn => "warning".to_owned(),
+                level => level.as_str().to_lowercase(),
+            };
+            writeln!(out, "{level}: {}{}", record.args(), left_out_text(left_out))
+        })
+        .init();
+}
+
+struct Log;
+
+impl Write for Log {
+    /// Takes whole records.
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if !bytes.is_empty() {
+            write(&String::from_utf8_lossy(bytes));
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn limits() -> Option<MutexGuard<'static, Limits>> {
+    // Each change of a limit is whole.
+    LIMITS.get().map(|limits| limits.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// Whether a message from a place may be written, and how many before it were left out.
+fn admit(file: &str, line: u32) -> Option<u64> {
+    let Some(mut limits) = limits() else { return Some(0) };
+    limits.entry((file.to_owned(), line)).or_default().admit(Instant::now())
+}
+
+fn left_out_text(left_out: u64) -> String {
+    if left_out == 0 { String::new() } else { format!(" (left out: {left_out} messages like this one)") }
+}
+
+/// Lets a burst pass, and then one in each interval.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Throttle {
+    passed: u32,
+    /// When the last one passed.
+    last: Option<Instant>,
+    left_out: u64,
+}
+
+impl Throttle {
+    /// Whether one more may pass, and then how many were left out before it.
+    pub(super) fn admit(&mut self, now: Instant) -> Option<u64> {
+        let since = self.last.map_or(Duration::MAX, |last| now.saturating_duration_since(last));
+        if since >= INTERVAL * BURST {
+            self.passed = 0;
+        }
+        if self.passed >= BURST && since < INTERVAL {
+            self.left_out += 1;
+            return None;
+        }
+        self.passed = self.passed.saturating_add(1);
+        self.last = Some(now);
+        Some(std::mem::take(&mut self.left_out))
+    }
+
+    /// Whether one may pass now.
+    pub(super) fn is_due(&self, now: Instant) -> bool {
+        self.last.is_none_or(|last| now.saturating_duration_since(last) >= INTERVAL)
+    }
+
+    /// Whether the last one was left out.
+    pub(super) fn is_behind(&self) -> bool {
+        self.left_out > 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn burst_passes_then_one_in_each_interval_with_the_number_left_out() {
+        let mut throttle = Throttle::default();
+        let begin = Instant::now();
+        let at = |milliseconds| begin + Duration::from_millis(milliseconds);
+        assert!((0..BURST).all(|number| throttle.admit(at(number.into())) == Some(0)));
+        assert_eq!((100..1000).filter_map(|number| throttle.admit(at(number))).count(), 0);
+        assert!(throttle.is_behind());
+        assert_eq!(throttle.admit(at(1100)), Some(900));
+        assert_eq!(throttle.admit(at(1200)), None);
+        // After a quiet time there is a burst again.
+        let later = begin + INTERVAL * (2 * BURST);
+        assert_eq!((0..BURST).map(|_| throttle.admit(later)).collect::<Vec<_>>()[..2], [Some(1), Some(0)]);
+    }
+}

@@ -1,0 +1,348 @@
+//! Output that never makes its writer wait: a bounded queue, and a thread that empties it into a descriptor.
+//!
+//! A reader may stop reading, go away, or leave a disk full. None of that reaches whoever writes here. Lines that could not be
+//! written are counted by reason; the count is written as soon as anything can be written again.
+//!
+//! Invariant: a line is written as a whole, or counted as lost. Where part of it was written already, a line end follows before
+//! the next line.
+
+use std::{
+    io,
+    mem,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::{errno::Errno, sys::signal::SigSet};
+
+use super::{
+    descriptor::{Standard, write_some},
+    output::Format,
+};
+use crate::report::{Loss, Lost, Unwritten};
+
+/// Bytes that may wait for a reader.
+const WAITING_MAX: usize = 1 << 20;
+/// Writes of so many bytes, or of a line if that is longer: a pipe takes them as a whole (PIPE_BUF, pipe(7)).
+const PIECE: usize = 4096;
+/// How often to try to write what was lost, while nothing else is to be written.
+const RETRY: Duration = Duration::from_secs(1);
+/// How long the end of the output waits for a reader that takes nothing.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// How long the end of the output waits for a reader that is slow.
+const PATIENCE_MAX: Duration = Duration::from_secs(10);
+
+/// Where to write.
+#[derive(Debug)]
+pub(super) enum Target {
+    Standard(Standard),
+    File(OwnedFd),
+}
+
+impl Target {
+    fn write_some(&self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Standard(standard) => io::Write::write(&mut { *standard }, bytes),
+            Self::File(file) => write_some(file.as_fd(), bytes),
+        }
+    }
+}
+
+impl AsFd for Target {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Standard(standard) => standard.as_fd(),
+            Self::File(file) => file.as_fd(),
+        }
+    }
+}
+
+/// A queue in front of a descriptor. Its clones are the same queue.
+#[derive(Clone, Debug)]
+pub(super) struct Sink(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    target: Target,
+    /// The form in which losses are written.
+    format: Format,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    waiting: Vec<u8>,
+    is_writing: bool,
+    /// Pieces written so far.
+    progress: u64,
+    lost: Unwritten,
+    /// What of that has been written.
+    told: Unwritten,
+    /// Whether the last thing that was written is no whole line.
+    is_torn: bool,
+    /// Why the last write failed, if it did.
+    failure: Option<Errno>,
+    /// Whether the end of the output was waited for in vain.
+    is_given_up: bool,
+}
+
+/// What is written at a time.
+struct Batch {
+    bytes: Vec<u8>,
+    /// Where the lines begin that were queued: behind the end of one that was written in part.
+    head: usize,
+    /// Where they end; those that say what was lost come after them.
+    lines: usize,
+    /// What was lost by what these say.
+    lost: Unwritten,
+}
+
+/// Why the end of the output is missing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Unfinished {
+    /// The reader takes nothing.
+    Stuck,
+    Failed(Errno),
+}
+
+impl Sink {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    ///
+    /// Where there can be no more threads.
+    pub(super) fn start(target: Target, format: Format) -> io::Result<Self> {
+        let shared = Shared { target, format, state: Mutex::default(), changed: Condvar::new() };
+        let sink = Self(Arc::new(shared));
+        let shared = Arc::clone(&sink.0);
+        // The signals of this process are for the thread that reads them from a descriptor.
+        let before = SigSet::all().thread_swap_mask(nix::sys::signal::SigmaskHow::SIG_SETMASK)?;
+        let started = thread::Builder::new().name("output".to_owned()).spawn(move || shared.work());
+        before.thread_set_mask()?;
+        started.map(|_| sink)
+    }
+
+    /// Queues whole lines, or counts them as lost where too much waits already.
+    pub(super) fn put(&self, lines: &str) {
+        let mut state = self.0.lock();
+        if !state.waiting.is_empty() && state.waiting.len() + lines.len() > WAITING_MAX {
+            state.lost.blocked += count_lines(lines.as_bytes());
+            return;
+        }
+        self.push(&mut state, lines);
+    }
+
+    /// Queues whole lines, however much waits: for the last ones.
+    pub(super) fn put_last(&self, lines: &str) {
+        self.push(&mut self.0.lock(), lines);
+    }
+
+    fn push(&self, state: &mut State, lines: &str) {
+        state.waiting.extend_from_slice(lines.as_bytes());
+        if !state.is_writing {
+            self.0.changed.notify_all();
+        }
+    }
+
+    /// The lines that could not be written.
+    pub(super) fn lost(&self) -> Unwritten {
+        self.0.lock().lost
+    }
+
+    /// Whether writing fails because the reader is gone.
+    pub(super) fn is_closed(&self) -> bool {
+        self.0.lock().failure == Some(Errno::EPIPE)
+    }
+
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// Waits until everything is written, for a bounded time.
+    ///
+    /// # Errors
+    ///
+    /// Where the last lines could not be written, or the count of lost lines could not.
+    pub(super) fn finish(&self) -> Result<(), Unfinished> {
+        let begin = Instant::now();
+        let mut state = self.0.lock();
+        let (mut progress, mut since) = (state.progress, begin);
+        while state.is_writing || !state.waiting.is_empty() || (state.failure.is_none() && state.lost != state.told) {
+            if state.is_given_up || since.elapsed() >= PATIENCE || begin.elapsed() >= PATIENCE_MAX {
+                state.is_given_up = true;
+                return Err(Unfinished::Stuck);
+            }
+            state = self.0.wait(state, PATIENCE / 10);
+            if state.progress != progress {
+                (progress, since) = (state.progress, Instant::now());
+            }
+        }
+        match state.failure {
+            Some(errno) => Err(Unfinished::Failed(errno)),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Each change of the state is whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, state: MutexGuard<'a, State>, timeout: Duration) -> MutexGuard<'a, State> {
+        let waited = self.changed.wait_timeout(state, timeout);
+        waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    fn work(&self) {
+        loop {
+            let Batch { bytes, head, lines, lost } = self.take();
+            let (written, failure) = self.write(&bytes);
+            let mut state = self.lock();
+            state.is_writing = false;
+            state.failure = failure;
+            state.is_torn = bytes[..written].last().map_or(state.is_torn, |last| *last != b'\n');
+            match failure {
+                None => state.told = lost,
+                Some(errno) => state.lost.add(errno, count_lines(&bytes[written.clamp(head, lines)..lines])),
+            }
+            self.changed.notify_all();
+        }
+    }
+
+    /// Waits for something to write.
+    fn take(&self) -> Batch {
+        let mut state = self.lock();
+        while state.waiting.is_empty() {
+            if state.lost == state.told {
+                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            } else if state.failure.is_some() {
+                state = self.wait(state, RETRY);
+                break;
+            } else {
+                break;
+            }
+        }
+        let mut bytes = mem::take(&mut state.waiting);
+        let head = usize::from(state.is_torn);
+        bytes.splice(0..0, vec![b'\n'; head]);
+        let lines = bytes.len();
+        let before = Lost { unwritten: state.told, ..Lost::default() };
+        for loss in (Lost { unwritten: state.lost, ..Lost::default() }).since(&before) {
+            bytes.extend_from_slice(loss_line(&loss, self.format).as_bytes());
+        }
+        state.is_writing = true;
+        Batch { bytes, head, lines, lost: state.lost }
+    }
+
+    /// Gives how many bytes were written, and what stopped that before the end.
+    fn write(&self, bytes: &[u8]) -> (usize, Option<Errno>) {
+        let mut written = 0;
+        while written < bytes.len() {
+            match self.target.write_some(&bytes[written..written + piece(&bytes[written..])]) {
+                Ok(more) => {
+                    written += more;
+                    self.lock().progress += 1;
+                }
+                Err(error) => return (written, Some(errno(&error))),
+            }
+        }
+        (written, None)
+    }
+}
+
+/// How many bytes to write at once: lines that a pipe takes as a whole, or one line that is longer.
+fn piece(bytes: &[u8]) -> usize {
+    let whole = bytes[..bytes.len().min(PIECE)].iter().rposition(|byte| *byte == b'\n');
+    whole.or_else(|| bytes.iter().position(|byte| *byte == b'\n')).map_or(bytes.len(), |end| end + 1)
+}
+
+fn errno(error: &io::Error) -> Errno {
+    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
+}
+
+fn count_lines(bytes: &[u8]) -> u64 {
+    bytes.iter().filter(|byte| **byte == b'\n').count() as u64
+}
+
+/// A loss as a line of the report.
+pub(super) fn loss_line(loss: &Loss, format: Format) -> String {
+    match format {
+        Format::Text => format!("{loss}\n"),
+        Format::Json => format!("{}\n", loss.to_json(jiff::Timestamp::now())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs::File,
+        io::{BufRead, BufReader, Read},
+    };
+
+    use nix::unistd::pipe;
+
+    use super::*;
+
+    fn lines(reader: impl Read, count: usize) -> Vec<String> {
+        BufReader::new(reader).lines().map(Result::unwrap).take(count).collect()
+    }
+
+    #[test]
+    fn lines_arrive_in_order() {
+        let (reader, writer) = pipe().unwrap();
+        let sink = Sink::start(Target::File(writer), Format::Text).unwrap();
+        (0..100).for_each(|number| sink.put(&format!("{number}\n")));
+        assert_eq!(sink.finish(), Ok(()));
+        let expected: Vec<String> = (0..100).map(|number| number.to_string()).collect();
+        assert_eq!(lines(File::from(reader), 100), expected);
+        assert_eq!(sink.lost(), Unwritten::default());
+    }
+
+    #[test]
+    fn reader_that_stops_blocks_nobody_and_learns_how_much_was_lost() {
+        let (reader, writer) = pipe().unwrap();
+        let sink = Sink::start(Target::File(writer), Format::Text).unwrap();
+        let line = format!("{}\n", "x".repeat(99));
+        let count = 4 * WAITING_MAX / line.len();
+        (0..count).for_each(|_| sink.put(&line));
+        let lost = sink.lost().blocked;
+        assert!(lost > 0);
+        assert_eq!(sink.finish(), Err(Unfinished::Stuck));
+        let read = lines(File::from(reader), count - lost as usize + 1);
+        let (last, whole) = read.split_last().unwrap();
+        assert!(whole.iter().all(|read| *read == line.trim_end()));
+        assert_eq!(*last, format!("lost      {lost} lines of output: nobody read what was written before"));
+    }
+
+    #[test]
+    fn full_disk_is_counted() {
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let sink = Sink::start(Target::File(full.into()), Format::Text).unwrap();
+        sink.put("a\nb\n");
+        assert_eq!(sink.finish(), Err(Unfinished::Failed(Errno::ENOSPC)));
+        assert_eq!(sink.lost(), Unwritten { no_space: 2, ..Unwritten::default() });
+    }
+
+    #[test]
+    fn reader_that_is_gone_is_counted() {
+        let (_, writer) = pipe().unwrap();
+        let sink = Sink::start(Target::File(writer), Format::Text).unwrap();
+        sink.put("a\n");
+        assert_eq!(sink.finish(), Err(Unfinished::Failed(Errno::EPIPE)));
+        assert!(sink.is_closed());
+        assert_eq!(sink.lost(), Unwritten { closed: 1, ..Unwritten::default() });
+    }
+
+    #[test]
+    fn piece_is_whole_lines_where_it_can_be() {
+        assert_eq!(piece(b"a\nbc\nd"), 5);
+        assert_eq!(piece(b"abc"), 3);
+        let long = [vec![b'x'; 2 * PIECE], b"\nb\n".to_vec()].concat();
+        assert_eq!(piece(&long), 2 * PIECE + 1);
+    }
+}

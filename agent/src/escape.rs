@@ -1,0 +1,165 @@
+//! Text that others chose, as people may read it: names of processes, files, cgroups, containers, devices and instances.
+//!
+//! [`Escape::escaped`] is the one way from such text to a terminal, a log or a report for people. JSON has escapes of its own.
+//!
+//! Invariants:
+//! - The escaped text has no control character, no line end, and nothing that hides or reorders text (Unicode's general
+//!   categories C and Z but for the space, and combining marks).
+//! - No two texts look the same when they are escaped.
+
+use std::{
+    ffi::OsStr,
+    fmt::{self, Write as _},
+    os::unix::ffi::OsStrExt,
+    path::Path,
+};
+
+/// Text that others chose.
+pub trait Escape {
+    /// The text for people.
+    ///
+    /// Letters of any script stay. What would move the cursor, end the line or reorder it is escaped as in Rust (`\n`,
+    /// `\u{1b}`), a byte that is not UTF-8 as `\xNN`. A backslash is doubled; not before `x` and a digit from 0 to 7, as in
+    /// the names that systemd makes (`\x2d`), for no escape of this module begins so.
+    fn escaped(&self) -> Escaped<'_>;
+}
+
+/// Text of others, escaped where it is displayed. See [`Escape::escaped`].
+#[derive(Clone, Copy, Debug)]
+pub struct Escaped<'a>(&'a [u8]);
+
+impl Escape for [u8] {
+    fn escaped(&self) -> Escaped<'_> {
+        Escaped(self)
+    }
+}
+
+impl Escape for str {
+    fn escaped(&self) -> Escaped<'_> {
+        Escaped(self.as_bytes())
+    }
+}
+
+impl Escape for OsStr {
+    fn escaped(&self) -> Escaped<'_> {
+        Escaped(self.as_bytes())
+    }
+}
+
+impl Escape for Path {
+    fn escaped(&self) -> Escaped<'_> {
+        Escaped(self.as_os_str().as_bytes())
+    }
+}
+
+impl fmt::Display for Escaped<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for chunk in self.0.utf8_chunks() {
+            let mut rest = chunk.valid().chars();
+            while let Some(character) = rest.next() {
+                match character {
+                    '\\' if is_of_systemd(rest.as_str()) => f.write_char('\\')?,
+                    '\\' => f.write_str("\\\\")?,
+                    other => write_visible(f, other)?,
+                }
+            }
+            chunk.invalid().iter().try_for_each(|byte| write!(f, "\\x{byte:02x}"))?;
+        }
+        Ok(())
+    }
+}
+
+fn is_of_systemd(after_backslash: &str) -> bool {
+    matches!(after_backslash.as_bytes(), [b'x', b'0'..=b'7', ..])
+}
+
+/// Quotes stay: text is not put between them.
+fn write_visible(f: &mut impl fmt::Write, character: char) -> fmt::Result {
+    match character {
+        '"' | '\'' | '\\' => f.write_char(character),
+        _ => write!(f, "{}", character.escape_debug()),
+    }
+}
+
+/// A text of which the parts are escaped: escapes what is not visible all the same, and leaves backslashes as they are. With
+/// `keeps_lines`, line ends stay too.
+#[must_use]
+pub fn visible(text: &str, keeps_lines: bool) -> String {
+    let mut out = String::with_capacity(text.len());
+    for character in text.chars() {
+        if keeps_lines && character == '\n' {
+            out.push('\n');
+        } else {
+            // A string takes all.
+            let _ = write_visible(&mut out, character);
+        }
+    }
+    out
+}
+
+/// Several texts of others, escaped, with `between` between them.
+#[must_use]
+pub fn join<T: AsRef<str>>(texts: impl IntoIterator<Item = T>, between: &str) -> String {
+    let escaped: Vec<String> = texts.into_iter().map(|text| text.as_ref().escaped().to_string()).collect();
+    escaped.join(between)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    fn text(text: &str) -> String {
+        text.escaped().to_string()
+    }
+
+    #[test]
+    fn letters_of_any_script_stay() {
+        for plain in ["", "nginx: worker process", "/system.slice/a b.service", "naïve", "日本", "Ω", "\"it's\"", "🙂"] {
+            assert_eq!(text(plain), plain);
+        }
+    }
+
+    #[test]
+    fn what_moves_the_cursor_ends_the_line_or_reorders_it_is_escaped() {
+        let strange = (0..0x20).chain(0x7f..0xa0).chain([0xad, 0x61c, 0x180e, 0xfeff, 0xe0001, 0x3000]);
+        let strange = strange.chain(0x200b..0x2010).chain(0x2028..0x202f).chain(0x2060..0x2070);
+        for character in strange.filter_map(char::from_u32) {
+            let escaped = text(&format!("a{character}b"));
+            assert!(escaped.starts_with("a\\") && escaped.ends_with('b'), "{character:?}: {escaped}");
+            assert!(escaped.chars().all(|c| c.is_ascii_graphic()), "{character:?}: {escaped}");
+        }
+    }
+
+    #[test]
+    fn bytes_that_are_no_text_are_shown_as_such() {
+        assert_eq!(b"a\xff\x1b[0m\xc3".escaped().to_string(), r"a\xff\u{1b}[0m\xc3");
+        assert_eq!(OsStr::from_bytes(b"\x80").escaped().to_string(), r"\x80");
+    }
+
+    #[test]
+    fn names_of_systemd_stay() {
+        assert_eq!(text(r"dev-disk\x2dby\x2duuid.device"), r"dev-disk\x2dby\x2duuid.device");
+        assert_eq!(text(r"a\n\x80\"), r"a\\n\\x80\\");
+    }
+
+    #[test]
+    fn no_two_texts_look_the_same() {
+        let parts: [&[u8]; 9] = [b"\\", b"n", b"\n", b"x2d", b"x80", b"\x80", b"u{1b}", b"\x1b", b"\\\\"];
+        let mut texts: HashSet<Vec<u8>> = HashSet::from([Vec::new()]);
+        for _ in 0..4 {
+            let longer = texts.iter().flat_map(|text| parts.map(|part| [text, part].concat()));
+            texts = longer.chain(texts.clone()).collect();
+        }
+        let shown: HashSet<String> = texts.iter().map(|text| text.escaped().to_string()).collect();
+        assert_eq!(shown.len(), texts.len());
+    }
+
+    #[test]
+    fn escaped_parts_stay_when_the_whole_is_made_visible() {
+        let whole = format!("cannot read {}: \u{1b}[0m", "a\\\nb".escaped());
+        assert_eq!(visible(&format!("{whole}\n"), true), "cannot read a\\\\\\nb: \\u{1b}[0m\n");
+        assert_eq!(visible("a\nb", false), "a\\nb");
+    }
+}
