@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use crate::{
     compile::{Desired, Hook},
+    escape::Escape,
     events::SCHEMA,
     policy::model::Mode,
     values,
@@ -153,15 +154,15 @@ impl Change {
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { cgroup, policy, rule, option: _ } = self;
-        write!(f, "{policy}, rule {rule}, on {cgroup}")
+        write!(f, "{}, rule {}, on {}", policy.escaped(), rule.escaped(), cgroup.escaped())
     }
 }
 
 impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Attach { hook, cgroup } => write!(f, "attach {hook} to {cgroup}"),
-            Self::LetGo { hook, cgroup } => write!(f, "detach {hook} from {cgroup}"),
+            Self::Attach { hook, cgroup } => write!(f, "attach {hook} to {}", cgroup.escaped()),
+            Self::LetGo { hook, cgroup } => write!(f, "detach {hook} from {}", cgroup.escaped()),
             Self::Add { place, wanted } => write!(f, "+ {} = {wanted}  ({place})", place.option),
             Self::Remove { place, was } => write!(f, "- {} = {was}  ({place})", place.option),
             Self::Alter { place, was, wanted } => write!(f, "~ {} = {was} -> {wanted}  ({place})", place.option),

@@ -19,6 +19,7 @@ use globset::{Glob, GlobBuilder, GlobMatcher, GlobSet, GlobSetBuilder};
 
 use self::containers::Wanted;
 use crate::{
+    escape::Escape,
     host::containers::Running,
     policy::{
         Policy,
@@ -30,7 +31,7 @@ use crate::{
 pub type Stack = Vec<usize>;
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{pattern}` is not a glob: {source}")]
+#[error("`{}` is not a glob: {}", pattern.escaped(), source.to_string().escaped())]
 pub struct GlobError {
     pattern: String,
     source: globset::Error,
@@ -269,7 +270,7 @@ mod tests {
     fn covered_with(policies: &[Policy], cgroups: &[&str], containers: &[Running]) -> Vec<(String, Stack)> {
         let cgroups = cgroups.iter().map(PathBuf::from).collect();
         let coverage = Coverage::of_targets(policies, cgroups, containers).unwrap();
-        let name = |path: &Path| path.display().to_string();
+        let name = |path: &Path| path.to_string_lossy().into_owned();
         coverage.targets.iter().map(|(path, number)| (name(path), coverage.stacks[*number].clone())).collect()
     }
 

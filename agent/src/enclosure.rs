@@ -30,7 +30,10 @@ use nix::{
     },
 };
 
-use crate::host::cgroup::{Cgroup, CgroupError, Mount};
+use crate::{
+    escape::Escape,
+    host::cgroup::{Cgroup, CgroupError, Mount},
+};
 
 /// How long the guard keeps trying to empty and remove a cgroup.
 const REMOVAL_TIME: Duration = Duration::from_secs(10);
@@ -43,11 +46,14 @@ const LOOK_AGAIN_MS: u16 = 50;
 pub enum EnclosureError {
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
-    #[error("cannot make cgroup {path}: {source}\n  help: run as root, where the cgroup2 mount is writable")]
+    #[error("cannot make cgroup {}: {source}\n  help: run as root, where the cgroup2 mount is writable", path.escaped())]
     Make { path: PathBuf, source: io::Error },
-    #[error("cannot start the guard of cgroup {path}: {source}")]
+    #[error("cannot start the guard of cgroup {}: {source}", path.escaped())]
     Guard { path: PathBuf, source: io::Error },
-    #[error("cannot remove cgroup {path}: {reason}\n  help: when its processes have ended: rmdir {path}")]
+    #[error(
+        "cannot remove cgroup {path}: {}\n  help: when its processes have ended: rmdir {path}",
+        reason.escaped(), path = path.escaped()
+    )]
     Remove { path: PathBuf, reason: String },
 }
 
@@ -246,6 +252,6 @@ fn wait_for_change(cgroup: &Path) {
     let mut polled = [PollFd::new(file.as_fd(), PollFlags::POLLPRI)];
     match poll(&mut polled, PollTimeout::from(LOOK_AGAIN_MS)) {
         Ok(_) | Err(Errno::EINTR) => {}
-        Err(error) => log::debug!("cannot wait on {}: {error}", events.display()),
+        Err(error) => log::debug!("cannot wait on {}: {error}", events.escaped()),
     }
 }

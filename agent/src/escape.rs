@@ -97,6 +97,12 @@ pub fn visible(text: &str, keeps_lines: bool) -> String {
     out
 }
 
+/// A path as programs may read it: in JSON, or to compare it. Not for people.
+#[must_use]
+pub fn plain(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
 /// Several texts of others, escaped, with `between` between them.
 #[must_use]
 pub fn join<T: AsRef<str>>(texts: impl IntoIterator<Item = T>, between: &str) -> String {
@@ -116,7 +122,8 @@ mod tests {
 
     #[test]
     fn letters_of_any_script_stay() {
-        for plain in ["", "nginx: worker process", "/system.slice/a b.service", "naïve", "日本", "Ω", "\"it's\"", "🙂"] {
+        for plain in ["", "nginx: worker process", "/system.slice/a b.service", "naïve", "日本", "Ω", "\"it's\"", "🙂"]
+        {
             assert_eq!(text(plain), plain);
         }
     }

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use crate::{
     compile::{Desired, Hook, Scope, SettingSource},
+    escape::{self, Escape},
     events::SCHEMA,
     options::SocketOption,
     policy::model::{Errno, Form, Mode, Named, Wanted},
@@ -122,12 +123,12 @@ impl Gap {
 
 impl fmt::Display for Gap {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.options.join(", "))?;
+        f.write_str(&escape::join(&self.options, ", "))?;
         if !self.hooks.is_empty() {
             let hooks: Vec<_> = self.hooks.iter().map(|hook| hook.name()).collect();
             write!(f, " at {}", hooks.join(", "))?;
         }
-        write!(f, ": {} ({})", self.reason, self.remedy)
+        write!(f, ": {} ({})", self.reason.escaped(), self.remedy.escaped())
     }
 }
 

@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     compile::Desired,
     coverage::Stack,
+    escape::Escape,
     fault,
     kernel::{KernelError, MapIds, Pins},
     policy::{Policy, PolicyErrors, Texts},
@@ -39,7 +40,7 @@ const PAUSE: Duration = Duration::from_millis(10);
 
 #[derive(Debug, thiserror::Error)]
 pub enum InstanceError {
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {source}", path.escaped())]
     File { path: PathBuf, source: io::Error },
     #[error(
         "instance `{name}` of sockpolicy runs already, as process {pid}\n  help: end that one first (kill {pid}), or give \
@@ -47,8 +48,9 @@ pub enum InstanceError {
     )]
     Running { name: String, pid: String },
     #[error(
-        "cgroup {cgroup} is a target of instance `{name}` already, which {holder}\n  help: end that one first ({remedy}), or \
-         put all policies for this cgroup into one instance"
+        "cgroup {} is a target of instance `{}` already, which {holder}\n  help: end that one first ({}), or put all \
+         policies for this cgroup into one instance",
+        cgroup.escaped(), name.escaped(), remedy.escaped()
     )]
     Governed { cgroup: String, name: String, holder: String, remedy: String },
     #[error(
@@ -56,7 +58,7 @@ pub enum InstanceError {
          (sockpolicy detach {name}), or give this one another name with --instance"
     )]
     Pinned { name: String },
-    #[error("`{0}` is no name for an instance\n  help: take letters, digits, `-` and `_`")]
+    #[error("`{}` is no name for an instance\n  help: take letters, digits, `-` and `_`", .0.escaped())]
     Name(String),
     #[error(transparent)]
     Kernel(#[from] KernelError),

@@ -24,6 +24,7 @@ use nix::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    escape::Escape,
     fault,
     host::{process, survey::Survey},
     instance,
@@ -40,12 +41,12 @@ const AT_A_TIME: usize = 256 * 1024;
 
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {source}", path.escaped())]
     File { path: PathBuf, source: io::Error },
     #[error(
         "{holder} works on {} just now\n  help: do it again when that has ended, or keep what sockets had under another name, with \
          --instance",
-        path.display()
+        path.escaped()
     )]
     Busy { path: PathBuf, holder: String },
 }

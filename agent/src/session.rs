@@ -25,6 +25,7 @@ use self::word::Word;
 use crate::{
     compile::{CompileError, Desired, Hook, compile},
     coverage::Stack,
+    escape::Escape,
     events::{Event, Executables, Filter, Surroundings, decode},
     gaps::{Gap, Gaps},
     host::{
@@ -550,7 +551,7 @@ fn warn_of_overruling(mount: &Mount, targets: &[Target]) {
     let paths: Vec<_> = targets.iter().map(|target| mount.below(&target.cgroup)).collect();
     match kernel::overruling(mount, &paths) {
         Ok(found) => {
-            let mut places: Vec<_> = found.iter().map(|neighbour| format!("/{}", neighbour.cgroup.display())).collect();
+            let mut places: Vec<_> = found.iter().map(|neighbour| format!("/{}", neighbour.cgroup.escaped())).collect();
             places.dedup();
             if !places.is_empty() {
                 log::warn!(

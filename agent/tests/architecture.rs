@@ -52,6 +52,20 @@ fn only_the_command_line_prints() {
 }
 
 #[test]
+fn paths_reach_people_escaped() {
+    only_in(
+        &["escape.rs"],
+        &[".display()", "escape_debug", "escape_default"],
+        "`escape` has one way for people and one for programs",
+    );
+}
+
+#[test]
+fn nothing_panics_where_it_cannot_print() {
+    only_in(&[], &["println!", "print!(", "dbg!("], "these panic where a write fails");
+}
+
+#[test]
 fn pure_modules_do_no_io() {
     let io = ["std::fs", "std::process", "std::thread", "nix::", "File::open", "File::create"];
     let places = [

@@ -11,6 +11,7 @@ use super::{
     run::{DEFAULT_INSTANCE, Placement, RunError},
 };
 use crate::{
+    escape::Escape,
     events::Filter,
     host::{cgroup::Mount, process},
     instance::{Files, Instance, InstanceError},
@@ -109,7 +110,10 @@ enum DetachError {
     Kernel(#[from] KernelError),
     #[error(transparent)]
     Restore(#[from] Box<ApplyError>),
-    #[error("no instance `{name}` has policies in force without an agent{}{}", list(.others), restore(*.has_journal, .name))]
+    #[error(
+        "no instance `{}` has policies in force without an agent{}{}",
+        name.escaped(), list(.others), restore(*.has_journal, .name)
+    )]
     None { name: String, others: Vec<String>, has_journal: bool },
 }
 
@@ -126,11 +130,11 @@ fn restore(has_journal: bool, instance: &str) -> String {
     if !has_journal {
         return String::new();
     }
-    format!("\n  help: put back what `apply` has changed: sockpolicy apply --restore --instance {instance}")
+    format!("\n  help: put back what `apply` has changed: sockpolicy apply --restore --instance {}", instance.escaped())
 }
 
 fn list(names: &[String]) -> String {
-    if names.is_empty() { String::new() } else { format!("\n  help: these have: {}", names.join(", ")) }
+    if names.is_empty() { String::new() } else { format!("\n  help: these have: {}", crate::escape::join(names, ", ")) }
 }
 
 impl Detach {

@@ -22,6 +22,7 @@ use super::{
 use crate::{
     compile::Desired,
     coverage::{Stack, all},
+    escape::{self, Escape},
     events::{Deed, Filter},
     host::{cgroup::Mount, process},
     kernel,
@@ -86,7 +87,10 @@ enum AuditError {
          the container (in the host's PID namespace), or give --cgroup"
     )]
     Namespace,
-    #[error("there is no policy file {word}\n  help: a command stands behind `--`: sockpolicy audit -- {word}")]
+    #[error(
+        "there is no policy file {word}\n  help: a command stands behind `--`: sockpolicy audit -- {word}",
+        word = word.escaped()
+    )]
     Command { word: String },
 }
 
@@ -97,7 +101,7 @@ impl Audit {
         if self.command.is_empty()
             && let Some(word) = self.files.iter().find(|file| is_like_a_command(file))
         {
-            complain(&AuditError::Command { word: word.display().to_string() });
+            complain(&AuditError::Command { word: escape::plain(word) });
             return failure.into();
         }
         let Some(policies) = check::load(&self.files) else { return failure.into() };

@@ -11,6 +11,7 @@ use super::{FAILURE, FINDINGS, complain, descriptor::stdout, output::Format, unl
 use crate::{
     compile::{CompileError, Desired, compile},
     coverage::{Coverage, stack_with},
+    escape::Escape,
     gaps::{Gap, Gaps},
     host::{routes, tcp},
     policy::{
@@ -119,7 +120,7 @@ fn told<T>(what: &str, answer: io::Result<T>) -> Option<T> {
 /// Says that policies with targets of their own are in force elsewhere.
 pub(super) fn warn_of_replaced_targets(policies: &[Policy], by: &str) {
     for policy in policies.iter().filter(|policy| !policy.target.is_empty()) {
-        log::warn!("the target of policy `{}` gives way to {by}", policy.name);
+        log::warn!("the target of policy `{}` gives way to {by}", policy.name.escaped());
     }
 }
 

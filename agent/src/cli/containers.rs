@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::{
+    escape::Escape,
     host::containers::{Listing, Running, running},
     policy::Policy,
 };
@@ -36,8 +37,8 @@ pub(super) fn list(containers: &[Running]) -> String {
         return " none that can be seen".to_owned();
     }
     let line = |Running { container, cgroup }: &Running| {
-        let image = container.image.as_ref().map_or_else(String::new, |image| format!(" ({image})"));
-        format!("\n    {container}{image} in /{}", cgroup.display())
+        let image = container.image.as_ref().map_or_else(String::new, |image| format!(" ({})", image.escaped()));
+        format!("\n    {container}{image} in /{}", cgroup.escaped())
     };
     containers.iter().map(line).collect()
 }

@@ -20,6 +20,7 @@ use super::{
 use crate::{
     compile::Hook,
     enclosure::{Enclosure, EnclosureError},
+    escape::{self, Escape},
     host::{
         btf::Types,
         cgroup::{CgroupError, Mount},
@@ -113,7 +114,7 @@ fn examine() -> Result<Findings, DoctorError> {
     let neighbours = kernel::neighbours(&mount).map_err(|error| error.to_string());
     Ok(Findings {
         kernel: fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned(),
-        cgroup2: mount.path.display().to_string(),
+        cgroup2: escape::plain(&mount.path),
         btf: Types::of_kernel().map(drop).map_err(|error| error.to_string()),
         hooks,
         iterators,
@@ -139,7 +140,12 @@ fn try_options(mount: &Mount) -> Result<Vec<(&'static SocketOption, Answer)>, Do
 impl Findings {
     fn write_text(&self, out: &mut impl Write) -> io::Result<()> {
         let Self { kernel, cgroup2, btf, hooks, iterators, backends, options, neighbours, programs: _ } = self;
-        writeln!(out, "kernel {kernel}, cgroup2 at {cgroup2}, {}", if btf.is_ok() { "BTF" } else { "no BTF" })?;
+        writeln!(
+            out,
+            "kernel {kernel}, cgroup2 at {}, {}",
+            cgroup2.escaped(),
+            if btf.is_ok() { "BTF" } else { "no BTF" }
+        )?;
         let mut table = Table::new();
         table.load_preset(presets::NOTHING).set_header(["", "works", "why not", "since"]);
         for (hook, answer) in hooks {

@@ -22,6 +22,7 @@ use crate::{
     compile::Desired,
     coverage::all,
     enclosure::{Enclosure, EnclosureError},
+    escape::Escape,
     events::Filter,
     host::cgroup::{CgroupError, Mount},
     kernel::Target,
@@ -75,7 +76,7 @@ pub(super) enum ExecError {
 
 /// A command's name, visible also where it is empty.
 fn shown(command: &OsStr) -> String {
-    if command.is_empty() { "``".to_owned() } else { command.display().to_string() }
+    if command.is_empty() { "``".to_owned() } else { command.escaped().to_string() }
 }
 
 fn spawn_help(error: &io::Error) -> &'static str {

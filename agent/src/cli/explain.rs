@@ -11,6 +11,7 @@ use super::{FAILURE, FINDINGS, check, complain, containers, descriptor::stdout, 
 use crate::{
     compile::{CompileError, compile},
     coverage::{all, stack_of},
+    escape::Escape,
     explain::{Explanation, explain},
     host::{
         cgroup::{self, Mount},
@@ -87,7 +88,7 @@ enum ExplainError {
          cgroup\n  help: say which one it is in: --cgroup PATH"
     )]
     WhichCgroup { one: String, other: String },
-    #[error("none of the policies covers cgroup /{}", .0.display())]
+    #[error("none of the policies covers cgroup /{}", .0.escaped())]
     Uncovered(PathBuf),
     #[error("cannot write the answer: {0}")]
     Write(#[from] io::Error),

@@ -1,10 +1,6 @@
 //! `sockpolicy ls`: the sockets that there are, whose they are, and what was chosen of their options.
 
-use std::{
-    io::Write,
-    path::PathBuf,
-    process::ExitCode,
-};
+use std::{io::Write, path::PathBuf, process::ExitCode};
 
 use super::{
     FAILURE, check, complain,

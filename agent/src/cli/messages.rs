@@ -19,7 +19,7 @@ use super::{
     sink::{Sink, Target},
 };
 use crate::{
-    escape::visible,
+    escape::{Escape, visible},
     policy::diagnostic::{Diagnostic, Style},
     report::Unwritten,
 };
@@ -100,7 +100,7 @@ fn with_causes(error: &(dyn Error + 'static)) -> String {
     let mut cause = error.source();
     while let Some(error) = cause {
         let part = error.to_string();
-        if !text.contains(&part) {
+        if !text.contains(&part) && !text.contains(&part.escaped().to_string()) {
             text = format!("{text}: {part}");
         }
         cause = error.source();

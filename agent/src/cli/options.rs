@@ -7,6 +7,7 @@ use serde_json::json;
 
 use super::{FAILURE, complain, descriptor::stdout, output::Format, unless_closed};
 use crate::{
+    escape::Escape,
     options::{Class, OPTIONS, SocketOption, ValueKind},
     reference::reference,
 };
@@ -59,7 +60,7 @@ impl Options {
 }
 
 #[derive(Debug, thiserror::Error)]
-#[error("no option has `{0}` in its name\n  help: `sockpolicy options` lists all")]
+#[error("no option has `{}` in its name\n  help: `sockpolicy options` lists all", .0.escaped())]
 struct NoOption(String);
 
 fn table(options: &[&SocketOption]) -> Table {

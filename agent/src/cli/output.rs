@@ -128,9 +128,8 @@ impl Writer {
     }
 
     fn start(reporting: &Reporting, target: Target, place: String, shared: Option<Sink>) -> Result<Self, ReportError> {
-        let started = || {
-            Sink::start(target, reporting.output).map_err(|source| ReportError { place: place.clone(), source })
-        };
+        let started =
+            || Sink::start(target, reporting.output).map_err(|source| ReportError { place: place.clone(), source });
         let out = shared.map_or_else(started, Ok)?;
         Ok(Self { format: reporting.output, quiet: reporting.quiet, out, place, targets: Throttle::default() })
     }

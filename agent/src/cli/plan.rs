@@ -18,6 +18,7 @@ use super::{
 use crate::{
     changes::{Change, Held, changes},
     compile::{Desired, Hook, Scope},
+    escape::{self, Escape},
     events::SCHEMA,
     host::cgroup::Mount,
     instance::{self, InstanceError},
@@ -251,12 +252,13 @@ fn heading(scope: &Scope, targets: &[&Target]) -> String {
         Mode::Enforce => "enforced",
         Mode::DryRun => "dry run, nothing is changed",
     };
-    let policies = format!("{} ({mode})", scope.policies.join(", then "));
+    let policies = format!("{} ({mode})", escape::join(&scope.policies, ", then "));
     match targets {
         [] => format!("on no cgroup yet, and on those that come to be its targets: {policies}"),
-        [only] => format!("on {}, and all below it: {policies}", only.cgroup.name),
+        [only] => format!("on {}, and all below it: {policies}", only.cgroup.name.escaped()),
         several => {
-            let names: Vec<_> = several.iter().map(|target| format!("\n    {}", target.cgroup.name)).collect();
+            let names: Vec<_> =
+                several.iter().map(|target| format!("\n    {}", target.cgroup.name.escaped())).collect();
             format!("on each of these {}, and all below it: {policies}{}", several.len(), names.concat())
         }
     }
@@ -264,6 +266,7 @@ fn heading(scope: &Scope, targets: &[&Target]) -> String {
 
 fn write_changes(instance: &str, changes: &[Change]) -> io::Result<()> {
     let mut out = stdout(Format::Text);
+    let instance = instance.escaped();
     if changes.is_empty() {
         return writeln!(out, "no difference from what instance {instance} has in force");
     }

@@ -16,9 +16,7 @@ use abi::{
     setting::{OptionKey, Value, read_back, word_in},
 };
 
-use super::{
-    apply::ApplyError, descriptor::stdout, output::Format, run::RunError, unless_closed, walker::Walker,
-};
+use super::{apply::ApplyError, descriptor::stdout, output::Format, run::RunError, unless_closed, walker::Walker};
 use crate::{
     host::{socket, survey::Survey},
     instance,

@@ -13,6 +13,7 @@ use super::{
 };
 use crate::{
     coverage::{Coverage, GlobError, Reach, Stack, all, idle, stack_with},
+    escape::{self, Escape},
     events::Filter,
     host::{
         cgroup::{Cgroup, CgroupError, Mount},
@@ -65,20 +66,20 @@ pub(super) enum RunError {
     Cgroup(#[from] CgroupError),
     #[error(transparent)]
     Session(#[from] SessionError),
-    #[error("no target: policy `{policy}` names none\n  help: say which cgroup with --cgroup PATH")]
+    #[error("no target: policy `{}` names none\n  help: say which cgroup with --cgroup PATH", policy.escaped())]
     NoTarget { policy: String },
     #[error(transparent)]
     Glob(#[from] GlobError),
     #[error(
-        "no cgroup matches {patterns}\n  help: the cgroups of this host are the folders below {}; `find {} -type d` \
+        "no cgroup matches {}\n  help: the cgroups of this host are the folders below {}; `find {} -type d` \
          lists them",
-        mount.display(), mount.display()
+        patterns.escaped(), mount.escaped(), mount.escaped()
     )]
     NoMatch { patterns: String, mount: PathBuf },
     #[error(
-        "no cgroup and no container matches {wanted}\n  help: cgroups are the folders below {}; containers that run \
+        "no cgroup and no container matches {}\n  help: cgroups are the folders below {}; containers that run \
          here:{containers}",
-        mount.display()
+        wanted.escaped(), mount.escaped()
     )]
     NoMatchAmong { wanted: String, containers: String, mount: PathBuf },
     #[error(transparent)]
@@ -176,7 +177,7 @@ pub(super) fn report(
 
 fn start(setup: Setup, writer: &Writer) -> Result<Session, RunError> {
     let session = Session::start(setup)?;
-    log::info!("in force on {}", kernel::names(session.targets()).join(", "));
+    log::info!("in force on {}", escape::join(kernel::names(session.targets()), ", "));
     writer.announce(&session);
     Ok(session)
 }
@@ -291,7 +292,11 @@ fn covered(mount: &Mount, policies: &[Policy]) -> Result<Coverage, RunError> {
         });
     }
     for (policy, wanted) in idle {
-        log::warn!("policy `{}` does not hold on {wanted}: nothing matches that now", policies[policy].name);
+        log::warn!(
+            "policy `{}` does not hold on {}: nothing matches that now",
+            policies[policy].name,
+            wanted.escaped()
+        );
     }
     Ok(Coverage::of_targets(policies, tree, &containers)?)
 }

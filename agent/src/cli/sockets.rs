@@ -12,6 +12,7 @@ use abi::setting::Value;
 
 use super::run::RunError;
 use crate::{
+    escape,
     events::Task,
     host::{
         cgroup::{self, CgroupError, Mount, Names},
@@ -75,7 +76,7 @@ impl<'a> Targets<'a> {
     /// `None` where it is none of theirs, or nothing that policies are about.
     fn place(&self, found: &Found, names: &mut Names) -> Option<Placed> {
         let cgroup = match (&found.home, found.entry.cgroup) {
-            (Some(home), _) => Some(format!("/{}", home.display())),
+            (Some(home), _) => Some(format!("/{}", escape::plain(home))),
             (None, id) => id.and_then(|id| names.name(id)).map(str::to_owned),
         };
         let scope = self.scope(cgroup.as_deref().map(Path::new))?;
@@ -232,7 +233,7 @@ fn owner(found: &Found, Holder { process, descriptor }: Holder, task: impl FnOnc
 }
 
 fn task(process: u32) -> Rc<Task> {
-    let cgroup = cgroup::of_process(process).map(|path| format!("/{}", path.display()));
+    let cgroup = cgroup::of_process(process).map(|path| format!("/{}", escape::plain(&path)));
     let container = cgroup.as_deref().and_then(container::of_cgroup);
     Rc::new(Task {
         pid: process,

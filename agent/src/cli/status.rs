@@ -12,6 +12,7 @@ use serde_json::json;
 use super::{FAILURE, complain, descriptor::stdout, output::Format, unless_closed};
 use crate::{
     compile::Desired,
+    escape::{self, Escape},
     events::SCHEMA,
     host::cgroup::Mount,
     instance::{self, Generation, RecordError, Seen},
@@ -34,18 +35,18 @@ pub(super) struct Status {
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum StatusError {
-    #[error("no instance `{name}` of sockpolicy is here{}", list(.others))]
+    #[error("no instance `{}` of sockpolicy is here{}", name.escaped(), list(.others))]
     None { name: String, others: Vec<String> },
     #[error(transparent)]
     Kernel(#[from] KernelError),
-    #[error("what instance `{name}` has in force cannot be told: {source}")]
+    #[error("what instance `{}` has in force cannot be told: {source}", name.escaped())]
     Unknown { name: String, source: Box<Unknown> },
     #[error("cannot write the status: {0}")]
     Write(#[from] io::Error),
 }
 
 fn list(names: &[String]) -> String {
-    if names.is_empty() { String::new() } else { format!("\n  help: these are: {}", names.join(", ")) }
+    if names.is_empty() { String::new() } else { format!("\n  help: these are: {}", escape::join(names, ", ")) }
 }
 
 /// Why less than all can be said of an instance.
@@ -117,7 +118,8 @@ fn write_kept(out: &mut impl Write, instance: &str) -> io::Result<()> {
     writeln!(
         out,
         "\nkept with instance {instance}: what sockets had before `apply`; `sockpolicy apply --restore --instance {instance}` puts \
-         it back"
+         it back",
+        instance = instance.escaped()
     )
 }
 
@@ -176,7 +178,7 @@ fn holder(seen: &Seen) -> String {
 }
 
 fn write_text(out: &mut impl Write, seen: &Seen, looked: &Result<InForce, Unknown>) -> io::Result<()> {
-    writeln!(out, "instance {}: {}", seen.name, holder(seen))?;
+    writeln!(out, "instance {}: {}", seen.name.escaped(), holder(seen))?;
     let InForce { generation, desired, summary, unread } = match looked {
         Ok(in_force) => in_force,
         Err(error) => return writeln!(out, "  what it has in force cannot be told: {error}"),
@@ -186,9 +188,9 @@ fn write_text(out: &mut impl Write, seen: &Seen, looked: &Result<InForce, Unknow
             Mode::Enforce => "enforced",
             Mode::DryRun => "dry run",
         };
-        writeln!(out, "  {} ({mode})", scope.policies.join(", then "))?;
+        writeln!(out, "  {} ({mode})", escape::join(&scope.policies, ", then "))?;
         for (target, _) in generation.targets.iter().filter(|(_, scope)| *scope == number) {
-            writeln!(out, "    on {target}")?;
+            writeln!(out, "    on {}", target.escaped())?;
         }
         let hooks: Vec<_> = scope.hooks.iter().map(|hook| hook.name()).collect();
         writeln!(out, "    by {}", hooks.join(", "))?;

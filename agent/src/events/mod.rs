@@ -26,6 +26,7 @@ use serde::Serialize;
 pub use self::{executables::Executables, filter::Filter, json::SCHEMA};
 use crate::{
     compile::Desired,
+    escape,
     host::container::Container,
     options::{self, Kept, ValueKind},
     policy::model::{Family, Mode, Protocol},
@@ -433,7 +434,7 @@ pub fn cause(desired: &Desired, setting: u32) -> Option<Cause> {
         setting,
         policy: rule.policy.clone(),
         rule: rule.rule.clone(),
-        place: format!("{}:{}", rule.path.display(), source.line),
+        place: format!("{}:{}", escape::plain(&rule.path), source.line),
     })
 }
 

@@ -6,6 +6,7 @@ use abi::setting::read_back;
 
 use super::{Call, Deed, Event, Kind, Limit, Socket, Via};
 use crate::{
+    escape::Escape,
     options::{self, SocketOption, display_name},
     policy::model::Form,
     report::errno_name,
@@ -58,7 +59,7 @@ impl fmt::Display for Event {
             }
         }
         if let Some(cause) = &self.cause {
-            write!(f, "  ({}, rule {})", cause.place, cause.rule)?;
+            write!(f, "  ({}, rule {})", cause.place.escaped(), cause.rule.escaped())?;
         }
         if let Some(socket) = &self.socket {
             write_socket(f, socket)?;
@@ -80,7 +81,7 @@ impl Event {
     fn who(&self) -> String {
         let Some(task) = &self.task else { return "a process".to_owned() };
         let inside = task.container.as_ref().map_or_else(String::new, |container| format!(" in {container}"));
-        format!("{}[{}]{inside}", task.comm, task.pid)
+        format!("{}[{}]{inside}", task.comm.escaped(), task.pid)
     }
 
     fn write_drift(&self, f: &mut fmt::Formatter<'_>, limit: Option<Limit>) -> fmt::Result {

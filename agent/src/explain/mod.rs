@@ -19,6 +19,7 @@ pub use self::{
 };
 use crate::{
     compile::{Desired, RuleSource, Scope, SettingSource, facts},
+    escape,
     events::SCHEMA,
     policy::{Socket, model::Form},
     unsupported::{self, Unsupported},
@@ -130,7 +131,7 @@ impl Clause {
     /// `FILE:LINE`
     #[must_use]
     pub fn place(&self) -> String {
-        format!("{}:{}", self.rule.path.display(), self.source.line)
+        format!("{}:{}", escape::plain(&self.rule.path), self.source.line)
     }
 }
 

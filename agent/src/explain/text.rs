@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::{Explanation, OptionExplained, Unmet, WhyNot};
+use crate::escape::Escape;
 
 impl fmt::Display for Explanation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -15,12 +16,24 @@ impl fmt::Display for OptionExplained {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = self.name();
         match &self.winner {
-            Some(winner) => write!(f, "{name}: {}, by rule {} ({})", winner.says(), winner.rule.rule, winner.place())?,
+            Some(winner) => write!(
+                f,
+                "{name}: {}, by rule {} ({})",
+                winner.says(),
+                winner.rule.rule.escaped(),
+                winner.place().escaped()
+            )?,
             None => write!(f, "{name}: the application's own")?,
         }
         self.unsupported.iter().try_for_each(|entry| write!(f, "\n  unsupported: {entry}"))?;
         self.others.iter().try_for_each(|(other, why)| {
-            write!(f, "\n  not {}, by rule {} ({}): {why}", other.says(), other.rule.rule, other.place())
+            write!(
+                f,
+                "\n  not {}, by rule {} ({}): {why}",
+                other.says(),
+                other.rule.rule.escaped(),
+                other.place().escaped()
+            )
         })
     }
 }
@@ -30,9 +43,16 @@ impl fmt::Display for WhyNot {
         let list = |unmet: &[Unmet]| unmet.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
         match self {
             Self::Unmet(unmet) | Self::NotYet(unmet) => f.write_str(&list(unmet)),
-            Self::After(rule) => write!(f, "rule {} of policy {} comes first", rule.rule, rule.policy),
+            Self::After(rule) => {
+                write!(f, "rule {} of policy {} comes first", rule.rule.escaped(), rule.policy.escaped())
+            }
             Self::Waits(rule) => {
-                write!(f, "rule {} of policy {} comes first, and may yet match", rule.rule, rule.policy)
+                write!(
+                    f,
+                    "rule {} of policy {} comes first, and may yet match",
+                    rule.rule.escaped(),
+                    rule.policy.escaped()
+                )
             }
         }
     }

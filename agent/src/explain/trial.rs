@@ -8,6 +8,7 @@ use super::{Explanation, OptionExplained, explain};
 use crate::{
     compile::{CompileError, compile},
     coverage::{Coverage, stack_of, stack_with},
+    escape::{self, Escape},
     events::SCHEMA,
     policy::{
         Policy,
@@ -84,7 +85,7 @@ impl Trial {
         let failure = |failure: &Failure| {
             json!({
                 "option": failure.expected.option.to_string(),
-                "file": format!("{}:{}", self.path.display(), failure.expected.line),
+                "file": format!("{}:{}", escape::plain(&self.path), failure.expected.line),
                 "expected": failure.wanted(),
                 "found": failure.found.as_ref().map(OptionExplained::to_json),
             })
@@ -93,7 +94,7 @@ impl Trial {
             "schema": SCHEMA,
             "policy": self.policy,
             "test": self.test.name,
-            "file": format!("{}:{}", self.path.display(), self.test.line),
+            "file": format!("{}:{}", escape::plain(&self.path), self.test.line),
             "passed": self.passed(),
             "failures": self.failures.iter().map(failure).collect::<Vec<_>>(),
         })
@@ -112,7 +113,14 @@ impl fmt::Display for Trial {
         let Self { path, test, failures, .. } = self;
         for failure in failures {
             let wanted = failure.wanted().unwrap_or_else(|| "the application's own".to_owned());
-            writeln!(f, "{}:{}: test {}, on {}", path.display(), failure.expected.line, test.name, test.socket)?;
+            writeln!(
+                f,
+                "{}:{}: test {}, on {}",
+                path.escaped(),
+                failure.expected.line,
+                test.name.escaped(),
+                test.socket
+            )?;
             writeln!(f, "  expected {}: {wanted}", failure.expected.option)?;
             match &failure.found {
                 Some(found) => writeln!(f, "  found {found}")?,

@@ -13,6 +13,8 @@ use std::{
 use btf_rs::{Backend, Btf, BtfType, Struct, Type};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
+use crate::escape::Escape;
+
 /// Where a kernel shows its description (CONFIG_DEBUG_INFO_BTF).
 pub const PLACE: &str = "/sys/kernel/btf/vmlinux";
 
@@ -53,7 +55,7 @@ impl Types {
     }
 
     fn read(path: &Path) -> Result<Self, BtfError> {
-        let missing = |source| BtfError::Missing { path: path.display().to_string(), source };
+        let missing = |source| BtfError::Missing { path: path.escaped().to_string(), source };
         // Looking up a few names in mapped memory takes a tenth of the time that it takes to digest all of them. The
         // file itself can be mapped from 6.16 on only, a copy always.
         if let Ok(types) = Btf::from_file_with_backend(path, Backend::Mmap) {
@@ -65,7 +67,7 @@ impl Types {
         let copied = format!("/proc/self/fd/{}", copy.as_raw_fd());
         Btf::from_file_with_backend(copied, Backend::Mmap)
             .map(Self)
-            .map_err(|source| BtfError::Unreadable { path: path.display().to_string(), source })
+            .map_err(|source| BtfError::Unreadable { path: path.escaped().to_string(), source })
     }
 
     /// The structure of this name, if the kernel has one. All types are gone through for that.

@@ -17,6 +17,8 @@ use std::{
 
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, TMPFS_MAGIC, fstatfs, statfs};
 
+use crate::escape::{self, Escape};
+
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
     #[error(
@@ -27,22 +29,28 @@ pub enum CgroupError {
     #[error("cannot read {path}: {source}")]
     Proc { path: &'static str, source: io::Error },
     #[error(
-        "no cgroup {path}: {source}\n  help: cgroups are the folders below {mount}; `find {mount} -type d` lists them"
+        "no cgroup {}: {source}\n  help: cgroups are the folders below {mount}; `find {mount} -type d` lists them",
+        path.escaped(), mount = mount.escaped()
     )]
     Missing { path: PathBuf, mount: PathBuf, source: io::Error },
-    #[error("{path} is a file, and a cgroup is a folder\n  help: did you mean {folder}?")]
+    #[error(
+        "{} is a file, and a cgroup is a folder\n  help: did you mean {}?",
+        path.escaped(), folder.escaped()
+    )]
     NotAFolder { path: PathBuf, folder: PathBuf },
     #[error(
-        "{path} is not in the cgroup2 hierarchy: it is a cgroup of version 1, or no cgroup at all\n  help: give a \
-         folder below {mount}"
+        "{} is not in the cgroup2 hierarchy: it is a cgroup of version 1, or no cgroup at all\n  help: give a \
+         folder below {}",
+        path.escaped(), mount.escaped()
     )]
     NotCgroup2 { path: PathBuf, mount: PathBuf },
     #[error(
-        "cgroup {path} is {level} levels deep, and targets can be {max} at the most\n  help: take one of its parents \
-         as the target"
+        "cgroup {} is {level} levels deep, and targets can be {max} at the most\n  help: take one of its parents \
+         as the target",
+        path.escaped()
     )]
     TooDeep { path: PathBuf, level: u32, max: u32 },
-    #[error("cannot read cgroup {path}: {source}")]
+    #[error("cannot read cgroup {}: {source}", path.escaped())]
     Walk { path: PathBuf, source: io::Error },
 }
 
@@ -105,7 +113,7 @@ impl Mount {
         if level > abi::CGROUP_LEVELS_MAX {
             return Err(CgroupError::TooDeep { path: full, level, max: abi::CGROUP_LEVELS_MAX });
         }
-        let name = format!("/{}", below.display());
+        let name = format!("/{}", escape::plain(below));
         Ok(Cgroup { name, id: metadata.ino(), level, folder, path: full })
     }
 
@@ -242,7 +250,7 @@ pub struct Names {
 impl Names {
     #[must_use]
     pub fn new(mount: Mount) -> Self {
-        let top = File::open(&mount.path).inspect_err(|error| log::debug!("{}: {error}", mount.path.display())).ok();
+        let top = File::open(&mount.path).inspect_err(|error| log::debug!("{}: {error}", mount.path.escaped())).ok();
         Self { mount, top, known: HashMap::new() }
     }
 
@@ -267,14 +275,14 @@ impl Mount {
     }
 
     fn name_below(&self, path: &Path) -> Option<String> {
-        path.strip_prefix(&self.path).ok().map(|below| format!("/{}", below.display()))
+        path.strip_prefix(&self.path).ok().map(|below| format!("/{}", escape::plain(below)))
     }
 
     fn search(&self, id: u64) -> Option<String> {
         let mut left = vec![PathBuf::new()];
         while let Some(below) = left.pop() {
             if fs::metadata(self.path.join(&below)).is_ok_and(|metadata| metadata.ino() == id) {
-                return Some(format!("/{}", below.display()));
+                return Some(format!("/{}", escape::plain(&below)));
             }
             left.extend(self.children(&below).unwrap_or_default());
         }

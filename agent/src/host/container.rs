@@ -17,6 +17,8 @@ use std::fmt;
 
 use serde::Serialize;
 
+use crate::escape::Escape;
+
 pub const CONTAINERD: &str = "containerd";
 pub const CRI_O: &str = "cri-o";
 pub const CRUN: &str = "crun";
@@ -122,8 +124,11 @@ fn is_digit(byte: u8) -> bool {
 impl fmt::Display for Container {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.name {
-            Some(name) => write!(f, "{}:{name}", self.runtime),
-            None => write!(f, "{}:{:.12}", self.runtime, self.id),
+            Some(name) => write!(f, "{}:{}", self.runtime, name.escaped()),
+            None => {
+                let short = self.id.char_indices().nth(12).map_or(&*self.id, |(end, _)| &self.id[..end]);
+                write!(f, "{}:{}", self.runtime, short.escaped())
+            }
         }
     }
 }

@@ -15,13 +15,16 @@ use nix::{
     sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor},
 };
 
+use crate::escape::Escape;
+
 #[derive(Debug, thiserror::Error)]
 pub enum WatchError {
     #[error("cannot watch for changes: {0}")]
     Init(#[source] io::Error),
     #[error(
-        "cannot watch {folder}, nor any more after it: {source}\n  help: sysctl fs.inotify.max_user_watches says how many \
-         folders a user may watch"
+        "cannot watch {}, nor any more after it: {source}\n  help: sysctl fs.inotify.max_user_watches says how many \
+         folders a user may watch",
+        folder.escaped()
     )]
     Add { folder: PathBuf, source: io::Error },
 }

@@ -10,6 +10,8 @@ use std::{
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
+use crate::escape;
+
 /// A descriptor that becomes readable when a process ends (pidfd_open(2), Linux 5.3).
 ///
 /// # Errors
@@ -45,7 +47,7 @@ pub fn executable(process: u32) -> Option<String> {
     if process == 0 {
         return None;
     }
-    fs::read_link(format!("/proc/{process}/exe")).ok().map(|path| path.display().to_string())
+    fs::read_link(format!("/proc/{process}/exe")).ok().map(|path| escape::plain(&path))
 }
 
 /// The processes that there are.

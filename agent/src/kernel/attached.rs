@@ -19,7 +19,7 @@ use super::{
     pins::{Pinned, Pins},
     tables::Placed,
 };
-use crate::{compile::Hook, fault, host::cgroup::Cgroup};
+use crate::{compile::Hook, escape::Escape, fault, host::cgroup::Cgroup};
 
 /// A hook of a cgroup, which is named by its id.
 pub(super) type Point = (u64, Hook);
@@ -145,7 +145,7 @@ impl Attached {
                     Ok(())
                 });
             match attached {
-                Ok(()) => log::debug!("attached {hook} to {}", cgroup.path.display()),
+                Ok(()) => log::debug!("attached {hook} to {}", cgroup.path.escaped()),
                 Err(error) if !is_at(&cgroup.path, cgroup.id) => {
                     log::debug!("{error}");
                     held.is_removed = true;
@@ -226,7 +226,7 @@ impl Attached {
 fn unpin(path: &Path) {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            log::warn!("cannot remove {}: {error}", path.display());
+            log::warn!("cannot remove {}: {error}", path.escaped());
         }
         _ => {}
     }

@@ -5,7 +5,7 @@ use std::{error::Error, io, path::PathBuf};
 use aya::programs::ProgramError;
 
 use super::Backend;
-use crate::compile::Hook;
+use crate::{compile::Hook, escape::Escape};
 
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
@@ -30,7 +30,7 @@ pub enum KernelError {
         hook.since()
     )]
     Load { hook: Hook, reason: String },
-    #[error("cannot attach to {hook} of cgroup {}: {reason}{}", cgroup.display(), attach_help(.reason))]
+    #[error("cannot attach to {hook} of cgroup {}: {reason}{}", cgroup.escaped(), attach_help(.reason))]
     Attach { hook: Hook, cgroup: PathBuf, reason: String },
     #[error("the iterator over TCP sockets: {reason}")]
     Iterator { reason: String },
@@ -41,7 +41,7 @@ pub enum KernelError {
          /sys/fs/bpf"
     )]
     NoBpffs,
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {source}", path.escaped())]
     Pin { path: PathBuf, source: io::Error },
     #[error(
         "the audit cannot use {backend}: {reason}\n  help: leave out --audit-backend and the best one that this kernel \

@@ -14,7 +14,12 @@ use aya::programs::loaded_programs;
 use serde_json::{Value, json};
 
 use super::syscall;
-use crate::{compile::Hook, events::SCHEMA, host::cgroup::Mount};
+use crate::{
+    compile::Hook,
+    escape::{self, Escape},
+    events::SCHEMA,
+    host::cgroup::Mount,
+};
 
 /// A program that is attached to a cgroup.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,7 +55,7 @@ impl Neighbour {
         json!({
             "schema": SCHEMA,
             "hook": self.hook.name(),
-            "cgroup": format!("/{}", self.cgroup.display()),
+            "cgroup": format!("/{}", escape::plain(&self.cgroup)),
             "program": self.id,
             "name": self.name,
             "sockpolicy": self.is_sockpolicy(),
@@ -74,9 +79,9 @@ impl fmt::Display for Neighbour {
         match name.as_str() {
             _ if self.is_sockpolicy() => write!(f, "another sockpolicy's (program {id})")?,
             "" => write!(f, "program {id}")?,
-            name => write!(f, "{name} (program {id})")?,
+            name => write!(f, "{} (program {id})", name.escaped())?,
         }
-        write!(f, " on /{}", cgroup.display())
+        write!(f, " on /{}", cgroup.escaped())
     }
 }
 

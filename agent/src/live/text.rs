@@ -2,8 +2,10 @@
 
 use std::{collections::BTreeMap, fmt};
 
+use unicode_width::UnicodeWidthStr;
+
 use super::{Live, Told, Values};
-use crate::values;
+use crate::{escape::Escape, values};
 
 /// Sockets with the options to show of each.
 #[derive(Debug, Default)]
@@ -44,10 +46,10 @@ impl Table {
             .map(|(option, value)| format!("{} = {}", option.name, values::text(option.key(), value)))
             .collect();
         if let Told::Refused(why) = &live.values {
-            shown.push(format!("cannot be looked into: {why}"));
+            shown.push(format!("cannot be looked into: {}", why.escaped()));
         }
         for (width, cell) in self.widths.iter_mut().zip(&cells) {
-            *width = cell.len().max(*width);
+            *width = cell.width().max(*width);
         }
         self.groups.entry(live.cgroup.clone()).or_default().push(Row { cells, options: shown });
     }
@@ -59,7 +61,7 @@ fn process(live: &Live) -> String {
         0 => String::new(),
         count => format!(" (+{count})"),
     };
-    format!("{}[{}] fd {}{others}", owner.task.comm.escape_debug(), owner.task.pid, owner.descriptor)
+    format!("{}[{}] fd {}{others}", owner.task.comm.escaped(), owner.task.pid, owner.descriptor)
 }
 
 impl fmt::Display for Table {
@@ -70,7 +72,7 @@ impl fmt::Display for Table {
             if number > 0 {
                 writeln!(f)?;
             }
-            writeln!(f, "{}", cgroup.as_deref().unwrap_or("of no cgroup that is known"))?;
+            writeln!(f, "{}", cgroup.as_deref().unwrap_or("of no cgroup that is known").escaped())?;
             write_cells(f, &HEADER, &widths)?;
             for row in rows {
                 write_cells(f, &row.cells, &widths)?;
@@ -82,7 +84,10 @@ impl fmt::Display for Table {
 }
 
 fn write_cells(f: &mut fmt::Formatter<'_>, cells: &[impl AsRef<str>], widths: &[usize]) -> fmt::Result {
-    let padded = cells.iter().zip(widths).map(|(cell, width)| format!("{:width$}", cell.as_ref()));
+    let padded = cells.iter().zip(widths).map(|(cell, width)| {
+        let cell = cell.as_ref();
+        format!("{cell}{}", " ".repeat(width.saturating_sub(cell.width())))
+    });
     writeln!(f, "  {}", padded.collect::<Vec<_>>().join("  ").trim_end())
 }
 
@@ -91,7 +96,7 @@ fn write_options(f: &mut fmt::Formatter<'_>, options: &[String]) -> fmt::Result 
     let mut line = String::new();
     for (number, option) in options.iter().enumerate() {
         let end = if number + 1 < options.len() { "," } else { "" };
-        if !line.is_empty() && INDENT.len() + line.len() + 1 + option.len() + end.len() > WIDTH {
+        if !line.is_empty() && INDENT.len() + line.width() + 1 + option.width() + end.len() > WIDTH {
             writeln!(f, "{INDENT}{line}")?;
             line.clear();
         }

@@ -14,6 +14,8 @@ use std::{
 
 use annotate_snippets::{AnnotationKind, Group, Level, Origin, Renderer, Snippet};
 
+use crate::escape::{self, Escape, visible};
+
 /// Bytes of a source file.
 pub type Span = Range<usize>;
 
@@ -123,14 +125,14 @@ impl Diagnostic {
     #[must_use]
     pub fn without_source(problem: Problem) -> Self {
         let Problem { span: _, message, help } = problem;
-        let (message, help) = (visible(&message), help.map(|help| visible(&help)));
+        let (message, help) = (visible(&message, false), help.map(|help| visible(&help, false)));
         Self { severity: Severity::Error, source: None, span: None, message, help }
     }
 
     #[must_use]
     pub fn new(severity: Severity, source: &Arc<Source>, problem: Problem) -> Self {
         let Problem { span, message, help } = problem;
-        let (message, help) = (visible(&message), help.map(|help| visible(&help)));
+        let (message, help) = (visible(&message, false), help.map(|help| visible(&help, false)));
         Self { severity, source: Some(Arc::clone(source)), span, message, help }
     }
 
@@ -156,7 +158,7 @@ impl Diagnostic {
                 Severity::Error => "error",
                 Severity::Warning => "warning",
             },
-            "file": self.source.as_ref().map(|source| source.path.display().to_string()),
+            "file": self.source.as_ref().map(|source| escape::plain(&source.path)),
             "line": line,
             "column": columns.map(|(from, _)| from),
             "end_column": columns.map(|(_, to)| to),
@@ -178,7 +180,7 @@ impl Diagnostic {
         };
         let mut group = Group::with_title(level.primary_title(&self.message));
         if let Some(source) = &self.source {
-            let path = visible(&source.path.display().to_string());
+            let path = source.path.escaped().to_string();
             group = match &self.span {
                 Some(span) => with_place(group, source, path, span),
                 None => group.element(Origin::path(path)),
@@ -220,30 +222,9 @@ fn with_place<'a>(group: Group<'a>, source: &'a Source, path: String, span: &Spa
 /// What somebody wrote, as it can be repeated to them: in backquotes, on one line, not too long.
 #[must_use]
 pub fn quote(text: &str) -> String {
-    let mut quoted = String::from("`");
-    let mut characters = text.chars();
-    for character in characters.by_ref().take(QUOTED_MAX) {
-        push_visible(&mut quoted, character);
-    }
-    if characters.next().is_some() {
-        quoted.push('…');
-    }
-    quoted.push('`');
-    quoted
-}
-
-fn visible(text: &str) -> String {
-    let mut out = String::new();
-    text.chars().for_each(|character| push_visible(&mut out, character));
-    out
-}
-
-/// Letters of any script stay; what would move the cursor or reorder the line is escaped, which is
-/// what `escape_debug` does, but for quotes and backslashes.
-fn push_visible(out: &mut String, character: char) {
-    match character {
-        '"' | '\'' | '\\' => out.push(character),
-        _ => out.extend(character.escape_debug()),
+    match text.char_indices().nth(QUOTED_MAX) {
+        Some((end, _)) => format!("`{}…`", text[..end].escaped()),
+        None => format!("`{}`", text.escaped()),
     }
 }
 
@@ -332,7 +313,7 @@ mod tests {
 
     #[test]
     fn what_was_written_is_repeated_on_one_line_and_without_escapes_for_the_terminal() {
-        assert_eq!(quote("a\n\u{1b}[31m\u{202e}é\"\\"), "`a\\n\\u{1b}[31m\\u{202e}é\"\\`");
+        assert_eq!(quote("a\n\u{1b}[31m\u{202e}é\"\\"), "`a\\n\\u{1b}[31m\\u{202e}é\"\\\\`");
         assert_eq!(quote(&"x".repeat(100)), format!("`{}…`", "x".repeat(60)));
     }
 

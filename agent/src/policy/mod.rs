@@ -38,6 +38,7 @@ use self::{
     diagnostic::{Diagnostic, Problem, Severity, Source, Span, Style, quote},
     validate::Checked,
 };
+use crate::escape::Escape;
 
 /// Policies are small: whatever is larger is something else.
 const SIZE_MAX: u64 = 1 << 20;
@@ -127,7 +128,7 @@ fn same_name(source: &Arc<Source>, name: &str, span: Span, first: &Path) -> Diag
     let problem = if source.path() == first {
         Problem::new("this file is given twice").help("name it once")
     } else {
-        let message = format!("two policies have the name {}: the other is in {}", quote(name), first.display());
+        let message = format!("two policies have the name {}: the other is in {}", quote(name), first.escaped());
         Problem::new(message).help("give this one another: name = \"…\" at the top of the file")
     };
     Diagnostic::new(Severity::Error, source, problem.at(span))
@@ -158,7 +159,7 @@ pub fn read(path: &Path) -> Result<Arc<Source>, Diagnostic> {
 fn unsuitable(path: &Path, file: &File) -> io::Result<Option<Problem>> {
     let metadata = file.metadata()?;
     let kind = metadata.file_type();
-    let shown = path.display();
+    let shown = path.escaped();
     if kind.is_dir() {
         return Ok(Some(
             Problem::new(format!("{shown} is a directory, not a policy"))
@@ -178,19 +179,19 @@ fn unsuitable(path: &Path, file: &File) -> io::Result<Option<Problem>> {
 }
 
 fn too_large(path: &Path) -> Problem {
-    Problem::new(format!("{} is larger than 1 MiB, and so no policy", path.display()))
+    Problem::new(format!("{} is larger than 1 MiB, and so no policy", path.escaped()))
         .help("name a policy file, such as those in /etc/sockpolicy/policies.d")
 }
 
 fn unreadable(path: &Path, error: &io::Error) -> Problem {
     let errno = error.raw_os_error().map(Errno::from_raw);
     let why = errno.map_or_else(|| error.to_string(), |errno| errno.desc().to_lowercase());
-    let problem = Problem::new(format!("cannot read {}: {why}", path.display()));
+    let problem = Problem::new(format!("cannot read {}: {why}", path.escaped()));
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     match errno {
-        Some(Errno::ENOENT) => problem.help(format!("see what is there: ls {}", parent.display())),
+        Some(Errno::ENOENT) => problem.help(format!("see what is there: ls {}", parent.escaped())),
         Some(Errno::EACCES | Errno::EPERM) => {
-            problem.help(format!("run as root, or see who may read it: ls -l {}", path.display()))
+            problem.help(format!("run as root, or see who may read it: ls -l {}", path.escaped()))
         }
         _ => problem,
     }
@@ -202,7 +203,7 @@ fn not_utf8(path: &Path, error: &std::string::FromUtf8Error) -> Diagnostic {
     let at = error.utf8_error().valid_up_to();
     let byte = bytes.get(at).copied().unwrap_or(0);
     let problem = Problem::new(format!("this file is not UTF-8: it has the byte {byte:#04x} here"))
-        .help(format!("convert it: iconv -f LATIN1 -t UTF-8 {}", path.display()))
+        .help(format!("convert it: iconv -f LATIN1 -t UTF-8 {}", path.escaped()))
         .at(at..at + char::REPLACEMENT_CHARACTER.len_utf8());
     let source = Source::new(path, String::from_utf8_lossy(bytes).into_owned());
     Diagnostic::new(Severity::Error, &source, problem)

@@ -7,6 +7,7 @@ use std::{
 };
 
 use super::model::{Direction, Family, Protocol};
+use crate::escape::Escape;
 
 /// A socket, as far as it is known. What is not may yet be anything.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -113,7 +114,7 @@ impl fmt::Display for Socket {
             write!(f, ", remote {remote}")?;
         }
         match &self.cgroup {
-            Some(cgroup) => write!(f, ", in cgroup /{}", cgroup.display()),
+            Some(cgroup) => write!(f, ", in cgroup /{}", cgroup.escaped()),
             None => Ok(()),
         }
     }

@@ -18,6 +18,7 @@ use super::{
     lint, read, same_name, sort, unreadable,
     validate::{self, Checked},
 };
+use crate::escape::Escape;
 
 /// How many symbolic links are followed one after the other, as the kernel does (`MAXSYMLINKS`).
 const LINKS_MAX: usize = 40;
@@ -69,7 +70,7 @@ impl Sources {
             }
             match policies_in(path) {
                 Ok(found) if found.is_empty() => {
-                    let problem = Problem::new(format!("no policy in {}: it has no *.toml", path.display()))
+                    let problem = Problem::new(format!("no policy in {}: it has no *.toml", path.escaped()))
                         .help("put one there, or name the file");
                     errors.push(Diagnostic::without_source(problem));
                 }

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{CallLine, Line, Summary, common_mode};
+use super::{CallLine, Example, Line, Summary, common_mode};
 use crate::{
     events::{Deed, SCHEMA, Verdict},
     gaps::Gap,
@@ -74,7 +74,7 @@ fn line_json(line: &Line) -> Value {
         "sockets": { "set": set, "unchanged": unchanged, "failed": failed, "failed_errno": failed_errno },
         "calls": { "agreed": agreed, "conflicts": verdicts, "reads": reads },
         "events": { "reported": reported, "suppressed": suppressed },
-        "asked": line.asked,
+        "asked": line.asked.iter().map(Example::plain).collect::<Vec<_>>(),
         "unsupported": line.unsupported.iter().map(|(entry, _)| entry.name).collect::<Vec<_>>(),
     })
 }

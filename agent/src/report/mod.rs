@@ -10,7 +10,7 @@ mod loss;
 mod table;
 mod text;
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt};
 
 use abi::Counters;
 
@@ -21,6 +21,7 @@ pub use self::{
 };
 use crate::{
     compile::Desired,
+    escape::{self, Escape},
     events::{Deed, Event, Kind, Verdict},
     gaps::Gap,
     kernel::Audit,
@@ -36,7 +37,7 @@ const EXAMPLES_MAX: usize = 4;
 #[derive(Debug, Default)]
 pub struct Report {
     /// By generation and setting: what was asked for otherwise, and by whom.
-    asked: BTreeMap<(u32, u32), Vec<String>>,
+    asked: BTreeMap<(u32, u32), Vec<Example>>,
     lines: Vec<Line>,
     /// What was counted before, of settings that have no line yet.
     before: Vec<Counted>,
@@ -67,6 +68,31 @@ pub struct Counts {
     pub lost: Lost,
 }
 
+/// What was asked for, and by whom.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Example {
+    /// `None`: it was not seen.
+    asked: Option<String>,
+    /// The name of the task.
+    who: String,
+}
+
+impl Example {
+    fn with(&self, who: &dyn fmt::Display) -> String {
+        self.asked.as_ref().map_or_else(|| who.to_string(), |asked| format!("{asked} by {who}"))
+    }
+
+    /// For people.
+    fn text(&self) -> String {
+        self.with(&self.who.escaped())
+    }
+
+    /// For programs: the name as it is.
+    fn plain(&self) -> String {
+        self.with(&self.who)
+    }
+}
+
 /// One setting, wherever it holds.
 #[derive(Debug)]
 pub struct Line {
@@ -79,7 +105,7 @@ pub struct Line {
     pub mode: Mode,
     pub counters: Counters,
     /// What was asked for otherwise, and by whom: examples.
-    pub asked: Vec<String>,
+    pub asked: Vec<Example>,
     /// What is not done of it.
     pub unsupported: Vec<(&'static Unsupported, Concern)>,
     /// Whether it is to be told of: not where only policies that were there before this report have it.
@@ -91,11 +117,8 @@ impl Report {
     pub fn fold(&mut self, generation: u32, event: &Event) {
         let (Kind::Conflict { .. }, Some(cause)) = (event.kind, &event.cause) else { return };
         let who = event.task.as_ref().map_or("a process", |task| task.comm.as_str());
-        let example = if event.asked.len == 0 {
-            who.to_owned()
-        } else {
-            format!("{} by {who}", values::text(event.key, &event.asked))
-        };
+        let asked = (event.asked.len > 0).then(|| values::text(event.key, &event.asked));
+        let example = Example { asked, who: who.to_owned() };
         let examples = self.asked.entry((generation, cause.setting)).or_default();
         if examples.len() < EXAMPLES_MAX && !examples.contains(&example) {
             examples.push(example);
@@ -193,7 +216,7 @@ impl Line {
         Some(Self {
             policy: rule.policy.clone(),
             rule: rule.rule.clone(),
-            place: format!("{}:{}", rule.path.display(), source.line),
+            place: format!("{}:{}", escape::plain(&rule.path), source.line),
             option: source.option,
             form: source.form.clone(),
             mode: rule.mode,

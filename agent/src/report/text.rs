@@ -3,19 +3,20 @@
 use std::fmt;
 
 use super::{
-    Line, Summary,
+    Example, Line, Summary,
     calls::calls_table,
     common_mode, errno_name,
     table::{align_right, table},
 };
 use crate::{
+    escape::{self, Escape},
     policy::model::Mode,
     unsupported::{self, Concern},
 };
 
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let targets = if self.targets.is_empty() { "no cgroup".to_owned() } else { self.targets.join(", ") };
+        let targets = if self.targets.is_empty() { "no cgroup".to_owned() } else { escape::join(&self.targets, ", ") };
         if self.policies.is_empty() {
             writeln!(f, "sockpolicy: the calls of {targets}")?;
         } else {
@@ -64,12 +65,15 @@ impl Summary {
         };
         match common_mode(&self.policies) {
             Some(mode) => {
-                let names: Vec<_> = self.policies.iter().map(|(name, _)| name.as_str()).collect();
-                format!("{} on {targets} ({})", names.join(", "), manner(mode))
+                let names = escape::join(self.policies.iter().map(|(name, _)| name), ", ");
+                format!("{names} on {targets} ({})", manner(mode))
             }
             None => {
-                let names: Vec<_> =
-                    self.policies.iter().map(|(name, mode)| format!("{name} ({})", manner(*mode))).collect();
+                let names: Vec<_> = self
+                    .policies
+                    .iter()
+                    .map(|(name, mode)| format!("{} ({})", name.escaped(), manner(*mode)))
+                    .collect();
                 format!("{} on {targets}", names.join(", "))
             }
         }
@@ -107,7 +111,7 @@ impl Summary {
             table.add_row([
                 line.option.to_string(),
                 line.wanted(),
-                format!("{} ({})", line.rule, line.place),
+                format!("{} ({})", line.rule.escaped(), line.place.escaped()),
                 if mode.is_none() && line.mode == Mode::DryRun {
                     format!("{} (would be)", counters.set)
                 } else {
@@ -134,7 +138,7 @@ impl Summary {
                 table.add_row([
                     line.option.to_string(),
                     line.wanted(),
-                    line.asked.join("\n"),
+                    examples(line),
                     count.to_string(),
                     verdict.to_string(),
                     winner(verdict.what, line.mode).to_owned(),
@@ -144,7 +148,7 @@ impl Summary {
                 table.add_row([
                     line.option.to_string(),
                     line.wanted(),
-                    line.asked.join("\n"),
+                    examples(line),
                     line.counters.reads.to_string(),
                     "read another value".to_owned(),
                     String::new(),
@@ -162,6 +166,11 @@ impl Summary {
         }
         Ok(())
     }
+}
+
+/// What was asked for, a line each.
+fn examples(line: &Line) -> String {
+    line.asked.iter().map(Example::text).collect::<Vec<_>>().join("\n")
 }
 
 fn winner(deed: crate::events::Deed, mode: Mode) -> &'static str {

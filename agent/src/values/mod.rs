@@ -12,6 +12,7 @@ use abi::setting::{OptionKey, TEXT_LEN, Value, argument, kind};
 use serde_json::{Value as Json, json};
 
 use crate::{
+    escape::Escape,
     options::{self, Shape, SocketOption, UNLIMITED, ValueKind},
     policy::{
         model::{Form, Wanted},
@@ -46,7 +47,7 @@ pub fn bytes_text(value: &Value) -> String {
 pub fn form_text(key: OptionKey, form: &Form) -> String {
     let kind = kind_of(key);
     match form {
-        Form::Set(Wanted::Text(text)) => text.clone(),
+        Form::Set(Wanted::Text(text)) => text.escaped().to_string(),
         Form::Set(Wanted::Number { value, mask }) if kind == ValueKind::Mark && *mask != u32::MAX => {
             format!("{value:#x}/{mask:#x}")
         }
@@ -149,9 +150,10 @@ fn named(kind: ValueKind, number: i64) -> Shown {
 /// characters.
 fn chars(captured: &Captured<'_>) -> Shown {
     let end = captured.bytes.iter().position(|byte| *byte == 0);
-    let chars = String::from_utf8_lossy(&captured.bytes[..end.unwrap_or(captured.bytes.len())]);
+    let bytes = &captured.bytes[..end.unwrap_or(captured.bytes.len())];
+    let chars = String::from_utf8_lossy(bytes);
     let rest = if end.is_none() && captured.is_cut() { "…" } else { "" };
-    let text = if chars.is_empty() { "\"\"".to_owned() } else { format!("{}{rest}", chars.escape_debug()) };
+    let text = if chars.is_empty() { "\"\"".to_owned() } else { format!("{}{rest}", bytes.escaped()) };
     Shown { json: json!(chars), text }
 }
 

@@ -9,6 +9,7 @@ use std::{
 use serde::{Deserialize, Deserializer, de::DeserializeOwned};
 
 use super::view::View;
+use crate::escape::Escape;
 
 #[derive(Clone, Debug)]
 pub(super) struct Bundle {
@@ -46,7 +47,7 @@ impl Bundle {
     /// What a file beside the bundle holds. `None` where it cannot be read.
     pub(super) fn json<T: DeserializeOwned>(&self, path: &Path) -> Option<T> {
         let read = self.view.read(path).and_then(|bytes| Ok(serde_json::from_slice(&bytes)?));
-        read.inspect_err(|error| log::debug!("cannot read {}: {error}", path.display())).ok()
+        read.inspect_err(|error| log::debug!("cannot read {}: {error}", path.escaped())).ok()
     }
 }
 

@@ -30,6 +30,7 @@ use super::{
     cgroup,
     container::{self, Container},
 };
+use crate::escape::Escape;
 
 /// A container that runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -66,7 +67,7 @@ fn described(started: &Started, engines: &mut Engines) -> Option<Running> {
     let process = cgroup::of_process(started.first)?;
     let watcher = started.watcher.and_then(cgroup::of_process);
     let Some(cgroup) = own_cgroup(&started.id, &process, watcher.as_deref()) else {
-        log::debug!("container {} has no cgroup of its own: it is in /{}", started.id, process.display());
+        log::debug!("container {} has no cgroup of its own: it is in /{}", started.id.escaped(), process.escaped());
         return None;
     };
     let mut container = engines.describe(started)?;
@@ -154,7 +155,7 @@ mod tests {
 
     fn own(id: &str, process: &str, watcher: &str) -> Option<String> {
         let own = own_cgroup(id, Path::new(&process.replace("ID", ID)), Some(Path::new(watcher)));
-        own.map(|path| path.display().to_string().replace(ID, "ID"))
+        own.map(|path| path.to_string_lossy().replace(ID, "ID"))
     }
 
     #[test]

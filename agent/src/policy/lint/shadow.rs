@@ -12,6 +12,7 @@ use ipnet::IpNet;
 use super::warning;
 use crate::{
     coverage::stack_with,
+    escape::Escape,
     policy::{
         diagnostic::{Diagnostic, Problem, quote},
         model::{Clause, Family, Form, Named, Policy, Protocol, Rule, Selector},
@@ -72,7 +73,7 @@ fn place((policy, rule): Placed<'_>, seen_from: &Policy) -> String {
     if std::ptr::eq(policy, seen_from) {
         format!("{} on line {}", quote(&rule.name), rule.line)
     } else {
-        format!("{} of {}:{}", quote(&rule.name), policy.path().display(), rule.line)
+        format!("{} of {}:{}", quote(&rule.name), policy.path().escaped(), rule.line)
     }
 }
 
