@@ -519,7 +519,7 @@ fn set_int(socket: &impl Socket, option: &Governed, setting: &Setting, may_fail:
 /// Reports a setting that the kernel refused.
 #[inline(always)]
 fn report_failure(option: &Governed, winner: u32, setting: &Setting, errno: i32, cookie: u64) {
-    emit::outcome(option.key, errno, |call| {
+    emit::outcome(option.key, errno, maps::target().place, |call| {
         let wanted = setting.whole_value();
         *call = Call { flags: flags::DECIDED, setting: winner, wanted, cookie, ..Call::default() };
     });

@@ -1,7 +1,7 @@
 //! The only writer of the ring buffer: builds events, holds back repeated ones, counts losses.
 
 use abi::{
-    event::{COMM_LEN, Call, Event, Executable, ExecutableFile, Limit, LimitKey, flags, kind, source},
+    event::{Budget, COMM_LEN, Call, Event, Executable, ExecutableFile, Limit, LimitKey, Rate, flags, kind, source},
     judge::verdict,
     setting::OptionKey,
 };
@@ -62,6 +62,7 @@ pub(crate) fn conflict(
     head: Head,
     setting: u32,
     verdict: u32,
+    place: u32,
     task: Task,
     executable: impl FnOnce() -> Executable,
     fill: impl FnOnce(&mut Call),
@@ -69,11 +70,11 @@ pub(crate) fn conflict(
     let Some(config) = maps::config() else { return };
     let key = LimitKey {
         key: head.key,
-        pid: task.pid,
+        pid: if task.pid != 0 { task.pid } else { place },
         verdict,
         what: (u64::from(kind::CONFLICT) << 32) | u64::from(head.call),
     };
-    let Some(suppressed) = admit(&key, config.event_interval_ns) else {
+    let Some(suppressed) = admit(&key, config.event_interval_ns, task.cgroup, place) else {
         count(setting, |counters| &mut counters.suppressed);
         return;
     };
@@ -82,36 +83,46 @@ pub(crate) fn conflict(
     }
 }
 
-/// Reports a call that conflicts with nothing. Not held back: who asks for all calls gets them.
+/// Reports a call that conflicts with nothing. There is no rate: who asks for all calls gets them. The last part of the ring
+/// buffer is kept for conflicts.
 #[inline(always)]
 pub(crate) fn call(head: Head, task: Task, executable: Executable, fill: impl FnOnce(&mut Call)) {
+    if is_nearly_full() {
+        lose(|losses| &mut losses.ring_full);
+        return;
+    }
     send(head, kind::CALL, task, executable, 0, fill);
 }
 
-/// Reports a setting that the kernel refused with `errno`.
+/// Reports a setting that the kernel refused with `errno` on a socket of the target at a place.
 #[inline(always)]
-pub(crate) fn outcome(key: OptionKey, errno: i32, fill: impl FnOnce(&mut Call)) {
+pub(crate) fn outcome(key: OptionKey, errno: i32, place: u32, fill: impl FnOnce(&mut Call)) {
     let Some(config) = maps::config() else { return };
-    let limit = LimitKey { key, pid: 0, verdict: errno as u32, what: u64::from(kind::OUTCOME) << 32 };
-    if let Some(suppressed) = admit(&limit, config.event_interval_ns) {
+    let limit = LimitKey { key, pid: place, verdict: errno as u32, what: u64::from(kind::OUTCOME) << 32 };
+    if let Some(suppressed) = admit(&limit, config.event_interval_ns, 0, place) {
         let head = Head { key, call: 0, source: source::HOOK, result: -i64::from(errno), duration_ns: 0 };
         send(head, kind::OUTCOME, Task::UNKNOWN, Executable::default(), suppressed, fill);
     }
 }
 
-/// Whether an event may be sent now, and if so how many like it were held back before it.
+/// Whether an event of a task in `cgroup` (0: not known) and of the target at `place` may be sent now, and if so how many like it
+/// were held back before it. What is over the budget is counted in [`abi::Losses::over_budget`].
 ///
 /// Two CPUs may both find the interval over and both send, or one forget what the other has just
 /// held back: this number is for people. [`abi::Counters::suppressed`] is exact.
 #[inline(always)]
-fn admit(key: &LimitKey, interval_ns: u64) -> Option<u64> {
+fn admit(key: &LimitKey, interval_ns: u64, cgroup: u64, place: u32) -> Option<u64> {
     // SAFETY: has no arguments.
     let now = unsafe { bpf_ktime_get_ns() };
     let Some(limit) = maps::limit(key) else {
+        // An event that is not sent takes no room from others.
+        if spend_budgets(cgroup, place) == 0 {
+            return None;
+        }
         maps::begin_limit(key, &Limit { sent_ns: now, suppressed: 0 });
         return Some(0);
     };
-    if now.wrapping_sub(limit.sent_ns) < interval_ns {
+    if now.wrapping_sub(limit.sent_ns) < interval_ns || spend_budgets(cgroup, place) == 0 {
         maps::increment(&mut limit.suppressed);
         return None;
     }
@@ -119,6 +130,59 @@ fn admit(key: &LimitKey, interval_ns: u64) -> Option<u64> {
     let suppressed = limit.suppressed;
     limit.suppressed = 0;
     Some(suppressed)
+}
+
+/// Takes an event from the budgets of a cgroup, a target and all; gives 0 where one of them has no room.
+///
+/// Many processes, and many cgroups, of one tenant use up the budget of its target, and no other's. A target that uses less than
+/// its own rate shares the last budget with others that do, and not with those that use more.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn spend_budgets(cgroup: u64, place: u32) -> u32 {
+    // SAFETY: has no arguments.
+    let now = unsafe { bpf_ktime_get_ns() };
+    if is_spent(cgroup, place, now) {
+        return 1;
+    }
+    lose(|losses| &mut losses.over_budget);
+    0
+}
+
+#[inline(always)]
+fn is_spent(cgroup: u64, place: u32, now: u64) -> bool {
+    // Where it has no entry, the budget of the target is enough.
+    if cgroup != 0
+        && let Some(budget) = maps::cgroup_budget(cgroup)
+        && !spend(budget, Rate::CGROUP, now)
+    {
+        return false;
+    }
+    let Some(target) = maps::target_budget(place) else { return false };
+    let is_quiet = target.is_full(now);
+    if !spend(target, Rate::TARGET, now) {
+        return false;
+    }
+    let rate = if is_quiet { Rate::QUIET } else { Rate::BUSY };
+    maps::shared_budget(is_quiet).is_some_and(|shared| spend(shared, rate, now))
+}
+
+#[inline(always)]
+fn spend(budget: &mut Budget, rate: Rate, now: u64) -> bool {
+    if !budget.has_room(rate, now) {
+        return false;
+    }
+    if budget.is_full(now) {
+        budget.until_ns = now;
+    }
+    maps::add(&mut budget.until_ns, rate.interval_ns);
+    true
+}
+
+/// Whether the last part of the ring buffer is in use.
+#[inline(always)]
+fn is_nearly_full() -> bool {
+    let size = maps::EVENTS.query(BPF_RB_RING_SIZE.into());
+    maps::EVENTS.query(BPF_RB_AVAIL_DATA.into()) > size - size / 8
 }
 
 /// Builds the event where it will be read: the stack has no room for it, and nothing is built that is not sent. `fill`
@@ -173,7 +237,10 @@ fn wakeup() -> u64 {
 /// Tells the agent which file an executable is. Events of it are to come after this.
 #[inline(always)]
 pub(crate) fn executable_file(executable: &Executable, fill: impl FnOnce(&mut ExecutableFile)) {
-    // Not counted where the ring buffer is full: the next event of it tries again.
+    // Not counted where the ring buffer is full: the event says that it is missing, and the next one tries again.
+    if is_nearly_full() {
+        return;
+    }
     let Some(mut entry) = maps::EVENTS.reserve::<ExecutableFile>(0) else { return };
     let file = entry.as_mut_ptr();
     // SAFETY: the entry is ours until it is submitted, has room for a file, and whatever lies there is valid for each of its

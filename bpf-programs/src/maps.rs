@@ -9,7 +9,9 @@ use core::arch::asm;
 
 use abi::{
     Config, Counters, GENERATIONS, Losses, Place, SiteList, Target, UNSTORED_MAX,
-    event::{CALLS_MAX, Call, Executable, Limit, LimitKey, Slot, TOLD_MAX, Tally, TallyKey, bucket},
+    event::{
+        BUDGETS_MAX, Budget, CALLS_MAX, Call, Executable, Limit, LimitKey, Slot, TOLD_MAX, Tally, TallyKey, bucket,
+    },
     index,
     layout::Member,
     live::{self, Assignment, Job, List, Outcome, Turn},
@@ -121,6 +123,15 @@ static TALLIES: PerCpuHashMap<TallyKey, Tally> = PerCpuHashMap::with_max_entries
 /// next event is then sent as if it were the first.
 #[map]
 static LIMITS: LruHashMap<LimitKey, Limit> = LruHashMap::with_max_entries(8192, 0);
+
+/// By the id of a cgroup: the events that its tasks caused. The least recently used entry makes room: its cgroup then has a full
+/// budget, within that of its target.
+#[map]
+static CGROUP_BUDGETS: LruHashMap<u64, Budget> = LruHashMap::with_max_entries(4096, 0);
+
+/// By place of a target: the events that it caused. Behind them, those of all.
+#[map]
+static BUDGETS: Array<Budget> = Array::with_max_entries(BUDGETS_MAX + 2, 0);
 
 /// Executables whose files the agent has been told. The agent removes those that it has forgotten. The least recently used entry makes room: it is told again.
 #[map]
@@ -409,6 +420,36 @@ pub(crate) fn unstored_if_any(sk: u64) -> Option<&'static mut Unstored> {
 
 /// What the notes of a socket without storage begin with. Not on the stack, which has no room for it.
 static NO_NOTES: &Unstored = &Unstored::NEW;
+
+/// The budget of a cgroup; `None` where another CPU holds the last free entries.
+#[inline(always)]
+pub(crate) fn cgroup_budget(cgroup: u64) -> Option<&'static mut Budget> {
+    let budget = CGROUP_BUDGETS.get_ptr_mut(cgroup).or_else(|| {
+        // Fails where another CPU was first, and that is as good.
+        let _ = CGROUP_BUDGETS.insert(cgroup, Budget { until_ns: 0 }, BPF_NOEXIST.into());
+        CGROUP_BUDGETS.get_ptr_mut(cgroup)
+    });
+    // SAFETY: a race between CPUs can at worst send an event too many; see `emit`.
+    budget.map(|budget| unsafe { &mut *budget })
+}
+
+/// The budget of a target.
+#[inline(always)]
+pub(crate) fn target_budget(place: u32) -> Option<&'static mut Budget> {
+    budget(place & (BUDGETS_MAX - 1))
+}
+
+/// The budget of all targets that use less than their own rate, or that of the others.
+#[inline(always)]
+pub(crate) fn shared_budget(is_quiet: bool) -> Option<&'static mut Budget> {
+    budget(if is_quiet { BUDGETS_MAX } else { BUDGETS_MAX + 1 })
+}
+
+#[inline(always)]
+fn budget(index: u32) -> Option<&'static mut Budget> {
+    // SAFETY: as in `cgroup_budget`.
+    BUDGETS.get_ptr_mut(index).map(|budget| unsafe { &mut *budget })
+}
 
 #[inline(always)]
 pub(crate) fn is_told(executable: &Executable) -> bool {

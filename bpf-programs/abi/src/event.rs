@@ -85,6 +85,9 @@ pub struct Call {
     pub verdict: u32,
     /// The socket's family as it calls it itself (AF_UNIX, AF_INET …); 0 if not known.
     pub sk_family: u32,
+    /// [`crate::Target::place`] of the target whose policies decided; means nothing without [`flags::DECIDED`].
+    pub place: u32,
+    pub _pad: u32,
     /// What the application asked for; for getsockopt, what it was shown.
     pub asked: Value,
     /// What the policy wants.
@@ -97,7 +100,7 @@ pub struct Call {
     pub now: Value,
     pub facts: Facts,
 }
-shared!(Call, size 8 * 8 + 8 + 6 * 4 + 5 * 24 + 40);
+shared!(Call, size 8 * 8 + 8 + 8 * 4 + 5 * 24 + 40);
 
 impl Call {
     /// Whether there is something to tell of the call when it has ended, where `wanted` are reported ([`crate::calls`]).
@@ -221,6 +224,7 @@ shared!(ExecutableFile, size size_of::<Executable>() + 8 + PATH_MAX + NAME_MAX);
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LimitKey {
     pub key: OptionKey,
+    /// The process; where it is not known, [`crate::Target::place`].
     pub pid: u32,
     pub verdict: u32,
     /// See [`kind`] and [`call`].
@@ -238,6 +242,63 @@ pub struct Limit {
     pub suppressed: u64,
 }
 shared!(Limit, size 8 + 8);
+
+/// Until when the events that a cgroup, a target or all targets caused use up their [`Rate`]. Maps `CGROUP_BUDGETS` and
+/// `BUDGETS`.
+///
+/// A bucket that fills at a steady rate, as one number (the generic cell rate algorithm, ITU-T I.371): each event moves it on by
+/// an interval, and an event is over the budget where it is further ahead of the time than a burst.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Budget {
+    /// CLOCK_MONOTONIC, nanoseconds.
+    pub until_ns: u64,
+}
+shared!(Budget, size 8);
+
+impl Budget {
+    /// Whether one more event is within the budget.
+    #[inline(always)]
+    #[must_use]
+    pub fn has_room(&self, rate: Rate, now_ns: u64) -> bool {
+        self.until_ns <= now_ns + rate.burst * rate.interval_ns
+    }
+
+    /// Whether all that was used has been filled up again.
+    #[inline(always)]
+    #[must_use]
+    pub fn is_full(&self, now_ns: u64) -> bool {
+        self.until_ns <= now_ns
+    }
+}
+
+/// How many events one may cause.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate {
+    /// Time for one event in the long run. Nanoseconds.
+    pub interval_ns: u64,
+    /// Events at once.
+    pub burst: u64,
+}
+
+impl Rate {
+    const fn new(per_second: u64, burst: u64) -> Self {
+        Self { interval_ns: 1_000_000_000 / per_second, burst }
+    }
+
+    /// Of the tasks of one cgroup.
+    pub const CGROUP: Self = Self::new(50, 500);
+    /// Of one target.
+    pub const TARGET: Self = Self::new(100, 1000);
+    /// Of all targets that use less than their own rate.
+    pub const QUIET: Self = Self::new(1000, 2000);
+    /// Of all others together.
+    pub const BUSY: Self = Self::new(500, 2000);
+}
+
+/// Entries of map `BUDGETS`: targets whose places are the same but for multiples of it share one. A power of two. Two more are
+/// those of [`Rate::QUIET`] and [`Rate::BUSY`].
+pub const BUDGETS_MAX: u32 = 4096;
 
 /// Which calls a [`Tally`] counts. Key of map `TALLIES`.
 #[repr(C)]

@@ -545,7 +545,8 @@ pub(crate) extern "C" fn report_call(ctx: *mut bpf_sockopt, judged: u64) -> u32 
         return 0;
     }
     let head = Head { key, call: call::SETSOCKOPT, source: source::HOOK, result: 0, duration_ns: 0 };
-    emit::conflict(head, rows.winner, verdict, caller(), Executable::default, |record| {
+    let place = maps::target().place;
+    emit::conflict(head, rows.winner, verdict, place, caller(), Executable::default, |record| {
         *record = Call { fd: -1, ..Call::default() };
         fill(record, &call, &rows, verdict);
     });
@@ -594,6 +595,7 @@ fn fill_socket(record: &mut Call, call: &OptionCall, winner: u32, verdict: u32) 
     record.flags = (record.flags | flags::SOCKET | flags::DECIDED) & !flags::UNREADABLE;
     record.setting = winner;
     record.verdict = verdict;
+    record.place = maps::target().place;
     record.sk = call.sk() as u64;
     if let Some(state) = state(call) {
         // What governs the call may not have asked for them.
@@ -680,7 +682,8 @@ pub(crate) extern "C" fn report_read(ctx: *mut bpf_sockopt, judged: u64) -> u32 
         return 0;
     }
     let head = Head { key, call: call::GETSOCKOPT, source: source::HOOK, result: 0, duration_ns: 0 };
-    emit::conflict(head, rows.winner, verdict, caller(), Executable::default, |record| {
+    let place = maps::target().place;
+    emit::conflict(head, rows.winner, verdict, place, caller(), Executable::default, |record| {
         *record = Call { fd: -1, ..Call::default() };
         fill_read(record, &call, &rows, verdict);
     });

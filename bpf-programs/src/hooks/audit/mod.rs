@@ -481,7 +481,8 @@ extern "C" fn tell(thread: u64, source: u32, result: i64, duration_ns: u64) -> u
     let Some(call) = maps::call(thread) else { return 0 };
     let head = Head { key: call.key, call: call.kind, source, result, duration_ns };
     if emit::is_conflict(call) {
-        emit::conflict(head, call.setting, call.verdict, Task::current(), executable, |record| *record = *call);
+        let (setting, verdict, place) = (call.setting, call.verdict, call.place);
+        emit::conflict(head, setting, verdict, place, Task::current(), executable, |record| *record = *call);
     } else if reports_everything() {
         emit::call(head, Task::current(), executable(), |record| *record = *call);
     }
@@ -522,10 +523,17 @@ fn is_held(call: &Call) -> bool {
 /// about.
 #[inline(always)]
 fn followed(config: &Config) -> Option<&'static Place> {
+    followed_at(config).map(|(_, place)| place)
+}
+
+/// The same, behind the place.
+#[inline(always)]
+fn followed_at(config: &Config) -> Option<(u32, &'static Place)> {
     if config.by_process != 0 && !maps::is_process((bpf_get_current_pid_tgid() >> 32) as u32) {
         return None;
     }
-    maps::at_place(config.generation, find_place(config.generation, config.target_levels).checked_sub(1)?)
+    let place = find_place(config.generation, config.target_levels).checked_sub(1)?;
+    maps::at_place(config.generation, place).map(|holds| (place, holds))
 }
 
 /// The place of the deepest target that the current task is in, plus one; 0 where there is none. `levels` are those that

@@ -15,7 +15,7 @@ use abi::{
     setting::Value,
 };
 
-use super::followed;
+use super::followed_at;
 use crate::{
     hooks::calls::compared,
     maps::{self, PrefixMap, count, lose},
@@ -35,7 +35,7 @@ pub(super) extern "C" fn judge_unhooked(thread: u64, result: i64) -> u32 {
 fn judge_call(call: &mut Call, result: i64) -> Option<()> {
     let config = maps::config()?;
     let generation = config.generation;
-    let Place { scope, options, .. } = *followed(config)?;
+    let (place, &Place { scope, options, .. }) = followed_at(config)?;
     let scope = index::of(generation, scope);
     let (_, option) = maps::option_named(config, generation, index::of(generation, options), call.key)?;
     // Of a family that policies are not about.
@@ -67,6 +67,7 @@ fn judge_call(call: &mut Call, result: i64) -> Option<()> {
     }
     count(winner, |counters| if is_set { &mut counters.verdicts[0] } else { &mut counters.reads });
     call.setting = winner;
+    call.place = place;
     call.verdict = verdict::ALLOWED.into();
     if let Some(asked) = Asked::read(option, len, &words) {
         call.wanted = Value::wanted(option, setting, &asked);
