@@ -74,23 +74,39 @@ pub(crate) fn conflict(
         verdict,
         what: (u64::from(kind::CONFLICT) << 32) | u64::from(head.call),
     };
-    let Some(suppressed) = admit(&key, config.event_interval_ns, task.cgroup, place) else {
-        count(setting, |counters| &mut counters.suppressed);
-        return;
+    let suppressed = if config.event_interval_ns == 0 {
+        // Each call is wanted.
+        if !has_room(|| place) {
+            lose(|losses| &mut losses.ring_full);
+            return;
+        }
+        0
+    } else {
+        let Some(suppressed) = admit(&key, config.event_interval_ns, task.cgroup, place) else {
+            count(setting, |counters| &mut counters.suppressed);
+            return;
+        };
+        suppressed
     };
     if send(head, kind::CONFLICT, task, executable(), suppressed, fill) {
         count(setting, |counters| &mut counters.reported);
     }
 }
 
-/// Reports a call that conflicts with nothing. There is no rate: who asks for all calls gets them. The last part of the ring
-/// buffer is kept for conflicts.
+/// Reports a call that conflicts with nothing. There is no rate while the ring buffer has room: who asks for all calls gets them.
 #[inline(always)]
-pub(crate) fn call(head: Head, task: Task, executable: Executable, fill: impl FnOnce(&mut Call)) {
-    if is_nearly_full() {
+pub(crate) fn call(
+    head: Head,
+    place: impl FnOnce() -> u32,
+    task: Task,
+    executable: impl FnOnce() -> Executable,
+    fill: impl FnOnce(&mut Call),
+) {
+    if !has_room(place) {
         lose(|losses| &mut losses.ring_full);
         return;
     }
+    let executable = executable();
     send(head, kind::CALL, task, executable, 0, fill);
 }
 
@@ -178,11 +194,23 @@ fn spend(budget: &mut Budget, rate: Rate, now: u64) -> bool {
     true
 }
 
-/// Whether the last part of the ring buffer is in use.
+/// Whether there is room for an event of a target that wants each. Of the last quarter of the ring buffer each target has a small
+/// share, so that one that makes many calls leaves room for the others.
 #[inline(always)]
-fn is_nearly_full() -> bool {
+fn has_room(place: impl FnOnce() -> u32) -> bool {
+    if !is_under_pressure() {
+        return true;
+    }
+    // SAFETY: has no arguments.
+    let now = unsafe { bpf_ktime_get_ns() };
+    maps::target_budget(place()).is_some_and(|target| spend(target, Rate::PRESSURE, now))
+}
+
+/// Whether the last quarter of the ring buffer is in use.
+#[inline(always)]
+fn is_under_pressure() -> bool {
     let size = maps::EVENTS.query(BPF_RB_RING_SIZE.into());
-    maps::EVENTS.query(BPF_RB_AVAIL_DATA.into()) > size - size / 8
+    maps::EVENTS.query(BPF_RB_AVAIL_DATA.into()) > size - size / 4
 }
 
 /// Builds the event where it will be read: the stack has no room for it, and nothing is built that is not sent. `fill`
@@ -238,7 +266,7 @@ fn wakeup() -> u64 {
 #[inline(always)]
 pub(crate) fn executable_file(executable: &Executable, fill: impl FnOnce(&mut ExecutableFile)) {
     // Not counted where the ring buffer is full: the event says that it is missing, and the next one tries again.
-    if is_nearly_full() {
+    if is_under_pressure() {
         return;
     }
     let Some(mut entry) = maps::EVENTS.reserve::<ExecutableFile>(0) else { return };

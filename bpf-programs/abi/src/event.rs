@@ -290,6 +290,8 @@ impl Rate {
     pub const CGROUP: Self = Self::new(50, 500);
     /// Of one target.
     pub const TARGET: Self = Self::new(100, 1000);
+    /// Of one target that wants each call reported, where the ring buffer has little room.
+    pub const PRESSURE: Self = Self::new(100, 16);
     /// Of all targets that use less than their own rate.
     pub const QUIET: Self = Self::new(1000, 2000);
     /// Of all others together.

@@ -22,6 +22,7 @@ mod lifecycle;
 mod live;
 mod matching;
 mod meanwhile;
+mod output;
 mod overruling;
 mod persistence;
 mod plan;

@@ -484,7 +484,7 @@ extern "C" fn tell(thread: u64, source: u32, result: i64, duration_ns: u64) -> u
         let (setting, verdict, place) = (call.setting, call.verdict, call.place);
         emit::conflict(head, setting, verdict, place, Task::current(), executable, |record| *record = *call);
     } else if reports_everything() {
-        emit::call(head, Task::current(), executable(), |record| *record = *call);
+        emit::call(head, followed_place, Task::current(), executable, |record| *record = *call);
     }
     0
 }
@@ -534,6 +534,12 @@ fn followed_at(config: &Config) -> Option<(u32, &'static Place)> {
     }
     let place = find_place(config.generation, config.target_levels).checked_sub(1)?;
     maps::at_place(config.generation, place).map(|holds| (place, holds))
+}
+
+/// The place of the target that the audit follows the current task for.
+#[inline(always)]
+fn followed_place() -> u32 {
+    maps::config().and_then(followed_at).map_or(0, |(place, _)| place)
 }
 
 /// The place of the deepest target that the current task is in, plus one; 0 where there is none. `levels` are those that

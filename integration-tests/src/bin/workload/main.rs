@@ -3,6 +3,7 @@
 //! - `workload signals LAST`: waits for signals and says `NAME from kernel|process` for each, until LAST has come;
 //! - `workload storm PROCESSES CALLS`: each process disagrees CALLS times about TCP_NODELAY and as often about
 //!   SO_KEEPALIVE, then says `PID CALLS`;
+//! - `workload forks CHILDREN`: as many processes, one after the other, each of which disagrees once about SO_KEEPALIVE;
 //! - `workload calls`: calls of every kind, good and bad, by the process, a thread of it and a child;
 //! - `workload ring plain|polled|fixed|async|deferred`: calls through an io_uring, see [`ring`];
 //! - `workload connections`: see [`connections`];
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
     let result = match *words.as_slice() {
         ["signals", last] => signals(last),
         ["storm", processes, calls] => both(processes, calls).and_then(|(processes, calls)| storm(processes, calls)),
+        ["forks", children] => number(children).and_then(forks),
         ["calls"] => calls(),
         ["connections"] => connections::connections(),
         ["as", pid, program] => number(pid).and_then(|pid| odd::run_as(pid, program)),
@@ -101,6 +103,14 @@ fn storm(processes: u32, calls: u64) -> io::Result<()> {
         })?;
     }
     for _ in 0..processes {
+        reap()?;
+    }
+    Ok(())
+}
+
+fn forks(children: u64) -> io::Result<()> {
+    for _ in 0..children {
+        in_child(|| set(socket()?, libc::SOL_SOCKET, libc::SO_KEEPALIVE, &0i32.to_ne_bytes()))?;
         reap()?;
     }
     Ok(())

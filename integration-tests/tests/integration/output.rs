@@ -1,0 +1,325 @@
+//! Output that cannot be written, and readers that do not read: neither stops enforcement, a command or its status.
+
+mod escape;
+mod rates;
+
+use std::{
+    fs::{self, File},
+    io::Read,
+    os::fd::OwnedFd,
+    process::{Child, Command, ExitStatus, Stdio},
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::{Pid, pipe},
+};
+use serde_json::Value;
+use sockpolicy_integration_tests::{
+    agent,
+    cgroup::Cgroup,
+    options::SO_KEEPALIVE,
+    policy::PolicyFile,
+    probe::Probe,
+    process::{Running, workload},
+    script::{Family, Kind},
+    wait,
+};
+
+use crate::{stderr, stdout};
+
+const POLICY: &str = "[[rule]]\nset = { SO_KEEPALIVE = true }\n";
+/// The same, with an event for each call.
+const CHATTY: &str = "[audit]\ncalls = \"all\"\n[[rule]]\nset = { SO_KEEPALIVE = true }\n";
+
+/// An agent whose output goes anywhere. Killed when dropped.
+struct Agent {
+    child: Child,
+    home: Cgroup,
+}
+
+impl Agent {
+    fn start(mut command: Command) -> Self {
+        let home = Cgroup::new();
+        home.enclose(&mut command);
+        Self { child: command.spawn().unwrap(), home }
+    }
+
+    fn is_running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    /// Its status, within the time that an agent may take to end.
+    #[track_caller]
+    fn end(mut self) -> ExitStatus {
+        kill(Pid::from_raw(self.child.id() as i32), Signal::SIGTERM).unwrap();
+        assert!(wait::until(wait::PATIENCE, || !self.is_running()), "SIGTERM does not end it");
+        assert_eq!(self.home.children(), [""; 0]);
+        self.child.wait().unwrap()
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Ways in which standard output and standard error are no use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Useless {
+    Full,
+    Closed,
+    /// The reader is gone.
+    Gone,
+    /// The reader is there, and does not read.
+    Stuck,
+}
+
+const ALL: [Useless; 4] = [Useless::Full, Useless::Closed, Useless::Gone, Useless::Stuck];
+
+/// The command with such output; what keeps it stuck goes with the second value.
+fn with_output(words: &[&str], output: Useless, error: Useless) -> (Command, Vec<OwnedFd>) {
+    let redirection = |useless| match useless {
+        Useless::Full => "/dev/full",
+        Useless::Closed => "&-",
+        Useless::Gone | Useless::Stuck => "",
+    };
+    let mut script = "exec \"$0\" \"$@\"".to_owned();
+    for (number, useless) in [(1, output), (2, error)] {
+        if !redirection(useless).is_empty() {
+            script.push_str(&format!(" {number}>{}", redirection(useless)));
+        }
+    }
+    let mut command = Command::new("sh");
+    command.args(["-c", &script]).arg(agent::program()).args(words).stdin(Stdio::null());
+    let mut readers = Vec::new();
+    let mut stdio = |useless| match useless {
+        Useless::Full | Useless::Closed => Stdio::null(),
+        Useless::Gone | Useless::Stuck => {
+            let (reader, writer) = pipe().unwrap();
+            if useless == Useless::Stuck {
+                readers.push(reader);
+            }
+            writer.into()
+        }
+    };
+    command.stdout(stdio(output)).stderr(stdio(error));
+    (command, readers)
+}
+
+/// Whether the policy is in force, by what a socket of the cgroup has after its owner's call.
+fn is_enforced(probe: &mut Probe) -> bool {
+    let socket = probe.open(Family::Inet, Kind::Tcp);
+    probe.set(socket, SO_KEEPALIVE, 0).unwrap();
+    let is_on = probe.int(socket, SO_KEEPALIVE) == 1;
+    probe.close(socket);
+    is_on
+}
+
+/// So many calls that disagree, by a process of the cgroup.
+fn storm(target: &Cgroup, calls: u64) {
+    let mut command = Command::new(workload());
+    command.args(["storm", "2", &calls.to_string()]).stdout(Stdio::null());
+    target.enclose(&mut command);
+    assert!(command.status().unwrap().success());
+}
+
+#[test]
+fn run_goes_on_whatever_becomes_of_its_output() {
+    for useless in ALL {
+        let policy = PolicyFile::new(CHATTY);
+        let target = Cgroup::new();
+        let path = target.path().display().to_string();
+        let words = ["run", "-o", "json", "--cgroup", &path, policy.path().to_str().unwrap()];
+        let (command, readers) = with_output(&words, useless, useless);
+        let mut agent = Agent::start(command);
+        let mut probe = Probe::start(&target);
+        assert!(wait::until(wait::PATIENCE, || is_enforced(&mut probe)), "{useless:?}: not in force");
+        // More than a pipe and the queue hold.
+        storm(&target, 3000);
+        assert!(is_enforced(&mut probe), "{useless:?}: after a storm");
+        // Files with errors have messages.
+        fs::write(policy.path(), "no policy").unwrap();
+        storm(&target, 100);
+        // A reload takes effect: the loop is not stuck.
+        fs::write(policy.path(), format!("{POLICY}deny = [\"SO_DEBUG\"]\n")).unwrap();
+        let debug = crate::number(libc::SOL_SOCKET, libc::SO_DEBUG);
+        let socket = probe.open(Family::Inet, Kind::Tcp);
+        let is_denied = wait::until(wait::PATIENCE, || probe.set(socket, debug, 0).is_err());
+        assert!(is_denied && agent.is_running(), "{useless:?}: the changed policy is not in force");
+        let status = agent.end();
+        let expected = if useless == Useless::Gone { 0 } else { 2 };
+        assert_eq!(status.code(), Some(expected), "{useless:?}");
+        drop(readers);
+    }
+}
+
+#[test]
+fn reader_that_reads_again_learns_how_many_lines_are_missing() {
+    let policy = PolicyFile::new(CHATTY);
+    let target = Cgroup::new();
+    let path = target.path().display().to_string();
+    let mut command = agent::command(&["run", "-o", "json", "--cgroup", &path]);
+    command.arg(policy.path()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut agent = Agent::start(command);
+    let mut out = agent.child.stdout.take().unwrap();
+    let mut probe = Probe::start(&target);
+    assert!(wait::until(wait::PATIENCE, || is_enforced(&mut probe)));
+    // Some 600 bytes each.
+    storm(&target, 4000);
+    let reader = std::thread::spawn(move || {
+        let mut text = String::new();
+        out.read_to_string(&mut text).unwrap();
+        text
+    });
+    assert!(agent.end().success(), "the end of the report was written");
+    let text = reader.join().unwrap();
+    let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let losses = lines.iter().filter(|line| line["event"] == "loss" && line["reason"] == "output_blocked");
+    let told: u64 = losses.map(|line| line["count"].as_u64().unwrap()).sum();
+    let summary = lines.iter().find(|line| line["event"] == "summary").unwrap();
+    assert!(told > 0, "{}", summary["losses"]);
+    assert_eq!(summary["losses"]["output_blocked"], told);
+}
+
+#[test]
+fn disk_that_has_room_again_has_the_number_of_missing_lines() {
+    let policy = PolicyFile::new(CHATTY);
+    let target = Cgroup::new();
+    // A file system of a few pages, in a mount namespace of its own.
+    let script = "mount -t tmpfs -o size=64k none /mnt && exec \"$0\" run -o json --cgroup \"$1\" \"$2\" >>/mnt/out";
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", script]).arg(agent::program()).arg(target.path()).arg(policy.path());
+    let agent = Agent::start(command);
+    let mut probe = Probe::start(&target);
+    assert!(wait::until(wait::PATIENCE, || is_enforced(&mut probe)));
+    storm(&target, 500);
+    assert!(is_enforced(&mut probe));
+    let out = format!("/proc/{}/root/mnt/out", agent.child.id());
+    let read = || fs::read_to_string(&out).unwrap();
+    // Events come in order: after this one, there is none of the storm any more.
+    let debug = crate::number(libc::SOL_SOCKET, libc::SO_DEBUG);
+    let socket = probe.open(Family::Inet, Kind::Tcp);
+    let is_marked = wait::until(wait::PATIENCE, || {
+        probe.set(socket, debug, 0).unwrap();
+        let text = read();
+        if text.len() > 60_000 {
+            fs::write(&out, "").unwrap();
+        }
+        text.contains("SO_DEBUG")
+    });
+    assert!(is_marked, "{}", read());
+    let file = File::open(&out).unwrap();
+    assert!(agent.end().success(), "the end of the report was written");
+    let report = std::io::read_to_string(file).unwrap();
+    let lines: Vec<Value> = report.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let told = lines.iter().rfind(|line| line["event"] == "loss" && line["reason"] == "output_no_space");
+    let told = told.unwrap_or_else(|| panic!("{report}"));
+    let summary = lines.last().unwrap();
+    assert_eq!((&summary["event"], &summary["losses"]["output_no_space"]), (&"summary".into(), &told["total"]));
+}
+
+#[test]
+fn exec_and_audit_give_the_commands_status_whatever_becomes_of_their_output() {
+    let policy = PolicyFile::new(POLICY);
+    let file = policy.path().to_str().unwrap();
+    let script = format!("{} storm 1 50 >/dev/null; exit 7", workload());
+    let command = ["--", "sh", "-c", &script];
+    for useless in ALL {
+        for start in [&["exec", file][..], &["audit"]] {
+            let (command, readers) = with_output(&[start, &command].concat(), useless, useless);
+            let mut agent = Agent::start(command);
+            assert!(wait::until(wait::PATIENCE, || !agent.is_running()), "{useless:?} {start:?}: does not end");
+            assert_eq!(agent.child.wait().unwrap().code(), Some(7), "{useless:?} {start:?}");
+            drop(readers);
+        }
+    }
+    let output = Running::exec(&["--report", "/dev/full"], &policy, &command[1..]).finish();
+    assert_eq!(output.status.code(), Some(7));
+    assert!(stderr(&output).contains("cannot write the report to /dev/full: No space left"), "{}", stderr(&output));
+}
+
+/// Commands that write to standard output and end.
+fn one_shots<'a>(policy: &'a str, cgroup: &'a str) -> Vec<Vec<&'a str>> {
+    let commands: [&[&str]; 18] = [
+        &["--help"],
+        &["--version"],
+        &["run", "--help"],
+        &["options"],
+        &["options", "-o", "json"],
+        &["options", "-o", "markdown"],
+        &["check", "-o", "json", "/no/such/policy"],
+        &["explain", "--protocol", "tcp", policy],
+        &["explain", "-o", "json", "--protocol", "tcp", policy],
+        &["test", policy],
+        &["plan", "--cgroup", cgroup, policy],
+        &["plan", "-o", "json", "--cgroup", cgroup, policy],
+        &["status"],
+        &["ls"],
+        &["ls", "-o", "json"],
+        &["verify", "--cgroup", cgroup, policy],
+        &["apply", "--dry-run", "--cgroup", cgroup, policy],
+        &["doctor"],
+    ];
+    commands.map(<[&str]>::to_vec).to_vec()
+}
+
+#[test]
+fn commands_that_end_fail_where_their_output_cannot_be_written_and_say_why() {
+    let policy = PolicyFile::new(POLICY);
+    let target = Cgroup::new();
+    for words in one_shots(policy.path().to_str().unwrap(), target.path().to_str().unwrap()) {
+        for (useless, reason) in [(Useless::Full, "No space left"), (Useless::Closed, "Bad file descriptor")] {
+            let (mut command, _) = with_output(&words, useless, Useless::Full);
+            command.stderr(Stdio::null());
+            assert_eq!(command.status().unwrap().code(), Some(2), "{useless:?} {words:?}, without standard error");
+            let redirection = if useless == Useless::Full { "/dev/full" } else { "&-" };
+            let mut command = Command::new("sh");
+            command.args(["-c", &format!("exec \"$0\" \"$@\" >{redirection}")]).arg(agent::program()).args(&words);
+            let output = command.output().unwrap();
+            assert_eq!(output.status.code(), Some(2), "{useless:?} {words:?}: {}", stderr(&output));
+            assert!(stderr(&output).contains(reason), "{useless:?} {words:?}: {}", stderr(&output));
+        }
+        let (mut command, _) = with_output(&words, Useless::Gone, Useless::Gone);
+        let status = command.status().unwrap();
+        assert!(matches!(status.code(), Some(0..=2)), "{words:?} without a reader: {status}");
+    }
+}
+
+#[test]
+fn messages_that_cannot_be_written_change_no_status() {
+    for words in [
+        &["check", "/no/such/policy"][..],
+        &["run", "/no/such/policy"],
+        &["exec", "/no/such/policy", "--", "true"],
+        &["no-such-command"],
+        &["exec"],
+        &["status", "no-such-instance"],
+        &["detach", "no-such-instance"],
+        &["attach", "/no/such/policy"],
+    ] {
+        let expected = agent::command(words).output().unwrap().status.code();
+        for useless in [Useless::Full, Useless::Closed, Useless::Gone] {
+            let (mut command, _) = with_output(words, useless, useless);
+            assert_eq!(command.status().unwrap().code(), expected, "{useless:?} {words:?}");
+        }
+    }
+}
+
+#[test]
+fn descriptor_that_does_not_block_is_waited_for() {
+    let (reader, writer) = pipe().unwrap();
+    let flags = nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK);
+    nix::fcntl::fcntl(&writer, flags).unwrap();
+    let mut command = agent::command(&["options", "-o", "markdown"]);
+    let mut child = command.stdout(writer).spawn().unwrap();
+    drop(command);
+    // The pipe is full before this reads.
+    wait::until(std::time::Duration::from_millis(200), || false);
+    let mut text = String::new();
+    File::from(reader).read_to_string(&mut text).unwrap();
+    assert!(child.wait().unwrap().success());
+    assert_eq!(text, stdout(&agent::command(&["options", "-o", "markdown"]).output().unwrap()));
+}
