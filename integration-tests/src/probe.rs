@@ -3,7 +3,7 @@
 use std::{
     io::{BufRead, BufReader, Write},
     net::SocketAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
 };
 
@@ -50,7 +50,13 @@ impl Probe {
     /// Starts one in a cgroup, without an agent.
     #[must_use]
     pub fn start(cgroup: &Cgroup) -> Self {
-        let mut command = Command::new(program());
+        Self::start_by(&program(), cgroup)
+    }
+
+    /// Starts a copy of the program.
+    #[must_use]
+    pub fn start_by(program: &Path, cgroup: &Cgroup) -> Self {
+        let mut command = Command::new(program);
         cgroup.enclose(&mut command);
         Self::launch(&mut command)
     }
