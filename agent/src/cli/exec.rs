@@ -131,7 +131,7 @@ impl Enclosed<'_> {
     pub(super) fn run(&self, desired: Desired, filter: Filter) -> Result<ExitCode, ExecError> {
         let mut signals = Signals::watch()?;
         crate::kernel::check_privileges().map_err(SessionError::from)?;
-        let mut writer = self.writer()?;
+        let writer = self.writer()?;
         let mount = Mount::find()?;
         let enclosure = Enclosure::make(&mount, "")?;
         let target = Target { cgroup: mount.open(&enclosure.cgroup.path)?, scope: 0 };
@@ -144,9 +144,9 @@ impl Enclosed<'_> {
             return Ok(ExitCode::from(128 + signal as u8));
         }
         let mut child = self.spawn(&enclosure, &signals)?;
-        let status = follow(&mut child, &mut session, &mut signals, &mut writer)?;
+        let status = follow(&mut child, &mut session, &mut signals, &writer)?;
         session.end()?;
-        while watch::tell(&mut session, &mut writer)? {}
+        while tell(&mut session, &writer) {}
         let left = enclosure.population();
         let summary = session.finish()?;
         let conflicts = summary.conflicts();
@@ -204,14 +204,14 @@ fn follow(
     child: &mut Child,
     session: &mut Session,
     signals: &mut Signals,
-    writer: &mut Writer,
+    writer: &Writer,
 ) -> Result<ExitStatus, ExecError> {
     loop {
         if let Some(status) = child.try_wait()? {
             return Ok(status);
         }
         watch::wait(signals, session, &[])?;
-        watch::tell(session, writer)?;
+        tell(session, writer);
         while let Some(received) = signals.next()? {
             if received.signal != nix::sys::signal::Signal::SIGCHLD && received.is_from_process {
                 // Fails only where the command has just ended, which is seen next.
@@ -219,6 +219,14 @@ fn follow(
             }
         }
     }
+}
+
+/// Writes what there is to tell; gives whether there may be more. The command goes on also where that cannot be found out.
+fn tell(session: &mut Session, writer: &Writer) -> bool {
+    watch::tell(session, writer).unwrap_or_else(|error| {
+        log::warn!("{error}");
+        false
+    })
 }
 
 /// The command's own status; 128 and the signal's number where one killed it.

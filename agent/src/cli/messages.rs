@@ -170,7 +170,7 @@ fn left_out_text(left_out: u64) -> String {
 
 /// Lets a burst pass, and then one in each interval.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Throttle {
+struct Throttle {
     passed: u32,
     /// When the last one passed.
     last: Option<Instant>,
@@ -179,7 +179,7 @@ pub(super) struct Throttle {
 
 impl Throttle {
     /// Whether one more may pass, and then how many were left out before it.
-    pub(super) fn admit(&mut self, now: Instant) -> Option<u64> {
+    fn admit(&mut self, now: Instant) -> Option<u64> {
         let since = self.last.map_or(Duration::MAX, |last| now.saturating_duration_since(last));
         if since >= INTERVAL * BURST {
             self.passed = 0;
@@ -191,16 +191,6 @@ impl Throttle {
         self.passed = self.passed.saturating_add(1);
         self.last = Some(now);
         Some(std::mem::take(&mut self.left_out))
-    }
-
-    /// Whether one may pass now.
-    pub(super) fn is_due(&self, now: Instant) -> bool {
-        self.last.is_none_or(|last| now.saturating_duration_since(last) >= INTERVAL)
-    }
-
-    /// Whether the last one was left out.
-    pub(super) fn is_behind(&self) -> bool {
-        self.left_out > 0
     }
 }
 
@@ -215,7 +205,6 @@ mod tests {
         let at = |milliseconds| begin + Duration::from_millis(milliseconds);
         assert!((0..BURST).all(|number| throttle.admit(at(number.into())) == Some(0)));
         assert_eq!((100..1000).filter_map(|number| throttle.admit(at(number))).count(), 0);
-        assert!(throttle.is_behind());
         assert_eq!(throttle.admit(at(1100)), Some(900));
         assert_eq!(throttle.admit(at(1200)), None);
         // After a quiet time there is a burst again.

@@ -1,6 +1,6 @@
 //! How reports are written: for people or as JSON lines, to a terminal or a file.
 
-use std::{fmt, fs::File, io, path::Path, time::Instant};
+use std::{fmt, fs::File, io, path::Path};
 
 use nix::errno::Errno;
 use serde_json::{Value, json};
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::{
     descriptor::Standard,
     in_line::Tally,
-    messages::{self, Throttle},
+    messages,
     sink::{Sink, Target, Unfinished, loss_line},
 };
 use crate::{
@@ -84,8 +84,6 @@ pub(super) struct Writer {
     out: Sink,
     /// Where the report goes, for people.
     place: String,
-    /// Changes of the targets that are written.
-    targets: Throttle,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -131,7 +129,7 @@ impl Writer {
         let started =
             || Sink::start(target, reporting.output).map_err(|source| ReportError { place: place.clone(), source });
         let out = shared.map_or_else(started, Ok)?;
-        Ok(Self { format: reporting.output, quiet: reporting.quiet, out, place, targets: Throttle::default() })
+        Ok(Self { format: reporting.output, quiet: reporting.quiet, out, place })
     }
 
     fn line(&self, line: &dyn fmt::Display) {
@@ -195,24 +193,11 @@ impl Writer {
         );
     }
 
-    /// Says where the policies hold, cgroups having come or gone. Of many changes in a short time not each is said.
-    pub(super) fn retargeted(&mut self, session: &Session) {
-        let Some(left_out) = self.targets.admit(Instant::now()) else { return };
+    /// Says where the policies hold, cgroups having come or gone.
+    pub(super) fn retargeted(&self, session: &Session) {
         let targets = kernel::names(session.targets());
         let shown = if targets.is_empty() { "none".to_owned() } else { escape::join(&targets, ", ") };
-        let more = if left_out == 0 { String::new() } else { format!(" (changes before this one: {left_out})") };
-        let mut event = json!({ "event": "targets", "targets": targets });
-        if left_out > 0 {
-            event["left_out"] = left_out.into();
-        }
-        self.notice(&format!("targets   {shown}{more}"), event);
-    }
-
-    /// Says what a change of the targets left unsaid, when it is time for that.
-    pub(super) fn catch_up(&mut self, session: &Session) {
-        if self.targets.is_behind() && self.targets.is_due(Instant::now()) {
-            self.retargeted(session);
-        }
+        self.notice(&format!("targets   {shown}"), json!({ "event": "targets", "targets": targets }));
     }
 
     /// Says what was done to one live socket: for people only where it could not be, for there may be thousands.

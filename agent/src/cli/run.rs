@@ -127,9 +127,8 @@ impl Run {
         let setup =
             Setup { desired, mount: mount.clone(), targets, backend, gaps, filter: Filter::default(), instance };
         let session = start(setup, &writer)?;
-        let stand = |session: &mut Session, signals: &mut Signals, writer: &mut Writer| {
-            standing.stand(session, signals, writer)
-        };
+        let stand =
+            |session: &mut Session, signals: &mut Signals, writer: &Writer| standing.stand(session, signals, writer);
         let ended = finish(session, &mut signals, writer, stand);
         if self.apply && !self.persist && self.instance.is_none() {
             // Nobody asks by this name any more.
@@ -186,11 +185,11 @@ fn start(setup: Setup, writer: &Writer) -> Result<Session, RunError> {
 fn finish(
     mut session: Session,
     signals: &mut Signals,
-    mut writer: Writer,
-    during: impl FnOnce(&mut Session, &mut Signals, &mut Writer) -> Result<(), WatchError>,
+    writer: Writer,
+    during: impl FnOnce(&mut Session, &mut Signals, &Writer) -> Result<(), WatchError>,
 ) -> Result<u64, RunError> {
-    during(&mut session, signals, &mut writer)?;
-    watch::end(&mut session, &mut writer)?;
+    during(&mut session, signals, &writer)?;
+    watch::end(&mut session, &writer)?;
     let stays_as = session.stays_as().map(str::to_owned);
     let summary = session.finish()?;
     let conflicts = summary.new_conflicts();

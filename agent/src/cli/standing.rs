@@ -180,7 +180,7 @@ impl<'a> Standing<'a> {
         &mut self,
         session: &mut Session,
         signals: &mut Signals,
-        writer: &mut Writer,
+        writer: &Writer,
     ) -> Result<(), WatchError> {
         let mut asked = Asked::default();
         loop {
@@ -229,7 +229,7 @@ impl<'a> Standing<'a> {
         session: &mut Session,
         signals: &mut Signals,
         asked: &mut Asked,
-        writer: &mut Writer,
+        writer: &Writer,
     ) -> Result<(), WatchError> {
         self.due = None;
         let Wanted { manner, mount, journal: Some(journal), .. } = self.wanted else { return Ok(()) };
@@ -321,7 +321,7 @@ impl<'a> Standing<'a> {
     }
 
     /// Has the policies hold where they should by now. What cannot be done is said, and tried again.
-    fn retarget(&mut self, session: &mut Session, writer: &mut Writer) {
+    fn retarget(&mut self, session: &mut Session, writer: &Writer) {
         let placed = self.follow_cgroups().and_then(|()| self.place(session));
         self.is_behind = placed.is_err();
         match placed {

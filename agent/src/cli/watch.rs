@@ -64,12 +64,11 @@ pub(super) fn wait_for(polled: &mut [PollFd<'_>], patience: u16) -> Result<(), W
 }
 
 /// Writes what there is to tell. Gives whether there may be more.
-pub(super) fn tell(session: &mut Session, writer: &mut Writer) -> Result<bool, WatchError> {
+pub(super) fn tell(session: &mut Session, writer: &Writer) -> Result<bool, WatchError> {
     let more = session.drain(|event| writer.event(event));
     for loss in session.new_losses()? {
         writer.loss(&loss);
     }
-    writer.catch_up(session);
     Ok(more)
 }
 
@@ -77,7 +76,7 @@ pub(super) fn tell(session: &mut Session, writer: &mut Writer) -> Result<bool, W
 pub(super) fn watch(
     session: &mut Session,
     signals: &mut Signals,
-    writer: &mut Writer,
+    writer: &Writer,
     ends: &[BorrowedFd<'_>],
 ) -> Result<(), WatchError> {
     loop {
@@ -98,7 +97,7 @@ pub(super) fn watch(
 }
 
 /// Takes the policies out of force, unless they are to stay, and tells of what is left.
-pub(super) fn end(session: &mut Session, writer: &mut Writer) -> Result<(), WatchError> {
+pub(super) fn end(session: &mut Session, writer: &Writer) -> Result<(), WatchError> {
     session.end()?;
     loop {
         let more = tell(session, writer)?;

@@ -14,6 +14,8 @@ use crate::{
 pub(super) struct Word {
     instance: Instance,
     record: Record,
+    /// Whether the record that others read is older than this one: there was no space for it, for example.
+    is_behind: bool,
 }
 
 impl Word {
@@ -37,7 +39,7 @@ impl Word {
             }
             None => record,
         };
-        Self { instance, record }
+        Self { instance, record, is_behind: false }
     }
 
     /// The policies that were taken over.
@@ -62,7 +64,7 @@ impl Word {
         // One of this number never came in force.
         record.generations.retain(|other| other.number != number);
         record.generations.push(generation);
-        self.write(record)?;
+        self.write(record, self.instance.persists())?;
         fault::point("recorded");
         Ok(())
     }
@@ -79,7 +81,8 @@ impl Word {
         if let Some(last) = record.generations.last_mut() {
             last.targets = names_and_scopes(targets);
         }
-        self.write(record)
+        // New cgroups do not wait for room on a disk.
+        self.write(record, false)
     }
 
     /// Whether one of these is another instance's.
@@ -87,14 +90,15 @@ impl Word {
         self.instance.check_others(cgroups)
     }
 
-    /// Says this from now on, unless another instance has one of the targets that are new in it. What does not stay needs no
-    /// record to go on.
-    fn write(&mut self, record: Record) -> Result<(), InstanceError> {
+    /// Says this from now on, unless another instance has one of the targets that are new in it. A record that cannot be written
+    /// is an error if `must_be_written`; else it is written later.
+    fn write(&mut self, record: Record, must_be_written: bool) -> Result<(), InstanceError> {
         let own: BTreeSet<&str> = self.record.targets().collect();
         let new: Vec<&str> = record.targets().filter(|name| !own.contains(name)).collect();
         let written = if new.is_empty() { self.instance.write(&record) } else { self.instance.claim(&record, &new) };
+        self.is_behind = written.is_err();
         match written {
-            Err(error @ InstanceError::File { .. }) if !self.instance.persists() => {
+            Err(error @ InstanceError::File { .. }) if !must_be_written => {
                 log::warn!("`sockpolicy status` will not show this as it is: {error}");
             }
             written => written?,
@@ -120,17 +124,19 @@ impl Word {
         }
     }
 
-    /// Says that so many events have found no room by now.
+    /// Says that so many events have found no room by now, and what could not be said before.
     pub(super) fn count(&mut self, ring_full: u64) {
         let unread = self.record.unread.counted(ring_full);
-        if self.record.unread != unread {
+        if self.record.unread != unread || self.is_behind {
             self.record.unread = unread;
             self.write_if_possible();
         }
     }
 
-    fn write_if_possible(&self) {
-        if let Err(error) = self.instance.write(&self.record) {
+    fn write_if_possible(&mut self) {
+        let written = self.instance.write(&self.record);
+        self.is_behind = written.is_err();
+        if let Err(error) = written {
             log::warn!("{error}");
         }
     }
