@@ -194,7 +194,7 @@ impl Session {
         }
         let audit = object.attach_audit(desired.audit, backend)?;
         if let (Some(word), Some(files)) = (&mut word, files) {
-            word.add(staged.generation(), files, &targets)?;
+            word.add(staged.generation(), files, &targets, true)?;
         }
         warn_without_audit(audit, desired.audit);
         if let Some(reason) = object.blindness() {
@@ -250,7 +250,7 @@ impl Session {
         }
         let staged = self.object.stage(&desired, None, &targets)?;
         if let Some(word) = &mut self.word
-            && let Err(error) = word.add(staged.generation(), files, &targets)
+            && let Err(error) = word.add(staged.generation(), files, &targets, false)
         {
             self.object.abandon(staged);
             return Err(error.into());

@@ -57,14 +57,21 @@ impl Word {
         self.record.counted.clone()
     }
 
-    /// Says what will be in force in a moment.
-    pub(super) fn add(&mut self, number: u32, files: Files, targets: &[Target]) -> Result<(), InstanceError> {
+    /// Says what will be in force in a moment. A record that cannot be written is an error if it is the first one of what stays
+    /// without an agent; else it is written later.
+    pub(super) fn add(
+        &mut self,
+        number: u32,
+        files: Files,
+        targets: &[Target],
+        is_first: bool,
+    ) -> Result<(), InstanceError> {
         let generation = instance::Generation { number, files, targets: names_and_scopes(targets) };
         let mut record = self.record.clone();
         // One of this number never came in force.
         record.generations.retain(|other| other.number != number);
         record.generations.push(generation);
-        self.write(record, self.instance.persists())?;
+        self.write(record, is_first && self.instance.persists())?;
         fault::point("recorded");
         Ok(())
     }
