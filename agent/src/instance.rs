@@ -7,9 +7,8 @@
 //! that cgroups are its own has found that they are nobody else's, and nobody says so between.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::File,
     io::{self, Read as _, Seek as _, Write as _},
-    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     thread,
     time::Duration,
@@ -17,7 +16,7 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{Flock, FlockArg},
+    fcntl::{Flock, FlockArg, OFlag},
 };
 use serde::{Deserialize, Serialize};
 
@@ -26,14 +25,18 @@ use crate::{
     coverage::Stack,
     escape::Escape,
     fault,
+    host::private::{PrivateDir, PrivateError},
     kernel::{KernelError, MapIds, Pins},
     policy::{Policy, PolicyErrors, Texts},
     report::Counted,
     session::{self, SessionError},
 };
 
-/// Where instances leave word of themselves.
-const FOLDER: &str = "/run/sockpolicy";
+/// The directory of all instances' files, and where it is.
+const PARENT: &str = "/run";
+const FOLDER: &str = "sockpolicy";
+/// The longest name of an instance, in bytes.
+const NAME_MAX: usize = 64;
 /// How often, and after which pauses, to ask for a lock that somebody holds: who looks at it holds it for a moment.
 const PATIENCE: u32 = 20;
 const PAUSE: Duration = Duration::from_millis(10);
@@ -58,10 +61,12 @@ pub enum InstanceError {
          (sockpolicy detach {name}), or give this one another name with --instance"
     )]
     Pinned { name: String },
-    #[error("`{}` is no name for an instance\n  help: take letters, digits, `-` and `_`", .0.escaped())]
+    #[error("`{}` is no name for an instance\n  help: take up to 64 letters, digits, `-` and `_`", .0.escaped())]
     Name(String),
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    #[error(transparent)]
+    Private(#[from] PrivateError),
 }
 
 /// What is in force, or will be in a moment.
@@ -203,13 +208,13 @@ impl Instance {
     /// Where there is one of this name that runs.
     pub fn become_one(name: &str, persists: bool) -> Result<Self, InstanceError> {
         check_name(name)?;
-        make_folder().map_err(|source| InstanceError::File { path: FOLDER.into(), source })?;
-        let path = path_of(name, "lock");
-        let failed = |source| InstanceError::File { path: path.clone(), source };
+        let folder = make_folder()?;
+        let lock_name = file_name(name, "lock");
+        let failed = |source| InstanceError::File { path: folder.path().join(&lock_name), source };
         let mut patience = PATIENCE;
         loop {
-            let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
-            let mut lock = match Flock::lock(file.map_err(failed)?, FlockArg::LockExclusiveNonblock) {
+            let Some(file) = folder.open_file(&lock_name, OFlag::O_RDWR | OFlag::O_CREAT)? else { continue };
+            let mut lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(lock) => lock,
                 // It may be one who only looks.
                 Err((_, Errno::EAGAIN)) if patience > 0 => {
@@ -218,17 +223,15 @@ impl Instance {
                     continue;
                 }
                 Err((mut file, Errno::EAGAIN)) => {
-                    let mut pid = String::new();
-                    file.read_to_string(&mut pid).map_err(failed)?;
-                    return Err(InstanceError::Running { name: name.to_owned(), pid: pid.trim().to_owned() });
+                    return Err(InstanceError::Running { name: name.to_owned(), pid: read_pid(&mut file) });
                 }
                 Err((_, errno)) => return Err(failed(errno.into())),
             };
             // Who held it may have removed it meanwhile.
-            if !is_same(&lock, &path) {
+            if !folder.is_entry(&lock, &lock_name) {
                 continue;
             }
-            if !persists && Pins::instances().iter().any(|pinned| pinned == name) {
+            if !persists && pinned().iter().any(|pinned| pinned == name) {
                 return Err(InstanceError::Pinned { name: name.to_owned() });
             }
             lock.set_len(0).and_then(|()| lock.rewind()).map_err(failed)?;
@@ -248,13 +251,19 @@ impl Instance {
     ///
     /// Where it cannot be written.
     pub fn write(&self, record: &Record) -> Result<(), InstanceError> {
-        let (path, new) = (path_of(&self.name, "json"), path_of(&self.name, "new"));
-        let failed = |source| InstanceError::File { path: path.clone(), source };
+        let folder = make_folder()?;
+        let (name, new) = (file_name(&self.name, "json"), file_name(&self.name, "new"));
+        let failed = |source| InstanceError::File { path: folder.path().join(&new), source };
         let bytes = serde_json::to_vec(record).map_err(|error| failed(error.into()))?;
-        // Policies may be for nobody else to read.
-        let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new);
-        file.and_then(|mut file| file.write_all(&bytes)).map_err(failed)?;
-        fs::rename(&new, &path).map_err(failed)
+        folder.remove_file(&new)?;
+        let file = folder.open_file(&new, OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL)?;
+        let written = file.map_or(Ok(()), |mut file| file.write_all(&bytes));
+        if let Err(error) = written {
+            // The record that is there stays whole.
+            let _ = folder.remove_file(&new);
+            return Err(failed(error));
+        }
+        Ok(folder.rename(&new, &name)?)
     }
 
     /// The same where these cgroups, by their names, become targets by it.
@@ -263,10 +272,11 @@ impl Instance {
     ///
     /// Where one of them is a target of another instance, or it cannot be written.
     pub fn claim(&self, record: &Record, cgroups: &[&str]) -> Result<(), InstanceError> {
-        let failed = |source| InstanceError::File { path: FOLDER.into(), source };
+        let folder = make_folder()?;
         // One at a time: the folder is locked.
-        let folder = File::open(FOLDER).map_err(failed)?;
-        let _turn = Flock::lock(folder, FlockArg::LockExclusive).map_err(|(_, errno)| failed(errno.into()))?;
+        let lock = Flock::lock(folder.reopen()?, FlockArg::LockExclusive);
+        let _turn =
+            lock.map_err(|(_, errno)| InstanceError::File { path: folder.path().to_owned(), source: errno.into() })?;
         self.check_others(cgroups)?;
         fault::point("others-checked");
         self.write(record)
@@ -278,7 +288,7 @@ impl Instance {
     ///
     /// Where there is no BPF file system.
     pub fn pins(&self) -> Result<Option<Pins>, InstanceError> {
-        Ok(if self.persists { Some(Pins::of(&self.name)?) } else { None })
+        Ok(if self.persists { Some(Pins::make(&self.name)?) } else { None })
     }
 
     #[must_use]
@@ -330,7 +340,9 @@ pub fn check_others(own: Option<&str>, cgroups: &[&str]) -> Result<(), InstanceE
 impl Drop for Instance {
     fn drop(&mut self) {
         // While it is locked still, so that nobody else's is removed.
-        remove_files(&self.name, if self.persists { &["lock"] } else { &["json", "lock"] });
+        if let Ok(Some(folder)) = folder() {
+            remove_files(&folder, &self.name, if self.persists { &["lock"] } else { &["json", "lock"] });
+        }
     }
 }
 
@@ -347,35 +359,57 @@ pub struct Seen {
     pub is_pinned: bool,
 }
 
-/// All instances that there are, by name. What dead ones have left is removed.
+/// Returns all instances that there are, by name. Removes what dead ones have left.
 #[must_use]
 pub fn all() -> Vec<Seen> {
-    let mut names: Vec<String> = with_files(&["json", "lock"]).chain(Pins::instances()).collect();
+    let pinned = pinned();
+    let mut names: Vec<String> = with_files(&["json", "lock"]).into_iter().chain(pinned.iter().cloned()).collect();
     names.sort();
     names.dedup();
-    names.into_iter().filter_map(|name| see(&name)).collect()
+    names.into_iter().filter_map(|name| see_among(&name, &pinned)).collect()
 }
 
-/// Names of instances that have a file of one of these kinds; those that have several come several times.
-pub(crate) fn with_files(kinds: &[&str]) -> impl Iterator<Item = String> {
-    let entries = fs::read_dir(FOLDER).into_iter().flatten().flatten();
-    entries.filter_map(|entry| {
-        let path = entry.path();
-        let is_wanted = path.extension().is_some_and(|kind| kinds.iter().any(|wanted| kind == *wanted));
-        is_wanted.then(|| path.file_stem()?.to_str().map(str::to_owned)).flatten()
-    })
+/// Returns the names of instances that have pins. What other users may have put in their place is none.
+fn pinned() -> Vec<String> {
+    Pins::instances().inspect_err(|error| log::debug!("{error}")).unwrap_or_default()
 }
 
-/// One instance, if there is one of this name.
+/// Returns the names of instances that have a file of one of these kinds; those that have several come several times.
+pub(crate) fn with_files(kinds: &[&str]) -> Vec<String> {
+    let listed = folder().and_then(|folder| Ok((folder.as_ref().map_or(Ok(Vec::new()), PrivateDir::names)?, folder)));
+    let (names, folder) = match listed {
+        Ok((names, Some(folder))) => (names, folder),
+        Ok((_, None)) => return Vec::new(),
+        Err(error) => {
+            log::warn!("{error}");
+            return Vec::new();
+        }
+    };
+    let of = |file: &str| {
+        let (name, kind) = file.rsplit_once('.')?;
+        let is_wanted = is_name(name) && kinds.contains(&kind) && folder.has_file(file);
+        is_wanted.then(|| name.to_owned())
+    };
+    names.iter().filter_map(|file| of(file.to_str()?)).collect()
+}
+
+/// Returns one instance, if there is one of this name.
 #[must_use]
 pub fn see(name: &str) -> Option<Seen> {
-    let is_pinned = Pins::instances().iter().any(|pinned| pinned == name);
-    let (is_running, pid) = match lock_of(name) {
+    see_among(name, &pinned())
+}
+
+fn see_among(name: &str, pinned: &[String]) -> Option<Seen> {
+    let is_pinned = pinned.iter().any(|pinned| pinned == name);
+    let folder = folder_or_none().filter(|_| is_name(name));
+    let (is_running, pid) = match folder.as_ref().map_or(Lock::Absent, |folder| lock_of(folder, name)) {
         Lock::Held(pid) => (true, pid),
         Lock::Free(lock) => {
             // While it is ours, so that nobody else's is removed.
-            if !is_pinned && is_same(&lock, &path_of(name, "lock")) {
-                remove_files(name, &["json", "lock"]);
+            if let Some(folder) = folder.as_ref().filter(|_| !is_pinned)
+                && folder.is_entry(&lock, &file_name(name, "lock"))
+            {
+                remove_files(folder, name, &["json", "lock"]);
             }
             (false, None)
         }
@@ -390,15 +424,30 @@ pub fn see(name: &str) -> Option<Seen> {
     })
 }
 
-fn remove_files(name: &str, kinds: &[&str]) {
+fn remove_files(folder: &PrivateDir, name: &str, kinds: &[&str]) {
     for kind in kinds {
-        let _ = fs::remove_file(path_of(name, kind));
+        if let Err(error) = folder.remove_file(&file_name(name, kind)) {
+            log::debug!("{error}");
+        }
     }
 }
 
 fn read_record(name: &str) -> Option<Record> {
-    let bytes = fs::read(path_of(name, "json")).ok()?;
-    serde_json::from_slice(&bytes).inspect_err(|error| log::debug!("record of instance {name}: {error}")).ok()
+    let folder = folder_or_none()?;
+    let file = folder.open_file(&file_name(name, "json"), OFlag::O_RDONLY);
+    let mut file = file.inspect_err(|error| log::warn!("{error}")).ok().flatten()?;
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes).ok()?;
+    parse_record(&bytes).inspect_err(|error| log::debug!("record of instance {name}: {error}")).ok()
+}
+
+/// Reads the text of a record.
+///
+/// # Errors
+///
+/// Fails where this is no record of this build.
+pub fn parse_record(bytes: &[u8]) -> serde_json::Result<Record> {
+    serde_json::from_slice(bytes)
 }
 
 enum Lock {
@@ -409,45 +458,61 @@ enum Lock {
     Absent,
 }
 
-fn lock_of(name: &str) -> Lock {
-    let Ok(file) = File::open(path_of(name, "lock")) else { return Lock::Absent };
+/// Longer than any number of a process, and a line's end.
+const PID_BYTES: u64 = 16;
+
+fn read_pid(file: &mut File) -> String {
+    let mut bytes = Vec::new();
+    let _ = file.take(PID_BYTES).read_to_end(&mut bytes);
+    String::from_utf8_lossy(&bytes).trim().to_owned()
+}
+
+fn lock_of(folder: &PrivateDir, name: &str) -> Lock {
+    let opened = folder.open_file(&file_name(name, "lock"), OFlag::O_RDONLY);
+    let Some(file) = opened.inspect_err(|error| log::warn!("{error}")).ok().flatten() else { return Lock::Absent };
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(lock) => Lock::Free(lock),
-        Err((mut file, _)) => {
-            let mut pid = String::new();
-            let _ = file.read_to_string(&mut pid);
-            Lock::Held(pid.trim().parse().ok())
-        }
+        Err((mut file, _)) => Lock::Held(read_pid(&mut file).parse().ok()),
     }
 }
 
-/// Nobody else is to keep an agent from its lock, or to read policies that are not for him.
-pub(crate) fn make_folder() -> io::Result<()> {
-    match fs::DirBuilder::new().mode(0o700).create(FOLDER) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
-        _ => fs::set_permissions(FOLDER, fs::Permissions::from_mode(0o700)),
-    }
+/// Opens the directory of all instances' files, and makes it if there is none. No other user is to keep an agent from its
+/// lock, or to read policies.
+pub(crate) fn make_folder() -> Result<PrivateDir, PrivateError> {
+    PrivateDir::system(Path::new(PARENT))?.create(FOLDER)
 }
 
-pub(crate) fn is_same(file: &File, path: &Path) -> bool {
-    let (Ok(one), Ok(other)) = (file.metadata(), fs::metadata(path)) else { return false };
-    (one.dev(), one.ino()) == (other.dev(), other.ino())
+/// Opens that directory, if there is one.
+pub(crate) fn folder() -> Result<Option<PrivateDir>, PrivateError> {
+    PrivateDir::system(Path::new(PARENT))?.open(FOLDER)
 }
 
-/// A file of an instance.
+/// Opens it to look who is there. Without the rights for that, or where it is another user's, nobody is.
+fn folder_or_none() -> Option<PrivateDir> {
+    folder().inspect_err(|error| log::debug!("{error}")).ok().flatten()
+}
+
+/// Returns the name of an instance's file of this kind.
+pub(crate) fn file_name(name: &str, kind: &str) -> String {
+    format!("{name}.{kind}")
+}
+
+/// Returns where that file is, for messages.
 pub(crate) fn path_of(name: &str, kind: &str) -> PathBuf {
-    Path::new(FOLDER).join(format!("{name}.{kind}"))
+    Path::new(PARENT).join(FOLDER).join(file_name(name, kind))
 }
 
-/// A name is a file's, and one in a BPF file system too, which takes no dots.
+/// Returns whether an instance may have this name. It is a file's name, also in a BPF file system, which takes no dots.
+pub(crate) fn is_name(name: &str) -> bool {
+    let is_good = |character: char| character.is_ascii_alphanumeric() || "-_".contains(character);
+    !name.is_empty() && name.len() <= NAME_MAX && name.chars().all(is_good)
+}
+
+/// Checks the name of an instance.
 ///
 /// # Errors
 ///
-/// Where it is none.
+/// Fails where an instance may not have it.
 pub fn check_name(name: &str) -> Result<(), InstanceError> {
-    let is_good = |character: char| character.is_ascii_alphanumeric() || "-_".contains(character);
-    if name.is_empty() || name.len() > 64 || !name.chars().all(is_good) {
-        return Err(InstanceError::Name(name.to_owned()));
-    }
-    Ok(())
+    if is_name(name) { Ok(()) } else { Err(InstanceError::Name(name.to_owned())) }
 }

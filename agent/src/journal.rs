@@ -3,6 +3,9 @@
 //! A file of JSON lines below `/run/sockpolicy`, which is gone when the sockets are: with the next boot. A change is written
 //! before it is made, and what came of it after, so that nothing is lost whenever this process ends.
 //!
+//! Each line ends with a sum of its bytes. A line that does not agree with its sum is damaged: no value of it is used, every
+//! other line counts, and the damaged line stays in the file.
+//!
 //! Invariant: one process at a time works on it, from its first line or look on to its end. Another one is refused: what it would
 //! find is about to change.
 //!
@@ -10,23 +13,26 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    fs::{self, OpenOptions},
-    io::{self, BufRead as _, BufReader, Seek as _, Write as _},
-    os::unix::fs::OpenOptionsExt as _,
+    fs,
+    io::{self, BufRead, BufReader, BufWriter, Seek as _, SeekFrom, Write as _},
     path::{Path, PathBuf},
 };
 
 use abi::setting::{OptionKey, Value};
 use nix::{
     errno::Errno,
-    fcntl::{Flock, FlockArg},
+    fcntl::{Flock, FlockArg, OFlag},
 };
 use serde::{Deserialize, Serialize};
 
 use crate::{
     escape::Escape,
     fault,
-    host::{process, survey::Survey},
+    host::{
+        private::{PrivateDir, PrivateError},
+        process,
+        survey::Survey,
+    },
     instance,
 };
 
@@ -39,6 +45,12 @@ const KIND: &str = "before";
 /// Bytes that are written at a time, and kept until then.
 const AT_A_TIME: usize = 256 * 1024;
 
+/// No line is longer, in bytes: one that is was not written so.
+const LINE_MAX: usize = 1024;
+
+/// What stands before the sum at the end of a line.
+const SUM: &str = ",\"sum\":";
+
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
     #[error("{}: {source}", path.escaped())]
@@ -49,6 +61,8 @@ pub enum JournalError {
         path.escaped()
     )]
     Busy { path: PathBuf, holder: String },
+    #[error(transparent)]
+    Private(#[from] PrivateError),
 }
 
 /// Adds of which file.
@@ -79,7 +93,7 @@ struct Worker {
     process: u32,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, Copy, Serialize, Deserialize)]
 struct Line {
     cookie: u64,
     level: i32,
@@ -111,22 +125,41 @@ impl From<Bytes> for Value {
 /// The instances that have one, whether they have policies in force or not.
 #[must_use]
 pub fn instances() -> Vec<String> {
-    let mut names: Vec<String> = instance::with_files(&[KIND]).collect();
+    let mut names = instance::with_files(&[KIND]);
     names.sort();
     names
+}
+
+/// Returns where the journal of an instance is, for messages.
+#[must_use]
+pub fn path_of(instance: &str) -> PathBuf {
+    instance::path_of(instance, KIND)
+}
+
+/// What a journal says.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Contents {
+    /// All that there is to put back.
+    pub changes: BTreeMap<Place, Change>,
+    /// How many lines are damaged.
+    pub damaged: usize,
 }
 
 /// The journal of an instance, which is nobody else's as long as this is there and has been used.
 #[derive(Debug)]
 pub struct Journal {
+    /// The name of the file in the directory of all instances.
+    name: String,
+    /// Where that is, for messages.
     path: PathBuf,
-    file: Option<Flock<fs::File>>,
+    file: Option<(PrivateDir, Flock<fs::File>)>,
 }
 
 impl Journal {
     #[must_use]
     pub fn of(instance: &str) -> Self {
-        Self { path: instance::path_of(instance, KIND), file: None }
+        let name = instance::file_name(instance, KIND);
+        Self { name, path: path_of(instance), file: None }
     }
 
     /// Notes what an option shows, and what it is about to be given.
@@ -172,24 +205,22 @@ impl Journal {
             self.open(true)?;
             self.shorten()?;
         }
-        let Some(file) = &mut self.file else { return Ok(()) };
-        file.write_all(text).map_err(failed(&self.path))
+        let Some((_, file)) = &mut self.file else { return Ok(()) };
+        append(file, text).map_err(failed(&self.path))
     }
 
     /// Has the file, if there is one or it is to be made, for this process alone.
     fn open(&mut self, is_to_be_made: bool) -> Result<(), JournalError> {
         while self.file.is_none() {
-            if is_to_be_made {
-                instance::make_folder().map_err(failed(&self.path))?;
-            }
-            let file = OpenOptions::new().read(true).append(true).create(is_to_be_made).mode(0o600).open(&self.path);
-            let file = match file {
-                Err(error) if error.kind() == io::ErrorKind::NotFound && !is_to_be_made => return Ok(()),
-                file => file.map_err(failed(&self.path))?,
+            let folder = if is_to_be_made { Some(instance::make_folder()?) } else { instance::folder()? };
+            let made = if is_to_be_made { OFlag::O_CREAT } else { OFlag::empty() };
+            let Some(folder) = folder else { return Ok(()) };
+            let Some(file) = folder.open_file(&self.name, OFlag::O_RDWR | OFlag::O_APPEND | made)? else {
+                return Ok(());
             };
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 // Who had it may have written it anew, or removed it.
-                Ok(lock) if instance::is_same(&lock, &self.path) => self.file = Some(lock),
+                Ok(lock) if folder.is_entry(&lock, &self.name) => self.file = Some((folder, lock)),
                 Ok(_) => {}
                 Err((file, Errno::EAGAIN)) => {
                     return Err(JournalError::Busy { path: self.path.clone(), holder: holder(file) });
@@ -197,7 +228,7 @@ impl Journal {
                 Err((_, errno)) => return Err(failed(&self.path)(errno.into())),
             }
         }
-        let Some(file) = &mut self.file else { return Ok(()) };
+        let Some((_, file)) = &mut self.file else { return Ok(()) };
         say_whose(file).map_err(failed(&self.path))?;
         fault::point("journal-opened");
         Ok(())
@@ -205,7 +236,7 @@ impl Journal {
 
     /// Forgets sockets that are gone, where there may be many.
     fn shorten(&mut self) -> Result<(), JournalError> {
-        let Some(file) = &self.file else { return Ok(()) };
+        let Some((_, file)) = &self.file else { return Ok(()) };
         if file.metadata().map_err(failed(&self.path))?.len() < LONG {
             return Ok(());
         }
@@ -216,58 +247,60 @@ impl Journal {
             return Ok(());
         }
         let there: HashSet<u64> = survey.sockets.iter().map(|found| found.entry.cookie).collect();
-        let mut changes = self.read()?;
+        let Contents { mut changes, .. } = self.read()?;
         changes.retain(|place, _| there.contains(&place.cookie));
         self.replace(&changes)
     }
 
-    /// All that there is to put back. A line that was cut off says nothing.
+    /// Reads all that there is.
     ///
     /// # Errors
     ///
-    /// Where it cannot be read, or another process works on it.
-    pub fn changes(&mut self) -> Result<BTreeMap<Place, Change>, JournalError> {
+    /// Fails where the file cannot be read, or another process works on it.
+    pub fn contents(&mut self) -> Result<Contents, JournalError> {
         self.open(false)?;
         self.read()
     }
 
-    fn read(&mut self) -> Result<BTreeMap<Place, Change>, JournalError> {
-        let Some(file) = &mut self.file else { return Ok(BTreeMap::new()) };
+    fn read(&mut self) -> Result<Contents, JournalError> {
+        let Some((_, file)) = &mut self.file else { return Ok(Contents::default()) };
         file.rewind().map_err(failed(&self.path))?;
-        let lines = BufReader::new(&mut **file).lines().map_while(Result::ok);
-        Ok(fold(lines.filter_map(|line| serde_json::from_str(&line).ok())))
+        parse(&mut BufReader::new(&mut **file)).map_err(failed(&self.path))
     }
 
-    /// Only these are left to put back.
+    /// Keeps only these to be put back, and the lines that are damaged.
     ///
     /// # Errors
     ///
-    /// Where that cannot be written: then all are.
-    pub fn keep(mut self, changes: &BTreeMap<Place, Change>) -> Result<(), JournalError> {
+    /// Fails where that cannot be written. All that was there is then kept.
+    pub fn keep(mut self, contents: &Contents) -> Result<(), JournalError> {
         match &self.file {
             // There was none.
             None => Ok(()),
-            Some(_) if changes.is_empty() => self.remove(),
-            Some(_) => self.replace(changes),
+            Some(_) if contents.changes.is_empty() && contents.damaged == 0 => self.remove(),
+            Some(_) => self.replace(&contents.changes),
         }
     }
 
-    /// Puts a file that says only this in the place of the one that is there, which is ours.
+    /// Puts a file that says only this in the place of the one that is there, which is ours. Lines that are damaged are copied.
     fn replace(&mut self, changes: &BTreeMap<Place, Change>) -> Result<(), JournalError> {
-        let mut text = Vec::new();
-        for (place, Change { before, after }) in changes {
-            write_line(&mut text, *place, Some(before), after).map_err(failed(&self.path))?;
-        }
-        let path = self.path.with_extension("new-before");
+        let Some((folder, file)) = &mut self.file else { return Ok(()) };
+        let new = format!("{}.new", self.name);
         // Nobody else's, as long as the other one is ours.
-        let _ = fs::remove_file(&path);
-        let file = OpenOptions::new().read(true).append(true).create_new(true).mode(0o600).open(&path);
-        let file = file.map_err(failed(&path))?;
-        let mut file =
-            Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| failed(&path)(errno.into()))?;
-        say_whose(&mut file).and_then(|()| file.write_all(&text)).map_err(failed(&path))?;
-        fs::rename(&path, &self.path).map_err(failed(&self.path))?;
-        self.file = Some(file);
+        folder.remove_file(&new)?;
+        let Some(made) = folder.open_file(&new, OFlag::O_RDWR | OFlag::O_APPEND | OFlag::O_CREAT | OFlag::O_EXCL)?
+        else {
+            return Ok(());
+        };
+        let path = folder.path().join(&new);
+        let mut made =
+            Flock::lock(made, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| failed(&path)(errno.into()))?;
+        if let Err(error) = copy(file, changes, &mut made) {
+            let _ = folder.remove_file(&new);
+            return Err(failed(&path)(error));
+        }
+        folder.rename(&new, &self.name)?;
+        *file = made;
         Ok(())
     }
 
@@ -275,35 +308,159 @@ impl Journal {
     ///
     /// # Errors
     ///
-    /// Where it cannot be removed, or another process works on it.
+    /// Fails where the file cannot be removed, or another process works on it.
     pub fn remove(mut self) -> Result<(), JournalError> {
         self.open(false)?;
-        match self.file {
+        match &self.file {
             None => Ok(()),
-            Some(_) => fs::remove_file(&self.path).map_err(failed(&self.path)),
+            Some((folder, _)) => Ok(folder.remove_file(&self.name)?),
         }
     }
+}
+
+/// Appends whole lines, or nothing: where there is no room for all of it, the file ends as before.
+fn append(file: &mut fs::File, text: &[u8]) -> io::Result<()> {
+    let end = file.metadata()?.len();
+    file.write_all(text).inspect_err(|_| {
+        // A line that is cut off would be damaged, and so would the one after it.
+        if let Err(error) = file.set_len(end) {
+            log::debug!("the last line of the journal is cut off: {error}");
+        }
+    })
+}
+
+/// Writes these changes, and what is damaged in `old`.
+fn copy(old: &mut fs::File, changes: &BTreeMap<Place, Change>, new: &mut fs::File) -> io::Result<()> {
+    say_whose(new)?;
+    let mut out = BufWriter::new(new);
+    let mut line = Vec::new();
+    for (place, Change { before, after }) in changes {
+        line.clear();
+        write_line(&mut line, *place, Some(before), after)?;
+        out.write_all(&line)?;
+    }
+    old.rewind()?;
+    each_line(&mut BufReader::new(old), |line| match line {
+        Raw::Damaged(bytes) => out.write_all(bytes).and_then(|()| out.write_all(b"\n")),
+        Raw::Line(_) | Raw::Worker(_) => Ok(()),
+    })?;
+    out.flush()
+}
+
+/// Reads the text of a journal. It is read once, and no more of it is kept than there are changes.
+///
+/// # Errors
+///
+/// Fails where `text` does.
+pub fn parse(text: &mut impl BufRead) -> io::Result<Contents> {
+    let (mut lines, mut damaged) = (Fold::default(), 0);
+    each_line(text, |line| {
+        match line {
+            Raw::Line(line) => lines.add(line),
+            Raw::Damaged(_) => damaged += 1,
+            Raw::Worker(_) => {}
+        }
+        Ok(())
+    })?;
+    Ok(Contents { changes: lines.0, damaged })
+}
+
+/// A line as it stands in a journal.
+enum Raw<'a> {
+    Line(Line),
+    Worker(Worker),
+    /// The bytes of one that says nothing, at most [`LINE_MAX`] of them. The rest follows as another line.
+    Damaged(&'a [u8]),
+}
+
+fn each_line(text: &mut impl BufRead, mut each: impl FnMut(Raw<'_>) -> io::Result<()>) -> io::Result<()> {
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        io::Read::take(&mut *text, LINE_MAX as u64).read_until(b'\n', &mut line)?;
+        if line.is_empty() {
+            return Ok(());
+        }
+        if line.last() == Some(&b'\n') {
+            line.pop();
+        }
+        if !line.is_empty() {
+            each(read_line(&line))?;
+        }
+    }
+}
+
+fn read_line(line: &[u8]) -> Raw<'_> {
+    let Some(body) = body_of(line) else { return Raw::Damaged(line) };
+    if let Ok(line) = serde_json::from_slice(&body) {
+        return Raw::Line(line);
+    }
+    serde_json::from_slice(&body).map_or(Raw::Damaged(line), Raw::Worker)
+}
+
+/// Returns a line without its sum; `None` where the line has none, or another one.
+fn body_of(line: &[u8]) -> Option<Vec<u8>> {
+    let line = str::from_utf8(line).ok()?;
+    let (body, sum) = line.strip_suffix('}')?.rsplit_once(SUM)?;
+    let body = [body.as_bytes(), b"}"].concat();
+    (sum == sum_of(&body).to_string()).then_some(body)
+}
+
+/// Returns the sum of a line: FNV-1a with 64 bits. Each byte changes it one-to-one, so that no single byte can change unseen.
+fn sum_of(bytes: &[u8]) -> u64 {
+    const BASIS: u64 = 0xcbf2_9ce4_8422_2325;
+    const PRIME: u64 = 0x0100_0000_01b3;
+    bytes.iter().fold(BASIS, |sum, byte| (sum ^ u64::from(*byte)).wrapping_mul(PRIME))
+}
+
+/// Writes an object of JSON as a line with its sum.
+fn write_summed(text: &mut Vec<u8>, object: &impl Serialize) -> io::Result<()> {
+    let start = text.len();
+    serde_json::to_writer(&mut *text, object)?;
+    let sum = sum_of(&text[start..]);
+    // The object's last brace.
+    text.pop();
+    writeln!(text, "{SUM}{sum}}}")
 }
 
 fn write_line(text: &mut Vec<u8>, place: Place, before: Option<&Value>, after: &Value) -> io::Result<()> {
     let Place { cookie, option: OptionKey { level, name } } = place;
     let line = Line { cookie, level, name, before: before.map(Bytes::from), after: Bytes::from(after) };
-    serde_json::to_writer(&mut *text, &line)?;
-    text.push(b'\n');
-    Ok(())
+    write_summed(text, &line)
 }
 
-/// Whoever finds the file locked reads by whom.
+/// Writes which process works on the file, for others that find it locked.
 fn say_whose(file: &mut fs::File) -> io::Result<()> {
-    let mut text = serde_json::to_vec(&Worker { process: std::process::id() })?;
-    text.push(b'\n');
-    file.write_all(&text)
+    let mut text = Vec::new();
+    if is_cut_off(file)? {
+        text.push(b'\n');
+    }
+    write_summed(&mut text, &Worker { process: std::process::id() })?;
+    append(file, &text)
+}
+
+/// Whether the last line has no end: who wrote it was killed, or had no room.
+fn is_cut_off(file: &mut fs::File) -> io::Result<bool> {
+    let mut last = [b'\n'];
+    if file.metadata()?.len() > 0 {
+        file.seek(SeekFrom::End(-1))?;
+        io::Read::read_exact(file, &mut last)?;
+    }
+    Ok(last != *b"\n")
 }
 
 /// Who has locked a file, in words.
 fn holder(file: fs::File) -> String {
-    let lines = BufReader::new(file).lines().map_while(Result::ok);
-    let last = lines.filter_map(|line| serde_json::from_str::<Worker>(&line).ok()).last();
+    let mut last = None;
+    let read = each_line(&mut BufReader::new(file), |line| {
+        if let Raw::Worker(worker) = line {
+            last = Some(worker);
+        }
+        Ok(())
+    });
+    if let Err(error) = read {
+        log::debug!("{error}");
+    }
     // It may just be about to say so, and the last one who did be gone.
     match last.filter(|worker| process::has_thread(worker.process)) {
         Some(Worker { process }) => format!("another sockpolicy, process {process},"),
@@ -311,30 +468,109 @@ fn holder(file: fs::File) -> String {
     }
 }
 
-fn fold(lines: impl Iterator<Item = Line>) -> BTreeMap<Place, Change> {
-    let mut changes: BTreeMap<Place, Change> = BTreeMap::new();
-    for Line { cookie, level, name, before, after } in lines {
+/// What lines say together.
+#[derive(Default)]
+struct Fold(BTreeMap<Place, Change>);
+
+impl Fold {
+    fn add(&mut self, line: Line) {
+        let Line { cookie, level, name, before, after } = line;
         let place = Place { cookie, option: OptionKey { level, name } };
-        match (changes.get_mut(&place), before) {
+        match (self.0.get_mut(&place), before) {
             // Nothing came of what was noted before.
             (Some(change), Some(before)) if change.before == change.after => {
                 *change = Change { before: before.into(), after: after.into() };
             }
             (Some(change), _) => change.after = after.into(),
-            (None, Some(before)) => drop(changes.insert(place, Change { before: before.into(), after: after.into() })),
+            (None, Some(before)) => drop(self.0.insert(place, Change { before: before.into(), after: after.into() })),
             (None, None) => {}
         }
     }
-    changes
 }
 
 #[cfg(test)]
 mod tests {
+    use std::iter;
+
     use super::*;
 
     fn written(before: Option<u32>, after: u32) -> Line {
         let bytes = |number| Bytes::from(&Value::int(number));
         Line { cookie: 1, level: 6, name: 1, before: before.map(bytes), after: bytes(after) }
+    }
+
+    fn fold(lines: impl Iterator<Item = Line>) -> BTreeMap<Place, Change> {
+        let mut fold = Fold::default();
+        lines.for_each(|line| fold.add(line));
+        fold.0
+    }
+
+    fn text_of(cookies: impl Iterator<Item = u64>) -> Vec<u8> {
+        let mut text = Vec::new();
+        write_summed(&mut text, &Worker { process: 1 }).unwrap();
+        for cookie in cookies {
+            let place = Place { cookie, option: OptionKey { level: 6, name: 4 } };
+            write_line(&mut text, place, Some(&Value::int(500)), &Value::int(61)).unwrap();
+        }
+        text
+    }
+
+    fn cookies(contents: &Contents) -> Vec<u64> {
+        contents.changes.keys().map(|place| place.cookie).collect()
+    }
+
+    #[test]
+    fn flipped_bit_loses_the_line_that_it_is_in_and_no_other() {
+        let whole = text_of(1..=3);
+        let lines: Vec<usize> =
+            whole.iter().enumerate().filter(|(_, byte)| **byte == b'\n').map(|(at, _)| at).collect();
+        for at in 0..whole.len() {
+            for bit in 0..8 {
+                let mut text = whole.clone();
+                text[at] ^= 1 << bit;
+                // The line of the process counts as the first.
+                let line = lines.iter().filter(|end| **end < at).count() as u64;
+                let Contents { changes, damaged } = parse(&mut &*text).unwrap();
+                // Where the end of a line is damaged, so is the next line.
+                let is_lost = |cookie: u64| cookie == line || (whole[at] == b'\n' && cookie == line + 1);
+                let left: Vec<u64> = (1..=3).filter(|cookie| !is_lost(*cookie)).collect();
+                let found: Vec<u64> = changes.keys().map(|place| place.cookie).collect();
+                assert_eq!((found, damaged > 0), (left, true), "bit {bit} of byte {at}");
+                assert!(changes.values().all(|change| change.before == Value::int(500)));
+            }
+        }
+    }
+
+    #[test]
+    fn whatever_stands_between_lines_loses_none_of_them() {
+        let (one, other) = (text_of(iter::once(1)), text_of(iter::once(2)));
+        let long = vec![b'x'; 10 * LINE_MAX];
+        for (between, damaged) in [
+            (&b""[..], 0),
+            (b"\n\n\n", 0),
+            (b"\0\0\0\n", 1),
+            (b"\xff\xfe\n", 1),
+            (b"{}\n[]\nnull\n", 3),
+            (b"{\"cookie\":1,\"sum\":0}\n", 1),
+            (b"{\"version\":9}\n", 1),
+            (&[&long[..], b"\n"].concat(), 10),
+            (&one, 0),
+        ] {
+            let contents = parse(&mut &*[&one, between, &other].concat()).unwrap();
+            assert_eq!((cookies(&contents), contents.damaged), (vec![1, 2], damaged));
+        }
+    }
+
+    #[test]
+    fn line_that_is_cut_off_is_damaged() {
+        let text = text_of(1..=2);
+        let last = text[..text.len() - 1].iter().rposition(|byte| *byte == b'\n').unwrap() + 1;
+        // Without its end it is whole still.
+        for end in last + 1..text.len() - 1 {
+            let contents = parse(&mut &text[..end]).unwrap();
+            assert_eq!((cookies(&contents), contents.damaged), (vec![1], 1), "{end}");
+        }
+        assert_eq!(parse(&mut &text[..last]).unwrap().damaged, 0);
     }
 
     #[test]

@@ -32,7 +32,10 @@ impl Instance {
         MOUNT.call_once(|| {
             let is_mounted = || statfs(PATH).is_ok_and(|stat| stat.filesystem_type() == BPF_FS_MAGIC);
             if !is_mounted() {
-                must(Command::new("mount").args(["-t", "bpf", "bpf", PATH]).status(), "mount a BPF file system");
+                must(
+                    Command::new("mount").args(["-t", "bpf", "-o", "mode=0700", "bpf", PATH]).status(),
+                    "mount a BPF file system",
+                );
             }
             assert!(is_mounted(), "there is no BPF file system at {PATH}");
         });

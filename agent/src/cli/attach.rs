@@ -154,7 +154,7 @@ impl Detach {
         let name = &self.instance;
         kernel::check_privileges()?;
         let mut instance = Instance::become_one(name, true)?;
-        let others = Pins::instances();
+        let others = Pins::instances()?;
         if !others.contains(name) {
             // In another mount namespace, with the record of what is in force there.
             if instance.record().is_some_and(|record| record.persists) {

@@ -7,7 +7,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    io::Write,
+    io::{self, Write},
     os::fd::OwnedFd,
 };
 
@@ -20,7 +20,7 @@ use super::{apply::ApplyError, descriptor::stdout, output::Format, run::RunError
 use crate::{
     host::{socket, survey::Survey},
     instance,
-    journal::{Change, Journal, Place},
+    journal::{self, Change, Contents, Journal, Place},
     kernel::{Job, KernelError, Walk},
     options::{self, SocketOption},
 };
@@ -30,7 +30,7 @@ use crate::{
 struct Restored {
     put_back: usize,
     /// Options that somebody has changed since.
-    others: usize,
+    others: Vec<(Place, Change)>,
     /// What is left to be put back.
     failed: BTreeMap<Place, Change>,
 }
@@ -47,13 +47,8 @@ struct Left {
 pub(super) fn put_back(instance: &str) -> Result<bool, ApplyError> {
     instance::check_name(instance).map_err(RunError::from)?;
     let mut journal = Journal::of(instance);
-    let mut by_socket: HashMap<u64, Vec<(Place, Change)>> = HashMap::new();
-    for (place, change) in journal.changes()? {
-        // Else it was refused.
-        if change.after != change.before {
-            by_socket.entry(place.cookie).or_default().push((place, change));
-        }
-    }
+    let Contents { changes, damaged } = journal.contents()?;
+    let mut by_socket = by_socket(changes);
     let mut walker = Walker::begin();
     let survey = Survey::make(|_| true, || walker.holders())?;
     let mut restored = Restored::default();
@@ -74,29 +69,64 @@ pub(super) fn put_back(instance: &str) -> Result<bool, ApplyError> {
         }
     }
     restored.by_program(left, &survey, &mut walker)?;
-    let Restored { put_back, others, failed } = restored;
     // What was not found is closed, if all could be looked for.
-    let unseen = by_socket.into_values().flatten().filter(|_| survey.has_unlisted);
-    let kept: BTreeMap<Place, Change> = failed.iter().map(|(place, change)| (*place, *change)).chain(unseen).collect();
+    let unseen: Vec<_> = by_socket.into_values().flatten().filter(|_| survey.has_unlisted).collect();
+    let kept = restored.kept(&unseen, damaged);
     journal.keep(&kept)?;
-    let (failed, unseen) = (failed.len(), kept.len() - failed.len());
     let mut out = stdout(Format::Text);
-    unless_closed(writeln!(out, "put back: {put_back} options; changed by others since: {others}; refused: {failed}"))?;
-    if unseen > 0 {
-        unless_closed(writeln!(
-            out,
-            "kept: {unseen} of sockets that may be in network namespaces that this process must not enter"
-        ))?;
+    unless_closed(restored.write(&mut out, unseen.len()).and_then(|()| out.flush()))?;
+    restored.warn(instance, damaged);
+    Ok(restored.failed.is_empty() && unseen.is_empty() && damaged == 0)
+}
+
+/// The changes of each socket, by its cookie, without those that the kernel refused.
+fn by_socket(changes: BTreeMap<Place, Change>) -> HashMap<u64, Vec<(Place, Change)>> {
+    let mut by_socket: HashMap<u64, Vec<(Place, Change)>> = HashMap::new();
+    for (place, change) in changes.into_iter().filter(|(_, change)| change.after != change.before) {
+        by_socket.entry(place.cookie).or_default().push((place, change));
     }
-    if failed > 0 {
-        log::warn!(
-            "policies that are in force set their values again: end them first, as `sockpolicy detach --restore` does"
-        );
-    }
-    Ok(kept.is_empty())
+    by_socket
 }
 
 impl Restored {
+    /// What is left to be put back. Where lines are damaged, what shows another value than the journal says may only seem to
+    /// be somebody's choice.
+    fn kept(&self, unseen: &[(Place, Change)], damaged: usize) -> Contents {
+        let others = self.others.iter().filter(|_| damaged > 0);
+        let changes = others.chain(unseen).copied().chain(self.failed.iter().map(|(place, change)| (*place, *change)));
+        Contents { changes: changes.collect(), damaged }
+    }
+
+    fn write(&self, mut out: impl Write, unseen: usize) -> io::Result<()> {
+        let Self { put_back, others, failed } = self;
+        let (others, failed) = (others.len(), failed.len());
+        writeln!(out, "put back: {put_back} options; changed by others since: {others}; refused: {failed}")?;
+        if unseen > 0 {
+            writeln!(
+                out,
+                "kept: {unseen} of sockets that may be in network namespaces that this process must not enter"
+            )?;
+        }
+        Ok(())
+    }
+
+    fn warn(&self, instance: &str, damaged: usize) {
+        if !self.failed.is_empty() {
+            log::warn!(
+                "policies that are in force set their values again: end them first, as `sockpolicy detach --restore` does"
+            );
+        }
+        if damaged > 0 {
+            let path = journal::path_of(instance);
+            log::warn!(
+                "damaged lines of {}: {damaged}. The values in these lines cannot be restored, and where one option changed \
+                 several times, its restored value may be a later one.\n  help: the lines are kept; if you do not need them: rm {}",
+                path.display(),
+                path.display()
+            );
+        }
+    }
+
     /// Gives what cannot be read so. One option may reset another (IP_TOS, SO_PRIORITY): so all are looked at first, and what
     /// counts is what they show in the end.
     fn by_descriptor(&mut self, socket: &OwnedFd, changes: Vec<(Place, Change)>) -> Vec<(Place, Change)> {
@@ -106,7 +136,7 @@ impl Restored {
                 (Some(option), Some(now)) if now == change.after || now == change.before => {
                     unchanged.push((option, place, change));
                 }
-                (_, Some(_)) => self.others += 1,
+                (_, Some(_)) => self.others.push((place, change)),
                 (_, None) => rest.push((place, change)),
             }
         }
@@ -177,7 +207,7 @@ impl Restored {
                 kept.job.assignments.push(assignment);
                 kept.changes.push(change);
             } else {
-                self.others += 1;
+                self.others.push(change);
             }
         }
         (!kept.changes.is_empty()).then_some(kept)

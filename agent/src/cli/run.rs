@@ -153,7 +153,7 @@ impl Run {
                 instance.check_others(&kernel::names(targets))?;
                 Ok(Some(instance))
             }
-            Err(error @ InstanceError::File { .. }) if !self.persist => {
+            Err(error @ (InstanceError::File { .. } | InstanceError::Private(_))) if !self.persist => {
                 log::warn!("`sockpolicy status` will not show this: {error}");
                 Ok(None)
             }

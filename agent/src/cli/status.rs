@@ -110,7 +110,10 @@ impl Status {
             let mut kept = kept.filter(|name| self.instance.as_ref().is_none_or(|asked| asked == name));
             written = written.and_then(|()| kept.try_for_each(|name| write_kept(&mut out, &name)));
         }
-        Ok(unless_closed(written.and_then(|()| out.flush()))?)
+        unless_closed(written.and_then(|()| out.flush()))?;
+        // Where other users could have put something in the place of pins, these are unknown.
+        kernel::Pins::instances()?;
+        Ok(())
     }
 }
 

@@ -180,8 +180,9 @@ impl Attached {
         for (cgroup, Held { target, links, is_removed, path: _ }) in &mut self.held {
             links.retain(|hook, _| {
                 let goes = is_meant(&(*cgroup, *hook), *is_removed);
-                if let Some(pins) = self.pins.as_ref().filter(|_| goes) {
-                    unpin(&pins.link(*cgroup, *target, *hook));
+                // There is a path only where links are pinned.
+                if let Some(Ok(path)) = self.pins.as_ref().filter(|_| goes).map(|p| p.link(*cgroup, *target, *hook)) {
+                    unpin(&path);
                 }
                 !goes
             });

@@ -5,7 +5,7 @@ use std::{error::Error, io, path::PathBuf};
 use aya::programs::ProgramError;
 
 use super::Backend;
-use crate::{compile::Hook, escape::Escape};
+use crate::{compile::Hook, escape::Escape, host::private::PrivateError};
 
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
@@ -37,10 +37,12 @@ pub enum KernelError {
     #[error("cannot give the program at {hook} to this agent: {reason}")]
     TakeOver { hook: Hook, reason: String },
     #[error(
-        "there is no BPF file system at /sys/fs/bpf, where policies stay that outlive the agent\n  help: mount -t bpf bpf \
-         /sys/fs/bpf"
+        "there is no BPF file system at /sys/fs/bpf, where policies stay that outlive the agent{reason}\n  help: mount -t bpf -o \
+         mode=0700 bpf /sys/fs/bpf"
     )]
-    NoBpffs,
+    NoBpffs { reason: String },
+    #[error(transparent)]
+    Private(#[from] PrivateError),
     #[error("{}: {source}", path.escaped())]
     Pin { path: PathBuf, source: io::Error },
     #[error(

@@ -47,7 +47,7 @@ impl Link {
 }
 
 pub(super) fn is_defunct(link: &OwnedFd) -> io::Result<bool> {
-    Ok(syscall::cgroup_of_link(link)? == 0)
+    Ok(syscall::cgroup_of_link(link)? == Some(0))
 }
 
 fn fd(program: &Program, hook: Hook) -> Result<&ProgramFd, KernelError> {

@@ -1,6 +1,6 @@
 //! Typed handles on the maps: what is written before the programs run, and what is read while they do.
 
-use std::{collections::BTreeMap, ffi::c_void, marker::PhantomData, num::NonZeroUsize, path::Path, ptr::NonNull};
+use std::{collections::BTreeMap, ffi::c_void, marker::PhantomData, num::NonZeroUsize, ptr::NonNull};
 
 use abi::{
     Config, Losses,
@@ -19,7 +19,11 @@ use super::{
     pins::{self, Pins},
     syscall::{self, attach_type},
 };
-use crate::{compile::Hook, host::process, policy::model::Calls};
+use crate::{
+    compile::Hook,
+    host::{private::PrivateDir, process},
+    policy::model::Calls,
+};
 
 pub(super) const EVENTS: &str = "EVENTS";
 const CALLS: &str = "CALLS";
@@ -40,8 +44,8 @@ pub(super) fn size(loader: &mut EbpfLoader<'_>, calls: Calls, processes: &[u32],
 /// Has maps stay that outlive the agent, or taken over where they have.
 pub(super) fn keep(loader: &mut EbpfLoader<'_>, pins: &Pins) -> Result<(), KernelError> {
     for map in pins::MAPS {
-        let path = pins.map(map);
-        if map == EVENTS && path.exists() {
+        let path = pins.map(map)?;
+        if map == EVENTS && pins.has_map(map) {
             let bytes = MapData::from_pin(&path).and_then(|map| map.info()).map_err(map_error(EVENTS))?.max_entries();
             loader.map_max_entries(EVENTS, bytes);
         }
@@ -52,24 +56,18 @@ pub(super) fn keep(loader: &mut EbpfLoader<'_>, pins: &Pins) -> Result<(), Kerne
 
 /// Takes out of force what the configuration that is pinned there says to be. What it means does not matter: zero is inert in
 /// every layout.
-pub(super) fn end(path: &Path) -> Result<(), KernelError> {
-    if !path.exists() {
-        return Ok(());
-    }
-    let map = MapData::from_pin(path).map_err(map_error("CONFIG"))?;
-    syscall::write_zeroes(map.fd(), map.info().map_err(map_error("CONFIG"))?.value_size())
-        .map_err(|source| KernelError::Pin { path: path.to_owned(), source })
+pub(super) fn end(maps: &PrivateDir, name: &'static str) -> Result<(), KernelError> {
+    let map = MapData::from_pin(maps.through(name)).map_err(map_error(name))?;
+    syscall::write_zeroes(map.fd(), map.info().map_err(map_error(name))?.value_size())
+        .map_err(|source| KernelError::Pin { path: maps.path().join(name), source })
 }
 
 /// Whether what is pinned is in force.
 pub(super) fn is_in_force(pins: &Pins) -> Result<bool, KernelError> {
-    let path = pins.map("CONFIG");
-    if !path.exists() {
-        return Ok(false);
-    }
-    let map = MapData::from_pin(&path).map_err(map_error("CONFIG"))?;
-    let map = Array::<_, Config>::try_from(Map::Array(map)).map_err(map_error("CONFIG"))?;
-    Ok(map.get(&0, 0).map_err(map_error("CONFIG"))?.in_force != 0)
+    let Some((maps, name)) = pins.config()? else { return Ok(false) };
+    let map = MapData::from_pin(maps.through(name)).map_err(map_error(name))?;
+    let map = Array::<_, Config>::try_from(Map::Array(map)).map_err(map_error(name))?;
+    Ok(map.get(&0, 0).map_err(map_error(name))?.in_force != 0)
 }
 
 /// What is in force.

@@ -139,7 +139,7 @@ impl Object {
         audit: model::Audit,
         choice: BackendChoice,
         processes: &[u32],
-        pins: Option<Pins>,
+        mut pins: Option<Pins>,
         next: &[(&Desired, usize)],
     ) -> Result<(Self, Vec<Tabled>), KernelError> {
         super::check_privileges()?;
@@ -150,7 +150,7 @@ impl Object {
         loader.verifier_log_level(VerifierLogLevel::DEBUG);
         maps::size(&mut loader, audit.calls, processes, &knowledge.members);
         let mut hooks = hooks.to_vec();
-        if let Some(pins) = &pins {
+        if let Some(pins) = &mut pins {
             if !maps::is_in_force(pins)? {
                 // What is left of a start that was cut off.
                 pins.remove_ours()?;

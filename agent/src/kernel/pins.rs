@@ -1,33 +1,51 @@
 //! What stays in the kernel when the agent is gone: maps and links with a path in the BPF file system.
 //!
-//! An instance has a folder of its own, and in that one for each layout of maps: `INSTANCE/LAYOUT/maps/NAME` and
+//! An instance has a directory of its own, and in it one for each layout of maps: `INSTANCE/LAYOUT/maps/NAME` and
 //! `INSTANCE/LAYOUT/links/CGROUP-PLACE-ID-PROGRAM`, where the first three are the id of the cgroup and the target's numbers
 //! ([`abi::Target`]). Another build with the same layout can go on with them; what has another layout is replaced.
 //!
-//! Invariant: a link is pinned last and unpinned first, so that what is pinned is complete.
+//! Invariants: a link is pinned last and unpinned first, so that what is pinned is complete. Only entries with such names,
+//! of such kinds, are opened or removed: anything else was put there by somebody else, and stays.
 
 use std::{
-    fs, io,
-    os::fd::OwnedFd,
+    ffi::OsStr,
+    fs,
+    os::{
+        fd::{AsRawFd as _, OwnedFd},
+        unix::fs::MetadataExt as _,
+    },
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use abi::Target;
-use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+use nix::{
+    mount::{MsFlags, mount},
+    sys::statfs::{BPF_FS_MAGIC, fstatfs},
+};
 
 use super::{KernelError, links::Link, maps, syscall};
-use crate::compile::Hook;
+use crate::{
+    compile::Hook,
+    host::private::{PrivateDir, PrivateError},
+    instance::is_name,
+};
 
 /// Where the BPF file system belongs.
 const BPFFS: &str = "/sys/fs/bpf";
-/// The folder of all instances.
-const OURS: &str = "/sys/fs/bpf/sockpolicy";
+/// The directory of all instances, there.
+const OURS: &str = "sockpolicy";
+/// The directories of a layout.
+const LINKS: &str = "links";
+const MAPS_DIR: &str = "maps";
 /// Of the sources that decide what lies in maps (build.rs).
 const LAYOUT: &str = env!("SOCKPOLICY_LAYOUT");
+/// The map whose first entry says what is in force.
+const CONFIG: &str = "CONFIG";
 
 /// Maps whose contents outlive the agent. Each has others of its own.
 pub(super) const MAPS: [&str; 16] = [
-    "CONFIG",
+    CONFIG,
     "PLACES",
     "FOLLOWED",
     "SELECTORS",
@@ -45,10 +63,18 @@ pub(super) const MAPS: [&str; 16] = [
     "EVENTS",
 ];
 
-/// The folder of an instance's pins.
+/// An instance's pins.
 #[derive(Clone, Debug)]
 pub struct Pins {
-    instance: PathBuf,
+    instance: String,
+    /// The directories of this layout, once they have been made.
+    made: Option<Arc<Layout>>,
+}
+
+#[derive(Debug)]
+struct Layout {
+    maps: PrivateDir,
+    links: PrivateDir,
 }
 
 /// A link that was found pinned.
@@ -61,70 +87,108 @@ pub(super) struct Pinned {
 }
 
 impl Pins {
-    /// Of an instance, whether it has any or not.
+    /// Finds an instance's pins, whether it has any or not.
     ///
     /// # Errors
     ///
-    /// Where there is no BPF file system.
+    /// Fails where there is no BPF file system.
     pub fn of(instance: &str) -> Result<Self, KernelError> {
-        match statfs(BPFFS) {
-            Ok(stat) if stat.filesystem_type() == BPF_FS_MAGIC => Ok(Self { instance: Path::new(OURS).join(instance) }),
-            _ => Err(KernelError::NoBpffs),
+        match bpffs()? {
+            Some(_) => Ok(Self { instance: instance.to_owned(), made: None }),
+            None => Err(KernelError::NoBpffs { reason: String::new() }),
         }
     }
 
-    /// Names of instances that have pins.
-    #[must_use]
-    pub fn instances() -> Vec<String> {
-        let names = fs::read_dir(OURS).into_iter().flatten().flatten();
-        let mut names: Vec<_> = names.filter_map(|entry| entry.file_name().into_string().ok()).collect();
-        names.sort();
-        names
-    }
-
-    fn ours(&self) -> PathBuf {
-        self.instance.join(LAYOUT)
-    }
-
-    /// Makes the folders for maps and links.
-    pub(super) fn make_folders(&self) -> Result<(), KernelError> {
-        for folder in ["maps", "links"] {
-            let path = self.ours().join(folder);
-            fs::create_dir_all(&path).map_err(|source| KernelError::Pin { path, source })?;
+    /// Finds an instance's pins, and mounts a BPF file system that is private to root where there is none.
+    ///
+    /// # Errors
+    ///
+    /// Fails where there is no BPF file system and none can be mounted.
+    pub fn make(instance: &str) -> Result<Self, KernelError> {
+        if bpffs()?.is_none() {
+            mount_bpffs()?;
         }
+        Self::of(instance)
+    }
+
+    /// Returns the names of the instances that have pins.
+    ///
+    /// # Errors
+    ///
+    /// Fails where other users could have put something in their place.
+    pub fn instances() -> Result<Vec<String>, KernelError> {
+        let Some(ours) = ours()? else { return Ok(Vec::new()) };
+        let names = ours.names()?.into_iter().filter_map(|name| name.into_string().ok());
+        let has_pins = |name: &String| matches!(ours.open(name), Ok(Some(instance)) if has_pins(&instance));
+        Ok(names.filter(|name| is_name(name)).filter(has_pins).collect())
+    }
+
+    fn instance(&self) -> Result<Option<PrivateDir>, KernelError> {
+        Ok(match ours()? {
+            Some(ours) => ours.open(&self.instance)?,
+            None => None,
+        })
+    }
+
+    /// Makes the directories for maps and links.
+    pub(super) fn make_folders(&mut self) -> Result<(), KernelError> {
+        let bpffs = bpffs()?.ok_or(KernelError::NoBpffs { reason: String::new() })?;
+        let layout = bpffs.create(OURS)?.create(&self.instance)?.create(LAYOUT)?;
+        self.made = Some(Arc::new(Layout { maps: layout.create(MAPS_DIR)?, links: layout.create(LINKS)? }));
         Ok(())
     }
 
-    pub(super) fn map(&self, name: &str) -> PathBuf {
-        self.ours().join("maps").join(name)
+    fn made(&self) -> Result<&Layout, KernelError> {
+        self.made.as_deref().ok_or(KernelError::Incomplete { what: "directory for pins" })
     }
 
-    pub(super) fn link(&self, cgroup: u64, target: Target, hook: Hook) -> PathBuf {
-        let Target { place, id } = target;
-        self.ours().join("links").join(format!("{cgroup}-{place}-{id}-{}", hook.program()))
+    /// Returns where a map of this layout is pinned, or is to be. Fails where something else has its name.
+    pub(super) fn map(&self, name: &str) -> Result<PathBuf, KernelError> {
+        let maps = &self.made()?.maps;
+        maps.find_file(name)?;
+        Ok(maps.through(name))
+    }
+
+    pub(super) fn has_map(&self, name: &str) -> bool {
+        self.made().is_ok_and(|made| made.maps.has_file(name))
+    }
+
+    /// Returns where the configuration of this layout is pinned, if it is.
+    pub(super) fn config(&self) -> Result<Option<(PrivateDir, &'static str)>, KernelError> {
+        let Some(instance) = self.instance()? else { return Ok(None) };
+        let Some(layout) = instance.open(LAYOUT)? else { return Ok(None) };
+        Ok(layout.open(MAPS_DIR)?.filter(|maps| maps.has_file(CONFIG)).map(|maps| (maps, CONFIG)))
+    }
+
+    /// Returns where a link is pinned, or is to be.
+    pub(super) fn link(&self, cgroup: u64, target: Target, hook: Hook) -> Result<PathBuf, KernelError> {
+        Ok(self.made()?.links.through(&link_name(cgroup, target, hook)))
     }
 
     pub(super) fn pin_link(&self, link: &Link, cgroup: u64, target: Target, hook: Hook) -> Result<(), KernelError> {
-        let path = self.link(cgroup, target, hook);
-        syscall::pin(link, &path).map_err(|source| KernelError::Pin { path, source })
+        let name = link_name(cgroup, target, hook);
+        let links = &self.made()?.links;
+        syscall::pin(link, &links.through(&name))
+            .map_err(|source| KernelError::Pin { path: links.path().join(name), source })
     }
 
-    /// The links that are pinned.
+    /// Opens the links that are pinned.
     pub(super) fn links(&self) -> Result<Vec<Pinned>, KernelError> {
-        let folder = self.ours().join("links");
+        let links = &self.made()?.links;
         let mut found = Vec::new();
-        for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
-            let path = entry.path();
-            let Some((cgroup, target, hook)) = entry.file_name().to_str().and_then(parse_link) else {
+        for name in links.names()? {
+            let Some((name, (cgroup, target, hook))) = name.to_str().and_then(|name| Some((name, parse_link(name)?)))
+            else {
                 continue;
             };
-            let link = syscall::open_pinned(&path).map_err(|source| KernelError::Pin { path: path.clone(), source })?;
-            found.push(Pinned { cgroup, target, hook, link, path });
+            if let Some(link) = open_link(links, name, cgroup)? {
+                found.push(Pinned { cgroup, target, hook, link, path: links.through(name) });
+            }
         }
         Ok(found)
     }
 
-    /// The hooks that links are pinned at, each once.
+    /// Returns the hooks that links are pinned at, each once.
     pub(super) fn hooks(&self) -> Result<Vec<Hook>, KernelError> {
         let mut hooks: Vec<Hook> = self.links()?.into_iter().map(|pinned| pinned.hook).collect();
         hooks.sort_unstable();
@@ -136,32 +200,28 @@ impl Pins {
     ///
     /// # Errors
     ///
-    /// Where it cannot be removed.
+    /// Fails where a pin cannot be removed.
     pub fn remove_others(&self) -> Result<(), KernelError> {
-        for entry in fs::read_dir(&self.instance).into_iter().flatten().flatten() {
-            if entry.file_name() != LAYOUT {
-                remove(&entry.path())?;
-            }
-        }
-        Ok(())
+        self.remove_layouts(|layout| layout != LAYOUT).map(warn_of_foreign)
     }
 
     /// Removes what is pinned of this layout.
     pub(super) fn remove_ours(&self) -> Result<(), KernelError> {
-        remove(&self.ours())?;
-        // If that was all. Where it was not, neither is empty.
-        let _ = fs::remove_dir(&self.instance).and_then(|()| fs::remove_dir(OURS));
-        Ok(())
+        self.remove_layouts(|layout| layout == LAYOUT).map(warn_of_foreign)
     }
 
     /// Takes what is pinned out of force, at once.
     ///
     /// # Errors
     ///
-    /// Where the configuration cannot be written.
+    /// Fails where the configuration cannot be written.
     pub fn end(&self) -> Result<(), KernelError> {
-        for entry in fs::read_dir(&self.instance).into_iter().flatten().flatten() {
-            maps::end(&entry.path().join("maps/CONFIG"))?;
+        let Some(instance) = self.instance()? else { return Ok(()) };
+        for layout in layouts(&instance)? {
+            let Some(layout) = instance.open(&layout)? else { continue };
+            if let Some(maps) = layout.open(MAPS_DIR)?.filter(|maps| maps.has_file(CONFIG)) {
+                maps::end(&maps, CONFIG)?;
+            }
         }
         Ok(())
     }
@@ -170,45 +230,185 @@ impl Pins {
     ///
     /// # Errors
     ///
-    /// Where it cannot be removed.
+    /// Fails where a pin cannot be removed.
     pub fn remove(&self) -> Result<(), KernelError> {
-        for entry in fs::read_dir(&self.instance).into_iter().flatten().flatten() {
-            remove(&entry.path())?;
+        self.remove_layouts(|_| true).map(warn_of_foreign)
+    }
+
+    /// Removes the pins of these layouts, and directories that are then empty. Returns the paths of what stays because
+    /// sockpolicy did not make it.
+    fn remove_layouts(&self, is_meant: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>, KernelError> {
+        let Some(ours) = ours()? else { return Ok(Vec::new()) };
+        let Some(instance) = ours.open(&self.instance)? else { return Ok(Vec::new()) };
+        let mut foreign = Vec::new();
+        for name in instance.names()? {
+            match name.to_str().filter(|name| is_layout(name) && is_directory(&instance, name)) {
+                Some(name) if is_meant(name) => remove_layout(&instance, name, &mut foreign)?,
+                Some(_) => {}
+                None => foreign.push(instance.path().join(name)),
+            }
         }
-        let removed = match fs::remove_dir(&self.instance) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
-        };
-        // The last one takes the folder of all with it.
-        let _ = fs::remove_dir(OURS);
-        removed.map_err(|source| KernelError::Pin { path: self.instance.clone(), source })
+        // Fails where something is left in there.
+        let _ = ours.remove_dir(&self.instance);
+        if let Some(bpffs) = bpffs()? {
+            let _ = bpffs.remove_dir(OURS);
+        }
+        Ok(foreign)
     }
 }
 
-/// Removes the pins of a layout, the links first.
-fn remove(layout: &Path) -> Result<(), KernelError> {
-    let failed = |path: &Path| {
-        let path = path.to_owned();
-        move |source| KernelError::Pin { path, source }
+/// Opens the BPF file system, if there is one.
+fn bpffs() -> Result<Option<PrivateDir>, KernelError> {
+    let is_bpffs = |dir: &PrivateDir| fstatfs(dir).is_ok_and(|stat| stat.filesystem_type() == BPF_FS_MAGIC);
+    match PrivateDir::system(Path::new(BPFFS)) {
+        Ok(dir) => Ok(Some(dir).filter(is_bpffs)),
+        Err(PrivateError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Opens the directory of all instances, if there is one.
+fn ours() -> Result<Option<PrivateDir>, KernelError> {
+    Ok(match bpffs()? {
+        Some(bpffs) => bpffs.open(OURS)?,
+        None => None,
+    })
+}
+
+fn mount_bpffs() -> Result<(), KernelError> {
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("bpf"), BPFFS, Some("bpf"), flags, Some("mode=0700"))
+        .map_err(|errno| KernelError::NoBpffs { reason: format!(", and it cannot be mounted: {}", errno.desc()) })?;
+    let namespace = |process: &str| fs::metadata(format!("/proc/{process}/ns/mnt")).map(|file| file.ino());
+    let is_hosts = matches!((namespace("self"), namespace("1")), (Ok(own), Ok(first)) if own == first);
+    if is_hosts {
+        log::info!("mounted a BPF file system at {BPFFS}");
+    } else {
+        log::warn!("mounted a BPF file system at {BPFFS}: policies that stay there end with this mount namespace");
+    }
+    Ok(())
+}
+
+fn warn_of_foreign(foreign: Vec<PathBuf>) {
+    for path in foreign {
+        log::warn!("left {} in place: sockpolicy did not make it", path.display());
+    }
+}
+
+/// Returns the names of the layouts that an instance has pins of.
+fn layouts(instance: &PrivateDir) -> Result<Vec<String>, PrivateError> {
+    let names = instance.names()?.into_iter().filter_map(|name| name.into_string().ok());
+    Ok(names.filter(|name| is_layout(name) && is_directory(instance, name)).collect())
+}
+
+fn is_directory(parent: &PrivateDir, name: &str) -> bool {
+    matches!(parent.open(name), Ok(Some(_)))
+}
+
+/// Returns whether a name is one that build.rs gives a layout.
+fn is_layout(name: &str) -> bool {
+    name.len() == LAYOUT.len() && name.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'))
+}
+
+/// Returns whether an instance has pins, or the beginnings of some that an agent left when it was killed.
+fn has_pins(instance: &PrivateDir) -> bool {
+    let directory = |parent: &PrivateDir, name: &str| parent.open(name).ok().flatten();
+    let has = |layout: &PrivateDir| {
+        let names = layout.names().unwrap_or_default();
+        names.is_empty()
+            || [MAPS_DIR, LINKS].into_iter().filter_map(|name| directory(layout, name)).any(|dir| {
+                let names = dir.names().unwrap_or_default();
+                names.is_empty() || names.iter().any(|name| name.to_str().is_some_and(|name| is_pin(&dir, name)))
+            })
     };
-    for folder in ["links", "maps"] {
-        for entry in fs::read_dir(layout.join(folder)).into_iter().flatten().flatten() {
-            let path = entry.path();
-            if folder == "links" {
-                let link = syscall::open_pinned(&path).map_err(failed(&path))?;
-                match syscall::detach_link(&link) {
-                    // Its cgroup is gone.
-                    Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => {}
-                    detached => detached.map_err(failed(&path))?,
-                }
-            }
-            fs::remove_file(&path).map_err(failed(&path))?;
+    layouts(instance).unwrap_or_default().iter().filter_map(|name| directory(instance, name)).any(|layout| has(&layout))
+}
+
+/// Returns whether this is a pin by its name and its kind: of a link in a directory of links, else of a map.
+fn is_pin(dir: &PrivateDir, name: &str) -> bool {
+    let is_link = dir.path().file_name() == Some(OsStr::new(LINKS));
+    let is_name = if is_link { cgroup_of(name).is_some() } else { is_map(name) };
+    is_name && dir.has_file(name)
+}
+
+/// Returns whether a map of any layout may have this name.
+fn is_map(name: &str) -> bool {
+    name.starts_with(|first: char| first.is_ascii_uppercase())
+        && name.bytes().all(|byte| matches!(byte, b'A'..=b'Z' | b'0'..=b'9' | b'_'))
+}
+
+/// Returns the cgroup's id in the name of a link of any layout.
+fn cgroup_of(name: &str) -> Option<u64> {
+    let mut parts = name.splitn(4, '-');
+    let cgroup = parts.next()?.parse().ok()?;
+    let (_, _): (u32, u32) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
+    let is_program = |byte: u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_');
+    parts.next().filter(|program| !program.is_empty() && program.bytes().all(is_program)).map(|_| cgroup)
+}
+
+/// Opens a pinned link; `None` where this is no link of a program to this cgroup.
+fn open_link(links: &PrivateDir, name: &str, cgroup: u64) -> Result<Option<OwnedFd>, KernelError> {
+    if !links.has_file(name) {
+        return Ok(None);
+    }
+    let opened = syscall::open_pinned(&links.through(name));
+    let link = opened.map_err(|source| KernelError::Pin { path: links.path().join(name), source })?;
+    // Links to cgroups say that they are (bpf_link_show_fdinfo, kernel/bpf/syscall.c, from 5.8 on); maps and programs do not.
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", link.as_raw_fd()));
+    if !info.is_ok_and(|info| info.lines().any(|line| line == "link_type:\tcgroup")) {
+        return Ok(None);
+    }
+    // 0 where the cgroup is gone.
+    let is_its = syscall::cgroup_of_link(&link).is_ok_and(|of| of.is_some_and(|of| of == cgroup || of == 0));
+    Ok(is_its.then_some(link))
+}
+
+/// Removes the pins of a layout, the links first.
+fn remove_layout(instance: &PrivateDir, name: &str, foreign: &mut Vec<PathBuf>) -> Result<(), KernelError> {
+    let Some(layout) = instance.open(name)? else { return Ok(()) };
+    for kind in [LINKS, MAPS_DIR] {
+        if let Ok(Some(dir)) = layout.open(kind) {
+            remove_pins(&dir, foreign)?;
+            // Fails where something is left in there.
+            let _ = layout.remove_dir(kind);
         }
     }
-    match fs::remove_dir_all(layout) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed(layout)(error)),
-        _ => Ok(()),
+    let left = layout.names()?.into_iter().filter(|name| !(name == LINKS || name == MAPS_DIR));
+    foreign.extend(left.map(|name| layout.path().join(name)));
+    let _ = instance.remove_dir(name);
+    Ok(())
+}
+
+fn remove_pins(dir: &PrivateDir, foreign: &mut Vec<PathBuf>) -> Result<(), KernelError> {
+    for name in dir.names()? {
+        let pin = name.to_str().filter(|name| is_pin(dir, name));
+        let is_gone = match (pin, pin.and_then(cgroup_of)) {
+            (None, _) => false,
+            (Some(map), None) => dir.remove_file(map).map(|()| true)?,
+            (Some(link), Some(cgroup)) => remove_link(dir, link, cgroup)?,
+        };
+        if !is_gone {
+            foreign.push(dir.path().join(name));
+        }
     }
+    Ok(())
+}
+
+/// Detaches a link and removes its pin. Returns whether it was one.
+fn remove_link(links: &PrivateDir, name: &str, cgroup: u64) -> Result<bool, KernelError> {
+    let Some(link) = open_link(links, name, cgroup)? else { return Ok(false) };
+    match syscall::detach_link(&link) {
+        // Its cgroup is gone.
+        Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => {}
+        detached => detached.map_err(|source| KernelError::Pin { path: links.path().join(name), source })?,
+    }
+    links.remove_file(name)?;
+    Ok(true)
+}
+
+fn link_name(cgroup: u64, target: Target, hook: Hook) -> String {
+    let Target { place, id } = target;
+    format!("{cgroup}-{place}-{id}-{}", hook.program())
 }
 
 /// Reads the name of a pinned link.
@@ -229,11 +429,24 @@ mod tests {
 
     #[test]
     fn name_of_a_link_tells_where_it_is() {
-        let pins = Pins { instance: "/x".into() };
         let target = Target { place: 3, id: 4 };
-        let path = pins.link(77, target, Hook::Connect4);
-        assert_eq!(parse_link(path.file_name().unwrap().to_str().unwrap()), Some((77, target, Hook::Connect4)));
+        assert_eq!(parse_link(&link_name(77, target, Hook::Connect4)), Some((77, target, Hook::Connect4)));
         assert_eq!(parse_link("77-3-connect4_apply"), None);
         assert_eq!(parse_link("77-3-4-other"), None);
+    }
+
+    #[test]
+    fn only_names_that_some_build_gives_are_known() {
+        assert_eq!(cgroup_of("77-3-4-hook_of_another_build2"), Some(77));
+        for name in ["77-3-4", "77-3-4-", "77-3-x-hook", "77-3-4-Hook", "77-3-4-../x", "-1-3-4-hook", "", "foreign"] {
+            assert_eq!(cgroup_of(name), None, "{name}");
+        }
+        assert!(MAPS.iter().all(|map| is_map(map)));
+        assert!(!["", "config", "_X", "A/B", "A.B", ".."].into_iter().any(is_map));
+        assert!(
+            is_layout(LAYOUT)
+                && !is_layout("links")
+                && !is_layout(&LAYOUT.to_uppercase().replace(char::is_numeric, "G"))
+        );
     }
 }

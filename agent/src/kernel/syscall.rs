@@ -13,8 +13,8 @@ use std::{
 use aya::sys::BpfHelper;
 use aya_obj::generated::{
     BPF_ALU64, BPF_CALL, BPF_EXIT, BPF_JMP, BPF_K, BPF_MOV, PERF_EVENT_IOC_SET_BPF, PERF_FLAG_FD_CLOEXEC,
-    bpf_attach_type, bpf_attr, bpf_cmd, bpf_insn, bpf_link_info, bpf_map_type, bpf_prog_info, bpf_prog_type,
-    perf_event_attr, perf_type_id,
+    bpf_attach_type, bpf_attr, bpf_cmd, bpf_insn, bpf_link_info, bpf_link_type, bpf_map_type, bpf_prog_info,
+    bpf_prog_type, perf_event_attr, perf_type_id,
 };
 
 use crate::compile::Hook;
@@ -25,12 +25,15 @@ pub(super) fn info(program: &impl AsFd) -> io::Result<bpf_prog_info> {
     unsafe { object_info(program) }
 }
 
-/// The id of the cgroup that a link holds a program on; 0 if that is gone, and all sockets of it.
-pub(super) fn cgroup_of_link(link: &impl AsFd) -> io::Result<u64> {
+/// Returns the id of the cgroup that a link holds a program on: 0 if the cgroup is gone, and all sockets of it; `None` where the
+/// link is of another kind.
+pub(super) fn cgroup_of_link(link: &impl AsFd) -> io::Result<Option<u64>> {
     // SAFETY: zero is valid for each field.
     let info: bpf_link_info = unsafe { object_info(link) }?;
-    // SAFETY: every bit pattern is valid for a number; only links of cgroups are asked about.
-    Ok(unsafe { info.__bindgen_anon_1.cgroup.cgroup_id })
+    let is_of_cgroup = info.type_ == bpf_link_type::BPF_LINK_TYPE_CGROUP as u32;
+    // SAFETY: every bit pattern is valid for a number, also that of a link of another kind.
+    let cgroup = unsafe { info.__bindgen_anon_1.cgroup.cgroup_id };
+    Ok(is_of_cgroup.then_some(cgroup))
 }
 
 /// # Safety

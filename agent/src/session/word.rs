@@ -105,7 +105,7 @@ impl Word {
         let written = if new.is_empty() { self.instance.write(&record) } else { self.instance.claim(&record, &new) };
         self.is_behind = written.is_err();
         match written {
-            Err(error @ InstanceError::File { .. }) if !must_be_written => {
+            Err(error @ (InstanceError::File { .. } | InstanceError::Private(_))) if !must_be_written => {
                 log::warn!("`sockpolicy status` will not show this as it is: {error}");
             }
             written => written?,

@@ -16,6 +16,7 @@ mod dry_run;
 mod enforcement;
 mod explain;
 mod facts;
+mod files;
 mod gaps;
 mod journal;
 mod lifecycle;

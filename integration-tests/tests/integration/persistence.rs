@@ -469,19 +469,6 @@ fn takeover_from_another_build_that_is_killed_at_any_step_has_the_old_or_the_new
 }
 
 #[test]
-fn host_without_a_bpf_file_system_is_told_how_to_mount_it() {
-    let (target, instance) = (Cgroup::new(), Instance::new());
-    let policy = PolicyFile::new(sets_mark(&target, 1));
-    let mut attach = agent::command(&["attach", "--instance", &instance.name]);
-    attach.arg(policy.path());
-    let output = process::output(with_mounts("umount /sys/fs/bpf", &attach));
-    let error = "error: there is no BPF file system at /sys/fs/bpf, where policies stay that outlive the agent\n  help: mount \
-                 -t bpf bpf /sys/fs/bpf\n";
-    assert_eq!((stderr(&output).as_str(), output.status.code()), (error, Some(2)));
-    assert!(instance.left().is_empty(), "{:?}", instance.left());
-}
-
-#[test]
 fn cgroup_that_is_removed_takes_nothing_else_with_it() {
     let (target, instance) = (Cgroup::new(), Instance::new());
     let child = target.child("child");

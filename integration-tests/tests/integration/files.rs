@@ -1,0 +1,373 @@
+//! Files that decide what root does: pins, records, journals and policies, with what other users may do to them.
+
+mod policies;
+
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Output},
+};
+
+use sockpolicy_integration_tests::{
+    agent,
+    bpffs::Instance,
+    cgroup::Cgroup,
+    options::SO_MARK,
+    policy::{PolicyFile, sets_mark},
+    probe::Probe,
+    process::{self, with_mounts},
+    script::{Family, Kind},
+};
+
+use crate::{bad_input::rights::with_capabilities, stderr, stdout};
+
+/// A host of its own: no /run/sockpolicy, and a BPF file system in which every user may make files, as its default mode says.
+const OWN: &str = "mount -t tmpfs -o mode=755 none /run && mount -t bpf -o mode=1777 none /sys/fs/bpf && umask 000";
+
+/// Runs a shell script on such a host, with `sockpolicy` and `$POLICY`; `nobody COMMAND` is run by another user.
+#[track_caller]
+fn on_own_host(prepare: &str, policy: &Path, script: &str) -> Output {
+    let mut shell = Command::new("sh");
+    let program = agent::program();
+    let functions = format!(
+        "PROGRAM={}; sockpolicy() {{ $PROGRAM \"$@\"; }}; nobody() {{ setpriv --reuid 65534 --regid 65534 --clear-groups \"$@\"; }}; POLICY={}",
+        program.display(),
+        policy.display()
+    );
+    shell.arg("-uc").arg(format!("{functions}; {script}"));
+    process::output(with_mounts(prepare, &shell))
+}
+
+#[track_caller]
+fn succeeds(output: &Output) {
+    assert!(output.status.success(), "{}: {}{}", output.status, stdout(output), stderr(output));
+}
+
+#[test]
+fn directories_are_private_whatever_the_umask_and_the_file_system() {
+    let target = Cgroup::new();
+    let policy = PolicyFile::new(sets_mark(&target, 1));
+    let output = on_own_host(
+        OWN,
+        policy.path(),
+        "sockpolicy attach --allow-gaps $POLICY && find /run/sockpolicy /sys/fs/bpf/sockpolicy -printf '%y %m\n' | sort -u; \
+         sockpolicy detach && ls /sys/fs/bpf | grep -v debug || true",
+    );
+    succeeds(&output);
+    assert_eq!(stdout(&output), "d 700\nf 600\n", "{}", stderr(&output));
+}
+
+#[test]
+fn link_that_another_user_put_in_the_place_of_pins_is_not_followed() {
+    let target = Cgroup::new();
+    let policy = PolicyFile::new(sets_mark(&target, 1));
+    let folder = policy.folder().join("precious");
+    for (place, made) in [
+        ("/sys/fs/bpf/sockpolicy", String::new()),
+        ("/sys/fs/bpf/sockpolicy/default", "nobody mkdir /sys/fs/bpf/sockpolicy; ".to_owned()),
+    ] {
+        fs::create_dir_all(folder.join("0123456789abcdef/links/empty")).unwrap();
+        fs::create_dir_all(folder.join("default/0123456789abcdef/maps")).unwrap();
+        fs::write(folder.join("default/0123456789abcdef/maps/FILE"), "kept").unwrap();
+        let output = on_own_host(
+            OWN,
+            policy.path(),
+            &format!(
+                "{made}nobody ln -s {0} {place}; find {0} | sort; for command in status detach 'attach $POLICY' detach; do \
+                 eval sockpolicy $command 2>&1; echo $?; done; find {0} | sort",
+                folder.display()
+            ),
+        );
+        let said = stdout(&output);
+        let tree: Vec<&str> = said.lines().take_while(|line| line.starts_with('/')).collect();
+        assert_eq!(tree.len(), 8);
+        assert!(said.ends_with(&(tree.join("\n") + "\n")), "{said}");
+        // `status` says that nothing is in force, and all of them that they cannot look.
+        assert_eq!(said.matches("error: cannot use /sys/fs/bpf/sockpolicy: it ").count(), 4, "{said}");
+        assert_eq!(said.matches("\n2\n").count(), 4, "{said}");
+        let why = if made.is_empty() { "it is a symbolic link\n" } else { "it belongs to user 65534\n  help: " };
+        assert!(said.contains(why), "{said}");
+    }
+}
+
+#[test]
+fn directory_of_another_user_does_not_keep_an_agent_from_its_work() {
+    let target = Cgroup::new();
+    let policy = PolicyFile::new(sets_mark(&target, 1));
+    let output = on_own_host(
+        OWN,
+        policy.path(),
+        "nobody mkdir /sys/fs/bpf/sockpolicy; SOCKPOLICY_LOG=info $PROGRAM run --allow-gaps $POLICY >/run/out 2>&1 & PID=$!; \
+         for i in $(seq 300); do grep -q 'in force on' /run/out && break; sleep 0.1; done; kill $PID; wait $PID; echo $?; \
+         grep -c 'in force on' /run/out",
+    );
+    assert_eq!(stdout(&output), "0\n1\n", "{}", stderr(&output));
+}
+
+#[test]
+fn file_system_for_pins_is_mounted_where_there_is_none() {
+    let target = Cgroup::new();
+    let policy = PolicyFile::new(sets_mark(&target, 1));
+    let without = "mount -t tmpfs -o mode=755 none /run && umount /sys/fs/bpf";
+    let output = on_own_host(
+        without,
+        policy.path(),
+        "sockpolicy attach --allow-gaps $POLICY && stat -c %a /sys/fs/bpf && sockpolicy status >/dev/null && sockpolicy detach",
+    );
+    succeeds(&output);
+    assert_eq!(stdout(&output), "1700\n");
+    let mounted =
+        "warning: mounted a BPF file system at /sys/fs/bpf: policies that stay there end with this mount namespace\n";
+    assert_eq!(stderr(&output), mounted);
+    let mut attach = agent::command(&["attach", "--allow-gaps"]);
+    attach.arg(policy.path());
+    let rights = "-all,+bpf,+net_admin,+perfmon,+dac_override,+sys_resource";
+    let output = process::output(with_mounts(without, &with_capabilities(rights, &attach)));
+    let error = "error: there is no BPF file system at /sys/fs/bpf, where policies stay that outlive the agent, and it cannot be \
+                 mounted: Operation not permitted\n  help: mount -t bpf -o mode=0700 bpf /sys/fs/bpf\n";
+    assert_eq!((stderr(&output).as_str(), output.status.code()), (error, Some(2)));
+}
+
+#[test]
+fn what_sockpolicy_did_not_make_among_pins_is_left_and_named_and_stops_nothing() {
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let policy = PolicyFile::new(sets_mark(&target, 1));
+    instance.attach(policy.path());
+    let layout = instance.folder().join(&instance.layouts()[0]);
+    let link = fs::read_dir(layout.join("links")).unwrap().next().unwrap().unwrap().file_name();
+    // Where a link of sockpolicy could be: a name of one, for a cgroup that it does not have.
+    let foreign: Vec<_> = ["foreign", "links", "maps", "0123456789abcdef"]
+        .map(|name| instance.folder().join(name))
+        .into_iter()
+        .chain(["foreign", "links/foreign", "maps/FOREIGN", "links/1-2-3-connect4_apply"].map(|name| layout.join(name)))
+        .collect();
+    for path in &foreign {
+        fs::create_dir(path).unwrap();
+    }
+    // An empty directory of another layout looks like what an agent left when it was killed.
+    let kept: Vec<_> = foreign.iter().filter(|path| !path.ends_with("0123456789abcdef")).collect();
+    // A map under the name of a link: `bpftool map pin` can do that.
+    let map = layout.join("links/1-2-3-bind4_apply");
+    let pinned =
+        Command::new("bpftool").args(["map", "pin", "pinned"]).args([&layout.join("maps/CONFIG"), &map]).output();
+    let has_map = pinned.is_ok_and(|output| output.status.success());
+    for mark in [2, 3] {
+        instance.attach(PolicyFile::new(sets_mark(&target, mark)).path());
+        assert_eq!(Probe::start(&target).fresh(SO_MARK), mark);
+    }
+    let output = agent::output(&["detach", &instance.name]);
+    succeeds(&output);
+    let said = stderr(&output);
+    for path in kept.iter().copied().chain(has_map.then_some(&map)) {
+        let warning = format!("warning: left {} in place: sockpolicy did not make it\n", path.display());
+        assert!(said.contains(&warning), "{}: {said}", path.display());
+        assert!(path.exists());
+    }
+    assert!(!layout.join("links").join(link).exists() && !layout.join("maps/CONFIG").exists());
+    assert_eq!(Probe::start(&target).fresh(SO_MARK), 0);
+    // Nothing is in force by what is left.
+    let status = agent::output(&["status", &instance.name]);
+    assert_eq!(status.status.code(), Some(2), "{}", stdout(&status));
+    instance.attach(PolicyFile::new(sets_mark(&target, 4)).path());
+    assert_eq!(Probe::start(&target).fresh(SO_MARK), 4);
+    succeeds(&agent::output(&["detach", &instance.name]));
+    let _ = fs::remove_file(map);
+    for path in
+        kept.iter().rev().copied().chain([&layout.join("links"), &layout.join("maps"), &layout, &instance.folder()])
+    {
+        let _ = fs::remove_dir(path);
+    }
+    assert!(instance.left().is_empty(), "{:?}", instance.left());
+}
+
+#[test]
+fn record_or_lock_of_another_kind_is_refused_without_waiting_and_named() {
+    let target = Cgroup::new();
+    let policy = PolicyFile::new(sets_mark(&target, 1));
+    for (made, why) in [
+        ("mkfifo /run/sockpolicy/default.lock", "it is a pipe"),
+        ("ln -s /etc/hostname /run/sockpolicy/default.lock", "it is a symbolic link"),
+        ("mkdir /run/sockpolicy/default.lock", "it is a directory"),
+        ("touch /run/sockpolicy/x && ln /run/sockpolicy/x /run/sockpolicy/default.lock", "it has 2 hard links"),
+        ("touch /run/sockpolicy/default.lock && chown 65534 /run/sockpolicy/default.lock", "it belongs to user 65534"),
+        ("touch /run/sockpolicy/default.lock && chmod 666 /run/sockpolicy/default.lock", "(mode 0666)"),
+    ] {
+        let script = format!("mkdir -m 700 /run/sockpolicy; {made}; sockpolicy attach --allow-gaps $POLICY; echo $?");
+        let output = on_own_host(OWN, policy.path(), &script);
+        let said = stderr(&output);
+        let start = "error: cannot use /run/sockpolicy/default.lock: ";
+        assert!(said.starts_with(start) && said.contains(why) && said.contains("\n  help: "), "{made}: {said}");
+        assert_eq!(stdout(&output), "2\n");
+    }
+    // A record that is none does not keep what it was about from being removed.
+    for made in ["rm $R && mkfifo $R", "rm $R && ln -s /dev/zero $R", "echo '{' >$R", "rm $R && mkdir $R"] {
+        let script = format!(
+            "R=/run/sockpolicy/default.json; sockpolicy attach --allow-gaps $POLICY && {made} && timeout 20 $PROGRAM status \
+             >/run/status 2>&1; cat /run/status; timeout 20 $PROGRAM detach && ls /sys/fs/bpf | grep sockpolicy"
+        );
+        let output = on_own_host(OWN, policy.path(), &script);
+        let said = stdout(&output);
+        assert!(
+            said.contains("it has left no record, or one that this build cannot read"),
+            "{made}: {said}{}",
+            stderr(&output)
+        );
+        assert!(!said.ends_with("sockpolicy\n"), "{made}: {said}");
+    }
+}
+
+#[test]
+fn directory_of_records_that_others_can_write_to_is_refused() {
+    let target = Cgroup::new();
+    let policy = PolicyFile::new(sets_mark(&target, 1));
+    for (made, why) in [
+        ("mkdir -m 777 /run/sockpolicy", "users other than its owner may write to it (mode 0777)"),
+        ("mkdir -m 700 /run/sockpolicy && chown 65534 /run/sockpolicy", "it belongs to user 65534"),
+        ("mkdir /run/there && ln -s there /run/sockpolicy", "it is a symbolic link"),
+    ] {
+        let script =
+            format!("{made}; sockpolicy attach --allow-gaps $POLICY; echo $?; sockpolicy apply --restore; echo $?");
+        let output = on_own_host(OWN, policy.path(), &script);
+        assert_eq!(stdout(&output), "2\n2\n", "{made}: {}", stderr(&output));
+        let error = format!("cannot use /run/sockpolicy: {why}\n  help: ");
+        assert_eq!(stderr(&output).matches(&error).count(), 2, "{made}: {}", stderr(&output));
+    }
+}
+
+#[test]
+fn name_that_is_no_name_of_an_instance_is_refused() {
+    let policy = PolicyFile::new("[[rule]]\nset = { SO_MARK = 1 }\n");
+    let long = "a".repeat(65);
+    for name in ["", "..", ".", "a/b", "../../etc", ".hidden", "a.b", &long, "a b", "\u{e4}", "a\nb"] {
+        for command in
+            [vec!["attach", "--instance", name], vec!["apply", "--instance", name], vec!["detach", "--", name]]
+        {
+            let mut command = agent::command(&command);
+            if command.get_args().any(|argument| argument == "--instance") {
+                command.arg(policy.path()).args(["--cgroup", "/none"]);
+            }
+            let output = process::output(command);
+            assert_eq!(output.status.code(), Some(2), "{name:?}: {}", stderr(&output));
+        }
+    }
+}
+
+/// What sockets have after `apply` and `apply --restore`, between which the journal is changed so; the last has what the
+/// command said and whether there is a journal still.
+#[track_caller]
+fn restored_after(change: impl Fn(&mut Vec<u8>)) -> (Vec<i32>, Output, bool) {
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let policy = PolicyFile::new(sets_mark(&target, 61));
+    let mut probe = Probe::start(&target);
+    let sockets: Vec<_> = (0..4).map(|_| probe.open(Family::Inet, Kind::Udp)).collect();
+    for (number, socket) in sockets.iter().enumerate() {
+        probe.set(*socket, SO_MARK, 500 + number as i32).unwrap();
+    }
+    succeeds(&instance.run("apply", &[policy.path().to_str().unwrap()]));
+    sockets.iter().for_each(|socket| assert_eq!(probe.int(*socket, SO_MARK), 61));
+    let journal = format!("/run/sockpolicy/{}.before", instance.name);
+    let mut text = fs::read(&journal).unwrap();
+    change(&mut text);
+    fs::write(&journal, &text).unwrap();
+    let output = instance.run("apply", &["--restore"]);
+    let values = sockets.iter().map(|socket| probe.int(*socket, SO_MARK)).collect();
+    (values, output, fs::exists(&journal).unwrap())
+}
+
+/// Where lines are that say what sockets had.
+fn lines_of(text: &[u8]) -> Vec<std::ops::Range<usize>> {
+    let mut start = 0;
+    let lines = text.split_inclusive(|byte| *byte == b'\n').map(|line| {
+        start += line.len();
+        start - line.len()..start
+    });
+    lines.filter(|line| text[line.clone()].windows(10).any(|word| word == b"\"before\":{")).collect()
+}
+
+#[test]
+fn damaged_line_of_a_journal_loses_its_own_value_only() {
+    type Damage<'a> = &'a dyn Fn(&mut Vec<u8>);
+    let (values, output, is_kept) = restored_after(|_| {});
+    assert_eq!((values, output.status.code(), is_kept), (vec![500, 501, 502, 503], Some(0), false));
+    let flip = |line: usize, at: usize| {
+        move |text: &mut Vec<u8>| {
+            let line = lines_of(text)[line].clone();
+            text[line.start + at] ^= 0x80;
+        }
+    };
+    // A digit of the value: without a sum, another value would be restored.
+    let digit = |text: &mut Vec<u8>| {
+        let at = text.windows(3).position(|word| word == b"500").unwrap();
+        text[at] ^= 1;
+    };
+    let cut = |text: &mut Vec<u8>| {
+        let last = lines_of(text).pop().unwrap();
+        text.truncate(last.start + 20);
+    };
+    let changes: [(Damage<'_>, usize); 9] = [
+        (&flip(0, 1), 3),
+        (&flip(1, 10), 3),
+        (&flip(3, 0), 3),
+        (&digit, 3),
+        (&cut, 3),
+        (&|text| text.splice(0..0, b"\0\0\0\n\xff\n".iter().copied()).for_each(drop), 4),
+        (&|text| text.splice(0..0, vec![b'x'; 1 << 20]).for_each(drop), 4),
+        (&|text| text.splice(0..0, b"{\"version\":2}\n\n\n".iter().copied()).for_each(drop), 4),
+        (&|text| text.extend(b"{\"cookie\":1,\"level\":6"), 4),
+    ];
+    for (number, (change, back)) in changes.into_iter().enumerate() {
+        let (values, output, is_kept) = restored_after(change);
+        let restored = values.iter().enumerate().filter(|(number, value)| **value == 500 + *number as i32).count();
+        let others = values.iter().filter(|value| **value == 61).count();
+        assert_eq!((restored, restored + others), (back, 4), "{number}: {values:?} {}", stderr(&output));
+        assert!(stdout(&output).starts_with(&format!("put back: {back} options; ")), "{number}: {}", stdout(&output));
+        let said = stderr(&output);
+        assert!(said.contains("warning: damaged lines of /run/sockpolicy/"), "{number}: {said}");
+        assert!(said.contains("\n  help: the lines are kept; "), "{number}: {said}");
+        assert_eq!((output.status.code(), is_kept), (Some(2), true), "{number}");
+    }
+}
+
+#[test]
+fn duplicated_lines_and_lines_after_one_that_was_cut_off_count() {
+    let (values, output, _) = restored_after(|text| text.extend(text.clone()));
+    assert_eq!((values, output.status.code()), (vec![500, 501, 502, 503], Some(0)), "{}", stderr(&output));
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let policy = PolicyFile::new(sets_mark(&target, 7));
+    let mut probe = Probe::start(&target);
+    let first = probe.open(Family::Inet, Kind::Udp);
+    let apply = || instance.run("apply", &[policy.path().to_str().unwrap()]);
+    succeeds(&apply());
+    let journal = format!("/run/sockpolicy/{}.before", instance.name);
+    let mut text = fs::read(&journal).unwrap();
+    text.extend(b"{\"cookie\":1,\"lev");
+    fs::write(&journal, text).unwrap();
+    let second = probe.open(Family::Inet, Kind::Udp);
+    succeeds(&apply());
+    let output = instance.run("apply", &["--restore"]);
+    assert_eq!([first, second].map(|socket| probe.int(socket, SO_MARK)), [0, 0], "{}", stderr(&output));
+    assert_eq!(output.status.code(), Some(2));
+}
+
+#[test]
+fn socket_whose_value_cannot_be_recorded_stays_as_it_is() {
+    let target = Cgroup::new();
+    let policy = PolicyFile::new(sets_mark(&target, 7));
+    let mut probe = Probe::start(&target);
+    let sockets: Vec<_> = (0..300).map(|_| probe.open(Family::Inet, Kind::Udp)).collect();
+    // Room for the values of some, not of all.
+    let small = "mount -t tmpfs -o mode=755,size=16k none /run";
+    let script =
+        "sockpolicy apply --quiet $POLICY; echo $?; mount -o remount,size=10m /run; sockpolicy apply --restore";
+    let output = on_own_host(small, policy.path(), script);
+    let (said, error) = (stdout(&output), stderr(&output));
+    assert!(error.contains("No space left on device"), "{error}");
+    assert!(said.contains("\n2\n"), "{said}");
+    // What was changed was recorded, whole.
+    let changed: usize = said.split("changed: ").nth(1).unwrap().split(',').next().unwrap().parse().unwrap();
+    assert!(changed > 0 && changed < 300, "{said}");
+    let back = format!("put back: {changed} options; changed by others since: 0; refused: 0\n");
+    assert!(said.ends_with(&back), "{said}{error}");
+    assert!(sockets.iter().all(|socket| probe.int(*socket, SO_MARK) == 0));
+    assert!(output.status.success(), "{error}");
+}
