@@ -14,7 +14,7 @@ use std::{
 };
 
 use nix::{sys::stat::Mode, unistd::mkfifo};
-use sockpolicy::policy::{self, PolicyErrors, diagnostic::Style};
+use sockpolicy::policy::{self, IfInsecure, PolicyErrors, diagnostic::Style};
 
 /// As people would name it: tests run in the directory of their crate.
 const INVALID: &str = "tests/invalid";
@@ -176,7 +176,7 @@ fn policies_come_in_the_order_of_their_file_names_and_errors_of_all_files_at_onc
     fs::create_dir(dir.path("a")).unwrap();
     let late = dir.file("a/20-late.toml", MINIMAL);
     let early = dir.file("10-early.toml", MINIMAL);
-    let (policies, warnings) = policy::load_all(&[late.clone(), early.clone()]).unwrap();
+    let (policies, warnings) = policy::load_all(&[late.clone(), early.clone()], IfInsecure::Accept).unwrap();
     assert_eq!(policies.iter().map(|policy| policy.name.as_str()).collect::<Vec<_>>(), ["10-early", "20-late"]);
     // The first decides all that the second says.
     let said: Vec<_> = warnings.iter().map(|warning| warning.message.as_str()).collect();
@@ -185,7 +185,7 @@ fn policies_come_in_the_order_of_their_file_names_and_errors_of_all_files_at_onc
 
     fs::write(&early, "nmae = \"x\"\n[[rule]]\nset = { TCP_NODELAY = 1 }\n").unwrap();
     fs::write(&late, "[[rule]\n").unwrap();
-    let errors = policy::load_all(&[late, dir.path("gone.toml"), early]).unwrap_err();
+    let errors = policy::load_all(&[late, dir.path("gone.toml"), early], IfInsecure::Accept).unwrap_err();
     let said: Vec<_> = errors.diagnostics.iter().map(|diagnostic| diagnostic.message.as_str()).collect();
     assert_eq!(said.len(), 4, "{said:?}");
     assert_eq!(errors.count(), 4);
@@ -197,7 +197,7 @@ fn two_policies_of_one_name_are_refused() {
     let dir = Scratch::new("names");
     let first = dir.file("a.toml", format!("name = \"web\"\n{MINIMAL}"));
     let second = dir.file("web.toml", MINIMAL);
-    let errors = policy::load_all(&[second, first.clone()]).unwrap_err();
+    let errors = policy::load_all(&[second, first.clone()], IfInsecure::Accept).unwrap_err();
     let said = errors.to_string().replace(&dir.0.display().to_string(), "DIR");
     assert_eq!(
         said,
@@ -209,7 +209,7 @@ fn two_policies_of_one_name_are_refused() {
   |
   = help: give this one another: name = \"…\" at the top of the file"
     );
-    let errors = policy::load_all(&[first.clone(), first]).unwrap_err();
+    let errors = policy::load_all(&[first.clone(), first], IfInsecure::Accept).unwrap_err();
     assert!(errors.to_string().contains("this file is given twice"), "{errors}");
 }
 

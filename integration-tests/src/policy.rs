@@ -1,7 +1,8 @@
 //! Policy files.
 
 use std::{
-    fs,
+    fs::{self, Permissions},
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     sync::atomic::{AtomicU32, Ordering},
 };
@@ -63,14 +64,24 @@ impl Folder {
     pub(crate) fn new() -> Self {
         let path = std::env::temp_dir().join(unique_name());
         must(fs::create_dir(&path), format_args!("make {}", path.display()));
+        set_mode(&path, 0o755);
         Self { path }
     }
 
     pub(crate) fn write(&self, name: &str, text: impl AsRef<[u8]>) -> PathBuf {
         let path = self.path.join(name);
         must(fs::write(&path, text), format_args!("write {}", path.display()));
+        set_mode(&path, 0o644);
         path
     }
+}
+
+/// Sets the mode of a file, whatever the umask has made of it.
+pub fn set_mode(path: &Path, mode: u32) {
+    must(
+        fs::set_permissions(path, Permissions::from_mode(mode)),
+        format_args!("change the mode of {}", path.display()),
+    );
 }
 
 impl Drop for Folder {

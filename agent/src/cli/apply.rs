@@ -10,7 +10,7 @@ use super::{
     FAILURE, check, complain,
     descriptor::stdout,
     in_line::{InLine, Tally, Tell},
-    output::Format,
+    output::{Format, TrustArgument},
     progress::Progress,
     restore,
     run::{DEFAULT_INSTANCE, Placement, RunError},
@@ -41,6 +41,8 @@ pub(super) struct Apply {
     /// Policy files, and folders whose *.toml are policies
     #[arg(required_unless_present = "restore", value_name = "FILE|DIR")]
     files: Vec<PathBuf>,
+    #[command(flatten)]
+    trust: TrustArgument,
     /// Target, in place of the files' own: a cgroup's path below the cgroup2 mount, or absolute; can be given
     /// several times
     #[arg(long, value_name = "PATH")]
@@ -105,7 +107,7 @@ impl Apply {
         let done = if self.restore {
             restore::put_back(&self.instance)
         } else {
-            let Some(policies) = check::load(&self.files) else { return FAILURE.into() };
+            let Some(policies) = check::load(&self.files, self.trust.or_refuse()) else { return FAILURE.into() };
             self.apply(&policies).map(|tally| tally.failed == 0 && tally.closed == 0)
         };
         match done {

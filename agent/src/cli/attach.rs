@@ -6,7 +6,7 @@ use super::{
     FAILURE,
     apply::ApplyError,
     check, complain,
-    output::GapsArgument,
+    output::{GapsArgument, TrustArgument},
     restore,
     run::{DEFAULT_INSTANCE, Placement, RunError},
 };
@@ -30,6 +30,8 @@ pub(super) struct Attach {
     /// Policy files, and folders whose *.toml are policies
     #[arg(required = true, value_name = "FILE|DIR")]
     files: Vec<PathBuf>,
+    #[command(flatten)]
+    trust: TrustArgument,
     /// Target, in place of the files' own: a cgroup's path below the cgroup2 mount, or absolute; can be given
     /// several times
     #[arg(long, value_name = "PATH")]
@@ -46,7 +48,7 @@ pub(super) struct Attach {
 
 impl Attach {
     pub(super) fn run(self) -> ExitCode {
-        let texts = Sources::new(&self.files).read();
+        let texts = Sources::new(&self.files, self.trust.or_refuse()).read();
         let Some(policies) = check::shown(texts.policies()) else { return FAILURE.into() };
         match self.attach(&texts, &policies) {
             Ok(()) => ExitCode::SUCCESS,

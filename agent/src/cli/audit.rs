@@ -14,7 +14,7 @@ use super::{
     descriptor::Standard,
     exec::{Enclosed, ExecError, OURS},
     messages,
-    output::{ReportError, Reporting, Writer},
+    output::{ReportError, Reporting, TrustArgument, Writer},
     run::{self, Placement, RunError},
     signals::Signals,
     watch::WatchError,
@@ -43,6 +43,8 @@ pub(super) struct Audit {
     /// Policy files to hold the calls against
     #[arg(value_name = "FILE")]
     files: Vec<PathBuf>,
+    #[command(flatten)]
+    trust: TrustArgument,
     /// Only the calls of tasks in this cgroup: its path below the cgroup2 mount, or absolute; can be given several times
     #[arg(long, value_name = "PATH", conflicts_with = "command")]
     cgroup: Vec<PathBuf>,
@@ -104,7 +106,7 @@ impl Audit {
             complain(&AuditError::Command { word: escape::plain(word) });
             return failure.into();
         }
-        let Some(policies) = check::load(&self.files) else { return failure.into() };
+        let Some(policies) = check::load(&self.files, self.trust.or_warn()) else { return failure.into() };
         let filter = Filter {
             options: std::mem::take(&mut self.option),
             verdicts: std::mem::take(&mut self.verdict),

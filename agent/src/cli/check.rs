@@ -7,7 +7,12 @@ use std::{
 };
 
 pub(super) use super::messages::show;
-use super::{FAILURE, FINDINGS, complain, descriptor::stdout, output::Format, unless_closed};
+use super::{
+    FAILURE, FINDINGS, complain,
+    descriptor::stdout,
+    output::{Format, TrustArgument},
+    unless_closed,
+};
 use crate::{
     compile::{CompileError, Desired, compile},
     coverage::{Coverage, stack_with},
@@ -15,7 +20,7 @@ use crate::{
     gaps::{Gap, Gaps},
     host::{routes, tcp},
     policy::{
-        self, Policy, PolicyErrors, Warnings,
+        self, IfInsecure, Policy, PolicyErrors, Warnings,
         diagnostic::{Diagnostic, Problem, Severity},
         lint::{self, Host, Version},
     },
@@ -30,6 +35,8 @@ pub(super) struct Check {
     /// Policy files
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
+    #[command(flatten)]
+    trust: TrustArgument,
     /// Check against what a kernel of this version can do, and not against this host: 5.15, say
     #[arg(long, value_name = "VERSION")]
     kernel: Option<Version>,
@@ -60,7 +67,7 @@ impl Check {
 
     /// Everything there is to say, and whether the policies can be used.
     fn find(&self) -> (Vec<Diagnostic>, bool) {
-        let (policies, mut found) = match policy::load_all(&self.files) {
+        let (policies, mut found) = match policy::load_all(&self.files, self.trust.or_warn()) {
             Ok(loaded) => loaded,
             Err(errors) => return (errors.diagnostics, false),
         };
@@ -125,8 +132,8 @@ pub(super) fn warn_of_replaced_targets(policies: &[Policy], by: &str) {
 }
 
 /// Reads policy files. Says what is wrong with them, and gives `None` if anything is.
-pub(super) fn load(files: &[PathBuf]) -> Option<Vec<Policy>> {
-    shown(policy::load_all(files))
+pub(super) fn load(files: &[PathBuf], insecure: IfInsecure) -> Option<Vec<Policy>> {
+    shown(policy::load_all(files, insecure))
 }
 
 /// The policies that were loaded. Says what is wrong, and gives `None` if anything is.
@@ -144,8 +151,8 @@ pub(super) fn shown(loaded: Result<(Vec<Policy>, Warnings), PolicyErrors>) -> Op
 }
 
 /// The same, and compiles those together that have the same target.
-pub(super) fn load_compiled(files: &[PathBuf]) -> Option<Vec<Policy>> {
-    let policies = load(files)?;
+pub(super) fn load_compiled(files: &[PathBuf], insecure: IfInsecure) -> Option<Vec<Policy>> {
+    let policies = load(files, insecure)?;
     match compile_together(&policies) {
         Ok(_) => Some(policies),
         Err(error) => {

@@ -14,7 +14,7 @@ use super::{
     check, complain,
     descriptor::Standard,
     messages,
-    output::{Manner, ReportError, Reporting, Writer},
+    output::{Manner, ReportError, Reporting, TrustArgument, Writer},
     signals::Signals,
     watch::{self, WatchError},
 };
@@ -46,6 +46,8 @@ pub(super) struct Exec {
     /// Policy files; their targets give way to the command's cgroup
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
+    #[command(flatten)]
+    trust: TrustArgument,
     #[command(flatten)]
     manner: Manner,
     /// Write the report there rather than to standard error
@@ -100,7 +102,7 @@ impl ExecError {
 impl Exec {
     pub(super) fn run(self) -> ExitCode {
         messages::start(self.manner.reporting.output);
-        let Some(policies) = check::load(&self.files) else { return OURS.into() };
+        let Some(policies) = check::load(&self.files, self.trust.or_refuse()) else { return OURS.into() };
         let Manner { dry_run, reporting, .. } = &self.manner;
         let prepared = session::prepare(&policies, &[all(&policies)], *dry_run, reporting.timing);
         check::warn_of_replaced_targets(&policies, "the command's cgroup");

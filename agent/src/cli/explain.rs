@@ -7,7 +7,12 @@ use std::{
     process::ExitCode,
 };
 
-use super::{FAILURE, FINDINGS, check, complain, containers, descriptor::stdout, output::Format, unless_closed};
+use super::{
+    FAILURE, FINDINGS, check, complain, containers,
+    descriptor::stdout,
+    output::{Format, TrustArgument},
+    unless_closed,
+};
 use crate::{
     compile::{CompileError, compile},
     coverage::{all, stack_of},
@@ -33,6 +38,8 @@ pub(super) struct Explain {
     /// Policy files
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
+    #[command(flatten)]
+    trust: TrustArgument,
     /// A socket of this process. Where it has several, --fd, --local or --remote choose one
     #[arg(long, value_name = "PID", conflicts_with_all = ["protocol", "family"])]
     pid: Option<u32>,
@@ -136,7 +143,7 @@ impl Explain {
                 return FAILURE.into();
             }
         };
-        let Some(policies) = check::load_compiled(&self.files) else { return FINDINGS.into() };
+        let Some(policies) = check::load_compiled(&self.files, self.trust.or_warn()) else { return FINDINGS.into() };
         let told = explanation(&policies, &socket)
             .and_then(|explanation| unless_closed(self.tell(&explanation)).map_err(ExplainError::Write));
         match told {

@@ -5,7 +5,7 @@ use std::{io::Write, path::PathBuf, process::ExitCode};
 use super::{
     FAILURE, check, complain,
     descriptor::stdout,
-    output::Format,
+    output::{Format, TrustArgument},
     progress::Progress,
     run::Placement,
     sockets::{Seen, Sockets, SocketsError, Targets},
@@ -28,6 +28,8 @@ pub(super) struct Ls {
     /// Policy files: the sockets of their targets. Without any, and without --cgroup, those of the whole host
     #[arg(value_name = "FILE")]
     files: Vec<PathBuf>,
+    #[command(flatten)]
+    trust: TrustArgument,
     /// The sockets of this cgroup and all below it: a path below the cgroup2 mount, or absolute; can be given several times
     #[arg(long, value_name = "PATH")]
     cgroup: Vec<PathBuf>,
@@ -41,7 +43,7 @@ pub(super) struct Ls {
 
 impl Ls {
     pub(super) fn run(self) -> ExitCode {
-        let Some(policies) = check::load(&self.files) else { return FAILURE.into() };
+        let Some(policies) = check::load(&self.files, self.trust.or_warn()) else { return FAILURE.into() };
         match self.list(&policies) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {

@@ -15,7 +15,7 @@ use crate::{
     escape::{self, Escape, visible},
     events::{Event, Kind, SCHEMA},
     kernel::{self, Audit, BackendChoice},
-    policy::model::Mode,
+    policy::{IfInsecure, model::Mode},
     report::{Loss, Summary},
     session::{GapsChoice, Session},
 };
@@ -60,6 +60,26 @@ pub(super) struct Manner {
     pub(super) gaps: GapsArgument,
     #[command(flatten)]
     pub(super) reporting: Reporting,
+}
+
+/// What to do about policy files that other users can change.
+#[derive(Debug, clap::Args)]
+pub(super) struct TrustArgument {
+    /// Use policy files although users other than root and the one who runs this own them or can change them
+    #[arg(long)]
+    insecure_policies: bool,
+}
+
+impl TrustArgument {
+    /// For a command that changes something by what the files say.
+    pub(super) fn or_refuse(&self) -> IfInsecure {
+        if self.insecure_policies { IfInsecure::Accept } else { IfInsecure::Refuse }
+    }
+
+    /// For a command that changes nothing.
+    pub(super) fn or_warn(&self) -> IfInsecure {
+        if self.insecure_policies { IfInsecure::Accept } else { IfInsecure::Warn }
+    }
 }
 
 /// What to do about what this kernel cannot do.

@@ -11,7 +11,7 @@ use serde_json::json;
 use super::{
     FAILURE, FINDINGS, check, complain,
     descriptor::stdout,
-    output::Format,
+    output::{Format, TrustArgument},
     run::{Placement, RunError},
     status, unless_closed,
 };
@@ -35,6 +35,8 @@ pub(super) struct Plan {
     /// Policy files
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
+    #[command(flatten)]
+    trust: TrustArgument,
     /// Target, in place of the files' own: a cgroup's path below the cgroup2 mount, or absolute; can be given
     /// several times
     #[arg(long, value_name = "PATH")]
@@ -55,7 +57,7 @@ pub(super) struct Plan {
 
 impl Plan {
     pub(super) fn run(self) -> ExitCode {
-        let Some(policies) = check::load(&self.files) else { return FINDINGS.into() };
+        let Some(policies) = check::load(&self.files, self.trust.or_warn()) else { return FINDINGS.into() };
         match self.tell(&policies) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {

@@ -6,7 +6,7 @@ use super::{
     FAILURE, FINDINGS, check, complain, containers,
     descriptor::Standard,
     messages,
-    output::{Manner, ReportError, Writer},
+    output::{Manner, ReportError, TrustArgument, Writer},
     signals::Signals,
     standing::{Standing, Wanted},
     watch::{self, WatchError, watch},
@@ -38,6 +38,8 @@ pub(super) struct Run {
     /// Policy files, and folders whose *.toml are policies
     #[arg(required = true, value_name = "FILE|DIR")]
     files: Vec<PathBuf>,
+    #[command(flatten)]
+    trust: TrustArgument,
     /// Target, in place of the files' own: a cgroup's path below the cgroup2 mount, or absolute; can be given
     /// several times
     #[arg(long, value_name = "PATH")]
@@ -95,7 +97,7 @@ pub(super) enum RunError {
 impl Run {
     pub(super) fn run(self) -> ExitCode {
         messages::start(self.manner.reporting.output);
-        let sources = Sources::new(&self.files);
+        let sources = Sources::new(&self.files, self.trust.or_refuse());
         let texts = sources.read();
         let Some(policies) = check::shown(texts.policies()) else { return FAILURE.into() };
         match self.run_policies(sources, texts, &policies) {

@@ -6,7 +6,12 @@ use std::{
     process::ExitCode,
 };
 
-use super::{FAILURE, FINDINGS, check, complain, descriptor::stdout, output::Format, unless_closed};
+use super::{
+    FAILURE, FINDINGS, check, complain,
+    descriptor::stdout,
+    output::{Format, TrustArgument},
+    unless_closed,
+};
 use crate::explain::{Trial, try_all};
 
 /// Hold policies against the tests that stand in their files
@@ -18,6 +23,8 @@ pub(super) struct Test {
     /// Policy files
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
+    #[command(flatten)]
+    trust: TrustArgument,
     /// Form of the answer
     #[arg(long, short, value_enum, default_value_t)]
     output: Format,
@@ -25,7 +32,7 @@ pub(super) struct Test {
 
 impl Test {
     pub(super) fn run(self) -> ExitCode {
-        let Some(policies) = check::load_compiled(&self.files) else { return FINDINGS.into() };
+        let Some(policies) = check::load_compiled(&self.files, self.trust.or_warn()) else { return FINDINGS.into() };
         let trials = match try_all(&policies) {
             Ok(trials) => trials,
             Err(error) => {

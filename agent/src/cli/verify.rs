@@ -13,7 +13,7 @@ use serde_json::json;
 use super::{
     FAILURE, FINDINGS, check, complain,
     descriptor::stdout,
-    output::Format,
+    output::{Format, TrustArgument},
     progress::Progress,
     run::{Placement, RunError},
     sockets::{Seen, Sockets, SocketsError, Targets},
@@ -41,6 +41,8 @@ pub(super) struct Verify {
     /// Policy files
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
+    #[command(flatten)]
+    trust: TrustArgument,
     /// Target, in place of the files' own: a cgroup's path below the cgroup2 mount, or absolute; can be given
     /// several times
     #[arg(long, value_name = "PATH")]
@@ -69,7 +71,7 @@ struct Tally {
 
 impl Verify {
     pub(super) fn run(self) -> ExitCode {
-        let Some(policies) = check::load(&self.files) else { return FAILURE.into() };
+        let Some(policies) = check::load(&self.files, self.trust.or_warn()) else { return FAILURE.into() };
         match self.verify(&policies) {
             Ok(tally) if tally.drifts > 0 => FINDINGS.into(),
             Ok(tally) if tally.refused > 0 || tally.unread > 0 => FAILURE.into(),

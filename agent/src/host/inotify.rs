@@ -32,7 +32,7 @@ pub enum WatchError {
 /// What is to be told of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Changes {
-    /// Files that are written, come, go or are replaced.
+    /// Files that are written, come, go or are replaced, or get another owner or mode.
     Files,
     /// Folders that come or go.
     Folders,
@@ -54,7 +54,9 @@ impl Watch {
         let inotify = inotify.map_err(|errno| WatchError::Init(errno.into()))?;
         let entries = AddWatchFlags::IN_CREATE | AddWatchFlags::IN_DELETE | AddWatchFlags::IN_MOVE;
         let changes = match changes {
-            Changes::Files => entries | AddWatchFlags::IN_CLOSE_WRITE | AddWatchFlags::IN_DELETE_SELF,
+            Changes::Files => {
+                entries | AddWatchFlags::IN_CLOSE_WRITE | AddWatchFlags::IN_DELETE_SELF | AddWatchFlags::IN_ATTRIB
+            }
             Changes::Folders => entries,
         };
         Ok(Self { inotify, changes: changes | AddWatchFlags::IN_ONLYDIR, watched: BTreeMap::new() })

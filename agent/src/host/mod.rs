@@ -8,6 +8,7 @@ pub mod inotify;
 mod netlink;
 pub mod netns;
 pub mod network;
+pub mod ownership;
 pub mod private;
 pub mod privileges;
 pub mod process;

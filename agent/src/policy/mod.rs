@@ -1,6 +1,6 @@
 //! Policies: from files to values that are valid.
 //!
-//! [`parse`] is a function of text; [`read`], [`load`] and [`load_all`] put the file system before
+//! [`parse`] is a function of text; [`load`] and [`load_all`] put the file system before
 //! it. Nothing here prints, or asks what the kernel can do.
 //!
 //! Invariant: who holds a [`Policy`] need not check it again.
@@ -31,7 +31,7 @@ pub use self::{
     diagnostic::sort,
     model::Policy,
     socket::{End, Socket, TwoFamilies, parse_end},
-    sources::{Sources, Texts},
+    sources::{IfInsecure, Sources, Texts},
     validate::clauses::nearest_option,
 };
 use self::{
@@ -102,13 +102,13 @@ pub fn parse(path: &Path, text: &str) -> Result<(Policy, Warnings), PolicyErrors
     Ok((policy, warnings))
 }
 
-/// The policy that a file describes.
+/// The policy that a file describes, whoever can change the file.
 ///
 /// # Errors
 ///
 /// All that is wrong with it, or why it cannot be read.
 pub fn load(path: &Path) -> Result<(Policy, Warnings), PolicyErrors> {
-    let (policies, warnings) = load_all(&[path.to_owned()])?;
+    let (policies, warnings) = load_all(&[path.to_owned()], IfInsecure::Accept)?;
     match policies.into_iter().next() {
         Some(policy) => Ok((policy, warnings)),
         None => Err(PolicyErrors { diagnostics: Vec::new() }),
@@ -120,8 +120,8 @@ pub fn load(path: &Path) -> Result<(Policy, Warnings), PolicyErrors> {
 /// # Errors
 ///
 /// All that is wrong with any of them.
-pub fn load_all(paths: &[PathBuf]) -> Result<(Vec<Policy>, Warnings), PolicyErrors> {
-    Sources::new(paths).read().policies()
+pub fn load_all(paths: &[PathBuf], insecure: IfInsecure) -> Result<(Vec<Policy>, Warnings), PolicyErrors> {
+    Sources::new(paths, insecure).read().policies()
 }
 
 fn same_name(source: &Arc<Source>, name: &str, span: Span, first: &Path) -> Diagnostic {
@@ -134,12 +134,12 @@ fn same_name(source: &Arc<Source>, name: &str, span: Span, first: &Path) -> Diag
     Diagnostic::new(Severity::Error, source, problem.at(span))
 }
 
-/// What is in a policy file.
+/// Opens a policy file.
 ///
 /// # Errors
 ///
-/// Where it cannot be read, is no regular file, is larger than policies are, or is not UTF-8.
-pub fn read(path: &Path) -> Result<Arc<Source>, Diagnostic> {
+/// Fails where it cannot be opened, is no regular file, or is larger than policies are.
+fn open(path: &Path) -> Result<File, Diagnostic> {
     let failed = |error: io::Error| Diagnostic::without_source(unreadable(path, &error));
     // A fifo must not keep us waiting for a writer.
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
@@ -147,6 +147,16 @@ pub fn read(path: &Path) -> Result<Arc<Source>, Diagnostic> {
     if let Some(problem) = unsuitable(path, &file).map_err(failed)? {
         return Err(Diagnostic::without_source(problem));
     }
+    Ok(file)
+}
+
+/// Reads what is in a policy file.
+///
+/// # Errors
+///
+/// Fails where it cannot be read, is larger than policies are, or is not UTF-8.
+fn read(path: &Path, file: File) -> Result<Arc<Source>, Diagnostic> {
+    let failed = |error: io::Error| Diagnostic::without_source(unreadable(path, &error));
     let mut bytes = Vec::new();
     file.take(SIZE_MAX + 1).read_to_end(&mut bytes).map_err(failed)?;
     if bytes.len() as u64 > SIZE_MAX {

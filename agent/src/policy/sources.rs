@@ -1,7 +1,8 @@
 //! Where policies come from: files, and folders of which all `*.toml` are policies.
 //!
 //! Reads them all, or says all that is wrong; tells where to look for changes. Does not watch, which is
-//! [`crate::host::inotify`]'s.
+//! [`crate::host::inotify`]'s. A file that other users can change is refused, since they would decide what root does
+//! ([`crate::host::ownership`]).
 //!
 //! Invariant: what was a file when it was named is no folder later, and the other way round: then it is an error.
 
@@ -14,19 +15,31 @@ use std::{
 
 use super::{
     Policy, PolicyErrors, Warnings,
-    diagnostic::{Diagnostic, Problem, Source, Style},
-    lint, read, same_name, sort, unreadable,
+    diagnostic::{Diagnostic, Problem, Severity, Source, Style},
+    lint, open, read, same_name, sort, unreadable,
     validate::{self, Checked},
 };
-use crate::escape::Escape;
+use crate::{
+    escape::Escape,
+    host::ownership::{Owners, Reason, Weakness, weaknesses},
+};
 
 /// How many symbolic links are followed one after the other, as the kernel does (`MAXSYMLINKS`).
 const LINKS_MAX: usize = 40;
+
+/// What to do about a policy file that users other than root and those who run this can change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IfInsecure {
+    Refuse,
+    Warn,
+    Accept,
+}
 
 /// Files and folders, as they were named.
 #[derive(Clone, Debug)]
 pub struct Sources {
     named: Vec<Named>,
+    insecure: IfInsecure,
 }
 
 #[derive(Clone, Debug)]
@@ -37,13 +50,17 @@ struct Named {
 
 /// What policy files say, in the order of their names; of those that cannot be read, why.
 #[derive(Clone, Debug, Default)]
-pub struct Texts(Vec<Result<Arc<Source>, Diagnostic>>);
+pub struct Texts {
+    texts: Vec<Result<Arc<Source>, Diagnostic>>,
+    /// About the files, not about what they say.
+    warnings: Warnings,
+}
 
 /// Whether they say the same, so that nothing new can come of them.
 impl PartialEq for Texts {
     fn eq(&self, other: &Self) -> bool {
         let said = |texts: &Self| -> Vec<Result<(PathBuf, String), String>> {
-            let said = texts.0.iter().map(|text| match text {
+            let said = texts.texts.iter().map(|text| match text {
                 Ok(source) => Ok((source.path().to_owned(), source.text().to_owned())),
                 Err(problem) => Err(problem.render(Style::Plain)),
             });
@@ -55,9 +72,9 @@ impl PartialEq for Texts {
 
 impl Sources {
     #[must_use]
-    pub fn new(paths: &[PathBuf]) -> Self {
+    pub fn new(paths: &[PathBuf], insecure: IfInsecure) -> Self {
         let named = |path: &PathBuf| Named { path: path.clone(), is_folder: path.is_dir() };
-        Self { named: paths.iter().map(named).collect() }
+        Self { named: paths.iter().map(named).collect(), insecure }
     }
 
     /// The files that they stand for, in the order of their names, and what is wrong with folders.
@@ -86,7 +103,31 @@ impl Sources {
     #[must_use]
     pub fn read(&self) -> Texts {
         let (files, problems) = self.files();
-        Texts(problems.into_iter().map(Err).chain(files.iter().map(|file| read(file))).collect())
+        let mut texts = Texts { texts: problems.into_iter().map(Err).collect(), warnings: Warnings::new() };
+        let mut inspection = Inspection::new(self.insecure);
+        for path in files {
+            let file = match open(&path) {
+                Ok(file) => file,
+                Err(problem) => {
+                    texts.texts.push(Err(problem));
+                    continue;
+                }
+            };
+            let found = inspection.inspect(&path, &file);
+            match (self.insecure, found) {
+                (IfInsecure::Refuse, Found::Insecure(problem)) => {
+                    texts.texts.extend(problem.map(|problem| Err(Diagnostic::without_source(problem))));
+                }
+                (_, found) => {
+                    if let Found::Insecure(Some(problem)) = found {
+                        let severity = Severity::Warning;
+                        texts.warnings.push(Diagnostic { severity, ..Diagnostic::without_source(problem) });
+                    }
+                    texts.texts.push(read(&path, file));
+                }
+            }
+        }
+        texts
     }
 
     /// The folders in which a change may change what these paths stand for: theirs, and those of the symbolic links on the
@@ -112,12 +153,13 @@ impl Texts {
     /// What was read before.
     #[must_use]
     pub fn of(files: impl Iterator<Item = (PathBuf, String)>) -> Self {
-        Self(files.map(|(path, text)| Ok(Source::new(&path, text))).collect())
+        let texts = files.map(|(path, text)| Ok(Source::new(&path, text))).collect();
+        Self { texts, warnings: Warnings::new() }
     }
 
     /// The files' paths, and what they say.
     pub fn files(&self) -> impl Iterator<Item = (&Path, &str)> {
-        self.0.iter().flatten().map(|source| (source.path(), source.text()))
+        self.texts.iter().flatten().map(|source| (source.path(), source.text()))
     }
 
     /// The policies that they describe.
@@ -126,9 +168,9 @@ impl Texts {
     ///
     /// All that is wrong with any of them, those included that could not be read.
     pub fn policies(&self) -> Result<(Vec<Policy>, Warnings), PolicyErrors> {
-        let (mut policies, mut warnings, mut errors) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut policies, mut warnings, mut errors) = (Vec::new(), self.warnings.clone(), Vec::new());
         let mut paths_by_name = BTreeMap::new();
-        for text in &self.0 {
+        for text in &self.texts {
             let source = match text {
                 Ok(source) => source,
                 Err(problem) => {
@@ -154,6 +196,61 @@ impl Texts {
         sort(&mut warnings);
         Ok((policies, warnings))
     }
+}
+
+/// Looks who can change files. What many have in common, a directory, is said once.
+struct Inspection {
+    insecure: IfInsecure,
+    owners: Owners,
+    said: BTreeSet<PathBuf>,
+}
+
+enum Found {
+    Secure,
+    /// With what to say of it, if that has not been said of another file.
+    Insecure(Option<Problem>),
+}
+
+impl Inspection {
+    fn new(insecure: IfInsecure) -> Self {
+        Self { insecure, owners: Owners::of_this_process(), said: BTreeSet::new() }
+    }
+
+    fn inspect(&mut self, path: &Path, file: &fs::File) -> Found {
+        if self.insecure == IfInsecure::Accept {
+            return Found::Secure;
+        }
+        let found = weaknesses(path, file, &self.owners);
+        if found.is_empty() {
+            return Found::Secure;
+        }
+        let new: Vec<Weakness> = found.into_iter().filter(|weakness| self.said.insert(weakness.path.clone())).collect();
+        Found::Insecure((!new.is_empty()).then(|| problem(self.insecure, path, &new)))
+    }
+}
+
+fn problem(insecure: IfInsecure, path: &Path, found: &[Weakness]) -> Problem {
+    let reasons = found.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+    let message = match insecure {
+        IfInsecure::Refuse => format!("cannot use {}: {reasons}", path.display()),
+        IfInsecure::Warn | IfInsecure::Accept => {
+            format!("`run`, `attach`, `exec` and `apply` refuse {}: {reasons}", path.display())
+        }
+    };
+    Problem::new(message).help(format!("{}or accept it with --insecure-policies", remedies(found)))
+}
+
+/// What to type, with a comma after it.
+fn remedies(found: &[Weakness]) -> String {
+    let about = |is_meant: fn(&Reason) -> bool| {
+        let paths = found.iter().filter(|weakness| is_meant(&weakness.reason));
+        paths.map(|weakness| format!(" {}", weakness.path.display())).collect::<String>()
+    };
+    let written = about(|reason| matches!(reason, Reason::Writable(_)));
+    let owned = about(|reason| matches!(reason, Reason::Owner(_)));
+    let commands = [("chmod go-w", written), ("chown -h root", owned)];
+    let commands = commands.into_iter().filter(|(_, paths)| !paths.is_empty());
+    commands.map(|(command, paths)| format!("{command}{paths}, ")).collect()
 }
 
 /// The policy files right in a folder. Hidden ones are not: editors and ConfigMaps have such.
@@ -211,11 +308,14 @@ mod tests {
         symlink("a.toml", top.join("loop.toml")).unwrap();
         symlink("round.toml", top.join("round.toml")).unwrap();
 
-        let folders = Sources::new(&[top.join("a.toml")]).folders();
+        let folders = Sources::new(&[top.join("a.toml")], IfInsecure::Accept).folders();
         assert_eq!(folders, [top.clone(), top.join("..1")].into_iter().collect());
-        assert_eq!(Sources::new(&[top.join("loop.toml")]).folders(), folders);
-        assert_eq!(Sources::new(&[top.join("round.toml")]).folders(), [top.clone()].into_iter().collect());
-        let (files, errors) = Sources::new(std::slice::from_ref(&top)).files();
+        assert_eq!(Sources::new(&[top.join("loop.toml")], IfInsecure::Accept).folders(), folders);
+        assert_eq!(
+            Sources::new(&[top.join("round.toml")], IfInsecure::Accept).folders(),
+            [top.clone()].into_iter().collect()
+        );
+        let (files, errors) = Sources::new(std::slice::from_ref(&top), IfInsecure::Accept).files();
         assert_eq!(files, ["a.toml", "loop.toml", "round.toml"].map(|name| top.join(name)));
         assert!(errors.is_empty());
         fs::remove_dir_all(top).unwrap();
