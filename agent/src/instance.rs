@@ -369,6 +369,19 @@ pub fn all() -> Vec<Seen> {
     names.into_iter().filter_map(|name| see_among(&name, &pinned)).collect()
 }
 
+/// Checks that [`all`] sees all instances.
+///
+/// # Errors
+///
+/// Fails where this process may not look, or other users could have changed what there is to see.
+pub fn check_visible() -> Result<(), InstanceError> {
+    if let Some(folder) = folder()? {
+        folder.names()?;
+    }
+    Pins::instances()?;
+    Ok(())
+}
+
 /// Returns the names of instances that have pins. What other users may have put in their place is none.
 fn pinned() -> Vec<String> {
     Pins::instances().inspect_err(|error| log::debug!("{error}")).unwrap_or_default()
@@ -381,7 +394,7 @@ pub(crate) fn with_files(kinds: &[&str]) -> Vec<String> {
         Ok((names, Some(folder))) => (names, folder),
         Ok((_, None)) => return Vec::new(),
         Err(error) => {
-            log::warn!("{error}");
+            log::debug!("{error}");
             return Vec::new();
         }
     };

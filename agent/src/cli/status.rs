@@ -14,8 +14,8 @@ use crate::{
     compile::Desired,
     escape::{self, Escape},
     events::SCHEMA,
-    host::cgroup::Mount,
-    instance::{self, Generation, RecordError, Seen},
+    host::{cgroup::Mount, private::PrivateError},
+    instance::{self, Generation, InstanceError, RecordError, Seen},
     journal,
     kernel::{self, KernelError, Neighbour},
     policy::model::Mode,
@@ -41,8 +41,20 @@ pub(super) enum StatusError {
     Kernel(#[from] KernelError),
     #[error("what instance `{}` has in force cannot be told: {source}", name.escaped())]
     Unknown { name: String, source: Box<Unknown> },
+    #[error("cannot tell what is in force on this host: {cause}{}", visible_help(.cause))]
+    Hidden { cause: InstanceError },
     #[error("cannot write the status: {0}")]
     Write(#[from] io::Error),
+}
+
+/// Other errors say by themselves what to do.
+fn visible_help(error: &InstanceError) -> &'static str {
+    let is_refused = matches!(
+        error,
+        InstanceError::Private(PrivateError::Io { .. })
+            | InstanceError::Kernel(KernelError::Private(PrivateError::Io { .. }))
+    );
+    if is_refused { "\n  help: run it as root" } else { "" }
 }
 
 fn list(names: &[String]) -> String {
@@ -74,7 +86,8 @@ pub(super) struct InForce {
 impl Status {
     pub(super) fn run(self) -> ExitCode {
         match self.tell() {
-            Ok(()) => ExitCode::SUCCESS,
+            Ok(true) => ExitCode::SUCCESS,
+            Ok(false) => FAILURE.into(),
             Err(error) => {
                 complain(&error);
                 FAILURE.into()
@@ -82,23 +95,28 @@ impl Status {
         }
     }
 
-    fn tell(&self) -> Result<(), StatusError> {
+    /// Gives whether all of it could be told.
+    fn tell(&self) -> Result<bool, StatusError> {
         kernel::check_privileges()?;
         let mut seen = instance::all();
+        let visible = instance::check_visible().map_err(|cause| StatusError::Hidden { cause });
         if let Some(name) = &self.instance {
             let others = seen.iter().map(|seen| seen.name.clone()).collect();
             seen.retain(|seen| seen.name == *name);
             if seen.is_empty() {
+                visible?;
                 return Err(StatusError::None { name: name.clone(), others });
             }
         }
         let mut out = stdout(self.output);
         let mut written = Ok(());
-        if seen.is_empty() && self.output == Format::Text {
+        let mut is_told = true;
+        if seen.is_empty() && visible.is_ok() && self.output == Format::Text {
             written = writeln!(out, "no policies are in force");
         }
         for (number, seen) in seen.iter().enumerate() {
             let looked = look(seen);
+            is_told &= looked.is_ok();
             written = written.and_then(|()| match self.output {
                 Format::Text if number > 0 => writeln!(out).and_then(|()| write_text(&mut out, seen, &looked)),
                 Format::Text => write_text(&mut out, seen, &looked),
@@ -111,9 +129,8 @@ impl Status {
             written = written.and_then(|()| kept.try_for_each(|name| write_kept(&mut out, &name)));
         }
         unless_closed(written.and_then(|()| out.flush()))?;
-        // Where other users could have put something in the place of pins, these are unknown.
-        kernel::Pins::instances()?;
-        Ok(())
+        visible?;
+        Ok(is_told)
     }
 }
 

@@ -15,10 +15,13 @@ const PLACE: &str = "/sys/kernel/tracing";
 /// Where it is mounted by itself, with debugfs.
 const OTHER_PLACE: &str = "/sys/kernel/debug/tracing";
 
-/// Whether tracepoints can be looked up.
+/// Returns whether tracefs is there, also where this process may not read it: it is root's, with mode 0700.
 #[must_use]
 pub fn is_mounted() -> bool {
-    [PLACE, OTHER_PLACE].iter().any(|place| Path::new(place).join("events").is_dir())
+    [PLACE, OTHER_PLACE].iter().any(|place| match Path::new(place).join("events").metadata() {
+        Ok(metadata) => metadata.is_dir(),
+        Err(error) => error.kind() == io::ErrorKind::PermissionDenied,
+    })
 }
 
 /// The number by which perf_event_open(2) knows a tracepoint.
@@ -28,7 +31,11 @@ pub fn is_mounted() -> bool {
 /// Where tracefs is not mounted, or there is no such tracepoint.
 pub fn tracepoint_id(category: &str, name: &str) -> io::Result<u64> {
     let read = |place| fs::read_to_string(Path::new(place).join("events").join(category).join(name).join("id"));
-    read(PLACE).or_else(|_| read(OTHER_PLACE))?.trim().parse().map_err(io::Error::other)
+    let text = match read(PLACE) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => read(OTHER_PLACE),
+        read => read,
+    };
+    text?.trim().parse().map_err(io::Error::other)
 }
 
 /// Runs `work` where tracefs is mounted.

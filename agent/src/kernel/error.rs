@@ -22,6 +22,10 @@ pub enum KernelError {
     View { map: &'static str, source: io::Error },
     #[error("cannot tell how many CPUs there can be: {path}: {source}")]
     Cpus { path: &'static str, source: io::Error },
+    #[error(
+        "cannot open map {map} of the policies in force: operation not permitted\n  help: run it as root, or give it CAP_SYS_ADMIN"
+    )]
+    MapRights { map: &'static str },
     #[error("the BPF object has no {what}\n  help: this is a fault of the build: build it anew")]
     Incomplete { what: &'static str },
     #[error(

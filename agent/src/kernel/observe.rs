@@ -1,9 +1,11 @@
 //! What an instance has in force, read from its maps by who is not its agent.
 
+use std::io;
+
 use abi::{Config, Counters, Losses};
 use aya::{
     Ebpf, Pod,
-    maps::{Array, Map, MapData},
+    maps::{Array, Map, MapData, MapError},
 };
 use serde::{Deserialize, Serialize};
 
@@ -65,7 +67,14 @@ impl Observed {
 }
 
 fn open(map: u32, name: &'static str) -> Result<Map, KernelError> {
-    MapData::from_id(map).and_then(Map::from_map_data).map_err(map_error(name))
+    let opened = MapData::from_id(map).and_then(Map::from_map_data);
+    opened
+        .map_err(|error| if is_refused(&error) { KernelError::MapRights { map: name } } else { map_error(name)(error) })
+}
+
+/// Returns whether rights are missing: to open a map by its number takes CAP_SYS_ADMIN (bpf_map_get_fd_by_id, kernel/bpf/syscall.c).
+fn is_refused(error: &MapError) -> bool {
+    matches!(error, MapError::SyscallError(call) if call.io_error.kind() == io::ErrorKind::PermissionDenied)
 }
 
 fn first<T: Pod>(map: u32, name: &'static str) -> Result<T, KernelError> {

@@ -67,7 +67,10 @@ impl AsFd for Event {
 pub(super) fn attach(program: &mut Program, system_call: &str, end: End) -> Result<Event, String> {
     load_once(program).map_err(|error| load_reason(&error))?;
     let program = program.fd().map_err(|error| chain(&error))?;
-    let tracepoint = tracefs::tracepoint_id(CATEGORY, &name(system_call, end)).map_err(|error| error.to_string())?;
+    let tracepoint = tracefs::tracepoint_id(CATEGORY, &name(system_call, end)).map_err(|error| match error.kind() {
+        io::ErrorKind::PermissionDenied => "tracefs cannot be read without root or CAP_DAC_READ_SEARCH".to_owned(),
+        _ => error.to_string(),
+    })?;
     let attach = || {
         let descriptor = syscall::open_tracepoint(tracepoint)?;
         syscall::run_at(&descriptor, program)?;

@@ -7,12 +7,19 @@ use std::{
     process::{Command, Output},
 };
 
+use nix::sys::signal::Signal;
 use sockpolicy_integration_tests::{
     agent,
+    bpffs::Instance,
     cgroup::Cgroup,
     foreign::attached,
     kernels::Kernel,
-    process::{self, exec},
+    options::SO_MARK,
+    policy::{PolicyFile, sets_mark},
+    probe::Probe,
+    process::{self, Running, exec, with_mounts},
+    script::{Family, Kind},
+    wait,
 };
 
 use super::{MARK, fails, policy, run_on};
@@ -101,6 +108,103 @@ fn three_capabilities_are_enough_where_calls_can_be_seen() {
     let arguments = ["--quiet", "--audit-backend", "none"];
     let output = process::output(with_capabilities(three, &exec(&arguments, &policy, &["echo", MARK])));
     assert_eq!((stdout(&output), output.status.code()), (format!("{MARK}\n"), Some(0)), "{}", stderr(&output));
+}
+
+/// What the README says that `run`, `attach`, `exec` and `audit` need, as root without all else.
+const DOCUMENTED: &str = "-all,+bpf,+net_admin,+perfmon,+dac_override";
+/// A tracefs, where the kernel has one and it is not mounted: to mount it would take another capability.
+const WITH_TRACEFS: &str = "{ test -d /sys/kernel/tracing/events || mount -t tracefs none /sys/kernel/tracing; }";
+
+#[test]
+fn documented_capabilities_are_enough_for_each_command() {
+    if !Kernel::current().has("memcg") {
+        // Kernels before 5.11 want CAP_SYS_RESOURCE too, as the README says.
+        return documented_capabilities_with(&format!("{DOCUMENTED},+sys_resource"));
+    }
+    documented_capabilities_with(DOCUMENTED);
+}
+
+fn documented_capabilities_with(rights: &str) {
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let policy = PolicyFile::new(sets_mark(&target, 1));
+    let path = policy.path().to_str().unwrap();
+    let as_documented = |more: &str, arguments: &[&str]| {
+        process::output(with_mounts(
+            WITH_TRACEFS,
+            &with_capabilities(&format!("{rights}{more}"), &agent::command(arguments)),
+        ))
+    };
+    let succeeds = |output: &Output| {
+        assert!(output.status.success(), "{}{}", stdout(output), stderr(output));
+    };
+    let exec = as_documented("", &["exec", "--quiet", agent::WITH_GAPS, path, "--", "echo", MARK]);
+    assert_eq!((stdout(&exec), exec.status.code()), (format!("{MARK}\n"), Some(0)), "{}", stderr(&exec));
+    succeeds(&as_documented("", &["audit", "--quiet", "--", "true"]));
+    let attach = as_documented("", &["attach", agent::WITH_GAPS, "--instance", &instance.name, path]);
+    succeeds(&attach);
+    assert_eq!(Probe::start(&target).fresh(SO_MARK), 1);
+    let status = as_documented("", &["status", &instance.name]);
+    let said = stdout(&status);
+    assert!(
+        said.contains("cannot be told: cannot open map CONFIG of the policies in force: operation not permitted"),
+        "{said}"
+    );
+    assert!(said.contains("  help: run it as root, or give it CAP_SYS_ADMIN\n"), "{said}");
+    assert_eq!(status.status.code(), Some(2), "{said}");
+    let status = as_documented(",+sys_admin", &["status", &instance.name]);
+    succeeds(&status);
+    assert!(stdout(&status).contains("(enforced)"), "{}", stdout(&status));
+    succeeds(&as_documented("", &["detach", &instance.name]));
+    assert_eq!(attached(&target), 0);
+    let mut probe = Probe::start(&target);
+    probe.become_nobody();
+    let socket = probe.open(Family::Inet, Kind::Udp);
+    for (command, shown) in [("verify", "drifted: 1"), ("apply", "changed: 1"), ("verify", "no drift")] {
+        let output = as_documented(",+sys_ptrace,+sys_admin", &[command, path]);
+        assert!(stdout(&output).contains(shown), "{command}: {}{}", stdout(&output), stderr(&output));
+    }
+    assert_eq!(probe.int(socket, SO_MARK), 1);
+    let mut run = with_capabilities(rights, &agent::command(&["run", agent::WITH_GAPS, path]));
+    run.env("SOCKPOLICY_LOG", "info");
+    let run = Running::start(with_mounts(&format!("export SOCKPOLICY_LOG=info; {WITH_TRACEFS}"), &run));
+    let is_in_force = wait::until(wait::PATIENCE, || run.stderr().contains("in force on"));
+    assert!(is_in_force && !run.stderr().contains("warning"), "{}", run.stderr());
+    assert_eq!(Probe::start(&target).fresh(SO_MARK), 1);
+    run.signal(Signal::SIGTERM);
+    assert!(run.finish().status.success());
+}
+
+#[test]
+fn another_user_with_capabilities_is_told_what_cannot_be_read() {
+    let policy = policy();
+    let copy = policy.folder().join("sockpolicy");
+    fs::copy(agent::program(), &copy).unwrap();
+    fs::set_permissions(&copy, fs::Permissions::from_mode(0o755)).unwrap();
+    let as_nobody = |arguments: &[&str]| {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups"]);
+        command.args([
+            "--inh-caps=-all,+bpf,+net_admin,+perfmon",
+            "--ambient-caps=-all,+bpf,+net_admin,+perfmon",
+            "--",
+        ]);
+        command.arg(&copy).args(arguments);
+        process::output(with_mounts(&format!("mkdir -pm 700 /run/sockpolicy; {WITH_TRACEFS}"), &command))
+    };
+    let output = as_nobody(&["status"]);
+    let said = stderr(&output);
+    assert!(
+        said.starts_with("error: cannot tell what is in force on this host: /run/sockpolicy: Permission denied"),
+        "{said}"
+    );
+    assert_eq!((stdout(&output).as_str(), output.status.code()), ("", Some(2)), "{said}");
+    assert!(said.contains("\n  help: run it as root"), "{said}");
+    if !Kernel::current().has("fentry") && !Kernel::current().has("kprobe") && Kernel::current().has("memcg") {
+        let output = as_nobody(&["run", "--cgroup", &Cgroup::new().name(), policy.path().to_str().unwrap()]);
+        let said = stderr(&output);
+        assert!(said.contains("tracefs cannot be read without root or CAP_DAC_READ_SEARCH"), "{said}");
+        assert_eq!(output.status.code(), Some(2), "{said}");
+    }
 }
 
 #[test]
