@@ -19,6 +19,8 @@ FAST := $(addprefix --skip ,compared::programs pressure storm faults audit::comm
 VM_JOBS ?= 2
 # Which parts of the benchmark, all if none: `target/release/bench --help` lists them.
 BENCH ?=
+# How many inputs each fuzz target is fed with.
+FUZZ_RUNS ?= 1000000
 # More for every call of cargo that builds: CI says --locked.
 CARGO_FLAGS ?=
 
@@ -38,13 +40,14 @@ as_list = [$(foreach word,$(1),$(quote)$(word)$(quote)$(comma))]
 run_tests_by = --config 'target."cfg(all())".runner=$(call as_list,$(1))'
 
 BPF := bpf-programs/Cargo.toml
-SCRIPTS := bootstrap .ci/run $(wildcard examples/*/run) \
+FUZZ := fuzz/Cargo.toml
+SCRIPTS := bootstrap .ci/run fuzz/run $(wildcard examples/*/run) \
 	$(addprefix integration-tests/vm/,fetch-kernel run-in-vm matrix guest/init guest/session)
 UNIT := --workspace --exclude sockpolicy-integration-tests
 INTEGRATION := --package sockpolicy-integration-tests --test integration
 matrix = $(SUDO) $(CURDIR)/integration-tests/vm/matrix -j $(VM_JOBS) -t $(1) $(foreach kernel,$(2),-k $(kernel)) --
 
-.PHONY: help build demo test unit integration vm-test vm-test-fast bench bench-docs bench-build lint fmt docs clean bootstrap \
+.PHONY: help build demo test fuzz unit integration vm-test vm-test-fast bench bench-docs bench-build lint fmt docs clean bootstrap \
 	debug-build
 
 help: ## list the targets
@@ -80,6 +83,9 @@ vm-test-fast: debug-build ## the quicker ones of them, on two kernels (FAST_KERN
 	@echo 'vm-test-fast: the same on $(FAST_KERNELS), in virtual machines, but for the slowest'
 	@cargo test $(CARGO_FLAGS) $(INTEGRATION) $(call run_tests_by,$(call matrix,2400,$(FAST_KERNELS))) -- $(FAST)
 
+fuzz: ## the fuzz targets, each for FUZZ_RUNS executions: some minutes; the unit tests run their corpus
+	@fuzz/run -n $(FUZZ_RUNS)
+
 bench: bench-build ## what it costs, beside what people would use instead: one table; BENCH names parts of it
 	@$(SUDO) target/release/bench $(BENCH)
 
@@ -88,13 +94,14 @@ bench-docs: bench-build ## the same, and publish it in docs/benchmarks.md
 
 lint: ## check the format and look for doubtful code
 	@echo 'lint: format, then clippy and shellcheck'
-	@{ cargo fmt --all --check && cargo fmt --manifest-path $(BPF) --check; } || { echo '  help: make fmt' >&2; exit 1; }
+	@{ cargo fmt --all --check && cargo fmt --manifest-path $(BPF) --check && cargo fmt --manifest-path $(FUZZ) --check; } || { echo '  help: make fmt' >&2; exit 1; }
 	@cargo clippy --quiet --workspace --all-targets $(CARGO_FLAGS) -- -D warnings
 	@shellcheck $(SCRIPTS)
 
 fmt: ## format the code
 	@cargo fmt --all
 	@cargo fmt --manifest-path $(BPF)
+	@cargo fmt --manifest-path $(FUZZ)
 
 docs: ## write docs/reference.md anew, from the code
 	@cargo run --quiet --package sockpolicy $(CARGO_FLAGS) -- options --output markdown >docs/reference.md.new

@@ -423,6 +423,15 @@ fn write_summed(text: &mut Vec<u8>, object: &impl Serialize) -> io::Result<()> {
     writeln!(text, "{SUM}{sum}}}")
 }
 
+/// A line as `apply` writes one.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) fn sample_line() -> Vec<u8> {
+    let mut line = Vec::new();
+    let place = Place { cookie: u64::MAX, option: OptionKey { level: -1, name: -1 } };
+    let written = write_line(&mut line, place, Some(&Value::int(1)), &Value::int(2));
+    if written.is_ok() { line } else { Vec::new() }
+}
+
 fn write_line(text: &mut Vec<u8>, place: Place, before: Option<&Value>, after: &Value) -> io::Result<()> {
     let Place { cookie, option: OptionKey { level, name } } = place;
     let line = Line { cookie, level, name, before: before.map(Bytes::from), after: Bytes::from(after) };

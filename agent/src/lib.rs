@@ -19,6 +19,8 @@ pub mod escape;
 pub mod events;
 pub mod explain;
 mod fault;
+#[cfg(any(test, feature = "fuzz"))]
+pub mod fuzz;
 pub mod gaps;
 pub mod host;
 pub mod instance;

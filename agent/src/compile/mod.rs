@@ -11,6 +11,8 @@
 
 mod facts;
 mod hooks;
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) mod naive;
 mod prefixes;
 mod rows;
 #[cfg(test)]

@@ -16,7 +16,10 @@ use abi::{
 use ipnet::IpNet;
 use proptest::{collection::vec, option, prelude::*, sample};
 
-use super::*;
+use super::{
+    naive::{Matches, naive_winner, rule_matches, winner_in},
+    *,
+};
 use crate::{
     coverage::all,
     explain::{WhyNot, explain},
@@ -24,63 +27,6 @@ use crate::{
     policy::model::{Audit, Errno, Selector, Target},
     policy::{Socket, diagnostic::Source},
 };
-
-/// What is known of whether a rule matches.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Matches {
-    No,
-    Perhaps,
-    Yes,
-}
-
-/// Whether one condition holds: `asked` says if there is one at all.
-fn holds<T>(asked: bool, fact: Option<T>, test: impl Fn(T) -> bool) -> Matches {
-    match fact.map(test) {
-        _ if !asked => Matches::Yes,
-        None => Matches::Perhaps,
-        Some(true) => Matches::Yes,
-        Some(false) => Matches::No,
-    }
-}
-
-fn any_contains(networks: &[IpNet], address: IpAddr) -> bool {
-    networks.iter().any(|network| network.contains(&address))
-}
-
-fn rule_matches(selector: &Selector, socket: &Socket) -> Matches {
-    let Selector { protocols, family, direction, local, remote, not_remote, local_ports, remote_ports } = selector;
-    let within = |networks: &[IpNet], address| networks.is_empty() || any_contains(networks, address);
-    [
-        holds(!protocols.is_empty(), socket.protocol, |protocol| protocols.contains(&protocol)),
-        holds(family.is_some(), socket.family(), |known| Some(known) == *family),
-        holds(direction.is_some(), socket.direction, |known| Some(known) == *direction),
-        holds(!local.is_empty(), socket.local, |address| any_contains(local, address)),
-        holds(!(remote.is_empty() && not_remote.is_empty()), socket.remote, |to| {
-            within(remote, to.ip()) && !any_contains(not_remote, to.ip())
-        }),
-        holds(!local_ports.is_empty(), socket.local_port, |port| local_ports.iter().any(|range| range.contains(&port))),
-        holds(!remote_ports.is_empty(), socket.remote, |to| {
-            remote_ports.iter().any(|range| range.contains(&to.port()))
-        }),
-    ]
-    .into_iter()
-    .min()
-    .unwrap()
-}
-
-/// The rule, by number, whose clause decides an option.
-fn naive_winner(rules: &[Rule], named: Named, socket: &Socket) -> Option<usize> {
-    for (number, rule) in rules.iter().enumerate() {
-        let Some(clause) = rule.clauses.iter().find(|clause| clause.option == named) else { continue };
-        match rule_matches(&rule.selector, socket) {
-            Matches::Yes => return Some(number),
-            // It may come to forbid what a later rule would set now.
-            Matches::Perhaps if !matches!(clause.form, Form::Set(_)) => return None,
-            Matches::Perhaps | Matches::No => {}
-        }
-    }
-    None
-}
 
 /// Few addresses and ports, near each other, so that they meet.
 fn address(family: Family) -> BoxedStrategy<IpAddr> {
@@ -192,18 +138,6 @@ fn policy(rules: Vec<Rule>) -> Policy {
 /// All together, in one scope.
 fn compile_all(policies: &[Policy]) -> Result<Desired, CompileError> {
     compile(policies, &[all(policies)])
-}
-
-/// The number of the rule that decides an option in a scope, by the compiled tables.
-fn winner_in(desired: &Desired, scope: usize, named: Named, facts: &Facts) -> Option<usize> {
-    let scope = &desired.scopes[scope];
-    let option = scope.options.iter().find(|option| option.key == named.key())?;
-    let winner = option.winner(desired.candidates(scope, facts));
-    assert!(!option.is_certain() || winner == Some(option.first_setting), "certain, and not so");
-    let winner = winner?;
-    let source = &desired.sources[winner as usize];
-    assert_eq!(source.option, named, "a setting of another option");
-    Some(source.rule)
 }
 
 proptest! {

@@ -39,19 +39,29 @@ where
         if len > ROOM {
             return Err(io::Error::other("a message that is longer than the kernel makes any"));
         }
-        let mut left = room.as_slice();
-        while !left.is_empty() {
-            let message = NetlinkMessage::<M>::deserialize(left).map_err(io::Error::other)?;
-            // Messages begin at multiples of four bytes.
-            let len = (message.header.length as usize).next_multiple_of(4);
-            match message.payload {
-                NetlinkPayload::Done(done) if done.code < 0 => return Err(io::Error::from_raw_os_error(-done.code)),
-                NetlinkPayload::Done(_) => return Ok(()),
-                NetlinkPayload::Error(error) => return Err(error.to_io()),
-                NetlinkPayload::InnerMessage(message) => see(message),
-                _ => {}
-            }
-            left = left.get(len.max(1)..).unwrap_or_default();
+        if each_message(&room, &mut see)? {
+            return Ok(());
         }
     }
+}
+
+/// Shows each message of a datagram. Returns whether the list ends with it.
+pub(super) fn each_message<M: NetlinkDeserializable>(datagram: &[u8], see: &mut impl FnMut(M)) -> io::Result<bool> {
+    let mut left = datagram;
+    while !left.is_empty() {
+        let message = NetlinkMessage::<M>::deserialize(left).map_err(io::Error::other)?;
+        // Messages begin at multiples of four bytes.
+        let len = (message.header.length as usize).next_multiple_of(4);
+        match message.payload {
+            NetlinkPayload::Done(done) if done.code < 0 => {
+                return Err(io::Error::from_raw_os_error(done.code.saturating_neg()));
+            }
+            NetlinkPayload::Done(_) => return Ok(true),
+            NetlinkPayload::Error(error) => return Err(error.to_io()),
+            NetlinkPayload::InnerMessage(message) => see(message),
+            _ => {}
+        }
+        left = left.get(len.max(1)..).unwrap_or_default();
+    }
+    Ok(false)
 }

@@ -20,16 +20,32 @@ pub fn with_locked_congestion_control() -> io::Result<Vec<LockedRoute>> {
     let socket = netlink::open(NETLINK_ROUTE)?;
     let mut found = Vec::new();
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-        each_route(&socket, family, |route| {
-            if locks_congestion_control(route) {
-                let congestion_control = metrics(route).find_map(|metric| match metric {
-                    RouteMetric::CcAlgo(name) => Some(name.clone()),
-                    _ => None,
-                });
-                found.push(LockedRoute { destination: destination(route), congestion_control });
-            }
-        })?;
+        each_route(&socket, family, |route| found.extend(locked(route)))?;
     }
+    Ok(found)
+}
+
+/// Returns what a route locks, if it locks its congestion control.
+fn locked(route: &RouteMessage) -> Option<LockedRoute> {
+    if !locks_congestion_control(route) {
+        return None;
+    }
+    let congestion_control = metrics(route).find_map(|metric| match metric {
+        RouteMetric::CcAlgo(name) => Some(name.clone()),
+        _ => None,
+    });
+    Some(LockedRoute { destination: destination(route), congestion_control })
+}
+
+/// Reads the routes in a datagram of the kernel's.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) fn in_datagram(datagram: &[u8]) -> io::Result<Vec<LockedRoute>> {
+    let mut found = Vec::new();
+    netlink::each_message(datagram, &mut |message| {
+        if let RouteNetlinkMessage::NewRoute(route) = message {
+            found.extend(locked(&route));
+        }
+    })?;
     Ok(found)
 }
 

@@ -121,6 +121,18 @@ impl NetlinkDeserializable for Message {
     }
 }
 
+/// Reads the sockets in a datagram of the kernel's.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) fn in_datagram(datagram: &[u8]) -> io::Result<Vec<Entry>> {
+    let mut found = Vec::new();
+    netlink::each_message(datagram, &mut |message| {
+        if let Message::Entry(entry) = message {
+            found.push(entry);
+        }
+    })?;
+    Ok(found)
+}
+
 /// An entry of a list, whose protocol is known from the request. `None` where it is cut short.
 fn parse(payload: &[u8]) -> Option<Entry> {
     let (head, attributes) = payload.split_at_checked(ENTRY_LEN)?;

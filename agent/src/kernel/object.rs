@@ -111,6 +111,22 @@ pub enum Record {
 const EVENT_LEN: usize = size_of::<Event>();
 const FILE_LEN: usize = size_of::<ExecutableFile>();
 
+impl Record {
+    /// Reads the bytes of a record, which its length tells from records of another kind.
+    #[must_use]
+    pub fn read(bytes: &[u8]) -> Self {
+        // SAFETY: of the right size, and every bit pattern is valid for both; records are aligned to 8 bytes, but nothing
+        // depends on it.
+        unsafe {
+            match bytes.len() {
+                EVENT_LEN => Self::Event(Box::new(bytes.as_ptr().cast::<Event>().read_unaligned())),
+                FILE_LEN => Self::File(Box::new(bytes.as_ptr().cast::<ExecutableFile>().read_unaligned())),
+                _ => Self::Unknown,
+            }
+        }
+    }
+}
+
 impl Staged {
     /// What their generation will be numbered.
     #[must_use]
@@ -564,16 +580,7 @@ impl Object {
 
     /// The next record, if one is there.
     pub fn next_record(&mut self) -> Option<Record> {
-        let record = self.ring.next()?;
-        // SAFETY: of the right size, and every bit pattern is valid for both; records are aligned to 8 bytes, but nothing
-        // depends on it.
-        Some(unsafe {
-            match record.len() {
-                EVENT_LEN => Record::Event(Box::new(record.as_ptr().cast::<Event>().read_unaligned())),
-                FILE_LEN => Record::File(Box::new(record.as_ptr().cast::<ExecutableFile>().read_unaligned())),
-                _ => Record::Unknown,
-            }
-        })
+        self.ring.next().map(|record| Record::read(&record))
     }
 
     /// The counters of each setting of the policies in force, in the order of [`Desired::settings`].

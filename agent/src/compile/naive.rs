@@ -1,0 +1,83 @@
+//! Policies evaluated rule by rule, to compare the compiled tables with.
+//!
+//! Written from the design's words: it knows neither bits nor prefixes. Only tests and fuzz targets use it.
+
+use std::net::IpAddr;
+
+use abi::socket::Facts;
+use ipnet::IpNet;
+
+use super::Desired;
+use crate::policy::{
+    Socket,
+    model::{Form, Named, Rule, Selector},
+};
+
+/// What is known of whether a rule matches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Matches {
+    No,
+    Perhaps,
+    Yes,
+}
+
+/// Whether one condition holds: `asked` says if there is one at all.
+fn holds<T>(asked: bool, fact: Option<T>, test: impl Fn(T) -> bool) -> Matches {
+    match fact.map(test) {
+        _ if !asked => Matches::Yes,
+        None => Matches::Perhaps,
+        Some(true) => Matches::Yes,
+        Some(false) => Matches::No,
+    }
+}
+
+fn any_contains(networks: &[IpNet], address: IpAddr) -> bool {
+    networks.iter().any(|network| network.contains(&address))
+}
+
+pub(crate) fn rule_matches(selector: &Selector, socket: &Socket) -> Matches {
+    let Selector { protocols, family, direction, local, remote, not_remote, local_ports, remote_ports } = selector;
+    let within = |networks: &[IpNet], address| networks.is_empty() || any_contains(networks, address);
+    [
+        holds(!protocols.is_empty(), socket.protocol, |protocol| protocols.contains(&protocol)),
+        holds(family.is_some(), socket.family(), |known| Some(known) == *family),
+        holds(direction.is_some(), socket.direction, |known| Some(known) == *direction),
+        holds(!local.is_empty(), socket.local, |address| any_contains(local, address)),
+        holds(!(remote.is_empty() && not_remote.is_empty()), socket.remote, |to| {
+            within(remote, to.ip()) && !any_contains(not_remote, to.ip())
+        }),
+        holds(!local_ports.is_empty(), socket.local_port, |port| local_ports.iter().any(|range| range.contains(&port))),
+        holds(!remote_ports.is_empty(), socket.remote, |to| {
+            remote_ports.iter().any(|range| range.contains(&to.port()))
+        }),
+    ]
+    .into_iter()
+    .min()
+    .unwrap_or(Matches::Yes)
+}
+
+/// The rule, by number, whose clause decides an option.
+pub(crate) fn naive_winner(rules: &[Rule], named: Named, socket: &Socket) -> Option<usize> {
+    for (number, rule) in rules.iter().enumerate() {
+        let Some(clause) = rule.clauses.iter().find(|clause| clause.option == named) else { continue };
+        match rule_matches(&rule.selector, socket) {
+            Matches::Yes => return Some(number),
+            // It may come to forbid what a later rule would set now.
+            Matches::Perhaps if !matches!(clause.form, Form::Set(_)) => return None,
+            Matches::Perhaps | Matches::No => {}
+        }
+    }
+    None
+}
+
+/// The number of the rule that decides an option in a scope, by the compiled tables.
+pub(crate) fn winner_in(desired: &Desired, scope: usize, named: Named, facts: &Facts) -> Option<usize> {
+    let scope = &desired.scopes[scope];
+    let option = scope.options.iter().find(|option| option.key == named.key())?;
+    let winner = option.winner(desired.candidates(scope, facts));
+    assert!(!option.is_certain() || winner == Some(option.first_setting), "certain, and not so");
+    let winner = winner?;
+    let source = &desired.sources[winner as usize];
+    assert_eq!(source.option, named, "a setting of another option");
+    Some(source.rule)
+}

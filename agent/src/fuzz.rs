@@ -1,0 +1,202 @@
+//! What `fuzz/` feeds with bytes: one function for each kind of input that other programs, users or the kernel write.
+//!
+//! Each of them fails by a panic. The tests here feed all of them with what `fuzz/corpus` has kept.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::Path,
+    sync::LazyLock,
+};
+
+use crate::{
+    compile::{
+        Desired, compile, facts,
+        naive::{Matches, naive_winner, rule_matches, winner_in},
+    },
+    coverage::all,
+    events::{Executables, Surroundings, decode},
+    explain::{WhyNot, explain},
+    host::{routes, sock_diag},
+    instance, journal,
+    kernel::Record,
+    policy::{
+        self, Policy, Socket,
+        diagnostic::Style,
+        lint,
+        model::{Direction, Family, Named, Protocol},
+    },
+};
+
+/// A function to feed with bytes.
+pub type Target = fn(&[u8]);
+
+/// All of them, by the names of their folders in `fuzz/corpus`.
+pub const TARGETS: [(&str, Target); 5] =
+    [("policy", policy), ("ring", ring), ("netlink", netlink), ("journal", journal), ("record", record)];
+
+/// Bytes of an input that describe a socket; the rest is a policy.
+const SOCKET_LEN: usize = 16;
+
+/// Compiles a policy, if it is one, and compares what the tables decide of a socket with what the rules say.
+pub fn policy(input: &[u8]) {
+    let Some((described, text)) = input.split_at_checked(SOCKET_LEN) else { return };
+    let Ok(text) = str::from_utf8(text) else { return };
+    let parsed = policy::parse(Path::new("fuzz.toml"), text);
+    let policy = match parsed {
+        Ok((policy, warnings)) => {
+            drop(policy::render(&warnings, Style::Plain));
+            policy
+        }
+        Err(errors) => {
+            assert!(errors.count() > 0, "refused without an error");
+            drop(errors.render(Style::Coloured));
+            errors.diagnostics.iter().for_each(|diagnostic| drop(diagnostic.to_json()));
+            return;
+        }
+    };
+    let policies = [policy];
+    drop(lint::caveats(&policies));
+    // What is too much for the tables is an error, not a panic.
+    let Ok(desired) = compile(&policies, &[all(&policies)]) else { return };
+    decides_alike(&policies[0], &desired, &socket(described));
+}
+
+fn decides_alike(policy: &Policy, desired: &Desired, socket: &Socket) {
+    let options: Vec<Named> = policy.rules.iter().flat_map(|rule| &rule.clauses).map(|clause| clause.option).collect();
+    for option in options {
+        let compiled = winner_in(desired, 0, option, &facts(socket));
+        assert_eq!(compiled, naive_winner(&policy.rules, option, socket), "{option} on {socket:?}");
+    }
+    for option in explain(desired, &desired.scopes[0], socket).options {
+        for (clause, why) in option.others {
+            let explained = match why {
+                WhyNot::Unmet(_) => Matches::No,
+                WhyNot::NotYet(_) => Matches::Perhaps,
+                WhyNot::After(_) | WhyNot::Waits(_) => Matches::Yes,
+            };
+            let expected = rule_matches(&policy.rules[clause.source.rule].selector, socket);
+            assert_eq!(explained, expected, "{clause:?} on {socket:?}");
+        }
+    }
+}
+
+/// A socket as bytes describe it: few addresses, near each other, so that they meet those of policies.
+fn socket(described: &[u8]) -> Socket {
+    let byte = |at: usize| described.get(at).copied().unwrap_or(0);
+    let family = if byte(0) & 1 == 0 { Family::Ipv4 } else { Family::Ipv6 };
+    let address = |at: usize| -> IpAddr {
+        let (a, b, c, d) = (byte(at), byte(at + 1), byte(at + 2), byte(at + 3));
+        match family {
+            Family::Ipv4 => Ipv4Addr::new(a, b, c, d).into(),
+            Family::Ipv6 => Ipv6Addr::new(0xfd00 | u16::from(a), b.into(), 0, 0, 0, 0, c.into(), d.into()).into(),
+        }
+    };
+    let port = |at: usize| u16::from_be_bytes([byte(at), byte(at + 1)]);
+    let has = |bit: u8| byte(1) & 1 << bit != 0;
+    let (local, remote) = (has(0).then(|| address(2)), has(1).then(|| SocketAddr::new(address(6), port(10))));
+    Socket {
+        protocol: Some([Protocol::Tcp, Protocol::Udp, Protocol::Icmp, Protocol::Other][usize::from(byte(0) >> 1 & 3)]),
+        family: (has(2) || local.is_some() || remote.is_some()).then_some(family),
+        direction: has(3).then_some(if has(4) { Direction::Inbound } else { Direction::Outbound }),
+        local,
+        local_port: has(5).then(|| port(12)),
+        remote,
+        cgroup: None,
+    }
+}
+
+/// The policies that records are decoded by.
+static POLICIES: LazyLock<Option<Desired>> = LazyLock::new(|| {
+    let text = "[[rule]]\nset = { SO_MARK = 1, TCP_NODELAY = true }\nlimit = { SO_SNDBUF = { max = \"4MiB\" } }\n\
+                deny = [\"SO_BINDTODEVICE\"]\n";
+    let (policy, _) = policy::parse(Path::new("fuzz.toml"), text).ok()?;
+    compile(&[policy], &[vec![0]]).ok()
+});
+
+/// Decodes a record of the ring buffer, and puts it into words. The first byte says which kind of record the others are, as
+/// many of them as that has.
+pub fn ring(input: &[u8]) {
+    let (Some(desired), Some((kind, input))) = (&*POLICIES, input.split_first()) else { return };
+    let mut bytes = input.to_vec();
+    match kind {
+        0 => bytes.resize(size_of::<abi::event::Event>(), 0),
+        1 => bytes.resize(size_of::<abi::event::ExecutableFile>(), 0),
+        _ => {}
+    }
+    match Record::read(&bytes) {
+        Record::Event(event) => {
+            let surroundings = Surroundings {
+                exe: Err("not known"),
+                cgroup: Some("/a".to_owned()),
+                container: None,
+                socket_cgroup: None,
+                monotonic_epoch_ns: 1 << 60,
+                blindness: None,
+            };
+            if let Ok(event) = decode(&event, desired, surroundings) {
+                assert!(!event.to_string().is_empty());
+                drop(event.to_json());
+            }
+        }
+        Record::File(file) => {
+            let mut executables = Executables::default();
+            executables.learn(&file);
+            assert!(executables.told(&file.executable).is_some());
+        }
+        Record::Unknown => {}
+    }
+}
+
+/// Reads lists of the kernel's.
+pub fn netlink(input: &[u8]) {
+    // Either they say something, or they do not.
+    let (_, _): (io::Result<_>, io::Result<_>) = (sock_diag::in_datagram(input), routes::in_datagram(input));
+}
+
+/// A journal, or a part of one, and a line of it after that.
+pub fn journal(input: &[u8]) {
+    let read = |text: &[u8]| journal::parse(&mut &*text).unwrap_or_default();
+    let before = read(input);
+    let line = journal::sample_line();
+    let after = read(&[input, b"\n", &line].concat());
+    let alone = read(&line);
+    assert_eq!((alone.changes.len(), alone.damaged), (1, 0));
+    // The line counts whatever stands before it, and so does each line there.
+    assert!(alone.changes.keys().all(|place| after.changes.contains_key(place)));
+    assert!(before.changes.keys().all(|place| after.changes.contains_key(place)));
+    assert_eq!(before.damaged, after.damaged);
+}
+
+/// An instance's record: what is in force by it, as `status` and the next agent would have it.
+pub fn record(input: &[u8]) {
+    let Ok(record) = instance::parse_record(input) else { return };
+    assert!(record.targets().count() <= input.len());
+    for generation in record.generations.iter().chain(&record.retired) {
+        // Policies may be none, or not go together.
+        let _ = generation.desired();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn corpus_is_no_finding() {
+        for (name, target) in TARGETS {
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus").join(name);
+            let inputs: Vec<_> = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+            assert!(inputs.len() > 1, "{} has nothing to begin with", folder.display());
+            for input in inputs {
+                let bytes = fs::read(&input).unwrap();
+                println!("{}", input.display());
+                target(&bytes);
+                // Whatever is cut off is none either.
+                (0..bytes.len()).step_by(bytes.len().div_ceil(64).max(1)).for_each(|end| target(&bytes[..end]));
+            }
+        }
+    }
+}
