@@ -6,7 +6,7 @@
 mod word;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     mem,
     os::fd::{AsFd, BorrowedFd},
     panic::resume_unwind,
@@ -33,7 +33,7 @@ use crate::{
         containers, process, tcp,
     },
     instance::{Files, Instance, InstanceError},
-    kernel::{self, Answer, Audit, BackendChoice, KernelError, Object, Record, Tabled, Target},
+    kernel::{self, Answer, Audit, BackendChoice, ForeignConflict, KernelError, Object, Record, Tabled, Target},
     options::SocketOption,
     policy::model::{self, Calls, Errno, Mode, Policy},
     report::{CallLine, Counts, Loss, Lost, Report, Summary, errno_name},
@@ -75,6 +75,7 @@ pub struct Session {
     backend: BackendChoice,
     audit: Option<Audit>,
     choice: GapsChoice,
+    blocked: Blocked,
     gaps: Vec<Gap>,
     /// What came of trying to set options.
     tried: Tried,
@@ -106,10 +107,21 @@ pub struct Setup {
     pub backend: BackendChoice,
     /// What to do about what this kernel cannot do.
     pub gaps: GapsChoice,
+    /// What to do about targets that programs of others keep from being attached to.
+    pub blocked: BlockedChoice,
     /// Events to tell of. Its processes are also the only ones whose calls the audit follows, if there are any.
     pub filter: Filter,
     /// As which others find it, if they do, and what the policies' files say.
     pub instance: Option<(Instance, Files)>,
+}
+
+/// What to do about targets where attaching is forbidden by a program of others, or would put it out of effect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BlockedChoice {
+    /// Refuse the policies on all targets.
+    Refuse,
+    /// Skip these targets, and log each once.
+    Skip,
 }
 
 /// What to do about what policies ask for and this kernel cannot do.
@@ -152,7 +164,7 @@ impl Session {
     ///
     /// Where this kernel cannot do it; then nothing is in force.
     pub fn start(setup: Setup) -> Result<Self, SessionError> {
-        let Setup { mut desired, mount, targets, backend, gaps: choice, filter, instance } = setup;
+        let Setup { mut desired, mount, mut targets, backend, gaps: choice, blocked, filter, instance } = setup;
         let pins = instance.as_ref().map_or(Ok(None), |(instance, _)| instance.pins())?;
         let is_pinned = pins.is_some();
         warn_of_overruling(&mount, &targets);
@@ -170,6 +182,12 @@ impl Session {
         };
         let gaps = find_gaps(&object, &mut desired, &tried);
         refuse(choice, &gaps)?;
+        let mut blocked = Blocked::new(blocked);
+        let wanted = targets.len();
+        targets = blocked.without(&object, &desired, targets);
+        if targets.is_empty() && wanted > 0 {
+            return Err(blocked.into_error());
+        }
         let staged = object.stage(&desired, tabled, &targets)?;
         let (mut before, mut retired, mut report) = (Vec::new(), Vec::new(), Report::default());
         let (instance, files) = instance.unzip();
@@ -214,6 +232,7 @@ impl Session {
             backend,
             audit,
             choice,
+            blocked,
             gaps: gaps.0,
             tried,
             names: Names::new(mount.clone()),
@@ -241,6 +260,7 @@ impl Session {
         }
         let gaps = find_gaps(&self.object, &mut desired, &self.tried);
         refuse(self.choice, &gaps)?;
+        let targets = self.blocked.without(&self.object, &desired, targets);
         if !self.object.has_room() {
             self.retire()?;
         }
@@ -279,12 +299,24 @@ impl Session {
         Ok(())
     }
 
-    /// Has the policies hold on these targets, as cgroups come and go.
+    /// Has the policies hold on these targets, as cgroups come and go. Returns whether any target is new, or gone.
     ///
     /// # Errors
     ///
     /// Where the kernel refuses; then they hold on those that were there and still are.
-    pub fn retarget(&mut self, targets: Vec<Target>) -> Result<(), SessionError> {
+    pub fn retarget(&mut self, targets: Vec<Target>) -> Result<bool, SessionError> {
+        let targets = self.blocked.without(&self.object, &self.current.desired, targets);
+        let ids = |targets: &[Target]| -> BTreeSet<(u64, usize)> {
+            targets.iter().map(|target| (target.cgroup.id, target.scope)).collect()
+        };
+        if ids(&targets) == ids(&self.targets) {
+            return Ok(false);
+        }
+        self.replace_targets(targets)?;
+        Ok(true)
+    }
+
+    fn replace_targets(&mut self, targets: Vec<Target>) -> Result<(), SessionError> {
         if let Some(word) = &mut self.word {
             word.retarget(&targets)?;
         }
@@ -543,6 +575,42 @@ impl Session {
 impl AsFd for Session {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.object.as_fd()
+    }
+}
+
+/// The targets that are skipped because of programs of others.
+struct Blocked {
+    choice: BlockedChoice,
+    /// Why each is skipped, by the id of its cgroup: only those that were targets when they were last looked at.
+    skipped: BTreeMap<u64, ForeignConflict>,
+}
+
+impl Blocked {
+    fn new(choice: BlockedChoice) -> Self {
+        Self { choice, skipped: BTreeMap::new() }
+    }
+
+    /// Returns the targets that can be attached to; all of them where none is to be skipped. Logs those that were not skipped
+    /// before.
+    fn without(&mut self, object: &Object, desired: &Desired, targets: Vec<Target>) -> Vec<Target> {
+        if self.choice == BlockedChoice::Refuse {
+            return targets;
+        }
+        let mut skipped = BTreeMap::new();
+        for (target, conflict) in object.conflicts(desired, &targets) {
+            skipped.entry(targets[target].cgroup.id).or_insert(conflict);
+        }
+        let before = mem::replace(&mut self.skipped, skipped);
+        for (_, conflict) in self.skipped.iter().filter(|(cgroup, _)| !before.contains_key(cgroup)) {
+            log::error!("target skipped, as {} of {} are: {conflict}", self.skipped.len(), targets.len());
+        }
+        targets.into_iter().filter(|target| !self.skipped.contains_key(&target.cgroup.id)).collect()
+    }
+
+    /// Returns why none is left.
+    fn into_error(mut self) -> SessionError {
+        let first = self.skipped.pop_first().map(|(_, conflict)| KernelError::from(conflict));
+        first.unwrap_or(KernelError::Incomplete { what: "target" }).into()
     }
 }
 

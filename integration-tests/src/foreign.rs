@@ -1,6 +1,6 @@
 //! Somebody else's BPF program on a cgroup, by bpf(2) alone.
 //!
-//! It makes setsockopt of one option fail with EPERM, so whether it works is seen from outside.
+//! It makes setsockopt of one option, or all that a hook sees, fail with EPERM: so whether it works is seen from outside.
 
 use std::{
     fs::File,
@@ -20,8 +20,12 @@ use crate::{
 /// Commands of bpf(2) (include/uapi/linux/bpf.h).
 const PROG_ATTACH: libc::c_int = 8;
 const PROG_DETACH: libc::c_int = 9;
+const OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const PROG_QUERY: libc::c_int = 16;
 
+const PROG_TYPE_CGROUP_SOCK: u32 = 9;
+const PROG_TYPE_SOCK_OPS: u32 = 13;
+const PROG_TYPE_CGROUP_SOCK_ADDR: u32 = 18;
 const PROG_TYPE_CGROUP_SOCKOPT: u32 = 25;
 const CGROUP_SETSOCKOPT: u32 = 22;
 /// As many kinds of attaching to cgroups as any kernel here has; others are refused, which is fine.
@@ -36,8 +40,56 @@ pub enum Manner {
     Link,
     /// BPF_F_ALLOW_MULTI: the way before there were links.
     Multi,
+    /// BPF_F_ALLOW_OVERRIDE: what is attached below takes its place there.
+    Override,
     /// No flag: nothing else may be attached, there or below.
     Exclusive,
+}
+
+/// A hook that sockpolicy uses too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum At {
+    SockCreate,
+    Bind4,
+    Bind6,
+    Connect4,
+    Connect6,
+    Sendmsg4,
+    Sendmsg6,
+    SockOps,
+    Setsockopt,
+    Getsockopt,
+}
+
+impl At {
+    pub const ALL: [Self; 10] = [
+        Self::SockCreate,
+        Self::Bind4,
+        Self::Bind6,
+        Self::Connect4,
+        Self::Connect6,
+        Self::Sendmsg4,
+        Self::Sendmsg6,
+        Self::SockOps,
+        Self::Setsockopt,
+        Self::Getsockopt,
+    ];
+
+    /// Returns the types of the program and of its attaching (include/uapi/linux/bpf.h).
+    fn types(self) -> (u32, u32) {
+        match self {
+            Self::SockCreate => (PROG_TYPE_CGROUP_SOCK, 2),
+            Self::Bind4 => (PROG_TYPE_CGROUP_SOCK_ADDR, 8),
+            Self::Bind6 => (PROG_TYPE_CGROUP_SOCK_ADDR, 9),
+            Self::Connect4 => (PROG_TYPE_CGROUP_SOCK_ADDR, 10),
+            Self::Connect6 => (PROG_TYPE_CGROUP_SOCK_ADDR, 11),
+            Self::Sendmsg4 => (PROG_TYPE_CGROUP_SOCK_ADDR, 14),
+            Self::Sendmsg6 => (PROG_TYPE_CGROUP_SOCK_ADDR, 15),
+            Self::SockOps => (PROG_TYPE_SOCK_OPS, 3),
+            Self::Getsockopt => (PROG_TYPE_CGROUP_SOCKOPT, 21),
+            Self::Setsockopt => (PROG_TYPE_CGROUP_SOCKOPT, CGROUP_SETSOCKOPT),
+        }
+    }
 }
 
 /// The program, until this is dropped.
@@ -45,6 +97,7 @@ pub enum Manner {
 pub struct Foreign {
     program: OwnedFd,
     folder: File,
+    attach_type: u32,
     link: Option<OwnedFd>,
 }
 
@@ -53,29 +106,68 @@ impl Foreign {
     #[must_use]
     #[track_caller]
     pub fn attach(cgroup: &Cgroup, option: SocketOption, manner: Manner) -> Self {
+        must(Self::try_attach(cgroup, option, manner), "attach a program of our own")
+    }
+
+    /// Makes `option` fail on `cgroup`.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's, EPERM where programs that are there forbid it.
+    #[track_caller]
+    pub fn try_attach(cgroup: &Cgroup, option: SocketOption, manner: Manner) -> io::Result<Self> {
         let program = must(load(option), "load a program of our own");
+        Self::hold(cgroup, program, CGROUP_SETSOCKOPT, manner)
+    }
+
+    /// Makes all that a hook sees on `cgroup` fail; at `sock_ops` nothing fails.
+    #[must_use]
+    #[track_caller]
+    pub fn refuse_all(cgroup: &Cgroup, at: At, manner: Manner) -> Self {
+        let (program_type, attach_type) = at.types();
+        let result = i32::from(at == At::SockOps);
+        let program = [instruction(0xb7, 0x00, 0, result), instruction(0x95, 0x00, 0, 0)]; // r0 = result; exit
+        let program = must(loaded(program_type, attach_type, &program), "load a program of our own");
+        must(Self::hold(cgroup, program, attach_type, manner), "attach a program of our own")
+    }
+
+    fn hold(cgroup: &Cgroup, program: OwnedFd, attach_type: u32, manner: Manner) -> io::Result<Self> {
         let folder = must(File::open(cgroup.path()), "open a cgroup");
         let (program_fd, folder_fd) = (program.as_raw_fd() as u32, folder.as_raw_fd() as u32);
+        let attach = |flags| bpf(PROG_ATTACH, &mut [folder_fd, program_fd, attach_type, flags, 0]).map(|_| None);
         let link = match manner {
-            Manner::Link => {
-                let link = must(bpf(LINK_CREATE, &mut [program_fd, folder_fd, CGROUP_SETSOCKOPT, 0]), "make a link");
-                Some(descriptor(link))
-            }
-            Manner::Multi | Manner::Exclusive => {
-                let flags = if manner == Manner::Multi { 2 } else { 0 };
-                let mut attributes = [folder_fd, program_fd, CGROUP_SETSOCKOPT, flags, 0];
-                must(bpf(PROG_ATTACH, &mut attributes), "attach a program");
-                None
-            }
+            Manner::Link => Some(descriptor(bpf(LINK_CREATE, &mut [program_fd, folder_fd, attach_type, 0])?)),
+            Manner::Exclusive => attach(0)?,
+            Manner::Override => attach(1)?,
+            Manner::Multi => attach(2)?,
         };
-        Self { program, folder, link }
+        Ok(Self { program, folder, attach_type, link })
+    }
+
+    /// Whether the program takes effect on a cgroup, as the kernel says.
+    #[must_use]
+    #[track_caller]
+    pub fn is_effective(&self, cgroup: &Cgroup) -> bool {
+        const QUERY_EFFECTIVE: u32 = 1;
+        let folder = must(File::open(cgroup.path()), "open a cgroup");
+        let mut info = [0u32; 64];
+        let [low, high] = halves(info.as_mut_ptr().expose_provenance());
+        // bpf_fd, info_len, info; the second word of what comes is the id
+        let mut attributes = [self.program.as_raw_fd() as u32, size_of_val(&info) as u32, low, high];
+        must(bpf(OBJ_GET_INFO_BY_FD, &mut attributes), "ask for a program's id");
+        let mut ids = [0u32; 256];
+        let [low, high] = halves(ids.as_mut_ptr().expose_provenance());
+        let mut attributes =
+            [folder.as_raw_fd() as u32, self.attach_type, QUERY_EFFECTIVE, 0, low, high, ids.len() as u32, 0];
+        must(bpf(PROG_QUERY, &mut attributes), "query the programs of a cgroup");
+        ids[..attributes[6] as usize].contains(&info[1])
     }
 }
 
 impl Drop for Foreign {
     fn drop(&mut self) {
         if self.link.is_none() {
-            let mut attributes = [self.folder.as_raw_fd() as u32, self.program.as_raw_fd() as u32, CGROUP_SETSOCKOPT];
+            let mut attributes = [self.folder.as_raw_fd() as u32, self.program.as_raw_fd() as u32, self.attach_type];
             let _ = bpf(PROG_DETACH, &mut attributes);
         }
     }
@@ -96,11 +188,6 @@ pub fn attached(cgroup: &Cgroup) -> u32 {
 
 fn load(option: SocketOption) -> io::Result<OwnedFd> {
     const OPTNAME: i16 = 28; // of struct bpf_sockopt
-    let instruction = |code: u8, registers: u8, offset: i16, value: i32| {
-        let [low, high] = offset.to_le_bytes();
-        let [a, b, c, d] = value.to_le_bytes();
-        u64::from_le_bytes([code, registers, low, high, a, b, c, d])
-    };
     let program = [
         instruction(0x61, 0x12, OPTNAME, 0),       // r2 = *(u32 *)(r1 + 28)
         instruction(0xb7, 0x00, 0, 1),             // r0 = 1
@@ -108,7 +195,21 @@ fn load(option: SocketOption) -> io::Result<OwnedFd> {
         instruction(0xb7, 0x00, 0, 0),             // r0 = 0
         instruction(0x95, 0x00, 0, 0),             // exit
     ];
-    let load = || bpf::load(PROG_TYPE_CGROUP_SOCKOPT, CGROUP_SETSOCKOPT, NAME, &program);
+    loaded(PROG_TYPE_CGROUP_SOCKOPT, CGROUP_SETSOCKOPT, &program)
+}
+
+fn instruction(code: u8, registers: u8, offset: i16, value: i32) -> u64 {
+    let [low, high] = offset.to_le_bytes();
+    let [a, b, c, d] = value.to_le_bytes();
+    u64::from_le_bytes([code, registers, low, high, a, b, c, d])
+}
+
+fn halves(address: usize) -> [u32; 2] {
+    [address as u32, (address as u64 >> 32) as u32]
+}
+
+fn loaded(program_type: u32, attach_type: u32, program: &[u64]) -> io::Result<OwnedFd> {
+    let load = || bpf::load(program_type, attach_type, NAME, program);
     match load() {
         // Before 5.11 it is charged to what a process may lock.
         Err(error) if error.raw_os_error() == Some(libc::EPERM) => {

@@ -168,6 +168,15 @@ impl Probe {
         self.succeed(&Step::Connect { fd, to });
     }
 
+    pub fn try_bind(&mut self, fd: Fd, to: SocketAddr) -> Result<(), Errno> {
+        self.call(&Step::Bind { fd, to }).map(drop)
+    }
+
+    /// Sends a byte to an address.
+    pub fn try_send(&mut self, fd: Fd, to: SocketAddr) -> Result<(), Errno> {
+        self.call(&Step::Send { fd, to: Some(to) }).map(drop)
+    }
+
     /// Gives up root and every capability, for good.
     #[track_caller]
     pub fn become_nobody(&mut self) {

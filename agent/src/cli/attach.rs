@@ -18,7 +18,7 @@ use crate::{
     journal::{self, Journal},
     kernel::{self, BackendChoice, KernelError, Pins},
     policy::{Policy, Sources, Texts},
-    session::{self, Session, SessionError, Setup},
+    session::{self, BlockedChoice, Session, SessionError, Setup},
 };
 
 /// Put policies in force and leave them so, without an agent
@@ -74,6 +74,7 @@ impl Attach {
             targets,
             backend: BackendChoice::None,
             gaps: self.gaps.choice(),
+            blocked: BlockedChoice::Refuse,
             filter: Filter::default(),
             instance: Some((instance, files)),
         };

@@ -31,7 +31,7 @@ use crate::{
         model::{Calls, Policy},
         nearest_option,
     },
-    session::{self, GapsChoice, SessionError, Setup},
+    session::{self, BlockedChoice, GapsChoice, SessionError, Setup},
 };
 
 /// Show the setsockopt and getsockopt calls of a command, of processes, of cgroups or of the whole host
@@ -163,7 +163,8 @@ impl Audit {
             None => Writer::to_standard(&self.reporting, Standard::Output)?,
         };
         let backend = self.reporting.audit_backend;
-        let setup = Setup { desired, mount, targets, backend, gaps: GapsChoice::DoNotTry, filter, instance: None };
+        let (gaps, blocked) = (GapsChoice::DoNotTry, BlockedChoice::Refuse);
+        let setup = Setup { desired, mount, targets, backend, gaps, blocked, filter, instance: None };
         Ok(run::report(setup, &mut signals, writer, &ends)?)
     }
 

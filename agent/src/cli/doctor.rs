@@ -27,8 +27,8 @@ use crate::{
         privileges,
     },
     kernel::{
-        self, Answer, Backend, BackendChoice, ITERATOR_SINCE, KernelError, Neighbour, Object, Probed, ProgramSize,
-        Tried,
+        self, Answer, AttachMode, Backend, BackendChoice, ITERATOR_SINCE, KernelError, Neighbour, Object, Probed,
+        ProgramSize, Tried,
     },
     options::{OPTIONS, SocketOption},
     policy::model,
@@ -110,7 +110,7 @@ fn examine() -> Result<Findings, DoctorError> {
     let Probed { answers: iterators, programs: of_iterators } = kernel::iterator()?;
     let Probed { answers: backends, programs: of_audit } = kernel::audit_backends()?;
     programs.extend(of_iterators.into_iter().chain(of_audit));
-    let options = try_options(&mount)?;
+    let options = try_options(&mount).or_else(untried)?;
     let neighbours = kernel::neighbours(&mount).map_err(|error| error.to_string());
     Ok(Findings {
         kernel: fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned(),
@@ -135,6 +135,14 @@ fn try_options(mount: &Mount) -> Result<Vec<(&'static SocketOption, Answer)>, Do
     let has = |hook: &Hook| !object.refused().iter().any(|(refused, _)| refused == hook);
     let hooks: Vec<_> = Hook::ALL.into_iter().filter(has).collect();
     Ok(trial::try_options(&mut object, desired, None, &hooks, mount, Sample::start(mount)?)?)
+}
+
+/// Where a program of others forbids to attach where this process is, that says nothing about the options.
+fn untried(error: DoctorError) -> Result<Vec<(&'static SocketOption, Answer)>, DoctorError> {
+    let DoctorError::Trial(TrialError::Kernel(KernelError::Foreign(conflict))) = error else { return Err(error) };
+    log::warn!("cannot try the options here: {conflict}");
+    let settable = OPTIONS.iter().filter(|option| option.settable().is_some());
+    Ok(settable.map(|option| (option, Answer::Unknown("a program of others is in the way".to_owned()))).collect())
 }
 
 impl Findings {
@@ -175,10 +183,10 @@ impl Findings {
              and never changed"
         )?;
         match neighbours {
-            Ok(neighbours) => neighbours
-                .iter()
-                .try_for_each(|neighbour| writeln!(out, "attached already, at {}: {neighbour}", neighbour.hook)),
-            Err(error) => writeln!(out, "which programs are attached already cannot be told: {error}"),
+            Ok(neighbours) => neighbours.iter().try_for_each(|neighbour| {
+                writeln!(out, "attached already, at {}: {neighbour}{}", neighbour.hook, permits(neighbour))
+            }),
+            Err(error) => writeln!(out, "programs that are attached already: unknown: {error}"),
         }
     }
 
@@ -200,6 +208,15 @@ impl Findings {
             "attached": neighbours.as_ref().ok().map(|all| all.iter().map(Neighbour::to_json).collect::<Vec<_>>()),
         });
         writeln!(out, "{answer}")
+    }
+}
+
+/// What the flags of a program of others mean for policies.
+fn permits(neighbour: &Neighbour) -> &'static str {
+    match neighbour.mode {
+        AttachMode::Multi => "",
+        AttachMode::Override => ", with BPF_F_ALLOW_OVERRIDE: no policy can be in force there at this hook, or below",
+        AttachMode::Exclusive => ", without flags: no policy can be in force there at this hook, or below",
     }
 }
 

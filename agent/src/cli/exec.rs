@@ -26,7 +26,7 @@ use crate::{
     events::Filter,
     host::cgroup::{CgroupError, Mount},
     kernel::Target,
-    session::{self, GapsChoice, Session, SessionError, Setup},
+    session::{self, BlockedChoice, GapsChoice, Session, SessionError, Setup},
 };
 
 /// Exit status where sockpolicy itself failed, as of `env` and `timeout`.
@@ -138,7 +138,8 @@ impl Enclosed<'_> {
         let enclosure = Enclosure::make(&mount, "")?;
         let target = Target { cgroup: mount.open(&enclosure.cgroup.path)?, scope: 0 };
         let (backend, gaps) = (self.reporting.audit_backend, self.gaps);
-        let setup = Setup { desired, mount, targets: vec![target], backend, gaps, filter, instance: None };
+        let (targets, blocked) = (vec![target], BlockedChoice::Refuse);
+        let setup = Setup { desired, mount, targets, backend, gaps, blocked, filter, instance: None };
         let mut session = Session::start(setup)?;
         writer.announce(&session);
 

@@ -1,6 +1,7 @@
 //! `sockpolicy plan`: what `run` would do, without doing it and without any rights.
 
 use std::{
+    collections::BTreeMap,
     io::{self, Write},
     path::PathBuf,
     process::ExitCode,
@@ -22,7 +23,7 @@ use crate::{
     events::SCHEMA,
     host::cgroup::Mount,
     instance::{self, InstanceError},
-    kernel::{self, BackendChoice, Neighbour, Target, Turn},
+    kernel::{self, BackendChoice, ForeignConflict, Neighbour, Target, Turn},
     policy::{Policy, model::Mode},
     session,
 };
@@ -97,6 +98,7 @@ impl Plan {
             desired: &desired,
             targets: &targets,
             tried: desired.set_options().iter().map(|option| option.name).collect(),
+            conflicts: kernel::conflicts(&desired, &targets),
             others: neighbours(&mount, &targets),
             refused: instance::check_others(None, &kernel::names(&targets)).err(),
         };
@@ -108,7 +110,7 @@ impl Plan {
     }
 
     fn write_text(&self, steps: &Steps<'_>) -> io::Result<()> {
-        let Steps { desired, targets, tried, others, refused } = steps;
+        let Steps { desired, targets, tried, conflicts, others, refused } = steps;
         let mut out = stdout(self.output);
         if !tried.is_empty() {
             writeln!(
@@ -144,15 +146,21 @@ impl Plan {
         if let Some(error) = refused {
             writeln!(out, "\nunless it takes over that instance, it would be refused as things are:\n  {error}")?;
         }
+        self.write_conflicts(&mut out, conflicts, targets.len())?;
         match others {
-            Err(error) => writeln!(out, "\nwhich programs of others are attached there cannot be told: {error}"),
+            Err(error) => writeln!(out, "\nunknown: which programs of others are attached there: {error}"),
             Ok(others) if others.is_empty() => Ok(()),
             Ok(others) => {
-                writeln!(out, "\nattached there by others, and staying:")?;
-                others.iter().try_for_each(|(neighbour, turn)| {
+                let others = others.iter().filter(|(neighbour, _)| !is_in_conflict(neighbour, conflicts));
+                let mut others = others.peekable();
+                if others.peek().is_some() {
+                    writeln!(out, "\nattached there by others, and staying:")?;
+                }
+                others.try_for_each(|(neighbour, turn)| {
                     let when = match turn {
                         Turn::Before => "runs before ours",
                         Turn::After => "runs after ours",
+                        Turn::Never => "takes no effect below it where programs are attached to this hook",
                     };
                     writeln!(out, "  {:18}  {neighbour}: {when}", neighbour.hook.name())
                 })
@@ -160,8 +168,29 @@ impl Plan {
         }
     }
 
+    fn write_conflicts(
+        &self,
+        out: &mut impl Write,
+        conflicts: &[(usize, ForeignConflict)],
+        targets: usize,
+    ) -> io::Result<()> {
+        if let Some((_, unknown)) = conflicts.iter().find(|(_, conflict)| conflict.is_unknown()) {
+            writeln!(out, "\nunknown: whether programs of others permit that:\n  {unknown}")?;
+        }
+        let known = conflicts.iter().rev().filter(|(_, conflict)| !conflict.is_unknown());
+        let blocked: BTreeMap<usize, &ForeignConflict> = known.map(|(target, conflict)| (*target, conflict)).collect();
+        match blocked.len() {
+            0 => return Ok(()),
+            some if some < targets && self.cgroup.is_empty() => {
+                writeln!(out, "\n`run` would skip {some} of {targets} targets, and `attach` would fail:")?;
+            }
+            _ => writeln!(out, "\n`run` would fail now:")?,
+        }
+        blocked.values().try_for_each(|conflict| writeln!(out, "  {conflict}"))
+    }
+
     fn write_json(&self, steps: &Steps<'_>) -> io::Result<()> {
-        let Steps { desired, targets, tried, others, refused } = steps;
+        let Steps { desired, targets, tried, conflicts, others, refused } = steps;
         let mut out = stdout(self.output);
         if let Some(error) = refused {
             let instance = match error {
@@ -175,6 +204,15 @@ impl Plan {
                 "why": error.to_string(),
             });
             writeln!(out, "{step}")?;
+        }
+        for (target, conflict) in conflicts {
+            let cgroup = &targets[*target].cgroup.name;
+            let step = if conflict.is_unknown() { "unknown" } else { "refuse" };
+            writeln!(
+                out,
+                "{}",
+                json!({ "schema": SCHEMA, "step": step, "cgroup": cgroup, "why": conflict.to_string() })
+            )?;
         }
         if !tried.is_empty() {
             writeln!(out, "{}", json!({ "schema": SCHEMA, "step": "try", "options": tried }))?;
@@ -210,12 +248,14 @@ impl Plan {
         let audit =
             json!({ "schema": SCHEMA, "step": "audit", "backends": self.backends(), "reads": desired.audit.reads });
         writeln!(out, "{audit}")?;
-        for (neighbour, turn) in others.iter().flatten() {
+        let others = others.iter().flatten().filter(|(neighbour, _)| !is_in_conflict(neighbour, conflicts));
+        for (neighbour, turn) in others {
             let mut line = neighbour.to_json();
             line["step"] = "leave".into();
             line["runs"] = match turn {
                 Turn::Before => "before",
                 Turn::After => "after",
+                Turn::Never => "never",
             }
             .into();
             writeln!(out, "{line}")?;
@@ -234,6 +274,8 @@ struct Steps<'a> {
     targets: &'a [Target],
     /// Names of the options that are tried first.
     tried: Vec<&'static str>,
+    /// Why it would be refused, or would skip targets, because of programs of others; each with the number of the target.
+    conflicts: Vec<(usize, ForeignConflict)>,
     others: Others,
     /// Why it would be refused, as far as this process may know.
     refused: Option<InstanceError>,
@@ -246,6 +288,11 @@ fn neighbours(mount: &Mount, targets: &[Target]) -> Others {
     let paths: Vec<_> = targets.iter().map(|target| mount.below(&target.cgroup)).collect();
     let all = kernel::neighbours(mount)?.into_iter();
     Ok(all.filter_map(|neighbour| neighbour.turn(&paths).map(|turn| (neighbour, turn))).collect())
+}
+
+/// Whether policies cannot be in force on a target because of this program.
+fn is_in_conflict(neighbour: &Neighbour, conflicts: &[(usize, ForeignConflict)]) -> bool {
+    conflicts.iter().any(|(_, conflict)| conflict.is_about(neighbour))
 }
 
 /// Where the policies of a scope are to be in force, and in which order they decide.

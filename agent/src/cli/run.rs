@@ -23,7 +23,7 @@ use crate::{
     journal::Journal,
     kernel::{self, Target},
     policy::{Policy, Sources, Texts},
-    session::{self, Session, SessionError, Setup},
+    session::{self, BlockedChoice, Session, SessionError, Setup},
 };
 
 /// Put policies in force on cgroups, and report until interrupted
@@ -126,8 +126,10 @@ impl Run {
         let instance = self.become_instance(&targets)?.map(|instance| (instance, standing.files()));
         let writer = Writer::to_standard(reporting, Standard::Output)?;
         let (backend, gaps) = (reporting.audit_backend, self.manner.gaps.choice());
-        let setup =
-            Setup { desired, mount: mount.clone(), targets, backend, gaps, filter: Filter::default(), instance };
+        // A cgroup that was named is meant: one among those that a pattern matches concerns only itself.
+        let blocked = if self.cgroup.is_empty() { BlockedChoice::Skip } else { BlockedChoice::Refuse };
+        let filter = Filter::default();
+        let setup = Setup { desired, mount: mount.clone(), targets, backend, gaps, blocked, filter, instance };
         let session = start(setup, &writer)?;
         let stand =
             |session: &mut Session, signals: &mut Signals, writer: &Writer| standing.stand(session, signals, writer);

@@ -7,7 +7,6 @@
 //! are, and that is said.
 
 use std::{
-    collections::BTreeSet,
     io, mem,
     os::fd::AsFd,
     path::{Path, PathBuf},
@@ -352,13 +351,9 @@ impl<'a> Standing<'a> {
         for target in &mut targets {
             target.scope = scopes[target.scope];
         }
-        let ids = |targets: &[crate::kernel::Target]| -> BTreeSet<(u64, usize)> {
-            targets.iter().map(|target| (target.cgroup.id, target.scope)).collect()
-        };
-        if ids(&targets) == ids(session.targets()) {
+        if !session.retarget(targets)? {
             return Ok(false);
         }
-        session.retarget(targets)?;
         // Sockets may have been made before the programs were there.
         self.will_bring_in_line();
         Ok(true)

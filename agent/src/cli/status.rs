@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
 };
 
@@ -17,7 +17,7 @@ use crate::{
     host::{cgroup::Mount, private::PrivateError},
     instance::{self, Generation, InstanceError, RecordError, Seen},
     journal,
-    kernel::{self, KernelError, Neighbour},
+    kernel::{self, AttachMode, KernelError, Neighbour},
     policy::model::Mode,
     report::{Counts, Lost, Report, Summary},
 };
@@ -230,7 +230,11 @@ fn write_text(out: &mut impl Write, seen: &Seen, looked: &Result<InForce, Unknow
         Ok(others) if others.is_empty() => Ok(()),
         Ok(others) => {
             writeln!(out, "\nattached there by others:")?;
-            others.iter().try_for_each(|other| writeln!(out, "  {:18}  {other}", other.hook.name()))
+            others.iter().try_for_each(|other| {
+                let effect =
+                    if is_displaced(other, generation, desired) { ": takes no effect on targets below" } else { "" };
+                writeln!(out, "  {:18}  {other}{effect}", other.hook.name())
+            })
         }
     }
 }
@@ -261,12 +265,25 @@ fn write_json(out: &mut impl Write, seen: &Seen, looked: &Result<InForce, Unknow
             let lost = summary.lost.by_reason().into_iter();
             line["losses"] = lost.map(|(reason, count)| (reason.name.to_owned(), json!(count))).collect();
             line["unread"] = (*unread).into();
+            let to_json = |other: &Neighbour| {
+                let mut line = other.to_json();
+                line["displaced"] = is_displaced(other, generation, desired).into();
+                line
+            };
             line["others"] = others_beside(generation)
                 .ok()
-                .map_or_else(|| serde_json::Value::Null, |others| others.iter().map(Neighbour::to_json).collect());
+                .map_or_else(|| serde_json::Value::Null, |others| others.iter().map(to_json).collect());
         }
     }
     writeln!(out, "{line}")
+}
+
+/// Returns whether a program of others takes no effect on a target because a program of ours is attached there. Its owner has
+/// attached it above the target, after ours, and without BPF_F_ALLOW_MULTI.
+fn is_displaced(other: &Neighbour, generation: &Generation, desired: &Desired) -> bool {
+    let has_hook = |scope: &usize| desired.scopes.get(*scope).is_some_and(|scope| scope.hooks.contains(&other.hook));
+    let is_below = |name: &str| other.is_above(Path::new(name.trim_start_matches('/')));
+    other.mode != AttachMode::Multi && generation.targets.iter().any(|(name, scope)| is_below(name) && has_hook(scope))
 }
 
 /// The programs of others that run for sockets of these targets.

@@ -13,10 +13,11 @@ use abi::Target as Numbered;
 use aya::{Ebpf, programs::Program};
 
 use super::{
-    KernelError, Target,
+    ForeignConflict, KernelError, Target, foreign,
     links::{self, Link},
     maps,
     pins::{Pinned, Pins},
+    syscall,
     tables::Placed,
 };
 use crate::{compile::Hook, escape::Escape, fault, host::cgroup::Cgroup};
@@ -128,15 +129,25 @@ impl Attached {
         targets: &[Target],
     ) -> (Vec<Point>, Result<(), KernelError>) {
         let mut added = Vec::new();
+        let points = self.missing(points, targets);
+        // All of them before the first is attached.
+        for (hook, target) in &points {
+            let cgroup = &targets[*target].cgroup;
+            match foreign::check(*hook, cgroup, None) {
+                Err(conflict) if is_at(&cgroup.path, cgroup.id) => return (added, Err(conflict.into())),
+                Err(conflict) => log::debug!("{conflict}"),
+                Ok(()) => {}
+            }
+        }
         for (hook, target) in points {
             let cgroup = &targets[target].cgroup;
-            let Some(held) = self.held.get_mut(&cgroup.id).filter(|held| !held.links.contains_key(&hook)) else {
-                continue;
-            };
+            let Some(held) = self.held.get_mut(&cgroup.id) else { continue };
             let attached =
                 program(ebpf, hook).and_then(|program| Link::attach(program, hook, cgroup)).and_then(|link| {
                     let link = held.links.entry(hook).insert_entry(link).into_mut();
                     added.push((cgroup.id, hook));
+                    // Others may have attached programs since the check.
+                    foreign::check(hook, cgroup, Some(program_id(ebpf, hook)?))?;
                     maps::tell_target(ebpf, hook, cgroup.id, held.target)?;
                     let Some(pins) = &self.pins else { return Ok(()) };
                     fault::point("link-attached");
@@ -154,6 +165,23 @@ impl Attached {
             }
         }
         (added, Ok(()))
+    }
+
+    /// Returns the points of these that have no link of ours.
+    fn missing(&self, mut points: Vec<(Hook, usize)>, targets: &[Target]) -> Vec<(Hook, usize)> {
+        let has =
+            |hook, target: &Target| self.held.get(&target.cgroup.id).is_some_and(|held| held.links.contains_key(&hook));
+        points.retain(|(hook, target)| !has(*hook, &targets[*target]));
+        points
+    }
+
+    /// Returns why our programs cannot be attached to these targets as things are, each with the number of the target. What is
+    /// attached already stays so.
+    pub(super) fn conflicts(&self, points: Vec<(Hook, usize)>, targets: &[Target]) -> Vec<(usize, ForeignConflict)> {
+        let points = self.missing(points, targets).into_iter();
+        points
+            .filter_map(|(hook, target)| Some((target, foreign::check(hook, &targets[target].cgroup, None).err()?)))
+            .collect()
     }
 
     pub(super) fn holds(&self, cgroup: u64) -> bool {
@@ -235,4 +263,10 @@ fn unpin(path: &Path) {
 
 fn program(ebpf: &Ebpf, hook: Hook) -> Result<&Program, KernelError> {
     ebpf.program(hook.program()).ok_or(KernelError::Incomplete { what: hook.program() })
+}
+
+fn program_id(ebpf: &Ebpf, hook: Hook) -> Result<u32, KernelError> {
+    let error = |reason| KernelError::Load { hook, reason };
+    let fd = program(ebpf, hook)?.fd().map_err(|source| error(source.to_string()))?;
+    Ok(syscall::info(fd).map_err(|source| error(source.to_string()))?.id)
 }

@@ -4,7 +4,7 @@ use std::{error::Error, io, path::PathBuf};
 
 use aya::programs::ProgramError;
 
-use super::Backend;
+use super::{Backend, ForeignConflict};
 use crate::{compile::Hook, escape::Escape, host::private::PrivateError};
 
 #[derive(Debug, thiserror::Error)]
@@ -34,8 +34,10 @@ pub enum KernelError {
         hook.since()
     )]
     Load { hook: Hook, reason: String },
-    #[error("cannot attach to {hook} of cgroup {}: {reason}{}", cgroup.escaped(), attach_help(.reason))]
+    #[error("cannot attach to {hook} of cgroup {}: {reason}", cgroup.escaped())]
     Attach { hook: Hook, cgroup: PathBuf, reason: String },
+    #[error(transparent)]
+    Foreign(Box<ForeignConflict>),
     #[error("the iterator over TCP sockets: {reason}")]
     Iterator { reason: String },
     #[error("cannot give the program at {hook} to this agent: {reason}")]
@@ -94,14 +96,6 @@ fn memory_help(reason: &str) -> &'static str {
     if reason.contains("os error 1)") {
         "\n  help: kernels before 5.11 count this as locked memory: give it CAP_SYS_RESOURCE, or raise the limit (ulimit -l \
          unlimited; LimitMEMLOCK=infinity in a unit)"
-    } else {
-        ""
-    }
-}
-
-fn attach_help(reason: &str) -> &'static str {
-    if reason.contains("os error 1)") {
-        "\n  help: another tool attached a program there that allows no other beside it; `bpftool cgroup tree` shows it"
     } else {
         ""
     }

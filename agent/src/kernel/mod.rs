@@ -10,6 +10,7 @@
 mod attached;
 mod audit;
 mod error;
+mod foreign;
 mod knowledge;
 mod layout;
 mod links;
@@ -28,6 +29,7 @@ mod tables;
 pub use self::{
     audit::{Audit, Backend, BackendChoice, Tried, candidates},
     error::KernelError,
+    foreign::{AttachMode, ForeignConflict, conflicts},
     live::{ITERATOR_SINCE, Job, Outcomes, Walk},
     neighbours::{Neighbour, Turn, neighbours, overruling},
     object::{Object, ProgramSize, Record, Staged, Tabled},

@@ -13,7 +13,10 @@ use std::{
 use aya::programs::loaded_programs;
 use serde_json::{Value, json};
 
-use super::syscall;
+use super::{
+    foreign::AttachMode,
+    syscall::{self, Attachment, Query},
+};
 use crate::{
     compile::Hook,
     escape::{self, Escape},
@@ -31,6 +34,8 @@ pub struct Neighbour {
     pub id: u32,
     /// As much of it as the kernel keeps, 15 characters; empty if it has none, or may not be seen.
     pub name: String,
+    /// How it is attached.
+    pub mode: AttachMode,
 }
 
 /// When a program of others runs for the sockets of a target.
@@ -40,6 +45,9 @@ pub enum Turn {
     Before,
     /// After ours on one of the targets at least, and so with the last word there: it is on a cgroup above.
     After,
+    /// Not at all where a program of ours is attached to the same hook: it is on a cgroup above, and not attached with
+    /// BPF_F_ALLOW_MULTI.
+    Never,
 }
 
 impl Neighbour {
@@ -58,15 +66,22 @@ impl Neighbour {
             "cgroup": format!("/{}", escape::plain(&self.cgroup)),
             "program": self.id,
             "name": self.name,
+            "attached": self.mode.word(),
             "sockpolicy": self.is_sockpolicy(),
         })
+    }
+
+    /// Returns whether its cgroup is above this one, which is a path below the mount.
+    #[must_use]
+    pub fn is_above(&self, target: &Path) -> bool {
+        target.starts_with(&self.cgroup) && *target != self.cgroup
     }
 
     /// When it runs for the sockets of these targets, which are paths below the mount; `None`: for none of them.
     #[must_use]
     pub fn turn(&self, targets: &[PathBuf]) -> Option<Turn> {
-        if targets.iter().any(|target| target.starts_with(&self.cgroup) && *target != self.cgroup) {
-            return Some(Turn::After);
+        if targets.iter().any(|target| self.is_above(target)) {
+            return Some(if self.mode == AttachMode::Multi { Turn::After } else { Turn::Never });
         }
         targets.iter().any(|target| self.cgroup.starts_with(target)).then_some(Turn::Before)
     }
@@ -130,16 +145,18 @@ fn attached_to(mount: &Mount, below: &Path) -> io::Result<Vec<Neighbour>> {
     };
     let mut found = Vec::new();
     for hook in Hook::ALL {
-        let ids = match syscall::attached_programs(&folder, hook) {
+        let attached = match syscall::query(&folder, hook, Query::Own) {
             // A kernel without this hook, or a cgroup that is gone by now.
             Err(error)
                 if [Some(libc::EINVAL), Some(libc::ENOENT), Some(libc::ENODEV)].contains(&error.raw_os_error()) =>
             {
                 continue;
             }
-            ids => ids?,
+            attached => attached?,
         };
-        found.extend(ids.into_iter().map(|id| Neighbour { cgroup: below.to_owned(), hook, id, name: String::new() }));
+        let Attachment { mode, programs } = attached;
+        let neighbour = |id| Neighbour { cgroup: below.to_owned(), hook, id, name: String::new(), mode };
+        found.extend(programs.into_iter().map(neighbour));
     }
     Ok(found)
 }
@@ -148,4 +165,9 @@ fn attached_to(mount: &Mount, below: &Path) -> io::Result<Vec<Neighbour>> {
 fn names() -> HashMap<u32, String> {
     let programs = loaded_programs().filter_map(Result::ok);
     programs.map(|program| (program.id(), program.name_as_str().unwrap_or_default().to_owned())).collect()
+}
+
+/// Returns the name of a program; `None` if it has none, is gone, or must not be looked at.
+pub(super) fn name_of(program: u32) -> Option<String> {
+    names().remove(&program).filter(|name| !name.is_empty())
 }

@@ -29,7 +29,7 @@ use aya::{
 };
 
 use super::{
-    Audit, BackendChoice, KernelError, Target,
+    Audit, BackendChoice, ForeignConflict, KernelError, Target,
     attached::{Attached, Point},
     audit::{self, Aim, Events},
     error::load_reason,
@@ -330,6 +330,13 @@ impl Object {
         self.tables = None;
         while self.next_record().is_some() {}
         Ok((result, counters))
+    }
+
+    /// Returns why these policies cannot be put in force on targets as things are, each with the number of the target: because of
+    /// programs of others.
+    #[must_use]
+    pub fn conflicts(&self, desired: &Desired, targets: &[Target]) -> Vec<(usize, ForeignConflict)> {
+        self.attached.conflicts(attachments(desired, targets), targets)
     }
 
     /// Makes policies ready to be put in force: writes their tables, unless [`Self::load`] has, and attaches what they need

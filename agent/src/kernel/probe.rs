@@ -9,6 +9,7 @@ use super::{
     Backend, KernelError, Tried,
     audit::{self, Aim, Span},
     error::{chain, load_reason},
+    foreign,
     links::Link,
     live,
     object::{self, Bare, ProgramSize},
@@ -45,9 +46,12 @@ pub fn hooks(cgroup: &Cgroup) -> Result<Probed<Hook, Answer>, KernelError> {
         let program = ebpf.program_mut(hook.program()).ok_or(KernelError::Incomplete { what: hook.program() })?;
         let answer = match object::load_program(program) {
             Err(error) => refused(&error),
-            Ok(()) => match Link::attach(program, hook, cgroup) {
-                Err(error) => Answer::No(chain(&error)),
-                Ok(_) => Answer::Yes,
+            Ok(()) => match foreign::check(hook, cgroup, None) {
+                // Says nothing about the kernel.
+                Err(conflict) => Answer::Unknown(conflict.reason()),
+                Ok(()) => {
+                    Link::attach(program, hook, cgroup).map_or_else(|error| Answer::No(chain(&error)), |_| Answer::Yes)
+                }
             },
         };
         answers.push((hook, answer));

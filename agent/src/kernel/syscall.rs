@@ -17,6 +17,7 @@ use aya_obj::generated::{
     bpf_prog_type, perf_event_attr, perf_type_id,
 };
 
+use super::foreign::AttachMode;
 use crate::compile::Hook;
 
 /// What the kernel says of a program. aya asks for the same and passes on a part.
@@ -135,22 +136,52 @@ pub(super) fn attach_type(hook: Hook) -> bpf_attach_type {
     }
 }
 
-/// The programs that are attached to a cgroup itself, by number, in the order in which they run.
-pub(super) fn attached_programs(cgroup: &impl AsFd, hook: Hook) -> io::Result<Vec<u32>> {
-    /// As many as the kernel takes (`BPF_CGROUP_MAX_PROGS`, kernel/bpf/cgroup.c).
+/// The programs of one hook of a cgroup.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Attachment {
+    /// How those that are attached to the cgroup itself are attached. Without meaning where there are none.
+    pub(super) mode: AttachMode,
+    /// By id, in the order in which they run.
+    pub(super) programs: Vec<u32>,
+}
+
+/// Which programs to query.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Query {
+    /// Those that are attached to the cgroup itself.
+    Own,
+    /// Those that take effect there, also from cgroups above.
+    Effective,
+}
+
+/// Queries the programs of a hook of a cgroup (BPF_PROG_QUERY).
+///
+/// # Errors
+///
+/// EINVAL where the kernel does not have the hook, EPERM without CAP_NET_ADMIN.
+pub(super) fn query(cgroup: &impl AsFd, hook: Hook, which: Query) -> io::Result<Attachment> {
+    /// As many as a cgroup can have (`BPF_CGROUP_MAX_PROGS`, kernel/bpf/cgroup.c).
     const PROGRAMS_MAX: usize = 64;
-    let mut ids = [0u32; PROGRAMS_MAX];
+    const QUERY_EFFECTIVE: u32 = 1;
+    let (count, flags) = match which {
+        Query::Own => (PROGRAMS_MAX, 0),
+        Query::Effective => (PROGRAMS_MAX * (abi::CGROUP_LEVELS_MAX as usize + 1), QUERY_EFFECTIVE),
+    };
+    let mut programs = vec![0u32; count];
     let mut attributes = no_attributes();
     // SAFETY: the part of the union that BPF_PROG_QUERY takes.
     let query = unsafe { &mut attributes.query };
     query.__bindgen_anon_1.target_fd = cgroup.as_fd().as_raw_fd() as u32;
     query.attach_type = attach_type(hook) as u32;
-    query.prog_ids = ids.as_mut_ptr() as u64;
-    query.__bindgen_anon_2.prog_cnt = ids.len() as u32;
+    query.query_flags = flags;
+    query.prog_ids = programs.as_mut_ptr() as u64;
+    query.__bindgen_anon_2.prog_cnt = programs.len() as u32;
     bpf(bpf_cmd::BPF_PROG_QUERY, &mut attributes)?;
     // SAFETY: as above.
-    let count = unsafe { attributes.query.__bindgen_anon_2.prog_cnt };
-    Ok(ids[..ids.len().min(count as usize)].to_vec())
+    let query = unsafe { &attributes.query };
+    // SAFETY: as above.
+    programs.truncate(unsafe { query.__bindgen_anon_2.prog_cnt } as usize);
+    Ok(Attachment { mode: AttachMode::of(query.attach_flags), programs })
 }
 
 /// Whether programs of this type for this kind of hook may call a helper.

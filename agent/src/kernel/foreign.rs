@@ -1,0 +1,384 @@
+//! Whether attaching to a cgroup is permitted, and whether it takes a program of others out of effect.
+//!
+//! The rules are the kernel's (`hierarchy_allows_attach` and `compute_effective_progs`, kernel/bpf/cgroup.c, 5.10 to 6.18):
+//!
+//! - A program that is attached without flags permits no other program on its cgroup, nor on cgroups below it.
+//! - A program that is attached with BPF_F_ALLOW_OVERRIDE permits no other program on its cgroup. It takes effect on a cgroup
+//!   below only as long as no cgroup from there up to its own has a program.
+//! - Programs that are attached with BPF_F_ALLOW_MULTI, as all links are, always take effect, and permit others.
+
+use std::{
+    fmt,
+    fs::File,
+    io,
+    os::fd::AsFd as _,
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    fcntl::{OFlag, openat},
+    sys::{
+        stat::{Mode, fstat},
+        statfs::{CGROUP2_SUPER_MAGIC, fstatfs},
+    },
+};
+
+use super::{
+    KernelError, Neighbour, Target,
+    neighbours::name_of,
+    syscall::{self, Attachment, Query},
+};
+use crate::{
+    compile::{Desired, Hook},
+    host::cgroup::Cgroup,
+};
+
+/// How programs are attached to a cgroup at a hook.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttachMode {
+    /// Without flags.
+    Exclusive,
+    /// With BPF_F_ALLOW_OVERRIDE.
+    Override,
+    /// With BPF_F_ALLOW_MULTI, or by a link.
+    Multi,
+}
+
+impl AttachMode {
+    /// Reads the flags that BPF_PROG_QUERY returns.
+    pub(super) fn of(flags: u32) -> Self {
+        const ALLOW_OVERRIDE: u32 = 1;
+        const ALLOW_MULTI: u32 = 2;
+        match flags {
+            _ if flags & ALLOW_MULTI != 0 => Self::Multi,
+            _ if flags & ALLOW_OVERRIDE != 0 => Self::Override,
+            _ => Self::Exclusive,
+        }
+    }
+
+    /// Returns the word for it in JSON.
+    pub(super) fn word(self) -> &'static str {
+        match self {
+            Self::Exclusive => "exclusive",
+            Self::Override => "override",
+            Self::Multi => "multi",
+        }
+    }
+
+    /// Returns how the program is attached, in the kernel's terms.
+    #[must_use]
+    pub fn flags(self) -> &'static str {
+        match self {
+            Self::Exclusive => "without flags",
+            Self::Override => "with BPF_F_ALLOW_OVERRIDE",
+            Self::Multi => "with BPF_F_ALLOW_MULTI",
+        }
+    }
+}
+
+/// What stands against attaching to a cgroup. `level` counts cgroups upwards from there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Obstacle {
+    /// The kernel refuses to attach, because of the program of this level.
+    Forbidden { level: usize },
+    /// The program of this level takes effect now, and would not afterwards.
+    Displaced { level: usize },
+    /// This program takes effect, and none of the levels has it: how it is attached is unknown.
+    Hidden { program: u32 },
+}
+
+/// Returns what stands against attaching a link to the first of these cgroups, each of which is followed by its parent.
+/// `effective` are the programs that take effect on the first.
+fn obstacle(levels: &[Attachment], effective: &[u32]) -> Option<Obstacle> {
+    let (own, above) = levels.split_first()?;
+    if !own.programs.is_empty() && own.mode != AttachMode::Multi {
+        return Some(Obstacle::Forbidden { level: 0 });
+    }
+    let nearest = above.iter().position(|level| !level.programs.is_empty()).map(|at| at + 1);
+    match nearest.map(|level| (level, levels[level].mode)) {
+        Some((level, AttachMode::Exclusive)) => Some(Obstacle::Forbidden { level }),
+        // Where the cgroup has a program already, that one has put it out of effect.
+        Some((level, AttachMode::Override)) => own.programs.is_empty().then_some(Obstacle::Displaced { level }),
+        // What takes effect from further above, beyond a program, is attached so that it always does.
+        Some((_, AttachMode::Multi)) => None,
+        None if !own.programs.is_empty() => None,
+        None => effective.first().map(|program| Obstacle::Hidden { program: *program }),
+    }
+}
+
+/// Why a program is not attached to a cgroup: because of a program of others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ForeignConflict {
+    hook: Hook,
+    cgroup: PathBuf,
+    reason: Reason,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Reason {
+    Forbidden {
+        id: u32,
+        program: String,
+        at: PathBuf,
+        mode: AttachMode,
+    },
+    Displaced {
+        id: u32,
+        program: String,
+        at: PathBuf,
+    },
+    Hidden {
+        program: String,
+    },
+    /// What is attached there cannot be queried.
+    Unknown {
+        at: PathBuf,
+        error: String,
+    },
+}
+
+impl std::error::Error for ForeignConflict {}
+
+impl ForeignConflict {
+    /// Returns the reason in a few words, for a table.
+    pub(super) fn reason(&self) -> String {
+        match &self.reason {
+            Reason::Forbidden { program, at, mode, .. } => format!("{program} on {} {}", at.display(), mode.flags()),
+            Reason::Displaced { program, at, .. } => {
+                format!("{program} on {} {}", at.display(), AttachMode::Override.flags())
+            }
+            Reason::Hidden { program } => format!("{program} on a cgroup that is not visible here"),
+            Reason::Unknown { error, .. } => error.clone(),
+        }
+    }
+
+    /// Returns whether the programs there could not be queried.
+    #[must_use]
+    pub fn is_unknown(&self) -> bool {
+        matches!(self.reason, Reason::Unknown { .. })
+    }
+
+    /// Returns whether this is about that program of others.
+    #[must_use]
+    pub fn is_about(&self, neighbour: &Neighbour) -> bool {
+        match &self.reason {
+            Reason::Forbidden { id, .. } | Reason::Displaced { id, .. } => {
+                (self.hook, *id) == (neighbour.hook, neighbour.id)
+            }
+            Reason::Hidden { .. } | Reason::Unknown { .. } => false,
+        }
+    }
+}
+
+impl fmt::Display for ForeignConflict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { hook, cgroup, reason } = self;
+        write!(f, "cannot attach to {hook} of cgroup {}: ", cgroup.display())?;
+        match reason {
+            Reason::Forbidden { program, at, mode, .. } => write!(
+                f,
+                "{program} on {at} is attached {}, and the kernel permits no other program there{}\n  help: attach that program \
+                 by a bpf_link or with BPF_F_ALLOW_MULTI; `bpftool cgroup show {at}` lists it",
+                mode.flags(),
+                if *mode == AttachMode::Exclusive { " or below" } else { "" },
+                at = at.display()
+            ),
+            Reason::Displaced { program, at, .. } => write!(
+                f,
+                "{program} on {at} would no longer take effect there, because it is attached {}\n  help: attach that program by \
+                 a bpf_link or with BPF_F_ALLOW_MULTI, or take a cgroup above {at} as the target; `bpftool cgroup show {at}` \
+                 lists it",
+                AttachMode::Override.flags(),
+                at = at.display()
+            ),
+            Reason::Hidden { program } => write!(
+                f,
+                "{program} takes effect there from a cgroup that this process cannot see, and whether it would still do so is \
+                 unknown\n  help: run sockpolicy in the host's cgroup namespace, with the host's cgroup2 file system"
+            ),
+            Reason::Unknown { at, error } => write!(
+                f,
+                "the programs on {} are unknown: {error}\n  help: BPF_PROG_QUERY takes CAP_NET_ADMIN",
+                at.display()
+            ),
+        }
+    }
+}
+
+/// Checks that a link can be attached, and that no program of others goes out of effect by it.
+///
+/// `ours` is the program that is attached there already, if it is: then the check is what its attaching has done.
+///
+/// # Errors
+///
+/// Names the program of others. Also where the programs cannot be queried; a hook that this kernel does not have is no error.
+pub(super) fn check(hook: Hook, cgroup: &Cgroup, ours: Option<u32>) -> Result<(), ForeignConflict> {
+    let conflict = |reason| ForeignConflict { hook, cgroup: cgroup.path.clone(), reason };
+    let unknown = |(at, error): (PathBuf, io::Error)| conflict(Reason::Unknown { at, error: error.to_string() });
+    let Some(mut levels) = levels(hook, cgroup).map_err(unknown)? else { return Ok(()) };
+    let Attachment { programs: mut effective, .. } = syscall::query(&cgroup.folder, hook, Query::Effective)
+        .map_err(|error| unknown((cgroup.path.clone(), error)))?;
+    if let Some(ours) = ours {
+        levels[0].programs.retain(|program| *program != ours);
+        effective.retain(|program| *program != ours);
+    }
+    let Some(obstacle) = obstacle(&levels, &effective) else { return Ok(()) };
+    Err(conflict(match obstacle {
+        Obstacle::Forbidden { level } => {
+            let Attachment { mode, programs } = &levels[level];
+            let (id, at) = (programs[0], path_at(&cgroup.path, level));
+            Reason::Forbidden { id, program: program_name(id), at, mode: *mode }
+        }
+        Obstacle::Displaced { level } => {
+            let (id, at) = (levels[level].programs[0], path_at(&cgroup.path, level));
+            Reason::Displaced { id, program: program_name(id), at }
+        }
+        Obstacle::Hidden { program } => Reason::Hidden { program: program_name(program) },
+    }))
+}
+
+/// Returns why policies cannot be put in force on these targets as things are, each with the number of the target.
+#[must_use]
+pub fn conflicts(desired: &Desired, targets: &[Target]) -> Vec<(usize, ForeignConflict)> {
+    let scopes: Vec<_> = targets.iter().map(|target| target.scope).collect();
+    let points = desired.attachments(&scopes);
+    points.filter_map(|(hook, target)| Some((target, check(hook, &targets[target].cgroup, None).err()?))).collect()
+}
+
+impl From<ForeignConflict> for KernelError {
+    fn from(conflict: ForeignConflict) -> Self {
+        Self::Foreign(Box::new(conflict))
+    }
+}
+
+fn program_name(program: u32) -> String {
+    match name_of(program) {
+        Some(name) => format!("program {program} ({name})"),
+        None => format!("program {program}"),
+    }
+}
+
+fn path_at(path: &Path, level: usize) -> PathBuf {
+    path.ancestors().nth(level).unwrap_or(path).to_owned()
+}
+
+/// Queries a cgroup and those above it, as far as they are visible; `None` where this kernel does not have the hook.
+fn levels(hook: Hook, cgroup: &Cgroup) -> Result<Option<Vec<Attachment>>, (PathBuf, io::Error)> {
+    let mut levels = Vec::new();
+    let mut folder = cgroup.folder.try_clone().map_err(|error| (cgroup.path.clone(), error))?;
+    loop {
+        match syscall::query(&folder, hook, Query::Own) {
+            Ok(attachment) => levels.push(attachment),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) && levels.is_empty() => return Ok(None),
+            Err(error) => return Err((path_at(&cgroup.path, levels.len()), error)),
+        }
+        match parent(&folder) {
+            Ok(Some(above)) => folder = above,
+            Ok(None) => return Ok(Some(levels)),
+            Err(error) => return Err((path_at(&cgroup.path, levels.len()), error)),
+        }
+    }
+}
+
+/// Opens the parent of a cgroup; `None` at the top of the mount. A path would have a limit of length.
+fn parent(folder: &File) -> io::Result<Option<File>> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let above = File::from(openat(folder, "..", flags, Mode::empty())?);
+    let (here, there) = (fstat(folder)?, fstat(&above)?);
+    let is_cgroup = fstatfs(above.as_fd())?.filesystem_type() == CGROUP2_SUPER_MAGIC;
+    Ok((is_cgroup && here.st_dev == there.st_dev && here.st_ino != there.st_ino).then_some(above))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{AttachMode::*, Obstacle::*, *};
+
+    /// Each level with a program, whose number counts upwards from 1, or without.
+    fn levels(modes: &[Option<AttachMode>]) -> Vec<Attachment> {
+        let level = |(mode, number): (&Option<AttachMode>, u32)| Attachment {
+            mode: mode.unwrap_or(Exclusive),
+            programs: mode.map(|_| number).into_iter().collect(),
+        };
+        modes.iter().zip(1..).map(level).collect()
+    }
+
+    /// Returns which programs take effect on the first level, as the kernel computes it.
+    fn effective(levels: &[Attachment]) -> Vec<u32> {
+        let mut effective = Vec::new();
+        for level in levels {
+            if effective.is_empty() || level.mode == Multi {
+                effective.extend(&level.programs);
+            }
+        }
+        effective
+    }
+
+    /// Returns whether the kernel lets a link be attached to the first level, as it decides that.
+    fn is_permitted(levels: &[Attachment]) -> bool {
+        let (own, above) = levels.split_first().unwrap();
+        let nearest = above.iter().find(|level| level.mode == Multi || !level.programs.is_empty());
+        (own.programs.is_empty() || own.mode == Multi) && nearest.is_none_or(|level| level.mode != Exclusive)
+    }
+
+    fn all_modes(depth: usize) -> Vec<Vec<Option<AttachMode>>> {
+        let one = [None, Some(Exclusive), Some(Override), Some(Multi)];
+        (0..depth).fold(vec![Vec::new()], |all, _| {
+            all.iter().flat_map(|modes| one.map(|mode| [modes.as_slice(), &[mode]].concat())).collect()
+        })
+    }
+
+    #[test]
+    fn obstacles_are_what_the_kernel_computes() {
+        const OURS: u32 = 99;
+        for modes in all_modes(4) {
+            let levels = levels(&modes);
+            let before = effective(&levels);
+            let mut with_ours = levels.clone();
+            with_ours[0].programs.push(OURS);
+            with_ours[0].mode = Multi;
+            let after = effective(&with_ours);
+            let lost = before.iter().find(|program| !after.contains(program));
+            match obstacle(&levels, &before) {
+                Some(Forbidden { .. }) => assert!(!is_permitted(&levels), "{modes:?}"),
+                Some(Displaced { level }) => {
+                    assert!(is_permitted(&levels), "{modes:?}");
+                    assert_eq!(lost, Some(&(level as u32 + 1)), "{modes:?}");
+                }
+                Some(Hidden { .. }) => panic!("all programs are visible: {modes:?}"),
+                None => assert!(is_permitted(&levels) && lost.is_none(), "{modes:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn the_level_that_is_named_is_the_one_that_decides() {
+        let cases: [(&[_], _); 9] = [
+            (&[None, None, None], None),
+            (&[Some(Override), None, None], Some(Forbidden { level: 0 })),
+            (&[None, Some(Exclusive), Some(Override)], Some(Forbidden { level: 1 })),
+            (&[Some(Multi), None, Some(Exclusive)], Some(Forbidden { level: 2 })),
+            (&[None, None, Some(Override)], Some(Displaced { level: 2 })),
+            (&[None, Some(Override), Some(Exclusive)], Some(Displaced { level: 1 })),
+            (&[None, Some(Multi), Some(Override)], None),
+            (&[Some(Multi), Some(Override), None], None),
+            (&[Some(Multi), Some(Multi), Some(Multi)], None),
+        ];
+        for (modes, expected) in cases {
+            let levels = levels(modes);
+            assert_eq!(obstacle(&levels, &effective(&levels)), expected, "{modes:?}");
+        }
+    }
+
+    #[test]
+    fn program_above_what_is_visible_is_unknown_unless_it_must_be_multi() {
+        const HIDDEN: u32 = 7;
+        assert_eq!(obstacle(&levels(&[None, None]), &[HIDDEN]), Some(Hidden { program: HIDDEN }));
+        assert_eq!(obstacle(&levels(&[None, Some(Multi)]), &[2, HIDDEN]), None);
+        assert_eq!(obstacle(&levels(&[Some(Multi), None]), &[1, HIDDEN]), None);
+    }
+
+    #[test]
+    fn flags_are_read_as_the_kernel_returns_them() {
+        assert_eq!([0, 1, 2, 3].map(AttachMode::of), [Exclusive, Override, Multi, Multi]);
+    }
+}
