@@ -145,12 +145,12 @@ fn what_is_no_file_is_refused_by_what_it_is() {
 fn a_file_too_large_for_a_policy_is_not_read() {
     let dir = Scratch::new("size");
     let mut content = MINIMAL.to_owned();
-    content.push_str(&"#".repeat((1 << 20) - content.len()));
+    content.push_str(&"#".repeat((4 << 20) - content.len()));
     let path = dir.file("web.toml", &content);
     assert!(policy::load(&path).is_ok());
     content.push('#');
     dir.file("web.toml", &content);
-    assert!(dir.refusal(&path).starts_with("error: DIR/web.toml is larger than 1 MiB, and so no policy\n"));
+    assert!(dir.refusal(&path).starts_with("error: DIR/web.toml is larger than 4 MiB, and so no policy\n"));
 }
 
 #[test]

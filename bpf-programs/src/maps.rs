@@ -10,7 +10,8 @@ use core::arch::asm;
 use abi::{
     Config, Counters, GENERATIONS, Losses, Place, SiteList, Target, UNSTORED_MAX,
     event::{
-        BUDGETS_MAX, Budget, CALLS_MAX, Call, Executable, Limit, LimitKey, Slot, TOLD_MAX, Tally, TallyKey, bucket,
+        BUDGETS_MAX, Budget, CALLS_MAX, Call, Executable, Limit, LimitKey, Slot, TOLD_MAX, Tally, TallyKey,
+        UNKNOWN_TALLIES_MAX, bucket,
     },
     index,
     layout::Member,
@@ -114,10 +115,15 @@ static LOSSES: Array<Losses> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 #[map]
 static CALLS: Array<Slot> = Array::with_max_entries(CALLS_MAX, 0);
 
-/// Calls seen by the audit, by option: written by the programs, read by the agent. When it is full, calls on further
-/// options are not counted here; counted in [`Losses::tallies_full`].
+/// Calls seen by the audit, by option: those that have a name or that a rule names, and [`TallyKey::OTHER`]. The agent makes the
+/// entries and gives the map its size at load; the programs add no entry, so applications cannot fill it.
 #[map]
-static TALLIES: PerCpuHashMap<TallyKey, Tally> = PerCpuHashMap::with_max_entries(1024, 0);
+static TALLIES: PerCpuHashMap<TallyKey, Tally> = PerCpuHashMap::with_max_entries(1, 0);
+
+/// Calls seen by the audit on other options, whose numbers applications choose. When it is full, calls on further options are
+/// counted under [`TallyKey::OTHER`].
+#[map]
+static UNKNOWN_TALLIES: PerCpuHashMap<TallyKey, Tally> = PerCpuHashMap::with_max_entries(UNKNOWN_TALLIES_MAX, 0);
 
 /// When each kind of conflict was last reported. The least recently used entry makes room: its
 /// next event is then sent as if it were the first.
@@ -275,7 +281,7 @@ pub(crate) fn member(key: OptionKey) -> Option<&'static Member> {
 /// Counts a call, and how long it took unless that is 0.
 #[inline(always)]
 pub(crate) fn tally(key: &TallyKey, failed: bool, duration_ns: u64) {
-    let Some(tally) = TALLIES.get_ptr_mut(key).or_else(|| begin_tally(key)) else {
+    let Some(tally) = TALLIES.get_ptr_mut(key).or_else(|| unknown_tally(key)).or_else(|| other_tally(key)) else {
         lose(|losses| &mut losses.tallies_full);
         return;
     };
@@ -293,10 +299,17 @@ pub(crate) fn tally(key: &TallyKey, failed: bool, duration_ns: u64) {
 }
 
 #[inline(always)]
-fn begin_tally(key: &TallyKey) -> Option<*mut Tally> {
-    // Fails where another CPU was first, and that is as good.
-    let _ = TALLIES.insert(key, NO_CALLS, BPF_NOEXIST.into());
-    TALLIES.get_ptr_mut(key)
+fn unknown_tally(key: &TallyKey) -> Option<*mut Tally> {
+    UNKNOWN_TALLIES.get_ptr_mut(key).or_else(|| {
+        // Fails where another CPU was first, and that is as good; or where it is full.
+        let _ = UNKNOWN_TALLIES.insert(key, NO_CALLS, BPF_NOEXIST.into());
+        UNKNOWN_TALLIES.get_ptr_mut(key)
+    })
+}
+
+#[inline(always)]
+fn other_tally(key: &TallyKey) -> Option<*mut Tally> {
+    TALLIES.get_ptr_mut(TallyKey { key: TallyKey::OTHER, ..*key })
 }
 
 /// What a tally begins with. Not on the stack, which has no room for it.

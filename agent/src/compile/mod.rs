@@ -18,7 +18,11 @@ mod rows;
 #[cfg(test)]
 mod tests;
 
-use std::{collections::BTreeSet, ops::Range, path::PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+    path::PathBuf,
+};
 
 use abi::{
     RULES_MAX, SiteList,
@@ -29,6 +33,7 @@ use abi::{
     socket::{Facts, direction, family, protocol},
 };
 
+pub(crate) use self::prefixes::merged;
 use self::rows::{Rows, SocketValue};
 pub use self::{
     facts::facts,
@@ -53,6 +58,7 @@ pub struct Desired {
     pub rules: Vec<RuleSource>,
     /// By stack.
     pub scopes: Vec<Scope>,
+    /// Sorted by length and data.
     pub prefixes: Vec<Prefix>,
     /// Every option whose calls rules govern, by number. Those that rules name come first, and of these those that are set, in
     /// the order in which they are applied. An option may have several numbers.
@@ -161,6 +167,7 @@ pub fn compile(policies: &[Policy], stacks: &[Stack]) -> Result<Desired, Compile
         let (numbers, rules): (Vec<usize>, Vec<&Rule>) = numbered.unzip();
         add_scope(&mut desired, &stacked, &rows, &rules, &numbers)?;
     }
+    desired.prefixes.sort_unstable_by_key(prefixes::key);
     Ok(desired)
 }
 
@@ -178,7 +185,12 @@ fn add_scope(
     if rules.len() > RULES_MAX {
         return Err(CompileError::TooManyRules { policies, count: rules.len() });
     }
-    let said: Vec<Said> = rows.values.iter().map(|value| add_settings(desired, *value, rules, numbers, mode)).collect();
+    let clauses: Vec<Clauses<'_>> = rules
+        .iter()
+        .map(|rule| rule.clauses.iter().rev().map(|clause| (clause.option.value_key(), clause)).collect())
+        .collect();
+    let said: Vec<Said> =
+        rows.values.iter().map(|value| add_settings(desired, *value, rules, &clauses, numbers, mode)).collect();
     let options: Vec<Governed> = rows
         .rows
         .iter()
@@ -203,11 +215,21 @@ struct Said {
     is_certain: bool,
 }
 
+/// What a rule says, by [`Named::value_key`].
+type Clauses<'a> = BTreeMap<OptionKey, &'a Clause>;
+
 /// Adds the settings of one value: one for each rule that names it.
-fn add_settings(desired: &mut Desired, value: SocketValue, rules: &[&Rule], numbers: &[usize], mode: Mode) -> Said {
+fn add_settings(
+    desired: &mut Desired,
+    value: SocketValue,
+    rules: &[&Rule],
+    clauses: &[Clauses<'_>],
+    numbers: &[usize],
+    mode: Mode,
+) -> Said {
     let mut said = Said { names: 0, sets: 0, first_setting: desired.settings.len() as u32, is_certain: false };
     for (bit, rule) in rules.iter().enumerate() {
-        let Some(clause) = rule.clauses.iter().find(|clause| SocketValue::of(clause.option) == value) else { continue };
+        let Some(clause) = clauses[bit].get(&value.key()) else { continue };
         said.is_certain |= said.names == 0 && rule.selector == Selector::default();
         said.names |= 1 << bit;
         if matches!(clause.form, Form::Set(_)) {
@@ -445,16 +467,15 @@ fn selectors(scope: u32, rules: &[&Rule]) -> Selectors {
 /// Every option that a rule names, those that are set first and in the order of the option table,
 /// which is the order in which they are to be applied.
 fn named_options(policies: &[Policy]) -> Vec<Named> {
-    let clauses = || policies.iter().flat_map(|policy| &policy.rules).flat_map(|rule| &rule.clauses);
-    let is_set = |named: Named| clauses().any(|clause| clause.option == named && matches!(clause.form, Form::Set(_)));
-    let mut named: Vec<Named> = Vec::new();
-    for clause in clauses() {
-        if !named.contains(&clause.option) {
-            named.push(clause.option);
-        }
+    // Each with whether a rule sets it.
+    let mut named: BTreeMap<OptionKey, (Named, bool)> = BTreeMap::new();
+    for clause in policies.iter().flat_map(|policy| &policy.rules).flat_map(|rule| &rule.clauses) {
+        let (_, is_set) = named.entry(clause.option.key()).or_insert((clause.option, false));
+        *is_set |= matches!(clause.form, Form::Set(_));
     }
-    named.sort_by_key(|named| (!is_set(*named), place(*named), named.key()));
-    named
+    let mut named: Vec<(Named, bool)> = named.into_values().collect();
+    named.sort_by_key(|(named, is_set)| (!is_set, place(*named), named.key()));
+    named.into_iter().map(|(named, _)| named).collect()
 }
 
 fn place(named: Named) -> usize {

@@ -1,6 +1,10 @@
 //! The ports and addresses of all rules' matches, as one table of prefixes.
 
-use std::{collections::BTreeSet, net::IpAddr, ops::RangeInclusive};
+use std::{
+    collections::BTreeMap,
+    net::IpAddr,
+    ops::{Range, RangeInclusive},
+};
 
 use abi::{
     select::{DIMENSION_BITS, PrefixData, Prefixes, address_data, port_data, side},
@@ -21,15 +25,31 @@ pub struct Prefix {
     pub rules: u64,
 }
 
-/// Map `PREFIXES`, looked through from end to end.
+/// Map `PREFIXES`, in the order of [`key`]: a lookup is a search for each length that a prefix can have.
 pub(super) struct Table<'a>(pub(super) &'a [Prefix]);
+
+/// Returns what entries are sorted by.
+pub(super) fn key(prefix: &Prefix) -> (u32, PrefixData) {
+    (prefix.bits, prefix.data)
+}
 
 impl Prefixes for Table<'_> {
     fn longest(&self, data: &PrefixData) -> Option<u64> {
-        let bit = |data: &PrefixData, at: u32| data[at as usize / 32].to_be() >> (31 - at % 32) & 1;
-        let covers = |prefix: &&Prefix| (0..prefix.bits).all(|at| bit(&prefix.data, at) == bit(data, at));
-        self.0.iter().filter(covers).max_by_key(|prefix| prefix.bits).map(|prefix| prefix.rules)
+        (DIMENSION_BITS..=DIMENSION_BITS + u128::BITS).rev().find_map(|bits| {
+            let wanted = (bits, first_bits(data, bits));
+            self.0.binary_search_by_key(&wanted, key).ok().map(|at| self.0[at].rules)
+        })
     }
+}
+
+/// Returns the data with all bits 0 beyond the first `bits`, which each word has in network byte order.
+fn first_bits(data: &PrefixData, bits: u32) -> PrefixData {
+    let mut first = *data;
+    for (word, at) in first.iter_mut().zip((0..).step_by(32)) {
+        let kept = bits.saturating_sub(at).min(32);
+        *word &= u32::MAX.checked_shl(32 - kept).unwrap_or(0).to_be();
+    }
+    first
 }
 
 /// All entries of a scope. A dimension that no rule asks about has none; one that a rule does ask about covers
@@ -55,30 +75,49 @@ fn port_prefixes(
     rules: &[&Rule],
     ports: impl Fn(&Selector) -> &Vec<RangeInclusive<u16>>,
 ) -> Vec<Prefix> {
-    // The first port of each span within which the same rules match.
-    let mut starts = BTreeSet::new();
-    for range in rules.iter().flat_map(|rule| ports(&rule.selector)) {
-        starts.insert(u32::from(*range.start()));
-        starts.insert(u32::from(*range.end()) + 1);
+    let mut asks = 0;
+    // The rules that begin or cease to match at a port.
+    let mut changes: BTreeMap<u32, u64> = BTreeMap::new();
+    for (number, rule) in rules.iter().enumerate() {
+        for range in merged(ports(&rule.selector)) {
+            asks |= 1 << number;
+            for at in [range.start, range.end] {
+                *changes.entry(at).or_default() ^= 1 << number;
+            }
+        }
     }
-    if starts.is_empty() {
+    if asks == 0 {
         return Vec::new();
     }
-    starts.insert(0);
-    starts.remove(&(1 << 16));
-    let ends = starts.iter().skip(1).copied().chain([1 << 16]);
+    changes.entry(0).or_default();
+    changes.remove(&PORTS);
+    let mut matching = rules_where(rules, |_| true) & !asks;
+    let ends = changes.keys().skip(1).copied().chain([PORTS]).collect::<Vec<_>>();
     let mut prefixes = Vec::new();
-    for (start, end) in starts.iter().copied().zip(ends) {
-        let port = start as u16;
-        let matching = rules_where(rules, |rule| {
-            let ports = ports(&rule.selector);
-            ports.is_empty() || ports.iter().any(|range| range.contains(&port))
-        });
+    for ((start, change), end) in changes.into_iter().zip(ends) {
+        matching ^= change;
         for (port, len) in aligned_blocks(start, end) {
             prefixes.push(Prefix { bits: DIMENSION_BITS + len, data: port_data(scope, side, port), rules: matching });
         }
     }
     prefixes
+}
+
+/// How many ports there are.
+const PORTS: u32 = 1 << 16;
+
+/// Returns the spans of ports of these ranges, in order, and with a port between one and the next.
+pub(crate) fn merged(ranges: &[RangeInclusive<u16>]) -> Vec<Range<u32>> {
+    let mut spans: Vec<_> = ranges.iter().map(|range| u32::from(*range.start())..u32::from(*range.end()) + 1).collect();
+    spans.sort_unstable_by_key(|span| span.start);
+    let mut merged: Vec<Range<u32>> = Vec::new();
+    for span in spans {
+        match merged.last_mut() {
+            Some(last) if span.start <= last.end => last.end = last.end.max(span.end),
+            _ => merged.push(span),
+        }
+    }
+    merged
 }
 
 /// The fewest prefixes of 16-bit numbers that cover `start..end`.
@@ -102,30 +141,43 @@ fn address_prefixes<'a>(
     within: impl Fn(&'a Selector) -> &'a [IpNet],
     without: impl Fn(&'a Selector) -> &'a [IpNet],
 ) -> Vec<Prefix> {
-    let mut networks: BTreeSet<IpNet> = rules
-        .iter()
-        .flat_map(|rule| within(&rule.selector).iter().chain(without(&rule.selector)))
-        .map(IpNet::trunc)
-        .collect();
-    if networks.is_empty() {
+    // The rules that name a network under `within`, and those that do under `without`.
+    let mut named: BTreeMap<IpNet, (u64, u64)> = BTreeMap::new();
+    let mut asks_within = 0;
+    for (number, rule) in rules.iter().enumerate() {
+        for network in within(&rule.selector) {
+            asks_within |= 1 << number;
+            named.entry(network.trunc()).or_default().0 |= 1 << number;
+        }
+        for network in without(&rule.selector) {
+            named.entry(network.trunc()).or_default().1 |= 1 << number;
+        }
+    }
+    if named.is_empty() {
         return Vec::new();
     }
-    networks.insert(Ipv4Net::default().into());
-    networks.insert(Ipv6Net::default().into());
-    let prefix = |network: &IpNet| {
-        let covers = |networks: &[IpNet]| networks.iter().any(|other| other.contains(network));
-        let matching = rules.iter().enumerate().filter(|(_, rule)| {
-            let within = within(&rule.selector);
-            (within.is_empty() || covers(within)) && !covers(without(&rule.selector))
-        });
+    named.entry(Ipv4Net::default().into()).or_default();
+    named.entry(Ipv6Net::default().into()).or_default();
+    let all = rules_where(rules, |_| true);
+    // The networks around the next one, which come before it, with the rules that each gives to what is in it.
+    let mut around: Vec<(IpNet, u64, u64)> = Vec::new();
+    let mut prefixes = Vec::new();
+    for (network, (own_within, own_without)) in named {
+        while around.last().is_some_and(|(outer, ..)| !outer.contains(&network)) {
+            around.pop();
+        }
+        let (outer_within, outer_without) =
+            around.last().map_or((all & !asks_within, 0), |(_, within, without)| (*within, *without));
+        let (within, without) = (outer_within | own_within, outer_without | own_without);
+        around.push((network, within, without));
         let (family, address) = address_words(network.addr());
-        Prefix {
+        prefixes.push(Prefix {
             bits: DIMENSION_BITS + u32::from(network.prefix_len()),
             data: address_data(scope, side, family, &address),
-            rules: matching.fold(0, |set, (number, _)| set | 1 << number),
-        }
-    };
-    networks.iter().map(prefix).collect()
+            rules: within & !without,
+        });
+    }
+    prefixes
 }
 
 /// An address as programs hold it, with its [`family`].
@@ -144,6 +196,81 @@ pub(crate) fn address_words(address: IpAddr) -> (u8, Address) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn rule(selector: Selector) -> Rule {
+        Rule { name: String::new(), line: 1, header: 0..0, selector, clauses: Vec::new() }
+    }
+
+    fn sorted(mut prefixes: Vec<Prefix>) -> Vec<Prefix> {
+        prefixes.sort_unstable_by_key(key);
+        prefixes
+    }
+
+    fn networks(list: &[&str]) -> Vec<IpNet> {
+        list.iter().map(|network| network.parse().unwrap()).collect()
+    }
+
+    #[test]
+    fn rules_of_an_address_are_those_of_all_networks_around_it() {
+        let rules = [
+            rule(Selector { remote: networks(&["10.0.0.0/8", "2001:db8::/32", "10.1.0.0/16"]), ..Selector::default() }),
+            rule(Selector { not_remote: networks(&["10.1.0.0/16", "::/0"]), ..Selector::default() }),
+            rule(Selector {
+                remote: networks(&["10.0.0.0/8"]),
+                not_remote: networks(&["10.1.2.0/24", "10.0.0.0/8"]),
+                ..Selector::default()
+            }),
+            rule(Selector { remote: networks(&["10.1.2.3/32", "0.0.0.0/0"]), ..Selector::default() }),
+            rule(Selector::default()),
+        ];
+        let rules: Vec<&Rule> = rules.iter().collect();
+        let prefixes = sorted(prefixes(7, &rules));
+        let table = Table(&prefixes);
+        let addresses = ["9.0.0.1", "10.0.0.1", "10.1.0.1", "10.1.2.4", "10.1.2.3", "11.0.0.1", "2001:db8::1", "::1"];
+        for address in addresses {
+            let address: IpAddr = address.parse().unwrap();
+            let covers = |networks: &[IpNet]| networks.iter().any(|network| network.contains(&address));
+            let expected = rules_where(&rules, |rule| {
+                let Selector { remote, not_remote, .. } = &rule.selector;
+                (remote.is_empty() || covers(remote)) && !covers(not_remote)
+            });
+            let (family, words) = address_words(address);
+            assert_eq!(table.longest(&address_data(7, side::REMOTE, family, &words)), Some(expected), "{address}");
+            assert_eq!(table.longest(&address_data(7, side::LOCAL, family, &words)), None);
+        }
+    }
+
+    #[test]
+    fn rules_of_a_port_are_those_of_all_ranges_around_it() {
+        let ranges: [&[RangeInclusive<u16>]; 4] =
+            [&[80..=80, 443..=443, 80..=90, 85..=100, 101..=101], &[1..=65535], &[65535..=65535, 1..=1], &[]];
+        let rules = ranges.map(|ports| rule(Selector { local_ports: ports.to_vec(), ..Selector::default() }));
+        let rules: Vec<&Rule> = rules.iter().collect();
+        let prefixes = sorted(prefixes(0, &rules));
+        let table = Table(&prefixes);
+        for port in [0, 1, 2, 79, 80, 84, 90, 91, 100, 101, 102, 443, 444, 65534, 65535] {
+            let expected = rules_where(&rules, |rule| {
+                let ports = &rule.selector.local_ports;
+                ports.is_empty() || ports.iter().any(|range| range.contains(&port))
+            });
+            assert_eq!(table.longest(&port_data(0, side::LOCAL, port)), Some(expected), "{port}");
+        }
+    }
+
+    #[test]
+    fn entries_are_as_many_as_networks_however_they_are_nested() {
+        let nested = (0..=128).map(|len| IpNet::from(Ipv6Net::new([0; 8].into(), len).unwrap()));
+        let many = (0..2000u32).map(|at| IpNet::from(Ipv4Net::new((at << 12).into(), 20).unwrap()));
+        let remote: Vec<IpNet> = nested.chain(many).collect();
+        // Each twice, and in two rules.
+        let remote = [remote.clone(), remote].concat();
+        let both =
+            [Selector { remote: remote.clone(), ..Selector::default() }, Selector { remote, ..Selector::default() }];
+        let rules = both.map(rule);
+        let rules: Vec<&Rule> = rules.iter().collect();
+        // Also for IPv4 addresses in none of them.
+        assert_eq!(prefixes(0, &rules).len(), 129 + 2000 + 1);
+    }
 
     #[test]
     fn blocks_cover_a_range_and_nothing_else() {

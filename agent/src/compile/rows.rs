@@ -3,6 +3,8 @@
 //! A rule names an option once; the kernel may know its value under several names, and may change it as a side effect of
 //! another option. Each of these has a row, and all rows of one value share the settings.
 
+use std::collections::BTreeMap;
+
 use abi::setting::{Governed, OptionKey, argument, effective, kind, read_back, traits};
 
 use super::place;
@@ -25,6 +27,14 @@ impl SocketValue {
             Named::Numeric(key) => Self::Numeric(key),
         }
     }
+
+    /// [`Named::value_key`] of every option that sets it.
+    pub(super) fn key(self) -> OptionKey {
+        match self {
+            Self::Known(option) => option.key(),
+            Self::Numeric(key) => key,
+        }
+    }
 }
 
 /// A row, without what depends on the scope.
@@ -40,6 +50,12 @@ pub(super) struct Row {
 pub(super) struct Rows {
     pub(super) values: Vec<SocketValue>,
     pub(super) rows: Vec<Row>,
+    /// Index of a value.
+    by_value: BTreeMap<OptionKey, usize>,
+    /// Index of the first row of an option.
+    by_key: BTreeMap<OptionKey, usize>,
+    /// Index of the first row of a value.
+    first: BTreeMap<usize, usize>,
 }
 
 impl Rows {
@@ -49,10 +65,8 @@ impl Rows {
         for option in named {
             let value = rows.value(SocketValue::of(*option));
             let row = named_row(*option);
-            let is_alias = rows
-                .rows
-                .iter()
-                .any(|row_before| row_before.value == Some(value) && row_before.template.is_text() == row.is_text());
+            let before = rows.first.get(&value).map(|first| rows.rows[*first].template);
+            let is_alias = before.is_some_and(|before| before.is_text() == row.is_text());
             rows.push(Some(value), Governed { is_alias: is_alias.into(), ..row });
         }
         rows.add_spellings();
@@ -62,32 +76,36 @@ impl Rows {
     }
 
     fn value(&mut self, value: SocketValue) -> usize {
-        let known = self.values.iter().position(|known| *known == value);
-        known.unwrap_or_else(|| {
+        *self.by_value.entry(value.key()).or_insert_with(|| {
             self.values.push(value);
             self.values.len() - 1
         })
     }
 
     fn push(&mut self, value: Option<usize>, template: Governed) -> usize {
+        let row = self.rows.len();
+        self.by_key.entry(template.key).or_insert(row);
+        if let Some(value) = value {
+            self.first.entry(value).or_insert(row);
+        }
         self.rows.push(Row { value, template });
-        self.rows.len() - 1
+        row
     }
 
     fn find(&self, key: OptionKey) -> Option<usize> {
-        self.rows.iter().position(|row| row.template.key == key)
+        self.by_key.get(&key).copied()
     }
 
     /// The value of this option, if a rule names it under any name.
     fn named_value(&self, option: &'static SocketOption) -> Option<usize> {
-        self.values.iter().position(|value| *value == SocketValue::Known(option.canonical()))
+        self.by_value.get(&option.canonical().key()).copied()
     }
 
     /// Adds a row for each other name of the values that rules name.
     fn add_spellings(&mut self) {
         for value in 0..self.values.len() {
             let SocketValue::Known(canonical) = self.values[value] else { continue };
-            let bit = self.rows.iter().find(|row| row.value == Some(value)).map_or(0, |row| row.template.bit);
+            let bit = self.first.get(&value).map_or(0, |row| self.rows[*row].template.bit);
             for (key, option) in canonical.spellings() {
                 if self.find(key).is_none() {
                     let row = Governed { key, bit, is_alias: 1, read_back: read_back::NONE, ..known_row(option) };

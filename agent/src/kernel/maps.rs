@@ -4,13 +4,13 @@ use std::{collections::BTreeMap, ffi::c_void, marker::PhantomData, num::NonZeroU
 
 use abi::{
     Config, Losses,
-    event::{Executable, Slot, Tally, TallyKey},
+    event::{Executable, Slot, Tally, TallyKey, call},
     layout::Member,
     setting::OptionKey,
 };
 use aya::{
     Ebpf, EbpfLoader, Pod,
-    maps::{self, Array, CgroupStorageKey, HashMap, Map, MapData, MapError, PerCpuHashMap},
+    maps::{self, Array, CgroupStorageKey, HashMap, Map, MapData, MapError, PerCpuHashMap, PerCpuValues},
 };
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
@@ -18,15 +18,25 @@ use super::{
     KernelError,
     pins::{self, Pins},
     syscall::{self, attach_type},
+    tables::cpus,
 };
 use crate::{
     compile::Hook,
     host::{private::PrivateDir, process},
+    options::OPTIONS,
     policy::model::Calls,
 };
 
+/// BPF_NOEXIST: an entry that is there stays.
+const NO_EXIST: u64 = 1;
+
 pub(super) const EVENTS: &str = "EVENTS";
 const CALLS: &str = "CALLS";
+const TALLIES: &str = "TALLIES";
+const UNKNOWN_TALLIES: &str = "UNKNOWN_TALLIES";
+
+/// Entries of map `TALLIES` beside those of options that have a name: for options that rules give by number.
+const LATER_TALLIES: u32 = 256;
 
 /// Room for events. Conflicts are held back where they come too fast, calls are not: a busy program makes some
 /// thousands in the time that the agent may be kept waiting.
@@ -38,6 +48,7 @@ pub(super) fn size(loader: &mut EbpfLoader<'_>, calls: Calls, processes: &[u32],
     for (map, entries) in [("PROCESSES", processes.len()), ("MEMBERS", members.len())] {
         loader.map_max_entries(map, entries.max(1) as u32);
     }
+    loader.map_max_entries(TALLIES, 2 * (OPTIONS.len() + 1) as u32 + LATER_TALLIES);
     loader.map_max_entries(EVENTS, if calls == Calls::Conflicts { EVENT_BYTES } else { CALL_BYTES });
 }
 
@@ -180,17 +191,45 @@ impl LossesView {
     }
 }
 
+/// Reserves counters for the calls on options that have a name, on these, and on all others together. What is there stays.
+/// Returns whether there was room for all of them.
+pub(super) fn reserve_tallies(ebpf: &mut Ebpf, options: &[OptionKey]) -> Result<bool, KernelError> {
+    let cpus = cpus()?;
+    let named = OPTIONS.iter().map(|option| option.key());
+    let keys = [TallyKey::OTHER].into_iter().chain(named).chain(options.iter().copied());
+    let kinds = [call::SETSOCKOPT, call::GETSOCKOPT];
+    let keys = keys.flat_map(|key| kinds.map(|kind| TallyKey { key, kind, _pad: 0 }));
+    let mut is_full = false;
+    with_map::<PerCpuHashMap<_, TallyKey, Tally>>(ebpf, TALLIES, |map| {
+        for key in keys {
+            match map.insert(key, PerCpuValues::try_from(vec![Tally::default(); cpus])?, NO_EXIST) {
+                Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EEXIST) => {}
+                Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::E2BIG) => {
+                    is_full = true;
+                    return Ok(());
+                }
+                other => other?,
+            }
+        }
+        Ok(())
+    })?;
+    Ok(!is_full)
+}
+
 /// The calls that the audit saw, by option, summed over CPUs.
 pub(super) fn tallies(ebpf: &Ebpf) -> Result<Vec<(TallyKey, Tally)>, KernelError> {
-    const MAP: &str = "TALLIES";
-    let map = ebpf.map(MAP).ok_or(KernelError::Incomplete { what: MAP })?;
-    let map = PerCpuHashMap::<_, TallyKey, Tally>::try_from(map).map_err(map_error(MAP))?;
     // Other keys that come in meanwhile can have the iteration begin anew.
-    let tallies: Result<BTreeMap<_, _>, _> = map
-        .iter()
-        .map(|entry| entry.map(|(key, slots)| (key, slots.iter().fold(Tally::default(), add_tallies))))
-        .collect();
-    Ok(tallies.map_err(map_error(MAP))?.into_iter().collect())
+    let mut tallies: BTreeMap<TallyKey, Tally> = BTreeMap::new();
+    for name in [TALLIES, UNKNOWN_TALLIES] {
+        let map = ebpf.map(name).ok_or(KernelError::Incomplete { what: name })?;
+        let map = PerCpuHashMap::<_, TallyKey, Tally>::try_from(map).map_err(map_error(name))?;
+        for entry in map.iter() {
+            let (key, slots) = entry.map_err(map_error(name))?;
+            tallies.insert(key, slots.iter().fold(Tally::default(), add_tallies));
+        }
+    }
+    tallies.retain(|_, tally| tally.calls > 0);
+    Ok(tallies.into_iter().collect())
 }
 
 /// How many calls the audit has seen begin and not end, of which it would tell when these are `wanted` ([`abi::calls`]).

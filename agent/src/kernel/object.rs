@@ -352,6 +352,10 @@ impl Object {
         targets: &[Target],
     ) -> Result<Staged, KernelError> {
         let _memlock = Memlock::raise();
+        let counts_calls = desired.audit.timing || desired.audit.calls != Calls::Conflicts;
+        if counts_calls && !maps::reserve_tallies(&mut self.ebpf, &desired.options)? {
+            log::warn!("rules give too many options by number: the report does not count calls on each of them");
+        }
         let placed = self.attached.place(targets);
         let mut tables = match tabled {
             Some(Tabled(tables)) => tables,

@@ -43,6 +43,16 @@ pub struct Source {
     path: PathBuf,
     text: String,
     line_starts: Vec<usize>,
+    /// How many characters begin before each [`BLOCK`] of bytes.
+    characters: Vec<usize>,
+}
+
+/// Bytes of a text between two places of which it is known how many characters are before them.
+const BLOCK: usize = 1024;
+
+/// Returns whether a byte is the first of a character of UTF-8.
+fn begins_character(byte: u8) -> bool {
+    byte & 0b1100_0000 != 0b1000_0000
 }
 
 impl Source {
@@ -50,7 +60,12 @@ impl Source {
     pub fn new(path: &Path, text: String) -> Arc<Self> {
         let after_newlines = text.match_indices('\n').map(|(at, _)| at + 1);
         let line_starts = std::iter::once(0).chain(after_newlines).collect();
-        Arc::new(Self { path: path.to_owned(), text, line_starts })
+        let mut characters = vec![0];
+        for block in text.as_bytes().chunks(BLOCK) {
+            let before = characters.last().copied().unwrap_or_default();
+            characters.push(before + block.iter().filter(|byte| begins_character(**byte)).count());
+        }
+        Arc::new(Self { path: path.to_owned(), text, line_starts, characters })
     }
 
     #[must_use]
@@ -74,8 +89,23 @@ impl Source {
     fn first_line(&self, span: &Span) -> (usize, usize, &str) {
         let number = self.line(span.start);
         let start = self.line_starts.get(number - 1).copied().unwrap_or(0);
-        let line = self.text.get(start..).unwrap_or("").split('\n').next().unwrap_or("");
+        let end = self.line_starts.get(number).map_or(self.text.len(), |next| next - 1);
+        let line = self.text.get(start..end).unwrap_or("");
         (number, start, line.strip_suffix('\r').unwrap_or(line))
+    }
+
+    /// Returns how many characters begin before the byte at `offset`, in a time that does not grow with the text.
+    fn characters_before(&self, offset: usize) -> usize {
+        let offset = offset.min(self.text.len());
+        let block = offset / BLOCK;
+        let rest = &self.text.as_bytes()[block * BLOCK..offset];
+        let before = self.characters.get(block).copied().unwrap_or_default();
+        before + rest.iter().filter(|byte| begins_character(**byte)).count()
+    }
+
+    /// Returns the column, counted from 1 in characters, of a byte of the line that starts at `start`.
+    fn column(&self, start: usize, offset: usize) -> usize {
+        self.characters_before(offset) - self.characters_before(start) + 1
     }
 }
 
@@ -146,7 +176,7 @@ impl Diagnostic {
                 let (number, start, line) = source.first_line(span);
                 let column = |at: usize| {
                     let at = line.floor_char_boundary(at.saturating_sub(start).min(line.len()));
-                    line[..at].chars().count() + 1
+                    source.column(start, start + at)
                 };
                 (Some(number), Some((column(span.start), column(span.end))))
             }
@@ -210,7 +240,7 @@ fn with_place<'a>(group: Group<'a>, source: &'a Source, path: String, span: &Spa
     let from = line.floor_char_boundary((span.start - start).min(line.len()));
     let to = line.floor_char_boundary((span.end.max(span.start) - start).min(line.len()));
     if line.len() > LINE_MAX {
-        let column = line[..from].chars().count() + 1;
+        let column = source.column(start, start + from);
         return group.element(Origin::path(path).line(number).char_column(column));
     }
     let underlined = AnnotationKind::Primary.span(from..to.max(from));
@@ -236,9 +266,12 @@ pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) ->
     if word.len() > QUOTED_MAX {
         return None;
     }
-    let tolerated = (word.chars().count() / 3).max(1);
+    let len = word.chars().count();
+    let tolerated = (len / 3).max(1);
     candidates
         .into_iter()
+        // Words differ by as many letters as the one is longer, at the least.
+        .filter(|candidate| candidate.chars().count().abs_diff(len) <= tolerated)
         .map(|candidate| (strsim::damerau_levenshtein(&word, &candidate.to_lowercase()), candidate))
         .filter(|(distance, candidate)| *distance <= tolerated && *distance < candidate.len())
         .min_by_key(|(distance, _)| *distance)
@@ -260,14 +293,17 @@ pub fn list_of(words: &[String], last: &str) -> String {
 pub(crate) struct Findings {
     source: Arc<Source>,
     found: Vec<Diagnostic>,
+    /// How many of them are errors.
+    errors: usize,
 }
 
 impl Findings {
     pub(crate) fn new(source: &Arc<Source>) -> Self {
-        Self { source: Arc::clone(source), found: Vec::new() }
+        Self { source: Arc::clone(source), found: Vec::new(), errors: 0 }
     }
 
     pub(crate) fn error(&mut self, problem: Problem) {
+        self.errors += 1;
         self.found.push(Diagnostic::new(Severity::Error, &self.source, problem));
     }
 
@@ -281,7 +317,7 @@ impl Findings {
     }
 
     pub(crate) fn errors(&self) -> usize {
-        self.found.iter().filter(|diagnostic| diagnostic.severity == Severity::Error).count()
+        self.errors
     }
 
     /// In the order of the file.
@@ -309,6 +345,16 @@ mod tests {
     fn a_line_is_counted_from_one_and_begins_after_the_newline() {
         let source = Source::new(Path::new("a.toml"), "a\nb\n\nc".to_owned());
         assert_eq!([0, 1, 2, 4, 5, 6].map(|offset| source.line(offset)), [1, 1, 2, 3, 4, 4]);
+    }
+
+    #[test]
+    fn columns_are_counted_in_characters_also_far_into_a_line() {
+        let line = "aé√𝄞".repeat(1000);
+        let source = Source::new(Path::new("a.toml"), format!("x\n{line}\ny"));
+        for (count, (offset, _)) in line.char_indices().enumerate().step_by(97) {
+            assert_eq!(source.column(2, 2 + offset), count + 1);
+        }
+        assert_eq!(source.column(2, usize::MAX), 4000 + 3);
     }
 
     #[test]

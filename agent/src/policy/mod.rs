@@ -40,8 +40,8 @@ use self::{
 };
 use crate::escape::Escape;
 
-/// Policies are small: whatever is larger is something else.
-const SIZE_MAX: u64 = 1 << 20;
+/// Longest policy file in bytes: it has room for the addresses of some 100,000 networks.
+const SIZE_MAX: u64 = 4 << 20;
 
 /// How many diagnostics are shown: nobody reads on, and a file of garbage has an error a line.
 const SHOWN_MAX: usize = 100;
@@ -189,7 +189,7 @@ fn unsuitable(path: &Path, file: &File) -> io::Result<Option<Problem>> {
 }
 
 fn too_large(path: &Path) -> Problem {
-    Problem::new(format!("{} is larger than 1 MiB, and so no policy", path.escaped()))
+    Problem::new(format!("{} is larger than {} MiB, and so no policy", path.escaped(), SIZE_MAX >> 20))
         .help("name a policy file, such as those in /etc/sockpolicy/policies.d")
 }
 

@@ -7,9 +7,13 @@ use serde_json::{Value, json};
 use super::table::{align_right, table};
 use crate::options::display_name;
 
+/// Stands for the options without a name that are too many to be counted each.
+const OTHER: &str = "other";
+
 /// One kind of call on one option.
 #[derive(Clone, Debug)]
 pub struct CallLine {
+    /// Or [`OTHER`].
     pub option: String,
     /// `setsockopt` or `getsockopt`.
     pub call: &'static str,
@@ -25,7 +29,8 @@ impl CallLine {
             call::GETSOCKOPT => "getsockopt",
             _ => return None,
         };
-        Some(Self { option: display_name(key.key), call, tally })
+        let option = if key.key == TallyKey::OTHER { OTHER.to_owned() } else { display_name(key.key) };
+        Some(Self { option, call, tally })
     }
 
     pub(super) fn to_json(&self) -> Value {

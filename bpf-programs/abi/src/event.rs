@@ -302,7 +302,7 @@ impl Rate {
 /// those of [`Rate::QUIET`] and [`Rate::BUSY`].
 pub const BUDGETS_MAX: u32 = 4096;
 
-/// Which calls a [`Tally`] counts. Key of map `TALLIES`.
+/// Which calls a [`Tally`] counts. Key of maps `TALLIES` and `UNKNOWN_TALLIES`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct TallyKey {
@@ -313,10 +313,19 @@ pub struct TallyKey {
 }
 shared!(TallyKey, size 8 + 4 + 4);
 
+impl TallyKey {
+    /// Stands for all options that have no entry of their own. The kernel has no option of this level.
+    pub const OTHER: OptionKey = OptionKey { level: i32::MIN, name: i32::MIN };
+}
+
+/// Entries of map `UNKNOWN_TALLIES`.
+pub const UNKNOWN_TALLIES_MAX: u32 = 256;
+
 /// How many durations a [`Tally`] tells apart.
 pub const BUCKETS: usize = 32;
 
-/// The calls of one kind on one option, seen by the audit. Map `TALLIES`, one per CPU.
+/// The calls of one kind on one option, seen by the audit. Maps `TALLIES` and `UNKNOWN_TALLIES`, one
+/// per CPU.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tally {

@@ -345,7 +345,7 @@ pub struct Losses {
     /// Calls whose end was not seen: the kernel had no room to follow so many at a time, left a program out, or the task is
     /// gone.
     pub no_return: u64,
-    /// Calls that found no room in map `TALLIES`.
+    /// Calls that found no entry in map `TALLIES`, not even that of other options.
     pub tallies_full: u64,
     /// Calls of 32-bit programs that could not be judged, for their socket could not be found out.
     pub unjudged: u64,

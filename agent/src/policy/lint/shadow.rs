@@ -4,13 +4,17 @@
 //! the option too. Judges each earlier rule by itself: that two of them together match everything is
 //! not found out.
 
-use std::ops::RangeInclusive;
+use std::{
+    collections::{BTreeMap, BTreeSet, HashSet},
+    ops::{Range, RangeInclusive},
+};
 
-use abi::setting::traits;
+use abi::setting::{OptionKey, traits};
 use ipnet::IpNet;
 
 use super::warning;
 use crate::{
+    compile::merged,
     coverage::stack_with,
     escape::Escape,
     policy::{
@@ -19,19 +23,22 @@ use crate::{
     },
 };
 
-/// A rule, and the policy that it stands in.
-type Placed<'a> = (&'a Policy, &'a Rule);
+/// A rule, the policy that it stands in, and its lists.
+type Placed<'a> = (&'a Policy, &'a Rule, &'a Lists);
 
 /// Files with the same target are in force together, in the order of their names.
 pub(super) fn lint(policies: &[Policy]) -> Vec<Diagnostic> {
+    let lists: Vec<Vec<Lists>> =
+        policies.iter().map(|policy| policy.rules.iter().map(|rule| Lists::of(&rule.selector)).collect()).collect();
+    let placed = |policy: usize| {
+        let rules = policies[policy].rules.iter().zip(&lists[policy]);
+        rules.map(move |(rule, lists)| (&policies[policy], rule, lists))
+    };
     let mut found = Vec::new();
     for number in 0..policies.len() {
         let together = stack_with(policies, number);
-        let rules: Vec<Placed<'_>> = together
-            .into_iter()
-            .take_while(|other| *other <= number)
-            .flat_map(|other| policies[other].rules.iter().map(move |rule| (&policies[other], rule)))
-            .collect();
+        let rules: Vec<Placed<'_>> =
+            together.into_iter().take_while(|other| *other <= number).flat_map(placed).collect();
         let own = rules.len() - policies[number].rules.len();
         for (at, placed) in rules.iter().enumerate().skip(own) {
             found.extend(shadows(*placed, &rules[..at]));
@@ -41,12 +48,10 @@ pub(super) fn lint(policies: &[Policy]) -> Vec<Diagnostic> {
     found
 }
 
-fn shadows((policy, rule): Placed<'_>, earlier: &[Placed<'_>]) -> Vec<Diagnostic> {
-    let winner = |clause: &Clause| {
-        let key = clause.option.value_key();
-        let names = |other: &&Placed<'_>| other.1.clauses.iter().any(|other| other.option.value_key() == key);
-        earlier.iter().filter(names).find(|other| covers(&other.1.selector, &rule.selector))
-    };
+fn shadows(placed: Placed<'_>, earlier: &[Placed<'_>]) -> Vec<Diagnostic> {
+    let (policy, rule, _) = placed;
+    let winners = winners(placed, earlier);
+    let winner = |clause: &Clause| winners.get(&clause.option.value_key()).copied();
     let shadowed: Vec<_> = rule.clauses.iter().filter_map(|clause| Some((clause, winner(clause)?))).collect();
     let Some((_, first)) = shadowed.first() else { return Vec::new() };
     if shadowed.len() == rule.clauses.len() {
@@ -69,7 +74,25 @@ fn shadows((policy, rule): Placed<'_>, earlier: &[Placed<'_>]) -> Vec<Diagnostic
     shadowed.into_iter().map(|shadowed| warning(policy, problem(shadowed))).collect()
 }
 
-fn place((policy, rule): Placed<'_>, seen_from: &Policy) -> String {
+/// Returns which earlier rule decides each option of a rule, where one does.
+fn winners<'a, 'b>(placed: Placed<'_>, earlier: &'b [Placed<'a>]) -> BTreeMap<OptionKey, &'b Placed<'a>> {
+    let mut open: BTreeSet<OptionKey> = placed.1.clauses.iter().map(|clause| clause.option.value_key()).collect();
+    let mut winners = BTreeMap::new();
+    for other in earlier {
+        let mut keys = other.1.clauses.iter().map(|clause| clause.option.value_key()).filter(|key| open.contains(key));
+        let Some(first) = keys.next() else { continue };
+        let keys: Vec<_> = [first].into_iter().chain(keys).collect();
+        if covers(*other, placed) {
+            for key in keys {
+                open.remove(&key);
+                winners.insert(key, other);
+            }
+        }
+    }
+    winners
+}
+
+fn place((policy, rule, _): Placed<'_>, seen_from: &Policy) -> String {
     if std::ptr::eq(policy, seen_from) {
         format!("{} on line {}", quote(&rule.name), rule.line)
     } else {
@@ -77,7 +100,7 @@ fn place((policy, rule): Placed<'_>, seen_from: &Policy) -> String {
     }
 }
 
-fn remedy((policy, rule): Placed<'_>, seen_from: &Policy) -> String {
+fn remedy((policy, rule, _): Placed<'_>, seen_from: &Policy) -> String {
     if std::ptr::eq(policy, seen_from) {
         format!("the first rule that matches wins: move this one above line {}", rule.line)
     } else {
@@ -107,24 +130,59 @@ fn absence(policy: &Policy, clause: &Clause, selector: &Selector) -> Option<Diag
     Some(warning(policy, problem))
 }
 
-/// Whether every socket that `narrow` matches is matched by `wide`.
-fn covers(wide: &Selector, narrow: &Selector) -> bool {
-    let Selector { protocols, family, direction, local, remote, not_remote, local_ports, remote_ports } = wide;
-    let holds = |wide: &[IpNet], narrow: &[IpNet]| subset(wide, narrow, |wide, narrow| wide.contains(narrow));
-    let spans = |wide: &[RangeInclusive<u16>], narrow: &[RangeInclusive<u16>]| {
-        subset(wide, narrow, |wide, narrow| wide.contains(narrow.start()) && wide.contains(narrow.end()))
-    };
-    subset(protocols, &narrow.protocols, PartialEq::eq)
-        && (family.is_none() || *family == narrow.family)
-        && (direction.is_none() || *direction == narrow.direction)
-        && holds(local, &narrow.local)
-        && holds(remote, &narrow.remote)
-        && not_remote.iter().all(|out| narrow.not_remote.iter().any(|other| other.contains(out)))
-        && spans(local_ports, &narrow.local_ports)
-        && spans(remote_ports, &narrow.remote_ports)
+/// The lists of a selector, so that a search in one does not look at each item.
+#[derive(Debug)]
+struct Lists {
+    local: HashSet<IpNet>,
+    remote: HashSet<IpNet>,
+    not_remote: HashSet<IpNet>,
+    local_ports: Vec<Range<u32>>,
+    remote_ports: Vec<Range<u32>>,
 }
 
-/// Whether each item of `narrow` lies in one of `wide`, where an empty list is everything.
-fn subset<T>(wide: &[T], narrow: &[T], holds: impl Fn(&T, &T) -> bool) -> bool {
-    wide.is_empty() || (!narrow.is_empty() && narrow.iter().all(|item| wide.iter().any(|other| holds(other, item))))
+impl Lists {
+    fn of(selector: &Selector) -> Self {
+        let Selector { local, remote, not_remote, local_ports, remote_ports, .. } = selector;
+        Self {
+            local: local.iter().copied().collect(),
+            remote: remote.iter().copied().collect(),
+            not_remote: not_remote.iter().copied().collect(),
+            local_ports: merged(local_ports),
+            remote_ports: merged(remote_ports),
+        }
+    }
+}
+
+/// Returns whether one of these networks is, or is around, this one: a lookup for each length that it can have.
+fn has_around(networks: &HashSet<IpNet>, inner: &IpNet) -> bool {
+    let around = |len| IpNet::new(inner.addr(), len).is_ok_and(|network| networks.contains(&network.trunc()));
+    (0..=inner.prefix_len()).rev().any(around)
+}
+
+/// Returns whether one of these spans, which are in order and apart, is around this range.
+fn has_span_around(spans: &[Range<u32>], inner: &RangeInclusive<u16>) -> bool {
+    let (start, end) = (u32::from(*inner.start()), u32::from(*inner.end()));
+    let after = spans.partition_point(|span| span.start <= start);
+    after.checked_sub(1).is_some_and(|at| end < spans[at].end)
+}
+
+/// Whether every socket that `narrow` matches is matched by `wide`.
+fn covers((_, wide, lists): Placed<'_>, (_, narrow, narrow_lists): Placed<'_>) -> bool {
+    let (wide, narrow) = (&wide.selector, &narrow.selector);
+    let Selector { protocols, family, direction, local, remote, not_remote, local_ports, remote_ports } = wide;
+    let is_subset = |is_all: bool, narrow: &[IpNet], wide: &HashSet<IpNet>| {
+        is_all || (!narrow.is_empty() && narrow.iter().all(|network| has_around(wide, network)))
+    };
+    let spans = |is_all: bool, narrow: &[RangeInclusive<u16>], wide: &[Range<u32>]| {
+        is_all || (!narrow.is_empty() && narrow.iter().all(|range| has_span_around(wide, range)))
+    };
+    (protocols.is_empty()
+        || (!narrow.protocols.is_empty() && narrow.protocols.iter().all(|protocol| protocols.contains(protocol))))
+        && (family.is_none() || *family == narrow.family)
+        && (direction.is_none() || *direction == narrow.direction)
+        && is_subset(local.is_empty(), &narrow.local, &lists.local)
+        && is_subset(remote.is_empty(), &narrow.remote, &lists.remote)
+        && not_remote.iter().all(|out| has_around(&narrow_lists.not_remote, out))
+        && spans(local_ports.is_empty(), &narrow.local_ports, &lists.local_ports)
+        && spans(remote_ports.is_empty(), &narrow.remote_ports, &lists.remote_ports)
 }
