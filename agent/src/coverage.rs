@@ -9,15 +9,14 @@
 //! Pure: it is told which cgroups and which containers there are.
 
 mod containers;
+mod globs;
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
 };
 
-use globset::{Glob, GlobBuilder, GlobMatcher, GlobSet, GlobSetBuilder};
-
-use self::containers::Wanted;
+use self::{containers::Wanted, globs::Globs};
 use crate::{
     escape::Escape,
     host::containers::Running,
@@ -63,12 +62,18 @@ impl Coverage {
         // Parents sort before their children.
         cgroups.sort();
         let mut coverage = Self::default();
+        // The targets around the next cgroup, which come before it, each by its index.
+        let mut around: Vec<usize> = Vec::new();
         for cgroup in cgroups {
-            let above = coverage.targets.iter().rev().find(|(outer, _)| cgroup.starts_with(outer));
-            let above = above.map(|(_, number)| coverage.stacks[*number].as_slice()).unwrap_or_default();
-            let stack = stacked(&meant, &cgroup, above);
+            while around.last().is_some_and(|outer| !cgroup.starts_with(&coverage.targets[*outer].0)) {
+                around.pop();
+            }
+            let above = around.last().map(|outer| coverage.targets[*outer].1);
+            let above = above.map(|number| coverage.stacks[number].as_slice()).unwrap_or_default();
+            let stack = meant.stack(&cgroup, above);
             if stack != above {
                 let number = coverage.number(stack);
+                around.push(coverage.targets.len());
                 coverage.targets.push((cgroup, number));
             }
         }
@@ -81,7 +86,8 @@ impl Coverage {
         cgroups.sort();
         let mut targets: Vec<(PathBuf, usize)> = Vec::new();
         for cgroup in cgroups {
-            if !targets.iter().any(|(outer, _)| cgroup.starts_with(outer)) {
+            // Those within a cgroup come right after it.
+            if !targets.last().is_some_and(|(outer, _)| cgroup.starts_with(outer)) {
                 targets.push((cgroup, 0));
             }
         }
@@ -111,12 +117,10 @@ pub fn idle(
     let mut idle = Vec::new();
     for (number, policy) in policies.iter().enumerate() {
         let Target { cgroups: patterns, containers: selectors } = &policy.target;
-        for pattern in patterns {
-            let globs = glob_set(std::slice::from_ref(pattern))?;
-            if !cgroups.iter().any(|cgroup| globs.is_match(cgroup)) {
-                idle.push((number, pattern.clone()));
-            }
-        }
+        let globs = Globs::new(patterns.iter().map(String::as_str).zip(0..))?;
+        let matched: BTreeSet<usize> = cgroups.iter().flat_map(|cgroup| globs.matching(cgroup)).collect();
+        let unmatched = patterns.iter().enumerate().filter(|(at, _)| !matched.contains(at));
+        idle.extend(unmatched.map(|(_, pattern)| (number, pattern.clone())));
         for selector in selectors {
             let selected = selected(std::slice::from_ref(selector), containers)?;
             if !cgroups.iter().any(|cgroup| selected.contains(cgroup)) {
@@ -142,7 +146,7 @@ pub fn stack_of(policies: &[Policy], cgroup: &Path, containers: &[Running]) -> R
     let meant = meant(policies, containers)?;
     let templates = (0..policies.len()).filter(|policy| policies[*policy].target.is_empty()).collect();
     let from_the_top = cgroup.ancestors().collect::<Vec<_>>().into_iter().rev();
-    Ok(from_the_top.fold(templates, |above, cgroup| stacked(&meant, cgroup, &above)))
+    Ok(from_the_top.fold(templates, |above, cgroup| meant.stack(cgroup, &above)))
 }
 
 /// The policies with the same target as one of them, in order.
@@ -151,18 +155,10 @@ pub fn stack_with(policies: &[Policy], policy: usize) -> Stack {
     (0..policies.len()).filter(|other| policies[*other].target == policies[policy].target).collect()
 }
 
-/// The stack of a cgroup in one that has the stack `above`.
-fn stacked(meant: &[Meant], cgroup: &Path, above: &[usize]) -> Stack {
-    let own: Stack = (0..meant.len()).filter(|policy| meant[*policy].is_match(cgroup)).collect();
-    let inherited = above.iter().copied().filter(|policy| !own.contains(policy)).collect::<Vec<_>>();
-    own.iter().copied().chain(inherited).collect()
-}
-
 /// Which cgroups can have targets below them: where to look for new ones.
 #[derive(Debug)]
 pub struct Reach {
-    /// Patterns, level by level; `None` stands for any number of levels.
-    patterns: Vec<Vec<Option<GlobMatcher>>>,
+    globs: Globs,
 }
 
 impl Reach {
@@ -170,65 +166,49 @@ impl Reach {
     ///
     /// Where a target is no glob.
     pub fn of(policies: &[Policy]) -> Result<Self, GlobError> {
-        let globs = policies.iter().flat_map(|policy| &policy.target.cgroups);
-        let mut patterns = globs.map(|pattern| levels(pattern)).collect::<Result<Vec<_>, _>>()?;
+        let globs = policies.iter().flat_map(|policy| &policy.target.cgroups).map(String::as_str);
         // The cgroup of a container can be anywhere.
-        if policies.iter().any(|policy| !policy.target.containers.is_empty()) {
-            patterns.push(vec![None]);
-        }
-        Ok(Self { patterns })
+        let anywhere = policies.iter().any(|policy| !policy.target.containers.is_empty()).then_some("**");
+        Ok(Self { globs: Globs::new(globs.chain(anywhere).map(|glob| (glob, 0)))? })
     }
 
     /// Whether a target can be right or further below this cgroup.
     #[must_use]
     pub fn is_within(&self, cgroup: &Path) -> bool {
-        let names: Vec<_> = cgroup.iter().map(Path::new).collect();
-        self.patterns.iter().any(|pattern| leads_below(pattern, &names))
+        self.globs.leads_below(cgroup)
     }
 }
 
-fn levels(pattern: &str) -> Result<Vec<Option<GlobMatcher>>, GlobError> {
-    // Braces and brackets may reach over several levels.
-    let (plain, rest) = pattern.split_at(pattern.find(['{', '[']).unwrap_or(pattern.len()));
-    let plain = if rest.is_empty() { plain } else { plain.rsplit_once('/').map_or("", |(levels, _)| levels) };
-    let levels = plain.trim_matches('/').split('/').filter(|level| !level.is_empty());
-    let levels = levels.map(|level| if level == "**" { Ok(None) } else { Ok(Some(glob(level)?.compile_matcher())) });
-    levels.chain((!rest.is_empty()).then_some(Ok(None))).collect()
-}
-
-fn leads_below(pattern: &[Option<GlobMatcher>], names: &[&Path]) -> bool {
-    match (pattern, names) {
-        ([], _) => false,
-        (_, []) | ([None, ..], _) => true,
-        ([Some(level), pattern @ ..], [name, names @ ..]) => level.is_match(name) && leads_below(pattern, names),
-    }
-}
-
-fn glob(pattern: &str) -> Result<Glob, GlobError> {
-    let glob = GlobBuilder::new(pattern.trim_matches('/')).literal_separator(true).build();
-    glob.map_err(|source| GlobError { pattern: pattern.to_owned(), source })
-}
-
-/// The cgroups that a policy's target is about.
+/// The cgroups that policies' targets are about.
 struct Meant {
-    globs: GlobSet,
-    /// Those of containers.
-    selected: BTreeSet<PathBuf>,
+    /// Each with the number of its policy.
+    globs: Globs,
+    /// The policies about a container, by its cgroup.
+    selected: BTreeMap<PathBuf, BTreeSet<usize>>,
 }
 
 impl Meant {
-    fn is_match(&self, cgroup: &Path) -> bool {
-        self.globs.is_match(cgroup) || self.selected.contains(cgroup)
+    /// The stack of a cgroup in one that has the stack `above`.
+    fn stack(&self, cgroup: &Path, above: &[usize]) -> Stack {
+        let mut own = self.globs.matching(cgroup);
+        own.extend(self.selected.get(cgroup).into_iter().flatten());
+        let inherited = above.iter().copied().filter(|policy| !own.contains(policy)).collect::<Vec<_>>();
+        own.iter().copied().chain(inherited).collect()
     }
 }
 
-/// Of each policy.
-fn meant(policies: &[Policy], containers: &[Running]) -> Result<Vec<Meant>, GlobError> {
-    let of_policy = |policy: &Policy| {
-        let Target { cgroups, containers: selectors } = &policy.target;
-        Ok(Meant { globs: glob_set(cgroups)?, selected: selected(selectors, containers)? })
-    };
-    policies.iter().map(of_policy).collect()
+/// Of all policies.
+fn meant(policies: &[Policy], containers: &[Running]) -> Result<Meant, GlobError> {
+    let globs = policies.iter().enumerate();
+    let globs =
+        globs.flat_map(|(number, policy)| policy.target.cgroups.iter().map(move |glob| (glob.as_str(), number)));
+    let mut meant = Meant { globs: Globs::new(globs)?, selected: BTreeMap::new() };
+    for (number, policy) in policies.iter().enumerate() {
+        for cgroup in selected(&policy.target.containers, containers)? {
+            meant.selected.entry(cgroup).or_default().insert(number);
+        }
+    }
+    Ok(meant)
 }
 
 /// The cgroups of the containers that are selected.
@@ -236,14 +216,6 @@ fn selected(selectors: &[ContainerSelector], containers: &[Running]) -> Result<B
     let wanted = selectors.iter().map(Wanted::new).collect::<Result<Vec<_>, _>>()?;
     let is_wanted = |running: &&Running| wanted.iter().any(|wanted| wanted.is_match(&running.container));
     Ok(containers.iter().filter(is_wanted).map(|running| running.cgroup.clone()).collect())
-}
-
-fn glob_set(patterns: &[String]) -> Result<GlobSet, GlobError> {
-    let mut set = GlobSetBuilder::new();
-    for pattern in patterns {
-        set.add(glob(pattern)?);
-    }
-    set.build().map_err(|source| GlobError { pattern: patterns.join(" "), source })
 }
 
 #[cfg(test)]
@@ -392,9 +364,9 @@ mod tests {
 
     #[test]
     fn star_stays_within_a_level_and_two_stars_do_not() {
-        let set = glob_set(&["kubepods.slice/**/cri-*.scope".into(), "a/*".into()]).unwrap();
-        assert!(set.is_match("kubepods.slice/x/y/cri-1.scope"));
-        assert!(set.is_match("a/b"));
-        assert!(!set.is_match("a/b/c"));
+        let globs = Globs::new([("kubepods.slice/**/cri-*.scope", 0), ("a/*", 1)]).unwrap();
+        let matching = |path| globs.matching(Path::new(path));
+        assert_eq!(matching("kubepods.slice/x/y/cri-1.scope"), [0].into());
+        assert_eq!((matching("a/b"), matching("a/b/c")), ([1].into(), [].into()));
     }
 }

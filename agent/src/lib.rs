@@ -29,6 +29,7 @@ pub mod kernel;
 pub mod live;
 pub mod options;
 pub mod policy;
+pub mod recent;
 pub mod reference;
 pub mod report;
 pub mod session;

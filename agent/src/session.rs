@@ -485,13 +485,13 @@ impl Session {
     }
 
     fn surroundings(&mut self, raw: &abi::event::Event) -> Surroundings {
-        let cgroup = self.names.name(raw.cgroup).map(str::to_owned);
+        let cgroup = self.names.name(raw.cgroup).map(|name| name.to_string());
         Surroundings {
             // Where the kernel does not say what it was, this is what it is by now.
             exe: self.exe(raw),
             container: cgroup.as_deref().and_then(|cgroup| self.containers.of_cgroup(cgroup)),
             cgroup,
-            socket_cgroup: self.names.name(raw.call.socket_cgroup).map(str::to_owned),
+            socket_cgroup: self.names.name(raw.call.socket_cgroup).map(|name| name.to_string()),
             monotonic_epoch_ns: monotonic_epoch_ns(),
             blindness: self.object.blindness().map(str::to_owned),
         }

@@ -77,7 +77,7 @@ impl<'a> Targets<'a> {
     fn place(&self, found: &Found, names: &mut Names) -> Option<Placed> {
         let cgroup = match (&found.home, found.entry.cgroup) {
             (Some(home), _) => Some(format!("/{}", escape::plain(home))),
-            (None, id) => id.and_then(|id| names.name(id)).map(str::to_owned),
+            (None, id) => id.and_then(|id| names.name(id)).map(|name| name.to_string()),
         };
         let scope = self.scope(cgroup.as_deref().map(Path::new))?;
         Some(Placed { cgroup, scope, facts: found.entry.facts()? })

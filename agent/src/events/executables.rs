@@ -1,16 +1,17 @@
 //! Which files the executables are that make calls, as the kernel told of each before its first event.
 
-use std::{collections::HashMap, mem};
-
 use abi::event::{Executable, ExecutableFile, TOLD_MAX};
 
+use crate::recent::Recent;
+
 /// The paths of executables. Those that have made no call for longest are forgotten.
-#[derive(Debug, Default)]
-pub struct Executables {
-    /// Those that made calls lately.
-    young: HashMap<Executable, Told>,
-    /// Those that made calls before.
-    old: HashMap<Executable, Told>,
+#[derive(Debug)]
+pub struct Executables(Recent<Executable, Told>);
+
+impl Default for Executables {
+    fn default() -> Self {
+        Self(Recent::new(GENERATION))
+    }
 }
 
 /// What the kernel told of a path: from the root of the mount namespace; `None` where it is longer than is told.
@@ -22,24 +23,12 @@ const GENERATION: usize = 2 * TOLD_MAX as usize;
 impl Executables {
     /// Takes in what the kernel tells.
     pub fn learn(&mut self, file: &ExecutableFile) {
-        self.keep(file.executable, path(file));
+        self.0.insert(file.executable, path(file));
     }
 
     /// What was told of an executable; `None` where nothing was, or that is forgotten.
     pub fn told(&mut self, executable: &Executable) -> Option<Told> {
-        if let Some(told) = self.young.get(executable) {
-            return Some(told.clone());
-        }
-        let told = self.old.remove(executable)?;
-        self.keep(*executable, told.clone());
-        Some(told)
-    }
-
-    fn keep(&mut self, executable: Executable, told: Told) {
-        if self.young.len() >= GENERATION {
-            self.old = mem::take(&mut self.young);
-        }
-        self.young.insert(executable, told);
+        self.0.get(executable)
     }
 }
 
@@ -56,6 +45,8 @@ fn path(file: &ExecutableFile) -> Told {
 
 #[cfg(test)]
 mod tests {
+    use std::mem;
+
     use super::*;
 
     fn executable(pid: u32) -> Executable {
@@ -95,6 +86,6 @@ mod tests {
             executables.learn(&file(executable(pid), b"a\0"));
         }
         assert_eq!(executables.told(&executable(TOLD_MAX)), None);
-        assert!(executables.young.len() + executables.old.len() <= 2 * GENERATION);
+        assert!(executables.0.len() <= 2 * GENERATION);
     }
 }

@@ -4,7 +4,6 @@
 //! use version 1 for their controllers beside it.
 
 use std::{
-    collections::HashMap,
     ffi::OsString,
     fs::{self, File},
     io,
@@ -13,11 +12,15 @@ use std::{
         unix::{ffi::OsStringExt, fs::MetadataExt},
     },
     path::{Component, Path, PathBuf},
+    rc::Rc,
 };
 
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, TMPFS_MAGIC, fstatfs, statfs};
 
-use crate::escape::{self, Escape};
+use crate::{
+    escape::{self, Escape},
+    recent::Recent,
+};
 
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
@@ -237,28 +240,35 @@ pub fn is_initial_namespace() -> bool {
     fs::metadata("/proc/self/ns/cgroup").is_ok_and(|namespace| namespace.ino() == INITIAL)
 }
 
-/// Names of cgroups by id, learnt as they are asked for.
+/// How many names of cgroups [`Names`] holds in a generation of its cache: a tenant can make many cgroups.
+const NAMES: usize = 2048;
+
+/// Names of cgroups by id, learnt as they are asked for. Those that were not asked for longest are forgotten.
 #[derive(Debug)]
 pub struct Names {
     mount: Mount,
     /// The top of the mount, by which others are opened.
     top: Option<File>,
     /// `None` for those that were gone when they were asked for: ids are not given out twice.
-    known: HashMap<u64, Option<String>>,
+    known: Recent<u64, Option<Rc<str>>>,
 }
 
 impl Names {
     #[must_use]
     pub fn new(mount: Mount) -> Self {
         let top = File::open(&mount.path).inspect_err(|error| log::debug!("{}: {error}", mount.path.escaped())).ok();
-        Self { mount, top, known: HashMap::new() }
+        Self { mount, top, known: Recent::new(NAMES) }
     }
 
-    /// The name of a cgroup; `None` for the id 0, and if the cgroup is gone and was never asked for.
-    pub fn name(&mut self, id: u64) -> Option<&str> {
-        let Self { mount, top, known } = self;
-        let look_up = || top.as_ref().filter(|_| id != 0).and_then(|top| mount.name_of(top, id));
-        known.entry(id).or_insert_with(look_up).as_deref()
+    /// The name of a cgroup; `None` for the id 0, and if the cgroup is gone and was not asked for lately.
+    pub fn name(&mut self, id: u64) -> Option<Rc<str>> {
+        if let Some(known) = self.known.get(&id) {
+            return known;
+        }
+        let top = self.top.as_ref().filter(|_| id != 0);
+        let name: Option<Rc<str>> = top.and_then(|top| self.mount.name_of(top, id)).map(Rc::from);
+        self.known.insert(id, name.clone());
+        name
     }
 }
 

@@ -98,22 +98,23 @@ impl Attached {
 
     /// Gives targets that have none yet their numbers.
     pub(super) fn place(&mut self, targets: &[Target]) -> Vec<Placed> {
+        let taken: BTreeSet<u32> = self.held.values().map(|held| held.target.place).collect();
+        let mut free = (0..).filter(|place| !taken.contains(place));
         targets
             .iter()
             .map(|Target { cgroup, scope }| {
-                let target = self.number(cgroup);
+                let target = self.number(cgroup, || free.next().unwrap_or_default());
                 Placed { target, cgroup: cgroup.id, level: cgroup.level, scope: *scope }
             })
             .collect()
     }
 
-    fn number(&mut self, cgroup: &Cgroup) -> Numbered {
+    fn number(&mut self, cgroup: &Cgroup, free_place: impl FnOnce() -> u32) -> Numbered {
         if let Some(held) = self.held.get_mut(&cgroup.id) {
             held.path = Some(cgroup.path.clone());
             return held.target;
         }
-        let taken: BTreeSet<u32> = self.held.values().map(|held| held.target.place).collect();
-        let place = (0..).find(|place| !taken.contains(place)).unwrap_or_default();
+        let place = free_place();
         self.last_id += 1;
         let target = Numbered { place, id: self.last_id };
         self.held.insert(cgroup.id, Held { path: Some(cgroup.path.clone()), ..Held::new(target) });
@@ -195,6 +196,7 @@ impl Attached {
 
     /// Lets go of these.
     pub(super) fn let_go(&mut self, points: &[Point]) {
+        let points: BTreeSet<&Point> = points.iter().collect();
         self.let_go_where(|point, _| points.contains(point));
     }
 
@@ -245,8 +247,9 @@ impl Attached {
         let is_empty = |held: &Held| held.links.values().all(|link| link.is_defunct().unwrap_or(false));
         let empty = self.held.iter().filter(|(_, held)| held.is_removed && is_empty(held));
         let gone: Vec<_> = empty.map(|(cgroup, held)| (*cgroup, held.target)).collect();
-        self.let_go_where(|(cgroup, _), _| gone.iter().any(|(gone, _)| gone == cgroup));
-        self.held.retain(|cgroup, _| !gone.iter().any(|(gone, _)| gone == cgroup));
+        let ids: BTreeSet<u64> = gone.iter().map(|(cgroup, _)| *cgroup).collect();
+        self.let_go_where(|(cgroup, _), _| ids.contains(cgroup));
+        self.held.retain(|cgroup, _| !ids.contains(cgroup));
         gone
     }
 }
