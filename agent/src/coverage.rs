@@ -155,6 +155,16 @@ pub fn stack_with(policies: &[Policy], policy: usize) -> Stack {
     (0..policies.len()).filter(|other| policies[*other].target == policies[policy].target).collect()
 }
 
+/// The policies with each target, in order.
+#[must_use]
+pub fn stacks_by_target(policies: &[Policy]) -> BTreeMap<&Target, Stack> {
+    let mut stacks: BTreeMap<&Target, Stack> = BTreeMap::new();
+    for (number, policy) in policies.iter().enumerate() {
+        stacks.entry(&policy.target).or_default().push(number);
+    }
+    stacks
+}
+
 /// Which cgroups can have targets below them: where to look for new ones.
 #[derive(Debug)]
 pub struct Reach {

@@ -1,6 +1,7 @@
 //! `sockpolicy check`: finds every mistake in policy files, without any rights.
 
 use std::{
+    collections::BTreeSet,
     io::{self, Write},
     path::PathBuf,
     process::ExitCode,
@@ -15,7 +16,7 @@ use super::{
 };
 use crate::{
     compile::{CompileError, Desired, compile},
-    coverage::{Coverage, stack_with},
+    coverage::{Coverage, Stack, stacks_by_target},
     escape::Escape,
     gaps::{Gap, Gaps},
     host::{routes, tcp},
@@ -165,8 +166,8 @@ pub(super) fn load_compiled(files: &[PathBuf], insecure: IfInsecure) -> Option<V
 /// Which others they meet on this host depends on its cgroups.
 fn compile_together(policies: &[Policy]) -> Result<Desired, CompileError> {
     let mut coverage = Coverage::default();
-    for policy in 0..policies.len() {
-        coverage.number(stack_with(policies, policy));
-    }
+    // In the order of the first policy of each.
+    let stacks: BTreeSet<Stack> = stacks_by_target(policies).into_values().collect();
+    coverage.stacks = stacks.into_iter().collect();
     compile(policies, &coverage.stacks)
 }

@@ -1,6 +1,6 @@
 //! `sockpolicy run`: puts policies in force on cgroups and reports until it is told to end.
 
-use std::{os::fd::BorrowedFd, path::PathBuf, process::ExitCode};
+use std::{collections::BTreeSet, os::fd::BorrowedFd, path::PathBuf, process::ExitCode};
 
 use super::{
     FAILURE, FINDINGS, check, complain, containers,
@@ -12,7 +12,7 @@ use super::{
     watch::{self, WatchError, watch},
 };
 use crate::{
-    coverage::{Coverage, GlobError, Reach, Stack, all, idle, stack_with},
+    coverage::{Coverage, GlobError, Reach, Stack, all, idle, stacks_by_target},
     escape::{self, Escape},
     events::Filter,
     host::{
@@ -58,6 +58,9 @@ pub(super) struct Run {
     #[command(flatten)]
     manner: Manner,
 }
+
+/// How many targets that match nothing are named in an error.
+const PATTERNS_SHOWN: usize = 10;
 
 /// The name of an instance that nobody has given another.
 pub(super) const DEFAULT_INSTANCE: &str = "default";
@@ -254,11 +257,12 @@ impl Placement {
         let reach = Reach::of(policies)?;
         let tree = mount.tree_within(|below| reach.is_within(below))?;
         let mut coverage = Coverage::of_targets(policies, tree, &containers.running)?;
-        for policy in 0..policies.len() {
-            if !coverage.stacks.iter().any(|stack| stack.contains(&policy)) {
-                coverage.number(stack_with(policies, policy));
-            }
-        }
+        let covered: BTreeSet<usize> = coverage.stacks.iter().flatten().copied().collect();
+        let by_target = stacks_by_target(policies).into_values();
+        // In the order of the first policy of each.
+        let others: BTreeSet<Stack> =
+            by_target.filter(|stack| stack.iter().any(|policy| !covered.contains(policy))).collect();
+        others.into_iter().for_each(|stack| _ = coverage.number(stack));
         Self::of(mount, coverage)
     }
 
@@ -286,7 +290,10 @@ fn covered(mount: &Mount, policies: &[Policy]) -> Result<Coverage, RunError> {
     let idle = idle(policies, &tree, &containers)?;
     let all = |policy: &Policy| policy.target.cgroups.len() + policy.target.containers.len();
     if idle.len() == policies.iter().map(all).sum::<usize>() {
-        let wanted = idle.into_iter().map(|(_, wanted)| wanted).collect::<Vec<_>>().join(", ");
+        let more = idle.len().saturating_sub(PATTERNS_SHOWN);
+        let mut wanted: Vec<String> = idle.into_iter().take(PATTERNS_SHOWN).map(|(_, wanted)| wanted).collect();
+        wanted.extend((more > 0).then(|| format!("nor {more} others")));
+        let wanted = wanted.join(", ");
         return Err(match containers::are_wanted_by(policies) {
             true => {
                 RunError::NoMatchAmong { wanted, containers: containers::list(&containers), mount: mount.path.clone() }

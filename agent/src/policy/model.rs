@@ -31,7 +31,7 @@ pub struct Policy {
 }
 
 /// Whom a policy is about: all that any of these match.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Target {
     /// Globs of cgroup paths below the cgroup2 mount, without a leading slash.
     pub cgroups: Vec<String>,

@@ -63,6 +63,9 @@ impl Counted {
 
 /// Takes what was counted of a line's setting; nothing, where nothing was.
 pub(super) fn take(counted: &mut Vec<Counted>, line: &Line) -> Counters {
+    if counted.is_empty() {
+        return Counters::default();
+    }
     let wanted = Counted::from(line);
     let found = counted.iter().position(|one| one.is_of_same_setting(&wanted));
     found.map_or_else(Counters::default, |at| counted.swap_remove(at).counters)

@@ -10,9 +10,12 @@ mod loss;
 mod table;
 mod text;
 
-use std::{collections::BTreeMap, fmt};
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt,
+};
 
-use abi::Counters;
+use abi::{Counters, setting::OptionKey};
 
 pub use self::{
     calls::{CallLine, duration_text},
@@ -33,12 +36,17 @@ use crate::{
 /// Examples of what was asked for that are kept for each setting.
 const EXAMPLES_MAX: usize = 4;
 
+/// The option and the rule of a line.
+type LineKey = (OptionKey, String);
+
 /// Folds events as they come, and counters of policies when they have had their time.
 #[derive(Debug, Default)]
 pub struct Report {
     /// By generation and setting: what was asked for otherwise, and by whom.
     asked: BTreeMap<(u32, u32), Vec<Example>>,
     lines: Vec<Line>,
+    /// The lines that can be of a setting, by what takes no comparing of texts.
+    numbers: HashMap<LineKey, Vec<usize>>,
     /// What was counted before, of settings that have no line yet.
     before: Vec<Counted>,
     /// All that had been counted when this began.
@@ -146,9 +154,11 @@ impl Report {
             let asked = self.asked.remove(&(generation, setting)).unwrap_or_default();
             let line = Line { counters: *counters, asked, is_told, ..line };
             // A rule holds in each scope that its policy is part of, and may come through a reload as it was.
-            match self.lines.iter_mut().find(|other| other.is_of_same_setting(&line)) {
-                Some(same) => same.add(line),
+            let alike = self.numbers.entry(line.key()).or_default();
+            match alike.iter().find(|other| self.lines[**other].is_of_same_setting(&line)) {
+                Some(same) => self.lines[*same].add(line),
                 None => {
+                    alike.push(self.lines.len());
                     let before = counted::take(&mut self.before, &line);
                     self.lines.push(Line { counters: line.counters.plus(&before), ..line });
                 }
@@ -225,6 +235,10 @@ impl Line {
             unsupported: unsupported::of_rule(&rule.selector, source.option, &source.form),
             is_told: false,
         })
+    }
+
+    fn key(&self) -> LineKey {
+        (self.option.key(), self.rule.clone())
     }
 
     fn is_of_same_setting(&self, other: &Self) -> bool {

@@ -15,7 +15,7 @@ use ipnet::IpNet;
 use super::warning;
 use crate::{
     compile::merged,
-    coverage::stack_with,
+    coverage::stacks_by_target,
     escape::Escape,
     policy::{
         diagnostic::{Diagnostic, Problem, quote},
@@ -34,11 +34,12 @@ pub(super) fn lint(policies: &[Policy]) -> Vec<Diagnostic> {
         let rules = policies[policy].rules.iter().zip(&lists[policy]);
         rules.map(move |(rule, lists)| (&policies[policy], rule, lists))
     };
+    let stacks = stacks_by_target(policies);
     let mut found = Vec::new();
     for number in 0..policies.len() {
-        let together = stack_with(policies, number);
+        let together = &stacks[&policies[number].target];
         let rules: Vec<Placed<'_>> =
-            together.into_iter().take_while(|other| *other <= number).flat_map(placed).collect();
+            together.iter().copied().take_while(|other| *other <= number).flat_map(placed).collect();
         let own = rules.len() - policies[number].rules.len();
         for (at, placed) in rules.iter().enumerate().skip(own) {
             found.extend(shadows(*placed, &rules[..at]));

@@ -6,12 +6,15 @@ use std::{
     fs,
 };
 
+use nix::errno::Errno;
 use sockpolicy_integration_tests::{
-    agent,
+    agent::{self, Exec},
+    options::{SocketOption, TCP_KEEPCNT},
     policy::PolicyFile,
     process::{Running, read_report, workload},
     report::{Event, Report},
     require,
+    script::{Family, Kind},
 };
 
 use super::backends;
@@ -206,5 +209,36 @@ fn socket_of_a_call_is_never_that_which_the_descriptor_stood_for_at_another_time
             }
         }
         report.assert_nothing_lost();
+    }
+}
+
+#[test]
+fn invented_options_displace_no_count() {
+    const INVENTED: i32 = 1500;
+    let policy = PolicyFile::new("[audit]\ncalls = \"all\"\nreads = true\n[[rule]]\ndeny = [\"6:30001\"]\n");
+    for backend in backends() {
+        let mut exec = Exec::with(&policy, &["--audit-backend", backend]);
+        let socket = exec.probe.open(Family::Inet, Kind::Tcp);
+        for number in 0..INVENTED {
+            let option = SocketOption { name: "invented", level: 6, number: 10_000 + number };
+            assert_eq!(exec.probe.set(socket, option, 1), Err(Errno::ENOPROTOOPT));
+        }
+        let denied = SocketOption { name: "denied", level: 6, number: 30_001 };
+        assert_eq!(exec.probe.set(socket, denied, 1), Err(Errno::EPERM));
+        for count in 1..=5 {
+            exec.probe.set(socket, TCP_KEEPCNT, count).unwrap();
+            exec.probe.get(socket, TCP_KEEPCNT, 4).unwrap();
+        }
+        let report = exec.finish();
+        let calls = |option: &str, call: &str| {
+            let lines = report.summary.calls.iter().filter(|line| line.option == option && line.call == call);
+            lines.map(|line| line.calls).sum::<u64>()
+        };
+        assert_eq!((calls("TCP_KEEPCNT", "setsockopt"), calls("TCP_KEEPCNT", "getsockopt")), (5, 5), "{backend}");
+        assert_eq!(calls("6:30001", "setsockopt"), 1, "{backend}");
+        let all: u64 = report.summary.calls.iter().map(|line| line.calls).sum();
+        assert_eq!(all, INVENTED as u64 + 1 + 10, "{backend}");
+        assert!(calls("other", "setsockopt") >= INVENTED as u64 - 256, "{backend}");
+        assert_eq!(report.summary.losses["tallies_full"], 0, "{backend}");
     }
 }
