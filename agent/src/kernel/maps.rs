@@ -23,7 +23,7 @@ use super::{
 use crate::{
     compile::Hook,
     host::{private::PrivateDir, process},
-    options::OPTIONS,
+    options::{OPTIONS, SocketOption},
     policy::model::Calls,
 };
 
@@ -195,7 +195,7 @@ impl LossesView {
 /// Returns whether there was room for all of them.
 pub(super) fn reserve_tallies(ebpf: &mut Ebpf, options: &[OptionKey]) -> Result<bool, KernelError> {
     let cpus = cpus()?;
-    let named = OPTIONS.iter().map(|option| option.key());
+    let named = OPTIONS.iter().map(SocketOption::key);
     let keys = [TallyKey::OTHER].into_iter().chain(named).chain(options.iter().copied());
     let kinds = [call::SETSOCKOPT, call::GETSOCKOPT];
     let keys = keys.flat_map(|key| kinds.map(|kind| TallyKey { key, kind, _pad: 0 }));
@@ -223,7 +223,7 @@ pub(super) fn tallies(ebpf: &Ebpf) -> Result<Vec<(TallyKey, Tally)>, KernelError
     for name in [TALLIES, UNKNOWN_TALLIES] {
         let map = ebpf.map(name).ok_or(KernelError::Incomplete { what: name })?;
         let map = PerCpuHashMap::<_, TallyKey, Tally>::try_from(map).map_err(map_error(name))?;
-        for entry in map.iter() {
+        for entry in &map {
             let (key, slots) = entry.map_err(map_error(name))?;
             tallies.insert(key, slots.iter().fold(Tally::default(), add_tallies));
         }
