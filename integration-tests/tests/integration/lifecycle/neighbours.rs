@@ -1,5 +1,7 @@
 //! Beside others: other agents, and other people's programs on the same cgroup.
 
+use std::fs;
+
 use nix::errno::Errno;
 use sockpolicy_integration_tests::{
     agent::{self, Exec, Run},
@@ -158,8 +160,9 @@ fn no_program_of_others_goes_out_of_effect_at_any_hook() {
         let path = target.path().display().to_string();
         for manner in [Manner::Override, Manner::Exclusive] {
             let foreign = Foreign::refuse_all(&parent, at, manner);
-            for command in ["run", "attach"] {
-                let output = agent::output(&[command, "--cgroup", &path, policy_path]);
+            let commands: &[&str] = if at == At::Connect4 { &["run", "attach"] } else { &["run"] };
+            for command in commands {
+                let output = agent::output(&[*command, "--cgroup", &path, policy_path]);
                 let said = stderr(&output);
                 assert_eq!(output.status.code(), Some(2), "{at:?}, {manner:?}: {said}");
                 let named = format!(" ({NAME}) on {} ", parent.path().display());
@@ -278,4 +281,47 @@ fn program_that_is_attached_above_later_and_takes_no_effect_is_said_by_status() 
     assert!(said.contains(&format!("on {}: takes no effect on targets below", parent.name())), "{said}");
     drop(run.finish());
     assert!(foreign.is_effective(&target));
+}
+
+#[test]
+fn programs_below_a_target_do_not_put_ours_out_of_effect() {
+    let policy = some_policy();
+    for manner in [Manner::Exclusive, Manner::Override] {
+        for is_first in [true, false] {
+            let target = Cgroup::new();
+            let below = target.child("below");
+            let attach = || Foreign::attach(&below, SO_RCVLOWAT, manner);
+            let mut foreign = is_first.then(attach);
+            let run = Run::start(&policy, &target);
+            foreign.get_or_insert_with(attach);
+            let deeper = below.child("deeper");
+            let mut probe = Probe::start(&deeper);
+            let socket = probe.open(Family::Inet, Kind::Tcp);
+            assert_eq!(probe.set(socket, SO_RCVLOWAT, 1), Err(Errno::EPERM), "{manner:?}, {is_first}");
+            probe.set(socket, SO_KEEPALIVE, 0).unwrap();
+            assert_eq!(probe.int(socket, SO_KEEPALIVE), 1, "{manner:?}, {is_first}");
+            let report = run.finish();
+            assert_eq!(report.setting("SO_KEEPALIVE").calls.verdicts()["rewritten"], 1, "{manner:?}, {is_first}");
+        }
+    }
+}
+
+#[test]
+fn reload_that_would_put_a_program_of_others_out_of_effect_is_refused() {
+    let parent = Cgroup::new();
+    let target = parent.child("target");
+    let policy = PolicyFile::new("[audit]\nreads = false\n[[rule]]\nset = { TCP_KEEPCNT = 3 }\n");
+    let run = Run::start(&policy, &target);
+    let foreign = Foreign::refuse_all(&parent, At::Connect4, Manner::Override);
+    let mut probe = Probe::start(&target);
+    assert!(refuses(&mut probe, At::Connect4));
+    // This one would need a program at connect.
+    fs::write(policy.path(), "[audit]\nreads = false\n[[rule]]\nset = { TCP_KEEPCNT = 3, SO_MARK = 5 }\n").unwrap();
+    assert_eq!(run.notice("reload", 1)["in_force"], false);
+    assert!(wait::until(wait::PATIENCE, || run.stderr().contains(&format!("({NAME}) on {}", parent.path().display()))));
+    assert!(foreign.is_effective(&target) && refuses(&mut probe, At::Connect4));
+    let socket = probe.open(Family::Inet, Kind::Tcp);
+    probe.set(socket, TCP_KEEPCNT, 5).unwrap();
+    assert_eq!(probe.int(socket, TCP_KEEPCNT), 3, "what was in force still is");
+    drop(run.finish());
 }
