@@ -146,6 +146,7 @@ impl Enclosed<'_> {
         if let Some(signal) = asked_to_end(&mut signals)? {
             return Ok(ExitCode::from(128 + signal as u8));
         }
+        writer.settle();
         let mut child = self.spawn(&enclosure, &signals)?;
         let status = follow(&mut child, &mut session, &mut signals, &writer)?;
         session.end()?;

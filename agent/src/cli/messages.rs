@@ -165,7 +165,7 @@ fn admit(file: &str, line: u32) -> Option<u64> {
 }
 
 fn left_out_text(left_out: u64) -> String {
-    if left_out == 0 { String::new() } else { format!(" (left out: {left_out} messages like this one)") }
+    if left_out == 0 { String::new() } else { format!(" (left out: {left_out} like this one)") }
 }
 
 /// Lets a burst pass, and then one in each interval.

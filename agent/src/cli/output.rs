@@ -201,6 +201,11 @@ impl Writer {
         ));
     }
 
+    /// Has what was said so far come before what others write, if there is a reader.
+    pub(super) fn settle(&self) {
+        self.out.settle();
+    }
+
     /// Says what is in force after the files were read again: the old policies where these are not valid.
     pub(super) fn reloaded(&self, session: &Session, is_new: bool) {
         if self.format == Format::Text && is_new {

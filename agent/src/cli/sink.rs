@@ -28,6 +28,8 @@ const WAITING_MAX: usize = 1 << 20;
 const PIECE: usize = 4096;
 /// How often to try to write what was lost, while nothing else is to be written.
 const RETRY: Duration = Duration::from_secs(1);
+/// How long to wait for a reader before something else is written to the same file.
+const MOMENT: Duration = Duration::from_millis(200);
 /// How long the end of the output waits for a reader that takes nothing.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// How long the end of the output waits for a reader that is slow.
@@ -158,6 +160,15 @@ impl Sink {
 
     pub(super) fn is_same(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// Waits a moment until everything is written: what others write to the same file then comes behind it.
+    pub(super) fn settle(&self) {
+        let begin = Instant::now();
+        let mut state = self.0.lock();
+        while (state.is_writing || !state.waiting.is_empty()) && begin.elapsed() < MOMENT {
+            state = self.0.wait(state, MOMENT / 10);
+        }
     }
 
     /// Waits until everything is written, for a bounded time.
