@@ -218,7 +218,7 @@ impl Shared {
             state.is_torn = bytes[..written].last().map_or(state.is_torn, |last| *last != b'\n');
             match failure {
                 None => state.told = lost,
-                Some(errno) => state.lost.add(errno, count_lines(&bytes[written.clamp(head, lines)..lines])),
+                Some(errno) => state.lost.add(errno as i32, count_lines(&bytes[written.clamp(head, lines)..lines])),
             }
             self.changed.notify_all();
         }

@@ -3,7 +3,6 @@
 use std::fmt;
 
 use abi::Losses;
-use nix::errno::Errno;
 use serde_json::json;
 
 use crate::events::SCHEMA;
@@ -36,10 +35,10 @@ pub struct Unwritten {
 
 impl Unwritten {
     /// Counts lines that failed with `errno`.
-    pub fn add(&mut self, errno: Errno, lines: u64) {
+    pub fn add(&mut self, errno: i32, lines: u64) {
         let count = match errno {
-            Errno::ENOSPC | Errno::EDQUOT | Errno::EFBIG => &mut self.no_space,
-            Errno::EPIPE => &mut self.closed,
+            libc::ENOSPC | libc::EDQUOT | libc::EFBIG => &mut self.no_space,
+            libc::EPIPE => &mut self.closed,
             _ => &mut self.failed,
         };
         *count += lines;
