@@ -36,3 +36,4 @@ pub mod session;
 pub mod trial;
 pub mod unsupported;
 pub mod values;
+pub mod worker;

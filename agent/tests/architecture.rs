@@ -79,6 +79,7 @@ fn pure_modules_do_no_io() {
         "main.rs",
         "session.rs",
         "trial.rs",
+        "worker",
         "policy/mod.rs",
         "policy/model.rs",
         "policy/sources.rs",

@@ -1,0 +1,258 @@
+//! Runs one job in a process of its own: a job that can block in the kernel for as long as a tenant wants.
+//!
+//! Reads of a tenant's memory (`/proc/PID/cmdline`) or files (FUSE) can leave a thread in state D, where SIGKILL has no effect. A
+//! process with such a thread keeps all its file descriptors, and a BPF link stays attached for as long as a descriptor is
+//! open. So the job runs in a process that has executed this binary anew and holds no descriptor of the agent's: only the pipe
+//! for its response, and a file with its input.
+//!
+//! [`Job::poll`] never waits. After the deadline the agent kills the process and goes on without it, whether the process ends
+//! or not ([`Job::abandon`]).
+//!
+//! A response is its length in bytes (`u32`, little endian), then the bytes. A response that is cut off is an error.
+
+use std::{
+    fs::File,
+    io::{self, Read, Seek, Write},
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::process::{CommandExt, parent_id},
+    },
+    process::{Child, ChildStdout, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use nix::{
+    fcntl::{FcntlArg, OFlag, fcntl},
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::{
+        memfd::{MFdFlags, memfd_create},
+        prctl,
+        resource::{Resource, setrlimit},
+        signal::Signal,
+    },
+};
+
+/// The most that a response can have, in bytes.
+pub const RESPONSE_MAX: usize = 16 << 20;
+
+/// The most memory that a worker can have, in bytes of address space.
+const MEMORY_MAX: u64 = 1 << 30;
+
+/// How long a killed process has to end before the agent goes on without it.
+const KILL_TIME: Duration = Duration::from_millis(100);
+
+const LENGTH_SIZE: usize = size_of::<u32>();
+
+#[derive(Debug, thiserror::Error)]
+pub enum JobError {
+    #[error("the worker process gave no response within {} ms", .0.as_millis())]
+    TimedOut(Duration),
+    #[error("the worker process ended without a response")]
+    Ended,
+    #[error("the response of the worker process has more than {RESPONSE_MAX} bytes")]
+    TooLong,
+    #[error("cannot read the response of the worker process: {0}")]
+    Read(#[source] io::Error),
+}
+
+/// A job that a worker process does.
+#[derive(Debug)]
+pub struct Job {
+    process: Child,
+    output: ChildStdout,
+    received: Vec<u8>,
+    started: Instant,
+    time: Duration,
+}
+
+impl Job {
+    /// Starts this binary as a worker, with these arguments, and `input` as its standard input. The worker has `time` to
+    /// respond.
+    ///
+    /// The thread that calls this must live as long as the agent: the kernel kills the worker when that thread ends
+    /// (PR_SET_PDEATHSIG).
+    ///
+    /// # Errors
+    ///
+    /// If the process cannot be started.
+    pub fn start(arguments: &[&str], input: &[u8], time: Duration) -> io::Result<Self> {
+        let mut command = Command::new("/proc/self/exe");
+        command.args(arguments).stdin(in_memory(input)?).stdout(Stdio::piped());
+        // A worker that does not end must not keep a pipeline open, a mount busy, or get the terminal's signals.
+        let mut process = command.stderr(Stdio::null()).current_dir("/").process_group(0).spawn()?;
+        let output = process.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?;
+        fcntl(output.as_fd(), FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        Ok(Self { process, output, received: Vec::new(), started: Instant::now(), time })
+    }
+
+    /// Gives the response if there is one: `None` until then. Does not wait.
+    ///
+    /// # Errors
+    ///
+    /// If no response will come.
+    pub fn poll(&mut self) -> Option<Result<Vec<u8>, JobError>> {
+        let mut chunk = [0; 1 << 16];
+        loop {
+            match self.output.read(&mut chunk) {
+                Ok(0) => return Some(Err(JobError::Ended)),
+                Ok(len) => self.received.extend_from_slice(chunk.get(..len)?),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return self.overdue().map(Err),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Some(Err(JobError::Read(error))),
+            }
+            match response(&self.received) {
+                Response::Partial => {}
+                Response::Whole(bytes) => return Some(Ok(bytes.to_vec())),
+                Response::TooLong => return Some(Err(JobError::TooLong)),
+            }
+        }
+    }
+
+    fn overdue(&self) -> Option<JobError> {
+        (self.left() == Duration::ZERO).then_some(JobError::TimedOut(self.time))
+    }
+
+    /// Returns the time until the deadline.
+    #[must_use]
+    pub fn left(&self) -> Duration {
+        self.time.saturating_sub(self.started.elapsed())
+    }
+
+    /// Waits for the response, until the deadline.
+    ///
+    /// # Errors
+    ///
+    /// If no response came.
+    pub fn wait(&mut self) -> Result<Vec<u8>, JobError> {
+        loop {
+            if let Some(polled) = self.poll() {
+                return polled;
+            }
+            await_readable(self.as_fd(), self.left());
+        }
+    }
+
+    /// Kills the process. Returns the process if the process does not end at once: [`Abandoned::has_ended`].
+    #[must_use]
+    pub fn abandon(mut self) -> Option<Abandoned> {
+        let mut abandoned = Abandoned(self.process);
+        if let Err(error) = abandoned.0.kill() {
+            log::debug!("cannot kill worker process {}: {error}", abandoned.0.id());
+        }
+        // Its end closes the pipe.
+        let until = Instant::now() + KILL_TIME;
+        loop {
+            match self.output.read(&mut [0; 4096]) {
+                Ok(0) => break,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let left = until.saturating_duration_since(Instant::now());
+                    if left == Duration::ZERO {
+                        return Some(abandoned);
+                    }
+                    await_readable(self.output.as_fd(), left);
+                }
+                _ => {}
+            }
+        }
+        while !abandoned.has_ended() {
+            if Instant::now() >= until {
+                return Some(abandoned);
+            }
+            std::thread::yield_now();
+        }
+        None
+    }
+}
+
+/// Readable when there is more of the response.
+impl AsFd for Job {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.output.as_fd()
+    }
+}
+
+/// A worker process that was killed and has not ended.
+#[derive(Debug)]
+pub struct Abandoned(Child);
+
+impl Abandoned {
+    /// Whether the process has ended by now. Does not wait.
+    pub fn has_ended(&mut self) -> bool {
+        !matches!(self.0.try_wait(), Ok(None))
+    }
+
+    /// The process's number.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+/// Waits until there is something to read, or `time` has passed.
+fn await_readable(file: BorrowedFd<'_>, time: Duration) {
+    let time = u16::try_from(time.as_millis().saturating_add(1)).unwrap_or(u16::MAX);
+    // An error other than EINTR shows at the next read.
+    let _ = poll(&mut [PollFd::new(file, PollFlags::POLLIN)], PollTimeout::from(time));
+}
+
+/// A file in memory with this content, at its beginning.
+fn in_memory(content: &[u8]) -> io::Result<File> {
+    let mut file = File::from(memfd_create(c"sockpolicy-job", MFdFlags::MFD_CLOEXEC)?);
+    file.write_all(content)?;
+    file.rewind()?;
+    Ok(file)
+}
+
+enum Response<'a> {
+    Partial,
+    Whole(&'a [u8]),
+    TooLong,
+}
+
+fn response(received: &[u8]) -> Response<'_> {
+    let Some((length, rest)) = received.split_first_chunk::<LENGTH_SIZE>() else { return Response::Partial };
+    let length = u32::from_le_bytes(*length) as usize;
+    if length > RESPONSE_MAX {
+        return Response::TooLong;
+    }
+    rest.get(..length).map_or(Response::Partial, Response::Whole)
+}
+
+/// Returns a response as the agent reads it, for the worker to write to its standard output.
+#[must_use]
+pub fn framed(response: &[u8]) -> Vec<u8> {
+    [&(response.len() as u32).to_le_bytes(), response].concat()
+}
+
+/// Prepares this process to be a worker, which `agent` has started: no descriptors but the standard ones, limited memory, and
+/// death with the agent.
+///
+/// # Errors
+///
+/// If the kernel refuses, or the agent has ended.
+pub fn begin(agent: u32) -> io::Result<()> {
+    const FIRST: libc::c_uint = libc::STDERR_FILENO as libc::c_uint + 1;
+    // SAFETY: nothing of this process has opened anything yet. Not by the C library's function, which older ones do not have.
+    unsafe { libc::syscall(libc::SYS_close_range, FIRST, libc::c_uint::MAX, 0) };
+    setrlimit(Resource::RLIMIT_AS, MEMORY_MAX, MEMORY_MAX)?;
+    setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
+    prctl::set_pdeathsig(Signal::SIGKILL)?;
+    if parent_id() != agent {
+        return Err(io::Error::other("the agent has ended"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn response_is_whole_or_there_is_none() {
+        let framed = framed(b"abc");
+        assert!(matches!(response(&framed), Response::Whole(b"abc")));
+        assert!((0..framed.len()).all(|len| matches!(response(&framed[..len]), Response::Partial)));
+        assert!(matches!(response(&u32::MAX.to_le_bytes()), Response::TooLong));
+        assert!(matches!(response(&super::framed(b"")), Response::Whole(b"")));
+    }
+}
