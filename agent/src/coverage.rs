@@ -259,7 +259,7 @@ mod tests {
     fn container(name: &str, cgroup: &str) -> Running {
         let container =
             Container { runtime: PODMAN, id: name.to_owned(), pod: None, name: Some(name.to_owned()), image: None };
-        Running { container, cgroup: cgroup.into() }
+        Running { container, cgroup: cgroup.into(), cgroup_id: 1 }
     }
 
     fn policies_of(targets: &[&str]) -> Vec<Policy> {

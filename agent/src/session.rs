@@ -104,6 +104,8 @@ pub struct Setup {
     pub desired: Desired,
     pub mount: Mount,
     pub targets: Vec<Target>,
+    /// What events say of containers.
+    pub containers: containers::Known,
     pub backend: BackendChoice,
     /// What to do about what this kernel cannot do.
     pub gaps: GapsChoice,
@@ -164,7 +166,8 @@ impl Session {
     ///
     /// Where this kernel cannot do it; then nothing is in force.
     pub fn start(setup: Setup) -> Result<Self, SessionError> {
-        let Setup { mut desired, mount, mut targets, backend, gaps: choice, blocked, filter, instance } = setup;
+        let Setup { mut desired, mount, mut targets, containers, backend, gaps: choice, blocked, filter, instance } =
+            setup;
         let pins = instance.as_ref().map_or(Ok(None), |(instance, _)| instance.pins())?;
         let is_pinned = pins.is_some();
         warn_of_overruling(&mount, &targets);
@@ -237,7 +240,7 @@ impl Session {
             tried,
             names: Names::new(mount.clone()),
             mount,
-            containers: containers::Known::default(),
+            containers,
             executables: Executables::default(),
             report,
             unknown_records: 0,
@@ -327,6 +330,11 @@ impl Session {
         let desired = self.current.desired.clone();
         let files = self.word.as_ref().map(Word::files).unwrap_or_default();
         self.reload(desired, targets, files)
+    }
+
+    /// Has events name these containers from now on.
+    pub fn set_containers(&mut self, containers: containers::Known) {
+        self.containers = containers;
     }
 
     /// Whether a target that is new is another instance's. The records of all of them are read for that.

@@ -125,7 +125,7 @@ impl Apply {
         let mut signals = Signals::watch().map_err(WatchError::Watch).map_err(RunError::from)?;
         let mut walker = Walker::begin();
         let mount = Mount::find().map_err(RunError::from)?;
-        let Placement { stacks, targets } = Placement::find(&mount, &self.cgroup, policies)?;
+        let Placement { stacks, targets, .. } = Placement::find(&mount, &self.cgroup, policies)?;
         let desired = compile(policies, &stacks).map_err(|error| RunError::from(SessionError::from(error)))?;
         let mut sockets = Sockets::find(mount, Targets::These(&targets), || walker.holders())?;
         let progress = Progress::of(sockets.len());

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     escape::Escape,
     events::Filter,
-    host::{cgroup::Mount, process},
+    host::{cgroup::Mount, containers::Known, process},
     instance::{Files, Instance, InstanceError},
     journal::{self, Journal},
     kernel::{self, BackendChoice, KernelError, Pins},
@@ -62,7 +62,7 @@ impl Attach {
     fn attach(&self, texts: &Texts, policies: &[Policy]) -> Result<(), RunError> {
         process::raise_descriptor_limit();
         let mount = Mount::find()?;
-        let Placement { stacks, targets } = Placement::find(&mount, &self.cgroup, policies)?;
+        let Placement { stacks, targets, .. } = Placement::find(&mount, &self.cgroup, policies)?;
         let desired = session::prepare(policies, &stacks, self.dry_run, false)?;
         kernel::check_privileges().map_err(SessionError::from)?;
         let instance = Instance::become_one(&self.instance, true)?;
@@ -72,6 +72,7 @@ impl Attach {
             desired,
             mount,
             targets,
+            containers: Known::default(),
             backend: BackendChoice::None,
             gaps: self.gaps.choice(),
             blocked: BlockedChoice::Refuse,

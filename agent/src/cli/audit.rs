@@ -24,7 +24,7 @@ use crate::{
     coverage::{Stack, all},
     escape::{self, Escape},
     events::{Deed, Filter},
-    host::{cgroup::Mount, process},
+    host::{cgroup::Mount, containers::Known, process},
     kernel,
     options::{self, SocketOption},
     policy::{
@@ -153,7 +153,7 @@ impl Audit {
         let mut signals = Signals::watch().map_err(WatchError::Watch).map_err(RunError::from)?;
         process::raise_descriptor_limit();
         let mount = Mount::find().map_err(RunError::from)?;
-        let Placement { stacks, targets } = self.placement(&mount, policies)?;
+        let Placement { stacks, targets, containers } = self.placement(&mount, policies)?;
         let desired = self.prepare(policies, &stacks).map_err(RunError::from)?;
         kernel::check_privileges().map_err(SessionError::from).map_err(RunError::from)?;
         let processes = self.open_processes()?;
@@ -163,8 +163,17 @@ impl Audit {
             None => Writer::to_standard(&self.reporting, Standard::Output)?,
         };
         let backend = self.reporting.audit_backend;
-        let (gaps, blocked) = (GapsChoice::DoNotTry, BlockedChoice::Refuse);
-        let setup = Setup { desired, mount, targets, backend, gaps, blocked, filter, instance: None };
+        let setup = Setup {
+            desired,
+            mount,
+            targets,
+            containers: Known::new(&containers),
+            backend,
+            gaps: GapsChoice::DoNotTry,
+            blocked: BlockedChoice::Refuse,
+            filter,
+            instance: None,
+        };
         Ok(run::report(setup, &mut signals, writer, &ends)?)
     }
 

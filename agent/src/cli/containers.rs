@@ -1,22 +1,37 @@
 //! The containers of this host, for commands whose policies are about any.
 
-use std::time::{Duration, Instant};
+use std::{
+    error::Error,
+    io::{self, Write as _},
+    time::{Duration, Instant},
+};
 
 use crate::{
     escape::Escape,
-    host::containers::{Listing, Running, running},
+    host::containers::{Listing, Running, Scope, Search, list as list_containers},
     policy::Policy,
+    worker,
 };
 
-/// Those there are; none where no policy asks for one.
+/// How long a command looks for containers before it goes on with those that it has found.
+pub(super) const TIME: Duration = Duration::from_secs(5);
+
+/// Returns the containers there are; none if no policy asks for one.
 pub(super) fn wanted_by(policies: &[Policy]) -> Listing {
     if !are_wanted_by(policies) {
         return Listing::default();
     }
-    running().unwrap_or_else(|error| {
-        log::warn!("cannot tell which containers there are: {error}");
-        Listing::default()
-    })
+    let mut search = Search::default();
+    search.look(TIME);
+    search.listing()
+}
+
+/// Lists the containers of root, or of an account, to the agent that started this process.
+pub(super) fn list_for(agent: u32, account: &str) -> Result<(), Box<dyn Error>> {
+    worker::begin(agent)?;
+    let scope = if account.is_empty() { Scope::Root } else { Scope::Account(account.parse()?) };
+    let listing = serde_json::to_vec(&list_containers(scope)?)?;
+    Ok(io::stdout().write_all(&worker::framed(&listing))?)
 }
 
 /// Whether policies ask for any.
@@ -36,7 +51,7 @@ pub(super) fn list(containers: &[Running]) -> String {
     if containers.is_empty() {
         return " none that can be seen".to_owned();
     }
-    let line = |Running { container, cgroup }: &Running| {
+    let line = |Running { container, cgroup, .. }: &Running| {
         let image = container.image.as_ref().map_or_else(String::new, |image| format!(" ({})", image.escaped()));
         format!("\n    {container}{image} in /{}", cgroup.escaped())
     };
@@ -53,21 +68,27 @@ pub(super) struct Looks {
 
 impl Looks {
     const FIRST_PAUSE: Duration = Duration::from_millis(10);
+    /// A look for containers takes at most one part in so many of the time.
+    const SHARE: u32 = 5;
     /// Whoever takes longer is found when something else changes.
     const LAST_PAUSE: Duration = Duration::from_secs(5);
-
-    pub(super) fn begin() -> Self {
-        Self { next: Instant::now(), pause: Self::FIRST_PAUSE }
-    }
 
     pub(super) fn are_due(&self) -> bool {
         self.next <= Instant::now()
     }
 
-    /// `None`: it was the last.
-    pub(super) fn after_one(self) -> Option<Self> {
+    /// Returns when to look next, if a look takes so long. `None`: it was the last.
+    pub(super) fn after_one(self, took: Duration) -> Option<Self> {
         let Self { pause, .. } = self;
-        (pause <= Self::LAST_PAUSE).then(|| Self { next: Instant::now() + pause, pause: pause * 2 })
+        let next = Instant::now() + pause.max(took * Self::SHARE);
+        (pause <= Self::LAST_PAUSE).then(|| Self { next, pause: pause * 2 })
+    }
+
+    /// Begins anew, for another cgroup has come.
+    pub(super) fn again(looks: Option<Self>) -> Self {
+        // Cgroups can come faster than it is possible to look.
+        let next = looks.map_or_else(Instant::now, |looks| looks.next.min(Instant::now() + Self::LAST_PAUSE));
+        Self { next, pause: Self::FIRST_PAUSE }
     }
 
     /// How long it is until the next one, in milliseconds and rounded up.

@@ -24,7 +24,10 @@ use crate::{
     enclosure::{Enclosure, EnclosureError},
     escape::Escape,
     events::Filter,
-    host::cgroup::{CgroupError, Mount},
+    host::{
+        cgroup::{CgroupError, Mount},
+        containers::Known,
+    },
     kernel::Target,
     session::{self, BlockedChoice, GapsChoice, Session, SessionError, Setup},
 };
@@ -138,8 +141,17 @@ impl Enclosed<'_> {
         let enclosure = Enclosure::make(&mount, "")?;
         let target = Target { cgroup: mount.open(&enclosure.cgroup.path)?, scope: 0 };
         let (backend, gaps) = (self.reporting.audit_backend, self.gaps);
-        let (targets, blocked) = (vec![target], BlockedChoice::Refuse);
-        let setup = Setup { desired, mount, targets, backend, gaps, blocked, filter, instance: None };
+        let setup = Setup {
+            desired,
+            mount,
+            targets: vec![target],
+            containers: Known::default(),
+            backend,
+            gaps,
+            blocked: BlockedChoice::Refuse,
+            filter,
+            instance: None,
+        };
         let mut session = Session::start(setup)?;
         writer.announce(&session);
 

@@ -42,7 +42,7 @@ use std::{
 use clap::{Parser, Subcommand};
 
 use self::{descriptor::Standard, messages::complain};
-use crate::{enclosure, escape::Escape, trial};
+use crate::{enclosure, escape::Escape, host::containers::LIST, trial};
 
 /// Done, and something was found that should not be.
 const FINDINGS: u8 = 1;
@@ -80,6 +80,12 @@ enum Command {
     Guard {
         cgroup: PathBuf,
         home: PathBuf,
+    },
+    /// Lists the containers of root, or of a user, for the process that started it. sockpolicy starts it for itself.
+    #[command(name = LIST, hide = true)]
+    ListContainers {
+        agent: u32,
+        account: String,
     },
     /// Opens sockets of each kind and ends. sockpolicy starts it for itself, to try options on.
     #[command(name = trial::SAMPLE, hide = true)]
@@ -119,6 +125,13 @@ fn run(arguments: Arguments) -> ExitCode {
             Ok(()) => ExitCode::SUCCESS,
             Err(reason) => {
                 let _ = writeln!(Standard::Output, "{reason}");
+                FAILURE.into()
+            }
+        },
+        Command::ListContainers { agent, account } => match containers::list_for(agent, &account) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                complain(&*error);
                 FAILURE.into()
             }
         },

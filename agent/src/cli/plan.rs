@@ -10,7 +10,7 @@ use std::{
 use serde_json::json;
 
 use super::{
-    FAILURE, FINDINGS, check, complain,
+    FAILURE, FINDINGS, check, complain, containers,
     descriptor::stdout,
     output::{Format, TrustArgument},
     run::{Placement, RunError},
@@ -79,7 +79,8 @@ impl Plan {
                 placement => drop(placement?),
             }
         }
-        let Placement { stacks, targets } = Placement::standing(&mount, &self.cgroup, policies)?;
+        let containers = if self.cgroup.is_empty() { containers::wanted_by(policies).running } else { Vec::new() };
+        let Placement { stacks, targets, .. } = Placement::standing(&mount, &self.cgroup, policies, containers)?;
         let desired = session::prepare(policies, &stacks, self.dry_run, false).map_err(RunError::from)?;
         if let Some(name) = &self.instance {
             let in_force = status::in_force(name).map_err(Box::new)?;

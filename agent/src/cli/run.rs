@@ -17,6 +17,7 @@ use crate::{
     events::Filter,
     host::{
         cgroup::{Cgroup, CgroupError, Mount},
+        containers::{Known, Running},
         inotify, process,
     },
     instance::{Instance, InstanceError},
@@ -123,7 +124,7 @@ impl Run {
         let journal = self.apply.then_some(name.as_str());
         let wanted = Wanted { sources, cgroups: &self.cgroup, manner: &self.manner, mount: &mount, journal };
         let mut standing = Standing::watch(wanted, texts, policies.to_owned())?;
-        let Placement { stacks, targets } = standing.placement()?;
+        let Placement { stacks, targets, containers } = standing.placement()?;
         let desired = session::prepare(policies, &stacks, *dry_run, reporting.timing)?;
         kernel::check_privileges().map_err(SessionError::from)?;
         let instance = self.become_instance(&targets)?.map(|instance| (instance, standing.files()));
@@ -131,8 +132,17 @@ impl Run {
         let (backend, gaps) = (reporting.audit_backend, self.manner.gaps.choice());
         // A cgroup that was named is meant: one among those that a pattern matches concerns only itself.
         let blocked = if self.cgroup.is_empty() { BlockedChoice::Skip } else { BlockedChoice::Refuse };
-        let filter = Filter::default();
-        let setup = Setup { desired, mount: mount.clone(), targets, backend, gaps, blocked, filter, instance };
+        let setup = Setup {
+            desired,
+            mount: mount.clone(),
+            targets,
+            containers: Known::new(&containers),
+            backend,
+            gaps,
+            blocked,
+            filter: Filter::default(),
+            instance,
+        };
         let session = start(setup, &writer)?;
         let stand =
             |session: &mut Session, signals: &mut Signals, writer: &Writer| standing.stand(session, signals, writer);
@@ -220,53 +230,58 @@ pub(super) fn check_targets(policies: &[Policy]) -> Result<(), RunError> {
 pub(super) struct Placement {
     pub(super) stacks: Vec<Stack>,
     pub(super) targets: Vec<Target>,
+    /// Those that it was found by.
+    pub(super) containers: Vec<Running>,
 }
 
 impl Placement {
     /// All policies together, on one cgroup.
     pub(super) fn alone(policies: &[Policy], cgroup: Cgroup) -> Self {
-        Self { stacks: vec![all(policies)], targets: vec![Target { cgroup, scope: 0 }] }
+        Self { stacks: vec![all(policies)], targets: vec![Target { cgroup, scope: 0 }], containers: Vec::new() }
     }
 
     /// On the targets that were asked for, else on those of the policies.
     pub(super) fn find(mount: &Mount, asked: &[PathBuf], policies: &[Policy]) -> Result<Self, RunError> {
-        let coverage = if asked.is_empty() {
+        let (coverage, containers) = if asked.is_empty() {
             check_targets(policies)?;
             covered(mount, policies)?
         } else {
             check::warn_of_replaced_targets(policies, "--cgroup");
             let below = |path: &PathBuf| mount.open(path).map(|cgroup| mount.below(&cgroup));
-            Coverage::of_all(policies, asked.iter().map(below).collect::<Result<_, _>>()?)
+            (Coverage::of_all(policies, asked.iter().map(below).collect::<Result<_, _>>()?), Vec::new())
         };
-        Self::of(mount, coverage)
+        Self::of(mount, coverage, containers)
     }
 
     /// On the targets that were asked for, else on those of the policies that there are now: others may come.
-    pub(super) fn standing(mount: &Mount, asked: &[PathBuf], policies: &[Policy]) -> Result<Self, RunError> {
+    pub(super) fn standing(
+        mount: &Mount,
+        asked: &[PathBuf],
+        policies: &[Policy],
+        containers: Vec<Running>,
+    ) -> Result<Self, RunError> {
         if asked.is_empty() {
             check_targets(policies)?;
-            return Self::for_now(mount, policies);
+            return Self::for_now(mount, policies, containers);
         }
         Self::find(mount, asked, policies)
     }
 
     /// On the targets of the policies that there are now. Those that hold nowhere yet have a stack too.
-    fn for_now(mount: &Mount, policies: &[Policy]) -> Result<Self, RunError> {
-        // Before the tree, which then has their cgroups.
-        let containers = containers::wanted_by(policies);
+    fn for_now(mount: &Mount, policies: &[Policy], containers: Vec<Running>) -> Result<Self, RunError> {
         let reach = Reach::of(policies)?;
         let tree = mount.tree_within(|below| reach.is_within(below))?;
-        let mut coverage = Coverage::of_targets(policies, tree, &containers.running)?;
+        let mut coverage = Coverage::of_targets(policies, tree, &containers)?;
         let covered: BTreeSet<usize> = coverage.stacks.iter().flatten().copied().collect();
         let by_target = stacks_by_target(policies).into_values();
         // In the order of the first policy of each.
         let others: BTreeSet<Stack> =
             by_target.filter(|stack| stack.iter().any(|policy| !covered.contains(policy))).collect();
         others.into_iter().for_each(|stack| _ = coverage.number(stack));
-        Self::of(mount, coverage)
+        Self::of(mount, coverage, containers)
     }
 
-    fn of(mount: &Mount, coverage: Coverage) -> Result<Self, RunError> {
+    fn of(mount: &Mount, coverage: Coverage, containers: Vec<Running>) -> Result<Self, RunError> {
         let Coverage { stacks, targets } = coverage;
         let mut opened = Vec::new();
         for (path, scope) in targets {
@@ -277,11 +292,11 @@ impl Placement {
                 Err(error) => return Err(error.into()),
             }
         }
-        Ok(Self { stacks, targets: opened })
+        Ok(Self { stacks, targets: opened, containers })
     }
 }
 
-fn covered(mount: &Mount, policies: &[Policy]) -> Result<Coverage, RunError> {
+fn covered(mount: &Mount, policies: &[Policy]) -> Result<(Coverage, Vec<Running>), RunError> {
     // Before the tree, which then has their cgroups.
     let listing = containers::wanted_by(policies);
     containers::tell_of_hidden(&listing);
@@ -308,5 +323,5 @@ fn covered(mount: &Mount, policies: &[Policy]) -> Result<Coverage, RunError> {
             wanted.escaped()
         );
     }
-    Ok(Coverage::of_targets(policies, tree, &containers)?)
+    Ok((Coverage::of_targets(policies, tree, &containers)?, containers))
 }

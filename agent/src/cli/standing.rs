@@ -32,6 +32,7 @@ use crate::{
     events::Event,
     host::{
         cgroup::Mount,
+        containers::{Known, Running, Search},
         inotify::{self, Changes, Watch},
     },
     instance::Files,
@@ -48,6 +49,9 @@ const SETTLE_MAX: Duration = Duration::from_secs(1);
 const RETIRE_AFTER: Duration = Duration::from_secs(60);
 /// How often to look whether the last socket of a removed cgroup is closed, which the kernel does not tell.
 const LOOK_FOR_EMPTY_MS: u16 = 1000;
+
+/// How long to look for containers before policies come in force on those that were found. Users can block the search for theirs.
+const FIRST_LOOK: Duration = Duration::from_secs(3);
 
 /// How long to wait where another process works on what sockets had.
 const WHILE_BUSY: Duration = Duration::from_secs(5);
@@ -77,16 +81,17 @@ impl Wanted<'_> {
         texts: &Texts,
         placement: Placement,
     ) -> Result<Vec<Stack>, RunError> {
-        let Placement { stacks, targets } = placement;
+        let Placement { stacks, targets, containers } = placement;
         let Manner { dry_run, reporting, .. } = self.manner;
         let desired = session::prepare(policies, &stacks, *dry_run, reporting.timing)?;
         session.reload(desired, targets, self.files(texts, &stacks))?;
+        session.set_containers(Known::new(&containers));
         Ok(stacks)
     }
 
     /// Where these policies hold by now.
-    fn placement(&self, policies: &[Policy]) -> Result<Placement, RunError> {
-        Placement::standing(self.mount, self.cgroups, policies)
+    fn placement(&self, policies: &[Policy], containers: Vec<Running>) -> Result<Placement, RunError> {
+        Placement::standing(self.mount, self.cgroups, policies, containers)
     }
 }
 
@@ -104,7 +109,9 @@ pub(super) struct Standing<'a> {
     reach: Reach,
     /// When files were first found changed, and when last, since they were read.
     changed: Option<(Instant, Instant)>,
-    /// After a cgroup has come, where policies are about containers.
+    /// Where policies are about containers, these.
+    search: Option<Search>,
+    /// When to look for them, after a cgroup has come.
     looks: Option<Looks>,
     /// Whether the policies do not hold yet where they should.
     is_behind: bool,
@@ -150,13 +157,18 @@ impl<'a> Standing<'a> {
             cgroups: Watch::new(Changes::Folders)?,
             reach,
             changed: None,
+            search: None,
             looks: None,
             is_behind: false,
             replaced: Instant::now(),
             due: None,
         };
         standing.due = standing.wanted.journal.map(|_| Instant::now());
-        containers::tell_of_hidden(&containers::wanted_by(&standing.policies));
+        if containers::are_wanted_by(&standing.policies) {
+            let search = standing.search.insert(Search::default());
+            search.look(FIRST_LOOK);
+            containers::tell_of_hidden(&search.listing());
+        }
         standing.follow_files();
         standing.follow_cgroups()?;
         Ok(standing)
@@ -164,9 +176,14 @@ impl<'a> Standing<'a> {
 
     /// Where the policies hold by now.
     pub(super) fn placement(&mut self) -> Result<Placement, RunError> {
-        let placement = self.wanted.placement(&self.policies)?;
+        let placement = self.wanted.placement(&self.policies, self.containers())?;
         self.stacks.clone_from(&placement.stacks);
         Ok(placement)
+    }
+
+    /// The containers, as they were found last.
+    fn containers(&self) -> Vec<Running> {
+        self.search.as_ref().map(|search| search.listing().running).unwrap_or_default()
     }
 
     /// What is in force, for the record of an instance.
@@ -188,6 +205,8 @@ impl<'a> Standing<'a> {
             }
             let mut polled = watch::sources(signals, session);
             polled.extend([&self.files, &self.cgroups].map(|watch| PollFd::new(watch.as_fd(), PollFlags::POLLIN)));
+            let found = self.search.iter().flat_map(Search::descriptors);
+            polled.extend(found.map(|worker| PollFd::new(worker, PollFlags::POLLIN)));
             if !(asked.reload || asked.end) {
                 watch::wait_for(&mut polled, self.patience(session))?;
             }
@@ -205,12 +224,9 @@ impl<'a> Standing<'a> {
                 self.reload(session, writer, is_asked);
             }
             let has_changed = self.cgroups.has_changed().map_err(WatchError::Watch)?;
-            if has_changed && containers::are_wanted_by(&self.policies) {
-                self.looks = Some(Looks::begin());
-            }
-            if has_changed || self.is_behind || self.looks.as_ref().is_some_and(Looks::are_due) {
+            let has_found = self.look_for_containers(has_changed);
+            if has_changed || self.is_behind || has_found {
                 self.retarget(session, writer);
-                self.looks = self.looks.take().and_then(Looks::after_one);
             }
             if session.has_removed() {
                 session.let_go_of_removed()?;
@@ -219,6 +235,20 @@ impl<'a> Standing<'a> {
                 session.retire()?;
             }
         }
+    }
+
+    /// Takes what was found of containers, and looks again if it is time to. Gives whether they are other ones than before.
+    fn look_for_containers(&mut self, has_changed: bool) -> bool {
+        let Some(search) = &mut self.search else { return false };
+        let has_found = search.advance();
+        if has_changed {
+            self.looks = Some(Looks::again(self.looks.take()));
+        }
+        if !search.is_looking() && self.looks.as_ref().is_some_and(Looks::are_due) {
+            search.begin();
+            self.looks = self.looks.take().and_then(|looks| looks.after_one(search.took()));
+        }
+        has_found
     }
 
     /// Brings sockets that are there in line with the policies in force. What cannot be done is said, and the policies stay in
@@ -272,7 +302,13 @@ impl<'a> Standing<'a> {
         let patience =
             self.due.map_or(u16::MAX, until).min(if session.has_removed() { LOOK_FOR_EMPTY_MS } else { u16::MAX });
         let patience = patience.min(watch::interval(session));
-        let patience = self.looks.as_ref().map_or(patience, |looks| patience.min(looks.patience_ms()));
+        let patience = match (&self.search, &self.looks) {
+            (Some(search), _) if search.is_looking() => {
+                patience.min(search.left().map_or(0, |left| u16::try_from(left.as_millis() + 1).unwrap_or(u16::MAX)))
+            }
+            (_, Some(looks)) => patience.min(looks.patience_ms()),
+            _ => patience,
+        };
         if self.changed.is_some() { patience.min(SETTLE.as_millis() as u16) } else { patience }
     }
 
@@ -307,10 +343,15 @@ impl<'a> Standing<'a> {
 
     fn replace(&mut self, session: &mut Session, policies: Vec<Policy>) -> Result<(), RunError> {
         let reach = Reach::of(&policies)?;
-        let placement = self.wanted.placement(&policies)?;
+        let placement = self.wanted.placement(&policies, self.containers())?;
         let stacks = self.wanted.put_in_force(session, &policies, &self.texts, placement)?;
         self.replaced = Instant::now();
-        containers::tell_of_hidden(&containers::wanted_by(&policies));
+        if containers::are_wanted_by(&policies) {
+            self.search.get_or_insert_default();
+            self.looks = Some(Looks::again(self.looks.take()));
+        } else {
+            (self.search, self.looks) = (None, None);
+        }
         (self.policies, self.stacks, self.reach) = (policies, stacks, reach);
         self.in_force = self.texts.clone();
         self.will_bring_in_line();
@@ -338,16 +379,17 @@ impl<'a> Standing<'a> {
         if !self.wanted.cgroups.is_empty() {
             return Ok(false);
         }
-        let Placement { stacks, mut targets } = self.wanted.placement(&self.policies)?;
+        let Placement { stacks, mut targets, containers } = self.wanted.placement(&self.policies, self.containers())?;
         let scopes: Option<Vec<usize>> =
             stacks.iter().map(|stack| self.stacks.iter().position(|known| known == stack)).collect();
         let Some(scopes) = scopes else {
-            let placement = Placement { stacks, targets };
+            let placement = Placement { stacks, targets, containers };
             self.stacks = self.wanted.put_in_force(session, &self.policies, &self.in_force, placement)?;
             self.replaced = Instant::now();
             self.will_bring_in_line();
             return Ok(true);
         };
+        session.set_containers(Known::new(&containers));
         for target in &mut targets {
             target.scope = scopes[target.scope];
         }

@@ -85,7 +85,7 @@ impl Verify {
 
     fn verify(&self, policies: &[Policy]) -> Result<Tally, SocketsError> {
         let mount = Mount::find()?;
-        let Placement { stacks, targets } = Placement::find(&mount, &self.cgroup, policies)?;
+        let Placement { stacks, targets, .. } = Placement::find(&mount, &self.cgroup, policies)?;
         let desired = compile(policies, &stacks).map_err(|error| RunError::from(SessionError::from(error)))?;
         let mut sockets = Sockets::find(mount, Targets::These(&targets), || None)?;
         let mut tally = Tally { unread: sockets.unread(), ..Tally::default() };

@@ -15,7 +15,7 @@
 
 use std::fmt;
 
-use serde::Serialize;
+use serde::{Deserialize, Deserializer, Serialize, de};
 
 use crate::escape::Escape;
 
@@ -23,6 +23,8 @@ pub const CONTAINERD: &str = "containerd";
 pub const CRI_O: &str = "cri-o";
 pub const CRUN: &str = "crun";
 pub const DOCKER: &str = "docker";
+/// Of a container of a pod, if the path of its cgroup does not say more.
+const KUBERNETES: &str = "kubernetes";
 pub const PODMAN: &str = "podman";
 pub const RUNC: &str = "runc";
 
@@ -40,6 +42,28 @@ pub struct Container {
     pub name: Option<String>,
     /// As the runtime was told. `None`: not known.
     pub image: Option<String>,
+}
+
+/// Who runs containers, by the words for them.
+const RUNTIMES: [&str; 7] = [CONTAINERD, CRI_O, CRUN, DOCKER, KUBERNETES, PODMAN, RUNC];
+
+/// A container, as a worker process writes it.
+#[derive(Deserialize)]
+struct Written {
+    runtime: String,
+    id: String,
+    pod: Option<String>,
+    name: Option<String>,
+    image: Option<String>,
+}
+
+impl<'de> Deserialize<'de> for Container {
+    fn deserialize<D: Deserializer<'de>>(value: D) -> Result<Self, D::Error> {
+        let Written { runtime, id, pod, name, image } = Written::deserialize(value)?;
+        let known = RUNTIMES.into_iter().find(|known| *known == runtime);
+        let runtime = known.ok_or_else(|| de::Error::custom(format_args!("{runtime} is no runtime")))?;
+        Ok(Self { runtime, id, pod, name, image })
+    }
 }
 
 /// What stands before the id in the name of a cgroup, and who writes it. Processes that merely watch
@@ -84,7 +108,7 @@ fn named_by<'a>(name: &'a str, parent: &str) -> Option<(&'static str, &'a str)> 
     };
     let unit = name.strip_suffix(".scope").unwrap_or(name);
     if is_id(unit) {
-        let runtime = runtime_of(&PARENTS, parent).or(pod_of(parent).map(|_| "kubernetes"))?;
+        let runtime = runtime_of(&PARENTS, parent).or(pod_of(parent).map(|_| KUBERNETES))?;
         return Some((runtime, unit));
     }
     let (before, id) = unit.rsplit_once(['-', ':']).filter(|(_, id)| is_id(id))?;

@@ -190,9 +190,15 @@ impl Abandoned {
 
 /// Waits until there is something to read, or `time` has passed.
 fn await_readable(file: BorrowedFd<'_>, time: Duration) {
+    await_any([file].into_iter(), time);
+}
+
+/// Waits until there is something to read from one of these, or `time` has passed.
+pub fn await_any<'a>(files: impl Iterator<Item = BorrowedFd<'a>>, time: Duration) {
     let time = u16::try_from(time.as_millis().saturating_add(1)).unwrap_or(u16::MAX);
+    let mut polled: Vec<_> = files.map(|file| PollFd::new(file, PollFlags::POLLIN)).collect();
     // An error other than EINTR shows at the next read.
-    let _ = poll(&mut [PollFd::new(file, PollFlags::POLLIN)], PollTimeout::from(time));
+    let _ = poll(&mut polled, PollTimeout::from(time));
 }
 
 /// A file in memory with this content, at its beginning.

@@ -1,4 +1,4 @@
-//! What an OCI bundle tells of its container: a folder with a `config.json` (opencontainers/runtime-spec).
+//! What an OCI bundle says of its container: a folder with a `config.json` (opencontainers/runtime-spec).
 
 use std::{
     collections::HashMap,
@@ -24,6 +24,14 @@ pub(super) struct Config {
     annotations: HashMap<String, String>,
     #[serde(default, deserialize_with = "or_empty")]
     pub(super) mounts: Vec<Mount>,
+    #[serde(default, deserialize_with = "or_empty")]
+    linux: Linux,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct Linux {
+    #[serde(default, rename = "cgroupsPath", deserialize_with = "or_empty")]
+    cgroup: String,
 }
 
 #[derive(Debug, Deserialize)]
@@ -35,6 +43,18 @@ pub(super) struct Mount {
 impl Config {
     pub(super) fn annotation(&self, key: &str) -> Option<&str> {
         self.annotations.get(key).map(String::as_str).filter(|value| !value.is_empty())
+    }
+
+    /// Returns the last components of the path of the container's cgroup, as its engine asked for it: a path, or
+    /// `SLICE:PREFIX:NAME` for systemd. `None`: the engine left that to the runtime.
+    pub(super) fn cgroup(&self) -> Option<PathBuf> {
+        let path = &self.linux.cgroup;
+        let path = match path.split(':').collect::<Vec<_>>()[..] {
+            [_, "", name] => format!("{name}.scope"),
+            [_, prefix, name] => format!("{prefix}-{name}.scope"),
+            _ => path.trim_start_matches('/').to_owned(),
+        };
+        Some(PathBuf::from(path)).filter(|path| !path.as_os_str().is_empty())
     }
 }
 
@@ -54,4 +74,29 @@ impl Bundle {
 /// Go writes null for what is empty.
 fn or_empty<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(value: D) -> Result<T, D::Error> {
     Option::deserialize(value).map(Option::unwrap_or_default)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cgroup_is_the_one_that_the_engine_asked_for() {
+        let cgroup = |path: &str| {
+            let config: Config = serde_json::from_str(&format!(r#"{{"linux":{{"cgroupsPath":{path}}}}}"#)).unwrap();
+            config.cgroup().map(|path| path.to_string_lossy().into_owned())
+        };
+        for (path, expected) in [
+            (r#""/docker/web""#, Some("docker/web")),
+            (r#""kubepods/podx/web""#, Some("kubepods/podx/web")),
+            (r#""machine.slice:libpod:web""#, Some("libpod-web.scope")),
+            (r#""user.slice::web""#, Some("web.scope")),
+            (r#""""#, None),
+            (r#""/""#, None),
+            ("null", None),
+        ] {
+            assert_eq!(cgroup(path).as_deref(), expected, "{path}");
+        }
+        assert_eq!(Config::default().cgroup(), None);
+    }
 }

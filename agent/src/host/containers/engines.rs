@@ -32,15 +32,14 @@ struct Known {
 
 impl Engines {
     /// `None` for the sandbox of a pod.
-    pub(super) fn describe(&mut self, started: &Started) -> Option<Container> {
+    pub(super) fn describe(&mut self, started: &Started, config: &Config) -> Option<Container> {
         let Started { id, bundle, by, .. } = started;
-        let config = bundle.config();
         let is_of_crio = config.annotation("io.container.manager") == Some("cri-o");
         let (runtime, known) = match by {
-            _ if is_of_crio => (CRI_O, of_crio(&config)?),
+            _ if is_of_crio => (CRI_O, of_crio(config)?),
             By::Conmon { name } => (PODMAN, self.of_podman(id, bundle, name.clone())),
-            By::Shim { namespace } if namespace == NAMESPACE_OF_DOCKER => (DOCKER, of_docker(id, bundle, &config)),
-            By::Shim { .. } => (CONTAINERD, of_containerd(id, &config)?),
+            By::Shim { namespace } if namespace == NAMESPACE_OF_DOCKER => (DOCKER, of_docker(id, bundle, config)),
+            By::Shim { .. } => (CONTAINERD, of_containerd(id, config)?),
             // Its conmon is gone.
             By::Runtime(_) if config.annotation("io.container.manager") == Some("libpod") => {
                 (PODMAN, self.of_podman(id, bundle, None))

@@ -1,16 +1,18 @@
-//! Files as another process sees them: what runtimes of users, and those in containers, keep lies in mounts of their own.
+//! Files as another process sees them: runtimes of users, and those in containers, keep their files in mounts of their own.
 //!
-//! Nothing that is found there can lead out of that process's root, or keep the reader waiting.
+//! Every read is of a regular file that one user owns, within a [`Budget`]. Paths cannot lead out of that process's root. A file
+//! that a tenant owns can still block its reader (FUSE): only the worker process reads those.
 
 use std::{
     ffi::OsString,
-    fs::{self, File},
+    fs::{self, File, Metadata},
     io::{self, Read as _},
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
         unix::fs::MetadataExt as _,
     },
     path::{Path, PathBuf},
+    rc::Rc,
 };
 
 use nix::{
@@ -18,81 +20,143 @@ use nix::{
     sys::stat::Mode,
 };
 
-/// What runtimes write of a container is a hundredth of that.
+use super::budget::Budget;
+
+/// The most that a file can have, in bytes. What runtimes write of a container is a hundredth of that; podman has one file for
+/// all its containers.
 const SIZE_MAX: u64 = 16 << 20;
+
+/// Write permission of the group and of others.
+const WRITABLE_BY_OTHERS: u32 = 0o022;
 
 #[derive(Debug)]
 pub(super) struct View {
     root: OwnedFd,
+    /// The user that each file must belong to.
+    owner: u32,
+    budget: Rc<Budget>,
 }
 
 impl View {
-    /// That of a process, or our own where we may not look into it.
-    pub(super) fn of(process: u32) -> io::Result<Self> {
-        let root = |path: &str| open(path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty());
-        let root = root(&format!("/proc/{process}/root")).or_else(|_| root("/"))?;
-        Ok(Self { root })
+    /// Opens the root of a process.
+    pub(super) fn of(process: u32, owner: u32, budget: &Rc<Budget>) -> io::Result<Self> {
+        Self::at(&format!("/proc/{process}/root"), owner, budget)
     }
 
-    /// A whole file.
+    /// Opens our own root, for root's files.
+    pub(super) fn own(budget: &Rc<Budget>) -> io::Result<Self> {
+        Self::at("/", 0, budget)
+    }
+
+    fn at(root: &str, owner: u32, budget: &Rc<Budget>) -> io::Result<Self> {
+        let root = open(root, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
+        Ok(Self { root, owner, budget: Rc::clone(budget) })
+    }
+
+    /// Reads a whole file.
+    ///
+    /// # Errors
+    ///
+    /// If the path is not a regular file of the owner's, or the file is larger than the limits.
     pub(super) fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
-        let file = File::from(self.open(path, OFlag::O_NONBLOCK | OFlag::O_NOCTTY)?);
-        let metadata = file.metadata()?;
+        let (file, metadata) = self.open(path, OFlag::O_NONBLOCK | OFlag::O_NOCTTY | OFlag::O_NOFOLLOW)?;
         if !metadata.is_file() {
             return Err(io::Error::other("not a regular file"));
         }
-        let mut bytes = Vec::with_capacity(metadata.len().min(SIZE_MAX) as usize);
-        file.take(SIZE_MAX).read_to_end(&mut bytes)?;
+        if metadata.len() > SIZE_MAX || !self.budget.take_bytes(metadata.len()) {
+            return Err(io::Error::other("too large"));
+        }
+        let mut bytes = Vec::with_capacity(metadata.len() as usize);
+        // It may have grown. In procfs, files have no length: nothing is read of them.
+        file.take(metadata.len()).read_to_end(&mut bytes)?;
         Ok(bytes)
     }
 
-    /// The number in a file.
+    /// Reads the number in a file.
     pub(super) fn number(&self, path: &Path) -> Option<u32> {
-        str::from_utf8(&self.read(path).ok()?).ok()?.trim().parse().ok()
+        parse_number(&self.read(path).ok()?)
     }
 
-    /// What is in a folder.
-    pub(super) fn list(&self, path: &Path) -> Vec<OsString> {
-        let Ok(folder) = self.open(path, OFlag::O_DIRECTORY) else { return Vec::new() };
-        let entries = fs::read_dir(PathBuf::from(format!("/proc/self/fd/{}", folder.as_raw_fd())));
-        entries.into_iter().flatten().flatten().map(|entry| entry.file_name()).collect()
+    /// Lists a folder in which only the owner can create files.
+    ///
+    /// # Errors
+    ///
+    /// If the path is no such folder.
+    pub(super) fn list(&self, path: &Path) -> io::Result<Vec<OsString>> {
+        let (folder, metadata) = self.open(path, OFlag::O_DIRECTORY | OFlag::O_NONBLOCK)?;
+        if metadata.mode() & WRITABLE_BY_OTHERS != 0 {
+            return Err(io::Error::other("others can create files there"));
+        }
+        let entries = fs::read_dir(PathBuf::from(format!("/proc/self/fd/{}", folder.as_raw_fd())))?;
+        let names = entries.flatten().map(|entry| entry.file_name());
+        Ok(names.take_while(|_| self.budget.take_file()).collect())
     }
 
-    /// What tells a file or a folder from all others.
+    /// Returns what distinguishes a file or a folder from all others: its device and its inode number.
     pub(super) fn identity(&self, path: &Path) -> Option<(u64, u64)> {
-        let metadata = File::from(self.open(path, OFlag::O_PATH).ok()?).metadata().ok()?;
+        let (_, metadata) = self.open(path, OFlag::O_PATH).ok()?;
         Some((metadata.dev(), metadata.ino()))
     }
 
-    fn open(&self, path: &Path, flags: OFlag) -> io::Result<OwnedFd> {
-        let how = OpenHow::new().flags(flags | OFlag::O_CLOEXEC).resolve(ResolveFlag::RESOLVE_IN_ROOT);
-        Ok(openat2(self.root.as_fd(), path, how)?)
+    fn open(&self, path: &Path, flags: OFlag) -> io::Result<(File, Metadata)> {
+        if !self.budget.take_file() {
+            return Err(io::Error::other("too many files"));
+        }
+        let resolve = ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS;
+        let how = OpenHow::new().flags(flags | OFlag::O_CLOEXEC).resolve(resolve);
+        let file = File::from(openat2(self.root.as_fd(), path, how)?);
+        let metadata = file.metadata()?;
+        if metadata.uid() != self.owner {
+            return Err(io::Error::other(format!("belongs to user {}, not to {}", metadata.uid(), self.owner)));
+        }
+        Ok((file, metadata))
     }
+}
+
+/// Parses a pid file.
+#[must_use]
+pub fn parse_number(bytes: &[u8]) -> Option<u32> {
+    str::from_utf8(bytes).ok()?.trim().parse().ok()
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::symlink;
+    use std::{os::unix::fs::symlink, time::Duration};
 
-    use nix::unistd::mkfifo;
+    use nix::unistd::{geteuid, mkfifo};
 
     use super::*;
 
     #[test]
-    fn files_are_read_and_what_is_none_keeps_nobody_waiting() {
+    fn only_regular_files_of_the_owner_are_read() {
         let folder = std::env::temp_dir().join(format!("sockpolicy-view-{}", std::process::id()));
         fs::create_dir_all(&folder).unwrap();
         fs::write(folder.join("pid"), "812\n").unwrap();
         symlink(folder.join("pid"), folder.join("link")).unwrap();
         mkfifo(&folder.join("fifo"), Mode::S_IRUSR).unwrap();
-        let view = View::of(std::process::id()).unwrap();
+        let own = geteuid().as_raw();
+        let budget = || Rc::new(Budget::new(1 << 20, 100, Duration::from_secs(60)));
+        let view = View::of(std::process::id(), own, &budget()).unwrap();
         assert_eq!(view.number(&folder.join("pid")), Some(812));
-        assert_eq!(view.number(&folder.join("link")), Some(812));
-        assert!(view.read(&folder.join("fifo")).is_err());
-        assert!(view.read(&folder).is_err());
-        let mut names = view.list(&folder);
+        // A bundle is often behind a symbolic link to a folder.
+        symlink(&folder, folder.join("itself")).unwrap();
+        assert_eq!(view.number(&folder.join("itself/pid")), Some(812));
+        for other in ["link", "fifo", "", "itself"] {
+            assert!(view.read(&folder.join(other)).is_err(), "{other}");
+        }
+        assert_eq!(view.number(Path::new("/proc/sys/kernel/pid_max")), None);
+        let mut names = view.list(&folder).unwrap();
         names.sort();
-        assert_eq!(names, ["fifo", "link", "pid"]);
+        assert_eq!(names, ["fifo", "itself", "link", "pid"]);
+
+        let of_another = View::of(std::process::id(), own + 1, &budget()).unwrap();
+        assert!(of_another.read(&folder.join("pid")).is_err() && of_another.list(&folder).is_err());
+        fs::set_permissions(&folder, std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
+        assert!(view.list(&folder).is_err());
+
+        let few = Rc::new(Budget::new(3, 100, Duration::from_secs(60)));
+        assert!(View::of(std::process::id(), own, &few).unwrap().read(&folder.join("pid")).is_err());
+        assert!(few.is_exceeded());
         fs::remove_dir_all(&folder).unwrap();
     }
 }
