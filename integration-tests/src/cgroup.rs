@@ -8,7 +8,6 @@ use std::{
     path::{Path, PathBuf},
     process::Command,
     sync::LazyLock,
-    time::Duration,
 };
 
 use nix::{
@@ -105,7 +104,8 @@ impl Default for Cgroup {
 impl Drop for Cgroup {
     fn drop(&mut self) {
         let mut last = Ok(());
-        let is_gone = wait::until(Duration::from_secs(10), || {
+        // A worker of an agent's can hang in the kernel for as long as a test lets it.
+        let is_gone = wait::until(wait::PATIENCE, || {
             last = remove(&self.path);
             last.is_ok()
         });

@@ -7,7 +7,7 @@
 use std::{
     fs,
     ops::Deref,
-    os::unix::fs::symlink,
+    os::unix::fs::{PermissionsExt as _, symlink},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
 };
@@ -20,6 +20,7 @@ use serde_json::{Value, json};
 
 use crate::{
     cgroup::{self, Cgroup},
+    impostor::Tenant,
     must,
     policy::{Folder, unique_name},
     probe::{self, Probe},
@@ -390,6 +391,41 @@ impl Deref for Alone {
 
     fn deref(&self) -> &Ground {
         &self.0
+    }
+}
+
+/// A container of a user's own podman, in a cgroup of that user's. Dropping it ends the container.
+#[derive(Debug)]
+pub struct Rootless {
+    pub probe: Probe,
+    pub cgroup: Cgroup,
+}
+
+impl Rootless {
+    /// Runs one. On a machine with cgroups of version 1, rootless podman makes no cgroups: so the test does, and moves the
+    /// container there.
+    #[must_use]
+    #[track_caller]
+    pub fn run(tenant: &Tenant, name: &str) -> Self {
+        let [root, run, id, pid] = ["rootfs", "run", "id", "pid"].map(|file| tenant.path(file));
+        make_root(&root);
+        for folder in [&run, &tenant.path("home")] {
+            must(fs::create_dir(folder), "make a folder of a user's");
+        }
+        let user = tenant.uid.to_string();
+        output(Command::new("chown").args(["-R", &user]).arg(tenant.folder()));
+        must(fs::set_permissions(&run, fs::Permissions::from_mode(0o700)), "close a folder");
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid", &user, "--regid", &user, "--clear-groups", "podman"]);
+        command.env("HOME", tenant.path("home")).env("XDG_RUNTIME_DIR", &run).current_dir(tenant.folder());
+        command.args(["--storage-driver", "vfs", "--cgroup-manager", "cgroupfs", "--events-backend", "file"]);
+        command.args(["--runtime", runtime(), "run", "--rm", "--interactive", "--network", "none", "--name", name]);
+        command.args(ULIMITS).arg("--cidfile").arg(&id).arg("--pidfile").arg(&pid);
+        let probe = Probe::launch(command.arg("--rootfs").arg(&root).args([PROBE, STAY]));
+        let read = |path: &Path| must(fs::read_to_string(path), format_args!("read {}", path.display()));
+        let cgroup = tenant.cgroup(&format!("libpod-{}", read(&id).trim()));
+        must(fs::write(cgroup.path().join("cgroup.procs"), read(&pid).trim()), "move a container");
+        Self { probe, cgroup }
     }
 }
 

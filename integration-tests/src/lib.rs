@@ -17,6 +17,7 @@
 //! | [`container::Podman`], `Docker`, `Alone` | engines of our own, and their containers, each with a probe in it |
 //! | [`bpffs::Instance`] | a name under which policies stay in force without an agent |
 //! | [`foreign::Foreign`] | somebody else's program on a cgroup |
+//! | [`impostor::Impostor`] | a user's process that poses as one that watches a container |
 //! | [`wait::until`] | waiting for something to become true |
 //!
 //! A test is then:
@@ -45,6 +46,7 @@ pub mod bpffs;
 pub mod cgroup;
 pub mod container;
 pub mod foreign;
+pub mod impostor;
 pub mod kernels;
 pub mod options;
 pub mod policy;

@@ -17,7 +17,10 @@ use nix::{
     sched::{CloneFlags, unshare},
     sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, SockaddrStorage, socket},
 };
-use sockpolicy_integration_tests::script::{Answer, Argument, Family, Fd, Hello, Kind, STAY, Step};
+use sockpolicy_integration_tests::{
+    impostor,
+    script::{Answer, Argument, Family, Fd, Hello, Kind, STAY, Step},
+};
 
 /// Nobody waits that long for a step. A probe that hangs ends, and the test sees it.
 const LIFE_S: u32 = 240;
@@ -36,6 +39,9 @@ fn main() -> ExitCode {
 
 fn serve() -> io::Result<()> {
     nix::unistd::alarm::set(LIFE_S);
+    if impostor::pose()? {
+        return Ok(());
+    }
     if std::env::args().nth(1).as_deref() != Some(STAY) {
         unshare(CloneFlags::CLONE_NEWNET)?;
         bring_loopback_up()?;

@@ -18,7 +18,7 @@ use crate::{stderr, stdout};
 const SERVER: ([u8; 4], u16) = ([192, 0, 2, 1], 8080);
 
 /// The cgroups that `plan` would attach to for this target.
-fn planned(target: &str) -> Vec<String> {
+pub(crate) fn planned(target: &str) -> Vec<String> {
     let policy = PolicyFile::new(format!("[target]\n{target}\n[[rule]]\nset = {{ SO_MARK = 1 }}\n"));
     let output = agent::output(&["plan", "--output", "json", policy.path().to_str().unwrap()]);
     assert!(output.status.success(), "{}", stderr(&output));

@@ -18,6 +18,7 @@ mod explain;
 mod facts;
 mod files;
 mod gaps;
+mod impostors;
 mod journal;
 mod lifecycle;
 mod live;
