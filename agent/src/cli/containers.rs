@@ -64,31 +64,34 @@ pub(super) fn list(containers: &[Running]) -> String {
 pub(super) struct Looks {
     next: Instant,
     pause: Duration,
+    /// Cgroups can come faster than it is possible to look.
+    not_before: Instant,
 }
 
 impl Looks {
     const FIRST_PAUSE: Duration = Duration::from_millis(10);
-    /// A look for containers takes at most one part in so many of the time.
-    const SHARE: u32 = 5;
-    /// Whoever takes longer is found when something else changes.
+    /// Containers that take longer are found when something else changes.
     const LAST_PAUSE: Duration = Duration::from_secs(5);
+    /// Looks for containers take at most one part in so many of the time, as long as one takes less than a second.
+    const SHARE: u32 = 5;
 
-    pub(super) fn are_due(&self) -> bool {
-        self.next <= Instant::now()
+    /// Begins anew, for another cgroup has come.
+    pub(super) fn again(looks: Option<Self>) -> Self {
+        let now = Instant::now();
+        let not_before = looks.map_or(now, |looks| looks.not_before);
+        Self { next: not_before.max(now), pause: Self::FIRST_PAUSE, not_before }
     }
 
     /// Returns when to look next, if a look takes so long. `None`: it was the last.
     pub(super) fn after_one(self, took: Duration) -> Option<Self> {
         let Self { pause, .. } = self;
-        let next = Instant::now() + pause.max(took * Self::SHARE);
-        (pause <= Self::LAST_PAUSE).then(|| Self { next, pause: pause * 2 })
+        let now = Instant::now();
+        let not_before = now + (took * Self::SHARE).min(Self::LAST_PAUSE);
+        (pause <= Self::LAST_PAUSE).then(|| Self { next: not_before.max(now + pause), pause: pause * 2, not_before })
     }
 
-    /// Begins anew, for another cgroup has come.
-    pub(super) fn again(looks: Option<Self>) -> Self {
-        // Cgroups can come faster than it is possible to look.
-        let next = looks.map_or_else(Instant::now, |looks| looks.next.min(Instant::now() + Self::LAST_PAUSE));
-        Self { next, pause: Self::FIRST_PAUSE }
+    pub(super) fn are_due(&self) -> bool {
+        self.next <= Instant::now()
     }
 
     /// How long it is until the next one, in milliseconds and rounded up.

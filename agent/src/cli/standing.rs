@@ -302,13 +302,11 @@ impl<'a> Standing<'a> {
         let patience =
             self.due.map_or(u16::MAX, until).min(if session.has_removed() { LOOK_FOR_EMPTY_MS } else { u16::MAX });
         let patience = patience.min(watch::interval(session));
-        let patience = match (&self.search, &self.looks) {
-            (Some(search), _) if search.is_looking() => {
-                patience.min(search.left().map_or(0, |left| u16::try_from(left.as_millis() + 1).unwrap_or(u16::MAX)))
-            }
-            (_, Some(looks)) => patience.min(looks.patience_ms()),
-            _ => patience,
-        };
+        let of_workers = self.search.as_ref().and_then(Search::left);
+        let of_workers = of_workers.map(|left| u16::try_from(left.as_millis() + 1).unwrap_or(u16::MAX));
+        let is_looking = self.search.as_ref().is_some_and(Search::is_looking);
+        let of_looks = self.looks.as_ref().filter(|_| !is_looking).map(Looks::patience_ms);
+        let patience = [of_workers, of_looks].into_iter().flatten().fold(patience, u16::min);
         if self.changed.is_some() { patience.min(SETTLE.as_millis() as u16) } else { patience }
     }
 

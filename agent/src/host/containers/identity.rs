@@ -34,10 +34,9 @@ impl Identity {
         let Some(status) = Status::read(pid) else { return Self::Nobody };
         match (status.uids, outermost_owner(pid)) {
             (_, Err(error)) if error.kind() == io::ErrorKind::PermissionDenied => Self::Hidden,
-            (_, Err(_)) => Self::Nobody,
             ([0, 0, 0, 0], Ok(None)) if status.is_privileged() && runs(pid, kind) => Self::Root,
             // Root of a container can be uid 0 of the initial user namespace too. Root owns most cgroups, and not for him.
-            ([0, ..], _) => Self::Nobody,
+            (_, Err(_)) | ([0, ..], _) => Self::Nobody,
             ([uid, ..], Ok(account)) => match status.only_ids() {
                 Some((uid, gid)) => Self::Tenant { uid, gid, account: account.unwrap_or(uid) },
                 None => {

@@ -24,8 +24,8 @@ pub const LIST: &str = "list-containers";
 const ROOT_TIME: Duration = Duration::from_secs(30);
 /// How long a worker can look for a user's containers.
 const TENANT_TIME: Duration = Duration::from_secs(2);
-/// The most workers that look for users' containers at one time.
-const JOBS_MAX: usize = 4;
+/// The most workers that run at one time.
+const JOBS_MAX: usize = 8;
 /// The most workers that can be stuck.
 const STUCK_MAX: usize = 16;
 /// The most users that the agent warns of.
@@ -34,7 +34,11 @@ const WARNINGS_MAX: usize = 64;
 /// Containers, as they were found last.
 #[derive(Debug, Default)]
 pub struct Search {
-    round: Round,
+    /// When the look for root's containers began that is under way.
+    began: Option<Instant>,
+    jobs: Vec<(Scope, Job)>,
+    /// Whose containers to look for next.
+    accounts: VecDeque<u32>,
     root: Vec<Running>,
     tenants: BTreeMap<u32, Vec<Running>>,
     /// Workers that were killed and have not ended, by the account that they looked at.
@@ -45,14 +49,6 @@ pub struct Search {
     took: Duration,
 }
 
-/// One look at all.
-#[derive(Debug, Default)]
-struct Round {
-    began: Option<Instant>,
-    jobs: Vec<(Scope, Job)>,
-    accounts: VecDeque<u32>,
-}
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Warned {
     Failed(Option<u32>),
@@ -61,21 +57,21 @@ enum Warned {
 }
 
 impl Search {
-    /// Begins to look at all, unless it does so already.
+    /// Begins to look for root's containers, and then for those of users, unless it does so already.
     pub fn begin(&mut self) {
-        if self.round.began.is_none() {
-            self.round.began = Some(Instant::now());
+        if self.began.is_none() {
+            self.began = Some(Instant::now());
             self.start(Scope::Root);
         }
     }
 
-    /// Whether a look is under way.
+    /// Whether a look for root's containers is under way. No user can delay that.
     #[must_use]
     pub fn is_looking(&self) -> bool {
-        self.round.began.is_some()
+        self.began.is_some()
     }
 
-    /// Returns how long the last look took.
+    /// Returns how long the last look for root's containers took.
     #[must_use]
     pub fn took(&self) -> Duration {
         self.took
@@ -83,26 +79,26 @@ impl Search {
 
     /// What becomes readable when there is more to do.
     pub fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.round.jobs.iter().map(|(_, job)| job.as_fd())
+        self.jobs.iter().map(|(_, job)| job.as_fd())
     }
 
     /// Returns how long it is until the deadline of a worker. `None`: no worker runs.
     #[must_use]
     pub fn left(&self) -> Option<Duration> {
-        self.round.jobs.iter().map(|(_, job)| job.left()).min()
+        self.jobs.iter().map(|(_, job)| job.left()).min()
     }
 
     /// Takes what workers have found, and starts others. Gives whether the containers are other ones than before. Does not wait.
     pub fn advance(&mut self) -> bool {
         let mut is_other = false;
         let mut at = 0;
-        while let Some((scope, job)) = self.round.jobs.get_mut(at) {
+        while let Some((scope, job)) = self.jobs.get_mut(at) {
             let scope = *scope;
             let Some(polled) = job.poll() else {
                 at += 1;
                 continue;
             };
-            let (_, job) = self.round.jobs.swap_remove(at);
+            let (_, job) = self.jobs.swap_remove(at);
             self.end(scope, job);
             match polled.map_err(|error| error.to_string()).and_then(|json| parse(&json)) {
                 Ok(listing) => is_other |= self.take(scope, listing),
@@ -110,12 +106,11 @@ impl Search {
             }
         }
         self.stuck.retain_mut(|(_, abandoned)| !abandoned.has_ended());
-        self.start_next();
-        if self.round.jobs.is_empty()
-            && let Some(began) = self.round.began.take()
-        {
+        let is_root = |(scope, _): &(Scope, Job)| *scope == Scope::Root;
+        if let Some(began) = self.began.take_if(|_| !self.jobs.iter().any(is_root)) {
             self.took = began.elapsed();
         }
+        self.start_next();
         is_other
     }
 
@@ -126,7 +121,7 @@ impl Search {
         loop {
             self.advance();
             let left = until.saturating_duration_since(Instant::now());
-            if !self.is_looking() || left == Duration::ZERO {
+            if self.jobs.is_empty() || left == Duration::ZERO {
                 return;
             }
             crate::worker::await_any(self.descriptors(), left.min(self.left().unwrap_or_default()));
@@ -153,16 +148,17 @@ impl Search {
         };
         let time = if scope == Scope::Root { ROOT_TIME } else { TENANT_TIME };
         match Job::start(&[LIST, &std::process::id().to_string(), &account], b"", time) {
-            Ok(job) => self.round.jobs.push((scope, job)),
+            Ok(job) => self.jobs.push((scope, job)),
             Err(error) => self.warn_of_failure(scope, &error.to_string()),
         }
     }
 
     fn start_next(&mut self) {
-        while self.round.jobs.len() < JOBS_MAX {
-            let Some(account) = self.round.accounts.pop_front() else { return };
+        while self.jobs.len() < JOBS_MAX {
+            let Some(account) = self.accounts.pop_front() else { return };
             let scope = Scope::Account(account);
-            if self.stuck.iter().any(|(stuck, _)| *stuck == scope) {
+            let stuck = self.stuck.iter().map(|(stuck, _)| *stuck);
+            if stuck.chain(self.jobs.iter().map(|(running, _)| *running)).any(|busy| busy == scope) {
                 continue;
             }
             if self.stuck.len() < STUCK_MAX {
@@ -189,7 +185,9 @@ impl Search {
             Scope::Root => {
                 self.hidden = hidden;
                 self.tenants.retain(|account, _| skipped > 0 || accounts.contains(account));
-                self.round.accounts = accounts.into_iter().collect();
+                self.accounts.retain(|account| accounts.contains(account));
+                let waiting: BTreeSet<u32> = self.accounts.iter().copied().collect();
+                self.accounts.extend(accounts.difference(&waiting));
                 &mut self.root
             }
             Scope::Account(account) => self.tenants.entry(account).or_default(),
@@ -224,7 +222,7 @@ impl Search {
 
 impl Drop for Search {
     fn drop(&mut self) {
-        for (_, job) in self.round.jobs.drain(..) {
+        for (_, job) in self.jobs.drain(..) {
             drop(job.abandon());
         }
     }
