@@ -14,7 +14,7 @@ use abi::{
         Governed, OptionKey, Setting, TEXT_LEN, Value, Words, form, kind, on_conflict, read_back, traits, word_in,
         words_of,
     },
-    socket::{State, family, protocol},
+    socket::{Facts, Notes, State, family, protocol},
 };
 use aya_ebpf::{
     bindings::{bpf_sock_addr, bpf_sock_ops},
@@ -64,10 +64,10 @@ pub(crate) fn apply<const MAX: usize>(
     }
     let Some(selectors) = maps::selectors(scope.number) else { return };
     let rules = select(&state.facts, selectors, &PrefixMap { scope: scope.number });
-    if rules.sure | state.changed | state.asked == 0 {
+    if rules.sure | state.notes.changed | state.notes.asked == 0 {
         return;
     }
-    let missing = missing_traits(state, is_inet6);
+    let missing = missing_traits(&state.facts, is_inet6);
     for position in 0..MAX {
         if position as u32 >= list.len {
             break;
@@ -86,9 +86,9 @@ pub(crate) const POSTPONED: u32 = 0x200;
 
 /// The traits of options that a socket does not have, and [`DUAL_STACK`] if it is that.
 #[inline(always)]
-fn missing_traits(state: &State, is_inet6: bool) -> u32 {
-    let tcp = if state.facts.protocol == protocol::TCP { 0 } else { traits::TCP };
-    let (family, dual_stack) = match (is_inet6, state.facts.family) {
+fn missing_traits(facts: &Facts, is_inet6: bool) -> u32 {
+    let tcp = if facts.protocol == protocol::TCP { 0 } else { traits::TCP };
+    let (family, dual_stack) = match (is_inet6, facts.family) {
         (false, _) => (traits::INET6, 0),
         // Not all kernels let programs set IPv4's options on such a socket: then it counts as failed.
         (true, family::IPV4) => (0, 0),
@@ -105,8 +105,8 @@ pub(crate) fn apply_option(
     index: u32,
     rules: Candidates,
     missing_traits: u32,
-    state: &mut State,
-    set: impl FnOnce(&Governed, &Setting, &mut State) -> u32,
+    notes: &mut Notes,
+    set: impl FnOnce(&Governed, &Setting, &mut Notes) -> u32,
 ) {
     let Some(option) = maps::option(index) else { return };
     let bit = 1u64 << (option.bit & 63);
@@ -115,9 +115,9 @@ pub(crate) fn apply_option(
     }
     let Some(winner) = option.winner(rules) else { return };
     let Some(setting) = maps::setting(winner) else { return };
-    if setting.form == form::SET && is_own(option, setting) && !has_yielded(state, bit, setting) {
-        let outcome = set(option, setting, state);
-        note(state, bit, winner, outcome);
+    if setting.form == form::SET && is_own(option, setting) && !has_yielded(notes, bit, setting) {
+        let outcome = set(option, setting, notes);
+        note(notes, bit, winner, outcome);
     }
 }
 
@@ -129,49 +129,50 @@ fn is_own(option: &Governed, setting: &Setting) -> bool {
 
 /// Whether the application asked for another value where the policy lets the application win.
 #[inline(always)]
-fn has_yielded(state: &State, bit: u64, setting: &Setting) -> bool {
-    state.yielded & bit != 0 && setting.on_conflict == on_conflict::ALLOW
+fn has_yielded(notes: &Notes, bit: u64, setting: &Setting) -> bool {
+    notes.yielded & bit != 0 && setting.on_conflict == on_conflict::ALLOW
 }
 
-/// Notes and counts an outcome, once for each socket.
+/// Notes and counts an outcome, once for each socket; tells whether it is new.
 #[inline(always)]
-fn note(state: &mut State, bit: u64, winner: u32, outcome: u32) {
-    if outcome == outcome::NONE {
-        return;
+fn note(notes: &mut Notes, bit: u64, winner: u32, outcome: u32) -> bool {
+    let seen = if outcome >= outcome::FAILED { notes.failed } else { notes.settled };
+    if outcome == outcome::NONE || (seen & bit != 0 && (outcome < outcome::FAILED || notes.settled & bit == 0)) {
+        return false;
     }
-    if outcome >= outcome::FAILED {
-        if state.settled & bit != 0 {
-            state.settled &= !bit;
-            count(winner, |counters| &mut counters.undone);
-        }
-        if state.failed & bit == 0 {
-            state.failed |= bit;
-            count(winner, |counters| {
-                counters.failed_errno = u64::from(outcome - outcome::FAILED);
-                &mut counters.failed
-            });
-        }
-    } else if state.settled & bit == 0 {
-        state.settled |= bit;
+    if outcome < outcome::FAILED {
+        notes.settled |= bit;
         if outcome == outcome::SET {
             count(winner, |counters| &mut counters.set);
         } else {
             count(winner, |counters| &mut counters.unchanged);
         }
+        return true;
     }
+    if notes.settled & bit != 0 {
+        notes.settled &= !bit;
+        count(winner, |counters| &mut counters.undone);
+    }
+    if notes.failed & bit == 0 {
+        notes.failed |= bit;
+        count(winner, |counters| {
+            counters.failed_errno = u64::from(outcome - outcome::FAILED);
+            &mut counters.failed
+        });
+    }
+    true
 }
 
-/// Applies one option in sock_ops.
+/// Applies one option in sock_ops; tells whether [`check_turn`] has more to look at.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn apply_turn(ctx: *mut bpf_sock_ops, index: u32, sure: u64, possible: u64, missing: u32) -> u32 {
-    if let Some(turn) = Turn::new(ctx) {
-        apply_by_helper(&turn, turn.sk(), index, Candidates { sure, possible }, missing);
-    }
-    0
+    let is_more = Turn::new(ctx)
+        .is_some_and(|turn| apply_by_helper(&turn, turn.sk(), index, Candidates { sure, possible }, missing));
+    is_more.into()
 }
 
-/// Applies one option at bind or connect.
+/// Applies one option at bind or connect; tells whether [`check_addressed`] has more to look at.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn apply_addressed(
@@ -181,10 +182,9 @@ pub(crate) extern "C" fn apply_addressed(
     possible: u64,
     missing: u32,
 ) -> u32 {
-    if let Some(socket) = Addressed::new(ctx) {
-        apply_by_helper(&socket, socket.sk(), index, Candidates { sure, possible }, missing);
-    }
-    0
+    let is_more = Addressed::new(ctx)
+        .is_some_and(|socket| apply_by_helper(&socket, socket.sk(), index, Candidates { sure, possible }, missing));
+    is_more.into()
 }
 
 /// An option of a socket at a hook.
@@ -193,34 +193,102 @@ struct Task<'a, S> {
     sk: *mut c_void,
     option: &'static Governed,
     bit: u64,
-    state: &'static mut State,
+    notes: Notes,
+    /// Whether `notes` are to be put back.
+    is_noted: bool,
 }
 
-#[inline(always)]
-fn apply_by_helper(socket: &impl Bound, sk: *mut c_void, index: u32, rules: Candidates, missing: u32) {
-    // SAFETY: the context's socket, checked for NULL.
-    let Some(state) = (unsafe { storage::state(sk) }) else { return };
-    let Some(option) = maps::option(index) else { return };
-    let mut task = Task { socket, sk, option, bit: 1u64 << (option.bit & 63), state };
-    let is_there = u32::from(option.traits) & missing == 0;
-    let winner = if is_there { option.winner(rules) } else { None };
-    let setting = winner.and_then(maps::setting);
-    if let (Some(winner), Some(setting)) = (winner, setting)
-        && setting.form == form::SET
-    {
-        if missing & entry::CHECK == 0 && is_own(option, setting) && !has_yielded(task.state, task.bit, setting) {
-            task.set(setting, winner, missing);
-        }
-        return;
+/// Looks at one option in sock_ops that no rule sets now.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn check_turn(ctx: *mut bpf_sock_ops, index: u32, sure: u64, possible: u64, missing: u32) -> u32 {
+    if let Some(turn) = Turn::new(ctx) {
+        check_by_helper(&turn, turn.sk(), index, Candidates { sure, possible }, missing);
     }
-    if task.state.changed & task.bit != 0 {
+    0
+}
+
+/// Looks at one option at bind or connect that no rule sets now.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn check_addressed(
+    ctx: *mut bpf_sock_addr,
+    index: u32,
+    sure: u64,
+    possible: u64,
+    missing: u32,
+) -> u32 {
+    if let Some(socket) = Addressed::new(ctx) {
+        check_by_helper(&socket, socket.sk(), index, Candidates { sure, possible }, missing);
+    }
+    0
+}
+
+/// The setting that governs an option of a socket, and its number.
+#[inline(always)]
+fn governing(option: &Governed, rules: Candidates, missing: u32) -> Option<(u32, &'static Setting)> {
+    let winner = if u32::from(option.traits) & missing == 0 { option.winner(rules) } else { None }?;
+    Some((winner, maps::setting(winner)?))
+}
+
+impl<'a, S: Bound> Task<'a, S> {
+    #[inline(always)]
+    fn new(socket: &'a S, sk: *mut c_void, option: &'static Governed) -> Option<Self> {
+        // SAFETY: the context's socket, checked for NULL.
+        let notes = unsafe { storage::notes(sk) }?;
+        Some(Self { socket, sk, option, bit: 1u64 << (option.bit & 63), notes, is_noted: false })
+    }
+
+    #[inline(always)]
+    fn end(self) {
+        if self.is_noted {
+            // SAFETY: as in `new`.
+            unsafe { storage::put_notes(self.sk, &self.notes) };
+        }
+    }
+
+    #[inline(always)]
+    fn note(&mut self, winner: u32, outcome: u32) {
+        self.is_noted |= note(&mut self.notes, self.bit, winner, outcome);
+    }
+
+    #[inline(always)]
+    fn note_device(&mut self, device: u32, wanted: u32) {
+        (self.notes.device, self.notes.device_wanted) = (device, wanted);
+        self.is_noted = true;
+    }
+}
+
+/// Sets an option if a rule says so; tells whether there is more to look at.
+#[inline(always)]
+fn apply_by_helper(socket: &impl Bound, sk: *mut c_void, index: u32, rules: Candidates, missing: u32) -> bool {
+    let Some(option) = maps::option(index) else { return false };
+    let Some(mut task) = Task::new(socket, sk, option) else { return false };
+    let Some((winner, setting)) = governing(option, rules, missing).filter(|(_, setting)| setting.form == form::SET)
+    else {
+        return (task.notes.changed | task.notes.asked) & task.bit != 0;
+    };
+    if missing & entry::CHECK == 0 && is_own(option, setting) && !has_yielded(&task.notes, task.bit, setting) {
+        task.set(setting, winner, missing);
+        task.end();
+    }
+    false
+}
+
+/// Gives an option back that no rule sets any more, and holds what the application asked for against a limit or a deny.
+#[inline(always)]
+fn check_by_helper(socket: &impl Bound, sk: *mut c_void, index: u32, rules: Candidates, missing: u32) {
+    let Some(option) = maps::option(index) else { return };
+    let Some(mut task) = Task::new(socket, sk, option) else { return };
+    if task.notes.changed & task.bit != 0 {
         task.give_back();
     }
-    if task.state.asked & task.bit != 0
-        && let (Some(winner), Some(setting)) = (winner, setting)
+    if task.notes.asked & task.bit != 0
+        && let Some((winner, setting)) = governing(option, rules, missing)
     {
         task.hold(setting, winner);
     }
+    task.end();
 }
 
 impl<S: Bound> Task<'_, S> {
@@ -238,7 +306,7 @@ impl<S: Bound> Task<'_, S> {
     /// Sets the option, and keeps what it had before if rules may come not to set it any more.
     #[inline(always)]
     fn set(&mut self, setting: &Setting, winner: u32, missing: u32) {
-        let is_kept = missing & entry::KEEP != 0 && self.state.changed & self.bit == 0 && !setting.is_dry_run();
+        let is_kept = missing & entry::KEEP != 0 && self.notes.changed & self.bit == 0 && !setting.is_dry_run();
         let before = if is_kept { self.now() } else { None };
         let priority = if is_kept { self.priority() } else { None };
         let outcome = if self.is_device() {
@@ -246,7 +314,7 @@ impl<S: Bound> Task<'_, S> {
         } else {
             // The kernel may not take it, and the socket may never carry IPv4.
             let is_for_both = self.option.traits & traits::INET != 0 && missing & DUAL_STACK != 0;
-            set_option(self.socket, self.option, setting, winner, self.state.cookie, is_for_both)
+            set_option(self.socket, self.option, setting, winner, self.notes.cookie, is_for_both)
         };
         if outcome == outcome::SET
             && is_kept
@@ -255,7 +323,7 @@ impl<S: Bound> Task<'_, S> {
             self.keep(&before, priority);
         }
         if missing & POSTPONED == 0 || !self.is_device() || outcome >= outcome::FAILED {
-            note(self.state, self.bit, winner, outcome);
+            self.note(winner, outcome);
         }
     }
 
@@ -298,7 +366,8 @@ impl<S: Bound> Task<'_, S> {
             lose(|losses| &mut losses.no_storage);
             return;
         };
-        self.state.changed |= self.bit;
+        self.notes.changed |= self.bit;
+        self.is_noted = true;
         kept.has_before |= self.bit;
         if let Some(priority) = priority {
             (kept.priority, kept.has_priority) = (priority, 1);
@@ -316,7 +385,8 @@ impl<S: Bound> Task<'_, S> {
     /// Gives the option back what it had before a rule set it.
     #[inline(always)]
     fn give_back(&mut self) {
-        self.state.changed &= !self.bit;
+        self.notes.changed &= !self.bit;
+        self.is_noted = true;
         if self.try_give_back().is_none_or(|result| result.is_err()) {
             lose(|losses| &mut losses.not_restored);
         }
@@ -330,8 +400,8 @@ impl<S: Bound> Task<'_, S> {
         kept.has_before &= !self.bit;
         if self.is_device() {
             // Where it has another one, that is not a rule's.
-            let is_ours = self.socket.device() == self.state.device;
-            (self.state.device, self.state.device_wanted) = (0, 0);
+            let is_ours = self.socket.device() == self.notes.device;
+            self.note_device(0, 0);
             let before = words_of(kept.before[place]);
             return Some(if is_ours { self.socket.set(IFINDEX.level, IFINDEX.name, &before, 4) } else { Ok(()) });
         }
@@ -366,7 +436,8 @@ impl<S: Bound> Task<'_, S> {
         if judgement.verdict == verdict::NONE {
             return;
         }
-        self.state.asked &= !self.bit;
+        self.notes.asked &= !self.bit;
+        self.is_noted = true;
         count(winner, |counters| match judgement.verdict {
             verdict::ALLOWED => &mut counters.verdicts[0],
             verdict::CLAMPED => &mut counters.verdicts[2],
@@ -384,8 +455,8 @@ impl<S: Bound> Task<'_, S> {
         };
         if !matches!(result, Some(Ok(()))) {
             let errno = if let Some(Err(errno)) = result { errno } else { 0 };
-            report_failure(self.option, winner, setting, errno, self.state.cookie);
-            note(self.state, self.bit, winner, outcome::FAILED + errno as u32);
+            report_failure(self.option, winner, setting, errno, self.notes.cookie);
+            self.note(winner, outcome::FAILED + errno as u32);
         }
     }
 
@@ -420,12 +491,12 @@ impl<S: Bound> Task<'_, S> {
     #[inline(always)]
     fn set_device(&mut self, setting: &Setting, winner: u32) -> u32 {
         let (now, wanted) = (self.socket.device(), setting.device());
-        if self.state.device_wanted == wanted && self.state.device == now {
+        if self.notes.device_wanted == wanted && self.notes.device == now {
             // It counts once, also where that was put off.
-            return if self.state.settled & self.bit == 0 { outcome::SET } else { outcome::NONE };
+            return if self.notes.settled & self.bit == 0 { outcome::SET } else { outcome::NONE };
         }
         if self.option.kind != kind::TEXT && now == setting.value {
-            (self.state.device, self.state.device_wanted) = (now, wanted);
+            self.note_device(now, wanted);
             return outcome::UNCHANGED;
         }
         if !setting.is_dry_run() {
@@ -436,11 +507,11 @@ impl<S: Bound> Task<'_, S> {
                 self.socket.set(level, name, &words_of(setting.value), 4)
             };
             if let Err(errno) = result {
-                report_failure(self.option, winner, setting, errno, self.state.cookie);
+                report_failure(self.option, winner, setting, errno, self.notes.cookie);
                 return outcome::FAILED + errno as u32;
             }
         }
-        (self.state.device, self.state.device_wanted) = (self.socket.device(), wanted);
+        self.note_device(self.socket.device(), wanted);
         outcome::SET
     }
 }

@@ -342,13 +342,13 @@ impl OptionCall {
     }
 
     #[inline(always)]
-    pub(crate) fn ctx(&self) -> *mut bpf_sockopt {
-        self.ctx
+    pub(crate) fn sk(&self) -> *mut c_void {
+        self.sk.cast()
     }
 
     #[inline(always)]
-    pub(crate) fn sk(&self) -> *mut c_void {
-        self.sk.cast()
+    pub(crate) fn as_context(&self) -> *mut bpf_sockopt {
+        self.ctx
     }
 
     #[inline(always)]

@@ -14,7 +14,7 @@ use core::arch::asm;
 
 use abi::{
     Config, Place, Target, index,
-    socket::{Facts, Kept, State, direction},
+    socket::{Facts, Kept, Notes, State, direction},
 };
 use aya_ebpf::{
     bindings::{BPF_F_CLONE, BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_map_type::BPF_MAP_TYPE_SK_STORAGE},
@@ -166,9 +166,9 @@ pub(crate) unsafe fn state(sk: *mut c_void) -> Option<&'static mut State> {
 /// the notes are new now. `cookie` is the socket's.
 #[inline(always)]
 pub(crate) fn forget_another(state: &mut State, cookie: u64) -> bool {
-    let is_another = state.is_unstored != 0 && state.cookie != cookie;
+    let is_another = state.is_unstored != 0 && state.notes.cookie != cookie;
     if is_another {
-        *state = State { is_unstored: 1, cookie, ..State::default() };
+        *state = State { notes: Notes { cookie, ..Notes::NONE }, is_unstored: 1, ..State::default() };
     }
     is_another
 }
@@ -206,4 +206,46 @@ pub(crate) fn learn(state: &'static mut State, facts: Facts) -> &'static mut Sta
     unsafe { asm!("{notes} = {notes}", notes = inout(reg) notes, options(nostack, preserves_flags)) };
     // SAFETY: it is still the same pointer, and the reference it was made of is not used again.
     unsafe { &mut *notes }
+}
+
+/// What is known of the socket, copied from its notes: to the verifier it is then the same wherever the notes are.
+#[inline(always)]
+pub(crate) fn facts_in(state: &State) -> Facts {
+    let mut facts = state.facts;
+    forget_origin(&mut facts);
+    facts
+}
+
+/// What was done to the options of a socket, copied from its notes. `None` if there are none.
+///
+/// # Safety
+///
+/// As for [`state`].
+#[inline(always)]
+pub(crate) unsafe fn notes(sk: *mut c_void) -> Option<Notes> {
+    // SAFETY: as the caller says.
+    let mut notes = unsafe { state(sk) }?.notes;
+    forget_origin(&mut notes);
+    Some(notes)
+}
+
+/// Puts notes back that were copied.
+///
+/// # Safety
+///
+/// As for [`state`].
+#[inline(always)]
+pub(crate) unsafe fn put_notes(sk: *mut c_void, notes: &Notes) {
+    // SAFETY: as the caller says.
+    if let Some(state) = unsafe { state(sk) } {
+        state.notes = *notes;
+    }
+}
+
+/// Makes the compiler forget what a copy was made of, so that the copy is really made.
+#[inline(always)]
+fn forget_origin<T>(copy: &mut T) {
+    let at: *mut T = copy;
+    // SAFETY: says only that the value may have been read and written.
+    unsafe { asm!("{at} = {at}", at = inout(reg) at => _, options(nostack, preserves_flags)) };
 }

@@ -149,9 +149,15 @@ impl Probe {
     }
 
     /// Writes a file as the probe sees it, such as one of its network namespace's below /proc/sys.
+    pub fn try_write(&mut self, path: &str, text: &str) -> Result<(), Errno> {
+        self.call(&Step::Write { path: path.to_owned(), text: text.to_owned() }).map(drop)
+    }
+
     #[track_caller]
     pub fn write(&mut self, path: &str, text: &str) {
-        self.succeed(&Step::Write { path: path.to_owned(), text: text.to_owned() });
+        if let Err(errno) = self.try_write(path, text) {
+            panic!("cannot write {path}: {errno:?}");
+        }
     }
 
     #[track_caller]

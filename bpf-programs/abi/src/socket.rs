@@ -154,11 +154,10 @@ const MAPPED: u32 = 0xffff_u32.to_be();
 const MAPPED_LOOPBACK: Address = [0, 0, MAPPED, LOOPBACK4];
 const LOOPBACK6: Address = [0, 0, 0, 1_u32.to_be()];
 
-/// Notes kept with each governed socket, in the socket's own storage (map `SOCKETS`). If the kernel has no memory for this
-/// storage, map `UNSTORED` has the notes, as long as the notes find room there.
+/// What was done to the options of a socket, and by whom. A part of [`State`].
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
-pub struct State {
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Notes {
     /// Bit n: the application asked for another value of option n where the policy lets it win
     /// (`on_conflict = "allow"`), so that the policy no longer sets it on this socket.
     pub yielded: u64,
@@ -166,8 +165,32 @@ pub struct State {
     pub settled: u64,
     /// Bit n: option n was counted as failed on this socket.
     pub failed: u64,
+    /// Bit n: the application asked for a value of option n that a rule which may yet match does not allow, or that another
+    /// rule does not allow if the peer changes. [`Kept::asked`] has the value from before.
+    pub asked: u64,
+    /// Bit n: [`Kept::before`] has the value that option n had before a rule set it.
+    pub changed: u64,
     /// The socket's cookie, as in `ss -e` (SO_COOKIE); 0 until known.
     pub cookie: u64,
+    /// The interface index that the socket had after a program bound the socket to a device.
+    pub device: u32,
+    /// What names that device in the policy, as a number ([`crate::setting::Setting::device`]); 0: no program bound the socket.
+    pub device_wanted: u32,
+}
+shared!(Notes, size 8 * 6 + 4 * 2);
+
+impl Notes {
+    /// None.
+    pub const NONE: Self =
+        Self { yielded: 0, settled: 0, failed: 0, asked: 0, changed: 0, cookie: 0, device: 0, device_wanted: 0 };
+}
+
+/// Notes kept with each governed socket, in the socket's own storage (map `SOCKETS`). If the kernel has no memory for this
+/// storage, map `UNSTORED` has the notes, as long as the notes find room there.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct State {
+    pub notes: Notes,
     /// Of the deepest target that the socket is in, as far as a program of that target has met the socket.
     pub target: Target,
     /// The generation of policies by which the socket is set up, from the first hook to the last; 0 until it comes by one.
@@ -175,15 +198,6 @@ pub struct State {
     /// Whether the socket was made under the policies and has not been bound or connected since, nor sent anything (0 or 1):
     /// what is set at [`crate::site::SEND`] is for such.
     pub is_fresh: u32,
-    /// Bit n: the application asked for a value of option n that a rule which may yet match does not allow, or that another
-    /// rule does not allow if the peer changes. [`Kept::asked`] has the value from before.
-    pub asked: u64,
-    /// Bit n: [`Kept::before`] has the value that option n had before a rule set it.
-    pub changed: u64,
-    /// The interface index that the socket had after a program bound the socket to a device.
-    pub device: u32,
-    /// What names that device in the policy, as a number ([`crate::setting::Setting::device`]); 0: no program bound the socket.
-    pub device_wanted: u32,
     /// Whether the notes are in map `UNSTORED` (0 or 1).
     pub is_unstored: u32,
     pub _pad: u32,
@@ -191,18 +205,18 @@ pub struct State {
     /// the many ways to come to know it are one to it afterwards.
     pub facts: Facts,
 }
-shared!(State, size 8 * 4 + size_of::<Target>() + 4 * 2 + 8 * 2 + 4 * 4 + size_of::<Facts>());
+shared!(State, size size_of::<Notes>() + size_of::<Target>() + 4 * 4 + size_of::<Facts>());
 
 /// Values that are kept of a socket, to give them back to its options. In storage of its own (map `KEPT`), because few
 /// sockets need it. The kernel copies a listener's values to each accepted socket (`BPF_F_CLONE`).
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Kept {
-    /// As [`State::yielded`], for the sockets that a listener accepts.
+    /// As [`Notes::yielded`], for the sockets that a listener accepts.
     pub yielded: u64,
-    /// As [`State::asked`].
+    /// As [`Notes::asked`].
     pub has_asked: u64,
-    /// As [`State::changed`].
+    /// As [`Notes::changed`].
     pub has_before: u64,
     /// By bit of an option that is a number, as getsockopt shows it: the value before the application asked for another one.
     pub asked: [u32; crate::SETTABLE_MAX],
@@ -248,17 +262,10 @@ impl Unstored {
     /// The notes of a socket of which nothing is known.
     pub const NEW: Self = Self {
         state: State {
-            yielded: 0,
-            settled: 0,
-            failed: 0,
-            cookie: 0,
+            notes: Notes::NONE,
             target: Target { place: 0, id: 0 },
             generation: 0,
             is_fresh: 0,
-            asked: 0,
-            changed: 0,
-            device: 0,
-            device_wanted: 0,
             is_unstored: 1,
             _pad: 0,
             facts: Facts {

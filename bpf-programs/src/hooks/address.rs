@@ -8,7 +8,7 @@ use abi::{
 use aya_ebpf::{helpers::generated::bpf_get_socket_cookie, macros::cgroup_sock_addr, programs::SockAddrContext};
 
 use crate::{
-    apply::{POSTPONED, apply, apply_addressed},
+    apply::{POSTPONED, apply, apply_addressed, check_addressed},
     ctx::{Addressed, Bound as _, Socket as _},
     storage::{self, Scope},
 };
@@ -76,7 +76,7 @@ fn send(ctx: &SockAddrContext) {
     let Some(socket) = Addressed::new(ctx.sock_addr) else { return };
     // SAFETY: the context's socket, checked for NULL.
     let Some((state, scope)) = (unsafe { storage::claim(socket.sk(), |_| false) }) else { return };
-    let lost_device = state.device_wanted != 0 && state.device != socket.device();
+    let lost_device = state.notes.device_wanted != 0 && state.notes.device != socket.device();
     let lost_peer = state.facts.known & known::REMOTE != 0 && !socket.is_connected();
     if state.is_fresh != 0 || lost_device || lost_peer {
         apply_to(socket.send_facts(), site::SEND, &socket, state, scope, 0);
@@ -93,12 +93,15 @@ fn apply_at(site: u32, socket: &Addressed, facts: Facts, how: u32) {
 #[inline(always)]
 fn apply_to(facts: Facts, site: u32, socket: &Addressed, state: &'static mut State, scope: Scope, how: u32) {
     state.is_fresh = 0;
-    if state.cookie == 0 {
+    if state.notes.cookie == 0 {
         // SAFETY: the helper takes this context.
-        state.cookie = unsafe { bpf_get_socket_cookie(socket.as_ptr()) };
+        state.notes.cookie = unsafe { bpf_get_socket_cookie(socket.as_ptr()) };
     }
     let state = storage::learn(state, facts);
     apply::<SETTABLE_MAX>(scope, site, state, socket.is_inet6(), |index, rules, missing, _| {
-        apply_addressed(socket.ctx(), index, rules.sure, rules.possible, missing | how);
+        let missing = missing | how;
+        if apply_addressed(socket.ctx(), index, rules.sure, rules.possible, missing) != 0 {
+            check_addressed(socket.ctx(), index, rules.sure, rules.possible, missing);
+        }
     });
 }

@@ -7,7 +7,7 @@ use abi::{
     BIRTH_MAX,
     setting::{DEVICE_BY_INDEX, Governed, Setting},
     site,
-    socket::State,
+    socket::{Notes, State},
 };
 use aya_ebpf::{cty::c_void, helpers::generated::bpf_get_socket_cookie, macros::cgroup_sock, programs::SockContext};
 
@@ -37,14 +37,14 @@ fn try_birth_apply(birth: &Birth) {
     };
     // SAFETY: as above.
     let Some((state, scope)) = (unsafe { storage::claim(birth.sk(), begins) }) else { return };
-    state.cookie = cookie;
+    state.notes.cookie = cookie;
     state.is_fresh = 1;
     let state = storage::learn(state, birth.facts());
     let mut fields = birth.fields();
     // The options that only one family has are not among those of this site.
     apply::<BIRTH_MAX>(scope, site::BIRTH, state, false, |index, rules, missing, state| {
-        apply_option(index, rules, missing, state, |option, setting, state| {
-            set_field(birth.sk(), &mut fields, option, setting, state)
+        apply_option(index, rules, missing, &mut state.notes, |option, setting, notes| {
+            set_field(birth.sk(), &mut fields, option, setting, notes)
         });
     });
     birth.set_fields(&fields);
@@ -56,14 +56,14 @@ fn set_field(
     fields: &mut BirthFields,
     option: &Governed,
     setting: &Setting,
-    state: &mut State,
+    notes: &mut Notes,
 ) -> u32 {
     let field = match option.key.name {
         SO_MARK => &mut fields.mark,
         SO_PRIORITY => &mut fields.priority,
         _ => {
             // SO_BINDTOIFINDEX: the site has these three.
-            (state.device, state.device_wanted) = (setting.value, setting.device());
+            (notes.device, notes.device_wanted) = (setting.value, setting.device());
             &mut fields.device
         }
     };

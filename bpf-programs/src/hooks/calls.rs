@@ -13,7 +13,7 @@ use abi::{
         DEVICE_BY_INDEX, Governed, OptionKey, Setting, TEXT_LEN, Value, Words, form, kind, on_conflict, read_back,
         traits, word_in, words_of,
     },
-    socket::{State, protocol},
+    socket::{Facts, State, protocol},
 };
 use aya_ebpf::{
     Global,
@@ -217,59 +217,84 @@ fn find(call: &OptionCall, row: u32) -> Option<Found> {
     Some(Found { scope, index, option })
 }
 
-/// Which of an option's settings governs a call. `sets` must be a constant: whether the call is setsockopt. Programs at
-/// cgroup/getsockopt may not call `bpf_getsockopt`, so they must not lead to [`select_rank`].
+/// Which of an option's settings governs a call. `sets` must be a constant: whether the call is setsockopt.
 #[inline(always)]
 fn rank(call: &OptionCall, scope: Scope, index: u32, option: &Governed, sets: bool) -> Option<u32> {
     if option.is_certain() {
         return Some(0);
     }
-    if !sets {
-        return selected(call, scope.number, index, false);
-    }
-    select_rank(call.ctx(), scope.number, index).checked_sub(1)
+    let winner = if sets {
+        winner_of_set(call.as_context(), index, scope.number)
+    } else {
+        winner_of_read(call.as_context(), index, scope.number)
+    };
+    (winner != NO_WINNER).then(|| winner as u32 - option.first_setting)
 }
 
-/// The number of the setting that governs a setsockopt call by what is known of the socket, plus one; 0: none does.
+/// No setting: more than any index.
+const NO_WINNER: u64 = u64::MAX;
+
+/// The setting that governs a call of setsockopt on an option of a scope, or [`NO_WINNER`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn select_rank(ctx: *mut bpf_sockopt, scope: u32, index: u32) -> u32 {
-    selected(&OptionCall::new(ctx), scope, index, true).map_or(0, |rank| rank + 1)
+pub(crate) extern "C" fn winner_of_set(ctx: *mut bpf_sockopt, index: u32, scope: u32) -> u64 {
+    winner(&OptionCall::new(ctx), index, scope, true).map_or(NO_WINNER, u64::from)
+}
+
+/// The same of a call of getsockopt, whose program may not read options.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn winner_of_read(ctx: *mut bpf_sockopt, index: u32, scope: u32) -> u64 {
+    winner(&OptionCall::new(ctx), index, scope, false).map_or(NO_WINNER, u64::from)
 }
 
 #[inline(always)]
-fn selected(call: &OptionCall, scope: u32, index: u32, sets: bool) -> Option<u32> {
+fn winner(call: &OptionCall, index: u32, scope: u32, sets: bool) -> Option<u32> {
     let option = maps::option(index)?;
     let state = storage::learn(state(call)?, call.facts());
-    let rules = select(&state.facts, maps::selectors(scope)?, &PrefixMap { scope });
-    let winner = if !sets || option.names & !option.sets == 0 || is_corrected_later(call, option, state) {
-        option.winner(rules)?
+    let is_unstored = state.is_unstored != 0;
+    let facts = storage::facts_in(state);
+    let rules = select(&facts, maps::selectors(scope)?, &PrefixMap { scope });
+    if sets && option.names & !option.sets != 0 && !is_corrected_later(call, option, &facts, is_unstored) {
+        option.cautious_winner(rules)
     } else {
-        option.cautious_winner(rules)?
-    };
-    Some(winner - option.first_setting)
+        option.winner(rules)
+    }
 }
 
 /// Whether what a call sets is held against limits again when more is known of the socket ([`crate::apply`]): the programs can
 /// read and set the option, and the socket comes by their hooks.
 #[inline(always)]
-fn is_corrected_later(call: &OptionCall, option: &Governed, state: &State) -> bool {
-    let comes_by = state.facts.protocol == protocol::TCP || state.facts.protocol == protocol::UDP;
+fn is_corrected_later(call: &OptionCall, option: &Governed, facts: &Facts, is_unstored: bool) -> bool {
+    let comes_by = facts.protocol == protocol::TCP || facts.protocol == protocol::UDP;
     comes_by
         && option.traits & traits::CORRECTED != 0
-        && state.is_unstored == 0
+        && !is_unstored
         && !call.is_multipath()
         && read_now(call, option).is_some()
 }
 
 /// Notes that the application asks for a value that a rule may forbid later, and what the option has before.
 #[inline(always)]
-fn note_asked(call: &OptionCall, option: &Governed) {
-    if option.names & !option.sets == 0 || option.is_certain() || option.traits & traits::CORRECTED == 0 {
-        return;
+fn note_asked(call: &OptionCall, index: u32, option: &Governed) {
+    if option.names & !option.sets != 0 && !option.is_certain() && option.traits & traits::CORRECTED != 0 {
+        note_asked_for(call.as_context(), index);
     }
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn note_asked_for(ctx: *mut bpf_sockopt, index: u32) -> u32 {
+    if let Some(option) = maps::option(index) {
+        keep_asked(&OptionCall::new(ctx), option);
+    }
+    0
+}
+
+#[inline(always)]
+fn keep_asked(call: &OptionCall, option: &Governed) {
     let (bit, place) = (1u64 << (option.bit & 63), usize::from(option.bit));
-    let Some(state) = state(call).filter(|state| state.asked & bit == 0) else { return };
+    let Some(state) = state(call).filter(|state| state.notes.asked & bit == 0) else { return };
     let Some(now) = read_now(call, option) else { return };
     // SAFETY: the context's socket, which is never NULL.
     let Some(kept) = (unsafe { storage::kept(call.sk(), true) }) else {
@@ -277,7 +302,7 @@ fn note_asked(call: &OptionCall, option: &Governed) {
         return;
     };
     if place < SETTABLE_MAX {
-        state.asked |= bit;
+        state.notes.asked |= bit;
         kept.has_asked |= bit;
         if option.kind == kind::TEXT {
             kept.asked_text = now;
@@ -324,7 +349,7 @@ fn judge_row(call: &OptionCall, row: u32) -> Option<Judged> {
     let judged = match rank(call, scope, index, option, true) {
         Some(rank) => judge_governed(call, Governance { index, rank }, option),
         None => {
-            note_asked(call, option);
+            note_asked(call, index, option);
             None
         }
     };
@@ -348,9 +373,11 @@ fn judge_governed(call: &OptionCall, governed: Governance, option: &'static Gove
         verdict::REWRITTEN if !setting.is_dry_run() => rewrite(call, option, setting, winner, &judgement),
         verdict => (verdict, false),
     };
-    note_who_wins(call, option, setting, verdict);
+    if setting.form == form::SET && setting.on_conflict == on_conflict::ALLOW {
+        note_who_wins(call.as_context(), governed.index, verdict.into());
+    }
     if verdict == verdict::NONE || verdict == verdict::ALLOWED || verdict == verdict::CLAMPED {
-        note_asked(call, option);
+        note_asked(call, governed.index, option);
     }
     count(winner, |counters| match verdict {
         verdict::NONE => &mut counters.agreed,
@@ -473,24 +500,30 @@ fn word_to_set(call: &OptionCall, option: &Governed, judged: Judged) -> Option<u
 }
 
 /// Where the policy lets the application win, it is not to be overruled at a later hook.
-#[inline(always)]
-fn note_who_wins(call: &OptionCall, option: &Governed, setting: &Setting, verdict: u8) {
-    if setting.form != form::SET || setting.on_conflict != on_conflict::ALLOW {
-        return;
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn note_who_wins(ctx: *mut bpf_sockopt, index: u32, verdict: u32) -> u32 {
+    if let Some(option) = maps::option(index) {
+        note_winner(&OptionCall::new(ctx), option, verdict);
     }
+    0
+}
+
+#[inline(always)]
+fn note_winner(call: &OptionCall, option: &Governed, verdict: u32) {
     let Some(state) = state(call) else { return };
     let bit = 1u64 << (option.bit & 63);
-    if verdict == verdict::NONE {
-        state.yielded &= !bit;
+    if verdict == u32::from(verdict::NONE) {
+        state.notes.yielded &= !bit;
     } else {
-        state.yielded |= bit;
+        state.notes.yielded |= bit;
         // What the socket has from now on is not the policy's.
-        state.changed &= !bit;
+        state.notes.changed &= !bit;
     }
     // For the sockets that this one may accept.
     // SAFETY: the context's socket, which is never NULL.
-    if let Some(kept) = unsafe { storage::kept(call.sk(), state.yielded != 0) } {
-        kept.yielded = state.yielded;
+    if let Some(kept) = unsafe { storage::kept(call.sk(), state.notes.yielded != 0) } {
+        kept.yielded = state.notes.yielded;
         kept.has_before &= !bit;
     }
 }
@@ -601,7 +634,7 @@ fn fill_socket(record: &mut Call, call: &OptionCall, winner: u32, verdict: u32) 
         // What governs the call may not have asked for them.
         let state = storage::learn(state, call.facts());
         record.facts = state.facts;
-        record.cookie = state.cookie;
+        record.cookie = state.notes.cookie;
     }
 }
 

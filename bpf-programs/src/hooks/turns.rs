@@ -15,7 +15,7 @@ use aya_ebpf::{
 };
 
 use crate::{
-    apply::{apply, apply_turn},
+    apply::{apply, apply_turn, check_turn},
     ctx::{Socket as _, Turn},
     storage,
 };
@@ -48,13 +48,15 @@ fn try_turn_apply(ctx: &SockOpsContext) {
         (site::PASSIVE, false) => (site::ACTIVE, direction::OUTBOUND),
         _ => (site, direction),
     };
-    if state.cookie == 0 {
+    if state.notes.cookie == 0 {
         // SAFETY: the helper takes this context.
-        state.cookie = unsafe { bpf_get_socket_cookie(turn.as_ptr()) };
+        state.notes.cookie = unsafe { bpf_get_socket_cookie(turn.as_ptr()) };
     }
     let state = storage::learn(state, turn.facts(direction, peer));
     apply::<SETTABLE_MAX>(scope, site, state, turn.is_inet6(), |index, rules, missing, _| {
-        apply_turn(ctx.ops, index, rules.sure, rules.possible, missing);
+        if apply_turn(ctx.ops, index, rules.sure, rules.possible, missing) != 0 {
+            check_turn(ctx.ops, index, rules.sure, rules.possible, missing);
+        }
     });
 }
 
@@ -77,9 +79,9 @@ fn is_accepted_now(turn: &Turn, state: &mut State) -> bool {
     // Of the listener's notes only what the application asked for on the listener goes for this socket too.
     // SAFETY: the context's socket, checked for NULL.
     if let Some(kept) = unsafe { storage::kept(turn.sk(), false) } {
-        state.yielded = kept.yielded;
-        state.asked = kept.has_asked;
-        state.changed = kept.has_before;
+        state.notes.yielded = kept.yielded;
+        state.notes.asked = kept.has_asked;
+        state.notes.changed = kept.has_before;
     }
     true
 }
