@@ -275,17 +275,11 @@ fn is_corrected_later(call: &OptionCall, option: &Governed, facts: &Facts, is_un
 }
 
 /// Notes that the application asks for a value that a rule may forbid later, and what the option has before.
-#[inline(always)]
-fn note_asked(call: &OptionCall, index: u32, option: &Governed) {
-    if option.names & !option.sets != 0 && !option.is_certain() && option.traits & traits::CORRECTED != 0 {
-        note_asked_for(call.as_context(), index);
-    }
-}
-
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn note_asked_for(ctx: *mut bpf_sockopt, index: u32) -> u32 {
-    if let Some(option) = maps::option(index) {
+pub(crate) extern "C" fn note_asked(ctx: *mut bpf_sockopt, index: u32) -> u32 {
+    let Some(option) = maps::option(index) else { return 0 };
+    if option.names & !option.sets != 0 && !option.is_certain() && option.traits & traits::CORRECTED != 0 {
         keep_asked(&OptionCall::new(ctx), option);
     }
     0
@@ -349,7 +343,7 @@ fn judge_row(call: &OptionCall, row: u32) -> Option<Judged> {
     let judged = match rank(call, scope, index, option, true) {
         Some(rank) => judge_governed(call, Governance { index, rank }, option),
         None => {
-            note_asked(call, index, option);
+            note_asked(call.as_context(), index);
             None
         }
     };
@@ -376,8 +370,9 @@ fn judge_governed(call: &OptionCall, governed: Governance, option: &'static Gove
     if setting.form == form::SET && setting.on_conflict == on_conflict::ALLOW {
         note_who_wins(call.as_context(), governed.index, verdict.into());
     }
-    if verdict == verdict::NONE || verdict == verdict::ALLOWED || verdict == verdict::CLAMPED {
-        note_asked(call, governed.index, option);
+    // What was refused or ignored changes nothing.
+    if verdict != verdict::DENIED && verdict != verdict::IGNORED {
+        note_asked(call.as_context(), governed.index);
     }
     count(winner, |counters| match verdict {
         verdict::NONE => &mut counters.agreed,
