@@ -6,3 +6,4 @@ mod devices;
 mod no_memory;
 mod peers;
 mod self_connect;
+mod unsupported;
