@@ -307,7 +307,8 @@ impl<S: Bound> Task<'_, S> {
     #[inline(always)]
     fn set(&mut self, setting: &Setting, winner: u32, missing: u32) {
         let is_kept = missing & entry::KEEP != 0 && self.notes.changed & self.bit == 0 && !setting.is_dry_run();
-        let before = if is_kept { self.now() } else { None };
+        let mut before = [0; 2];
+        let has_before = is_kept && self.read_now(&mut before);
         let priority = if is_kept { self.priority() } else { None };
         let outcome = if self.is_device() {
             self.set_device(setting, winner)
@@ -316,10 +317,7 @@ impl<S: Bound> Task<'_, S> {
             let is_for_both = self.option.traits & traits::INET != 0 && missing & DUAL_STACK != 0;
             set_option(self.socket, self.option, setting, winner, self.notes.cookie, is_for_both)
         };
-        if outcome == outcome::SET
-            && is_kept
-            && let Some(before) = before
-        {
+        if outcome == outcome::SET && has_before {
             self.keep(&before, priority);
         }
         if missing & POSTPONED == 0 || !self.is_device() || outcome >= outcome::FAILED {
@@ -327,24 +325,23 @@ impl<S: Bound> Task<'_, S> {
         }
     }
 
-    /// What the option has now, as getsockopt shows it; of a device, the interface index.
+    /// Reads what the option has now, as getsockopt shows it; of a device, the interface index. Returns whether that is known.
+    ///
+    /// Into memory of the caller: of an `Option` the compiler spills the value also where there is none, which the verifier
+    /// refuses.
     #[inline(always)]
-    fn now(&self) -> Option<Words> {
+    fn read_now(&self, now: &mut Words) -> bool {
         if self.is_device() {
-            return Some(words_of(self.socket.device()));
+            *now = words_of(self.socket.device());
+            return true;
         }
         let OptionKey { level, name } = self.option.key;
         if self.option.read_back == read_back::NONE {
             // It shows the segment size of the route where none was set. 0 is what a new socket has.
-            return if self.option.key == MAXSEG { Some([0; 2]) } else { None };
+            return self.option.key == MAXSEG;
         }
-        let mut now = [0; 2];
-        if self.option.kind == kind::TEXT {
-            self.socket.get(level, name, &mut now, TEXT_LEN as i32).ok()?;
-        } else {
-            self.socket.get(level, name, &mut now, 4).ok()?;
-        }
-        Some(now)
+        let len = if self.option.kind == kind::TEXT { TEXT_LEN as i32 } else { 4 };
+        self.socket.get(level, name, now, len).is_ok()
     }
 
     /// SO_PRIORITY, if setting this option changes it.
@@ -464,7 +461,10 @@ impl<S: Bound> Task<'_, S> {
     fn judge(&self, setting: &Setting) -> Option<Judgement> {
         let mut asked = Asked::default();
         if setting.form != form::DENY {
-            let now = self.now()?;
+            let mut now = [0; 2];
+            if !self.read_now(&mut now) {
+                return None;
+            }
             asked = Asked::read(self.option, 4, &now)?;
             if self.option.read_back == read_back::DOUBLED {
                 asked.number /= 2;
