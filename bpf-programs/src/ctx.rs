@@ -5,7 +5,7 @@
 //! compiler from merging neighbours.
 
 use abi::{
-    setting::{DEVICE_BY_INDEX, OptionKey, TEXT_LEN, Words, word_in, words_of},
+    setting::{DEVICE_BY_INDEX, FLOW_LABEL_MANAGER, OptionKey, TEXT_LEN, Words, word_in, words_of},
     socket::{Address, Facts, direction, known, protocol, sk_family},
 };
 use aya_ebpf::{
@@ -372,6 +372,15 @@ impl OptionCall {
         field!(self.sk, protocol) == IPPROTO_MPTCP
     }
 
+    /// Whether the kernel refuses the level of a call that the helpers would make: SOL_IP of a raw AF_INET6 socket
+    /// (`rawv6_setsockopt`, net/ipv6/raw.c).
+    #[inline(always)]
+    pub(crate) fn is_of_refused_level(&self) -> bool {
+        const SOL_IP: i32 = 0;
+        const SOCK_RAW: u32 = 3;
+        self.key().level == SOL_IP && field!(self.sk, family) == sk_family::INET6 && field!(self.sk, type_) == SOCK_RAW
+    }
+
     /// Whether the kernel passes only a part of the argument.
     #[inline(always)]
     pub(crate) fn is_long(&self) -> bool {
@@ -379,9 +388,12 @@ impl OptionCall {
     }
 
     /// Lets the kernel take the call as the application made it.
+    ///
+    /// A handler that writes to the caller's memory is given that memory, not the kernel's copy. Programs that run after this
+    /// one then see no argument.
     #[inline(always)]
     pub(crate) fn pass(&self) {
-        if self.is_long() {
+        if self.is_long() || self.key() == FLOW_LABEL_MANAGER {
             set_field!(self.ctx, optlen, 0);
         }
     }

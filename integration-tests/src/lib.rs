@@ -12,6 +12,7 @@
 //! | [`report::Report`] | what the agent reported: events and the summary |
 //! | [`residue::Residue`] | the BPF programs and links of an agent, and whether they are gone |
 //! | [`kernels::Kernel`] | what kernels.toml expects of this kernel; [`require!`] skips by it |
+//! | [`product::Product`] | calls of many kinds, and what came of each |
 //! | [`process::Running`] | any command line, what it says and how it ends |
 //! | [`terminal::Terminal`] | the same in the foreground of a terminal |
 //! | [`container::Podman`], `Docker`, `Alone` | engines of our own, and their containers, each with a probe in it |
@@ -52,6 +53,7 @@ pub mod options;
 pub mod policy;
 pub mod probe;
 pub mod process;
+pub mod product;
 pub mod report;
 pub mod residue;
 pub mod script;

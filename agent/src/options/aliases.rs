@@ -70,6 +70,8 @@ pub const GUARDS: &[Guard] = &[
     guard("IPV6_2292PKTOPTIONS", "IPV6_RTHDRDSTOPTS", 0),
     guard("IPV6_2292PKTOPTIONS", "IPV6_RTHDR", 0),
     guard("IPV6_2292PKTOPTIONS", "IPV6_DSTOPTS", 0),
+    // Sets SO_REUSEADDR to SK_FORCE_REUSE, and to 0 at its end (`tcp_setsockopt`, net/ipv4/tcp.c).
+    guard("TCP_REPAIR", "SO_REUSEADDR", 0),
 ];
 
 impl SocketOption {

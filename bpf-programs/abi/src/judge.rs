@@ -198,6 +198,9 @@ pub fn judge_argument(option: &Governed, setting: &Setting, len: i32, words: &Wo
     if setting.form == form::DENY && len >= 0 {
         return Some(Judgement::DENIED);
     }
+    if option.is_for_programs() {
+        return None;
+    }
     Some(judge(option, setting, &Asked::read(option, len, words)?))
 }
 
@@ -207,6 +210,7 @@ pub fn judge_argument(option: &Governed, setting: &Setting, len: i32, words: &Wo
 pub fn judge(option: &Governed, setting: &Setting, asked: &Asked) -> Judgement {
     let conflict = match setting.form {
         form::DENY => return Judgement::DENIED,
+        _ if option.kind == kind::OPAQUE => None,
         form::SET if option.kind == kind::LOCK => unlocked(option, asked, verdict::REWRITTEN),
         form::LIMIT if option.kind == kind::LOCK => unlocked(option, asked, verdict::CLAMPED),
         form::SET => other_value(option, setting, asked).map(|value| (value, verdict::REWRITTEN)),

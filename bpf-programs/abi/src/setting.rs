@@ -167,6 +167,22 @@ pub mod read_back {
 pub const DEVICE_BY_NAME: OptionKey = OptionKey { level: 1, name: 25 };
 pub const DEVICE_BY_INDEX: OptionKey = OptionKey { level: 1, name: 62 };
 
+/// IP_TOS, with which the kernel sets SO_PRIORITY.
+pub const TYPE_OF_SERVICE: OptionKey = OptionKey { level: 0, name: 1 };
+
+/// Returns the SO_PRIORITY that the kernel sets with an IP_TOS (`rt_tos2priority`, include/net/route.h; `ip_tos2prio`,
+/// net/ipv4/route.c; 5.10 to 7.2).
+#[inline(always)]
+#[must_use]
+pub fn priority_of_tos(tos: u32) -> i64 {
+    /// By bits 3 and 4 of the type of service: TC_PRIO_BESTEFFORT, _BULK, _INTERACTIVE and _INTERACTIVE_BULK.
+    const PRIORITIES: u32 = 0x4620;
+    i64::from(PRIORITIES >> (4 * (tos >> 3 & 3)) & 0xf)
+}
+
+/// IPV6_FLOWLABEL_MGR, whose handler writes the label into the caller's memory (`ipv6_flowlabel_get`, net/ipv6/ip6_flowlabel.c).
+pub const FLOW_LABEL_MANAGER: OptionKey = OptionKey { level: 41, name: 32 };
+
 /// How one option of the socket API is read, and the rules of one scope that govern it. Map `OPTIONS`.
 ///
 /// An option that has several names or levels has a row for each of them. The rows share the settings.
@@ -242,6 +258,17 @@ impl Governed {
             (false, true) => DEVICE_BY_NAME,
             _ => self.set_as,
         }
+    }
+
+    /// Whether programs alone can set the option: the kernel refuses each call of an application (`bpf_sol_tcp_setsockopt`,
+    /// net/core/filter.c; include/uapi/linux/bpf.h has the numbers).
+    #[inline(always)]
+    #[must_use]
+    pub fn is_for_programs(&self) -> bool {
+        /// SOL_SOCKET and SOL_TCP.
+        const LEVELS: [i32; 2] = [1, 6];
+        const FIRST: i32 = 1000;
+        self.key.name >= FIRST && (self.key.level == LEVELS[0] || self.key.level == LEVELS[1])
     }
 
     /// Whether the option takes a text.
@@ -530,6 +557,14 @@ mod tests {
         numbers.add(other, 254);
         for key in [one, same, other] {
             assert_eq!(numbers.get(key), Numbered::Elsewhere);
+        }
+    }
+
+    #[test]
+    fn priority_is_that_of_the_type_of_service() {
+        // Read from sockets of 6.18.
+        for (tos, priority) in [(0, 0), (0x10, 6), (0x08, 2), (0xb8, 4), (0x48, 2), (0xff, 4), (0x03, 0)] {
+            assert_eq!(priority_of_tos(tos), priority, "{tos:#x}");
         }
     }
 

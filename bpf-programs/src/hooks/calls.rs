@@ -10,8 +10,8 @@ use abi::{
     judge::{Asked, Judgement, judge, judge_argument, verdict},
     select::select,
     setting::{
-        DEVICE_BY_INDEX, Governed, OptionKey, Setting, TEXT_LEN, Value, Words, form, kind, on_conflict, read_back,
-        traits, word_in, words_of,
+        DEVICE_BY_INDEX, Governed, OptionKey, Setting, TEXT_LEN, TYPE_OF_SERVICE, Value, Words, form, kind,
+        on_conflict, priority_of_tos, read_back, traits, word_in, words_of,
     },
     socket::{Facts, State, protocol},
 };
@@ -349,7 +349,7 @@ fn judge_row(call: &OptionCall, row: u32) -> Option<Judged> {
     };
     let judged = judged.unwrap_or(Judged(Judged::UNGOVERNED)).with_next(option.next);
     Some(match kept {
-        Some(kept) => keep(call, option, judged, &kept),
+        Some(kept) => keep(call, option, judged, &kept).with_next(option.next),
         None => judged,
     })
 }
@@ -395,15 +395,20 @@ fn rewrite(call: &OptionCall, option: &Governed, setting: &Setting, winner: u32,
     if is_other_kind && is_bound_as_asked(call, option) {
         return (verdict::NONE, false);
     }
+    let OptionKey { level, name } = option.helper_key(setting);
+    // Once bound, an application without CAP_NET_RAW cannot bind again; nor can a program bind a subflow of an MPTCP socket.
+    if is_other_kind && is_bound_as_wanted(call, setting) {
+        return (verdict::REWRITTEN, true);
+    }
     // What this kernel's programs cannot set from here is rewritten in the call's argument; a device has no argument that says the
     // same in the other way.
     let by_argument = (if is_other_kind { verdict::DENIED } else { verdict::REWRITTEN }, false);
     // The kernel's handler gives a value to the subflows of an MPTCP socket too, the helper does not. Bits that stay the
     // application's are not ours to grant: the handler asks whether the application may set them.
-    if CAN_GET.load() == 0 || call.is_multipath() || setting.is_partial() || option.kind == kind::LOCK {
+    let is_handlers = call.is_multipath() || call.is_of_refused_level() || setting.is_partial();
+    if CAN_GET.load() == 0 || is_handlers || option.kind == kind::LOCK {
         return by_argument;
     }
-    let OptionKey { level, name } = option.helper_key(setting);
     let result = if setting.is_text() {
         call.set(level, name, &judgement.given.words, TEXT_LEN as i32)
     } else {
@@ -434,6 +439,16 @@ fn is_bound_as_asked(call: &OptionCall, option: &Governed) -> bool {
             .is_some_and(|asked| asked.number == i64::from(word_in(&bound)))
 }
 
+/// Whether the socket is bound to the device that a setting names by its index.
+#[inline(always)]
+fn is_bound_as_wanted(call: &OptionCall, setting: &Setting) -> bool {
+    let mut bound = [0; 2];
+    CAN_GET.load() != 0
+        && !setting.is_text()
+        && call.get(DEVICE_BY_INDEX.level, DEVICE_BY_INDEX.name, &mut bound, 4).is_ok()
+        && word_in(&bound) == setting.value
+}
+
 /// `None` where the kernel will refuse the argument.
 #[inline(always)]
 fn judgement(call: &OptionCall, option: &Governed, setting: &Setting) -> Option<Judgement> {
@@ -442,40 +457,73 @@ fn judgement(call: &OptionCall, option: &Governed, setting: &Setting) -> Option<
 
 /// The value of an option that the kernel resets when it sets another one, and that a rule governs.
 struct Kept {
-    key: OptionKey,
-    value: Words,
+    /// What governs it.
+    governed: Governance,
+    rows: Rows,
+    /// `None` where this kernel does not let programs put it back.
+    value: Option<Words>,
 }
 
-/// What the call would reset, where a setting in force governs that and this kernel lets programs put it back.
+/// What the call would reset, where a setting in force governs that.
 #[inline(always)]
 fn kept_value(call: &OptionCall, scope: Scope, option: &Governed) -> Option<Kept> {
-    if option.resets == 0 || CAN_GET.load() == 0 || call.is_multipath() {
+    if option.resets == 0 || call.is_of_refused_level() {
         return None;
     }
     let index = scope.options + option.resets - 1;
     let reset = maps::option(index)?;
-    let Rows { setting, .. } = Rows::of(reset, rank(call, scope, index, reset, true)?)?;
-    if setting.is_dry_run() || setting.on_conflict == on_conflict::ALLOW {
+    let governed = Governance { index, rank: rank(call, scope, index, reset, true)? };
+    let rows = Rows::of(reset, governed.rank)?;
+    if rows.setting.is_dry_run() || rows.setting.on_conflict == on_conflict::ALLOW {
+        return None;
+    }
+    Some(Kept { governed, rows, value: value_to_put_back(call, reset.key) })
+}
+
+/// The helper does not set options of the subflows of an MPTCP socket.
+#[inline(always)]
+fn value_to_put_back(call: &OptionCall, key: OptionKey) -> Option<Words> {
+    if CAN_GET.load() == 0 || call.is_multipath() {
         return None;
     }
     let mut value = [0; 2];
-    call.get(reset.key.level, reset.key.name, &mut value, 4).ok()?;
-    Some(Kept { key: reset.key, value })
+    call.get(key.level, key.name, &mut value, 4).ok()?;
+    Some(value)
 }
 
 /// Sets what a call asks for, or what the policy makes of it, and puts back what the kernel resets with it. A call that the
-/// helper refuses is left to the kernel's handler.
+/// helper refuses is left to the kernel's handler, unless that would reset what is governed.
 #[inline(always)]
 fn keep(call: &OptionCall, option: &Governed, judged: Judged, kept: &Kept) -> Judged {
+    let word = word_to_set(call, option, judged);
+    let Some(value) = kept.value else { return resist(option, judged, kept, word) };
     let is_set = judged.is_done()
-        || word_to_set(call, option, judged)
-            .is_some_and(|word| call.set(option.key.level, option.key.name, &words_of(word), 4).is_ok());
+        || word.is_some_and(|word| call.set(option.key.level, option.key.name, &words_of(word), 4).is_ok());
     if !is_set {
-        return judged;
+        return resist(option, judged, kept, word);
     }
     // It was read a moment ago: the helper knows the option.
-    let _ = call.set(kept.key.level, kept.key.name, &kept.value, 4);
+    let OptionKey { level, name } = kept.rows.option.key;
+    let _ = call.set(level, name, &value, 4);
     judged.done()
+}
+
+/// Judges a call by what the kernel's handler would reset, where a program can neither make the call in its place nor put the
+/// value back: IP_TOS on a socket for IPv6 alone, on an MPTCP socket, and on kernels without the helpers.
+#[inline(always)]
+fn resist(option: &Governed, judged: Judged, kept: &Kept, word: Option<u32>) -> Judged {
+    let Kept { governed, rows: Rows { option: reset, setting, winner }, .. } = *kept;
+    let Some(tos) = word.filter(|_| option.key == TYPE_OF_SERVICE) else { return judged };
+    let asked = Asked { number: priority_of_tos(tos), ..Asked::default() };
+    if judge(reset, setting, &asked).verdict == verdict::NONE {
+        return judged;
+    }
+    if setting.form == form::DENY || setting.on_conflict == on_conflict::DENY {
+        count(winner, |counters| &mut counters.verdicts[4]);
+        return Judged::new(governed, verdict::DENIED, false);
+    }
+    count(winner, |counters| &mut counters.verdicts[3]);
+    Judged::new(governed, verdict::IGNORED, false)
 }
 
 /// The number that the kernel's handler would be given; `None` where it would get none, or would refuse it.
@@ -567,7 +615,7 @@ fn enact(call: &OptionCall, governed: Governance, verdict: u32) -> Option<i32> {
 pub(crate) extern "C" fn report_call(ctx: *mut bpf_sockopt, judged: u64) -> u32 {
     let (call, judged) = (OptionCall::new(ctx), Judged(judged));
     let Some(rows) = judged.governance().and_then(Governance::rows) else { return 0 };
-    let (key, verdict) = (rows.option.key, judged.verdict());
+    let (key, verdict) = (call.key(), judged.verdict());
     if let Some(record) = record(call::SETSOCKOPT, key) {
         fill(record, &call, &rows, verdict);
         return 0;
@@ -607,11 +655,15 @@ fn fill(record: &mut Call, call: &OptionCall, rows: &Rows, verdict: u32) {
     let argument = call.argument();
     // The very bytes that were judged: the caller's memory may have changed since the audit looked.
     record.asked = Value::new(argument, call.len() as u32);
+    fill_socket(record, call, winner, verdict);
+    // What the call would reset is another option's.
+    if option.key != call.key() {
+        return;
+    }
     if let Some(asked) = Asked::read(option, call.len(), &argument) {
         record.given = judge(option, setting, &asked).given;
         record.wanted = Value::wanted(option, setting, &asked);
     }
-    fill_socket(record, call, winner, verdict);
     if let Some(before) = read_before(call, option) {
         record.before = before;
         record.flags |= flags::BEFORE;

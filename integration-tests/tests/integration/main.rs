@@ -31,6 +31,7 @@ mod plan;
 mod policies;
 mod preamble;
 mod precedence;
+mod product;
 mod progress;
 mod reload;
 mod settings;

@@ -7,11 +7,13 @@
 //! - `workload calls`: calls of every kind, good and bad, by the process, a thread of it and a child;
 //! - `workload ring plain|polled|fixed|async|deferred`: calls through an io_uring, see [`ring`];
 //! - `workload connections`: see [`connections`];
+//! - `workload product SPEC OUT root|nobody`: see [`product`];
 //! - `workload as PID PROGRAM`: runs a program as the process of this number;
 //! - `workload threads|pairs|vfork|mark|race|faults …`: see [`odd`].
 
 mod connections;
 mod odd;
+mod product;
 mod ring;
 
 use std::{
@@ -39,6 +41,7 @@ fn main() -> ExitCode {
         ["calls"] => calls(),
         ["connections"] => connections::connections(),
         ["as", pid, program] => number(pid).and_then(|pid| odd::run_as(pid, program)),
+        ["product", spec, out, user] => product::product(spec, out, user),
         ["ring", manner] => ring::ring(manner),
         ["threads", threads, calls] => both(threads, calls).and_then(|(threads, calls)| odd::threads(threads, calls)),
         ["pairs", processes, calls, refused] => {
