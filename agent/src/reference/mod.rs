@@ -116,12 +116,17 @@ fn facts(option: &'static SocketOption) -> Vec<String> {
     if !others.is_empty() {
         facts.push(format!("other names of the same value, which the same rules govern: {}", others.join(", ")));
     }
-    let guards: Vec<_> = GUARDS.iter().filter(|guard| guard.keeps == option.name).map(|guard| guard.option).collect();
-    if !guards.is_empty() {
-        facts.push(format!("a rule for it also governs {}", guards.join(", ")));
+    for guard in GUARDS.iter().filter(|guard| guard.keeps == option.name) {
+        facts.push(match guard.lock {
+            0 => format!("a rule that denies it also denies {}", guard.option),
+            _ => format!("a rule for it also governs {}", guard.option),
+        });
     }
     if let Some(Relation::Resets(other)) = option.relation {
-        facts.push(format!("the kernel resets {other} with it: where a rule governs {other}, the value stays"));
+        let otherwise = if option.name == "IP_TOS" { ", or the call fails or does nothing" } else { "" };
+        facts.push(format!(
+            "the kernel resets {other} with it: where a rule governs {other}, the value stays{otherwise}"
+        ));
     }
     facts
 }

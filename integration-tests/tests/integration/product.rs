@@ -25,12 +25,12 @@ use sockpolicy_integration_tests::{
     cgroup::Cgroup,
     policy::PolicyFile,
     process,
-    product::{Case, KINDS, Key, NO_SOCKET, NOBODY, Outcome, Product, Seen},
+    product::{Case, KINDS, Key, NO_SOCKET, NOBODY, Outcome, Product, Seen, state},
 };
 
 use self::{
     cases::{Agreeing, Listed, describe, is_governed_kind, is_named, product},
-    tables::{LIMITS, NOT_LIMITED, SETS, SOCKET, TCP, UDP, UDP_LITE, VOLATILE},
+    tables::{DEVICES, LIMITS, NOT_LIMITED, SETS, SOCKET, TCP, UDP, UDP_LITE, VOLATILE},
 };
 use crate::{stderr, stdout};
 
@@ -50,24 +50,26 @@ struct Trial {
     product: Product,
     /// Where the files are.
     files: PolicyFile,
+    /// Who makes the calls: `root` or `nobody`.
+    user: &'static str,
     baseline: Vec<Outcome>,
 }
 
 impl Trial {
-    fn new(options: &[Listed], agreeing: Agreeing) -> Self {
+    fn new(options: &[Listed], agreeing: Agreeing, user: &'static str) -> Self {
         let product = product(options, agreeing, is_sample());
         let files = PolicyFile::new("");
         files.add("spec", product.encode());
-        let mut trial = Self { product, files, baseline: Vec::new() };
-        trial.baseline = trial.run(None, &[], "root");
+        let mut trial = Self { product, files, user, baseline: Vec::new() };
+        trial.baseline = trial.run(None, &[]);
         trial
     }
 
     /// What comes of all cases, under a policy if there is one.
-    fn run(&self, policy: Option<&PolicyFile>, arguments: &[&str], user: &str) -> Vec<Outcome> {
+    fn run(&self, policy: Option<&PolicyFile>, arguments: &[&str]) -> Vec<Outcome> {
         let path = |name: &str| self.files.folder().join(name).display().to_string();
         let (spec, out) = (path("spec"), path("out"));
-        let workload = [&process::workload(), "product", &spec, &out, user];
+        let workload = [&process::workload(), "product", &spec, &out, self.user];
         let arguments = [&["--quiet", "--report", "/dev/null"], arguments].concat();
         let command = match policy {
             Some(policy) => process::exec(&arguments, policy, &workload),
@@ -81,7 +83,7 @@ impl Trial {
         let outcomes = Outcome::decode_all(&fs::read(&out).unwrap());
         fs::remove_file(&out).unwrap();
         assert_eq!(outcomes.len(), self.product.cases.len());
-        eprintln!("{arguments:?} {user}: {} cases, {} calls", outcomes.len(), calls.trim());
+        eprintln!("{}, {arguments:?}: {} cases, {} calls", self.user, outcomes.len(), calls.trim());
         outcomes
     }
 
@@ -194,9 +196,9 @@ fn tables_of_this_test_are_complete() {
 #[test]
 fn calls_that_no_policy_governs_are_as_without_one() {
     let options = options();
-    let trial = Trial::new(&options, Agreeing::Nothing);
+    let trial = Trial::new(&options, Agreeing::Nothing, "root");
     assert_kinds(&trial);
-    let again = trial.run(None, &[], "root");
+    let again = trial.run(None, &[]);
     trial.assert("no policy, twice", &again, |case, before, outcome| trial.same(case, before, outcome));
     let elsewhere = "match = { remote_port = 9 }\n";
     let other_sockets =
@@ -213,7 +215,7 @@ fn calls_that_no_policy_governs_are_as_without_one() {
         ("dry run of limit", limit_policy("", "rewrite"), &["--dry-run"]),
         ("dry run of deny", deny_policy("", &options), &["--dry-run"]),
     ] {
-        let outcomes = trial.run(Some(&PolicyFile::new(text)), arguments, "root");
+        let outcomes = trial.run(Some(&PolicyFile::new(text)), arguments);
         trial.assert(what, &outcomes, |case, before, outcome| trial.same(case, before, outcome));
     }
 }
@@ -233,10 +235,10 @@ fn assert_kinds(trial: &Trial) {
 
 #[test]
 fn value_that_a_policy_sets_stays_whatever_is_called() {
-    let trial = Trial::new(&options(), Agreeing::Sets);
+    let trial = Trial::new(&options(), Agreeing::Sets, "root");
     for on_conflict in ["rewrite", "ignore", "deny"] {
         let policy = PolicyFile::new(set_policy("", on_conflict));
-        let outcomes = trial.run(Some(&policy), &["--audit-backend", "none"], "root");
+        let outcomes = trial.run(Some(&policy), &["--audit-backend", "none"]);
         trial.assert(&format!("set, {on_conflict}"), &outcomes, |case, before, outcome| {
             trial.common(case, before, outcome, on_conflict)?;
             trial.shown(case, outcome, |key, before, after| {
@@ -251,12 +253,72 @@ fn value_that_a_policy_sets_stays_whatever_is_called() {
     }
 }
 
+/// Where the application may win, it does.
+#[test]
+fn value_that_an_application_may_change_is_what_the_kernel_makes_of_it() {
+    let trial = Trial::new(&options(), Agreeing::Nothing, "root");
+    let policy = PolicyFile::new(set_policy("", "allow"));
+    let outcomes = trial.run(Some(&policy), &["--audit-backend", "none"]);
+    trial.assert("set, allow", &outcomes, |case, before, outcome| {
+        trial.common(case, before, outcome, "allow")?;
+        if case.reads != 0 || case.state != state::FRESH || DEVICES.contains(&case.key) {
+            return Ok(());
+        }
+        let is_lost = |at: &usize| before.after[*at] != before.before[*at] && outcome.after[*at] != before.after[*at];
+        match lost(&trial, case, is_lost) {
+            Some(key) => Err(format!("{key:?} shows {:?}, not {:?}", outcome.after, before.after)),
+            None => Ok(()),
+        }
+    });
+}
+
+fn lost(trial: &Trial, case: &Case, is_lost: impl Fn(&usize) -> bool) -> Option<Key> {
+    trial.observers(case).find(|(at, key)| !VOLATILE.contains(key) && is_lost(at)).map(|(_, key)| key)
+}
+
+/// A caller without rights has from a policy no value but the policy's own.
+#[test]
+fn unprivileged_caller_gains_nothing() {
+    let trial = Trial::new(&options(), Agreeing::Sets, "nobody");
+    let masked = set_policy("", "rewrite").replace("SO_MARK = 0x21", "SO_MARK = \"0x21/0xff\"");
+    let policy = PolicyFile::new(&masked);
+    let outcomes = trial.run(Some(&policy), &["--dry-run"]);
+    trial.assert("dry run", &outcomes, |case, before, outcome| trial.same(case, before, outcome));
+    let outcomes = trial.run(Some(&policy), &["--audit-backend", "none"]);
+    trial.assert("set", &outcomes, |case, before, outcome| {
+        if !is_governed_kind(case) || before.result <= NO_SOCKET {
+            return trial.same(case, before, outcome);
+        }
+        for (at, key) in trial.observers(case).filter(|(_, key)| case.reads == 0 && !VOLATILE.contains(key)) {
+            let after = &outcome.after[at];
+            let mask = if key == (SOCKET, 36) { 0xff } else { -1 };
+            let mut values = SETS.iter().filter_map(|set| set.shown).filter(|(shown, _)| *shown == key);
+            let is_policys = values.any(|(_, value)| {
+                let others = outcome.before[at].number().unwrap_or_default() & !mask;
+                after.number() == Some(value & mask | others)
+            });
+            let is_own = *after == outcome.before[at] || *after == before.after[at];
+            // A governed value is not the kernel's, but where the two low bits of DSCP are the application's.
+            // SO_BUF_LOCK: the buffers that the policy sets are locked.
+            if !is_own && !is_policys && !is_dscp(key, after) && key != (SOCKET, 72) {
+                return Err(format!("result {}, {key:?} shows {after:?}, not {:?}", outcome.result, before.after[at]));
+            }
+        }
+        Ok(())
+    });
+}
+
+fn is_dscp(key: Key, seen: &Seen) -> bool {
+    let mut values = SETS.iter().filter(|set| set.mask == 0xfc).filter_map(|set| set.shown);
+    values.any(|(shown, value)| shown == key && seen.number().is_some_and(|number| number & 0xfc == value))
+}
+
 #[test]
 fn value_stays_within_a_limit_whatever_is_called() {
-    let trial = Trial::new(&options(), Agreeing::Limits);
+    let trial = Trial::new(&options(), Agreeing::Limits, "root");
     for on_conflict in ["rewrite", "ignore", "deny"] {
         let policy = PolicyFile::new(limit_policy("", on_conflict));
-        let outcomes = trial.run(Some(&policy), &["--audit-backend", "none"], "root");
+        let outcomes = trial.run(Some(&policy), &["--audit-backend", "none"]);
         trial.assert(&format!("limit, {on_conflict}"), &outcomes, |case, before, outcome| {
             trial.common(case, before, outcome, on_conflict)?;
             trial.shown(case, outcome, |key, before, after| {
@@ -275,9 +337,9 @@ fn value_stays_within_a_limit_whatever_is_called() {
 #[test]
 fn denied_call_fails_whatever_its_argument() {
     let options = options();
-    let trial = Trial::new(&options, Agreeing::Nothing);
+    let trial = Trial::new(&options, Agreeing::Nothing, "root");
     let policy = PolicyFile::new(deny_policy("", &options));
-    let outcomes = trial.run(Some(&policy), &["--audit-backend", "none"], "root");
+    let outcomes = trial.run(Some(&policy), &["--audit-backend", "none"]);
     trial.assert("deny", &outcomes, |case, before, outcome| {
         let is_denied = case.reads == 0 && case.len >= 0 && is_governed_kind(case) && is_named(&options, case.key);
         if !is_denied || before.result <= NO_SOCKET {
@@ -303,7 +365,9 @@ impl Trial {
         let is_longer = case.reads != 0 && case.key == (SOCKET, 25);
         let is_failed = before.result >= 0 && outcome.result < 0 && !is_longer;
         let is_denied = on_conflict == "deny" && outcome.result == EPERM;
-        if is_failed && !is_denied {
+        // Of a socket that the policy has bound to a device, the kernel refuses another choice of a device.
+        let is_device = DEVICES.contains(&case.key) && outcome.result == -libc::EINVAL;
+        if is_failed && !is_denied && !is_device {
             return Err(format!("result {}, not {}", outcome.result, before.result));
         }
         if before.is_changed != outcome.is_changed {

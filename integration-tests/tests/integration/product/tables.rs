@@ -361,6 +361,9 @@ pub(super) const NOT_LIMITED: &[&str] = &[
     "IPV6_MULTICAST_IF",
 ];
 
+/// IP_MULTICAST_IF, IP_UNICAST_IF, IPV6_MULTICAST_IF, IPV6_PKTINFO and IPV6_UNICAST_IF.
+pub(super) const DEVICES: &[Key] = &[(IP, 32), (IP, 50), (IPV6, 17), (IPV6, 50), (IPV6, 76)];
+
 /// Options whose value is another each time, and why.
 pub(super) const VOLATILE: &[Key] = &[
     // SO_MEMINFO: policies keep what they know of a socket in its option memory. SO_COOKIE, SO_NETNS_COOKIE: numbers.
