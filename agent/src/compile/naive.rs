@@ -59,7 +59,9 @@ pub(crate) fn rule_matches(selector: &Selector, socket: &Socket) -> Matches {
 /// The rule, by number, whose clause decides an option.
 pub(crate) fn naive_winner(rules: &[Rule], named: Named, socket: &Socket) -> Option<usize> {
     for (number, rule) in rules.iter().enumerate() {
-        let Some(clause) = rule.clauses.iter().find(|clause| clause.option == named) else { continue };
+        let Some(clause) = rule.clauses.iter().find(|clause| clause.option.value_key() == named.value_key()) else {
+            continue;
+        };
         match rule_matches(&rule.selector, socket) {
             Matches::Yes => return Some(number),
             // It may come to forbid what a later rule would set now.
@@ -78,6 +80,6 @@ pub(crate) fn winner_in(desired: &Desired, scope: usize, named: Named, facts: &F
     assert!(!option.is_certain() || winner == Some(option.first_setting), "certain, and not so");
     let winner = winner?;
     let source = &desired.sources[winner as usize];
-    assert_eq!(source.option, named, "a setting of another option");
+    assert_eq!(source.option.value_key(), named.value_key(), "a setting of another value");
     Some(source.rule)
 }

@@ -100,7 +100,9 @@ fn open_for(case: &Case) -> Result<Opened, i32> {
     let mut others = Vec::new();
     match case.state {
         state::FRESH => {}
-        state::BOUND => drop(bind(&socket, domain)?),
+        state::BOUND => {
+            bind(&socket, domain)?;
+        }
         state::LISTENING => {
             bind(&socket, domain)?;
             listen(&socket)?;
