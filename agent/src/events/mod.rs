@@ -250,7 +250,10 @@ fn decode_kind(event: &raw::Event, dry_run: bool) -> Result<Kind, UnknownRecord>
             Ok(Kind::Conflict { call: call()?, verdict: decode_verdict(event.call.verdict, dry_run)? })
         }
         raw::kind::CALL => Ok(Kind::Call(call()?)),
-        raw::kind::OUTCOME => Ok(Kind::Outcome { errno: i32::try_from(-event.result).ok().ok_or(UnknownRecord)? }),
+        raw::kind::OUTCOME => {
+            let errno = event.result.checked_neg().and_then(|errno| i32::try_from(errno).ok());
+            Ok(Kind::Outcome { errno: errno.ok_or(UnknownRecord)? })
+        }
         _ => Err(UnknownRecord),
     }
 }

@@ -102,7 +102,11 @@ impl Event {
     fn write_result(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.result {
             Some(result) if result < 0 => {
-                write!(f, ", call failed with {}", errno_name(i32::try_from(-result).unwrap_or_default()))
+                write!(
+                    f,
+                    ", call failed with {}",
+                    errno_name(i32::try_from(result.saturating_neg()).unwrap_or_default())
+                )
             }
             _ => Ok(()),
         }

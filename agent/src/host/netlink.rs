@@ -57,7 +57,10 @@ pub(super) fn each_message<M: NetlinkDeserializable>(datagram: &[u8], see: &mut 
                 return Err(io::Error::from_raw_os_error(done.code.saturating_neg()));
             }
             NetlinkPayload::Done(_) => return Ok(true),
-            NetlinkPayload::Error(error) => return Err(error.to_io()),
+            // `ErrorMessage::to_io` overflows for a code that the kernel does not send.
+            NetlinkPayload::Error(error) => {
+                return Err(io::Error::from_raw_os_error(error.raw_code().saturating_neg()));
+            }
             NetlinkPayload::InnerMessage(message) => see(message),
             _ => {}
         }
