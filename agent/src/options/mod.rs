@@ -344,8 +344,7 @@ impl SocketOption {
     /// refuse.
     #[must_use]
     pub fn is_for_programs(&self) -> bool {
-        const FIRST: i32 = 1000;
-        self.number >= FIRST && matches!(self.level, Level::SOCKET | Level::TCP)
+        self.key().is_for_programs()
     }
 
     #[must_use]

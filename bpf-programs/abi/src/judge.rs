@@ -198,7 +198,7 @@ pub fn judge_argument(option: &Governed, setting: &Setting, len: i32, words: &Wo
     if setting.form == form::DENY && len >= 0 {
         return Some(Judgement::DENIED);
     }
-    if option.is_for_programs() {
+    if option.key.is_for_programs() {
         return None;
     }
     Some(judge(option, setting, &Asked::read(option, len, words)?))

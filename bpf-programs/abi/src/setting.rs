@@ -167,6 +167,19 @@ pub mod read_back {
 pub const DEVICE_BY_NAME: OptionKey = OptionKey { level: 1, name: 25 };
 pub const DEVICE_BY_INDEX: OptionKey = OptionKey { level: 1, name: 62 };
 
+impl OptionKey {
+    /// Returns whether programs alone can set the option: the kernel refuses each call of an application
+    /// (`bpf_sol_tcp_setsockopt`, net/core/filter.c; include/uapi/linux/bpf.h has the numbers).
+    #[inline(always)]
+    #[must_use]
+    pub fn is_for_programs(self) -> bool {
+        const SOL_SOCKET: i32 = 1;
+        const SOL_TCP: i32 = 6;
+        const FIRST: i32 = 1000;
+        self.name >= FIRST && (self.level == SOL_SOCKET || self.level == SOL_TCP)
+    }
+}
+
 /// IP_TOS, with which the kernel sets SO_PRIORITY.
 pub const TYPE_OF_SERVICE: OptionKey = OptionKey { level: 0, name: 1 };
 
@@ -258,17 +271,6 @@ impl Governed {
             (false, true) => DEVICE_BY_NAME,
             _ => self.set_as,
         }
-    }
-
-    /// Whether programs alone can set the option: the kernel refuses each call of an application (`bpf_sol_tcp_setsockopt`,
-    /// net/core/filter.c; include/uapi/linux/bpf.h has the numbers).
-    #[inline(always)]
-    #[must_use]
-    pub fn is_for_programs(&self) -> bool {
-        /// SOL_SOCKET and SOL_TCP.
-        const LEVELS: [i32; 2] = [1, 6];
-        const FIRST: i32 = 1000;
-        self.key.name >= FIRST && (self.key.level == LEVELS[0] || self.key.level == LEVELS[1])
     }
 
     /// Whether the option takes a text.

@@ -405,7 +405,9 @@ fn rewrite(call: &OptionCall, option: &Governed, setting: &Setting, winner: u32,
     let by_argument = (if is_other_kind { verdict::DENIED } else { verdict::REWRITTEN }, false);
     // The kernel's handler gives a value to the subflows of an MPTCP socket too, the helper does not. Bits that stay the
     // application's are not ours to grant: the handler asks whether the application may set them.
-    let is_handlers = call.is_multipath() || call.is_of_refused_level() || setting.is_partial();
+    // Before 6.18 an option of programs alone has no other name: the handler refuses the call, and the helper would not.
+    let is_of_programs = option.set_as.is_for_programs();
+    let is_handlers = call.is_multipath() || call.is_of_refused_level() || setting.is_partial() || is_of_programs;
     if CAN_GET.load() == 0 || is_handlers || option.kind == kind::LOCK {
         return by_argument;
     }

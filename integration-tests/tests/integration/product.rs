@@ -3,7 +3,9 @@
 //! The oracle is the kernel without a policy: what a policy is not about has the same result, errno, lengths, memory and values.
 //! What a policy is about ends up within the policy, by the getsockopt of the owner.
 //!
-//! By default a sample of the cases runs. `SOCKPOLICY_PRODUCT=full` in the environment asks for all of them.
+//! One of so many cases runs, and all that are the only ones of their option, name and kind of socket. `SOCKPOLICY_PRODUCT` in the
+//! environment says of how many: 1 asks for all, some five million under all policies together. `make vm-test` asks for one of 24, which
+//! are over a million calls on each kernel.
 //!
 //! Effects that every program on a hook has, whatever the program does (kernel/bpf/cgroup.c):
 //!
@@ -17,6 +19,7 @@ mod tables;
 use std::{
     collections::{BTreeMap, BTreeSet},
     env, fs,
+    io::{self, Write},
     process::Command,
 };
 
@@ -36,8 +39,10 @@ use crate::{stderr, stdout};
 
 const EPERM: i32 = -libc::EPERM;
 
-fn is_sample() -> bool {
-    env::var("SOCKPOLICY_PRODUCT").as_deref() != Ok("full")
+/// Of how many cases one runs.
+fn sample() -> u32 {
+    const DEFAULT: u32 = 96;
+    env::var("SOCKPOLICY_PRODUCT").map_or(DEFAULT, |one_of| one_of.parse().unwrap())
 }
 
 fn options() -> Vec<Listed> {
@@ -57,7 +62,7 @@ struct Trial {
 
 impl Trial {
     fn new(options: &[Listed], agreeing: Agreeing, user: &'static str) -> Self {
-        let product = product(options, agreeing, is_sample());
+        let product = product(options, agreeing, sample());
         let files = PolicyFile::new("");
         files.add("spec", product.encode());
         let mut trial = Self { product, files, user, baseline: Vec::new() };
@@ -79,11 +84,10 @@ impl Trial {
                 command
             }
         };
-        let calls = run(command);
+        run(command);
         let outcomes = Outcome::decode_all(&fs::read(&out).unwrap());
         fs::remove_file(&out).unwrap();
         assert_eq!(outcomes.len(), self.product.cases.len());
-        eprintln!("{}, {arguments:?}: {} cases, {} calls", self.user, outcomes.len(), calls.trim());
         outcomes
     }
 
@@ -145,14 +149,13 @@ fn is_refused_room(case: &Case, outcome: &Outcome) -> bool {
     case.reads != 0 && case.len < 0 && outcome.result == -libc::EINVAL
 }
 
-/// Runs a command to its end, however long that takes, and gives its output.
+/// Runs a command to its end, however long that takes.
 #[track_caller]
-fn run(mut command: Command) -> String {
+fn run(mut command: Command) {
     let home = Cgroup::new();
     home.enclose(&mut command);
     let output = command.output().unwrap();
     assert!(output.status.success(), "{}: {}", output.status, stderr(&output));
-    stdout(&output)
 }
 
 fn table(entries: impl Iterator<Item = String>) -> String {
@@ -230,7 +233,10 @@ fn assert_kinds(trial: &Trial) {
     }
     let may_lack = ["udplite4", "udplite6", "mptcp4", "mptcp6"];
     assert!(lacking.iter().all(|kind| may_lack.contains(kind)), "no sockets of {lacking:?}");
-    eprintln!("this kernel has no sockets of {lacking:?}");
+    if !lacking.is_empty() {
+        // Not by eprintln, which the test harness keeps to itself.
+        let _ = writeln!(io::stderr(), "not compared, for this kernel has none: sockets of {lacking:?}");
+    }
 }
 
 #[test]
@@ -361,8 +367,8 @@ impl Trial {
         if is_refused_room(case, outcome) {
             return Ok(());
         }
-        // A socket with a device shows a longer name.
-        let is_longer = case.reads != 0 && case.key == (SOCKET, 25);
+        // What the policy sets is longer than nothing: the name of a device, or a SYN that the kernel has saved.
+        let is_longer = case.reads != 0 && [(SOCKET, 25), (TCP, 28)].contains(&case.key);
         let is_failed = before.result >= 0 && outcome.result < 0 && !is_longer;
         let is_denied = on_conflict == "deny" && outcome.result == EPERM;
         // Of a socket that the policy has bound to a device, the kernel refuses another choice of a device.

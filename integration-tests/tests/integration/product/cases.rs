@@ -41,9 +41,6 @@ const WHOLE: &[i32] = &[4, 8, 16];
 const FIRST_VALUES: usize = 5;
 const FAR_VALUES: usize = 3;
 
-/// Of the cases that nothing else asks for, one of so many is in the sample.
-const SAMPLE: u32 = 24;
-
 const NETLINK: &[Key] = &[(270, 1), (270, 9), (270, 12)];
 
 fn levels(kind: &str) -> &'static [i32] {
@@ -117,19 +114,14 @@ struct Builder {
     product: Product,
     values: BTreeMap<Vec<u8>, i32>,
     observers: BTreeMap<Vec<Key>, i32>,
-    is_sample: bool,
+    sample: u32,
     number: u32,
 }
 
-/// All cases, or the sample in which every spelling, kind, state, length and value occurs.
-pub(super) fn product(options: &[Listed], agreeing: Agreeing, is_sample: bool) -> Product {
-    let mut builder = Builder {
-        product: Product::default(),
-        values: BTreeMap::new(),
-        observers: BTreeMap::new(),
-        is_sample,
-        number: 0,
-    };
+/// One of so many cases, and one of each spelling and kind.
+pub(super) fn product(options: &[Listed], agreeing: Agreeing, sample: u32) -> Product {
+    let mut builder =
+        Builder { product: Product::default(), values: BTreeMap::new(), observers: BTreeMap::new(), sample, number: 0 };
     let listed = options.iter().map(|option| (option.key(), Some(option)));
     let unlisted = UNLISTED.iter().chain(NETLINK).map(|key| (*key, None));
     let spellings: Vec<(Key, Option<&Listed>)> = listed.chain(unlisted).collect();
@@ -215,7 +207,7 @@ impl Builder {
         self.number = self.number.wrapping_add(1);
         // Multiples of a number that has no common factor with others visit all places (Knuth, volume 3, 6.4).
         let place = self.number.wrapping_mul(0x9e37_79b1) >> 16;
-        if !self.is_sample || place.is_multiple_of(SAMPLE) {
+        if place.is_multiple_of(self.sample) {
             self.add_always(case, value);
         }
     }
@@ -341,8 +333,7 @@ fn structures(key: Key) -> Vec<Vec<u8>> {
         }
         (IPV6, 50) => vec![[&[0; 16][..], &[1, 0, 0, 0]].concat(), vec![0; 20]],
         (IPV6, 54 | 55 | 59) => vec![vec![0, 0, 1, 4, 0, 0, 0, 0], Vec::new()],
-        (IPV6, 57) => vec![Vec::new()],
-        (IPV6, 6) => vec![Vec::new()],
+        (IPV6, 6 | 57) => vec![Vec::new()],
         _ => Vec::new(),
     }
 }

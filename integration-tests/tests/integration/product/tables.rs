@@ -91,11 +91,9 @@ pub(super) fn observers(key: Key) -> Vec<Key> {
         (SOCKET, 20 | 66) => vec![(SOCKET, 20)],
         (SOCKET, 21 | 67) => vec![(SOCKET, 21)],
         (SOCKET, 25 | 62) => vec![(SOCKET, 62), (SOCKET, 25)],
-        // A new descriptor each time.
-        (SOCKET, 77) => Vec::new(),
         (TCP, 10) => vec![key, (SOCKET, 8)],
-        // Of the argument, memory would be mapped.
-        (TCP, 35) => Vec::new(),
+        // Reading gives a new descriptor, or maps memory.
+        (SOCKET, 77) | (TCP, 35) => Vec::new(),
         (TCP, 19) => vec![key, (SOCKET, 2)],
         (TCP, 45 | 1004) => vec![(TCP, 45)],
         (TCP, 46 | 1003) => vec![(TCP, 46)],
@@ -197,11 +195,9 @@ impl Worth {
     pub(super) fn of(self, seen: &Seen) -> Option<i64> {
         let number = seen.number()?;
         Some(match self {
-            Self::Number => number,
-            Self::Unsigned => i64::from(number as u32),
             Self::Half => number / 2,
             Self::ZeroIsMost if number as u32 == 0 => i64::MAX,
-            Self::ZeroIsMost => i64::from(number as u32),
+            Self::ZeroIsMost | Self::Unsigned => i64::from(number as u32),
             Self::Linger => match (number as i32, (number >> 32) as i32) {
                 (0, _) => 0,
                 (_, ..0) => i64::MAX,
@@ -212,7 +208,7 @@ impl Worth {
                 [seconds, micros] => seconds.saturating_mul(1_000_000).saturating_add(micros),
             },
             Self::Rate if number == -1 => i64::MAX,
-            Self::Rate => number,
+            Self::Rate | Self::Number => number,
         })
     }
 }
