@@ -203,7 +203,8 @@ fn calls_that_no_policy_governs_are_as_without_one() {
     assert_kinds(&trial);
     let again = trial.run(None, &[]);
     trial.assert("no policy, twice", &again, |case, before, outcome| trial.same(case, before, outcome));
-    let elsewhere = "match = { remote_port = 9 }\n";
+    // A rule about a peer may yet match a socket that has none: there a limit or a deny can hold already.
+    let elsewhere = "match = { protocol = \"sctp\" }\n";
     let other_sockets =
         [set_policy(elsewhere, "rewrite"), limit_policy(elsewhere, "rewrite"), deny_policy(elsewhere, &options)];
     for (what, text, arguments) in [
