@@ -30,8 +30,6 @@ use crate::{
 
 const TOS: OptionKey = OptionKey { level: 0, name: 1 };
 const PRIORITY: OptionKey = OptionKey { level: 1, name: 12 };
-/// SO_BINDTOIFINDEX
-const IFINDEX: OptionKey = OptionKey { level: 1, name: 62 };
 const MAXSEG: OptionKey = OptionKey { level: 6, name: 2 };
 
 /// What became of a setting on a socket: a number, because it crosses from one function to another.
@@ -399,8 +397,8 @@ impl<S: Bound> Task<'_, S> {
             // Where it has another one, that is not a rule's.
             let is_ours = self.socket.device() == self.notes.device;
             self.note_device(0, 0);
-            let before = words_of(kept.before[place]);
-            return Some(if is_ours { self.socket.set(IFINDEX.level, IFINDEX.name, &before, 4) } else { Ok(()) });
+            let before = kept.before[place];
+            return Some(if is_ours { self.socket.set_device(before) } else { Ok(()) });
         }
         if self.option.kind == kind::TEXT {
             let before = kept.before_text;
@@ -500,11 +498,10 @@ impl<S: Bound> Task<'_, S> {
             return outcome::UNCHANGED;
         }
         if !setting.is_dry_run() {
-            let OptionKey { level, name } = self.option.key;
             let result = if self.option.kind == kind::TEXT {
                 self.put(&setting.text)
             } else {
-                self.socket.set(level, name, &words_of(setting.value), 4)
+                self.socket.set_device(setting.value)
             };
             if let Err(errno) = result {
                 report_failure(self.option, winner, setting, errno, self.notes.cookie);

@@ -63,12 +63,17 @@ pub(crate) trait Socket {
         if ret == 0 { Ok(()) } else { Err(-(ret as i32)) }
     }
 
-    /// Sets an option; `Err` is the errno. A device that does not exist fails with ENODEV, which the kernel leaves out.
+    /// Binds the socket to the device of an index, 0 for any; `Err` is the errno. A device that does not exist fails with
+    /// ENODEV, which the kernel does not check ([`kernel::has_device`]).
+    #[inline(always)]
+    fn set_device(&self, index: u32) -> Result<(), i32> {
+        let OptionKey { level, name } = DEVICE_BY_INDEX;
+        if has_device(self.socket(), index) { self.set(level, name, &words_of(index), 4) } else { Err(ENODEV) }
+    }
+
+    /// Sets an option; `Err` is the errno.
     #[inline(always)]
     fn set(&self, level: i32, name: i32, value: &Words, len: i32) -> Result<(), i32> {
-        if (OptionKey { level, name }) == DEVICE_BY_INDEX && !has_device(self.socket(), word_in(value)) {
-            return Err(ENODEV);
-        }
         // SAFETY: as in `get`; the helper does not write through the pointer.
         let ret = unsafe { bpf_setsockopt(self.as_ptr(), level, name, value.as_ptr().cast_mut().cast(), len) };
         if ret == 0 { Ok(()) } else { Err(-(ret as i32)) }

@@ -395,7 +395,7 @@ fn rewrite(call: &OptionCall, option: &Governed, setting: &Setting, winner: u32,
     if is_other_kind && is_bound_as_asked(call, option) {
         return (verdict::NONE, false);
     }
-    let OptionKey { level, name } = option.helper_key(setting);
+    let key @ OptionKey { level, name } = option.helper_key(setting);
     // Once bound, an application without CAP_NET_RAW cannot bind again; nor can a program bind a subflow of an MPTCP socket.
     if is_other_kind && is_bound_as_wanted(call, setting) {
         return (verdict::REWRITTEN, true);
@@ -413,6 +413,8 @@ fn rewrite(call: &OptionCall, option: &Governed, setting: &Setting, winner: u32,
     }
     let result = if setting.is_text() {
         call.set(level, name, &judgement.given.words, TEXT_LEN as i32)
+    } else if key == DEVICE_BY_INDEX {
+        call.set_device(word_in(&judgement.given.words))
     } else {
         call.set(level, name, &judgement.given.words, 4)
     };

@@ -8,6 +8,7 @@
 use abi::{
     SETTABLE_MAX,
     live::{Assignment, Held, Outcome, state, step},
+    setting::{DEVICE_BY_INDEX, word_in},
 };
 use aya_ebpf::{
     cty::c_void,
@@ -102,7 +103,12 @@ fn set(tcp: &LiveTcp, assignment: &Assignment, outcome: &mut Outcome) {
         outcome.state = state::UNCHANGED;
         return;
     }
-    outcome.errno = errno(tcp.set(level, name, &given, len));
+    let result = if assignment.key == DEVICE_BY_INDEX {
+        tcp.set_device(word_in(&given))
+    } else {
+        tcp.set(level, name, &given, len)
+    };
+    outcome.errno = errno(result);
     outcome.state = state::SET;
     // It could be read a moment ago.
     let _ = tcp.get(level, name, &mut outcome.after, len);
