@@ -131,6 +131,27 @@ pub fn idle(
     Ok(idle)
 }
 
+/// Returns the cgroups that policies name without a glob, and those of the containers that they select: these are found
+/// without a look at the tree.
+///
+/// # Errors
+///
+/// Where a target is no glob.
+pub fn named(policies: &[Policy], containers: &[Running]) -> Result<BTreeSet<PathBuf>, GlobError> {
+    let mut named = BTreeSet::new();
+    for Policy { target: Target { cgroups, containers: selectors }, .. } in policies {
+        let literal = cgroups.iter().filter(|pattern| !is_glob(pattern));
+        named.extend(literal.map(|pattern| PathBuf::from(pattern.trim_matches('/'))));
+        named.append(&mut selected(selectors, containers)?);
+    }
+    Ok(named)
+}
+
+/// Returns whether a pattern can match anything but itself.
+fn is_glob(pattern: &str) -> bool {
+    pattern.contains(['*', '?', '[', '{', '\\'])
+}
+
 /// All policies, in order.
 #[must_use]
 pub fn all(policies: &[Policy]) -> Stack {
@@ -168,7 +189,10 @@ pub fn stacks_by_target(policies: &[Policy]) -> BTreeMap<&Target, Stack> {
 /// Which cgroups can have targets below them: where to look for new ones.
 #[derive(Debug)]
 pub struct Reach {
+    /// Of the targets that are globs.
     globs: Globs,
+    /// The cgroups above those that are named without a glob.
+    above_named: BTreeSet<PathBuf>,
 }
 
 impl Reach {
@@ -176,16 +200,42 @@ impl Reach {
     ///
     /// Where a target is no glob.
     pub fn of(policies: &[Policy]) -> Result<Self, GlobError> {
-        let globs = policies.iter().flat_map(|policy| &policy.target.cgroups).map(String::as_str);
+        // Several policies can have the same target.
+        let targets: BTreeSet<&String> = policies.iter().flat_map(|policy| &policy.target.cgroups).collect();
+        let (globs, named): (Vec<&String>, Vec<&String>) = targets.into_iter().partition(|pattern| is_glob(pattern));
         // The cgroup of a container can be anywhere.
         let anywhere = policies.iter().any(|policy| !policy.target.containers.is_empty()).then_some("**");
-        Ok(Self { globs: Globs::new(globs.chain(anywhere).map(|glob| (glob, 0)))? })
+        let above = |pattern: &String| -> Vec<PathBuf> {
+            Path::new(pattern.trim_matches('/')).ancestors().skip(1).map(Path::to_owned).collect()
+        };
+        let globs = globs.into_iter().map(String::as_str).chain(anywhere);
+        Ok(Self {
+            globs: Globs::new(globs.map(|glob| (glob, 0)))?,
+            above_named: named.into_iter().flat_map(above).collect(),
+        })
     }
 
     /// Whether a target can be right or further below this cgroup.
     #[must_use]
     pub fn is_within(&self, cgroup: &Path) -> bool {
+        self.above_named.contains(cgroup) || self.is_walked(cgroup)
+    }
+
+    /// Whether a glob can match right or further below this cgroup.
+    #[must_use]
+    pub fn is_walked(&self, cgroup: &Path) -> bool {
         self.globs.leads_below(cgroup)
+    }
+
+    /// Whether a glob matches this cgroup.
+    #[must_use]
+    pub fn is_match(&self, cgroup: &Path) -> bool {
+        !self.globs.matching(cgroup).is_empty()
+    }
+
+    /// The cgroups above those that are named without a glob, whether there are such cgroups or not.
+    pub fn above_named(&self) -> impl Iterator<Item = &PathBuf> {
+        self.above_named.iter()
     }
 }
 
@@ -370,6 +420,18 @@ mod tests {
         assert!(reach.is_within(Path::new("a/b/c")) && !reach.is_within(Path::new("b")));
         let reach = Reach::of(&policies_of(&["cgroup = \"a/b\"\ncontainer = { name = \"web\" }"])).unwrap();
         assert!(["", "a/b", "c/d"].iter().all(|cgroup| reach.is_within(Path::new(cgroup))));
+        // What is named is not looked for in the tree.
+        let reach = Reach::of(&policies(&[&["a/b/c", "d/e-*"]])).unwrap();
+        assert!(reach.is_within(Path::new("a/b")) && !reach.is_walked(Path::new("a/b")));
+        assert!(reach.is_walked(Path::new("d")) && reach.is_match(Path::new("d/e-1")));
+        assert!(!reach.is_match(Path::new("d/f")) && !reach.is_match(Path::new("d")));
+    }
+
+    #[test]
+    fn cgroups_that_are_named_need_no_look_at_the_tree() {
+        let policies = policies(&[&["/a/b", "a/*", "c"], &["d[x]", "/"]]);
+        let expected = ["", "a/b", "c"].map(PathBuf::from);
+        assert_eq!(named(&policies, &[]).unwrap(), BTreeSet::from(expected));
     }
 
     #[test]

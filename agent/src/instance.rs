@@ -7,6 +7,7 @@
 //! that cgroups are its own has found that they are nobody else's, and nobody says so between.
 
 use std::{
+    collections::{BTreeMap, HashSet},
     fs::File,
     io::{self, Read as _, Seek as _, Write as _},
     path::{Path, PathBuf},
@@ -30,6 +31,7 @@ use crate::{
     policy::{Policy, PolicyErrors, Texts},
     report::Counted,
     session::{self, SessionError},
+    skipped::SkippedList,
 };
 
 /// The directory of all instances' files, and where it is.
@@ -87,6 +89,9 @@ pub struct Record {
     /// What had been counted of settings when these were put in force.
     #[serde(default)]
     pub counted: Vec<Counted>,
+    /// What the instance cannot handle.
+    #[serde(default)]
+    pub skipped: SkippedList,
 }
 
 /// Events that found the ring buffer full: while there was nobody to read it that is no fault of anybody's.
@@ -317,15 +322,32 @@ impl Instance {
     }
 }
 
+impl Instance {
+    /// Returns which of these cgroups, by their names, are targets of other instances, each with the name of the instance.
+    #[must_use]
+    pub fn governed_by_others(&self, cgroups: &HashSet<&str>) -> BTreeMap<String, String> {
+        let mut governed = BTreeMap::new();
+        if cgroups.is_empty() {
+            return governed;
+        }
+        for other in all().into_iter().filter(|other| other.name != self.name) {
+            let targets = other.record.iter().flat_map(Record::targets).filter(|name| cgroups.contains(name));
+            governed.extend(targets.map(|name| (name.to_owned(), other.name.clone())));
+        }
+        governed
+    }
+}
+
 /// Whether one of these cgroups, by their names, is a target of an instance, other than the one of this name.
 ///
 /// # Errors
 ///
 /// If so.
 pub fn check_others(own: Option<&str>, cgroups: &[&str]) -> Result<(), InstanceError> {
+    let wanted: HashSet<&str> = cgroups.iter().copied().collect();
     for other in all().into_iter().filter(|other| Some(&*other.name) != own) {
         let mut governed = other.record.iter().flat_map(Record::targets);
-        let Some(cgroup) = governed.find(|cgroup| cgroups.contains(cgroup)) else { continue };
+        let Some(cgroup) = governed.find(|cgroup| wanted.contains(cgroup)) else { continue };
         let cgroup = cgroup.to_owned();
         let (holder, remedy) = match other.pid {
             Some(pid) => (format!("runs as process {pid}"), format!("kill {pid}")),

@@ -33,6 +33,7 @@ pub mod recent;
 pub mod reference;
 pub mod report;
 pub mod session;
+pub mod skipped;
 pub mod trial;
 pub mod unsupported;
 pub mod values;

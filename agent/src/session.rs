@@ -6,7 +6,7 @@
 mod word;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     mem,
     os::fd::{AsFd, BorrowedFd},
     panic::resume_unwind,
@@ -33,10 +33,13 @@ use crate::{
         containers, process, tcp,
     },
     instance::{Files, Instance, InstanceError},
-    kernel::{self, Answer, Audit, BackendChoice, ForeignConflict, KernelError, Object, Record, Tabled, Target},
+    kernel::{
+        self, Answer, Audit, BackendChoice, Failed, ForeignConflict, KernelError, Object, Record, Tabled, Target,
+    },
     options::SocketOption,
     policy::model::{self, Calls, Errno, Mode, Policy},
     report::{CallLine, Counts, Loss, Lost, Report, Summary, errno_name},
+    skipped::{Kind, Skip, SkippedList},
     trial::{self, Sample},
 };
 
@@ -63,6 +66,8 @@ pub struct Session {
     object: Object,
     /// What others are told of it.
     word: Option<Word>,
+    /// Targets that could not be attached to.
+    skipped: Vec<Skip>,
     current: Generation,
     /// Those that sockets may still be set up by, the latest last.
     before: Vec<Generation>,
@@ -187,11 +192,13 @@ impl Session {
         refuse(choice, &gaps)?;
         let mut blocked = Blocked::new(blocked);
         let wanted = targets.len();
-        targets = blocked.without(&object, &desired, targets);
+        targets = blocked.without(&object, &desired, targets)?;
         if targets.is_empty() && wanted > 0 {
             return Err(blocked.into_error());
         }
-        let staged = object.stage(&desired, tabled, &targets)?;
+        let mut staged = object.stage(&desired, tabled, &targets)?;
+        let (targets, failed) = without_failed(targets, &staged.take_failed());
+        let skipped = blocked.skips().chain(failed).collect();
         let (mut before, mut retired, mut report) = (Vec::new(), Vec::new(), Report::default());
         let (instance, files) = instance.unzip();
         if let Some(instance) = instance {
@@ -226,6 +233,7 @@ impl Session {
         Ok(Self {
             object,
             word,
+            skipped,
             current: Generation { number, desired, is_taken_over: false },
             before,
             retired,
@@ -256,14 +264,13 @@ impl Session {
     ///
     /// Where this kernel cannot do it; then what was in force still is.
     pub fn reload(&mut self, mut desired: Desired, targets: Vec<Target>, files: Files) -> Result<(), SessionError> {
-        self.check_others(&targets)?;
         self.object.load_more(&desired.hooks())?;
         if self.choice != GapsChoice::DoNotTry {
             self.try_what_is_new(&desired)?;
         }
         let gaps = find_gaps(&self.object, &mut desired, &self.tried);
         refuse(self.choice, &gaps)?;
-        let targets = self.blocked.without(&self.object, &desired, targets);
+        let targets = self.blocked.without(&self.object, &desired, targets)?;
         if !self.object.has_room() {
             self.retire()?;
         }
@@ -271,7 +278,8 @@ impl Session {
         if desired.audit.timing && !before.timing {
             log::warn!("calls are not timed until sockpolicy starts anew");
         }
-        let staged = self.object.stage(&desired, None, &targets)?;
+        let mut staged = self.object.stage(&desired, None, &targets)?;
+        let (targets, failed) = without_failed(targets, &staged.take_failed());
         if let Some(word) = &mut self.word
             && let Err(error) = word.add(staged.generation(), files, &targets, false)
         {
@@ -298,33 +306,39 @@ impl Session {
         let before = mem::replace(&mut self.current, Generation { number, desired, is_taken_over: false });
         self.before.push(before);
         self.targets = targets;
+        self.skipped = self.blocked.skips().chain(failed).collect();
         self.gaps = gaps.0;
         Ok(())
     }
 
-    /// Has the policies hold on these targets, as cgroups come and go. Returns whether any target is new, or gone.
+    /// Has the policies hold on these targets, as cgroups come and go.
     ///
     /// # Errors
     ///
     /// Where the kernel refuses; then they hold on those that were there and still are.
-    pub fn retarget(&mut self, targets: Vec<Target>) -> Result<bool, SessionError> {
-        let targets = self.blocked.without(&self.object, &self.current.desired, targets);
+    pub fn retarget(&mut self, targets: Vec<Target>) -> Result<(), SessionError> {
+        let targets = self.blocked.without(&self.object, &self.current.desired, targets)?;
         let ids = |targets: &[Target]| -> BTreeSet<(u64, usize)> {
             targets.iter().map(|target| (target.cgroup.id, target.scope)).collect()
         };
         if ids(&targets) == ids(&self.targets) {
-            return Ok(false);
+            self.skipped = self.blocked.skips().collect();
+            return Ok(());
         }
-        self.replace_targets(targets)?;
-        Ok(true)
+        self.replace_targets(targets)
     }
 
     fn replace_targets(&mut self, targets: Vec<Target>) -> Result<(), SessionError> {
         if let Some(word) = &mut self.word {
             word.retarget(&targets)?;
         }
-        if self.object.retarget(&self.current.desired, &targets)? {
+        if let Some(failed) = self.object.retarget(&self.current.desired, &targets)? {
+            let (targets, failed_targets) = without_failed(targets, &failed);
             self.targets = targets;
+            self.skipped = self.blocked.skips().chain(failed_targets).collect();
+            if let Some(word) = self.word.as_mut().filter(|_| !failed.is_empty()) {
+                word.retarget(&self.targets)?;
+            }
             return Ok(());
         }
         let desired = self.current.desired.clone();
@@ -337,14 +351,31 @@ impl Session {
         self.containers = containers;
     }
 
-    /// Whether a target that is new is another instance's. The records of all of them are read for that.
-    fn check_others(&self, targets: &[Target]) -> Result<(), SessionError> {
-        let own = kernel::names(&self.targets);
-        let mut new = kernel::names(targets);
-        new.retain(|name| !own.contains(name));
-        match &self.word {
-            Some(word) if !new.is_empty() => Ok(word.check_others(&new)?),
-            _ => Ok(()),
+    /// Removes from `targets` those that are new and belong to another instance, whose records are read for that. Returns
+    /// them as skipped.
+    pub fn leave_to_others(&self, targets: &mut Vec<Target>) -> Vec<Skip> {
+        let Some(word) = &self.word else { return Vec::new() };
+        let own: HashSet<&str> = self.targets.iter().map(|target| target.cgroup.name.as_str()).collect();
+        let new = targets.iter().map(|target| target.cgroup.name.as_str()).filter(|name| !own.contains(name));
+        let governed = word.governed_by_others(&new.collect());
+        targets.retain(|target| !governed.contains_key(&target.cgroup.name));
+        let skip = |(name, instance): (String, String)| {
+            let reason = format!("it is a target of instance `{}` already", instance.escaped());
+            Skip::new(Kind::Cgroup, name, reason).transient_if(true)
+        };
+        governed.into_iter().map(skip).collect()
+    }
+
+    /// Targets that could not be attached to when these were last put in force.
+    #[must_use]
+    pub fn skipped(&self) -> &[Skip] {
+        &self.skipped
+    }
+
+    /// Leaves word of what is skipped at the moment.
+    pub fn note_skipped(&mut self, skipped: &SkippedList) {
+        if let Some(word) = &mut self.word {
+            word.note_skipped(skipped);
         }
     }
 
@@ -589,8 +620,8 @@ impl AsFd for Session {
 /// The targets that are skipped because of programs of others.
 struct Blocked {
     choice: BlockedChoice,
-    /// Why each is skipped, by the id of its cgroup: only those that were targets when they were last looked at.
-    skipped: BTreeMap<u64, ForeignConflict>,
+    /// The name of each and why it is skipped, by the id of its cgroup: only those that were targets when they were last looked at.
+    skipped: BTreeMap<u64, (String, ForeignConflict)>,
 }
 
 impl Blocked {
@@ -598,28 +629,64 @@ impl Blocked {
         Self { choice, skipped: BTreeMap::new() }
     }
 
-    /// Returns the targets that can be attached to; all of them where none is to be skipped. Logs those that were not skipped
-    /// before.
-    fn without(&mut self, object: &Object, desired: &Desired, targets: Vec<Target>) -> Vec<Target> {
+    /// Returns the targets that can be attached to. Logs those that were not skipped before.
+    ///
+    /// # Errors
+    ///
+    /// Where one cannot be attached to and none is to be skipped.
+    fn without(
+        &mut self,
+        object: &Object,
+        desired: &Desired,
+        targets: Vec<Target>,
+    ) -> Result<Vec<Target>, SessionError> {
+        let mut conflicts = object.conflicts(desired, &targets).into_iter();
         if self.choice == BlockedChoice::Refuse {
-            return targets;
+            let first = conflicts.next();
+            return first.map_or(Ok(targets), |(_, conflict)| Err(KernelError::from(conflict).into()));
         }
         let mut skipped = BTreeMap::new();
-        for (target, conflict) in object.conflicts(desired, &targets) {
-            skipped.entry(targets[target].cgroup.id).or_insert(conflict);
+        for (target, conflict) in conflicts {
+            let cgroup = &targets[target].cgroup;
+            skipped.entry(cgroup.id).or_insert_with(|| (cgroup.name.clone(), conflict));
         }
         let before = mem::replace(&mut self.skipped, skipped);
-        for (_, conflict) in self.skipped.iter().filter(|(cgroup, _)| !before.contains_key(cgroup)) {
+        for (_, (_, conflict)) in self.skipped.iter().filter(|(cgroup, _)| !before.contains_key(cgroup)) {
             log::error!("target skipped, as {} of {} are: {conflict}", self.skipped.len(), targets.len());
         }
-        targets.into_iter().filter(|target| !self.skipped.contains_key(&target.cgroup.id)).collect()
+        Ok(targets.into_iter().filter(|target| !self.skipped.contains_key(&target.cgroup.id)).collect())
+    }
+
+    /// Returns them as skipped. Programs of others may go.
+    fn skips(&self) -> impl Iterator<Item = Skip> {
+        let skip = |(name, conflict): &(String, ForeignConflict)| {
+            Skip::new(Kind::Cgroup, name.clone(), without_help(conflict)).transient_if(true)
+        };
+        self.skipped.values().map(skip)
     }
 
     /// Returns why none is left.
     fn into_error(mut self) -> SessionError {
-        let first = self.skipped.pop_first().map(|(_, conflict)| KernelError::from(conflict));
+        let first = self.skipped.pop_first().map(|(_, (_, conflict))| KernelError::from(conflict));
         first.unwrap_or(KernelError::Incomplete { what: "target" }).into()
     }
+}
+
+/// Returns the first line of an error, which has no help.
+fn without_help(error: impl std::fmt::Display) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_owned()
+}
+
+/// Removes targets that could not be attached to. Returns the others, and these as skipped.
+fn without_failed(targets: Vec<Target>, failed: &Failed) -> (Vec<Target>, Vec<Skip>) {
+    let (left, others): (Vec<_>, Vec<_>) =
+        targets.into_iter().partition(|target| !failed.contains_key(&target.cgroup.id));
+    let skip = |target: &Target| {
+        let reason = failed.get(&target.cgroup.id).map(without_help).unwrap_or_default();
+        Skip::new(Kind::Cgroup, target.cgroup.name.clone(), reason).transient_if(true)
+    };
+    let skipped = others.iter().map(skip).collect();
+    (left, skipped)
 }
 
 /// Says where another sockpolicy will have the last word.

@@ -311,6 +311,16 @@ impl Run {
         Self::launch(command)
     }
 
+    /// `run` of a policy, started by a program with these arguments, which runs what follows them.
+    #[must_use]
+    #[track_caller]
+    pub fn wrapped(wrapper: &[&str], policy: &PolicyFile, arguments: &[&str]) -> Self {
+        let mut command = Command::new(wrapper[0]);
+        command.args(&wrapper[1..]).arg(program()).args(["run", WITH_GAPS]).args(arguments);
+        command.args(["--output", "json"]).arg(policy.path()).stdin(Stdio::null());
+        Self::launch(command)
+    }
+
     #[track_caller]
     fn launch(mut command: Command) -> Self {
         crate::require_root();

@@ -1,8 +1,8 @@
 //! Cgroups of our own.
 
 use std::{
-    ffi::OsString,
-    fs,
+    ffi::{OsStr, OsString},
+    fs::{self, File},
     io::{self, Write},
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
@@ -11,8 +11,13 @@ use std::{
 };
 
 use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
+    errno::Errno,
+    fcntl::{OFlag, openat},
+    sys::{
+        signal::{Signal, kill},
+        stat::{Mode, mkdirat},
+    },
+    unistd::{Pid, UnlinkatFlags, unlinkat},
 };
 
 use crate::{must, policy::unique_name, wait};
@@ -58,6 +63,12 @@ impl Cgroup {
         Self::at(self.path.join(name))
     }
 
+    /// One that is there. It goes with this value.
+    #[must_use]
+    pub fn of(path: &Path) -> Self {
+        Self { path: path.to_owned() }
+    }
+
     fn at(path: PathBuf) -> Self {
         crate::require_root();
         must(fs::create_dir(&path), format_args!("make cgroup {}", path.display()));
@@ -86,11 +97,60 @@ impl Cgroup {
     /// Has a command run in it from its first moment.
     pub fn enclose(&self, command: &mut Command) {
         let procs = self.path.join("cgroup.procs");
-        let mut file = must(fs::File::options().write(true).open(&procs), format_args!("open {}", procs.display()));
+        let mut file = must(File::options().write(true).open(&procs), format_args!("open {}", procs.display()));
         // SAFETY: only makes a system call on a descriptor that the closure owns.
         unsafe {
             // 0 is the process that writes.
             command.pre_exec(move || file.write_all(b"0"));
+        }
+    }
+}
+
+/// Cgroups one in the other below another one, however long their path is. Removed when this is dropped.
+#[derive(Debug)]
+pub struct Chain {
+    top: File,
+    names: Vec<OsString>,
+}
+
+impl Chain {
+    /// Makes a cgroup of each of these names in the one before.
+    #[must_use]
+    pub fn below(cgroup: &Cgroup, names: impl IntoIterator<Item = impl Into<OsString>>) -> Self {
+        let top = must(File::open(cgroup.path()), "open a cgroup");
+        let mut chain = Self { top, names: Vec::new() };
+        let mut at = must(chain.top.try_clone(), "open a cgroup anew");
+        for name in names.into_iter().map(Into::into) {
+            must(mkdirat(&at, name.as_os_str(), Mode::S_IRWXU), "make a cgroup");
+            at = open_in(&at, &name);
+            chain.names.push(name);
+        }
+        chain
+    }
+
+    /// The deepest one.
+    #[must_use]
+    pub fn deepest(&self) -> File {
+        let top = must(self.top.try_clone(), "open a cgroup anew");
+        self.names.iter().fold(top, |at, name| open_in(&at, name))
+    }
+}
+
+fn open_in(folder: &File, name: &OsStr) -> File {
+    must(openat(folder, name, OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty()), "open a cgroup").into()
+}
+
+impl Drop for Chain {
+    fn drop(&mut self) {
+        let mut folders = vec![must(self.top.try_clone(), "open a cgroup anew")];
+        for name in self.names.iter().rev().skip(1).rev() {
+            folders.push(open_in(&folders[folders.len() - 1], name));
+        }
+        for (folder, name) in folders.iter().zip(&self.names).rev() {
+            let is_gone = wait::until(wait::PATIENCE, || {
+                matches!(unlinkat(folder, name.as_os_str(), UnlinkatFlags::RemoveDir), Ok(()) | Err(Errno::ENOENT))
+            });
+            assert!(is_gone || std::thread::panicking(), "cannot remove a cgroup called {name:?}");
         }
     }
 }

@@ -177,7 +177,12 @@ impl Drop for Foreign {
 #[must_use]
 #[track_caller]
 pub fn attached(cgroup: &Cgroup) -> u32 {
-    let folder = must(File::open(cgroup.path()), "open a cgroup");
+    attached_at(&must(File::open(cgroup.path()), "open a cgroup"))
+}
+
+/// The same of a cgroup that is open.
+#[must_use]
+pub fn attached_at(folder: &File) -> u32 {
     let count = |attach_type| {
         // target_fd, attach_type, query_flags, attach_flags, prog_ids (64 bits), prog_cnt
         let mut attributes = [folder.as_raw_fd() as u32, attach_type, 0, 0, 0, 0, 0, 0];

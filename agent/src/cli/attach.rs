@@ -8,7 +8,7 @@ use super::{
     check, complain,
     output::{GapsArgument, TrustArgument},
     restore,
-    run::{DEFAULT_INSTANCE, Placement, RunError},
+    run::{DEFAULT_INSTANCE, Placement, RunError, now, warn_of_failed},
 };
 use crate::{
     escape::Escape,
@@ -19,6 +19,7 @@ use crate::{
     kernel::{self, BackendChoice, KernelError, Pins},
     policy::{Policy, Sources, Texts},
     session::{self, BlockedChoice, Session, SessionError, Setup},
+    skipped::SkippedList,
 };
 
 /// Put policies in force and leave them so, without an agent
@@ -62,7 +63,7 @@ impl Attach {
     fn attach(&self, texts: &Texts, policies: &[Policy]) -> Result<(), RunError> {
         process::raise_descriptor_limit();
         let mount = Mount::find()?;
-        let Placement { stacks, targets, .. } = Placement::find(&mount, &self.cgroup, policies)?;
+        let Placement { stacks, targets, mut skipped, .. } = Placement::find(&mount, &self.cgroup, policies)?;
         let desired = session::prepare(policies, &stacks, self.dry_run, false)?;
         kernel::check_privileges().map_err(SessionError::from)?;
         let instance = Instance::become_one(&self.instance, true)?;
@@ -79,7 +80,12 @@ impl Attach {
             filter: Filter::default(),
             instance: Some((instance, files)),
         };
-        let session = Session::start(setup)?;
+        let mut session = Session::start(setup)?;
+        skipped.extend_from_slice(session.skipped());
+        let mut list = SkippedList::default();
+        list.replace(&skipped, now());
+        warn_of_failed(session.skipped());
+        session.note_skipped(&list);
         for gap in session.gaps() {
             log::warn!("gap: {gap}");
         }

@@ -153,7 +153,7 @@ impl Audit {
         let mut signals = Signals::watch().map_err(WatchError::Watch).map_err(RunError::from)?;
         process::raise_descriptor_limit();
         let mount = Mount::find().map_err(RunError::from)?;
-        let Placement { stacks, targets, containers } = self.placement(&mount, policies)?;
+        let Placement { stacks, targets, containers, .. } = self.placement(&mount, policies)?;
         let desired = self.prepare(policies, &stacks).map_err(RunError::from)?;
         kernel::check_privileges().map_err(SessionError::from).map_err(RunError::from)?;
         let processes = self.open_processes()?;

@@ -13,6 +13,7 @@ mod doctor;
 mod exec;
 mod explain;
 mod in_line;
+mod look;
 mod ls;
 mod messages;
 mod options;

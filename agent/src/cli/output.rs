@@ -1,6 +1,12 @@
 //! How reports are written: for people or as JSON lines, to a terminal or a file.
 
-use std::{fmt, fs::File, io, path::Path};
+use std::{
+    collections::{BTreeMap, HashSet},
+    fmt,
+    fs::File,
+    io,
+    path::Path,
+};
 
 use nix::errno::Errno;
 use serde_json::{Value, json};
@@ -105,6 +111,14 @@ pub(super) struct Writer {
     /// Where the report goes, for people.
     place: String,
 }
+
+/// Names of targets' cgroups, by the cgroups' ids and the numbers of their scopes.
+pub(super) type TargetNames = BTreeMap<(u64, usize), String>;
+
+/// Names of targets that are written when these change: as many that have come, and as many that have gone.
+const TARGETS_SHOWN: usize = 64;
+/// Of these, for people.
+const TARGETS_WRITTEN: usize = 16;
 
 #[derive(Debug, thiserror::Error)]
 #[error("cannot write the report to {place}: {source}")]
@@ -218,11 +232,27 @@ impl Writer {
         );
     }
 
-    /// Says where the policies hold, cgroups having come or gone.
-    pub(super) fn retargeted(&self, session: &Session) {
-        let targets = kernel::names(session.targets());
-        let shown = if targets.is_empty() { "none".to_owned() } else { escape::join(&targets, ", ") };
-        self.notice(&format!("targets   {shown}"), json!({ "event": "targets", "targets": targets }));
+    /// Writes which targets have come and gone, cgroups having done so: the names, by ids, of those before and after.
+    pub(super) fn retargeted(&self, before: &TargetNames, after: &TargetNames) {
+        let only_in = |one: &TargetNames, other: &TargetNames| -> Vec<String> {
+            let others: HashSet<u64> = other.keys().map(|(cgroup, _)| *cgroup).collect();
+            one.iter().filter(|((cgroup, _), _)| !others.contains(cgroup)).map(|(_, name)| name.clone()).collect()
+        };
+        let (added, removed) = (only_in(after, before), only_in(before, after));
+        let shown = |sign: &str, names: &[String]| {
+            let listed: String =
+                names.iter().take(TARGETS_WRITTEN).map(|name| format!(" {sign}{}", name.escaped())).collect();
+            let others = names.len().saturating_sub(TARGETS_WRITTEN);
+            if others == 0 { listed } else { format!("{listed} {sign}{others} more") }
+        };
+        let text = format!("targets   {}:{}{}", after.len(), shown("+", &added), shown("-", &removed));
+        let first = |names: &[String]| names.iter().take(TARGETS_SHOWN).cloned().collect::<Vec<_>>();
+        let event = json!({
+            "event": "targets", "count": after.len(),
+            "added": first(&added), "added_count": added.len(),
+            "removed": first(&removed), "removed_count": removed.len(),
+        });
+        self.notice(&text, event);
     }
 
     /// Says what was done to one live socket: for people only where it could not be, for there may be thousands.

@@ -73,7 +73,7 @@ impl Plan {
         let mount = Mount::find().map_err(RunError::from)?;
         if self.cgroup.is_empty() {
             match Placement::find(&mount, &[], policies) {
-                Err(error @ (RunError::NoMatch { .. } | RunError::NoMatchAmong { .. })) => {
+                Err(error @ (RunError::NoMatch { .. } | RunError::NoMatchAmong { .. } | RunError::Skipped { .. })) => {
                     log::warn!("`run` would wait for what is not there: {error}");
                 }
                 placement => drop(placement?),

@@ -1,10 +1,16 @@
 //! `sockpolicy run`: puts policies in force on cgroups and reports until it is told to end.
 
-use std::{collections::BTreeSet, os::fd::BorrowedFd, path::PathBuf, process::ExitCode};
+use std::{
+    collections::{BTreeSet, HashMap},
+    os::fd::BorrowedFd,
+    path::PathBuf,
+    process::ExitCode,
+};
 
 use super::{
     FAILURE, FINDINGS, check, complain, containers,
     descriptor::Standard,
+    look::Look,
     messages,
     output::{Manner, ReportError, TrustArgument, Writer},
     signals::Signals,
@@ -25,6 +31,7 @@ use crate::{
     kernel::{self, Target},
     policy::{Policy, Sources, Texts},
     session::{self, BlockedChoice, Session, SessionError, Setup},
+    skipped::{Kind, Skip, Skipped, SkippedList},
 };
 
 /// Put policies in force on cgroups, and report until interrupted
@@ -88,6 +95,8 @@ pub(super) enum RunError {
         wanted.escaped(), mount.escaped()
     )]
     NoMatchAmong { wanted: String, containers: String, mount: PathBuf },
+    #[error("cannot use any target: cgroup {}: {reason}", name.escaped())]
+    Skipped { name: String, reason: String },
     #[error(transparent)]
     Watch(#[from] WatchError),
     #[error(transparent)]
@@ -124,7 +133,7 @@ impl Run {
         let journal = self.apply.then_some(name.as_str());
         let wanted = Wanted { sources, cgroups: &self.cgroup, manner: &self.manner, mount: &mount, journal };
         let mut standing = Standing::watch(wanted, texts, policies.to_owned())?;
-        let Placement { stacks, targets, containers } = standing.placement()?;
+        let Placement { stacks, targets, containers, .. } = standing.placement()?;
         let desired = session::prepare(policies, &stacks, *dry_run, reporting.timing)?;
         kernel::check_privileges().map_err(SessionError::from)?;
         let instance = self.become_instance(&targets)?.map(|instance| (instance, standing.files()));
@@ -143,7 +152,8 @@ impl Run {
             filter: Filter::default(),
             instance,
         };
-        let session = start(setup, &writer)?;
+        let mut session = start(setup, &writer)?;
+        standing.note_skipped(&mut session);
         let stand =
             |session: &mut Session, signals: &mut Signals, writer: &Writer| standing.stand(session, signals, writer);
         let ended = finish(session, &mut signals, writer, stand);
@@ -226,102 +236,172 @@ pub(super) fn check_targets(policies: &[Policy]) -> Result<(), RunError> {
 }
 
 /// Where policies are in force.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Placement {
     pub(super) stacks: Vec<Stack>,
     pub(super) targets: Vec<Target>,
     /// Those that it was found by.
     pub(super) containers: Vec<Running>,
+    /// What cannot be a target, or could not be looked at.
+    pub(super) skipped: Vec<Skip>,
 }
+
+/// Targets that policies can have at the same time. More are skipped: whoever makes cgroups that a glob matches is not to
+/// use up the memory of the host.
+const TARGETS_MAX: usize = 16 * 1024;
 
 impl Placement {
     /// All policies together, on one cgroup.
     pub(super) fn alone(policies: &[Policy], cgroup: Cgroup) -> Self {
-        Self { stacks: vec![all(policies)], targets: vec![Target { cgroup, scope: 0 }], containers: Vec::new() }
+        Self { stacks: vec![all(policies)], targets: vec![Target { cgroup, scope: 0 }], ..Self::default() }
     }
 
-    /// On the targets that were asked for, else on those of the policies.
+    /// On the targets that were asked for, else on those of the policies. Warns of what is skipped.
     pub(super) fn find(mount: &Mount, asked: &[PathBuf], policies: &[Policy]) -> Result<Self, RunError> {
-        let (coverage, containers) = if asked.is_empty() {
+        let placement = if asked.is_empty() {
             check_targets(policies)?;
-            covered(mount, policies)?
+            Self::covered(mount, policies)?
         } else {
             check::warn_of_replaced_targets(policies, "--cgroup");
             let below = |path: &PathBuf| mount.open(path).map(|cgroup| mount.below(&cgroup));
-            (Coverage::of_all(policies, asked.iter().map(below).collect::<Result<_, _>>()?), Vec::new())
+            Self::of(mount, Coverage::of_all(policies, asked.iter().map(below).collect::<Result<_, _>>()?), &[])
         };
-        Self::of(mount, coverage, containers)
+        if let (true, Some(only)) = (placement.targets.is_empty(), placement.skipped.first()) {
+            return Err(RunError::Skipped { name: only.name.clone(), reason: only.reason.clone() });
+        }
+        warn_of_failed(&placement.skipped);
+        Ok(placement)
     }
 
-    /// On the targets that were asked for, else on those of the policies that there are now: others may come.
+    /// On the targets that were asked for, else on those of the policies that there are now: others may come. `containers` are
+    /// to be listed before this: then the tree has their cgroups.
     pub(super) fn standing(
         mount: &Mount,
         asked: &[PathBuf],
         policies: &[Policy],
         containers: Vec<Running>,
     ) -> Result<Self, RunError> {
-        if asked.is_empty() {
-            check_targets(policies)?;
-            return Self::for_now(mount, policies, containers);
+        if !asked.is_empty() {
+            return Self::find(mount, asked, policies);
         }
-        Self::find(mount, asked, policies)
+        check_targets(policies)?;
+        let look = Look::at(mount, policies, &Reach::of(policies)?, &containers, BTreeSet::new())?;
+        Self::for_now(mount, policies, containers, look)
     }
 
-    /// On the targets of the policies that there are now. Those that hold nowhere yet have a stack too.
-    fn for_now(mount: &Mount, policies: &[Policy], containers: Vec<Running>) -> Result<Self, RunError> {
-        let reach = Reach::of(policies)?;
-        let tree = mount.tree_within(|below| reach.is_within(below))?;
-        let mut coverage = Coverage::of_targets(policies, tree, &containers)?;
+    /// On the targets of the policies among the cgroups that a look has found. Policies that hold nowhere yet have a stack
+    /// too.
+    pub(super) fn for_now(
+        mount: &Mount,
+        policies: &[Policy],
+        containers: Vec<Running>,
+        look: Look,
+    ) -> Result<Self, RunError> {
+        let Look { cgroups, skipped } = look;
+        let mut coverage = Coverage::of_targets(policies, cgroups.clone(), &containers)?;
         let covered: BTreeSet<usize> = coverage.stacks.iter().flatten().copied().collect();
         let by_target = stacks_by_target(policies).into_values();
         // In the order of the first policy of each.
         let others: BTreeSet<Stack> =
             by_target.filter(|stack| stack.iter().any(|policy| !covered.contains(policy))).collect();
         others.into_iter().for_each(|stack| _ = coverage.number(stack));
-        Self::of(mount, coverage, containers)
+        Ok(Self::of(mount, coverage, &cgroups).found_by(containers, skipped))
     }
 
-    fn of(mount: &Mount, coverage: Coverage, containers: Vec<Running>) -> Result<Self, RunError> {
+    fn covered(mount: &Mount, policies: &[Policy]) -> Result<Self, RunError> {
+        // Before the tree, which then has their cgroups.
+        let listing = containers::wanted_by(policies);
+        containers::tell_of_hidden(&listing);
+        let containers = listing.running;
+        let Look { cgroups, skipped } = Look::at(mount, policies, &Reach::of(policies)?, &containers, BTreeSet::new())?;
+        let idle = idle(policies, &cgroups, &containers)?;
+        let all = |policy: &Policy| policy.target.cgroups.len() + policy.target.containers.len();
+        if idle.len() == policies.iter().map(all).sum::<usize>() {
+            return Err(no_match(mount, policies, &containers, idle));
+        }
+        for (policy, wanted) in idle {
+            log::warn!(
+                "policy `{}` does not hold on {}: nothing matches that now",
+                policies[policy].name,
+                wanted.escaped()
+            );
+        }
+        let coverage = Coverage::of_targets(policies, cgroups.clone(), &containers)?;
+        Ok(Self::of(mount, coverage, &cgroups).found_by(containers, skipped))
+    }
+
+    fn found_by(mut self, containers: Vec<Running>, skipped: Vec<Skip>) -> Self {
+        self.containers = containers;
+        self.skipped.extend(skipped);
+        self
+    }
+
+    /// Opens the targets. Of more than there can be, those are kept that come first in `ranked`.
+    fn of(mount: &Mount, coverage: Coverage, ranked: &[PathBuf]) -> Self {
         let Coverage { stacks, targets } = coverage;
-        let mut opened = Vec::new();
-        for (path, scope) in targets {
-            match mount.open(&path) {
-                Ok(cgroup) => opened.push(Target { cgroup, scope }),
+        let mut placement = Self { stacks, ..Self::default() };
+        for (path, scope) in placement.limited(targets, ranked) {
+            match mount.open_below(&path) {
+                Ok(cgroup) => placement.targets.push(Target { cgroup, scope }),
                 // Gone since it was listed.
-                Err(CgroupError::Missing { .. }) => {}
-                Err(error) => return Err(error.into()),
+                Err(error) if error.is_gone() => {}
+                Err(error) => {
+                    let name = format!("/{}", escape::plain(&path));
+                    let skip = Skip::new(Kind::Cgroup, name, error.to_string()).transient_if(error.is_transient());
+                    placement.skipped.push(skip);
+                }
             }
         }
-        Ok(Self { stacks, targets: opened, containers })
+        placement
+    }
+
+    fn limited(&mut self, targets: Vec<(PathBuf, usize)>, ranked: &[PathBuf]) -> Vec<(PathBuf, usize)> {
+        let Some(too_many) = targets.len().checked_sub(TARGETS_MAX).filter(|count| *count > 0) else { return targets };
+        let ranks: HashMap<&PathBuf, usize> = ranked.iter().zip(0..).collect();
+        let rank = |path: &PathBuf| ranks.get(path).copied().unwrap_or(usize::MAX);
+        let mut by_rank: Vec<usize> = targets.iter().map(|(path, _)| rank(path)).collect();
+        by_rank.sort_unstable();
+        let first_skipped = by_rank[TARGETS_MAX];
+        let (kept, others): (Vec<_>, Vec<_>) = targets.into_iter().partition(|(path, _)| rank(path) < first_skipped);
+        let reason = format!("{too_many} cgroups are too many: there can be {TARGETS_MAX} targets");
+        let skip =
+            |(path, _): &(PathBuf, usize)| Skip::new(Kind::Cgroup, format!("/{}", escape::plain(path)), reason.clone());
+        self.skipped.extend(others.iter().map(skip));
+        kept
     }
 }
 
-fn covered(mount: &Mount, policies: &[Policy]) -> Result<(Coverage, Vec<Running>), RunError> {
-    // Before the tree, which then has their cgroups.
-    let listing = containers::wanted_by(policies);
-    containers::tell_of_hidden(&listing);
-    let containers = listing.running;
-    let tree = mount.tree()?;
-    let idle = idle(policies, &tree, &containers)?;
-    let all = |policy: &Policy| policy.target.cgroups.len() + policy.target.containers.len();
-    if idle.len() == policies.iter().map(all).sum::<usize>() {
-        let more = idle.len().saturating_sub(PATTERNS_SHOWN);
-        let mut wanted: Vec<String> = idle.into_iter().take(PATTERNS_SHOWN).map(|(_, wanted)| wanted).collect();
-        wanted.extend((more > 0).then(|| format!("nor {more} others")));
-        let wanted = wanted.join(", ");
-        return Err(match containers::are_wanted_by(policies) {
-            true => {
-                RunError::NoMatchAmong { wanted, containers: containers::list(&containers), mount: mount.path.clone() }
-            }
-            false => RunError::NoMatch { patterns: wanted, mount: mount.path.clone() },
-        });
+/// Logs what a command skips that ends soon.
+pub(super) fn warn_of_failed(skipped: &[Skip]) {
+    let mut list = SkippedList::default();
+    warn_of_skipped(&list.replace(skipped, now()), skipped.len());
+}
+
+/// Lines that are logged of what is skipped at a time.
+const LINES_MAX: usize = 16;
+
+/// Logs objects that are skipped since now; `count` of them in all.
+pub(super) fn warn_of_skipped(new: &[Skipped], count: usize) {
+    for skipped in new.iter().take(LINES_MAX) {
+        log::warn!("skipped: {} {}: {}", skipped.kind.name(), skipped.name, skipped.reason);
     }
-    for (policy, wanted) in idle {
-        log::warn!(
-            "policy `{}` does not hold on {}: nothing matches that now",
-            policies[policy].name,
-            wanted.escaped()
-        );
+    if new.len() > LINES_MAX {
+        log::warn!("skipped: {} more, of {count} objects in all", new.len() - LINES_MAX);
     }
-    Ok((Coverage::of_targets(policies, tree, &containers)?, containers))
+}
+
+/// Seconds since 1970.
+pub(super) fn now() -> i64 {
+    jiff::Timestamp::now().as_second()
+}
+
+fn no_match(mount: &Mount, policies: &[Policy], containers: &[Running], idle: Vec<(usize, String)>) -> RunError {
+    let more = idle.len().saturating_sub(PATTERNS_SHOWN);
+    let mut wanted: Vec<String> = idle.into_iter().take(PATTERNS_SHOWN).map(|(_, wanted)| wanted).collect();
+    wanted.extend((more > 0).then(|| format!("nor {more} others")));
+    let wanted = wanted.join(", ");
+    match containers::are_wanted_by(policies) {
+        true => RunError::NoMatchAmong { wanted, containers: containers::list(containers), mount: mount.path.clone() },
+        false => RunError::NoMatch { patterns: wanted, mount: mount.path.clone() },
+    }
 }

@@ -7,9 +7,10 @@
 //! are, and that is said.
 
 use std::{
+    collections::BTreeSet,
     io, mem,
     os::fd::AsFd,
-    path::{Path, PathBuf},
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
@@ -20,8 +21,9 @@ use super::{
     check, complain,
     containers::{self, Looks},
     in_line::InLine,
-    output::{Manner, Writer},
-    run::{Placement, RunError},
+    look::Look,
+    output::{Manner, TargetNames, Writer},
+    run::{Placement, RunError, now, warn_of_skipped},
     signals::Signals,
     sockets::{Sockets, Targets},
     walker::Walker,
@@ -37,8 +39,10 @@ use crate::{
     },
     instance::Files,
     journal::{Journal, JournalError},
+    kernel::Target,
     policy::{Policy, Sources, Texts},
     session::{self, Session},
+    skipped::{Skip, SkippedList},
 };
 
 /// How long files must be left alone before they are read: who writes several, or one in parts, is to be done.
@@ -52,6 +56,10 @@ const LOOK_FOR_EMPTY_MS: u16 = 1000;
 
 /// How long to look for containers before policies come in force on those that were found. Users can block the search for theirs.
 const FIRST_LOOK: Duration = Duration::from_secs(3);
+/// How often to look for new cgroups where the kernel watches no more of them, in milliseconds.
+const POLL_MS: u64 = 2000;
+/// How often to look anew, at a time, for what comes while cgroups begin to be watched.
+const ROUNDS_MAX: usize = 4;
 
 /// How long to wait where another process works on what sockets had.
 const WHILE_BUSY: Duration = Duration::from_secs(5);
@@ -81,17 +89,12 @@ impl Wanted<'_> {
         texts: &Texts,
         placement: Placement,
     ) -> Result<Vec<Stack>, RunError> {
-        let Placement { stacks, targets, containers } = placement;
+        let Placement { stacks, targets, containers, skipped: _ } = placement;
         let Manner { dry_run, reporting, .. } = self.manner;
         let desired = session::prepare(policies, &stacks, *dry_run, reporting.timing)?;
         session.reload(desired, targets, self.files(texts, &stacks))?;
         session.set_containers(Known::new(&containers));
         Ok(stacks)
-    }
-
-    /// Where these policies hold by now.
-    fn placement(&self, policies: &[Policy], containers: Vec<Running>) -> Result<Placement, RunError> {
-        Placement::standing(self.mount, self.cgroups, policies, containers)
     }
 }
 
@@ -107,14 +110,17 @@ pub(super) struct Standing<'a> {
     files: Watch,
     cgroups: Watch,
     reach: Reach,
+    pace: Pace,
+    /// What is skipped at the moment, in all.
+    skipped: SkippedList,
+    /// Of that, what came of the last look at cgroups.
+    skipped_cgroups: Vec<Skip>,
     /// When files were first found changed, and when last, since they were read.
     changed: Option<(Instant, Instant)>,
     /// Where policies are about containers, these.
     search: Option<Search>,
     /// When to look for them, after a cgroup has come.
     looks: Option<Looks>,
-    /// Whether the policies do not hold yet where they should.
-    is_behind: bool,
     /// When other policies came in force.
     replaced: Instant,
     /// When to bring live sockets in line, if they are to be.
@@ -159,7 +165,9 @@ impl<'a> Standing<'a> {
             changed: None,
             search: None,
             looks: None,
-            is_behind: false,
+            pace: Pace::default(),
+            skipped: SkippedList::default(),
+            skipped_cgroups: Vec::new(),
             replaced: Instant::now(),
             due: None,
         };
@@ -170,20 +178,35 @@ impl<'a> Standing<'a> {
             containers::tell_of_hidden(&search.listing());
         }
         standing.follow_files();
-        standing.follow_cgroups()?;
         Ok(standing)
     }
 
     /// Where the policies hold by now.
     pub(super) fn placement(&mut self) -> Result<Placement, RunError> {
-        let placement = self.wanted.placement(&self.policies, self.containers())?;
+        self.pace.begin();
+        let looked = self.look(&BTreeSet::new());
+        self.pace.end();
+        let mut placement = looked?;
         self.stacks.clone_from(&placement.stacks);
+        self.skipped_cgroups.append(&mut placement.skipped);
         Ok(placement)
     }
 
     /// The containers, as they were found last.
     fn containers(&self) -> Vec<Running> {
         self.search.as_ref().map(|search| search.listing().running).unwrap_or_default()
+    }
+
+    /// Logs what is skipped since now, and leaves word of all that is.
+    pub(super) fn note_skipped(&mut self, session: &mut Session) {
+        let mut now_skipped = self.skipped_cgroups.clone();
+        now_skipped.extend_from_slice(session.skipped());
+        let new = self.skipped.replace(&now_skipped, now());
+        warn_of_skipped(&new, now_skipped.len());
+        if now_skipped.iter().any(|skip| skip.is_transient) {
+            self.pace.retry();
+        }
+        session.note_skipped(&self.skipped);
     }
 
     /// What is in force, for the record of an instance.
@@ -224,8 +247,13 @@ impl<'a> Standing<'a> {
                 self.reload(session, writer, is_asked);
             }
             let has_changed = self.cgroups.has_changed().map_err(WatchError::Watch)?;
-            let has_found = self.look_for_containers(has_changed);
-            if has_changed || self.is_behind || has_found {
+            if has_changed {
+                self.pace.note_change();
+            }
+            if self.look_for_containers(has_changed) {
+                self.pace.note_change();
+            }
+            if self.pace.is_due() {
                 self.retarget(session, writer);
             }
             if session.has_removed() {
@@ -301,7 +329,7 @@ impl<'a> Standing<'a> {
         let until = |due: Instant| due.saturating_duration_since(Instant::now()).as_millis() as u16 + 1;
         let patience =
             self.due.map_or(u16::MAX, until).min(if session.has_removed() { LOOK_FOR_EMPTY_MS } else { u16::MAX });
-        let patience = patience.min(watch::interval(session));
+        let patience = patience.min(watch::interval(session)).min(self.pace.patience_ms());
         let of_workers = self.search.as_ref().and_then(Search::left);
         let of_workers = of_workers.map(|left| u16::try_from(left.as_millis() + 1).unwrap_or(u16::MAX));
         let is_looking = self.search.as_ref().is_some_and(Search::is_looking);
@@ -341,7 +369,10 @@ impl<'a> Standing<'a> {
 
     fn replace(&mut self, session: &mut Session, policies: Vec<Policy>) -> Result<(), RunError> {
         let reach = Reach::of(&policies)?;
-        let placement = self.wanted.placement(&policies, self.containers())?;
+        let containers = self.containers();
+        let mut placement = Placement::standing(self.wanted.mount, self.wanted.cgroups, &policies, containers)?;
+        placement.skipped.extend(session.leave_to_others(&mut placement.targets));
+        let skipped = mem::take(&mut placement.skipped);
         let stacks = self.wanted.put_in_force(session, &policies, &self.texts, placement)?;
         self.replaced = Instant::now();
         if containers::are_wanted_by(&policies) {
@@ -352,51 +383,104 @@ impl<'a> Standing<'a> {
         }
         (self.policies, self.stacks, self.reach) = (policies, stacks, reach);
         self.in_force = self.texts.clone();
+        self.skipped_cgroups = skipped;
+        self.note_skipped(session);
         self.will_bring_in_line();
         // What came while nobody looked.
-        self.is_behind = true;
+        self.pace.note_change();
         Ok(())
     }
 
     /// Has the policies hold where they should by now. What cannot be done is said, and tried again.
     fn retarget(&mut self, session: &mut Session, writer: &Writer) {
-        let placed = self.follow_cgroups().and_then(|()| self.place(session));
-        self.is_behind = placed.is_err();
+        let before = ids(session.targets());
+        self.pace.begin();
+        let placed = self.place(session);
+        self.pace.end();
         match placed {
-            Ok(true) => writer.retargeted(session),
-            Ok(false) => {}
+            Ok(()) => {
+                self.note_skipped(session);
+                let after = ids(session.targets());
+                if before == after {
+                    return;
+                }
+                // Sockets may have been made before the programs were there.
+                self.will_bring_in_line();
+                writer.retargeted(&before, &after);
+            }
             Err(error) => {
+                self.pace.retry();
                 complain(&error);
                 log::error!("the policies are in force on the cgroups that they were on");
             }
         }
     }
 
-    /// Gives whether any target is other than it was.
-    fn place(&mut self, session: &mut Session) -> Result<bool, RunError> {
+    fn place(&mut self, session: &mut Session) -> Result<(), RunError> {
         if !self.wanted.cgroups.is_empty() {
-            return Ok(false);
+            return Ok(());
         }
-        let Placement { stacks, mut targets, containers } = self.wanted.placement(&self.policies, self.containers())?;
+        let mount = self.wanted.mount;
+        // A target whose place cannot be looked at stays one.
+        let known = session.targets().iter().map(|target| mount.below(&target.cgroup)).collect();
+        let Placement { stacks, mut targets, containers, mut skipped } = self.look(&known)?;
+        skipped.extend(session.leave_to_others(&mut targets));
+        self.skipped_cgroups = skipped;
         let scopes: Option<Vec<usize>> =
             stacks.iter().map(|stack| self.stacks.iter().position(|known| known == stack)).collect();
         let Some(scopes) = scopes else {
-            let placement = Placement { stacks, targets, containers };
+            let placement = Placement { stacks, targets, containers, skipped: Vec::new() };
             self.stacks = self.wanted.put_in_force(session, &self.policies, &self.in_force, placement)?;
             self.replaced = Instant::now();
-            self.will_bring_in_line();
-            return Ok(true);
+            return Ok(());
         };
         session.set_containers(Known::new(&containers));
         for target in &mut targets {
             target.scope = scopes[target.scope];
         }
-        if !session.retarget(targets)? {
-            return Ok(false);
+        Ok(session.retarget(targets)?)
+    }
+
+    /// Looks where the policies hold by now, and watches where targets can come. Cgroups that come while it begins to watch
+    /// are seen too.
+    fn look(&mut self, known: &BTreeSet<PathBuf>) -> Result<Placement, RunError> {
+        let Wanted { mount, cgroups, .. } = self.wanted;
+        // Listed before the tree, which then has their cgroups.
+        let containers = self.containers();
+        if !cgroups.is_empty() {
+            return Placement::standing(mount, cgroups, &self.policies, containers);
         }
-        // Sockets may have been made before the programs were there.
-        self.will_bring_in_line();
-        Ok(true)
+        let mut rounds = 0;
+        loop {
+            let look = Look::at(mount, &self.policies, &self.reach, &containers, known.clone())?;
+            rounds += 1;
+            let has_new = self.watch_cgroups(&look)?;
+            if has_new && rounds < ROUNDS_MAX {
+                continue;
+            }
+            if has_new {
+                self.pace.note_change();
+            }
+            return Placement::for_now(mount, &self.policies, containers, look);
+        }
+    }
+
+    /// Watches the cgroups below which targets can come. Gives whether any was not watched before.
+    fn watch_cgroups(&mut self, look: &Look) -> Result<bool, RunError> {
+        match self.cgroups.follow(&look.watched(self.wanted.mount, &self.reach)) {
+            Ok(has_new) => {
+                self.pace.poll(false);
+                Ok(has_new)
+            }
+            Err(error @ inotify::WatchError::Add { .. }) => {
+                if self.pace.poll(true) {
+                    log::warn!("{error}");
+                    log::warn!("cgroups are looked at every {POLL_MS} ms or less often instead, as long as that is so");
+                }
+                Ok(false)
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn follow_files(&mut self) {
@@ -413,25 +497,73 @@ impl<'a> Standing<'a> {
             }
         }
     }
+}
 
-    /// Watches the cgroups below which targets can come. Those that come while it begins to watch are watched too.
-    fn follow_cgroups(&mut self) -> Result<(), RunError> {
-        if !self.wanted.cgroups.is_empty() {
-            return Ok(());
-        }
-        let mount = self.wanted.mount;
-        let is_within = |below: &Path| self.reach.is_within(below);
-        loop {
-            let within = mount.tree_within(is_within)?.into_iter().filter(|below| is_within(below));
-            match self.cgroups.follow(&within.map(|below| mount.path.join(below)).collect()) {
-                Ok(true) => {}
-                Ok(false) => return Ok(()),
-                Err(error @ inotify::WatchError::Add { .. }) => {
-                    log::warn!("{error}");
-                    return Ok(());
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
+fn ids(targets: &[Target]) -> TargetNames {
+    targets.iter().map(|target| ((target.cgroup.id, target.scope), target.cgroup.name.clone())).collect()
+}
+
+/// How often the cgroups are looked at. Each look takes time that the owners of cgroups decide on, and they can have one follow
+/// the other.
+#[derive(Debug, Default)]
+struct Pace {
+    /// Whether something has changed since the last look began.
+    has_changed: bool,
+    began: Option<Instant>,
+    /// Not before this.
+    rested: Option<Instant>,
+    /// When to try again what failed.
+    retry: Option<Instant>,
+    /// When to look although the kernel has told of no change: it does not watch all places.
+    poll: Option<Instant>,
+    is_polling: bool,
+    took: Duration,
+}
+
+impl Pace {
+    /// A look takes this part of the time at the most.
+    const REST: u32 = 2;
+    const RETRY: Duration = Duration::from_secs(1);
+
+    fn note_change(&mut self) {
+        self.has_changed = true;
+    }
+
+    fn retry(&mut self) {
+        self.retry = Some(Instant::now() + Self::RETRY.max(self.took * Self::REST));
+    }
+
+    /// Says whether to look without being told of a change. Gives whether that is new.
+    fn poll(&mut self, is_polling: bool) -> bool {
+        let is_new = is_polling && !self.is_polling;
+        self.is_polling = is_polling;
+        is_new
+    }
+
+    /// Gives whether to look now.
+    fn is_due(&self) -> bool {
+        let now = Instant::now();
+        let is_past = |due: Option<Instant>| due.is_some_and(|due| due <= now);
+        let is_wanted = self.has_changed || is_past(self.retry) || is_past(self.poll);
+        is_wanted && self.rested.is_none_or(|rested| rested <= now)
+    }
+
+    fn begin(&mut self) {
+        (self.has_changed, self.retry, self.began) = (false, None, Some(Instant::now()));
+    }
+
+    fn end(&mut self) {
+        self.took = self.began.take().map(|began| began.elapsed()).unwrap_or_default();
+        let now = Instant::now();
+        self.rested = Some(now + self.took * Self::REST);
+        self.poll = self.is_polling.then(|| now + Duration::from_millis(POLL_MS).max(self.took * 10));
+    }
+
+    /// How long to wait at the most, in milliseconds.
+    fn patience_ms(&self) -> u16 {
+        let wanted = if self.has_changed { self.rested } else { None };
+        let due = [wanted, self.retry, self.poll].into_iter().flatten().min();
+        let left = due.map(|due| due.max(self.rested.unwrap_or(due)).saturating_duration_since(Instant::now()));
+        left.map_or(u16::MAX, |left| u16::try_from(left.as_millis() + 1).unwrap_or(u16::MAX))
     }
 }

@@ -20,6 +20,7 @@ use crate::{
     kernel::{self, AttachMode, KernelError, Neighbour},
     policy::model::Mode,
     report::{Counts, Lost, Report, Summary},
+    skipped::SkippedList,
 };
 
 /// Show what is in force on this host: instances, targets, hooks, counters, and the programs of others beside ours
@@ -215,6 +216,9 @@ fn write_text(out: &mut impl Write, seen: &Seen, looked: &Result<InForce, Unknow
         let hooks: Vec<_> = scope.hooks.iter().map(|hook| hook.name()).collect();
         writeln!(out, "    by {}", hooks.join(", "))?;
     }
+    if let Some(record) = &seen.record {
+        write_skipped(out, &record.skipped)?;
+    }
     write!(out, "{}", summary.tables())?;
     for (reason, count) in summary.lost.by_reason().into_iter().filter(|(_, count)| *count > 0) {
         writeln!(out, "\nlost: {count} {}", reason.what)?;
@@ -239,6 +243,18 @@ fn write_text(out: &mut impl Write, seen: &Seen, looked: &Result<InForce, Unknow
     }
 }
 
+fn write_skipped(out: &mut impl Write, skipped: &SkippedList) -> io::Result<()> {
+    if skipped.is_empty() {
+        return Ok(());
+    }
+    writeln!(out, "\nskipped: {}", skipped.count())?;
+    skipped.objects.iter().try_for_each(|object| writeln!(out, "  {object}"))?;
+    match skipped.others {
+        0 => Ok(()),
+        others => writeln!(out, "  and {others} more"),
+    }
+}
+
 fn write_json(out: &mut impl Write, seen: &Seen, looked: &Result<InForce, Unknown>) -> io::Result<()> {
     let mut line = json!({
         "schema": SCHEMA,
@@ -246,6 +262,7 @@ fn write_json(out: &mut impl Write, seen: &Seen, looked: &Result<InForce, Unknow
         "pid": seen.pid,
         "persists": seen.record.as_ref().map(|record| record.persists),
         "version": seen.record.as_ref().map(|record| &record.version),
+        "skipped": seen.record.as_ref().map(|record| record.skipped.to_json()),
     });
     match looked {
         Err(error) => line["unknown"] = error.to_string().into(),

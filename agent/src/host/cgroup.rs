@@ -3,19 +3,33 @@
 //! Only the unified hierarchy counts: sockets belong to a cgroup of version 2, also on hosts that
 //! use version 1 for their controllers beside it.
 
+mod walk;
+
 use std::{
-    ffi::OsString,
-    fs::{self, File},
-    io,
+    ffi::{OsStr, OsString},
+    fs::{self, File, OpenOptions},
+    io, mem,
     os::{
         fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
-        unix::{ffi::OsStringExt, fs::MetadataExt},
+        unix::{
+            ffi::{OsStrExt, OsStringExt},
+            fs::{MetadataExt, OpenOptionsExt},
+        },
     },
     path::{Component, Path, PathBuf},
     rc::Rc,
 };
 
-use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, TMPFS_MAGIC, fstatfs, statfs};
+use nix::{
+    fcntl::{OFlag, openat},
+    sys::{
+        stat::Mode,
+        statfs::{CGROUP2_SUPER_MAGIC, TMPFS_MAGIC, fstatfs, statfs},
+    },
+};
+
+pub use self::walk::{Budget, Tree, Wanted};
+use super::process;
 
 use crate::{
     escape::{self, Escape},
@@ -53,8 +67,82 @@ pub enum CgroupError {
         path.escaped()
     )]
     TooDeep { path: PathBuf, level: u32, max: u32 },
-    #[error("cannot read cgroup {}: {source}", path.escaped())]
-    Walk { path: PathBuf, source: io::Error },
+    #[error("cannot open cgroup {}: {source}", path.escaped())]
+    Open { path: PathBuf, source: io::Error },
+}
+
+impl CgroupError {
+    /// Returns whether the cgroup is gone, and so is no target any more.
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        matches!(self, Self::Missing { .. })
+    }
+
+    /// Returns whether a later attempt may succeed without a change of the cgroup.
+    #[must_use]
+    pub fn is_transient(&self) -> bool {
+        matches!(self, Self::Open { source, .. } if is_transient(source))
+    }
+}
+
+/// Returns whether an error says that a limit of this process or of the host is reached at the moment.
+#[must_use]
+pub fn is_transient(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::EAGAIN | libc::EINTR))
+}
+
+/// Returns whether an error says that a cgroup was removed (`kernfs_iop_lookup`, fs/kernfs/dir.c).
+fn is_removed(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV))
+}
+
+/// Opens a directory by a path of any length. The kernel takes less than PATH_MAX bytes at a time.
+///
+/// # Errors
+///
+/// As of openat(2).
+pub fn open_directory(path: &Path) -> io::Result<File> {
+    let mut pieces = pieces(path).into_iter();
+    let first = pieces.next().unwrap_or_default();
+    let first = if first.as_os_str().is_empty() { Path::new(".") } else { &first };
+    let mut folder = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY).open(first)?;
+    for piece in pieces {
+        folder = open_below(&folder, piece.as_os_str())?;
+    }
+    Ok(folder)
+}
+
+/// Opens a directory below another one. Follows no symbolic link at the end of the path.
+fn open_below(folder: &File, path: &OsStr) -> io::Result<File> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    Ok(openat(folder, path, flags, Mode::empty())?.into())
+}
+
+/// Splits a path into parts that the kernel takes.
+fn pieces(path: &Path) -> Vec<PathBuf> {
+    const MAX: usize = libc::PATH_MAX as usize - 1;
+    if path.as_os_str().len() <= MAX {
+        return vec![path.to_owned()];
+    }
+    let mut pieces = Vec::new();
+    let mut piece = PathBuf::new();
+    for component in path.components() {
+        if piece.as_os_str().len() + 1 + component.as_os_str().len() > MAX {
+            pieces.push(mem::take(&mut piece));
+        }
+        piece.push(component);
+    }
+    pieces.push(piece);
+    pieces
+}
+
+/// Returns the id of the cgroup at an absolute path of any length; `None` where there is none.
+#[must_use]
+pub fn id_at(path: &Path) -> Option<u64> {
+    if path.as_os_str().len() < libc::PATH_MAX as usize {
+        return fs::metadata(path).ok().map(|metadata| metadata.ino());
+    }
+    open_directory(path).and_then(|folder| folder.metadata()).ok().map(|metadata| metadata.ino())
 }
 
 /// The mount of the unified hierarchy.
@@ -99,6 +187,11 @@ impl Mount {
     /// Where it is not there, not a folder, not of cgroup2, or too deep.
     pub fn open(&self, path: &Path) -> Result<Cgroup, CgroupError> {
         let full = self.path_of(path);
+        if full.as_os_str().len() >= libc::PATH_MAX as usize
+            && let Ok(below) = full.strip_prefix(&self.path)
+        {
+            return self.open_below(below);
+        }
         let missing = |source| CgroupError::Missing { path: full.clone(), mount: self.path.clone(), source };
         let full = full.canonicalize().map_err(missing)?;
         let folder = File::open(&full).map_err(missing)?;
@@ -112,12 +205,44 @@ impl Mount {
         let Some(below) = below else {
             return Err(CgroupError::NotCgroup2 { path: full, mount: self.path.clone() });
         };
-        let level = self.depth + below.components().count() as u32;
+        self.cgroup(below, folder, metadata.ino())
+    }
+
+    /// Opens the cgroup at a path below the mount, of any length. Keeps some descriptors of this process free.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError::Missing`] where it is gone, [`CgroupError::TooDeep`], and [`CgroupError::Open`] for others.
+    pub fn open_below(&self, below: &Path) -> Result<Cgroup, CgroupError> {
+        let path = self.path.join(below);
+        let failed = |source: io::Error| match is_removed(&source) {
+            true => CgroupError::Missing { path: path.clone(), mount: self.path.clone(), source },
+            false => CgroupError::Open { path: path.clone(), source },
+        };
+        let folder = open_directory(&path).and_then(process::spare_descriptors).map_err(failed)?;
+        let id = folder.metadata().map_err(failed)?.ino();
+        self.cgroup(below, folder, id)
+    }
+
+    fn cgroup(&self, below: &Path, folder: File, id: u64) -> Result<Cgroup, CgroupError> {
+        let path = self.path.join(below);
+        let level = self.level_of(below);
         if level > abi::CGROUP_LEVELS_MAX {
-            return Err(CgroupError::TooDeep { path: full, level, max: abi::CGROUP_LEVELS_MAX });
+            return Err(CgroupError::TooDeep { path, level, max: abi::CGROUP_LEVELS_MAX });
         }
         let name = format!("/{}", escape::plain(below));
-        Ok(Cgroup { name, id: metadata.ino(), level, folder, path: full })
+        Ok(Cgroup { name, id, level, folder, path })
+    }
+
+    /// Returns how many levels a path below the mount is below the root of the hierarchy.
+    fn level_of(&self, below: &Path) -> u32 {
+        self.depth + below.components().count() as u32
+    }
+
+    /// Returns whether there is a cgroup at a path below the mount.
+    #[must_use]
+    pub fn has(&self, below: &Path) -> bool {
+        id_at(&self.path.join(below)).is_some()
     }
 
     /// Where a cgroup is below the mount.
@@ -142,61 +267,23 @@ impl Mount {
     /// Where `/proc` cannot be read, or the process is in a part of the hierarchy that it cannot see.
     pub fn own(&self) -> Result<Cgroup, CgroupError> {
         const PATH: &str = "/proc/self/cgroup";
-        let cgroups = fs::read_to_string(PATH).map_err(|source| CgroupError::Proc { path: PATH, source })?;
-        self.open(Path::new(unified(&cgroups).unwrap_or_default()))
-    }
-
-    /// All cgroups there are, as paths below the mount.
-    ///
-    /// # Errors
-    ///
-    /// Where the tree cannot be read.
-    pub fn tree(&self) -> Result<Vec<PathBuf>, CgroupError> {
-        self.tree_within(|_| true)
-    }
-
-    /// The top, and those right below each one that `is_wanted`.
-    ///
-    /// # Errors
-    ///
-    /// Where the tree cannot be read.
-    pub fn tree_within(&self, is_wanted: impl Fn(&Path) -> bool) -> Result<Vec<PathBuf>, CgroupError> {
-        let mut found = vec![PathBuf::new()];
-        let mut next = 0;
-        while let Some(below) = found.get(next) {
-            let children = if is_wanted(below) { self.children(below)? } else { Vec::new() };
-            found.extend(children);
-            next += 1;
-        }
-        Ok(found)
-    }
-
-    fn children(&self, below: &Path) -> Result<Vec<PathBuf>, CgroupError> {
-        let path = self.path.join(below);
-        let entries = match fs::read_dir(&path) {
-            Ok(entries) => entries,
-            // Gone since it was listed.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(source) => return Err(CgroupError::Walk { path, source }),
-        };
-        Ok(entries
-            .flatten()
-            .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
-            .map(|entry| below.join(entry.file_name()))
-            .collect())
+        let cgroups = fs::read(PATH).map_err(|source| CgroupError::Proc { path: PATH, source })?;
+        self.open(&unified(&cgroups).unwrap_or_default())
     }
 }
 
 /// The cgroup of a process, as a path from the root of the hierarchy that this process sees.
 #[must_use]
 pub fn of_process(process: u32) -> Option<PathBuf> {
-    let cgroups = fs::read_to_string(format!("/proc/{process}/cgroup")).ok()?;
-    unified(&cgroups).map(PathBuf::from)
+    let cgroups = fs::read(format!("/proc/{process}/cgroup")).ok()?;
+    unified(&cgroups)
 }
 
-/// That of the unified hierarchy among a process's cgroups (cgroups(7)), without its leading slash.
-fn unified(cgroups: &str) -> Option<&str> {
-    cgroups.lines().find_map(|line| line.strip_prefix("0::/"))
+/// Returns that of the unified hierarchy among a process's cgroups (cgroups(7)), without its leading slash. A name can
+/// have any bytes but `/` and a newline.
+fn unified(cgroups: &[u8]) -> Option<PathBuf> {
+    let lines = cgroups.split(|byte| *byte == b'\n');
+    lines.into_iter().find_map(|line| line.strip_prefix(b"0::/")).map(|path| OsStr::from_bytes(path).into())
 }
 
 /// Says where it belongs: beside the hierarchies of version 1, where there are any.
@@ -289,14 +376,9 @@ impl Mount {
     }
 
     fn search(&self, id: u64) -> Option<String> {
-        let mut left = vec![PathBuf::new()];
-        while let Some(below) = left.pop() {
-            if fs::metadata(self.path.join(&below)).is_ok_and(|metadata| metadata.ino() == id) {
-                return Some(format!("/{}", escape::plain(&below)));
-            }
-            left.extend(self.children(&below).unwrap_or_default());
-        }
-        None
+        let found = self.walk(|_| Wanted::WithChildren, &Budget::default()).found.into_iter();
+        let mut same = found.filter(|below| id_at(&self.path.join(below)) == Some(id));
+        same.next().map(|below| format!("/{}", escape::plain(&below)))
     }
 }
 
@@ -328,6 +410,24 @@ mod tests {
         assert_eq!(parse_mount(line), Some(Mount { path: "/sys/fs/cgroup/unified".into(), depth: 0 }));
         let line = b"31 24 0:27 /a/b /my\\040cgroups rw - cgroup2 none rw";
         assert_eq!(parse_mount(line), Some(Mount { path: "/my cgroups".into(), depth: 2 }));
+    }
+
+    #[test]
+    fn long_path_is_split_between_components() {
+        let name = "n".repeat(250);
+        let path = Path::new("/").join(vec![name; 40].join("/"));
+        let pieces = pieces(&path);
+        assert!(pieces.iter().all(|piece| piece.as_os_str().len() < libc::PATH_MAX as usize));
+        assert!(pieces.iter().skip(1).all(|piece| piece.is_relative()));
+        assert_eq!(pieces.iter().collect::<PathBuf>(), path);
+        assert_eq!(super::pieces(Path::new("/a/b")), [PathBuf::from("/a/b")]);
+    }
+
+    #[test]
+    fn cgroup_of_a_process_may_have_any_bytes() {
+        let path = unified(b"4:cpu:/x\n0::/a/\xff b\n");
+        assert_eq!(path, Some(OsString::from_vec(b"a/\xff b".to_vec()).into()));
+        assert_eq!(unified(b"4:cpu:/x\n"), None);
     }
 
     #[test]

@@ -4,10 +4,10 @@
 //! too late, can be missed.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     io,
-    os::fd::{AsFd, BorrowedFd},
-    path::PathBuf,
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
+    path::{Path, PathBuf},
 };
 
 use nix::{
@@ -15,6 +15,7 @@ use nix::{
     sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor},
 };
 
+use super::cgroup;
 use crate::escape::Escape;
 
 #[derive(Debug, thiserror::Error)]
@@ -70,22 +71,41 @@ impl Watch {
     /// Where there are more than may be watched.
     pub fn follow(&mut self, folders: &BTreeSet<PathBuf>) -> Result<bool, WatchError> {
         let mut watched = BTreeMap::new();
+        let mut failed = Ok(());
         for folder in folders {
-            match self.inotify.add_watch(folder, self.changes) {
+            match self.add(folder) {
                 Ok(descriptor) => drop(watched.insert(folder.clone(), descriptor)),
-                Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP | Errno::EACCES) => {}
-                Err(errno) => return Err(WatchError::Add { folder: folder.clone(), source: errno.into() }),
+                Err(Errno::ENOENT | Errno::ENODEV | Errno::ENOTDIR | Errno::ELOOP | Errno::EACCES) => {}
+                // What is watched already stays so.
+                Err(errno) => failed = Err(WatchError::Add { folder: folder.clone(), source: errno.into() }),
+            }
+            if failed.is_err() {
+                break;
             }
         }
+        if failed.is_err() {
+            let before = self.watched.iter().filter(|(folder, _)| folders.contains(*folder));
+            watched.extend(before.map(|(folder, descriptor)| (folder.clone(), *descriptor)));
+        }
         // The same folder may have several paths.
-        let kept: Vec<WatchDescriptor> = watched.values().copied().collect();
+        let kept: HashSet<WatchDescriptor> = watched.values().copied().collect();
         for gone in self.watched.values().filter(|descriptor| !kept.contains(descriptor)) {
             // Fails where the folder is gone, and its watch with it.
             let _ = self.inotify.rm_watch(*gone);
         }
         let has_new = watched.iter().any(|(folder, descriptor)| self.watched.get(folder) != Some(descriptor));
         self.watched = watched;
-        Ok(has_new)
+        failed.map(|()| has_new)
+    }
+
+    /// Watches a folder at a path of any length.
+    fn add(&self, folder: &Path) -> Result<WatchDescriptor, Errno> {
+        if folder.as_os_str().len() < libc::PATH_MAX as usize {
+            return self.inotify.add_watch(folder, self.changes);
+        }
+        let opened = cgroup::open_directory(folder);
+        let opened = opened.map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))?;
+        self.inotify.add_watch(format!("/proc/self/fd/{}", opened.as_raw_fd()).as_str(), self.changes)
     }
 
     /// Whether anything has changed since this was last asked.

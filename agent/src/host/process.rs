@@ -3,7 +3,7 @@
 use std::{
     fs, io,
     os::{
-        fd::{AsRawFd, FromRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
         unix::fs::MetadataExt,
     },
 };
@@ -130,4 +130,23 @@ pub fn raise_descriptor_limit() {
     if let Err(errno) = raised {
         log::debug!("cannot raise RLIMIT_NOFILE: {errno}");
     }
+}
+
+/// Descriptors that what grows with the number of targets leaves free, for everything else that the agent does.
+const SPARE_DESCRIPTORS: u64 = 128;
+
+/// Passes a new descriptor on, unless too few are left of those that this process may have. The kernel gives out the lowest
+/// number that is free, so the number tells how many are in use.
+///
+/// # Errors
+///
+/// EMFILE if fewer than [`SPARE_DESCRIPTORS`] are left. The descriptor is closed then.
+pub fn spare_descriptors<T: AsFd>(new: T) -> io::Result<T> {
+    let (limit, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    // Of a small limit, half.
+    let usable = limit.saturating_sub(SPARE_DESCRIPTORS).max(limit / 2);
+    if new.as_fd().as_raw_fd() as u64 >= usable {
+        return Err(io::Error::from_raw_os_error(libc::EMFILE));
+    }
+    Ok(new)
 }

@@ -5,7 +5,6 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
-    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
@@ -20,10 +19,18 @@ use super::{
     syscall,
     tables::Placed,
 };
-use crate::{compile::Hook, escape::Escape, fault, host::cgroup::Cgroup};
+use crate::{
+    compile::Hook,
+    escape::Escape,
+    fault,
+    host::cgroup::{Cgroup, id_at},
+};
 
 /// A hook of a cgroup, which is named by its id.
 pub(super) type Point = (u64, Hook);
+
+/// Why targets could not be attached to, by their cgroups' ids.
+pub type Failed = BTreeMap<u64, KernelError>;
 
 #[derive(Debug, Default)]
 pub(super) struct Attached {
@@ -53,7 +60,7 @@ impl Held {
 
 /// Whether the cgroup of this id is still what this path names.
 fn is_at(path: &Path, cgroup: u64) -> bool {
-    fs::metadata(path).is_ok_and(|metadata| metadata.ino() == cgroup)
+    id_at(path) == Some(cgroup)
 }
 
 impl Attached {
@@ -122,50 +129,71 @@ impl Attached {
     }
 
     /// Attaches what is missing of `points` of these targets, and tells the programs which target it is; gives what it has
-    /// attached, also where it fails. A cgroup that is removed meanwhile is no failure.
+    /// attached. A cgroup that is removed meanwhile is no failure. A target that fails has nothing of it attached, and the
+    /// others go on.
     pub(super) fn attach(
         &mut self,
         ebpf: &mut Ebpf,
         points: Vec<(Hook, usize)>,
         targets: &[Target],
-    ) -> (Vec<Point>, Result<(), KernelError>) {
-        let mut added = Vec::new();
-        let points = self.missing(points, targets);
+    ) -> (Vec<Point>, Failed) {
+        let (mut added, mut failed) = (Vec::new(), Failed::new());
+        let mut points = self.missing(points, targets);
+        // One target after the other, those high in the tree first: it is in whole or not at all that one fails.
+        points.sort_by_key(|(_, target)| (targets[*target].cgroup.level, *target));
         // All of them before the first is attached.
         for (hook, target) in &points {
             let cgroup = &targets[*target].cgroup;
             match foreign::check(*hook, cgroup, None) {
-                Err(conflict) if is_at(&cgroup.path, cgroup.id) => return (added, Err(conflict.into())),
+                Err(conflict) if is_at(&cgroup.path, cgroup.id) => {
+                    failed.entry(cgroup.id).or_insert_with(|| conflict.into());
+                }
                 Err(conflict) => log::debug!("{conflict}"),
                 Ok(()) => {}
             }
         }
         for (hook, target) in points {
             let cgroup = &targets[target].cgroup;
-            let Some(held) = self.held.get_mut(&cgroup.id) else { continue };
-            let attached =
-                program(ebpf, hook).and_then(|program| Link::attach(program, hook, cgroup)).and_then(|link| {
-                    let link = held.links.entry(hook).insert_entry(link).into_mut();
-                    added.push((cgroup.id, hook));
-                    // Others may have attached programs since the check.
-                    foreign::check(hook, cgroup, Some(program_id(ebpf, hook)?))?;
-                    maps::tell_target(ebpf, hook, cgroup.id, held.target)?;
-                    let Some(pins) = &self.pins else { return Ok(()) };
-                    fault::point("link-attached");
-                    pins.pin_link(link, cgroup.id, held.target, hook)?;
-                    fault::point("link-pinned");
-                    Ok(())
-                });
-            match attached {
-                Ok(()) => log::debug!("attached {hook} to {}", cgroup.path.escaped()),
+            if failed.contains_key(&cgroup.id) {
+                continue;
+            }
+            match self.attach_one(ebpf, hook, cgroup, &mut added) {
+                Ok(()) => {}
                 Err(error) if !is_at(&cgroup.path, cgroup.id) => {
                     log::debug!("{error}");
-                    held.is_removed = true;
+                    if let Some(held) = self.held.get_mut(&cgroup.id) {
+                        held.is_removed = true;
+                    }
                 }
-                Err(error) => return (added, Err(error)),
+                Err(error) => drop(failed.insert(cgroup.id, error)),
             }
         }
-        (added, Ok(()))
+        let (undone, added): (Vec<_>, Vec<_>) = added.into_iter().partition(|(cgroup, _)| failed.contains_key(cgroup));
+        self.let_go(&undone);
+        (added, failed)
+    }
+
+    fn attach_one(
+        &mut self,
+        ebpf: &mut Ebpf,
+        hook: Hook,
+        cgroup: &Cgroup,
+        added: &mut Vec<Point>,
+    ) -> Result<(), KernelError> {
+        let Some(held) = self.held.get_mut(&cgroup.id) else { return Ok(()) };
+        let link = Link::attach(program(ebpf, hook)?, hook, cgroup)?;
+        let link = held.links.entry(hook).insert_entry(link).into_mut();
+        added.push((cgroup.id, hook));
+        // Others may have attached programs since the check.
+        foreign::check(hook, cgroup, Some(program_id(ebpf, hook)?))?;
+        maps::tell_target(ebpf, hook, cgroup.id, held.target)?;
+        if let Some(pins) = &self.pins {
+            fault::point("link-attached");
+            pins.pin_link(link, cgroup.id, held.target, hook)?;
+            fault::point("link-pinned");
+        }
+        log::debug!("attached {hook} to {}", cgroup.path.escaped());
+        Ok(())
     }
 
     /// Returns the points of these that have no link of ours.
@@ -177,16 +205,15 @@ impl Attached {
     }
 
     /// Returns why our programs cannot be attached to these targets as things are, each with the number of the target. What is
-    /// attached already stays so.
+    /// attached already stays so. A cgroup that is removed has no conflict.
     pub(super) fn conflicts(&self, points: Vec<(Hook, usize)>, targets: &[Target]) -> Vec<(usize, ForeignConflict)> {
         let points = self.missing(points, targets).into_iter();
-        points
-            .filter_map(|(hook, target)| Some((target, foreign::check(hook, &targets[target].cgroup, None).err()?)))
-            .collect()
-    }
-
-    pub(super) fn holds(&self, cgroup: u64) -> bool {
-        self.held.contains_key(&cgroup)
+        let conflict = |(hook, target): (Hook, usize)| {
+            let cgroup = &targets[target].cgroup;
+            let conflict = foreign::check(hook, cgroup, None).err()?;
+            is_at(&cgroup.path, cgroup.id).then_some((target, conflict))
+        };
+        points.filter_map(conflict).collect()
     }
 
     /// Lets go of what is not among these, but for what still may hold sockets of a cgroup that was removed.
@@ -198,6 +225,11 @@ impl Attached {
     pub(super) fn let_go(&mut self, points: &[Point]) {
         let points: BTreeSet<&Point> = points.iter().collect();
         self.let_go_where(|point, _| points.contains(point));
+    }
+
+    /// Lets go of targets of which nothing is attached.
+    pub(super) fn forget_unattached(&mut self, cgroups: &Failed) {
+        self.held.retain(|cgroup, held| !cgroups.contains_key(cgroup) || !held.links.is_empty());
     }
 
     /// Lets go of all.

@@ -16,7 +16,10 @@ use super::{
     memlock::Memlock,
     syscall,
 };
-use crate::{compile::Hook, host::cgroup::Cgroup};
+use crate::{
+    compile::Hook,
+    host::{cgroup::Cgroup, process},
+};
 
 /// Holds a program at a hook, until the last descriptor of it is closed and its path, if it has one, removed.
 #[derive(Debug)]
@@ -28,6 +31,7 @@ impl Link {
         // The entry of map `TARGETS`, which the kernel makes now, is charged too.
         let _memlock = Memlock::raise();
         let link = syscall::create_link(fd(program, hook)?.as_fd(), hook, &cgroup.folder);
+        let link = link.and_then(process::spare_descriptors);
         link.map(Self).map_err(|error| KernelError::Attach { hook, cgroup: cgroup.path.clone(), reason: chain(&error) })
     }
 

@@ -27,6 +27,7 @@ mod syscall;
 mod tables;
 
 pub use self::{
+    attached::Failed,
     audit::{Audit, Backend, BackendChoice, Tried, candidates},
     error::KernelError,
     foreign::{AttachMode, ForeignConflict, conflicts},

@@ -4,9 +4,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
-    fmt,
-    fs::File,
-    io,
+    fmt, io,
     path::{Path, PathBuf},
 };
 
@@ -21,7 +19,7 @@ use crate::{
     compile::Hook,
     escape::{self, Escape},
     events::SCHEMA,
-    host::cgroup::Mount,
+    host::cgroup::{Budget, Mount, Wanted, open_directory},
 };
 
 /// A program that is attached to a cgroup.
@@ -106,7 +104,7 @@ impl fmt::Display for Neighbour {
 ///
 /// Where the tree of cgroups cannot be read, or this process may not ask: it takes CAP_NET_ADMIN.
 pub fn neighbours(mount: &Mount) -> io::Result<Vec<Neighbour>> {
-    neighbours_on(mount, &mount.tree().map_err(io::Error::other)?)
+    neighbours_on(mount, &mount.walk(|_| Wanted::WithChildren, &Budget::default()).found)
 }
 
 /// The programs of another sockpolicy above these targets, which are paths below the mount: that one has the last word.
@@ -137,7 +135,7 @@ fn neighbours_on<'a>(mount: &Mount, cgroups: impl IntoIterator<Item = &'a PathBu
 }
 
 fn attached_to(mount: &Mount, below: &Path) -> io::Result<Vec<Neighbour>> {
-    let folder = match File::open(mount.path.join(below)) {
+    let folder = match open_directory(&mount.path.join(below)) {
         Ok(folder) => folder,
         // Gone since it was listed.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),

@@ -30,7 +30,7 @@ use aya::{
 
 use super::{
     Audit, BackendChoice, ForeignConflict, KernelError, Target,
-    attached::{Attached, Point},
+    attached::{Attached, Failed, Point},
     audit::{self, Aim, Events},
     error::load_reason,
     knowledge::{Abilities, Knowledge, loader_without_types},
@@ -40,7 +40,7 @@ use super::{
     observe::MapIds,
     pins::Pins,
     syscall,
-    tables::{Former, Slots, Tables},
+    tables::{Former, Placed, Slots, Tables},
 };
 use crate::{
     compile::{Desired, Hook},
@@ -97,6 +97,7 @@ pub struct Staged {
     needed: BTreeSet<Point>,
     target_levels: u64,
     are_nested: bool,
+    failed: Failed,
 }
 
 /// What the programs tell.
@@ -132,6 +133,11 @@ impl Staged {
     #[must_use]
     pub fn generation(&self) -> u32 {
         self.tables.generation
+    }
+
+    /// The targets that could not be attached to, and why. The policies do not hold there.
+    pub fn take_failed(&mut self) -> Failed {
+        mem::take(&mut self.failed)
     }
 }
 
@@ -368,17 +374,21 @@ impl Object {
         };
         placed.iter().try_for_each(|placed| tables.place(placed))?;
         self.attached.done("tables-installed");
-        let (added, attached) = self.attached.attach(&mut self.ebpf, attachments(desired, targets), targets);
-        if let Err(error) = attached {
+        let (added, mut failed) = self.attached.attach(&mut self.ebpf, attachments(desired, targets), targets);
+        clear_failed(&mut tables, &placed, &failed)?;
+        self.attached.forget_unattached(&failed);
+        let all_failed = targets.iter().all(|target| failed.contains_key(&target.cgroup.id));
+        if all_failed && let Some((_, first)) = failed.pop_first() {
             self.attached.let_go(&added);
-            return Err(error);
+            return Err(first);
         }
         self.added = added;
         Ok(Staged {
             tables,
-            needed: needed(desired, targets),
+            needed: needed(desired, targets, &failed),
             target_levels: target_levels(targets),
             are_nested: are_nested(targets),
+            failed,
         })
     }
 
@@ -405,7 +415,7 @@ impl Object {
     ///
     /// Where the configuration cannot be written.
     pub fn enable(&mut self, staged: Staged, calls: Calls) -> Result<u32, KernelError> {
-        let Staged { tables, needed, target_levels, are_nested } = staged;
+        let Staged { tables, needed, target_levels, are_nested, failed: _ } = staged;
         // It stays so: a target that is none any more may have sockets for long.
         let are_nested = self.config.are_nested | u32::from(are_nested);
         let mut numbers = self.config.numbers;
@@ -446,18 +456,19 @@ impl Object {
     }
 
     /// Has the policies in force hold on these targets, as cgroups come and go. Those that are not there any more stay targets
-    /// until [`Self::let_go_of_removed`]. Gives whether there was room for the new ones; if not, nothing is done.
+    /// until [`Self::let_go_of_removed`]. Gives those that could not be attached to; `None` if there was no room for the new
+    /// ones: then nothing is done.
     ///
     /// # Errors
     ///
     /// Where the kernel refuses; then new ones are no targets.
-    pub fn retarget(&mut self, desired: &Desired, targets: &[Target]) -> Result<bool, KernelError> {
+    pub fn retarget(&mut self, desired: &Desired, targets: &[Target]) -> Result<Option<Failed>, KernelError> {
         let _memlock = Memlock::raise();
-        let Some(tables) = &mut self.tables else { return Ok(false) };
+        let Some(tables) = &mut self.tables else { return Ok(None) };
         let placed = self.attached.place(targets);
         if !placed.iter().all(|placed| tables.has_room(placed.target.place)) {
             self.attached.keep(&self.needed);
-            return Ok(false);
+            return Ok(None);
         }
         for placed in &placed {
             tables.place(placed)?;
@@ -470,15 +481,10 @@ impl Object {
         };
         maps::configure(&mut self.ebpf, config)?;
         self.config = config;
-        let (added, attached) = self.attached.attach(&mut self.ebpf, attachments(desired, targets), targets);
-        if let Err(error) = attached {
-            self.attached.let_go(&added);
-            for placed in placed.iter().filter(|placed| !self.attached.holds(placed.cgroup)) {
-                tables.clear(placed.target, placed.cgroup)?;
-            }
-            return Err(error);
-        }
-        let was_needed = mem::replace(&mut self.needed, needed(desired, targets));
+        let (_, failed) = self.attached.attach(&mut self.ebpf, attachments(desired, targets), targets);
+        clear_failed(tables, &placed, &failed)?;
+        self.attached.forget_unattached(&failed);
+        let was_needed = mem::replace(&mut self.needed, needed(desired, targets, &failed));
         for (cgroup, target) in self.attached.note_removed(targets) {
             let points: Vec<Point> = was_needed.iter().copied().filter(|(needed, _)| *needed == cgroup).collect();
             // Others are of policies before these.
@@ -487,7 +493,7 @@ impl Object {
                 self.attached.let_go(&points);
             }
         }
-        Ok(true)
+        Ok(Some(failed))
     }
 
     /// Whether there are targets that have been removed.
@@ -690,9 +696,16 @@ impl AsRawFd for Object {
     }
 }
 
-/// The hooks that policies need on these targets.
-fn needed(desired: &Desired, targets: &[Target]) -> BTreeSet<Point> {
-    attachments(desired, targets).into_iter().map(|(hook, target)| (targets[target].cgroup.id, hook)).collect()
+/// The hooks that policies need on these targets, but for those that failed.
+fn needed(desired: &Desired, targets: &[Target], failed: &Failed) -> BTreeSet<Point> {
+    let points = attachments(desired, targets).into_iter().map(|(hook, target)| (targets[target].cgroup.id, hook));
+    points.filter(|(cgroup, _)| !failed.contains_key(cgroup)).collect()
+}
+
+/// Has nothing hold on targets that failed.
+fn clear_failed(tables: &mut Tables, placed: &[Placed], failed: &Failed) -> Result<(), KernelError> {
+    let placed = placed.iter().filter(|placed| failed.contains_key(&placed.cgroup));
+    placed.into_iter().try_for_each(|placed| tables.clear(placed.target, placed.cgroup))
 }
 
 /// The programs to attach, each to one of the targets.

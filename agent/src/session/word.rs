@@ -1,6 +1,6 @@
 //! The word that a session leaves of itself, as an instance's record.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use super::Generation;
 use crate::{
@@ -8,6 +8,7 @@ use crate::{
     instance::{self, Files, Instance, InstanceError, Record, Unread},
     kernel::{MapIds, Target, names_and_scopes},
     report::Counted,
+    skipped::SkippedList,
 };
 
 /// An instance, and what it says of itself.
@@ -30,6 +31,7 @@ impl Word {
             generations: Vec::new(),
             retired: Vec::new(),
             counted: Vec::new(),
+            skipped: SkippedList::default(),
         };
         // Else it is not what goes on.
         let record = match before.filter(|before| before.maps == maps) {
@@ -92,9 +94,17 @@ impl Word {
         self.write(record, false)
     }
 
-    /// Whether one of these is another instance's.
-    pub(super) fn check_others(&self, cgroups: &[&str]) -> Result<(), InstanceError> {
-        self.instance.check_others(cgroups)
+    /// Which of these cgroups are targets of another instance, each with its name.
+    pub(super) fn governed_by_others(&self, cgroups: &HashSet<&str>) -> BTreeMap<String, String> {
+        self.instance.governed_by_others(cgroups)
+    }
+
+    /// Says what is skipped.
+    pub(super) fn note_skipped(&mut self, skipped: &SkippedList) {
+        if self.record.skipped != *skipped {
+            self.record.skipped = skipped.clone();
+            self.write_if_possible();
+        }
     }
 
     /// Says this from now on, unless another instance has one of the targets that are new in it. A record that cannot be written

@@ -19,6 +19,7 @@ mod facts;
 mod files;
 mod gaps;
 mod impostors;
+mod isolation;
 mod journal;
 mod lifecycle;
 mod live;

@@ -1,15 +1,15 @@
 //! Targets that come and go while policies are in force.
 
 use std::{
-    fs,
+    fs::{self, File},
     path::{Path, PathBuf},
 };
 
 use serde_json::json;
 use sockpolicy_integration_tests::{
     agent::{self, Run},
-    cgroup::{Cgroup, mount},
-    foreign::attached,
+    cgroup::Cgroup,
+    foreign::{attached, attached_at},
     options::SO_MARK,
     policy::PolicyFile,
     probe::Probe,
@@ -30,17 +30,18 @@ fn cgroup_that_is_made_later_becomes_a_target_when_it_matches() {
     let run = Run::started(&policy, &[]);
     let outside = top.child("a");
     let x = outside.child("x-1");
-    assert_eq!(run.notice("targets", 1)["targets"], json!([x.name()]));
+    assert_eq!(run.notice("targets", 1)["added"], json!([x.name()]));
     assert_eq!(Probe::start(&x).fresh(SO_MARK), 7);
     // Several levels at once.
     let deep = top.child("b");
     let folder = deep.path().join("c/d/y");
     fs::create_dir_all(&folder).unwrap();
     let last = run.notice("targets", 2);
-    assert!(last["targets"].as_array().unwrap().contains(&json!(format!("{}/c/d/y", deep.name()))), "{last}");
+    assert_eq!((&last["added"], &last["count"]), (&json!([format!("{}/c/d/y", deep.name())]), &json!(2)));
     assert_eq!(Probe::start(&outside).fresh(SO_MARK), 0);
     fs::remove_dir(&folder).unwrap();
-    assert_eq!(run.notice("targets", 3)["targets"], json!([x.name()]));
+    let last = run.notice("targets", 3);
+    assert_eq!((&last["removed"], &last["count"]), (&json!([format!("{}/c/d/y", deep.name())]), &json!(1)));
     run.finish();
 }
 
@@ -90,7 +91,7 @@ fn removed_cgroup_keeps_its_programs_until_its_last_socket_is_closed() {
     let socket = probe.open(Family::Inet, Kind::Tcp);
     probe.enter(&top);
     drop(child);
-    assert_eq!(run.notice("targets", 2)["targets"], json!([]));
+    assert_eq!(run.notice("targets", 2)["count"], json!(0));
     // A call by the socket's owner passes its hooks, wherever that is by now.
     probe.set(socket, SO_MARK, 9).unwrap();
     assert_eq!(probe.int(socket, SO_MARK), 7);
@@ -129,10 +130,12 @@ fn storm_of_cgroups_leaves_nothing_behind() {
         }
         if round % 10 == 0 {
             let last = &folders[CGROUPS - 1];
-            let name = format!("/{}", last.strip_prefix(mount()).unwrap().display());
-            let is_target =
-                || run.notices("targets").iter().any(|said| said["targets"].as_array().unwrap().contains(&json!(name)));
-            assert!(wait::until(wait::PATIENCE, is_target), "{name} is no target: {}", run.stderr());
+            let name = last.display();
+            assert!(
+                wait::until(wait::PATIENCE, || attached_at(&File::open(last).unwrap()) > 0),
+                "{name} is no target: {}",
+                run.stderr()
+            );
         }
         for folder in folders.iter().rev() {
             fs::remove_dir(folder).unwrap();
