@@ -2,6 +2,9 @@
 //!
 //! Only debug builds look; to others a point is nothing.
 
+/// The environment variable that names a step.
+pub(crate) const VARIABLE: &str = "SOCKPOLICY_FAULT";
+
 /// A step is done. `SOCKPOLICY_FAULT` may name it, and how many times it is to be passed first: `enabled:1` kills this process,
 /// `enabled:1:stop` stops it until it is told to go on (SIGCONT).
 pub(crate) fn point(step: &'static str) {
@@ -26,7 +29,7 @@ fn heed(step: &str) {
     use nix::sys::signal::{Signal, raise};
 
     static PASSED: AtomicU32 = AtomicU32::new(0);
-    let Ok(wanted) = std::env::var("SOCKPOLICY_FAULT") else { return };
+    let Ok(wanted) = std::env::var(VARIABLE) else { return };
     let mut words = wanted.split(':');
     let (Some(name), Some(times)) = (words.next(), words.next()) else { return };
     if name == step && Ok(PASSED.fetch_add(1, Ordering::Relaxed)) == times.parse() {

@@ -29,6 +29,7 @@ use crate::{
     escape::Escape,
     fault,
     host::{
+        inspect::Inspector,
         private::{PrivateDir, PrivateError},
         process,
         survey::Survey,
@@ -240,10 +241,13 @@ impl Journal {
         if file.metadata().map_err(failed(&self.path))?.len() < LONG {
             return Ok(());
         }
-        let Ok(survey) = Survey::make(|_| true, || None).inspect_err(|error| log::debug!("{error}")) else {
+        let mut inspector = Inspector::default();
+        let survey = Survey::make(|_| true, || None, &mut inspector);
+        let Ok(survey) = survey.inspect_err(|error| log::debug!("{error}")) else {
             return Ok(());
         };
-        if survey.has_unlisted {
+        // What does not answer may be any of them.
+        if survey.has_unlisted || !inspector.skipped().is_empty() {
             return Ok(());
         }
         let there: HashSet<u64> = survey.sockets.iter().map(|found| found.entry.cookie).collect();

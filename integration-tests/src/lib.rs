@@ -79,7 +79,8 @@ pub fn require_root() {
 
 /// A binary that cargo has built beside the tests'.
 #[track_caller]
-fn built(name: &str) -> PathBuf {
+#[must_use]
+pub fn built(name: &str) -> PathBuf {
     let tests = must(std::env::current_exe(), "find the test binary's own path");
     // target/debug/deps/integration-0123456789abcdef
     let path = tests.ancestors().nth(2).map(|folder| folder.join(name)).unwrap_or_default();

@@ -13,7 +13,7 @@ use super::{
     output::{Format, TrustArgument},
     progress::Progress,
     restore,
-    run::{DEFAULT_INSTANCE, Placement, RunError},
+    run::{DEFAULT_INSTANCE, Placement, RunError, warn_of_failed},
     signals::Signals,
     sockets::{Sockets, SocketsError, Targets},
     unless_closed,
@@ -23,7 +23,7 @@ use super::{
 use crate::{
     compile::compile,
     events::{Event, SCHEMA},
-    host::{cgroup::Mount, survey::SurveyError},
+    host::{cgroup::Mount, inspect::Inspector, survey::SurveyError},
     instance,
     journal::{Journal, JournalError},
     kernel::KernelError,
@@ -108,7 +108,7 @@ impl Apply {
             restore::put_back(&self.instance)
         } else {
             let Some(policies) = check::load(&self.files, self.trust.or_refuse()) else { return FAILURE.into() };
-            self.apply(&policies).map(|tally| tally.failed == 0 && tally.closed == 0)
+            self.apply(&policies).map(|tally| tally.failed == 0 && tally.closed == 0 && tally.unanswered == 0)
         };
         match done {
             Ok(true) => ExitCode::SUCCESS,
@@ -127,7 +127,7 @@ impl Apply {
         let mount = Mount::find().map_err(RunError::from)?;
         let Placement { stacks, targets, .. } = Placement::find(&mount, &self.cgroup, policies)?;
         let desired = compile(policies, &stacks).map_err(|error| RunError::from(SessionError::from(error)))?;
-        let mut sockets = Sockets::find(mount, Targets::These(&targets), || walker.holders())?;
+        let mut sockets = Sockets::find(mount, Targets::These(&targets), || walker.holders(), Inspector::default())?;
         let progress = Progress::of(sockets.len());
         let mut out = BufWriter::new(stdout(self.output));
         let mut tell_event = |event: &Event| {
@@ -145,8 +145,9 @@ impl Apply {
             progress.step(sockets);
             Ok(())
         });
-        let tally = work.tally();
+        let tally = Tally { unanswered: sockets.skipped().len() as u64, ..work.tally() };
         drop(progress);
+        warn_of_failed(sockets.skipped());
         unless_closed(tell(&tally, self.output, &mut out).and_then(|()| out.flush()))?;
         done.map(|()| tally)
     }

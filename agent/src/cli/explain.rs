@@ -20,7 +20,7 @@ use crate::{
     explain::{Explanation, explain},
     host::{
         cgroup::{self, Mount},
-        socket,
+        inspect::{InspectError, Inspector},
     },
     policy::{
         End, Policy, Socket, TwoFamilies,
@@ -77,7 +77,7 @@ enum NoSocket {
     #[error(
         "cannot look into process {pid}: {source}\n  help: see whether it is there: ps {pid}; it takes root to look into it"
     )]
-    Process { pid: u32, source: io::Error },
+    Process { pid: u32, source: InspectError },
     #[error("process {pid} has no IPv4 or IPv6 socket")]
     None { pid: u32 },
     #[error("process {pid} has no such socket; it has{}\n  help: give one of these with --fd", list(.sockets))]
@@ -161,14 +161,15 @@ impl Explain {
         let described = Socket::new(protocol, self.family, self.direction, local, self.remote)?;
         let asked = self.cgroup.as_deref().map(below_mount);
         let Some(pid) = self.pid else { return Ok(Socket { cgroup: asked, ..described }) };
-        let sockets = socket::of_process(pid).map_err(|source| NoSocket::Process { pid, source })?;
+        let all = Inspector::default().all_of(pid).map_err(|source| NoSocket::Process { pid, source })?;
+        let sockets = all.into_iter().filter_map(|(fd, entry)| Some((fd, entry.facts()?)));
         let is_meant = |(fd, socket): &(i32, Socket)| {
             self.fd.is_none_or(|asked| asked == *fd)
                 && described.local.is_none_or(|asked| socket.local == Some(asked))
                 && described.local_port.is_none_or(|asked| socket.local_port == Some(asked))
                 && described.remote.is_none_or(|asked| socket.remote == Some(asked))
         };
-        let (mut meant, others): (Vec<_>, Vec<_>) = sockets.into_iter().partition(is_meant);
+        let (mut meant, others): (Vec<_>, Vec<_>) = sockets.partition(is_meant);
         match (meant.pop(), meant.is_empty()) {
             (Some((_, socket)), true) => Ok(Socket {
                 direction: socket.direction.or(self.direction),

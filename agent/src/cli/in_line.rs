@@ -5,7 +5,7 @@
 //!
 //! Invariants: what a socket has is in the journal before it is changed; each option of each socket is told of once.
 
-use std::{collections::HashSet, io, os::fd::OwnedFd};
+use std::{collections::HashSet, io};
 
 use abi::{
     live::{Assignment, Outcome, state},
@@ -23,7 +23,7 @@ use super::{
 use crate::{
     compile::Desired,
     events::{Event, Kind},
-    host::{netns::Namespace, socket},
+    host::{inspect::Remote, netns::Namespace},
     journal::{Journal, Place},
     kernel::{Job, Outcomes, Walk},
     live::{
@@ -51,12 +51,14 @@ pub(super) struct Tally {
     pub(super) nobodys: u64,
     /// Sockets that must not be looked into.
     pub(super) closed: u64,
+    /// Sockets that do not answer.
+    pub(super) unanswered: u64,
 }
 
 impl Tally {
     /// For people, with a line for whatever did not go well.
     pub(super) fn to_text(self) -> String {
-        let Self { sockets, changed, set, would_set, failed, untold, nobodys, closed } = self;
+        let Self { sockets, changed, set, would_set, failed, untold, nobodys, closed, unanswered } = self;
         let mut text = format!("sockets: {sockets}, changed: {changed}, in {set} options\n");
         for (count, what) in [
             (would_set, "values would be set"),
@@ -64,6 +66,7 @@ impl Tally {
             (untold, "options cannot be told to agree or not"),
             (nobodys, "sockets were not looked into: no descriptor leads to them"),
             (closed, "sockets could not be looked into"),
+            (unanswered, "sockets do not answer"),
         ] {
             if count > 0 {
                 text.push_str(&format!("{count} {what}\n"));
@@ -73,10 +76,10 @@ impl Tally {
     }
 
     pub(super) fn to_json(self, event: &str) -> serde_json::Value {
-        let Self { sockets, changed, set, would_set, failed, untold, nobodys, closed } = self;
+        let Self { sockets, changed, set, would_set, failed, untold, nobodys, closed, unanswered } = self;
         json!({
             "event": event, "sockets": sockets, "changed": changed, "set": set, "would_set": would_set, "failed": failed,
-            "untold": untold, "without_descriptor": nobodys, "refused": closed,
+            "untold": untold, "without_descriptor": nobodys, "refused": closed, "unanswered": unanswered,
         })
     }
 }
@@ -269,7 +272,7 @@ impl<'a> InLine<'a> {
     /// Brings a socket in line through a descriptor.
     fn look_into(&mut self, seen: Seen<'_>) -> Result<(), ApplyError> {
         let Seen { mut live, scope, fresh, socket } = seen;
-        let (Some(mut fresh), Some(socket)) = (fresh, socket) else {
+        let (Some(mut fresh), Some(mut socket)) = (fresh, socket) else {
             match live.values {
                 Told::Refused(_) => self.tally.closed += 1,
                 Told::Nobody | Told::Values(_) => self.tally.nobodys += 1,
@@ -299,27 +302,31 @@ impl<'a> InLine<'a> {
                 if only_says {
                     self.tally.would_set += 1;
                     self.say(&live, finding, Kind::WouldApply)?;
-                } else if !self.set(&live, finding, socket)? {
+                } else if !self.set(&live, finding, &mut socket)? {
                     refused.insert(option_of(finding));
                 }
             }
             if only_says {
                 break;
             }
-            live.values = Told::Values(socket::values(socket, &drift::needed(scope)));
+            let Ok(values) = socket.values(&drift::needed(scope)) else {
+                self.tally.closed += 1;
+                break;
+            };
+            live.values = Told::Values(values);
         }
         Ok(())
     }
 
     /// Gives whether the kernel took it.
-    fn set(&mut self, live: &Live, finding: &Finding, socket: &OwnedFd) -> Result<bool, ApplyError> {
+    fn set(&mut self, live: &Live, finding: &Finding, socket: &mut Remote<'_>) -> Result<bool, ApplyError> {
         let Finding::Drift { option, now, .. } = finding else { return Ok(false) };
         let wanted = value_to_set(finding);
         let place = place_of(live, option.key());
         self.journal.note(place, now, &wanted)?;
-        match socket::set(socket, option.key(), &wanted) {
-            Ok(()) => {
-                let after = socket::value(socket, option.key()).unwrap_or(wanted);
+        match socket.set(option.key(), &wanted) {
+            Ok(after) => {
+                let after = after.unwrap_or(wanted);
                 self.journal.note_after(place, &after)?;
                 self.tally.set += 1;
                 self.changed.insert(place.cookie);

@@ -7,12 +7,12 @@ use super::{
     descriptor::stdout,
     output::{Format, TrustArgument},
     progress::Progress,
-    run::Placement,
+    run::{Placement, warn_of_failed},
     sockets::{Seen, Sockets, SocketsError, Targets},
     unless_closed,
 };
 use crate::{
-    host::cgroup::Mount,
+    host::{cgroup::Mount, inspect::Inspector},
     live::{Table, Told, Values, drift::Fresh},
     options::OPTIONS,
     policy::Policy,
@@ -45,7 +45,9 @@ impl Ls {
     pub(super) fn run(self) -> ExitCode {
         let Some(policies) = check::load(&self.files, self.trust.or_warn()) else { return FAILURE.into() };
         match self.list(&policies) {
-            Ok(()) => ExitCode::SUCCESS,
+            Ok(true) => ExitCode::SUCCESS,
+            // What does not answer has been named.
+            Ok(false) => FAILURE.into(),
             Err(error) => {
                 complain(&error);
                 FAILURE.into()
@@ -53,14 +55,14 @@ impl Ls {
         }
     }
 
-    fn list(&self, policies: &[Policy]) -> Result<(), SocketsError> {
+    fn list(&self, policies: &[Policy]) -> Result<bool, SocketsError> {
         let mount = Mount::find()?;
         let targets = if policies.is_empty() {
             Targets::open(&mount, &self.cgroup)?
         } else {
             Placement::find(&mount, &self.cgroup, policies)?.targets
         };
-        let mut sockets = Sockets::find(mount, Targets::of(&targets), || None)?;
+        let mut sockets = Sockets::find(mount, Targets::of(&targets), || None, Inspector::default())?;
         let mut out = stdout(self.output);
         let mut table = Table::default();
         let progress = Progress::of(sockets.len());
@@ -81,7 +83,8 @@ impl Ls {
         if sockets.unread() > 0 {
             log::warn!("{} processes must not be looked into: it takes root", sockets.unread());
         }
-        Ok(())
+        warn_of_failed(sockets.skipped());
+        Ok(sockets.skipped().is_empty())
     }
 
     fn options(&self, Seen { live, fresh, .. }: &mut Seen<'_>) -> Values {

@@ -43,7 +43,15 @@ use std::{
 use clap::{Parser, Subcommand};
 
 use self::{descriptor::Standard, messages::complain};
-use crate::{enclosure, escape::Escape, host::containers::LIST, trial};
+use crate::{
+    enclosure,
+    escape::Escape,
+    host::{
+        containers::LIST,
+        inspect::{self, INSPECT},
+    },
+    trial, worker,
+};
 
 /// Done, and something was found that should not be.
 const FINDINGS: u8 = 1;
@@ -87,6 +95,11 @@ enum Command {
     ListContainers {
         agent: u32,
         account: String,
+    },
+    /// Looks into sockets for the process that started it. sockpolicy starts it for itself.
+    #[command(name = INSPECT, hide = true)]
+    InspectSockets {
+        agent: u32,
     },
     /// Opens sockets of each kind and ends. sockpolicy starts it for itself, to try options on.
     #[command(name = trial::SAMPLE, hide = true)]
@@ -136,6 +149,15 @@ fn run(arguments: Arguments) -> ExitCode {
                 FAILURE.into()
             }
         },
+        Command::InspectSockets { agent } => {
+            match worker::begin(agent).and_then(|()| inspect::work(io::stdout().lock())) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => {
+                    complain(&error);
+                    FAILURE.into()
+                }
+            }
+        }
         Command::Sample => match trial::sample() {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {

@@ -8,7 +8,6 @@
 use std::{
     collections::{BTreeMap, HashMap},
     io::{self, Write},
-    os::fd::OwnedFd,
 };
 
 use abi::{
@@ -16,9 +15,19 @@ use abi::{
     setting::{OptionKey, Value, read_back, word_in},
 };
 
-use super::{apply::ApplyError, descriptor::stdout, output::Format, run::RunError, unless_closed, walker::Walker};
+use super::{
+    apply::ApplyError,
+    descriptor::stdout,
+    output::Format,
+    run::{RunError, warn_of_failed},
+    unless_closed,
+    walker::Walker,
+};
 use crate::{
-    host::{socket, survey::Survey},
+    host::{
+        inspect::{Inspector, Remote},
+        survey::Survey,
+    },
     instance,
     journal::{self, Change, Contents, Journal, Place},
     kernel::{Job, KernelError, Walk},
@@ -50,13 +59,17 @@ pub(super) fn put_back(instance: &str) -> Result<bool, ApplyError> {
     let Contents { changes, damaged } = journal.contents()?;
     let mut by_socket = by_socket(changes);
     let mut walker = Walker::begin();
-    let survey = Survey::make(|_| true, || walker.holders())?;
+    let mut inspector = Inspector::default();
+    let survey = Survey::make(|_| true, || walker.holders(), &mut inspector)?;
     let mut restored = Restored::default();
     let mut left = Vec::new();
     for found in &survey.sockets {
         let Some(changes) = by_socket.remove(&found.entry.cookie) else { continue };
-        let changes = match found.take() {
-            Ok(Some((_, socket))) => restored.by_descriptor(&socket, changes),
+        let changes = match found.inspect_by(&mut inspector, &[], |holder| holder) {
+            Ok(Some((_, holder, _))) => {
+                let cookie = found.entry.cookie;
+                restored.by_descriptor(&mut Remote { inspector: &mut inspector, holder, cookie }, changes)
+            }
             Ok(None) => changes,
             Err(_) => {
                 restored.failed.extend(changes);
@@ -68,6 +81,7 @@ pub(super) fn put_back(instance: &str) -> Result<bool, ApplyError> {
             left.push(Left::new(found.entry.cookie, found.namespace, changes));
         }
     }
+    warn_of_failed(inspector.skipped());
     restored.by_program(left, &survey, &mut walker)?;
     // What was not found is closed, if all could be looked for.
     let unseen: Vec<_> = by_socket.into_values().flatten().filter(|_| survey.has_unlisted).collect();
@@ -129,10 +143,10 @@ impl Restored {
 
     /// Gives what cannot be read so. One option may reset another (IP_TOS, SO_PRIORITY): so all are looked at first, and what
     /// counts is what they show in the end.
-    fn by_descriptor(&mut self, socket: &OwnedFd, changes: Vec<(Place, Change)>) -> Vec<(Place, Change)> {
+    fn by_descriptor(&mut self, socket: &mut Remote<'_>, changes: Vec<(Place, Change)>) -> Vec<(Place, Change)> {
         let (mut unchanged, mut rest) = (Vec::new(), Vec::new());
         for (place, change) in changes {
-            match (options::by_key(place.option), socket::value(socket, place.option)) {
+            match (options::by_key(place.option), socket.value(place.option)) {
                 (Some(option), Some(now)) if now == change.after || now == change.before => {
                     unchanged.push((option, place, change));
                 }
@@ -141,13 +155,13 @@ impl Restored {
             }
         }
         for (option, place, change) in unchanged.iter().chain(&unchanged) {
-            if socket::value(socket, place.option) != Some(change.before) {
+            if socket.value(place.option) != Some(change.before) {
                 // Whether it was taken shows below.
-                let _ = socket::set(socket, unbounded(option), &as_given(option, &change.before));
+                let _ = socket.set(unbounded(option), &as_given(option, &change.before));
             }
         }
         for (_, place, change) in unchanged {
-            if socket::value(socket, place.option) == Some(change.before) {
+            if socket.value(place.option) == Some(change.before) {
                 self.put_back += 1;
             } else {
                 self.failed.insert(place, change);

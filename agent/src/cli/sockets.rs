@@ -3,7 +3,6 @@
 use std::{
     collections::{HashMap, HashSet},
     io,
-    os::fd::OwnedFd,
     path::{Path, PathBuf},
     rc::Rc,
 };
@@ -17,15 +16,17 @@ use crate::{
     host::{
         cgroup::{self, CgroupError, Mount, Names},
         container,
+        inspect::{Inspected, Inspector, Remote},
         netns::Namespace,
         process,
-        socket::{self, Entry, Kind, State},
+        socket::{Entry, Kind, State},
         survey::{Defaults, Found, Holder, Survey, SurveyError},
     },
     kernel::Target,
     live::{Listeners, Live, Owner, Told, Values, drift::Fresh},
     options::SocketOption,
     policy::Socket,
+    skipped::Skip,
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -101,6 +102,7 @@ pub(super) struct Sockets<'a> {
     defaults: Defaults,
     /// The cookies of sockets that are not to be looked into.
     set_aside: HashSet<u64>,
+    inspector: Inspector,
 }
 
 /// A socket that was looked into.
@@ -111,7 +113,7 @@ pub(super) struct Seen<'a> {
     /// What it is to be compared with; `None` where it could not be taken.
     pub(super) fresh: Option<FreshBeside<'a>>,
     /// The socket itself; `None` likewise.
-    pub(super) socket: Option<&'a OwnedFd>,
+    pub(super) socket: Option<Remote<'a>>,
 }
 
 impl<'a> Sockets<'a> {
@@ -120,10 +122,11 @@ impl<'a> Sockets<'a> {
         mount: Mount,
         targets: Targets<'a>,
         all_holders: impl FnOnce() -> Option<Vec<(u32, Holder)>>,
+        mut inspector: Inspector,
     ) -> Result<Self, SurveyError> {
         process::raise_descriptor_limit();
         let is_wanted = |home: &Path| targets.scope(Some(&Path::new("/").join(home))).is_some();
-        let survey = Survey::make(is_wanted, all_holders)?;
+        let survey = Survey::make(is_wanted, all_holders, &mut inspector)?;
         let mut listeners: Vec<Vec<&Entry>> = vec![Vec::new(); survey.namespaces().len()];
         for found in &survey.sockets {
             if found.entry.state == State::Listening {
@@ -138,6 +141,7 @@ impl<'a> Sockets<'a> {
             listeners,
             defaults: Defaults::default(),
             set_aside: HashSet::new(),
+            inspector,
         })
     }
 
@@ -145,6 +149,11 @@ impl<'a> Sockets<'a> {
     pub(super) fn len(&mut self) -> usize {
         let Self { survey, targets, names, .. } = self;
         survey.sockets.iter().filter(|found| targets.place(found, names).is_some()).count()
+    }
+
+    /// Sockets that do not answer.
+    pub(super) fn skipped(&self) -> &[Skip] {
+        self.inspector.skipped()
     }
 
     /// Processes that must not be looked into.
@@ -196,31 +205,36 @@ impl<'a> Sockets<'a> {
         wanted: impl Fn(usize) -> Vec<&'static SocketOption>,
         mut see: impl FnMut(Seen<'_>) -> Result<(), E>,
     ) -> Result<(), E> {
-        let Self { survey, targets, names, listeners, defaults, set_aside } = self;
+        let Self { survey, targets, names, listeners, defaults, set_aside, inspector } = self;
         for found in survey.sockets.iter().filter(|found| !set_aside.contains(&found.entry.cookie)) {
             let Some(Placed { cgroup, scope, facts }) = targets.place(found, names) else { continue };
+            let inspected = found.inspect_by(inspector, &wanted(scope), |holder| owner(found, holder, task));
             // Nobody has one that cannot be taken, unless it was refused.
-            let (owner, taken, refused) = match found.take_by(|holder| owner(found, holder, task)) {
-                Ok(Some((owner, socket))) => (Some(owner), Some(socket), None),
+            let (owner, taken, refused) = match inspected {
+                Ok(Some((owner, holder, inspected))) => (Some(owner), Some((holder, inspected)), None),
                 Ok(None) => (None, None, None),
                 Err(refused) => (Some(refused.by), None, Some(refused.source.to_string())),
             };
-            let counted = taken.as_ref().and_then(socket::beginning);
+            let counted = taken.as_ref().and_then(|(_, inspected)| inspected.direction);
             let direction = listeners[found.namespace].direction(&found.entry, counted);
-            let told = match (&taken, refused) {
-                (Some(socket), _) => Told::Values(socket::values(socket, &wanted(scope))),
-                (None, Some(why)) => Told::Refused(why),
+            let (reached, told) = match (taken, refused) {
+                (Some((holder, Inspected { kind, values, .. })), _) => (Some((holder, kind)), Told::Values(values)),
+                (None, Some(why)) => (None, Told::Refused(why)),
                 // One that somebody had a moment ago has been closed.
                 (None, None) if survey.is_partial && found.entry.inode != 0 && found.holders.is_empty() => {
-                    Told::Refused("whoever has it must not be looked into".to_owned())
+                    (None, Told::Refused("whoever has it must not be looked into".to_owned()))
                 }
-                (None, None) => Told::Nobody,
+                (None, None) => (None, Told::Nobody),
             };
             let live =
                 Live { entry: found.entry.clone(), facts: Socket { direction, ..facts }, cgroup, owner, values: told };
-            let kind = taken.as_ref().and_then(Kind::of);
+            let kind = reached.and_then(|(_, kind)| kind);
             let fresh = kind.map(|kind| FreshBeside { survey, found, kind, defaults });
-            see(Seen { live, scope, fresh, socket: taken.as_ref() })?;
+            let socket = reached.map(|(holder, _)| {
+                let cookie = found.entry.cookie;
+                Remote { inspector: &mut *inspector, holder, cookie }
+            });
+            see(Seen { live, scope, fresh, socket })?;
         }
         Ok(())
     }

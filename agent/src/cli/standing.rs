@@ -36,6 +36,7 @@ use crate::{
         cgroup::Mount,
         containers::{Known, Running, Search},
         inotify::{self, Changes, Watch},
+        inspect::Inspector,
     },
     instance::Files,
     journal::{Journal, JournalError},
@@ -297,7 +298,8 @@ impl<'a> Standing<'a> {
         let (tally, brought) = session.unnoticed(|desired, targets| {
             let mut walker = Walker::begin();
             let mut in_line = InLine::new(desired, manner.dry_run, Journal::of(journal), Some(&mut tell));
-            let found = Sockets::find(mount.clone(), Targets::These(targets), || walker.holders());
+            let found =
+                Sockets::find(mount.clone(), Targets::These(targets), || walker.holders(), Inspector::default());
             let brought = found.map_err(ApplyError::from).and_then(|mut sockets| {
                 in_line.bring(&mut sockets, &mut walker, |_| {
                     asked.hear(signals)?;

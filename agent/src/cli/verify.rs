@@ -15,14 +15,14 @@ use super::{
     descriptor::stdout,
     output::{Format, TrustArgument},
     progress::Progress,
-    run::{Placement, RunError},
+    run::{Placement, RunError, warn_of_failed},
     sockets::{Seen, Sockets, SocketsError, Targets},
     unless_closed,
 };
 use crate::{
     compile::{Desired, compile},
     events::{Event, Kind, SCHEMA, Source, Task, cause},
-    host::cgroup::Mount,
+    host::{cgroup::Mount, inspect::Inspector},
     live::{
         Live, Told,
         drift::{self, Finding},
@@ -65,6 +65,8 @@ struct Tally {
     /// Sockets that must not be looked into, and processes of which it is not known what they have.
     refused: u64,
     unread: usize,
+    /// Sockets that do not answer, of all that were to be looked into.
+    unanswered: usize,
     /// Options of which it cannot be told whether they agree, and why, with the number of sockets.
     untold: BTreeMap<(&'static str, &'static str), u64>,
 }
@@ -74,7 +76,7 @@ impl Verify {
         let Some(policies) = check::load(&self.files, self.trust.or_warn()) else { return FAILURE.into() };
         match self.verify(&policies) {
             Ok(tally) if tally.drifts > 0 => FINDINGS.into(),
-            Ok(tally) if tally.refused > 0 || tally.unread > 0 => FAILURE.into(),
+            Ok(tally) if tally.refused > 0 || tally.unread > 0 || tally.unanswered > 0 => FAILURE.into(),
             Ok(_) => ExitCode::SUCCESS,
             Err(error) => {
                 complain(&error);
@@ -87,7 +89,7 @@ impl Verify {
         let mount = Mount::find()?;
         let Placement { stacks, targets, .. } = Placement::find(&mount, &self.cgroup, policies)?;
         let desired = compile(policies, &stacks).map_err(|error| RunError::from(SessionError::from(error)))?;
-        let mut sockets = Sockets::find(mount, Targets::These(&targets), || None)?;
+        let mut sockets = Sockets::find(mount, Targets::These(&targets), || None, Inspector::default())?;
         let mut tally = Tally { unread: sockets.unread(), ..Tally::default() };
         let progress = Progress::of(sockets.len());
         let mut out = stdout(self.output);
@@ -99,6 +101,8 @@ impl Verify {
             },
         );
         drop(progress);
+        tally.unanswered = sockets.skipped().len();
+        warn_of_failed(sockets.skipped());
         unless_closed(written.and_then(|()| self.tell(&tally, &mut out)))?;
         Ok(tally)
     }
@@ -184,7 +188,7 @@ pub(super) fn event(desired: &Desired, live: &Live, finding: &Finding) -> Event 
 
 impl Tally {
     fn write_text(&self, out: &mut impl Write) -> io::Result<()> {
-        let Self { sockets, drifted, drifts, nobodys, refused, unread, untold } = self;
+        let Self { sockets, drifted, drifts, nobodys, refused, unread, unanswered, untold } = self;
         match drifts {
             0 => writeln!(out, "sockets: {sockets}, no drift")?,
             _ => writeln!(out, "sockets: {sockets}, drifted: {drifted}, in {drifts} options")?,
@@ -196,7 +200,10 @@ impl Tally {
             writeln!(out, "not looked into: {nobodys} to which no descriptor leads")?;
         }
         if *refused > 0 {
-            writeln!(out, "could not be looked into: {refused} of processes that this one must not look into")?;
+            writeln!(out, "could not be looked into: {refused}: permission denied, or no answer")?;
+        }
+        if *unanswered > 0 {
+            writeln!(out, "do not answer: {unanswered}")?;
         }
         if *unread > 0 {
             writeln!(out, "processes that this one must not look into: {unread}")?;
@@ -205,7 +212,7 @@ impl Tally {
     }
 
     fn to_json(&self) -> serde_json::Value {
-        let Self { sockets, drifted, drifts, nobodys, refused, unread, untold } = self;
+        let Self { sockets, drifted, drifts, nobodys, refused, unread, unanswered, untold } = self;
         let untold =
             untold.iter().map(|((option, why), sockets)| json!({ "option": option, "why": why, "sockets": sockets }));
         json!({
@@ -219,6 +226,7 @@ impl Tally {
             "without_descriptor": nobodys,
             "refused": refused,
             "unread_processes": unread,
+            "unanswered": unanswered,
         })
     }
 }

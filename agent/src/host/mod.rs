@@ -5,6 +5,7 @@ pub mod cgroup;
 pub mod container;
 pub mod containers;
 pub mod inotify;
+pub mod inspect;
 mod netlink;
 pub mod netns;
 pub mod network;

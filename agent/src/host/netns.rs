@@ -7,7 +7,7 @@ use std::{
     fs::{self, File},
     io,
     os::{
-        fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
         unix::fs::MetadataExt,
     },
     thread,
@@ -50,6 +50,15 @@ impl Namespace {
         Self::new(unsafe { File::from_raw_fd(handle) })
     }
 
+    /// That which a descriptor stands for.
+    ///
+    /// # Errors
+    ///
+    /// Where it cannot be asked.
+    pub fn of_descriptor(descriptor: OwnedFd) -> io::Result<Self> {
+        Self::new(File::from(descriptor))
+    }
+
     fn new(handle: File) -> io::Result<Self> {
         Ok(Self { id: handle.metadata()?.ino(), handle })
     }
@@ -71,6 +80,12 @@ impl Namespace {
             });
             inside.join().unwrap_or_else(|_| Err(io::Error::other("a thread in the namespace panicked")))
         })
+    }
+}
+
+impl AsRawFd for Namespace {
+    fn as_raw_fd(&self) -> RawFd {
+        self.handle.as_raw_fd()
     }
 }
 

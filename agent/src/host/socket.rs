@@ -12,7 +12,6 @@ use nix::sys::{
     stat::fstat,
 };
 
-use super::process;
 use crate::{
     options::{self, Level, Reading, SocketOption},
     policy::{
@@ -60,25 +59,6 @@ pub struct Kind {
     pub family: i32,
     pub form: i32,
     pub protocol: i32,
-}
-
-/// The IPv4 and IPv6 sockets of a process, each with its descriptor there.
-///
-/// # Errors
-///
-/// Where there is no such process, or it must not be looked into.
-pub fn of_process(process: u32) -> io::Result<Vec<(i32, Socket)>> {
-    let handle = process::open(process)?;
-    let mut sockets = Vec::new();
-    for (descriptor, _) in process::sockets(process)? {
-        match process::take_descriptor(&handle, descriptor) {
-            Ok(socket) => sockets.extend(describe(&socket).and_then(|entry| Some((descriptor, entry.facts()?)))),
-            // It was closed meanwhile.
-            Err(error) if error.raw_os_error() == Some(libc::EBADF) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(sockets)
 }
 
 /// What a socket says of itself; `None` where policies are not about it.
@@ -147,6 +127,23 @@ impl State {
             10 => Self::Listening,
             11 => Self::Closing,
             _ => Self::Unconnected,
+        }
+    }
+
+    /// The number of a state.
+    pub(super) fn number(self) -> u8 {
+        match self {
+            Self::Established => 1,
+            Self::SynSent => 2,
+            Self::SynReceived => 3,
+            Self::FinWait1 => 4,
+            Self::FinWait2 => 5,
+            Self::TimeWait => 6,
+            Self::Unconnected => 7,
+            Self::CloseWait => 8,
+            Self::LastAck => 9,
+            Self::Listening => 10,
+            Self::Closing => 11,
         }
     }
 

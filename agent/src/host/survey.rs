@@ -21,6 +21,7 @@ use abi::{
 
 use super::{
     cgroup,
+    inspect::{InspectError, Inspected, Inspector},
     netns::{self, Namespace},
     process, sock_diag,
     socket::{self, Entry, Kind, Values},
@@ -92,6 +93,7 @@ impl Survey {
     pub fn make(
         wanted: impl Fn(&Path) -> bool,
         all_holders: impl FnOnce() -> Option<Vec<(u32, Holder)>>,
+        inspector: &mut Inspector,
     ) -> Result<Self, SurveyError> {
         let mut survey = Self {
             sockets: Vec::new(),
@@ -119,7 +121,7 @@ impl Survey {
         fault::point("holders-listed");
         let listed: HashSet<u32> = survey.sockets.iter().map(|found| found.entry.inode).collect();
         for (inode, of) in holders.iter().filter(|(inode, _)| !listed.contains(inode)) {
-            survey.add_unlisted(*inode, of, &wanted)?;
+            survey.add_unlisted(*inode, of, &wanted, inspector)?;
         }
         let mut seen = HashSet::new();
         survey.sockets.retain(|found| seen.insert(found.entry.cookie));
@@ -178,27 +180,24 @@ impl Survey {
         inode: u32,
         holders: &[Holder],
         wanted: &impl Fn(&Path) -> bool,
+        inspector: &mut Inspector,
     ) -> Result<(), SurveyError> {
         for holder in holders {
             let Some(home) = cgroup::of_process(holder.process).filter(|home| wanted(home)) else { continue };
             fault::point("home-read");
-            let taken = match take(*holder) {
-                // Otherwise it is closed, and something else has its descriptor, or its process is gone, and another has its
-                // number: that one may be of any cgroup.
-                Ok(Some(taken)) if socket::inode(&taken) == Some(inode) => taken,
-                Ok(_) => continue,
-                Err(_) => {
+            let (entry, namespace) = match inspector.describe(*holder, inode) {
+                Ok(Some(described)) => described,
+                Ok(None) => continue,
+                // The inspector has noted it.
+                Err(InspectError::Refused(_)) => {
                     self.unread.insert(holder.process);
                     continue;
                 }
+                Err(_) => continue,
             };
-            let Some(entry) = socket::describe(&taken) else { return Ok(()) };
-            // Where that must not be told, most likely that of its process.
-            let namespace = Namespace::of_socket(&taken).or_else(|_| Namespace::of_process(holder.process));
-            let Ok(namespace) = namespace else { continue };
+            let Some(namespace) = namespace else { continue };
             // It may be one that no process is in, whose sockets are listed only now.
             let namespace = self.enter(namespace)?;
-            let entry = Entry { inode, ..entry };
             self.sockets.push(Found { entry, namespace, holders: Vec::new(), home: Some(home) });
             return Ok(());
         }
@@ -221,16 +220,6 @@ impl Survey {
     }
 }
 
-/// What is behind a descriptor of a process; `None` where that is gone.
-fn take(holder: Holder) -> io::Result<Option<OwnedFd>> {
-    let taken = process::open(holder.process).and_then(|handle| process::take_descriptor(&handle, holder.descriptor));
-    match taken {
-        Ok(taken) => Ok(Some(taken)),
-        Err(error) if matches!(error.raw_os_error(), Some(libc::ESRCH | libc::EBADF)) => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
 impl Found {
     /// Sockets are in the order of processes and descriptors; those that nobody has come last.
     fn place(&self) -> (u32, i32, u64) {
@@ -239,32 +228,30 @@ impl Found {
         (process, descriptor, self.entry.cookie)
     }
 
-    /// The socket itself, and by whom it was reached; `None` where no process has it any more.
+    /// What the socket says of itself, and by whom it was reached; `None` where no process has it any more. `note` is asked
+    /// about the process before: whose socket that proves to be had its number then.
     ///
     /// # Errors
     ///
-    /// Where it must not be looked into.
-    pub fn take(&self) -> Result<Option<(Holder, OwnedFd)>, Refused<Holder>> {
-        self.take_by(|holder| holder)
-    }
-
-    /// The same, with what `note` says of the process. It is asked before the socket is taken: whose socket that proves to be had
-    /// its number then.
-    ///
-    /// # Errors
-    ///
-    /// As of [`Self::take`].
-    pub fn take_by<T>(&self, mut note: impl FnMut(Holder) -> T) -> Result<Option<(T, OwnedFd)>, Refused<T>> {
+    /// Where it must not be looked into, or does not answer.
+    pub fn inspect_by<T>(
+        &self,
+        inspector: &mut Inspector,
+        wanted: &[&'static SocketOption],
+        mut note: impl FnMut(Holder) -> T,
+    ) -> Result<Option<(T, Holder, Inspected)>, Refused<T>> {
         let mut refused = None;
         for holder in &self.holders {
             let noted = note(*holder);
-            match take(*holder) {
-                Ok(Some(taken)) if socket::cookie(&taken) == Some(self.entry.cookie) => {
+            match inspector.inspect(*holder, self.entry.cookie, wanted) {
+                Ok(Some(inspected)) => {
                     fault::point("socket-taken");
-                    return Ok(Some((noted, taken)));
+                    return Ok(Some((noted, *holder, inspected)));
                 }
-                Ok(_) => {}
-                Err(source) => refused = Some(Refused { by: noted, source }),
+                Ok(None) => {}
+                Err(source @ InspectError::Refused(_)) => refused = Some(Refused { by: noted, source }),
+                // Nor would it to another that has it.
+                Err(source) => return Err(Refused { by: noted, source }),
             }
         }
         refused.map_or(Ok(None), Err)
@@ -277,7 +264,7 @@ impl Found {
 pub struct Refused<T> {
     /// What was noted of the process.
     pub by: T,
-    pub source: io::Error,
+    pub source: InspectError,
 }
 
 /// What new sockets have, of each kind and network namespace, found as it is asked for.

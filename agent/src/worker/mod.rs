@@ -10,6 +10,8 @@
 //!
 //! A response is its length in bytes (`u32`, little endian), then the bytes. A response that is cut off is an error.
 
+mod service;
+
 use std::{
     fs::File,
     io::{self, Read, Seek, Write},
@@ -31,6 +33,8 @@ use nix::{
         signal::Signal,
     },
 };
+
+pub use self::service::{Service, serve};
 
 /// The most that a response can have, in bytes.
 pub const RESPONSE_MAX: usize = 16 << 20;
@@ -76,10 +80,10 @@ impl Job {
     ///
     /// If the process cannot be started.
     pub fn start(arguments: &[&str], input: &[u8], time: Duration) -> io::Result<Self> {
-        let mut command = Command::new("/proc/self/exe");
-        command.args(arguments).stdin(in_memory(input)?).stdout(Stdio::piped());
-        // A worker that does not end must not keep a pipeline open, a mount busy, or get the terminal's signals.
-        let mut process = command.stderr(Stdio::null()).current_dir("/").process_group(0).spawn()?;
+        Self::of(worker(arguments).stdin(in_memory(input)?).spawn()?, time)
+    }
+
+    fn of(mut process: Child, time: Duration) -> io::Result<Self> {
         let output = process.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?;
         fcntl(output.as_fd(), FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         Ok(Self { process, output, received: Vec::new(), started: Instant::now(), time })
@@ -162,6 +166,16 @@ impl Job {
         }
         None
     }
+}
+
+/// Returns the command that runs this binary as a worker.
+fn worker(arguments: &[&str]) -> Command {
+    let mut command = Command::new("/proc/self/exe");
+    // A worker that does not end must not keep a pipeline open, a mount busy, or get the terminal's signals. Steps at which
+    // tests stop the agent are not the worker's.
+    command.args(arguments).stdout(Stdio::piped()).stderr(Stdio::null()).env_remove(crate::fault::VARIABLE);
+    command.current_dir("/").process_group(0);
+    command
 }
 
 /// Readable when there is more of the response.

@@ -1,15 +1,25 @@
 //! What one tenant makes that cannot be handled is skipped, and takes nothing from others.
 
-use std::{ffi::OsString, fs, os::unix::ffi::OsStringExt, path::Path};
+use std::{
+    ffi::OsString,
+    fs,
+    os::unix::ffi::OsStringExt,
+    path::Path,
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use serde_json::{Value, json};
 use sockpolicy_integration_tests::{
     agent::{self, Run},
+    built,
     cgroup::{Cgroup, Chain},
     foreign::{Foreign, Manner, attached, attached_at},
     options::{SO_MARK, SO_RCVLOWAT},
     policy::{PolicyFile, sets_mark},
     probe::Probe,
+    process::Running,
+    script::{Family, Kind},
     wait,
 };
 
@@ -224,4 +234,57 @@ fn line_of_targets_has_what_has_changed_and_no_more() {
     assert!(wait::until(wait::PATIENCE, is_gone), "{:?}", run.notices("targets").last());
     drop(apps);
     run.finish();
+}
+
+/// A process in a cgroup that holds the lock of one of its TCP sockets until this is dropped.
+struct Hold(Running);
+
+impl Hold {
+    #[track_caller]
+    fn start(cgroup: Cgroup) -> Self {
+        let mut running = Running::start_in(Command::new(built("sockhold")), cgroup);
+        let said = running.lines(1);
+        assert!(said.first().is_some_and(|line| line.starts_with("held ")), "{said:?}: {}", running.stderr());
+        Self(running)
+    }
+
+    fn pid(&self) -> u32 {
+        self.0.pid()
+    }
+}
+
+#[test]
+fn socket_whose_lock_is_held_is_named_and_no_other_is_kept_waiting() {
+    let top = Cgroup::new();
+    let (victim, tenant) = (top.child("victim"), top.child("tenant"));
+    let mut probe = Probe::start(&victim);
+    let (socket, _) = probe.listener(Family::Inet, Kind::Tcp);
+    let held = Hold::start(tenant);
+    let policy = PolicyFile::new(sets_mark(&top, 7));
+    let path = policy.path().display().to_string();
+    let instance = instance_for(&top);
+    for (arguments, status) in [
+        (&["ls", &path][..], 2),
+        (&["verify", &path], 1),
+        (&["apply", "--instance", &instance, &path], 2),
+        (&["verify", &path], 1),
+        (&["apply", "--restore", "--instance", &instance], 0),
+    ] {
+        let began = Instant::now();
+        // Not in a cgroup of its own: a worker may be left behind there.
+        let output = agent::command(arguments).output().unwrap();
+        assert!(began.elapsed() < Duration::from_secs(30), "{arguments:?} takes {:?}", began.elapsed());
+        assert_eq!(
+            output.status.code(),
+            Some(status),
+            "{arguments:?}: {}{}",
+            crate::stdout(&output),
+            crate::stderr(&output)
+        );
+        let names_it = crate::stderr(&output).contains(&format!("of process {}: it does not answer", held.pid()));
+        assert!(names_it || arguments[1] == "--restore", "{arguments:?}: {}", crate::stderr(&output));
+        let expected = if arguments[0] == "apply" && status == 2 { 7 } else { probe.int(socket, SO_MARK) };
+        assert_eq!(probe.int(socket, SO_MARK), expected);
+    }
+    assert_eq!(probe.int(socket, SO_MARK), 0);
 }
