@@ -18,14 +18,14 @@ use super::{
     restore::as_given,
     sockets::{Seen, Sockets},
     unless_closed, verify,
-    walker::Walker,
+    walker::{Walker, Walking},
 };
 use crate::{
     compile::Desired,
     events::{Event, Kind},
     host::{inspect::Remote, netns::Namespace},
     journal::{Journal, Place},
-    kernel::{Job, Outcomes, Walk},
+    kernel::{Job, Outcomes},
     live::{
         Live, Told,
         drift::{self, Assigned, Finding},
@@ -215,7 +215,7 @@ impl<'a> InLine<'a> {
     /// more.
     fn do_round<'p>(
         &mut self,
-        walk: &mut Walk,
+        walk: &mut Walking,
         planned: &'p [Planned],
         namespaces: &[Namespace],
     ) -> Result<(usize, Vec<&'p Planned>), ApplyError> {

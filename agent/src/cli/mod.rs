@@ -101,6 +101,11 @@ enum Command {
     InspectSockets {
         agent: u32,
     },
+    /// Has the kernel visit sockets for the process that started it. sockpolicy starts it for itself.
+    #[command(name = walker::WALK, hide = true)]
+    WalkSockets {
+        agent: u32,
+    },
     /// Opens sockets of each kind and ends. sockpolicy starts it for itself, to try options on.
     #[command(name = trial::SAMPLE, hide = true)]
     Sample,
@@ -150,13 +155,10 @@ fn run(arguments: Arguments) -> ExitCode {
             }
         },
         Command::InspectSockets { agent } => {
-            match worker::begin(agent).and_then(|()| inspect::work(io::stdout().lock())) {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(error) => {
-                    complain(&error);
-                    FAILURE.into()
-                }
-            }
+            ended(worker::begin(agent).and_then(|()| inspect::work(io::stdout().lock())))
+        }
+        Command::WalkSockets { agent } => {
+            ended(worker::begin(agent).and_then(|()| walker::work(agent, io::stdout().lock())))
         }
         Command::Sample => match trial::sample() {
             Ok(()) => ExitCode::SUCCESS,
@@ -165,6 +167,17 @@ fn run(arguments: Arguments) -> ExitCode {
                 FAILURE.into()
             }
         },
+    }
+}
+
+/// The exit status of a worker.
+fn ended(worked: io::Result<()>) -> ExitCode {
+    match worked {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            complain(&error);
+            FAILURE.into()
+        }
     }
 }
 

@@ -21,7 +21,7 @@ use super::{
     output::Format,
     run::{RunError, warn_of_failed},
     unless_closed,
-    walker::Walker,
+    walker::{Walker, Walking},
 };
 use crate::{
     host::{
@@ -30,7 +30,7 @@ use crate::{
     },
     instance,
     journal::{self, Change, Contents, Journal, Place},
-    kernel::{Job, KernelError, Walk},
+    kernel::{Job, KernelError},
     options::{self, SocketOption},
 };
 
@@ -229,7 +229,12 @@ impl Restored {
 }
 
 /// Looks at these, and sets them if that is wanted; as many at a time as there is room for.
-fn all_rounds(walk: &mut Walk, left: &[Left], survey: &Survey, sets: bool) -> Result<Vec<Vec<Outcome>>, KernelError> {
+fn all_rounds(
+    walk: &mut Walking,
+    left: &[Left],
+    survey: &Survey,
+    sets: bool,
+) -> Result<Vec<Vec<Outcome>>, KernelError> {
     let mut all = Vec::new();
     while all.len() < left.len() {
         let looked = walk.look(left[all.len()..].iter().map(|left| &left.job), survey.namespaces())?;

@@ -27,7 +27,7 @@ use crate::{
     options::{self, SocketOption},
     policy::model::Direction,
     skipped::{self, Skip},
-    worker::{Abandoned, JobError, Service, serve},
+    worker::{JobError, Service, left_behind, serve},
 };
 
 /// The hidden command that is the worker.
@@ -133,7 +133,6 @@ impl Listed {
 #[derive(Default)]
 pub struct Inspector {
     service: Option<Service>,
-    abandoned: Vec<Abandoned>,
     /// By process: how many of its sockets did not answer.
     stalls: HashMap<u32, u32>,
     skipped: Vec<Skip>,
@@ -145,7 +144,9 @@ impl Inspector {
     /// One that tells of each worker that it starts.
     #[must_use]
     pub fn announcing(announce: impl FnMut(u32) + Send + 'static) -> Self {
-        Self { announce: Some(Box::new(announce)), ..Self::default() }
+        let mut inspector = Self::default();
+        inspector.announce = Some(Box::new(announce));
+        inspector
     }
 
     /// Sockets that were not looked into, because they do not answer.
@@ -265,15 +266,20 @@ impl Inspector {
             if matches!(error, InspectError::Stalled) {
                 *self.stalls.entry(about.process).or_default() += 1;
             }
-            self.abandoned.extend(self.service.take().and_then(Service::abandon));
+            self.end();
         }
         parsed
     }
 
+    fn end(&mut self) {
+        if let Some(service) = self.service.take() {
+            service.abandon();
+        }
+    }
+
     fn service(&mut self) -> Result<&mut Service, InspectError> {
         if self.service.is_none() {
-            self.abandoned.retain_mut(|worker| !worker.has_ended());
-            if self.abandoned.len() >= ABANDONED_MAX {
+            if left_behind() >= ABANDONED_MAX {
                 return Err(InspectError::TooManyStalled);
             }
             let own = std::process::id().to_string();
@@ -284,6 +290,12 @@ impl Inspector {
             self.service = Some(service);
         }
         self.service.as_mut().ok_or(InspectError::TooManyStalled)
+    }
+}
+
+impl Drop for Inspector {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 

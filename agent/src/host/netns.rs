@@ -30,7 +30,16 @@ impl Namespace {
     ///
     /// Where there is no such process, or it must not be looked into.
     pub fn of_process(process: u32) -> io::Result<Self> {
-        Self::new(File::open(format!("/proc/{process}/ns/net"))?)
+        Self::at(&format!("/proc/{process}/ns/net"))
+    }
+
+    /// That which stands at a path.
+    ///
+    /// # Errors
+    ///
+    /// Where it cannot be opened.
+    pub fn at(path: &str) -> io::Result<Self> {
+        Self::new(File::open(path)?)
     }
 
     /// That of a socket, whoever has it.

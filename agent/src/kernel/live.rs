@@ -5,7 +5,7 @@
 //!
 //! Invariant: a socket without a job is left alone, and what could not be looked at is not set.
 
-use std::{collections::HashMap, io::Read as _, mem};
+use std::{collections::HashMap, io::Read as _, mem, slice};
 
 use abi::{
     SETTABLE_MAX,
@@ -82,6 +82,38 @@ impl Outcomes {
     }
 }
 
+/// Of each outcome, as many bytes.
+const OUTCOME_LEN: usize = size_of::<Outcome>();
+
+/// Between processes of this build.
+impl Outcomes {
+    #[must_use]
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = (self.bounds.len() as u64).to_ne_bytes().to_vec();
+        bytes.extend(self.bounds.iter().flat_map(|bound| (*bound as u64).to_ne_bytes()));
+        for outcome in &self.all {
+            // SAFETY: numbers without padding, of which each byte is one.
+            bytes.extend_from_slice(unsafe { slice::from_raw_parts((&raw const *outcome).cast(), OUTCOME_LEN) });
+        }
+        bytes
+    }
+
+    /// What [`Self::to_bytes`] gave.
+    #[must_use]
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let (count, bytes) = bytes.split_first_chunk()?;
+        let (bounds, outcomes) = bytes.split_at_checked(u64::from_ne_bytes(*count) as usize * size_of::<u64>())?;
+        let (bounds, _) = bounds.as_chunks();
+        let bounds: Vec<usize> = bounds.iter().map(|bound| u64::from_ne_bytes(*bound) as usize).collect();
+        let (outcomes, _) = outcomes.as_chunks::<OUTCOME_LEN>();
+        // SAFETY: as many bytes, of numbers that are valid whatever they are.
+        let all = outcomes.iter().map(|bytes| unsafe { bytes.as_ptr().cast::<Outcome>().read_unaligned() }).collect();
+        let outcomes = Self { all, bounds };
+        let is_whole = outcomes.bounds.is_sorted() && outcomes.bounds.last() == Some(&outcomes.all.len());
+        is_whole.then_some(outcomes)
+    }
+}
+
 /// The program, and its maps.
 pub struct Walk {
     ebpf: Ebpf,
@@ -94,6 +126,9 @@ pub struct Walk {
 }
 
 impl Walk {
+    /// Jobs that there is room for at a time.
+    pub const JOBS_MAX: usize = JOBS_MAX;
+
     /// Loads the program, and if that is wanted, the one that names holders.
     ///
     /// # Errors
@@ -370,6 +405,16 @@ mod tests {
         assert_eq!(numbers, [Some(0), Some(1), Some(0)]);
         assert_eq!((lists.lists.len(), lists.assignments.len()), (2, 3));
         assert_eq!(lists.lists[1].assignments[..2], [0, 2]);
+    }
+
+    #[test]
+    fn outcomes_are_the_same_in_another_process() {
+        let all = vec![Outcome { errno: 7, ..Outcome::default() }, Outcome { before: [1, 2], ..Outcome::default() }];
+        let outcomes = Outcomes { all: all.clone(), bounds: vec![0, 0, 2] };
+        let bytes = outcomes.to_bytes();
+        let read = Outcomes::from_bytes(&bytes).unwrap();
+        assert_eq!((read.all, read.bounds), (all, vec![0, 0, 2]));
+        assert!((0..bytes.len()).all(|len| Outcomes::from_bytes(&bytes[..len]).is_none()));
     }
 
     #[test]

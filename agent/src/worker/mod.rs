@@ -34,7 +34,7 @@ use nix::{
     },
 };
 
-pub use self::service::{Service, serve};
+pub use self::service::{Service, left_behind, serve};
 
 /// The most that a response can have, in bytes.
 pub const RESPONSE_MAX: usize = 16 << 20;

@@ -4,6 +4,7 @@ use std::{
     io::{self, Read as _, Write as _},
     os::fd::AsFd as _,
     process::{ChildStdin, Stdio},
+    sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -46,9 +47,27 @@ impl Service {
     ///
     /// If no response came.
     pub fn request(&mut self, request: &[u8], time: Duration) -> Result<Vec<u8>, JobError> {
+        self.begin(request, time)?;
+        self.finish()
+    }
+
+    /// Sends a request whose response [`Self::finish`] gives.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Self::request`].
+    pub fn begin(&mut self, request: &[u8], time: Duration) -> Result<(), JobError> {
         self.job.received.clear();
         (self.job.started, self.job.time) = (Instant::now(), time);
-        self.send(&framed(request))?;
+        self.send(&framed(request))
+    }
+
+    /// Waits for the response of what was begun.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Self::request`].
+    pub fn finish(&mut self) -> Result<Vec<u8>, JobError> {
         self.job.wait()
     }
 
@@ -73,11 +92,22 @@ impl Service {
         Ok(())
     }
 
-    /// Kills the process: see [`Job::abandon`].
-    #[must_use]
-    pub fn abandon(self) -> Option<Abandoned> {
-        self.job.abandon()
+    /// Kills the process, and leaves it behind if it does not end at once: see [`Job::abandon`] and [`left_behind`].
+    pub fn abandon(self) {
+        if let Some(abandoned) = self.job.abandon() {
+            LEFT_BEHIND.lock().unwrap_or_else(PoisonError::into_inner).push(abandoned);
+        }
     }
+}
+
+/// Processes of services that were killed and may not have ended.
+static LEFT_BEHIND: Mutex<Vec<Abandoned>> = Mutex::new(Vec::new());
+
+/// Returns how many processes of services were killed and have not ended. Does not wait.
+pub fn left_behind() -> usize {
+    let mut left = LEFT_BEHIND.lock().unwrap_or_else(PoisonError::into_inner);
+    left.retain_mut(|process| !process.has_ended());
+    left.len()
 }
 
 /// Answers requests from standard input on `output`, until the input ends: what a worker does.

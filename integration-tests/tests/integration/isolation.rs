@@ -267,7 +267,7 @@ fn socket_whose_lock_is_held_is_named_and_no_other_is_kept_waiting() {
         (&["ls", &path][..], 2),
         (&["verify", &path], 1),
         (&["apply", "--instance", &instance, &path], 2),
-        (&["verify", &path], 1),
+        (&["verify", &path], 2),
         (&["apply", "--restore", "--instance", &instance], 0),
     ] {
         let began = Instant::now();
