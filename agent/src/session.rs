@@ -379,16 +379,14 @@ impl Session {
         }
     }
 
-    /// Looks at sockets, which the policies in force are to take for no application's doing.
+    /// Has the policies in force take what a process calls that looks at sockets for this one for no application's doing; or no
+    /// process.
     ///
     /// # Errors
     ///
     /// Where the configuration cannot be written.
-    pub fn unnoticed<T>(&mut self, look: impl FnOnce(&Desired, &[Target]) -> T) -> Result<T, SessionError> {
-        self.object.look_away(true)?;
-        let seen = look(&self.current.desired, &self.targets);
-        self.object.look_away(false)?;
-        Ok(seen)
+    pub fn look_away(&mut self, process: Option<u32>) -> Result<(), SessionError> {
+        Ok(self.object.look_away(process)?)
     }
 
     /// Whether there are targets that have been removed, and that [`Self::let_go_of_removed`] is to be called for.

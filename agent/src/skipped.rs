@@ -24,6 +24,8 @@ pub enum Kind {
     Process,
     Socket,
     File,
+    /// A network namespace.
+    Namespace,
     /// A directory that the kernel does not watch.
     Watch,
 }
@@ -37,6 +39,7 @@ impl Kind {
             Self::Process => "process",
             Self::Socket => "socket",
             Self::File => "file",
+            Self::Namespace => "namespace",
             Self::Watch => "watch",
         }
     }

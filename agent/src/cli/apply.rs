@@ -127,7 +127,7 @@ impl Apply {
         let mount = Mount::find().map_err(RunError::from)?;
         let Placement { stacks, targets, .. } = Placement::find(&mount, &self.cgroup, policies)?;
         let desired = compile(policies, &stacks).map_err(|error| RunError::from(SessionError::from(error)))?;
-        let mut sockets = Sockets::find(mount, Targets::These(&targets), || walker.holders(), Inspector::default())?;
+        let mut sockets = Sockets::find(mount, Targets::these(&targets), || walker.holders(), Inspector::default())?;
         let progress = Progress::of(sockets.len());
         let mut out = BufWriter::new(stdout(self.output));
         let mut tell_event = |event: &Event| {
@@ -147,7 +147,7 @@ impl Apply {
         });
         let tally = Tally { unanswered: sockets.skipped().len() as u64, ..work.tally() };
         drop(progress);
-        warn_of_failed(sockets.skipped());
+        warn_of_failed(&sockets.skipped());
         unless_closed(tell(&tally, self.output, &mut out).and_then(|()| out.flush()))?;
         done.map(|()| tally)
     }

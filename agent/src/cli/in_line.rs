@@ -139,7 +139,7 @@ impl<'a> InLine<'a> {
     /// Brings all of these in line. `pause` is called between sockets with how many have been done since, and may end it.
     pub(super) fn bring(
         &mut self,
-        sockets: &mut Sockets<'_>,
+        sockets: &mut Sockets,
         walker: &mut Walker,
         mut pause: impl FnMut(usize) -> Result<(), ApplyError>,
     ) -> Result<(), ApplyError> {
@@ -161,7 +161,7 @@ impl<'a> InLine<'a> {
     /// Has the kernel's iterator do what it can, and sets those sockets aside that are done.
     fn walk(
         &mut self,
-        sockets: &mut Sockets<'_>,
+        sockets: &mut Sockets,
         walker: &mut Walker,
         pause: &mut impl FnMut(usize) -> Result<(), ApplyError>,
     ) -> Result<(), ApplyError> {
@@ -187,7 +187,7 @@ impl<'a> InLine<'a> {
 
     /// What there is for the iterator to do: sockets in the order of their namespaces, in which there are enough of them. What the
     /// kernel would make of a value it only tells when it is set: so what is only to be said is found by looking into sockets.
-    fn plan(&self, sockets: &mut Sockets<'_>) -> Vec<Planned> {
+    fn plan(&self, sockets: &mut Sockets) -> Vec<Planned> {
         let mut planned = Vec::new();
         let mut worth = vec![0_usize; sockets.namespaces().len()];
         for (scope, namespace, live) in sockets.listed_tcp() {

@@ -83,7 +83,7 @@ impl Ls {
         if sockets.unread() > 0 {
             log::warn!("{} processes must not be looked into: it takes root", sockets.unread());
         }
-        warn_of_failed(sockets.skipped());
+        warn_of_failed(&sockets.skipped());
         Ok(sockets.skipped().is_empty())
     }
 

@@ -6,6 +6,7 @@
 mod apply;
 mod attach;
 mod audit;
+mod bringing;
 mod check;
 mod containers;
 mod descriptor;
@@ -155,7 +156,7 @@ fn run(arguments: Arguments) -> ExitCode {
             }
         },
         Command::InspectSockets { agent } => {
-            ended(worker::begin(agent).and_then(|()| inspect::work(io::stdout().lock())))
+            ended(worker::begin(agent).and_then(|()| inspect::work(agent, io::stdout().lock())))
         }
         Command::WalkSockets { agent } => {
             ended(worker::begin(agent).and_then(|()| walker::work(agent, io::stdout().lock())))

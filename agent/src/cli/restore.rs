@@ -6,6 +6,7 @@
 //! Invariant: what shows another value than it was left with is somebody's choice since, and stays.
 
 use std::{
+    cell::RefCell,
     collections::{BTreeMap, HashMap},
     io::{self, Write},
 };
@@ -59,16 +60,17 @@ pub(super) fn put_back(instance: &str) -> Result<bool, ApplyError> {
     let Contents { changes, damaged } = journal.contents()?;
     let mut by_socket = by_socket(changes);
     let mut walker = Walker::begin();
-    let mut inspector = Inspector::default();
-    let survey = Survey::make(|_| true, || walker.holders(), &mut inspector)?;
+    let inspector = RefCell::new(Inspector::default());
+    let survey = Survey::make(|_| true, || walker.holders(), &mut inspector.borrow_mut())?;
     let mut restored = Restored::default();
     let mut left = Vec::new();
     for found in &survey.sockets {
         let Some(changes) = by_socket.remove(&found.entry.cookie) else { continue };
-        let changes = match found.inspect_by(&mut inspector, &[], |holder| holder) {
+        let inspected = found.inspect_by(&mut inspector.borrow_mut(), &[], |holder| holder);
+        let changes = match inspected {
             Ok(Some((_, holder, _))) => {
                 let cookie = found.entry.cookie;
-                restored.by_descriptor(&mut Remote { inspector: &mut inspector, holder, cookie }, changes)
+                restored.by_descriptor(&mut Remote { inspector: &inspector, holder, cookie }, changes)
             }
             Ok(None) => changes,
             Err(_) => {
@@ -81,7 +83,7 @@ pub(super) fn put_back(instance: &str) -> Result<bool, ApplyError> {
             left.push(Left::new(found.entry.cookie, found.namespace, changes));
         }
     }
-    warn_of_failed(inspector.skipped());
+    warn_of_failed(inspector.borrow().skipped());
     restored.by_program(left, &survey, &mut walker)?;
     // What was not found is closed, if all could be looked for.
     let unseen: Vec<_> = by_socket.into_values().flatten().filter(|_| survey.has_unlisted).collect();

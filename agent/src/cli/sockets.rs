@@ -1,6 +1,7 @@
 //! The sockets of targets, as `ls` and `verify` look at them.
 
 use std::{
+    cell::RefCell,
     collections::{HashMap, HashSet},
     io,
     path::{Path, PathBuf},
@@ -46,15 +47,31 @@ impl From<CgroupError> for SocketsError {
 }
 
 /// Whose sockets to look at: those of these targets, or of everybody.
-pub(super) enum Targets<'a> {
+pub(super) enum Targets {
     All,
-    These(&'a [Target]),
+    These(Vec<Governed>),
 }
 
-impl<'a> Targets<'a> {
+/// A target's cgroup, by its name, and what holds there.
+pub(super) struct Governed {
+    cgroup: String,
+    level: u32,
+    scope: usize,
+}
+
+impl Targets {
     /// All of these cgroups; of everybody where there are none.
-    pub(super) fn of(opened: &'a [Target]) -> Self {
-        if opened.is_empty() { Self::All } else { Self::These(opened) }
+    pub(super) fn of(opened: &[Target]) -> Self {
+        if opened.is_empty() { Self::All } else { Self::these(opened) }
+    }
+
+    /// All of these cgroups.
+    pub(super) fn these(targets: &[Target]) -> Self {
+        let governed = |Target { cgroup, scope }: &Target| {
+            let (cgroup, level) = (cgroup.name.clone(), cgroup.level);
+            Governed { cgroup, level, scope: *scope }
+        };
+        Self::These(targets.iter().map(governed).collect())
     }
 
     /// These cgroups, without policies.
@@ -67,9 +84,8 @@ impl<'a> Targets<'a> {
         match self {
             Self::All => Some(0),
             Self::These(targets) => {
-                let around =
-                    targets.iter().filter(|target| cgroup.is_some_and(|it| it.starts_with(&target.cgroup.name)));
-                around.max_by_key(|target| target.cgroup.level).map(|target| target.scope)
+                let around = targets.iter().filter(|target| cgroup.is_some_and(|it| it.starts_with(&target.cgroup)));
+                around.max_by_key(|target| target.level).map(|target| target.scope)
             }
         }
     }
@@ -93,16 +109,16 @@ struct Placed {
 }
 
 /// All sockets of the targets, to be looked into one by one.
-pub(super) struct Sockets<'a> {
+pub(super) struct Sockets {
     survey: Survey,
-    targets: Targets<'a>,
+    targets: Targets,
     names: Names,
     /// By network namespace.
     listeners: Vec<Listeners>,
     defaults: Defaults,
     /// The cookies of sockets that are not to be looked into.
     set_aside: HashSet<u64>,
-    inspector: Inspector,
+    inspector: RefCell<Inspector>,
 }
 
 /// A socket that was looked into.
@@ -116,11 +132,11 @@ pub(super) struct Seen<'a> {
     pub(super) socket: Option<Remote<'a>>,
 }
 
-impl<'a> Sockets<'a> {
+impl Sockets {
     /// `all_holders`: see [`Survey::make`].
     pub(super) fn find(
         mount: Mount,
-        targets: Targets<'a>,
+        targets: Targets,
         all_holders: impl FnOnce() -> Option<Vec<(u32, Holder)>>,
         mut inspector: Inspector,
     ) -> Result<Self, SurveyError> {
@@ -141,7 +157,7 @@ impl<'a> Sockets<'a> {
             listeners,
             defaults: Defaults::default(),
             set_aside: HashSet::new(),
-            inspector,
+            inspector: RefCell::new(inspector),
         })
     }
 
@@ -152,8 +168,8 @@ impl<'a> Sockets<'a> {
     }
 
     /// Sockets that do not answer.
-    pub(super) fn skipped(&self) -> &[Skip] {
-        self.inspector.skipped()
+    pub(super) fn skipped(&self) -> Vec<Skip> {
+        self.inspector.borrow().skipped().to_vec()
     }
 
     /// Processes that must not be looked into.
@@ -206,9 +222,11 @@ impl<'a> Sockets<'a> {
         mut see: impl FnMut(Seen<'_>) -> Result<(), E>,
     ) -> Result<(), E> {
         let Self { survey, targets, names, listeners, defaults, set_aside, inspector } = self;
+        let inspector = &*inspector;
         for found in survey.sockets.iter().filter(|found| !set_aside.contains(&found.entry.cookie)) {
             let Some(Placed { cgroup, scope, facts }) = targets.place(found, names) else { continue };
-            let inspected = found.inspect_by(inspector, &wanted(scope), |holder| owner(found, holder, task));
+            let inspected =
+                found.inspect_by(&mut inspector.borrow_mut(), &wanted(scope), |holder| owner(found, holder, task));
             // Nobody has one that cannot be taken, unless it was refused.
             let (owner, taken, refused) = match inspected {
                 Ok(Some((owner, holder, inspected))) => (Some(owner), Some((holder, inspected)), None),
@@ -229,10 +247,10 @@ impl<'a> Sockets<'a> {
             let live =
                 Live { entry: found.entry.clone(), facts: Socket { direction, ..facts }, cgroup, owner, values: told };
             let kind = reached.and_then(|(_, kind)| kind);
-            let fresh = kind.map(|kind| FreshBeside { survey, found, kind, defaults });
+            let fresh = kind.map(|kind| FreshBeside { survey, found, kind, defaults, inspector });
             let socket = reached.map(|(holder, _)| {
                 let cookie = found.entry.cookie;
-                Remote { inspector: &mut *inspector, holder, cookie }
+                Remote { inspector, holder, cookie }
             });
             see(Seen { live, scope, fresh, socket })?;
         }
@@ -265,14 +283,16 @@ pub(super) struct FreshBeside<'a> {
     found: &'a Found,
     kind: Kind,
     defaults: &'a mut Defaults,
+    inspector: &'a RefCell<Inspector>,
 }
 
 impl Fresh for FreshBeside<'_> {
     fn values(&mut self) -> Option<&Values> {
-        self.defaults.of(self.survey, self.found, self.kind)
+        self.defaults.of(self.survey, self.found, self.kind, &mut self.inspector.borrow_mut())
     }
 
     fn after(&mut self, option: &SocketOption, value: Value) -> Option<Value> {
-        self.defaults.after(self.survey, self.found, self.kind, option.key(), value)
+        let beside = (self.survey, self.found);
+        self.defaults.after(beside, self.kind, option.key(), value, &mut self.inspector.borrow_mut())
     }
 }

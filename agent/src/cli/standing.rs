@@ -18,25 +18,22 @@ use nix::poll::{PollFd, PollFlags};
 
 use super::{
     apply::ApplyError,
+    bringing::{Bringing, Done, Message, Task},
     check, complain,
     containers::{self, Looks},
-    in_line::InLine,
     look::Look,
     output::{Manner, TargetNames, Writer},
     run::{Placement, RunError, now, warn_of_skipped},
     signals::Signals,
-    sockets::{Sockets, Targets},
-    walker::Walker,
+    sockets::Targets,
     watch::{self, WatchError},
 };
 use crate::{
     coverage::{Reach, Stack},
-    events::Event,
     host::{
         cgroup::Mount,
         containers::{Known, Running, Search},
         inotify::{self, Changes, Watch},
-        inspect::Inspector,
     },
     instance::Files,
     journal::{Journal, JournalError},
@@ -61,6 +58,9 @@ const FIRST_LOOK: Duration = Duration::from_secs(3);
 const POLL_MS: u64 = 2000;
 /// How often to look anew, at a time, for what comes while cgroups begin to be watched.
 const ROUNDS_MAX: usize = 4;
+
+/// How long to wait for what is brought in line to come to an end.
+const LAST_SOCKET: Duration = Duration::from_secs(5);
 
 /// How long to wait where another process works on what sockets had.
 const WHILE_BUSY: Duration = Duration::from_secs(5);
@@ -116,6 +116,10 @@ pub(super) struct Standing<'a> {
     skipped: SkippedList,
     /// Of that, what came of the last look at cgroups.
     skipped_cgroups: Vec<Skip>,
+    /// And of the last look at live sockets.
+    skipped_sockets: Vec<Skip>,
+    /// While live sockets are brought in line.
+    bringing: Option<Bringing>,
     /// When files were first found changed, and when last, since they were read.
     changed: Option<(Instant, Instant)>,
     /// Where policies are about containers, these.
@@ -169,6 +173,8 @@ impl<'a> Standing<'a> {
             pace: Pace::default(),
             skipped: SkippedList::default(),
             skipped_cgroups: Vec::new(),
+            skipped_sockets: Vec::new(),
+            bringing: None,
             replaced: Instant::now(),
             due: None,
         };
@@ -202,11 +208,12 @@ impl<'a> Standing<'a> {
     pub(super) fn note_skipped(&mut self, session: &mut Session) {
         let mut now_skipped = self.skipped_cgroups.clone();
         now_skipped.extend_from_slice(session.skipped());
-        let new = self.skipped.replace(&now_skipped, now());
-        warn_of_skipped(&new, now_skipped.len());
         if now_skipped.iter().any(|skip| skip.is_transient) {
             self.pace.retry();
         }
+        now_skipped.extend_from_slice(&self.skipped_sockets);
+        let new = self.skipped.replace(&now_skipped, now());
+        warn_of_skipped(&new, now_skipped.len());
         session.note_skipped(&self.skipped);
     }
 
@@ -224,20 +231,22 @@ impl<'a> Standing<'a> {
     ) -> Result<(), WatchError> {
         let mut asked = Asked::default();
         loop {
-            if self.due.is_some_and(|due| due <= Instant::now()) {
-                self.bring_in_line(session, signals, &mut asked, writer)?;
+            if self.bringing.is_none() && self.due.is_some_and(|due| due <= Instant::now()) {
+                self.bring_in_line(session)?;
             }
             let mut polled = watch::sources(signals, session);
             polled.extend([&self.files, &self.cgroups].map(|watch| PollFd::new(watch.as_fd(), PollFlags::POLLIN)));
             let found = self.search.iter().flat_map(Search::descriptors);
             polled.extend(found.map(|worker| PollFd::new(worker, PollFlags::POLLIN)));
+            polled.extend(self.bringing.iter().map(|bringing| PollFd::new(bringing.as_fd(), PollFlags::POLLIN)));
             if !(asked.reload || asked.end) {
                 watch::wait_for(&mut polled, self.patience(session))?;
             }
             asked.hear(signals).map_err(WatchError::Watch)?;
             watch::tell(session, writer)?;
+            self.follow_bringing(session, writer)?;
             if asked.end {
-                return Ok(());
+                return self.stop_bringing(session, writer);
             }
             let is_asked = mem::take(&mut asked.reload);
             if self.files.has_changed().map_err(WatchError::Watch)? {
@@ -280,44 +289,72 @@ impl<'a> Standing<'a> {
         has_found
     }
 
-    /// Brings sockets that are there in line with the policies in force. What cannot be done is said, and the policies stay in
-    /// force.
-    fn bring_in_line(
-        &mut self,
-        session: &mut Session,
-        signals: &mut Signals,
-        asked: &mut Asked,
-        writer: &Writer,
-    ) -> Result<(), WatchError> {
+    /// Begins to bring sockets that are there in line with the policies in force, beside everything else.
+    fn bring_in_line(&mut self, session: &Session) -> Result<(), WatchError> {
         self.due = None;
         let Wanted { manner, mount, journal: Some(journal), .. } = self.wanted else { return Ok(()) };
-        let mut tell = |event: &Event| {
-            writer.applied(event);
-            Ok(())
+        let task = Task {
+            mount: mount.clone(),
+            desired: session.desired().clone(),
+            targets: Targets::these(session.targets()),
+            dry_run: manner.dry_run,
+            journal: Journal::of(journal),
         };
-        let (tally, brought) = session.unnoticed(|desired, targets| {
-            let mut walker = Walker::begin();
-            let mut in_line = InLine::new(desired, manner.dry_run, Journal::of(journal), Some(&mut tell));
-            let found =
-                Sockets::find(mount.clone(), Targets::These(targets), || walker.holders(), Inspector::default());
-            let brought = found.map_err(ApplyError::from).and_then(|mut sockets| {
-                in_line.bring(&mut sockets, &mut walker, |_| {
-                    asked.hear(signals)?;
-                    if asked.end { Err(ApplyError::Stopped) } else { Ok(()) }
-                })
-            });
-            (in_line.tally(), brought)
-        })?;
-        match brought {
-            Ok(()) | Err(ApplyError::Stopped) => {}
+        match Bringing::begin(task) {
+            Ok(bringing) => self.bringing = Some(bringing),
             Err(error) => {
-                complain(&error);
-                if matches!(error, ApplyError::Journal(JournalError::Busy { .. })) {
-                    self.due = Some(Instant::now() + WHILE_BUSY);
-                }
+                log::warn!("cannot begin to bring sockets in line: {error}");
+                self.due = Some(Instant::now() + WHILE_BUSY);
             }
         }
-        writer.brought_in_line(&tally);
+        Ok(())
+    }
+
+    /// Takes what there is to be said of that. What cannot be done is said, and the policies stay in force.
+    fn follow_bringing(&mut self, session: &mut Session, writer: &Writer) -> Result<(), WatchError> {
+        while let Some(message) = self.bringing.as_mut().and_then(Bringing::next) {
+            self.take(message, session, writer)?;
+        }
+        Ok(())
+    }
+
+    /// Has that come to an end, and says what came of it.
+    fn stop_bringing(&mut self, session: &mut Session, writer: &Writer) -> Result<(), WatchError> {
+        let Some(mut bringing) = self.bringing.take() else { return Ok(()) };
+        let mut taken = Ok(());
+        bringing.stop(LAST_SOCKET, |message| {
+            let this = self.take(message, session, writer);
+            taken = mem::replace(&mut taken, Ok(())).and(this);
+        });
+        taken
+    }
+
+    fn take(&mut self, message: Message, session: &mut Session, writer: &Writer) -> Result<(), WatchError> {
+        match message {
+            Message::Worker(worker, answer) => {
+                session.look_away(Some(worker))?;
+                // It may be gone.
+                let _ = answer.send(());
+            }
+            Message::Event(event) => writer.applied(&event),
+            Message::Done(done) => {
+                let Done { tally, skipped, error } = *done;
+                self.bringing = None;
+                session.look_away(None)?;
+                self.skipped_sockets = skipped;
+                self.note_skipped(session);
+                match error {
+                    None | Some(ApplyError::Stopped) => {}
+                    Some(error) => {
+                        complain(&error);
+                        if matches!(error, ApplyError::Journal(JournalError::Busy { .. })) {
+                            self.due = Some(Instant::now() + WHILE_BUSY);
+                        }
+                    }
+                }
+                writer.brought_in_line(&tally);
+            }
+        }
         Ok(())
     }
 
@@ -329,8 +366,9 @@ impl<'a> Standing<'a> {
     /// How long to wait for something to happen, in milliseconds.
     fn patience(&self, session: &Session) -> u16 {
         let until = |due: Instant| due.saturating_duration_since(Instant::now()).as_millis() as u16 + 1;
+        let due = self.due.filter(|_| self.bringing.is_none());
         let patience =
-            self.due.map_or(u16::MAX, until).min(if session.has_removed() { LOOK_FOR_EMPTY_MS } else { u16::MAX });
+            due.map_or(u16::MAX, until).min(if session.has_removed() { LOOK_FOR_EMPTY_MS } else { u16::MAX });
         let patience = patience.min(watch::interval(session)).min(self.pace.patience_ms());
         let of_workers = self.search.as_ref().and_then(Search::left);
         let of_workers = of_workers.map(|left| u16::try_from(left.as_millis() + 1).unwrap_or(u16::MAX));

@@ -89,7 +89,7 @@ impl Verify {
         let mount = Mount::find()?;
         let Placement { stacks, targets, .. } = Placement::find(&mount, &self.cgroup, policies)?;
         let desired = compile(policies, &stacks).map_err(|error| RunError::from(SessionError::from(error)))?;
-        let mut sockets = Sockets::find(mount, Targets::These(&targets), || None, Inspector::default())?;
+        let mut sockets = Sockets::find(mount, Targets::these(&targets), || None, Inspector::default())?;
         let mut tally = Tally { unread: sockets.unread(), ..Tally::default() };
         let progress = Progress::of(sockets.len());
         let mut out = stdout(self.output);
@@ -102,7 +102,7 @@ impl Verify {
         );
         drop(progress);
         tally.unanswered = sockets.skipped().len();
-        warn_of_failed(sockets.skipped());
+        warn_of_failed(&sockets.skipped());
         unless_closed(written.and_then(|()| self.tell(&tally, &mut out)))?;
         Ok(tally)
     }

@@ -4,7 +4,7 @@
 //! socket can hold its lock for as long as they like: see `host/inspect`. The worker has programs and maps of its own, and none
 //! that enforce anything.
 
-use std::{io, mem, os::fd::AsRawFd as _, time::Duration};
+use std::{fmt, io, mem, os::fd::AsRawFd as _, time::Duration};
 
 use abi::{
     live::Assignment,
@@ -124,8 +124,8 @@ impl Walker {
     }
 }
 
-fn failed(reason: impl ToString) -> KernelError {
-    KernelError::Iterator { reason: reason.to_string() }
+fn failed(reason: impl fmt::Display) -> KernelError {
+    KernelError::Iterator { reason: format!("{reason}") }
 }
 
 impl Walking {
@@ -223,7 +223,7 @@ impl Drop for Walking {
 }
 
 fn descriptors(namespaces: &[Namespace]) -> Vec<i32> {
-    namespaces.iter().map(|namespace| namespace.as_raw_fd()).collect()
+    namespaces.iter().map(Namespace::as_raw_fd).collect()
 }
 
 fn assigned(assignment: &Assignment) -> Assigned {

@@ -7,6 +7,7 @@
 //! but that socket.
 
 use std::{
+    cell::RefCell,
     collections::HashMap,
     io,
     net::SocketAddr,
@@ -19,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     netns::Namespace,
-    process,
+    process, sock_diag,
     socket::{self, Entry, Kind, State, Values},
     survey::Holder,
 };
@@ -82,6 +83,12 @@ enum Request {
     Option { process: u32, descriptor: i32, cookie: u64, option: Number, set: Option<(Words, u32)> },
     /// All sockets of a process.
     All { process: u32 },
+    /// A part of what the kernel lists in the namespace that the agent has at a descriptor. The first one has it listed.
+    List { namespace: i32, from: usize },
+    /// What a new socket of a kind has there of these options.
+    Fresh { namespace: i32, kind: Number3, wanted: Vec<Number> },
+    /// What such a socket shows of an option after that was set.
+    After { namespace: i32, kind: Number3, option: Number, set: (Words, u32) },
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -102,7 +109,14 @@ enum Response {
         value: Option<(Words, u32)>,
     },
     All(Vec<(i32, Listed)>),
+    /// A part of the list, and whether it is the last one.
+    List(Vec<Listed>, bool),
 }
+
+/// Sockets that are listed in one response.
+const LIST_PART: usize = 16 * 1024;
+/// How long the kernel has to list those of a network namespace.
+const LIST_TIME: Duration = Duration::from_secs(20);
 
 type Number3 = (i32, i32, i32);
 
@@ -114,18 +128,20 @@ struct Listed {
     state: u8,
     local: SocketAddr,
     remote: Option<SocketAddr>,
+    inode: u32,
     cookie: u64,
+    cgroup: Option<u64>,
 }
 
 impl Listed {
     fn of(entry: &Entry) -> Self {
-        let Entry { family, protocol, state, local, remote, cookie, .. } = *entry;
-        Self { family, protocol, state: state.number(), local, remote, cookie }
+        let Entry { family, protocol, state, local, remote, inode, cookie, cgroup } = *entry;
+        Self { family, protocol, state: state.number(), local, remote, inode, cookie, cgroup }
     }
 
     fn entry(self) -> Entry {
-        let Self { family, protocol, state, local, remote, cookie } = self;
-        Entry { family, protocol, state: State::from_number(state), local, remote, inode: 0, cookie, cgroup: None }
+        let Self { family, protocol, state, local, remote, inode, cookie, cgroup } = self;
+        Entry { family, protocol, state: State::from_number(state), local, remote, inode, cookie, cgroup }
     }
 }
 
@@ -193,11 +209,10 @@ impl Inspector {
         let keys = wanted.iter().map(|option| number(option.key())).collect();
         let request = Request::Inspect { process, descriptor, cookie, wanted: keys };
         let Response::Inspected { kind, outbound, values } = self.ask(holder, &request)? else { return Ok(None) };
-        let value = |(key, words, len): Read| Some((options::by_key(key_of(key))?, Value::new(words, len)));
         Ok(Some(Inspected {
-            kind: kind.map(|(family, form, protocol)| Kind { family, form, protocol }),
+            kind: kind.map(kind_of),
             direction: outbound.map(|outbound| if outbound { Direction::Outbound } else { Direction::Inbound }),
-            values: values.into_iter().filter_map(value).collect(),
+            values: values.into_iter().filter_map(value_of).collect(),
         }))
     }
 
@@ -233,42 +248,93 @@ impl Inspector {
         }
     }
 
-    fn ask(&mut self, about: Holder, request: &Request) -> Result<Response, InspectError> {
-        let answered = self.try_ask(about, request);
-        match answered {
-            Ok(Response::Refused(errno)) => Err(InspectError::Refused(io::Error::from_raw_os_error(errno))),
-            Err(error) => {
-                let Holder { process, descriptor } = about;
-                let name = format!("descriptor {descriptor} of process {process}");
-                self.skipped.push(Skip::new(skipped::Kind::Socket, name, error.to_string()).transient_if(true));
-                Err(error)
+    /// The sockets that the kernel lists in a network namespace.
+    ///
+    /// # Errors
+    ///
+    /// Where it must not be entered, or the kernel does not answer.
+    pub fn list(&mut self, namespace: &Namespace) -> Result<Vec<Entry>, InspectError> {
+        let mut entries = Vec::new();
+        loop {
+            let request = Request::List { namespace: namespace.as_raw_fd(), from: entries.len() };
+            let response = self.request(&request, LIST_TIME).inspect_err(|error| {
+                if !matches!(error, InspectError::Refused(source) if source.kind() == io::ErrorKind::PermissionDenied) {
+                    let name = format!("network namespace {}", namespace.id);
+                    self.skipped.push(Skip::new(skipped::Kind::Namespace, name, error.to_string()).transient_if(true));
+                }
+            })?;
+            let Response::List(part, is_last) = response else { return Ok(entries) };
+            let is_last = is_last || part.is_empty();
+            entries.extend(part.into_iter().map(Listed::entry));
+            if is_last {
+                return Ok(entries);
             }
-            answered => answered,
         }
     }
 
-    fn try_ask(&mut self, about: Holder, request: &Request) -> Result<Response, InspectError> {
-        if self.stalls.get(&about.process).is_some_and(|stalls| *stalls >= STALLS_PER_PROCESS) {
-            return Err(InspectError::StalledBefore);
+    /// What a new socket of a kind has in a namespace.
+    ///
+    /// # Errors
+    ///
+    /// Where none can be made.
+    pub fn fresh(
+        &mut self,
+        namespace: &Namespace,
+        kind: Kind,
+        wanted: &[&'static SocketOption],
+    ) -> Result<Values, InspectError> {
+        let wanted = wanted.iter().map(|option| number(option.key())).collect();
+        let request = Request::Fresh { namespace: namespace.as_raw_fd(), kind: numbers(kind), wanted };
+        match self.request(&request, TIME)? {
+            Response::Inspected { values, .. } => Ok(values.into_iter().filter_map(value_of).collect()),
+            _ => Ok(Values::new()),
         }
+    }
+
+    /// What such a socket shows of an option after that was set to a value; `None` where that cannot be tried.
+    pub fn fresh_after(&mut self, namespace: &Namespace, kind: Kind, key: OptionKey, value: &Value) -> Option<Value> {
+        let (kind, set) = (numbers(kind), (value.words, value.len));
+        let request = Request::After { namespace: namespace.as_raw_fd(), kind, option: number(key), set };
+        match self.request(&request, TIME).ok()? {
+            Response::Option { errno: 0, value } => value.map(|(words, len)| Value::new(words, len)),
+            _ => None,
+        }
+    }
+
+    /// Asks about a socket. One that does not answer is noted.
+    fn ask(&mut self, about: Holder, request: &Request) -> Result<Response, InspectError> {
+        let Holder { process, descriptor } = about;
+        let has_stalled = self.stalls.get(&process).is_some_and(|stalls| *stalls >= STALLS_PER_PROCESS);
         let time = if self.stalls.values().sum::<u32>() as usize >= PATIENT { SHORT_TIME } else { TIME };
-        let service = self.service()?;
+        let answered = if has_stalled { Err(InspectError::StalledBefore) } else { self.request(request, time) };
+        if matches!(answered, Err(InspectError::Stalled)) {
+            *self.stalls.entry(process).or_default() += 1;
+        }
+        answered.inspect_err(|error| {
+            if !matches!(error, InspectError::Refused(_)) {
+                let name = format!("descriptor {descriptor} of process {process}");
+                self.skipped.push(Skip::new(skipped::Kind::Socket, name, error.to_string()).transient_if(true));
+            }
+        })
+    }
+
+    fn request(&mut self, request: &Request, time: Duration) -> Result<Response, InspectError> {
         let bytes = serde_json::to_vec(request).map_err(|error| InspectError::Start(error.into()))?;
-        let answered = service.request(&bytes, time);
-        let answered = answered.map_err(|error| match error {
+        let answered = self.service()?.request(&bytes, time).map_err(|error| match error {
             JobError::TimedOut(_) => InspectError::Stalled,
             other => InspectError::Worker(other),
         });
         let parsed = answered.and_then(|bytes| {
             serde_json::from_slice(&bytes).map_err(|error| InspectError::Worker(JobError::Read(error.into())))
         });
-        if let Err(error) = &parsed {
-            if matches!(error, InspectError::Stalled) {
-                *self.stalls.entry(about.process).or_default() += 1;
+        match parsed {
+            Ok(Response::Refused(errno)) => Err(InspectError::Refused(io::Error::from_raw_os_error(errno))),
+            Ok(response) => Ok(response),
+            Err(error) => {
+                self.end();
+                Err(error)
             }
-            self.end();
         }
-        parsed
     }
 
     fn end(&mut self) {
@@ -301,7 +367,7 @@ impl Drop for Inspector {
 
 /// A socket, which is reached through a descriptor of its process each time.
 pub struct Remote<'a> {
-    pub inspector: &'a mut Inspector,
+    pub inspector: &'a RefCell<Inspector>,
     pub holder: Holder,
     pub cookie: u64,
 }
@@ -309,7 +375,7 @@ pub struct Remote<'a> {
 impl Remote<'_> {
     /// What getsockopt shows of an option; `None` where it fails.
     pub fn value(&mut self, key: OptionKey) -> Option<Value> {
-        self.inspector.option(self.holder, self.cookie, key, None).ok()?.ok()?
+        self.inspector.borrow_mut().option(self.holder, self.cookie, key, None).ok()?.ok()?
     }
 
     /// The values of these options, as far as the socket has them and they can be read.
@@ -318,7 +384,7 @@ impl Remote<'_> {
     ///
     /// Where the socket does not answer.
     pub fn values(&mut self, wanted: &[&'static SocketOption]) -> Result<Values, InspectError> {
-        let inspected = self.inspector.inspect(self.holder, self.cookie, wanted)?;
+        let inspected = self.inspector.borrow_mut().inspect(self.holder, self.cookie, wanted)?;
         Ok(inspected.map(|inspected| inspected.values).unwrap_or_default())
     }
 
@@ -328,7 +394,7 @@ impl Remote<'_> {
     ///
     /// The kernel's; ETIMEDOUT where the socket does not answer.
     pub fn set(&mut self, key: OptionKey, value: &Value) -> io::Result<Option<Value>> {
-        let set = self.inspector.option(self.holder, self.cookie, key, Some(value));
+        let set = self.inspector.borrow_mut().option(self.holder, self.cookie, key, Some(value));
         set.unwrap_or_else(|_| Err(io::Error::from_raw_os_error(libc::ETIMEDOUT)))
     }
 }
@@ -337,30 +403,75 @@ fn number(key: OptionKey) -> Number {
     (key.level, key.name)
 }
 
+fn numbers(Kind { family, form, protocol }: Kind) -> Number3 {
+    (family, form, protocol)
+}
+
+fn kind_of((family, form, protocol): Number3) -> Kind {
+    Kind { family, form, protocol }
+}
+
+fn value_of((key, words, len): Read) -> Option<(&'static SocketOption, Value)> {
+    Some((options::by_key(key_of(key))?, Value::new(words, len)))
+}
+
 fn key_of((level, name): Number) -> OptionKey {
     OptionKey { level, name }
 }
 
-/// Looks into sockets for the process that started this one: the worker.
+/// Looks into sockets for `agent`, the process that started this one: the worker.
 ///
 /// # Errors
 ///
 /// Where requests cannot be read or answered.
-pub fn work(output: impl io::Write) -> io::Result<()> {
-    // Open until the agent has taken it.
-    let mut namespace = None;
+pub fn work(agent: u32, output: impl io::Write) -> io::Result<()> {
+    let mut kept = Kept { agent, namespace: None, listed: Vec::new() };
     serve(output, |request| {
         let response = match serde_json::from_slice(request) {
-            Ok(request) => answer(request, &mut namespace),
+            Ok(request) => answer(request, &mut kept),
             Err(_) => Response::Refused(libc::EINVAL),
         };
         serde_json::to_vec(&response).unwrap_or_default()
     })
 }
 
-fn answer(request: Request, kept: &mut Option<Namespace>) -> Response {
+/// What a worker keeps between requests.
+struct Kept {
+    agent: u32,
+    /// Open until the agent has taken it.
+    namespace: Option<Namespace>,
+    /// Until the agent has all of it.
+    listed: Vec<Entry>,
+}
+
+impl Kept {
+    /// The namespace that the agent has at a descriptor.
+    fn of_agent(&self, descriptor: i32) -> io::Result<Namespace> {
+        Namespace::at(&format!("/proc/{}/fd/{descriptor}", self.agent))
+    }
+
+    fn list(&mut self, namespace: i32, from: usize) -> io::Result<Response> {
+        if from == 0 {
+            self.listed = self.of_agent(namespace)?.within(sock_diag::list).flatten()?;
+        }
+        let part = self.listed.iter().skip(from).take(LIST_PART).map(Listed::of).collect();
+        let is_last = from + LIST_PART >= self.listed.len();
+        if is_last {
+            self.listed = Vec::new();
+        }
+        Ok(Response::List(part, is_last))
+    }
+
+    fn open_fresh(&self, namespace: i32, kind: Number3) -> io::Result<OwnedFd> {
+        self.of_agent(namespace)?.within(|| kind_of(kind).open()).flatten()
+    }
+}
+
+fn answer(request: Request, kept: &mut Kept) -> Response {
     let answered = match request {
-        Request::Describe { process, descriptor, inode } => describe(Holder { process, descriptor }, inode, kept),
+        Request::Describe { process, descriptor, inode } => {
+            describe(Holder { process, descriptor }, inode, &mut kept.namespace)
+        }
         Request::Inspect { process, descriptor, cookie, wanted } => {
             taken(Holder { process, descriptor }, cookie).map(|taken| taken.map(|socket| inspected(&socket, &wanted)))
         }
@@ -369,6 +480,13 @@ fn answer(request: Request, kept: &mut Option<Namespace>) -> Response {
             taken.map(|taken| taken.map(|socket| option_of(&socket, key_of(option), set)))
         }
         Request::All { process } => all(process).map(|all| Some(Response::All(all))),
+        Request::List { namespace, from } => kept.list(namespace, from).map(Some),
+        Request::Fresh { namespace, kind, wanted } => {
+            kept.open_fresh(namespace, kind).map(|socket| Some(inspected(&socket, &wanted)))
+        }
+        Request::After { namespace, kind, option, set } => {
+            kept.open_fresh(namespace, kind).map(|socket| Some(option_of(&socket, key_of(option), Some(set))))
+        }
     };
     match answered {
         Ok(response) => response.unwrap_or(Response::Gone),
@@ -404,7 +522,7 @@ fn inspected(socket: &OwnedFd, wanted: &[Number]) -> Response {
     let wanted: Vec<_> = wanted.iter().filter_map(|key| options::by_key(key_of(*key))).collect();
     let values = socket::values(socket, &wanted).into_iter();
     Response::Inspected {
-        kind: Kind::of(socket).map(|Kind { family, form, protocol }| (family, form, protocol)),
+        kind: Kind::of(socket).map(numbers),
         outbound: socket::beginning(socket).map(|direction| direction == Direction::Outbound),
         values: values.map(|(option, value)| (number(option.key()), value.words, value.len)).collect(),
     }

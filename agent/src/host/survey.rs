@@ -10,7 +10,6 @@
 use std::{
     collections::{HashMap, HashSet},
     io,
-    os::fd::OwnedFd,
     path::{Path, PathBuf},
 };
 
@@ -23,8 +22,8 @@ use super::{
     cgroup,
     inspect::{InspectError, Inspected, Inspector},
     netns::{self, Namespace},
-    process, sock_diag,
-    socket::{self, Entry, Kind, Values},
+    process,
+    socket::{Entry, Kind, Values},
 };
 use crate::{
     fault,
@@ -67,8 +66,6 @@ pub struct Holder {
 pub enum SurveyError {
     #[error("cannot list the processes: {0}")]
     Processes(io::Error),
-    #[error("cannot list the sockets of network namespace {id}: {source}")]
-    List { id: u64, source: io::Error },
 }
 
 /// By inode number.
@@ -109,7 +106,7 @@ impl Survey {
             let Some(id) = netns::id_of_process(*process).filter(|id| !is_known(*id)) else { continue };
             fault::point_of("namespace-found", id);
             if let Ok(namespace) = Namespace::of_process(*process) {
-                survey.enter(namespace)?;
+                survey.enter(namespace, inspector)?;
             }
         }
         // After that, so that what has come meanwhile is found with its process.
@@ -153,20 +150,18 @@ impl Survey {
     }
 
     /// Lists what is in a namespace; gives its index.
-    fn enter(&mut self, namespace: Namespace) -> Result<usize, SurveyError> {
+    fn enter(&mut self, namespace: Namespace, inspector: &mut Inspector) -> Result<usize, SurveyError> {
         if let Some(known) = self.namespaces.iter().position(|known| known.id == namespace.id) {
             return Ok(known);
         }
         fault::point_of("namespace-opened", namespace.id);
-        let entries = match namespace.within(sock_diag::list).flatten() {
-            // What there is in it is found with its processes, as far as these may be looked into.
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                log::debug!("cannot enter network namespace {}: {error}", namespace.id);
-                self.has_unlisted = true;
-                Vec::new()
-            }
-            entries => entries.map_err(|source| SurveyError::List { id: namespace.id, source })?,
-        };
+        let entries = inspector.list(&namespace).unwrap_or_else(|error| {
+            // What there is in it is found with its processes, as far as these may be looked into. The inspector has noted it,
+            // unless it may not be entered.
+            log::debug!("cannot list the sockets of network namespace {}: {error}", namespace.id);
+            self.has_unlisted = true;
+            Vec::new()
+        });
         let index = self.namespaces.len();
         self.namespaces.push(namespace);
         let found = |entry| Found { entry, namespace: index, holders: Vec::new(), home: None };
@@ -187,17 +182,16 @@ impl Survey {
             fault::point("home-read");
             let (entry, namespace) = match inspector.describe(*holder, inode) {
                 Ok(Some(described)) => described,
-                Ok(None) => continue,
-                // The inspector has noted it.
                 Err(InspectError::Refused(_)) => {
                     self.unread.insert(holder.process);
                     continue;
                 }
-                Err(_) => continue,
+                // The inspector has noted what does not answer.
+                Ok(None) | Err(_) => continue,
             };
             let Some(namespace) = namespace else { continue };
             // It may be one that no process is in, whose sockets are listed only now.
-            let namespace = self.enter(namespace)?;
+            let namespace = self.enter(namespace, inspector)?;
             self.sockets.push(Found { entry, namespace, holders: Vec::new(), home: Some(home) });
             return Ok(());
         }
@@ -208,15 +202,6 @@ impl Survey {
     #[must_use]
     pub fn namespaces(&self) -> &[Namespace] {
         &self.namespaces
-    }
-
-    /// A new socket of a kind, in the same namespace as another.
-    ///
-    /// # Errors
-    ///
-    /// Where the kernel refuses.
-    pub fn open_beside(&self, found: &Found, kind: Kind) -> io::Result<OwnedFd> {
-        self.namespaces[found.namespace].within(|| kind.open()).flatten()
     }
 }
 
@@ -280,29 +265,28 @@ type Place = (usize, Kind);
 
 impl Defaults {
     /// What a new socket of a kind has in the namespace of another; `None` where none can be made.
-    pub fn of(&mut self, survey: &Survey, found: &Found, kind: Kind) -> Option<&Values> {
+    pub fn of(&mut self, survey: &Survey, found: &Found, kind: Kind, inspector: &mut Inspector) -> Option<&Values> {
         let open = || {
-            let fresh = survey.open_beside(found, kind);
+            let all: Vec<&'static SocketOption> = OPTIONS.iter().collect();
+            let fresh = inspector.fresh(&survey.namespaces[found.namespace], kind, &all);
             let fresh =
                 fresh.inspect_err(|error| log::debug!("no new socket to compare with, {kind:?}: {error}")).ok()?;
-            let all: Vec<&'static SocketOption> = OPTIONS.iter().collect();
-            let values = socket::values(&fresh, &all).into_iter();
-            Some(
-                values
-                    .map(|(option, value)| (option, if is_given_at_birth(option) { zero(option) } else { value }))
-                    .collect(),
-            )
+            let at_first = |(option, value)| (option, if is_given_at_birth(option) { zero(option) } else { value });
+            Some(fresh.into_iter().map(at_first).collect())
         };
         self.fresh.entry((found.namespace, kind)).or_insert_with(open).as_ref()
     }
 
     /// What such a socket shows of an option after it was set to a value; `None` where that cannot be tried.
-    pub fn after(&mut self, survey: &Survey, found: &Found, kind: Kind, key: OptionKey, value: Value) -> Option<Value> {
-        let set = || {
-            let fresh = survey.open_beside(found, kind).ok()?;
-            socket::set(&fresh, key, &value).ok()?;
-            socket::value(&fresh, key)
-        };
+    pub fn after(
+        &mut self,
+        (survey, found): (&Survey, &Found),
+        kind: Kind,
+        key: OptionKey,
+        value: Value,
+        inspector: &mut Inspector,
+    ) -> Option<Value> {
+        let set = || inspector.fresh_after(&survey.namespaces[found.namespace], kind, key, &value);
         let asked = ((found.namespace, kind), key, value);
         *self.after.entry(asked).or_insert_with(set)
     }

@@ -568,15 +568,15 @@ impl Object {
         Ok(())
     }
 
-    /// Has the programs take what this process calls, while it looks at sockets itself, for no application's call, or no longer.
+    /// Has the programs take what a process of ours calls, while it looks at sockets, for no application's call; or no process.
     ///
     /// # Errors
     ///
     /// Where the configuration cannot be written.
-    pub fn look_away(&mut self, is_wanted: bool) -> Result<(), KernelError> {
-        let own = std::process::id();
-        let start = (is_wanted && process::is_initial_namespace()).then(|| process::start(own)).flatten();
-        let (agent, agent_start) = start.map_or((0, 0), |start| (own, start));
+    pub fn look_away(&mut self, process: Option<u32>) -> Result<(), KernelError> {
+        let process = process.filter(|_| process::is_initial_namespace());
+        let started = process.and_then(|process| Some((process, process::start(process)?)));
+        let (agent, agent_start) = started.unwrap_or_default();
         let config = Config { agent, agent_start, ..self.config };
         maps::configure(&mut self.ebpf, config)?;
         self.config = config;

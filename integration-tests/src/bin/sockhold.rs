@@ -77,8 +77,7 @@ fn main() {
     while !is_held() {
         thread::sleep(Duration::from_millis(1));
     }
-    println!("held {descriptor}");
-    let _ = io::stdout().flush();
+    let _ = writeln!(io::stdout(), "held {descriptor}");
     loop {
         thread::park();
     }

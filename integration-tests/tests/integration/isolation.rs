@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use sockpolicy_integration_tests::{
     agent::{self, Run},
@@ -287,4 +288,50 @@ fn socket_whose_lock_is_held_is_named_and_no_other_is_kept_waiting() {
         assert_eq!(probe.int(socket, SO_MARK), expected);
     }
     assert_eq!(probe.int(socket, SO_MARK), 0);
+}
+
+#[test]
+fn socket_whose_lock_is_held_delays_no_enforcement_and_keeps_nothing_attached() {
+    let top = Cgroup::new();
+    let (victim, tenant) = (top.child("victim"), top.child("tenant"));
+    let mut probe = Probe::start(&victim);
+    let (socket, _) = probe.listener(Family::Inet, Kind::Tcp);
+    let held = Hold::start(tenant);
+    let policy = PolicyFile::new(sets_mark(&top, 7));
+    let instance = instance_for(&top);
+    let run = Run::started(&policy, &["--apply", "--instance", &instance]);
+    assert_eq!(probe.fresh(SO_MARK), 7);
+    let live = run.notice("live", 1);
+    assert!(live["unanswered"].as_u64().unwrap() > 0, "{live}");
+    assert_eq!(probe.int(socket, SO_MARK), 7);
+    let of_held = |(kind, name, _): &(String, String, String)| {
+        kind == "socket" && name.ends_with(&format!("of process {}", held.pid()))
+    };
+    assert!(skipped(&instance).iter().any(of_held), "{:?}", skipped(&instance));
+    // The agent goes on, and a worker stays that does not end.
+    let child = top.child("later");
+    policy.add("later.toml", sets_mark(&child, 9));
+    run.signal(Signal::SIGHUP);
+    assert_eq!(Probe::start(&victim).fresh(SO_MARK), 7);
+    assert!(workers_left() > 0, "no worker is left behind");
+    run.signal(Signal::SIGKILL);
+    assert!(wait::until(wait::PATIENCE, || attached(&top) == 0), "something stays attached");
+    assert_eq!(probe.fresh(SO_MARK), 0);
+    assert!(workers_left() > 0, "no worker is left behind");
+    // Then the worker ends, and its cgroup is empty.
+    drop(held);
+    drop(run);
+}
+
+/// Processes that wait for a lock and can do nothing else, of the agent's program.
+fn workers_left() -> usize {
+    let processes =
+        fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let is_worker = |pid: &u32| {
+        let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let state = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let has = |word: &[u8]| arguments.split(|byte| *byte == 0).any(|argument| argument == word);
+        (has(b"inspect-sockets") || has(b"walk-sockets")) && state.contains(") D ")
+    };
+    processes.filter(is_worker).count()
 }
