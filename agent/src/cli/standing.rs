@@ -23,7 +23,7 @@ use super::{
     containers::{self, Looks},
     look::Look,
     output::{Manner, TargetNames, Writer},
-    run::{Placement, RunError, now, warn_of_skipped},
+    run::{Placement, RunError, check_targets, now, warn_of_skipped},
     signals::Signals,
     sockets::Targets,
     watch::{self, WatchError},
@@ -490,6 +490,7 @@ impl<'a> Standing<'a> {
         if !cgroups.is_empty() {
             return Placement::standing(mount, cgroups, &self.policies, containers);
         }
+        check_targets(&self.policies)?;
         let mut rounds = 0;
         loop {
             let look = Look::at(mount, &self.policies, &self.reach, &containers, known.clone())?;
