@@ -56,6 +56,9 @@ pub struct Tree {
     pub skipped: Vec<Skip>,
 }
 
+/// The names in one directory take at most one part in so many of the bytes that are left.
+const NAMES_SHARE: usize = 8;
+
 /// Subtrees that are named if the budget is used up: those with the most left to examine.
 const NAMED_MAX: usize = 8;
 
@@ -151,6 +154,8 @@ impl<W: Fn(&Path) -> Wanted> Walk<'_, W> {
 
     /// Notes the names of the directories right below a node, unless it is a deepest one. Returns whether there is any.
     fn list(&mut self, node: &mut Node, is_deepest: bool) -> io::Result<bool> {
+        // One directory is not to use up what others need.
+        let mut room = self.budget.bytes / NAMES_SHARE;
         let mut unnamed = 0;
         let folder = open_directory(&self.mount.path.join(&node.below))?;
         for entry in Dir::from_fd(folder.into())?.iter() {
@@ -167,7 +172,8 @@ impl<W: Fn(&Path) -> Wanted> Walk<'_, W> {
             if is_deepest {
                 return Ok(true);
             }
-            if self.budget.bytes > bytes && node.names.len() < self.budget.directories {
+            if room > bytes && node.names.len() < self.budget.directories {
+                room -= bytes;
                 self.budget.bytes -= bytes;
                 node.names.push(name.to_owned());
             } else {
