@@ -183,16 +183,16 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::escape::Escape;
 
     #[test]
     fn corpus_is_no_finding() {
         for (name, target) in TARGETS {
             let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus").join(name);
             let inputs: Vec<_> = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
-            assert!(inputs.len() > 1, "{} has nothing to begin with", folder.display());
+            assert!(inputs.len() > 1, "{} has nothing to begin with", folder.escaped());
             for input in inputs {
                 let bytes = fs::read(&input).unwrap();
-                println!("{}", input.display());
                 target(&bytes);
                 // Whatever is cut off is none either.
                 (0..bytes.len()).step_by(bytes.len().div_ceil(64).max(1)).for_each(|end| target(&bytes[..end]));

@@ -25,6 +25,7 @@ use super::{
     walker::{Walker, Walking},
 };
 use crate::{
+    escape::Escape,
     host::{
         inspect::{Inspector, Remote},
         survey::Survey,
@@ -137,8 +138,8 @@ impl Restored {
             log::warn!(
                 "damaged lines of {}: {damaged}. The values in these lines cannot be restored, and where one option changed \
                  several times, its restored value may be a later one.\n  help: the lines are kept; if you do not need them: rm {}",
-                path.display(),
-                path.display()
+                path.escaped(),
+                path.escaped()
             );
         }
     }

@@ -25,6 +25,8 @@ use nix::{
     unistd::Uid,
 };
 
+use crate::escape::Escape;
+
 /// How many symbolic links are followed on the way, as by the kernel (MAXSYMLINKS, include/linux/namei.h).
 const LINKS_MAX: usize = 40;
 
@@ -85,7 +87,7 @@ pub enum Reason {
 /// In words that go on after "cannot use FILE: ".
 impl fmt::Display for Weakness {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let path = self.path.display();
+        let path = self.path.escaped();
         let thing = match self.what {
             What::File => "it".to_owned(),
             What::Directory => format!("directory {path}"),
@@ -292,7 +294,7 @@ mod tests {
             let found = weaknesses(&path, &file, &Owners::of_this_process());
             let below = |weakness: &Weakness| weakness.path.strip_prefix(&self.0).map(Path::to_owned);
             let about = found.iter().filter_map(|weakness| Some((below(weakness).ok()?, weakness)));
-            about.map(|(path, weakness)| format!("{}: {:?}", path.display(), weakness.reason)).collect()
+            about.map(|(path, weakness)| format!("{}: {:?}", path.escaped(), weakness.reason)).collect()
         }
     }
 

@@ -22,14 +22,16 @@ use nix::{
     unistd::{Uid, UnlinkatFlags, unlinkat},
 };
 
+use crate::escape::Escape;
+
 /// Mode of a directory that no other user may enter.
 const PRIVATE: Mode = Mode::S_IRWXU;
 
 #[derive(Debug, thiserror::Error)]
 pub enum PrivateError {
-    #[error("cannot use {}: {why}\n  help: {help}", path.display())]
+    #[error("cannot use {}: {why}\n  help: {help}", path.escaped())]
     Unsafe { path: PathBuf, why: String, help: String },
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {source}", path.escaped())]
     Io { path: PathBuf, source: io::Error },
 }
 
@@ -277,7 +279,7 @@ fn check_owner(path: &Path, stat: &FileStat) -> Result<(), PrivateError> {
     if owner.is_root() || owner == Uid::effective() {
         return Ok(());
     }
-    let parent = path.parent().unwrap_or(path).display();
+    let parent = path.parent().unwrap_or(path).escaped();
     Err(PrivateError::Unsafe {
         path: path.to_owned(),
         why: format!("it belongs to user {owner}"),
@@ -290,7 +292,7 @@ fn check_mode(path: &Path, stat: &FileStat) -> Result<(), PrivateError> {
     if !mode.intersects(Mode::S_IWGRP | Mode::S_IWOTH) {
         return Ok(());
     }
-    let shown = path.display();
+    let shown = path.escaped();
     Err(PrivateError::Unsafe {
         path: path.to_owned(),
         why: format!("users other than its owner may write to it (mode {:04o})", mode.bits()),
@@ -312,7 +314,7 @@ fn check_file(path: &Path, stat: &FileStat) -> Result<(), PrivateError> {
 }
 
 fn remove_it(path: &Path) -> String {
-    let shown = path.display();
+    let shown = path.escaped();
     format!("see what it is (ls -lad {shown}), then remove it: rm -r {shown}")
 }
 

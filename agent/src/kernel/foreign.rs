@@ -30,6 +30,7 @@ use super::{
 };
 use crate::{
     compile::{Desired, Hook},
+    escape::Escape,
     host::cgroup::Cgroup,
 };
 
@@ -143,9 +144,9 @@ impl ForeignConflict {
     /// Returns the reason in a few words, for a table.
     pub(super) fn reason(&self) -> String {
         match &self.reason {
-            Reason::Forbidden { program, at, mode, .. } => format!("{program} on {} {}", at.display(), mode.flags()),
+            Reason::Forbidden { program, at, mode, .. } => format!("{program} on {} {}", at.escaped(), mode.flags()),
             Reason::Displaced { program, at, .. } => {
-                format!("{program} on {} {}", at.display(), AttachMode::Override.flags())
+                format!("{program} on {} {}", at.escaped(), AttachMode::Override.flags())
             }
             Reason::Hidden { program } => format!("{program} on a cgroup that is not visible here"),
             Reason::Unknown { error, .. } => error.clone(),
@@ -173,7 +174,7 @@ impl ForeignConflict {
 impl fmt::Display for ForeignConflict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { hook, cgroup, reason } = self;
-        write!(f, "cannot attach to {hook} of cgroup {}: ", cgroup.display())?;
+        write!(f, "cannot attach to {hook} of cgroup {}: ", cgroup.escaped())?;
         match reason {
             Reason::Forbidden { program, at, mode, .. } => write!(
                 f,
@@ -181,7 +182,7 @@ impl fmt::Display for ForeignConflict {
                  by a bpf_link or with BPF_F_ALLOW_MULTI; `bpftool cgroup show {at}` lists it",
                 mode.flags(),
                 if *mode == AttachMode::Exclusive { " or below" } else { "" },
-                at = at.display()
+                at = at.escaped()
             ),
             Reason::Displaced { program, at, .. } => write!(
                 f,
@@ -189,7 +190,7 @@ impl fmt::Display for ForeignConflict {
                  a bpf_link or with BPF_F_ALLOW_MULTI, or take a cgroup above {at} as the target; `bpftool cgroup show {at}` \
                  lists it",
                 AttachMode::Override.flags(),
-                at = at.display()
+                at = at.escaped()
             ),
             Reason::Hidden { program } => write!(
                 f,
@@ -199,7 +200,7 @@ impl fmt::Display for ForeignConflict {
             Reason::Unknown { at, error } => write!(
                 f,
                 "the programs on {} are unknown: {error}\n  help: BPF_PROG_QUERY takes CAP_NET_ADMIN",
-                at.display()
+                at.escaped()
             ),
         }
     }

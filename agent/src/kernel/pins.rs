@@ -27,6 +27,7 @@ use nix::{
 use super::{KernelError, links::Link, maps, syscall};
 use crate::{
     compile::Hook,
+    escape::Escape,
     host::private::{PrivateDir, PrivateError},
     instance::is_name,
 };
@@ -291,7 +292,7 @@ fn mount_bpffs() -> Result<(), KernelError> {
 
 fn warn_of_foreign(foreign: Vec<PathBuf>) {
     for path in foreign {
-        log::warn!("left {} in place: sockpolicy did not make it", path.display());
+        log::warn!("left {} in place: sockpolicy did not make it", path.escaped());
     }
 }
 

@@ -232,9 +232,9 @@ impl Inspection {
 fn problem(insecure: IfInsecure, path: &Path, found: &[Weakness]) -> Problem {
     let reasons = found.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
     let message = match insecure {
-        IfInsecure::Refuse => format!("cannot use {}: {reasons}", path.display()),
+        IfInsecure::Refuse => format!("cannot use {}: {reasons}", path.escaped()),
         IfInsecure::Warn | IfInsecure::Accept => {
-            format!("`run`, `attach`, `exec` and `apply` refuse {}: {reasons}", path.display())
+            format!("`run`, `attach`, `exec` and `apply` refuse {}: {reasons}", path.escaped())
         }
     };
     Problem::new(message).help(format!("{}or accept it with --insecure-policies", remedies(found)))
@@ -244,7 +244,7 @@ fn problem(insecure: IfInsecure, path: &Path, found: &[Weakness]) -> Problem {
 fn remedies(found: &[Weakness]) -> String {
     let about = |is_meant: fn(&Reason) -> bool| {
         let paths = found.iter().filter(|weakness| is_meant(&weakness.reason));
-        paths.map(|weakness| format!(" {}", weakness.path.display())).collect::<String>()
+        paths.map(|weakness| format!(" {}", weakness.path.escaped())).collect::<String>()
     };
     let written = about(|reason| matches!(reason, Reason::Writable(_)));
     let owned = about(|reason| matches!(reason, Reason::Owner(_)));
