@@ -75,9 +75,9 @@ impl Victim {
         let mut other = self.alone.run(name);
         assert!(wait::until(AT_ONCE, || other.probe.fresh(SO_MARK) == 32), "{name}: {}", self.run().stderr());
         assert_eq!(self.container.probe.fresh(SO_MARK), 32, "{name}: {}", self.run().stderr());
-        let targets = self.run().notices("targets");
-        for targets in targets.iter().map(|notice| notice["targets"].as_array().unwrap()) {
-            assert!(targets.iter().any(|target| *target == self.container.cgroup), "{name}: {targets:?}");
+        for notice in self.run().notices("targets") {
+            let removed = notice["removed"].as_array().unwrap();
+            assert!(!removed.iter().any(|target| *target == self.container.cgroup), "{name}: {notice}");
         }
     }
 
