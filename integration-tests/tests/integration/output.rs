@@ -252,7 +252,7 @@ fn full_disk_keeps_no_new_cgroup_from_being_governed() {
     let policy = PolicyFile::new(format!("[target]\ncgroup = \"{}/**\"\n{POLICY}", parent.name()));
     let first = parent.child("first");
     let words = ["run", "--persist", "--instance", &instance.name, policy.path().to_str().unwrap()];
-    let prepare = "mkdir -p /run/sockpolicy && mount -t tmpfs -o size=64k none /run/sockpolicy";
+    let prepare = "mkdir -p /run/sockpolicy && mount -t tmpfs -o size=64k,mode=700 none /run/sockpolicy";
     let mut command = with_mounts(prepare, &agent::command(&words));
     command.stdout(Stdio::null());
     let agent = Agent::start(command);
