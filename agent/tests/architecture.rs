@@ -72,6 +72,7 @@ fn pure_modules_do_no_io() {
         "cli",
         "enclosure.rs",
         "fault.rs",
+        "fuzz.rs",
         "host",
         "instance.rs",
         "journal.rs",
