@@ -327,9 +327,10 @@ impl<'a> InLine<'a> {
         match socket.set(option.key(), &wanted) {
             Ok(after) => {
                 let after = after.unwrap_or(wanted);
-                self.journal.note_after(place, &after)?;
+                // It is changed even if that cannot be recorded.
                 self.tally.set += 1;
                 self.changed.insert(place.cookie);
+                self.journal.note_after(place, &after)?;
                 self.say(live, finding, Kind::Applied { before: *now, after })?;
                 Ok(true)
             }
