@@ -3,37 +3,49 @@
 //! Each of them fails by a panic. The tests here feed all of them with what `fuzz/corpus` has kept.
 
 use std::{
+    collections::BTreeSet,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::Path,
     sync::LazyLock,
 };
 
+use abi::setting::OptionKey;
+
 use crate::{
     compile::{
         Desired, compile, facts,
-        naive::{Matches, naive_winner, rule_matches, winner_in},
+        naive::{Matches, governing_in, naive_governing, naive_winner, rule_matches, winner_in},
     },
     coverage::all,
     events::{Executables, Surroundings, decode},
     explain::{WhyNot, explain},
-    host::{routes, sock_diag},
+    host::{containers, routes, sock_diag},
     instance, journal,
     kernel::Record,
+    options::{GUARDS, SocketOption, by_name, by_spelling},
     policy::{
         self, Policy, Socket,
         diagnostic::Style,
         lint,
         model::{Direction, Family, Named, Protocol},
     },
+    worker::{Response, framed, response},
 };
 
 /// A function to feed with bytes.
 pub type Target = fn(&[u8]);
 
 /// All of them, by the names of their folders in `fuzz/corpus`.
-pub const TARGETS: [(&str, Target); 5] =
-    [("policy", policy), ("ring", ring), ("netlink", netlink), ("journal", journal), ("record", record)];
+pub const TARGETS: [(&str, Target); 7] = [
+    ("policy", policy),
+    ("ring", ring),
+    ("netlink", netlink),
+    ("journal", journal),
+    ("record", record),
+    ("containers", containers),
+    ("watchers", watchers),
+];
 
 /// Bytes of an input that describe a socket; the rest is a policy.
 const SOCKET_LEN: usize = 16;
@@ -68,6 +80,11 @@ fn decides_alike(policy: &Policy, desired: &Desired, socket: &Socket) {
         let compiled = winner_in(desired, 0, option, &facts(socket));
         assert_eq!(compiled, naive_winner(&policy.rules, option, socket), "{option} on {socket:?}");
     }
+    // Calls on other options too: on other names of the same values, and on what undoes a setting.
+    for key in governed_keys(desired) {
+        let expected = naive_governing(&policy.rules, key, socket);
+        assert_eq!(governing_in(desired, 0, key, &facts(socket)), expected, "{key:?} on {socket:?}");
+    }
     for option in explain(desired, &desired.scopes[0], socket).options {
         for (clause, why) in option.others {
             let explained = match why {
@@ -79,6 +96,14 @@ fn decides_alike(policy: &Policy, desired: &Desired, socket: &Socket) {
             assert_eq!(explained, expected, "{clause:?} on {socket:?}");
         }
     }
+}
+
+/// The options that may have rows in the tables, and all other names of what rules name.
+fn governed_keys(desired: &Desired) -> BTreeSet<OptionKey> {
+    let values: BTreeSet<OptionKey> = desired.sources.iter().map(|source| source.option.value_key()).collect();
+    let spellings = values.into_iter().filter_map(by_spelling).flat_map(SocketOption::spellings).map(|(key, _)| key);
+    let guards = GUARDS.iter().filter_map(|guard| by_name(guard.option)).map(SocketOption::key);
+    desired.options.iter().copied().chain(spellings).chain(guards).collect()
 }
 
 /// A socket as bytes describe it: few addresses, near each other, so that they meet those of policies.
@@ -176,6 +201,24 @@ pub fn record(input: &[u8]) {
         // Policies may be none, or not go together.
         let _ = generation.desired();
     }
+}
+
+/// A file that a container runtime or an engine keeps, or what a worker process has found in such files.
+pub fn containers(input: &[u8]) {
+    containers::fuzz::state_file(input);
+    if let Response::Whole(bytes) = response(input) {
+        containers::fuzz::state_file(bytes);
+    }
+    let framed = framed(input);
+    assert!(matches!(response(&framed), Response::Whole(bytes) if bytes == input));
+    // What is cut off is no response.
+    let cut = framed.len() / 2;
+    assert!(matches!(response(&framed[..cut]), Response::Partial));
+}
+
+/// The command line of a process that is called like a watcher, and what the kernel says of the process.
+pub fn watchers(input: &[u8]) {
+    containers::fuzz::watcher(input);
 }
 
 #[cfg(test)]

@@ -4,13 +4,16 @@
 
 use std::net::IpAddr;
 
-use abi::socket::Facts;
+use abi::{setting::OptionKey, socket::Facts};
 use ipnet::IpNet;
 
 use super::Desired;
-use crate::policy::{
-    Socket,
-    model::{Form, Named, Rule, Selector},
+use crate::{
+    options::{GUARDS, by_name, by_spelling},
+    policy::{
+        Socket,
+        model::{Form, Named, Rule, Selector},
+    },
 };
 
 /// What is known of whether a rule matches.
@@ -82,4 +85,39 @@ pub(crate) fn winner_in(desired: &Desired, scope: usize, named: Named, facts: &F
     let source = &desired.sources[winner as usize];
     assert_eq!(source.option.value_key(), named.value_key(), "a setting of another value");
     Some(source.rule)
+}
+
+/// What governs calls on an option: each value, by [`Named::value_key`], with the rule that decides it.
+pub(crate) type Governing = Vec<(OptionKey, Option<usize>)>;
+
+/// What governs calls on an option by the rules: the value that the option sets, if a rule names that value under any name, and
+/// what the option must keep.
+pub(crate) fn naive_governing(rules: &[Rule], key: OptionKey, socket: &Socket) -> Governing {
+    let option = by_spelling(key);
+    let own = option.map_or(Named::Numeric(key), Named::Known);
+    let guards = GUARDS.iter().filter(|guard| by_name(guard.option).is_some_and(|option| option.key() == key));
+    let kept = guards.filter_map(|guard| by_name(guard.keeps).map(Named::Known));
+    let is_governed =
+        |value: OptionKey| rules.iter().flat_map(|rule| &rule.clauses).any(|clause| clause.option.value_key() == value);
+    let governing = [own].into_iter().chain(kept).filter(|named| is_governed(named.value_key()));
+    governing.map(|named| (named.value_key(), naive_winner(rules, named, socket))).collect()
+}
+
+/// What governs calls on an option in a scope, by the compiled tables.
+pub(crate) fn governing_in(desired: &Desired, scope: usize, key: OptionKey, facts: &Facts) -> Governing {
+    let scope = &desired.scopes[scope];
+    let candidates = desired.candidates(scope, facts);
+    let mut governing = Vec::new();
+    let mut next = scope.options.iter().position(|option| option.key == key);
+    while let Some(option) = next.map(|row| &scope.options[row]) {
+        assert!(option.key == key && governing.len() <= scope.options.len(), "a row of another option");
+        if option.names != 0 {
+            let value = desired.sources[option.first_setting as usize].option.value_key();
+            let winner = option.winner(candidates).map(|setting| &desired.sources[setting as usize]);
+            assert!(winner.is_none_or(|source| source.option.value_key() == value), "a setting of another value");
+            governing.push((value, winner.map(|source| source.rule)));
+        }
+        next = option.next.checked_sub(1).map(|row| row as usize);
+    }
+    governing
 }

@@ -223,13 +223,15 @@ fn in_memory(content: &[u8]) -> io::Result<File> {
     Ok(file)
 }
 
-enum Response<'a> {
+/// How much of a response there is.
+pub(crate) enum Response<'a> {
     Partial,
     Whole(&'a [u8]),
     TooLong,
 }
 
-fn response(received: &[u8]) -> Response<'_> {
+/// Reads a response, as far as it has been received.
+pub(crate) fn response(received: &[u8]) -> Response<'_> {
     let Some((length, rest)) = received.split_first_chunk::<LENGTH_SIZE>() else { return Response::Partial };
     let length = u32::from_le_bytes(*length) as usize;
     if length > RESPONSE_MAX {

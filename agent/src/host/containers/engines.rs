@@ -25,9 +25,9 @@ pub(super) struct Engines {
 
 /// What people know a container by.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct Known {
-    name: Option<String>,
-    image: Option<String>,
+pub(super) struct Known {
+    pub(super) name: Option<String>,
+    pub(super) image: Option<String>,
 }
 
 impl Engines {
@@ -65,7 +65,7 @@ impl Engines {
 
 /// A container as containers/storage knows it (`Container` of its containers.go).
 #[derive(Clone, Debug, Deserialize)]
-struct Stored {
+pub(super) struct Stored {
     id: String,
     #[serde(default)]
     names: Option<Vec<String>>,
@@ -88,7 +88,7 @@ fn read_storage(bundle: &Bundle, folder: &Path) -> HashMap<String, Stored> {
 }
 
 impl Stored {
-    fn known(&self) -> Known {
+    pub(super) fn known(&self) -> Known {
         let metadata: Metadata = serde_json::from_str(&self.metadata).unwrap_or_default();
         let name = self.names.as_ref().and_then(|names| names.first().cloned());
         Known { name, image: Some(metadata.image).filter(|image| !image.is_empty()) }
@@ -98,7 +98,7 @@ impl Stored {
 /// Part of `Container` of moby, daemon/container.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Docked {
+pub(super) struct Docked {
     #[serde(default)]
     name: String,
     config: DockedConfig,
@@ -117,7 +117,7 @@ fn of_docker(id: &str, bundle: &Bundle, config: &Config) -> Known {
 }
 
 /// Where Docker keeps its containers: it mounts files from there into each, be they another container's.
-fn folder_of_docker(config: &Config) -> PathBuf {
+pub(super) fn folder_of_docker(config: &Config) -> PathBuf {
     let is_containers = |folder: &Path| {
         let id = folder.file_name().and_then(|name| name.to_str());
         id.is_some_and(container::is_id) && folder.parent().is_some_and(|parent| parent.ends_with("containers"))
@@ -127,14 +127,14 @@ fn folder_of_docker(config: &Config) -> PathBuf {
 }
 
 impl Docked {
-    fn known(self) -> Known {
+    pub(super) fn known(self) -> Known {
         let some = |text: &str| Some(text.to_owned()).filter(|text| !text.is_empty());
         Known { name: some(self.name.trim_start_matches('/')), image: some(&self.config.image) }
     }
 }
 
 /// By the annotations of the CRI plugin (containerd, internal/cri/annotations), of nerdctl (pkg/labels), or just by its id.
-fn of_containerd(id: &str, config: &Config) -> Option<Known> {
+pub(super) fn of_containerd(id: &str, config: &Config) -> Option<Known> {
     let cri = |key: &str| config.annotation(&format!("io.kubernetes.cri.{key}"));
     if cri("container-type") == Some("sandbox") {
         return None;
@@ -145,7 +145,7 @@ fn of_containerd(id: &str, config: &Config) -> Option<Known> {
 }
 
 /// By the annotations of CRI-O (pkg/annotations, internal/factory/container) and of the kubelet.
-fn of_crio(config: &Config) -> Option<Known> {
+pub(super) fn of_crio(config: &Config) -> Option<Known> {
     let get = |key: &str| config.annotation(&format!("io.kubernetes.{key}"));
     if get("cri-o.ContainerType") == Some("sandbox") {
         return None;

@@ -56,7 +56,7 @@ pub struct Status {
     pub gids: [u32; 4],
     /// Effective capabilities.
     pub capabilities: u64,
-    /// In each PID namespace, from the reader's inwards.
+    /// In each PID namespace, from the reader's inwards: at least one.
     pub numbers: Vec<u32>,
 }
 
@@ -80,7 +80,7 @@ impl Status {
             uids: numbers(field("Uid:")?)?.try_into().ok()?,
             gids: numbers(field("Gid:")?)?.try_into().ok()?,
             capabilities: u64::from_str_radix(field("CapEff:")?.trim(), 16).ok()?,
-            numbers: numbers(field("NSpid:")?)?,
+            numbers: numbers(field("NSpid:")?).filter(|numbers| !numbers.is_empty())?,
         })
     }
 
@@ -159,6 +159,8 @@ mod tests {
         assert_eq!(expected.only_ids(), None);
         assert_eq!(Status { uids: [1000; 4], ..expected.clone() }.only_ids(), Some((1000, 5)));
         assert_eq!(Status::parse(text.as_bytes()), Some(expected));
+        // What the kernel writes of a process that the reader's PID namespace does not contain.
+        assert_eq!(Status::parse(text.replace("\t812\t7", "").as_bytes()), None);
         assert_eq!(Status::parse(b"Uid:\t0\t0\t0\n"), None);
         assert_eq!(Status::parse(b""), None);
     }

@@ -20,6 +20,8 @@
 mod budget;
 mod bundle;
 mod engines;
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) mod fuzz;
 mod identity;
 mod processes;
 mod search;

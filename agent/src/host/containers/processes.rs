@@ -89,7 +89,7 @@ fn stat(pid: u32) -> Option<Process> {
 }
 
 /// Parses proc_pid_stat(5): the name is in parentheses and may contain anything. `None` for a process that has ended.
-fn parse_stat(stat: &[u8]) -> Option<Process> {
+pub(super) fn parse_stat(stat: &[u8]) -> Option<Process> {
     let stat = String::from_utf8_lossy(stat);
     let (before, after) = stat.rsplit_once(") ")?;
     let (_, comm) = before.split_once(" (")?;

@@ -246,7 +246,7 @@ impl std::fmt::Display for Scope {
     }
 }
 
-fn parse(json: &[u8]) -> Result<Listing, String> {
+pub(super) fn parse(json: &[u8]) -> Result<Listing, String> {
     serde_json::from_slice(json).map_err(|error| error.to_string())
 }
 

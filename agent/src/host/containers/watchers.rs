@@ -5,8 +5,10 @@
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
+    ffi::OsStr,
     fs::{self, File},
     io::{self, Read as _},
+    os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
     rc::Rc,
 };
@@ -233,26 +235,28 @@ impl Arguments {
     /// Parses them. `None` also for one that watches a process that came later, by `podman exec`.
     #[must_use]
     pub fn parse(cmdline: &[u8]) -> Option<Self> {
-        let words: Vec<&str> = cmdline.split(|byte| *byte == 0).filter_map(|word| str::from_utf8(word).ok()).collect();
-        if words.contains(&"--exec-process-spec") {
+        let words: Vec<&[u8]> = cmdline.split(|byte| *byte == 0).collect();
+        if words.contains(&&b"--exec-process-spec"[..]) {
             return None;
         }
         // Further on are those of other programs.
         let value = |short: &str, long: &str| {
-            let at = words.iter().position(|word| *word == short || *word == long)?;
-            words.get(at + 1).map(|word| (*word).to_owned()).filter(|word| !word.is_empty())
+            let at = words.iter().position(|word| *word == short.as_bytes() || *word == long.as_bytes())?;
+            words.get(at + 1).copied().filter(|word| !word.is_empty())
         };
+        let text = |word: &[u8]| str::from_utf8(word).ok().map(str::to_owned);
+        let path = |word: &[u8]| PathBuf::from(OsStr::from_bytes(word));
         Some(Self {
-            id: value("-c", "--cid").filter(|id| is_name(id))?,
-            name: value("-n", "--name"),
-            bundle: value("-b", "--bundle")?.into(),
-            pid_file: value("-p", "--container-pidfile")?.into(),
+            id: value("-c", "--cid").and_then(text).filter(|id| is_name(id))?,
+            name: value("-n", "--name").and_then(text),
+            bundle: path(value("-b", "--bundle")?),
+            pid_file: path(value("-p", "--container-pidfile")?),
         })
     }
 }
 
 /// Whether a word can be the id of a container: what runc allows (`validateID`, libcontainer/factory_linux.go).
-fn is_name(id: &str) -> bool {
+pub(super) fn is_name(id: &str) -> bool {
     let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"_+-.".contains(&byte);
     (1..=255).contains(&id.len()) && id.bytes().all(is_allowed) && !id.bytes().all(|byte| byte == b'.')
 }
@@ -401,6 +405,11 @@ mod tests {
         assert_eq!(parse(&format!("{line} -e --exec-process-spec /r/exec")), None);
         assert_eq!(parse("conmon --version"), None);
         assert_eq!(parse(&line.replace("-c 4f7c", "-c \x1b[31m")), None);
+        // The value is the next word, whatever its bytes are.
+        let with = |word: &[u8]| [b"conmon\0-c\0", word, b"\x004f7c\0-b\0/b\xff\0-p\0/p"].concat();
+        assert_eq!(Arguments::parse(&with(b"\xff")), None);
+        let bundle = Arguments::parse(&with(b"web")).map(|arguments| arguments.bundle);
+        assert_eq!(bundle.as_deref(), Some(Path::new(OsStr::from_bytes(b"/b\xff"))));
     }
 
     #[test]
