@@ -21,6 +21,8 @@ VM_JOBS ?= 2
 BENCH ?=
 # How many inputs each fuzz target is fed with.
 FUZZ_RUNS ?= 1000000
+# How long `make soak` takes.
+MINUTES ?= 10
 # More for every call of cargo that builds: CI says --locked.
 CARGO_FLAGS ?=
 
@@ -47,8 +49,8 @@ UNIT := --workspace --exclude sockpolicy-integration-tests
 INTEGRATION := --package sockpolicy-integration-tests --test integration
 matrix = $(SUDO) $(CURDIR)/integration-tests/vm/matrix -j $(VM_JOBS) -t $(1) $(foreach kernel,$(2),-k $(kernel)) --
 
-.PHONY: help build demo test fuzz unit integration vm-test vm-test-fast bench bench-docs bench-build lint fmt docs clean bootstrap \
-	debug-build
+.PHONY: help build demo test fuzz unit integration vm-test vm-test-fast soak bench bench-docs bench-build lint fmt docs clean \
+	bootstrap debug-build
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -85,6 +87,13 @@ vm-test-fast: debug-build ## the quicker ones of them, on two kernels (FAST_KERN
 
 fuzz: ## the fuzz targets, each for FUZZ_RUNS executions: some minutes; the unit tests run their corpus
 	@fuzz/run -n $(FUZZ_RUNS)
+
+soak: ## policies beside hostile tenants, all at once, for MINUTES (10), as root
+	@./bootstrap build
+	@echo 'soak: $(MINUTES) minutes'
+	@cargo build --quiet --release $(CARGO_FLAGS)
+	@cargo build --quiet --release $(CARGO_FLAGS) --package sockpolicy-integration-tests --bin soak --bin sockprobe
+	@$(SUDO) target/release/soak $(MINUTES)
 
 bench: bench-build ## what it costs, beside what people would use instead: one table; BENCH names parts of it
 	@$(SUDO) target/release/bench $(BENCH)

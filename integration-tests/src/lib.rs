@@ -82,8 +82,9 @@ pub fn require_root() {
 #[must_use]
 pub fn built(name: &str) -> PathBuf {
     let tests = must(std::env::current_exe(), "find the test binary's own path");
-    // target/debug/deps/integration-0123456789abcdef
-    let path = tests.ancestors().nth(2).map(|folder| folder.join(name)).unwrap_or_default();
+    // target/debug/deps/integration-0123456789abcdef, or target/debug/soak
+    let folders = tests.ancestors().skip(1).take(2);
+    let path = folders.map(|folder| folder.join(name)).find(|path| path.is_file()).unwrap_or_else(|| name.into());
     assert!(path.is_file(), "{} is not there\n  help: cargo build --workspace", path.display());
     path
 }

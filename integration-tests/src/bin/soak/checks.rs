@@ -1,0 +1,157 @@
+//! What a process under a policy finds about its own sockets by getsockopt: the oracle of the soak test.
+
+use std::{
+    collections::BTreeMap,
+    fmt::Debug,
+    io::{self, Write},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
+    os::fd::AsRawFd,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use crate::{
+    policies::VERSIONS,
+    sockets::{
+        self, IP_TTL, Option, SO_BUF_LOCK, SO_KEEPALIVE, SO_MARK, SO_SNDBUF, SO_SNDBUFFORCE, TCP_KEEPCNT, TCP_KEEPIDLE,
+        TCP_NODELAY, TCP_QUICKACK, get, set,
+    },
+};
+
+/// How many mismatches are described; all are counted.
+const DESCRIBED: u64 = 20;
+/// The buffer that the limit permits: the kernel doubles what a call asks for (`sock_setsockopt`, net/core/sock.c).
+const BUFFER: i32 = 2 * 32 * 1024;
+
+/// What a process has done: checks, mismatches, and by option the calls in conflict with its policy.
+#[derive(Debug, Default)]
+pub(crate) struct Counts(pub(crate) BTreeMap<&'static str, u64>);
+
+impl Counts {
+    pub(crate) fn add(&mut self, what: &'static str) {
+        *self.0.entry(what).or_insert(0) += 1;
+    }
+
+    /// Compares, and describes what differs.
+    pub(crate) fn check<T: PartialEq + Debug>(&mut self, what: &str, found: &T, permitted: &[T]) {
+        self.add("checks");
+        if permitted.contains(found) {
+            return;
+        }
+        self.add("mismatches");
+        if self.0["mismatches"] <= DESCRIBED {
+            let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+            let _ = writeln!(io::stdout(), "mismatch at {time} ms: {what} is {found:?}, permitted {permitted:?}");
+        }
+    }
+
+    fn has(&mut self, what: &str, fd: &impl AsRawFd, option: Option, wanted: i32) {
+        self.check(
+            &format!("{} {what}", option.2),
+            &get(fd, option).map_err(|error| error.raw_os_error()),
+            &[Ok(wanted)],
+        );
+    }
+
+    /// Makes a call in conflict with the policy, which must not have the value that it asks for as its effect.
+    fn disagree(&mut self, what: &str, fd: &impl AsRawFd, option: Option, asked: i32, wanted: i32) -> io::Result<()> {
+        set(fd, option, asked)?;
+        self.add(option.2);
+        self.has(what, fd, option, wanted);
+        Ok(())
+    }
+}
+
+/// How a client names its server.
+#[derive(Clone, Copy, Debug)]
+enum Way {
+    Loopback,
+    AnyAddress,
+    Itself,
+}
+
+/// A round of all checks of the constant policy.
+pub(crate) fn constant(counts: &mut Counts) -> io::Result<()> {
+    for home in [SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), (Ipv6Addr::LOCALHOST, 0).into()] {
+        for way in [Way::Loopback, Way::AnyAddress, Way::Itself] {
+            tcp(counts, home, way)?;
+        }
+    }
+    datagrams(counts)
+}
+
+fn family(address: SocketAddr) -> i32 {
+    if address.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 }
+}
+
+fn tcp(counts: &mut Counts, home: SocketAddr, way: Way) -> io::Result<()> {
+    let listener = TcpListener::bind(home)?;
+    let there = listener.local_addr()?;
+    let what = format!("{way:?} {}", if home.is_ipv4() { "IPv4" } else { "IPv6" });
+    let fd = sockets::open(family(home), libc::SOCK_STREAM)?;
+    set(&fd, TCP_NODELAY, 0)?;
+    counts.add(TCP_NODELAY.2);
+    sockets::reset_on_close(&fd)?;
+    match way {
+        Way::Loopback => sockets::connect(&fd, there)?,
+        Way::AnyAddress => sockets::connect(&fd, sockets::any(there))?,
+        Way::Itself => {
+            sockets::bind(&fd, home)?;
+            let client = TcpStream::from(fd.try_clone()?);
+            sockets::connect(&fd, client.local_addr()?)?;
+        }
+    }
+    governed(counts, &format!("outbound {what}"), &fd)?;
+    if !matches!(way, Way::Itself) {
+        governed(counts, &format!("inbound {what}"), &listener.accept()?.0)?;
+    }
+    Ok(())
+}
+
+/// Whether a connected socket has what [`crate::policies::RULES`] says, and keeps it.
+fn governed(counts: &mut Counts, what: &str, fd: &impl AsRawFd) -> io::Result<()> {
+    let settings = [(TCP_NODELAY, 1, 0), (SO_KEEPALIVE, 1, 0), (TCP_KEEPIDLE, 60, 999), (TCP_KEEPCNT, 4, 9)];
+    for (option, wanted, asked) in settings.into_iter().chain([(SO_MARK, 0x20, 7)]) {
+        counts.has(what, fd, option, wanted);
+        counts.disagree(what, fd, option, asked, wanted)?;
+    }
+    counts.disagree(what, fd, SO_SNDBUF, 1 << 20, BUFFER)?;
+    set(fd, SO_SNDBUFFORCE, 1 << 20)?;
+    counts.add(SO_SNDBUFFORCE.2);
+    // Without the lock the kernel may let the buffer grow.
+    let _ = set(fd, SO_BUF_LOCK, 0);
+    counts.add(SO_BUF_LOCK.2);
+    let buffer = get(fd, SO_SNDBUF)?;
+    counts.check(&format!("SO_SNDBUF {what} after SO_SNDBUFFORCE and SO_BUF_LOCK"), &(buffer <= BUFFER), &[true]);
+    if what.ends_with("IPv4") {
+        counts.disagree(what, fd, IP_TTL, 99, 9)?;
+    }
+    let denied = set(fd, TCP_QUICKACK, 1).map_err(|error| error.raw_os_error());
+    counts.add(TCP_QUICKACK.2);
+    counts.check(&format!("TCP_QUICKACK {what}"), &denied, &[Err(Some(libc::EPERM))]);
+    Ok(())
+}
+
+fn datagrams(counts: &mut Counts) -> io::Result<()> {
+    let fd = sockets::open(libc::AF_INET, libc::SOCK_DGRAM)?;
+    for peer in [[127, 1, 0, 1], [0, 0, 0, 0], [127, 2, 0, 1]] {
+        sockets::connect(&fd, (Ipv4Addr::from(peer), 9).into())?;
+        counts.has("datagrams", &fd, SO_MARK, 0x20);
+        counts.disagree("datagrams", &fd, SO_MARK, 7, 0x20)?;
+    }
+    Ok(())
+}
+
+/// Whether connections have the values of one of the two policies that replace each other, and no mixture.
+pub(crate) fn versions(counts: &mut Counts) -> io::Result<()> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let client = TcpStream::connect(listener.local_addr()?)?;
+    sockets::reset_on_close(&client)?;
+    for (what, fd) in [("outbound", &client), ("inbound", &listener.accept()?.0)] {
+        let mut values = [0; 3];
+        for (value, option) in values.iter_mut().zip([SO_MARK, TCP_KEEPCNT, TCP_KEEPIDLE]) {
+            *value = get(fd, option)?;
+        }
+        counts.check(&format!("mark, count and idle time {what}"), &values, &VERSIONS);
+    }
+    Ok(())
+}

@@ -1,0 +1,284 @@
+//! All that is there at once: cgroups, policies, agents, victims and hostile tenants.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::{self, Write},
+    path::PathBuf,
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use sockpolicy_integration_tests::{
+    agent as fixtures, bpffs::Instance, cgroup::Cgroup, policy::PolicyFile, residue::Residue, wait,
+};
+
+use crate::{
+    agent::{Agent, Sample, Told},
+    judge::Findings,
+    policies::{INVALID, RULES, policy, version},
+    tenants::Tenants,
+    worker::Worker,
+};
+
+/// Between looks at the agents.
+const SAMPLED: Duration = Duration::from_secs(2);
+/// How long a persistent agent lives.
+const KILLED: Duration = Duration::from_secs(7);
+const RELOADED: Duration = Duration::from_secs(1);
+/// Lines for conflicts a second, of all targets, at most (`Rate` in bpf-programs/abi/src/event.rs), and of a line the bytes.
+const OUTPUT_PER_SECOND: u64 = 2_000_000;
+const CLAIM: &str = "soak-claimed";
+/// A network namespace where sockets get no memory beside their buffers (6.8 and later).
+const NO_MEMORY: &str = "ip link set lo up && { echo 0 >/proc/sys/net/core/optmem_max; exec \"$@\"; }";
+const FEW_DESCRIPTORS: &str = "ip link set lo up && ulimit -n 64 && exec \"$@\"";
+
+/// What works under which policy of the first agent.
+const WORKERS: [(&str, &str, Option<&str>); 8] = [
+    ("constant", "set", None),
+    ("constant", "starved", Some(NO_MEMORY)),
+    ("constant", "inner", None),
+    ("versions", "flip", None),
+    ("storm", "storm", None),
+    ("forks", "forks", None),
+    ("numbers", "numbers", None),
+    ("descriptors", "descriptors", Some(FEW_DESCRIPTORS)),
+];
+
+/// The fields are dropped in this order: processes before cgroups.
+#[derive(Debug)]
+pub(crate) struct Scene {
+    tenants: Tenants,
+    workers: Vec<Worker>,
+    kept_worker: Option<Worker>,
+    agent: Agent,
+    kept_agent: Agent,
+    held: Residue,
+    policies: PolicyFile,
+    kept_policy: PolicyFile,
+    instance: Instance,
+    root: Cgroup,
+}
+
+impl Scene {
+    /// Starts all of it.
+    pub(crate) fn begin() -> io::Result<Self> {
+        let root = Cgroup::new();
+        let policies = PolicyFile::named("flip.toml", policy("flip", &format!("{}/flip", root.name()), &version(0)));
+        for (_, name, _) in WORKERS.iter().filter(|(_, name, _)| *name != "flip") {
+            let audit = if *name == "numbers" { "[audit]\ncalls = \"all\"\nreads = true\n" } else { "" };
+            let text = policy(name, &format!("{}/{name}*", root.name()), &format!("{audit}{RULES}"));
+            policies.add(&format!("{name}.toml"), text);
+        }
+        policies.add("churn.toml", policy("churn", &format!("{}/churn/**", root.name()), RULES));
+        policies.add(
+            "claimed.toml",
+            format!("name = \"claimed\"\n[target]\ncontainer = {{ name = \"{CLAIM}\" }}\n{RULES}"),
+        );
+        let kept_policy = PolicyFile::new(policy("kept", &format!("{}/kept", root.name()), RULES));
+        let (instance, churn) = (Instance::new(), root.child("churn"));
+        let cgroups: Vec<Cgroup> = WORKERS.iter().map(|(_, name, _)| root.child(name)).collect();
+        let kept = root.child("kept");
+        let mut agent = Agent::start(&[&policies.folder().display().to_string()])?;
+        let mut kept_agent = Self::start_kept(&instance, &kept_policy)?;
+        agent.wait_in_force()?;
+        kept_agent.wait_in_force()?;
+        let held = agent.held();
+        let workers = WORKERS.iter().zip(cgroups);
+        let workers = workers.map(|((kind, name, script), cgroup)| Worker::start(kind, name, cgroup, *script));
+        let workers = workers.collect::<io::Result<_>>()?;
+        let kept_worker = Some(Worker::start("constant", "kept", kept, None)?);
+        let mut tenants = Tenants::default();
+        tenants.churn(churn.path().to_owned());
+        tenants.overlong(churn.path().to_owned());
+        tenants.impostors(CLAIM);
+        // The root removes it.
+        std::mem::forget(churn);
+        Ok(Self { tenants, workers, kept_worker, agent, kept_agent, held, policies, kept_policy, instance, root })
+    }
+
+    fn start_kept(instance: &Instance, policy: &PolicyFile) -> io::Result<Agent> {
+        let path = policy.path().display().to_string();
+        Agent::start(&["--persist", "--instance", &instance.name, &path])
+    }
+
+    fn replace(&self, name: &str, text: &str) -> io::Result<()> {
+        let new = self.policies.folder().join("new");
+        fs::write(&new, text)?;
+        fs::set_permissions(&new, std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
+        fs::rename(new, self.policies.folder().join(name))
+    }
+
+    /// Changes the policies; each fifth time to what is none, and then back.
+    fn reload(&self, number: usize) -> io::Result<()> {
+        match number % 5 {
+            3 => self.replace("invalid.toml", INVALID),
+            4 => fs::remove_file(self.policies.folder().join("invalid.toml")),
+            _ => self.replace("flip.toml", &policy("flip", &format!("{}/flip", self.root.name()), &version(number))),
+        }
+    }
+
+    /// Lets all go on for so long, then ends it and judges.
+    pub(crate) fn last(mut self, length: Duration, findings: &mut Findings) -> io::Result<()> {
+        let begin = Instant::now();
+        let (mut samples, mut kept_samples) = (Vec::new(), Vec::new());
+        let (mut reloads, mut kills, mut takeovers) = (0, 0, 0);
+        let mut wrong = Vec::new();
+        let due = |step: Duration, done: u32| begin.elapsed() >= step * (done + 1);
+        while begin.elapsed() < length {
+            if due(RELOADED, reloads) {
+                self.reload(reloads as usize)?;
+                reloads += 1;
+            }
+            if due(SAMPLED, samples.len() as u32) {
+                samples.push(self.agent.sample());
+                kept_samples.push(self.kept_agent.sample());
+                progress(begin, &samples);
+            }
+            if due(KILLED, kills) {
+                takeovers += u32::from(self.kept_agent.told(|told| told.last_messages().contains("in force")));
+                self.kept_agent.end(Signal::SIGKILL)?;
+                wrong.extend(self.kept_agent.told(|told| told.wrong.clone()));
+                self.kept_agent = Self::start_kept(&self.instance, &self.kept_policy)?;
+                kills += 1;
+            }
+            if self.agent.has_ended() {
+                return Err(self.agent.failure("has ended"));
+            }
+            if let Some(worker) = self.workers.iter_mut().chain(&mut self.kept_worker).find_map(Worker::ended) {
+                findings.add(false, format_args!("{} under {}", worker.kind, worker.policy), "it ended early");
+                break;
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        findings.add(reloads > 0, "changes of policies", reloads);
+        findings.add(
+            takeovers > 0,
+            "kills of the persistent agent, and takeovers before",
+            format_args!("{kills}, {takeovers}"),
+        );
+        findings.flat("run", &samples);
+        findings.flat("run --persist", &kept_samples);
+        self.end(begin, wrong, findings)
+    }
+
+    fn end(mut self, begin: Instant, mut wrong: Vec<String>, findings: &mut Findings) -> io::Result<()> {
+        for (done, what) in self.tenants.end().into_iter().zip(["cgroups made", "overlong paths made", "impostors"]) {
+            findings.add(done > 0, what, done);
+        }
+        let mut caused = BTreeMap::new();
+        let kept = self.kept_worker.take();
+        for worker in self.workers.drain(..).chain(kept) {
+            let policy = worker.policy;
+            let name = format!("{} under {policy}", worker.kind);
+            match worker.end() {
+                Ok(outcome) => {
+                    let count = |what: &str| outcome.counts.get(what).copied().unwrap_or(0);
+                    let (checks, mismatches) = (count("checks"), count("mismatches"));
+                    let text = format!(
+                        "{checks} checks, {mismatches} mismatches, {} rounds\n{}",
+                        count("rounds"),
+                        outcome.lines
+                    );
+                    findings.add(mismatches == 0 && count("rounds") > 0, name, text.trim_end());
+                    caused.insert(policy, outcome.counts);
+                }
+                Err(error) => findings.add(false, name, error),
+            }
+        }
+        self.kept_agent.wait_in_force()?;
+        let kept_status = self.kept_agent.end(Signal::SIGTERM)?;
+        let status = self.agent.end(Signal::SIGTERM)?;
+        wrong.extend(self.kept_agent.told(|told| told.wrong.clone()));
+        wrong.extend(self.agent.told(|told| told.wrong.clone()));
+        findings.add(status.success(), "run: its end", status);
+        findings.add(kept_status.success(), "run --persist: its end", kept_status);
+        findings.add(wrong.is_empty(), "lines that are no JSON, panics, control characters", format_args!("{wrong:?}"));
+        let seconds = begin.elapsed().as_secs();
+        self.agent.told(|told| {
+            findings.add(
+                told.reloads[0] > 0 && told.reloads[1] > 0,
+                "reloads in force, refused",
+                format_args!("{:?}", told.reloads),
+            );
+            let output = format!("{} bytes in {seconds} s, {} messages", told.bytes, told.messages);
+            findings.add(told.bytes <= OUTPUT_PER_SECOND * (seconds + 1), "run: output", output);
+            conflicts(told, &caused, findings);
+        });
+        // Counts of calls outlive the agents of an instance: the last one reports all.
+        self.kept_agent.told(|told| counts(&told.summary, "kept", &caused, findings));
+        self.leave(findings);
+        Ok(())
+    }
+
+    /// Removes what stays, and looks for what should not have stayed.
+    fn leave(self, findings: &mut Findings) {
+        let detached = fixtures::output(&["detach", &self.instance.name]);
+        let text = String::from_utf8_lossy(&detached.stderr).into_owned();
+        findings.add(detached.status.success(), "detach", format_args!("{} {text}", detached.status));
+        let left = self.instance.left();
+        findings.add(left.is_empty(), "pins and records left", format_args!("{left:?}"));
+        let held = &self.held;
+        let is_gone = wait::until(Duration::from_secs(20), || held.left() == Residue::default());
+        findings.add(is_gone, "links and programs left", format_args!("{:?}", held.left()));
+        let root: PathBuf = self.root.path().to_owned();
+        drop(self);
+        findings.add(!root.exists(), "cgroups left", if root.exists() { "yes" } else { "none" });
+    }
+}
+
+/// Says once a minute what goes on.
+fn progress(begin: Instant, samples: &[Sample]) {
+    if let (Some(last), true) = (samples.last(), samples.len().is_multiple_of(30)) {
+        let _ = writeln!(io::stderr(), "soak: {} s, agent {last:?}", begin.elapsed().as_secs());
+    }
+}
+
+fn settings<'a>(summary: &'a Value, policy: &'a str) -> impl Iterator<Item = &'a Value> {
+    summary["settings"].as_array().into_iter().flatten().filter(move |setting| setting["policy"] == policy)
+}
+
+fn sum(values: &Value) -> u64 {
+    values.as_object().into_iter().flatten().filter_map(|(_, value)| value.as_u64()).sum()
+}
+
+/// Compares the conflicts that the processes of a policy have caused with those that the agent has counted.
+fn counts(summary: &Value, policy: &str, caused: &BTreeMap<&str, BTreeMap<String, u64>>, findings: &mut Findings) {
+    let Some(caused) = caused.get(policy) else { return };
+    let mut counted: BTreeMap<&str, u64> = BTreeMap::new();
+    for setting in settings(summary, policy) {
+        *counted.entry(setting["option"].as_str().unwrap_or("")).or_insert(0) += sum(&setting["calls"]["conflicts"]);
+    }
+    for (option, count) in counted.into_iter().filter(|(option, count)| *count > 0 || caused.contains_key(*option)) {
+        findings.equal(
+            format_args!("conflicts about {option} under {policy}"),
+            count,
+            caused.get(option).copied().unwrap_or(0),
+        );
+    }
+}
+
+/// Counts are exact, and no event is missing without a reason.
+fn conflicts(told: &Told, caused: &BTreeMap<&str, BTreeMap<String, u64>>, findings: &mut Findings) {
+    for (_, policy, _) in WORKERS {
+        counts(&told.summary, policy, caused, findings);
+    }
+    let all = || told.summary["settings"].as_array().into_iter().flatten();
+    let total = |field: &str| all().filter_map(|setting| setting["events"][field].as_u64()).sum::<u64>();
+    let conflicts: u64 = all().map(|setting| sum(&setting["calls"]["conflicts"])).sum();
+    let losses = &told.summary["losses"];
+    let lost = |reason: &str| losses[reason].as_u64().unwrap_or(0);
+    let unwritten =
+        ["output_blocked", "output_closed", "output_no_space", "output_failed"].map(lost).iter().sum::<u64>();
+    let lines = told.events.get("conflict").copied().unwrap_or(0);
+    findings.equal(
+        "conflicts reported, held back or lost in the ring",
+        total("reported") + total("suppressed") + lost("ring_full"),
+        conflicts,
+    );
+    findings.equal("conflict lines read, or lost in output", lines + unwritten, total("reported"));
+    findings.add(!losses.is_null(), "losses", losses);
+    findings.add(lines > 0, "lines by event", format_args!("{:?}", told.events));
+}
