@@ -11,10 +11,12 @@ MAKEFLAGS += --no-print-directory
 KERNELS ?= 5.10 6.1 6.12 6.18 7.2
 # Those of them that `make test` takes, and what it leaves out there because an emulated machine takes minutes for it: the
 # comparisons with strace on real programs, storms, every bad argument, every way of calling `audit`, Docker, agents that are
-# killed at each step, builds that take over from each other, bars and journals of hundreds of sockets. `make vm-test` leaves out
+# killed at each step, builds that take over from each other, bars and journals of hundreds of sockets, the differential test, and
+# what hostile tenants do to the agent rather than to its programs. `make vm-test` leaves out
 # nothing, and makes over a million calls for the differential test (integration-tests/tests/integration/product.rs).
 FAST_KERNELS ?= 6.1 6.12
-FAST := $(addprefix --skip ,compared::programs pressure storm faults audit::command docker killed builds progress:: grown_long)
+FAST := $(addprefix --skip ,compared::programs pressure storm faults audit::command docker killed builds progress:: grown_long \
+	product:: neighbours:: isolation:: impostors:: output::)
 # How many virtual machines at a time.
 VM_JOBS ?= 2
 # Which parts of the benchmark, all if none: `target/release/bench --help` lists them.
