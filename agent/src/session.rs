@@ -196,9 +196,6 @@ impl Session {
         if targets.is_empty() && wanted > 0 {
             return Err(blocked.into_error());
         }
-        let mut staged = object.stage(&desired, tabled, &targets)?;
-        let (targets, failed) = without_failed(targets, &staged.take_failed());
-        let skipped = blocked.skips().chain(failed).collect();
         let (mut before, mut retired, mut report) = (Vec::new(), Vec::new(), Report::default());
         let (instance, files) = instance.unzip();
         if let Some(instance) = instance {
@@ -211,7 +208,8 @@ impl Session {
                 report.count(number, &generation.desired, &counters, false);
                 retired.push(generation);
             }
-            retired.retain(|generation| staged.generation() - generation.number < GENERATIONS);
+            let next = former.last().map_or(1, |last| last + 1);
+            retired.retain(|generation| next - generation.number < GENERATIONS);
             let there: Vec<u32> = before.iter().map(|generation| generation.number).collect();
             word.retire(&there, &retired, report.counted(&desired));
             let counters = object.former_counters()?;
@@ -220,6 +218,10 @@ impl Session {
                 Some((&generation.desired, counters.as_slice()))
             }));
         }
+        // It takes the place of one that has been retired, whose counts are in the record by now.
+        let mut staged = object.stage(&desired, tabled, &targets)?;
+        let (targets, failed) = without_failed(targets, &staged.take_failed());
+        let skipped = blocked.skips().chain(failed).collect();
         let audit = object.attach_audit(desired.audit, backend)?;
         if let (Some(word), Some(files)) = (&mut word, files) {
             word.add(staged.generation(), files, &targets, true)?;

@@ -201,9 +201,10 @@ impl Object {
         let mut attached = Attached::new(pins);
         attached.last_id = config.last_target;
         attached.take_over(&ebpf)?;
-        // As many as do not have the place of the next one: those before the oldest may have been retired, and not counted.
+        // All that have a place. Those before the oldest are retired, and may not have been counted: an agent that comes after
+        // others which retired none retires one as it begins ([`Self::enable`]), and may be killed before it counts.
         let generations = if config.in_force == 0 { 0..0 } else { 1..config.generation + 1 };
-        let generations = generations.rev().take(GENERATIONS as usize - 1).rev();
+        let generations = generations.rev().take(GENERATIONS as usize).rev();
         let is_retired = |number: &u32| *number < config.oldest;
         let former = generations.filter_map(|number| match Former::of_another(&ebpf, number) {
             Err(_) if is_retired(&number) => None,

@@ -104,6 +104,23 @@ fn disagree(target: &Cgroup, mark: i32) {
 }
 
 #[test]
+fn counts_go_on_where_each_agent_is_killed_before_it_retires_policies() {
+    // Twice as many as the kernel's side keeps the policies of (abi::GENERATIONS).
+    const AGENTS: i32 = 8;
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let policy = PolicyFile::new(sets_mark(&target, 1));
+    for agent in 1..=AGENTS {
+        let run = run_persistent(&instance, &policy);
+        disagree(&target, 10 + agent);
+        run.signal(Signal::SIGKILL);
+        run.wait_for_end();
+    }
+    let report = run_persistent(&instance, &policy).finish_and_stay();
+    assert_eq!(report.setting("SO_MARK").calls.verdicts(), BTreeMap::from([("rewritten", AGENTS as u64)]));
+    instance.detach();
+}
+
+#[test]
 fn counts_and_what_nobody_has_read_go_on_from_policies_to_policies_and_from_agent_to_agent() {
     let (target, instance) = (Cgroup::new(), Instance::new());
     let policy = PolicyFile::new(sets_mark(&target, 1));
