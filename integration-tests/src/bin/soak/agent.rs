@@ -29,6 +29,7 @@ pub(crate) struct Told {
     /// Lines that are no JSON, and messages that tell of a panic or have control characters: the first of them.
     pub(crate) wrong: Vec<String>,
     pub(crate) messages: u64,
+    is_in_force: bool,
     last_messages: Vec<String>,
 }
 
@@ -49,6 +50,7 @@ impl Told {
     fn message(&mut self, line: &str) {
         self.bytes += line.len() as u64 + 1;
         self.messages += 1;
+        self.is_in_force |= line.contains("in force");
         if line.contains("panicked") || line.chars().any(char::is_control) {
             self.is_wrong(line);
         }
@@ -111,10 +113,14 @@ impl Agent {
         matches!(self.child.try_wait(), Ok(Some(_)))
     }
 
+    /// Whether it has put its policies in force.
+    pub(crate) fn is_in_force(&self) -> bool {
+        self.told(|told| told.is_in_force)
+    }
+
     /// Waits until its policies are in force.
     pub(crate) fn wait_in_force(&mut self) -> io::Result<()> {
-        let is_in_force = || self.told(|told| told.last_messages().contains("in force"));
-        if wait::until(wait::PATIENCE, is_in_force) {
+        if wait::until(wait::PATIENCE, || self.is_in_force()) {
             Ok(())
         } else {
             Err(self.failure("did not put policies in force"))

@@ -12,8 +12,8 @@ use std::{
 use crate::{
     policies::VERSIONS,
     sockets::{
-        self, IP_TTL, Option, SO_BUF_LOCK, SO_KEEPALIVE, SO_MARK, SO_SNDBUF, SO_SNDBUFFORCE, TCP_KEEPCNT, TCP_KEEPIDLE,
-        TCP_NODELAY, TCP_QUICKACK, get, set,
+        self, IP_TOS, IP_TTL, Option, SO_BUF_LOCK, SO_KEEPALIVE, SO_MARK, SO_PRIORITY, SO_SNDBUF, SO_SNDBUFFORCE,
+        TCP_KEEPCNT, TCP_KEEPIDLE, TCP_NODELAY, TCP_QUICKACK, get, set,
     },
 };
 
@@ -138,6 +138,20 @@ fn datagrams(counts: &mut Counts) -> io::Result<()> {
         counts.has("datagrams", &fd, SO_MARK, 0x20);
         counts.disagree("datagrams", &fd, SO_MARK, 7, 0x20)?;
     }
+    Ok(())
+}
+
+/// Whether a mark comes and goes with the peer that it is for (connect(2) on a datagram socket changes the peer).
+pub(crate) fn peers(counts: &mut Counts) -> io::Result<()> {
+    let fd = sockets::open(libc::AF_INET, libc::SOCK_DGRAM)?;
+    set(&fd, SO_MARK, 7)?;
+    for (peer, mark) in [([127, 1, 0, 1], 5), ([127, 2, 0, 1], 7), ([127, 1, 0, 2], 5), ([0, 0, 0, 0], 7)] {
+        sockets::connect(&fd, (Ipv4Addr::from(peer), 9).into())?;
+        counts.has(&format!("with peer {peer:?}"), &fd, SO_MARK, mark);
+    }
+    // The kernel sets the priority by the type of service (`do_ip_setsockopt`, net/ipv4/ip_sockglue.c).
+    set(&fd, IP_TOS, 0x10)?;
+    counts.has("after IP_TOS", &fd, SO_PRIORITY, 3);
     Ok(())
 }
 

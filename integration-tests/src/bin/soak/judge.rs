@@ -10,6 +10,9 @@ use crate::agent::Sample;
 /// How much more the last quarter's median may be than the second quarter's, in percent.
 const GROWTH: u64 = 20;
 
+/// What is compared of a sample.
+type Field = fn(&Sample) -> u64;
+
 /// Lines of the table.
 #[derive(Debug, Default)]
 pub(crate) struct Findings {
@@ -27,7 +30,7 @@ impl Findings {
 
     /// Whether numbers that were sampled are flat.
     pub(crate) fn flat(&mut self, name: &str, samples: &[Sample]) {
-        let fields: [(&str, fn(&Sample) -> u64); 3] = [
+        let fields: [(&str, Field); 3] = [
             ("memory, KiB", |sample| sample.memory_kib),
             ("descriptors", |sample| sample.descriptors),
             ("links and programs", |sample| sample.links_and_programs),

@@ -7,8 +7,6 @@
 //! At the end: no socket differed from its policy, each conflict that a process caused is counted, each event is reported, held back or
 //! counted as lost, the agent's memory is flat, and nothing is left behind. The exit status says whether all this is so.
 
-#![expect(clippy::panic, reason = "a fixture that fails ends the test")]
-
 mod agent;
 mod checks;
 mod judge;
@@ -35,7 +33,9 @@ fn main() -> ExitCode {
     let done = match *words.as_slice() {
         [work::WORK, kind] => work::serve(kind).map(|()| true),
         [] => soak(DEFAULT_MINUTES),
-        [minutes] => minutes.parse().map_err(|_| io::Error::other(USAGE)).and_then(soak),
+        [minutes] => {
+            minutes.parse().map_err(|error| io::Error::other(format!("{minutes}: {error}; {USAGE}"))).and_then(soak)
+        }
         _ => Err(io::Error::other(USAGE)),
     };
     match done {

@@ -6,6 +6,10 @@ pub(crate) const RULES: &str = "[[rule]]\n\
      limit = { SO_SNDBUF = { max = \"32KiB\" }, IP_TTL = { max = 9 } }\n\
      deny = [\"TCP_QUICKACK\"]\n";
 
+/// A rule about the peer of a socket, and one about an option that another option changes too.
+pub(crate) const PEERS: &str = "[[rule]]\nmatch = { remote = \"127.1.0.0/16\" }\nset = { SO_MARK = 5 }\n\
+     [[rule]]\nset = { SO_PRIORITY = 3 }\n";
+
 /// `SO_MARK`, `TCP_KEEPCNT` and `TCP_KEEPIDLE` under the two policies that replace each other.
 pub(crate) const VERSIONS: [[i32; 3]; 2] = [[1, 11, 101], [2, 12, 102]];
 

@@ -18,7 +18,7 @@ use sockpolicy_integration_tests::{
 use crate::{
     agent::{Agent, Sample, Told},
     judge::Findings,
-    policies::{INVALID, RULES, policy, version},
+    policies::{INVALID, PEERS, RULES, policy, version},
     tenants::Tenants,
     worker::Worker,
 };
@@ -41,9 +41,9 @@ const WORKERS: [(&str, &str, Option<&str>); 8] = [
     ("constant", "starved", Some(NO_MEMORY)),
     ("constant", "inner", None),
     ("versions", "flip", None),
+    ("peers", "peers", None),
     ("storm", "storm", None),
     ("forks", "forks", None),
-    ("numbers", "numbers", None),
     ("descriptors", "descriptors", Some(FEW_DESCRIPTORS)),
 ];
 
@@ -55,9 +55,12 @@ pub(crate) struct Scene {
     kept_worker: Option<Worker>,
     agent: Agent,
     kept_agent: Agent,
+    /// Reports every call, which the first agent would then do for all of its policies.
+    thorough_agent: Agent,
     held: Residue,
     policies: PolicyFile,
     kept_policy: PolicyFile,
+    _thorough_policy: PolicyFile,
     instance: Instance,
     root: Cgroup,
 }
@@ -68,9 +71,8 @@ impl Scene {
         let root = Cgroup::new();
         let policies = PolicyFile::named("flip.toml", policy("flip", &format!("{}/flip", root.name()), &version(0)));
         for (_, name, _) in WORKERS.iter().filter(|(_, name, _)| *name != "flip") {
-            let audit = if *name == "numbers" { "[audit]\ncalls = \"all\"\nreads = true\n" } else { "" };
-            let text = policy(name, &format!("{}/{name}*", root.name()), &format!("{audit}{RULES}"));
-            policies.add(&format!("{name}.toml"), text);
+            let rules = if *name == "peers" { PEERS } else { RULES };
+            policies.add(&format!("{name}.toml"), policy(name, &format!("{}/{name}*", root.name()), rules));
         }
         policies.add("churn.toml", policy("churn", &format!("{}/churn/**", root.name()), RULES));
         policies.add(
@@ -78,17 +80,22 @@ impl Scene {
             format!("name = \"claimed\"\n[target]\ncontainer = {{ name = \"{CLAIM}\" }}\n{RULES}"),
         );
         let kept_policy = PolicyFile::new(policy("kept", &format!("{}/kept", root.name()), RULES));
+        let rules = format!("[audit]\ncalls = \"all\"\n{RULES}");
+        let thorough_policy = PolicyFile::new(policy("numbers", &format!("{}/numbers", root.name()), &rules));
         let (instance, churn) = (Instance::new(), root.child("churn"));
         let cgroups: Vec<Cgroup> = WORKERS.iter().map(|(_, name, _)| root.child(name)).collect();
-        let kept = root.child("kept");
+        let [kept, numbers] = ["kept", "numbers"].map(|name| root.child(name));
         let mut agent = Agent::start(&[&policies.folder().display().to_string()])?;
         let mut kept_agent = Self::start_kept(&instance, &kept_policy)?;
-        agent.wait_in_force()?;
-        kept_agent.wait_in_force()?;
+        let mut thorough_agent = Agent::start(&[&thorough_policy.path().display().to_string()])?;
+        for agent in [&mut agent, &mut kept_agent, &mut thorough_agent] {
+            agent.wait_in_force()?;
+        }
         let held = agent.held();
         let workers = WORKERS.iter().zip(cgroups);
         let workers = workers.map(|((kind, name, script), cgroup)| Worker::start(kind, name, cgroup, *script));
-        let workers = workers.collect::<io::Result<_>>()?;
+        let mut workers = workers.collect::<io::Result<Vec<_>>>()?;
+        workers.push(Worker::start("numbers", "numbers", numbers, None)?);
         let kept_worker = Some(Worker::start("constant", "kept", kept, None)?);
         let mut tenants = Tenants::default();
         tenants.churn(churn.path().to_owned());
@@ -96,7 +103,20 @@ impl Scene {
         tenants.impostors(CLAIM);
         // The root removes it.
         std::mem::forget(churn);
-        Ok(Self { tenants, workers, kept_worker, agent, kept_agent, held, policies, kept_policy, instance, root })
+        Ok(Self {
+            tenants,
+            workers,
+            kept_worker,
+            agent,
+            kept_agent,
+            thorough_agent,
+            held,
+            policies,
+            kept_policy,
+            _thorough_policy: thorough_policy,
+            instance,
+            root,
+        })
     }
 
     fn start_kept(instance: &Instance, policy: &PolicyFile) -> io::Result<Agent> {
@@ -123,7 +143,7 @@ impl Scene {
     /// Lets all go on for so long, then ends it and judges.
     pub(crate) fn last(mut self, length: Duration, findings: &mut Findings) -> io::Result<()> {
         let begin = Instant::now();
-        let (mut samples, mut kept_samples) = (Vec::new(), Vec::new());
+        let (mut samples, mut kept_samples, mut thorough_samples) = (Vec::new(), Vec::new(), Vec::new());
         let (mut reloads, mut kills, mut takeovers) = (0, 0, 0);
         let mut wrong = Vec::new();
         let due = |step: Duration, done: u32| begin.elapsed() >= step * (done + 1);
@@ -134,18 +154,24 @@ impl Scene {
             }
             if due(SAMPLED, samples.len() as u32) {
                 samples.push(self.agent.sample());
-                kept_samples.push(self.kept_agent.sample());
+                // One that begins has less.
+                if self.kept_agent.is_in_force() {
+                    kept_samples.push(self.kept_agent.sample());
+                }
+                thorough_samples.push(self.thorough_agent.sample());
                 progress(begin, &samples);
             }
             if due(KILLED, kills) {
-                takeovers += u32::from(self.kept_agent.told(|told| told.last_messages().contains("in force")));
+                takeovers += u32::from(self.kept_agent.is_in_force());
                 self.kept_agent.end(Signal::SIGKILL)?;
                 wrong.extend(self.kept_agent.told(|told| told.wrong.clone()));
                 self.kept_agent = Self::start_kept(&self.instance, &self.kept_policy)?;
                 kills += 1;
             }
-            if self.agent.has_ended() {
-                return Err(self.agent.failure("has ended"));
+            for agent in [&mut self.agent, &mut self.kept_agent, &mut self.thorough_agent] {
+                if agent.has_ended() {
+                    return Err(agent.failure("has ended"));
+                }
             }
             if let Some(worker) = self.workers.iter_mut().chain(&mut self.kept_worker).find_map(Worker::ended) {
                 findings.add(false, format_args!("{} under {}", worker.kind, worker.policy), "it ended early");
@@ -161,6 +187,7 @@ impl Scene {
         );
         findings.flat("run", &samples);
         findings.flat("run --persist", &kept_samples);
+        findings.flat("run with calls = all", &thorough_samples);
         self.end(begin, wrong, findings)
     }
 
@@ -191,9 +218,12 @@ impl Scene {
         self.kept_agent.wait_in_force()?;
         let kept_status = self.kept_agent.end(Signal::SIGTERM)?;
         let status = self.agent.end(Signal::SIGTERM)?;
-        wrong.extend(self.kept_agent.told(|told| told.wrong.clone()));
-        wrong.extend(self.agent.told(|told| told.wrong.clone()));
+        let thorough_status = self.thorough_agent.end(Signal::SIGTERM)?;
+        for agent in [&self.agent, &self.kept_agent, &self.thorough_agent] {
+            wrong.extend(agent.told(|told| told.wrong.clone()));
+        }
         findings.add(status.success(), "run: its end", status);
+        findings.add(thorough_status.success(), "run with calls = all: its end", thorough_status);
         findings.add(kept_status.success(), "run --persist: its end", kept_status);
         findings.add(wrong.is_empty(), "lines that are no JSON, panics, control characters", format_args!("{wrong:?}"));
         let seconds = begin.elapsed().as_secs();
@@ -209,6 +239,7 @@ impl Scene {
         });
         // Counts of calls outlive the agents of an instance: the last one reports all.
         self.kept_agent.told(|told| counts(&told.summary, "kept", &caused, findings));
+        self.thorough_agent.told(|told| tallies(told, caused.get("numbers"), findings));
         self.leave(findings);
         Ok(())
     }
@@ -278,7 +309,22 @@ fn conflicts(told: &Told, caused: &BTreeMap<&str, BTreeMap<String, u64>>, findin
         total("reported") + total("suppressed") + lost("ring_full"),
         conflicts,
     );
-    findings.equal("conflict lines read, or lost in output", lines + unwritten, total("reported"));
+    let (reported, found) = (total("reported"), format!("{lines} and {unwritten} of {}", total("reported")));
+    let is_explained = lines <= reported && reported <= lines + unwritten;
+    findings.add(is_explained, "conflict lines read, and lines lost in output", found);
     findings.add(!losses.is_null(), "losses", losses);
     findings.add(lines > 0, "lines by event", format_args!("{:?}", told.events));
+}
+
+/// Each call on an invented option is counted, and the memory for that is bounded.
+fn tallies(told: &Told, made: Option<&BTreeMap<String, u64>>, findings: &mut Findings) {
+    let lines = || told.summary["calls"].as_array().into_iter().flatten();
+    for call in ["setsockopt", "getsockopt"] {
+        let counted = lines().filter(|line| line["call"] == call).filter_map(|line| line["calls"].as_u64()).sum();
+        let made = made.and_then(|made| made.get(call)).copied().unwrap_or(0);
+        findings.equal(format_args!("calls of {call} on invented options"), counted, made);
+    }
+    let count = lines().count();
+    findings.add(count > 0 && count < 1000, "options that the audit counts", count);
+    findings.add(true, "run with calls = all: losses", &told.summary["losses"]);
 }

@@ -15,6 +15,8 @@ pub(crate) const SO_KEEPALIVE: Option = (libc::SOL_SOCKET, libc::SO_KEEPALIVE, "
 pub(crate) const TCP_KEEPIDLE: Option = (libc::SOL_TCP, libc::TCP_KEEPIDLE, "TCP_KEEPIDLE");
 pub(crate) const TCP_KEEPCNT: Option = (libc::SOL_TCP, libc::TCP_KEEPCNT, "TCP_KEEPCNT");
 pub(crate) const SO_MARK: Option = (libc::SOL_SOCKET, libc::SO_MARK, "SO_MARK");
+pub(crate) const SO_PRIORITY: Option = (libc::SOL_SOCKET, libc::SO_PRIORITY, "SO_PRIORITY");
+pub(crate) const IP_TOS: Option = (libc::SOL_IP, libc::IP_TOS, "IP_TOS");
 pub(crate) const SO_SNDBUF: Option = (libc::SOL_SOCKET, libc::SO_SNDBUF, "SO_SNDBUF");
 /// Another name of the same option.
 pub(crate) const SO_SNDBUFFORCE: Option = (libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, "SO_SNDBUF");

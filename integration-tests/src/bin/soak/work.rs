@@ -30,6 +30,7 @@ pub(crate) fn serve(kind: &str) -> io::Result<()> {
     let round: fn(&mut Counts) -> io::Result<()> = match kind {
         "constant" => checks::constant,
         "versions" => checks::versions,
+        "peers" => checks::peers,
         "storm" => storm,
         "forks" => forks,
         "numbers" => numbers,
@@ -70,7 +71,7 @@ fn storm(counts: &mut Counts) -> io::Result<()> {
 
 /// Processes that each make one call in conflict, under a name that would change a terminal's state.
 fn forks(counts: &mut Counts) -> io::Result<()> {
-    for _ in 0..5 {
+    for _ in 0..20 {
         // SAFETY: the child only makes system calls and ends.
         match unsafe { nix::unistd::fork() }? {
             nix::unistd::ForkResult::Parent { child } => drop(waitpid(child, None)?),
@@ -93,7 +94,9 @@ fn numbers(counts: &mut Counts) -> io::Result<()> {
     let round = *counts.0.get("rounds").unwrap_or(&0) as i32;
     for number in 0..10 {
         let _ = sockets::set(&fd, (1000 + round % 50_000, number, ""), 1);
+        counts.add("setsockopt");
         let _ = sockets::get(&fd, (libc::SOL_TCP, 1000 + 10 * round + number, ""));
+        counts.add("getsockopt");
     }
     Ok(())
 }
