@@ -30,6 +30,8 @@ const KILLED: Duration = Duration::from_secs(7);
 const RELOADED: Duration = Duration::from_secs(1);
 /// Lines for conflicts a second, of all targets, at most (`Rate` in bpf-programs/abi/src/event.rs), and of a line the bytes.
 const OUTPUT_PER_SECOND: u64 = 2_000_000;
+/// What workers count beside conflicts.
+const NOT_OPTIONS: [&str; 3] = ["checks", "mismatches", "rounds"];
 const CLAIM: &str = "soak-claimed";
 /// A network namespace where sockets get no memory beside their buffers (6.8 and later).
 const NO_MEMORY: &str = "ip link set lo up && { echo 0 >/proc/sys/net/core/optmem_max; exec \"$@\"; }";
@@ -282,12 +284,13 @@ fn counts(summary: &Value, policy: &str, caused: &BTreeMap<&str, BTreeMap<String
     for setting in settings(summary, policy) {
         *counted.entry(setting["option"].as_str().unwrap_or("")).or_insert(0) += sum(&setting["calls"]["conflicts"]);
     }
+    // An option without a line in the report has no count.
+    for option in caused.keys().map(String::as_str).filter(|what| !NOT_OPTIONS.contains(what)) {
+        counted.entry(option).or_insert(0);
+    }
     for (option, count) in counted.into_iter().filter(|(option, count)| *count > 0 || caused.contains_key(*option)) {
-        findings.equal(
-            format_args!("conflicts about {option} under {policy}"),
-            count,
-            caused.get(option).copied().unwrap_or(0),
-        );
+        let wanted = caused.get(option).copied().unwrap_or(0);
+        findings.equal(format_args!("conflicts about {option} under {policy}"), count, wanted);
     }
 }
 

@@ -48,12 +48,12 @@ impl Tenants {
         }));
     }
 
-    /// Makes and removes cgroups, of which one in ten is nested deeply.
+    /// Makes and removes cgroups, of which one in a hundred is nested deeply.
     pub(crate) fn churn(&mut self, below: PathBuf) {
         self.start(Duration::from_micros(1_000_000 / PER_SECOND), move |number| {
             let top = below.join(format!("c{number}"));
             fs::create_dir(&top)?;
-            if number.is_multiple_of(1000) {
+            if number.is_multiple_of(100) {
                 nest(&top, DEPTH, "n")?;
             }
             fs::remove_dir(&top)
