@@ -374,7 +374,7 @@ impl Session {
         &self.skipped
     }
 
-    /// Leaves word of what is skipped at the moment.
+    /// Records the objects that are skipped now.
     pub fn note_skipped(&mut self, skipped: &SkippedList) {
         if let Some(word) = &mut self.word {
             word.note_skipped(skipped);

@@ -1,4 +1,4 @@
-//! Live sockets brought in line beside whatever else `run` does: on a thread that holds nothing that enforces policies, and never
+//! Reconciles live sockets beside everything else that `run` does: on a thread that holds nothing that enforces policies, and never
 //! touches a socket. Enforcement does not wait for it.
 
 use std::{
@@ -30,7 +30,7 @@ use crate::{
     skipped::Skip,
 };
 
-/// What is to be brought in line, and with what.
+/// The sockets to reconcile, and the policies to reconcile them with.
 pub(super) struct Task {
     pub(super) mount: Mount,
     pub(super) desired: Desired,

@@ -115,7 +115,7 @@ fn wait_for_room(descriptor: BorrowedFd<'_>) -> io::Result<()> {
 
 /// Standard output, a line at a time.
 ///
-/// In text, control characters other than line ends are escaped, whoever wrote them. Flush it: what follows the last line end
+/// In text, control characters other than line ends are escaped in all that is written. Flush it: what follows the last line end
 /// is written then.
 pub(super) struct Lines {
     format: Format,

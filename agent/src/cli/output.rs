@@ -170,7 +170,7 @@ impl Writer {
         self.out.put(&self.lines(line));
     }
 
-    /// In text, control characters are escaped, whoever wrote them.
+    /// In text, control characters are escaped in all that is written.
     fn lines(&self, lines: &dyn fmt::Display) -> String {
         match self.format {
             Format::Text => visible(&format!("{lines}\n"), true),

@@ -246,7 +246,7 @@ pub(super) struct Placement {
     pub(super) skipped: Vec<Skip>,
 }
 
-/// Targets that policies can have at the same time. More are skipped: whoever makes cgroups that a glob matches is not to
+/// Targets that policies can have at the same time. More are skipped: a tenant that makes cgroups which a glob matches must not
 /// use up the memory of the host.
 const TARGETS_MAX: usize = 16 * 1024;
 

@@ -1,6 +1,6 @@
 //! Output that never makes its writer wait: a bounded queue, and a thread that empties it into a descriptor.
 //!
-//! A reader may stop reading, go away, or leave a disk full. None of that reaches whoever writes here. Lines that could not be
+//! A reader may stop reading, go away, or leave a disk full. None of that reaches the code that writes here. Lines that could not be
 //! written are counted by reason; the count is written as soon as anything can be written again.
 //!
 //! Invariant: a line is written as a whole, or counted as lost. Where part of it was written already, a line end follows before

@@ -59,7 +59,7 @@ const POLL_MS: u64 = 2000;
 /// How often to look anew, at a time, for what comes while cgroups begin to be watched.
 const ROUNDS_MAX: usize = 4;
 
-/// How long to wait for what is brought in line to come to an end.
+/// How long to wait for the end of a reconciliation.
 const LAST_SOCKET: Duration = Duration::from_secs(5);
 
 /// How long to wait where another process works on what sockets had.
@@ -118,7 +118,7 @@ pub(super) struct Standing<'a> {
     skipped_cgroups: Vec<Skip>,
     /// And of the last look at live sockets.
     skipped_sockets: Vec<Skip>,
-    /// While live sockets are brought in line.
+    /// Set while live sockets are reconciled.
     bringing: Option<Bringing>,
     /// When files were first found changed, and when last, since they were read.
     changed: Option<(Instant, Instant)>,
@@ -204,7 +204,7 @@ impl<'a> Standing<'a> {
         self.search.as_ref().map(|search| search.listing().running).unwrap_or_default()
     }
 
-    /// Logs what is skipped since now, and leaves word of all that is.
+    /// Logs new skipped objects, and records all of them.
     pub(super) fn note_skipped(&mut self, session: &mut Session) {
         let mut now_skipped = self.skipped_cgroups.clone();
         now_skipped.extend_from_slice(session.skipped());

@@ -1,6 +1,6 @@
 //! The programs that the kernel runs for each socket and for each file, in a process apart, loaded when they are wanted.
 //!
-//! The kernel takes the lock of each TCP socket that it visits (`bpf_iter_tcp_seq_show`, net/ipv4/tcp_ipv4.c), and whoever has a
+//! The kernel takes the lock of each TCP socket that it visits (`bpf_iter_tcp_seq_show`, net/ipv4/tcp_ipv4.c), and the owner of a
 //! socket can hold its lock for as long as they like: see `host/inspect`. The worker has programs and maps of its own, and none
 //! that enforce anything.
 

@@ -1,6 +1,6 @@
 //! Looks into sockets of other processes, from a process apart.
 //!
-//! Whoever has a socket can hold its lock for as long as they like: send(2) copies from memory of theirs while the kernel holds
+//! The owner of a socket can hold its lock without limit: send(2) copies from memory of theirs while the kernel holds
 //! the lock (`tcp_sendmsg_locked`, net/ipv4/tcp.c), and userfaultfd(2) or FUSE decide when that memory is there. getsockopt,
 //! setsockopt and getsockname then wait for the lock where no signal wakes them (`__lock_sock`, net/core/sock.c). So a worker
 //! process makes these calls, each with a deadline. A worker that does not answer is killed and left behind; it holds nothing
@@ -77,7 +77,7 @@ type Read = (Number, Words, u32);
 enum Request {
     /// What policies go by, of a socket that the kernel does not list.
     Describe { process: u32, descriptor: i32, inode: u32 },
-    /// What it has of these options.
+    /// Reads these options of the socket.
     Inspect { process: u32, descriptor: i32, cookie: u64, wanted: Vec<Number> },
     /// What it has of an option, after that was set to a value if there is one.
     Option { process: u32, descriptor: i32, cookie: u64, option: Number, set: Option<(Words, u32)> },
@@ -152,7 +152,7 @@ pub struct Inspector {
     /// By process: how many of its sockets did not answer.
     stalls: HashMap<u32, u32>,
     skipped: Vec<Skip>,
-    /// Is told of each worker that is started, before that looks into any socket.
+    /// Called for each worker that is started, before the worker looks into any socket.
     announce: Option<Box<dyn FnMut(u32) + Send>>,
 }
 

@@ -213,8 +213,8 @@ impl Found {
         (process, descriptor, self.entry.cookie)
     }
 
-    /// What the socket says of itself, and by whom it was reached; `None` where no process has it any more. `note` is asked
-    /// about the process before: whose socket that proves to be had its number then.
+    /// What the socket says of itself, and which process it was reached through; `None` where no process has it any more. `note` is asked
+    /// about the process before: the socket's process had this number then.
     ///
     /// # Errors
     ///

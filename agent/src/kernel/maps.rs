@@ -191,7 +191,7 @@ impl LossesView {
     }
 }
 
-/// Reserves counters for the calls on options that have a name, on these, and on all others together. What is there stays.
+/// Reserves counters for the calls on options that have a name, on these, and on all others together. Existing counters stay.
 /// Returns whether there was room for all of them.
 pub(super) fn reserve_tallies(ebpf: &mut Ebpf, options: &[OptionKey]) -> Result<bool, KernelError> {
     let cpus = cpus()?;

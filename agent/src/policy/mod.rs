@@ -102,7 +102,7 @@ pub fn parse(path: &Path, text: &str) -> Result<(Policy, Warnings), PolicyErrors
     Ok((policy, warnings))
 }
 
-/// The policy that a file describes, whoever can change the file.
+/// The policy that a file describes, without a check of who can change the file.
 ///
 /// # Errors
 ///

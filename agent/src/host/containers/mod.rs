@@ -10,7 +10,7 @@
 //! known to containerd alone, and not here.
 //!
 //! Invariant: a claim counts for a cgroup only if who makes it controls that cgroup anyway. These are root of the initial
-//! user namespace, and the user whom the cgroup's folder belongs to; and that user only where root has no container. The kernel says
+//! user namespace, and the user that owns the cgroup's folder; and that user only where root has no container. The kernel says
 //! who makes the claim ([`identity`]), and which cgroup it is about: that of a child of the claiming process. What others wrote
 //! decides only what a container is called.
 //!
