@@ -12,11 +12,12 @@ KERNELS ?= 5.10 6.1 6.12 6.18 7.2
 # Those of them that `make test` takes, and what it leaves out there because an emulated machine takes minutes for it: the
 # comparisons with strace on real programs, storms, every bad argument, every way of calling `audit`, Docker, agents that are
 # killed at each step, builds that take over from each other, bars and journals of hundreds of sockets, the differential test, and
-# what hostile tenants do to the agent rather than to its programs. `make vm-test` leaves out
+# what concerns the agent rather than its programs (hostile tenants, files, bad input, explanations). `make vm-test` leaves out
 # nothing, and makes over a million calls for the differential test (integration-tests/tests/integration/product.rs).
 FAST_KERNELS ?= 6.1 6.12
 FAST := $(addprefix --skip ,compared::programs pressure storm faults audit::command docker killed builds progress:: grown_long \
-	product:: neighbours:: isolation:: impostors:: output:: files::)
+	product:: neighbours:: isolation:: impostors:: output:: files:: bad_input:: journal:: explain:: \
+	plan::)
 # How many virtual machines at a time.
 VM_JOBS ?= 2
 # Which parts of the benchmark, all if none: `target/release/bench --help` lists them.
@@ -85,7 +86,7 @@ vm-test: debug-build ## the same tests on other kernels (KERNELS), in virtual ma
 
 vm-test-fast: debug-build ## the quicker ones of them, on two kernels (FAST_KERNELS)
 	@echo 'vm-test-fast: the same on $(FAST_KERNELS), in virtual machines, but for the slowest'
-	@cargo test $(CARGO_FLAGS) $(INTEGRATION) $(call run_tests_by,$(call matrix,2400,$(FAST_KERNELS))) -- $(FAST)
+	@cargo test $(CARGO_FLAGS) $(INTEGRATION) $(call run_tests_by,$(call matrix,3000,$(FAST_KERNELS))) -- $(FAST)
 
 fuzz: ## the fuzz targets, each for FUZZ_RUNS executions: some minutes; the unit tests run their corpus
 	@fuzz/run -n $(FUZZ_RUNS)
