@@ -276,6 +276,19 @@ fn stuck_children(agent: u32) -> Vec<u32> {
     children(agent).into_iter().filter(|child| fields(*child).is_some_and(|(state, _)| state == "D")).collect()
 }
 
+/// Waits until one of them hangs, and no other. A worker that goes on may sleep in the kernel for a moment too; one that hangs
+/// stays.
+#[track_caller]
+fn stuck_child(run: &Run) -> u32 {
+    let mut stuck = Vec::new();
+    let is_one = wait::until(AT_ONCE, || {
+        stuck = stuck_children(run.pid());
+        stuck.len() == 1
+    });
+    assert!(is_one, "{stuck:?}: {}", run.stderr());
+    stuck[0]
+}
+
 /// The state of a process, and its parent.
 fn fields(pid: u32) -> Option<(String, u32)> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
@@ -293,14 +306,12 @@ fn file_that_cannot_be_opened_stops_a_worker_only() {
     let mut victim = Victim::new();
     let tenant = Tenant::new();
     let impostor = blocking(&tenant).start();
-    let run = victim.run().pid();
     victim.assert_covered("blocked");
-    assert!(wait::until(AT_ONCE, || stuck_children(run).len() == 1), "{}", victim.run().stderr());
+    stuck_child(victim.run());
     // The search goes on, without another worker for this user.
     victim.assert_covered("again");
     victim.assert_reloads();
-    // A worker that goes on may sleep in the kernel for a moment too; one that hangs stays.
-    assert!(wait::until(AT_ONCE, || stuck_children(run).len() == 1), "{}", victim.run().stderr());
+    stuck_child(victim.run());
     let warnings = victim.run().stderr().matches(&format!("user {}", tenant.uid)).count();
     assert_eq!(warnings, 1, "{}", victim.run().stderr());
 
@@ -323,8 +334,7 @@ fn worker_that_hangs_holds_nothing_of_the_agents() {
     let impostor = blocking(&tenant).start();
     let run = victim.run.take().unwrap();
     let _cgroup = Cgroup::new();
-    assert!(wait::until(AT_ONCE, || stuck_children(run.pid()).len() == 1), "{}", run.stderr());
-    let [stuck] = stuck_children(run.pid())[..] else { panic!("no worker hangs") };
+    let stuck = stuck_child(&run);
     let descriptors = descriptors(stuck).into_iter().map(|(_, path)| path.display().to_string());
     let held = |path: &String| {
         let is_harmless =
@@ -353,7 +363,7 @@ fn agent_ends_though_a_worker_hangs() {
     let impostor = blocking(&tenant).start();
     let run = victim.run.take().unwrap();
     let _cgroup = Cgroup::new();
-    assert!(wait::until(AT_ONCE, || stuck_children(run.pid()).len() == 1), "{}", run.stderr());
+    stuck_child(&run);
     run.signal(Signal::SIGTERM);
     assert!(wait::until(AT_ONCE, || !is_alive(run.pid())));
     run.held().assert_gone();
