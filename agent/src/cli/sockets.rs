@@ -240,7 +240,7 @@ impl Sockets {
                 (None, Some(why)) => (None, Told::Refused(why)),
                 // One that somebody had a moment ago has been closed.
                 (None, None) if survey.is_partial && found.entry.inode != 0 && found.holders.is_empty() => {
-                    (None, Told::Refused("whoever has it must not be looked into".to_owned()))
+                    (None, Told::Refused("no process that has it can be inspected".to_owned()))
                 }
                 (None, None) => (None, Told::Nobody),
             };

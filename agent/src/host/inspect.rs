@@ -47,7 +47,7 @@ const ABANDONED_MAX: usize = 64;
 /// Why a socket was not looked into.
 #[derive(Debug, thiserror::Error)]
 pub enum InspectError {
-    #[error("it does not answer: whoever has it holds its lock")]
+    #[error("it does not answer: its owner holds its lock")]
     Stalled,
     #[error("its process has other sockets that do not answer")]
     StalledBefore,
