@@ -301,7 +301,10 @@ fn conflicts(told: &Told, caused: &BTreeMap<&str, BTreeMap<String, u64>>, findin
     }
     let all = || told.summary["settings"].as_array().into_iter().flatten();
     let total = |field: &str| all().filter_map(|setting| setting["events"][field].as_u64()).sum::<u64>();
-    let conflicts: u64 = all().map(|setting| sum(&setting["calls"]["conflicts"])).sum();
+    // A read conflicts too where the socket still has the value of the policy before the last reload.
+    let of_setting =
+        |setting: &Value| sum(&setting["calls"]["conflicts"]) + setting["calls"]["reads"].as_u64().unwrap_or(0);
+    let conflicts: u64 = all().map(of_setting).sum();
     let losses = &told.summary["losses"];
     let lost = |reason: &str| losses[reason].as_u64().unwrap_or(0);
     let unwritten =
@@ -312,6 +315,18 @@ fn conflicts(told: &Told, caused: &BTreeMap<&str, BTreeMap<String, u64>>, findin
         total("reported") + total("suppressed") + lost("ring_full"),
         conflicts,
     );
+    // Shows where a difference comes from.
+    for setting in all() {
+        let events: u64 = ["reported", "suppressed"].iter().filter_map(|field| setting["events"][field].as_u64()).sum();
+        let conflicts = of_setting(setting);
+        if events > conflicts || events < conflicts && lost("ring_full") == 0 {
+            findings.add(
+                false,
+                "events and conflicts of one setting",
+                format_args!("{events} of {conflicts}: {setting}"),
+            );
+        }
+    }
     let (reported, found) = (total("reported"), format!("{lines} and {unwritten} of {}", total("reported")));
     let is_explained = lines <= reported && reported <= lines + unwritten;
     findings.add(is_explained, "conflict lines read, and lines lost in output", found);
