@@ -140,6 +140,9 @@ pub struct Generation {
     pub files: Files,
     /// Names of cgroups, each with the number of its stack.
     pub targets: Vec<(String, usize)>,
+    /// Whether the audit judges calls, and not the hooks.
+    #[serde(default)]
+    pub audit_judges: bool,
 }
 
 /// What policies were read from.
@@ -192,7 +195,11 @@ impl Generation {
     ///
     /// As of [`Self::policies`].
     pub fn desired(&self) -> Result<Desired, RecordError> {
-        Ok(session::prepare(&self.policies()?, &self.files.stacks, self.files.dry_run, false)?)
+        let mut desired = session::prepare(&self.policies()?, &self.files.stacks, self.files.dry_run, false)?;
+        if self.audit_judges {
+            desired.judge_by_audit();
+        }
+        Ok(desired)
     }
 }
 

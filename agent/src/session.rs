@@ -34,7 +34,8 @@ use crate::{
     },
     instance::{Files, Instance, InstanceError},
     kernel::{
-        self, Answer, Audit, BackendChoice, Failed, ForeignConflict, KernelError, Object, Record, Tabled, Target,
+        self, Answer, Audit, AuditWish, BackendChoice, Failed, ForeignConflict, KernelError, Object, Record, Tabled,
+        Target,
     },
     options::SocketOption,
     policy::model::{self, Calls, Errno, Mode, Policy},
@@ -179,8 +180,13 @@ impl Session {
         // Its name stays its own until all that it has attached is gone: what is declared first goes last.
         let mut word = None;
         let options = if choice == GapsChoice::DoNotTry { Vec::new() } else { desired.set_options() };
+        let by_hooks = desired.clone();
+        let is_by_audit = backend != BackendChoice::None && !is_pinned && filter.processes.is_empty();
+        if is_by_audit && desired.audit_can_judge() {
+            desired.judge_by_audit();
+        }
         let load = |next: &[(&Desired, usize)]| {
-            Object::load(&desired.hooks(), desired.audit, backend, &filter.processes, pins, next)
+            Object::load(&desired.hooks(), AuditWish::of(&desired), backend, &filter.processes, pins, next)
         };
         let (mut object, tabled, tried) = if is_pinned {
             // What is pinned may be in force already.
@@ -188,6 +194,10 @@ impl Session {
         } else {
             with_sample(&desired, &options, &mount, Some(targets.len()), load)?
         };
+        if desired.audit_judges && !object.can_judge() {
+            desired = by_hooks;
+            object.load_more(&desired.hooks())?;
+        }
         let gaps = find_gaps(&object, &mut desired, &tried);
         refuse(choice, &gaps)?;
         let mut blocked = Blocked::new(blocked);
@@ -222,9 +232,9 @@ impl Session {
         let mut staged = object.stage(&desired, tabled, &targets)?;
         let (targets, failed) = without_failed(targets, &staged.take_failed());
         let skipped = blocked.skips().chain(failed).collect();
-        let audit = object.attach_audit(desired.audit, backend)?;
+        let audit = object.attach_audit(AuditWish::of(&desired), backend)?;
         if let (Some(word), Some(files)) = (&mut word, files) {
-            word.add(staged.generation(), files, &targets, true)?;
+            word.add(staged.generation(), files, &targets, desired.audit_judges, true)?;
         }
         warn_without_audit(audit, desired.audit);
         if let Some(reason) = object.blindness() {
@@ -266,6 +276,13 @@ impl Session {
     ///
     /// Where this kernel cannot do it; then what was in force still is.
     pub fn reload(&mut self, mut desired: Desired, targets: Vec<Target>, files: Files) -> Result<(), SessionError> {
+        if self.backend != BackendChoice::None
+            && self.object.can_judge()
+            && self.filter.processes.is_empty()
+            && desired.audit_can_judge()
+        {
+            desired.judge_by_audit();
+        }
         self.object.load_more(&desired.hooks())?;
         if self.choice != GapsChoice::DoNotTry {
             self.try_what_is_new(&desired)?;
@@ -276,21 +293,21 @@ impl Session {
         if !self.object.has_room() {
             self.retire()?;
         }
-        let before = self.current.desired.audit;
-        if desired.audit.timing && !before.timing {
+        let (before, wish) = (AuditWish::of(&self.current.desired), AuditWish::of(&desired));
+        if desired.audit.timing && !before.audit.timing {
             log::warn!("calls are not timed until sockpolicy starts anew");
         }
         let mut staged = self.object.stage(&desired, None, &targets)?;
         let (targets, failed) = without_failed(targets, &staged.take_failed());
         if let Some(word) = &mut self.word
-            && let Err(error) = word.add(staged.generation(), files, &targets, false)
+            && let Err(error) = word.add(staged.generation(), files, &targets, desired.audit_judges, false)
         {
             self.object.abandon(staged);
             return Err(error.into());
         }
         // Last, for it does not wait for the policies.
-        if desired.audit != before {
-            match self.object.attach_audit(desired.audit, self.backend) {
+        if wish != before {
+            match self.object.attach_audit(wish, self.backend) {
                 Ok(audit) => self.audit = audit,
                 Err(error) => {
                     if let Some(word) = &mut self.word {
@@ -716,7 +733,7 @@ fn try_apart(desired: &Desired, options: &[&'static SocketOption], mount: &Mount
         return Ok(Tried::default());
     }
     let load = |next: &[(&Desired, usize)]| {
-        Object::load(&desired.hooks(), desired.audit, BackendChoice::None, &[], None, next)
+        Object::load(&desired.hooks(), AuditWish::of(desired), BackendChoice::None, &[], None, next)
     };
     let (_, _, tried) = with_sample(desired, options, mount, None, load)?;
     Ok(tried)

@@ -11,8 +11,7 @@ use abi::{
     judge::{Asked, Judgement, judge, verdict},
     select::{Candidates, select},
     setting::{
-        Governed, OptionKey, Setting, TEXT_LEN, Value, Words, form, kind, on_conflict, read_back, traits, word_in,
-        words_of,
+        Governed, OptionKey, Setting, TEXT_LEN, Words, form, kind, on_conflict, read_back, traits, word_in, words_of,
     },
     socket::{Facts, Notes, State, family, protocol},
 };

@@ -5,7 +5,7 @@
 //! compiler from merging neighbours.
 
 use abi::{
-    setting::{DEVICE_BY_INDEX, FLOW_LABEL_MANAGER, OptionKey, TEXT_LEN, Words, word_in, words_of},
+    setting::{DEVICE_BY_INDEX, FLOW_LABEL_MANAGER, OptionKey, TEXT_LEN, Words, words_of},
     socket::{Address, Facts, direction, known, protocol, sk_family},
 };
 use aya_ebpf::{

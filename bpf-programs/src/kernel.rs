@@ -21,7 +21,7 @@ use aya_ebpf::{
     },
 };
 
-use crate::facts;
+use crate::{facts, maps};
 
 /// Given by the agent at load, and constants to the verifier. Zero: nothing is known.
 #[unsafe(no_mangle)]
@@ -41,6 +41,7 @@ static LAYOUT: Layout = Layout {
     sock_type: 0,
     sock_cgroup: 0,
     cgroup_kn: 0,
+    cgroup_parent: 0,
     cgroup_ancestor_ids: 0,
     kernfs_node_id: 0,
     task_files: 0,
@@ -317,6 +318,28 @@ fn cgroup_of(sk: u64) -> Option<u64> {
 fn id_of_cgroup(cgroup: u64) -> Option<u64> {
     read(member!(follow(member!(cgroup, cgroup_kn))?, kernfs_node_id))
 }
+
+/// The place of the deepest target that a socket belongs to, plus one; 0 where there is none; [`TOO_DEEP`] where its cgroup is
+/// too deep to tell.
+///
+/// The verifier checks the loop once and on its own.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn place_of_sock(generation: u32, sk: u64) -> u32 {
+    let mut cgroup = if knows(known::SOCKET) { follow(member!(sk, sock_cgroup)) } else { None };
+    for _ in 0..=abi::CGROUP_LEVELS_MAX {
+        let Some(at) = cgroup else { break };
+        if let Some(place) = id_of_cgroup(at).and_then(|id| maps::followed_place(generation, id)) {
+            return place + 1;
+        }
+        // `css.parent`; a cgroup begins with its css.
+        cgroup = follow(member!(at, cgroup_parent));
+    }
+    if cgroup.is_some() { TOO_DEEP } else { 0 }
+}
+
+/// See [`place_of_sock`].
+pub(crate) const TOO_DEEP: u32 = u32::MAX;
 
 /// What an IPv4 or IPv6 socket says of itself, but for the direction of its connection.
 #[inline(always)]

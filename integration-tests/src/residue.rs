@@ -49,6 +49,12 @@ pub fn cgroups_of_links(pid: u32) -> BTreeSet<u64> {
     numbers(pid, "cgroup_id")
 }
 
+/// The attach types (`enum bpf_attach_type`, include/uapi/linux/bpf.h) of the links that a process holds.
+#[must_use]
+pub fn attach_types_of_links(pid: u32) -> BTreeSet<u64> {
+    numbers(pid, "attach_type")
+}
+
 /// What the kernel says by this name of the descriptors of a process.
 fn numbers(pid: u32, key: &str) -> BTreeSet<u64> {
     let entries = fs::read_dir(format!("/proc/{pid}/fdinfo")).into_iter().flatten().flatten();

@@ -49,6 +49,8 @@ pub struct Argument {
     /// `None`: an address where nothing is.
     pub bytes: Option<Vec<u8>>,
     pub len: i32,
+    /// Whether nothing is mapped behind the bytes.
+    pub ends_with_memory: bool,
 }
 
 impl Argument {
@@ -62,14 +64,20 @@ impl Argument {
 
     #[must_use]
     pub fn bad_pointer(len: i32) -> Self {
-        Self { bytes: None, len }
+        Self { bytes: None, len, ends_with_memory: false }
+    }
+
+    /// A value with nothing mapped behind it, of which the kernel is told that it has `len` bytes.
+    #[must_use]
+    pub fn cut_off(value: i32, len: i32) -> Self {
+        Self { bytes: Some(value.to_ne_bytes().to_vec()), len, ends_with_memory: true }
     }
 }
 
 impl From<Vec<u8>> for Argument {
     fn from(bytes: Vec<u8>) -> Self {
         let len = i32::try_from(bytes.len()).unwrap_or(i32::MAX);
-        Self { bytes: Some(bytes), len }
+        Self { bytes: Some(bytes), len, ends_with_memory: false }
     }
 }
 

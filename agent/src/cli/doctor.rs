@@ -27,11 +27,10 @@ use crate::{
         privileges,
     },
     kernel::{
-        self, Answer, AttachMode, Backend, BackendChoice, ITERATOR_SINCE, KernelError, Neighbour, Object, Probed,
-        ProgramSize, Tried,
+        self, Answer, AttachMode, AuditWish, Backend, BackendChoice, ITERATOR_SINCE, KernelError, Neighbour, Object,
+        Probed, ProgramSize, Tried,
     },
     options::{OPTIONS, SocketOption},
-    policy::model,
     session::SessionError,
     trial::{self, Sample, TrialError},
 };
@@ -129,9 +128,8 @@ fn examine() -> Result<Findings, DoctorError> {
 /// other only where one option resets another.
 fn try_options(mount: &Mount) -> Result<Vec<(&'static SocketOption, Answer)>, DoctorError> {
     let settable: Vec<_> = OPTIONS.iter().filter(|option| option.settable().is_some()).collect();
-    let audit = model::Audit { calls: model::Calls::Conflicts, reads: false, timing: false };
     let desired = trial::desired(&settable).map_err(TrialError::from)?;
-    let (mut object, _) = Object::load(&Hook::ALL, audit, BackendChoice::None, &[], None, &[])?;
+    let (mut object, _) = Object::load(&Hook::ALL, AuditWish::of(&desired), BackendChoice::None, &[], None, &[])?;
     let has = |hook: &Hook| !object.refused().iter().any(|(refused, _)| refused == hook);
     let hooks: Vec<_> = Hook::ALL.into_iter().filter(has).collect();
     Ok(trial::try_options(&mut object, desired, None, &hooks, mount, Sample::start(mount)?)?)

@@ -213,6 +213,9 @@ impl Writer {
             desired.named,
             hooks.join(", "),
         ));
+        if desired.audit_judges {
+            self.line(&"sockpolicy: the audit judges the calls: this dry run attaches no program to setsockopt");
+        }
     }
 
     /// Has what was said so far come before what others write, if there is a reader.

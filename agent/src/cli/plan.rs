@@ -81,9 +81,14 @@ impl Plan {
         }
         let containers = if self.cgroup.is_empty() { containers::wanted_by(policies).running } else { Vec::new() };
         let Placement { stacks, targets, .. } = Placement::standing(&mount, &self.cgroup, policies, containers)?;
-        let desired = session::prepare(policies, &stacks, self.dry_run, false).map_err(RunError::from)?;
+        let mut desired = session::prepare(policies, &stacks, self.dry_run, false).map_err(RunError::from)?;
         if let Some(name) = &self.instance {
             let in_force = status::in_force(name).map_err(Box::new)?;
+            let is_by_audit = in_force.generation.audit_judges
+                || (desired.audit_can_judge() && !in_force.desired.audit_can_judge() && !in_force.persists);
+            if is_by_audit && desired.audit_can_judge() {
+                desired.judge_by_audit();
+            }
             let before = Held::of(&in_force.desired, &in_force.generation.targets);
             let changes = changes(&before, &Held::of(&desired, &kernel::names_and_scopes(&targets)));
             let written = match self.output {
@@ -94,6 +99,9 @@ impl Plan {
                 }
             };
             return Ok(unless_closed(written)?);
+        }
+        if desired.audit_can_judge() && !self.backends().is_empty() {
+            desired.judge_by_audit();
         }
         let steps = Steps {
             desired: &desired,
@@ -133,6 +141,10 @@ impl Plan {
                     (_, false, Mode::DryRun) => "would set",
                 };
                 writeln!(out, "  attach {:18}  {}", hook.name(), format!("{does} {}", options.join(", ")).trim_end())?;
+            }
+            if desired.audit_judges {
+                let options: Vec<_> = desired.options_at(number, Hook::Set).iter().map(ToString::to_string).collect();
+                writeln!(out, "  {:25}  judges calls on {}", "audit, without a hook", options.join(", "))?;
             }
             for entry in desired.unsupported(number) {
                 writeln!(out, "  unsupported: {entry}")?;
@@ -246,8 +258,13 @@ impl Plan {
                 writeln!(out, "{line}")?;
             }
         }
-        let audit =
-            json!({ "schema": SCHEMA, "step": "audit", "backends": self.backends(), "reads": desired.audit.reads });
+        let audit = json!({
+            "schema": SCHEMA,
+            "step": "audit",
+            "backends": self.backends(),
+            "reads": desired.audit.reads,
+            "judges": desired.audit_judges,
+        });
         writeln!(out, "{audit}")?;
         let others = others.iter().flatten().filter(|(neighbour, _)| !is_in_conflict(neighbour, conflicts));
         for (neighbour, turn) in others {

@@ -79,6 +79,8 @@ pub(super) enum Unknown {
 pub(super) struct InForce {
     pub(super) generation: Generation,
     pub(super) desired: Desired,
+    /// Whether the policies stay in force without an agent.
+    pub(super) persists: bool,
     summary: Summary,
     /// Events that came while there was no agent, and were more than the ring buffer holds.
     unread: u64,
@@ -185,7 +187,7 @@ fn look_once(seen: &Seen) -> Result<InForce, Unknown> {
     losses.ring_full = losses.ring_full.saturating_sub(unread);
     let lost = Lost { losses, ..Lost::default() };
     let summary = report.summarize(&desired, Counts { calls: Vec::new(), lost }, targets, None, Vec::new());
-    Ok(InForce { generation, desired, summary, unread })
+    Ok(InForce { generation, desired, persists: record.persists, summary, unread })
 }
 
 fn holder(seen: &Seen) -> String {
@@ -200,7 +202,7 @@ fn holder(seen: &Seen) -> String {
 
 fn write_text(out: &mut impl Write, seen: &Seen, looked: &Result<InForce, Unknown>) -> io::Result<()> {
     writeln!(out, "instance {}: {}", seen.name.escaped(), holder(seen))?;
-    let InForce { generation, desired, summary, unread } = match looked {
+    let InForce { generation, desired, summary, unread, .. } = match looked {
         Ok(in_force) => in_force,
         Err(error) => return writeln!(out, "  what it has in force cannot be told: {error}"),
     };
@@ -213,7 +215,8 @@ fn write_text(out: &mut impl Write, seen: &Seen, looked: &Result<InForce, Unknow
         for (target, _) in generation.targets.iter().filter(|(_, scope)| *scope == number) {
             writeln!(out, "    on {}", target.escaped())?;
         }
-        let hooks: Vec<_> = scope.hooks.iter().map(|hook| hook.name()).collect();
+        let mut hooks: Vec<_> = scope.hooks.iter().map(|hook| hook.name()).collect();
+        hooks.extend(desired.audit_judges.then_some("the audit"));
         writeln!(out, "    by {}", hooks.join(", "))?;
     }
     if let Some(record) = &seen.record {
@@ -266,7 +269,7 @@ fn write_json(out: &mut impl Write, seen: &Seen, looked: &Result<InForce, Unknow
     });
     match looked {
         Err(error) => line["unknown"] = error.to_string().into(),
-        Ok(InForce { generation, desired, summary, unread }) => {
+        Ok(InForce { generation, desired, summary, unread, .. }) => {
             let target = |(name, scope): &(String, usize)| {
                 let scope = desired.scopes.get(*scope);
                 json!({

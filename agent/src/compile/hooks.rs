@@ -129,8 +129,9 @@ pub(super) fn sites(options: &[Governed], rules: &[&Rule]) -> [SiteList; site::C
             rules.iter().enumerate().filter(move |(number, _)| bits & (1 << number) != 0).map(|(_, rule)| *rule)
         };
         let is_tcp_only = option.traits & abi::setting::traits::TCP != 0;
-        let is_kept = option.sets != 0 && of(option.names).any(asks_what_may_change);
-        let is_checked = is_kept || (!option.is_certain() && of(option.names & !option.sets).any(asks_facts));
+        let is_kept = option.sets != 0 && of(option.names).any(|rule| asks_what_may_change(&rule.selector));
+        let is_checked =
+            is_kept || (!option.is_certain() && of(option.names & !option.sets).any(|rule| asks_facts(&rule.selector)));
         for (number, list) in sites.iter_mut().enumerate() {
             let number = number as u32;
             // What another option resets there is set again.
@@ -156,15 +157,15 @@ pub(super) fn sites(options: &[Governed], rules: &[&Rule]) -> [SiteList; site::C
 
 /// Whether a rule asks about what may be another later in the life of a socket: its peer, and with it its family and its own
 /// address. That a socket which has connected listens later, or the other way round, changes nothing that it was given.
-fn asks_what_may_change(rule: &Rule) -> bool {
-    let Selector { family, local, remote, not_remote, local_ports, remote_ports, .. } = &rule.selector;
+fn asks_what_may_change(selector: &Selector) -> bool {
+    let Selector { family, local, remote, not_remote, local_ports, remote_ports, .. } = selector;
     let is_asked = [!local.is_empty(), !remote.is_empty(), !not_remote.is_empty()];
     family.is_some() || is_asked.contains(&true) || !local_ports.is_empty() || !remote_ports.is_empty()
 }
 
 /// Whether a rule asks about what is not known of a new socket.
-fn asks_facts(rule: &Rule) -> bool {
-    rule.selector.direction.is_some() || asks_what_may_change(rule)
+pub(super) fn asks_facts(selector: &Selector) -> bool {
+    selector.direction.is_some() || asks_what_may_change(selector)
 }
 
 /// Whether setting `one` gives `other` another value.

@@ -54,6 +54,8 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct Desired {
     pub audit: Audit,
+    /// Whether the audit judges the calls, and no hook at setsockopt or getsockopt is attached.
+    pub audit_judges: bool,
     /// All rules of all policies.
     pub rules: Vec<RuleSource>,
     /// By stack.
@@ -136,6 +138,7 @@ pub enum CompileError {
 pub fn compile(policies: &[Policy], stacks: &[Stack]) -> Result<Desired, CompileError> {
     let mut desired = Desired {
         audit: common_audit(policies),
+        audit_judges: false,
         rules: Vec::new(),
         scopes: Vec::new(),
         prefixes: Vec::new(),
@@ -323,6 +326,27 @@ impl Desired {
         for scope in &mut self.scopes {
             scope.hooks.retain(|hook| keep(*hook));
         }
+    }
+
+    /// Returns whether the audit can judge calls as the hooks at setsockopt and getsockopt do: in a dry run, if nothing that is
+    /// kept of the socket between calls and connections matters to a verdict or follows from one. A rule must ask about nothing
+    /// but the protocol, no rule may let the application win, and no option may have a second row.
+    #[must_use]
+    pub fn audit_can_judge(&self) -> bool {
+        let is_kept_for = |setting: &Setting| setting.form == form::SET && setting.on_conflict == on_conflict::ALLOW;
+        let mut options = self.scopes.iter().flat_map(|scope| &scope.options);
+        !self.scopes.is_empty()
+            && self.scopes.iter().all(|scope| scope.mode == Mode::DryRun)
+            && !self.rules.iter().any(|rule| hooks::asks_facts(&rule.selector))
+            && !self.settings.iter().any(is_kept_for)
+            && options.all(|option| option.next == 0)
+    }
+
+    /// Has the audit judge calls, in place of the hooks at setsockopt and getsockopt: the kernel copies the whole argument of a
+    /// call for these hooks, and fails calls whose argument ends before its length says.
+    pub fn judge_by_audit(&mut self) {
+        self.audit_judges = true;
+        self.keep_hooks(|hook| !matches!(hook, Hook::Set | Hook::Get));
     }
 
     /// Has each new socket given the cookie by which events on it can be told from others, where there are no policies

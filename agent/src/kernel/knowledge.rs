@@ -105,6 +105,11 @@ impl Knowledge {
         self.abilities.see_call && self.layout.knows(known::SOCKET | known::DESCRIPTOR | known::SYSCALL)
     }
 
+    /// Returns whether programs of the audit can find the socket of a call and the cgroup of that socket.
+    pub(super) fn can_judge(&self) -> bool {
+        self.layout.knows(known::SOCKET | known::DESCRIPTOR)
+    }
+
     /// What every load of the object starts from, with all that is constant to the programs.
     pub(super) fn loader(&self, timing: bool) -> EbpfLoader<'_> {
         let mut loader = loader_without_types();

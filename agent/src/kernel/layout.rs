@@ -73,6 +73,7 @@ fn socket(roots: &Roots<'_>, layout: &mut Layout) -> Option<()> {
     layout.sock_cgroup = offset(sock, "sk_cgrp_data.cgroup")?;
     let cgroup = sock.structure("sk_cgrp_data.cgroup")?;
     layout.cgroup_kn = offset(&cgroup, "kn")?;
+    layout.cgroup_parent = offset(&cgroup, "self.parent")?;
     layout.kernfs_node_id = offset(&cgroup.structure("kn")?, "id")?;
     Some(())
 }

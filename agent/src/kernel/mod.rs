@@ -33,7 +33,7 @@ pub use self::{
     foreign::{AttachMode, ForeignConflict, conflicts},
     live::{ITERATOR_SINCE, Job, Outcomes, Walk},
     neighbours::{Neighbour, Turn, neighbours, overruling},
-    object::{Object, ProgramSize, Record, Staged, Tabled},
+    object::{AuditWish, Object, ProgramSize, Record, Staged, Tabled},
     observe::{MapIds, Observed},
     pins::Pins,
     probe::{Answer, Probed, audit_backends, hooks, iterator},

@@ -74,6 +74,8 @@ pub struct Object {
     abilities: Abilities,
     /// Why the kernel's structures cannot be looked at, if they cannot.
     blindness: Option<String>,
+    /// Whether the audit can judge calls: it must find the socket of a call, and that socket's cgroup.
+    can_judge: bool,
     /// Whether the audit can tell whose calls it sees, and why not.
     can_follow: Result<(), String>,
     /// Whether hooks are to begin the audit's records of calls where they can do so. Not where they stay when this is gone, and
@@ -97,7 +99,24 @@ pub struct Staged {
     needed: BTreeSet<Point>,
     target_levels: u64,
     are_nested: bool,
+    audit_judges: bool,
     failed: Failed,
+}
+
+/// What the audit is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AuditWish {
+    /// What the policies ask for.
+    pub audit: model::Audit,
+    /// Whether it judges the calls, in place of the hooks.
+    pub judges: bool,
+}
+
+impl AuditWish {
+    #[must_use]
+    pub fn of(desired: &Desired) -> Self {
+        Self { audit: desired.audit, judges: desired.audit_judges }
+    }
 }
 
 /// What the programs tell.
@@ -158,7 +177,7 @@ impl Object {
     /// Where this process lacks capabilities, or the kernel has no memory for all this.
     pub fn load(
         hooks: &[Hook],
-        audit: model::Audit,
+        audit: AuditWish,
         choice: BackendChoice,
         processes: &[u32],
         mut pins: Option<Pins>,
@@ -167,7 +186,10 @@ impl Object {
         super::check_privileges()?;
         let _memlock = Memlock::raise();
         let knowledge = Knowledge::gather()?;
-        let can_begin_calls = knowledge.can_begin_calls() && pins.is_none();
+        // Where policies stay when this process is gone, nobody reads what an audit says.
+        let is_pinned = pins.is_some();
+        let can_begin_calls = knowledge.can_begin_calls() && !is_pinned;
+        let AuditWish { audit, judges } = audit;
         let mut loader = knowledge.loader(audit.timing);
         loader.verifier_log_level(VerifierLogLevel::DEBUG);
         maps::size(&mut loader, audit.calls, processes, &knowledge.members);
@@ -193,7 +215,8 @@ impl Object {
         let tables: Vec<_> = tables.collect::<Result<_, _>>()?;
         let (refused, put) = thread::scope(|scope| {
             let putting = scope.spawn(|| slots.put(&tables));
-            let refused = load_programs(&mut ebpf, &hooks, &audit::likely(choice, Aim::of(audit, can_begin_calls)));
+            let refused =
+                load_programs(&mut ebpf, &hooks, &audit::likely(choice, Aim::of(audit, can_begin_calls && !judges)));
             (refused, putting.join().unwrap_or_else(|panic| resume_unwind(panic)))
         });
         put?;
@@ -228,6 +251,7 @@ impl Object {
             blindness: knowledge.blindness.clone(),
             can_follow: knowledge.can_follow(),
             can_begin_calls,
+            can_judge: knowledge.can_judge() && !is_pinned,
             refused,
             audit: None,
             events: Events::default(),
@@ -301,6 +325,12 @@ impl Object {
     #[must_use]
     pub fn blindness(&self) -> Option<&str> {
         self.blindness.as_deref()
+    }
+
+    /// Returns whether the audit can judge calls, for as long as this process lives.
+    #[must_use]
+    pub fn can_judge(&self) -> bool {
+        self.can_judge && self.can_follow.is_ok()
     }
 
     /// What cgroup/setsockopt can do here, as was found when it was loaded.
@@ -385,6 +415,7 @@ impl Object {
         }
         self.added = added;
         Ok(Staged {
+            audit_judges: desired.audit_judges,
             tables,
             needed: needed(desired, targets, &failed),
             target_levels: target_levels(targets),
@@ -416,7 +447,7 @@ impl Object {
     ///
     /// Where the configuration cannot be written.
     pub fn enable(&mut self, staged: Staged, calls: Calls) -> Result<u32, KernelError> {
-        let Staged { tables, needed, target_levels, are_nested, failed: _ } = staged;
+        let Staged { tables, needed, target_levels, are_nested, audit_judges, failed: _ } = staged;
         // It stays so: a target that is none any more may have sockets for long.
         let are_nested = self.config.are_nested | u32::from(are_nested);
         let mut numbers = self.config.numbers;
@@ -425,6 +456,7 @@ impl Object {
         maps::configure(&mut self.ebpf, Config { numbers, are_nested, ..self.config })?;
         let config = Config {
             in_force: 1,
+            audit_judges: audit_judges.into(),
             calls: match calls {
                 Calls::Conflicts => calls::CONFLICTS,
                 Calls::Governed => calls::GOVERNED,
@@ -537,7 +569,8 @@ impl Object {
     /// # Errors
     ///
     /// Where the backend that was asked for cannot be had, or none can.
-    pub fn attach_audit(&mut self, wanted: model::Audit, choice: BackendChoice) -> Result<Option<Audit>, KernelError> {
+    pub fn attach_audit(&mut self, wish: AuditWish, choice: BackendChoice) -> Result<Option<Audit>, KernelError> {
+        let AuditWish { audit: wanted, judges } = wish;
         if choice != BackendChoice::None {
             self.can_follow.clone().map_err(|reasons| KernelError::NoBackend { reasons })?;
         }
@@ -548,7 +581,9 @@ impl Object {
             audit.unload(&mut self.ebpf);
         }
         let _memlock = Memlock::raise();
-        if let Some((audit, events)) = audit::attach(&mut self.ebpf, choice, Aim::of(wanted, self.can_begin_calls))? {
+        if let Some((audit, events)) =
+            audit::attach(&mut self.ebpf, choice, Aim::of(wanted, self.can_begin_calls && !judges))?
+        {
             (self.audit, self.events) = (Some(audit), events);
             self.note_audit(match (audit.sees_ends_alone(), wanted.reads) {
                 (false, _) => abi::audit::CALLS,

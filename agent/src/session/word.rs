@@ -66,9 +66,10 @@ impl Word {
         number: u32,
         files: Files,
         targets: &[Target],
+        audit_judges: bool,
         is_first: bool,
     ) -> Result<(), InstanceError> {
-        let generation = instance::Generation { number, files, targets: names_and_scopes(targets) };
+        let generation = instance::Generation { number, files, targets: names_and_scopes(targets), audit_judges };
         let mut record = self.record.clone();
         // One of this number never came in force.
         record.generations.retain(|other| other.number != number);

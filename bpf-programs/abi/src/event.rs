@@ -48,6 +48,8 @@ pub mod flags {
     pub const COMPLETE: u32 = 8192;
     /// The record was begun by the cgroup's hook ([`crate::audit::ENDS`]).
     pub const HOOKED: u32 = 16384;
+    /// The audit judges the call: no cgroup hook does.
+    pub const UNHOOKED: u32 = 32768;
 }
 
 /// One setsockopt or getsockopt call on its way through the kernel: begun by the audit at the call's entry or by the cgroup's
@@ -107,7 +109,7 @@ impl Call {
     #[inline(always)]
     #[must_use]
     pub fn is_to_be_told(&self, wanted: u32) -> bool {
-        wanted != crate::calls::CONFLICTS || self.flags & (flags::DECIDED | flags::COMPAT) != 0
+        wanted != crate::calls::CONFLICTS || self.flags & (flags::DECIDED | flags::UNHOOKED) != 0
     }
 }
 

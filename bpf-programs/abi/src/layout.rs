@@ -47,6 +47,7 @@ pub struct Layout {
     pub sock_cgroup: u32,
     /// `struct cgroup`
     pub cgroup_kn: u32,
+    pub cgroup_parent: u32,
     /// Ids of the cgroups from the root to this one, where the kernel keeps them so.
     pub cgroup_ancestor_ids: u32,
     /// `struct kernfs_node`
@@ -105,7 +106,7 @@ pub struct Layout {
     pub device_node: u32,
     pub device_index: u32,
 }
-shared!(Layout, size 50 * 4 + ARGUMENTS * 4);
+shared!(Layout, size 51 * 4 + ARGUMENTS * 4);
 
 impl Layout {
     /// Whether it has all offsets for `what`: bits of [`known`].

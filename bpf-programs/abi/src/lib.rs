@@ -99,7 +99,8 @@ pub struct Config {
     pub audit: u32,
     /// Whether a target may stand within another (0 or 1), so that sockets are within both.
     pub are_nested: u32,
-    pub _pad: u32,
+    /// Whether the audit judges all calls (0 or 1), and the cgroup hooks none: in a dry run.
+    pub audit_judges: u32,
     /// When that process was made, which tells it from others of its number. CLOCK_BOOTTIME, in units of [`TICK_NS`].
     pub agent_start: u64,
     /// By slot of a generation ([`index::slot_of`]): the options that rules of any scope name. Written before the generation

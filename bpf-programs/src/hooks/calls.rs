@@ -92,7 +92,7 @@ fn carry_out(ctx: *mut bpf_sockopt, call: &OptionCall, judged: Judged) -> Option
 /// Whether policies in force may say something about a call. Mostly they do not, and this is all that it then takes.
 #[inline(always)]
 fn is_named(call: &OptionCall) -> bool {
-    maps::config().is_some_and(|config| config.may_name(call.key()))
+    maps::config().is_some_and(|config| config.audit_judges == 0 && config.may_name(call.key()))
 }
 
 /// Which option a call is about, and which setting governs it.

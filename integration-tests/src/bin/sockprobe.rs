@@ -154,10 +154,29 @@ fn disconnect(fd: Fd) -> Answer {
 }
 
 fn set(fd: Fd, level: i32, name: i32, argument: &Argument) -> Answer {
-    let value = argument.bytes.as_ref().map_or(BAD_POINTER, |bytes| bytes.as_ptr().cast());
+    let value = match &argument.bytes {
+        None => BAD_POINTER,
+        Some(bytes) if argument.ends_with_memory => at_the_end_of_memory(bytes),
+        Some(bytes) => bytes.as_ptr().cast(),
+    };
     // SAFETY: goes to the kernel, which checks what it is given. It may read beyond the bytes where
     // the script gives a greater length, but not change them.
     answer(unsafe { libc::setsockopt(fd, level, name, value, argument.len as libc::socklen_t) }.into())
+}
+
+/// Copies bytes to the end of a page behind which nothing can be read. The page stays until the process ends.
+fn at_the_end_of_memory(bytes: &[u8]) -> *const libc::c_void {
+    const PAGE: usize = 4096;
+    // SAFETY: two new pages, of which the second is made unreadable; the bytes fit into the first.
+    unsafe {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let pages = libc::mmap(std::ptr::null_mut(), 2 * PAGE, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
+        assert_ne!(pages, libc::MAP_FAILED);
+        assert_eq!(libc::mprotect(pages.byte_add(PAGE), PAGE, libc::PROT_NONE), 0);
+        let place = pages.byte_add(PAGE - bytes.len());
+        std::ptr::copy_nonoverlapping(bytes.as_ptr(), place.cast(), bytes.len());
+        place
+    }
 }
 
 /// In the first page, where nothing is ever mapped.

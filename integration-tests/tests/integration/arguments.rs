@@ -127,7 +127,7 @@ fn bad_calls_fail_with_the_kernels_own_errno() {
             let short = Argument::from(vec![9; len]);
             assert_eq!(probe.set(fd, option, short), Err(Errno::EINVAL), "{} of {len} bytes", option.name);
         }
-        assert_eq!(probe.set(fd, option, Argument { bytes: Some(vec![0; 4]), len: -1 }), Err(Errno::EINVAL));
+        assert_eq!(probe.set(fd, option, Argument { len: -1, ..Argument::from(0) }), Err(Errno::EINVAL));
     }
     assert_eq!(probe.set(99, TCP_NODELAY, 0), Err(Errno::EBADF));
     let unknown = SocketOption { name: "an unknown option", level: libc::SOL_TCP, number: 999 };

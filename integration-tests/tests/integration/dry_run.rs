@@ -5,14 +5,16 @@ use std::collections::BTreeMap;
 use nix::errno::Errno;
 use sockpolicy_integration_tests::{
     agent::Exec,
+    cgroup::Cgroup,
     options::{
-        IP_TOS, SO_KEEPALIVE, SO_LINGER, SO_MARK, SO_PRIORITY, SO_RCVBUF, SocketOption, TCP_CONGESTION, TCP_KEEPCNT,
-        TCP_KEEPIDLE, TCP_NODELAY, TCP_USER_TIMEOUT,
+        IP_TOS, IP_TTL, SO_KEEPALIVE, SO_LINGER, SO_MARK, SO_PRIORITY, SO_RCVBUF, SocketOption, TCP_CONGESTION,
+        TCP_KEEPCNT, TCP_KEEPIDLE, TCP_NODELAY, TCP_QUICKACK, TCP_USER_TIMEOUT,
     },
     policy::PolicyFile,
     probe::Probe,
     report::Report,
     require,
+    residue::attach_types_of_links,
     script::{Argument, Family, Kind},
 };
 
@@ -138,4 +140,111 @@ fn call_that_fails_for_other_reasons_is_decided_alike() {
     assert_eq!(event.verdict.as_deref(), Some("would-rewrite"));
     assert_eq!(event.result, Some(-(Errno::EINVAL as i64)));
     assert_ne!(event.now, 4000, "the socket does not have what the kernel refused");
+}
+
+/// A policy of which the audit can judge calls as well as a hook: it asks about nothing but the protocol.
+const PLAIN: &str = "[[rule]]\n\
+    match = { protocol = \"tcp\" }\n\
+    set = { TCP_NODELAY = true, SO_MARK = \"0x20/0xff\", SO_PRIORITY = { value = 3, on_conflict = \"ignore\" }, \
+            TCP_CONGESTION = \"reno\", IP_TOS = { value = \"AF21\", on_conflict = \"deny\" } }\n\
+    limit = { TCP_KEEPCNT = { max = 10 }, SO_RCVBUF = { max = \"32KiB\" }, IP_TTL = { max = 9 }, TCP_USER_TIMEOUT = { max = \"5s\" } }\n\
+    deny = [\"SO_LINGER\", \"TCP_QUICKACK\"]\n\
+    [audit]\nreads = true\n";
+
+/// BPF_CGROUP_GETSOCKOPT and BPF_CGROUP_SETSOCKOPT.
+const SOCKOPT: [u64; 2] = [21, 22];
+
+/// Makes calls of every kind on TCP and UDP sockets. Gives what they returned.
+fn ask_in_every_way(probe: &mut Probe) -> Vec<Result<(), Errno>> {
+    let mut results = Vec::new();
+    for (family, kind) in [(Family::Inet, Kind::Tcp), (Family::Inet6, Kind::Tcp), (Family::Inet, Kind::Udp)] {
+        let fd = probe.open(family, kind);
+        for option in [
+            TCP_NODELAY,
+            SO_MARK,
+            SO_PRIORITY,
+            TCP_CONGESTION,
+            IP_TOS,
+            TCP_KEEPCNT,
+            SO_RCVBUF,
+            IP_TTL,
+            TCP_USER_TIMEOUT,
+            SO_LINGER,
+            TCP_QUICKACK,
+            SO_KEEPALIVE,
+        ] {
+            for value in [-1, 0, 1, 3, 8, 0x20, 99, 1 << 20, i32::MAX] {
+                results.push(probe.set(fd, option, value));
+                results.push(probe.set(fd, option, (value as u32 as u64) << 8));
+                results.push(probe.set(fd, option, value as u8));
+                let _ = probe.get(fd, option, 16);
+            }
+            for argument in [Argument::from(Vec::new()), Argument::bad_pointer(4), "bbr\0".into(), "reno".into()] {
+                results.push(probe.set(fd, option, argument));
+            }
+            results.push(probe.set(fd, option, Argument { len: -1, ..Argument::from(1) }));
+            results.push(probe.set(fd, option, Argument::long(1, 4097)));
+        }
+        probe.close(fd);
+        // A descriptor of nothing.
+        results.push(probe.set(fd, TCP_NODELAY, 0));
+    }
+    results
+}
+
+/// Counts of calls by option.
+fn counts(report: &Report) -> BTreeMap<String, (Vec<(String, u64)>, u64, u64)> {
+    let of = |calls: &sockpolicy_integration_tests::report::Calls| {
+        (
+            calls.verdicts().into_iter().map(|(name, count)| (name.to_owned(), count)).collect(),
+            calls.agreed,
+            calls.reads,
+        )
+    };
+    report.summary.settings.iter().map(|setting| (setting.option.clone(), of(&setting.calls))).collect()
+}
+
+#[test]
+fn audit_judges_calls_of_a_dry_run_as_the_hook_does() {
+    let policy = PolicyFile::new(PLAIN);
+    let mut hooked = Exec::with(&policy, &["--dry-run", "--audit-backend", "none"]);
+    assert!(attach_types_of_links(hooked.pid()).is_superset(&SOCKOPT.into()), "hooks at both calls");
+    ask_in_every_way(&mut hooked.probe);
+    let hooked = hooked.finish();
+
+    let mut audited = Exec::with(&policy, &["--dry-run"]);
+    assert!(attach_types_of_links(audited.pid()).is_disjoint(&SOCKOPT.into()), "no hook at either call");
+    let results = ask_in_every_way(&mut audited.probe);
+    assert_eq!(results, ask_in_every_way(&mut Probe::start(&Cgroup::new())), "with and without a policy");
+    let audited = audited.finish();
+
+    assert_eq!(counts(&audited), counts(&hooked), "judged by the audit on the left");
+    let conflicts: u64 = counts(&hooked).values().flat_map(|(verdicts, ..)| verdicts).map(|(_, count)| count).sum();
+    assert!(conflicts > 200, "{conflicts} conflicts");
+    assert_eq!(audited.summary.losses["unjudged"], 0);
+}
+
+#[test]
+fn dry_run_does_not_fail_a_call_whose_argument_is_cut_off() {
+    let policy = PolicyFile::new(PLAIN);
+    let mut exec = Exec::with(&policy, &["--dry-run"]);
+    let fd = exec.probe.open(Family::Inet, Kind::Tcp);
+    assert_eq!(exec.probe.set(fd, TCP_NODELAY, 1), Ok(()));
+    assert_eq!(exec.probe.set(fd, TCP_NODELAY, Argument::cut_off(0, 64)), Ok(()), "as without a policy");
+    assert_eq!(exec.probe.int(fd, TCP_NODELAY), 0);
+    let report = exec.finish();
+    assert_eq!(report.verdicts("TCP_NODELAY"), ["would-rewrite"]);
+}
+
+#[test]
+fn rule_about_the_peer_keeps_the_hook_in_a_dry_run() {
+    require!("cgroup/bind4");
+    let policy =
+        PolicyFile::new("[[rule]]\nmatch = { remote = \"127.0.0.0/8\" }\nlimit = { TCP_KEEPCNT = { max = 10 } }\n");
+    let exec = Exec::with(&policy, &["--dry-run"]);
+    assert!(
+        attach_types_of_links(exec.pid()).contains(&SOCKOPT[1]),
+        "what is asked for before is judged when it connects"
+    );
+    exec.finish();
 }

@@ -150,13 +150,14 @@ fn begin(begun: Begun) {
         return;
     }
     let via = via_of(&begun);
-    let is_hooked = config.calls == calls::CONFLICTS && via & flags::COMPAT == 0;
-    if (!is_hooked || TIMING.load() != 0) && !is_followed(config, begun.key) {
+    let is_unhooked = via & flags::COMPAT != 0 || config.audit_judges != 0;
+    let is_hooked = config.calls == calls::CONFLICTS && !is_unhooked;
+    if (!is_hooked || TIMING.load() != 0) && !is_wanted(config, begun.key) {
         return;
     }
     let Some(call) = maps::begin_call(thread) else {
         // Of most callers nothing would have been told.
-        if is_followed(config, begun.key) {
+        if is_wanted(config, begun.key) {
             lose(|losses| &mut losses.calls_full);
         }
         return;
@@ -164,7 +165,7 @@ fn begin(begun: Begun) {
     *call = Call {
         key: begun.key,
         kind: begun.kind,
-        flags: via,
+        flags: if is_unhooked { via | flags::UNHOOKED } else { via },
         fd: -1,
         optval: begun.optval.address,
         optlen: begun.optlen.address,
@@ -202,11 +203,12 @@ fn begin(begun: Begun) {
     }
 }
 
-/// Whether the audit is about calls of the current task on this option.
+/// Whether there is anything to do about a call of the current task on this option. Where the audit judges, that depends on the
+/// socket, which is not known yet.
 #[inline(always)]
-fn is_followed(config: &Config, key: OptionKey) -> bool {
+fn is_wanted(config: &Config, key: OptionKey) -> bool {
     (config.calls == calls::ALL || maps::option_number(config.generation, key).is_some())
-        && followed(config).is_some()
+        && (config.audit_judges != 0 || followed(config).is_some())
         && !kernel::is_agent(config)
 }
 
@@ -238,7 +240,7 @@ fn meet(socket: *const c_void, kind: u32, key: OptionKey) {
     let thread = bpf_get_current_pid_tgid();
     let Some(call) = maps::call_of(thread, kind, key) else { return };
     // The cgroup hook knows the sockets of the others.
-    if reports_everything() || call.flags & flags::COMPAT != 0 {
+    if reports_everything() || call.flags & flags::UNHOOKED != 0 {
         call.sk = kernel::sock_of(socket);
         describe(thread);
     }
@@ -287,7 +289,7 @@ fn finish(thread: u64, call: &Call, ended: &Ended) {
     } else {
         0
     };
-    if reports_everything() || TIMING.load() != 0 {
+    if (reports_everything() || TIMING.load() != 0) && is_told_of() {
         maps::tally(&TallyKey { key: call.key, kind: call.kind, _pad: 0 }, result < 0, duration_ns);
     }
     if is_to_be_told(call) {
@@ -392,9 +394,16 @@ fn complete(thread: u64, kind: u32, call_flags: u32, result: i64) {
     if kind == call::SETSOCKOPT {
         complete_value(thread);
     }
-    if call_flags & (flags::DECIDED | flags::COMPAT) == flags::COMPAT {
+    if call_flags & (flags::DECIDED | flags::UNHOOKED) == flags::UNHOOKED {
         unhooked::judge_unhooked(thread, result);
     }
+}
+
+/// Whether the audit counts, and reports if that is wanted, a call that conflicts with nothing. Where it judges, it also has
+/// records of calls of tasks that are in no target.
+#[inline(always)]
+fn is_told_of() -> bool {
+    maps::config().is_none_or(|config| config.audit_judges == 0 || followed(config).is_some())
 }
 
 /// Whether calls are reported that conflict with nothing.
@@ -483,7 +492,7 @@ extern "C" fn tell(thread: u64, source: u32, result: i64, duration_ns: u64) -> u
     if emit::is_conflict(call) {
         let (setting, verdict, place) = (call.setting, call.verdict, call.place);
         emit::conflict(head, setting, verdict, place, Task::current(), executable, |record| *record = *call);
-    } else if reports_everything() {
+    } else if reports_everything() && is_told_of() {
         emit::call(head, followed_place, Task::current(), executable, |record| *record = *call);
     }
     0
@@ -606,6 +615,9 @@ fn note_asked(call: &mut Call, value: Option<Value>) {
     }
 }
 
+/// Bytes of an int.
+const INT_LEN: u32 = 4;
+
 /// The first bytes of an argument. `None` where they cannot be read.
 #[inline(always)]
 fn read_value(pointer: Pointer, len: i32) -> Option<Value> {
@@ -615,13 +627,18 @@ fn read_value(pointer: Pointer, len: i32) -> Option<Value> {
     let mut words: Words = [0; 2];
     let read = if len < TEXT_LEN as i32 { len as u32 } else { TEXT_LEN as u32 };
     let place = pointer.address as *const c_void;
-    // SAFETY: `words` has room for 16 bytes, and the helpers check the address.
-    let ret = unsafe {
-        if pointer.in_kernel {
-            bpf_probe_read_kernel((&raw mut words).cast(), read, place)
-        } else {
-            bpf_probe_read_user((&raw mut words).cast(), read, place)
-        }
+    let mut copy = |read: u32| {
+        // SAFETY: `words` has room for 16 bytes, and the helpers check the address.
+        let ret = unsafe {
+            if pointer.in_kernel {
+                bpf_probe_read_kernel((&raw mut words).cast(), read, place)
+            } else {
+                bpf_probe_read_user((&raw mut words).cast(), read, place)
+            }
+        };
+        ret == 0
     };
-    (ret == 0).then(|| Value::new(words, len as u32))
+    // An argument may end before its length says: the kernel's handler reads an int of most options, whatever the length.
+    let is_read = copy(read) || (read > INT_LEN && copy(INT_LEN));
+    is_read.then(|| Value::new(words, len as u32))
 }

@@ -1,13 +1,16 @@
-//! Judges the calls that the cgroup hooks do not see: those of 32-bit programs (`__sys_setsockopt` and `__sys_getsockopt`,
-//! net/socket.c, ask `in_compat_syscall`; since 6.7 they hand the answer to `do_sock_*` as `compat`).
+//! Judges the calls that no cgroup hook judges.
 //!
-//! What holds is taken to be what holds for the sockets of the task's own cgroup.
-//!
-//! Nothing can be done about them here. What disagrees with the policy is reported as allowed, for that is
-//! what became of it.
+//! - Calls of 32-bit programs: the kernel runs no cgroup hook for them (`__sys_setsockopt` and `__sys_getsockopt`, net/socket.c,
+//!   ask `in_compat_syscall`; since 6.7 they hand the answer to `do_sock_*` as `compat`). Nothing can be done about them: what
+//!   disagrees with the policy is reported as allowed. The policies are those of the target that the task is in.
+//! - All calls in a dry run, where the hooks are not attached ([`abi::Config::audit_judges`]): the kernel copies the argument
+//!   for a hook, and fails a call whose argument is shorter than its length (`__cgroup_bpf_run_filter_setsockopt`,
+//!   kernel/bpf/cgroup.c). The policies are those of the target that the socket belongs to, as for the hooks.
+
+use core::hint::black_box;
 
 use abi::{
-    Place,
+    Config, Place,
     event::{Call, call, flags},
     index,
     judge::{Asked, judge_argument, verdict},
@@ -15,9 +18,10 @@ use abi::{
     setting::Value,
 };
 
-use super::followed_at;
+use super::{followed_at, is_of_no_socket};
 use crate::{
     hooks::calls::compared,
+    kernel,
     maps::{self, PrefixMap, count, lose},
 };
 
@@ -35,12 +39,14 @@ pub(super) extern "C" fn judge_unhooked(thread: u64, result: i64) -> u32 {
 fn judge_call(call: &mut Call, result: i64) -> Option<()> {
     let config = maps::config()?;
     let generation = config.generation;
-    let (place, &Place { scope, options, .. }) = followed_at(config)?;
+    let is_compat = call.flags & flags::COMPAT != 0;
+    let (place, &Place { scope, options, .. }) =
+        if is_compat { followed_at(config)? } else { of_socket(config, call, result)? };
     let scope = index::of(generation, scope);
     let (_, option) = maps::option_named(config, generation, index::of(generation, options), call.key)?;
     // Of a family that policies are not about.
     let is_other = call.flags & flags::SOCKET == 0 && call.sk_family != 0;
-    if is_other || call.flags & flags::UNREADABLE != 0 {
+    if is_other || call.flags & flags::UNREADABLE != 0 || (!is_compat && is_refused_before_hooks(call, result)) {
         return None;
     }
     if call.flags & flags::SOCKET == 0 {
@@ -56,8 +62,10 @@ fn judge_call(call: &mut Call, result: i64) -> Option<()> {
     }
     let verdict = if is_set {
         judge_argument(option, setting, len, &words)?.verdict
-    } else {
+    } else if setting.is_text() == option.is_text() {
         compared(option, setting, len, &words)?
+    } else {
+        return None;
     };
     if verdict == verdict::NONE {
         if is_set {
@@ -65,13 +73,42 @@ fn judge_call(call: &mut Call, result: i64) -> Option<()> {
         }
         return None;
     }
-    count(winner, |counters| if is_set { &mut counters.verdicts[0] } else { &mut counters.reads });
+    let verdict = if is_compat || !is_set { verdict::ALLOWED } else { verdict };
+    // Else the compiler compares one register and adds another, of which the verifier knows no bound.
+    let index = black_box(usize::from(verdict - verdict::ALLOWED));
+    count(winner, |counters| match counters.verdicts.get_mut(index) {
+        Some(counter) if is_set => counter,
+        _ => &mut counters.reads,
+    });
     call.setting = winner;
     call.place = place;
-    call.verdict = verdict::ALLOWED.into();
+    call.verdict = verdict.into();
     if let Some(asked) = Asked::read(option, len, &words) {
         call.wanted = Value::wanted(option, setting, &asked);
     }
     call.flags |= flags::DECIDED;
     Some(())
+}
+
+/// What holds for a call's socket.
+#[inline(always)]
+fn of_socket(config: &Config, call: &Call, result: i64) -> Option<(u32, &'static Place)> {
+    let generation = config.generation;
+    let place = if call.sk != 0 { kernel::place_of_sock(generation, call.sk) } else { 0 };
+    // A socket that another thread has closed since, or put another descriptor in the place of, may have been governed.
+    let is_lost = call.sk == 0 && !is_of_no_socket(result) && followed_at(config).is_some();
+    if place == kernel::TOO_DEEP || is_lost {
+        lose(|losses| &mut losses.unjudged);
+        return None;
+    }
+    let place = place.checked_sub(1)?;
+    maps::at_place(generation, place).map(|holds| (place, holds))
+}
+
+/// Whether the kernel refuses a call before it would run a hook: for its length or address (`do_sock_setsockopt`, net/socket.c;
+/// `__cgroup_bpf_run_filter_setsockopt`, kernel/bpf/cgroup.c).
+#[inline(always)]
+fn is_refused_before_hooks(call: &Call, result: i64) -> bool {
+    const EFAULT: i64 = 14;
+    call.kind == call::SETSOCKOPT && ((call.optlen as i32) < 0 || result == -EFAULT)
 }
