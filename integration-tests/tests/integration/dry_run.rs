@@ -192,8 +192,11 @@ fn ask_in_every_way(probe: &mut Probe) -> Vec<Result<(), Errno>> {
     results
 }
 
+/// Calls on an option: conflicts by verdict, those that agreed, and reads.
+type Counts = (Vec<(String, u64)>, u64, u64);
+
 /// Counts of calls by option.
-fn counts(report: &Report) -> BTreeMap<String, (Vec<(String, u64)>, u64, u64)> {
+fn counts(report: &Report) -> BTreeMap<String, Counts> {
     let of = |calls: &sockpolicy_integration_tests::report::Calls| {
         (
             calls.verdicts().into_iter().map(|(name, count)| (name.to_owned(), count)).collect(),
