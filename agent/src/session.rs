@@ -30,7 +30,7 @@ use crate::{
     gaps::{Gap, Gaps},
     host::{
         cgroup::{Mount, Names},
-        containers, process, tcp,
+        containers, lsm, process, tcp,
     },
     instance::{Files, Instance, InstanceError},
     kernel::{
@@ -162,7 +162,15 @@ pub fn prepare(policies: &[Policy], stacks: &[Stack], dry_run: bool, timing: boo
     }
     let mut desired = compile(&policies, &stacks)?;
     desired.audit.timing |= timing;
+    leave_out_absent_hooks(&mut desired);
     Ok(desired)
+}
+
+/// Leaves out the hooks that policies can do without and that this host does not have.
+pub fn leave_out_absent_hooks(desired: &mut Desired) {
+    if !lsm::is_bpf_active() {
+        desired.keep_hooks(|hook| hook != Hook::PostCreate);
+    }
 }
 
 impl Session {
@@ -779,7 +787,10 @@ fn with_sample(
 /// What the policies ask for and this kernel cannot do. Of `desired`, the hooks are left that it has.
 fn find_gaps(object: &Object, desired: &mut Desired, tried: &Tried) -> Gaps {
     let refused = object.refused();
-    let hook_gaps = refused.iter().filter_map(|(hook, reason)| Gap::of_hook(desired, *hook, reason.clone()));
+    let hook_gaps = refused
+        .iter()
+        .filter(|(hook, _)| !hook.is_optional())
+        .filter_map(|(hook, reason)| Gap::of_hook(desired, *hook, reason.clone()));
     let mut gaps: Vec<Gap> = hook_gaps.collect();
     desired.keep_hooks(|hook| !refused.iter().any(|(other, _)| *other == hook));
     gaps.extend(desired.set_options().into_iter().filter_map(|option| match tried.get(option.name)? {

@@ -38,22 +38,23 @@ pub enum Concern {
 pub const RAW: Unsupported = Unsupported {
     name: "raw",
     of: "raw, SCTP and other sockets without a name under `protocol`",
-    what: "only SO_MARK, SO_PRIORITY and SO_BINDTOIFINDEX are set; limits and denials of calls hold",
-    why: "the kernel runs no program when they bind, connect or send",
+    what: "without BPF LSM only SO_MARK, SO_PRIORITY and SO_BINDTOIFINDEX are set; limits and denials of calls hold",
+    why: "the kernel runs no other program that may set options of such a socket when it is made, binds, connects or sends",
 };
 
 pub const PING: Unsupported = Unsupported {
     name: "ping",
     of: "ICMP datagram sockets",
-    what: "SO_MARK, SO_PRIORITY and SO_BINDTOIFINDEX are set when the socket is made, other options only if it connects",
+    what: "without BPF LSM, SO_MARK, SO_PRIORITY and SO_BINDTOIFINDEX are set when the socket is made, other options only if it \
+           connects",
     why: "the kernel runs no program when they bind or send, and before 6.1 none when they connect",
 };
 
 pub const UDP_LITE: Unsupported = Unsupported {
     name: "udp-lite",
     of: "UDP-Lite sockets, which count as other",
-    what: "SO_MARK, SO_PRIORITY and SO_BINDTOIFINDEX are set when the socket is made, other options at bind or with the first \
-           datagram, and none at connect",
+    what: "without BPF LSM, SO_MARK, SO_PRIORITY and SO_BINDTOIFINDEX are set when the socket is made, other options at bind or \
+           with the first datagram, and none at connect",
     why: "the kernel runs no program when they connect",
 };
 
@@ -74,7 +75,8 @@ pub const UNCONNECTED: Unsupported = Unsupported {
 
 pub const FIRST_DATAGRAM: Unsupported = Unsupported {
     name: "first-datagram",
-    of: "the first datagram of a UDP socket that is neither bound nor connected, and the first after connect(AF_UNSPEC)",
+    of: "the first datagram after connect(AF_UNSPEC), and without BPF LSM also the first of a UDP socket that is neither bound nor \
+         connected",
     what: "it is sent with the options from before",
     why: "the kernel reads mark, priority, code point and device before it runs a program",
 };
@@ -143,6 +145,9 @@ const IN_CONTROL_MESSAGES: &[&str] = &[
     "IPV6_DONTFRAG",
     "UDP_SEGMENT",
 ];
+
+/// What is not done only where the BPF LSM is not active.
+pub const WITHOUT_LSM: [&Unsupported; 3] = [&RAW, &PING, &UDP_LITE];
 
 /// What is not done of a rule's word on an option, and how far the rule is about it.
 #[must_use]

@@ -5,6 +5,8 @@
 //! are global functions to it, for which they must be exported and take nothing but the context and
 //! numbers.
 
+use core::arch::asm;
+
 use abi::{
     SETTABLE_MAX, entry,
     event::{Call, flags},
@@ -21,7 +23,7 @@ use aya_ebpf::{
 };
 
 use crate::{
-    ctx::{Addressed, Bound, Socket, Turn},
+    ctx::{Addressed, Bound, PostCreate, Socket, Turn},
     emit,
     maps::{self, PrefixMap, count, lose},
     storage::{self, Scope},
@@ -83,7 +85,7 @@ pub(crate) const POSTPONED: u32 = 0x200;
 
 /// The traits of options that a socket does not have, and [`DUAL_STACK`] if it is that.
 #[inline(always)]
-fn missing_traits(facts: &Facts, is_inet6: bool) -> u32 {
+pub(crate) fn missing_traits(facts: &Facts, is_inet6: bool) -> u32 {
     let tcp = if facts.protocol == protocol::TCP { 0 } else { traits::TCP };
     let (family, dual_stack) = match (is_inet6, facts.family) {
         (false, _) => (traits::INET6, 0),
@@ -184,6 +186,12 @@ pub(crate) extern "C" fn apply_addressed(
     is_more.into()
 }
 
+/// Applies one option to a socket that has just been made.
+#[inline(always)]
+pub(crate) fn apply_to_new(socket: &PostCreate, index: u32, rules: Candidates, missing: u32) {
+    apply_by_helper(socket, socket.sk(), index, rules, missing);
+}
+
 /// An option of a socket at a hook.
 struct Task<'a, S> {
     socket: &'a S,
@@ -226,6 +234,18 @@ pub(crate) extern "C" fn check_addressed(
 fn governing(option: &Governed, rules: Candidates, missing: u32) -> Option<(u32, &'static Setting)> {
     let winner = if u32::from(option.traits) & missing == 0 { option.winner(rules) } else { None }?;
     Some((winner, maps::setting(winner)?))
+}
+
+/// Writes an element. Before 6.4 the verifier knows the bound of a number in the register that was compared and not where that was
+/// copied from: the compiler is kept from comparing earlier.
+#[inline(always)]
+fn put(values: &mut [u32; SETTABLE_MAX], place: usize, value: u32) {
+    let mut at = place;
+    // SAFETY: moves a register to itself.
+    unsafe { asm!("{at} = {at}", at = inout(reg) at, options(nostack, preserves_flags)) };
+    if let Some(element) = values.get_mut(at) {
+        *element = value;
+    }
 }
 
 impl<'a, S: Bound> Task<'a, S> {
@@ -370,9 +390,10 @@ impl<S: Bound> Task<'_, S> {
             kept.before_text = *before;
         } else if self.option.key == PRIORITY && kept.has_priority != 0 {
             // What it has now is IP_TOS's doing.
-            kept.before[place] = kept.priority;
+            let priority = kept.priority;
+            put(&mut kept.before, place, priority);
         } else {
-            kept.before[place] = word_in(before);
+            put(&mut kept.before, place, word_in(before));
         }
     }
 

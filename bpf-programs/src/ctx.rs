@@ -5,13 +5,14 @@
 //! compiler from merging neighbours.
 
 use abi::{
-    setting::{DEVICE_BY_INDEX, FLOW_LABEL_MANAGER, OptionKey, TEXT_LEN, Words, words_of},
+    setting::{DEVICE_BY_INDEX, FLOW_LABEL_MANAGER, OptionKey, TEXT_LEN, Words, word_in, words_of},
     socket::{Address, Facts, direction, known, protocol, sk_family},
 };
 use aya_ebpf::{
     bindings::{bpf_sock, bpf_sock_addr, bpf_sock_ops, bpf_sockopt},
     cty::c_void,
     helpers::generated::{bpf_getsockopt, bpf_setsockopt},
+    programs::LsmContext,
 };
 
 use crate::{
@@ -136,6 +137,66 @@ pub(crate) struct BirthFields {
     pub(crate) priority: u32,
     /// Interface index; 0 for any.
     pub(crate) device: u32,
+}
+
+/// lsm_cgroup/socket_post_create: a socket that has been made in full.
+pub(crate) struct PostCreate {
+    sk: *mut c_void,
+    family: u32,
+}
+
+impl PostCreate {
+    /// `None` of sockets that policies are not about, and of the kernel's own.
+    #[inline(always)]
+    pub(crate) fn new(ctx: &LsmContext) -> Option<Self> {
+        // The protocol is what the application gave: 0 where the kernel was to choose.
+        let (family, kern): (i32, i32) = (ctx.arg(1), ctx.arg(4));
+        if kern != 0 || !is_inet(family as u32) {
+            return None;
+        }
+        let socket: *const c_void = ctx.arg(0);
+        let sk = kernel::sk_of(socket);
+        (!sk.is_null()).then_some(Self { sk, family: family as u32 })
+    }
+
+    #[inline(always)]
+    pub(crate) fn facts(&self) -> Facts {
+        let mut facts = Facts { protocol: kernel::protocol_of(kernel::address_of(self.sk)), ..Facts::default() };
+        facts.settle_family(self.family);
+        facts
+    }
+
+    #[inline(always)]
+    pub(crate) fn sk(&self) -> *mut c_void {
+        self.sk
+    }
+
+    #[inline(always)]
+    pub(crate) fn is_inet6(&self) -> bool {
+        self.family == sk_family::INET6
+    }
+}
+
+impl Socket for PostCreate {
+    #[inline(always)]
+    fn as_ptr(&self) -> *mut c_void {
+        self.sk
+    }
+
+    #[inline(always)]
+    fn socket(&self) -> *mut c_void {
+        self.sk
+    }
+}
+
+impl Bound for PostCreate {
+    /// A new socket is bound to none, but cgroup/sock_create may have bound it.
+    #[inline(always)]
+    fn device(&self) -> u32 {
+        let mut device = [0; 2];
+        let OptionKey { level, name } = DEVICE_BY_INDEX;
+        if self.get(level, name, &mut device, 4).is_ok() { word_in(&device) } else { 0 }
+    }
 }
 
 /// cgroup/bind and cgroup/connect: a socket and the address that it is about to take or to call.

@@ -319,6 +319,17 @@ fn id_of_cgroup(cgroup: u64) -> Option<u64> {
     read(member!(follow(member!(cgroup, cgroup_kn))?, kernfs_node_id))
 }
 
+/// The `struct sock` of a `struct socket` that the kernel hands to a program as such: both are pointers that the verifier knows.
+#[inline(always)]
+pub(crate) fn sk_of(socket: *const c_void) -> *mut c_void {
+    if socket.is_null() || !knows(known::SOCKET) {
+        return core::ptr::null_mut();
+    }
+    let place = socket.wrapping_byte_add(layout!(socket_sk) as usize).cast::<*mut c_void>();
+    // SAFETY: the verifier checks that a pointer to a socket stands there.
+    unsafe { place.read_volatile() }
+}
+
 /// The place of the deepest target that a socket belongs to, plus one; 0 where there is none; [`TOO_DEEP`] where its cgroup is
 /// too deep to tell.
 ///
@@ -341,13 +352,19 @@ pub(crate) extern "C" fn place_of_sock(generation: u32, sk: u64) -> u32 {
 /// See [`place_of_sock`].
 pub(crate) const TOO_DEEP: u32 = u32::MAX;
 
+/// The protocol of an IPv4 or IPv6 socket, as the kernel has chosen it where the application left the choice to it.
+#[inline(always)]
+pub(crate) fn protocol_of(sk: u64) -> u8 {
+    let kind = read_or_zero::<u16>(member!(sk, sock_type));
+    let number = read_or_zero::<u16>(member!(sk, sock_protocol));
+    facts::protocol(kind.into(), number.into())
+}
+
 /// What an IPv4 or IPv6 socket says of itself, but for the direction of its connection.
 #[inline(always)]
 fn facts_of(sk: u64, head: &SockHead, family: u32) -> Facts {
     let inet6 = family == abi::socket::sk_family::INET6;
-    let kind = read_or_zero::<u16>(member!(sk, sock_type));
-    let number = read_or_zero::<u16>(member!(sk, sock_protocol));
-    let mut facts = Facts { protocol: facts::protocol(kind.into(), number.into()), ..Facts::default() };
+    let mut facts = Facts { protocol: protocol_of(sk), ..Facts::default() };
     let address = |v6: u32, v4: u32| if inet6 { head.member(sk, v6) } else { [head.member(sk, v4), 0, 0, 0] };
     facts.local = address(layout!(sock_v6_rcv_saddr), layout!(sock_rcv_saddr));
     facts.local_port = head.member(sk, layout!(sock_num)); // host byte order

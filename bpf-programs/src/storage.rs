@@ -72,7 +72,7 @@ static SOCKETS: SocketStorage<State, { BPF_F_NO_PREALLOC as usize }> = SocketSto
 static KEPT: SocketStorage<Kept, { (BPF_F_NO_PREALLOC | BPF_F_CLONE) as usize }> = SocketStorage::NEW;
 
 /// What holds on a socket: numbers of a generation ([`abi::index`]).
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub(crate) struct Scope {
     pub(crate) number: u32,
     /// Of its first option.

@@ -28,7 +28,7 @@ use crate::{
     journal::{Journal, JournalError},
     kernel::KernelError,
     policy::Policy,
-    session::SessionError,
+    session::{self, SessionError},
 };
 
 /// Bring sockets that are there already in line with policies
@@ -126,7 +126,8 @@ impl Apply {
         let mut walker = Walker::begin();
         let mount = Mount::find().map_err(RunError::from)?;
         let Placement { stacks, targets, .. } = Placement::find(&mount, &self.cgroup, policies)?;
-        let desired = compile(policies, &stacks).map_err(|error| RunError::from(SessionError::from(error)))?;
+        let mut desired = compile(policies, &stacks).map_err(|error| RunError::from(SessionError::from(error)))?;
+        session::leave_out_absent_hooks(&mut desired);
         let mut sockets = Sockets::find(mount, Targets::these(&targets), || walker.holders(), Inspector::default())?;
         let progress = Progress::of(sockets.len());
         let mut out = BufWriter::new(stdout(self.output));

@@ -28,7 +28,7 @@ use crate::{
         drift::{self, Finding},
     },
     policy::Policy,
-    session::SessionError,
+    session::{self, SessionError},
 };
 
 /// Find live sockets that do not have what the policies say
@@ -88,7 +88,8 @@ impl Verify {
     fn verify(&self, policies: &[Policy]) -> Result<Tally, SocketsError> {
         let mount = Mount::find()?;
         let Placement { stacks, targets, .. } = Placement::find(&mount, &self.cgroup, policies)?;
-        let desired = compile(policies, &stacks).map_err(|error| RunError::from(SessionError::from(error)))?;
+        let mut desired = compile(policies, &stacks).map_err(|error| RunError::from(SessionError::from(error)))?;
+        session::leave_out_absent_hooks(&mut desired);
         let mut sockets = Sockets::find(mount, Targets::these(&targets), || None, Inspector::default())?;
         let mut tally = Tally { unread: sockets.unread(), ..Tally::default() };
         let progress = Progress::of(sockets.len());

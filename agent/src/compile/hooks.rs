@@ -18,6 +18,8 @@ use crate::{
 pub enum Hook {
     /// cgroup/sock_create
     Birth,
+    /// lsm_cgroup/socket_post_create
+    PostCreate,
     Bind4,
     Bind6,
     Connect4,
@@ -34,8 +36,9 @@ pub enum Hook {
 }
 
 impl Hook {
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Birth,
+        Self::PostCreate,
         Self::Bind4,
         Self::Bind6,
         Self::Connect4,
@@ -52,6 +55,7 @@ impl Hook {
     pub fn name(self) -> &'static str {
         match self {
             Self::Birth => "cgroup/sock_create",
+            Self::PostCreate => "lsm_cgroup/socket_post_create",
             Self::Bind4 => "cgroup/bind4",
             Self::Bind6 => "cgroup/bind6",
             Self::Connect4 => "cgroup/connect4",
@@ -69,6 +73,7 @@ impl Hook {
     pub fn program(self) -> &'static str {
         match self {
             Self::Birth => "birth_apply",
+            Self::PostCreate => "post_create_apply",
             Self::Bind4 => "bind4_apply",
             Self::Bind6 => "bind6_apply",
             Self::Connect4 => "connect4_apply",
@@ -86,6 +91,7 @@ impl Hook {
     pub fn sites(self) -> &'static [u32] {
         match self {
             Self::Birth => &[site::BIRTH],
+            Self::PostCreate => &[site::POST_CREATE],
             Self::Bind4 | Self::Bind6 => &[site::BIND_STREAM, site::BIND_DATAGRAM],
             Self::Connect4 | Self::Connect6 => &[site::CONNECT_STREAM, site::CONNECT_DATAGRAM],
             Self::Send4 | Self::Send6 => &[site::SEND],
@@ -100,8 +106,15 @@ impl Hook {
         match self {
             // bpf_setsockopt in these: 5.15
             Self::Bind4 | Self::Bind6 | Self::Send4 | Self::Send6 => "5.15",
+            Self::PostCreate => "6.0",
             _ => "5.10",
         }
+    }
+
+    /// Returns whether policies hold without the hook too, for fewer sockets: it is there only if the BPF LSM is active.
+    #[must_use]
+    pub fn is_optional(self) -> bool {
+        self == Self::PostCreate
     }
 }
 
@@ -114,7 +127,7 @@ impl fmt::Display for Hook {
 /// Sites that only TCP sockets, or only other sockets pass. Those not named here both may pass.
 const STREAM: [u32; 6] =
     [site::BIND_STREAM, site::CONNECT_STREAM, site::SYN, site::ACTIVE, site::PASSIVE, site::LISTEN];
-const DATAGRAM: [u32; 3] = [site::BIND_DATAGRAM, site::CONNECT_DATAGRAM, site::SEND];
+const DATAGRAM: [u32; 4] = [site::BIND_DATAGRAM, site::CONNECT_DATAGRAM, site::SEND, site::POST_CREATE];
 
 /// Sites at which facts come to be known, or come to be others.
 const CHECKS: [u32; 6] =
@@ -208,9 +221,13 @@ pub(super) fn needed(options: &[Governed], sites: &[SiteList; site::COUNT], rule
             // At birth also without anything to apply: a socket's notes are made when it is, before it
             // can use up the memory that it may have for them.
             Hook::Birth | Hook::Set => !options.is_empty(),
-            Hook::Bind4 | Hook::Bind6 | Hook::Connect4 | Hook::Connect6 | Hook::Send4 | Hook::Send6 => {
-                any(hook.sites())
-            }
+            Hook::PostCreate
+            | Hook::Bind4
+            | Hook::Bind6
+            | Hook::Connect4
+            | Hook::Connect6
+            | Hook::Send4
+            | Hook::Send6 => any(hook.sites()),
             // Also for the direction of a socket, and for notes of its own in place of its listener's.
             Hook::Turns => tcp && !options.is_empty(),
             Hook::Get => reads && compares,

@@ -47,7 +47,7 @@ use crate::{
         Audit, Calls, Clause, Direction, Family, Form, Mode, Named, OnConflict, Policy, Protocol, Rule, Selector,
         Wanted,
     },
-    unsupported::{self, Unsupported},
+    unsupported::{self, Concern, Unsupported},
 };
 
 /// Everything that the kernel side is to be told, and where each part came from.
@@ -297,16 +297,20 @@ impl Desired {
 
     /// What is not done of what a scope says.
     pub fn unsupported(&self, scope: usize) -> impl Iterator<Item = &'static Unsupported> {
-        let settings = self.settings_of(scope);
-        let sources = self.sources.get(settings).unwrap_or_default();
-        let concerns = move |entry: &Unsupported| {
-            sources.iter().any(|source| {
-                let Some(rule) = self.rules.get(source.rule) else { return false };
-                let entries = unsupported::of_rule(&rule.selector, source.option, &source.form);
-                entries.iter().any(|(concerned, _)| *concerned == entry)
-            })
-        };
+        let entries: Vec<_> = self.settings_of(scope).flat_map(|setting| self.unsupported_of(setting)).collect();
+        let concerns = move |entry: &Unsupported| entries.iter().any(|(concerned, _)| *concerned == entry);
         unsupported::ALL.iter().copied().filter(move |entry| concerns(entry))
+    }
+
+    /// What is not done of a setting, by its number, with the hooks of its scope.
+    #[must_use]
+    pub fn unsupported_of(&self, setting: usize) -> Vec<(&'static Unsupported, Concern)> {
+        let Some(source) = self.sources.get(setting) else { return Vec::new() };
+        let Some(rule) = self.rules.get(source.rule) else { return Vec::new() };
+        let scope = (0..self.scopes.len()).find(|scope| self.settings_of(*scope).contains(&setting));
+        let has_lsm = scope.is_some_and(|scope| self.scopes[scope].hooks.contains(&Hook::PostCreate));
+        let entries = unsupported::of_rule(&rule.selector, source.option, &source.form).into_iter();
+        entries.filter(|(entry, _)| !(has_lsm && unsupported::WITHOUT_LSM.contains(entry))).collect()
     }
 
     /// The programs to attach, and to which of the targets, whose scopes these are, in that order.

@@ -6,6 +6,7 @@ pub mod container;
 pub mod containers;
 pub mod inotify;
 pub mod inspect;
+pub mod lsm;
 mod netlink;
 pub mod netns;
 pub mod network;

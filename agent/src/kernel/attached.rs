@@ -4,7 +4,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs, io,
+    fmt, fs, io,
     path::{Path, PathBuf},
 };
 
@@ -61,6 +61,11 @@ impl Held {
 /// Whether the cgroup of this id is still what this path names.
 fn is_at(path: &Path, cgroup: u64) -> bool {
     id_at(path) == Some(cgroup)
+}
+
+/// Policies hold without the hook, but not on sockets that come by no other.
+fn warn_of_optional(hook: Hook, reason: &dyn fmt::Display) {
+    log::warn!("cannot attach to {hook}: raw, ping and UDP-Lite sockets keep some of their options: {reason}");
 }
 
 impl Attached {
@@ -141,8 +146,12 @@ impl Attached {
         let mut points = self.missing(points, targets);
         // One target after the other, those high in the tree first: it is in whole or not at all that one fails.
         points.sort_by_key(|(_, target)| (targets[*target].cgroup.level, *target));
+        points.retain(|(hook, target)| {
+            let check = || foreign::check(*hook, &targets[*target].cgroup, None);
+            !hook.is_optional() || check().inspect_err(|conflict| warn_of_optional(*hook, conflict)).is_ok()
+        });
         // All of them before the first is attached.
-        for (hook, target) in &points {
+        for (hook, target) in points.iter().filter(|(hook, _)| !hook.is_optional()) {
             let cgroup = &targets[*target].cgroup;
             match foreign::check(*hook, cgroup, None) {
                 Err(conflict) if is_at(&cgroup.path, cgroup.id) => {
@@ -163,6 +172,13 @@ impl Attached {
                     log::debug!("{error}");
                     if let Some(held) = self.held.get_mut(&cgroup.id) {
                         held.is_removed = true;
+                    }
+                }
+                Err(error) if hook.is_optional() => {
+                    warn_of_optional(hook, &error);
+                    added.retain(|point| *point != (cgroup.id, hook));
+                    if let Some(held) = self.held.get_mut(&cgroup.id) {
+                        held.links.remove(&hook);
                     }
                 }
                 Err(error) => drop(failed.insert(cgroup.id, error)),
@@ -207,7 +223,7 @@ impl Attached {
     /// Returns why our programs cannot be attached to these targets as things are, each with the number of the target. What is
     /// attached already stays so. A cgroup that is removed has no conflict.
     pub(super) fn conflicts(&self, points: Vec<(Hook, usize)>, targets: &[Target]) -> Vec<(usize, ForeignConflict)> {
-        let points = self.missing(points, targets).into_iter();
+        let points = self.missing(points, targets).into_iter().filter(|(hook, _)| !hook.is_optional());
         let conflict = |(hook, target): (Hook, usize)| {
             let cgroup = &targets[target].cgroup;
             let conflict = foreign::check(hook, cgroup, None).err()?;

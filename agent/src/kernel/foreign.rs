@@ -243,6 +243,7 @@ pub(super) fn check(hook: Hook, cgroup: &Cgroup, ours: Option<u32>) -> Result<()
 pub fn conflicts(desired: &Desired, targets: &[Target]) -> Vec<(usize, ForeignConflict)> {
     let scopes: Vec<_> = targets.iter().map(|target| target.scope).collect();
     let points = desired.attachments(&scopes);
+    let points = points.filter(|(hook, _)| !hook.is_optional());
     points.filter_map(|(hook, target)| Some((target, check(hook, &targets[target].cgroup, None).err()?))).collect()
 }
 

@@ -23,7 +23,7 @@ use abi::{
     layout::Layout,
 };
 use aya::{
-    Ebpf, VerifierLogLevel, include_bytes_aligned,
+    Btf, Ebpf, VerifierLogLevel, include_bytes_aligned,
     maps::{MapData, RingBuf},
     programs::{Program, ProgramError},
 };
@@ -798,7 +798,7 @@ fn load_programs(ebpf: &mut Ebpf, hooks: &[Hook], others: &[&str]) -> Result<Vec
     for (result, hook) in results {
         let Err(error) = result else { continue };
         let reason = load_reason(&error);
-        if !is_refusal(&error) {
+        if !is_refusal(&error) && !hook.is_optional() {
             return Err(KernelError::Load { hook, reason });
         }
         refused.push((hook, reason));
@@ -828,9 +828,13 @@ pub(super) fn load_program(program: &mut Program) -> Result<(), ProgramError> {
         Program::SockOps(program) => program.load(),
         Program::KProbe(program) => program.load(),
         Program::TracePoint(program) => program.load(),
+        Program::LsmCgroup(program) => program.load(LSM_HOOK, &Btf::from_sys_fs()?),
         _ => Err(ProgramError::UnexpectedProgramType),
     }
 }
+
+/// Where lsm_cgroup programs are attached.
+const LSM_HOOK: &str = "socket_post_create";
 
 /// A program that the kernel has taken, as it tells of it.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -14,7 +14,10 @@ use super::{
     live,
     object::{self, Bare, ProgramSize},
 };
-use crate::{compile::Hook, host::cgroup::Cgroup};
+use crate::{
+    compile::Hook,
+    host::{cgroup::Cgroup, lsm},
+};
 
 /// Whether this kernel has an ability.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,6 +48,9 @@ pub fn hooks(cgroup: &Cgroup) -> Result<Probed<Hook, Answer>, KernelError> {
     for hook in Hook::ALL {
         let program = ebpf.program_mut(hook.program()).ok_or(KernelError::Incomplete { what: hook.program() })?;
         let answer = match object::load_program(program) {
+            Ok(()) if hook == Hook::PostCreate && !lsm::is_bpf_active() => {
+                Answer::No("the BPF LSM is not active: `bpf` is not in the boot parameter lsm=".to_owned())
+            }
             Err(error) => refused(&error),
             Ok(()) => match foreign::check(hook, cgroup, None) {
                 // Says nothing about the kernel.

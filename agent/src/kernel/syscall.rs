@@ -124,6 +124,7 @@ pub(super) fn create_link(program: impl AsFd, hook: Hook, cgroup: &impl AsFd) ->
 pub(super) fn attach_type(hook: Hook) -> bpf_attach_type {
     match hook {
         Hook::Birth => bpf_attach_type::BPF_CGROUP_INET_SOCK_CREATE,
+        Hook::PostCreate => bpf_attach_type::BPF_LSM_CGROUP,
         Hook::Bind4 => bpf_attach_type::BPF_CGROUP_INET4_BIND,
         Hook::Bind6 => bpf_attach_type::BPF_CGROUP_INET6_BIND,
         Hook::Connect4 => bpf_attach_type::BPF_CGROUP_INET4_CONNECT,
@@ -168,6 +169,9 @@ pub(super) fn query(cgroup: &impl AsFd, hook: Hook, which: Query) -> io::Result<
         Query::Effective => (PROGRAMS_MAX * (abi::CGROUP_LEVELS_MAX as usize + 1), QUERY_EFFECTIVE),
     };
     let mut programs = vec![0u32; count];
+    // All LSM hooks of a cgroup are one to this command, and each program has flags of its own (`__cgroup_bpf_query`,
+    // kernel/bpf/cgroup.c).
+    let mut program_flags = vec![0u32; if hook == Hook::PostCreate && which == Query::Own { count } else { 0 }];
     let mut attributes = no_attributes();
     // SAFETY: the part of the union that BPF_PROG_QUERY takes.
     let query = unsafe { &mut attributes.query };
@@ -176,12 +180,18 @@ pub(super) fn query(cgroup: &impl AsFd, hook: Hook, which: Query) -> io::Result<
     query.query_flags = flags;
     query.prog_ids = programs.as_mut_ptr() as u64;
     query.__bindgen_anon_2.prog_cnt = programs.len() as u32;
+    if !program_flags.is_empty() {
+        query.prog_attach_flags = program_flags.as_mut_ptr() as u64;
+    }
     bpf(bpf_cmd::BPF_PROG_QUERY, &mut attributes)?;
     // SAFETY: as above.
     let query = unsafe { &attributes.query };
     // SAFETY: as above.
     programs.truncate(unsafe { query.__bindgen_anon_2.prog_cnt } as usize);
-    Ok(Attachment { mode: AttachMode::of(query.attach_flags), programs })
+    program_flags.truncate(programs.len());
+    let modes = program_flags.into_iter().map(AttachMode::of);
+    let mode = modes.reduce(|all, one| if one == AttachMode::Multi { all } else { one });
+    Ok(Attachment { mode: mode.unwrap_or_else(|| AttachMode::of(query.attach_flags)), programs })
 }
 
 /// Whether programs of this type for this kind of hook may call a helper.

@@ -16,7 +16,7 @@ use abi::{
 
 use super::{Live, Values};
 use crate::{
-    compile::{Desired, Scope, facts},
+    compile::{Desired, Hook, Scope, facts},
     events::Limit,
     host::socket::State,
     options::{self, Reading, Settable, SocketOption},
@@ -243,7 +243,14 @@ fn cases(desired: &Desired, scope: &Scope, live: &Live) -> Vec<Case> {
     let rules = |socket: &Socket| desired.candidates(scope, &facts(socket));
     let at = |places: Vec<(u32, Socket)>| places.iter().map(|(site, socket)| (*site, rules(socket))).collect();
     let case = |whole: &Socket| {
-        let Passed { surely, perhaps } = passed(live, whole);
+        let Passed { mut surely, perhaps } = passed(live, whole);
+        // With the facts of its birth: both hooks run when the socket is made.
+        if scope.hooks.contains(&Hook::PostCreate)
+            && live.facts.protocol != Some(Protocol::Tcp)
+            && let Some((_, born)) = surely.iter().find(|(site, _)| *site == site::BIRTH)
+        {
+            surely.push((site::POST_CREATE, born.clone()));
+        }
         Case { rules: rules(whole), surely: at(surely), perhaps: at(perhaps) }
     };
     if live.is_connection() && live.facts.direction.is_none() {

@@ -433,7 +433,7 @@ mod tests {
 
     use abi::{
         setting::{Numbered, Numbers, read_back},
-        site::BIRTH,
+        site::{BIRTH, POST_CREATE},
     };
 
     use super::*;
@@ -465,6 +465,11 @@ mod tests {
         let at_birth =
             |option: &&SocketOption| option.settable().is_some_and(|settable| settable.sites.contains(BIRTH));
         assert!(OPTIONS.iter().filter(at_birth).count() <= abi::BIRTH_MAX);
+        // An option that another one resets is set there again.
+        let at_creation =
+            |option: &&SocketOption| option.settable().is_some_and(|settable| settable.sites.contains(POST_CREATE));
+        let is_tcp = |option: &&SocketOption| option.traits & abi::setting::traits::TCP != 0;
+        assert!(OPTIONS.iter().filter(at_creation).filter(|option| !is_tcp(option)).count() < abi::POST_CREATE_MAX);
     }
 
     #[test]

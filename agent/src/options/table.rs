@@ -6,7 +6,10 @@ use abi::{
         effective::{SAME, UNCERTAIN},
         read_back, traits,
     },
-    site::{ACTIVE, BIND_DATAGRAM, BIND_STREAM, BIRTH, CONNECT_DATAGRAM, CONNECT_STREAM, LISTEN, PASSIVE, SEND, SYN},
+    site::{
+        ACTIVE, BIND_DATAGRAM, BIND_STREAM, BIRTH, CONNECT_DATAGRAM, CONNECT_STREAM, LISTEN, PASSIVE, POST_CREATE,
+        SEND, SYN,
+    },
 };
 
 use super::{
@@ -26,21 +29,24 @@ const BYTES: ValueKind = Opaque(Shape::Bytes);
 /// TCP: before the SYN, on the listener for what its children inherit and the SYN-ACK carries, and
 /// on the accepted socket for rules about its peer and for listeners older than the policy.
 const STREAM: Sites = Sites::of(&[SYN, LISTEN, PASSIVE]);
-/// Any socket. A datagram socket is reached when it binds or connects, or, if it does neither, with its first datagram.
-const ANY: Sites = Sites::of(&[BIND_DATAGRAM, CONNECT_DATAGRAM, SEND, SYN, LISTEN, PASSIVE]);
+/// Any socket. A datagram socket is reached when it is made, where the BPF LSM is active; and when it binds or connects, or, if it
+/// does neither, with its first datagram.
+const ANY: Sites = Sites::of(&[POST_CREATE, BIND_DATAGRAM, CONNECT_DATAGRAM, SEND, SYN, LISTEN, PASSIVE]);
 /// Bears on the choice of a route, and so must hold before connect looks it up; and once more with the SYN, for rules about
 /// the local end, which the route may choose.
-const ROUTE: Sites = Sites::of(&[BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SEND, SYN, LISTEN, PASSIVE]);
+const ROUTE: Sites =
+    Sites::of(&[POST_CREATE, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SEND, SYN, LISTEN, PASSIVE]);
 /// The same for what can be given to a socket at birth already. Not with the first datagram too: each would pay for that.
 const ROUTE_FROM_BIRTH: Sites =
     Sites::of(&[BIRTH, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SYN, LISTEN, PASSIVE]);
 /// Devices: accepted sockets have their listener's, and may not change it without CAP_NET_RAW
 /// (`sock_bindtoindex_locked`, which asks the current task even from a program).
-const DEVICE: Sites = Sites::of(&[BIND_STREAM, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SEND, LISTEN]);
+const DEVICE: Sites =
+    Sites::of(&[POST_CREATE, BIND_STREAM, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SEND, LISTEN]);
 const DEVICE_FROM_BIRTH: Sites =
     Sites::of(&[BIRTH, BIND_STREAM, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SEND, LISTEN]);
 /// Only matters to bind.
-const BIND: Sites = Sites::of(&[BIND_STREAM, BIND_DATAGRAM, CONNECT_DATAGRAM, SYN]);
+const BIND: Sites = Sites::of(&[POST_CREATE, BIND_STREAM, BIND_DATAGRAM, CONNECT_DATAGRAM, SYN]);
 /// Overwritten by `tcp_init_transfer` when set any earlier.
 const ESTABLISHED: Sites = Sites::of(&[ACTIVE, PASSIVE]);
 /// Only matters to listeners.

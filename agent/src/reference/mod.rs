@@ -189,6 +189,7 @@ fn value(option: &SocketOption) -> String {
 fn places(option: &SocketOption) -> String {
     const WORDS: &[(&[u32], &str)] = &[
         (&[site::BIRTH], "when a socket is made"),
+        (&[site::POST_CREATE], "when a socket other than a TCP one is made, where the BPF LSM is active"),
         (&[site::BIND_STREAM, site::BIND_DATAGRAM], "at bind"),
         (&[site::CONNECT_STREAM, site::CONNECT_DATAGRAM], "at connect, before the route is looked up"),
         (&[site::SEND], "with the first datagram of a socket without a peer"),

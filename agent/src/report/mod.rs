@@ -29,7 +29,7 @@ use crate::{
     gaps::Gap,
     kernel::Audit,
     policy::model::{Form, Mode, Named},
-    unsupported::{self, Concern, Unsupported},
+    unsupported::{Concern, Unsupported},
     values,
 };
 
@@ -232,7 +232,7 @@ impl Line {
             mode: rule.mode,
             counters: Counters::default(),
             asked: Vec::new(),
-            unsupported: unsupported::of_rule(&rule.selector, source.option, &source.form),
+            unsupported: desired.unsupported_of(setting as usize),
             is_told: false,
         })
     }

@@ -37,6 +37,9 @@ pub const UNSTORED_MAX: u32 = 1024;
 /// Options that can be set at [`site::BIRTH`].
 pub const BIRTH_MAX: usize = 3;
 
+/// Options that can be set at [`site::POST_CREATE`], at the most.
+pub const POST_CREATE_MAX: usize = 16;
+
 /// Deepest cgroup at which a target can be, counted from the root of the hierarchy (level 0).
 ///
 /// Kubernetes nests its containers five levels deep; each level costs the audit one comparison.
@@ -230,8 +233,10 @@ pub mod site {
     pub const LISTEN: u32 = 8;
     /// cgroup/sendmsg4, sendmsg6: the first datagram of a UDP socket that is not connected
     pub const SEND: u32 = 9;
+    /// lsm_cgroup/socket_post_create of any socket but a TCP one: options can be set, but no address is known
+    pub const POST_CREATE: u32 = 10;
     /// How many there are.
-    pub const COUNT: usize = 10;
+    pub const COUNT: usize = 11;
 }
 
 /// The options to apply at one site, in the order in which to apply them.

@@ -90,7 +90,7 @@ pub trait Prefixes {
 }
 
 /// The rules that match a socket.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Candidates {
     /// Match, whatever else comes to be known.
     pub sure: u64,

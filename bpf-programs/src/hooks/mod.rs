@@ -5,4 +5,5 @@ mod audit;
 mod birth;
 mod calls;
 mod live;
+mod post_create;
 mod turns;

@@ -6,7 +6,7 @@ use abi::setting::words_of_text;
 
 use super::*;
 use crate::{
-    compile::compile,
+    compile::{Hook, compile},
     coverage::all,
     host::socket::{Entry, State::*},
     live::Told,
@@ -61,11 +61,16 @@ impl Fresh for New {
     }
 }
 
-/// What there is to say of a socket: an option's name, and why it cannot be told.
-fn found_with(rules: &str, live: &Live, mut new: New) -> Vec<(&'static str, Option<&'static str>)> {
+/// What there is to say of a socket where the BPF LSM is not active: an option's name, and why it cannot be told.
+fn found_with(rules: &str, live: &Live, new: New) -> Vec<(&'static str, Option<&'static str>)> {
+    found_on(rules, live, new, false)
+}
+
+fn found_on(rules: &str, live: &Live, mut new: New, has_lsm: bool) -> Vec<(&'static str, Option<&'static str>)> {
     let policy = policy::parse(Path::new("test.toml"), rules).unwrap().0;
     let policies = [policy];
-    let desired = compile(&policies, &[all(&policies)]).unwrap();
+    let mut desired = compile(&policies, &[all(&policies)]).unwrap();
+    desired.keep_hooks(|hook| has_lsm || hook != Hook::PostCreate);
     let findings = find(&desired, &desired.scopes[0], live, &mut new).into_iter();
     findings
         .map(|finding| match finding {
@@ -163,6 +168,19 @@ fn whether_a_datagram_socket_was_bound_or_only_sends_is_not_known() {
     assert_eq!(found(rules, &udp(["0.0.0.0:5000", ""], &values(1))), NONE);
     let connected = udp(["10.0.0.1:5000", "10.0.0.2:53"], &values(0));
     assert_eq!(found(rules, &connected), [("SO_REUSEADDR", None)]);
+}
+
+#[test]
+fn any_socket_but_a_tcp_one_has_all_from_its_creation_where_the_bpf_lsm_is_active() {
+    let rules = "[[rule]]\nset = { SO_RCVLOWAT = 3 }\n";
+    let values = [("SO_RCVLOWAT", number(1))];
+    for protocol in [libc::IPPROTO_UDP, libc::IPPROTO_ICMP, libc::IPPROTO_UDPLITE] {
+        let new = live(protocol, Unconnected, ["", ""], &values);
+        assert_eq!(found_on(rules, &new, New::default(), true), [("SO_RCVLOWAT", None)], "{protocol}");
+        assert!(!found_on(rules, &new, New::default(), false).contains(&("SO_RCVLOWAT", None)), "{protocol}");
+    }
+    let tcp = live(libc::IPPROTO_TCP, Unconnected, ["", ""], &values);
+    assert_eq!(found_on(rules, &tcp, New::default(), true), NONE);
 }
 
 #[test]

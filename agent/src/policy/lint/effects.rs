@@ -98,7 +98,8 @@ fn goes_by(direction: Option<Direction>, site: u32) -> bool {
 
 /// Whether a rule can be sure there that it matches: direction and peer are not known everywhere.
 fn is_sure(selector: &Selector, site: u32) -> bool {
-    let knows_direction = !matches!(site, site::BIRTH | site::BIND_STREAM | site::BIND_DATAGRAM | site::SEND);
+    let knows_direction =
+        !matches!(site, site::BIRTH | site::POST_CREATE | site::BIND_STREAM | site::BIND_DATAGRAM | site::SEND);
     let knows_peer = knows_direction && site != site::LISTEN;
     (knows_direction || selector.direction.is_none()) && (knows_peer || !asks_peer(selector))
 }

@@ -3,7 +3,8 @@
 use serde_json::Value;
 use sockpolicy_integration_tests::{
     agent::{self, Exec},
-    options::{SO_MARK, SO_RCVLOWAT},
+    kernels::Kernel,
+    options::{IP_TOS, SO_MARK, SO_PRIORITY, SO_RCVLOWAT},
     policy::PolicyFile,
     require,
     script::{Family, Kind},
@@ -11,33 +12,71 @@ use sockpolicy_integration_tests::{
 
 use crate::{stderr, stdout};
 
+/// Where the BPF LSM is active, a program may set all options when a socket is made.
+fn has_lsm() -> bool {
+    Kernel::current().has("lsm_cgroup/socket_post_create")
+}
+
 #[test]
-fn sockets_that_hooks_do_not_reach_have_what_can_be_set_at_birth() {
+fn raw_ping_and_udp_lite_sockets_have_what_this_kernel_can_set_when_they_are_made() {
     require!("cgroup/sendmsg4");
     let policy = PolicyFile::new(
-        "[[rule]]\nname = \"icmp\"\nmatch = { protocol = [\"icmp\", \"other\"] }\nset = { SO_MARK = 5, SO_RCVLOWAT = 3 }\n",
+        "[[rule]]\nname = \"icmp\"\nmatch = { protocol = [\"icmp\", \"other\"] }\n\
+         set = { SO_MARK = 5, SO_RCVLOWAT = 3, SO_PRIORITY = 4, IP_TOS = \"AF21\" }\n",
     );
     let mut exec = Exec::start(&policy);
     let probe = &mut exec.probe;
     probe.write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647");
+    let (mut made, mut bound) = (0, 0);
     for family in Family::BOTH {
         for kind in [Kind::Raw, Kind::Ping, Kind::UdpLite] {
             // Some kernels have no UDP-Lite.
             let Ok(fd) = probe.try_open(family, kind) else { continue };
-            assert_eq!(probe.int(fd, SO_MARK), 5, "{family:?} {kind:?}");
-            let bound = probe.open(family, kind);
-            probe.bind(bound, family.loopback());
-            let wanted = if kind == Kind::UdpLite { 3 } else { 1 };
-            assert_eq!(probe.int(bound, SO_RCVLOWAT), wanted, "{family:?} {kind:?}");
+            let what = format!("{family:?} {kind:?}");
+            assert_eq!(probe.int(fd, SO_MARK), 5, "{what}");
+            assert_eq!(probe.int(fd, SO_PRIORITY), 4, "{what}: IP_TOS does not change it");
+            assert_eq!(probe.int(fd, SO_RCVLOWAT), if has_lsm() { 3 } else { 1 }, "{what}");
+            if family == Family::Inet {
+                assert_eq!(probe.int(fd, IP_TOS), if has_lsm() { 0x48 } else { 0 }, "{what}");
+            }
+            made += 1;
+            probe.bind(fd, family.loopback());
+            let is_reached = has_lsm() || kind == Kind::UdpLite;
+            bound += u64::from(is_reached);
+            assert_eq!(probe.int(fd, SO_RCVLOWAT), if is_reached { 3 } else { 1 }, "{what}");
         }
     }
     let report = exec.finish();
-    let unsupported = &report.setting_of("icmp", "SO_RCVLOWAT").unsupported;
-    assert!(
-        ["raw", "ping", "udp-lite"].iter().all(|name| unsupported.iter().any(|told| told == name)),
-        "{unsupported:?}"
+    let setting = report.setting_of("icmp", "SO_RCVLOWAT");
+    assert_eq!((setting.sockets.set, setting.sockets.failed), (bound, 0), "of {made}");
+    let names = ["raw", "ping", "udp-lite"];
+    let told = |name: &&str| setting.unsupported.iter().any(|told| told == *name);
+    assert_eq!(
+        names.iter().filter(|name| told(name)).count(),
+        if has_lsm() { 0 } else { 3 },
+        "{:?}",
+        setting.unsupported
     );
     assert!(!report.setting_of("icmp", "SO_MARK").unsupported.iter().any(|told| told == "raw"));
+}
+
+#[test]
+fn first_datagram_of_a_new_socket_has_the_policys_values_where_the_kernel_can_set_them() {
+    require!("cgroup/sendmsg4");
+    let policy = PolicyFile::new("[[rule]]\nmatch = { protocol = \"udp\" }\nset = { SO_RCVLOWAT = 3 }\n");
+    for arguments in [&[][..], &["--dry-run"]] {
+        let mut exec = Exec::with(&policy, arguments);
+        let probe = &mut exec.probe;
+        for family in Family::BOTH {
+            let fd = probe.open(family, Kind::Udp);
+            let is_set = has_lsm() && arguments.is_empty();
+            assert_eq!(probe.int(fd, SO_RCVLOWAT), if is_set { 3 } else { 1 }, "{family:?} {arguments:?}");
+            let tcp = probe.open(family, Kind::Tcp);
+            assert_eq!(probe.int(tcp, SO_RCVLOWAT), 1, "no rule is about it");
+        }
+        let report = exec.finish();
+        assert_eq!(report.setting("SO_RCVLOWAT").sockets.set, if has_lsm() { 2 } else { 0 }, "{arguments:?}");
+    }
 }
 
 #[test]
