@@ -2,6 +2,8 @@
 
 use std::{fs, io, sync::OnceLock};
 
+use nix::errno::Errno;
+
 /// `LSM_ID_BPF` (include/uapi/linux/lsm.h).
 const BPF: u64 = 109;
 
@@ -29,8 +31,8 @@ fn list() -> io::Result<Vec<u64>> {
     let mut size = size_of_val(&modules) as u32;
     // SAFETY: writes at most `size` bytes to `modules`, and the length to `size`.
     let count = unsafe { libc::syscall(LIST_MODULES, modules.as_mut_ptr(), &raw mut size, 0u32) };
-    let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
-    Ok(modules.into_iter().take(count).collect())
+    let count = Errno::result(count)?;
+    Ok(modules.into_iter().take(usize::try_from(count).unwrap_or(0)).collect())
 }
 
 #[cfg(test)]
