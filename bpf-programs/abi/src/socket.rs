@@ -200,7 +200,9 @@ pub struct State {
     pub is_fresh: u32,
     /// Whether the notes are in map `UNSTORED` (0 or 1).
     pub is_unstored: u32,
-    pub _pad: u32,
+    /// Whether the socket had a peer when its options were last set (0 or 1). [`Self::facts`] do not tell: calls of setsockopt and
+    /// getsockopt also write them.
+    pub has_peer: u32,
     /// What was last known of the socket. In memory that the verifier does not look into, so that
     /// the many ways to come to know it are one to it afterwards.
     pub facts: Facts,
@@ -267,7 +269,7 @@ impl Unstored {
             generation: 0,
             is_fresh: 0,
             is_unstored: 1,
-            _pad: 0,
+            has_peer: 0,
             facts: Facts {
                 local: [0; 4],
                 remote: [0; 4],

@@ -77,7 +77,7 @@ fn send(ctx: &SockAddrContext) {
     // SAFETY: the context's socket, checked for NULL.
     let Some((state, scope)) = (unsafe { storage::claim(socket.sk(), |_| false) }) else { return };
     let lost_device = state.notes.device_wanted != 0 && state.notes.device != socket.device();
-    let lost_peer = state.facts.known & known::REMOTE != 0 && !socket.is_connected();
+    let lost_peer = state.has_peer != 0 && !socket.is_connected();
     if state.is_fresh != 0 || lost_device || lost_peer {
         apply_to(socket.send_facts(), site::SEND, &socket, state, scope, 0);
     }
@@ -93,6 +93,7 @@ fn apply_at(site: u32, socket: &Addressed, facts: Facts, how: u32) {
 #[inline(always)]
 fn apply_to(facts: Facts, site: u32, socket: &Addressed, state: &'static mut State, scope: Scope, how: u32) {
     state.is_fresh = 0;
+    state.has_peer = u32::from(facts.known & known::REMOTE != 0);
     if state.notes.cookie == 0 {
         // SAFETY: the helper takes this context.
         state.notes.cookie = unsafe { bpf_get_socket_cookie(socket.as_ptr()) };

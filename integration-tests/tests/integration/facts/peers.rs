@@ -71,16 +71,22 @@ fn datagram_socket_without_its_peer_has_nothing_of_it() {
     let there = probe.bind(receiver, address("[::1]:0"));
     let options = [SO_MARK, IPV6_TCLASS, SO_RCVLOWAT];
     let fd = probe.open(Family::Inet6, Kind::Udp);
-    for next in ["connect", "send"] {
+    // Calls tell the programs of the socket too, and what they tell then is without a peer.
+    for (next, call) in [("connect", ""), ("send", ""), ("send", "read"), ("send", "set")] {
         probe.connect(fd, address("[::1]:9"));
         assert_eq!(values(probe, fd, &options), [0x20, 0xb8, 9]);
         probe.disconnect(fd);
+        match call {
+            "read" => drop(probe.int(fd, SO_RCVLOWAT)),
+            "set" => drop(probe.set(fd, SO_RCVLOWAT, 3)),
+            _ => {}
+        }
         if next == "connect" {
             probe.connect(fd, there);
         } else {
             probe.send(fd, Some(there));
         }
-        assert_eq!(values(probe, fd, &options), [0, 0, 3], "after AF_UNSPEC and {next}");
+        assert_eq!(values(probe, fd, &options), [0, 0, 3], "after AF_UNSPEC, {call:?} and {next}");
     }
     drop(exec.finish());
 }
