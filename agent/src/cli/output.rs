@@ -3,7 +3,6 @@
 use std::{
     collections::{BTreeMap, HashSet},
     fmt,
-    fs::File,
     io,
     path::Path,
 };
@@ -155,8 +154,8 @@ impl Writer {
     /// Writes to a file, made anew.
     pub(super) fn to_file(reporting: &Reporting, path: &Path) -> Result<Self, ReportError> {
         let place = path.escaped().to_string();
-        let file = File::create(path).map_err(|source| ReportError { place: place.clone(), source })?;
-        Self::start(reporting, Target::File(file.into()), place, None)
+        let target = Target::file(path).map_err(|source| ReportError { place: place.clone(), source })?;
+        Self::start(reporting, target, place, None)
     }
 
     fn start(reporting: &Reporting, target: Target, place: String, shared: Option<Sink>) -> Result<Self, ReportError> {

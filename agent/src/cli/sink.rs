@@ -7,9 +7,14 @@
 //! the next line.
 
 use std::{
+    fs::File,
     io, mem,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::fs::{FileTypeExt as _, OpenOptionsExt as _},
+    },
+    path::{Path, PathBuf},
+    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -40,24 +45,47 @@ const PATIENCE_MAX: Duration = Duration::from_secs(10);
 pub(super) enum Target {
     Standard(Standard),
     File(OwnedFd),
+    /// A named pipe that nobody reads yet. The thread opens it, which waits for a reader (fifo(7)).
+    Fifo { path: PathBuf, opened: OnceLock<OwnedFd> },
 }
 
 impl Target {
+    /// A file, made anew where it is a regular one. Waits for nobody.
+    ///
+    /// # Errors
+    ///
+    /// Where the file cannot be opened for writing.
+    pub(super) fn file(path: &Path) -> io::Result<Self> {
+        let mut options = File::options();
+        options.write(true).create(true).truncate(true);
+        match options.clone().custom_flags(libc::O_NONBLOCK).open(path) {
+            Err(error) if error.raw_os_error() == Some(libc::ENXIO) && is_fifo(path) => {
+                Ok(Self::Fifo { path: path.to_owned(), opened: OnceLock::new() })
+            }
+            opened => Ok(Self::File(opened?.into())),
+        }
+    }
+
     fn write_some(&self, bytes: &[u8]) -> io::Result<usize> {
         match self {
             Self::Standard(standard) => io::Write::write(&mut { *standard }, bytes),
             Self::File(file) => write_some(file.as_fd(), bytes),
+            Self::Fifo { path, opened } => {
+                let file = match opened.get() {
+                    Some(file) => file,
+                    None => {
+                        let file = File::options().write(true).open(path)?;
+                        opened.get_or_init(|| file.into())
+                    }
+                };
+                write_some(file.as_fd(), bytes)
+            }
         }
     }
 }
 
-impl AsFd for Target {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Standard(standard) => standard.as_fd(),
-            Self::File(file) => file.as_fd(),
-        }
-    }
+fn is_fifo(path: &Path) -> bool {
+    path.metadata().is_ok_and(|metadata| metadata.file_type().is_fifo())
 }
 
 /// A queue in front of a descriptor. Its clones are the same queue.
@@ -289,10 +317,7 @@ pub(super) fn loss_line(loss: &Loss, format: Format) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        fs::File,
-        io::{BufRead, BufReader, Read},
-    };
+    use std::io::{BufRead, BufReader, Read};
 
     use nix::unistd::pipe;
 
@@ -300,6 +325,12 @@ mod tests {
 
     fn lines(reader: impl Read, count: usize) -> Vec<String> {
         BufReader::new(reader).lines().map(Result::unwrap).take(count).collect()
+    }
+
+    fn named_pipe(name: &str) -> PathBuf {
+        let path = std::env::temp_dir().join(format!("sockpolicy-sink-{name}-{}", std::process::id()));
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        path
     }
 
     #[test]
@@ -353,6 +384,28 @@ mod tests {
         assert_eq!(sink.finish(), Err(Unfinished::Failed(Errno::EPIPE)));
         assert!(sink.is_closed());
         assert_eq!(sink.lost(), Unwritten { closed: 1, ..Unwritten::default() });
+    }
+
+    #[test]
+    fn named_pipe_waits_for_its_reader_in_the_thread() {
+        let path = named_pipe("read");
+        let sink = Sink::start(Target::file(&path).unwrap(), Format::Text).unwrap();
+        sink.put("a\n");
+        sink.settle();
+        sink.put("b\n");
+        let reader = File::open(&path).unwrap();
+        assert_eq!(sink.finish(), Ok(()));
+        assert_eq!(lines(reader, 2), ["a", "b"]);
+        std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn named_pipe_without_a_reader_keeps_nobody() {
+        let path = named_pipe("unread");
+        let sink = Sink::start(Target::file(&path).unwrap(), Format::Text).unwrap();
+        sink.put("a\n");
+        assert_eq!(sink.finish(), Err(Unfinished::Stuck));
+        std::fs::remove_file(path).unwrap();
     }
 
     #[test]
