@@ -73,6 +73,13 @@ pub const UNCONNECTED: Unsupported = Unsupported {
     why: "the kernel reads the options of a datagram before it runs a program that knows the peer",
 };
 
+pub const UNBOUND: Unsupported = Unsupported {
+    name: "unbound",
+    of: "UDP sockets that connect before they have a local address or port",
+    what: "rules about the local address or port set nothing on them; limits and denials of such rules hold on each of them",
+    why: "the kernel chooses the local end after it has run the last program",
+};
+
 pub const FIRST_DATAGRAM: Unsupported = Unsupported {
     name: "first-datagram",
     of: "the first datagram after connect(AF_UNSPEC), and without BPF LSM also the first of a UDP socket that is neither bound nor \
@@ -123,6 +130,7 @@ pub const ALL: &[&Unsupported] = &[
     &UDP_LITE,
     &MULTIPATH,
     &UNCONNECTED,
+    &UNBOUND,
     &FIRST_DATAGRAM,
     &DEVICE,
     &CONTROL_MESSAGES,
@@ -172,6 +180,7 @@ fn concern(entry: &Unsupported, selector: &Selector, option: Named, form: &Form)
         "udp-lite" if sets && !is_from_birth(option) => may(by_protocol(&[Protocol::Other]).is_some()),
         "mptcp" if sets => may(by_protocol(&[Protocol::Tcp]).is_some()),
         "unconnected" if asks_peer(selector) => by_protocol(&[Protocol::Udp]),
+        "unbound" if asks_local(selector) => by_protocol(&[Protocol::Udp]),
         "first-datagram" if sets && !is_from_birth(option) => may(by_protocol(&[Protocol::Udp]).is_some()),
         "link-local-device" => may(sets && option.traits & traits::DEVICE != 0),
         "control-messages" if IN_CONTROL_MESSAGES.contains(&option.name) => sends(),
@@ -181,11 +190,18 @@ fn concern(entry: &Unsupported, selector: &Selector, option: Named, form: &Form)
     }
 }
 
-/// What is not done of an option that a rule sets on a socket that is described.
+/// What is not done of an option that a rule sets on a socket that is described, and that the rule matches.
 #[must_use]
-pub fn of_socket(socket: &Socket, option: Named, form: &Form) -> Vec<&'static Unsupported> {
+pub fn of_socket(socket: &Socket, selector: &Selector, option: Named, form: &Form) -> Vec<&'static Unsupported> {
     let Named::Known(option) = option else { return Vec::new() };
-    if !matches!(form, Form::Set(_)) || is_from_birth(option) {
+    if !matches!(form, Form::Set(_)) {
+        return Vec::new();
+    }
+    if socket.protocol == Some(Protocol::Udp) && socket.remote.is_some() {
+        let may = [(&UNCONNECTED, asks_peer(selector)), (&UNBOUND, asks_local(selector))];
+        return may.into_iter().filter_map(|(entry, holds)| holds.then_some(entry)).collect();
+    }
+    if is_from_birth(option) {
         return Vec::new();
     }
     match socket.protocol {
@@ -213,6 +229,10 @@ fn is_from_birth(option: &SocketOption) -> bool {
 
 fn asks_peer(selector: &Selector) -> bool {
     !(selector.remote.is_empty() && selector.not_remote.is_empty() && selector.remote_ports.is_empty())
+}
+
+fn asks_local(selector: &Selector) -> bool {
+    !(selector.local.is_empty() && selector.local_ports.is_empty())
 }
 
 impl std::fmt::Display for Unsupported {
@@ -260,8 +280,27 @@ mod tests {
     fn socket_that_no_hook_reaches_is_told() {
         let form = Form::Set(crate::policy::model::Wanted::Number { value: 3, mask: u32::MAX });
         let socket = |protocol| Socket::new(protocol, None, None, Default::default(), None).unwrap();
-        assert_eq!(of_socket(&socket(Protocol::Icmp), named("IP_TOS"), &form), [&PING]);
-        assert!(of_socket(&socket(Protocol::Udp), named("IP_TOS"), &form).is_empty());
-        assert!(of_socket(&socket(Protocol::Other), named("SO_MARK"), &form).is_empty());
+        let of = |protocol, option| of_socket(&socket(protocol), &Selector::default(), named(option), &form);
+        assert_eq!(of(Protocol::Icmp, "IP_TOS"), [&PING]);
+        assert!(of(Protocol::Udp, "IP_TOS").is_empty());
+        assert!(of(Protocol::Other, "SO_MARK").is_empty());
+    }
+
+    #[test]
+    fn rule_about_an_end_that_no_hook_is_told_is_told() {
+        let form = Form::Set(crate::policy::model::Wanted::Number { value: 3, mask: u32::MAX });
+        let local = Selector { local_ports: vec![1..=2], ..Selector::default() };
+        let peer = Selector { remote_ports: vec![9..=10], ..Selector::default() };
+        assert!(names(&local, "SO_MARK", &form).contains(&("unbound", Concern::May)));
+        assert!(!names(&peer, "SO_MARK", &form).iter().any(|(name, _)| *name == "unbound"));
+        assert_eq!(names(&local, "TCP_KEEPIDLE", &Form::Deny), []);
+        let end = |text: &str| text.parse().ok();
+        let of = |remote, selector: &Selector| {
+            let socket = Socket { remote, ..Socket::new(Protocol::Udp, None, None, Default::default(), None).unwrap() };
+            of_socket(&socket, selector, named("SO_MARK"), &form)
+        };
+        assert_eq!(of(end("127.0.0.1:9"), &local), [&UNBOUND]);
+        assert_eq!(of(end("127.0.0.1:9"), &peer), [&UNCONNECTED]);
+        assert!(of(None, &local).is_empty());
     }
 }

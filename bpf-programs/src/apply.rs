@@ -248,6 +248,16 @@ fn put(values: &mut [u32; SETTABLE_MAX], place: usize, value: u32) {
     }
 }
 
+/// The setting that what the application asked for is held against, and its number.
+#[inline(always)]
+fn holding(option: &Governed, rules: Candidates, missing: u32) -> Option<(u32, &'static Setting)> {
+    if missing & entry::LAST == 0 || u32::from(option.traits) & missing != 0 {
+        return governing(option, rules, missing);
+    }
+    let winner = option.cautious_winner(rules)?;
+    Some((winner, maps::setting(winner)?))
+}
+
 impl<'a, S: Bound> Task<'a, S> {
     #[inline(always)]
     fn new(socket: &'a S, sk: *mut c_void, option: &'static Governed) -> Option<Self> {
@@ -301,7 +311,7 @@ fn check_by_helper(socket: &impl Bound, sk: *mut c_void, index: u32, rules: Cand
         task.give_back();
     }
     if task.notes.asked & task.bit != 0
-        && let Some((winner, setting)) = governing(option, rules, missing)
+        && let Some((winner, setting)) = holding(option, rules, missing)
     {
         task.hold(setting, winner);
     }

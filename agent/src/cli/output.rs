@@ -2,8 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    fmt,
-    io,
+    fmt, io,
     path::Path,
 };
 

@@ -46,7 +46,10 @@ pub(super) enum Target {
     Standard(Standard),
     File(OwnedFd),
     /// A named pipe that nobody reads yet. The thread opens it, which waits for a reader (fifo(7)).
-    Fifo { path: PathBuf, opened: OnceLock<OwnedFd> },
+    Fifo {
+        path: PathBuf,
+        opened: OnceLock<OwnedFd>,
+    },
 }
 
 impl Target {

@@ -160,7 +160,11 @@ pub(super) fn sites(options: &[Governed], rules: &[&Rule]) -> [SiteList; site::C
             if (is_tcp_only && DATAGRAM.contains(&number)) || !(is_set || is_checked) {
                 continue;
             }
-            let how = if is_set { 0 } else { entry::CHECK } | if is_kept { entry::KEEP } else { 0 };
+            // The kernel chooses the local end of a datagram socket that connects without one after that hook
+            // (`ip4_datagram_connect`, net/ipv4/datagram.c; `inet_autobind`, net/ipv4/af_inet.c).
+            let is_last = number == site::CONNECT_DATAGRAM;
+            let flag = |holds: bool, flag: u32| if holds { flag } else { 0 };
+            let how = flag(!is_set, entry::CHECK) | flag(is_kept, entry::KEEP) | flag(is_last, entry::LAST);
             list.options[list.len as usize] = index as u32 | how;
             list.len += 1;
         }

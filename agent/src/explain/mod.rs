@@ -115,9 +115,9 @@ fn explain_option(desired: &Desired, socket: &Socket, option: &Governed, candida
         };
         others.push((other, why));
     }
-    let unsupported = decides
-        .as_ref()
-        .map_or_else(Vec::new, |clause| unsupported::of_socket(socket, clause.source.option, &clause.source.form));
+    let unsupported = decides.as_ref().map_or_else(Vec::new, |Clause { rule, source }| {
+        unsupported::of_socket(socket, &rule.selector, source.option, &source.form)
+    });
     OptionExplained { winner: decides, others, unsupported }
 }
 

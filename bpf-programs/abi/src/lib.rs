@@ -254,8 +254,10 @@ pub mod entry {
     pub const CHECK: u32 = 1 << 31;
     /// What the option had before a rule set it is kept: rules about facts that may change name the option.
     pub const KEEP: u32 = 1 << 30;
+    /// No later hook knows more of the socket: a limit or a deny of a rule that may match holds.
+    pub const LAST: u32 = 1 << 29;
     /// The number of the option.
-    pub const NUMBER: u32 = KEEP - 1;
+    pub const NUMBER: u32 = LAST - 1;
 }
 shared!(SiteList, size 4 + 4 * SETTABLE_MAX);
 

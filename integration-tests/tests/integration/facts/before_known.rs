@@ -84,6 +84,39 @@ fn limit_holds_for_what_was_asked_for_before_connect() {
     drop(exec.finish());
 }
 
+/// The kernel chooses the local end of a datagram socket that connects without one after the last hook: a rule that may match it
+/// holds then, and not before.
+#[test]
+fn limit_about_a_local_end_that_no_hook_is_told_holds() {
+    require!("TCP_NODELAY");
+    let policy = PolicyFile::new(
+        "[[rule]]\nmatch = { local_port = \"1024-65535\" }\nlimit = { SO_SNDBUF = { max = \"8KiB\" } }\n\
+         [[rule]]\nmatch = { local = [\"127.0.0.0/8\", \"::1\"] }\nlimit = { SO_PRIORITY = { max = 2 } }\n\
+         deny = [\"SO_KEEPALIVE\"]\n",
+    );
+    let mut exec = Exec::start(&policy);
+    let probe = &mut exec.probe;
+    let options = [SO_SNDBUF, SO_PRIORITY, SO_KEEPALIVE];
+    for family in Family::BOTH {
+        let receiver = probe.open(family, Kind::Udp);
+        let there = probe.bind(receiver, family.loopback());
+        let fd = probe.open(family, Kind::Udp);
+        probe.set(fd, SO_SNDBUF, 100_000).unwrap();
+        probe.set(fd, SO_PRIORITY, 5).unwrap();
+        probe.set(fd, SO_KEEPALIVE, 1).unwrap();
+        assert_eq!(options.map(|option| probe.int(fd, option)), [200_000, 5, 1], "it may yet have another address");
+        probe.connect(fd, there);
+        assert_eq!(options.map(|option| probe.int(fd, option)), [16384, 2, 0], "{family:?}");
+    }
+    // Where the local end is known, so is that the rule does not match.
+    let fd = probe.open(Family::Inet, Kind::Udp);
+    probe.set(fd, SO_SNDBUF, 100_000).unwrap();
+    probe.bind(fd, "0.0.0.0:999".parse().unwrap());
+    probe.connect(fd, "127.0.0.1:9".parse().unwrap());
+    assert_eq!(probe.int(fd, SO_SNDBUF), 200_000);
+    exec.finish().assert_nothing_lost();
+}
+
 /// Nobody chose the defaults: a limit is not about them.
 #[test]
 fn limit_leaves_what_nobody_asked_for() {
