@@ -23,7 +23,7 @@ use nix::time::{ClockId, clock_gettime};
 
 use self::word::Word;
 use crate::{
-    compile::{CompileError, Desired, Hook, compile},
+    compile::{CompileError, Desired, Hook, NeedsHook, compile},
     coverage::Stack,
     escape::Escape,
     events::{Event, Executables, Filter, Surroundings, decode},
@@ -83,6 +83,7 @@ pub struct Session {
     choice: GapsChoice,
     blocked: Blocked,
     gaps: Vec<Gap>,
+    needs_hook: Option<NeedsHook>,
     /// What came of trying to set options.
     tried: Tried,
     mount: Mount,
@@ -189,8 +190,8 @@ impl Session {
         let mut word = None;
         let options = if choice == GapsChoice::DoNotTry { Vec::new() } else { desired.set_options() };
         let by_hooks = desired.clone();
-        let is_by_audit = backend != BackendChoice::None && !is_pinned && filter.processes.is_empty();
-        if is_by_audit && desired.audit_can_judge() {
+        let mut needs_hook = desired.needs_hook().or_else(|| needs_hook_for(backend, is_pinned, &filter));
+        if needs_hook.is_none() {
             desired.judge_by_audit();
         }
         let load = |next: &[(&Desired, usize)]| {
@@ -203,7 +204,7 @@ impl Session {
             with_sample(&desired, &options, &mount, Some(targets.len()), load)?
         };
         if desired.audit_judges && !object.can_judge() {
-            desired = by_hooks;
+            (desired, needs_hook) = (by_hooks, Some(NeedsHook::Blind));
             object.load_more(&desired.hooks())?;
         }
         let gaps = find_gaps(&object, &mut desired, &tried);
@@ -265,6 +266,7 @@ impl Session {
             choice,
             blocked,
             gaps: gaps.0,
+            needs_hook,
             tried,
             names: Names::new(mount.clone()),
             mount,
@@ -284,11 +286,11 @@ impl Session {
     ///
     /// Where this kernel cannot do it; then what was in force still is.
     pub fn reload(&mut self, mut desired: Desired, targets: Vec<Target>, files: Files) -> Result<(), SessionError> {
-        if self.backend != BackendChoice::None
-            && self.object.can_judge()
-            && self.filter.processes.is_empty()
-            && desired.audit_can_judge()
-        {
+        let needs_hook = desired
+            .needs_hook()
+            .or_else(|| needs_hook_for(self.backend, self.stays(), &self.filter))
+            .or_else(|| self.blind());
+        if needs_hook.is_none() {
             desired.judge_by_audit();
         }
         self.object.load_more(&desired.hooks())?;
@@ -335,7 +337,18 @@ impl Session {
         self.targets = targets;
         self.skipped = self.blocked.skips().chain(failed).collect();
         self.gaps = gaps.0;
+        self.needs_hook = needs_hook;
         Ok(())
+    }
+
+    fn blind(&self) -> Option<NeedsHook> {
+        (!self.object.can_judge()).then_some(NeedsHook::Blind)
+    }
+
+    /// Returns why a hook at setsockopt judges the calls; `None`: the audit does.
+    #[must_use]
+    pub fn needs_hook(&self) -> Option<NeedsHook> {
+        self.needs_hook
     }
 
     /// Has the policies hold on these targets, as cgroups come and go.
@@ -802,6 +815,16 @@ fn find_gaps(object: &Object, desired: &mut Desired, tried: &Tried) -> Gaps {
         gaps.extend(impossible_errnos(desired));
     }
     gaps.into_iter().collect()
+}
+
+/// Returns why a hook at setsockopt has to judge the calls, whatever the policies are.
+#[must_use]
+pub fn needs_hook_for(backend: BackendChoice, persists: bool, filter: &Filter) -> Option<NeedsHook> {
+    match backend {
+        BackendChoice::None => Some(NeedsHook::NoAudit),
+        _ if persists => Some(NeedsHook::Persists),
+        _ => (!filter.processes.is_empty()).then_some(NeedsHook::SomeProcesses),
+    }
 }
 
 fn refuse(choice: GapsChoice, gaps: &Gaps) -> Result<(), SessionError> {

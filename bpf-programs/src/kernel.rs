@@ -349,6 +349,15 @@ pub(crate) extern "C" fn place_of_sock(generation: u32, sk: u64) -> u32 {
     if cgroup.is_some() { TOO_DEEP } else { 0 }
 }
 
+/// The same of the socket that a descriptor of the current task stands for.
+#[inline(always)]
+pub(crate) fn place_of_descriptor(generation: u32, fd: i32) -> u32 {
+    match sock_of_file(file_of_descriptor(fd)) {
+        0 => 0,
+        sk => place_of_sock(generation, sk),
+    }
+}
+
 /// See [`place_of_sock`].
 pub(crate) const TOO_DEEP: u32 = u32::MAX;
 

@@ -16,6 +16,7 @@ use super::{
     sink::{Sink, Target, Unfinished, loss_line},
 };
 use crate::{
+    compile::Hook,
     escape::{self, Escape, visible},
     events::{Event, Kind, SCHEMA},
     kernel::{self, Audit, BackendChoice},
@@ -212,7 +213,14 @@ impl Writer {
             hooks.join(", "),
         ));
         if desired.audit_judges {
-            self.line(&"sockpolicy: the audit judges the calls: this dry run attaches no program to setsockopt");
+            self.line(&format_args!(
+                "sockpolicy: the audit judges the calls that it sees: no program is at {}",
+                Hook::Set
+            ));
+        } else if let Some(reason) =
+            session.needs_hook().filter(|_| desired.is_dry_run() && desired.is_judged_by_hook())
+        {
+            self.line(&format_args!("sockpolicy: this dry run takes {}: {reason}", Hook::Set));
         }
     }
 

@@ -18,9 +18,9 @@ use super::{
 };
 use crate::{
     changes::{Change, Held, changes},
-    compile::{Desired, Hook, Scope},
+    compile::{Desired, Hook, NeedsHook, Scope},
     escape::{self, Escape},
-    events::SCHEMA,
+    events::{Filter, SCHEMA},
     host::cgroup::Mount,
     instance::{self, InstanceError},
     kernel::{self, BackendChoice, ForeignConflict, Neighbour, Target, Turn},
@@ -84,9 +84,10 @@ impl Plan {
         let mut desired = session::prepare(policies, &stacks, self.dry_run, false).map_err(RunError::from)?;
         if let Some(name) = &self.instance {
             let in_force = status::in_force(name).map_err(Box::new)?;
-            let is_by_audit = in_force.generation.audit_judges
-                || (desired.audit_can_judge() && !in_force.desired.audit_can_judge() && !in_force.persists);
-            if is_by_audit && desired.audit_can_judge() {
+            // Where its policies need the hook themselves, they do not tell whether it has an audit.
+            let has_audit =
+                in_force.generation.audit_judges || (in_force.desired.needs_hook().is_some() && !in_force.persists);
+            if has_audit && desired.needs_hook().is_none() {
                 desired.judge_by_audit();
             }
             let before = Held::of(&in_force.desired, &in_force.generation.targets);
@@ -100,11 +101,14 @@ impl Plan {
             };
             return Ok(unless_closed(written)?);
         }
-        if desired.audit_can_judge() && !self.backends().is_empty() {
+        let needs_hook =
+            desired.needs_hook().or_else(|| session::needs_hook_for(self.audit_backend, false, &Filter::default()));
+        if needs_hook.is_none() {
             desired.judge_by_audit();
         }
         let steps = Steps {
             desired: &desired,
+            needs_hook: needs_hook.filter(|_| desired.is_dry_run() && desired.is_judged_by_hook()),
             targets: &targets,
             tried: desired.set_options().iter().map(|option| option.name).collect(),
             conflicts: kernel::conflicts(&desired, &targets),
@@ -119,7 +123,7 @@ impl Plan {
     }
 
     fn write_text(&self, steps: &Steps<'_>) -> io::Result<()> {
-        let Steps { desired, targets, tried, conflicts, others, refused } = steps;
+        let Steps { desired, needs_hook, targets, tried, conflicts, others, refused } = steps;
         let mut out = stdout(self.output);
         if !tried.is_empty() {
             writeln!(
@@ -146,6 +150,9 @@ impl Plan {
                 let options: Vec<_> = desired.options_at(number, Hook::Set).iter().map(ToString::to_string).collect();
                 writeln!(out, "  {:25}  judges calls on {}", "audit, without a hook", options.join(", "))?;
             }
+            if let Some(reason) = needs_hook {
+                writeln!(out, "  a dry run takes {} here: {reason}", Hook::Set)?;
+            }
             for entry in desired.unsupported(number) {
                 writeln!(out, "  unsupported: {entry}")?;
             }
@@ -156,6 +163,11 @@ impl Plan {
             [] => writeln!(out, "no audit: results of calls are not seen"),
             ref backends => writeln!(out, "in the kernel:\n  attach to {calls}, by {}", backends.join(", or else ")),
         }?;
+        if desired.audit_judges {
+            for (backend, blind_to) in self.blind_backends() {
+                writeln!(out, "  calls that {backend} would not see are not judged: {}", blind_to.join(", "))?;
+            }
+        }
         if let Some(error) = refused {
             writeln!(out, "\nunless it takes over that instance, it would be refused as things are:\n  {error}")?;
         }
@@ -203,7 +215,7 @@ impl Plan {
     }
 
     fn write_json(&self, steps: &Steps<'_>) -> io::Result<()> {
-        let Steps { desired, targets, tried, conflicts, others, refused } = steps;
+        let Steps { desired, needs_hook, targets, tried, conflicts, others, refused } = steps;
         let mut out = stdout(self.output);
         if let Some(error) = refused {
             let instance = match error {
@@ -264,6 +276,7 @@ impl Plan {
             "backends": self.backends(),
             "reads": desired.audit.reads,
             "judges": desired.audit_judges,
+            "needs_hook": needs_hook.map(|reason| reason.to_string()),
         });
         writeln!(out, "{audit}")?;
         let others = others.iter().flatten().filter(|(neighbour, _)| !is_in_conflict(neighbour, conflicts));
@@ -281,6 +294,12 @@ impl Plan {
         Ok(())
     }
 
+    /// The backends that may be taken and that do not see all calls, with those that they do not see.
+    fn blind_backends(&self) -> impl Iterator<Item = (&'static str, &'static [&'static str])> {
+        let backends = kernel::candidates(self.audit_backend).into_iter();
+        backends.map(|backend| (backend.name(), backend.never_sees())).filter(|(_, blind_to)| !blind_to.is_empty())
+    }
+
     fn backends(&self) -> Vec<&'static str> {
         kernel::candidates(self.audit_backend).into_iter().map(kernel::Backend::name).collect()
     }
@@ -289,6 +308,8 @@ impl Plan {
 /// What there is to say.
 struct Steps<'a> {
     desired: &'a Desired,
+    /// Why a dry run takes a hook at setsockopt, if it does.
+    needs_hook: Option<NeedsHook>,
     targets: &'a [Target],
     /// Names of the options that are tried first.
     tried: Vec<&'static str>,

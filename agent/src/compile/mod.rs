@@ -28,7 +28,7 @@ use abi::{
     RULES_MAX, SiteList,
     judge::agreeing,
     select::{Candidates, Selectors, select},
-    setting::{Governed, OptionKey, Setting, form, on_conflict, words_of_text},
+    setting::{Governed, OptionKey, Setting, form, on_conflict, traits, words_of_text},
     site,
     socket::{Facts, direction, family, protocol},
 };
@@ -107,6 +107,27 @@ pub struct SettingSource {
     /// Line in the rule's file.
     pub line: usize,
     pub form: Form,
+}
+
+/// Why the audit cannot judge calls in place of the hook at setsockopt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NeedsHook {
+    #[error("a policy is enforced")]
+    Enforced,
+    #[error("a rule lets the application win (`on_conflict = \"allow\"`)")]
+    Yielding,
+    #[error("a rule asks for the direction of a connection")]
+    Direction,
+    #[error("a limit or a deny may come to hold when more is known of the socket")]
+    Later,
+    #[error("no audit sees the calls")]
+    NoAudit,
+    #[error("the audit cannot find the socket of a call in this kernel")]
+    Blind,
+    #[error("it stays when sockpolicy is gone, and nobody reads an audit then")]
+    Persists,
+    #[error("the audit follows some processes only")]
+    SomeProcesses,
 }
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -332,24 +353,51 @@ impl Desired {
         }
     }
 
-    /// Returns whether the audit can judge calls as the hooks at setsockopt and getsockopt do: in a dry run, if nothing that is
-    /// kept of the socket between calls and connections matters to a verdict or follows from one. A rule must ask about nothing
-    /// but the protocol, no rule may let the application win, and no option may have a second row.
+    /// Returns why these policies need a hook at setsockopt; `None`: it is enough that the audit judges the calls.
+    ///
+    /// The audit decides as the hook does where nothing that programs note of a socket has a say in a verdict or follows from one.
     #[must_use]
-    pub fn audit_can_judge(&self) -> bool {
-        let is_kept_for = |setting: &Setting| setting.form == form::SET && setting.on_conflict == on_conflict::ALLOW;
-        let mut options = self.scopes.iter().flat_map(|scope| &scope.options);
-        !self.scopes.is_empty()
-            && self.scopes.iter().all(|scope| scope.mode == Mode::DryRun)
-            && !self.rules.iter().any(|rule| hooks::asks_facts(&rule.selector))
-            && !self.settings.iter().any(is_kept_for)
-            && options.all(|option| option.next == 0)
+    pub fn needs_hook(&self) -> Option<NeedsHook> {
+        if !self.is_dry_run() {
+            return Some(NeedsHook::Enforced);
+        }
+        let is_yielding = |setting: &Setting| setting.form == form::SET && setting.on_conflict == on_conflict::ALLOW;
+        if self.settings.iter().any(is_yielding) {
+            return Some(NeedsHook::Yielding);
+        }
+        let asks = |asked: fn(&Selector) -> bool| {
+            move |source: &&SettingSource| self.rules.get(source.rule).is_some_and(|rule| asked(&rule.selector))
+        };
+        if self.sources.iter().any(|source| asks(|selector| selector.direction.is_some())(&source)) {
+            return Some(NeedsHook::Direction);
+        }
+        // What an application asks for before all is known of the socket is held against a limit later.
+        let mut forbidding = self.sources.iter().filter(|source| !matches!(source.form, Form::Set(_)));
+        let is_held_later = |option: &Governed| {
+            let has_both = option.sets != 0 && option.names & !option.sets != 0;
+            has_both && !option.is_certain() && option.traits & traits::CORRECTED != 0
+        };
+        let is_later = forbidding.any(|source| asks(hooks::asks_facts)(&source))
+            || self.scopes.iter().flat_map(|scope| &scope.options).any(is_held_later);
+        is_later.then_some(NeedsHook::Later)
+    }
+
+    /// Returns whether nothing is to be changed.
+    #[must_use]
+    pub fn is_dry_run(&self) -> bool {
+        self.scopes.iter().all(|scope| scope.mode == Mode::DryRun)
+    }
+
+    /// Returns whether there are calls to judge, and a hook is to do so.
+    #[must_use]
+    pub fn is_judged_by_hook(&self) -> bool {
+        self.scopes.iter().any(|scope| scope.hooks.contains(&Hook::Set))
     }
 
     /// Has the audit judge calls, in place of the hooks at setsockopt and getsockopt: the kernel copies the whole argument of a
     /// call for these hooks, and fails calls whose argument ends before its length says.
     pub fn judge_by_audit(&mut self) {
-        self.audit_judges = true;
+        self.audit_judges = self.is_judged_by_hook();
         self.keep_hooks(|hook| !matches!(hook, Hook::Set | Hook::Get));
     }
 

@@ -270,3 +270,38 @@ fn policies_of_different_modes_can_be_on_different_targets() {
     let desired = compile(&[enforced, dry], &[vec![0], vec![1]]).unwrap();
     assert_eq!(desired.settings.iter().map(Setting::is_dry_run).collect::<Vec<_>>(), [false, true]);
 }
+
+#[test]
+fn dry_run_needs_a_hook_where_notes_of_sockets_have_a_say() {
+    let limit = || Form::Limit { min: 0, max: 9 };
+    let tcp = || Selector { protocols: vec![Protocol::Tcp], ..Selector::default() };
+    let inbound = || Selector { direction: Some(Direction::Inbound), ..Selector::default() };
+    let ssh = || Selector { remote_ports: vec![22..=22], ..Selector::default() };
+    let needs = |mode, rules| compile_all(&[Policy { mode, ..policy(rules) }]).unwrap().needs_hook();
+    for (rules, expected) in [
+        (vec![plain_rule("a", tcp(), &[("TCP_NODELAY", on()), ("TCP_KEEPCNT", limit())])], None),
+        (vec![plain_rule("a", ssh(), &[("TCP_NODELAY", on())])], None),
+        (vec![plain_rule("a", inbound(), &[("TCP_NODELAY", on())])], Some(NeedsHook::Direction)),
+        (vec![plain_rule("a", ssh(), &[("TCP_KEEPCNT", limit())])], Some(NeedsHook::Later)),
+        (
+            vec![
+                plain_rule("a", tcp(), &[("TCP_KEEPCNT", limit())]),
+                plain_rule("b", Selector::default(), &[("TCP_KEEPCNT", on())]),
+            ],
+            Some(NeedsHook::Later),
+        ),
+        (
+            vec![
+                plain_rule("a", Selector::default(), &[("TCP_KEEPCNT", limit())]),
+                plain_rule("b", Selector::default(), &[("TCP_KEEPCNT", on())]),
+            ],
+            None,
+        ),
+    ] {
+        assert_eq!(needs(Mode::DryRun, rules.clone()), expected, "{rules:?}");
+        assert_eq!(needs(Mode::Enforce, rules), Some(NeedsHook::Enforced));
+    }
+    let mut yielding = plain_rule("a", Selector::default(), &[("TCP_NODELAY", on())]);
+    yielding.clauses[0].on_conflict = OnConflict::Allow;
+    assert_eq!(needs(Mode::DryRun, vec![yielding]), Some(NeedsHook::Yielding));
+}

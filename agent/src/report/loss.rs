@@ -106,7 +106,7 @@ impl Lost {
             reason("no_room", "values found no room to be rewritten", no_room),
             reason("no_return", "calls were not seen to return", no_return),
             reason("tallies_full", "calls were not counted by option", tallies_full),
-            reason("unjudged", "calls of 32-bit programs could not be judged: on which socket is not known", unjudged),
+            reason("unjudged", "calls could not be judged: on which socket is not known", unjudged),
             reason("not_restored", "options could not be given back the value from before a rule", not_restored),
             reason("not_run", "times the kernel left a program of the audit out", not_run),
             reason("unknown_records", "records were of an unknown kind", unknown_records),

@@ -89,7 +89,8 @@ struct Captured<'a> {
 impl<'a> Captured<'a> {
     fn of(value: &Value, bytes: &'a [u8; TEXT_LEN]) -> Self {
         let len = value.len as usize;
-        Self { bytes: &bytes[..len.min(TEXT_LEN)], len }
+        let known = if value.known == 0 { TEXT_LEN } else { value.known as usize };
+        Self { bytes: &bytes[..len.min(TEXT_LEN).min(known)], len }
     }
 
     fn is_cut(&self) -> bool {

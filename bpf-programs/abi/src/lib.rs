@@ -355,7 +355,7 @@ pub struct Losses {
     pub no_return: u64,
     /// Calls that found no entry in map `TALLIES`, not even that of other options.
     pub tallies_full: u64,
-    /// Calls of 32-bit programs that could not be judged, for their socket could not be found out.
+    /// Calls that no hook judges and the audit could not, for their socket could not be found out.
     pub unjudged: u64,
     /// Options that no rule sets any more, and that could not be given back the value from before.
     pub not_restored: u64,

@@ -440,17 +440,18 @@ impl Setting {
 pub struct Value {
     pub words: Words,
     pub len: u32,
-    pub _pad: u32,
+    /// How many of the first bytes are known, where an argument ends before its length says; 0: all that there is room for.
+    pub known: u32,
 }
 shared!(Value, size 16 + 4 + 4);
 
 impl Value {
-    pub const UNKNOWN: Self = Self { words: [0; 2], len: 0, _pad: 0 };
+    pub const UNKNOWN: Self = Self { words: [0; 2], len: 0, known: 0 };
 
     #[inline(always)]
     #[must_use]
     pub fn new(words: Words, len: u32) -> Self {
-        Self { words, len, _pad: 0 }
+        Self { words, len, known: 0 }
     }
 
     #[inline(always)]

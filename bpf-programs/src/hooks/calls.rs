@@ -92,7 +92,7 @@ fn carry_out(ctx: *mut bpf_sockopt, call: &OptionCall, judged: Judged) -> Option
 /// Whether policies in force may say something about a call. Mostly they do not, and this is all that it then takes.
 #[inline(always)]
 fn is_named(call: &OptionCall) -> bool {
-    maps::config().is_some_and(|config| config.audit_judges == 0 && config.may_name(call.key()))
+    maps::config().is_some_and(|config| config.may_name(call.key()))
 }
 
 /// Which option a call is about, and which setting governs it.
@@ -203,8 +203,12 @@ fn find(call: &OptionCall, row: u32) -> Option<Found> {
     // SAFETY: the context's socket, which is never NULL.
     let scope = if call.is_inet() { Some(unsafe { storage::scope_now(call.sk(), config) }?) } else { None };
     if row == FIRST_ROW {
+        let thread = caller_thread();
         // Not before it is this program's turn to decide: another's may have, about this very call.
-        hooked::drop_unended(caller_thread());
+        hooked::drop_unended(thread);
+        if config.audit_judges != 0 && hooked::is_judged_at_its_end(thread, call.key()) {
+            return None;
+        }
     }
     let scope = scope?;
     let (index, option) = if row == FIRST_ROW {
@@ -712,7 +716,7 @@ pub(crate) fn get_compare(ctx: SockoptContext) -> i32 {
 
 /// What a read of `len` bytes showed, in the terms of the policy. `None` where that says nothing about the setting.
 #[inline(always)]
-fn shown(option: &Governed, setting: &Setting, len: i32, words: &Words) -> Option<Asked> {
+pub(super) fn shown(option: &Governed, setting: &Setting, len: i32, words: &Words) -> Option<Asked> {
     if setting.form != form::SET || option.read_back == read_back::NONE {
         return None;
     }

@@ -162,6 +162,14 @@ impl Backend {
         }
     }
 
+    /// The calls that it does not see on any kernel.
+    #[must_use]
+    pub fn never_sees(self) -> &'static [&'static str] {
+        let ways = self.ways();
+        let is_always = ways.iter().all(|way| way.blind_to == ways[0].blind_to);
+        if is_always { ways[0].blind_to } else { &[] }
+    }
+
     fn ways(self) -> &'static [Way] {
         match self {
             Self::Fentry => &fentry::WAYS,

@@ -46,6 +46,13 @@ pub(in crate::hooks) fn drop_unended(thread: u64) {
     }
 }
 
+/// Whether the audit judges the call that a thread is in. A hook is there for a while yet when policies that it was for are in
+/// force no more, and judges the calls that began under them.
+#[inline(always)]
+pub(in crate::hooks) fn is_judged_at_its_end(thread: u64, key: OptionKey) -> bool {
+    thread != 0 && maps::call(thread).is_some_and(|call| call.flags & flags::UNHOOKED != 0 && call.key == key)
+}
+
 /// The record of a call that a hook has found in conflict. `None` where the audit does not see it, or there is no room.
 #[inline(always)]
 pub(in crate::hooks) fn record(thread: u64, kind: u32, key: OptionKey) -> Option<&'static mut Call> {

@@ -33,7 +33,10 @@ use aya_ebpf::{
     cty::c_void,
     helpers::{
         bpf_get_current_pid_tgid,
-        generated::{bpf_get_current_ancestor_cgroup_id, bpf_ktime_get_ns, bpf_probe_read_kernel, bpf_probe_read_user},
+        generated::{
+            bpf_get_current_ancestor_cgroup_id, bpf_ktime_get_ns, bpf_probe_read_kernel, bpf_probe_read_user,
+            bpf_probe_read_user_str,
+        },
     },
 };
 
@@ -140,7 +143,7 @@ fn begin(begun: Begun) {
             call.flags |= flags::HELD;
             if begun.via != 0 {
                 // The kernel's word against ours, which does not know x32.
-                call.flags = call.flags & !flags::SYSCALL | begun.via;
+                call.flags = call.flags & !flags::SYSCALL | begun.via | flags::UNHOOKED;
             }
             return;
         }
@@ -152,12 +155,13 @@ fn begin(begun: Begun) {
     let via = via_of(&begun);
     let is_unhooked = via & flags::COMPAT != 0 || config.audit_judges != 0;
     let is_hooked = config.calls == calls::CONFLICTS && !is_unhooked;
-    if (!is_hooked || TIMING.load() != 0) && !is_wanted(config, begun.key) {
+    let is_certain = !is_hooked || TIMING.load() != 0;
+    if is_certain && !is_wanted(config, &begun) {
         return;
     }
     let Some(call) = maps::begin_call(thread) else {
         // Of most callers nothing would have been told.
-        if is_wanted(config, begun.key) {
+        if is_certain || is_wanted(config, &begun) {
             lose(|losses| &mut losses.calls_full);
         }
         return;
@@ -203,13 +207,24 @@ fn begin(begun: Begun) {
     }
 }
 
-/// Whether there is anything to do about a call of the current task on this option. Where the audit judges, that depends on the
-/// socket, which is not known yet.
+/// Whether there is anything to do about a call: one of a task that the audit follows, or, where the audit judges, one on a socket
+/// of a target.
 #[inline(always)]
-fn is_wanted(config: &Config, key: OptionKey) -> bool {
-    (config.calls == calls::ALL || maps::option_number(config.generation, key).is_some())
-        && (config.audit_judges != 0 || followed(config).is_some())
+fn is_wanted(config: &Config, begun: &Begun) -> bool {
+    let is_named = maps::option_number(config.generation, begun.key).is_some();
+    let is_followed = (is_named || config.calls == calls::ALL) && followed(config).is_some();
+    (is_followed || (is_named && config.audit_judges != 0 && may_be_governed(config, begun.subject)))
         && !kernel::is_agent(config)
+}
+
+/// Whether the socket of a call may be one of a target's.
+#[inline(always)]
+fn may_be_governed(config: &Config, subject: Subject) -> bool {
+    match subject {
+        Subject::Socket(socket) => kernel::place_of_sock(config.generation, kernel::sock_of(socket)) != 0,
+        Subject::DescriptorAlone(fd) => kernel::place_of_descriptor(config.generation, fd) != 0,
+        Subject::Descriptor(_) => true,
+    }
 }
 
 /// How a call was made: bits of [`flags`].
@@ -347,6 +362,13 @@ fn is_of_no_socket(result: i64) -> bool {
     result == -EBADF || result == -ENOTSOCK
 }
 
+/// Whether a result is what the kernel says of an argument that it cannot read.
+#[inline(always)]
+fn is_of_no_argument(result: i64) -> bool {
+    const EFAULT: i64 = 14;
+    result == -EFAULT
+}
+
 /// Whether the system call that the current task is in was given what that of a record was.
 #[inline(always)]
 fn was_given_the_same(call: &Call) -> bool {
@@ -395,7 +417,7 @@ fn complete(thread: u64, kind: u32, call_flags: u32, result: i64) {
         complete_value(thread);
     }
     if call_flags & (flags::DECIDED | flags::UNHOOKED) == flags::UNHOOKED {
-        unhooked::judge_unhooked(thread, result);
+        unhooked::judge_by_rows(thread, result);
     }
 }
 
@@ -428,8 +450,12 @@ extern "C" fn complete_argument(thread: u64, result: i64) -> u32 {
     } else if call.flags & flags::UNREADABLE != 0 {
         // At the entry the page may not have been there. The kernel has looked at it since.
         read_asked(call, call.optlen as i32);
+        if call.flags & flags::UNREADABLE != 0 && !is_of_no_argument(result) {
+            read_part(call);
+        }
     }
-    if call.flags & flags::UNREADABLE != 0 {
+    // A call that the kernel could not read either has done nothing.
+    if call.flags & flags::UNREADABLE != 0 && (reports_everything() || !is_of_no_argument(result)) {
         lose(|losses| &mut losses.unreadable);
     }
     0
@@ -596,6 +622,58 @@ fn read_asked(call: &mut Call, len: i32) {
     note_asked(call, read_value(optval(call), len));
 }
 
+/// Whether all of an argument can be read that the kernel copies for hooks, by its first byte and its last.
+#[inline(always)]
+fn is_whole(call: &Call) -> bool {
+    /// Of a longer argument the kernel copies no more (PAGE_SIZE).
+    const COPIED_MAX: i32 = 4096;
+    let len = call.optlen as i32;
+    let Pointer { address, in_kernel } = optval(call);
+    if in_kernel || len <= 0 {
+        return true;
+    }
+    let last = if len < COPIED_MAX { len } else { COPIED_MAX } - 1;
+    let mut byte = 0u8;
+    let mut can_read = |place: u64| {
+        // SAFETY: writes one byte, and the helper checks the address.
+        unsafe { bpf_probe_read_user((&raw mut byte).cast(), 1, place as *const c_void) == 0 }
+    };
+    can_read(address) && can_read(address.wrapping_add(last as u64))
+}
+
+/// Reads what there is of an argument that ends before its length says, as far as the kernel's handler reads it: a byte, a number
+/// of four bytes or eight, or a text up to its NUL.
+#[inline(always)]
+fn read_part(call: &mut Call) {
+    let Pointer { address, in_kernel } = optval(call);
+    let len = call.optlen as i32;
+    if in_kernel || address == 0 || len <= 0 {
+        return;
+    }
+    let room = if len < TEXT_LEN as i32 { len as u32 } else { TEXT_LEN as u32 };
+    let place = address as *const c_void;
+    let mut words: Words = [0; 2];
+    let mut text: Words = [0; 2];
+    // SAFETY: each has room for what is read, and the helpers check the address.
+    let (known, text_len) = unsafe {
+        let known = if len >= 8 && bpf_probe_read_user((&raw mut words).cast(), 8, place) == 0 {
+            8
+        } else if len >= 4 && bpf_probe_read_user((&raw mut words).cast(), 4, place) == 0 {
+            4
+        } else if bpf_probe_read_user((&raw mut words).cast(), 1, place) == 0 {
+            1
+        } else {
+            0
+        };
+        (known, bpf_probe_read_user_str((&raw mut text).cast(), room, place))
+    };
+    let (words, known) = if text_len > known { (text, text_len) } else { (words, known) };
+    if known > 0 {
+        call.asked = Value { known: known as u32, ..Value::new(words, len as u32) };
+        call.flags &= !flags::UNREADABLE;
+    }
+}
+
 /// Reads what the application was shown.
 #[inline(always)]
 fn read_shown(call: &mut Call) {
@@ -615,9 +693,6 @@ fn note_asked(call: &mut Call, value: Option<Value>) {
     }
 }
 
-/// Bytes of an int.
-const INT_LEN: u32 = 4;
-
 /// The first bytes of an argument. `None` where they cannot be read.
 #[inline(always)]
 fn read_value(pointer: Pointer, len: i32) -> Option<Value> {
@@ -627,18 +702,13 @@ fn read_value(pointer: Pointer, len: i32) -> Option<Value> {
     let mut words: Words = [0; 2];
     let read = if len < TEXT_LEN as i32 { len as u32 } else { TEXT_LEN as u32 };
     let place = pointer.address as *const c_void;
-    let mut copy = |read: u32| {
-        // SAFETY: `words` has room for 16 bytes, and the helpers check the address.
-        let ret = unsafe {
-            if pointer.in_kernel {
-                bpf_probe_read_kernel((&raw mut words).cast(), read, place)
-            } else {
-                bpf_probe_read_user((&raw mut words).cast(), read, place)
-            }
-        };
-        ret == 0
+    // SAFETY: `words` has room for 16 bytes, and the helpers check the address.
+    let ret = unsafe {
+        if pointer.in_kernel {
+            bpf_probe_read_kernel((&raw mut words).cast(), read, place)
+        } else {
+            bpf_probe_read_user((&raw mut words).cast(), read, place)
+        }
     };
-    // An argument may end before its length says: the kernel's handler reads an int of most options, whatever the length.
-    let is_read = copy(read) || (read > INT_LEN && copy(INT_LEN));
-    is_read.then(|| Value::new(words, len as u32))
+    (ret == 0).then(|| Value::new(words, len as u32))
 }

@@ -15,88 +15,138 @@ use abi::{
     index,
     judge::{Asked, judge_argument, verdict},
     select::select,
-    setting::Value,
+    setting::{Governed, Value},
 };
 
-use super::{followed_at, is_of_no_socket};
+use super::{followed_at, is_of_no_argument, is_of_no_socket, is_whole};
 use crate::{
-    hooks::calls::compared,
+    hooks::calls::{compared, shown},
     kernel,
     maps::{self, PrefixMap, count, lose},
 };
 
-/// Judges the call that a thread is in, whose record the audit has completed, and counts it.
+/// Rows that can govern one call, as in `calls`.
+const ROWS_MAX: usize = 5;
+
+/// In place of the number of a row: that by which the call is found.
+const FIRST_ROW: u32 = 0;
+
+/// Judges the call that a thread is in, whose record the audit has completed, by each row that governs it, and counts it.
+#[inline(always)]
+pub(super) fn judge_by_rows(thread: u64, result: i64) {
+    let mut row = FIRST_ROW;
+    for _ in 0..ROWS_MAX {
+        row = judge_unhooked(thread, result, row);
+        if row == FIRST_ROW {
+            break;
+        }
+    }
+}
+
+/// Judges by one row. Returns the row that also governs the call, or [`FIRST_ROW`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(super) extern "C" fn judge_unhooked(thread: u64, result: i64) -> u32 {
-    if let Some(call) = maps::call(thread) {
-        judge_call(call, result);
-    }
-    0
+pub(super) extern "C" fn judge_unhooked(thread: u64, result: i64, row: u32) -> u32 {
+    maps::call(thread).and_then(|call| judge_call(call, result, row)).unwrap_or(FIRST_ROW)
 }
 
 #[inline(always)]
-fn judge_call(call: &mut Call, result: i64) -> Option<()> {
+fn judge_call(call: &mut Call, result: i64, row: u32) -> Option<u32> {
     let config = maps::config()?;
     let generation = config.generation;
     let is_compat = call.flags & flags::COMPAT != 0;
+    if is_refused_before_hooks(call, result) {
+        return None;
+    }
     let (place, &Place { scope, options, .. }) =
         if is_compat { followed_at(config)? } else { of_socket(config, call, result)? };
-    let scope = index::of(generation, scope);
-    let (_, option) = maps::option_named(config, generation, index::of(generation, options), call.key)?;
+    let (scope, options) = (index::of(generation, scope), index::of(generation, options));
+    let option = if row == FIRST_ROW {
+        maps::option_named(config, generation, options, call.key)?.1
+    } else {
+        // Policies may have changed since the row before this one.
+        maps::option(options + row - 1).filter(|option| option.key == call.key)?
+    };
     // Of a family that policies are not about.
     let is_other = call.flags & flags::SOCKET == 0 && call.sk_family != 0;
-    if is_other || call.flags & flags::UNREADABLE != 0 || (!is_compat && is_refused_before_hooks(call, result)) {
+    if is_other || call.flags & flags::UNREADABLE != 0 {
         return None;
     }
     if call.flags & flags::SOCKET == 0 {
         lose(|losses| &mut losses.unjudged);
         return None;
     }
-    let winner = option.winner(select(&call.facts, maps::selectors(scope)?, &PrefixMap { scope }))?;
-    let setting = maps::setting(winner)?;
-    let (len, words) = (call.asked.len as i32, call.asked.words);
-    let is_set = call.kind == call::SETSOCKOPT;
-    if !is_set && result != 0 {
-        return None;
-    }
-    let verdict = if is_set {
-        judge_argument(option, setting, len, &words)?.verdict
-    } else if setting.is_text() == option.is_text() {
-        compared(option, setting, len, &words)?
-    } else {
-        return None;
-    };
-    if verdict == verdict::NONE {
-        if is_set {
-            count(winner, |counters| &mut counters.agreed);
+    let rules = select(&call.facts, maps::selectors(scope)?, &PrefixMap { scope });
+    if call.kind != call::SETSOCKOPT {
+        if result == 0 {
+            judge_read(call, place, option, option.winner(rules)?);
         }
         return None;
     }
-    let verdict = if is_compat || !is_set { verdict::ALLOWED } else { verdict };
+    if let Some(winner) = option.winner(rules) {
+        judge_set(call, place, option, winner, is_compat);
+    }
+    Some(option.next)
+}
+
+/// Judges a call of setsockopt by the setting that governs it.
+#[inline(always)]
+fn judge_set(call: &mut Call, place: u32, option: &Governed, winner: u32, is_compat: bool) -> Option<()> {
+    let setting = maps::setting(winner)?;
+    // Of an address that is NULL nothing was read; where the kernel takes that for an argument, it stands for zeroes.
+    let (len, words) = (call.optlen as i32, call.asked.words);
+    let verdict = judge_argument(option, setting, len, &words)?.verdict;
+    let verdict = if verdict != verdict::NONE && is_compat { verdict::ALLOWED } else { verdict };
     // Else the compiler compares one register and adds another, of which the verifier knows no bound.
-    let index = black_box(usize::from(verdict - verdict::ALLOWED));
+    let index = black_box(usize::from(verdict.wrapping_sub(verdict::ALLOWED)));
     count(winner, |counters| match counters.verdicts.get_mut(index) {
-        Some(counter) if is_set => counter,
-        _ => &mut counters.reads,
+        Some(counter) => counter,
+        None => &mut counters.agreed,
     });
+    if verdict != verdict::NONE {
+        decide(call, place, winner, verdict);
+        if let Some(asked) = Asked::read(option, len, &words) {
+            call.wanted = Value::wanted(option, setting, &asked);
+        }
+    }
+    Some(())
+}
+
+/// Judges a call of getsockopt.
+#[inline(always)]
+fn judge_read(call: &mut Call, place: u32, option: &Governed, winner: u32) -> Option<()> {
+    let setting = maps::setting(winner)?;
+    let (len, words) = (call.asked.len as i32, call.asked.words);
+    if setting.is_text() != option.is_text() || compared(option, setting, len, &words)? == verdict::NONE {
+        return None;
+    }
+    count(winner, |counters| &mut counters.reads);
+    decide(call, place, winner, verdict::ALLOWED);
+    if let Some(shown) = shown(option, setting, len, &words) {
+        call.wanted = Value::wanted(option, setting, &shown);
+    }
+    Some(())
+}
+
+#[inline(always)]
+fn decide(call: &mut Call, place: u32, winner: u32, verdict: u8) {
     call.setting = winner;
     call.place = place;
     call.verdict = verdict.into();
-    if let Some(asked) = Asked::read(option, len, &words) {
-        call.wanted = Value::wanted(option, setting, &asked);
-    }
     call.flags |= flags::DECIDED;
-    Some(())
 }
 
 /// What holds for a call's socket.
 #[inline(always)]
 fn of_socket(config: &Config, call: &Call, result: i64) -> Option<(u32, &'static Place)> {
+    // The policies may not be those any more by which the call began: then a hook has judged it.
+    if config.audit_judges == 0 {
+        return None;
+    }
     let generation = config.generation;
     let place = if call.sk != 0 { kernel::place_of_sock(generation, call.sk) } else { 0 };
-    // A socket that another thread has closed since, or put another descriptor in the place of, may have been governed.
-    let is_lost = call.sk == 0 && !is_of_no_socket(result) && followed_at(config).is_some();
+    // Another thread has closed the descriptor since, or put something else in its place.
+    let is_lost = call.sk == 0 && !is_of_no_socket(result);
     if place == kernel::TOO_DEEP || is_lost {
         lose(|losses| &mut losses.unjudged);
         return None;
@@ -105,10 +155,10 @@ fn of_socket(config: &Config, call: &Call, result: i64) -> Option<(u32, &'static
     maps::at_place(generation, place).map(|holds| (place, holds))
 }
 
-/// Whether the kernel refuses a call before it would run a hook: for its length or address (`do_sock_setsockopt`, net/socket.c;
-/// `__cgroup_bpf_run_filter_setsockopt`, kernel/bpf/cgroup.c).
+/// Whether the kernel refuses a call before it would run a hook: for its length (`do_sock_setsockopt`, net/socket.c), or because
+/// it cannot copy the argument (`__cgroup_bpf_run_filter_setsockopt`, kernel/bpf/cgroup.c). A handler that follows an address in
+/// the argument may fail with the same errno.
 #[inline(always)]
 fn is_refused_before_hooks(call: &Call, result: i64) -> bool {
-    const EFAULT: i64 = 14;
-    call.kind == call::SETSOCKOPT && ((call.optlen as i32) < 0 || result == -EFAULT)
+    call.kind == call::SETSOCKOPT && ((call.optlen as i32) < 0 || (is_of_no_argument(result) && !is_whole(call)))
 }
