@@ -6,6 +6,7 @@ use std::{
     fs::File,
     io,
     os::fd::{AsRawFd, OwnedFd},
+    path::Path,
 };
 
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
@@ -183,12 +184,21 @@ pub fn attached(cgroup: &Cgroup) -> u32 {
 /// The same of a cgroup that is open.
 #[must_use]
 pub fn attached_at(folder: &File) -> u32 {
-    let count = |attach_type| {
-        // target_fd, attach_type, query_flags, attach_flags, prog_ids (64 bits), prog_cnt
-        let mut attributes = [folder.as_raw_fd() as u32, attach_type, 0, 0, 0, 0, 0, 0];
-        if bpf(PROG_QUERY, &mut attributes).is_ok() { attributes[6] } else { 0 }
-    };
-    ATTACH_TYPES.map(count).sum()
+    ATTACH_TYPES.map(|attach_type| count(folder, attach_type)).sum()
+}
+
+/// How many programs the cgroup of this path has at a hook itself.
+#[must_use]
+#[track_caller]
+pub fn attached_to(cgroup: &Path, at: At) -> u32 {
+    let (_, attach_type) = at.types();
+    count(&must(File::open(cgroup), "open a cgroup"), attach_type)
+}
+
+fn count(folder: &File, attach_type: u32) -> u32 {
+    // target_fd, attach_type, query_flags, attach_flags, prog_ids (64 bits), prog_cnt
+    let mut attributes = [folder.as_raw_fd() as u32, attach_type, 0, 0, 0, 0, 0, 0];
+    if bpf(PROG_QUERY, &mut attributes).is_ok() { attributes[6] } else { 0 }
 }
 
 fn load(option: SocketOption) -> io::Result<OwnedFd> {

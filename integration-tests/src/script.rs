@@ -46,11 +46,12 @@ pub enum Kind {
 /// An argument of setsockopt: memory, and what the kernel is told of its length.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Argument {
-    /// `None`: an address where nothing is.
+    /// `None`: an address where nothing is, NULL or another.
     pub bytes: Option<Vec<u8>>,
     pub len: i32,
     /// Whether nothing is mapped behind the bytes.
     pub ends_with_memory: bool,
+    pub is_null: bool,
 }
 
 impl Argument {
@@ -64,20 +65,31 @@ impl Argument {
 
     #[must_use]
     pub fn bad_pointer(len: i32) -> Self {
-        Self { bytes: None, len, ends_with_memory: false }
+        Self { bytes: None, len, ends_with_memory: false, is_null: false }
+    }
+
+    #[must_use]
+    pub fn null(len: i32) -> Self {
+        Self { is_null: true, ..Self::bad_pointer(len) }
     }
 
     /// A value with nothing mapped behind it, of which the kernel is told that it has `len` bytes.
     #[must_use]
     pub fn cut_off(value: i32, len: i32) -> Self {
-        Self { bytes: Some(value.to_ne_bytes().to_vec()), len, ends_with_memory: true }
+        Self::cut_off_bytes(&value.to_ne_bytes(), len)
+    }
+
+    /// The same of any bytes.
+    #[must_use]
+    pub fn cut_off_bytes(bytes: &[u8], len: i32) -> Self {
+        Self { len, ends_with_memory: true, ..Self::from(bytes) }
     }
 }
 
 impl From<Vec<u8>> for Argument {
     fn from(bytes: Vec<u8>) -> Self {
         let len = i32::try_from(bytes.len()).unwrap_or(i32::MAX);
-        Self { bytes: Some(bytes), len, ends_with_memory: false }
+        Self { bytes: Some(bytes), len, ends_with_memory: false, is_null: false }
     }
 }
 

@@ -155,6 +155,7 @@ fn disconnect(fd: Fd) -> Answer {
 
 fn set(fd: Fd, level: i32, name: i32, argument: &Argument) -> Answer {
     let value = match &argument.bytes {
+        None if argument.is_null => std::ptr::null(),
         None => BAD_POINTER,
         Some(bytes) if argument.ends_with_memory => at_the_end_of_memory(bytes),
         Some(bytes) => bytes.as_ptr().cast(),

@@ -1,5 +1,7 @@
 //! A dry run decides as enforcement does, and does nothing.
 
+mod unhooked;
+
 use std::collections::BTreeMap;
 
 use nix::errno::Errno;
