@@ -438,6 +438,12 @@ impl OptionCall {
         field!(self.sk, protocol) == IPPROTO_MPTCP
     }
 
+    /// Whether this is a socket of TCP or MPTCP.
+    #[inline(always)]
+    pub(crate) fn is_tcp(&self) -> bool {
+        protocol(field!(self.sk, type_), field!(self.sk, protocol)) == abi::socket::protocol::TCP
+    }
+
     /// Whether the kernel refuses the level of a call that the helpers would make: SOL_IP of a raw AF_INET6 socket
     /// (`rawv6_setsockopt`, net/ipv6/raw.c).
     #[inline(always)]

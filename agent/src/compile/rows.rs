@@ -9,7 +9,7 @@ use abi::setting::{Governed, OptionKey, argument, effective, kind, read_back, tr
 
 use super::place;
 use crate::{
-    options::{GUARDS, OPTIONS, Relation, SocketOption, by_name},
+    options::{GUARDS, Guard, OPTIONS, Relation, SocketOption, by_name},
     policy::model::Named,
 };
 
@@ -120,8 +120,8 @@ impl Rows {
         for guard in GUARDS {
             let (Some(option), Some(keeps)) = (by_name(guard.option), by_name(guard.keeps)) else { continue };
             let Some(value) = self.named_value(keeps) else { continue };
-            let kind = if guard.lock == 0 { kind::OPAQUE } else { kind::LOCK };
-            let row = Governed { kind, lock: guard.lock, is_alias: 1, read_back: read_back::NONE, ..known_row(option) };
+            let Guard { kind, lock, .. } = *guard;
+            let row = Governed { kind, lock, is_alias: 1, read_back: read_back::NONE, ..known_row(option) };
             let last = self.rows.iter().rposition(|row| row.template.key == option.key());
             let added = self.push(Some(value), row);
             if let Some(last) = last {
@@ -139,7 +139,9 @@ impl Rows {
             else {
                 continue;
             };
-            let resetting = self.find(option.key()).unwrap_or_else(|| {
+            // The last row: what the others make of the call comes first.
+            let last = self.rows.iter().rposition(|row| row.template.key == option.key());
+            let resetting = last.unwrap_or_else(|| {
                 self.push(None, Governed { is_alias: 1, read_back: read_back::NONE, ..known_row(option) })
             });
             self.rows[resetting].template.resets = reset as u32 + 1;

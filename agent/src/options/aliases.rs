@@ -2,7 +2,7 @@
 //!
 //! A policy that names an option governs all of them: what it says of one name holds for every other.
 
-use abi::setting::OptionKey;
+use abi::setting::{OptionKey, kind};
 
 use super::{Level, OPTIONS, SocketOption, by_key, by_name};
 
@@ -51,27 +51,34 @@ pub struct Guard {
     pub option: &'static str,
     /// The option whose settings also govern the call.
     pub keeps: &'static str,
-    /// The bit of SO_BUF_LOCK that must stay set; 0: the call as a whole can only be denied.
+    /// How the call is held against them: [`kind::LOCK`], [`kind::ROOM`], or [`kind::OPAQUE`], as a whole it can only be denied.
+    pub kind: u8,
+    /// The bit of SO_BUF_LOCK that must stay set; 0: none.
     pub lock: u8,
 }
 
-const fn guard(option: &'static str, keeps: &'static str, lock: u8) -> Guard {
-    Guard { option, keeps, lock }
+const fn guard(option: &'static str, keeps: &'static str) -> Guard {
+    Guard { option, keeps, kind: kind::OPAQUE, lock: 0 }
 }
 
 /// By option, in the order in which they are judged.
 pub const GUARDS: &[Guard] = &[
     // SOCK_SNDBUF_LOCK and SOCK_RCVBUF_LOCK (include/uapi/linux/socket.h): without its bit the kernel tunes a buffer
     // (`sk_setsockopt`, net/core/sock.c).
-    guard("SO_BUF_LOCK", "SO_SNDBUF", 1),
-    guard("SO_BUF_LOCK", "SO_RCVBUF", 2),
+    Guard { kind: kind::LOCK, lock: 1, ..guard("SO_BUF_LOCK", "SO_SNDBUF") },
+    Guard { kind: kind::LOCK, lock: 2, ..guard("SO_BUF_LOCK", "SO_RCVBUF") },
+    // Makes a receive buffer that is not locked large enough: as SO_RCVBUF of the same number (`tcp_set_rcvlowat`,
+    // net/ipv4/tcp.c).
+    Guard { kind: kind::ROOM, ..guard("SO_RCVLOWAT", "SO_RCVBUF") },
     // Writes all of them at once (`do_ipv6_setsockopt`, net/ipv6/ipv6_sockglue.c).
-    guard("IPV6_2292PKTOPTIONS", "IPV6_HOPOPTS", 0),
-    guard("IPV6_2292PKTOPTIONS", "IPV6_RTHDRDSTOPTS", 0),
-    guard("IPV6_2292PKTOPTIONS", "IPV6_RTHDR", 0),
-    guard("IPV6_2292PKTOPTIONS", "IPV6_DSTOPTS", 0),
+    guard("IPV6_2292PKTOPTIONS", "IPV6_HOPOPTS"),
+    guard("IPV6_2292PKTOPTIONS", "IPV6_RTHDRDSTOPTS"),
+    guard("IPV6_2292PKTOPTIONS", "IPV6_RTHDR"),
+    guard("IPV6_2292PKTOPTIONS", "IPV6_DSTOPTS"),
+    // Writes the segment size that was negotiated (`tcp_repair_options_est`, net/ipv4/tcp.c).
+    guard("TCP_REPAIR_OPTIONS", "TCP_MAXSEG"),
     // Sets SO_REUSEADDR to SK_FORCE_REUSE, and to 0 at its end (`tcp_setsockopt`, net/ipv4/tcp.c).
-    guard("TCP_REPAIR", "SO_REUSEADDR", 0),
+    guard("TCP_REPAIR", "SO_REUSEADDR"),
 ];
 
 impl SocketOption {

@@ -290,6 +290,8 @@ pub const OPTIONS: &[SocketOption] = &[
         .range(1, i32::MAX as i64)
         .zero(1)
         .negative(i32::MAX as i64)
+        // `tcp_set_rcvlowat`, where the buffer is not locked and not large enough.
+        .related(Relation::Resets("TCP_WINDOW_CLAMP"))
         .kept(member("sock", "sk_rcvlowat")),
     settable(L::SOCKET, "SO_MAX_PACING_RATE", 47, Rate, "\"unlimited\"", "rate at which to send at the most")
         .argument(argument::RATE)

@@ -6,7 +6,7 @@
 use std::fmt::Write as _;
 
 use abi::{
-    setting::{OptionKey, argument, effective, kind},
+    setting::{OptionKey, ROOM_ALWAYS, argument, effective, kind},
     site,
 };
 
@@ -117,8 +117,13 @@ fn facts(option: &'static SocketOption) -> Vec<String> {
         facts.push(format!("other names of the same value, which the same rules govern: {}", others.join(", ")));
     }
     for guard in GUARDS.iter().filter(|guard| guard.keeps == option.name) {
-        facts.push(match guard.lock {
-            0 => format!("a rule that denies it also denies {}", guard.option),
+        facts.push(match guard.kind {
+            kind::OPAQUE => format!("a rule that denies it also denies {}", guard.option),
+            kind::ROOM => format!(
+                "the kernel enlarges it for {0}: a limit of it also limits {0} on TCP sockets, and a rule that denies it also \
+                 denies {0} above {ROOM_ALWAYS}",
+                guard.option
+            ),
             _ => format!("a rule for it also governs {}", guard.option),
         });
     }

@@ -184,6 +184,7 @@ impl Judgement {
 pub fn agreeing(option: &Governed, setting: &Setting) -> Option<u32> {
     let asked = Asked::read(option, 4, &words_of(setting.value))?;
     let is_it = setting.form == form::SET
+        && option.kind != kind::ROOM
         && setting.on_conflict != on_conflict::ALLOW
         && judge(option, setting, &asked).verdict == verdict::NONE;
     is_it.then_some(setting.value)

@@ -101,7 +101,12 @@ pub mod kind {
     pub const TIMEVAL: u8 = 6;
     /// SO_BUF_LOCK under a setting of a buffer: the bit [`super::Governed::lock`] must stay set, or the kernel tunes the buffer
     pub const LOCK: u8 = 7;
+    /// SO_RCVLOWAT under a rule for SO_RCVBUF: an `int`, for which the kernel makes room in the buffer of a TCP socket
+    pub const ROOM: u8 = 8;
 }
+
+/// The largest SO_RCVLOWAT for which no receive buffer is too small: half of SOCK_MIN_RCVBUF (include/net/sock.h).
+pub const ROOM_ALWAYS: u32 = 1152;
 
 /// Values of [`Governed::argument`]: which lengths of an argument the kernel accepts, and which of the bytes it reads.
 ///

@@ -10,8 +10,8 @@ use abi::{
     judge::{Asked, Judgement, judge, judge_argument, verdict},
     select::select,
     setting::{
-        DEVICE_BY_INDEX, Governed, OptionKey, Setting, TEXT_LEN, TYPE_OF_SERVICE, Value, Words, form, kind,
-        on_conflict, priority_of_tos, read_back, traits, word_in, words_of,
+        DEVICE_BY_INDEX, Governed, OptionKey, ROOM_ALWAYS, Setting, TEXT_LEN, TYPE_OF_SERVICE, Value, Words, form,
+        kind, on_conflict, priority_of_tos, read_back, traits, word_in, words_of,
     },
     socket::{Facts, State, protocol},
 };
@@ -358,6 +358,19 @@ fn judge_row(call: &OptionCall, row: u32) -> Option<Judged> {
     })
 }
 
+/// Whether a call on SO_RCVLOWAT is within a setting of SO_RCVBUF: the kernel makes no room for it, or no more than the setting
+/// lets it. A buffer that a policy sets is locked by then.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn has_room(ctx: *mut bpf_sockopt, winner: u32) -> u32 {
+    let call = OptionCall::new(ctx);
+    let Some(setting) = maps::setting(winner) else { return 1 };
+    // A negative number stands for the largest.
+    let room = word_in(&call.argument());
+    let is_within = setting.form == form::LIMIT && i64::from(room) <= setting.max;
+    u32::from(!call.is_tcp() || room <= ROOM_ALWAYS || setting.form == form::SET || is_within)
+}
+
 #[inline(always)]
 fn judge_governed(call: &OptionCall, governed: Governance, option: &'static Governed) -> Option<Judged> {
     if option.surely_agrees(call.len(), &call.argument()) {
@@ -365,6 +378,9 @@ fn judge_governed(call: &OptionCall, governed: Governance, option: &'static Gove
         return Some(Judged::new(governed, verdict::NONE, false));
     }
     let Rows { setting, winner, .. } = Rows::of(option, governed.rank)?;
+    if option.kind == kind::ROOM && has_room(call.as_context(), winner) != 0 {
+        return None;
+    }
     // The kernel refuses the argument by itself.
     let judgement = judgement(call, option, setting)?;
     let (verdict, is_done) = match judgement.verdict {

@@ -6,8 +6,8 @@ use sockpolicy_integration_tests::{
     agent::Exec,
     kernels::Kernel,
     options::{
-        IP_TOS, IPV6_TCLASS, SO_BINDTODEVICE, SO_MARK, SO_MAX_PACING_RATE, SO_PRIORITY, SO_RCVBUF, SO_SNDBUF,
-        TCP_CONGESTION, TCP_KEEPCNT, TCP_WINDOW_CLAMP,
+        IP_TOS, IPV6_TCLASS, SO_BINDTODEVICE, SO_MARK, SO_MAX_PACING_RATE, SO_PRIORITY, SO_RCVBUF, SO_RCVLOWAT,
+        SO_SNDBUF, TCP_CONGESTION, TCP_KEEPCNT, TCP_WINDOW_CLAMP,
     },
     policy::PolicyFile,
     report::Sockets,
@@ -36,6 +36,45 @@ fn priority_holds_although_type_of_service_resets_it() {
     assert_eq!(probe.int(pair.client, IP_TOS), 0x48);
     assert_eq!(probe.int(pair.client, SO_PRIORITY), 5);
     drop(exec.finish());
+}
+
+/// The kernel makes room for SO_RCVLOWAT in a buffer that is not locked, and moves the window clamp with it.
+#[test]
+fn low_water_mark_enlarges_no_buffer_and_no_window_beyond_the_policy() {
+    require!("TCP_NODELAY");
+    for (policy, errno, mark) in [
+        ("limit = { SO_RCVBUF = { max = \"64KiB\" } }", None, 65536),
+        ("limit = { SO_RCVBUF = { max = \"64KiB\", on_conflict = \"deny\" } }", Some(Errno::EPERM), 500),
+        ("deny = [\"SO_RCVBUF\"]", Some(Errno::EPERM), 500),
+    ] {
+        let mut exec = Exec::start(&PolicyFile::new(format!("[[rule]]\n{policy}\n")));
+        let probe = &mut exec.probe;
+        let pair = probe.pair(Family::Inet6, Kind::Tcp);
+        let fresh = probe.open(Family::Inet, Kind::Tcp);
+        for fd in [fresh, pair.listener, pair.client, pair.server] {
+            let before = probe.int(fd, SO_RCVBUF);
+            for large in [1 << 20, -1] {
+                probe.set(fd, SO_RCVLOWAT, 500).unwrap();
+                assert_eq!(probe.set(fd, SO_RCVLOWAT, large).err(), errno, "{policy}");
+                assert_eq!(probe.int(fd, SO_RCVLOWAT), mark, "{policy}");
+                assert!(probe.int(fd, SO_RCVBUF) <= before.max(131_072), "{policy}");
+            }
+        }
+        // Of other sockets the buffer stays as it is.
+        let udp = probe.open(Family::Inet, Kind::Udp);
+        probe.set(udp, SO_RCVLOWAT, 1 << 20).unwrap();
+        assert_eq!(probe.int(udp, SO_RCVLOWAT), 1 << 20, "{policy}");
+        exec.finish().assert_nothing_lost();
+    }
+    let mut exec = Exec::start(&PolicyFile::new("[[rule]]\nset = { TCP_WINDOW_CLAMP = \"64KiB\" }\n"));
+    let probe = &mut exec.probe;
+    let pair = probe.pair(Family::Inet, Kind::Tcp);
+    for fd in [pair.client, pair.server] {
+        let before = probe.int(fd, TCP_WINDOW_CLAMP);
+        probe.set(fd, SO_RCVLOWAT, 1 << 20).unwrap();
+        assert_eq!([SO_RCVLOWAT, TCP_WINDOW_CLAMP].map(|option| probe.int(fd, option)), [1 << 20, before]);
+    }
+    exec.finish().assert_nothing_lost();
 }
 
 #[test]
