@@ -16,7 +16,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use self::{containers::Wanted, globs::Globs};
+use self::{containers::ContainerMatcher, globs::Globs};
 use crate::{
     escape::Escape,
     host::containers::Running,
@@ -58,7 +58,7 @@ impl Coverage {
         mut cgroups: Vec<PathBuf>,
         containers: &[Running],
     ) -> Result<Self, GlobError> {
-        let meant = meant(policies, containers)?;
+        let meant = target_matcher(policies, containers)?;
         // Parents sort before their children.
         cgroups.sort();
         let mut coverage = Self::default();
@@ -72,7 +72,7 @@ impl Coverage {
             let above = above.map(|number| coverage.stacks[number].as_slice()).unwrap_or_default();
             let stack = meant.stack(&cgroup, above);
             if stack != above {
-                let number = coverage.number(stack);
+                let number = coverage.intern(stack);
                 around.push(coverage.targets.len());
                 coverage.targets.push((cgroup, number));
             }
@@ -95,7 +95,7 @@ impl Coverage {
     }
 
     /// The number of a stack, which is a new one if it was not there.
-    pub fn number(&mut self, stack: Stack) -> usize {
+    pub fn intern(&mut self, stack: Stack) -> usize {
         self.stacks.iter().position(|known| *known == stack).unwrap_or_else(|| {
             self.stacks.push(stack);
             self.stacks.len() - 1
@@ -109,7 +109,7 @@ impl Coverage {
 /// # Errors
 ///
 /// Where a target is no glob.
-pub fn idle(
+pub fn unmatched_targets(
     policies: &[Policy],
     cgroups: &[PathBuf],
     containers: &[Running],
@@ -164,7 +164,7 @@ pub fn all(policies: &[Policy]) -> Stack {
 ///
 /// Where a target is no glob.
 pub fn stack_of(policies: &[Policy], cgroup: &Path, containers: &[Running]) -> Result<Stack, GlobError> {
-    let meant = meant(policies, containers)?;
+    let meant = target_matcher(policies, containers)?;
     let templates = (0..policies.len()).filter(|policy| policies[*policy].target.is_empty()).collect();
     let from_the_top = cgroup.ancestors().collect::<Vec<_>>().into_iter().rev();
     Ok(from_the_top.fold(templates, |above, cgroup| meant.stack(cgroup, &above)))
@@ -188,14 +188,14 @@ pub fn stacks_by_target(policies: &[Policy]) -> BTreeMap<&Target, Stack> {
 
 /// Which cgroups can have targets below them: where to look for new ones.
 #[derive(Debug)]
-pub struct Reach {
+pub struct SearchScope {
     /// Of the targets that are globs.
     globs: Globs,
     /// The cgroups above those that are named without a glob.
     above_named: BTreeSet<PathBuf>,
 }
 
-impl Reach {
+impl SearchScope {
     /// # Errors
     ///
     /// Where a target is no glob.
@@ -240,14 +240,14 @@ impl Reach {
 }
 
 /// The cgroups that policies' targets are about.
-struct Meant {
+struct TargetMatcher {
     /// Each with the number of its policy.
     globs: Globs,
     /// The policies about a container, by its cgroup.
     selected: BTreeMap<PathBuf, BTreeSet<usize>>,
 }
 
-impl Meant {
+impl TargetMatcher {
     /// The stack of a cgroup in one that has the stack `above`.
     fn stack(&self, cgroup: &Path, above: &[usize]) -> Stack {
         let mut own = self.globs.matching(cgroup);
@@ -258,11 +258,11 @@ impl Meant {
 }
 
 /// Of all policies.
-fn meant(policies: &[Policy], containers: &[Running]) -> Result<Meant, GlobError> {
+fn target_matcher(policies: &[Policy], containers: &[Running]) -> Result<TargetMatcher, GlobError> {
     let globs = policies.iter().enumerate();
     let globs =
         globs.flat_map(|(number, policy)| policy.target.cgroups.iter().map(move |glob| (glob.as_str(), number)));
-    let mut meant = Meant { globs: Globs::new(globs)?, selected: BTreeMap::new() };
+    let mut meant = TargetMatcher { globs: Globs::new(globs)?, selected: BTreeMap::new() };
     for (number, policy) in policies.iter().enumerate() {
         for cgroup in selected(&policy.target.containers, containers)? {
             meant.selected.entry(cgroup).or_default().insert(number);
@@ -273,7 +273,7 @@ fn meant(policies: &[Policy], containers: &[Running]) -> Result<Meant, GlobError
 
 /// The cgroups of the containers that are selected.
 fn selected(selectors: &[ContainerSelector], containers: &[Running]) -> Result<BTreeSet<PathBuf>, GlobError> {
-    let wanted = selectors.iter().map(Wanted::new).collect::<Result<Vec<_>, _>>()?;
+    let wanted = selectors.iter().map(ContainerMatcher::new).collect::<Result<Vec<_>, _>>()?;
     let is_wanted = |running: &&Running| wanted.iter().any(|wanted| wanted.is_match(&running.container));
     Ok(containers.iter().filter(is_wanted).map(|running| running.cgroup.clone()).collect())
 }
@@ -344,7 +344,7 @@ mod tests {
         // The cgroup of one is gone by now.
         let containers = [container("web", "gone"), container("db", "a")];
         let expected = ["container = { name = \"db\", runtime = \"docker\" }", "container = { name = \"web\" }"];
-        let idle = idle(&policies, &["a".into()], &containers).unwrap();
+        let idle = unmatched_targets(&policies, &["a".into()], &containers).unwrap();
         assert_eq!(idle, expected.map(|said| (0, said.to_owned())));
     }
 
@@ -400,7 +400,7 @@ mod tests {
         let policies = policies(&[&["a", "nosuch/*"], &["b"]]);
         let cgroups = ["a", "a/b"].map(PathBuf::from);
         let expected = [(0, "nosuch/*".to_owned()), (1, "b".to_owned())];
-        assert_eq!(idle(&policies, &cgroups, &[]).unwrap(), expected);
+        assert_eq!(unmatched_targets(&policies, &cgroups, &[]).unwrap(), expected);
     }
 
     #[test]
@@ -412,16 +412,16 @@ mod tests {
 
     #[test]
     fn new_targets_are_looked_for_where_they_can_be() {
-        let reach = Reach::of(&policies(&[&["a/*/c", "/b"], &["d/**/e-*", "/"]])).unwrap();
+        let reach = SearchScope::of(&policies(&[&["a/*/c", "/b"], &["d/**/e-*", "/"]])).unwrap();
         let within = |cgroup: &str| reach.is_within(Path::new(cgroup));
         assert!(["", "a", "a/x", "d", "d/x", "d/x/e-1"].iter().all(|cgroup| within(cgroup)));
         assert!(!["b", "a/x/c", "c", "x/a"].iter().any(|cgroup| within(cgroup)));
-        let reach = Reach::of(&policies(&[&["a/{b/c,d}/e"]])).unwrap();
+        let reach = SearchScope::of(&policies(&[&["a/{b/c,d}/e"]])).unwrap();
         assert!(reach.is_within(Path::new("a/b/c")) && !reach.is_within(Path::new("b")));
-        let reach = Reach::of(&policies_of(&["cgroup = \"a/b\"\ncontainer = { name = \"web\" }"])).unwrap();
+        let reach = SearchScope::of(&policies_of(&["cgroup = \"a/b\"\ncontainer = { name = \"web\" }"])).unwrap();
         assert!(["", "a/b", "c/d"].iter().all(|cgroup| reach.is_within(Path::new(cgroup))));
         // What is named is not looked for in the tree.
-        let reach = Reach::of(&policies(&[&["a/b/c", "d/e-*"]])).unwrap();
+        let reach = SearchScope::of(&policies(&[&["a/b/c", "d/e-*"]])).unwrap();
         assert!(reach.is_within(Path::new("a/b")) && !reach.is_walked(Path::new("a/b")));
         assert!(reach.is_walked(Path::new("d")) && reach.is_match(Path::new("d/e-1")));
         assert!(!reach.is_match(Path::new("d/f")) && !reach.is_match(Path::new("d")));

@@ -9,21 +9,21 @@ pub(crate) const VARIABLE: &str = "SOCKPOLICY_FAULT";
 /// `enabled:1:stop` stops it until it is told to go on (SIGCONT).
 pub(crate) fn point(step: &'static str) {
     #[cfg(debug_assertions)]
-    heed(step);
+    trigger(step);
     #[cfg(not(debug_assertions))]
     let _ = step;
 }
 
 /// The same of a step that is done for one of many, which `SOCKPOLICY_FAULT` then names too: `namespace-opened=4026531840:0`.
-pub(crate) fn point_of(step: &'static str, which: u64) {
+pub(crate) fn point_for(step: &'static str, which: u64) {
     #[cfg(debug_assertions)]
-    heed(&format!("{step}={which}"));
+    trigger(&format!("{step}={which}"));
     #[cfg(not(debug_assertions))]
     let _ = (step, which);
 }
 
 #[cfg(debug_assertions)]
-fn heed(step: &str) {
+fn trigger(step: &str) {
     use std::sync::atomic::{AtomicU32, Ordering};
 
     use nix::sys::signal::{Signal, raise};

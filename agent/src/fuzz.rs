@@ -18,7 +18,7 @@ use crate::{
         naive::{Matches, governing_in, naive_governing, naive_winner, rule_matches, winner_in},
     },
     coverage::all,
-    events::{Executables, Surroundings, decode},
+    events::{Executables, HostContext, decode},
     explain::{WhyNot, explain},
     host::{containers, routes, sock_diag},
     instance, journal,
@@ -151,7 +151,7 @@ pub fn ring(input: &[u8]) {
     }
     match Record::read(&bytes) {
         Record::Event(event) => {
-            let surroundings = Surroundings {
+            let surroundings = HostContext {
                 exe: Err("not known"),
                 cgroup: Some("/a".to_owned()),
                 container: None,

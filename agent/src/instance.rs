@@ -29,7 +29,7 @@ use crate::{
     host::private::{PrivateDir, PrivateError},
     kernel::{KernelError, MapIds, Pins},
     policy::{Policy, PolicyErrors, Texts},
-    report::Counted,
+    report::SavedCounters,
     session::{self, SessionError},
     skipped::SkippedList,
 };
@@ -80,7 +80,7 @@ pub struct Record {
     pub persists: bool,
     pub maps: MapIds,
     #[serde(default)]
-    pub unread: Unread,
+    pub unread: RingOverflow,
     /// The latest last. Of several, the configuration in the kernel says which is in force.
     pub generations: Vec<Generation>,
     /// Those before them, the latest last, that events may be of which nobody has read.
@@ -88,7 +88,7 @@ pub struct Record {
     pub retired: Vec<Generation>,
     /// What had been counted of settings when these were put in force.
     #[serde(default)]
-    pub counted: Vec<Counted>,
+    pub counted: Vec<SavedCounters>,
     /// What the instance cannot handle.
     #[serde(default)]
     pub skipped: SkippedList,
@@ -96,14 +96,14 @@ pub struct Record {
 
 /// Events that found the ring buffer full: while there was nobody to read it that is no fault of anybody's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Unread {
+pub struct RingOverflow {
     /// Those that came while there was no agent, until the one of this record began.
     before: u64,
     /// All that there were when that one last looked.
     counted: u64,
 }
 
-impl Unread {
+impl RingOverflow {
     /// As of an agent that begins when there are so many in all, after another one, if there was one.
     #[must_use]
     pub fn begun(all: u64, former: Option<Self>) -> Self {
@@ -218,7 +218,7 @@ impl Instance {
     /// # Errors
     ///
     /// Where there is one of this name that runs.
-    pub fn become_one(name: &str, persists: bool) -> Result<Self, InstanceError> {
+    pub fn acquire(name: &str, persists: bool) -> Result<Self, InstanceError> {
         check_name(name)?;
         let folder = make_folder()?;
         let lock_name = file_name(name, "lock");
@@ -283,7 +283,7 @@ impl Instance {
     /// # Errors
     ///
     /// Where one of them is a target of another instance, or it cannot be written.
-    pub fn claim(&self, record: &Record, cgroups: &[&str]) -> Result<(), InstanceError> {
+    pub fn write_exclusive(&self, record: &Record, cgroups: &[&str]) -> Result<(), InstanceError> {
         let folder = make_folder()?;
         // One at a time: the folder is locked.
         let lock = Flock::lock(folder.reopen()?, FlockArg::LockExclusive);
@@ -315,7 +315,7 @@ impl Instance {
     }
 
     /// Nothing is in force any more.
-    pub fn forget(&mut self) {
+    pub fn discard_record(&mut self) {
         self.persists = false;
     }
 
@@ -377,7 +377,7 @@ impl Drop for Instance {
 
 /// An instance, seen from outside.
 #[derive(Clone, Debug)]
-pub struct Seen {
+pub struct InstanceStatus {
     pub name: String,
     /// Whether an agent runs.
     pub is_running: bool,
@@ -390,12 +390,12 @@ pub struct Seen {
 
 /// Returns all instances that there are, by name. Removes what dead ones have left.
 #[must_use]
-pub fn all() -> Vec<Seen> {
+pub fn all() -> Vec<InstanceStatus> {
     let pinned = pinned();
     let mut names: Vec<String> = with_files(&["json", "lock"]).into_iter().chain(pinned.iter().cloned()).collect();
     names.sort();
     names.dedup();
-    names.into_iter().filter_map(|name| see_among(&name, &pinned)).collect()
+    names.into_iter().filter_map(|name| inspect_among(&name, &pinned)).collect()
 }
 
 /// Checks that [`all`] sees all instances.
@@ -437,11 +437,11 @@ pub(crate) fn with_files(kinds: &[&str]) -> Vec<String> {
 
 /// Returns one instance, if there is one of this name.
 #[must_use]
-pub fn see(name: &str) -> Option<Seen> {
-    see_among(name, &pinned())
+pub fn inspect(name: &str) -> Option<InstanceStatus> {
+    inspect_among(name, &pinned())
 }
 
-fn see_among(name: &str, pinned: &[String]) -> Option<Seen> {
+fn inspect_among(name: &str, pinned: &[String]) -> Option<InstanceStatus> {
     let is_pinned = pinned.iter().any(|pinned| pinned == name);
     let folder = folder_or_none().filter(|_| is_name(name));
     let (is_running, pid) = match folder.as_ref().map_or(Lock::Absent, |folder| lock_of(folder, name)) {
@@ -457,7 +457,7 @@ fn see_among(name: &str, pinned: &[String]) -> Option<Seen> {
         }
         Lock::Absent => (false, None),
     };
-    (is_running || is_pinned).then(|| Seen {
+    (is_running || is_pinned).then(|| InstanceStatus {
         name: name.to_owned(),
         is_running,
         pid,

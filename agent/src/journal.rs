@@ -32,7 +32,7 @@ use crate::{
         inspect::Inspector,
         private::{PrivateDir, PrivateError},
         process,
-        survey::Survey,
+        socket_table::SocketTable,
     },
     instance,
 };
@@ -242,7 +242,7 @@ impl Journal {
             return Ok(());
         }
         let mut inspector = Inspector::default();
-        let survey = Survey::make(|_| true, || None, &mut inspector);
+        let survey = SocketTable::read(|_| true, || None, &mut inspector);
         let Ok(survey) = survey.inspect_err(|error| log::debug!("{error}")) else {
             return Ok(());
         };

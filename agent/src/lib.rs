@@ -10,30 +10,30 @@
 //! about this machine; [`kernel`] is the only module that knows aya, and [`cli`] the only one that
 //! prints.
 
-pub mod changes;
 pub mod cli;
 pub mod compile;
 pub mod coverage;
-pub mod enclosure;
 pub mod escape;
 pub mod events;
 pub mod explain;
 mod fault;
 #[cfg(any(test, feature = "fuzz"))]
 pub mod fuzz;
-pub mod gaps;
 pub mod host;
 pub mod instance;
 pub mod journal;
 pub mod kernel;
+pub mod limitations;
 pub mod live;
 pub mod options;
 pub mod policy;
+pub mod policy_diff;
 pub mod recent;
 pub mod reference;
 pub mod report;
 pub mod session;
 pub mod skipped;
+pub mod transient_cgroup;
 pub mod trial;
 pub mod unsupported;
 pub mod values;

@@ -3,7 +3,7 @@
 //! Holds the programs and what is needed to put their records into words. It has no loop and does not print:
 //! whoever owns it waits on its descriptor and drains it.
 
-mod word;
+mod record;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -21,27 +21,27 @@ use abi::{
 };
 use nix::time::{ClockId, clock_gettime};
 
-use self::word::Word;
+use self::record::RecordWriter;
 use crate::{
     compile::{CompileError, Desired, Hook, NeedsHook, compile},
     coverage::Stack,
     escape::Escape,
-    events::{Event, Executables, Filter, Surroundings, decode},
-    gaps::{Gap, Gaps},
+    events::{Event, Executables, Filter, HostContext, decode},
     host::{
         cgroup::{Mount, Names},
         containers, lsm, process, tcp,
     },
     instance::{Files, Instance, InstanceError},
     kernel::{
-        self, Answer, Audit, AuditWish, BackendChoice, Failed, ForeignConflict, KernelError, Object, Record, Tabled,
-        Target,
+        self, Answer, Audit, AuditConfig, BackendChoice, Failed, FilledTables, ForeignConflict, KernelError, Object,
+        Record, Target,
     },
     options::SocketOption,
     policy::model::{self, Calls, Errno, Mode, Policy},
     report::{CallLine, Counts, Loss, Lost, Report, Summary, errno_name},
     skipped::{Kind, Skip, SkippedList},
     trial::{self, Sample},
+    unsupported::{Unsupported, UnsupportedList},
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -56,7 +56,7 @@ pub enum SessionError {
         "this kernel cannot do all that the policies say:{0}\n  help: leave that out, or give --allow-gaps to have the rest \
          in force without it"
     )]
-    Gaps(Gaps),
+    Unsupported(UnsupportedList),
 }
 
 /// Events to drain at a time: some milliseconds' worth.
@@ -66,26 +66,26 @@ const BATCH_MAX: usize = 1024;
 pub struct Session {
     object: Object,
     /// What others are told of it.
-    word: Option<Word>,
+    record: Option<RecordWriter>,
     /// Targets that could not be attached to.
     skipped: Vec<Skip>,
     current: Generation,
     /// Those that sockets may still be set up by, the latest last.
-    before: Vec<Generation>,
+    draining: Vec<Generation>,
     /// Those that were so until now, the latest last: what they caused may still be to be told.
     retired: Vec<Generation>,
     /// Whether all has been told since the last of these was retired.
-    has_told: bool,
+    has_reported: bool,
     targets: Vec<Target>,
     filter: Filter,
     backend: BackendChoice,
     audit: Option<Audit>,
-    choice: GapsChoice,
-    blocked: Blocked,
-    gaps: Vec<Gap>,
+    on_unsupported: OnUnsupported,
+    blocked: BlockedTargets,
+    unsupported: Vec<Unsupported>,
     needs_hook: Option<NeedsHook>,
     /// What came of trying to set options.
-    tried: Tried,
+    probed: ProbedOptions,
     mount: Mount,
     names: Names,
     containers: containers::Known,
@@ -95,7 +95,7 @@ pub struct Session {
     /// Calls whose records were dropped because their threads are gone.
     dead_calls: u64,
     /// What had been lost when it was last told.
-    told: Lost,
+    reported: Lost,
 }
 
 /// Policies that are, or were, in force together.
@@ -115,9 +115,9 @@ pub struct Setup {
     pub containers: containers::Known,
     pub backend: BackendChoice,
     /// What to do about what this kernel cannot do.
-    pub gaps: GapsChoice,
+    pub on_unsupported: OnUnsupported,
     /// What to do about targets that programs of others keep from being attached to.
-    pub blocked: BlockedChoice,
+    pub on_blocked: OnBlocked,
     /// Events to tell of. Its processes are also the only ones whose calls the audit follows, if there are any.
     pub filter: Filter,
     /// As which others find it, if they do, and what the policies' files say.
@@ -126,7 +126,7 @@ pub struct Setup {
 
 /// What to do about targets where attaching is forbidden by a program of others, or would put it out of effect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BlockedChoice {
+pub enum OnBlocked {
     /// Refuse the policies on all targets.
     Refuse,
     /// Skip these targets, and log each once.
@@ -135,13 +135,13 @@ pub enum BlockedChoice {
 
 /// What to do about what policies ask for and this kernel cannot do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum GapsChoice {
+pub enum OnUnsupported {
     /// Find out, and refuse policies that are enforced.
     Refuse,
     /// Find out, and go on without it.
     Allow,
     /// Go on without it, as far as it shows by itself: nothing is to be set.
-    DoNotTry,
+    DoNotProbe,
 }
 
 /// Compiles policies for a session, for each stack of them that is in force on a target.
@@ -181,35 +181,44 @@ impl Session {
     ///
     /// Where this kernel cannot do it; then nothing is in force.
     pub fn start(setup: Setup) -> Result<Self, SessionError> {
-        let Setup { mut desired, mount, mut targets, containers, backend, gaps: choice, blocked, filter, instance } =
-            setup;
+        let Setup {
+            mut desired,
+            mount,
+            mut targets,
+            containers,
+            backend,
+            on_unsupported: choice,
+            on_blocked: blocked,
+            filter,
+            instance,
+        } = setup;
         let pins = instance.as_ref().map_or(Ok(None), |(instance, _)| instance.pins())?;
         let is_pinned = pins.is_some();
-        warn_of_overruling(&mount, &targets);
+        warn_of_overriding_programs(&mount, &targets);
         // Its name stays its own until all that it has attached is gone: what is declared first goes last.
         let mut word = None;
-        let options = if choice == GapsChoice::DoNotTry { Vec::new() } else { desired.set_options() };
+        let options = if choice == OnUnsupported::DoNotProbe { Vec::new() } else { desired.set_options() };
         let by_hooks = desired.clone();
         let mut needs_hook = desired.needs_hook().or_else(|| needs_hook_for(backend, is_pinned, &filter));
         if needs_hook.is_none() {
             desired.judge_by_audit();
         }
         let load = |next: &[(&Desired, usize)]| {
-            Object::load(&desired.hooks(), AuditWish::of(&desired), backend, &filter.processes, pins, next)
+            Object::load(&desired.hooks(), AuditConfig::of(&desired), backend, &filter.processes, pins, next)
         };
         let (mut object, tabled, tried) = if is_pinned {
             // What is pinned may be in force already.
-            (load(&[])?.0, None, try_apart(&desired, &options, &mount)?)
+            (load(&[])?.0, None, probe_separately(&desired, &options, &mount)?)
         } else {
-            with_sample(&desired, &options, &mount, Some(targets.len()), load)?
+            load_and_probe(&desired, &options, &mount, Some(targets.len()), load)?
         };
         if desired.audit_judges && !object.can_judge() {
             (desired, needs_hook) = (by_hooks, Some(NeedsHook::Blind));
             object.load_more(&desired.hooks())?;
         }
-        let gaps = find_gaps(&object, &mut desired, &tried);
+        let gaps = find_unsupported(&object, &mut desired, &tried);
         refuse(choice, &gaps)?;
-        let mut blocked = Blocked::new(blocked);
+        let mut blocked = BlockedTargets::new(blocked);
         let wanted = targets.len();
         targets = blocked.without(&object, &desired, targets)?;
         if targets.is_empty() && wanted > 0 {
@@ -218,9 +227,9 @@ impl Session {
         let (mut before, mut retired, mut report) = (Vec::new(), Vec::new(), Report::default());
         let (instance, files) = instance.unzip();
         if let Some(instance) = instance {
-            let former: Vec<u32> = object.former().collect();
-            let word = word.insert(Word::of(instance, object.map_ids()?, &former, object.ring_full()));
-            (before, retired, report) = (word.former(), word.retired(), Report::going_on(word.counted()));
+            let former: Vec<u32> = object.previous().collect();
+            let word = word.insert(RecordWriter::of(instance, object.map_ids()?, &former, object.ring_full()));
+            (before, retired, report) = (word.previous(), word.retired(), Report::resume(word.saved_counters()));
             for (number, counters) in object.take_retired()? {
                 let Some(at) = before.iter().position(|generation| generation.number == number) else { continue };
                 let generation = before.remove(at);
@@ -230,8 +239,8 @@ impl Session {
             let next = former.last().map_or(1, |last| last + 1);
             retired.retain(|generation| next - generation.number < GENERATIONS);
             let there: Vec<u32> = before.iter().map(|generation| generation.number).collect();
-            word.retire(&there, &retired, report.counted(&desired));
-            let counters = object.former_counters()?;
+            word.retire(&there, &retired, report.saved_counters(&desired));
+            let counters = object.previous_counters()?;
             report.begin(counters.iter().filter_map(|(number, counters)| {
                 let generation = before.iter().find(|generation| generation.number == *number)?;
                 Some((&generation.desired, counters.as_slice()))
@@ -241,33 +250,33 @@ impl Session {
         let mut staged = object.stage(&desired, tabled, &targets)?;
         let (targets, failed) = without_failed(targets, &staged.take_failed());
         let skipped = blocked.skips().chain(failed).collect();
-        let audit = object.attach_audit(AuditWish::of(&desired), backend)?;
+        let audit = object.attach_audit(AuditConfig::of(&desired), backend)?;
         if let (Some(word), Some(files)) = (&mut word, files) {
             word.add(staged.generation(), files, &targets, desired.audit_judges, true)?;
         }
         warn_without_audit(audit, desired.audit);
-        if let Some(reason) = object.blindness() {
+        if let Some(reason) = object.btf_error() {
             log::warn!("events will lack what sockets say of themselves: {reason}");
         }
         let number = object.enable(staged, desired.audit.calls)?;
         object.replace_others()?;
         Ok(Self {
             object,
-            word,
+            record: word,
             skipped,
             current: Generation { number, desired, is_taken_over: false },
-            before,
+            draining: before,
             retired,
-            has_told: false,
+            has_reported: false,
             targets,
             filter,
             backend,
             audit,
-            choice,
+            on_unsupported: choice,
             blocked,
-            gaps: gaps.0,
+            unsupported: gaps.0,
             needs_hook,
-            tried,
+            probed: tried,
             names: Names::new(mount.clone()),
             mount,
             containers,
@@ -275,7 +284,7 @@ impl Session {
             report,
             unknown_records: 0,
             dead_calls: 0,
-            told: Lost::default(),
+            reported: Lost::default(),
         })
     }
 
@@ -294,22 +303,22 @@ impl Session {
             desired.judge_by_audit();
         }
         self.object.load_more(&desired.hooks())?;
-        if self.choice != GapsChoice::DoNotTry {
-            self.try_what_is_new(&desired)?;
+        if self.on_unsupported != OnUnsupported::DoNotProbe {
+            self.probe_new_options(&desired)?;
         }
-        let gaps = find_gaps(&self.object, &mut desired, &self.tried);
-        refuse(self.choice, &gaps)?;
+        let gaps = find_unsupported(&self.object, &mut desired, &self.probed);
+        refuse(self.on_unsupported, &gaps)?;
         let targets = self.blocked.without(&self.object, &desired, targets)?;
         if !self.object.has_room() {
             self.retire()?;
         }
-        let (before, wish) = (AuditWish::of(&self.current.desired), AuditWish::of(&desired));
+        let (before, wish) = (AuditConfig::of(&self.current.desired), AuditConfig::of(&desired));
         if desired.audit.timing && !before.audit.timing {
             log::warn!("calls are not timed until sockpolicy starts anew");
         }
         let mut staged = self.object.stage(&desired, None, &targets)?;
         let (targets, failed) = without_failed(targets, &staged.take_failed());
-        if let Some(word) = &mut self.word
+        if let Some(word) = &mut self.record
             && let Err(error) = word.add(staged.generation(), files, &targets, desired.audit_judges, false)
         {
             self.object.abandon(staged);
@@ -320,8 +329,8 @@ impl Session {
             match self.object.attach_audit(wish, self.backend) {
                 Ok(audit) => self.audit = audit,
                 Err(error) => {
-                    if let Some(word) = &mut self.word {
-                        word.take_back(staged.generation());
+                    if let Some(word) = &mut self.record {
+                        word.withdraw(staged.generation());
                     }
                     self.object.abandon(staged);
                     // As it was. What could be attached then can be now.
@@ -333,10 +342,10 @@ impl Session {
         }
         let number = self.object.enable(staged, desired.audit.calls)?;
         let before = mem::replace(&mut self.current, Generation { number, desired, is_taken_over: false });
-        self.before.push(before);
+        self.draining.push(before);
         self.targets = targets;
         self.skipped = self.blocked.skips().chain(failed).collect();
-        self.gaps = gaps.0;
+        self.unsupported = gaps.0;
         self.needs_hook = needs_hook;
         Ok(())
     }
@@ -369,20 +378,20 @@ impl Session {
     }
 
     fn replace_targets(&mut self, targets: Vec<Target>) -> Result<(), SessionError> {
-        if let Some(word) = &mut self.word {
+        if let Some(word) = &mut self.record {
             word.retarget(&targets)?;
         }
         if let Some(failed) = self.object.retarget(&self.current.desired, &targets)? {
             let (targets, failed_targets) = without_failed(targets, &failed);
             self.targets = targets;
             self.skipped = self.blocked.skips().chain(failed_targets).collect();
-            if let Some(word) = self.word.as_mut().filter(|_| !failed.is_empty()) {
+            if let Some(word) = self.record.as_mut().filter(|_| !failed.is_empty()) {
                 word.retarget(&self.targets)?;
             }
             return Ok(());
         }
         let desired = self.current.desired.clone();
-        let files = self.word.as_ref().map(Word::files).unwrap_or_default();
+        let files = self.record.as_ref().map(RecordWriter::files).unwrap_or_default();
         self.reload(desired, targets, files)
     }
 
@@ -394,7 +403,7 @@ impl Session {
     /// Removes from `targets` those that are new and belong to another instance, whose records are read for that. Returns
     /// them as skipped.
     pub fn leave_to_others(&self, targets: &mut Vec<Target>) -> Vec<Skip> {
-        let Some(word) = &self.word else { return Vec::new() };
+        let Some(word) = &self.record else { return Vec::new() };
         let own: HashSet<&str> = self.targets.iter().map(|target| target.cgroup.name.as_str()).collect();
         let new = targets.iter().map(|target| target.cgroup.name.as_str()).filter(|name| !own.contains(name));
         let governed = word.governed_by_others(&new.collect());
@@ -414,7 +423,7 @@ impl Session {
 
     /// Records the objects that are skipped now.
     pub fn note_skipped(&mut self, skipped: &SkippedList) {
-        if let Some(word) = &mut self.word {
+        if let Some(word) = &mut self.record {
             word.note_skipped(skipped);
         }
     }
@@ -425,11 +434,11 @@ impl Session {
     /// # Errors
     ///
     /// Where the configuration cannot be written.
-    pub fn look_away(&mut self, process: Option<u32>) -> Result<(), SessionError> {
-        Ok(self.object.look_away(process)?)
+    pub fn exempt_process(&mut self, process: Option<u32>) -> Result<(), SessionError> {
+        Ok(self.object.exempt_process(process)?)
     }
 
-    /// Whether there are targets that have been removed, and that [`Self::let_go_of_removed`] is to be called for.
+    /// Whether there are targets that have been removed, and that [`Self::detach_removed`] is to be called for.
     #[must_use]
     pub fn has_removed(&self) -> bool {
         self.object.has_removed()
@@ -440,23 +449,23 @@ impl Session {
     /// # Errors
     ///
     /// Where the kernel refuses.
-    pub fn let_go_of_removed(&mut self) -> Result<(), SessionError> {
-        Ok(self.object.let_go_of_removed()?)
+    pub fn detach_removed(&mut self) -> Result<(), SessionError> {
+        Ok(self.object.detach_removed()?)
     }
 
-    fn try_what_is_new(&mut self, desired: &Desired) -> Result<(), SessionError> {
+    fn probe_new_options(&mut self, desired: &Desired) -> Result<(), SessionError> {
         let mut new = desired.set_options();
-        new.retain(|option| !self.tried.contains_key(option.name));
+        new.retain(|option| !self.probed.contains_key(option.name));
         if !new.is_empty() {
-            self.tried.extend(try_apart(desired, &new, &self.mount)?);
+            self.probed.extend(probe_separately(desired, &new, &self.mount)?);
         }
         Ok(())
     }
 
     /// Whether there are policies before those in force by which sockets may still be set up.
     #[must_use]
-    pub fn has_others(&self) -> bool {
-        self.object.former().next().is_some()
+    pub fn has_draining(&self) -> bool {
+        self.object.previous().next().is_some()
     }
 
     /// Has sockets that are still being set up by policies of before go on by those in force.
@@ -466,18 +475,18 @@ impl Session {
     /// Where the kernel refuses.
     pub fn retire(&mut self) -> Result<(), SessionError> {
         for (number, counters) in self.object.retire()? {
-            if let Some(generation) = self.before.iter().find(|generation| generation.number == number) {
+            if let Some(generation) = self.draining.iter().find(|generation| generation.number == number) {
                 self.report.count(number, &generation.desired, &counters, !generation.is_taken_over);
             }
         }
-        if mem::take(&mut self.has_told) {
+        if mem::take(&mut self.has_reported) {
             self.retired.clear();
         }
-        self.retired.append(&mut self.before);
+        self.retired.append(&mut self.draining);
         // Others have the places of those before.
         self.retired.retain(|generation| self.current.number - generation.number < GENERATIONS);
-        if let Some(word) = &mut self.word {
-            word.retire(&[self.current.number], &self.retired, self.report.counted(&self.current.desired));
+        if let Some(word) = &mut self.record {
+            word.retire(&[self.current.number], &self.retired, self.report.saved_counters(&self.current.desired));
         }
         Ok(())
     }
@@ -494,8 +503,8 @@ impl Session {
 
     /// What the policies ask for and this kernel cannot do.
     #[must_use]
-    pub fn gaps(&self) -> &[Gap] {
-        &self.gaps
+    pub fn unsupported(&self) -> &[Unsupported] {
+        &self.unsupported
     }
 
     #[must_use]
@@ -509,7 +518,7 @@ impl Session {
         for _ in 0..BATCH_MAX {
             let event = match self.object.next_record() {
                 None => {
-                    self.has_told = true;
+                    self.has_reported = true;
                     return false;
                 }
                 Some(Record::File(file)) => {
@@ -517,7 +526,7 @@ impl Session {
                     continue;
                 }
                 Some(Record::Event(raw)) => {
-                    let surroundings = self.surroundings(&raw);
+                    let surroundings = self.host_context(&raw);
                     self.generation_of(&raw.call).and_then(|generation| {
                         decode(&raw, &generation.desired, surroundings).ok().map(|event| (generation.number, event))
                     })
@@ -543,7 +552,8 @@ impl Session {
             return Some(&self.current);
         }
         let is_its = |generation: &&Generation| index::slot_of(generation.number) == index::slot(call.setting);
-        let later_first = [&self.current].into_iter().chain(self.before.iter().rev()).chain(self.retired.iter().rev());
+        let later_first =
+            [&self.current].into_iter().chain(self.draining.iter().rev()).chain(self.retired.iter().rev());
         later_first.into_iter().find(is_its)
     }
 
@@ -555,22 +565,22 @@ impl Session {
         match self.executables.told(&raw.executable) {
             Some(told) => told.ok_or("its path is not known, or too long"),
             None => {
-                self.object.ask_for_file_of(&raw.executable);
+                self.object.request_exe_path(&raw.executable);
                 Err("what the kernel told of it was lost")
             }
         }
     }
 
-    fn surroundings(&mut self, raw: &abi::event::Event) -> Surroundings {
+    fn host_context(&mut self, raw: &abi::event::Event) -> HostContext {
         let cgroup = self.names.name(raw.cgroup).map(|name| name.to_string());
-        Surroundings {
+        HostContext {
             // Where the kernel does not say what it was, this is what it is by now.
             exe: self.exe(raw),
             container: cgroup.as_deref().and_then(|cgroup| self.containers.of_cgroup(cgroup)),
             cgroup,
             socket_cgroup: self.names.name(raw.call.socket_cgroup).map(|name| name.to_string()),
             monotonic_epoch_ns: monotonic_epoch_ns(),
-            blindness: self.object.blindness().map(str::to_owned),
+            blindness: self.object.btf_error().map(str::to_owned),
         }
     }
 
@@ -588,12 +598,12 @@ impl Session {
 
     /// The name under which what is in force stays so when this is gone, if it does.
     #[must_use]
-    pub fn stays_as(&self) -> Option<&str> {
-        self.word.as_ref().and_then(Word::stays_as)
+    pub fn persistent_name(&self) -> Option<&str> {
+        self.record.as_ref().and_then(RecordWriter::persistent_name)
     }
 
     fn stays(&self) -> bool {
-        self.stays_as().is_some()
+        self.persistent_name().is_some()
     }
 
     /// What has been lost since this was last asked.
@@ -603,18 +613,18 @@ impl Session {
     /// Where the counters cannot be read.
     pub fn new_losses(&mut self) -> Result<Vec<Loss>, SessionError> {
         let lost = self.lost();
-        if lost.losses.calls_full > self.told.losses.calls_full {
+        if lost.losses.calls_full > self.reported.losses.calls_full {
             self.dead_calls += self.object.drop_dead_calls()?;
         }
-        let new = lost.since(&self.told);
-        self.told = lost;
+        let new = lost.since(&self.reported);
+        self.reported = lost;
         self.count_unread();
         Ok(new)
     }
 
     /// What finds no room from now on is another agent's matter, or nobody's.
     fn count_unread(&mut self) {
-        if let Some(word) = &mut self.word {
+        if let Some(word) = &mut self.record {
             word.count(self.object.ring_full());
         }
     }
@@ -636,8 +646,8 @@ impl Session {
         let tallies = self.object.tallies()?;
         let mut lost = self.lost();
         // Whatever has not returned by now will not be seen to.
-        lost.losses.no_return += self.object.calls_under_way()?;
-        let Self { object, current, targets, filter, audit, gaps, mut report, .. } = self;
+        lost.losses.no_return += self.object.open_calls()?;
+        let Self { object, current, targets, filter, audit, unsupported: gaps, mut report, .. } = self;
         let tallies = tallies.into_iter().filter(|(key, _)| filter.admits_option(key.key));
         let counts = Counts { calls: tallies.filter_map(|(key, tally)| CallLine::new(key, tally)).collect(), lost };
         report.count(current.number, &current.desired, &object.counters()?, true);
@@ -656,14 +666,14 @@ impl AsFd for Session {
 }
 
 /// The targets that are skipped because of programs of others.
-struct Blocked {
-    choice: BlockedChoice,
+struct BlockedTargets {
+    choice: OnBlocked,
     /// The name of each and why it is skipped, by the id of its cgroup: only those that were targets when they were last looked at.
     skipped: BTreeMap<u64, (String, ForeignConflict)>,
 }
 
-impl Blocked {
-    fn new(choice: BlockedChoice) -> Self {
+impl BlockedTargets {
+    fn new(choice: OnBlocked) -> Self {
         Self { choice, skipped: BTreeMap::new() }
     }
 
@@ -679,7 +689,7 @@ impl Blocked {
         targets: Vec<Target>,
     ) -> Result<Vec<Target>, SessionError> {
         let mut conflicts = object.conflicts(desired, &targets).into_iter();
-        if self.choice == BlockedChoice::Refuse {
+        if self.choice == OnBlocked::Refuse {
             let first = conflicts.next();
             return first.map_or(Ok(targets), |(_, conflict)| Err(KernelError::from(conflict).into()));
         }
@@ -728,9 +738,9 @@ fn without_failed(targets: Vec<Target>, failed: &Failed) -> (Vec<Target>, Vec<Sk
 }
 
 /// Says where another sockpolicy will have the last word.
-fn warn_of_overruling(mount: &Mount, targets: &[Target]) {
+fn warn_of_overriding_programs(mount: &Mount, targets: &[Target]) {
     let paths: Vec<_> = targets.iter().map(|target| mount.below(&target.cgroup)).collect();
-    match kernel::overruling(mount, &paths) {
+    match kernel::overriding_programs(mount, &paths) {
         Ok(found) => {
             let mut places: Vec<_> = found.iter().map(|neighbour| format!("/{}", neighbour.cgroup.escaped())).collect();
             places.dedup();
@@ -746,33 +756,37 @@ fn warn_of_overruling(mount: &Mount, targets: &[Target]) {
 }
 
 /// By the option's name.
-type Tried = BTreeMap<&'static str, Answer>;
+type ProbedOptions = BTreeMap<&'static str, Answer>;
 
 /// The same by programs of their own: those in force are not to be disturbed.
-fn try_apart(desired: &Desired, options: &[&'static SocketOption], mount: &Mount) -> Result<Tried, SessionError> {
+fn probe_separately(
+    desired: &Desired,
+    options: &[&'static SocketOption],
+    mount: &Mount,
+) -> Result<ProbedOptions, SessionError> {
     if options.is_empty() {
-        return Ok(Tried::default());
+        return Ok(ProbedOptions::default());
     }
     let load = |next: &[(&Desired, usize)]| {
-        Object::load(&desired.hooks(), AuditWish::of(desired), BackendChoice::None, &[], None, next)
+        Object::load(&desired.hooks(), AuditConfig::of(desired), BackendChoice::None, &[], None, next)
     };
-    let (_, _, tried) = with_sample(desired, options, mount, None, load)?;
+    let (_, _, tried) = load_and_probe(desired, options, mount, None, load)?;
     Ok(tried)
 }
 
 /// Loads programs and tries these options with them, at the hooks that the policies need. The process that this takes is started
 /// meanwhile, and where the policies are to be in force next on so many `targets`, their tables written.
-fn with_sample(
+fn load_and_probe(
     desired: &Desired,
     options: &[&'static SocketOption],
     mount: &Mount,
     targets: Option<usize>,
-    load: impl FnOnce(&[(&Desired, usize)]) -> Result<(Object, Vec<Tabled>), KernelError>,
-) -> Result<(Object, Option<Tabled>, Tried), SessionError> {
+    load: impl FnOnce(&[(&Desired, usize)]) -> Result<(Object, Vec<FilledTables>), KernelError>,
+) -> Result<(Object, Option<FilledTables>, ProbedOptions), SessionError> {
     let wanted = targets.map(|targets| (desired, targets));
     if options.is_empty() {
         let (object, mut tabled) = load(wanted.as_slice())?;
-        return Ok((object, tabled.pop(), Tried::default()));
+        return Ok((object, tabled.pop(), ProbedOptions::default()));
     }
     let trial = trial::desired(options)?;
     let next: Vec<_> = [(&trial, 1)].into_iter().chain(wanted).collect();
@@ -791,27 +805,27 @@ fn with_sample(
         Ok(answers) => answers.into_iter().map(|(option, answer)| (option.name, answer)).collect(),
         Err(error) => {
             log::warn!("cannot try whether this kernel sets the options: {error}");
-            Tried::default()
+            ProbedOptions::default()
         }
     };
     Ok((object, of_policies, tried))
 }
 
 /// What the policies ask for and this kernel cannot do. Of `desired`, the hooks are left that it has.
-fn find_gaps(object: &Object, desired: &mut Desired, tried: &Tried) -> Gaps {
+fn find_unsupported(object: &Object, desired: &mut Desired, tried: &ProbedOptions) -> UnsupportedList {
     let refused = object.refused();
     let hook_gaps = refused
         .iter()
         .filter(|(hook, _)| !hook.is_optional())
-        .filter_map(|(hook, reason)| Gap::of_hook(desired, *hook, reason.clone()));
-    let mut gaps: Vec<Gap> = hook_gaps.collect();
+        .filter_map(|(hook, reason)| Unsupported::of_hook(desired, *hook, reason.clone()));
+    let mut gaps: Vec<Unsupported> = hook_gaps.collect();
     desired.keep_hooks(|hook| !refused.iter().any(|(other, _)| *other == hook));
     gaps.extend(desired.set_options().into_iter().filter_map(|option| match tried.get(option.name)? {
-        Answer::No(errno) => Some(Gap::of_option(desired, option, errno)),
+        Answer::No(errno) => Some(Unsupported::of_option(desired, option, errno)),
         Answer::Yes | Answer::Unknown(_) => None,
     }));
     gaps.extend(missing_congestion_controls(desired));
-    if !object.abilities().set_retval {
+    if !object.helper_support().set_retval {
         gaps.extend(impossible_errnos(desired));
     }
     gaps.into_iter().collect()
@@ -827,9 +841,9 @@ pub fn needs_hook_for(backend: BackendChoice, persists: bool, filter: &Filter) -
     }
 }
 
-fn refuse(choice: GapsChoice, gaps: &Gaps) -> Result<(), SessionError> {
-    if choice == GapsChoice::Refuse && gaps.0.iter().any(|gap| gap.is_enforced) {
-        return Err(SessionError::Gaps(gaps.clone()));
+fn refuse(choice: OnUnsupported, gaps: &UnsupportedList) -> Result<(), SessionError> {
+    if choice == OnUnsupported::Refuse && gaps.0.iter().any(|gap| gap.is_enforced) {
+        return Err(SessionError::Unsupported(gaps.clone()));
     }
     Ok(())
 }
@@ -843,7 +857,7 @@ fn warn_without_audit(audit: Option<Audit>, wanted: model::Audit) {
     }
 }
 
-fn missing_congestion_controls(desired: &Desired) -> Vec<Gap> {
+fn missing_congestion_controls(desired: &Desired) -> Vec<Unsupported> {
     let wanted = desired.congestion_controls();
     if wanted.is_empty() {
         return Vec::new();
@@ -851,7 +865,7 @@ fn missing_congestion_controls(desired: &Desired) -> Vec<Gap> {
     match tcp::congestion_controls() {
         Ok(available) => {
             let missing = wanted.into_iter().filter(|name| !available.iter().any(|known| known == name));
-            missing.map(|name| Gap::of_congestion_control(desired, name, &available)).collect()
+            missing.map(|name| Unsupported::of_congestion_control(desired, name, &available)).collect()
         }
         Err(error) => {
             // Then a refusal on a socket will say it.
@@ -861,11 +875,11 @@ fn missing_congestion_controls(desired: &Desired) -> Vec<Gap> {
     }
 }
 
-fn impossible_errnos(desired: &Desired) -> Vec<Gap> {
+fn impossible_errnos(desired: &Desired) -> Vec<Unsupported> {
     let denies = |setting: &Setting| setting.form == form::DENY || setting.on_conflict == on_conflict::DENY;
     let all = desired.settings.iter().zip(&desired.sources);
     all.filter(|(setting, _)| denies(setting) && setting.errno != Errno::EPERM.0)
-        .map(|(setting, source)| Gap::of_errno(desired, source, &errno_name(setting.errno.into())))
+        .map(|(setting, source)| Unsupported::of_errno(desired, source, &errno_name(setting.errno.into())))
         .collect()
 }
 

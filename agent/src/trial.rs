@@ -16,12 +16,12 @@ use nix::sched::{CloneFlags, unshare};
 
 use crate::{
     compile::{CompileError, Desired, Hook, SettingSource, compile},
-    enclosure::{Enclosure, EnclosureError},
     host::{cgroup::Mount, network},
-    kernel::{Answer, KernelError, Object, Tabled, Target},
+    kernel::{Answer, FilledTables, KernelError, Object, Target},
     options::SocketOption,
     policy::{self, Policy, model::Named},
     report::errno_name,
+    transient_cgroup::{TransientCgroup, TransientCgroupError},
 };
 
 /// The name by which this binary opens sample sockets.
@@ -30,7 +30,7 @@ pub const SAMPLE: &str = "sample-sockets";
 #[derive(Debug, thiserror::Error)]
 pub enum TrialError {
     #[error(transparent)]
-    Enclosure(#[from] EnclosureError),
+    Enclosure(#[from] TransientCgroupError),
     #[error(transparent)]
     Compile(#[from] CompileError),
     #[error(transparent)]
@@ -65,7 +65,7 @@ pub fn policy_that_sets(options: &[&'static SocketOption]) -> Policy {
 /// A process of ours in a cgroup made for it, that is to open sockets. It takes a while to get there, in which the programs can
 /// be loaded.
 pub struct Sample {
-    enclosure: Enclosure,
+    enclosure: TransientCgroup,
     process: Child,
 }
 
@@ -76,7 +76,7 @@ impl Sample {
     ///
     /// Where it cannot be started, or not in a cgroup of its own.
     pub fn start(mount: &Mount) -> Result<Self, TrialError> {
-        let enclosure = Enclosure::make(mount, "-try")?;
+        let enclosure = TransientCgroup::make(mount, "-try")?;
         let mut command = Command::new("/proc/self/exe");
         command.arg(SAMPLE).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
         let process = enclosure.enclose(&mut command).and_then(|()| command.spawn()).map_err(TrialError::Sample)?;
@@ -120,13 +120,13 @@ pub fn desired(options: &[&'static SocketOption]) -> Result<Desired, CompileErro
 pub fn try_options(
     object: &mut Object,
     mut desired: Desired,
-    tabled: Option<Tabled>,
+    tabled: Option<FilledTables>,
     hooks: &[Hook],
     mount: &Mount,
     mut sample: Sample,
 ) -> Result<Vec<(&'static SocketOption, Answer)>, TrialError> {
     desired.keep_hooks(|hook| hooks.contains(&hook));
-    let cgroup = mount.open(&sample.enclosure.cgroup.path).map_err(EnclosureError::from)?;
+    let cgroup = mount.open(&sample.enclosure.cgroup.path).map_err(TransientCgroupError::from)?;
     let target = Target { cgroup, scope: 0 };
     let (sampled, counters) = object.in_force_on(&desired, tabled, target, || sample.open_sockets())?;
     sampled.map_err(TrialError::Sample)?;

@@ -1,7 +1,7 @@
 //! Applies the settings of one site to one socket.
 //!
-//! What concerns a single option stands in functions of their own ([`apply_turn`],
-//! [`apply_addressed`]) that the verifier checks once, however many options a loop may meet: they
+//! What concerns a single option stands in functions of their own ([`apply_sock_ops`],
+//! [`apply_sock_addr`]) that the verifier checks once, however many options a loop may meet: they
 //! are global functions to it, for which they must be exported and take nothing but the context and
 //! numbers.
 
@@ -10,10 +10,10 @@ use core::arch::asm;
 use abi::{
     SETTABLE_MAX, entry,
     event::{Call, flags},
-    judge::{Asked, Judgement, judge, verdict},
+    judge::{Argument, Judgement, judge, verdict},
     select::{Candidates, select},
     setting::{
-        Governed, OptionKey, Setting, TEXT_LEN, Words, form, kind, on_conflict, read_back, traits, word_in, words_of,
+        OptionKey, OptionRow, Setting, TEXT_LEN, Words, form, kind, on_conflict, read_back, traits, word_in, words_of,
     },
     socket::{Facts, Notes, State, family, protocol},
 };
@@ -23,9 +23,9 @@ use aya_ebpf::{
 };
 
 use crate::{
-    ctx::{Addressed, Bound, PostCreate, Socket, Turn},
+    ctx::{Bound, PostCreate, SockAddr, SockOps, Socket},
     emit,
-    maps::{self, PrefixMap, count, lose},
+    maps::{self, PrefixMap, count, count_loss},
     storage::{self, Scope},
 };
 
@@ -57,13 +57,13 @@ pub(crate) fn apply<const MAX: usize>(
     is_inet6: bool,
     mut apply: impl FnMut(u32, Candidates, u32, &mut State),
 ) {
-    let Some(list) = maps::site(scope.number, site) else { return };
+    let Some(list) = maps::apply_list(scope.number, site) else { return };
     if list.len == 0 {
         return;
     }
     let Some(selectors) = maps::selectors(scope.number) else { return };
     let rules = select(&state.facts, selectors, &PrefixMap { scope: scope.number });
-    if rules.sure | state.notes.changed | state.notes.asked == 0 {
+    if rules.sure | state.notes.changed | state.notes.requested == 0 {
         return;
     }
     let missing = missing_traits(&state.facts, is_inet6);
@@ -105,7 +105,7 @@ pub(crate) fn apply_option(
     rules: Candidates,
     missing_traits: u32,
     notes: &mut Notes,
-    set: impl FnOnce(&Governed, &Setting, &mut Notes) -> u32,
+    set: impl FnOnce(&OptionRow, &Setting, &mut Notes) -> u32,
 ) {
     let Some(option) = maps::option(index) else { return };
     let bit = 1u64 << (option.bit & 63);
@@ -114,7 +114,7 @@ pub(crate) fn apply_option(
     }
     let Some(winner) = option.winner(rules) else { return };
     let Some(setting) = maps::setting(winner) else { return };
-    if setting.form == form::SET && is_own(option, setting) && !has_yielded(notes, bit, setting) {
+    if setting.form == form::SET && is_own(option, setting) && !is_overridden_by_app(notes, bit, setting) {
         let outcome = set(option, setting, notes);
         note(notes, bit, winner, outcome);
     }
@@ -122,25 +122,25 @@ pub(crate) fn apply_option(
 
 /// A device has two options, and each takes the settings of its own kind.
 #[inline(always)]
-fn is_own(option: &Governed, setting: &Setting) -> bool {
+fn is_own(option: &OptionRow, setting: &Setting) -> bool {
     setting.is_text() == option.is_text()
 }
 
 /// Whether the application asked for another value where the policy lets the application win.
 #[inline(always)]
-fn has_yielded(notes: &Notes, bit: u64, setting: &Setting) -> bool {
-    notes.yielded & bit != 0 && setting.on_conflict == on_conflict::ALLOW
+fn is_overridden_by_app(notes: &Notes, bit: u64, setting: &Setting) -> bool {
+    notes.app_override & bit != 0 && setting.on_conflict == on_conflict::ALLOW
 }
 
 /// Notes and counts an outcome, once for each socket; tells whether it is new.
 #[inline(always)]
 fn note(notes: &mut Notes, bit: u64, winner: u32, outcome: u32) -> bool {
-    let seen = if outcome >= outcome::FAILED { notes.failed } else { notes.settled };
-    if outcome == outcome::NONE || (seen & bit != 0 && (outcome < outcome::FAILED || notes.settled & bit == 0)) {
+    let seen = if outcome >= outcome::FAILED { notes.failed } else { notes.applied };
+    if outcome == outcome::NONE || (seen & bit != 0 && (outcome < outcome::FAILED || notes.applied & bit == 0)) {
         return false;
     }
     if outcome < outcome::FAILED {
-        notes.settled |= bit;
+        notes.applied |= bit;
         if outcome == outcome::SET {
             count(winner, |counters| &mut counters.set);
         } else {
@@ -148,8 +148,8 @@ fn note(notes: &mut Notes, bit: u64, winner: u32, outcome: u32) -> bool {
         }
         return true;
     }
-    if notes.settled & bit != 0 {
-        notes.settled &= !bit;
+    if notes.applied & bit != 0 {
+        notes.applied &= !bit;
         count(winner, |counters| &mut counters.undone);
     }
     if notes.failed & bit == 0 {
@@ -162,26 +162,32 @@ fn note(notes: &mut Notes, bit: u64, winner: u32, outcome: u32) -> bool {
     true
 }
 
-/// Applies one option in sock_ops; tells whether [`check_turn`] has more to look at.
+/// Applies one option in sock_ops; tells whether [`check_sock_ops`] has more to look at.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn apply_turn(ctx: *mut bpf_sock_ops, index: u32, sure: u64, possible: u64, missing: u32) -> u32 {
-    let is_more = Turn::new(ctx)
+pub(crate) extern "C" fn apply_sock_ops(
+    ctx: *mut bpf_sock_ops,
+    index: u32,
+    sure: u64,
+    possible: u64,
+    missing: u32,
+) -> u32 {
+    let is_more = SockOps::new(ctx)
         .is_some_and(|turn| apply_by_helper(&turn, turn.sk(), index, Candidates { sure, possible }, missing));
     is_more.into()
 }
 
-/// Applies one option at bind or connect; tells whether [`check_addressed`] has more to look at.
+/// Applies one option at bind or connect; tells whether [`check_sock_addr`] has more to look at.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn apply_addressed(
+pub(crate) extern "C" fn apply_sock_addr(
     ctx: *mut bpf_sock_addr,
     index: u32,
     sure: u64,
     possible: u64,
     missing: u32,
 ) -> u32 {
-    let is_more = Addressed::new(ctx)
+    let is_more = SockAddr::new(ctx)
         .is_some_and(|socket| apply_by_helper(&socket, socket.sk(), index, Candidates { sure, possible }, missing));
     is_more.into()
 }
@@ -196,7 +202,7 @@ pub(crate) fn apply_to_new(socket: &PostCreate, index: u32, rules: Candidates, m
 struct Task<'a, S> {
     socket: &'a S,
     sk: *mut c_void,
-    option: &'static Governed,
+    option: &'static OptionRow,
     bit: u64,
     notes: Notes,
     /// Whether `notes` are to be put back.
@@ -206,8 +212,14 @@ struct Task<'a, S> {
 /// Looks at one option in sock_ops that no rule sets now.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn check_turn(ctx: *mut bpf_sock_ops, index: u32, sure: u64, possible: u64, missing: u32) -> u32 {
-    if let Some(turn) = Turn::new(ctx) {
+pub(crate) extern "C" fn check_sock_ops(
+    ctx: *mut bpf_sock_ops,
+    index: u32,
+    sure: u64,
+    possible: u64,
+    missing: u32,
+) -> u32 {
+    if let Some(turn) = SockOps::new(ctx) {
         check_by_helper(&turn, turn.sk(), index, Candidates { sure, possible }, missing);
     }
     0
@@ -216,14 +228,14 @@ pub(crate) extern "C" fn check_turn(ctx: *mut bpf_sock_ops, index: u32, sure: u6
 /// Looks at one option at bind or connect that no rule sets now.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn check_addressed(
+pub(crate) extern "C" fn check_sock_addr(
     ctx: *mut bpf_sock_addr,
     index: u32,
     sure: u64,
     possible: u64,
     missing: u32,
 ) -> u32 {
-    if let Some(socket) = Addressed::new(ctx) {
+    if let Some(socket) = SockAddr::new(ctx) {
         check_by_helper(&socket, socket.sk(), index, Candidates { sure, possible }, missing);
     }
     0
@@ -231,7 +243,7 @@ pub(crate) extern "C" fn check_addressed(
 
 /// The setting that governs an option of a socket, and its number.
 #[inline(always)]
-fn governing(option: &Governed, rules: Candidates, missing: u32) -> Option<(u32, &'static Setting)> {
+fn governing(option: &OptionRow, rules: Candidates, missing: u32) -> Option<(u32, &'static Setting)> {
     let winner = if u32::from(option.traits) & missing == 0 { option.winner(rules) } else { None }?;
     Some((winner, maps::setting(winner)?))
 }
@@ -250,7 +262,7 @@ fn put(values: &mut [u32; SETTABLE_MAX], place: usize, value: u32) {
 
 /// The setting that what the application asked for is held against, and its number.
 #[inline(always)]
-fn holding(option: &Governed, rules: Candidates, missing: u32) -> Option<(u32, &'static Setting)> {
+fn holding(option: &OptionRow, rules: Candidates, missing: u32) -> Option<(u32, &'static Setting)> {
     if missing & entry::LAST == 0 || u32::from(option.traits) & missing != 0 {
         return governing(option, rules, missing);
     }
@@ -260,7 +272,7 @@ fn holding(option: &Governed, rules: Candidates, missing: u32) -> Option<(u32, &
 
 impl<'a, S: Bound> Task<'a, S> {
     #[inline(always)]
-    fn new(socket: &'a S, sk: *mut c_void, option: &'static Governed) -> Option<Self> {
+    fn new(socket: &'a S, sk: *mut c_void, option: &'static OptionRow) -> Option<Self> {
         // SAFETY: the context's socket, checked for NULL.
         let notes = unsafe { storage::notes(sk) }?;
         Some(Self { socket, sk, option, bit: 1u64 << (option.bit & 63), notes, is_noted: false })
@@ -293,9 +305,9 @@ fn apply_by_helper(socket: &impl Bound, sk: *mut c_void, index: u32, rules: Cand
     let Some(mut task) = Task::new(socket, sk, option) else { return false };
     let Some((winner, setting)) = governing(option, rules, missing).filter(|(_, setting)| setting.form == form::SET)
     else {
-        return (task.notes.changed | task.notes.asked) & task.bit != 0;
+        return (task.notes.changed | task.notes.requested) & task.bit != 0;
     };
-    if missing & entry::CHECK == 0 && is_own(option, setting) && !has_yielded(&task.notes, task.bit, setting) {
+    if missing & entry::CHECK == 0 && is_own(option, setting) && !is_overridden_by_app(&task.notes, task.bit, setting) {
         task.set(setting, winner, missing);
         task.end();
     }
@@ -308,12 +320,12 @@ fn check_by_helper(socket: &impl Bound, sk: *mut c_void, index: u32, rules: Cand
     let Some(option) = maps::option(index) else { return };
     let Some(mut task) = Task::new(socket, sk, option) else { return };
     if task.notes.changed & task.bit != 0 {
-        task.give_back();
+        task.restore_value();
     }
-    if task.notes.asked & task.bit != 0
+    if task.notes.requested & task.bit != 0
         && let Some((winner, setting)) = holding(option, rules, missing)
     {
-        task.hold(setting, winner);
+        task.enforce_bound(setting, winner);
     }
     task.end();
 }
@@ -345,7 +357,7 @@ impl<S: Bound> Task<'_, S> {
             set_option(self.socket, self.option, setting, winner, self.notes.cookie, is_for_both)
         };
         if outcome == outcome::SET && has_before {
-            self.keep(&before, priority);
+            self.save_value(&before, priority);
         }
         if missing & POSTPONED == 0 || !self.is_device() || outcome >= outcome::FAILED {
             self.note(winner, outcome);
@@ -383,11 +395,11 @@ impl<S: Bound> Task<'_, S> {
     }
 
     #[inline(always)]
-    fn keep(&mut self, before: &Words, priority: Option<u32>) {
+    fn save_value(&mut self, before: &Words, priority: Option<u32>) {
         let Some(place) = self.place() else { return };
         // SAFETY: the context's socket, checked for NULL.
-        let Some(kept) = (unsafe { storage::kept(self.sk, true) }) else {
-            lose(|losses| &mut losses.no_storage);
+        let Some(kept) = (unsafe { storage::saved_values(self.sk, true) }) else {
+            count_loss(|losses| &mut losses.no_storage);
             return;
         };
         self.notes.changed |= self.bit;
@@ -409,19 +421,19 @@ impl<S: Bound> Task<'_, S> {
 
     /// Gives the option back what it had before a rule set it.
     #[inline(always)]
-    fn give_back(&mut self) {
+    fn restore_value(&mut self) {
         self.notes.changed &= !self.bit;
         self.is_noted = true;
-        if self.try_give_back().is_none_or(|result| result.is_err()) {
-            lose(|losses| &mut losses.not_restored);
+        if self.try_restore_value().is_none_or(|result| result.is_err()) {
+            count_loss(|losses| &mut losses.not_restored);
         }
     }
 
     #[inline(always)]
-    fn try_give_back(&mut self) -> Option<Result<(), i32>> {
+    fn try_restore_value(&mut self) -> Option<Result<(), i32>> {
         let place = self.place()?;
         // SAFETY: as in `keep`.
-        let kept = unsafe { storage::kept(self.sk, false) }?;
+        let kept = unsafe { storage::saved_values(self.sk, false) }?;
         kept.has_before &= !self.bit;
         if self.is_device() {
             // Where it has another one, that is not a rule's.
@@ -456,12 +468,12 @@ impl<S: Bound> Task<'_, S> {
 
     /// Holds what the application asked for, before all was known of the socket, against a limit or a deny.
     #[inline(always)]
-    fn hold(&mut self, setting: &Setting, winner: u32) {
+    fn enforce_bound(&mut self, setting: &Setting, winner: u32) {
         let Some(judgement) = self.judge(setting) else { return };
         if judgement.verdict == verdict::NONE {
             return;
         }
-        self.notes.asked &= !self.bit;
+        self.notes.requested &= !self.bit;
         self.is_noted = true;
         count(winner, |counters| match judgement.verdict {
             verdict::ALLOWED => &mut counters.verdicts[0],
@@ -476,7 +488,7 @@ impl<S: Bound> Task<'_, S> {
             let OptionKey { level, name } = self.option.key;
             Some(self.socket.set(level, name, &judgement.given.words, 4))
         } else {
-            self.give_back_asked()
+            self.restore_requested()
         };
         if !matches!(result, Some(Ok(()))) {
             let errno = if let Some(Err(errno)) = result { errno } else { 0 };
@@ -487,13 +499,13 @@ impl<S: Bound> Task<'_, S> {
 
     #[inline(always)]
     fn judge(&self, setting: &Setting) -> Option<Judgement> {
-        let mut asked = Asked::default();
+        let mut asked = Argument::default();
         if setting.form != form::DENY {
             let mut now = [0; 2];
             if !self.read_now(&mut now) {
                 return None;
             }
-            asked = Asked::read(self.option, 4, &now)?;
+            asked = Argument::read(self.option, 4, &now)?;
             if self.option.read_back == read_back::DOUBLED {
                 asked.number /= 2;
             }
@@ -503,10 +515,10 @@ impl<S: Bound> Task<'_, S> {
 
     /// Gives the option back what it had before the application asked for another value.
     #[inline(always)]
-    fn give_back_asked(&mut self) -> Option<Result<(), i32>> {
+    fn restore_requested(&mut self) -> Option<Result<(), i32>> {
         let place = self.place()?;
         // SAFETY: as in `keep`.
-        let kept = unsafe { storage::kept(self.sk, false) }?;
+        let kept = unsafe { storage::saved_values(self.sk, false) }?;
         kept.has_asked &= !self.bit;
         if self.option.kind == kind::TEXT {
             let before = kept.asked_text;
@@ -521,7 +533,7 @@ impl<S: Bound> Task<'_, S> {
         let (now, wanted) = (self.socket.device(), setting.device());
         if self.notes.device_wanted == wanted && self.notes.device == now {
             // It counts once, also where that was put off.
-            return if self.notes.settled & self.bit == 0 { outcome::SET } else { outcome::NONE };
+            return if self.notes.applied & self.bit == 0 { outcome::SET } else { outcome::NONE };
         }
         if self.option.kind != kind::TEXT && now == setting.value {
             self.note_device(now, wanted);
@@ -547,7 +559,7 @@ impl<S: Bound> Task<'_, S> {
 #[inline(always)]
 fn set_option(
     socket: &impl Socket,
-    option: &Governed,
+    option: &OptionRow,
     setting: &Setting,
     winner: u32,
     cookie: u64,
@@ -570,7 +582,7 @@ fn set_option(
 
 /// Sets a text unless it is there already. `Err` is the kernel's errno.
 #[inline(always)]
-fn set_text(socket: &impl Socket, option: &Governed, setting: &Setting) -> Result<u32, i32> {
+fn set_text(socket: &impl Socket, option: &OptionRow, setting: &Setting) -> Result<u32, i32> {
     let (level, name) = (option.key.level, option.key.name);
     let mut current = [0; 2];
     if option.read_back != read_back::NONE
@@ -587,7 +599,7 @@ fn set_text(socket: &impl Socket, option: &Governed, setting: &Setting) -> Resul
 
 /// Sets a number unless it is there already. `Err` is the kernel's errno.
 #[inline(always)]
-fn set_int(socket: &impl Socket, option: &Governed, setting: &Setting, may_fail: bool) -> Result<u32, i32> {
+fn set_int(socket: &impl Socket, option: &OptionRow, setting: &Setting, may_fail: bool) -> Result<u32, i32> {
     let (level, name) = (option.key.level, option.key.name);
     let mut wanted = setting.value;
     if option.read_back != read_back::NONE || setting.is_partial() {
@@ -616,7 +628,7 @@ fn set_int(socket: &impl Socket, option: &Governed, setting: &Setting, may_fail:
 
 /// Reports a setting that the kernel refused.
 #[inline(always)]
-fn report_failure(option: &Governed, winner: u32, setting: &Setting, errno: i32, cookie: u64) {
+fn report_failure(option: &OptionRow, winner: u32, setting: &Setting, errno: i32, cookie: u64) {
     emit::outcome(option.key, errno, maps::target().place, |call| {
         let wanted = setting.whole_value();
         *call = Call { flags: flags::DECIDED, setting: winner, wanted, cookie, ..Call::default() };

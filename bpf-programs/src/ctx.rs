@@ -18,7 +18,7 @@ use aya_ebpf::{
 use crate::{
     facts::{IPPROTO_MPTCP, is_connected, is_inet, note_local, note_state, protocol},
     kernel,
-    maps::lose,
+    maps::count_loss,
 };
 
 /// Reads one field of a context or of a socket.
@@ -96,14 +96,14 @@ pub(crate) trait Bound: Socket {
 }
 
 /// cgroup/sock_create: a socket that has just been made.
-pub(crate) struct Birth(pub(crate) *mut bpf_sock);
+pub(crate) struct SockCreate(pub(crate) *mut bpf_sock);
 
-impl Birth {
+impl SockCreate {
     #[inline(always)]
     pub(crate) fn facts(&self) -> Facts {
         let mut facts =
             Facts { protocol: protocol(field!(self.0, type_), field!(self.0, protocol)), ..Facts::default() };
-        facts.settle_family(field!(self.0, family));
+        facts.set_family(field!(self.0, family));
         facts
     }
 
@@ -113,8 +113,8 @@ impl Birth {
     }
 
     #[inline(always)]
-    pub(crate) fn fields(&self) -> BirthFields {
-        BirthFields {
+    pub(crate) fn fields(&self) -> SockCreateFields {
+        SockCreateFields {
             mark: field!(self.0, mark),
             priority: field!(self.0, priority),
             device: field!(self.0, bound_dev_if),
@@ -124,7 +124,7 @@ impl Birth {
     /// Writes all of them: the verifier takes writes to a context at constant offsets only, and
     /// the compiler would turn a choice between fields into a computed one.
     #[inline(always)]
-    pub(crate) fn set_fields(&self, fields: &BirthFields) {
+    pub(crate) fn set_fields(&self, fields: &SockCreateFields) {
         set_field!(self.0, mark, fields.mark);
         set_field!(self.0, priority, fields.priority);
         set_field!(self.0, bound_dev_if, fields.device);
@@ -132,7 +132,7 @@ impl Birth {
 }
 
 /// What a program may change of a new socket.
-pub(crate) struct BirthFields {
+pub(crate) struct SockCreateFields {
     pub(crate) mark: u32,
     pub(crate) priority: u32,
     /// Interface index; 0 for any.
@@ -162,7 +162,7 @@ impl PostCreate {
     #[inline(always)]
     pub(crate) fn facts(&self) -> Facts {
         let mut facts = Facts { protocol: kernel::protocol_of(kernel::address_of(self.sk)), ..Facts::default() };
-        facts.settle_family(self.family);
+        facts.set_family(self.family);
         facts
     }
 
@@ -200,12 +200,12 @@ impl Bound for PostCreate {
 }
 
 /// cgroup/bind and cgroup/connect: a socket and the address that it is about to take or to call.
-pub(crate) struct Addressed {
+pub(crate) struct SockAddr {
     ctx: *mut bpf_sock_addr,
     sk: *mut bpf_sock,
 }
 
-impl Addressed {
+impl SockAddr {
     #[inline(always)]
     pub(crate) fn new(ctx: *mut bpf_sock_addr) -> Option<Self> {
         let sk = field!(ctx, __bindgen_anon_1.sk);
@@ -262,10 +262,10 @@ impl Addressed {
         facts.known |= known::REMOTE;
         local_facts(self.sk, inet6, &mut facts);
         let local = facts.local;
-        facts.settle_remote(inet6, &local, self.device() != 0);
+        facts.set_remote(inet6, &local, self.device() != 0);
         // An IPv6 datagram socket that connects to an address of AF_INET comes by connect4
         // (`udpv6_pre_connect`, net/ipv6/udp.c): what counts is the hook.
-        facts.settle_family(if inet6 { sk_family::INET6 } else { sk_family::INET });
+        facts.set_family(if inet6 { sk_family::INET6 } else { sk_family::INET });
         facts
     }
 
@@ -276,7 +276,7 @@ impl Addressed {
         facts.local = self.address(inet6);
         facts.local_port = self.port();
         note_local(&mut facts);
-        facts.settle_family(field!(self.ctx, family));
+        facts.set_family(field!(self.ctx, family));
         facts
     }
 
@@ -285,7 +285,7 @@ impl Addressed {
     pub(crate) fn send_facts(&self) -> Facts {
         let mut facts = self.facts();
         local_facts(self.sk, self.is_inet6(), &mut facts);
-        facts.settle_family(field!(self.ctx, family));
+        facts.set_family(field!(self.ctx, family));
         facts
     }
 
@@ -295,7 +295,7 @@ impl Addressed {
     }
 }
 
-impl Socket for Addressed {
+impl Socket for SockAddr {
     #[inline(always)]
     fn as_ptr(&self) -> *mut c_void {
         self.ctx.cast()
@@ -307,7 +307,7 @@ impl Socket for Addressed {
     }
 }
 
-impl Bound for Addressed {
+impl Bound for SockAddr {
     #[inline(always)]
     fn device(&self) -> u32 {
         field!(self.sk, bound_dev_if)
@@ -323,12 +323,12 @@ fn local_facts(sk: *mut bpf_sock, inet6: bool, facts: &mut Facts) {
 }
 
 /// sock_ops: a TCP socket at a turn of its life.
-pub(crate) struct Turn {
+pub(crate) struct SockOps {
     ctx: *mut bpf_sock_ops,
     sk: *mut bpf_sock,
 }
 
-impl Turn {
+impl SockOps {
     /// `None` where there is no full socket (a connection request, for instance).
     #[inline(always)]
     pub(crate) fn new(ctx: *mut bpf_sock_ops) -> Option<Self> {
@@ -366,12 +366,12 @@ impl Turn {
             facts.remote_port = u32::from_be(field!(self.ctx, remote_port)) as u16;
             facts.known |= known::REMOTE;
         }
-        facts.settle_family(field!(self.ctx, family));
+        facts.set_family(field!(self.ctx, family));
         facts
     }
 }
 
-impl Socket for Turn {
+impl Socket for SockOps {
     #[inline(always)]
     fn as_ptr(&self) -> *mut c_void {
         self.ctx.cast()
@@ -383,7 +383,7 @@ impl Socket for Turn {
     }
 }
 
-impl Bound for Turn {
+impl Bound for SockOps {
     #[inline(always)]
     fn device(&self) -> u32 {
         field!(self.sk, bound_dev_if)
@@ -391,7 +391,7 @@ impl Bound for Turn {
 }
 
 /// cgroup/setsockopt and cgroup/getsockopt: an application's call.
-pub(crate) struct OptionCall {
+pub(crate) struct Sockopt {
     ctx: *mut bpf_sockopt,
     sk: *mut bpf_sock,
 }
@@ -401,7 +401,7 @@ pub(crate) struct OptionCall {
 /// (`__cgroup_bpf_run_filter_setsockopt`, kernel/bpf/cgroup.c).
 const ARGUMENT_MAX: i32 = 4096;
 
-impl OptionCall {
+impl Sockopt {
     #[inline(always)]
     pub(crate) fn new(ctx: *mut bpf_sockopt) -> Self {
         Self { ctx, sk: field!(ctx, __bindgen_anon_1.sk) }
@@ -531,7 +531,7 @@ impl OptionCall {
         let value = field!(self.ctx, __bindgen_anon_2.optval).cast::<u8>();
         let end = field!(self.ctx, __bindgen_anon_3.optval_end).cast::<u8>();
         if value.wrapping_add(TEXT_LEN) > end {
-            lose(|losses| &mut losses.no_room);
+            count_loss(|losses| &mut losses.no_room);
             return false;
         }
         // SAFETY: within the buffer by the comparison above, as the verifier sees too.
@@ -557,13 +557,13 @@ impl OptionCall {
         note_state(&mut facts, field!(self.sk, state), || {
             (address!(self.sk, inet6, dst_ip6, dst_ip4), u16::from_be(field!(self.sk, dst_port)))
         });
-        facts.settle_family(family);
+        facts.set_family(family);
         facts
     }
 }
 
 /// In cgroup/setsockopt the helpers take the socket, not the context.
-impl Socket for OptionCall {
+impl Socket for Sockopt {
     #[inline(always)]
     fn as_ptr(&self) -> *mut c_void {
         self.sk.cast()

@@ -13,7 +13,7 @@ use aya_ebpf::{
     },
 };
 
-use crate::maps::{self, count, lose};
+use crate::maps::{self, count, count_loss};
 
 /// The task an event is about.
 #[derive(Clone, Copy)]
@@ -77,7 +77,7 @@ pub(crate) fn conflict(
     let suppressed = if config.event_interval_ns == 0 {
         // Each call is wanted.
         if !has_room(|| place) {
-            lose(|losses| &mut losses.ring_full);
+            count_loss(|losses| &mut losses.ring_full);
             return;
         }
         0
@@ -103,7 +103,7 @@ pub(crate) fn call(
     fill: impl FnOnce(&mut Call),
 ) {
     if !has_room(place) {
-        lose(|losses| &mut losses.ring_full);
+        count_loss(|losses| &mut losses.ring_full);
         return;
     }
     let executable = executable();
@@ -160,7 +160,7 @@ pub(crate) extern "C" fn spend_budgets(cgroup: u64, place: u32) -> u32 {
     if is_spent(cgroup, place, now) {
         return 1;
     }
-    lose(|losses| &mut losses.over_budget);
+    count_loss(|losses| &mut losses.over_budget);
     0
 }
 
@@ -225,7 +225,7 @@ fn send(
     fill: impl FnOnce(&mut Call),
 ) -> bool {
     let Some(mut entry) = maps::EVENTS.reserve::<Event>(0) else {
-        lose(|losses| &mut losses.ring_full);
+        count_loss(|losses| &mut losses.ring_full);
         return false;
     };
     let event = entry.as_mut_ptr();
@@ -278,7 +278,7 @@ pub(crate) fn executable_file(executable: &Executable, fill: impl FnOnce(&mut Ex
     file.len = 0;
     fill(file);
     entry.submit(0);
-    maps::note_told(executable);
+    maps::mark_exe_sent(executable);
 }
 
 /// Whether a call was found in conflict.

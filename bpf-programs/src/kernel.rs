@@ -340,7 +340,7 @@ pub(crate) extern "C" fn place_of_sock(generation: u32, sk: u64) -> u32 {
     let mut cgroup = if knows(known::SOCKET) { follow(member!(sk, sock_cgroup)) } else { None };
     for _ in 0..=abi::CGROUP_LEVELS_MAX {
         let Some(at) = cgroup else { break };
-        if let Some(place) = id_of_cgroup(at).and_then(|id| maps::followed_place(generation, id)) {
+        if let Some(place) = id_of_cgroup(at).and_then(|id| maps::cgroup_slot(generation, id)) {
             return place + 1;
         }
         // `css.parent`; a cgroup begins with its css.
@@ -382,7 +382,7 @@ fn facts_of(sk: u64, head: &SockHead, family: u32) -> Facts {
         let remote = address(layout!(sock_v6_daddr), layout!(sock_daddr));
         (remote, u16::from_be(head.member(sk, layout!(sock_dport))))
     });
-    facts.settle_family(family);
+    facts.set_family(family);
     facts
 }
 

@@ -8,17 +8,17 @@
 use core::arch::asm;
 
 use abi::{
-    Config, Counters, GENERATIONS, Losses, Place, SiteList, Target, UNSTORED_MAX,
+    ApplyList, Config, Counters, FALLBACK_MAX, GENERATIONS, Losses, Target, TargetSlot,
     event::{
-        BUDGETS_MAX, Budget, CALLS_MAX, Call, Executable, Limit, LimitKey, Slot, TOLD_MAX, Tally, TallyKey,
+        BUDGETS_MAX, Budget, CALLS_MAX, Call, EXES_SENT_MAX, Executable, Limit, LimitKey, Slot, Tally, TallyKey,
         UNKNOWN_TALLIES_MAX, bucket,
     },
     index,
     layout::Member,
-    live::{self, Assignment, Job, List, Outcome, Turn},
+    live::{self, Assignment, AssignmentList, IterControl, Outcome, SocketJob},
     select::{PrefixData, Prefixes, Selectors},
-    setting::{Governed, Numbered, OptionKey, Setting},
-    socket::Unstored,
+    setting::{Lookup, OptionKey, OptionRow, Setting},
+    socket::FallbackState,
 };
 use aya_ebpf::{
     Global,
@@ -41,44 +41,44 @@ type Table<const BYTES: usize> =
 type Dictionary<K, V> = ArrayOfMaps<btf_maps::HashMap<K, V, 1>, { GENERATIONS as usize }>;
 
 /// Index 0. Written last: until then nothing is in force.
-#[map]
+#[map(name = "sp_config")]
 static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
 
 /// By target: what holds there. The agent also writes to that in force, where a cgroup comes or goes.
-#[btf_map]
-static PLACES: Table<{ size_of::<Place>() }> = Table::new();
+#[btf_map(name = "sp_target_slots")]
+static TARGET_SLOTS: Table<{ size_of::<TargetSlot>() }> = Table::new();
 
-/// For the audit: the places of targets, by id of the cgroup. As `PLACES` in all else.
-#[btf_map]
-static FOLLOWED: Dictionary<u64, u32> = Dictionary::new();
+/// For the audit: the places of targets, by id of the cgroup. As `TARGET_SLOTS` in all else.
+#[btf_map(name = "sp_cgroup_slots")]
+static CGROUP_SLOTS: Dictionary<u64, u32> = Dictionary::new();
 
 /// By scope: the small dimensions of the rules' matches.
-#[btf_map]
+#[btf_map(name = "sp_selectors")]
 static SELECTORS: Table<{ size_of::<Selectors>() }> = Table::new();
 
 /// Rules by scope and prefix of a port or an address. In halves: behind a key of this length the kernel does not align to more.
-#[btf_map]
+#[btf_map(name = "sp_prefixes")]
 static PREFIXES: ArrayOfMaps<btf_maps::LpmTrie<PrefixData, [u32; 2], 1>, { GENERATIONS as usize }> = ArrayOfMaps::new();
 
 /// By scope, and in each by number: the options that rules name; those that can be set come first.
-#[btf_map]
-static OPTIONS: Table<{ size_of::<Governed>() }> = Table::new();
+#[btf_map(name = "sp_options")]
+static OPTIONS: Table<{ size_of::<OptionRow>() }> = Table::new();
 
 /// From an option's level and name to the number that it has in each scope. [`Config::numbers`] has most of them too.
-#[btf_map]
+#[btf_map(name = "sp_option_index")]
 static OPTION_INDEX: Dictionary<OptionKey, u32> = Dictionary::new();
 
 /// What each rule says about each option it names.
-#[btf_map]
+#[btf_map(name = "sp_settings")]
 static SETTINGS: Table<{ size_of::<Setting>() }> = Table::new();
 
 /// What to apply where: by scope, and in each by [`abi::site`].
-#[btf_map]
-static SITES: Table<{ size_of::<SiteList>() }> = Table::new();
+#[btf_map(name = "sp_apply_lists")]
+static APPLY_LISTS: Table<{ size_of::<ApplyList>() }> = Table::new();
 
 /// By setting, and for each by CPU: written by the programs, read by the agent. No per-CPU array, for inner maps of that kind
 /// must all have the same length.
-#[btf_map]
+#[btf_map(name = "sp_counters")]
 static COUNTERS: Table<{ size_of::<Counters>() }> = Table::new();
 
 /// Possible CPUs: how many [`COUNTERS`] a setting has. Given by the agent at load.
@@ -88,23 +88,23 @@ static CPUS: Global<u32> = Global::new(1);
 /// By target and hook: written by the agent when it has attached the programs there. The kernel makes an entry, full of
 /// zeroes, when a program is attached, and hands it to the program that it runs for that cgroup. What is said to have come
 /// in its place (BPF_MAP_TYPE_CGRP_STORAGE, 6.2) goes by the cgroup of the current task.
-#[map]
+#[map(name = "sp_targets")]
 #[expect(deprecated, reason = "nothing else tells a program where it is attached")]
 static TARGETS: maps::CgroupStorage<Target> = maps::CgroupStorage::new();
 
 /// Ids of the processes that the audit follows, if [`Config::by_process`] says so; the value means nothing. The agent gives it
 /// its size at load.
-#[map]
+#[map(name = "sp_processes")]
 static PROCESSES: HashMap<u32, u32> = HashMap::with_max_entries(1, 0);
 
 /// Where sockets keep the values of options. As `PROCESSES`.
-#[map]
+#[map(name = "sp_members")]
 static MEMBERS: HashMap<OptionKey, Member> = HashMap::with_max_entries(1, 0);
 
 /// Index 0: written by the programs, read by the agent in its own memory. It asks often, and while a task is in bpf(2) for the
 /// contents of a map, the kernel runs no kprobes and tracepoints on that CPU (`bpf_disable_instrumentation`). All CPUs share
 /// it, for little is ever lost.
-#[map]
+#[map(name = "sp_losses")]
 static LOSSES: Array<Losses> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
 /// Calls under way, by thread ([`Slot::index`]). Begun at entry, or by a hook that finds a conflict; ended at exit. Where another
@@ -112,64 +112,64 @@ static LOSSES: Array<Losses> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 /// [`Losses::calls_full`].
 ///
 /// An array, which programs look into without a call: most callers have nothing there.
-#[map]
+#[map(name = "sp_calls")]
 static CALLS: Array<Slot> = Array::with_max_entries(CALLS_MAX, 0);
 
 /// Calls seen by the audit, by option: those that have a name or that a rule names, and [`TallyKey::OTHER`]. The agent makes the
 /// entries and gives the map its size at load; the programs add no entry, so applications cannot fill it.
-#[map]
+#[map(name = "sp_tallies")]
 static TALLIES: PerCpuHashMap<TallyKey, Tally> = PerCpuHashMap::with_max_entries(1, 0);
 
 /// Calls seen by the audit on other options, whose numbers applications choose. When it is full, calls on further options are
 /// counted under [`TallyKey::OTHER`].
-#[map]
+#[map(name = "sp_unk_tallies")]
 static UNKNOWN_TALLIES: PerCpuHashMap<TallyKey, Tally> = PerCpuHashMap::with_max_entries(UNKNOWN_TALLIES_MAX, 0);
 
 /// When each kind of conflict was last reported. The least recently used entry makes room: its
 /// next event is then sent as if it were the first.
-#[map]
-static LIMITS: LruHashMap<LimitKey, Limit> = LruHashMap::with_max_entries(8192, 0);
+#[map(name = "sp_rate_limits")]
+static RATE_LIMITS: LruHashMap<LimitKey, Limit> = LruHashMap::with_max_entries(8192, 0);
 
 /// By the id of a cgroup: the events that its tasks caused. The least recently used entry makes room: its cgroup then has a full
 /// budget, within that of its target.
-#[map]
+#[map(name = "sp_cg_budgets")]
 static CGROUP_BUDGETS: LruHashMap<u64, Budget> = LruHashMap::with_max_entries(4096, 0);
 
 /// By place of a target: the events that it caused. Behind them, those of all.
-#[map]
+#[map(name = "sp_budgets")]
 static BUDGETS: Array<Budget> = Array::with_max_entries(BUDGETS_MAX + 2, 0);
 
 /// Executables whose files the agent has been told. The agent removes those that it has forgotten. The least recently used entry makes room: it is told again.
-#[map]
-static TOLD: LruHashMap<Executable, u32> = LruHashMap::with_max_entries(TOLD_MAX, 0);
+#[map(name = "sp_exes_sent")]
+static EXES_SENT: LruHashMap<Executable, u32> = LruHashMap::with_max_entries(EXES_SENT_MAX, 0);
 
 /// The notes of sockets for whose storage the kernel has no memory, by the socket's address in the kernel: written and read by
 /// the programs only. The least recently used notes make room. New notes are counted in [`Losses::no_storage`].
-#[map]
-static UNSTORED: LruHashMap<u64, Unstored> = LruHashMap::with_max_entries(UNSTORED_MAX, 0);
+#[map(name = "sp_fallback")]
+static FALLBACK_STATES: LruHashMap<u64, FallbackState> = LruHashMap::with_max_entries(FALLBACK_MAX, 0);
 
 /// Index 0: what is done with live sockets that have a job. This map and the four after it are the agent's, which gives them their
 /// sizes at load where it is to bring live sockets in line, and writes them before each step.
-#[map]
-static TURN: Array<Turn> = Array::with_max_entries(1, 0);
+#[map(name = "sp_iter_control")]
+static ITER_CONTROL: Array<IterControl> = Array::with_max_entries(1, 0);
 
 /// What is to be done with sockets, at their [`live::places`]: written by the agent in its own memory.
-#[map]
-static JOBS: Array<Job> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+#[map(name = "sp_jobs")]
+static JOBS: Array<SocketJob> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
-#[map]
-static LISTS: Array<List> = Array::with_max_entries(1, 0);
+#[map(name = "sp_assign_lists")]
+static ASSIGNMENT_LISTS: Array<AssignmentList> = Array::with_max_entries(1, 0);
 
-#[map]
+#[map(name = "sp_assignments")]
 static ASSIGNMENTS: Array<Assignment> = Array::with_max_entries(1, 0);
 
 /// What came of the jobs: written by the program, read by the agent in its own memory.
-#[map]
+#[map(name = "sp_outcomes")]
 static OUTCOMES: Array<Outcome> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
 /// Events for the agent, and the files of executables. When it is full the event is dropped and counted in
 /// [`Losses::ring_full`].
-#[map]
+#[map(name = "sp_events")]
 pub(crate) static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
 
 /// The configuration, if the policies are in force.
@@ -203,21 +203,21 @@ fn row_ptr<T, const BYTES: usize>(tables: &'static Table<BYTES>, index: u32) -> 
 
 /// What holds in a generation on a target, if it is one there.
 #[inline(always)]
-pub(crate) fn place(generation: u32, target: &Target) -> Option<&'static Place> {
-    at_place(generation, target.place).filter(|place| place.id == target.id)
+pub(crate) fn target_slot(generation: u32, target: &Target) -> Option<&'static TargetSlot> {
+    slot_at(generation, target.place).filter(|place| place.id == target.id)
 }
 
 /// The place of a cgroup, if it is a target: for those who do not run for it.
 #[inline(always)]
-pub(crate) fn followed_place(generation: u32, cgroup: u64) -> Option<u32> {
+pub(crate) fn cgroup_slot(generation: u32, cgroup: u64) -> Option<u32> {
     // SAFETY: where the agent removes an entry another may take its room at once: then it is another target's place.
-    unsafe { FOLLOWED.get(index::slot_of(generation))?.get(&cgroup) }.copied()
+    unsafe { CGROUP_SLOTS.get(index::slot_of(generation))?.get(&cgroup) }.copied()
 }
 
 /// What holds in a generation at a place.
 #[inline(always)]
-pub(crate) fn at_place(generation: u32, place: u32) -> Option<&'static Place> {
-    row(&PLACES, index::of(generation, place)).filter(|place: &&Place| place.id != 0)
+pub(crate) fn slot_at(generation: u32, place: u32) -> Option<&'static TargetSlot> {
+    row(&TARGET_SLOTS, index::of(generation, place)).filter(|place: &&TargetSlot| place.id != 0)
 }
 
 #[inline(always)]
@@ -226,7 +226,7 @@ pub(crate) fn selectors(scope: u32) -> Option<&'static Selectors> {
 }
 
 #[inline(always)]
-pub(crate) fn option(index: u32) -> Option<&'static Governed> {
+pub(crate) fn option(index: u32) -> Option<&'static OptionRow> {
     row(&OPTIONS, index)
 }
 
@@ -238,11 +238,11 @@ pub(crate) fn option_named(
     generation: u32,
     first: u32,
     key: OptionKey,
-) -> Option<(u32, &'static Governed)> {
+) -> Option<(u32, &'static OptionRow)> {
     let number = match config.number(generation, key) {
-        Numbered::No => return None,
-        Numbered::Perhaps(number) => number,
-        Numbered::Elsewhere => option_number(generation, key)?,
+        Lookup::Absent => return None,
+        Lookup::Maybe(number) => number,
+        Lookup::Fallback => option_number(generation, key)?,
     };
     let index = first + number;
     option(index).filter(|option| option.key == key).map(|option| (index, option))
@@ -261,9 +261,9 @@ pub(crate) fn setting(index: u32) -> Option<&'static Setting> {
 }
 
 #[inline(always)]
-pub(crate) fn site(scope: u32, site: u32) -> Option<&'static SiteList> {
-    let list = index::within(scope) * abi::site::COUNT as u32 + site;
-    row(&SITES, index::of(index::slot(scope), list))
+pub(crate) fn apply_list(scope: u32, site: u32) -> Option<&'static ApplyList> {
+    let list = index::within(scope) * abi::apply_point::COUNT as u32 + site;
+    row(&APPLY_LISTS, index::of(index::slot(scope), list))
 }
 
 #[inline(always)]
@@ -282,7 +282,7 @@ pub(crate) fn member(key: OptionKey) -> Option<&'static Member> {
 #[inline(always)]
 pub(crate) fn tally(key: &TallyKey, failed: bool, duration_ns: u64) {
     let Some(tally) = TALLIES.get_ptr_mut(key).or_else(|| unknown_tally(key)).or_else(|| other_tally(key)) else {
-        lose(|losses| &mut losses.tallies_full);
+        count_loss(|losses| &mut losses.tallies_full);
         return;
     };
     // SAFETY: as in `count`.
@@ -329,7 +329,7 @@ pub(crate) fn count(setting: u32, field: impl FnOnce(&mut Counters) -> &mut u64)
 
 /// Adds one to a count of losses.
 #[inline(always)]
-pub(crate) fn lose(field: impl FnOnce(&mut Losses) -> &mut u64) {
+pub(crate) fn count_loss(field: impl FnOnce(&mut Losses) -> &mut u64) {
     if let Some(losses) = LOSSES.get_ptr_mut(0) {
         // SAFETY: as in `count`.
         increment(field(unsafe { &mut *losses }));
@@ -404,35 +404,35 @@ pub(crate) fn end_call(thread: u64) {
 #[inline(always)]
 pub(crate) fn limit(key: &LimitKey) -> Option<&'static mut Limit> {
     // SAFETY: a race between CPUs can at worst send an event too many; see `emit`.
-    LIMITS.get_ptr_mut(key).map(|limit| unsafe { &mut *limit })
+    RATE_LIMITS.get_ptr_mut(key).map(|limit| unsafe { &mut *limit })
 }
 
 #[inline(always)]
 pub(crate) fn begin_limit(key: &LimitKey, limit: &Limit) {
     // Fails only where another CPU holds the last free entries: the next event counts as a first.
-    let _ = LIMITS.insert(key, limit, 0);
+    let _ = RATE_LIMITS.insert(key, limit, 0);
 }
 
 /// The notes of a socket without storage, made if there are none.
 #[inline(always)]
-pub(crate) fn unstored(sk: u64) -> Option<&'static mut Unstored> {
-    unstored_if_any(sk).or_else(|| {
-        lose(|losses| &mut losses.no_storage);
+pub(crate) fn fallback_state(sk: u64) -> Option<&'static mut FallbackState> {
+    existing_fallback_state(sk).or_else(|| {
+        count_loss(|losses| &mut losses.no_storage);
         // Fails only where another CPU holds the last free entries.
-        let _ = UNSTORED.insert(sk, NO_NOTES, 0);
-        unstored_if_any(sk)
+        let _ = FALLBACK_STATES.insert(sk, NO_NOTES, 0);
+        existing_fallback_state(sk)
     })
 }
 
 /// The notes of a socket without storage, if there are any.
 #[inline(always)]
-pub(crate) fn unstored_if_any(sk: u64) -> Option<&'static mut Unstored> {
+pub(crate) fn existing_fallback_state(sk: u64) -> Option<&'static mut FallbackState> {
     // SAFETY: two CPUs that write it at once can at worst lose a note.
-    UNSTORED.get_ptr_mut(sk).map(|unstored| unsafe { &mut *unstored })
+    FALLBACK_STATES.get_ptr_mut(sk).map(|unstored| unsafe { &mut *unstored })
 }
 
 /// What the notes of a socket without storage begin with. Not on the stack, which has no room for it.
-static NO_NOTES: &Unstored = &Unstored::NEW;
+static NO_NOTES: &FallbackState = &FallbackState::NEW;
 
 /// The budget of a cgroup; `None` where another CPU holds the last free entries.
 #[inline(always)]
@@ -465,26 +465,26 @@ fn budget(index: u32) -> Option<&'static mut Budget> {
 }
 
 #[inline(always)]
-pub(crate) fn is_told(executable: &Executable) -> bool {
+pub(crate) fn is_exe_sent(executable: &Executable) -> bool {
     // SAFETY: only whether there is an entry is looked at.
-    unsafe { TOLD.get(executable) }.is_some()
+    unsafe { EXES_SENT.get(executable) }.is_some()
 }
 
 #[inline(always)]
-pub(crate) fn note_told(executable: &Executable) {
+pub(crate) fn mark_exe_sent(executable: &Executable) {
     // Fails only where another CPU holds the last free entries: it will be told again.
-    let _ = TOLD.insert(executable, 1, 0);
+    let _ = EXES_SENT.insert(executable, 1, 0);
 }
 
 /// What is to be done with live sockets.
 #[inline(always)]
-pub(crate) fn turn() -> Turn {
-    TURN.get(0).copied().unwrap_or_default()
+pub(crate) fn iter_control() -> IterControl {
+    ITER_CONTROL.get(0).copied().unwrap_or_default()
 }
 
 /// What is to be done with a socket.
 #[inline(always)]
-pub(crate) fn job(cookie: u64, turn: &Turn) -> Option<&'static Job> {
+pub(crate) fn job(cookie: u64, turn: &IterControl) -> Option<&'static SocketJob> {
     for place in live::places(cookie, turn.shift) {
         let job = JOBS.get(place)?;
         if job.cookie == cookie {
@@ -499,8 +499,8 @@ pub(crate) fn job(cookie: u64, turn: &Turn) -> Option<&'static Job> {
 }
 
 #[inline(always)]
-pub(crate) fn list(index: u32) -> Option<&'static List> {
-    LISTS.get(index)
+pub(crate) fn list(index: u32) -> Option<&'static AssignmentList> {
+    ASSIGNMENT_LISTS.get(index)
 }
 
 #[inline(always)]

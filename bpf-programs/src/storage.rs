@@ -2,8 +2,8 @@
 //! programs that the kernel runs for a socket is to decide about it.
 //!
 //! A socket may have no room for storage: `net.core.optmem_max` of its network namespace limits it, and root of a user namespace
-//! can set it to 0 (`omem_charge`, net/core/bpf_sk_storage.c). Then the notes stand in map `UNSTORED`, which has room for
-//! [`abi::UNSTORED_MAX`] sockets: the least recently used notes make room, and a socket without its notes begins anew.
+//! can set it to 0 (`omem_charge`, net/core/bpf_sk_storage.c). Then the notes stand in map `FALLBACK_STATES`, which has room for
+//! [`abi::FALLBACK_MAX`] sockets: the least recently used notes make room, and a socket without its notes begins anew.
 //!
 //! aya-ebpf's `SkStorage` takes only connect and sendmsg contexts and cannot ask for notes to be
 //! copied to accepted sockets, so the maps are defined here.
@@ -13,8 +13,8 @@
 use core::arch::asm;
 
 use abi::{
-    Config, Place, Target, index,
-    socket::{Facts, Kept, Notes, State, direction},
+    Config, Target, TargetSlot, index,
+    socket::{Facts, Notes, SavedValues, State, direction},
 };
 use aya_ebpf::{
     bindings::{BPF_F_CLONE, BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_map_type::BPF_MAP_TYPE_SK_STORAGE},
@@ -63,13 +63,13 @@ impl<T, const FLAGS: usize> SocketStorage<T, FLAGS> {
 /// Written and read by the programs only. Not copied to accepted sockets: the kernel drops a connection whose copy finds no
 /// memory (`sk_clone_lock`, net/core/sock.c).
 #[unsafe(link_section = ".maps")]
-#[unsafe(no_mangle)]
+#[unsafe(export_name = "sp_sockets")]
 static SOCKETS: SocketStorage<State, { BPF_F_NO_PREALLOC as usize }> = SocketStorage::NEW;
 
 /// Written and read by the programs only. Made for few sockets: see [`Kept`].
 #[unsafe(link_section = ".maps")]
-#[unsafe(no_mangle)]
-static KEPT: SocketStorage<Kept, { (BPF_F_NO_PREALLOC | BPF_F_CLONE) as usize }> = SocketStorage::NEW;
+#[unsafe(export_name = "sp_saved_values")]
+static SAVED_VALUES: SocketStorage<SavedValues, { (BPF_F_NO_PREALLOC | BPF_F_CLONE) as usize }> = SocketStorage::NEW;
 
 /// What holds on a socket: numbers of a generation ([`abi::index`]).
 #[derive(Clone, Copy, Default)]
@@ -81,7 +81,7 @@ pub(crate) struct Scope {
 
 impl Scope {
     #[inline(always)]
-    fn of(generation: u32, place: &Place) -> Self {
+    fn of(generation: u32, place: &TargetSlot) -> Self {
         let of = |within| index::of(generation, within);
         Self { number: of(place.scope), options: of(place.options) }
     }
@@ -97,7 +97,7 @@ impl Scope {
 ///
 /// As for [`state`].
 #[inline(always)]
-pub(crate) unsafe fn claim(
+pub(crate) unsafe fn enter_scope(
     sk: *mut c_void,
     begins: impl FnOnce(&mut State) -> bool,
 ) -> Option<(&'static mut State, Scope)> {
@@ -108,7 +108,7 @@ pub(crate) unsafe fn claim(
     if begins(state) || state.generation < config.oldest {
         state.generation = config.generation;
     }
-    claim_in(state.generation, target, state)
+    enter_scope_in(state.generation, target, state)
 }
 
 /// What holds on a socket whose owner makes a call: that is judged by the policies of now. `None` as of [`claim`].
@@ -125,18 +125,18 @@ pub(crate) unsafe fn scope_now(sk: *mut c_void, config: &Config) -> Option<Scope
         return None;
     }
     if config.are_nested == 0 {
-        return maps::place(config.generation, target).map(|place| Scope::of(config.generation, place));
+        return maps::target_slot(config.generation, target).map(|place| Scope::of(config.generation, place));
     }
     // SAFETY: as the caller says.
-    claim_in(config.generation, target, unsafe { state(sk) }?).map(|(_, scope)| scope)
+    enter_scope_in(config.generation, target, unsafe { state(sk) }?).map(|(_, scope)| scope)
 }
 
 #[inline(always)]
-fn claim_in(generation: u32, target: &Target, state: &'static mut State) -> Option<(&'static mut State, Scope)> {
-    let place = maps::place(generation, target)?;
-    let is_deeper = |other: &Place| other.level > place.level;
+fn enter_scope_in(generation: u32, target: &Target, state: &'static mut State) -> Option<(&'static mut State, Scope)> {
+    let place = maps::target_slot(generation, target)?;
+    let is_deeper = |other: &TargetSlot| other.level > place.level;
     if state.target.id != target.id {
-        if maps::place(generation, &state.target).is_some_and(is_deeper) {
+        if maps::target_slot(generation, &state.target).is_some_and(is_deeper) {
             return None;
         }
         state.target = *target;
@@ -155,17 +155,17 @@ pub(crate) unsafe fn state(sk: *mut c_void) -> Option<&'static mut State> {
     // SAFETY: as the caller says.
     let state = unsafe { SOCKETS.get(sk, BPF_SK_STORAGE_GET_F_CREATE) };
     if state.is_null() {
-        return maps::unstored(sk as u64).map(|unstored| &mut unstored.state);
+        return maps::fallback_state(sk as u64).map(|unstored| &mut unstored.state);
     }
     // SAFETY: not NULL, so it is this socket's value; two CPUs that write it at once can at worst
     // lose a note, and with it count a socket twice.
     Some(unsafe { &mut *state })
 }
 
-/// Forgets the notes that another socket, which was at the same address in the kernel, left in map `UNSTORED`; tells whether
+/// Forgets the notes that another socket, which was at the same address in the kernel, left in map `FALLBACK_STATES`; tells whether
 /// the notes are new now. `cookie` is the socket's.
 #[inline(always)]
-pub(crate) fn forget_another(state: &mut State, cookie: u64) -> bool {
+pub(crate) fn reset_for_new_socket(state: &mut State, cookie: u64) -> bool {
     let is_another = state.is_unstored != 0 && state.notes.cookie != cookie;
     if is_another {
         *state = State { notes: Notes { cookie, ..Notes::NONE }, is_unstored: 1, ..State::default() };
@@ -179,11 +179,11 @@ pub(crate) fn forget_another(state: &mut State, cookie: u64) -> bool {
 ///
 /// As for [`state`].
 #[inline(always)]
-pub(crate) unsafe fn kept(sk: *mut c_void, create: bool) -> Option<&'static mut Kept> {
+pub(crate) unsafe fn saved_values(sk: *mut c_void, create: bool) -> Option<&'static mut SavedValues> {
     // SAFETY: as the caller says.
-    let kept = unsafe { KEPT.get(sk, if create { BPF_SK_STORAGE_GET_F_CREATE } else { 0 }) };
+    let kept = unsafe { SAVED_VALUES.get(sk, if create { BPF_SK_STORAGE_GET_F_CREATE } else { 0 }) };
     if kept.is_null() {
-        return maps::unstored_if_any(sk as u64).map(|unstored| &mut unstored.kept);
+        return maps::existing_fallback_state(sk as u64).map(|unstored| &mut unstored.kept);
     }
     // SAFETY: as in `state`.
     Some(unsafe { &mut *kept })
@@ -195,7 +195,7 @@ pub(crate) unsafe fn kept(sk: *mut c_void, create: bool) -> Option<&'static mut 
 /// forget what it wrote there: the verifier does not look into the notes, and takes the many
 /// ways in which facts come to be known for one.
 #[inline(always)]
-pub(crate) fn learn(state: &'static mut State, facts: Facts) -> &'static mut State {
+pub(crate) fn update_facts(state: &'static mut State, facts: Facts) -> &'static mut State {
     let direction = state.facts.direction;
     state.facts = facts;
     if facts.direction == direction::UNKNOWN {

@@ -7,23 +7,24 @@ use std::{
 };
 
 use super::{
-    FAILURE, check, complain,
+    FAILURE, check,
     descriptor::stdout,
-    in_line::{InLine, Tally, Tell},
-    output::{Format, TrustArgument},
+    ignore_broken_pipe,
+    lazy_iter::LazyIter,
+    output::{Format, TrustArgs},
+    print_error,
     progress::Progress,
+    reconcile::{Reconciler, Tally, Tell},
     restore,
-    run::{DEFAULT_INSTANCE, Placement, RunError, warn_of_failed},
+    run::{DEFAULT_INSTANCE, ResolvedTargets, RunError, warn_of_failed},
     signals::Signals,
     sockets::{Sockets, SocketsError, Targets},
-    unless_closed,
-    walker::Walker,
     watch::WatchError,
 };
 use crate::{
     compile::compile,
     events::{Event, SCHEMA},
-    host::{cgroup::Mount, inspect::Inspector, survey::SurveyError},
+    host::{cgroup::Mount, inspect::Inspector, socket_table::SurveyError},
     instance,
     journal::{Journal, JournalError},
     kernel::KernelError,
@@ -42,7 +43,7 @@ pub(super) struct Apply {
     #[arg(required_unless_present = "restore", value_name = "FILE|DIR")]
     files: Vec<PathBuf>,
     #[command(flatten)]
-    trust: TrustArgument,
+    trust: TrustArgs,
     /// Target, in place of the files' own: a cgroup's path below the cgroup2 mount, or absolute; can be given
     /// several times
     #[arg(long, value_name = "PATH")]
@@ -114,7 +115,7 @@ impl Apply {
             Ok(true) => ExitCode::SUCCESS,
             Ok(false) => FAILURE.into(),
             Err(error) => {
-                complain(&error);
+                print_error(&error);
                 FAILURE.into()
             }
         }
@@ -123,9 +124,9 @@ impl Apply {
     fn apply(&self, policies: &[Policy]) -> Result<Tally, ApplyError> {
         instance::check_name(&self.instance).map_err(RunError::from)?;
         let mut signals = Signals::watch().map_err(WatchError::Watch).map_err(RunError::from)?;
-        let mut walker = Walker::begin();
+        let mut walker = LazyIter::begin();
         let mount = Mount::find().map_err(RunError::from)?;
-        let Placement { stacks, targets, .. } = Placement::find(&mount, &self.cgroup, policies)?;
+        let ResolvedTargets { stacks, targets, .. } = ResolvedTargets::find(&mount, &self.cgroup, policies)?;
         let mut desired = compile(policies, &stacks).map_err(|error| RunError::from(SessionError::from(error)))?;
         session::leave_out_absent_hooks(&mut desired);
         let mut sockets = Sockets::find(mount, Targets::these(&targets), || walker.holders(), Inspector::default())?;
@@ -138,8 +139,8 @@ impl Apply {
             })
         };
         let listener: Option<&mut Tell<'_>> = if self.quiet { None } else { Some(&mut tell_event) };
-        let mut work = InLine::new(&desired, self.dry_run, Journal::of(&self.instance), listener);
-        let done = work.bring(&mut sockets, &mut walker, |sockets| {
+        let mut work = Reconciler::new(&desired, self.dry_run, Journal::of(&self.instance), listener);
+        let done = work.run(&mut sockets, &mut walker, |sockets| {
             if asks_for_end(&mut signals)? {
                 return Err(ApplyError::Stopped);
             }
@@ -149,7 +150,7 @@ impl Apply {
         let tally = Tally { unanswered: sockets.skipped().len() as u64, ..work.tally() };
         drop(progress);
         warn_of_failed(&sockets.skipped());
-        unless_closed(tell(&tally, self.output, &mut out).and_then(|()| out.flush()))?;
+        ignore_broken_pipe(tell(&tally, self.output, &mut out).and_then(|()| out.flush()))?;
         done.map(|()| tally)
     }
 }

@@ -5,10 +5,10 @@ use std::{path::PathBuf, process::ExitCode};
 use super::{
     FAILURE,
     apply::ApplyError,
-    check, complain,
-    output::{GapsArgument, TrustArgument},
-    restore,
-    run::{DEFAULT_INSTANCE, Placement, RunError, now, warn_of_failed},
+    check,
+    output::{TrustArgs, UnsupportedArgs},
+    print_error, restore,
+    run::{DEFAULT_INSTANCE, ResolvedTargets, RunError, now, warn_of_failed},
 };
 use crate::{
     escape::Escape,
@@ -18,7 +18,7 @@ use crate::{
     journal::{self, Journal},
     kernel::{self, BackendChoice, KernelError, Pins},
     policy::{Policy, Sources, Texts},
-    session::{self, BlockedChoice, Session, SessionError, Setup},
+    session::{self, OnBlocked, Session, SessionError, Setup},
     skipped::SkippedList,
 };
 
@@ -32,7 +32,7 @@ pub(super) struct Attach {
     #[arg(required = true, value_name = "FILE|DIR")]
     files: Vec<PathBuf>,
     #[command(flatten)]
-    trust: TrustArgument,
+    trust: TrustArgs,
     /// Target, in place of the files' own: a cgroup's path below the cgroup2 mount, or absolute; can be given
     /// several times
     #[arg(long, value_name = "PATH")]
@@ -41,7 +41,7 @@ pub(super) struct Attach {
     #[arg(long)]
     dry_run: bool,
     #[command(flatten)]
-    gaps: GapsArgument,
+    gaps: UnsupportedArgs,
     /// Name of the instance, for `status` and `detach`
     #[arg(long, value_name = "NAME", default_value = DEFAULT_INSTANCE)]
     instance: String,
@@ -54,7 +54,7 @@ impl Attach {
         match self.attach(&texts, &policies) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
-                complain(&error);
+                print_error(&error);
                 FAILURE.into()
             }
         }
@@ -63,10 +63,11 @@ impl Attach {
     fn attach(&self, texts: &Texts, policies: &[Policy]) -> Result<(), RunError> {
         process::raise_descriptor_limit();
         let mount = Mount::find()?;
-        let Placement { stacks, targets, mut skipped, .. } = Placement::find(&mount, &self.cgroup, policies)?;
+        let ResolvedTargets { stacks, targets, mut skipped, .. } =
+            ResolvedTargets::find(&mount, &self.cgroup, policies)?;
         let desired = session::prepare(policies, &stacks, self.dry_run, false)?;
         kernel::check_privileges().map_err(SessionError::from)?;
-        let instance = Instance::become_one(&self.instance, true)?;
+        let instance = Instance::acquire(&self.instance, true)?;
         instance.check_others(&kernel::names(&targets))?;
         let files = Files::new(texts, self.dry_run, &stacks);
         let setup = Setup {
@@ -75,8 +76,8 @@ impl Attach {
             targets,
             containers: Known::default(),
             backend: BackendChoice::None,
-            gaps: self.gaps.choice(),
-            blocked: BlockedChoice::Refuse,
+            on_unsupported: self.gaps.choice(),
+            on_blocked: OnBlocked::Refuse,
             filter: Filter::default(),
             instance: Some((instance, files)),
         };
@@ -86,7 +87,7 @@ impl Attach {
         list.replace(&skipped, now());
         warn_of_failed(session.skipped());
         session.note_skipped(&list);
-        for gap in session.gaps() {
+        for gap in session.unsupported() {
             log::warn!("gap: {gap}");
         }
         session.finish()?;
@@ -153,7 +154,7 @@ impl Detach {
             Ok(true) => ExitCode::SUCCESS,
             Ok(false) => FAILURE.into(),
             Err(error) => {
-                complain(&error);
+                print_error(&error);
                 FAILURE.into()
             }
         }
@@ -163,21 +164,21 @@ impl Detach {
     fn detach(&self) -> Result<bool, DetachError> {
         let name = &self.instance;
         kernel::check_privileges()?;
-        let mut instance = Instance::become_one(name, true)?;
+        let mut instance = Instance::acquire(name, true)?;
         let others = Pins::instances()?;
         if !others.contains(name) {
             // In another mount namespace, with the record of what is in force there.
             if instance.record().is_some_and(|record| record.persists) {
                 Pins::of(name)?;
             }
-            instance.forget();
+            instance.discard_record();
             let has_journal = journal::instances().contains(name);
             return Err(DetachError::None { name: name.clone(), others, has_journal });
         }
         let pins = Pins::of(name)?;
         // Whatever comes of it, what it says of itself is not true any more.
-        instance.forget();
-        pins.end()?;
+        instance.discard_record();
+        pins.disable()?;
         pins.remove()?;
         // No sooner: the policies would set it again.
         if self.restore {

@@ -10,12 +10,13 @@ use std::{
 };
 
 use super::{
-    FAILURE, FINDINGS, check, complain,
+    FAILURE, FINDINGS, check,
     descriptor::Standard,
-    exec::{Enclosed, ExecError, OURS},
+    exec::{EXIT_INTERNAL, ExecError, TransientRun},
     messages,
-    output::{ReportError, Reporting, TrustArgument, Writer},
-    run::{self, Placement, RunError},
+    output::{ReportArgs, ReportError, TrustArgs, Writer},
+    print_error,
+    run::{self, ResolvedTargets, RunError},
     signals::Signals,
     watch::WatchError,
 };
@@ -23,7 +24,7 @@ use crate::{
     compile::Desired,
     coverage::{Stack, all},
     escape::{self, Escape},
-    events::{Deed, Filter},
+    events::{Action, Filter},
     host::{cgroup::Mount, containers::Known, process},
     kernel,
     options::{self, SocketOption},
@@ -31,7 +32,7 @@ use crate::{
         model::{Calls, Policy},
         nearest_option,
     },
-    session::{self, BlockedChoice, GapsChoice, SessionError, Setup},
+    session::{self, OnBlocked, OnUnsupported, SessionError, Setup},
 };
 
 /// Show the setsockopt and getsockopt calls of a command, of processes, of cgroups or of the whole host
@@ -44,7 +45,7 @@ pub(super) struct Audit {
     #[arg(value_name = "FILE")]
     files: Vec<PathBuf>,
     #[command(flatten)]
-    trust: TrustArgument,
+    trust: TrustArgs,
     /// Only the calls of tasks in this cgroup: its path below the cgroup2 mount, or absolute; can be given several times
     #[arg(long, value_name = "PATH", conflicts_with = "command")]
     cgroup: Vec<PathBuf>,
@@ -57,7 +58,7 @@ pub(super) struct Audit {
     /// Only calls on which a policy has this verdict (the present tense of a dry run is meant too); can be given several
     /// times
     #[arg(long, value_name = "VERDICT", value_parser = parse_verdict)]
-    verdict: Vec<Deed>,
+    verdict: Vec<Action>,
     /// Only the calls of tasks of this name, as in /proc/PID/comm; can be given several times
     #[arg(long, value_name = "NAME")]
     comm: Vec<String>,
@@ -65,7 +66,7 @@ pub(super) struct Audit {
     #[arg(long, value_name = "CALLS", value_parser = parse_calls)]
     calls: Option<Calls>,
     #[command(flatten)]
-    reporting: Reporting,
+    reporting: ReportArgs,
     /// Write the report there rather than to standard output (or, with a command, to standard error)
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
@@ -99,11 +100,11 @@ enum AuditError {
 impl Audit {
     pub(super) fn run(mut self) -> ExitCode {
         messages::start(self.reporting.output);
-        let failure = if self.command.is_empty() { FAILURE } else { OURS };
+        let failure = if self.command.is_empty() { FAILURE } else { EXIT_INTERNAL };
         if self.command.is_empty()
             && let Some(word) = self.files.iter().find(|file| is_like_a_command(file))
         {
-            complain(&AuditError::Command { word: escape::plain(word) });
+            print_error(&AuditError::Command { word: escape::plain(word) });
             return failure.into();
         }
         let Some(policies) = check::load(&self.files, self.trust.or_warn()) else { return failure.into() };
@@ -116,7 +117,8 @@ impl Audit {
         if !self.command.is_empty() {
             check::warn_of_replaced_targets(&policies, "the command's cgroup");
             let Self { command, reporting, report, .. } = &self;
-            let enclosed = Enclosed { command, reporting, report: report.as_deref(), gaps: GapsChoice::DoNotTry };
+            let enclosed =
+                TransientRun { command, reporting, report: report.as_deref(), gaps: OnUnsupported::DoNotProbe };
             let desired = self.prepare(&policies, &[all(&policies)]).map_err(ExecError::from);
             return enclosed.finish(desired.and_then(|desired| enclosed.run(desired, filter)));
         }
@@ -124,7 +126,7 @@ impl Audit {
             Ok(conflicts) if self.reporting.fail_on_conflict && conflicts > 0 => FINDINGS.into(),
             Ok(_) => ExitCode::SUCCESS,
             Err(error) => {
-                complain(&error);
+                print_error(&error);
                 failure.into()
             }
         }
@@ -153,7 +155,7 @@ impl Audit {
         let mut signals = Signals::watch().map_err(WatchError::Watch).map_err(RunError::from)?;
         process::raise_descriptor_limit();
         let mount = Mount::find().map_err(RunError::from)?;
-        let Placement { stacks, targets, containers, .. } = self.placement(&mount, policies)?;
+        let ResolvedTargets { stacks, targets, containers, .. } = self.placement(&mount, policies)?;
         let desired = self.prepare(policies, &stacks).map_err(RunError::from)?;
         kernel::check_privileges().map_err(SessionError::from).map_err(RunError::from)?;
         let processes = self.open_processes()?;
@@ -169,8 +171,8 @@ impl Audit {
             targets,
             containers: Known::new(&containers),
             backend,
-            gaps: GapsChoice::DoNotTry,
-            blocked: BlockedChoice::Refuse,
+            on_unsupported: OnUnsupported::DoNotProbe,
+            on_blocked: OnBlocked::Refuse,
             filter,
             instance: None,
         };
@@ -186,12 +188,12 @@ impl Audit {
     }
 
     /// Those that were asked for, else those of the policies, else all there is.
-    fn placement(&self, mount: &Mount, policies: &[Policy]) -> Result<Placement, RunError> {
+    fn placement(&self, mount: &Mount, policies: &[Policy]) -> Result<ResolvedTargets, RunError> {
         let names_none = policies.iter().all(|policy| policy.target.is_empty());
         if self.cgroup.is_empty() && names_none {
-            return Ok(Placement::alone(policies, mount.open(Path::new(""))?));
+            return Ok(ResolvedTargets::alone(policies, mount.open(Path::new(""))?));
         }
-        Placement::find(mount, &self.cgroup, policies)
+        ResolvedTargets::find(mount, &self.cgroup, policies)
     }
 }
 
@@ -211,9 +213,9 @@ fn parse_option(text: &str) -> Result<abi::setting::OptionKey, String> {
     })
 }
 
-fn parse_verdict(text: &str) -> Result<Deed, String> {
-    let known: Vec<&str> = Deed::ALL.into_iter().map(Deed::name).collect();
-    Deed::ALL
+fn parse_verdict(text: &str) -> Result<Action, String> {
+    let known: Vec<&str> = Action::ALL.into_iter().map(Action::name).collect();
+    Action::ALL
         .into_iter()
         .find(|deed| deed.name() == text || deed.name_in_dry_run() == text)
         .ok_or_else(|| format!("the verdicts are {}", known.join(", ")))

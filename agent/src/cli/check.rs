@@ -9,22 +9,23 @@ use std::{
 
 pub(super) use super::messages::show;
 use super::{
-    FAILURE, FINDINGS, complain,
+    FAILURE, FINDINGS,
     descriptor::stdout,
-    output::{Format, TrustArgument},
-    unless_closed,
+    ignore_broken_pipe,
+    output::{Format, TrustArgs},
+    print_error,
 };
 use crate::{
     compile::{CompileError, Desired, compile},
     coverage::{Coverage, Stack, stacks_by_target},
     escape::Escape,
-    gaps::{Gap, Gaps},
     host::{routes, tcp},
     policy::{
         self, IfInsecure, Policy, PolicyErrors, Warnings,
         diagnostic::{Diagnostic, Problem, Severity},
         lint::{self, Host, Version},
     },
+    unsupported::{Unsupported, UnsupportedList},
 };
 
 /// Check policy files: all mistakes at once, and what looks like one
@@ -37,7 +38,7 @@ pub(super) struct Check {
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
     #[command(flatten)]
-    trust: TrustArgument,
+    trust: TrustArgs,
     /// Check against what a kernel of this version can do, and not against this host: 5.15, say
     #[arg(long, value_name = "VERSION")]
     kernel: Option<Version>,
@@ -58,7 +59,7 @@ impl Check {
         };
         match told {
             Err(error) => {
-                complain(&error);
+                print_error(&error);
                 FAILURE.into()
             }
             Ok(()) if is_valid => ExitCode::SUCCESS,
@@ -88,7 +89,7 @@ impl Check {
 
 fn tell_programs(found: &[Diagnostic]) -> io::Result<()> {
     let mut out = stdout(Format::Json);
-    unless_closed(found.iter().try_for_each(|diagnostic| writeln!(out, "{}", diagnostic.to_json())))
+    ignore_broken_pipe(found.iter().try_for_each(|diagnostic| writeln!(out, "{}", diagnostic.to_json())))
 }
 
 /// By the tables: what came with which version.
@@ -96,7 +97,8 @@ fn on_kernel(policies: &[Policy], desired: &Desired, kernel: Version) -> Vec<Dia
     let mut found = lint::on_kernel(policies, kernel);
     let missing = desired.hooks().into_iter().filter(|hook| !kernel.has(hook.since()));
     let reason = format!("kernel {kernel} does not let programs set options there");
-    let gaps: Gaps = missing.filter_map(|hook| Gap::of_hook(desired, hook, reason.clone())).collect();
+    let gaps: UnsupportedList =
+        missing.filter_map(|hook| Unsupported::of_hook(desired, hook, reason.clone())).collect();
     found.extend(gaps.0.into_iter().map(|gap| {
         let problem =
             Problem::new(gap.to_string()).help("`run` and `exec` have the rest in force without it with --allow-gaps");
@@ -157,7 +159,7 @@ pub(super) fn load_compiled(files: &[PathBuf], insecure: IfInsecure) -> Option<V
     match compile_together(&policies) {
         Ok(_) => Some(policies),
         Err(error) => {
-            complain(&error);
+            print_error(&error);
             None
         }
     }

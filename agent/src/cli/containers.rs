@@ -61,14 +61,14 @@ pub(super) fn list(containers: &[Running]) -> String {
 /// When to look for containers after a cgroup has come: soon, and then each time after twice as long. Who makes a container makes
 /// its cgroup first, and leaves word of whose it is later.
 #[derive(Debug)]
-pub(super) struct Looks {
+pub(super) struct Backoff {
     next: Instant,
     pause: Duration,
     /// Cgroups can come faster than it is possible to look.
     not_before: Instant,
 }
 
-impl Looks {
+impl Backoff {
     const FIRST_PAUSE: Duration = Duration::from_millis(10);
     /// Containers that take longer are found when something else changes.
     const LAST_PAUSE: Duration = Duration::from_secs(5);
@@ -95,7 +95,7 @@ impl Looks {
     }
 
     /// How long it is until the next one, in milliseconds and rounded up.
-    pub(super) fn patience_ms(&self) -> u16 {
+    pub(super) fn poll_timeout_ms(&self) -> u16 {
         let left = self.next.saturating_duration_since(Instant::now());
         u16::try_from(left.as_millis() + 1).unwrap_or(u16::MAX)
     }

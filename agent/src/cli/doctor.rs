@@ -12,14 +12,14 @@ use comfy_table::{Table, presets};
 use serde_json::json;
 
 use super::{
-    FAILURE, complain,
+    FAILURE,
     descriptor::stdout,
+    ignore_broken_pipe,
     output::{Format, describe_audit},
-    unless_closed,
+    print_error,
 };
 use crate::{
     compile::Hook,
-    enclosure::{Enclosure, EnclosureError},
     escape::{self, Escape},
     host::{
         btf::Types,
@@ -27,11 +27,12 @@ use crate::{
         privileges,
     },
     kernel::{
-        self, Answer, AttachMode, AuditWish, Backend, BackendChoice, ITERATOR_SINCE, KernelError, Neighbour, Object,
-        Probed, ProgramSize, Tried,
+        self, Answer, AttachMode, AuditConfig, Backend, BackendChoice, ForeignProgram, ITERATOR_SINCE, KernelError,
+        Object, ProbeResult, Probed, ProgramSize,
     },
     options::{OPTIONS, SocketOption},
     session::SessionError,
+    transient_cgroup::{TransientCgroup, TransientCgroupError},
     trial::{self, Sample, TrialError},
 };
 
@@ -53,7 +54,7 @@ enum DoctorError {
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
     #[error(transparent)]
-    Enclosure(#[from] EnclosureError),
+    Enclosure(#[from] TransientCgroupError),
     #[error(transparent)]
     Session(#[from] SessionError),
     #[error(transparent)]
@@ -71,12 +72,12 @@ struct Findings {
     hooks: Vec<(Hook, Answer)>,
     /// Those for live sockets, by name.
     iterators: Vec<(&'static str, Answer)>,
-    backends: Vec<(Backend, Tried)>,
+    backends: Vec<(Backend, ProbeResult)>,
     options: Vec<(&'static SocketOption, Answer)>,
     /// Our programs, as the kernel took them.
     programs: Vec<ProgramSize>,
     /// The programs that are attached to cgroups already.
-    neighbours: Result<Vec<Neighbour>, String>,
+    neighbours: Result<Vec<ForeignProgram>, String>,
 }
 
 impl Doctor {
@@ -84,7 +85,7 @@ impl Doctor {
         match examine().and_then(|findings| self.tell(&findings)) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
-                complain(&error);
+                print_error(&error);
                 FAILURE.into()
             }
         }
@@ -96,21 +97,21 @@ impl Doctor {
             Format::Text => findings.write_text(&mut out),
             Format::Json => findings.write_json(&mut out),
         };
-        unless_closed(written).map_err(DoctorError::Write)
+        ignore_broken_pipe(written).map_err(DoctorError::Write)
     }
 }
 
 fn examine() -> Result<Findings, DoctorError> {
     kernel::check_privileges()?;
     let mount = Mount::find()?;
-    let enclosure = Enclosure::make(&mount, "-doctor")?;
+    let enclosure = TransientCgroup::make(&mount, "-doctor")?;
     let Probed { answers: hooks, mut programs } = kernel::hooks(&enclosure.cgroup)?;
     enclosure.remove()?;
     let Probed { answers: iterators, programs: of_iterators } = kernel::iterator()?;
     let Probed { answers: backends, programs: of_audit } = kernel::audit_backends()?;
     programs.extend(of_iterators.into_iter().chain(of_audit));
     let options = try_options(&mount).or_else(untried)?;
-    let neighbours = kernel::neighbours(&mount).map_err(|error| error.to_string());
+    let neighbours = kernel::foreign_programs(&mount).map_err(|error| error.to_string());
     Ok(Findings {
         kernel: fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned(),
         cgroup2: escape::plain(&mount.path),
@@ -129,7 +130,7 @@ fn examine() -> Result<Findings, DoctorError> {
 fn try_options(mount: &Mount) -> Result<Vec<(&'static SocketOption, Answer)>, DoctorError> {
     let settable: Vec<_> = OPTIONS.iter().filter(|option| option.settable().is_some()).collect();
     let desired = trial::desired(&settable).map_err(TrialError::from)?;
-    let (mut object, _) = Object::load(&Hook::ALL, AuditWish::of(&desired), BackendChoice::None, &[], None, &[])?;
+    let (mut object, _) = Object::load(&Hook::ALL, AuditConfig::of(&desired), BackendChoice::None, &[], None, &[])?;
     let has = |hook: &Hook| !object.refused().iter().any(|(refused, _)| refused == hook);
     let hooks: Vec<_> = Hook::ALL.into_iter().filter(has).collect();
     Ok(trial::try_options(&mut object, desired, None, &hooks, mount, Sample::start(mount)?)?)
@@ -203,14 +204,14 @@ impl Findings {
             "audit": backends.iter().map(|(backend, found)| backend_line(*backend, found)).collect::<Vec<_>>(),
             "options": options.iter().map(|(option, answer)| line(option.name, answer)).collect::<Vec<_>>(),
             "programs": programs.iter().map(program_line).collect::<Vec<_>>(),
-            "attached": neighbours.as_ref().ok().map(|all| all.iter().map(Neighbour::to_json).collect::<Vec<_>>()),
+            "attached": neighbours.as_ref().ok().map(|all| all.iter().map(ForeignProgram::to_json).collect::<Vec<_>>()),
         });
         writeln!(out, "{answer}")
     }
 }
 
 /// What the flags of a program of others mean for policies.
-fn permits(neighbour: &Neighbour) -> &'static str {
+fn permits(neighbour: &ForeignProgram) -> &'static str {
     match neighbour.mode {
         AttachMode::Multi => "",
         AttachMode::Override => ", with BPF_F_ALLOW_OVERRIDE: no policy can be in force there at this hook, or below",
@@ -226,18 +227,18 @@ fn words(answer: &Answer) -> (&'static str, &str) {
     }
 }
 
-fn backend_answer(found: &Tried) -> Answer {
+fn backend_answer(found: &ProbeResult) -> Answer {
     match found {
         Ok(_) => Answer::Yes,
         Err(reason) => Answer::No(reason.clone()),
     }
 }
 
-fn backend_line(backend: Backend, found: &Tried) -> serde_json::Value {
+fn backend_line(backend: Backend, found: &ProbeResult) -> serde_json::Value {
     let mut line = line(backend.name(), &backend_answer(found));
     if let Ok(audit) = found {
         line["points"] = audit.points().collect();
-        line["blind_to"] = audit.blind_to().into();
+        line["blind_to"] = audit.not_covered().into();
     }
     line
 }

@@ -11,17 +11,17 @@ use std::{
 use nix::{sys::signal::kill, unistd::Pid};
 
 use super::{
-    check, complain,
+    check,
     descriptor::Standard,
     messages,
-    output::{Manner, ReportError, Reporting, TrustArgument, Writer},
+    output::{EnforceArgs, ReportArgs, ReportError, TrustArgs, Writer},
+    print_error,
     signals::Signals,
     watch::{self, WatchError},
 };
 use crate::{
     compile::Desired,
     coverage::all,
-    enclosure::{Enclosure, EnclosureError},
     escape::Escape,
     events::Filter,
     host::{
@@ -29,11 +29,12 @@ use crate::{
         containers::Known,
     },
     kernel::Target,
-    session::{self, BlockedChoice, GapsChoice, Session, SessionError, Setup},
+    session::{self, OnBlocked, OnUnsupported, Session, SessionError, Setup},
+    transient_cgroup::{TransientCgroup, TransientCgroupError},
 };
 
 /// Exit status where sockpolicy itself failed, as of `env` and `timeout`.
-pub(super) const OURS: u8 = 125;
+pub(super) const EXIT_INTERNAL: u8 = 125;
 /// The command cannot be run.
 const NOT_EXECUTABLE: u8 = 126;
 /// The command was not found.
@@ -50,9 +51,9 @@ pub(super) struct Exec {
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
     #[command(flatten)]
-    trust: TrustArgument,
+    trust: TrustArgs,
     #[command(flatten)]
-    manner: Manner,
+    manner: EnforceArgs,
     /// Write the report there rather than to standard error
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
@@ -68,7 +69,7 @@ pub(super) enum ExecError {
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
     #[error(transparent)]
-    Enclosure(#[from] EnclosureError),
+    Enclosure(#[from] TransientCgroupError),
     #[error(transparent)]
     Session(#[from] SessionError),
     #[error(transparent)]
@@ -97,7 +98,7 @@ impl ExecError {
         match self {
             Self::Spawn { source, .. } if source.kind() == io::ErrorKind::NotFound => NOT_FOUND,
             Self::Spawn { .. } => NOT_EXECUTABLE,
-            _ => OURS,
+            _ => EXIT_INTERNAL,
         }
     }
 }
@@ -105,30 +106,30 @@ impl ExecError {
 impl Exec {
     pub(super) fn run(self) -> ExitCode {
         messages::start(self.manner.reporting.output);
-        let Some(policies) = check::load(&self.files, self.trust.or_refuse()) else { return OURS.into() };
-        let Manner { dry_run, reporting, .. } = &self.manner;
+        let Some(policies) = check::load(&self.files, self.trust.or_refuse()) else { return EXIT_INTERNAL.into() };
+        let EnforceArgs { dry_run, reporting, .. } = &self.manner;
         let prepared = session::prepare(&policies, &[all(&policies)], *dry_run, reporting.timing);
         check::warn_of_replaced_targets(&policies, "the command's cgroup");
         let report = self.report.as_deref();
-        let enclosed = Enclosed { command: &self.command, reporting, report, gaps: self.manner.gaps.choice() };
+        let enclosed = TransientRun { command: &self.command, reporting, report, gaps: self.manner.gaps.choice() };
         enclosed.finish(prepared.map_err(ExecError::from).and_then(|desired| enclosed.run(desired, Filter::default())))
     }
 }
 
 /// A command to be run in a cgroup of its own.
-pub(super) struct Enclosed<'a> {
+pub(super) struct TransientRun<'a> {
     pub(super) command: &'a [OsString],
-    pub(super) reporting: &'a Reporting,
+    pub(super) reporting: &'a ReportArgs,
     /// Where to write the report; to standard error if nowhere.
     pub(super) report: Option<&'a Path>,
-    pub(super) gaps: GapsChoice,
+    pub(super) gaps: OnUnsupported,
 }
 
-impl Enclosed<'_> {
+impl TransientRun<'_> {
     /// The exit status to end with.
     pub(super) fn finish(&self, result: Result<ExitCode, ExecError>) -> ExitCode {
         result.unwrap_or_else(|error| {
-            complain(&error);
+            print_error(&error);
             error.status().into()
         })
     }
@@ -138,7 +139,7 @@ impl Enclosed<'_> {
         crate::kernel::check_privileges().map_err(SessionError::from)?;
         let writer = self.writer()?;
         let mount = Mount::find()?;
-        let enclosure = Enclosure::make(&mount, "")?;
+        let enclosure = TransientCgroup::make(&mount, "")?;
         let target = Target { cgroup: mount.open(&enclosure.cgroup.path)?, scope: 0 };
         let (backend, gaps) = (self.reporting.audit_backend, self.gaps);
         let setup = Setup {
@@ -147,8 +148,8 @@ impl Enclosed<'_> {
             targets: vec![target],
             containers: Known::default(),
             backend,
-            gaps,
-            blocked: BlockedChoice::Refuse,
+            on_unsupported: gaps,
+            on_blocked: OnBlocked::Refuse,
             filter,
             instance: None,
         };
@@ -189,12 +190,12 @@ impl Enclosed<'_> {
         }
     }
 
-    fn spawn(&self, enclosure: &Enclosure, signals: &Signals) -> Result<Child, ExecError> {
+    fn spawn(&self, enclosure: &TransientCgroup, signals: &Signals) -> Result<Child, ExecError> {
         let [name, arguments @ ..] = self.command else { unreachable_command() };
         let mut command = Command::new(name);
         command.args(arguments);
         enclosure.enclose(&mut command)?;
-        signals.spare(&mut command);
+        signals.restore_in_child(&mut command);
         command.spawn().map_err(|source| ExecError::Spawn { command: name.clone(), source })
     }
 }
@@ -248,5 +249,5 @@ fn tell(session: &mut Session, writer: &Writer) -> bool {
 /// The command's own status; 128 and the signal's number where one killed it.
 fn exit_code(status: ExitStatus) -> ExitCode {
     let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
-    ExitCode::from(code.and_then(|code| u8::try_from(code).ok()).unwrap_or(OURS))
+    ExitCode::from(code.and_then(|code| u8::try_from(code).ok()).unwrap_or(EXIT_INTERNAL))
 }

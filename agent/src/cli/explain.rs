@@ -8,10 +8,11 @@ use std::{
 };
 
 use super::{
-    FAILURE, FINDINGS, check, complain, containers,
+    FAILURE, FINDINGS, check, containers,
     descriptor::stdout,
-    output::{Format, TrustArgument},
-    unless_closed,
+    ignore_broken_pipe,
+    output::{Format, TrustArgs},
+    print_error,
 };
 use crate::{
     compile::{CompileError, compile},
@@ -39,7 +40,7 @@ pub(super) struct Explain {
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
     #[command(flatten)]
-    trust: TrustArgument,
+    trust: TrustArgs,
     /// A socket of this process. Where it has several, --fd, --local or --remote choose one
     #[arg(long, value_name = "PID", conflicts_with_all = ["protocol", "family"])]
     pid: Option<u32>,
@@ -139,17 +140,17 @@ impl Explain {
         let socket = match self.socket() {
             Ok(socket) => socket,
             Err(error) => {
-                complain(&error);
+                print_error(&error);
                 return FAILURE.into();
             }
         };
         let Some(policies) = check::load_compiled(&self.files, self.trust.or_warn()) else { return FINDINGS.into() };
         let told = explanation(&policies, &socket)
-            .and_then(|explanation| unless_closed(self.tell(&explanation)).map_err(ExplainError::Write));
+            .and_then(|explanation| ignore_broken_pipe(self.tell(&explanation)).map_err(ExplainError::Write));
         match told {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
-                complain(&error);
+                print_error(&error);
                 FAILURE.into()
             }
         }

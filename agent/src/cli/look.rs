@@ -6,7 +6,7 @@ use std::{
 };
 
 use crate::{
-    coverage::{GlobError, Reach, named},
+    coverage::{GlobError, SearchScope, named},
     host::{
         cgroup::{Budget, Mount, Tree, Wanted},
         containers::Running,
@@ -30,7 +30,7 @@ impl Look {
     pub(super) fn at(
         mount: &Mount,
         policies: &[Policy],
-        reach: &Reach,
+        reach: &SearchScope,
         containers: &[Running],
         known: BTreeSet<PathBuf>,
     ) -> Result<Self, GlobError> {
@@ -52,7 +52,7 @@ impl Look {
     }
 
     /// The cgroups that are to be watched, as paths in the file system: a target can come right below each.
-    pub(super) fn watched(&self, mount: &Mount, reach: &Reach) -> BTreeSet<PathBuf> {
+    pub(super) fn watched(&self, mount: &Mount, reach: &SearchScope) -> BTreeSet<PathBuf> {
         let walked = self.cgroups.iter().filter(|below| reach.is_walked(below));
         walked.chain(reach.above_named()).map(|below| mount.path.join(below)).collect()
     }

@@ -3,17 +3,18 @@
 use std::{io::Write, path::PathBuf, process::ExitCode};
 
 use super::{
-    FAILURE, check, complain,
+    FAILURE, check,
     descriptor::stdout,
-    output::{Format, TrustArgument},
+    ignore_broken_pipe,
+    output::{Format, TrustArgs},
+    print_error,
     progress::Progress,
-    run::{Placement, warn_of_failed},
-    sockets::{Seen, Sockets, SocketsError, Targets},
-    unless_closed,
+    run::{ResolvedTargets, warn_of_failed},
+    sockets::{InspectedSocket, Sockets, SocketsError, Targets},
 };
 use crate::{
     host::{cgroup::Mount, inspect::Inspector},
-    live::{Table, Told, Values, drift::Fresh},
+    live::{OptionRead, Table, Values, drift::Baseline},
     options::OPTIONS,
     policy::Policy,
 };
@@ -29,7 +30,7 @@ pub(super) struct Ls {
     #[arg(value_name = "FILE")]
     files: Vec<PathBuf>,
     #[command(flatten)]
-    trust: TrustArgument,
+    trust: TrustArgs,
     /// The sockets of this cgroup and all below it: a path below the cgroup2 mount, or absolute; can be given several times
     #[arg(long, value_name = "PATH")]
     cgroup: Vec<PathBuf>,
@@ -49,7 +50,7 @@ impl Ls {
             // What does not answer has been named.
             Ok(false) => FAILURE.into(),
             Err(error) => {
-                complain(&error);
+                print_error(&error);
                 FAILURE.into()
             }
         }
@@ -60,7 +61,7 @@ impl Ls {
         let targets = if policies.is_empty() {
             Targets::open(&mount, &self.cgroup)?
         } else {
-            Placement::find(&mount, &self.cgroup, policies)?.targets
+            ResolvedTargets::find(&mount, &self.cgroup, policies)?.targets
         };
         let mut sockets = Sockets::find(mount, Targets::of(&targets), || None, Inspector::default())?;
         let mut out = stdout(self.output);
@@ -79,7 +80,7 @@ impl Ls {
             },
         );
         drop(progress);
-        unless_closed(written.and_then(|()| write!(out, "{table}")).and_then(|()| out.flush()))?;
+        ignore_broken_pipe(written.and_then(|()| write!(out, "{table}")).and_then(|()| out.flush()))?;
         if sockets.unread() > 0 {
             log::warn!("{} processes must not be looked into: it takes root", sockets.unread());
         }
@@ -87,9 +88,9 @@ impl Ls {
         Ok(sockets.skipped().is_empty())
     }
 
-    fn options(&self, Seen { live, fresh, .. }: &mut Seen<'_>) -> Values {
+    fn options(&self, InspectedSocket { live, fresh, .. }: &mut InspectedSocket<'_>) -> Values {
         match (&live.values, fresh) {
-            (Told::Values(values), _) if self.all => values.clone(),
+            (OptionRead::Values(values), _) if self.all => values.clone(),
             (_, fresh) => live.chosen(fresh.as_mut().and_then(|fresh| fresh.values())),
         }
     }

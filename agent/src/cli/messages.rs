@@ -87,7 +87,7 @@ fn write_styled(lines: &str) {
 
 /// Writes an error with its causes.
 #[track_caller]
-pub(super) fn complain(error: &(dyn Error + 'static)) {
+pub(super) fn print_error(error: &(dyn Error + 'static)) {
     let place = Location::caller();
     if let Some(left_out) = admit(place.file(), place.line()) {
         write(&format!("error: {}{}\n", with_causes(error), left_out_text(left_out)));

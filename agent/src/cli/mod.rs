@@ -6,14 +6,14 @@
 mod apply;
 mod attach;
 mod audit;
-mod bringing;
 mod check;
 mod containers;
+mod daemon;
 mod descriptor;
 mod doctor;
 mod exec;
 mod explain;
-mod in_line;
+mod lazy_iter;
 mod look;
 mod ls;
 mod messages;
@@ -21,16 +21,16 @@ mod options;
 mod output;
 mod plan;
 mod progress;
+mod reconcile;
+mod reconcile_thread;
 mod restore;
 mod run;
 mod signals;
 mod sink;
 mod sockets;
-mod standing;
 mod status;
 mod test;
 mod verify;
-mod walker;
 mod watch;
 
 use std::{
@@ -43,15 +43,14 @@ use std::{
 
 use clap::{Parser, Subcommand};
 
-use self::{descriptor::Standard, messages::complain};
+use self::{descriptor::Standard, messages::print_error};
 use crate::{
-    enclosure,
     escape::Escape,
     host::{
         containers::LIST,
         inspect::{self, INSPECT},
     },
-    trial, worker,
+    transient_cgroup, trial, worker,
 };
 
 /// Done, and something was found that should not be.
@@ -86,7 +85,7 @@ enum Command {
     Options(options::Options),
     Doctor(doctor::Doctor),
     /// Removes a cgroup when standard input ends. sockpolicy starts it for itself.
-    #[command(name = enclosure::GUARD, hide = true)]
+    #[command(name = transient_cgroup::GUARD, hide = true)]
     Guard {
         cgroup: PathBuf,
         home: PathBuf,
@@ -103,7 +102,7 @@ enum Command {
         agent: u32,
     },
     /// Has the kernel visit sockets for the process that started it. sockpolicy starts it for itself.
-    #[command(name = walker::WALK, hide = true)]
+    #[command(name = lazy_iter::WALK, hide = true)]
     WalkSockets {
         agent: u32,
     },
@@ -141,7 +140,7 @@ fn run(arguments: Arguments) -> ExitCode {
         Command::Verify(verify) => verify.run(),
         Command::Options(options) => options.run(),
         Command::Doctor(doctor) => doctor.run(),
-        Command::Guard { cgroup, home } => match enclosure::guard(&cgroup, &home) {
+        Command::Guard { cgroup, home } => match transient_cgroup::guard(&cgroup, &home) {
             Ok(()) => ExitCode::SUCCESS,
             Err(reason) => {
                 let _ = writeln!(Standard::Output, "{reason}");
@@ -151,7 +150,7 @@ fn run(arguments: Arguments) -> ExitCode {
         Command::ListContainers { agent, account } => match containers::list_for(agent, &account) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
-                complain(&*error);
+                print_error(&*error);
                 FAILURE.into()
             }
         },
@@ -159,12 +158,12 @@ fn run(arguments: Arguments) -> ExitCode {
             ended(worker::begin(agent).and_then(|()| inspect::work(agent, io::stdout().lock())))
         }
         Command::WalkSockets { agent } => {
-            ended(worker::begin(agent).and_then(|()| walker::work(agent, io::stdout().lock())))
+            ended(worker::begin(agent).and_then(|()| lazy_iter::work(agent, io::stdout().lock())))
         }
         Command::Sample => match trial::sample() {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
-                complain(&error);
+                print_error(&error);
                 FAILURE.into()
             }
         },
@@ -176,7 +175,7 @@ fn ended(worked: io::Result<()>) -> ExitCode {
     match worked {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            complain(&error);
+            print_error(&error);
             FAILURE.into()
         }
     }
@@ -198,10 +197,10 @@ fn show_usage(error: &clap::Error) -> ExitCode {
     let is_terminal = if is_error { io::stderr().is_terminal() } else { io::stdout().is_terminal() };
     let text = if is_terminal { text.ansi().to_string() } else { text.to_string() };
     if !is_error {
-        return match unless_closed(Standard::Output.write_all(text.as_bytes())) {
+        return match ignore_broken_pipe(Standard::Output.write_all(text.as_bytes())) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
-                complain(&error);
+                print_error(&error);
                 FAILURE.into()
             }
         };
@@ -209,11 +208,11 @@ fn show_usage(error: &clap::Error) -> ExitCode {
     // There is nowhere to say it.
     let _ = Standard::Error.write_all(text.as_bytes());
     let is_exec = env::args_os().nth(1).is_some_and(|command| command == "exec");
-    if is_exec { exec::OURS.into() } else { FAILURE.into() }
+    if is_exec { exec::EXIT_INTERNAL.into() } else { FAILURE.into() }
 }
 
 /// A result of writing to a pipe that nobody reads any more is not a failure.
-fn unless_closed(result: io::Result<()>) -> io::Result<()> {
+fn ignore_broken_pipe(result: io::Result<()>) -> io::Result<()> {
     match result {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         other => other,

@@ -5,7 +5,7 @@ use std::{io::Write, process::ExitCode};
 use comfy_table::{Table, presets};
 use serde_json::json;
 
-use super::{FAILURE, complain, descriptor::stdout, output::Format, unless_closed};
+use super::{FAILURE, descriptor::stdout, ignore_broken_pipe, output::Format, print_error};
 use crate::{
     escape::Escape,
     options::{Class, OPTIONS, SocketOption, ValueKind},
@@ -40,7 +40,7 @@ impl Options {
         let wanted = self.name.unwrap_or_default().to_uppercase();
         let options: Vec<&SocketOption> = OPTIONS.iter().filter(|option| option.name.contains(&wanted)).collect();
         if options.is_empty() && self.output != Form::Markdown {
-            complain(&NoOption(wanted));
+            print_error(&NoOption(wanted));
             return FAILURE.into();
         }
         let mut out = stdout(Format::Json);
@@ -49,10 +49,10 @@ impl Options {
             Form::Json => options.iter().try_for_each(|option| writeln!(out, "{}", line(option))),
             Form::Markdown => write!(out, "{}", reference()),
         };
-        match unless_closed(written.and_then(|()| out.flush())) {
+        match ignore_broken_pipe(written.and_then(|()| out.flush())) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
-                complain(&error);
+                print_error(&error);
                 FAILURE.into()
             }
         }

@@ -11,8 +11,8 @@ use serde_json::{Value, json};
 
 use super::{
     descriptor::Standard,
-    in_line::Tally,
     messages,
+    reconcile::Tally,
     sink::{Sink, Target, Unfinished, loss_line},
 };
 use crate::{
@@ -22,7 +22,7 @@ use crate::{
     kernel::{self, Audit, BackendChoice},
     policy::{IfInsecure, model::Mode},
     report::{Loss, Summary},
-    session::{GapsChoice, Session},
+    session::{OnUnsupported, Session},
 };
 
 /// The form of the output.
@@ -37,7 +37,7 @@ pub(super) enum Format {
 
 /// How calls are seen and reported, for whatever command does so.
 #[derive(Debug, clap::Args)]
-pub(super) struct Reporting {
+pub(super) struct ReportArgs {
     /// Report summary only, no events
     #[arg(long, short)]
     quiet: bool,
@@ -57,25 +57,25 @@ pub(super) struct Reporting {
 
 /// How a policy is put in force.
 #[derive(Debug, clap::Args)]
-pub(super) struct Manner {
+pub(super) struct EnforceArgs {
     /// Change nothing; report what would be done
     #[arg(long)]
     pub(super) dry_run: bool,
     #[command(flatten)]
-    pub(super) gaps: GapsArgument,
+    pub(super) gaps: UnsupportedArgs,
     #[command(flatten)]
-    pub(super) reporting: Reporting,
+    pub(super) reporting: ReportArgs,
 }
 
 /// What to do about policy files that other users can change.
 #[derive(Debug, clap::Args)]
-pub(super) struct TrustArgument {
+pub(super) struct TrustArgs {
     /// Use policy files although users other than root and the one who runs this own them or can change them
     #[arg(long)]
     insecure_policies: bool,
 }
 
-impl TrustArgument {
+impl TrustArgs {
     /// For a command that changes something by what the files say.
     pub(super) fn or_refuse(&self) -> IfInsecure {
         if self.insecure_policies { IfInsecure::Accept } else { IfInsecure::Refuse }
@@ -89,15 +89,15 @@ impl TrustArgument {
 
 /// What to do about what this kernel cannot do.
 #[derive(Debug, clap::Args)]
-pub(super) struct GapsArgument {
+pub(super) struct UnsupportedArgs {
     /// Go on without what this kernel cannot do of what the policies say; it is reported
     #[arg(long)]
     allow_gaps: bool,
 }
 
-impl GapsArgument {
-    pub(super) fn choice(&self) -> GapsChoice {
-        if self.allow_gaps { GapsChoice::Allow } else { GapsChoice::Refuse }
+impl UnsupportedArgs {
+    pub(super) fn choice(&self) -> OnUnsupported {
+        if self.allow_gaps { OnUnsupported::Allow } else { OnUnsupported::Refuse }
     }
 }
 
@@ -141,7 +141,7 @@ fn lost_text(lost: u64) -> String {
 
 impl Writer {
     /// Writes to standard output or standard error.
-    pub(super) fn to_standard(reporting: &Reporting, standard: Standard) -> Result<Self, ReportError> {
+    pub(super) fn to_standard(reporting: &ReportArgs, standard: Standard) -> Result<Self, ReportError> {
         let place = match standard {
             Standard::Output => "standard output",
             Standard::Error => "standard error",
@@ -152,13 +152,13 @@ impl Writer {
     }
 
     /// Writes to a file, made anew.
-    pub(super) fn to_file(reporting: &Reporting, path: &Path) -> Result<Self, ReportError> {
+    pub(super) fn to_file(reporting: &ReportArgs, path: &Path) -> Result<Self, ReportError> {
         let place = path.escaped().to_string();
         let target = Target::file(path).map_err(|source| ReportError { place: place.clone(), source })?;
         Self::start(reporting, target, place, None)
     }
 
-    fn start(reporting: &Reporting, target: Target, place: String, shared: Option<Sink>) -> Result<Self, ReportError> {
+    fn start(reporting: &ReportArgs, target: Target, place: String, shared: Option<Sink>) -> Result<Self, ReportError> {
         let started =
             || Sink::start(target, reporting.output).map_err(|source| ReportError { place: place.clone(), source });
         let out = shared.map_or_else(started, Ok)?;
@@ -179,7 +179,7 @@ impl Writer {
 
     /// Says what has been put in force, before anything comes of it. JSON has events only.
     pub(super) fn announce(&self, session: &Session) {
-        for gap in session.gaps().iter().filter(|_| !self.quiet) {
+        for gap in session.unsupported().iter().filter(|_| !self.quiet) {
             match self.format {
                 Format::Text => self.line(&format_args!("gap       {gap}")),
                 Format::Json => self.line(&gap.to_event(jiff::Timestamp::now())),
@@ -215,12 +215,12 @@ impl Writer {
         if desired.audit_judges {
             self.line(&format_args!(
                 "sockpolicy: the audit judges the calls that it sees: no program is at {}",
-                Hook::Set
+                Hook::Setsockopt
             ));
         } else if let Some(reason) =
             session.needs_hook().filter(|_| desired.is_dry_run() && desired.is_judged_by_hook())
         {
-            self.line(&format_args!("sockpolicy: this dry run takes {}: {reason}", Hook::Set));
+            self.line(&format_args!("sockpolicy: this dry run takes {}: {reason}", Hook::Setsockopt));
         }
     }
 
@@ -273,7 +273,7 @@ impl Writer {
     }
 
     /// Says what has come of bringing live sockets in line.
-    pub(super) fn brought_in_line(&self, tally: &Tally) {
+    pub(super) fn reconciled(&self, tally: &Tally) {
         let text = tally.to_text();
         let lines: Vec<String> = text.lines().map(|line| format!("live      {line}")).collect();
         self.notice(&lines.join("\n"), tally.to_json("live"));
@@ -338,7 +338,7 @@ impl Writer {
 pub(super) fn describe_audit(audit: Audit) -> String {
     let points: Vec<_> = audit.points().collect();
     let seen = format!("audit by {} of {}", audit.backend, points.join(" and "));
-    match audit.blind_to() {
+    match audit.not_covered() {
         [] => seen,
         blind_to => format!("{seen} (does not see {})", blind_to.join(", ")),
     }

@@ -10,21 +10,23 @@ use std::{
 use serde_json::json;
 
 use super::{
-    FAILURE, FINDINGS, check, complain, containers,
+    FAILURE, FINDINGS, check, containers,
     descriptor::stdout,
-    output::{Format, TrustArgument},
-    run::{Placement, RunError},
-    status, unless_closed,
+    ignore_broken_pipe,
+    output::{Format, TrustArgs},
+    print_error,
+    run::{ResolvedTargets, RunError},
+    status,
 };
 use crate::{
-    changes::{Change, Held, changes},
     compile::{Desired, Hook, NeedsHook, Scope},
     escape::{self, Escape},
     events::{Filter, SCHEMA},
     host::cgroup::Mount,
     instance::{self, InstanceError},
-    kernel::{self, BackendChoice, ForeignConflict, Neighbour, Target, Turn},
+    kernel::{self, BackendChoice, ForeignConflict, ForeignProgram, RunOrder, Target},
     policy::{Policy, model::Mode},
+    policy_diff::{Change, Snapshot, changes},
     session,
 };
 
@@ -37,7 +39,7 @@ pub(super) struct Plan {
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
     #[command(flatten)]
-    trust: TrustArgument,
+    trust: TrustArgs,
     /// Target, in place of the files' own: a cgroup's path below the cgroup2 mount, or absolute; can be given
     /// several times
     #[arg(long, value_name = "PATH")]
@@ -62,7 +64,7 @@ impl Plan {
         match self.tell(&policies) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
-                complain(&error);
+                print_error(&error);
                 FAILURE.into()
             }
         }
@@ -72,7 +74,7 @@ impl Plan {
         check::show(&check::on_this_host(policies));
         let mount = Mount::find().map_err(RunError::from)?;
         if self.cgroup.is_empty() {
-            match Placement::find(&mount, &[], policies) {
+            match ResolvedTargets::find(&mount, &[], policies) {
                 Err(error @ (RunError::NoMatch { .. } | RunError::NoMatchAmong { .. } | RunError::Skipped { .. })) => {
                     log::warn!("`run` would wait for what is not there: {error}");
                 }
@@ -80,7 +82,8 @@ impl Plan {
             }
         }
         let containers = if self.cgroup.is_empty() { containers::wanted_by(policies).running } else { Vec::new() };
-        let Placement { stacks, targets, .. } = Placement::standing(&mount, &self.cgroup, policies, containers)?;
+        let ResolvedTargets { stacks, targets, .. } =
+            ResolvedTargets::standing(&mount, &self.cgroup, policies, containers)?;
         let mut desired = session::prepare(policies, &stacks, self.dry_run, false).map_err(RunError::from)?;
         if let Some(name) = &self.instance {
             let in_force = status::in_force(name).map_err(Box::new)?;
@@ -90,8 +93,8 @@ impl Plan {
             if has_audit && desired.needs_hook().is_none() {
                 desired.judge_by_audit();
             }
-            let before = Held::of(&in_force.desired, &in_force.generation.targets);
-            let changes = changes(&before, &Held::of(&desired, &kernel::names_and_scopes(&targets)));
+            let before = Snapshot::of(&in_force.desired, &in_force.generation.targets);
+            let changes = changes(&before, &Snapshot::of(&desired, &kernel::names_and_scopes(&targets)));
             let written = match self.output {
                 Format::Text => write_changes(name, &changes),
                 Format::Json => {
@@ -99,7 +102,7 @@ impl Plan {
                     changes.iter().try_for_each(|change| writeln!(out, "{}", change.to_json()))
                 }
             };
-            return Ok(unless_closed(written)?);
+            return Ok(ignore_broken_pipe(written)?);
         }
         let needs_hook =
             desired.needs_hook().or_else(|| session::needs_hook_for(self.audit_backend, false, &Filter::default()));
@@ -119,7 +122,7 @@ impl Plan {
             Format::Text => self.write_text(&steps),
             Format::Json => self.write_json(&steps),
         };
-        Ok(unless_closed(written)?)
+        Ok(ignore_broken_pipe(written)?)
     }
 
     fn write_text(&self, steps: &Steps<'_>) -> io::Result<()> {
@@ -138,8 +141,8 @@ impl Plan {
             for hook in &scope.hooks {
                 let options: Vec<_> = desired.options_at(number, *hook).iter().map(ToString::to_string).collect();
                 let does = match (hook, options.is_empty(), scope.mode) {
-                    (Hook::Set, ..) => "judges calls on",
-                    (Hook::Get, ..) => "compares reads of",
+                    (Hook::Setsockopt, ..) => "judges calls on",
+                    (Hook::Getsockopt, ..) => "compares reads of",
                     (_, true, _) => "keeps notes of each socket",
                     (_, false, Mode::Enforce) => "sets",
                     (_, false, Mode::DryRun) => "would set",
@@ -147,11 +150,12 @@ impl Plan {
                 writeln!(out, "  attach {:18}  {}", hook.name(), format!("{does} {}", options.join(", ")).trim_end())?;
             }
             if desired.audit_judges {
-                let options: Vec<_> = desired.options_at(number, Hook::Set).iter().map(ToString::to_string).collect();
+                let options: Vec<_> =
+                    desired.options_at(number, Hook::Setsockopt).iter().map(ToString::to_string).collect();
                 writeln!(out, "  {:25}  judges calls on {}", "audit, without a hook", options.join(", "))?;
             }
             if let Some(reason) = needs_hook {
-                writeln!(out, "  a dry run takes {} here: {reason}", Hook::Set)?;
+                writeln!(out, "  a dry run takes {} here: {reason}", Hook::Setsockopt)?;
             }
             for entry in desired.unsupported(number) {
                 writeln!(out, "  unsupported: {entry}")?;
@@ -183,9 +187,9 @@ impl Plan {
                 }
                 others.try_for_each(|(neighbour, turn)| {
                     let when = match turn {
-                        Turn::Before => "runs before ours",
-                        Turn::After => "runs after ours",
-                        Turn::Never => "takes no effect below it where programs are attached to this hook",
+                        RunOrder::Before => "runs before ours",
+                        RunOrder::After => "runs after ours",
+                        RunOrder::Never => "takes no effect below it where programs are attached to this hook",
                     };
                     writeln!(out, "  {:18}  {neighbour}: {when}", neighbour.hook.name())
                 })
@@ -284,9 +288,9 @@ impl Plan {
             let mut line = neighbour.to_json();
             line["step"] = "leave".into();
             line["runs"] = match turn {
-                Turn::Before => "before",
-                Turn::After => "after",
-                Turn::Never => "never",
+                RunOrder::Before => "before",
+                RunOrder::After => "after",
+                RunOrder::Never => "never",
             }
             .into();
             writeln!(out, "{line}")?;
@@ -321,16 +325,16 @@ struct Steps<'a> {
 }
 
 /// The programs of others that run for the same sockets, or why they cannot be told.
-type Others = io::Result<Vec<(Neighbour, Turn)>>;
+type Others = io::Result<Vec<(ForeignProgram, RunOrder)>>;
 
 fn neighbours(mount: &Mount, targets: &[Target]) -> Others {
     let paths: Vec<_> = targets.iter().map(|target| mount.below(&target.cgroup)).collect();
-    let all = kernel::neighbours(mount)?.into_iter();
-    Ok(all.filter_map(|neighbour| neighbour.turn(&paths).map(|turn| (neighbour, turn))).collect())
+    let all = kernel::foreign_programs(mount)?.into_iter();
+    Ok(all.filter_map(|neighbour| neighbour.run_order(&paths).map(|turn| (neighbour, turn))).collect())
 }
 
 /// Whether policies cannot be in force on a target because of this program.
-fn is_in_conflict(neighbour: &Neighbour, conflicts: &[(usize, ForeignConflict)]) -> bool {
+fn is_in_conflict(neighbour: &ForeignProgram, conflicts: &[(usize, ForeignConflict)]) -> bool {
     conflicts.iter().any(|(_, conflict)| conflict.is_about(neighbour))
 }
 

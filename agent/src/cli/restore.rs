@@ -19,16 +19,16 @@ use abi::{
 use super::{
     apply::ApplyError,
     descriptor::stdout,
+    ignore_broken_pipe,
+    lazy_iter::{IterWorker, LazyIter},
     output::Format,
     run::{RunError, warn_of_failed},
-    unless_closed,
-    walker::{Walker, Walking},
 };
 use crate::{
     escape::Escape,
     host::{
         inspect::{Inspector, Remote},
-        survey::Survey,
+        socket_table::SocketTable,
     },
     instance,
     journal::{self, Change, Contents, Journal, Place},
@@ -47,7 +47,7 @@ struct Restored {
 }
 
 /// What the program is to put back on a socket.
-struct Left {
+struct PendingRestore {
     job: Job,
     /// By assignment of the job.
     changes: Vec<(Place, Change)>,
@@ -60,9 +60,9 @@ pub(super) fn put_back(instance: &str) -> Result<bool, ApplyError> {
     let mut journal = Journal::of(instance);
     let Contents { changes, damaged } = journal.contents()?;
     let mut by_socket = by_socket(changes);
-    let mut walker = Walker::begin();
+    let mut walker = LazyIter::begin();
     let inspector = RefCell::new(Inspector::default());
-    let survey = Survey::make(|_| true, || walker.holders(), &mut inspector.borrow_mut())?;
+    let survey = SocketTable::read(|_| true, || walker.holders(), &mut inspector.borrow_mut())?;
     let mut restored = Restored::default();
     let mut left = Vec::new();
     for found in &survey.sockets {
@@ -81,7 +81,7 @@ pub(super) fn put_back(instance: &str) -> Result<bool, ApplyError> {
         };
         // What is no TCP socket and nobody's any more is closed.
         if !changes.is_empty() && found.entry.protocol == libc::IPPROTO_TCP {
-            left.push(Left::new(found.entry.cookie, found.namespace, changes));
+            left.push(PendingRestore::new(found.entry.cookie, found.namespace, changes));
         }
     }
     warn_of_failed(inspector.borrow().skipped());
@@ -91,7 +91,7 @@ pub(super) fn put_back(instance: &str) -> Result<bool, ApplyError> {
     let kept = restored.kept(&unseen, damaged);
     journal.keep(&kept)?;
     let mut out = stdout(Format::Text);
-    unless_closed(restored.write(&mut out, unseen.len()).and_then(|()| out.flush()))?;
+    ignore_broken_pipe(restored.write(&mut out, unseen.len()).and_then(|()| out.flush()))?;
     restored.warn(instance, damaged);
     Ok(restored.failed.is_empty() && unseen.is_empty() && damaged == 0)
 }
@@ -173,7 +173,12 @@ impl Restored {
         rest
     }
 
-    fn by_program(&mut self, left: Vec<Left>, survey: &Survey, walker: &mut Walker) -> Result<(), ApplyError> {
+    fn by_program(
+        &mut self,
+        left: Vec<PendingRestore>,
+        survey: &SocketTable,
+        walker: &mut LazyIter,
+    ) -> Result<(), ApplyError> {
         if left.is_empty() {
             return Ok(());
         }
@@ -181,7 +186,7 @@ impl Restored {
         let looked = all_rounds(walk, &left, survey, false);
         let Some(looked) = self.unless_refused(looked, &left)? else { return Ok(()) };
         let unchanged = left.into_iter().zip(looked).filter_map(|(left, outcomes)| self.unchanged(left, &outcomes));
-        let unchanged: Vec<Left> = unchanged.collect();
+        let unchanged: Vec<PendingRestore> = unchanged.collect();
         let set = all_rounds(walk, &unchanged, survey, true);
         let Some(set) = self.unless_refused(set, &unchanged)? else { return Ok(()) };
         for (left, outcomes) in unchanged.into_iter().zip(set) {
@@ -199,7 +204,11 @@ impl Restored {
     }
 
     /// Where the kernel does not run the program, all of these are left to be put back.
-    fn unless_refused<T>(&mut self, done: Result<T, KernelError>, left: &[Left]) -> Result<Option<T>, ApplyError> {
+    fn unless_refused<T>(
+        &mut self,
+        done: Result<T, KernelError>,
+        left: &[PendingRestore],
+    ) -> Result<Option<T>, ApplyError> {
         match done {
             Ok(done) => Ok(Some(done)),
             Err(error @ KernelError::Iterator { .. }) => {
@@ -212,9 +221,9 @@ impl Restored {
     }
 
     /// What of a socket shows what it was left with.
-    fn unchanged(&mut self, left: Left, outcomes: &[Outcome]) -> Option<Left> {
-        let Left { job, changes } = left;
-        let mut kept = Left { job: Job { assignments: Vec::new(), ..job }, changes: Vec::new() };
+    fn unchanged(&mut self, left: PendingRestore, outcomes: &[Outcome]) -> Option<PendingRestore> {
+        let PendingRestore { job, changes } = left;
+        let mut kept = PendingRestore { job: Job { assignments: Vec::new(), ..job }, changes: Vec::new() };
         for ((change, assignment), outcome) in changes.into_iter().zip(job.assignments).zip(outcomes) {
             if outcome.state == state::NONE {
                 // The socket is closed.
@@ -233,9 +242,9 @@ impl Restored {
 
 /// Looks at these, and sets them if that is wanted; as many at a time as there is room for.
 fn all_rounds(
-    walk: &mut Walking,
-    left: &[Left],
-    survey: &Survey,
+    walk: &mut IterWorker,
+    left: &[PendingRestore],
+    survey: &SocketTable,
     sets: bool,
 ) -> Result<Vec<Vec<Outcome>>, KernelError> {
     let mut all = Vec::new();
@@ -247,7 +256,7 @@ fn all_rounds(
     Ok(all)
 }
 
-impl Left {
+impl PendingRestore {
     fn new(cookie: u64, namespace: usize, changes: Vec<(Place, Change)>) -> Self {
         let assignments = changes.iter().map(|(place, change)| {
             let option = options::by_key(place.option);

@@ -8,17 +8,18 @@ use std::{
 };
 
 use super::{
-    FAILURE, FINDINGS, check, complain, containers,
+    FAILURE, FINDINGS, check, containers,
+    daemon::{Daemon, Wanted},
     descriptor::Standard,
     look::Look,
     messages,
-    output::{Manner, ReportError, TrustArgument, Writer},
+    output::{EnforceArgs, ReportError, TrustArgs, Writer},
+    print_error,
     signals::Signals,
-    standing::{Standing, Wanted},
     watch::{self, WatchError, watch},
 };
 use crate::{
-    coverage::{Coverage, GlobError, Reach, Stack, all, idle, stacks_by_target},
+    coverage::{Coverage, GlobError, SearchScope, Stack, all, stacks_by_target, unmatched_targets},
     escape::{self, Escape},
     events::Filter,
     host::{
@@ -30,7 +31,7 @@ use crate::{
     journal::Journal,
     kernel::{self, Target},
     policy::{Policy, Sources, Texts},
-    session::{self, BlockedChoice, Session, SessionError, Setup},
+    session::{self, OnBlocked, Session, SessionError, Setup},
     skipped::{Kind, Skip, Skipped, SkippedList},
 };
 
@@ -47,7 +48,7 @@ pub(super) struct Run {
     #[arg(required = true, value_name = "FILE|DIR")]
     files: Vec<PathBuf>,
     #[command(flatten)]
-    trust: TrustArgument,
+    trust: TrustArgs,
     /// Target, in place of the files' own: a cgroup's path below the cgroup2 mount, or absolute; can be given
     /// several times
     #[arg(long, value_name = "PATH")]
@@ -64,7 +65,7 @@ pub(super) struct Run {
     #[arg(long, value_name = "NAME")]
     instance: Option<String>,
     #[command(flatten)]
-    manner: Manner,
+    manner: EnforceArgs,
 }
 
 /// How many targets that match nothing are named in an error.
@@ -117,7 +118,7 @@ impl Run {
             Ok(conflicts) if self.manner.reporting.fail_on_conflict && conflicts > 0 => FINDINGS.into(),
             Ok(_) => ExitCode::SUCCESS,
             Err(error) => {
-                complain(&error);
+                print_error(&error);
                 FAILURE.into()
             }
         }
@@ -126,36 +127,36 @@ impl Run {
     /// Gives the number of conflicts.
     fn run_policies(&self, sources: Sources, texts: Texts, policies: &[Policy]) -> Result<u64, RunError> {
         let mut signals = Signals::watch().map_err(WatchError::Watch)?;
-        let Manner { dry_run, reporting, .. } = &self.manner;
+        let EnforceArgs { dry_run, reporting, .. } = &self.manner;
         process::raise_descriptor_limit();
         let mount = Mount::find()?;
         let name = self.name();
         let journal = self.apply.then_some(name.as_str());
         let wanted = Wanted { sources, cgroups: &self.cgroup, manner: &self.manner, mount: &mount, journal };
-        let mut standing = Standing::watch(wanted, texts, policies.to_owned())?;
-        let Placement { stacks, targets, containers, .. } = standing.placement()?;
+        let mut standing = Daemon::watch(wanted, texts, policies.to_owned())?;
+        let ResolvedTargets { stacks, targets, containers, .. } = standing.placement()?;
         let desired = session::prepare(policies, &stacks, *dry_run, reporting.timing)?;
         kernel::check_privileges().map_err(SessionError::from)?;
         let instance = self.become_instance(&targets)?.map(|instance| (instance, standing.files()));
         let writer = Writer::to_standard(reporting, Standard::Output)?;
         let (backend, gaps) = (reporting.audit_backend, self.manner.gaps.choice());
         // A cgroup that was named is meant: one among those that a pattern matches concerns only itself.
-        let blocked = if self.cgroup.is_empty() { BlockedChoice::Skip } else { BlockedChoice::Refuse };
+        let blocked = if self.cgroup.is_empty() { OnBlocked::Skip } else { OnBlocked::Refuse };
         let setup = Setup {
             desired,
             mount: mount.clone(),
             targets,
             containers: Known::new(&containers),
             backend,
-            gaps,
-            blocked,
+            on_unsupported: gaps,
+            on_blocked: blocked,
             filter: Filter::default(),
             instance,
         };
         let mut session = start(setup, &writer)?;
         standing.note_skipped(&mut session);
         let stand =
-            |session: &mut Session, signals: &mut Signals, writer: &Writer| standing.stand(session, signals, writer);
+            |session: &mut Session, signals: &mut Signals, writer: &Writer| standing.run(session, signals, writer);
         let ended = finish(session, &mut signals, writer, stand);
         if self.apply && !self.persist && self.instance.is_none() {
             // Nobody asks by this name any more.
@@ -175,7 +176,7 @@ impl Run {
     }
 
     fn become_instance(&self, targets: &[Target]) -> Result<Option<Instance>, RunError> {
-        match Instance::become_one(&self.name(), self.persist) {
+        match Instance::acquire(&self.name(), self.persist) {
             Ok(instance) => {
                 instance.check_others(&kernel::names(targets))?;
                 Ok(Some(instance))
@@ -217,7 +218,7 @@ fn finish(
 ) -> Result<u64, RunError> {
     during(&mut session, signals, &writer)?;
     watch::end(&mut session, &writer)?;
-    let stays_as = session.stays_as().map(str::to_owned);
+    let stays_as = session.persistent_name().map(str::to_owned);
     let summary = session.finish()?;
     let conflicts = summary.new_conflicts();
     if let Some(name) = stays_as {
@@ -237,7 +238,7 @@ pub(super) fn check_targets(policies: &[Policy]) -> Result<(), RunError> {
 
 /// Where policies are in force.
 #[derive(Debug, Default)]
-pub(super) struct Placement {
+pub(super) struct ResolvedTargets {
     pub(super) stacks: Vec<Stack>,
     pub(super) targets: Vec<Target>,
     /// Those that it was found by.
@@ -250,7 +251,7 @@ pub(super) struct Placement {
 /// use up the memory of the host.
 const TARGETS_MAX: usize = 16 * 1024;
 
-impl Placement {
+impl ResolvedTargets {
     /// All policies together, on one cgroup.
     pub(super) fn alone(policies: &[Policy], cgroup: Cgroup) -> Self {
         Self { stacks: vec![all(policies)], targets: vec![Target { cgroup, scope: 0 }], ..Self::default() }
@@ -285,7 +286,7 @@ impl Placement {
             return Self::find(mount, asked, policies);
         }
         check_targets(policies)?;
-        let look = Look::at(mount, policies, &Reach::of(policies)?, &containers, BTreeSet::new())?;
+        let look = Look::at(mount, policies, &SearchScope::of(policies)?, &containers, BTreeSet::new())?;
         Self::for_now(mount, policies, containers, look)
     }
 
@@ -304,7 +305,7 @@ impl Placement {
         // In the order of the first policy of each.
         let others: BTreeSet<Stack> =
             by_target.filter(|stack| stack.iter().any(|policy| !covered.contains(policy))).collect();
-        others.into_iter().for_each(|stack| _ = coverage.number(stack));
+        others.into_iter().for_each(|stack| _ = coverage.intern(stack));
         Ok(Self::of(mount, coverage, &cgroups).found_by(containers, skipped))
     }
 
@@ -313,8 +314,9 @@ impl Placement {
         let listing = containers::wanted_by(policies);
         containers::tell_of_hidden(&listing);
         let containers = listing.running;
-        let Look { cgroups, skipped } = Look::at(mount, policies, &Reach::of(policies)?, &containers, BTreeSet::new())?;
-        let idle = idle(policies, &cgroups, &containers)?;
+        let Look { cgroups, skipped } =
+            Look::at(mount, policies, &SearchScope::of(policies)?, &containers, BTreeSet::new())?;
+        let idle = unmatched_targets(policies, &cgroups, &containers)?;
         let all = |policy: &Policy| policy.target.cgroups.len() + policy.target.containers.len();
         if idle.len() == policies.iter().map(all).sum::<usize>() {
             return Err(no_match(mount, policies, &containers, idle));

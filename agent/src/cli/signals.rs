@@ -68,7 +68,7 @@ impl Signals {
     }
 
     /// Has a command begin with the signals blocked and ignored that this process began with.
-    pub(super) fn spare(&self, command: &mut Command) {
+    pub(super) fn restore_in_child(&self, command: &mut Command) {
         let before = self.before;
         let child_was_ignored = self.ignored.contains(Signal::SIGCHLD);
         // SAFETY: only makes system calls.

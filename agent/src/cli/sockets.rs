@@ -21,10 +21,10 @@ use crate::{
         netns::Namespace,
         process,
         socket::{Entry, Kind, State},
-        survey::{Defaults, Found, Holder, Survey, SurveyError},
+        socket_table::{Defaults, FdRef, SocketEntry, SocketTable, SurveyError},
     },
     kernel::Target,
-    live::{Listeners, Live, Owner, Told, Values, drift::Fresh},
+    live::{Listeners, OptionRead, Owner, SocketSnapshot, Values, drift::Baseline},
     options::SocketOption,
     policy::Socket,
     skipped::Skip,
@@ -49,11 +49,11 @@ impl From<CgroupError> for SocketsError {
 /// Whose sockets to look at: those of these targets, or of everybody.
 pub(super) enum Targets {
     All,
-    These(Vec<Governed>),
+    These(Vec<TargetScope>),
 }
 
 /// A target's cgroup, by its name, and what holds there.
-pub(super) struct Governed {
+pub(super) struct TargetScope {
     cgroup: String,
     level: u32,
     scope: usize,
@@ -69,7 +69,7 @@ impl Targets {
     pub(super) fn these(targets: &[Target]) -> Self {
         let governed = |Target { cgroup, scope }: &Target| {
             let (cgroup, level) = (cgroup.name.clone(), cgroup.level);
-            Governed { cgroup, level, scope: *scope }
+            TargetScope { cgroup, level, scope: *scope }
         };
         Self::These(targets.iter().map(governed).collect())
     }
@@ -91,7 +91,7 @@ impl Targets {
     }
 
     /// `None` where it is none of theirs, or nothing that policies are about.
-    fn place(&self, found: &Found, names: &mut Names) -> Option<Placed> {
+    fn place(&self, found: &SocketEntry, names: &mut Names) -> Option<Placed> {
         let cgroup = match (&found.home, found.entry.cgroup) {
             (Some(home), _) => Some(format!("/{}", escape::plain(home))),
             (None, id) => id.and_then(|id| names.name(id)).map(|name| name.to_string()),
@@ -110,7 +110,7 @@ struct Placed {
 
 /// All sockets of the targets, to be looked into one by one.
 pub(super) struct Sockets {
-    survey: Survey,
+    survey: SocketTable,
     targets: Targets,
     names: Names,
     /// By network namespace.
@@ -122,27 +122,27 @@ pub(super) struct Sockets {
 }
 
 /// A socket that was looked into.
-pub(super) struct Seen<'a> {
-    pub(super) live: Live,
+pub(super) struct InspectedSocket<'a> {
+    pub(super) live: SocketSnapshot,
     /// Which policies govern it.
     pub(super) scope: usize,
     /// What it is to be compared with; `None` where it could not be taken.
-    pub(super) fresh: Option<FreshBeside<'a>>,
+    pub(super) fresh: Option<BaselineInNamespace<'a>>,
     /// The socket itself; `None` likewise.
     pub(super) socket: Option<Remote<'a>>,
 }
 
 impl Sockets {
-    /// `all_holders`: see [`Survey::make`].
+    /// `all_holders`: see [`SocketTable::read`].
     pub(super) fn find(
         mount: Mount,
         targets: Targets,
-        all_holders: impl FnOnce() -> Option<Vec<(u32, Holder)>>,
+        all_holders: impl FnOnce() -> Option<Vec<(u32, FdRef)>>,
         mut inspector: Inspector,
     ) -> Result<Self, SurveyError> {
         process::raise_descriptor_limit();
         let is_wanted = |home: &Path| targets.scope(Some(&Path::new("/").join(home))).is_some();
-        let survey = Survey::make(is_wanted, all_holders, &mut inspector)?;
+        let survey = SocketTable::read(is_wanted, all_holders, &mut inspector)?;
         let mut listeners: Vec<Vec<&Entry>> = vec![Vec::new(); survey.namespaces().len()];
         for found in &survey.sockets {
             if found.entry.state == State::Listening {
@@ -189,7 +189,7 @@ impl Sockets {
 
     /// The targets' TCP sockets that listen or are connected, without looking into them: each with its scope, and the number of
     /// its network namespace.
-    pub(super) fn listed_tcp(&mut self) -> Vec<(usize, usize, Live)> {
+    pub(super) fn listed_tcp(&mut self) -> Vec<(usize, usize, SocketSnapshot)> {
         let Self { survey, targets, names, listeners, .. } = self;
         // A process that has many is asked once.
         let mut tasks = HashMap::new();
@@ -203,12 +203,12 @@ impl Sockets {
             }
             let Some(Placed { cgroup, scope, facts }) = targets.place(found, names) else { continue };
             let direction = listeners[found.namespace].direction(entry, None);
-            let live = Live {
+            let live = SocketSnapshot {
                 entry: entry.clone(),
                 facts: Socket { direction, ..facts },
                 cgroup,
                 owner: found.holders.first().map(|holder| owner(found, *holder, &mut task)),
-                values: Told::Nobody,
+                values: OptionRead::NoFd,
             };
             listed.push((scope, found.namespace, live));
         }
@@ -219,7 +219,7 @@ impl Sockets {
     pub(super) fn each<E>(
         &mut self,
         wanted: impl Fn(usize) -> Vec<&'static SocketOption>,
-        mut see: impl FnMut(Seen<'_>) -> Result<(), E>,
+        mut see: impl FnMut(InspectedSocket<'_>) -> Result<(), E>,
     ) -> Result<(), E> {
         let Self { survey, targets, names, listeners, defaults, set_aside, inspector } = self;
         let inspector = &*inspector;
@@ -236,30 +236,37 @@ impl Sockets {
             let counted = taken.as_ref().and_then(|(_, inspected)| inspected.direction);
             let direction = listeners[found.namespace].direction(&found.entry, counted);
             let (reached, told) = match (taken, refused) {
-                (Some((holder, Inspected { kind, values, .. })), _) => (Some((holder, kind)), Told::Values(values)),
-                (None, Some(why)) => (None, Told::Refused(why)),
+                (Some((holder, Inspected { kind, values, .. })), _) => {
+                    (Some((holder, kind)), OptionRead::Values(values))
+                }
+                (None, Some(why)) => (None, OptionRead::Denied(why)),
                 // One that somebody had a moment ago has been closed.
                 (None, None) if survey.is_partial && found.entry.inode != 0 && found.holders.is_empty() => {
-                    (None, Told::Refused("no process that has it can be inspected".to_owned()))
+                    (None, OptionRead::Denied("no process that has it can be inspected".to_owned()))
                 }
-                (None, None) => (None, Told::Nobody),
+                (None, None) => (None, OptionRead::NoFd),
             };
-            let live =
-                Live { entry: found.entry.clone(), facts: Socket { direction, ..facts }, cgroup, owner, values: told };
+            let live = SocketSnapshot {
+                entry: found.entry.clone(),
+                facts: Socket { direction, ..facts },
+                cgroup,
+                owner,
+                values: told,
+            };
             let kind = reached.and_then(|(_, kind)| kind);
-            let fresh = kind.map(|kind| FreshBeside { survey, found, kind, defaults, inspector });
+            let fresh = kind.map(|kind| BaselineInNamespace { survey, found, kind, defaults, inspector });
             let socket = reached.map(|(holder, _)| {
                 let cookie = found.entry.cookie;
                 Remote { inspector, holder, cookie }
             });
-            see(Seen { live, scope, fresh, socket })?;
+            see(InspectedSocket { live, scope, fresh, socket })?;
         }
         Ok(())
     }
 }
 
 /// Who has a socket; `task` is asked about the process.
-fn owner(found: &Found, Holder { process, descriptor }: Holder, task: impl FnOnce(u32) -> Rc<Task>) -> Owner {
+fn owner(found: &SocketEntry, FdRef { process, descriptor }: FdRef, task: impl FnOnce(u32) -> Rc<Task>) -> Owner {
     let others = found.holders.iter().filter(|other| other.process != process);
     Owner { task: task(process), descriptor, others: others.map(|other| (other.process, other.descriptor)).collect() }
 }
@@ -278,15 +285,15 @@ fn task(process: u32) -> Rc<Task> {
 }
 
 /// New sockets of a kind in the namespace of another.
-pub(super) struct FreshBeside<'a> {
-    survey: &'a Survey,
-    found: &'a Found,
+pub(super) struct BaselineInNamespace<'a> {
+    survey: &'a SocketTable,
+    found: &'a SocketEntry,
     kind: Kind,
     defaults: &'a mut Defaults,
     inspector: &'a RefCell<Inspector>,
 }
 
-impl Fresh for FreshBeside<'_> {
+impl Baseline for BaselineInNamespace<'_> {
     fn values(&mut self) -> Option<&Values> {
         self.defaults.of(self.survey, self.found, self.kind, &mut self.inspector.borrow_mut())
     }

@@ -9,15 +9,15 @@ use std::{
 use abi::GENERATIONS;
 use serde_json::json;
 
-use super::{FAILURE, complain, descriptor::stdout, output::Format, unless_closed};
+use super::{FAILURE, descriptor::stdout, ignore_broken_pipe, output::Format, print_error};
 use crate::{
     compile::Desired,
     escape::{self, Escape},
     events::SCHEMA,
     host::{cgroup::Mount, private::PrivateError},
-    instance::{self, Generation, InstanceError, RecordError, Seen},
+    instance::{self, Generation, InstanceError, InstanceStatus, RecordError},
     journal,
-    kernel::{self, AttachMode, KernelError, Neighbour},
+    kernel::{self, AttachMode, ForeignProgram, KernelError},
     policy::model::Mode,
     report::{Counts, Lost, Report, Summary},
     skipped::SkippedList,
@@ -92,7 +92,7 @@ impl Status {
             Ok(true) => ExitCode::SUCCESS,
             Ok(false) => FAILURE.into(),
             Err(error) => {
-                complain(&error);
+                print_error(&error);
                 FAILURE.into()
             }
         }
@@ -131,7 +131,7 @@ impl Status {
             let mut kept = kept.filter(|name| self.instance.as_ref().is_none_or(|asked| asked == name));
             written = written.and_then(|()| kept.try_for_each(|name| write_kept(&mut out, &name)));
         }
-        unless_closed(written.and_then(|()| out.flush()))?;
+        ignore_broken_pipe(written.and_then(|()| out.flush()))?;
         visible?;
         Ok(is_told)
     }
@@ -149,7 +149,7 @@ fn write_kept(out: &mut impl Write, instance: &str) -> io::Result<()> {
 /// What the instance of this name has in force.
 pub(super) fn in_force(name: &str) -> Result<InForce, StatusError> {
     kernel::check_privileges()?;
-    let Some(seen) = instance::see(name) else {
+    let Some(seen) = instance::inspect(name) else {
         let others = instance::all().into_iter().map(|seen| seen.name).collect();
         return Err(StatusError::None { name: name.to_owned(), others });
     };
@@ -157,29 +157,29 @@ pub(super) fn in_force(name: &str) -> Result<InForce, StatusError> {
 }
 
 /// Looks at what is in force now. Others may come in force between a look at the record and one at the kernel.
-fn look(seen: &Seen) -> Result<InForce, Unknown> {
-    let again = || instance::see(&seen.name).ok_or(Unknown::NoRecord);
+fn look(seen: &InstanceStatus) -> Result<InForce, Unknown> {
+    let again = || instance::inspect(&seen.name).ok_or(Unknown::NoRecord);
     match look_once(seen) {
         Err(Unknown::NotRecorded) => look_once(&again()?),
         looked => looked,
     }
 }
 
-fn look_once(seen: &Seen) -> Result<InForce, Unknown> {
+fn look_once(seen: &InstanceStatus) -> Result<InForce, Unknown> {
     let record = seen.record.as_ref().ok_or(Unknown::NoRecord)?;
     let observed = record.maps.observe()?;
     let is_in_force = |generation: &&Generation| Some(generation.number) == observed.generation;
     let generation = record.generations.iter().find(is_in_force).ok_or(Unknown::NotRecorded)?.clone();
     let desired = generation.desired()?;
     // Those before it, that sockets may still be set up by, count until they are retired.
-    let mut before = Report::going_on(record.counted.clone());
+    let mut before = Report::resume(record.counted.clone());
     let is_former = |other: &&Generation| (1..GENERATIONS).contains(&generation.number.abs_diff(other.number));
     for former in record.generations.iter().filter(is_former) {
         if let (Ok(desired), Ok(counters)) = (former.desired(), observed.counters(former.number)) {
             before.count(former.number, &desired, &counters, true);
         }
     }
-    let mut report = Report::going_on(before.counted(&desired));
+    let mut report = Report::resume(before.saved_counters(&desired));
     report.count(generation.number, &desired, &observed.counters(generation.number)?, true);
     let targets = generation.targets.iter().map(|(name, _)| name.clone()).collect();
     let mut losses = observed.losses;
@@ -190,7 +190,7 @@ fn look_once(seen: &Seen) -> Result<InForce, Unknown> {
     Ok(InForce { generation, desired, persists: record.persists, summary, unread })
 }
 
-fn holder(seen: &Seen) -> String {
+fn holder(seen: &InstanceStatus) -> String {
     let persists = seen.record.as_ref().is_some_and(|record| record.persists);
     match seen.pid {
         Some(pid) if persists => format!("runs as process {pid}, and stays in force when that ends"),
@@ -200,7 +200,7 @@ fn holder(seen: &Seen) -> String {
     }
 }
 
-fn write_text(out: &mut impl Write, seen: &Seen, looked: &Result<InForce, Unknown>) -> io::Result<()> {
+fn write_text(out: &mut impl Write, seen: &InstanceStatus, looked: &Result<InForce, Unknown>) -> io::Result<()> {
     writeln!(out, "instance {}: {}", seen.name.escaped(), holder(seen))?;
     let InForce { generation, desired, summary, unread, .. } = match looked {
         Ok(in_force) => in_force,
@@ -258,7 +258,7 @@ fn write_skipped(out: &mut impl Write, skipped: &SkippedList) -> io::Result<()> 
     }
 }
 
-fn write_json(out: &mut impl Write, seen: &Seen, looked: &Result<InForce, Unknown>) -> io::Result<()> {
+fn write_json(out: &mut impl Write, seen: &InstanceStatus, looked: &Result<InForce, Unknown>) -> io::Result<()> {
     let mut line = json!({
         "schema": SCHEMA,
         "instance": seen.name,
@@ -285,7 +285,7 @@ fn write_json(out: &mut impl Write, seen: &Seen, looked: &Result<InForce, Unknow
             let lost = summary.lost.by_reason().into_iter();
             line["losses"] = lost.map(|(reason, count)| (reason.name.to_owned(), json!(count))).collect();
             line["unread"] = (*unread).into();
-            let to_json = |other: &Neighbour| {
+            let to_json = |other: &ForeignProgram| {
                 let mut line = other.to_json();
                 line["displaced"] = is_displaced(other, generation, desired).into();
                 line
@@ -300,17 +300,17 @@ fn write_json(out: &mut impl Write, seen: &Seen, looked: &Result<InForce, Unknow
 
 /// Returns whether a program of others takes no effect on a target because a program of ours is attached there. Its owner has
 /// attached it above the target, after ours, and without BPF_F_ALLOW_MULTI.
-fn is_displaced(other: &Neighbour, generation: &Generation, desired: &Desired) -> bool {
+fn is_displaced(other: &ForeignProgram, generation: &Generation, desired: &Desired) -> bool {
     let has_hook = |scope: &usize| desired.scopes.get(*scope).is_some_and(|scope| scope.hooks.contains(&other.hook));
     let is_below = |name: &str| other.is_above(Path::new(name.trim_start_matches('/')));
     other.mode != AttachMode::Multi && generation.targets.iter().any(|(name, scope)| is_below(name) && has_hook(scope))
 }
 
 /// The programs of others that run for sockets of these targets.
-fn others_beside(generation: &Generation) -> io::Result<Vec<Neighbour>> {
+fn others_beside(generation: &Generation) -> io::Result<Vec<ForeignProgram>> {
     let mount = Mount::find().map_err(io::Error::other)?;
     let targets: Vec<PathBuf> =
         generation.targets.iter().map(|(name, _)| name.trim_start_matches('/').into()).collect();
-    let all = kernel::neighbours(&mount)?.into_iter();
-    Ok(all.filter(|neighbour| !neighbour.is_sockpolicy() && neighbour.turn(&targets).is_some()).collect())
+    let all = kernel::foreign_programs(&mount)?.into_iter();
+    Ok(all.filter(|neighbour| !neighbour.is_sockpolicy() && neighbour.run_order(&targets).is_some()).collect())
 }

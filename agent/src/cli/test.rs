@@ -7,10 +7,11 @@ use std::{
 };
 
 use super::{
-    FAILURE, FINDINGS, check, complain,
+    FAILURE, FINDINGS, check,
     descriptor::stdout,
-    output::{Format, TrustArgument},
-    unless_closed,
+    ignore_broken_pipe,
+    output::{Format, TrustArgs},
+    print_error,
 };
 use crate::explain::{Trial, try_all};
 
@@ -24,7 +25,7 @@ pub(super) struct Test {
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
     #[command(flatten)]
-    trust: TrustArgument,
+    trust: TrustArgs,
     /// Form of the answer
     #[arg(long, short, value_enum, default_value_t)]
     output: Format,
@@ -36,12 +37,12 @@ impl Test {
         let trials = match try_all(&policies) {
             Ok(trials) => trials,
             Err(error) => {
-                complain(&error);
+                print_error(&error);
                 return FINDINGS.into();
             }
         };
-        if let Err(error) = unless_closed(self.tell(&trials)) {
-            complain(&error);
+        if let Err(error) = ignore_broken_pipe(self.tell(&trials)) {
+            print_error(&error);
             return FAILURE.into();
         }
         if trials.iter().all(Trial::passed) { ExitCode::SUCCESS } else { FINDINGS.into() }

@@ -11,20 +11,21 @@ use abi::setting::Value;
 use serde_json::json;
 
 use super::{
-    FAILURE, FINDINGS, check, complain,
+    FAILURE, FINDINGS, check,
     descriptor::stdout,
-    output::{Format, TrustArgument},
+    ignore_broken_pipe,
+    output::{Format, TrustArgs},
+    print_error,
     progress::Progress,
-    run::{Placement, RunError, warn_of_failed},
-    sockets::{Seen, Sockets, SocketsError, Targets},
-    unless_closed,
+    run::{ResolvedTargets, RunError, warn_of_failed},
+    sockets::{InspectedSocket, Sockets, SocketsError, Targets},
 };
 use crate::{
     compile::{Desired, compile},
     events::{Event, Kind, SCHEMA, Source, Task, cause},
     host::{cgroup::Mount, inspect::Inspector},
     live::{
-        Live, Told,
+        OptionRead, SocketSnapshot,
         drift::{self, Finding},
     },
     policy::Policy,
@@ -42,7 +43,7 @@ pub(super) struct Verify {
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
     #[command(flatten)]
-    trust: TrustArgument,
+    trust: TrustArgs,
     /// Target, in place of the files' own: a cgroup's path below the cgroup2 mount, or absolute; can be given
     /// several times
     #[arg(long, value_name = "PATH")]
@@ -79,7 +80,7 @@ impl Verify {
             Ok(tally) if tally.refused > 0 || tally.unread > 0 || tally.unanswered > 0 => FAILURE.into(),
             Ok(_) => ExitCode::SUCCESS,
             Err(error) => {
-                complain(&error);
+                print_error(&error);
                 FAILURE.into()
             }
         }
@@ -87,7 +88,7 @@ impl Verify {
 
     fn verify(&self, policies: &[Policy]) -> Result<Tally, SocketsError> {
         let mount = Mount::find()?;
-        let Placement { stacks, targets, .. } = Placement::find(&mount, &self.cgroup, policies)?;
+        let ResolvedTargets { stacks, targets, .. } = ResolvedTargets::find(&mount, &self.cgroup, policies)?;
         let mut desired = compile(policies, &stacks).map_err(|error| RunError::from(SessionError::from(error)))?;
         session::leave_out_absent_hooks(&mut desired);
         let mut sockets = Sockets::find(mount, Targets::these(&targets), || None, Inspector::default())?;
@@ -104,7 +105,7 @@ impl Verify {
         drop(progress);
         tally.unanswered = sockets.skipped().len();
         warn_of_failed(&sockets.skipped());
-        unless_closed(written.and_then(|()| self.tell(&tally, &mut out)))?;
+        ignore_broken_pipe(written.and_then(|()| self.tell(&tally, &mut out)))?;
         Ok(tally)
     }
 
@@ -126,15 +127,15 @@ impl Verify {
 /// Counts what comes of a socket, and says where it has drifted.
 fn look(
     desired: &Desired,
-    seen: Seen<'_>,
+    seen: InspectedSocket<'_>,
     tally: &mut Tally,
     mut say: impl FnMut(&Event) -> io::Result<()>,
 ) -> io::Result<()> {
-    let Seen { live, scope, fresh, socket: _ } = seen;
+    let InspectedSocket { live, scope, fresh, socket: _ } = seen;
     let Some(mut fresh) = fresh else {
         match live.values {
-            Told::Refused(_) => tally.refused += 1,
-            Told::Nobody | Told::Values(_) => tally.nobodys += 1,
+            OptionRead::Denied(_) => tally.refused += 1,
+            OptionRead::NoFd | OptionRead::Values(_) => tally.nobodys += 1,
         }
         return Ok(());
     };
@@ -154,7 +155,7 @@ fn look(
 }
 
 /// What was found, as it is reported.
-pub(super) fn event(desired: &Desired, live: &Live, finding: &Finding) -> Event {
+pub(super) fn event(desired: &Desired, live: &SocketSnapshot, finding: &Finding) -> Event {
     let (key, cause, kind, wanted, now) = match *finding {
         Finding::Drift { setting, option, wanted, limit, now } => {
             (option.key(), cause(desired, setting), Kind::Drift { limit }, wanted, now)

@@ -102,7 +102,7 @@ pub(super) fn end(session: &mut Session, writer: &Writer) -> Result<(), WatchErr
     loop {
         let more = tell(session, writer)?;
         // Of what stays in force there is always more.
-        if !more || session.stays_as().is_some() {
+        if !more || session.persistent_name().is_some() {
             return Ok(());
         }
     }

@@ -3,9 +3,8 @@
 use std::fmt;
 
 use abi::{
-    SiteList, entry,
-    setting::{Governed, read_back},
-    site,
+    ApplyList, apply_point, entry,
+    setting::{OptionRow, read_back},
 };
 
 use crate::{
@@ -17,7 +16,7 @@ use crate::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Hook {
     /// cgroup/sock_create
-    Birth,
+    SockCreate,
     /// lsm_cgroup/socket_post_create
     PostCreate,
     Bind4,
@@ -25,46 +24,46 @@ pub enum Hook {
     Connect4,
     Connect6,
     /// cgroup/sendmsg4
-    Send4,
-    Send6,
+    Sendmsg4,
+    Sendmsg6,
     /// sock_ops
-    Turns,
+    SockOps,
     /// cgroup/setsockopt
-    Set,
+    Setsockopt,
     /// cgroup/getsockopt
-    Get,
+    Getsockopt,
 }
 
 impl Hook {
     pub const ALL: [Self; 11] = [
-        Self::Birth,
+        Self::SockCreate,
         Self::PostCreate,
         Self::Bind4,
         Self::Bind6,
         Self::Connect4,
         Self::Connect6,
-        Self::Send4,
-        Self::Send6,
-        Self::Turns,
-        Self::Set,
-        Self::Get,
+        Self::Sendmsg4,
+        Self::Sendmsg6,
+        Self::SockOps,
+        Self::Setsockopt,
+        Self::Getsockopt,
     ];
 
     /// What the kernel's documentation calls it.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
-            Self::Birth => "cgroup/sock_create",
+            Self::SockCreate => "cgroup/sock_create",
             Self::PostCreate => "lsm_cgroup/socket_post_create",
             Self::Bind4 => "cgroup/bind4",
             Self::Bind6 => "cgroup/bind6",
             Self::Connect4 => "cgroup/connect4",
             Self::Connect6 => "cgroup/connect6",
-            Self::Send4 => "cgroup/sendmsg4",
-            Self::Send6 => "cgroup/sendmsg6",
-            Self::Turns => "sock_ops",
-            Self::Set => "cgroup/setsockopt",
-            Self::Get => "cgroup/getsockopt",
+            Self::Sendmsg4 => "cgroup/sendmsg4",
+            Self::Sendmsg6 => "cgroup/sendmsg6",
+            Self::SockOps => "sock_ops",
+            Self::Setsockopt => "cgroup/setsockopt",
+            Self::Getsockopt => "cgroup/getsockopt",
         }
     }
 
@@ -72,17 +71,17 @@ impl Hook {
     #[must_use]
     pub fn program(self) -> &'static str {
         match self {
-            Self::Birth => "birth_apply",
-            Self::PostCreate => "post_create_apply",
-            Self::Bind4 => "bind4_apply",
-            Self::Bind6 => "bind6_apply",
-            Self::Connect4 => "connect4_apply",
-            Self::Connect6 => "connect6_apply",
-            Self::Send4 => "send4_apply",
-            Self::Send6 => "send6_apply",
-            Self::Turns => "turn_apply",
-            Self::Set => "set_judge",
-            Self::Get => "get_compare",
+            Self::SockCreate => "sp_sock_create",
+            Self::PostCreate => "sp_post_create",
+            Self::Bind4 => "sp_bind4",
+            Self::Bind6 => "sp_bind6",
+            Self::Connect4 => "sp_connect4",
+            Self::Connect6 => "sp_connect6",
+            Self::Sendmsg4 => "sp_sendmsg4",
+            Self::Sendmsg6 => "sp_sendmsg6",
+            Self::SockOps => "sp_sock_ops",
+            Self::Setsockopt => "sp_setsockopt",
+            Self::Getsockopt => "sp_getsockopt",
         }
     }
 
@@ -90,13 +89,13 @@ impl Hook {
     #[must_use]
     pub fn sites(self) -> &'static [u32] {
         match self {
-            Self::Birth => &[site::BIRTH],
-            Self::PostCreate => &[site::POST_CREATE],
-            Self::Bind4 | Self::Bind6 => &[site::BIND_STREAM, site::BIND_DATAGRAM],
-            Self::Connect4 | Self::Connect6 => &[site::CONNECT_STREAM, site::CONNECT_DATAGRAM],
-            Self::Send4 | Self::Send6 => &[site::SEND],
-            Self::Turns => &[site::SYN, site::ACTIVE, site::PASSIVE, site::LISTEN],
-            Self::Set | Self::Get => &[],
+            Self::SockCreate => &[apply_point::SOCK_CREATE],
+            Self::PostCreate => &[apply_point::POST_CREATE],
+            Self::Bind4 | Self::Bind6 => &[apply_point::BIND_STREAM, apply_point::BIND_DATAGRAM],
+            Self::Connect4 | Self::Connect6 => &[apply_point::CONNECT_STREAM, apply_point::CONNECT_DATAGRAM],
+            Self::Sendmsg4 | Self::Sendmsg6 => &[apply_point::SEND],
+            Self::SockOps => &[apply_point::SYN, apply_point::ACTIVE, apply_point::PASSIVE, apply_point::LISTEN],
+            Self::Setsockopt | Self::Getsockopt => &[],
         }
     }
 
@@ -105,7 +104,7 @@ impl Hook {
     pub fn since(self) -> &'static str {
         match self {
             // bpf_setsockopt in these: 5.15
-            Self::Bind4 | Self::Bind6 | Self::Send4 | Self::Send6 => "5.15",
+            Self::Bind4 | Self::Bind6 | Self::Sendmsg4 | Self::Sendmsg6 => "5.15",
             Self::PostCreate => "6.0",
             _ => "5.10",
         }
@@ -125,17 +124,30 @@ impl fmt::Display for Hook {
 }
 
 /// Sites that only TCP sockets, or only other sockets pass. Those not named here both may pass.
-const STREAM: [u32; 6] =
-    [site::BIND_STREAM, site::CONNECT_STREAM, site::SYN, site::ACTIVE, site::PASSIVE, site::LISTEN];
-const DATAGRAM: [u32; 4] = [site::BIND_DATAGRAM, site::CONNECT_DATAGRAM, site::SEND, site::POST_CREATE];
+const STREAM: [u32; 6] = [
+    apply_point::BIND_STREAM,
+    apply_point::CONNECT_STREAM,
+    apply_point::SYN,
+    apply_point::ACTIVE,
+    apply_point::PASSIVE,
+    apply_point::LISTEN,
+];
+const DATAGRAM: [u32; 4] =
+    [apply_point::BIND_DATAGRAM, apply_point::CONNECT_DATAGRAM, apply_point::SEND, apply_point::POST_CREATE];
 
 /// Sites at which facts come to be known, or come to be others.
-const CHECKS: [u32; 6] =
-    [site::BIND_DATAGRAM, site::CONNECT_DATAGRAM, site::SEND, site::SYN, site::LISTEN, site::PASSIVE];
+const CHECKS: [u32; 6] = [
+    apply_point::BIND_DATAGRAM,
+    apply_point::CONNECT_DATAGRAM,
+    apply_point::SEND,
+    apply_point::SYN,
+    apply_point::LISTEN,
+    apply_point::PASSIVE,
+];
 
 /// What to apply at each site. An option is left out where no rule that names it can match.
-pub(super) fn sites(options: &[Governed], rules: &[&Rule]) -> [SiteList; site::COUNT] {
-    let mut sites = [SiteList::default(); site::COUNT];
+pub(super) fn sites(options: &[OptionRow], rules: &[&Rule]) -> [ApplyList; apply_point::COUNT] {
+    let mut sites = [ApplyList::default(); apply_point::COUNT];
     for (index, option) in options.iter().enumerate().filter(|(_, option)| !option.is_alias()) {
         let Some(settable) = options::by_key(option.key).and_then(|known| known.settable()) else { continue };
         let of = |bits: u64| {
@@ -152,7 +164,8 @@ pub(super) fn sites(options: &[Governed], rules: &[&Rule]) -> [SiteList; site::C
                 .iter()
                 .any(|earlier| resets(&options[(*earlier & entry::NUMBER) as usize], option));
             // Where the peer is gone, what holds without it.
-            let is_without_peer = is_kept && number == site::SEND && settable.sites.contains(site::CONNECT_DATAGRAM);
+            let is_without_peer =
+                is_kept && number == apply_point::SEND && settable.sites.contains(apply_point::CONNECT_DATAGRAM);
             let is_set = (settable.sites.contains(number) || is_reset || is_without_peer)
                 && of(option.sets).any(|rule| rule_may_pass(rule, number));
             let is_checked =
@@ -162,7 +175,7 @@ pub(super) fn sites(options: &[Governed], rules: &[&Rule]) -> [SiteList; site::C
             }
             // The kernel chooses the local end of a datagram socket that connects without one after that hook
             // (`ip4_datagram_connect`, net/ipv4/datagram.c; `inet_autobind`, net/ipv4/af_inet.c).
-            let is_last = number == site::CONNECT_DATAGRAM;
+            let is_last = number == apply_point::CONNECT_DATAGRAM;
             let flag = |holds: bool, flag: u32| if holds { flag } else { 0 };
             let how = flag(!is_set, entry::CHECK) | flag(is_kept, entry::KEEP) | flag(is_last, entry::LAST);
             list.options[list.len as usize] = index as u32 | how;
@@ -186,7 +199,7 @@ pub(super) fn asks_facts(selector: &Selector) -> bool {
 }
 
 /// Whether setting `one` gives `other` another value.
-fn resets(one: &Governed, other: &Governed) -> bool {
+fn resets(one: &OptionRow, other: &OptionRow) -> bool {
     let Some(Relation::Resets(name)) = options::by_key(one.key).and_then(|one| one.relation) else { return false };
     options::by_key(other.key).is_some_and(|other| other.name == name)
 }
@@ -205,7 +218,7 @@ pub fn may_pass(protocols: &[Protocol], site: u32) -> bool {
     if STREAM.contains(&site) {
         return protocols.contains(&Protocol::Tcp);
     }
-    if site == site::SEND {
+    if site == apply_point::SEND {
         return protocols.contains(&Protocol::Udp);
     }
     if DATAGRAM.contains(&site) {
@@ -215,42 +228,47 @@ pub fn may_pass(protocols: &[Protocol], site: u32) -> bool {
 }
 
 /// The hooks that a policy needs.
-pub(super) fn needed(options: &[Governed], sites: &[SiteList; site::COUNT], rules: &[&Rule], reads: bool) -> Vec<Hook> {
+pub(super) fn needed(
+    options: &[OptionRow],
+    sites: &[ApplyList; apply_point::COUNT],
+    rules: &[&Rule],
+    reads: bool,
+) -> Vec<Hook> {
     let any = |numbers: &[u32]| numbers.iter().any(|number| sites[*number as usize].len > 0);
-    let tcp = rules.iter().any(|rule| rule_may_pass(rule, site::SYN));
+    let tcp = rules.iter().any(|rule| rule_may_pass(rule, apply_point::SYN));
     let compares = options.iter().any(is_compared);
     Hook::ALL
         .into_iter()
         .filter(|hook| match hook {
             // At birth also without anything to apply: a socket's notes are made when it is, before it
             // can use up the memory that it may have for them.
-            Hook::Birth | Hook::Set => !options.is_empty(),
+            Hook::SockCreate | Hook::Setsockopt => !options.is_empty(),
             Hook::PostCreate
             | Hook::Bind4
             | Hook::Bind6
             | Hook::Connect4
             | Hook::Connect6
-            | Hook::Send4
-            | Hook::Send6 => any(hook.sites()),
+            | Hook::Sendmsg4
+            | Hook::Sendmsg6 => any(hook.sites()),
             // Also for the direction of a socket, and for notes of its own in place of its listener's.
-            Hook::Turns => tcp && !options.is_empty(),
-            Hook::Get => reads && compares,
+            Hook::SockOps => tcp && !options.is_empty(),
+            Hook::Getsockopt => reads && compares,
         })
         .collect()
 }
 
 /// Whether reads of an option are held against what the policy sets.
-fn is_compared(option: &Governed) -> bool {
+fn is_compared(option: &OptionRow) -> bool {
     option.sets != 0 && option.read_back != read_back::NONE
 }
 
 /// The options that the program at a hook sets, judges or compares: indices of `options`.
-pub(super) fn options_at(hook: Hook, options: &[Governed], sites: &[SiteList; site::COUNT]) -> Vec<usize> {
-    let is_there = |index: usize, option: &Governed| match hook {
-        Hook::Set => !option.is_alias(),
-        Hook::Get => is_compared(option),
+pub(super) fn options_at(hook: Hook, options: &[OptionRow], sites: &[ApplyList; apply_point::COUNT]) -> Vec<usize> {
+    let is_there = |index: usize, option: &OptionRow| match hook {
+        Hook::Setsockopt => !option.is_alias(),
+        Hook::Getsockopt => is_compared(option),
         _ => hook.sites().iter().any(|site| {
-            let SiteList { len, options } = &sites[*site as usize];
+            let ApplyList { len, options } = &sites[*site as usize];
             options.iter().take(*len as usize).any(|at| (*at & entry::NUMBER) as usize == index)
         }),
     };

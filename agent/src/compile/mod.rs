@@ -25,11 +25,10 @@ use std::{
 };
 
 use abi::{
-    RULES_MAX, SiteList,
+    ApplyList, RULES_MAX, apply_point,
     judge::agreeing,
     select::{Candidates, Selectors, select},
-    setting::{Governed, OptionKey, Setting, form, on_conflict, traits, words_of_text},
-    site,
+    setting::{OptionKey, OptionRow, Setting, form, on_conflict, traits, words_of_text},
     socket::{Facts, direction, family, protocol},
 };
 
@@ -42,12 +41,12 @@ pub use self::{
 };
 use crate::{
     coverage::{GlobError, Stack},
+    limitations::{self, Concern, Limitation},
     options::SocketOption,
     policy::model::{
         Audit, Calls, Clause, Direction, Family, Form, Mode, Named, OnConflict, Policy, Protocol, Rule, Selector,
         Wanted,
     },
-    unsupported::{self, Concern, Unsupported},
 };
 
 /// Everything that the kernel side is to be told, and where each part came from.
@@ -80,9 +79,9 @@ pub struct Scope {
     pub mode: Mode,
     pub selectors: Selectors,
     /// In the order of [`Desired::options`].
-    pub options: Vec<Governed>,
-    /// By [`site`].
-    pub sites: [SiteList; site::COUNT],
+    pub options: Vec<OptionRow>,
+    /// By [`apply_point`].
+    pub sites: [ApplyList; apply_point::COUNT],
     /// The hooks that these policies need, no more.
     pub hooks: Vec<Hook>,
 }
@@ -215,7 +214,7 @@ fn add_scope(
         .collect();
     let said: Vec<Said> =
         rows.values.iter().map(|value| add_settings(desired, *value, rules, &clauses, numbers, mode)).collect();
-    let options: Vec<Governed> = rows
+    let options: Vec<OptionRow> = rows
         .rows
         .iter()
         .map(|row| match row.value {
@@ -268,9 +267,9 @@ fn add_settings(
 
 impl Said {
     /// The row of an option that sets the value.
-    fn complete(&self, template: Governed, desired: &Desired) -> Governed {
+    fn complete(&self, template: OptionRow, desired: &Desired) -> OptionRow {
         let Self { names, sets, first_setting, is_certain } = *self;
-        let mut option = Governed { names, sets, first_setting, certain: is_certain.into(), ..template };
+        let mut option = OptionRow { names, sets, first_setting, certain: is_certain.into(), ..template };
         // What other rows have a say in is not settled by this one alone.
         let is_alone = option.next == 0 && option.resets == 0;
         if let Some(setting) = desired.settings.get(first_setting as usize)
@@ -317,21 +316,21 @@ impl Desired {
     }
 
     /// What is not done of what a scope says.
-    pub fn unsupported(&self, scope: usize) -> impl Iterator<Item = &'static Unsupported> {
+    pub fn unsupported(&self, scope: usize) -> impl Iterator<Item = &'static Limitation> {
         let entries: Vec<_> = self.settings_of(scope).flat_map(|setting| self.unsupported_of(setting)).collect();
-        let concerns = move |entry: &Unsupported| entries.iter().any(|(concerned, _)| *concerned == entry);
-        unsupported::ALL.iter().copied().filter(move |entry| concerns(entry))
+        let concerns = move |entry: &Limitation| entries.iter().any(|(concerned, _)| *concerned == entry);
+        limitations::ALL.iter().copied().filter(move |entry| concerns(entry))
     }
 
     /// What is not done of a setting, by its number, with the hooks of its scope.
     #[must_use]
-    pub fn unsupported_of(&self, setting: usize) -> Vec<(&'static Unsupported, Concern)> {
+    pub fn unsupported_of(&self, setting: usize) -> Vec<(&'static Limitation, Concern)> {
         let Some(source) = self.sources.get(setting) else { return Vec::new() };
         let Some(rule) = self.rules.get(source.rule) else { return Vec::new() };
         let scope = (0..self.scopes.len()).find(|scope| self.settings_of(*scope).contains(&setting));
         let has_lsm = scope.is_some_and(|scope| self.scopes[scope].hooks.contains(&Hook::PostCreate));
-        let entries = unsupported::of_rule(&rule.selector, source.option, &source.form).into_iter();
-        entries.filter(|(entry, _)| !(has_lsm && unsupported::WITHOUT_LSM.contains(entry))).collect()
+        let entries = limitations::of_rule(&rule.selector, source.option, &source.form).into_iter();
+        entries.filter(|(entry, _)| !(has_lsm && limitations::WITHOUT_LSM.contains(entry))).collect()
     }
 
     /// The programs to attach, and to which of the targets, whose scopes these are, in that order.
@@ -373,7 +372,7 @@ impl Desired {
         }
         // What an application asks for before all is known of the socket is held against a limit later.
         let mut forbidding = self.sources.iter().filter(|source| !matches!(source.form, Form::Set(_)));
-        let is_held_later = |option: &Governed| {
+        let is_held_later = |option: &OptionRow| {
             let has_both = option.sets != 0 && option.names & !option.sets != 0;
             has_both && !option.is_certain() && option.traits & traits::CORRECTED != 0
         };
@@ -391,21 +390,21 @@ impl Desired {
     /// Returns whether there are calls to judge, and a hook is to do so.
     #[must_use]
     pub fn is_judged_by_hook(&self) -> bool {
-        self.scopes.iter().any(|scope| scope.hooks.contains(&Hook::Set))
+        self.scopes.iter().any(|scope| scope.hooks.contains(&Hook::Setsockopt))
     }
 
     /// Has the audit judge calls, in place of the hooks at setsockopt and getsockopt: the kernel copies the whole argument of a
     /// call for these hooks, and fails calls whose argument ends before its length says.
     pub fn judge_by_audit(&mut self) {
         self.audit_judges = self.is_judged_by_hook();
-        self.keep_hooks(|hook| !matches!(hook, Hook::Set | Hook::Get));
+        self.keep_hooks(|hook| !matches!(hook, Hook::Setsockopt | Hook::Getsockopt));
     }
 
     /// Has each new socket given the cookie by which events on it can be told from others, where there are no policies
     /// that ask for anything.
     pub fn note_births(&mut self) {
         for scope in &mut self.scopes {
-            scope.hooks.push(Hook::Birth);
+            scope.hooks.push(Hook::SockCreate);
         }
     }
 
@@ -442,7 +441,7 @@ impl Desired {
             if !self.options.contains(key) {
                 self.options.push(*key);
                 for scope in &mut self.scopes {
-                    scope.options.push(Governed { key: *key, ..Governed::default() });
+                    scope.options.push(OptionRow { key: *key, ..OptionRow::default() });
                 }
             }
         }

@@ -24,7 +24,7 @@ pub(crate) enum Matches {
     Yes,
 }
 
-/// Whether one condition holds: `asked` says if there is one at all.
+/// Whether one condition holds: `requested` says if there is one at all.
 fn holds<T>(asked: bool, fact: Option<T>, test: impl Fn(T) -> bool) -> Matches {
     match fact.map(test) {
         _ if !asked => Matches::Yes,

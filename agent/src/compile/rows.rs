@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use abi::setting::{Governed, OptionKey, argument, effective, kind, read_back, traits};
+use abi::setting::{OptionKey, OptionRow, argument, effective, kind, read_back, traits};
 
 use super::place;
 use crate::{
@@ -42,7 +42,7 @@ impl SocketValue {
 pub(super) struct Row {
     /// Index of [`Rows::values`]; `None`: no rule governs the option itself.
     pub(super) value: Option<usize>,
-    pub(super) template: Governed,
+    pub(super) template: OptionRow,
 }
 
 /// All rows, those of the options that rules name first.
@@ -67,7 +67,7 @@ impl Rows {
             let row = named_row(*option);
             let before = rows.first.get(&value).map(|first| rows.rows[*first].template);
             let is_alias = before.is_some_and(|before| before.is_text() == row.is_text());
-            rows.push(Some(value), Governed { is_alias: is_alias.into(), ..row });
+            rows.push(Some(value), OptionRow { is_alias: is_alias.into(), ..row });
         }
         rows.add_spellings();
         rows.add_guards();
@@ -82,7 +82,7 @@ impl Rows {
         })
     }
 
-    fn push(&mut self, value: Option<usize>, template: Governed) -> usize {
+    fn push(&mut self, value: Option<usize>, template: OptionRow) -> usize {
         let row = self.rows.len();
         self.by_key.entry(template.key).or_insert(row);
         if let Some(value) = value {
@@ -108,7 +108,7 @@ impl Rows {
             let bit = self.first.get(&value).map_or(0, |row| self.rows[*row].template.bit);
             for (key, option) in canonical.spellings() {
                 if self.find(key).is_none() {
-                    let row = Governed { key, bit, is_alias: 1, read_back: read_back::NONE, ..known_row(option) };
+                    let row = OptionRow { key, bit, is_alias: 1, read_back: read_back::NONE, ..known_row(option) };
                     self.push(Some(value), row);
                 }
             }
@@ -121,7 +121,7 @@ impl Rows {
             let (Some(option), Some(keeps)) = (by_name(guard.option), by_name(guard.keeps)) else { continue };
             let Some(value) = self.named_value(keeps) else { continue };
             let Guard { kind, lock, .. } = *guard;
-            let row = Governed { kind, lock, is_alias: 1, read_back: read_back::NONE, ..known_row(option) };
+            let row = OptionRow { kind, lock, is_alias: 1, read_back: read_back::NONE, ..known_row(option) };
             let last = self.rows.iter().rposition(|row| row.template.key == option.key());
             let added = self.push(Some(value), row);
             if let Some(last) = last {
@@ -142,29 +142,29 @@ impl Rows {
             // The last row: what the others make of the call comes first.
             let last = self.rows.iter().rposition(|row| row.template.key == option.key());
             let resetting = last.unwrap_or_else(|| {
-                self.push(None, Governed { is_alias: 1, read_back: read_back::NONE, ..known_row(option) })
+                self.push(None, OptionRow { is_alias: 1, read_back: read_back::NONE, ..known_row(option) })
             });
             self.rows[resetting].template.resets = reset as u32 + 1;
         }
     }
 }
 
-fn named_row(named: Named) -> Governed {
+fn named_row(named: Named) -> OptionRow {
     match named {
         Named::Known(option) => known_row(option),
-        Named::Numeric(key) => Governed { key, set_as: key, kind: kind::OPAQUE, ..unread() },
+        Named::Numeric(key) => OptionRow { key, set_as: key, kind: kind::OPAQUE, ..unread() },
     }
 }
 
 /// A row that says nothing of how a number is read.
-fn unread() -> Governed {
-    Governed { zero: effective::SAME, negative: effective::SAME, argument: argument::INT, ..Governed::default() }
+fn unread() -> OptionRow {
+    OptionRow { zero: effective::SAME, negative: effective::SAME, argument: argument::INT, ..OptionRow::default() }
 }
 
 /// What the option table says of an option, as the programs see it.
-fn known_row(option: &'static SocketOption) -> Governed {
+fn known_row(option: &'static SocketOption) -> OptionRow {
     let settable = |option: &'static SocketOption| option.settable().is_some().then(|| option.key());
-    Governed {
+    OptionRow {
         key: option.key(),
         set_as: settable(option).or_else(|| settable(option.canonical())).unwrap_or_else(|| option.key()),
         kind: kind_of(option),

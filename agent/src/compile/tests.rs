@@ -196,8 +196,8 @@ fn argument_that_agrees_is_known_where_one_setting_governs_all_sockets() {
         let rule = plain_rule("r", selector, &[("TCP_NODELAY", form)]);
         let desired = compile_all(&[policy(vec![rule])]).unwrap();
         let option = desired.scopes[0].options[0];
-        assert_eq!(option.surely_agrees(4, &words_of(1)), agrees);
-        assert!(!option.surely_agrees(4, &words_of(0)) && !option.surely_agrees(8, &words_of(1)));
+        assert_eq!(option.fast_match(4, &words_of(1)), agrees);
+        assert!(!option.fast_match(4, &words_of(0)) && !option.fast_match(8, &words_of(1)));
     }
 }
 
@@ -224,14 +224,20 @@ fn only_the_hooks_that_a_policy_needs_are_attached() {
         compile_all(&[policy(vec![plain_rule("r", selector, forms)])]).unwrap().hooks()
     };
     let tcp = Selector { protocols: vec![Protocol::Tcp], ..Selector::default() };
-    assert_eq!(hooks(tcp.clone(), &[("TCP_NODELAY", on())]), [Hook::Birth, Hook::Turns, Hook::Set, Hook::Get]);
-    assert_eq!(hooks(Selector::default(), &[("IP_TTL", Form::Deny)]), [Hook::Birth, Hook::Turns, Hook::Set]);
+    assert_eq!(
+        hooks(tcp.clone(), &[("TCP_NODELAY", on())]),
+        [Hook::SockCreate, Hook::SockOps, Hook::Setsockopt, Hook::Getsockopt]
+    );
+    assert_eq!(
+        hooks(Selector::default(), &[("IP_TTL", Form::Deny)]),
+        [Hook::SockCreate, Hook::SockOps, Hook::Setsockopt]
+    );
     let udp = Selector { protocols: vec![Protocol::Udp], ..Selector::default() };
-    assert_eq!(hooks(udp, &[("IP_TTL", Form::Deny)]), [Hook::Birth, Hook::Set]);
+    assert_eq!(hooks(udp, &[("IP_TTL", Form::Deny)]), [Hook::SockCreate, Hook::Setsockopt]);
     assert_eq!(compile_all(&[policy(Vec::new())]).unwrap().hooks(), []);
     assert_eq!(
         hooks(tcp, &[("SO_MARK", on())]),
-        [Hook::Birth, Hook::Connect4, Hook::Connect6, Hook::Turns, Hook::Set, Hook::Get]
+        [Hook::SockCreate, Hook::Connect4, Hook::Connect6, Hook::SockOps, Hook::Setsockopt, Hook::Getsockopt]
     );
 }
 

@@ -11,14 +11,14 @@ const FOLDER: &str = "library";
 
 /// A selector, ready to be asked.
 #[derive(Debug)]
-pub(super) struct Wanted {
+pub(super) struct ContainerMatcher {
     name: Option<GlobMatcher>,
     image: Option<GlobMatcher>,
     id: Option<String>,
     runtime: Option<&'static str>,
 }
 
-impl Wanted {
+impl ContainerMatcher {
     pub(super) fn new(selector: &ContainerSelector) -> Result<Self, GlobError> {
         let ContainerSelector { name, image, id, runtime } = selector;
         let glob = |text: &Option<String>| text.as_deref().map(glob).transpose();
@@ -98,7 +98,7 @@ mod tests {
     }
 
     fn matches(selector: &ContainerSelector, container: &Container) -> bool {
-        Wanted::new(selector).unwrap().is_match(container)
+        ContainerMatcher::new(selector).unwrap().is_match(container)
     }
 
     #[test]

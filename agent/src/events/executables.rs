@@ -1,12 +1,12 @@
 //! Which files the executables are that make calls, as the kernel told of each before its first event.
 
-use abi::event::{Executable, ExecutableFile, TOLD_MAX};
+use abi::event::{EXES_SENT_MAX, Executable, ExecutableFile};
 
 use crate::recent::Recent;
 
 /// The paths of executables. Those that have made no call for longest are forgotten.
 #[derive(Debug)]
-pub struct Executables(Recent<Executable, Told>);
+pub struct Executables(Recent<Executable, ExePath>);
 
 impl Default for Executables {
     fn default() -> Self {
@@ -15,10 +15,10 @@ impl Default for Executables {
 }
 
 /// What the kernel told of a path: from the root of the mount namespace; `None` where it is longer than is told.
-type Told = Option<String>;
+type ExePath = Option<String>;
 
 /// Executables of each age: twice as many as the kernel keeps in mind.
-const GENERATION: usize = 2 * TOLD_MAX as usize;
+const GENERATION: usize = 2 * EXES_SENT_MAX as usize;
 
 impl Executables {
     /// Takes in what the kernel tells.
@@ -27,13 +27,13 @@ impl Executables {
     }
 
     /// What was told of an executable; `None` where nothing was, or that is forgotten.
-    pub fn told(&mut self, executable: &Executable) -> Option<Told> {
+    pub fn told(&mut self, executable: &Executable) -> Option<ExePath> {
         self.0.get(executable)
     }
 }
 
 /// The names are in the order in which the kernel comes upon them, from the file up.
-fn path(file: &ExecutableFile) -> Told {
+fn path(file: &ExecutableFile) -> ExePath {
     let names = file.names.get(..usize::try_from(file.len).ok()?)?.strip_suffix(&[0])?;
     let path = names.rsplit(|byte| *byte == 0).fold(Vec::new(), |mut path, name| {
         path.push(b'/');
@@ -74,18 +74,18 @@ mod tests {
     #[test]
     fn longest_silent_are_forgotten_first() {
         let mut executables = Executables::default();
-        for pid in 1..=TOLD_MAX * 4 {
+        for pid in 1..=EXES_SENT_MAX * 4 {
             executables.learn(&file(executable(pid), b"a\0"));
             // The first one makes a call from time to time.
-            if pid % TOLD_MAX == 0 {
+            if pid % EXES_SENT_MAX == 0 {
                 assert!(executables.told(&executable(1)).is_some(), "after {pid}");
             }
         }
-        assert!(executables.told(&executable(TOLD_MAX * 3)).is_some());
-        for pid in TOLD_MAX * 4..TOLD_MAX * 9 {
+        assert!(executables.told(&executable(EXES_SENT_MAX * 3)).is_some());
+        for pid in EXES_SENT_MAX * 4..EXES_SENT_MAX * 9 {
             executables.learn(&file(executable(pid), b"a\0"));
         }
-        assert_eq!(executables.told(&executable(TOLD_MAX)), None);
+        assert_eq!(executables.told(&executable(EXES_SENT_MAX)), None);
         assert!(executables.0.len() <= 2 * GENERATION);
     }
 }

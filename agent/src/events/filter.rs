@@ -2,14 +2,14 @@
 
 use abi::setting::OptionKey;
 
-use super::{Deed, Event, Kind};
+use super::{Action, Event, Kind};
 
 /// What an event must be to be told of. An empty list asks nothing.
 #[derive(Clone, Debug, Default)]
 pub struct Filter {
     pub options: Vec<OptionKey>,
     /// Only conflicts that this was, or in a dry run would have been done about.
-    pub verdicts: Vec<Deed>,
+    pub verdicts: Vec<Action>,
     pub processes: Vec<u32>,
     /// Names of tasks, as in `/proc/PID/comm`.
     pub comms: Vec<String>,

@@ -1,7 +1,7 @@
 //! What the programs reported, in words: [`abi::event::Event`] → [`Event`].
 //!
 //! Pure: what has to be looked up on the host (who the process is, what the cgroup is called) is
-//! handed in as [`Surroundings`].
+//! handed in as [`HostContext`].
 
 mod executables;
 mod filter;
@@ -46,7 +46,7 @@ pub struct Event {
     pub wanted: Value,
     /// What the application passed or, when it read, was shown.
     pub asked: Value,
-    /// What the kernel was given in place of `asked`, if anything.
+    /// What the kernel was given in place of `requested`, if anything.
     pub given: Value,
     /// What the socket has after the call, where that is known.
     pub now: Value,
@@ -118,12 +118,12 @@ pub enum Call {
 /// What was done about a conflict, or in a dry run would have been.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Verdict {
-    pub what: Deed,
+    pub what: Action,
     pub dry_run: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Deed {
+pub enum Action {
     Allowed,
     Rewritten,
     Clamped,
@@ -178,7 +178,7 @@ pub enum Source {
 
 /// What is known of the host.
 #[derive(Clone, Debug)]
-pub struct Surroundings {
+pub struct HostContext {
     /// The path of the executable that makes the call, or why it is not known.
     pub exe: Result<String, &'static str>,
     /// Name of the task's cgroup.
@@ -203,7 +203,7 @@ pub struct UnknownRecord;
 /// # Errors
 ///
 /// Where it holds a code that is not of this build.
-pub fn decode(event: &raw::Event, desired: &Desired, surroundings: Surroundings) -> Result<Event, UnknownRecord> {
+pub fn decode(event: &raw::Event, desired: &Desired, surroundings: HostContext) -> Result<Event, UnknownRecord> {
     let raw::Event { call, .. } = event;
     let setting = index::within(call.setting);
     let dry_run = desired.source(setting).is_some_and(|(_, rule)| rule.mode == Mode::DryRun);
@@ -225,9 +225,9 @@ pub fn decode(event: &raw::Event, desired: &Desired, surroundings: Surroundings)
         key: call.key,
         cause: if decided { cause(desired, setting) } else { None },
         wanted: call.wanted,
-        asked: call.asked,
-        given: given(call, kind),
-        now: now(call, kind, result),
+        asked: call.requested,
+        given: applied_value(call, kind),
+        now: current_value(call, kind, result),
         result,
         task: task(event, surroundings),
         socket,
@@ -284,11 +284,11 @@ fn missing(event: &raw::Event, source: Source, socket: Option<&Socket>, blindnes
 }
 
 fn decode_verdict(code: u32, dry_run: bool) -> Result<Verdict, UnknownRecord> {
-    let what = u8::try_from(code).ok().and_then(Deed::from_code).ok_or(UnknownRecord)?;
+    let what = u8::try_from(code).ok().and_then(Action::from_code).ok_or(UnknownRecord)?;
     Ok(Verdict { what, dry_run })
 }
 
-impl Deed {
+impl Action {
     pub const ALL: [Self; verdict::COUNT] =
         [Self::Allowed, Self::Rewritten, Self::Clamped, Self::Ignored, Self::Denied];
 
@@ -306,7 +306,7 @@ impl Deed {
     }
 }
 
-impl Deed {
+impl Action {
     /// What it is called where it is done.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -382,23 +382,23 @@ fn decode_source(code: u32) -> Result<Source, UnknownRecord> {
 }
 
 /// What the kernel was given in place of what the application asked for.
-fn given(call: &raw::Call, kind: Kind) -> Value {
+fn applied_value(call: &raw::Call, kind: Kind) -> Value {
     match kind {
         Kind::Conflict {
             call: Call::Set,
-            verdict: Verdict { what: Deed::Rewritten | Deed::Clamped, dry_run: false },
-        } => call.given,
+            verdict: Verdict { what: Action::Rewritten | Action::Clamped, dry_run: false },
+        } => call.applied,
         _ => Value::UNKNOWN,
     }
 }
 
 /// What the socket has after the call: what the kernel made of the value that it accepted, or what the
 /// socket had before a call that changed nothing. Unknown where only the socket could tell.
-fn now(call: &raw::Call, kind: Kind, result: Option<i64>) -> Value {
-    if call.flags & flags::NOW != 0 {
-        return call.now;
+fn current_value(call: &raw::Call, kind: Kind, result: Option<i64>) -> Value {
+    if call.flags & flags::VALUE_CURRENT != 0 {
+        return call.current;
     }
-    let before = if call.flags & flags::BEFORE != 0 { call.before } else { Value::UNKNOWN };
+    let before = if call.flags & flags::VALUE_BEFORE != 0 { call.before } else { Value::UNKNOWN };
     let passed = |value: Value| match result {
         None => Value::UNKNOWN,
         Some(0) => kept(call.key, value),
@@ -408,12 +408,12 @@ fn now(call: &raw::Call, kind: Kind, result: Option<i64>) -> Value {
         Kind::Outcome { .. } | Kind::Drift { .. } | Kind::Applied { .. } | Kind::WouldApply | Kind::Untold { .. } => {
             Value::UNKNOWN
         }
-        Kind::Conflict { call: Call::Get, .. } | Kind::Call(Call::Get) => call.asked,
-        Kind::Call(Call::Set) => passed(call.asked),
+        Kind::Conflict { call: Call::Get, .. } | Kind::Call(Call::Get) => call.requested,
+        Kind::Call(Call::Set) => passed(call.requested),
         Kind::Conflict { call: Call::Set, verdict } => match (verdict.what, verdict.dry_run) {
-            (Deed::Allowed, _) | (_, true) => passed(call.asked),
-            (Deed::Rewritten | Deed::Clamped, false) => passed(call.given),
-            (Deed::Ignored | Deed::Denied, false) => before,
+            (Action::Allowed, _) | (_, true) => passed(call.requested),
+            (Action::Rewritten | Action::Clamped, false) => passed(call.applied),
+            (Action::Ignored | Action::Denied, false) => before,
         },
     }
 }
@@ -441,13 +441,13 @@ pub fn cause(desired: &Desired, setting: u32) -> Option<Cause> {
     })
 }
 
-fn task(event: &raw::Event, surroundings: Surroundings) -> Option<Task> {
+fn task(event: &raw::Event, surroundings: HostContext) -> Option<Task> {
     if event.pid == 0 {
         return None;
     }
     let end = event.comm.iter().position(|byte| *byte == 0).unwrap_or(event.comm.len());
     let comm = String::from_utf8_lossy(&event.comm[..end]).into_owned();
-    let Surroundings { exe, cgroup, container, .. } = surroundings;
+    let HostContext { exe, cgroup, container, .. } = surroundings;
     Some(Task { pid: event.pid, tid: event.tid, comm, exe: exe.ok(), cgroup, container })
 }
 
@@ -510,7 +510,7 @@ mod tests {
 
     fn call(option: &str, asked: Value) -> raw::Call {
         let key = options::by_name(option).unwrap().key();
-        raw::Call { key, asked, before: Value::int(77), flags: flags::BEFORE, ..raw::Call::default() }
+        raw::Call { key, requested: asked, before: Value::int(77), flags: flags::VALUE_BEFORE, ..raw::Call::default() }
     }
 
     #[test]
@@ -522,10 +522,10 @@ mod tests {
             ("TCP_KEEPIDLE", 60, 60),
             ("IP_MTU_DISCOVER", 2, 2),
         ] {
-            assert_eq!(now(&call(option, Value::int(asked)), SET, Some(0)), Value::int(kept), "{option}");
+            assert_eq!(current_value(&call(option, Value::int(asked)), SET, Some(0)), Value::int(kept), "{option}");
         }
         let byte = Value::new([2, 0], 1);
-        assert_eq!(now(&call("IP_RECVTTL", byte), SET, Some(0)), Value::int(1));
+        assert_eq!(current_value(&call("IP_RECVTTL", byte), SET, Some(0)), Value::int(1));
     }
 
     #[test]
@@ -533,23 +533,23 @@ mod tests {
         for option in
             ["SO_SNDBUF", "SO_SNDBUFFORCE", "SO_RCVLOWAT", "TCP_WINDOW_CLAMP", "IP_TOS", "IP_TTL", "TCP_QUICKACK"]
         {
-            assert_eq!(now(&call(option, Value::int(1)), SET, Some(0)), Value::UNKNOWN, "{option}");
+            assert_eq!(current_value(&call(option, Value::int(1)), SET, Some(0)), Value::UNKNOWN, "{option}");
         }
         let mut unnamed = call("TCP_NODELAY", Value::int(1));
         unnamed.key.name = 99;
-        assert_eq!(now(&unnamed, SET, Some(0)), Value::UNKNOWN);
+        assert_eq!(current_value(&unnamed, SET, Some(0)), Value::UNKNOWN);
     }
 
     #[test]
     fn call_that_failed_changed_nothing() {
         for option in ["TCP_NODELAY", "SO_SNDBUF"] {
             let result = Some(-i64::from(libc::EINVAL));
-            assert_eq!(now(&call(option, Value::int(1)), SET, result), Value::int(77), "{option}");
+            assert_eq!(current_value(&call(option, Value::int(1)), SET, result), Value::int(77), "{option}");
         }
     }
 
     #[test]
     fn call_that_nobody_saw_return_tells_nothing() {
-        assert_eq!(now(&call("TCP_NODELAY", Value::int(1)), SET, None), Value::UNKNOWN);
+        assert_eq!(current_value(&call("TCP_NODELAY", Value::int(1)), SET, None), Value::UNKNOWN);
     }
 }

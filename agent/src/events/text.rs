@@ -4,7 +4,7 @@ use std::fmt;
 
 use abi::setting::read_back;
 
-use super::{Call, Deed, Event, Kind, Limit, Socket, Via};
+use super::{Action, Call, Event, Kind, Limit, Socket, Via};
 use crate::{
     escape::Escape,
     options::{self, SocketOption, display_name},
@@ -35,7 +35,7 @@ impl fmt::Display for Event {
                     write!(f, ", policy wants {}", shown(&self.wanted))?;
                 }
                 write!(f, ": {verdict}")?;
-                if self.given.len > 0 && verdict.what == Deed::Clamped {
+                if self.given.len > 0 && verdict.what == Action::Clamped {
                     write!(f, " to {}", shown(&self.given))?;
                 }
                 if self.now.len > 0 && call == Call::Set {

@@ -9,7 +9,7 @@ mod trial;
 
 use abi::{
     select::Candidates,
-    setting::{Governed, OptionKey},
+    setting::{OptionKey, OptionRow},
 };
 use serde_json::{Value, json};
 
@@ -21,8 +21,8 @@ use crate::{
     compile::{Desired, RuleSource, Scope, SettingSource, facts},
     escape,
     events::SCHEMA,
+    limitations::{self, Limitation},
     policy::{Socket, model::Form},
-    unsupported::{self, Unsupported},
     values,
 };
 
@@ -41,7 +41,7 @@ pub struct OptionExplained {
     /// The other rules that name the option, in their order; never empty where there is no winner.
     pub others: Vec<(Clause, WhyNot)>,
     /// What is not done of what decides, on such a socket.
-    pub unsupported: Vec<&'static Unsupported>,
+    pub unsupported: Vec<&'static Limitation>,
 }
 
 /// What a rule says of an option.
@@ -79,11 +79,11 @@ pub fn explain(desired: &Desired, scope: &Scope, socket: &Socket) -> Explanation
 }
 
 /// The first of an option's settings, an index of [`Desired::settings`].
-fn first_of(option: &Governed) -> usize {
+fn first_of(option: &OptionRow) -> usize {
     option.first_setting as usize
 }
 
-fn explain_option(desired: &Desired, socket: &Socket, option: &Governed, candidates: Candidates) -> OptionExplained {
+fn explain_option(desired: &Desired, socket: &Socket, option: &OptionRow, candidates: Candidates) -> OptionExplained {
     let first = first_of(option);
     let settings = first..first + option.names.count_ones() as usize;
     let winner = option.winner(candidates).map(|winner| winner as usize);
@@ -116,7 +116,7 @@ fn explain_option(desired: &Desired, socket: &Socket, option: &Governed, candida
         others.push((other, why));
     }
     let unsupported = decides.as_ref().map_or_else(Vec::new, |Clause { rule, source }| {
-        unsupported::of_socket(socket, &rule.selector, source.option, &source.form)
+        limitations::of_socket(socket, &rule.selector, source.option, &source.form)
     });
     OptionExplained { winner: decides, others, unsupported }
 }

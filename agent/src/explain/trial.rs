@@ -51,7 +51,7 @@ pub fn try_all(policies: &[Policy]) -> Result<Vec<Trial>, CompileError> {
                 Some(cgroup) => stack_of(policies, cgroup, &[])?,
                 None => stack_with(policies, number),
             };
-            tests.push((policy, test, coverage.number(stack)));
+            tests.push((policy, test, coverage.intern(stack)));
         }
     }
     let desired = compile(policies, &coverage.stacks)?;

@@ -22,7 +22,7 @@ use super::{
     netns::Namespace,
     process, sock_diag,
     socket::{self, Entry, Kind, State, Values},
-    survey::Holder,
+    socket_table::FdRef,
 };
 use crate::{
     options::{self, SocketOption},
@@ -177,8 +177,8 @@ impl Inspector {
     /// # Errors
     ///
     /// Where it must not be looked into, or does not answer.
-    pub fn describe(&mut self, holder: Holder, inode: u32) -> Result<Option<(Entry, Option<Namespace>)>, InspectError> {
-        let Holder { process, descriptor } = holder;
+    pub fn describe(&mut self, holder: FdRef, inode: u32) -> Result<Option<(Entry, Option<Namespace>)>, InspectError> {
+        let FdRef { process, descriptor } = holder;
         match self.ask(holder, &Request::Describe { process, descriptor, inode })? {
             Response::Described(Some(listed), namespace) => {
                 let namespace = namespace.and_then(|(_, descriptor)| self.namespace(descriptor));
@@ -201,11 +201,11 @@ impl Inspector {
     /// As of [`Self::describe`].
     pub fn inspect(
         &mut self,
-        holder: Holder,
+        holder: FdRef,
         cookie: u64,
         wanted: &[&'static SocketOption],
     ) -> Result<Option<Inspected>, InspectError> {
-        let Holder { process, descriptor } = holder;
+        let FdRef { process, descriptor } = holder;
         let keys = wanted.iter().map(|option| number(option.key())).collect();
         let request = Request::Inspect { process, descriptor, cookie, wanted: keys };
         let Response::Inspected { kind, outbound, values } = self.ask(holder, &request)? else { return Ok(None) };
@@ -219,12 +219,12 @@ impl Inspector {
     /// Sets an option, if there is a value, and gives what the socket shows of it then.
     fn option(
         &mut self,
-        holder: Holder,
+        holder: FdRef,
         cookie: u64,
         key: OptionKey,
         set: Option<&Value>,
     ) -> Result<Result<Option<Value>, io::Error>, InspectError> {
-        let Holder { process, descriptor } = holder;
+        let FdRef { process, descriptor } = holder;
         let set = set.map(|value| (value.words, value.len));
         let request = Request::Option { process, descriptor, cookie, option: number(key), set };
         Ok(match self.ask(holder, &request)? {
@@ -240,7 +240,7 @@ impl Inspector {
     ///
     /// Where there is no such process, it must not be looked into, or one of its sockets does not answer.
     pub fn all_of(&mut self, process: u32) -> Result<Vec<(i32, Entry)>, InspectError> {
-        match self.ask(Holder { process, descriptor: -1 }, &Request::All { process })? {
+        match self.ask(FdRef { process, descriptor: -1 }, &Request::All { process })? {
             Response::All(all) => {
                 Ok(all.into_iter().map(|(descriptor, listed)| (descriptor, listed.entry())).collect())
             }
@@ -302,8 +302,8 @@ impl Inspector {
     }
 
     /// Asks about a socket. One that does not answer is noted.
-    fn ask(&mut self, about: Holder, request: &Request) -> Result<Response, InspectError> {
-        let Holder { process, descriptor } = about;
+    fn ask(&mut self, about: FdRef, request: &Request) -> Result<Response, InspectError> {
+        let FdRef { process, descriptor } = about;
         let has_stalled = self.stalls.get(&process).is_some_and(|stalls| *stalls >= STALLS_PER_PROCESS);
         let time = if self.stalls.values().sum::<u32>() as usize >= PATIENT { SHORT_TIME } else { TIME };
         let answered = if has_stalled { Err(InspectError::StalledBefore) } else { self.request(request, time) };
@@ -368,7 +368,7 @@ impl Drop for Inspector {
 /// A socket, which is reached through a descriptor of its process each time.
 pub struct Remote<'a> {
     pub inspector: &'a RefCell<Inspector>,
-    pub holder: Holder,
+    pub holder: FdRef,
     pub cookie: u64,
 }
 
@@ -425,7 +425,7 @@ fn key_of((level, name): Number) -> OptionKey {
 ///
 /// Where requests cannot be read or answered.
 pub fn work(agent: u32, output: impl io::Write) -> io::Result<()> {
-    let mut kept = Kept { agent, namespace: None, listed: Vec::new() };
+    let mut kept = WorkerState { agent, namespace: None, listed: Vec::new() };
     serve(output, |request| {
         let response = match serde_json::from_slice(request) {
             Ok(request) => answer(request, &mut kept),
@@ -436,7 +436,7 @@ pub fn work(agent: u32, output: impl io::Write) -> io::Result<()> {
 }
 
 /// What a worker keeps between requests.
-struct Kept {
+struct WorkerState {
     agent: u32,
     /// Open until the agent has taken it.
     namespace: Option<Namespace>,
@@ -444,7 +444,7 @@ struct Kept {
     listed: Vec<Entry>,
 }
 
-impl Kept {
+impl WorkerState {
     /// The namespace that the agent has at a descriptor.
     fn of_agent(&self, descriptor: i32) -> io::Result<Namespace> {
         Namespace::at(&format!("/proc/{}/fd/{descriptor}", self.agent))
@@ -467,16 +467,16 @@ impl Kept {
     }
 }
 
-fn answer(request: Request, kept: &mut Kept) -> Response {
+fn answer(request: Request, kept: &mut WorkerState) -> Response {
     let answered = match request {
         Request::Describe { process, descriptor, inode } => {
-            describe(Holder { process, descriptor }, inode, &mut kept.namespace)
+            describe(FdRef { process, descriptor }, inode, &mut kept.namespace)
         }
         Request::Inspect { process, descriptor, cookie, wanted } => {
-            taken(Holder { process, descriptor }, cookie).map(|taken| taken.map(|socket| inspected(&socket, &wanted)))
+            taken(FdRef { process, descriptor }, cookie).map(|taken| taken.map(|socket| inspected(&socket, &wanted)))
         }
         Request::Option { process, descriptor, cookie, option, set } => {
-            let taken = taken(Holder { process, descriptor }, cookie);
+            let taken = taken(FdRef { process, descriptor }, cookie);
             taken.map(|taken| taken.map(|socket| option_of(&socket, key_of(option), set)))
         }
         Request::All { process } => all(process).map(|all| Some(Response::All(all))),
@@ -495,7 +495,7 @@ fn answer(request: Request, kept: &mut Kept) -> Response {
 }
 
 /// What is behind a descriptor of a process; `None` where that is gone.
-fn take(holder: Holder) -> io::Result<Option<OwnedFd>> {
+fn take(holder: FdRef) -> io::Result<Option<OwnedFd>> {
     let taken = process::open(holder.process).and_then(|handle| process::take_descriptor(&handle, holder.descriptor));
     match taken {
         Ok(taken) => Ok(Some(taken)),
@@ -504,11 +504,11 @@ fn take(holder: Holder) -> io::Result<Option<OwnedFd>> {
     }
 }
 
-fn taken(holder: Holder, cookie: u64) -> io::Result<Option<OwnedFd>> {
+fn taken(holder: FdRef, cookie: u64) -> io::Result<Option<OwnedFd>> {
     Ok(take(holder)?.filter(|taken| socket::cookie(taken) == Some(cookie)))
 }
 
-fn describe(holder: Holder, inode: u32, kept: &mut Option<Namespace>) -> io::Result<Option<Response>> {
+fn describe(holder: FdRef, inode: u32, kept: &mut Option<Namespace>) -> io::Result<Option<Response>> {
     // Otherwise it is closed, and something else has its descriptor, or its process is gone, and another has its number: that
     // one may be of any cgroup.
     let Some(taken) = take(holder)?.filter(|taken| socket::inode(taken) == Some(inode)) else { return Ok(None) };
@@ -523,7 +523,7 @@ fn inspected(socket: &OwnedFd, wanted: &[Number]) -> Response {
     let values = socket::values(socket, &wanted).into_iter();
     Response::Inspected {
         kind: Kind::of(socket).map(numbers),
-        outbound: socket::beginning(socket).map(|direction| direction == Direction::Outbound),
+        outbound: socket::direction(socket).map(|direction| direction == Direction::Outbound),
         values: values.map(|(option, value)| (number(option.key()), value.words, value.len)).collect(),
     }
 }

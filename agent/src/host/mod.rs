@@ -17,7 +17,7 @@ pub mod process;
 pub mod routes;
 pub mod sock_diag;
 pub mod socket;
-pub mod survey;
+pub mod socket_table;
 pub mod system;
 pub mod tcp;
 pub mod tracefs;

@@ -237,7 +237,7 @@ pub fn set(socket: &OwnedFd, key: OptionKey, value: &Value) -> io::Result<()> {
 /// The kernel counts the SYN of who connects among the bytes that were acknowledged (`tcp_snd_una_update`, from
 /// `tcp_rcv_synsent_state_process`), but never among those sent, and of who accepts neither (`tcp_create_openreq_child`).
 #[must_use]
-pub fn beginning(socket: &OwnedFd) -> Option<Direction> {
+pub fn direction(socket: &OwnedFd) -> Option<Direction> {
     let before = Counts::of(socket)?;
     let mut queued: libc::c_int = 0;
     // SAFETY: writes an int.

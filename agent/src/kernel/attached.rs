@@ -12,12 +12,12 @@ use abi::Target as Numbered;
 use aya::{Ebpf, programs::Program};
 
 use super::{
-    ForeignConflict, KernelError, Target, foreign,
+    ForeignConflict, KernelError, Target, attach_conflict,
     links::{self, Link},
     maps,
     pins::{Pinned, Pins},
     syscall,
-    tables::Placed,
+    tables::SlotAssignment,
 };
 use crate::{
     compile::Hook,
@@ -95,7 +95,7 @@ impl Attached {
             }
             // Also one that never came in force.
             self.last_id = self.last_id.max(target.id);
-            fault::point_of("link-found", cgroup);
+            fault::point_for("link-found", cgroup);
             let Some(link) = Link::take_over(link, program(ebpf, hook)?, hook)? else {
                 // It has gone since.
                 unpin(&path);
@@ -109,14 +109,14 @@ impl Attached {
     }
 
     /// Gives targets that have none yet their numbers.
-    pub(super) fn place(&mut self, targets: &[Target]) -> Vec<Placed> {
+    pub(super) fn assign_slots(&mut self, targets: &[Target]) -> Vec<SlotAssignment> {
         let taken: BTreeSet<u32> = self.held.values().map(|held| held.target.place).collect();
         let mut free = (0..).filter(|place| !taken.contains(place));
         targets
             .iter()
             .map(|Target { cgroup, scope }| {
                 let target = self.number(cgroup, || free.next().unwrap_or_default());
-                Placed { target, cgroup: cgroup.id, level: cgroup.level, scope: *scope }
+                SlotAssignment { target, cgroup: cgroup.id, level: cgroup.level, scope: *scope }
             })
             .collect()
     }
@@ -147,13 +147,13 @@ impl Attached {
         // One target after the other, those high in the tree first: it is in whole or not at all that one fails.
         points.sort_by_key(|(_, target)| (targets[*target].cgroup.level, *target));
         points.retain(|(hook, target)| {
-            let check = || foreign::check(*hook, &targets[*target].cgroup, None);
+            let check = || attach_conflict::check(*hook, &targets[*target].cgroup, None);
             !hook.is_optional() || check().inspect_err(|conflict| warn_of_optional(*hook, conflict)).is_ok()
         });
         // All of them before the first is attached.
         for (hook, target) in points.iter().filter(|(hook, _)| !hook.is_optional()) {
             let cgroup = &targets[*target].cgroup;
-            match foreign::check(*hook, cgroup, None) {
+            match attach_conflict::check(*hook, cgroup, None) {
                 Err(conflict) if is_at(&cgroup.path, cgroup.id) => {
                     failed.entry(cgroup.id).or_insert_with(|| conflict.into());
                 }
@@ -185,7 +185,7 @@ impl Attached {
             }
         }
         let (undone, added): (Vec<_>, Vec<_>) = added.into_iter().partition(|(cgroup, _)| failed.contains_key(cgroup));
-        self.let_go(&undone);
+        self.detach(&undone);
         (added, failed)
     }
 
@@ -201,8 +201,8 @@ impl Attached {
         let link = held.links.entry(hook).insert_entry(link).into_mut();
         added.push((cgroup.id, hook));
         // Others may have attached programs since the check.
-        foreign::check(hook, cgroup, Some(program_id(ebpf, hook)?))?;
-        maps::tell_target(ebpf, hook, cgroup.id, held.target)?;
+        attach_conflict::check(hook, cgroup, Some(program_id(ebpf, hook)?))?;
+        maps::write_target(ebpf, hook, cgroup.id, held.target)?;
         if let Some(pins) = &self.pins {
             fault::point("link-attached");
             pins.pin_link(link, cgroup.id, held.target, hook)?;
@@ -226,35 +226,35 @@ impl Attached {
         let points = self.missing(points, targets).into_iter().filter(|(hook, _)| !hook.is_optional());
         let conflict = |(hook, target): (Hook, usize)| {
             let cgroup = &targets[target].cgroup;
-            let conflict = foreign::check(hook, cgroup, None).err()?;
+            let conflict = attach_conflict::check(hook, cgroup, None).err()?;
             is_at(&cgroup.path, cgroup.id).then_some((target, conflict))
         };
         points.filter_map(conflict).collect()
     }
 
     /// Lets go of what is not among these, but for what still may hold sockets of a cgroup that was removed.
-    pub(super) fn keep(&mut self, points: &BTreeSet<Point>) {
-        self.let_go_where(|point, is_removed| !is_removed && !points.contains(point));
+    pub(super) fn detach_except(&mut self, points: &BTreeSet<Point>) {
+        self.detach_where(|point, is_removed| !is_removed && !points.contains(point));
     }
 
     /// Lets go of these.
-    pub(super) fn let_go(&mut self, points: &[Point]) {
+    pub(super) fn detach(&mut self, points: &[Point]) {
         let points: BTreeSet<&Point> = points.iter().collect();
-        self.let_go_where(|point, _| points.contains(point));
+        self.detach_where(|point, _| points.contains(point));
     }
 
     /// Lets go of targets of which nothing is attached.
-    pub(super) fn forget_unattached(&mut self, cgroups: &Failed) {
+    pub(super) fn drop_unattached(&mut self, cgroups: &Failed) {
         self.held.retain(|cgroup, held| !cgroups.contains_key(cgroup) || !held.links.is_empty());
     }
 
     /// Lets go of all.
-    pub(super) fn clear(&mut self) {
-        self.let_go_where(|_, _| true);
+    pub(super) fn detach_all(&mut self) {
+        self.detach_where(|_, _| true);
     }
 
     /// `is_meant` is also told whether the cgroup has been removed.
-    fn let_go_where(&mut self, is_meant: impl Fn(&Point, bool) -> bool) {
+    fn detach_where(&mut self, is_meant: impl Fn(&Point, bool) -> bool) {
         for (cgroup, Held { target, links, is_removed, path: _ }) in &mut self.held {
             links.retain(|hook, _| {
                 let goes = is_meant(&(*cgroup, *hook), *is_removed);
@@ -290,13 +290,13 @@ impl Attached {
     }
 
     /// Lets go of removed cgroups that have no sockets any more; gives which targets they were, by the ids of their cgroups.
-    pub(super) fn let_go_of_empty(&mut self) -> Vec<(u64, Numbered)> {
+    pub(super) fn detach_removed(&mut self) -> Vec<(u64, Numbered)> {
         // What cannot be asked about is asked about again.
         let is_empty = |held: &Held| held.links.values().all(|link| link.is_defunct().unwrap_or(false));
         let empty = self.held.iter().filter(|(_, held)| held.is_removed && is_empty(held));
         let gone: Vec<_> = empty.map(|(cgroup, held)| (*cgroup, held.target)).collect();
         let ids: BTreeSet<u64> = gone.iter().map(|(cgroup, _)| *cgroup).collect();
-        self.let_go_where(|(cgroup, _), _| ids.contains(cgroup));
+        self.detach_where(|(cgroup, _), _| ids.contains(cgroup));
         self.held.retain(|cgroup, _| !ids.contains(cgroup));
         gone
     }

@@ -10,7 +10,7 @@ use std::{collections::HashMap, io::Read as _, mem, slice};
 use abi::{
     SETTABLE_MAX,
     layout::{Layout, known},
-    live::{self, Assignment, Held, List, Outcome, REACH, Turn, places, step},
+    live::{self, Assignment, AssignmentList, FdEntry, IterControl, Outcome, REACH, places, step},
 };
 use aya::{
     Btf, Ebpf,
@@ -23,15 +23,15 @@ use super::{
     Answer, KernelError, Probed,
     error::{chain, load_reason},
     layout::{Roots, layout},
-    maps::{View, with_map},
-    object::{self, Bare},
+    maps::{MappedArray, with_map},
+    object::{self, ProbeObject},
 };
-use crate::host::{btf::Types, netns::Namespace, process, survey::Holder};
+use crate::host::{btf::Types, netns::Namespace, process, socket_table::FdRef};
 
 /// Visits sockets.
-const PROGRAM: &str = "live_apply";
+const PROGRAM: &str = "sp_iter_tcp";
 /// Visits the files that processes have open.
-const HOLDERS: &str = "live_holders";
+const HOLDERS: &str = "sp_iter_file";
 
 /// What the kernel's documentation calls the hook, and since when programs can set options there.
 const NAME: &str = "iter/tcp";
@@ -49,7 +49,7 @@ const ASSIGNMENTS_MAX: usize = 1024;
 const LISTS_MAX: usize = 1024;
 
 /// Maps that this program has no use for, as small as they can be.
-const IDLE: [(&str, u32); 4] = [("EVENTS", 4096), ("CALLS", 1), ("LIMITS", 1), ("TOLD", 1)];
+const IDLE: [(&str, u32); 4] = [("sp_events", 4096), ("sp_calls", 1), ("sp_rate_limits", 1), ("sp_exes_sent", 1)];
 
 /// What a TCP socket is to be given.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -115,17 +115,17 @@ impl Outcomes {
 }
 
 /// The program, and its maps.
-pub struct Walk {
+pub struct SocketIter {
     ebpf: Ebpf,
     /// Whether the other program is there, too.
     can_name_holders: bool,
-    jobs: View<live::Job>,
-    outcomes: View<Outcome>,
+    jobs: MappedArray<live::SocketJob>,
+    outcomes: MappedArray<Outcome>,
     /// What stands in the maps.
     round: Round,
 }
 
-impl Walk {
+impl SocketIter {
     /// Jobs that there is room for at a time.
     pub const JOBS_MAX: usize = JOBS_MAX;
 
@@ -136,8 +136,12 @@ impl Walk {
     /// [`KernelError::Iterator`] where this kernel does not take it; others where this process lacks rights or memory.
     pub fn load(names_holders: bool) -> Result<Self, KernelError> {
         super::check_privileges()?;
-        let sizes =
-            [("JOBS", PLACES_MAX), ("LISTS", LISTS_MAX), ("ASSIGNMENTS", ASSIGNMENTS_MAX), ("OUTCOMES", OUTCOMES_MAX)];
+        let sizes = [
+            ("sp_jobs", PLACES_MAX),
+            ("sp_assign_lists", LISTS_MAX),
+            ("sp_assignments", ASSIGNMENTS_MAX),
+            ("sp_outcomes", OUTCOMES_MAX),
+        ];
         let sizes = sizes.map(|(map, entries)| (map, entries as u32));
         // It tells them by the numbers that they have to the kernel, and only it looks at structures.
         let layout = match names_holders && process::is_initial_namespace() {
@@ -149,7 +153,8 @@ impl Walk {
         load(&mut ebpf, &types)?;
         let can_name_holders = layout.knows(NAMES_HOLDERS) && load_holders(&mut ebpf, &types)?;
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        let (jobs, outcomes) = (View::of(&ebpf, "JOBS", protection)?, View::of(&ebpf, "OUTCOMES", protection)?);
+        let (jobs, outcomes) =
+            (MappedArray::of(&ebpf, "sp_jobs", protection)?, MappedArray::of(&ebpf, "sp_outcomes", protection)?);
         Ok(Self { ebpf, can_name_holders, jobs, outcomes, round: Round::default() })
     }
 
@@ -159,13 +164,13 @@ impl Walk {
     /// # Errors
     ///
     /// Where the kernel refuses.
-    pub fn holders(&mut self) -> Result<Option<Vec<(u32, Holder)>>, KernelError> {
+    pub fn fd_refs(&mut self) -> Result<Option<Vec<(u32, FdRef)>>, KernelError> {
         if !self.can_name_holders {
             return Ok(None);
         }
         let mut told = Vec::new();
         read(&mut self.ebpf, HOLDERS, |bytes| told.extend_from_slice(bytes))?;
-        let (records, _) = told.as_chunks::<{ size_of::<Held>() }>();
+        let (records, _) = told.as_chunks::<{ size_of::<FdEntry>() }>();
         Ok(Some(records.iter().map(holder).collect()))
     }
 
@@ -175,13 +180,13 @@ impl Walk {
     /// # Errors
     ///
     /// Where the kernel refuses.
-    pub fn look<'a>(
+    pub fn read<'a>(
         &mut self,
         jobs: impl ExactSizeIterator<Item = &'a Job>,
         namespaces: &[Namespace],
     ) -> Result<Outcomes, KernelError> {
-        self.place(Round::first_of(jobs))?;
-        self.visit(step::LOOK, namespaces)
+        self.write_round(Round::first_of(jobs))?;
+        self.run(step::READ, namespaces)
     }
 
     /// Gives those what they are to have, as far as they could be looked at.
@@ -190,22 +195,22 @@ impl Walk {
     ///
     /// Where the kernel refuses.
     pub fn set(&mut self, namespaces: &[Namespace]) -> Result<Outcomes, KernelError> {
-        self.visit(step::SET, namespaces)
+        self.run(step::SET, namespaces)
     }
 
     /// Writes jobs to the maps, in place of those that are there.
-    fn place(&mut self, round: Round) -> Result<(), KernelError> {
+    fn write_round(&mut self, round: Round) -> Result<(), KernelError> {
         if round.rows.is_empty() {
             return Err(KernelError::Incomplete { what: "room for these jobs" });
         }
         let before = mem::replace(&mut self.round, round);
-        before.rows.iter().for_each(|(place, _)| self.jobs.set(*place, live::Job::default()));
+        before.rows.iter().for_each(|(place, _)| self.jobs.set(*place, live::SocketJob::default()));
         let Round { rows, bounds, lists, .. } = &self.round;
         rows.iter().for_each(|(place, job)| self.jobs.set(*place, *job));
-        with_map::<Array<_, List>>(&mut self.ebpf, "LISTS", |map| {
+        with_map::<Array<_, AssignmentList>>(&mut self.ebpf, "sp_assign_lists", |map| {
             (0..).zip(&lists.lists).try_for_each(|(at, list)| map.set(at, list, 0))
         })?;
-        with_map::<Array<_, Assignment>>(&mut self.ebpf, "ASSIGNMENTS", |map| {
+        with_map::<Array<_, Assignment>>(&mut self.ebpf, "sp_assignments", |map| {
             (0..).zip(&lists.assignments).try_for_each(|(at, assignment)| map.set(at, assignment, 0))
         })?;
         let used = bounds.last().copied().unwrap_or_default();
@@ -214,9 +219,9 @@ impl Walk {
     }
 
     /// Has the program visit all TCP sockets of these namespaces.
-    fn visit(&mut self, step: u32, namespaces: &[Namespace]) -> Result<Outcomes, KernelError> {
-        let turn = Turn { step, shift: self.round.shift };
-        with_map::<Array<_, Turn>>(&mut self.ebpf, "TURN", |map| map.set(0, turn, 0))?;
+    fn run(&mut self, step: u32, namespaces: &[Namespace]) -> Result<Outcomes, KernelError> {
+        let turn = IterControl { step, shift: self.round.shift };
+        with_map::<Array<_, IterControl>>(&mut self.ebpf, "sp_iter_control", |map| map.set(0, turn, 0))?;
         for number in &self.round.namespaces {
             let Some(namespace) = namespaces.get(*number) else { continue };
             let visited = namespace.within(|| visit_here(&mut self.ebpf));
@@ -237,10 +242,10 @@ impl Walk {
 /// What the program has to know of the kernel's structures that names who has sockets.
 const NAMES_HOLDERS: u32 = known::DESCRIPTOR | known::EXECUTABLE;
 
-fn holder(record: &[u8; size_of::<Held>()]) -> (u32, Holder) {
+fn holder(record: &[u8; size_of::<FdEntry>()]) -> (u32, FdRef) {
     // SAFETY: as many bytes, of numbers that are valid whatever they are.
-    let Held { inode, process, descriptor } = unsafe { record.as_ptr().cast::<Held>().read_unaligned() };
-    (inode as u32, Holder { process, descriptor: descriptor as i32 })
+    let FdEntry { inode, process, descriptor } = unsafe { record.as_ptr().cast::<FdEntry>().read_unaligned() };
+    (inode as u32, FdRef { process, descriptor: descriptor as i32 })
 }
 
 fn types() -> Result<Btf, KernelError> {
@@ -259,7 +264,7 @@ fn load_holders(ebpf: &mut Ebpf, types: &Btf) -> Result<bool, KernelError> {
 
 /// Whether this kernel takes the program and runs it. The one that names holders is loaded for its size.
 pub(super) fn probe() -> Result<Probed<&'static str, Answer>, KernelError> {
-    let Bare { mut ebpf, .. } = object::bare()?;
+    let ProbeObject { mut ebpf, .. } = object::load_for_probe()?;
     let tried = types().and_then(|types| {
         load(&mut ebpf, &types)?;
         load_holders(&mut ebpf, &types)?;
@@ -312,7 +317,7 @@ fn read(ebpf: &mut Ebpf, name: &'static str, mut take: impl FnMut(&[u8])) -> Res
 #[derive(Default)]
 struct Round {
     /// By job: its place, and what stands there.
-    rows: Vec<(usize, live::Job)>,
+    rows: Vec<(usize, live::SocketJob)>,
     /// See [`places`].
     shift: u32,
     /// See [`Outcomes::bounds`].
@@ -337,7 +342,7 @@ impl Round {
             let Some(place) = place.filter(|_| end <= OUTCOMES_MAX) else { break };
             let Some(list) = round.lists.add(&job.assignments) else { break };
             is_free[place] = false;
-            round.rows.push((place, live::Job { cookie: job.cookie, list, first: first as u32 }));
+            round.rows.push((place, live::SocketJob { cookie: job.cookie, list, first: first as u32 }));
             round.bounds.push(end);
             if !round.namespaces.contains(&job.namespace) {
                 round.namespaces.push(job.namespace);
@@ -351,7 +356,7 @@ impl Round {
 #[derive(Default)]
 struct Lists {
     assignments: Vec<Assignment>,
-    lists: Vec<List>,
+    lists: Vec<AssignmentList>,
     assignment_numbers: HashMap<Assignment, u32>,
     list_numbers: HashMap<Vec<Assignment>, u32>,
 }
@@ -365,7 +370,7 @@ impl Lists {
         if self.lists.len() == LISTS_MAX || wanted.len() > SETTABLE_MAX {
             return None;
         }
-        let mut list = List { len: wanted.len() as u32, ..List::default() };
+        let mut list = AssignmentList { len: wanted.len() as u32, ..AssignmentList::default() };
         for (place, assignment) in list.assignments.iter_mut().zip(wanted) {
             *place = self.add_assignment(assignment)?;
         }

@@ -30,10 +30,10 @@ use crate::{
 /// BPF_NOEXIST: an entry that is there stays.
 const NO_EXIST: u64 = 1;
 
-pub(super) const EVENTS: &str = "EVENTS";
-const CALLS: &str = "CALLS";
-const TALLIES: &str = "TALLIES";
-const UNKNOWN_TALLIES: &str = "UNKNOWN_TALLIES";
+pub(super) const EVENTS: &str = "sp_events";
+const CALLS: &str = "sp_calls";
+const TALLIES: &str = "sp_tallies";
+const UNKNOWN_TALLIES: &str = "sp_unk_tallies";
 
 /// Entries of map `TALLIES` beside those of options that have a name: for options that rules give by number.
 const LATER_TALLIES: u32 = 256;
@@ -45,7 +45,7 @@ const CALL_BYTES: u32 = 8 << 20;
 
 /// Gives each map that is sized at load the entries that it takes. No map can be empty.
 pub(super) fn size(loader: &mut EbpfLoader<'_>, calls: Calls, processes: &[u32], members: &[(OptionKey, Member)]) {
-    for (map, entries) in [("PROCESSES", processes.len()), ("MEMBERS", members.len())] {
+    for (map, entries) in [("sp_processes", processes.len()), ("sp_members", members.len())] {
         loader.map_max_entries(map, entries.max(1) as u32);
     }
     loader.map_max_entries(TALLIES, 2 * (OPTIONS.len() + 1) as u32 + LATER_TALLIES);
@@ -53,7 +53,7 @@ pub(super) fn size(loader: &mut EbpfLoader<'_>, calls: Calls, processes: &[u32],
 }
 
 /// Has maps stay that outlive the agent, or taken over where they have.
-pub(super) fn keep(loader: &mut EbpfLoader<'_>, pins: &Pins) -> Result<(), KernelError> {
+pub(super) fn pin_maps(loader: &mut EbpfLoader<'_>, pins: &Pins) -> Result<(), KernelError> {
     for map in pins::MAPS {
         let path = pins.map(map)?;
         if map == EVENTS && pins.has_map(map) {
@@ -83,44 +83,44 @@ pub(super) fn is_in_force(pins: &Pins) -> Result<bool, KernelError> {
 
 /// What is in force.
 pub(super) fn config(ebpf: &Ebpf) -> Result<Config, KernelError> {
-    let map = ebpf.map("CONFIG").ok_or(KernelError::Incomplete { what: "CONFIG" })?;
-    let map = Array::<_, Config>::try_from(map).map_err(map_error("CONFIG"))?;
-    map.get(&0, 0).map_err(map_error("CONFIG"))
+    let map = ebpf.map("sp_config").ok_or(KernelError::Incomplete { what: "sp_config" })?;
+    let map = Array::<_, Config>::try_from(map).map_err(map_error("sp_config"))?;
+    map.get(&0, 0).map_err(map_error("sp_config"))
 }
 
 /// Writes what does not change with the policies.
 pub(super) fn fill(ebpf: &mut Ebpf, processes: &[u32], members: &[(OptionKey, Member)]) -> Result<(), KernelError> {
-    with_map::<HashMap<_, u32, u32>>(ebpf, "PROCESSES", |map| {
+    with_map::<HashMap<_, u32, u32>>(ebpf, "sp_processes", |map| {
         processes.iter().try_for_each(|process| map.insert(process, 1, 0))
     })?;
-    with_map::<HashMap<_, OptionKey, Member>>(ebpf, "MEMBERS", |map| {
+    with_map::<HashMap<_, OptionKey, Member>>(ebpf, "sp_members", |map| {
         members.iter().try_for_each(|(option, member)| map.insert(option, member, 0))
     })
 }
 
 /// Tells the program that is attached to a cgroup which target that is.
 #[expect(deprecated, reason = "nothing else tells a program where it is attached")]
-pub(super) fn tell_target(ebpf: &mut Ebpf, hook: Hook, cgroup: u64, target: abi::Target) -> Result<(), KernelError> {
+pub(super) fn write_target(ebpf: &mut Ebpf, hook: Hook, cgroup: u64, target: abi::Target) -> Result<(), KernelError> {
     let key = CgroupStorageKey::new(cgroup, attach_type(hook) as u32);
-    with_map::<maps::CgroupStorage<_, abi::Target>>(ebpf, "TARGETS", |map| map.insert(key, target, 0))
+    with_map::<maps::CgroupStorage<_, abi::Target>>(ebpf, "sp_targets", |map| map.insert(key, target, 0))
 }
 
 /// Writes the configuration, which says what is in force.
 pub(super) fn configure(ebpf: &mut Ebpf, config: Config) -> Result<(), KernelError> {
-    with_map::<Array<_, Config>>(ebpf, "CONFIG", |map| map.set(0, config, 0))
+    with_map::<Array<_, Config>>(ebpf, "sp_config", |map| map.set(0, config, 0))
 }
 
 /// The values of an array that this process has in its own memory, as the programs write them.
-pub(super) struct View<T> {
+pub(super) struct MappedArray<T> {
     memory: NonNull<c_void>,
     bytes: NonZeroUsize,
     values: PhantomData<T>,
 }
 
 // SAFETY: it is memory that is read and written value by value.
-unsafe impl<T> Send for View<T> {}
+unsafe impl<T> Send for MappedArray<T> {}
 
-impl<T: Pod> View<T> {
+impl<T: Pod> MappedArray<T> {
     /// Takes an array into this process's memory. Its programs' map has BPF_F_MMAPABLE.
     pub(super) fn of(ebpf: &Ebpf, name: &'static str, protection: ProtFlags) -> Result<Self, KernelError> {
         let Some(Map::Array(map)) = ebpf.map(name) else { return Err(KernelError::Incomplete { what: name }) };
@@ -155,7 +155,7 @@ impl<T: Pod> View<T> {
     }
 }
 
-impl<T> Drop for View<T> {
+impl<T> Drop for MappedArray<T> {
     fn drop(&mut self) {
         // SAFETY: nobody has a reference into it.
         if let Err(errno) = unsafe { munmap(self.memory, self.bytes.get()) } {
@@ -165,16 +165,16 @@ impl<T> Drop for View<T> {
 }
 
 /// What was lost, as the programs write it.
-pub(super) struct LossesView {
-    view: View<Losses>,
+pub(super) struct MappedLosses {
+    view: MappedArray<Losses>,
     /// What was lost before this agent: another one has told of it.
     before: Losses,
 }
 
-impl LossesView {
+impl MappedLosses {
     /// Takes the map into this process's memory.
     pub(super) fn of(ebpf: &Ebpf) -> Result<Self, KernelError> {
-        let view = View::of(ebpf, "LOSSES", ProtFlags::PROT_READ)?;
+        let view = MappedArray::of(ebpf, "sp_losses", ProtFlags::PROT_READ)?;
         let mut view = Self { view, before: Losses::default() };
         view.before = view.all();
         Ok(view)
@@ -233,10 +233,10 @@ pub(super) fn tallies(ebpf: &Ebpf) -> Result<Vec<(TallyKey, Tally)>, KernelError
 }
 
 /// How many calls the audit has seen begin and not end, of which it would tell when these are `wanted` ([`abi::calls`]).
-pub(super) fn calls_under_way(ebpf: &Ebpf, wanted: u32) -> Result<u64, KernelError> {
+pub(super) fn open_calls(ebpf: &Ebpf, wanted: u32) -> Result<u64, KernelError> {
     let map = ebpf.map(CALLS).ok_or(KernelError::Incomplete { what: CALLS })?;
     let map = Array::<_, Slot>::try_from(map).map_err(map_error(CALLS))?;
-    let is_missed = |Slot { call, .. }: &Slot| call.thread != 0 && call.is_to_be_told(wanted);
+    let is_missed = |Slot { call, .. }: &Slot| call.thread != 0 && call.should_report(wanted);
     Ok(map.iter().flatten().filter(is_missed).count() as u64)
 }
 
@@ -257,7 +257,7 @@ pub(super) fn drop_dead_calls(ebpf: &mut Ebpf, wanted: u32) -> Result<u64, Kerne
             let Slot { call, .. } = map.get(&index, 0)?;
             if call.thread == thread {
                 map.set(index, Slot::default(), 0)?;
-                missed += u64::from(call.is_to_be_told(wanted));
+                missed += u64::from(call.should_report(wanted));
             }
         }
         Ok(())
@@ -266,8 +266,8 @@ pub(super) fn drop_dead_calls(ebpf: &mut Ebpf, wanted: u32) -> Result<u64, Kerne
 }
 
 /// Removes an executable from those whose files were told.
-pub(super) fn ask_for_file_of(ebpf: &mut Ebpf, executable: &Executable) {
-    let map = ebpf.map_mut("TOLD").and_then(|map| HashMap::<_, Executable, u32>::try_from(map).ok());
+pub(super) fn request_exe_path(ebpf: &mut Ebpf, executable: &Executable) {
+    let map = ebpf.map_mut("sp_exes_sent").and_then(|map| HashMap::<_, Executable, u32>::try_from(map).ok());
     // It is not there where the ring buffer had no room for it.
     if let Some(mut map) = map {
         let _ = map.remove(executable);

@@ -7,18 +7,18 @@
 //! and the last step of [`Object::enable`] is what makes all of them act at once. Everything is held
 //! by file descriptors of this process, so whatever ends it ends the policy, unless it is pinned ([`Pins`]).
 
+mod attach_conflict;
 mod attached;
 mod audit;
 mod error;
-mod foreign;
-mod knowledge;
+mod foreign_programs;
+mod kernel_info;
 mod layout;
 mod links;
 mod live;
 mod maps;
 mod memlock;
 mod misses;
-mod neighbours;
 mod object;
 mod observe;
 mod pins;
@@ -27,13 +27,13 @@ mod syscall;
 mod tables;
 
 pub use self::{
+    attach_conflict::{AttachMode, ForeignConflict, conflicts},
     attached::Failed,
-    audit::{Audit, Backend, BackendChoice, Tried, candidates},
+    audit::{Audit, Backend, BackendChoice, ProbeResult, candidates},
     error::KernelError,
-    foreign::{AttachMode, ForeignConflict, conflicts},
-    live::{ITERATOR_SINCE, Job, Outcomes, Walk},
-    neighbours::{Neighbour, Turn, neighbours, overruling},
-    object::{AuditWish, Object, ProgramSize, Record, Staged, Tabled},
+    foreign_programs::{ForeignProgram, RunOrder, foreign_programs, overriding_programs},
+    live::{ITERATOR_SINCE, Job, Outcomes, SocketIter},
+    object::{AuditConfig, FilledTables, Object, ProgramSize, Record, Staged},
     observe::{MapIds, Observed},
     pins::Pins,
     probe::{Answer, Probed, audit_backends, hooks, iterator},

@@ -31,16 +31,16 @@ use aya::{
 use super::{
     Audit, BackendChoice, ForeignConflict, KernelError, Target,
     attached::{Attached, Failed, Point},
-    audit::{self, Aim, Events},
+    audit::{self, AuditRequest, PerfLinks},
     error::load_reason,
-    knowledge::{Abilities, Knowledge, loader_without_types},
-    maps::{self, LossesView},
+    kernel_info::{HelperSupport, KernelInfo, loader_without_types},
+    maps::{self, MappedLosses},
     memlock::Memlock,
     misses::misses,
     observe::MapIds,
     pins::Pins,
     syscall,
-    tables::{Former, Placed, Slots, Tables},
+    tables::{GenerationMaps, PreviousTables, SlotAssignment, Tables},
 };
 use crate::{
     compile::{Desired, Hook},
@@ -60,18 +60,18 @@ const EVENT_INTERVAL_NS: u64 = 200_000_000;
 pub struct Object {
     /// Before the programs, so that they go first.
     attached: Attached,
-    slots: Slots,
+    slots: GenerationMaps,
     /// The tables of the policies in force, if this object has put them so.
     tables: Option<Tables>,
     /// Those that sockets may still be set up by.
-    former: Vec<Former>,
+    former: Vec<PreviousTables>,
     /// The hooks that the policies in force need.
     needed: BTreeSet<Point>,
     config: Config,
     ebpf: Ebpf,
     ring: RingBuf<MapData>,
-    losses: LossesView,
-    abilities: Abilities,
+    losses: MappedLosses,
+    abilities: HelperSupport,
     /// Why the kernel's structures cannot be looked at, if they cannot.
     blindness: Option<String>,
     /// Whether the audit can judge calls: it must find the socket of a call, and that socket's cgroup.
@@ -84,14 +84,14 @@ pub struct Object {
     /// The hooks for which the kernel did not take our program, and what it said.
     refused: Vec<(Hook, String)>,
     audit: Option<Audit>,
-    events: Events,
+    events: PerfLinks,
     by_process: bool,
     /// What was attached for policies that are not in force yet.
     added: Vec<Point>,
 }
 
 /// Policies whose tables are there.
-pub struct Tabled(Tables);
+pub struct FilledTables(Tables);
 
 /// Policies that are ready to be put in force.
 pub struct Staged {
@@ -105,14 +105,14 @@ pub struct Staged {
 
 /// What the audit is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct AuditWish {
+pub struct AuditConfig {
     /// What the policies ask for.
     pub audit: model::Audit,
     /// Whether it judges the calls, in place of the hooks.
     pub judges: bool,
 }
 
-impl AuditWish {
+impl AuditConfig {
     #[must_use]
     pub fn of(desired: &Desired) -> Self {
         Self { audit: desired.audit, judges: desired.audit_judges }
@@ -177,19 +177,19 @@ impl Object {
     /// Where this process lacks capabilities, or the kernel has no memory for all this.
     pub fn load(
         hooks: &[Hook],
-        audit: AuditWish,
+        audit: AuditConfig,
         choice: BackendChoice,
         processes: &[u32],
         mut pins: Option<Pins>,
         next: &[(&Desired, usize)],
-    ) -> Result<(Self, Vec<Tabled>), KernelError> {
+    ) -> Result<(Self, Vec<FilledTables>), KernelError> {
         super::check_privileges()?;
         let _memlock = Memlock::raise();
-        let knowledge = Knowledge::gather()?;
+        let knowledge = KernelInfo::gather()?;
         // Where policies stay when this process is gone, nobody reads what an audit says.
         let is_pinned = pins.is_some();
         let can_begin_calls = knowledge.can_begin_calls() && !is_pinned;
-        let AuditWish { audit, judges } = audit;
+        let AuditConfig { audit, judges } = audit;
         let mut loader = knowledge.loader(audit.timing);
         loader.verifier_log_level(VerifierLogLevel::DEBUG);
         maps::size(&mut loader, audit.calls, processes, &knowledge.members);
@@ -200,7 +200,7 @@ impl Object {
                 pins.remove_ours()?;
             }
             pins.make_folders()?;
-            maps::keep(&mut loader, pins)?;
+            maps::pin_maps(&mut loader, pins)?;
             hooks.extend(pins.hooks()?.into_iter().filter(|hook| !hooks.contains(hook)).collect::<Vec<_>>());
         }
         let mut ebpf = loader.load(OBJECT)?;
@@ -209,14 +209,17 @@ impl Object {
         }
         maps::fill(&mut ebpf, processes, &knowledge.members)?;
         let config = maps::config(&ebpf)?;
-        let mut slots = Slots::of(&ebpf)?;
+        let mut slots = GenerationMaps::of(&ebpf)?;
         let next = next.iter().zip(config.generation + 1..);
         let tables = next.map(|((desired, targets), generation)| Tables::make(generation, desired, *targets));
         let tables: Vec<_> = tables.collect::<Result<_, _>>()?;
         let (refused, put) = thread::scope(|scope| {
             let putting = scope.spawn(|| slots.put(&tables));
-            let refused =
-                load_programs(&mut ebpf, &hooks, &audit::likely(choice, Aim::of(audit, can_begin_calls && !judges)));
+            let refused = load_programs(
+                &mut ebpf,
+                &hooks,
+                &audit::likely(choice, AuditRequest::of(audit, can_begin_calls && !judges)),
+            );
             (refused, putting.join().unwrap_or_else(|panic| resume_unwind(panic)))
         });
         put?;
@@ -229,14 +232,14 @@ impl Object {
         let generations = if config.in_force == 0 { 0..0 } else { 1..config.generation + 1 };
         let generations = generations.rev().take(GENERATIONS as usize).rev();
         let is_retired = |number: &u32| *number < config.oldest;
-        let former = generations.filter_map(|number| match Former::of_another(&ebpf, number) {
+        let former = generations.filter_map(|number| match PreviousTables::taken_over(&ebpf, number) {
             Err(_) if is_retired(&number) => None,
             former => Some(former),
         });
         let former = former.collect::<Result<_, _>>()?;
         let ring = ebpf.take_map(maps::EVENTS).ok_or(KernelError::Incomplete { what: maps::EVENTS })?;
         let ring = RingBuf::try_from(ring).map_err(|source| KernelError::Map { map: maps::EVENTS, source })?;
-        let losses = LossesView::of(&ebpf)?;
+        let losses = MappedLosses::of(&ebpf)?;
         let object = Self {
             attached,
             slots,
@@ -254,11 +257,11 @@ impl Object {
             can_judge: knowledge.can_judge() && !is_pinned,
             refused,
             audit: None,
-            events: Events::default(),
+            events: PerfLinks::default(),
             by_process: !processes.is_empty(),
             added: Vec::new(),
         };
-        Ok((object, tables.into_iter().map(Tabled).collect()))
+        Ok((object, tables.into_iter().map(FilledTables).collect()))
     }
 
     /// Loads the programs for further hooks.
@@ -278,7 +281,7 @@ impl Object {
     }
 
     /// The latest generations that were in force before this object's, as far as it has not retired them.
-    pub fn former(&self) -> impl Iterator<Item = u32> {
+    pub fn previous(&self) -> impl Iterator<Item = u32> {
         self.former.iter().map(|former| former.generation)
     }
 
@@ -299,7 +302,7 @@ impl Object {
     /// # Errors
     ///
     /// Where the counters cannot be read.
-    pub fn former_counters(&self) -> Result<Vec<(u32, Vec<Counters>)>, KernelError> {
+    pub fn previous_counters(&self) -> Result<Vec<(u32, Vec<Counters>)>, KernelError> {
         self.former.iter().map(|former| Ok((former.generation, former.counters()?))).collect()
     }
 
@@ -323,7 +326,7 @@ impl Object {
 
     /// Why events cannot tell what the kernel's structures say of a socket, if they cannot.
     #[must_use]
-    pub fn blindness(&self) -> Option<&str> {
+    pub fn btf_error(&self) -> Option<&str> {
         self.blindness.as_deref()
     }
 
@@ -335,7 +338,7 @@ impl Object {
 
     /// What cgroup/setsockopt can do here, as was found when it was loaded.
     #[must_use]
-    pub fn abilities(&self) -> Abilities {
+    pub fn helper_support(&self) -> HelperSupport {
         self.abilities
     }
 
@@ -354,7 +357,7 @@ impl Object {
     pub fn in_force_on<T>(
         &mut self,
         desired: &Desired,
-        tabled: Option<Tabled>,
+        tabled: Option<FilledTables>,
         target: Target,
         during: impl FnOnce() -> T,
     ) -> Result<(T, Vec<Counters>), KernelError> {
@@ -363,7 +366,7 @@ impl Object {
         let result = during();
         self.disable()?;
         let counters = self.counters()?;
-        self.attached.clear();
+        self.attached.detach_all();
         self.tables = None;
         while self.next_record().is_some() {}
         Ok((result, counters))
@@ -385,7 +388,7 @@ impl Object {
     pub fn stage(
         &mut self,
         desired: &Desired,
-        tabled: Option<Tabled>,
+        tabled: Option<FilledTables>,
         targets: &[Target],
     ) -> Result<Staged, KernelError> {
         let _memlock = Memlock::raise();
@@ -393,9 +396,9 @@ impl Object {
         if counts_calls && !maps::reserve_tallies(&mut self.ebpf, &desired.options)? {
             log::warn!("rules give too many options by number: the report does not count calls on each of them");
         }
-        let placed = self.attached.place(targets);
+        let placed = self.attached.assign_slots(targets);
         let mut tables = match tabled {
-            Some(Tabled(tables)) => tables,
+            Some(FilledTables(tables)) => tables,
             None => {
                 let places = placed.iter().map(|placed| placed.target.place as usize + 1).max().unwrap_or(0);
                 let tables = Tables::make(self.config.generation + 1, desired, places)?;
@@ -407,10 +410,10 @@ impl Object {
         self.attached.done("tables-installed");
         let (added, mut failed) = self.attached.attach(&mut self.ebpf, attachments(desired, targets), targets);
         clear_failed(&mut tables, &placed, &failed)?;
-        self.attached.forget_unattached(&failed);
+        self.attached.drop_unattached(&failed);
         let all_failed = targets.iter().all(|target| failed.contains_key(&target.cgroup.id));
         if all_failed && let Some((_, first)) = failed.pop_first() {
-            self.attached.let_go(&added);
+            self.attached.detach(&added);
             return Err(first);
         }
         self.added = added;
@@ -433,12 +436,12 @@ impl Object {
 
     /// Undoes what [`Self::stage`] did.
     pub fn abandon(&mut self, _: Staged) {
-        self.let_go_of_added();
+        self.detach_added();
     }
 
-    fn let_go_of_added(&mut self) {
+    fn detach_added(&mut self) {
         let added = mem::take(&mut self.added);
-        self.attached.let_go(&added);
+        self.attached.detach(&added);
     }
 
     /// Puts policies in force, at once and in place of others. Gives the number of their generation.
@@ -482,14 +485,14 @@ impl Object {
         maps::configure(&mut self.ebpf, config)?;
         self.attached.done("enabled");
         self.config = config;
-        self.former.extend(self.tables.replace(tables).map(Tables::into_former));
+        self.former.extend(self.tables.replace(tables).map(Tables::into_previous));
         self.needed = needed;
         self.added.clear();
         Ok(config.generation)
     }
 
     /// Has the policies in force hold on these targets, as cgroups come and go. Those that are not there any more stay targets
-    /// until [`Self::let_go_of_removed`]. Gives those that could not be attached to; `None` if there was no room for the new
+    /// until [`Self::detach_removed`]. Gives those that could not be attached to; `None` if there was no room for the new
     /// ones: then nothing is done.
     ///
     /// # Errors
@@ -498,9 +501,9 @@ impl Object {
     pub fn retarget(&mut self, desired: &Desired, targets: &[Target]) -> Result<Option<Failed>, KernelError> {
         let _memlock = Memlock::raise();
         let Some(tables) = &mut self.tables else { return Ok(None) };
-        let placed = self.attached.place(targets);
+        let placed = self.attached.assign_slots(targets);
         if !placed.iter().all(|placed| tables.has_room(placed.target.place)) {
-            self.attached.keep(&self.needed);
+            self.attached.detach_except(&self.needed);
             return Ok(None);
         }
         for placed in &placed {
@@ -516,14 +519,14 @@ impl Object {
         self.config = config;
         let (_, failed) = self.attached.attach(&mut self.ebpf, attachments(desired, targets), targets);
         clear_failed(tables, &placed, &failed)?;
-        self.attached.forget_unattached(&failed);
+        self.attached.drop_unattached(&failed);
         let was_needed = mem::replace(&mut self.needed, needed(desired, targets, &failed));
         for (cgroup, target) in self.attached.note_removed(targets) {
             let points: Vec<Point> = was_needed.iter().copied().filter(|(needed, _)| *needed == cgroup).collect();
             // Others are of policies before these.
             if !points.is_empty() {
                 tables.clear(target, cgroup)?;
-                self.attached.let_go(&points);
+                self.attached.detach(&points);
             }
         }
         Ok(Some(failed))
@@ -540,8 +543,8 @@ impl Object {
     /// # Errors
     ///
     /// Where the kernel refuses.
-    pub fn let_go_of_removed(&mut self) -> Result<(), KernelError> {
-        let gone = self.attached.let_go_of_empty();
+    pub fn detach_removed(&mut self) -> Result<(), KernelError> {
+        let gone = self.attached.detach_removed();
         let Some(tables) = &mut self.tables else { return Ok(()) };
         gone.into_iter().try_for_each(|(cgroup, target)| tables.clear(target, cgroup))
     }
@@ -557,9 +560,9 @@ impl Object {
         maps::configure(&mut self.ebpf, config)?;
         self.attached.done("retired");
         self.config = config;
-        self.attached.keep(&self.needed);
+        self.attached.detach_except(&self.needed);
         self.attached.done("let-go");
-        let counted = self.former_counters()?;
+        let counted = self.previous_counters()?;
         self.former.clear();
         Ok(counted)
     }
@@ -569,12 +572,12 @@ impl Object {
     /// # Errors
     ///
     /// Where the backend that was asked for cannot be had, or none can.
-    pub fn attach_audit(&mut self, wish: AuditWish, choice: BackendChoice) -> Result<Option<Audit>, KernelError> {
-        let AuditWish { audit: wanted, judges } = wish;
+    pub fn attach_audit(&mut self, wish: AuditConfig, choice: BackendChoice) -> Result<Option<Audit>, KernelError> {
+        let AuditConfig { audit: wanted, judges } = wish;
         if choice != BackendChoice::None {
             self.can_follow.clone().map_err(|reasons| KernelError::NoBackend { reasons })?;
         }
-        self.note_audit(abi::audit::NONE)?;
+        self.write_audit(abi::audit::NONE)?;
         // No call is to be seen by this one and by the next.
         mem::take(&mut self.events).take();
         if let Some(audit) = self.audit.take() {
@@ -582,10 +585,10 @@ impl Object {
         }
         let _memlock = Memlock::raise();
         if let Some((audit, events)) =
-            audit::attach(&mut self.ebpf, choice, Aim::of(wanted, self.can_begin_calls && !judges))?
+            audit::attach(&mut self.ebpf, choice, AuditRequest::of(wanted, self.can_begin_calls && !judges))?
         {
             (self.audit, self.events) = (Some(audit), events);
-            self.note_audit(match (audit.sees_ends_alone(), wanted.reads) {
+            self.write_audit(match (audit.sees_only_exits(), wanted.reads) {
                 (false, _) => abi::audit::CALLS,
                 (true, false) => abi::audit::ENDS,
                 (true, true) => abi::audit::ENDS | abi::audit::READ_ENDS,
@@ -595,7 +598,7 @@ impl Object {
     }
 
     /// Tells hooks what the audit sees of calls: before it does not any more, and when it does.
-    fn note_audit(&mut self, audit: u32) -> Result<(), KernelError> {
+    fn write_audit(&mut self, audit: u32) -> Result<(), KernelError> {
         let config = Config { audit, ..self.config };
         if config != self.config {
             maps::configure(&mut self.ebpf, config)?;
@@ -609,7 +612,7 @@ impl Object {
     /// # Errors
     ///
     /// Where the configuration cannot be written.
-    pub fn look_away(&mut self, process: Option<u32>) -> Result<(), KernelError> {
+    pub fn exempt_process(&mut self, process: Option<u32>) -> Result<(), KernelError> {
         let process = process.filter(|_| process::is_initial_namespace());
         let started = process.and_then(|process| Some((process, process::start(process)?)));
         let (agent, agent_start) = started.unwrap_or_default();
@@ -668,8 +671,8 @@ impl Object {
     /// # Errors
     ///
     /// Where the map cannot be read.
-    pub fn calls_under_way(&self) -> Result<u64, KernelError> {
-        maps::calls_under_way(&self.ebpf, self.config.calls)
+    pub fn open_calls(&self) -> Result<u64, KernelError> {
+        maps::open_calls(&self.ebpf, self.config.calls)
     }
 
     /// Drops the records of calls whose threads are gone, and whose ends were therefore not seen; gives of how many there would
@@ -683,8 +686,8 @@ impl Object {
     }
 
     /// Has the file of an executable told again before its next event.
-    pub fn ask_for_file_of(&mut self, executable: &Executable) {
-        maps::ask_for_file_of(&mut self.ebpf, executable);
+    pub fn request_exe_path(&mut self, executable: &Executable) {
+        maps::request_exe_path(&mut self.ebpf, executable);
     }
 
     /// The calls that the audit saw, by option.
@@ -700,7 +703,7 @@ impl Object {
 /// What is not in force leaves no pins.
 impl Drop for Object {
     fn drop(&mut self) {
-        self.let_go_of_added();
+        self.detach_added();
         if let Some(pins) = self.attached.pins().filter(|_| self.config.in_force == 0)
             && let Err(error) = pins.remove_ours()
         {
@@ -739,7 +742,7 @@ fn needed(desired: &Desired, targets: &[Target], failed: &Failed) -> BTreeSet<Po
 }
 
 /// Has nothing hold on targets that failed.
-fn clear_failed(tables: &mut Tables, placed: &[Placed], failed: &Failed) -> Result<(), KernelError> {
+fn clear_failed(tables: &mut Tables, placed: &[SlotAssignment], failed: &Failed) -> Result<(), KernelError> {
     let placed = placed.iter().filter(|placed| failed.contains_key(&placed.cgroup));
     placed.into_iter().try_for_each(|placed| tables.clear(placed.target, placed.cgroup))
 }
@@ -859,17 +862,17 @@ pub(super) fn sizes(ebpf: &Ebpf) -> Vec<ProgramSize> {
 }
 
 /// The object without a policy, for probing: with all that its programs can be made to do.
-pub(super) struct Bare {
+pub(super) struct ProbeObject {
     pub(super) ebpf: Ebpf,
     /// Whether the audit can tell whose calls it sees, and why not.
     pub(super) can_follow: Result<(), String>,
 }
 
-pub(super) fn bare() -> Result<Bare, KernelError> {
+pub(super) fn load_for_probe() -> Result<ProbeObject, KernelError> {
     let _memlock = Memlock::raise();
-    let knowledge = Knowledge::gather()?;
+    let knowledge = KernelInfo::gather()?;
     let ebpf = knowledge.loader(true).load(OBJECT)?;
-    Ok(Bare { ebpf, can_follow: knowledge.can_follow() })
+    Ok(ProbeObject { ebpf, can_follow: knowledge.can_follow() })
 }
 
 /// The object for programs that decide nothing and follow nobody, with maps of these sizes.

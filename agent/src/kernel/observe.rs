@@ -9,7 +9,7 @@ use aya::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{KernelError, maps::map_error, tables::Former};
+use super::{KernelError, maps::map_error, tables::PreviousTables};
 
 /// The kernel's numbers of the maps that tell what is in force and what comes of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,7 +37,7 @@ impl MapIds {
             };
             Ok(map.info().map_err(map_error(name))?.id())
         };
-        Ok(Self { config: id("CONFIG")?, counters: id("COUNTERS")?, losses: id("LOSSES")? })
+        Ok(Self { config: id("sp_config")?, counters: id("sp_counters")?, losses: id("sp_losses")? })
     }
 
     /// Looks at what is there now.
@@ -46,11 +46,11 @@ impl MapIds {
     ///
     /// Where these maps are gone, or may not be read.
     pub fn observe(self) -> Result<Observed, KernelError> {
-        let Config { in_force, generation, .. } = first(self.config, "CONFIG")?;
+        let Config { in_force, generation, .. } = first(self.config, "sp_config")?;
         Ok(Observed {
             generation: (in_force != 0).then_some(generation),
-            losses: first(self.losses, "LOSSES")?,
-            counters: open(self.counters, "COUNTERS")?,
+            losses: first(self.losses, "sp_losses")?,
+            counters: open(self.counters, "sp_counters")?,
         })
     }
 }
@@ -62,7 +62,7 @@ impl Observed {
     ///
     /// Where its tables are gone.
     pub fn counters(&self, generation: u32) -> Result<Vec<Counters>, KernelError> {
-        Former::within(&self.counters, generation)?.counters()
+        PreviousTables::within(&self.counters, generation)?.counters()
     }
 }
 

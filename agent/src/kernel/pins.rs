@@ -42,26 +42,26 @@ const MAPS_DIR: &str = "maps";
 /// Of the sources that decide what lies in maps (build.rs).
 const LAYOUT: &str = env!("SOCKPOLICY_LAYOUT");
 /// The map whose first entry says what is in force.
-const CONFIG: &str = "CONFIG";
+const CONFIG: &str = "sp_config";
 
 /// Maps whose contents outlive the agent. Each has others of its own.
 pub(super) const MAPS: [&str; 16] = [
     CONFIG,
-    "PLACES",
-    "FOLLOWED",
-    "SELECTORS",
-    "PREFIXES",
-    "OPTIONS",
-    "OPTION_INDEX",
-    "SETTINGS",
-    "SITES",
-    "COUNTERS",
-    "TARGETS",
-    "SOCKETS",
-    "KEPT",
-    "UNSTORED",
-    "LOSSES",
-    "EVENTS",
+    "sp_target_slots",
+    "sp_cgroup_slots",
+    "sp_selectors",
+    "sp_prefixes",
+    "sp_options",
+    "sp_option_index",
+    "sp_settings",
+    "sp_apply_lists",
+    "sp_counters",
+    "sp_targets",
+    "sp_sockets",
+    "sp_saved_values",
+    "sp_fallback",
+    "sp_losses",
+    "sp_events",
 ];
 
 /// An instance's pins.
@@ -216,7 +216,7 @@ impl Pins {
     /// # Errors
     ///
     /// Fails where the configuration cannot be written.
-    pub fn end(&self) -> Result<(), KernelError> {
+    pub fn disable(&self) -> Result<(), KernelError> {
         let Some(instance) = self.instance()? else { return Ok(()) };
         for layout in layouts(&instance)? {
             let Some(layout) = instance.open(&layout)? else { continue };
@@ -334,8 +334,9 @@ fn is_pin(dir: &PrivateDir, name: &str) -> bool {
 
 /// Returns whether a map of any layout may have this name.
 fn is_map(name: &str) -> bool {
-    name.starts_with(|first: char| first.is_ascii_uppercase())
-        && name.bytes().all(|byte| matches!(byte, b'A'..=b'Z' | b'0'..=b'9' | b'_'))
+    name.strip_prefix("sp_").is_some_and(|rest| {
+        !rest.is_empty() && rest.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_'))
+    })
 }
 
 /// Returns the cgroup's id in the name of a link of any layout.
@@ -432,7 +433,7 @@ mod tests {
     fn name_of_a_link_tells_where_it_is() {
         let target = Target { place: 3, id: 4 };
         assert_eq!(parse_link(&link_name(77, target, Hook::Connect4)), Some((77, target, Hook::Connect4)));
-        assert_eq!(parse_link("77-3-connect4_apply"), None);
+        assert_eq!(parse_link("77-3-sp_connect4"), None);
         assert_eq!(parse_link("77-3-4-other"), None);
     }
 
@@ -443,7 +444,7 @@ mod tests {
             assert_eq!(cgroup_of(name), None, "{name}");
         }
         assert!(MAPS.iter().all(|map| is_map(map)));
-        assert!(!["", "config", "_X", "A/B", "A.B", ".."].into_iter().any(is_map));
+        assert!(!["", "config", "sp_", "CONFIG", "sp_a/b", "sp_a.b", ".."].into_iter().any(is_map));
         assert!(
             is_layout(LAYOUT)
                 && !is_layout("links")

@@ -6,13 +6,12 @@
 use aya::programs::ProgramError;
 
 use super::{
-    Backend, KernelError, Tried,
-    audit::{self, Aim, Span},
+    Backend, KernelError, ProbeResult, attach_conflict,
+    audit::{self, AuditRequest, Visibility},
     error::{chain, load_reason},
-    foreign,
     links::Link,
     live,
-    object::{self, Bare, ProgramSize},
+    object::{self, ProbeObject, ProgramSize},
 };
 use crate::{
     compile::Hook,
@@ -43,7 +42,7 @@ pub struct Probed<T, A> {
 ///
 /// Where the object cannot be prepared at all.
 pub fn hooks(cgroup: &Cgroup) -> Result<Probed<Hook, Answer>, KernelError> {
-    let Bare { mut ebpf, .. } = object::bare()?;
+    let ProbeObject { mut ebpf, .. } = object::load_for_probe()?;
     let mut answers = Vec::new();
     for hook in Hook::ALL {
         let program = ebpf.program_mut(hook.program()).ok_or(KernelError::Incomplete { what: hook.program() })?;
@@ -51,8 +50,8 @@ pub fn hooks(cgroup: &Cgroup) -> Result<Probed<Hook, Answer>, KernelError> {
             Ok(()) if hook == Hook::PostCreate && !lsm::is_bpf_active() => {
                 Answer::No("the BPF LSM is not active: `bpf` is not in the boot parameter lsm=".to_owned())
             }
-            Err(error) => refused(&error),
-            Ok(()) => match foreign::check(hook, cgroup, None) {
+            Err(error) => answer_of(&error),
+            Ok(()) => match attach_conflict::check(hook, cgroup, None) {
                 // Says nothing about the kernel.
                 Err(conflict) => Answer::Unknown(conflict.reason()),
                 Ok(()) => {
@@ -79,9 +78,9 @@ pub fn iterator() -> Result<Probed<&'static str, Answer>, KernelError> {
 /// # Errors
 ///
 /// Where the object cannot be prepared at all.
-pub fn audit_backends() -> Result<Probed<Backend, Tried>, KernelError> {
-    const EVERYTHING: Aim = Aim { reads: true, span: Span::All };
-    let Bare { mut ebpf, can_follow } = object::bare()?;
+pub fn audit_backends() -> Result<Probed<Backend, ProbeResult>, KernelError> {
+    const EVERYTHING: AuditRequest = AuditRequest { reads: true, span: Visibility::All };
+    let ProbeObject { mut ebpf, can_follow } = object::load_for_probe()?;
     let answer = |backend| {
         let attached = can_follow.clone().and_then(|()| audit::attach_backend(&mut ebpf, backend, EVERYTHING));
         let tried = attached.map(|(audit, events)| {
@@ -95,7 +94,7 @@ pub fn audit_backends() -> Result<Probed<Backend, Tried>, KernelError> {
 }
 
 /// A program that was not loaded for want of rights or memory says nothing about the kernel.
-fn refused(error: &ProgramError) -> Answer {
+fn answer_of(error: &ProgramError) -> Answer {
     let reason = load_reason(error);
     match error {
         ProgramError::LoadError { io_error, verifier_log } => {

@@ -17,7 +17,7 @@ use aya_obj::generated::{
     bpf_prog_type, perf_event_attr, perf_type_id,
 };
 
-use super::foreign::AttachMode;
+use super::attach_conflict::AttachMode;
 use crate::compile::Hook;
 
 /// What the kernel says of a program. aya asks for the same and passes on a part.
@@ -123,17 +123,17 @@ pub(super) fn create_link(program: impl AsFd, hook: Hook, cgroup: &impl AsFd) ->
 /// What the kernel calls a hook (`enum bpf_attach_type`, include/uapi/linux/bpf.h).
 pub(super) fn attach_type(hook: Hook) -> bpf_attach_type {
     match hook {
-        Hook::Birth => bpf_attach_type::BPF_CGROUP_INET_SOCK_CREATE,
+        Hook::SockCreate => bpf_attach_type::BPF_CGROUP_INET_SOCK_CREATE,
         Hook::PostCreate => bpf_attach_type::BPF_LSM_CGROUP,
         Hook::Bind4 => bpf_attach_type::BPF_CGROUP_INET4_BIND,
         Hook::Bind6 => bpf_attach_type::BPF_CGROUP_INET6_BIND,
         Hook::Connect4 => bpf_attach_type::BPF_CGROUP_INET4_CONNECT,
         Hook::Connect6 => bpf_attach_type::BPF_CGROUP_INET6_CONNECT,
-        Hook::Send4 => bpf_attach_type::BPF_CGROUP_UDP4_SENDMSG,
-        Hook::Send6 => bpf_attach_type::BPF_CGROUP_UDP6_SENDMSG,
-        Hook::Turns => bpf_attach_type::BPF_CGROUP_SOCK_OPS,
-        Hook::Set => bpf_attach_type::BPF_CGROUP_SETSOCKOPT,
-        Hook::Get => bpf_attach_type::BPF_CGROUP_GETSOCKOPT,
+        Hook::Sendmsg4 => bpf_attach_type::BPF_CGROUP_UDP4_SENDMSG,
+        Hook::Sendmsg6 => bpf_attach_type::BPF_CGROUP_UDP6_SENDMSG,
+        Hook::SockOps => bpf_attach_type::BPF_CGROUP_SOCK_OPS,
+        Hook::Setsockopt => bpf_attach_type::BPF_CGROUP_SETSOCKOPT,
+        Hook::Getsockopt => bpf_attach_type::BPF_CGROUP_GETSOCKOPT,
     }
 }
 

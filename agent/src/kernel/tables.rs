@@ -9,9 +9,9 @@
 use std::{os::fd::AsFd as _, panic::resume_unwind, thread};
 
 use abi::{
-    Counters, Place, SiteList, index,
+    ApplyList, Counters, TargetSlot, index,
     select::{PrefixData, Selectors},
-    setting::{Governed, Numbers, OptionKey, Setting},
+    setting::{OptionFilter, OptionKey, OptionRow, Setting},
 };
 use aya::{
     Ebpf, Pod,
@@ -36,7 +36,7 @@ const ROOM: usize = 64;
 
 /// A target as the tables have it.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Placed {
+pub(super) struct SlotAssignment {
     pub(super) target: abi::Target,
     /// Of its cgroup.
     pub(super) cgroup: u64,
@@ -47,20 +47,20 @@ pub(super) struct Placed {
 pub(super) struct Tables {
     pub(super) generation: u32,
     /// What `option_index` has, as far as they can say it.
-    pub(super) numbers: Numbers,
+    pub(super) numbers: OptionFilter,
     /// Options that each scope has.
     options_per_scope: u32,
     /// Entries of `places`.
     room: u32,
-    places: Array<MapData, Place>,
+    places: Array<MapData, TargetSlot>,
     followed: HashMap<MapData, u64, u32>,
     selectors: Array<MapData, Selectors>,
     prefixes: LpmTrie<MapData, PrefixData, u64>,
-    options: Array<MapData, Governed>,
+    options: Array<MapData, OptionRow>,
     option_index: HashMap<MapData, OptionKey, u32>,
     /// Of settings.
     contents: Array<MapData, Setting>,
-    sites: Array<MapData, SiteList>,
+    sites: Array<MapData, ApplyList>,
     counters: Array<MapData, Counters>,
 }
 
@@ -70,33 +70,33 @@ impl Tables {
         let room = (2 * places).max(ROOM) as u32;
         let scopes = || desired.scopes.iter();
         let with_slot =
-            |option: &Governed| Governed { first_setting: index::of(generation, option.first_setting), ..*option };
+            |option: &OptionRow| OptionRow { first_setting: index::of(generation, option.first_setting), ..*option };
         let cpus = cpus()?;
         let mut tables = Self {
             generation,
-            numbers: Numbers::default(),
+            numbers: OptionFilter::default(),
             options_per_scope: desired.options.len() as u32,
             room,
-            places: Array::create(room, flags::ARRAY).map_err(map_error("PLACES"))?,
-            followed: HashMap::create(room, flags::HASH).map_err(map_error("FOLLOWED"))?,
-            selectors: array("SELECTORS", scopes().map(|scope| scope.selectors))?,
+            places: Array::create(room, flags::ARRAY).map_err(map_error("sp_target_slots"))?,
+            followed: HashMap::create(room, flags::HASH).map_err(map_error("sp_cgroup_slots"))?,
+            selectors: array("sp_selectors", scopes().map(|scope| scope.selectors))?,
             prefixes: LpmTrie::create(desired.prefixes.len().max(1) as u32, flags::TRIE)
-                .map_err(map_error("PREFIXES"))?,
-            options: array("OPTIONS", scopes().flat_map(|scope| &scope.options).map(with_slot))?,
+                .map_err(map_error("sp_prefixes"))?,
+            options: array("sp_options", scopes().flat_map(|scope| &scope.options).map(with_slot))?,
             option_index: HashMap::create(desired.options.len().max(1) as u32, flags::HASH)
-                .map_err(map_error("OPTION_INDEX"))?,
-            contents: array("SETTINGS", desired.settings.iter().copied())?,
-            sites: array("SITES", scopes().flat_map(|scope| scope.sites))?,
+                .map_err(map_error("sp_option_index"))?,
+            contents: array("sp_settings", desired.settings.iter().copied())?,
+            sites: array("sp_apply_lists", scopes().flat_map(|scope| scope.sites))?,
             counters: Array::create((desired.settings.len() * cpus).max(1) as u32, flags::ARRAY)
-                .map_err(map_error("COUNTERS"))?,
+                .map_err(map_error("sp_counters"))?,
         };
         for (option, number) in desired.numbered() {
             tables.numbers.add(option, number);
-            tables.option_index.insert(option, number, 0).map_err(map_error("OPTION_INDEX"))?;
+            tables.option_index.insert(option, number, 0).map_err(map_error("sp_option_index"))?;
         }
         for prefix in &desired.prefixes {
             let key = Key::new(prefix.bits, prefix.data);
-            tables.prefixes.insert(&key, prefix.rules, 0).map_err(map_error("PREFIXES"))?;
+            tables.prefixes.insert(&key, prefix.rules, 0).map_err(map_error("sp_prefixes"))?;
         }
         Ok(tables)
     }
@@ -107,12 +107,12 @@ impl Tables {
     }
 
     /// Has a scope hold on a target.
-    pub(super) fn place(&mut self, placed: &Placed) -> Result<(), KernelError> {
-        let Placed { target, cgroup, level, scope } = *placed;
+    pub(super) fn place(&mut self, placed: &SlotAssignment) -> Result<(), KernelError> {
+        let SlotAssignment { target, cgroup, level, scope } = *placed;
         let options = scope as u32 * self.options_per_scope;
-        let place = Place { id: target.id, level, scope: scope as u32, options };
-        self.places.set(target.place, place, 0).map_err(map_error("PLACES"))?;
-        self.followed.insert(cgroup, target.place, 0).map_err(map_error("FOLLOWED"))
+        let place = TargetSlot { id: target.id, level, scope: scope as u32, options };
+        self.places.set(target.place, place, 0).map_err(map_error("sp_target_slots"))?;
+        self.followed.insert(cgroup, target.place, 0).map_err(map_error("sp_cgroup_slots"))
     }
 
     /// Has nothing hold on a target any more.
@@ -120,11 +120,11 @@ impl Tables {
         match self.followed.remove(&cgroup) {
             // It may be of tables before these.
             Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => {}
-            removed => removed.map_err(map_error("FOLLOWED"))?,
+            removed => removed.map_err(map_error("sp_cgroup_slots"))?,
         }
         match self.places.get(&target.place, 0) {
             Ok(place) if place.id == target.id => {
-                self.places.set(target.place, Place::default(), 0).map_err(map_error("PLACES"))
+                self.places.set(target.place, TargetSlot::default(), 0).map_err(map_error("sp_target_slots"))
             }
             _ => Ok(()),
         }
@@ -135,36 +135,36 @@ impl Tables {
     }
 
     /// What is left to look at when others are in force.
-    pub(super) fn into_former(self) -> Former {
-        Former { generation: self.generation, counters: self.counters }
+    pub(super) fn into_previous(self) -> PreviousTables {
+        PreviousTables { generation: self.generation, counters: self.counters }
     }
 }
 
 /// The maps in which programs find the tables of each generation, at its slot.
-pub(super) struct Slots {
-    places: Outer<Array<MapData, Place>>,
-    followed: Outer<HashMap<MapData, u64, u32>>,
-    selectors: Outer<Array<MapData, Selectors>>,
-    prefixes: Outer<LpmTrie<MapData, PrefixData, u64>>,
-    options: Outer<Array<MapData, Governed>>,
-    option_index: Outer<HashMap<MapData, OptionKey, u32>>,
-    contents: Outer<Array<MapData, Setting>>,
-    sites: Outer<Array<MapData, SiteList>>,
-    counters: Outer<Array<MapData, Counters>>,
+pub(super) struct GenerationMaps {
+    places: OuterMap<Array<MapData, TargetSlot>>,
+    followed: OuterMap<HashMap<MapData, u64, u32>>,
+    selectors: OuterMap<Array<MapData, Selectors>>,
+    prefixes: OuterMap<LpmTrie<MapData, PrefixData, u64>>,
+    options: OuterMap<Array<MapData, OptionRow>>,
+    option_index: OuterMap<HashMap<MapData, OptionKey, u32>>,
+    contents: OuterMap<Array<MapData, Setting>>,
+    sites: OuterMap<Array<MapData, ApplyList>>,
+    counters: OuterMap<Array<MapData, Counters>>,
 }
 
-impl Slots {
+impl GenerationMaps {
     pub(super) fn of(ebpf: &Ebpf) -> Result<Self, KernelError> {
         Ok(Self {
-            places: Outer::of(ebpf, "PLACES")?,
-            followed: Outer::of(ebpf, "FOLLOWED")?,
-            selectors: Outer::of(ebpf, "SELECTORS")?,
-            prefixes: Outer::of(ebpf, "PREFIXES")?,
-            options: Outer::of(ebpf, "OPTIONS")?,
-            option_index: Outer::of(ebpf, "OPTION_INDEX")?,
-            contents: Outer::of(ebpf, "SETTINGS")?,
-            sites: Outer::of(ebpf, "SITES")?,
-            counters: Outer::of(ebpf, "COUNTERS")?,
+            places: OuterMap::of(ebpf, "sp_target_slots")?,
+            followed: OuterMap::of(ebpf, "sp_cgroup_slots")?,
+            selectors: OuterMap::of(ebpf, "sp_selectors")?,
+            prefixes: OuterMap::of(ebpf, "sp_prefixes")?,
+            options: OuterMap::of(ebpf, "sp_options")?,
+            option_index: OuterMap::of(ebpf, "sp_option_index")?,
+            contents: OuterMap::of(ebpf, "sp_settings")?,
+            sites: OuterMap::of(ebpf, "sp_apply_lists")?,
+            counters: OuterMap::of(ebpf, "sp_counters")?,
         })
     }
 
@@ -190,12 +190,12 @@ impl Slots {
 }
 
 /// A map of tables of one kind.
-struct Outer<T> {
+struct OuterMap<T> {
     name: &'static str,
     map: ArrayOfMaps<MapData, T>,
 }
 
-impl<T: InnerMap> Outer<T> {
+impl<T: InnerMap> OuterMap<T> {
     /// A handle of its own on it, apart from the object's, whose programs may be busy.
     fn of(ebpf: &Ebpf, name: &'static str) -> Result<Self, KernelError> {
         let Some(Map::ArrayOfMaps(map)) = ebpf.map(name) else { return Err(KernelError::Incomplete { what: name }) };
@@ -212,22 +212,22 @@ impl<T: InnerMap> Outer<T> {
 }
 
 /// Tables by which only sockets go on that are still being set up.
-pub(super) struct Former {
+pub(super) struct PreviousTables {
     pub(super) generation: u32,
     counters: Array<MapData, Counters>,
 }
 
-impl Former {
+impl PreviousTables {
     /// Those of a generation that another agent put in force.
-    pub(super) fn of_another(ebpf: &Ebpf, generation: u32) -> Result<Self, KernelError> {
-        let outer = ebpf.map("COUNTERS").ok_or(KernelError::Incomplete { what: "COUNTERS" })?;
+    pub(super) fn taken_over(ebpf: &Ebpf, generation: u32) -> Result<Self, KernelError> {
+        let outer = ebpf.map("sp_counters").ok_or(KernelError::Incomplete { what: "sp_counters" })?;
         Self::within(outer, generation)
     }
 
     /// The same, in the map of all counters.
     pub(super) fn within(outer: &Map, generation: u32) -> Result<Self, KernelError> {
-        let outer = ArrayOfMaps::<_, Array<MapData, Counters>>::try_from(outer).map_err(map_error("COUNTERS"))?;
-        let counters = outer.get(&index::slot_of(generation), 0).map_err(map_error("COUNTERS"))?;
+        let outer = ArrayOfMaps::<_, Array<MapData, Counters>>::try_from(outer).map_err(map_error("sp_counters"))?;
+        let counters = outer.get(&index::slot_of(generation), 0).map_err(map_error("sp_counters"))?;
         Ok(Self { generation, counters })
     }
 
@@ -241,8 +241,8 @@ fn sums(counters: &Array<MapData, Counters>) -> Result<Vec<Counters>, KernelErro
     let cpus = cpus()? as u32;
     let of_setting = |setting: u32| {
         let slots = setting * cpus..(setting + 1) * cpus;
-        let mut slots = slots.map(|slot| counters.get(&slot, 0).map_err(map_error("COUNTERS")));
-        slots.try_fold(Counters::default(), |sum, slot| Ok(sum.plus(&slot?))).map(Counters::settled)
+        let mut slots = slots.map(|slot| counters.get(&slot, 0).map_err(map_error("sp_counters")));
+        slots.try_fold(Counters::default(), |sum, slot| Ok(sum.plus(&slot?))).map(Counters::without_undone)
     };
     (0..counters.len() / cpus).map(of_setting).collect()
 }

@@ -1,4 +1,4 @@
-//! What of a live socket disagrees with the policies that govern it: [`Desired`] and [`Live`] → [`Finding`]s.
+//! What of a live socket disagrees with the policies that govern it: [`Desired`] and [`SocketSnapshot`] → [`Finding`]s.
 //!
 //! Which rule decides is found by the compiled tables and the code that the kernel runs, and so is whether a value agrees. A
 //! setting counts from when a policy that was in force would have applied it: what a socket has not come to yet, and what it
@@ -7,24 +7,24 @@
 //! Invariant: what cannot be told is said to be so, and neither taken for drift nor for agreement.
 
 use abi::{
-    judge::{Asked, judge, verdict},
+    apply_point,
+    judge::{Argument, judge, verdict},
     live::Assignment,
     select::Candidates,
-    setting::{Governed, Setting, Value, argument, form, read_back, traits},
-    site,
+    setting::{OptionRow, Setting, Value, argument, form, read_back, traits},
 };
 
-use super::{Live, Values};
+use super::{SocketSnapshot, Values};
 use crate::{
     compile::{Desired, Hook, Scope, facts},
     events::Limit,
     host::socket::State,
+    limitations,
     options::{self, Reading, Settable, SocketOption},
     policy::{
         Socket,
         model::{Direction, Family, Form, Protocol},
     },
-    unsupported,
 };
 
 /// What there is to say of an option on a socket.
@@ -45,7 +45,7 @@ pub enum Finding {
 }
 
 /// What the kernel says of new sockets of the same kind.
-pub trait Fresh {
+pub trait Baseline {
     /// What one has; `None` where none can be made.
     fn values(&mut self) -> Option<&Values>;
     /// What one shows of an option after it was set to a value.
@@ -60,7 +60,7 @@ pub fn needed(scope: &Scope) -> Vec<&'static SocketOption> {
 }
 
 /// Holds a socket against the policies of a scope.
-pub fn find(desired: &Desired, scope: &Scope, live: &Live, fresh: &mut impl Fresh) -> Vec<Finding> {
+pub fn find(desired: &Desired, scope: &Scope, live: &SocketSnapshot, fresh: &mut impl Baseline) -> Vec<Finding> {
     let cases = cases(desired, scope, live);
     let named = scope.options.iter().filter(|option| option.names != 0 && !option.is_alias());
     named.filter_map(|governed| find_in(desired, &cases, governed, live, fresh)).collect()
@@ -77,9 +77,9 @@ const WHETHER_BOUND: &str = "whether it was bound, or only sends, is not known";
 fn find_in(
     desired: &Desired,
     cases: &[Case],
-    governed: &Governed,
-    live: &Live,
-    fresh: &mut impl Fresh,
+    governed: &OptionRow,
+    live: &SocketSnapshot,
+    fresh: &mut impl Baseline,
 ) -> Option<Finding> {
     let Decision { setting, option, row, due } = match decide(desired, cases, governed, live)? {
         Ok(decision) => decision,
@@ -137,8 +137,8 @@ struct Decision<'a> {
 fn decide<'a>(
     desired: &'a Desired,
     cases: &[Case],
-    governed: &Governed,
-    live: &Live,
+    governed: &OptionRow,
+    live: &SocketSnapshot,
 ) -> Option<Result<Decision<'a>, Finding>> {
     let option = options::by_key(governed.key)?;
     if !exists(governed, live) {
@@ -178,7 +178,7 @@ pub struct Assigned {
 
 /// What a socket of a scope is to be given, whatever it has.
 #[must_use]
-pub fn assign(desired: &Desired, scope: &Scope, live: &Live) -> Assigned {
+pub fn assign(desired: &Desired, scope: &Scope, live: &SocketSnapshot) -> Assigned {
     let mut assigned = Assigned::default();
     let cases = cases(desired, scope, live);
     for governed in scope.options.iter().filter(|option| option.names != 0 && !option.is_alias()) {
@@ -198,7 +198,7 @@ pub fn assign(desired: &Desired, scope: &Scope, live: &Live) -> Assigned {
 }
 
 /// Whether a socket goes on to show what it was given.
-fn is_kept(option: &SocketOption, live: &Live) -> bool {
+fn is_kept(option: &SocketOption, live: &SocketSnapshot) -> bool {
     match option.reading {
         Reading::Chosen | Reading::Tuned { .. } => true,
         Reading::UntilConnected | Reading::AtMost => !live.is_connection(),
@@ -207,12 +207,12 @@ fn is_kept(option: &SocketOption, live: &Live) -> bool {
 }
 
 /// Whether getsockopt shows an option in another width than programs see it in: then neither tells what came of the other.
-fn is_wide(governed: &Governed) -> bool {
+fn is_wide(governed: &OptionRow) -> bool {
     governed.argument == argument::RATE
 }
 
 /// Whether a socket has an option that matters to its traffic.
-fn exists(option: &Governed, live: &Live) -> bool {
+fn exists(option: &OptionRow, live: &SocketSnapshot) -> bool {
     let has = |bit| option.traits & bit != 0;
     let is_inet6 = live.entry.family == libc::AF_INET6;
     (!has(traits::TCP) || live.facts.protocol == Some(Protocol::Tcp))
@@ -239,17 +239,17 @@ struct Case {
 }
 
 /// One at the least: a connection of which it is not known which end began it is one of two.
-fn cases(desired: &Desired, scope: &Scope, live: &Live) -> Vec<Case> {
+fn cases(desired: &Desired, scope: &Scope, live: &SocketSnapshot) -> Vec<Case> {
     let rules = |socket: &Socket| desired.candidates(scope, &facts(socket));
     let at = |places: Vec<(u32, Socket)>| places.iter().map(|(site, socket)| (*site, rules(socket))).collect();
     let case = |whole: &Socket| {
-        let Passed { mut surely, perhaps } = passed(live, whole);
+        let ApplyPointsPassed { mut surely, perhaps } = passed(live, whole);
         // With the facts of its birth: both hooks run when the socket is made.
         if scope.hooks.contains(&Hook::PostCreate)
             && live.facts.protocol != Some(Protocol::Tcp)
-            && let Some((_, born)) = surely.iter().find(|(site, _)| *site == site::BIRTH)
+            && let Some((_, born)) = surely.iter().find(|(site, _)| *site == apply_point::SOCK_CREATE)
         {
-            surely.push((site::POST_CREATE, born.clone()));
+            surely.push((apply_point::POST_CREATE, born.clone()));
         }
         Case { rules: rules(whole), surely: at(surely), perhaps: at(perhaps) }
     };
@@ -261,7 +261,7 @@ fn cases(desired: &Desired, scope: &Scope, live: &Live) -> Vec<Case> {
 }
 
 /// `decides`: whether the setting decides on a socket that these rules match.
-fn due(settable: &Settable, live: &Live, case: &Case, decides: impl Fn(Candidates) -> bool) -> Due {
+fn due(settable: &Settable, live: &SocketSnapshot, case: &Case, decides: impl Fn(Candidates) -> bool) -> Due {
     let applies = |places: &[(u32, Candidates)]| {
         places.iter().any(|(site, rules)| settable.sites.contains(*site) && decides(*rules))
     };
@@ -282,52 +282,59 @@ fn due(settable: &Settable, live: &Live, case: &Case, decides: impl Fn(Candidate
 }
 
 /// The places at which options are set that a socket has come by, with what was known of it there.
-struct Passed {
+struct ApplyPointsPassed {
     surely: Vec<(u32, Socket)>,
     perhaps: Vec<(u32, Socket)>,
 }
 
-fn passed(live: &Live, whole: &Socket) -> Passed {
+fn passed(live: &SocketSnapshot, whole: &Socket) -> ApplyPointsPassed {
     let bound = Socket { direction: None, remote: None, ..whole.clone() };
     let unbound = Socket { local: None, local_port: None, ..bound.clone() };
     let connecting = Socket { direction: Some(Direction::Outbound), remote: whole.remote, ..unbound.clone() };
     let is_bound = whole.local.is_some() || (whole.local_port.is_some() && has_ports(whole));
-    let born = (site::BIRTH, unbound);
-    let surely = |surely| Passed { surely, perhaps: Vec::new() };
+    let born = (apply_point::SOCK_CREATE, unbound);
+    let surely = |surely| ApplyPointsPassed { surely, perhaps: Vec::new() };
     if live.is_multipath() {
-        let perhaps = (site::BIRTH + 1..site::COUNT as u32).map(|site| (site, whole.clone())).collect();
-        return Passed { surely: vec![born], perhaps };
+        let perhaps =
+            (apply_point::SOCK_CREATE + 1..apply_point::COUNT as u32).map(|site| (site, whole.clone())).collect();
+        return ApplyPointsPassed { surely: vec![born], perhaps };
     }
     if whole.protocol != Some(Protocol::Tcp) {
         return match (whole.remote, is_bound, whole.protocol) {
-            (Some(_), _, Some(Protocol::Udp)) => surely(vec![born, (site::CONNECT_DATAGRAM, connecting)]),
+            (Some(_), _, Some(Protocol::Udp)) => surely(vec![born, (apply_point::CONNECT_DATAGRAM, connecting)]),
             // It has had its port since it was bound, or since it first sent.
-            (None, true, Some(Protocol::Udp)) => {
-                Passed { surely: vec![born, (site::SEND, bound.clone())], perhaps: vec![(site::BIND_DATAGRAM, bound)] }
-            }
+            (None, true, Some(Protocol::Udp)) => ApplyPointsPassed {
+                surely: vec![born, (apply_point::SEND, bound.clone())],
+                perhaps: vec![(apply_point::BIND_DATAGRAM, bound)],
+            },
             (None, false, Some(Protocol::Udp)) => surely(vec![born]),
             (_, _, protocol) => {
-                let others = site::BIRTH + 1..site::COUNT as u32;
-                let perhaps = others.filter(|site| unsupported::may_come_by(protocol, *site));
-                Passed { surely: vec![born], perhaps: perhaps.map(|site| (site, whole.clone())).collect() }
+                let others = apply_point::SOCK_CREATE + 1..apply_point::COUNT as u32;
+                let perhaps = others.filter(|site| limitations::may_come_by(protocol, *site));
+                ApplyPointsPassed { surely: vec![born], perhaps: perhaps.map(|site| (site, whole.clone())).collect() }
             }
         };
     }
     match (live.entry.state, whole.direction) {
-        (State::Listening, _) => surely(vec![born, (site::BIND_STREAM, bound), (site::LISTEN, whole.clone())]),
-        (State::Unconnected, _) if is_bound => surely(vec![born, (site::BIND_STREAM, bound)]),
+        (State::Listening, _) => {
+            surely(vec![born, (apply_point::BIND_STREAM, bound), (apply_point::LISTEN, whole.clone())])
+        }
+        (State::Unconnected, _) if is_bound => surely(vec![born, (apply_point::BIND_STREAM, bound)]),
         (State::Unconnected, _) => surely(vec![born]),
         // What its listener was given at bind it has inherited, if that did not depend on the peer, nor on an address that the
         // listener may not have had.
-        (_, Some(Direction::Inbound)) => {
-            surely(vec![(site::BIND_STREAM, Socket { local: None, ..bound }), (site::PASSIVE, whole.clone())])
+        (_, Some(Direction::Inbound)) => surely(vec![
+            (apply_point::BIND_STREAM, Socket { local: None, ..bound }),
+            (apply_point::PASSIVE, whole.clone()),
+        ]),
+        (State::SynSent, _) => {
+            surely(vec![born, (apply_point::CONNECT_STREAM, connecting), (apply_point::SYN, whole.clone())])
         }
-        (State::SynSent, _) => surely(vec![born, (site::CONNECT_STREAM, connecting), (site::SYN, whole.clone())]),
         _ => surely(vec![
             born,
-            (site::CONNECT_STREAM, connecting),
-            (site::SYN, whole.clone()),
-            (site::ACTIVE, whole.clone()),
+            (apply_point::CONNECT_STREAM, connecting),
+            (apply_point::SYN, whole.clone()),
+            (apply_point::ACTIVE, whole.clone()),
         ]),
     }
 }
@@ -338,12 +345,12 @@ fn has_ports(socket: &Socket) -> bool {
 }
 
 fn agrees(
-    governed: &Governed,
+    governed: &OptionRow,
     option: &SocketOption,
     setting: &Setting,
     now: &Value,
-    live: &Live,
-    fresh: &mut impl Fresh,
+    live: &SocketSnapshot,
+    fresh: &mut impl Baseline,
 ) -> bool {
     if agrees_as_it_is(governed, setting, now) {
         return true;
@@ -356,18 +363,18 @@ fn agrees(
 }
 
 /// Whether a value is what a setting wants, or within a limit.
-fn agrees_as_it_is(governed: &Governed, setting: &Setting, now: &Value) -> bool {
+fn agrees_as_it_is(governed: &OptionRow, setting: &Setting, now: &Value) -> bool {
     // A value that says nothing, such as a time that is off, disagrees with nothing.
     read(governed, now).is_none_or(|shown| judge(governed, setting, &shown).verdict == verdict::NONE)
 }
 
 /// The value that was set, if it was set to what is shown.
-fn read(governed: &Governed, now: &Value) -> Option<Asked> {
-    let shown = Asked::read(governed, now.len as i32, &now.words)?;
-    Some(if governed.read_back == read_back::DOUBLED { Asked { number: shown.number / 2, ..shown } } else { shown })
+fn read(governed: &OptionRow, now: &Value) -> Option<Argument> {
+    let shown = Argument::read(governed, now.len as i32, &now.words)?;
+    Some(if governed.read_back == read_back::DOUBLED { Argument { number: shown.number / 2, ..shown } } else { shown })
 }
 
-fn wanted(governed: &Governed, setting: &Setting, now: &Value) -> Value {
+fn wanted(governed: &OptionRow, setting: &Setting, now: &Value) -> Value {
     read(governed, now).map_or(Value::UNKNOWN, |shown| Value::wanted(governed, setting, &shown))
 }
 

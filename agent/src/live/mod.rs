@@ -32,14 +32,14 @@ use crate::{
 
 /// A socket, and what is known of it.
 #[derive(Clone, Debug)]
-pub struct Live {
+pub struct SocketSnapshot {
     pub entry: Entry,
     /// What policies go by.
     pub facts: Socket,
     /// The name of the cgroup that it belongs to; `None` where that is gone, or was not told.
     pub cgroup: Option<String>,
     pub owner: Option<Owner>,
-    pub values: Told,
+    pub values: OptionRead,
 }
 
 /// Who has a socket.
@@ -54,31 +54,31 @@ pub struct Owner {
 
 /// What is known of a socket's options.
 #[derive(Clone, Debug)]
-pub enum Told {
+pub enum OptionRead {
     /// As many as were asked for, and the socket has.
     Values(Values),
     /// No descriptor leads to it: it was closed, or is not accepted yet, or is a part of an MPTCP socket.
-    Nobody,
+    NoFd,
     /// Nobody may look into it, for this reason.
-    Refused(String),
+    Denied(String),
 }
 
 /// SO_BUF_LOCK: which of a socket's buffers somebody has set.
 pub const BUFFER_LOCKS: OptionKey = OptionKey { level: Level::SOCKET.0, name: 72 };
 
-impl Live {
+impl SocketSnapshot {
     #[must_use]
     pub fn value(&self, key: OptionKey) -> Option<&Value> {
         match &self.values {
-            Told::Values(values) => find(values, key),
-            Told::Nobody | Told::Refused(_) => None,
+            OptionRead::Values(values) => find(values, key),
+            OptionRead::NoFd | OptionRead::Denied(_) => None,
         }
     }
 
     /// What it has that somebody chose: what differs from a new socket. All that can be chosen, where that is not known.
     #[must_use]
     pub fn chosen(&self, fresh: Option<&Values>) -> Values {
-        let Told::Values(values) = &self.values else { return Values::new() };
+        let OptionRead::Values(values) = &self.values else { return Values::new() };
         values.iter().filter(|(option, value)| self.is_chosen(option, value, fresh)).copied().collect()
     }
 
@@ -152,9 +152,9 @@ impl Live {
         let task = owner.map(|owner| &*owner.task);
         let shown = options.iter().map(|(option, value)| (option.name.to_owned(), values::json(option.key(), value)));
         let (options, missing) = match &self.values {
-            Told::Values(_) => (Json::Object(shown.collect::<Map<_, _>>()), None),
-            Told::Nobody => (Json::Null, Some("no descriptor leads to the socket")),
-            Told::Refused(why) => (Json::Null, Some(why.as_str())),
+            OptionRead::Values(_) => (Json::Object(shown.collect::<Map<_, _>>()), None),
+            OptionRead::NoFd => (Json::Null, Some("no descriptor leads to the socket")),
+            OptionRead::Denied(why) => (Json::Null, Some(why.as_str())),
         };
         let mut line = json!({
             "schema": SCHEMA,
@@ -238,8 +238,14 @@ mod tests {
         }
     }
 
-    fn live(entry: Entry, values: &[(&str, u32)]) -> Live {
-        Live { facts: entry.facts().unwrap(), entry, cgroup: None, owner: None, values: Told::Values(table(values)) }
+    fn live(entry: Entry, values: &[(&str, u32)]) -> SocketSnapshot {
+        SocketSnapshot {
+            facts: entry.facts().unwrap(),
+            entry,
+            cgroup: None,
+            owner: None,
+            values: OptionRead::Values(table(values)),
+        }
     }
 
     fn table(values: &[(&str, u32)]) -> Values {

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fmt};
 
 use unicode_width::UnicodeWidthStr;
 
-use super::{Live, Told, Values};
+use super::{OptionRead, SocketSnapshot, Values};
 use crate::{escape::Escape, values};
 
 /// Sockets with the options to show of each.
@@ -30,7 +30,7 @@ const WIDTH: usize = 80;
 const INDENT: &str = "    ";
 
 impl Table {
-    pub fn add(&mut self, live: &Live, options: &Values) {
+    pub fn add(&mut self, live: &SocketSnapshot, options: &Values) {
         let socket = live.socket();
         let address =
             |address: Option<std::net::SocketAddr>| address.map_or_else(|| "-".to_owned(), |it| it.to_string());
@@ -45,7 +45,7 @@ impl Table {
             .iter()
             .map(|(option, value)| format!("{} = {}", option.name, values::text(option.key(), value)))
             .collect();
-        if let Told::Refused(why) = &live.values {
+        if let OptionRead::Denied(why) = &live.values {
             shown.push(format!("cannot be looked into: {}", why.escaped()));
         }
         for (width, cell) in self.widths.iter_mut().zip(&cells) {
@@ -55,7 +55,7 @@ impl Table {
     }
 }
 
-fn process(live: &Live) -> String {
+fn process(live: &SocketSnapshot) -> String {
     let Some(owner) = &live.owner else { return "-".to_owned() };
     let others = match owner.others.len() {
         0 => String::new(),

@@ -209,7 +209,7 @@ impl Shape {
     }
 }
 
-/// A set of places where an option is applied: bit n is number n of [`abi::site`].
+/// A set of places where an option is applied: bit n is number n of [`abi::apply_point`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sites(u16);
 
@@ -432,8 +432,8 @@ mod tests {
     use std::collections::BTreeSet;
 
     use abi::{
-        setting::{Numbered, Numbers, read_back},
-        site::{BIRTH, POST_CREATE},
+        apply_point::{POST_CREATE, SOCK_CREATE},
+        setting::{Lookup, OptionFilter, read_back},
     };
 
     use super::*;
@@ -448,12 +448,12 @@ mod tests {
 
     #[test]
     fn numbers_of_all_options_are_found_without_a_search() {
-        let mut numbers = Numbers::default();
+        let mut numbers = OptionFilter::default();
         for (option, number) in OPTIONS.iter().zip(0..) {
             numbers.add(option.key(), number);
         }
         for (option, number) in OPTIONS.iter().zip(0..) {
-            assert_eq!(numbers.get(option.key()), Numbered::Perhaps(number), "{}", option.name);
+            assert_eq!(numbers.get(option.key()), Lookup::Maybe(number), "{}", option.name);
         }
     }
 
@@ -463,8 +463,8 @@ mod tests {
         assert!(OPTIONS[settable..].iter().all(|option| option.settable().is_none()));
         assert!(settable <= abi::SETTABLE_MAX);
         let at_birth =
-            |option: &&SocketOption| option.settable().is_some_and(|settable| settable.sites.contains(BIRTH));
-        assert!(OPTIONS.iter().filter(at_birth).count() <= abi::BIRTH_MAX);
+            |option: &&SocketOption| option.settable().is_some_and(|settable| settable.sites.contains(SOCK_CREATE));
+        assert!(OPTIONS.iter().filter(at_birth).count() <= abi::SOCK_CREATE_MAX);
         // An option that another one resets is set there again.
         let at_creation =
             |option: &&SocketOption| option.settable().is_some_and(|settable| settable.sites.contains(POST_CREATE));

@@ -1,14 +1,14 @@
 //! The rows of the table, and how they are written down.
 
 use abi::{
+    apply_point::{
+        ACTIVE, BIND_DATAGRAM, BIND_STREAM, CONNECT_DATAGRAM, CONNECT_STREAM, LISTEN, PASSIVE, POST_CREATE, SEND,
+        SOCK_CREATE, SYN,
+    },
     setting::{
         argument,
         effective::{SAME, UNCERTAIN},
         read_back, traits,
-    },
-    site::{
-        ACTIVE, BIND_DATAGRAM, BIND_STREAM, BIRTH, CONNECT_DATAGRAM, CONNECT_STREAM, LISTEN, PASSIVE, POST_CREATE,
-        SEND, SYN,
     },
 };
 
@@ -38,13 +38,13 @@ const ROUTE: Sites =
     Sites::of(&[POST_CREATE, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SEND, SYN, LISTEN, PASSIVE]);
 /// The same for what can be given to a socket at birth already. Not with the first datagram too: each would pay for that.
 const ROUTE_FROM_BIRTH: Sites =
-    Sites::of(&[BIRTH, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SYN, LISTEN, PASSIVE]);
+    Sites::of(&[SOCK_CREATE, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SYN, LISTEN, PASSIVE]);
 /// Devices: accepted sockets have their listener's, and may not change it without CAP_NET_RAW
 /// (`sock_bindtoindex_locked`, which asks the current task even from a program).
 const DEVICE: Sites =
     Sites::of(&[POST_CREATE, BIND_STREAM, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SEND, LISTEN]);
 const DEVICE_FROM_BIRTH: Sites =
-    Sites::of(&[BIRTH, BIND_STREAM, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SEND, LISTEN]);
+    Sites::of(&[SOCK_CREATE, BIND_STREAM, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SEND, LISTEN]);
 /// Only matters to bind.
 const BIND: Sites = Sites::of(&[POST_CREATE, BIND_STREAM, BIND_DATAGRAM, CONNECT_DATAGRAM, SYN]);
 /// Overwritten by `tcp_init_transfer` when set any earlier.

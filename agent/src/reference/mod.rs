@@ -6,17 +6,17 @@
 use std::fmt::Write as _;
 
 use abi::{
+    apply_point,
     setting::{OptionKey, ROOM_ALWAYS, argument, effective, kind},
-    site,
 };
 
 use crate::{
+    limitations::{self, Limitation},
     options::{self, Class, GUARDS, Level, OPTIONS, Relation, SocketOption, ValueKind},
     policy::{
         model::{Direction, Family, Protocol},
         units, words,
     },
-    unsupported::{self, Unsupported},
 };
 
 const LANGUAGE: &str = include_str!("language.md");
@@ -76,8 +76,8 @@ fn kinds() -> String {
 
 /// What is not done.
 fn unsupported() -> String {
-    let row = |entry: &&Unsupported| format!("| {} | {} | {} | {} |", entry.name, entry.of, entry.what, entry.why);
-    unsupported::ALL.iter().map(row).collect::<Vec<_>>().join("\n")
+    let row = |entry: &&Limitation| format!("| {} | {} | {} | {} |", entry.name, entry.of, entry.what, entry.why);
+    limitations::ALL.iter().map(row).collect::<Vec<_>>().join("\n")
 }
 
 fn describe(page: &mut String, option: &'static SocketOption) {
@@ -193,15 +193,15 @@ fn value(option: &SocketOption) -> String {
 /// When the option is set, in words.
 fn places(option: &SocketOption) -> String {
     const WORDS: &[(&[u32], &str)] = &[
-        (&[site::BIRTH], "when a socket is made"),
-        (&[site::POST_CREATE], "when a socket other than a TCP one is made, where the BPF LSM is active"),
-        (&[site::BIND_STREAM, site::BIND_DATAGRAM], "at bind"),
-        (&[site::CONNECT_STREAM, site::CONNECT_DATAGRAM], "at connect, before the route is looked up"),
-        (&[site::SEND], "with the first datagram of a socket without a peer"),
-        (&[site::SYN], "before the SYN"),
-        (&[site::ACTIVE], "when a connection that was made is there"),
-        (&[site::LISTEN], "at listen"),
-        (&[site::PASSIVE], "when a connection is accepted"),
+        (&[apply_point::SOCK_CREATE], "when a socket is made"),
+        (&[apply_point::POST_CREATE], "when a socket other than a TCP one is made, where the BPF LSM is active"),
+        (&[apply_point::BIND_STREAM, apply_point::BIND_DATAGRAM], "at bind"),
+        (&[apply_point::CONNECT_STREAM, apply_point::CONNECT_DATAGRAM], "at connect, before the route is looked up"),
+        (&[apply_point::SEND], "with the first datagram of a socket without a peer"),
+        (&[apply_point::SYN], "before the SYN"),
+        (&[apply_point::ACTIVE], "when a connection that was made is there"),
+        (&[apply_point::LISTEN], "at listen"),
+        (&[apply_point::PASSIVE], "when a connection is accepted"),
     ];
     let Some(settable) = option.settable() else { return String::new() };
     let at = |sites: &[u32]| sites.iter().any(|site| settable.sites.contains(*site));

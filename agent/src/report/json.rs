@@ -4,9 +4,9 @@ use serde_json::{Map, Value, json};
 
 use super::{CallLine, Example, Line, Summary, common_mode};
 use crate::{
-    events::{Deed, SCHEMA, Verdict},
-    gaps::Gap,
+    events::{Action, SCHEMA, Verdict},
     policy::model::Mode,
+    unsupported::Unsupported,
 };
 
 impl Summary {
@@ -30,8 +30,8 @@ impl Summary {
             "policies": policies.iter().map(|(name, _)| name).collect::<Vec<_>>(),
             "targets": targets,
             "backend": audit.map(|audit| audit.backend.name()),
-            "blind_to": audit.map(super::Audit::blind_to),
-            "gaps": gaps.iter().map(Gap::to_json).collect::<Vec<_>>(),
+            "blind_to": audit.map(super::Audit::not_covered),
+            "gaps": gaps.iter().map(Unsupported::to_json).collect::<Vec<_>>(),
             "conflicts": self.conflicts(),
             "settings": self.settings_json(),
             "calls": calls.iter().map(CallLine::to_json).collect::<Vec<_>>(),
@@ -56,7 +56,7 @@ fn line_json(line: &Line) -> Value {
         _pad: _,
     } = line.counters;
     let dry_run = line.mode == Mode::DryRun;
-    let verdicts: Map<String, Value> = Deed::ALL
+    let verdicts: Map<String, Value> = Action::ALL
         .into_iter()
         .zip(verdicts)
         .map(|(what, count)| (Verdict { what, dry_run }.to_string(), count.into()))

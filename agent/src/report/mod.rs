@@ -4,9 +4,9 @@
 //! comes from events, of which repeated ones are held back, and so is a list of examples.
 
 mod calls;
-mod counted;
 mod json;
 mod loss;
+mod saved_counters;
 mod table;
 mod text;
 
@@ -19,17 +19,17 @@ use abi::{Counters, setting::OptionKey};
 
 pub use self::{
     calls::{CallLine, duration_text},
-    counted::Counted,
     loss::{Loss, Lost, Reason, Unwritten},
+    saved_counters::SavedCounters,
 };
 use crate::{
     compile::Desired,
     escape::{self, Escape},
-    events::{Deed, Event, Kind, Verdict},
-    gaps::Gap,
+    events::{Action, Event, Kind, Verdict},
     kernel::Audit,
+    limitations::{Concern, Limitation},
     policy::model::{Form, Mode, Named},
-    unsupported::{Concern, Unsupported},
+    unsupported::Unsupported,
     values,
 };
 
@@ -48,9 +48,9 @@ pub struct Report {
     /// The lines that can be of a setting, by what takes no comparing of texts.
     numbers: HashMap<LineKey, Vec<usize>>,
     /// What was counted before, of settings that have no line yet.
-    before: Vec<Counted>,
+    before: Vec<SavedCounters>,
     /// All that had been counted when this began.
-    at_first: Vec<Counted>,
+    at_first: Vec<SavedCounters>,
 }
 
 /// All that is to be said at the end.
@@ -60,7 +60,7 @@ pub struct Summary {
     pub targets: Vec<String>,
     pub audit: Option<Audit>,
     /// What the policies ask for and this kernel cannot do.
-    pub gaps: Vec<Gap>,
+    pub gaps: Vec<Unsupported>,
     pub lines: Vec<Line>,
     /// Conflicts of these that were there before this began.
     pub earlier_conflicts: u64,
@@ -115,7 +115,7 @@ pub struct Line {
     /// What was asked for otherwise, and by whom: examples.
     pub asked: Vec<Example>,
     /// What is not done of it.
-    pub unsupported: Vec<(&'static Unsupported, Concern)>,
+    pub unsupported: Vec<(&'static Limitation, Concern)>,
     /// Whether it is to be told of: not where only policies that were there before this report have it.
     is_told: bool,
 }
@@ -135,13 +135,13 @@ impl Report {
 
     /// Begins with what was counted before.
     #[must_use]
-    pub fn going_on(before: Vec<Counted>) -> Self {
+    pub fn resume(before: Vec<SavedCounters>) -> Self {
         Self { before, ..Self::default() }
     }
 
     /// Beside what has been counted, policies have counted so much that are still to be added up: what comes now is new.
     pub fn begin<'a>(&mut self, counted: impl IntoIterator<Item = (&'a Desired, &'a [Counters])>) {
-        let mut first = Self::going_on(self.all());
+        let mut first = Self::resume(self.all());
         counted.into_iter().for_each(|(desired, counters)| first.count(0, desired, counters, true));
         self.at_first = first.all();
     }
@@ -159,7 +159,7 @@ impl Report {
                 Some(same) => self.lines[*same].add(line),
                 None => {
                     alike.push(self.lines.len());
-                    let before = counted::take(&mut self.before, &line);
+                    let before = saved_counters::take(&mut self.before, &line);
                     self.lines.push(Line { counters: line.counters.plus(&before), ..line });
                 }
             }
@@ -168,15 +168,15 @@ impl Report {
 
     /// What has been counted of the settings of these policies, for whoever goes on with it.
     #[must_use]
-    pub fn counted(&self, desired: &Desired) -> Vec<Counted> {
+    pub fn saved_counters(&self, desired: &Desired) -> Vec<SavedCounters> {
         let mut all = self.all();
         let lines = (0..desired.settings.len() as u32).filter_map(|setting| Line::of(desired, setting));
-        let counted = lines.map(|line| Line { counters: counted::take(&mut all, &line), ..line });
-        counted.filter(|line| line.counters != Counters::default()).map(|line| Counted::from(&line)).collect()
+        let counted = lines.map(|line| Line { counters: saved_counters::take(&mut all, &line), ..line });
+        counted.filter(|line| line.counters != Counters::default()).map(|line| SavedCounters::from(&line)).collect()
     }
 
-    fn all(&self) -> Vec<Counted> {
-        self.lines.iter().map(Counted::from).chain(self.before.iter().cloned()).collect()
+    fn all(&self) -> Vec<SavedCounters> {
+        self.lines.iter().map(SavedCounters::from).chain(self.before.iter().cloned()).collect()
     }
 
     /// Sums up. `desired` are the policies that were in force last.
@@ -187,13 +187,13 @@ impl Report {
         counts: Counts,
         targets: Vec<String>,
         audit: Option<Audit>,
-        gaps: Vec<Gap>,
+        gaps: Vec<Unsupported>,
     ) -> Summary {
         let Counts { calls, lost } = counts;
         let Self { mut lines, mut at_first, .. } = self;
         let policies = desired.policies().into_iter().map(|(name, mode)| (name.to_owned(), mode)).collect();
         lines.retain(|line| line.is_told);
-        let earlier = lines.iter().map(|line| conflicts(&counted::take(&mut at_first, line))).sum();
+        let earlier = lines.iter().map(|line| conflicts(&saved_counters::take(&mut at_first, line))).sum();
         Summary { policies, targets, audit, gaps, lines, earlier_conflicts: earlier, calls, lost }
     }
 }
@@ -262,7 +262,7 @@ impl Line {
     /// The verdicts that were given, with how often.
     fn verdicts(&self) -> Vec<(Verdict, u64)> {
         let dry_run = self.mode == Mode::DryRun;
-        let all = Deed::ALL.into_iter().zip(self.counters.verdicts);
+        let all = Action::ALL.into_iter().zip(self.counters.verdicts);
         all.filter(|(_, count)| *count > 0).map(|(what, count)| (Verdict { what, dry_run }, count)).collect()
     }
 

@@ -10,8 +10,8 @@ use super::{
 };
 use crate::{
     escape::{self, Escape},
+    limitations::{self, Concern},
     policy::model::Mode,
-    unsupported::{self, Concern},
 };
 
 impl fmt::Display for Summary {
@@ -81,7 +81,7 @@ impl Summary {
 
     /// What is not done for sockets that rules ask for.
     fn write_unsupported(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for entry in unsupported::ALL {
+        for entry in limitations::ALL {
             let is_asked = |line: &&Line| line.unsupported.contains(&(entry, Concern::Asked));
             let mut options: Vec<String> =
                 self.lines.iter().filter(is_asked).map(|line| line.option.to_string()).collect();
@@ -173,6 +173,6 @@ fn examples(line: &Line) -> String {
     line.asked.iter().map(Example::text).collect::<Vec<_>>().join("\n")
 }
 
-fn winner(deed: crate::events::Deed, mode: Mode) -> &'static str {
-    if deed == crate::events::Deed::Allowed || mode == Mode::DryRun { "application" } else { "policy" }
+fn winner(deed: crate::events::Action, mode: Mode) -> &'static str {
+    if deed == crate::events::Action::Allowed || mode == Mode::DryRun { "application" } else { "policy" }
 }

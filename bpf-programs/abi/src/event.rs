@@ -23,11 +23,11 @@ pub mod flags {
     /// The call was decided by setting number [`super::Call::setting`].
     pub const DECIDED: u32 = 2;
     /// `before` was read from the socket.
-    pub const BEFORE: u32 = 4;
-    /// `asked` could not be read from the caller's memory.
+    pub const VALUE_BEFORE: u32 = 4;
+    /// `requested` could not be read from the caller's memory.
     pub const UNREADABLE: u32 = 8;
     /// `now` was read from the socket.
-    pub const NOW: u32 = 16;
+    pub const VALUE_CURRENT: u32 = 16;
     /// `optval` is an address of the kernel's, not of the caller's.
     pub const OPTVAL_IN_KERNEL: u32 = 32;
     /// `optlen` is an address of the kernel's.
@@ -41,7 +41,7 @@ pub mod flags {
     /// Neither of these two: it is known that the call was made by the system call of its name.
     pub const SYSCALL: u32 = 1024;
     /// What the socket says of itself was read.
-    pub const LOOKED_AT: u32 = 2048;
+    pub const VALUES_READ: u32 = 2048;
     /// The record was begun before the kernel looked for the socket, and ends after it let go of it.
     pub const OUTER: u32 = 4096;
     /// All that there is to read has been.
@@ -91,15 +91,15 @@ pub struct Call {
     pub place: u32,
     pub _pad: u32,
     /// What the application asked for; for getsockopt, what it was shown.
-    pub asked: Value,
+    pub requested: Value,
     /// What the policy wants.
     pub wanted: Value,
-    /// What the kernel was given in place of `asked`, if anything.
-    pub given: Value,
+    /// What the kernel was given in place of `requested`, if anything.
+    pub applied: Value,
     /// What the socket had before the call, if that could be read.
     pub before: Value,
     /// What the socket has after the call, if that could be read.
-    pub now: Value,
+    pub current: Value,
     pub facts: Facts,
 }
 shared!(Call, size 8 * 8 + 8 + 8 * 4 + 5 * 24 + 40);
@@ -108,7 +108,7 @@ impl Call {
     /// Whether there is something to tell of the call when it has ended, where `wanted` are reported ([`crate::calls`]).
     #[inline(always)]
     #[must_use]
-    pub fn is_to_be_told(&self, wanted: u32) -> bool {
+    pub fn should_report(&self, wanted: u32) -> bool {
         wanted != crate::calls::CONFLICTS || self.flags & (flags::DECIDED | flags::UNHOOKED) != 0
     }
 }
@@ -201,8 +201,8 @@ pub struct Executable {
 }
 shared!(Executable, size 8 + 4 + 4);
 
-/// Entries of map `TOLD`: executables of which the agent has to keep in mind what it was told.
-pub const TOLD_MAX: u32 = 4096;
+/// Entries of map `EXES_SENT`: executables of which the agent has to keep in mind what it was told.
+pub const EXES_SENT_MAX: u32 = 4096;
 
 /// The longest path that is told, with its NULs.
 pub const PATH_MAX: usize = 1024;
@@ -221,7 +221,7 @@ pub struct ExecutableFile {
 }
 shared!(ExecutableFile, size size_of::<Executable>() + 8 + PATH_MAX + NAME_MAX);
 
-/// What the rate limit tells apart. Key of map `LIMITS`.
+/// What the rate limit tells apart. Key of map `RATE_LIMITS`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LimitKey {
@@ -234,7 +234,7 @@ pub struct LimitKey {
 }
 shared!(LimitKey, size 8 + 4 + 4 + 8);
 
-/// Value of map `LIMITS`.
+/// Value of map `RATE_LIMITS`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Limit {

@@ -2,7 +2,7 @@
 
 use crate::{
     setting::{
-        Governed, LINGER_LEN, MICROSECONDS, Setting, TEXT_LEN, TIMEVAL_LEN, Value, Words, argument, effective, form,
+        LINGER_LEN, MICROSECONDS, OptionRow, Setting, TEXT_LEN, TIMEVAL_LEN, Value, Words, argument, effective, form,
         kind, on_conflict, traits, word_in, words_of,
     },
     shared,
@@ -24,21 +24,21 @@ pub mod verdict {
 /// The value that an application passed, read as the kernel would read it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Asked {
+pub struct Argument {
     /// The number, for the kinds that are numbers.
     pub number: i64,
     /// The text, NUL-padded, for the kind that is text.
     pub text: Words,
 }
-shared!(Asked, size 8 + 16);
+shared!(Argument, size 8 + 16);
 
-impl Asked {
+impl Argument {
     /// Reads the first bytes of an argument of `len` bytes as the kernel's handler of the option does.
     ///
     /// `None` where the kernel refuses the length (EINVAL) or the time (EDOM): such a call changes nothing.
     #[inline(always)]
     #[must_use]
-    pub fn read(option: &Governed, len: i32, words: &Words) -> Option<Self> {
+    pub fn read(option: &OptionRow, len: i32, words: &Words) -> Option<Self> {
         // A program further down has seen to it that the call does nothing.
         if len < 0 {
             return None;
@@ -57,7 +57,7 @@ impl Asked {
 
 /// The number in an argument; `None` where the kernel refuses its length.
 #[inline(always)]
-fn number(option: &Governed, len: i32, words: &Words) -> Option<i64> {
+fn number(option: &OptionRow, len: i32, words: &Words) -> Option<i64> {
     let word = word_in(words);
     if option.argument == argument::RATE && len >= 8 {
         return Some(match words[0] {
@@ -181,8 +181,8 @@ impl Judgement {
 /// The argument of four bytes that agrees with a setting because it asks for just that. `None` where there is none, and where
 /// the application may win: there it is noted who does.
 #[must_use]
-pub fn agreeing(option: &Governed, setting: &Setting) -> Option<u32> {
-    let asked = Asked::read(option, 4, &words_of(setting.value))?;
+pub fn agreeing(option: &OptionRow, setting: &Setting) -> Option<u32> {
+    let asked = Argument::read(option, 4, &words_of(setting.value))?;
     let is_it = setting.form == form::SET
         && option.kind != kind::ROOM
         && setting.on_conflict != on_conflict::ALLOW
@@ -194,7 +194,7 @@ pub fn agreeing(option: &Governed, setting: &Setting) -> Option<u32> {
 /// by itself.
 #[inline(always)]
 #[must_use]
-pub fn judge_argument(option: &Governed, setting: &Setting, len: i32, words: &Words) -> Option<Judgement> {
+pub fn judge_argument(option: &OptionRow, setting: &Setting, len: i32, words: &Words) -> Option<Judgement> {
     // Denied whatever it is; but a call that a program further down has skipped does nothing.
     if setting.form == form::DENY && len >= 0 {
         return Some(Judgement::DENIED);
@@ -202,13 +202,13 @@ pub fn judge_argument(option: &Governed, setting: &Setting, len: i32, words: &Wo
     if option.key.is_for_programs() {
         return None;
     }
-    Some(judge(option, setting, &Asked::read(option, len, words)?))
+    Some(judge(option, setting, &Argument::read(option, len, words)?))
 }
 
 /// Judges a call that `setting` governs.
 #[inline(always)]
 #[must_use]
-pub fn judge(option: &Governed, setting: &Setting, asked: &Asked) -> Judgement {
+pub fn judge(option: &OptionRow, setting: &Setting, asked: &Argument) -> Judgement {
     let conflict = match setting.form {
         form::DENY => return Judgement::DENIED,
         _ if option.kind == kind::OPAQUE => None,
@@ -231,14 +231,14 @@ pub fn judge(option: &Governed, setting: &Setting, asked: &Asked) -> Judgement {
 
 /// What SO_BUF_LOCK is to be given where the application would have a governed buffer tuned.
 #[inline(always)]
-fn unlocked(option: &Governed, asked: &Asked, verdict: u8) -> Option<(Value, u8)> {
+fn unlocked(option: &OptionRow, asked: &Argument, verdict: u8) -> Option<(Value, u8)> {
     let (number, lock) = (asked.number as u32, u32::from(option.lock));
     (number & lock != lock).then(|| (Value::int(number | lock), verdict))
 }
 
 /// The value that a setting wants in place of the application's; `None` where they agree.
 #[inline(always)]
-fn other_value(option: &Governed, setting: &Setting, asked: &Asked) -> Option<Value> {
+fn other_value(option: &OptionRow, setting: &Setting, asked: &Argument) -> Option<Value> {
     if setting.is_text() != option.is_text() {
         return Some(setting.whole_value());
     }
@@ -254,7 +254,7 @@ fn other_value(option: &Governed, setting: &Setting, asked: &Asked) -> Option<Va
 
 /// The bound of a limit that a number violates, if it does.
 #[inline(always)]
-fn beyond(option: &Governed, setting: &Setting, number: i64) -> Option<i64> {
+fn beyond(option: &OptionRow, setting: &Setting, number: i64) -> Option<i64> {
     let effective = match number {
         0 => option.zero,
         ..0 => option.negative,
@@ -285,16 +285,16 @@ mod tests {
         [first, second].map(|half| u64::from_ne_bytes(half.try_into().unwrap()))
     }
 
-    fn option(kind: u8) -> Governed {
-        Governed { kind, zero: effective::SAME, negative: effective::SAME, ..Governed::default() }
+    fn option(kind: u8) -> OptionRow {
+        OptionRow { kind, zero: effective::SAME, negative: effective::SAME, ..OptionRow::default() }
     }
 
-    fn taking(kind: u8, argument: u8) -> Governed {
-        Governed { argument, ..option(kind) }
+    fn taking(kind: u8, argument: u8) -> OptionRow {
+        OptionRow { argument, ..option(kind) }
     }
 
-    fn number(option: &Governed, value: &[u8]) -> Option<i64> {
-        Asked::read(option, value.len() as i32, &words(value)).map(|asked| asked.number)
+    fn number(option: &OptionRow, value: &[u8]) -> Option<i64> {
+        Argument::read(option, value.len() as i32, &words(value)).map(|asked| asked.number)
     }
 
     #[test]
@@ -343,22 +343,22 @@ mod tests {
 
     #[test]
     fn values_are_narrowed_as_the_kernel_narrows_them() {
-        let tos = Governed { traits: traits::LOW_BYTE, ..taking(kind::INT, argument::BYTE) };
+        let tos = OptionRow { traits: traits::LOW_BYTE, ..taking(kind::INT, argument::BYTE) };
         assert_eq!(number(&tos, &0x148_u32.to_ne_bytes()), Some(0x48));
         assert_eq!(number(&tos, &(-1_i32).to_ne_bytes()), Some(0xff));
-        let traffic_class = Governed { traits: traits::MINUS_ONE_IS_ZERO, ..option(kind::INT) };
+        let traffic_class = OptionRow { traits: traits::MINUS_ONE_IS_ZERO, ..option(kind::INT) };
         assert_eq!(number(&traffic_class, &(-1_i32).to_ne_bytes()), Some(0));
         assert_eq!(number(&traffic_class, &(-2_i32).to_ne_bytes()), Some(-2));
     }
 
     #[test]
     fn text_ends_at_its_length_or_nul() {
-        let read = |len, value: &[u8]| Asked::read(&option(kind::TEXT), len, &words(value)).unwrap().text;
+        let read = |len, value: &[u8]| Argument::read(&option(kind::TEXT), len, &words(value)).unwrap().text;
         assert_eq!(read(3, b"bbrxyz"), words(b"bbr"));
         assert_eq!(read(16, b"bbr\0junk"), words(b"bbr"));
         assert_eq!(read(4096, b"0123456789abcdef"), words(b"0123456789abcde"));
         assert_eq!(read(0, b"bbr"), words(b""));
-        assert_eq!(Asked::read(&option(kind::TEXT), -1, &words(b"bbr")), None);
+        assert_eq!(Argument::read(&option(kind::TEXT), -1, &words(b"bbr")), None);
         assert_eq!(read(8, b"01234567zz"), words(b"01234567"));
         assert_eq!(read(9, b"01234567zz"), words(b"01234567z"));
         assert_eq!(read(12, b"0123\x001234567"), words(b"0123"));
@@ -369,8 +369,8 @@ mod tests {
         Setting { form: form::SET, value, mask, on_conflict, ..Setting::default() }
     }
 
-    fn asked(number: i64) -> Asked {
-        Asked { number, ..Asked::default() }
+    fn asked(number: i64) -> Argument {
+        Argument { number, ..Argument::default() }
     }
 
     #[test]
@@ -463,7 +463,7 @@ mod tests {
         let limit =
             |min, max| Setting { form: form::LIMIT, min, max, on_conflict: on_conflict::REWRITE, ..Setting::default() };
         let judged = |zero, negative, setting: &Setting, number| {
-            judge(&Governed { zero, negative, ..option(kind::INT) }, setting, &asked(number)).given
+            judge(&OptionRow { zero, negative, ..option(kind::INT) }, setting, &asked(number)).given
         };
         let (at_most, at_least) = (limit(i64::MIN, 8), limit(100, i64::MAX));
         // A default of 64.
@@ -484,7 +484,7 @@ mod tests {
 
     #[test]
     fn governed_buffer_stays_locked() {
-        let lock = Governed { lock: 1, ..option(kind::LOCK) };
+        let lock = OptionRow { lock: 1, ..option(kind::LOCK) };
         let (set, limit) = (
             set(65536, u32::MAX, on_conflict::REWRITE),
             Setting { form: form::LIMIT, on_conflict: on_conflict::REWRITE, ..Setting::default() },
@@ -501,7 +501,7 @@ mod tests {
         let judgement = judge(&option(kind::INT), &by_name, &asked(3));
         assert_eq!(judgement, Judgement { verdict: verdict::REWRITTEN, given: Value::text(words(b"eth0")) });
         let by_index = set(3, u32::MAX, on_conflict::REWRITE);
-        let name = Asked { text: words(b"eth0"), ..Asked::default() };
+        let name = Argument { text: words(b"eth0"), ..Argument::default() };
         assert_eq!(judge(&option(kind::TEXT), &by_index, &name).given, Value::int(3));
     }
 

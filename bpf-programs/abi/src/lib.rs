@@ -24,20 +24,20 @@ pub mod socket;
 /// Rules that one scope can have: rules are the bits of a `u64`.
 pub const RULES_MAX: usize = 64;
 
-/// The length of a [`SiteList`], and bits of [`socket::State`] that stand for an option. More than there are options to set.
+/// The length of a [`ApplyList`], and bits of [`socket::State`] that stand for an option. More than there are options to set.
 pub const SETTABLE_MAX: usize = 48;
 
 /// Generations of policies that are kept at a time: the one in force, those before it, and the one that is being written.
 /// A power of two.
 pub const GENERATIONS: u32 = 4;
 
-/// Sockets whose notes find room in map `UNSTORED`.
-pub const UNSTORED_MAX: u32 = 1024;
+/// Sockets whose notes find room in map `FALLBACK_STATES`.
+pub const FALLBACK_MAX: u32 = 1024;
 
-/// Options that can be set at [`site::BIRTH`].
-pub const BIRTH_MAX: usize = 3;
+/// Options that can be set at [`apply_point::SOCK_CREATE`].
+pub const SOCK_CREATE_MAX: usize = 3;
 
-/// Options that can be set at [`site::POST_CREATE`], at the most.
+/// Options that can be set at [`apply_point::POST_CREATE`], at the most.
 pub const POST_CREATE_MAX: usize = 16;
 
 /// Deepest cgroup at which a target can be, counted from the root of the hierarchy (level 0).
@@ -108,22 +108,22 @@ pub struct Config {
     pub agent_start: u64,
     /// By slot of a generation ([`index::slot_of`]): the options that rules of any scope name. Written before the generation
     /// that it is of is in force, for it is not written at once.
-    pub numbers: [setting::Numbers; GENERATIONS as usize],
+    pub numbers: [setting::OptionFilter; GENERATIONS as usize],
 }
-shared!(Config, size 4 + 4 + 8 + 8 + 4 * 4 + 4 * 4 + 8 + GENERATIONS as usize * size_of::<setting::Numbers>());
+shared!(Config, size 4 + 4 + 8 + 8 + 4 * 4 + 4 * 4 + 8 + GENERATIONS as usize * size_of::<setting::OptionFilter>());
 
 impl Config {
     /// Whether a rule of the generation in force may name an option; that none does is certain.
     #[inline(always)]
     #[must_use]
     pub fn may_name(&self, key: setting::OptionKey) -> bool {
-        self.number(self.generation, key) != setting::Numbered::No
+        self.number(self.generation, key) != setting::Lookup::Absent
     }
 
     /// The number that an option may have in a generation.
     #[inline(always)]
     #[must_use]
-    pub fn number(&self, generation: u32, key: setting::OptionKey) -> setting::Numbered {
+    pub fn number(&self, generation: u32, key: setting::OptionKey) -> setting::Lookup {
         self.numbers[index::slot_of(generation) as usize].get(key)
     }
 }
@@ -177,25 +177,25 @@ pub mod calls {
 }
 
 /// A cgroup that programs are attached to. Map `TARGETS`, by cgroup and hook: the kernel hands a program the entry of the
-/// one that it runs for. It stays the same for as long as a program is attached; what holds there, [`Place`] says.
+/// one that it runs for. It stays the same for as long as a program is attached; what holds there, [`TargetSlot`] says.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Target {
-    /// Index in map `PLACES` of every generation.
+    /// Index in map `TARGET_SLOTS` of every generation.
     pub place: u32,
     /// Not given twice; 0: the programs do nothing here.
     pub id: u32,
 }
 shared!(Target, size 4 + 4);
 
-/// What holds on a target. Map `PLACES` of a generation, by [`Target::place`].
+/// What holds on a target. Map `TARGET_SLOTS` of a generation, by [`Target::place`].
 ///
 /// Where targets lie in one another, the kernel runs the programs of the inner one first and then those of the outer one.
 /// What the policies of both say of a socket stands in the scope of the inner one; the programs of the outer one leave the
 /// socket alone ([`socket::State::target`]).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Place {
+pub struct TargetSlot {
     /// [`Target::id`] of the target that this is about; 0: of none, and nothing holds.
     pub id: u32,
     /// How deep the cgroup is; more than any that it lies in.
@@ -205,16 +205,16 @@ pub struct Place {
     /// Index in map `OPTIONS` of the scope's first option.
     pub options: u32,
 }
-shared!(Place, size 4 * 4);
+shared!(TargetSlot, size 4 * 4);
 
-/// The places where a setting can be applied. With the number of a scope times [`COUNT`](site::COUNT), an index of map
-/// `SITES`.
+/// The places where a setting can be applied. With the number of a scope times [`COUNT`](apply_point::COUNT), an index of map
+/// `APPLY_LISTS`.
 ///
 /// Stream and datagram sockets pass the same cgroup hooks, but a stream socket has later and better
 /// places for most options, so these hooks have a list for each.
-pub mod site {
+pub mod apply_point {
     /// cgroup/sock_create
-    pub const BIRTH: u32 = 0;
+    pub const SOCK_CREATE: u32 = 0;
     /// cgroup/bind4, bind6 of a TCP socket
     pub const BIND_STREAM: u32 = 1;
     /// cgroup/bind4, bind6 of any other socket
@@ -242,13 +242,13 @@ pub mod site {
 /// The options to apply at one site, in the order in which to apply them.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub struct SiteList {
+pub struct ApplyList {
     pub len: u32,
     /// Numbers of options, of which each scope has its own entry in map `OPTIONS`, with the bits of [`entry`].
     pub options: [u32; SETTABLE_MAX],
 }
 
-/// Bits of an entry of a [`SiteList`].
+/// Bits of an entry of a [`ApplyList`].
 pub mod entry {
     /// The option is not set at this site: its value is given back if no rule sets it any more, and held against limits.
     pub const CHECK: u32 = 1 << 31;
@@ -259,9 +259,9 @@ pub mod entry {
     /// The number of the option.
     pub const NUMBER: u32 = LAST - 1;
 }
-shared!(SiteList, size 4 + 4 * SETTABLE_MAX);
+shared!(ApplyList, size 4 + 4 * SETTABLE_MAX);
 
-impl Default for SiteList {
+impl Default for ApplyList {
     fn default() -> Self {
         Self { len: 0, options: [0; SETTABLE_MAX] }
     }
@@ -293,7 +293,7 @@ pub struct Counters {
     /// Conflict events that were held back by the rate limit.
     pub suppressed: u64,
     /// Sockets that were counted as set or unchanged, whose value something else then changed, and on which the kernel refused
-    /// the value again: counted as failed too. [`Counters::settled`] takes them from the other two.
+    /// the value again: counted as failed too. [`Counters::without_undone`] takes them from the other two.
     pub undone: u64,
     pub _pad: [u64; 2],
 }
@@ -328,7 +328,7 @@ impl Counters {
 
     /// The same without those sockets among `set` and `unchanged` that lost the value.
     #[must_use]
-    pub fn settled(self) -> Self {
+    pub fn without_undone(self) -> Self {
         let set = self.set.saturating_sub(self.undone);
         let rest = self.undone.saturating_sub(self.set);
         Self { set, unchanged: self.unchanged.saturating_sub(rest), undone: 0, ..self }
@@ -345,7 +345,7 @@ pub struct Losses {
     pub calls_full: u64,
     /// Arguments of a call that could not be read from the caller's memory.
     pub unreadable: u64,
-    /// Sockets for whose notes the kernel had no memory: these notes are in map `UNSTORED`, from which they may be pushed out.
+    /// Sockets for whose notes the kernel had no memory: these notes are in map `FALLBACK_STATES`, from which they may be pushed out.
     pub no_storage: u64,
     /// Rewritten values that did not fit the buffer the kernel gave us: the call went through
     /// as the application made it.

@@ -5,30 +5,30 @@
 
 use crate::{
     SETTABLE_MAX,
-    setting::{Governed, OptionKey, Setting, Value, Words, read_back, words_of},
+    setting::{OptionKey, OptionRow, Setting, Value, Words, read_back, words_of},
     shared,
 };
 
-/// Values of [`Turn::step`]: what the program does with sockets that have a [`Job`].
+/// Values of [`IterControl::step`]: what the program does with sockets that have a [`SocketJob`].
 pub mod step {
     /// A zeroed map: nothing.
     pub const NONE: u32 = 0;
     /// Reads what they have.
-    pub const LOOK: u32 = 1;
+    pub const READ: u32 = 1;
     /// Gives them what they are to have.
     pub const SET: u32 = 2;
 }
 
-/// What a walk is for. Map `TURN`.
+/// What a walk is for. Map `ITER_CONTROL`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Turn {
+pub struct IterControl {
     /// See [`step`].
     pub step: u32,
     /// See [`places`].
     pub shift: u32,
 }
-shared!(Turn, size 4 + 4);
+shared!(IterControl, size 4 + 4);
 
 /// How many places a job can stand at. With four for each job there is a free one, as good as always.
 pub const REACH: u32 = 16;
@@ -47,27 +47,27 @@ pub fn places(cookie: u64, shift: u32) -> impl Iterator<Item = u32> {
 /// memory takes no time to write, a hash map takes two calls for each.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Job {
+pub struct SocketJob {
     /// The socket's; 0 where there is no job.
     pub cookie: u64,
-    /// Index of map `LISTS`: what it is to be given.
+    /// Index of map `ASSIGNMENT_LISTS`: what it is to be given.
     pub list: u32,
     /// Index of map `OUTCOMES` of what comes of the first of these; those of the others follow.
     pub first: u32,
 }
-shared!(Job, size 8 + 4 + 4);
+shared!(SocketJob, size 8 + 4 + 4);
 
-/// What one or more sockets are to be given. Map `LISTS`.
+/// What one or more sockets are to be given. Map `ASSIGNMENT_LISTS`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub struct List {
+pub struct AssignmentList {
     pub len: u32,
     /// Indices of map `ASSIGNMENTS`, in the order in which to set them.
     pub assignments: [u32; SETTABLE_MAX],
 }
-shared!(List, size 4 + 4 * SETTABLE_MAX);
+shared!(AssignmentList, size 4 + 4 * SETTABLE_MAX);
 
-impl Default for List {
+impl Default for AssignmentList {
     fn default() -> Self {
         Self { len: 0, assignments: [0; SETTABLE_MAX] }
     }
@@ -95,7 +95,7 @@ shared!(Assignment, size 8 + 16 + 16 + 4 + 4);
 impl Assignment {
     /// What a setting says of an option.
     #[must_use]
-    pub fn new(option: &Governed, setting: &Setting) -> Self {
+    pub fn new(option: &OptionRow, setting: &Setting) -> Self {
         let is_text = setting.is_text();
         let (value, mask) = match is_text {
             true => (setting.text, [u64::MAX; 2]),
@@ -171,13 +171,13 @@ impl Outcome {
 /// A descriptor of a process that is a socket: what the program tells that is run for each file of each process.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Held {
+pub struct FdEntry {
     /// What `/proc/PID/fd` calls the socket.
     pub inode: u64,
     pub process: u32,
     pub descriptor: u32,
 }
-shared!(Held, size 8 + 4 + 4);
+shared!(FdEntry, size 8 + 4 + 4);
 
 #[cfg(test)]
 mod tests {
@@ -194,15 +194,15 @@ mod tests {
 
     const KEY: OptionKey = OptionKey { level: 1, name: 7 };
 
-    fn option() -> Governed {
-        Governed {
+    fn option() -> OptionRow {
+        OptionRow {
             names: 1,
             sets: 1,
             key: KEY,
             set_as: KEY,
             kind: kind::INT,
             read_back: read_back::SAME,
-            ..Governed::default()
+            ..OptionRow::default()
         }
     }
 
@@ -216,7 +216,7 @@ mod tests {
     #[test]
     fn doubled_value_shows_twice_what_was_given() {
         let setting = Setting { value: 4096, mask: u32::MAX, ..Setting::default() };
-        let buffer = Assignment::new(&Governed { read_back: read_back::DOUBLED, ..option() }, &setting);
+        let buffer = Assignment::new(&OptionRow { read_back: read_back::DOUBLED, ..option() }, &setting);
         let given = buffer.given(&words_of(87380));
         assert_eq!((given, buffer.shown(&given)), (words_of(4096), words_of(8192)));
     }
@@ -224,7 +224,7 @@ mod tests {
     #[test]
     fn text_takes_the_place_of_what_was_there() {
         let setting = Setting { text: words_of_text(b"bbr"), is_text: 1, ..Setting::default() };
-        let text = Assignment::new(&Governed { kind: kind::TEXT, ..option() }, &setting);
+        let text = Assignment::new(&OptionRow { kind: kind::TEXT, ..option() }, &setting);
         let given = text.given(&words_of_text(b"cubic-and-more"));
         assert_eq!(text.shows(text.shown(&given)), Value::text(words_of_text(b"bbr")));
         let number = Assignment::new(&option(), &Setting::default());

@@ -32,30 +32,30 @@ shared!(OptionKey, size 4 + 4);
 /// most of them, and for all others but a few a map need not be searched.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Numbers {
-    /// 0: none; [`Numbers::ELSEWHERE`]; or the number plus one.
+pub struct OptionFilter {
+    /// 0: none; [`OptionFilter::ELSEWHERE`]; or the number plus one.
     bytes: [u8; Self::LEN],
 }
-shared!(Numbers, size Numbers::LEN);
+shared!(OptionFilter, size OptionFilter::LEN);
 
-/// What [`Numbers`] say of an option.
+/// What [`OptionFilter`] say of an option.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Numbered {
+pub enum Lookup {
     /// No rule names it.
-    No,
+    Absent,
     /// If a rule names it, this is its number. It may be that of another option.
-    Perhaps(u32),
+    Maybe(u32),
     /// If a rule names it, map `OPTION_INDEX` has its number.
-    Elsewhere,
+    Fallback,
 }
 
-impl Default for Numbers {
+impl Default for OptionFilter {
     fn default() -> Self {
         Self { bytes: [0; Self::LEN] }
     }
 }
 
-impl Numbers {
+impl OptionFilter {
     /// A power of two. No two of the options that we know have the same place among so many.
     const LEN: usize = 512;
     const ELSEWHERE: u8 = u8::MAX;
@@ -68,11 +68,11 @@ impl Numbers {
 
     #[inline(always)]
     #[must_use]
-    pub fn get(&self, key: OptionKey) -> Numbered {
+    pub fn get(&self, key: OptionKey) -> Lookup {
         match self.bytes[Self::place(key)] {
-            0 => Numbered::No,
-            Self::ELSEWHERE => Numbered::Elsewhere,
-            number => Numbered::Perhaps(u32::from(number) - 1),
+            0 => Lookup::Absent,
+            Self::ELSEWHERE => Lookup::Fallback,
+            number => Lookup::Maybe(u32::from(number) - 1),
         }
     }
 
@@ -83,7 +83,7 @@ impl Numbers {
     }
 }
 
-/// Values of [`Governed::kind`]: how the bytes of a value are read.
+/// Values of [`OptionRow::kind`]: how the bytes of a value are read.
 pub mod kind {
     /// No value that we understand: the option can only be denied.
     pub const OPAQUE: u8 = 0;
@@ -99,7 +99,7 @@ pub mod kind {
     pub const LINGER: u8 = 5;
     /// `struct timeval`, as microseconds; zero, which means for ever, is more than any
     pub const TIMEVAL: u8 = 6;
-    /// SO_BUF_LOCK under a setting of a buffer: the bit [`super::Governed::lock`] must stay set, or the kernel tunes the buffer
+    /// SO_BUF_LOCK under a setting of a buffer: the bit [`super::OptionRow::lock`] must stay set, or the kernel tunes the buffer
     pub const LOCK: u8 = 7;
     /// SO_RCVLOWAT under a rule for SO_RCVBUF: an `int`, for which the kernel makes room in the buffer of a TCP socket
     pub const ROOM: u8 = 8;
@@ -108,7 +108,7 @@ pub mod kind {
 /// The largest SO_RCVLOWAT for which no receive buffer is too small: half of SOCK_MIN_RCVBUF (include/net/sock.h).
 pub const ROOM_ALWAYS: u32 = 1152;
 
-/// Values of [`Governed::argument`]: which lengths of an argument the kernel accepts, and which of the bytes it reads.
+/// Values of [`OptionRow::argument`]: which lengths of an argument the kernel accepts, and which of the bytes it reads.
 ///
 /// Each has been tried on 5.10, 6.1, 6.12, 6.18 and 7.2; other lengths fail with EINVAL.
 pub mod argument {
@@ -129,7 +129,7 @@ pub mod argument {
     pub const RATE: u8 = 5;
 }
 
-/// Values of [`Governed::zero`] and [`Governed::negative`] that are no numbers: what a limit compares in place of a value.
+/// Values of [`OptionRow::zero`] and [`OptionRow::negative`] that are no numbers: what a limit compares in place of a value.
 pub mod effective {
     /// The value itself.
     pub const SAME: i64 = i64::MIN;
@@ -137,7 +137,7 @@ pub mod effective {
     pub const UNCERTAIN: i64 = i64::MIN + 1;
 }
 
-/// Bits of [`Governed::traits`].
+/// Bits of [`OptionRow::traits`].
 pub mod traits {
     /// Exists on TCP sockets only.
     pub const TCP: u8 = 1;
@@ -158,7 +158,7 @@ pub mod traits {
     pub const CORRECTED: u8 = 64;
 }
 
-/// Values of [`Governed::read_back`]: what getsockopt shows after the option was set to v.
+/// Values of [`OptionRow::read_back`]: what getsockopt shows after the option was set to v.
 pub mod read_back {
     /// Nothing: the option cannot be read by a program, or what it shows says nothing about v.
     pub const NONE: u8 = 0;
@@ -168,7 +168,7 @@ pub mod read_back {
     pub const DOUBLED: u8 = 2;
 }
 
-/// Which of an alias's two keys names a device (see [`Governed::set_as`]).
+/// Which of an alias's two keys names a device (see [`OptionRow::set_as`]).
 pub const DEVICE_BY_NAME: OptionKey = OptionKey { level: 1, name: 25 };
 pub const DEVICE_BY_INDEX: OptionKey = OptionKey { level: 1, name: 62 };
 
@@ -206,7 +206,7 @@ pub const FLOW_LABEL_MANAGER: OptionKey = OptionKey { level: 41, name: 32 };
 /// An option that has several names or levels has a row for each of them. The rows share the settings.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Governed {
+pub struct OptionRow {
     /// The rules that name the option, in any way and under any of its names.
     pub names: u64,
     /// Those of them that set it (and do not limit or deny it).
@@ -248,9 +248,9 @@ pub struct Governed {
     pub is_alias: u32,
     pub _pad: u32,
 }
-shared!(Governed, size 6 * 8 + 4 * 4 + 8 + 2 * 4);
+shared!(OptionRow, size 6 * 8 + 4 * 4 + 8 + 2 * 4);
 
-impl Governed {
+impl OptionRow {
     /// Whether the option's first setting governs it on every socket.
     #[inline(always)]
     #[must_use]
@@ -305,7 +305,7 @@ impl Governed {
     /// agrees is found by judging it.
     #[inline(always)]
     #[must_use]
-    pub fn surely_agrees(&self, len: i32, words: &Words) -> bool {
+    pub fn fast_match(&self, len: i32, words: &Words) -> bool {
         self.has_agreeing != 0 && len == 4 && word_in(words) == self.agreeing
     }
 
@@ -485,10 +485,10 @@ impl Value {
         Self::new(text, TEXT_LEN as u32)
     }
 
-    /// What the policy wants of an option that the application would give `asked`.
+    /// What the policy wants of an option that the application would give `requested`.
     #[inline(always)]
     #[must_use]
-    pub fn wanted(option: &Governed, setting: &Setting, asked: &judge::Asked) -> Self {
+    pub fn wanted(option: &OptionRow, setting: &Setting, asked: &judge::Argument) -> Self {
         if option.kind == kind::LOCK && setting.form != form::DENY {
             return Self::int(asked.number as u32 | u32::from(option.lock));
         }
@@ -540,31 +540,31 @@ mod tests {
 
     #[test]
     fn options_that_were_added_are_found_and_their_neighbours_are_not() {
-        let mut numbers = Numbers::default();
+        let mut numbers = OptionFilter::default();
         let keys = [(0, 1), (1, 12), (6, 1), (41, 67), (-1, i32::MIN)].map(|(level, name)| OptionKey { level, name });
-        assert!(keys.iter().all(|key| numbers.get(*key) == Numbered::No));
+        assert!(keys.iter().all(|key| numbers.get(*key) == Lookup::Absent));
         for (key, number) in keys.iter().zip(0..) {
             numbers.add(*key, number);
         }
         for (key, number) in keys.iter().zip(0..) {
-            assert_eq!(numbers.get(*key), Numbered::Perhaps(number));
+            assert_eq!(numbers.get(*key), Lookup::Maybe(number));
         }
         // SO_REUSEADDR, SO_KEEPALIVE, TCP_MAXSEG, IP_TTL
         for (level, name) in [(1, 2), (1, 9), (6, 2), (0, 2)] {
-            assert_eq!(numbers.get(OptionKey { level, name }), Numbered::No, "{level} {name}");
+            assert_eq!(numbers.get(OptionKey { level, name }), Lookup::Absent, "{level} {name}");
         }
     }
 
     #[test]
     fn what_does_not_fit_is_elsewhere() {
-        let mut numbers = Numbers::default();
+        let mut numbers = OptionFilter::default();
         let [one, same, other] = [1, 513, 2].map(|name| OptionKey { level: 0, name });
         numbers.add(one, 3);
-        assert_eq!(numbers.get(same), Numbered::Perhaps(3));
+        assert_eq!(numbers.get(same), Lookup::Maybe(3));
         numbers.add(same, 4);
         numbers.add(other, 254);
         for key in [one, same, other] {
-            assert_eq!(numbers.get(key), Numbered::Elsewhere);
+            assert_eq!(numbers.get(key), Lookup::Fallback);
         }
     }
 
@@ -577,7 +577,7 @@ mod tests {
     }
 
     fn winner(sure: u64, possible: u64) -> Option<u32> {
-        let option = Governed { names: 0b1110, sets: 0b1010, first_setting: 100, ..Governed::default() };
+        let option = OptionRow { names: 0b1110, sets: 0b1010, first_setting: 100, ..OptionRow::default() };
         option.winner(Candidates { sure, possible: sure | possible })
     }
 
@@ -605,7 +605,7 @@ mod tests {
 
     #[test]
     fn rule_that_may_forbid_it_governs_a_call_that_cannot_be_corrected() {
-        let option = Governed { names: 0b1110, sets: 0b1010, first_setting: 100, ..Governed::default() };
+        let option = OptionRow { names: 0b1110, sets: 0b1010, first_setting: 100, ..OptionRow::default() };
         let winner = |sure: u64, possible: u64| option.cautious_winner(Candidates { sure, possible: sure | possible });
         assert_eq!(winner(0b1000, 0b0100), Some(101));
         assert_eq!(winner(0, 0b0100), Some(101));
@@ -616,6 +616,6 @@ mod tests {
     #[test]
     fn zeroed_option_is_governed_by_nobody() {
         let rules = Candidates { sure: u64::MAX, possible: u64::MAX };
-        assert_eq!(Governed::default().winner(rules), None);
+        assert_eq!(OptionRow::default().winner(rules), None);
     }
 }

@@ -79,7 +79,7 @@ impl Facts {
     /// An AF_INET6 socket without a peer and without a specific address of its own may still
     /// carry IPv4 (unless it is IPV6_V6ONLY, which programs cannot see): its family stays unknown.
     #[inline(always)]
-    pub fn settle_family(&mut self, sk_family: u32) {
+    pub fn set_family(&mut self, sk_family: u32) {
         if sk_family == sk_family::INET {
             self.family = family::IPV4;
             return;
@@ -110,7 +110,7 @@ fn unmap(address: &mut Address) {
 
 impl Facts {
     /// Replaces a remote address of zeros by the address that the kernel connects to instead. `local` is the socket's own
-    /// address: zeros if the socket has none. Call it before [`Self::settle_family`].
+    /// address: zeros if the socket has none. Call it before [`Self::set_family`].
     ///
     /// IPv4: the socket's own address, or 127.0.0.1 if it has none (`ip_route_output_key_hash_rcu`, net/ipv4/route.c, 6.18).
     /// IPv6: `::` is ::1, or ::ffff:127.0.0.1 if the socket is bound to an IPv4-mapped address (`tcp_v6_connect`,
@@ -119,7 +119,7 @@ impl Facts {
     /// The kernel takes the first address of the device for an IPv4 socket that has a device and no address. Programs cannot
     /// read that address: then the remote address is not known.
     #[inline(always)]
-    pub fn settle_remote(&mut self, inet6: bool, local: &Address, has_device: bool) {
+    pub fn set_remote(&mut self, inet6: bool, local: &Address, has_device: bool) {
         let is_mapped_any = inet6 && is_mapped(&self.remote) && self.remote[3] == 0;
         let is_any = self.remote[0] | self.remote[1] | self.remote[2] | self.remote[3] == 0;
         if inet6 && is_any {
@@ -160,15 +160,15 @@ const LOOPBACK6: Address = [0, 0, 0, 1_u32.to_be()];
 pub struct Notes {
     /// Bit n: the application asked for another value of option n where the policy lets it win
     /// (`on_conflict = "allow"`), so that the policy no longer sets it on this socket.
-    pub yielded: u64,
+    pub app_override: u64,
     /// Bit n: option n was counted as set or unchanged on this socket.
-    pub settled: u64,
+    pub applied: u64,
     /// Bit n: option n was counted as failed on this socket.
     pub failed: u64,
     /// Bit n: the application asked for a value of option n that a rule which may yet match does not allow, or that another
-    /// rule does not allow if the peer changes. [`Kept::asked`] has the value from before.
-    pub asked: u64,
-    /// Bit n: [`Kept::before`] has the value that option n had before a rule set it.
+    /// rule does not allow if the peer changes. [`SavedValues::asked`] has the value from before.
+    pub requested: u64,
+    /// Bit n: [`SavedValues::before`] has the value that option n had before a rule set it.
     pub changed: u64,
     /// The socket's cookie, as in `ss -e` (SO_COOKIE); 0 until known.
     pub cookie: u64,
@@ -181,12 +181,20 @@ shared!(Notes, size 8 * 6 + 4 * 2);
 
 impl Notes {
     /// None.
-    pub const NONE: Self =
-        Self { yielded: 0, settled: 0, failed: 0, asked: 0, changed: 0, cookie: 0, device: 0, device_wanted: 0 };
+    pub const NONE: Self = Self {
+        app_override: 0,
+        applied: 0,
+        failed: 0,
+        requested: 0,
+        changed: 0,
+        cookie: 0,
+        device: 0,
+        device_wanted: 0,
+    };
 }
 
 /// Notes kept with each governed socket, in the socket's own storage (map `SOCKETS`). If the kernel has no memory for this
-/// storage, map `UNSTORED` has the notes, as long as the notes find room there.
+/// storage, map `FALLBACK_STATES` has the notes, as long as the notes find room there.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct State {
@@ -196,9 +204,9 @@ pub struct State {
     /// The generation of policies by which the socket is set up, from the first hook to the last; 0 until it comes by one.
     pub generation: u32,
     /// Whether the socket was made under the policies and has not been bound or connected since, nor sent anything (0 or 1):
-    /// what is set at [`crate::site::SEND`] is for such.
+    /// what is set at [`crate::apply_point::SEND`] is for such.
     pub is_fresh: u32,
-    /// Whether the notes are in map `UNSTORED` (0 or 1).
+    /// Whether the notes are in map `FALLBACK_STATES` (0 or 1).
     pub is_unstored: u32,
     /// Whether the socket had a peer when its options were last set (0 or 1). [`Self::facts`] do not tell: calls of setsockopt and
     /// getsockopt also write them.
@@ -209,14 +217,14 @@ pub struct State {
 }
 shared!(State, size size_of::<Notes>() + size_of::<Target>() + 4 * 4 + size_of::<Facts>());
 
-/// Values that are kept of a socket, to give them back to its options. In storage of its own (map `KEPT`), because few
+/// Values that are kept of a socket, to give them back to its options. In storage of its own (map `SAVED_VALUES`), because few
 /// sockets need it. The kernel copies a listener's values to each accepted socket (`BPF_F_CLONE`).
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub struct Kept {
-    /// As [`Notes::yielded`], for the sockets that a listener accepts.
+pub struct SavedValues {
+    /// As [`Notes::app_override`], for the sockets that a listener accepts.
     pub yielded: u64,
-    /// As [`Notes::asked`].
+    /// As [`Notes::requested`].
     pub has_asked: u64,
     /// As [`Notes::changed`].
     pub has_before: u64,
@@ -225,7 +233,7 @@ pub struct Kept {
     /// By bit of an option that is a number, as getsockopt shows it: the value before a rule set the option. Of a device, its
     /// interface index.
     pub before: [u32; crate::SETTABLE_MAX],
-    /// As `asked`, for TCP_CONGESTION.
+    /// As `requested`, for TCP_CONGESTION.
     pub asked_text: crate::setting::Words,
     /// As `before`, for TCP_CONGESTION.
     pub before_text: crate::setting::Words,
@@ -234,9 +242,9 @@ pub struct Kept {
     /// Whether `priority` is set (0 or 1).
     pub has_priority: u32,
 }
-shared!(Kept, size 8 * 3 + 2 * 4 * crate::SETTABLE_MAX + 2 * 16 + 4 * 2);
+shared!(SavedValues, size 8 * 3 + 2 * 4 * crate::SETTABLE_MAX + 2 * 16 + 4 * 2);
 
-impl Kept {
+impl SavedValues {
     /// Nothing.
     pub const NONE: Self = Self {
         yielded: 0,
@@ -251,16 +259,16 @@ impl Kept {
     };
 }
 
-/// The notes of a socket for whose storage the kernel has no memory. Map `UNSTORED`, by the socket's address in the kernel.
+/// The notes of a socket for whose storage the kernel has no memory. Map `FALLBACK_STATES`, by the socket's address in the kernel.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub struct Unstored {
+pub struct FallbackState {
     pub state: State,
-    pub kept: Kept,
+    pub kept: SavedValues,
 }
-shared!(Unstored, size size_of::<State>() + size_of::<Kept>());
+shared!(FallbackState, size size_of::<State>() + size_of::<SavedValues>());
 
-impl Unstored {
+impl FallbackState {
     /// The notes of a socket of which nothing is known.
     pub const NEW: Self = Self {
         state: State {
@@ -281,7 +289,7 @@ impl Unstored {
                 known: 0,
             },
         },
-        kept: Kept::NONE,
+        kept: SavedValues::NONE,
     };
 }
 
@@ -301,7 +309,7 @@ mod tests {
             known: known::REMOTE | known::LOCAL_ADDRESS,
             ..Facts::default()
         };
-        facts.settle_family(sk_family::INET6);
+        facts.set_family(sk_family::INET6);
         assert_eq!(facts.family, family::IPV4);
         assert_eq!(facts.remote, [u32::from_ne_bytes([10, 1, 2, 3]), 0, 0, 0]);
         assert_eq!(facts.local, [u32::from_ne_bytes([127, 0, 0, 1]), 0, 0, 0]);
@@ -309,7 +317,7 @@ mod tests {
 
     fn remote(inet6: bool, remote: Address, local: Address, has_device: bool) -> Option<Address> {
         let mut facts = Facts { remote, known: known::REMOTE, ..Facts::default() };
-        facts.settle_remote(inet6, &local, has_device);
+        facts.set_remote(inet6, &local, has_device);
         (facts.known & known::REMOTE != 0).then_some(facts.remote)
     }
 
@@ -335,7 +343,7 @@ mod tests {
     #[test]
     fn ipv6_socket_without_addresses_may_be_either() {
         let mut facts = Facts::default();
-        facts.settle_family(sk_family::INET6);
+        facts.set_family(sk_family::INET6);
         assert_eq!(facts.family, family::UNKNOWN);
     }
 
@@ -343,7 +351,7 @@ mod tests {
     fn ipv6_peer_is_ipv6() {
         let remote = [0, 0, 0, 1_u32.to_be()];
         let mut facts = Facts { known: known::REMOTE, remote, ..Facts::default() };
-        facts.settle_family(sk_family::INET6);
+        facts.set_family(sk_family::INET6);
         assert_eq!(facts.family, family::IPV6);
         assert_eq!(facts.remote, remote);
     }

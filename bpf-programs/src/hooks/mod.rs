@@ -1,9 +1,9 @@
 //! One file for each kind of attach point.
 
-mod address;
 mod audit;
-mod birth;
-mod calls;
-mod live;
+mod iter;
 mod post_create;
-mod turns;
+mod sock_addr;
+mod sock_create;
+mod sock_ops;
+mod sockopt;

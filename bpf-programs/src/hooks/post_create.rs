@@ -6,9 +6,8 @@
 //! to the hooks of connections.
 
 use abi::{
-    POST_CREATE_MAX, entry,
+    POST_CREATE_MAX, apply_point, entry,
     select::{Candidates, select},
-    site,
     socket::{State, protocol},
 };
 use aya_ebpf::{cty::c_void, helpers::generated::bpf_loop, macros::lsm_cgroup, programs::LsmContext};
@@ -22,7 +21,7 @@ use crate::{
 
 /// Lets every socket be made: 1 means "go on".
 #[lsm_cgroup(hook = "socket_post_create")]
-pub(crate) fn post_create_apply(ctx: LsmContext) -> i32 {
+pub(crate) fn sp_post_create(ctx: LsmContext) -> i32 {
     if let Some(socket) = PostCreate::new(&ctx) {
         let mut round = Round { socket, scope: Scope::default(), rules: Candidates::default(), missing: 0 };
         let count = begin(&mut round);
@@ -59,9 +58,9 @@ fn try_begin(round: &mut Round) -> Option<u32> {
     }
     // cgroup/sock_create has made the notes.
     // SAFETY: the hook's socket, checked for NULL.
-    let (state, scope) = unsafe { storage::claim(round.socket.sk(), |_: &mut State| false) }?;
-    let state = storage::learn(state, facts);
-    let list = maps::site(scope.number, site::POST_CREATE)?;
+    let (state, scope) = unsafe { storage::enter_scope(round.socket.sk(), |_: &mut State| false) }?;
+    let state = storage::update_facts(state, facts);
+    let list = maps::apply_list(scope.number, apply_point::POST_CREATE)?;
     round.scope = scope;
     round.rules = select(&state.facts, maps::selectors(scope.number)?, &PrefixMap { scope: scope.number });
     round.missing = missing_traits(&state.facts, round.socket.is_inet6());
@@ -73,7 +72,7 @@ fn try_begin(round: &mut Round) -> Option<u32> {
 unsafe extern "C" fn apply_next(position: u32, round: *mut Round) -> i64 {
     // SAFETY: what `bpf_loop` was given.
     let Round { socket, scope, rules, missing } = unsafe { &*round };
-    let Some(list) = maps::site(scope.number, site::POST_CREATE) else { return 1 };
+    let Some(list) = maps::apply_list(scope.number, apply_point::POST_CREATE) else { return 1 };
     let Some(entry) = list.options[..POST_CREATE_MAX].get(position as usize) else { return 1 };
     apply_to_new(socket, scope.options + (entry & entry::NUMBER), *rules, missing | (entry & !entry::NUMBER));
     0

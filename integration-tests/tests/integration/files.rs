@@ -139,7 +139,7 @@ fn what_sockpolicy_did_not_make_among_pins_is_left_and_named_and_stops_nothing()
     let foreign: Vec<_> = ["foreign", "links", "maps", "0123456789abcdef"]
         .map(|name| instance.folder().join(name))
         .into_iter()
-        .chain(["foreign", "links/foreign", "maps/FOREIGN", "links/1-2-3-connect4_apply"].map(|name| layout.join(name)))
+        .chain(["foreign", "links/foreign", "maps/sp_foreign", "links/1-2-3-sp_connect4"].map(|name| layout.join(name)))
         .collect();
     for path in &foreign {
         fs::create_dir(path).unwrap();
@@ -147,9 +147,9 @@ fn what_sockpolicy_did_not_make_among_pins_is_left_and_named_and_stops_nothing()
     // An empty directory of another layout looks like what an agent left when it was killed.
     let kept: Vec<_> = foreign.iter().filter(|path| !path.ends_with("0123456789abcdef")).collect();
     // A map under the name of a link: `bpftool map pin` can do that.
-    let map = layout.join("links/1-2-3-bind4_apply");
+    let map = layout.join("links/1-2-3-sp_bind4");
     let pinned =
-        Command::new("bpftool").args(["map", "pin", "pinned"]).args([&layout.join("maps/CONFIG"), &map]).output();
+        Command::new("bpftool").args(["map", "pin", "pinned"]).args([&layout.join("maps/sp_config"), &map]).output();
     let has_map = pinned.is_ok_and(|output| output.status.success());
     for mark in [2, 3] {
         instance.attach(PolicyFile::new(sets_mark(&target, mark)).path());
@@ -163,7 +163,7 @@ fn what_sockpolicy_did_not_make_among_pins_is_left_and_named_and_stops_nothing()
         assert!(said.contains(&warning), "{}: {said}", path.display());
         assert!(path.exists());
     }
-    assert!(!layout.join("links").join(link).exists() && !layout.join("maps/CONFIG").exists());
+    assert!(!layout.join("links").join(link).exists() && !layout.join("maps/sp_config").exists());
     assert_eq!(Probe::start(&target).fresh(SO_MARK), 0);
     // Nothing is in force by what is left.
     let status = agent::output(&["status", &instance.name]);

@@ -138,7 +138,7 @@ fn named(mut container: Container, process: &Path) -> Container {
     container
 }
 
-/// Returns the cgroup of a container, by that of its first process, which may have gone deeper. `asked`: the last components of
+/// Returns the cgroup of a container, by that of its first process, which may have gone deeper. `requested`: the last components of
 /// the cgroup that its engine asked for, if root wrote that.
 ///
 /// An ancestor is the container's if its name has the container's id, of 64 digits, or if it is the one that was asked for. Of

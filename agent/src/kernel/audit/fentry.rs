@@ -6,30 +6,30 @@ use aya::{
 };
 
 use super::{
-    Way, attach_reason,
-    functions::{Programs, ways},
+    AttachVariant, attach_reason,
+    functions::{Programs, variants},
 };
 use crate::kernel::{
     error::{chain, load_reason},
     syscall,
 };
 
-pub(super) static WAYS: [Way; 4] = ways(&SET, &GET);
+pub(super) static VARIANTS: [AttachVariant; 4] = variants(&SET, &GET);
 
 const SET: Programs = Programs {
-    entry: "fentry_set",
-    exit: "fexit_set",
-    outer_entry: "fentry_set_fd",
-    outer_exit: "fexit_set_fd",
-    found: "fentry_set_found",
+    entry: "sp_fentry_set",
+    exit: "sp_fexit_set",
+    outer_entry: "sp_fentry_set_fd",
+    outer_exit: "sp_fexit_set_fd",
+    found: "sp_fentry_set_found",
 };
 
 const GET: Programs = Programs {
-    entry: "fentry_get",
-    exit: "fexit_get",
-    outer_entry: "fentry_get_fd",
-    outer_exit: "fexit_get_fd",
-    found: "fentry_get_found",
+    entry: "sp_fentry_get",
+    exit: "sp_fexit_get",
+    outer_entry: "sp_fentry_get_fd",
+    outer_exit: "sp_fexit_get_fd",
+    found: "sp_fentry_get_found",
 };
 
 /// The kernel's types, among which the functions are looked up.

@@ -1,6 +1,6 @@
 //! The kernel's functions at which fentry and kprobes see calls. They are looked up, and taken where they are.
 
-use super::{Hooks, Span, Way, entry, exit};
+use super::{AttachVariant, Hooks, Visibility, entry, exit};
 
 /// The programs of a backend, for calls of one kind.
 pub(super) struct Programs {
@@ -28,25 +28,30 @@ const GET: Points =
     Points { socket: "do_sock_getsockopt", system_call: "__sys_getsockopt", security: "security_socket_getsockopt" };
 
 /// From the one that lets see most to the one that lets see least.
-pub(super) const fn ways(set: &Programs, get: &Programs) -> [Way; 4] {
+pub(super) const fn variants(set: &Programs, get: &Programs) -> [AttachVariant; 4] {
     [
-        Way { set: nested(&SET, set), get: nested(&GET, get), spans: &[Span::All], blind_to: &[] },
+        AttachVariant { set: nested(&SET, set), get: nested(&GET, get), spans: &[Visibility::All], blind_to: &[] },
         // No call conflicts with anything that does not come as far as this.
-        Way { set: common(&SET, set), get: common(&GET, get), spans: &[Span::Ends, Span::Conflicts], blind_to: &[] },
+        AttachVariant {
+            set: common(&SET, set),
+            get: common(&GET, get),
+            spans: &[Visibility::Ends, Visibility::Conflicts],
+            blind_to: &[],
+        },
         // Before 6.7 io_uring has no such calls. A kernel that has them but not the common functions is not known; if
         // there is one, this is true of it.
-        Way {
+        AttachVariant {
             set: before(&SET, set),
             get: before(&GET, get),
-            spans: &[Span::Ends, Span::Conflicts, Span::All],
+            spans: &[Visibility::Ends, Visibility::Conflicts, Visibility::All],
             blind_to: &["io_uring"],
         },
         // For kernels in which the functions of the system calls cannot be looked up. Calls that fail with EBADF or ENOTSOCK
         // are over before there is a socket.
-        Way {
+        AttachVariant {
             set: common(&SET, set),
             get: common(&GET, get),
-            spans: &[Span::All],
+            spans: &[Visibility::All],
             blind_to: &["descriptors that are no sockets"],
         },
     ]

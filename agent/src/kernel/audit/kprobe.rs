@@ -5,27 +5,27 @@ use std::path::Path;
 use aya::programs::{Program, ProgramError};
 
 use super::{
-    Way, attach_reason,
-    functions::{Programs, ways},
+    AttachVariant, attach_reason,
+    functions::{Programs, variants},
 };
 use crate::kernel::{error::load_reason, object::load_once};
 
-pub(super) static WAYS: [Way; 4] = ways(&SET, &GET);
+pub(super) static VARIANTS: [AttachVariant; 4] = variants(&SET, &GET);
 
 const SET: Programs = Programs {
-    entry: "kprobe_set",
-    exit: "kretprobe_end",
-    outer_entry: "kprobe_set_fd",
-    outer_exit: "kretprobe_end_fd",
-    found: "kprobe_set_found",
+    entry: "sp_kprobe_set",
+    exit: "sp_kretprobe",
+    outer_entry: "sp_kprobe_set_fd",
+    outer_exit: "sp_kretprobe_fd",
+    found: "sp_kprobe_set_found",
 };
 
 const GET: Programs = Programs {
-    entry: "kprobe_get",
-    exit: "kretprobe_end",
-    outer_entry: "kprobe_get_fd",
-    outer_exit: "kretprobe_end_fd",
-    found: "kprobe_get_found",
+    entry: "sp_kprobe_get",
+    exit: "sp_kretprobe",
+    outer_entry: "sp_kprobe_get_fd",
+    outer_exit: "sp_kretprobe_fd",
+    found: "sp_kprobe_get_found",
 };
 
 /// Where the kernel says how to ask for a kprobe, if it has them.

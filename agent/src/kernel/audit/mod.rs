@@ -1,6 +1,6 @@
 //! The audit's backends: how setsockopt and getsockopt calls are seen.
 //!
-//! A backend is a file of its own, which says in which ways it can be had ([`Way`]), whether this kernel has what it
+//! A backend is a file of its own, which says in which ways it can be had ([`AttachVariant`]), whether this kernel has what it
 //! takes, and how one program is attached. Which way works is found by trying, the best one first.
 
 mod fentry;
@@ -46,20 +46,20 @@ pub enum BackendChoice {
 }
 
 /// Whether a backend works here: how, or why not.
-pub type Tried = Result<Audit, String>;
+pub type ProbeResult = Result<Audit, String>;
 
 /// An audit that is attached, or was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Audit {
     pub backend: Backend,
-    way: &'static Way,
+    way: &'static AttachVariant,
 }
 
 /// What holds the programs of an audit at their points, unless they do so themselves.
 #[derive(Default)]
-pub(super) struct Events(Vec<tracepoint::Event>);
+pub(super) struct PerfLinks(Vec<tracepoint::Event>);
 
-impl Events {
+impl PerfLinks {
     /// Takes the programs from their points, and is done when they are not there any more.
     pub(super) fn take(self) {
         tracepoint::take(self.0);
@@ -73,15 +73,15 @@ impl Events {
 
 /// What an audit is to see.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Aim {
+pub(super) struct AuditRequest {
     /// getsockopt too.
     pub(super) reads: bool,
-    pub(super) span: Span,
+    pub(super) span: Visibility,
 }
 
 /// What of calls is to be seen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Span {
+pub(super) enum Visibility {
     /// The ends of those that conflict, which the cgroup's hooks have found to do so.
     Ends,
     /// Those that conflict.
@@ -90,13 +90,13 @@ pub(super) enum Span {
     All,
 }
 
-impl Aim {
+impl AuditRequest {
     /// `can_begin_calls`: whether hooks can begin the records of calls.
     pub(super) fn of(wanted: model::Audit, can_begin_calls: bool) -> Self {
         let span = match wanted.calls {
-            Calls::Conflicts if can_begin_calls && !wanted.timing => Span::Ends,
-            Calls::Conflicts => Span::Conflicts,
-            Calls::Governed | Calls::All => Span::All,
+            Calls::Conflicts if can_begin_calls && !wanted.timing => Visibility::Ends,
+            Calls::Conflicts => Visibility::Conflicts,
+            Calls::Governed | Calls::All => Visibility::All,
         };
         Self { reads: wanted.reads, span }
     }
@@ -104,12 +104,12 @@ impl Aim {
 
 /// One way of seeing calls: the programs, and where they go.
 #[derive(Debug, PartialEq, Eq)]
-struct Way {
+struct AttachVariant {
     /// Where setsockopt calls are seen, in the order in which to attach.
     set: Hooks,
     get: Hooks,
     /// What it is good for.
-    spans: &'static [Span],
+    spans: &'static [Visibility],
     /// Calls that are not seen so.
     blind_to: &'static [&'static str],
 }
@@ -165,16 +165,16 @@ impl Backend {
     /// The calls that it does not see on any kernel.
     #[must_use]
     pub fn never_sees(self) -> &'static [&'static str] {
-        let ways = self.ways();
+        let ways = self.variants();
         let is_always = ways.iter().all(|way| way.blind_to == ways[0].blind_to);
         if is_always { ways[0].blind_to } else { &[] }
     }
 
-    fn ways(self) -> &'static [Way] {
+    fn variants(self) -> &'static [AttachVariant] {
         match self {
-            Self::Fentry => &fentry::WAYS,
-            Self::Kprobe => &kprobe::WAYS,
-            Self::Tracepoint => &tracepoint::WAYS,
+            Self::Fentry => &fentry::VARIANTS,
+            Self::Kprobe => &kprobe::VARIANTS,
+            Self::Tracepoint => &tracepoint::VARIANTS,
         }
     }
 
@@ -198,7 +198,7 @@ impl fmt::Display for Backend {
 impl Audit {
     /// The calls that are not seen.
     #[must_use]
-    pub fn blind_to(self) -> &'static [&'static str] {
+    pub fn not_covered(self) -> &'static [&'static str] {
         self.way.blind_to
     }
 
@@ -211,7 +211,7 @@ impl Audit {
     }
 
     /// Whether the ends of calls are all that is seen, so that hooks have to begin their records.
-    pub(super) fn sees_ends_alone(self) -> bool {
+    pub(super) fn sees_only_exits(self) -> bool {
         self.way.set.iter().flatten().all(|hook| hook.end == End::Exit)
     }
 
@@ -226,13 +226,13 @@ impl Audit {
     }
 }
 
-impl Way {
+impl AttachVariant {
     fn programs(&self) -> impl Iterator<Item = &'static str> {
         [&self.set, &self.get].into_iter().flatten().flatten().map(|hook| hook.program)
     }
 
     /// Where what it is to see is seen, in the order in which to attach.
-    fn hooks(&self, aim: Aim) -> impl Iterator<Item = &Hook> {
+    fn hooks(&self, aim: AuditRequest) -> impl Iterator<Item = &Hook> {
         [&self.set, &self.get].into_iter().take(if aim.reads { 2 } else { 1 }).flatten().flatten()
     }
 
@@ -248,7 +248,11 @@ impl Way {
 }
 
 /// Attaches the backend of choice; gives the one that was taken.
-pub(super) fn attach(ebpf: &mut Ebpf, choice: BackendChoice, aim: Aim) -> Result<Option<(Audit, Events)>, KernelError> {
+pub(super) fn attach(
+    ebpf: &mut Ebpf,
+    choice: BackendChoice,
+    aim: AuditRequest,
+) -> Result<Option<(Audit, PerfLinks)>, KernelError> {
     match candidates(choice)[..] {
         [] => Ok(None),
         [backend] => {
@@ -260,14 +264,14 @@ pub(super) fn attach(ebpf: &mut Ebpf, choice: BackendChoice, aim: Aim) -> Result
 
 /// The programs that will most likely be attached, as far as they can be loaded before that is known: those of fentry are made
 /// for the function that they go to.
-pub(super) fn likely(choice: BackendChoice, aim: Aim) -> Vec<&'static str> {
+pub(super) fn likely(choice: BackendChoice, aim: AuditRequest) -> Vec<&'static str> {
     let is_likely = |backend: &Backend| match backend {
         Backend::Fentry => syscall::check_tracing().is_ok(),
         Backend::Kprobe => kprobe::is_there().is_ok(),
         Backend::Tracepoint => true,
     };
     let backend = candidates(choice).into_iter().find(is_likely).filter(|backend| *backend != Backend::Fentry);
-    let way = backend.and_then(|backend| backend.ways().iter().find(|way| way.spans.contains(&aim.span)));
+    let way = backend.and_then(|backend| backend.variants().iter().find(|way| way.spans.contains(&aim.span)));
     way.map_or(Vec::new(), |way| way.hooks(aim).map(|hook| hook.program).collect())
 }
 
@@ -283,7 +287,7 @@ pub fn candidates(choice: BackendChoice) -> Vec<Backend> {
     }
 }
 
-fn attach_best(ebpf: &mut Ebpf, backends: &[Backend], aim: Aim) -> Result<(Audit, Events), KernelError> {
+fn attach_best(ebpf: &mut Ebpf, backends: &[Backend], aim: AuditRequest) -> Result<(Audit, PerfLinks), KernelError> {
     let mut reasons = Vec::new();
     for backend in backends.iter().copied() {
         match attach_backend(ebpf, backend, aim) {
@@ -298,11 +302,15 @@ fn attach_best(ebpf: &mut Ebpf, backends: &[Backend], aim: Aim) -> Result<(Audit
 }
 
 /// Attaches all programs of a backend, or none.
-pub(super) fn attach_backend(ebpf: &mut Ebpf, backend: Backend, aim: Aim) -> Result<(Audit, Events), String> {
+pub(super) fn attach_backend(
+    ebpf: &mut Ebpf,
+    backend: Backend,
+    aim: AuditRequest,
+) -> Result<(Audit, PerfLinks), String> {
     let (way, events) = backend.with_system(|types| {
         let mut reasons = Vec::new();
-        for way in backend.ways().iter().filter(|way| way.spans.contains(&aim.span)) {
-            match attach_way(ebpf, backend, way, aim, types) {
+        for way in backend.variants().iter().filter(|way| way.spans.contains(&aim.span)) {
+            match attach_variant(ebpf, backend, way, aim, types) {
                 Ok(events) => return Ok((way, events)),
                 // Several ways may fail at the same function.
                 Err(reason) if reasons.contains(&reason) => {}
@@ -314,12 +322,18 @@ pub(super) fn attach_backend(ebpf: &mut Ebpf, backend: Backend, aim: Aim) -> Res
     Ok((Audit { backend, way }, events))
 }
 
-fn attach_way(ebpf: &mut Ebpf, backend: Backend, way: &Way, aim: Aim, types: Option<&Btf>) -> Result<Events, String> {
+fn attach_variant(
+    ebpf: &mut Ebpf,
+    backend: Backend,
+    way: &AttachVariant,
+    aim: AuditRequest,
+    types: Option<&Btf>,
+) -> Result<PerfLinks, String> {
     let attached: Result<Vec<_>, _> = way.hooks(aim).map(|hook| attach_program(ebpf, backend, hook, types)).collect();
     if attached.is_err() {
         way.unload(ebpf);
     }
-    Ok(Events(attached?.into_iter().flatten().collect()))
+    Ok(PerfLinks(attached?.into_iter().flatten().collect()))
 }
 
 fn attach_program(

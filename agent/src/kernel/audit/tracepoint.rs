@@ -8,7 +8,7 @@ use std::{
 
 use aya::programs::Program;
 
-use super::{End, Span, Way, attach_reason, entry, exit};
+use super::{AttachVariant, End, Visibility, attach_reason, entry, exit};
 use crate::{
     host::tracefs,
     kernel::{
@@ -18,22 +18,22 @@ use crate::{
     },
 };
 
-pub(super) static WAYS: [Way; 2] = [
-    Way {
-        set: [exit("setsockopt", "trace_end"), None, None, None],
-        get: [exit("getsockopt", "trace_end"), None, None, None],
-        spans: &[Span::Ends],
-        blind_to: BLIND_TO,
+pub(super) static VARIANTS: [AttachVariant; 2] = [
+    AttachVariant {
+        set: [exit("setsockopt", "sp_sys_exit"), None, None, None],
+        get: [exit("getsockopt", "sp_sys_exit"), None, None, None],
+        spans: &[Visibility::Ends],
+        blind_to: NOT_COVERED,
     },
-    Way {
-        set: [exit("setsockopt", "trace_end"), entry("setsockopt", "trace_begin"), None, None],
-        get: [exit("getsockopt", "trace_end"), entry("getsockopt", "trace_begin"), None, None],
-        spans: &[Span::Conflicts, Span::All],
-        blind_to: BLIND_TO,
+    AttachVariant {
+        set: [exit("setsockopt", "sp_sys_exit"), entry("setsockopt", "sp_sys_enter"), None, None],
+        get: [exit("getsockopt", "sp_sys_exit"), entry("getsockopt", "sp_sys_enter"), None, None],
+        spans: &[Visibility::Conflicts, Visibility::All],
+        blind_to: NOT_COVERED,
     },
 ];
 
-const BLIND_TO: &[&str] = &["io_uring", "32-bit programs"];
+const NOT_COVERED: &[&str] = &["io_uring", "32-bit programs"];
 
 /// Runs `attach` where tracepoints can be looked up.
 pub(super) fn with_tracefs<T: Send>(attach: impl FnOnce() -> Result<T, String> + Send) -> Result<T, String> {

@@ -9,38 +9,44 @@ use crate::{
     compile::{Hook, compile},
     coverage::all,
     host::socket::{Entry, State::*},
-    live::Told,
+    live::OptionRead,
     policy,
 };
 
 /// A socket of a protocol, with values of its options.
-fn live(protocol: i32, state: State, ends: [&str; 2], values: &[(&str, Value)]) -> Live {
+fn live(protocol: i32, state: State, ends: [&str; 2], values: &[(&str, Value)]) -> SocketSnapshot {
     let [local, remote] = ends.map(|end| end.parse::<SocketAddr>().ok());
     let local = local.unwrap_or_else(|| "0.0.0.0:0".parse().unwrap());
     let family = if local.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
     let entry = Entry { family, protocol, state, local, remote, inode: 1, cookie: 1, cgroup: None };
     let values = values.iter().map(|(name, value)| (options::by_name(name).unwrap(), *value)).collect();
-    Live { facts: entry.facts().unwrap(), entry, cgroup: None, owner: None, values: Told::Values(values) }
+    SocketSnapshot {
+        facts: entry.facts().unwrap(),
+        entry,
+        cgroup: None,
+        owner: None,
+        values: OptionRead::Values(values),
+    }
 }
 
-fn tcp(state: State, values: &[(&str, Value)]) -> Live {
+fn tcp(state: State, values: &[(&str, Value)]) -> SocketSnapshot {
     let remote = if matches!(state, Listening | Unconnected) { "" } else { "192.0.2.1:443" };
     live(libc::IPPROTO_TCP, state, ["10.0.0.1:5000", remote], values)
 }
 
-fn towards(direction: Direction, live: Live) -> Live {
-    Live { facts: Socket { direction: Some(direction), ..live.facts }, ..live }
+fn towards(direction: Direction, live: SocketSnapshot) -> SocketSnapshot {
+    SocketSnapshot { facts: Socket { direction: Some(direction), ..live.facts }, ..live }
 }
 
-fn outbound(values: &[(&str, Value)]) -> Live {
+fn outbound(values: &[(&str, Value)]) -> SocketSnapshot {
     towards(Direction::Outbound, tcp(Established, values))
 }
 
-fn inbound(values: &[(&str, Value)]) -> Live {
+fn inbound(values: &[(&str, Value)]) -> SocketSnapshot {
     towards(Direction::Inbound, tcp(Established, values))
 }
 
-fn udp(ends: [&str; 2], values: &[(&str, Value)]) -> Live {
+fn udp(ends: [&str; 2], values: &[(&str, Value)]) -> SocketSnapshot {
     live(libc::IPPROTO_UDP, if ends[1].is_empty() { Unconnected } else { Established }, ends, values)
 }
 
@@ -51,7 +57,7 @@ struct New {
     after: Option<Value>,
 }
 
-impl Fresh for New {
+impl Baseline for New {
     fn values(&mut self) -> Option<&Values> {
         Some(&self.values)
     }
@@ -62,11 +68,16 @@ impl Fresh for New {
 }
 
 /// What there is to say of a socket where the BPF LSM is not active: an option's name, and why it cannot be told.
-fn found_with(rules: &str, live: &Live, new: New) -> Vec<(&'static str, Option<&'static str>)> {
+fn found_with(rules: &str, live: &SocketSnapshot, new: New) -> Vec<(&'static str, Option<&'static str>)> {
     found_on(rules, live, new, false)
 }
 
-fn found_on(rules: &str, live: &Live, mut new: New, has_lsm: bool) -> Vec<(&'static str, Option<&'static str>)> {
+fn found_on(
+    rules: &str,
+    live: &SocketSnapshot,
+    mut new: New,
+    has_lsm: bool,
+) -> Vec<(&'static str, Option<&'static str>)> {
     let policy = policy::parse(Path::new("test.toml"), rules).unwrap().0;
     let policies = [policy];
     let mut desired = compile(&policies, &[all(&policies)]).unwrap();
@@ -80,7 +91,7 @@ fn found_on(rules: &str, live: &Live, mut new: New, has_lsm: bool) -> Vec<(&'sta
         .collect()
 }
 
-fn found(rules: &str, live: &Live) -> Vec<(&'static str, Option<&'static str>)> {
+fn found(rules: &str, live: &SocketSnapshot) -> Vec<(&'static str, Option<&'static str>)> {
     found_with(rules, live, New::default())
 }
 

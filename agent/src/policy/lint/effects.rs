@@ -2,17 +2,17 @@
 //!
 //! What undoes what stands in the option table; when an option is set, too.
 
-use abi::site;
+use abi::apply_point;
 
 use super::{clauses, warning};
 use crate::{
     compile::may_pass,
+    limitations::{self, Concern},
     options::SocketOption,
     policy::{
         diagnostic::{Diagnostic, Problem},
         model::{Clause, Direction, Form, Named, Policy, Protocol, Rule, Selector},
     },
-    unsupported::{self, Concern},
 };
 
 pub(super) fn lint(policy: &Policy) -> Vec<Diagnostic> {
@@ -25,7 +25,7 @@ pub(super) fn lint(policy: &Policy) -> Vec<Diagnostic> {
 
 pub(super) fn caveats(policy: &Policy) -> Vec<Diagnostic> {
     let unsupported = clauses(policy).flat_map(|(rule, clause)| {
-        let entries = unsupported::of_rule(&rule.selector, clause.option, &clause.form).into_iter();
+        let entries = limitations::of_rule(&rule.selector, clause.option, &clause.form).into_iter();
         entries.filter(|(_, concern)| *concern == Concern::Asked).map(|(entry, _)| {
             let problem = Problem::new(format!("{} is not supported on all sockets of this rule", clause.option));
             warning(policy, problem.help(entry.to_string()).at(clause.span.clone()))
@@ -47,8 +47,9 @@ fn settings(policy: &Policy) -> impl Iterator<Item = (&Rule, &Clause, &'static S
 fn too_late(rule: &Rule, option: &SocketOption) -> Option<Problem> {
     let sites = option.settable()?.sites;
     let selector = &rule.selector;
-    let sites: Vec<u32> =
-        (0..site::COUNT as u32).filter(|site| sites.contains(*site) && may_pass(&selector.protocols, *site)).collect();
+    let sites: Vec<u32> = (0..apply_point::COUNT as u32)
+        .filter(|site| sites.contains(*site) && may_pass(&selector.protocols, *site))
+        .collect();
     let passed: Vec<u32> = sites.iter().copied().filter(|site| goes_by(selector.direction, *site)).collect();
     let asks_peer = asks_peer(selector);
     if let (Some(direction), true) = (selector.direction, passed.is_empty() && !sites.is_empty()) {
@@ -89,8 +90,10 @@ fn asks_peer(selector: &Selector) -> bool {
 /// Whether sockets of this direction, or of either, can come by a site.
 fn goes_by(direction: Option<Direction>, site: u32) -> bool {
     let only = match site {
-        site::CONNECT_STREAM | site::CONNECT_DATAGRAM | site::SYN | site::ACTIVE => Direction::Outbound,
-        site::PASSIVE | site::LISTEN => Direction::Inbound,
+        apply_point::CONNECT_STREAM | apply_point::CONNECT_DATAGRAM | apply_point::SYN | apply_point::ACTIVE => {
+            Direction::Outbound
+        }
+        apply_point::PASSIVE | apply_point::LISTEN => Direction::Inbound,
         _ => return true,
     };
     direction.is_none_or(|direction| direction == only)
@@ -98,8 +101,14 @@ fn goes_by(direction: Option<Direction>, site: u32) -> bool {
 
 /// Whether a rule can be sure there that it matches: direction and peer are not known everywhere.
 fn is_sure(selector: &Selector, site: u32) -> bool {
-    let knows_direction =
-        !matches!(site, site::BIRTH | site::POST_CREATE | site::BIND_STREAM | site::BIND_DATAGRAM | site::SEND);
-    let knows_peer = knows_direction && site != site::LISTEN;
+    let knows_direction = !matches!(
+        site,
+        apply_point::SOCK_CREATE
+            | apply_point::POST_CREATE
+            | apply_point::BIND_STREAM
+            | apply_point::BIND_DATAGRAM
+            | apply_point::SEND
+    );
+    let knows_peer = knows_direction && site != apply_point::LISTEN;
     (knows_direction || selector.direction.is_none()) && (knows_peer || !asks_peer(selector))
 }

@@ -1,7 +1,7 @@
 //! The audit: setsockopt and getsockopt calls of the targets' tasks, from entry to exit.
 //!
 //! Three kinds of hook run the same code, each in a file of its own: [`fentry`], [`kprobe`], [`tracepoint`].
-//! Each hands over what it sees of a call in the same form ([`Begun`]), and its result.
+//! Each hands over what it sees of a call in the same form ([`CallEntry`]), and its result.
 //!
 //! A call is seen where the kernel has its socket in hand ([`Subject::Socket`]): there its socket is certain. Around
 //! that, it is seen by the number of a descriptor ([`Subject::Descriptor`]), also where that stands for no socket. Where
@@ -17,14 +17,14 @@
 //! when its thread is seen in another, and a socket that the kernel does not hold is looked at only while the descriptor
 //! stands for it.
 
+pub(super) mod cgroup_hook;
 mod fentry;
-pub(super) mod hooked;
 mod kprobe;
 mod tracepoint;
-mod unhooked;
+mod without_hook;
 
 use abi::{
-    Config, Place, calls,
+    Config, TargetSlot, calls,
     event::{Call, Executable, TallyKey, call, flags},
     setting::{OptionKey, TEXT_LEN, Value, Words, word_in},
 };
@@ -40,11 +40,11 @@ use aya_ebpf::{
     },
 };
 
-use self::hooked::CAN_BEGIN_CALLS;
+use self::cgroup_hook::CAN_BEGIN_CALLS;
 use crate::{
     emit::{self, Head, Task},
     kernel,
-    maps::{self, lose},
+    maps::{self, count_loss},
 };
 
 // As in `calls`, constants to the verifier.
@@ -81,7 +81,7 @@ enum Subject {
 }
 
 /// A call as it begins.
-struct Begun {
+struct CallEntry {
     /// See [`call`].
     kind: u32,
     /// What the backend knows of how the call was made: bits of [`flags`].
@@ -94,7 +94,7 @@ struct Begun {
 }
 
 /// A call as it ends.
-struct Ended {
+struct CallExit {
     /// See [`event::source`](abi::event::source).
     source: u32,
     result: i64,
@@ -132,7 +132,7 @@ fn system_call(kind: u32) -> i64 {
 /// Where only conflicts are reported, whose call it is and what it asks for is left to the cgroup's hooks, if there are any to
 /// see it: in most calls they find no conflict, and most callers are in no target.
 #[inline(always)]
-fn begin(begun: Begun) {
+fn begin(begun: CallEntry) {
     let Some(config) = maps::config() else { return };
     let thread = bpf_get_current_pid_tgid();
     if let Some(call) = maps::call(thread) {
@@ -147,7 +147,7 @@ fn begin(begun: Begun) {
             }
             return;
         }
-        drop_unended(thread, call);
+        discard_stale(thread, call);
     }
     if config.calls != calls::ALL && !config.may_name(begun.key) {
         return;
@@ -162,7 +162,7 @@ fn begin(begun: Begun) {
     let Some(call) = maps::begin_call(thread) else {
         // Of most callers nothing would have been told.
         if is_certain || is_wanted(config, &begun) {
-            lose(|losses| &mut losses.calls_full);
+            count_loss(|losses| &mut losses.calls_full);
         }
         return;
     };
@@ -199,7 +199,7 @@ fn begin(begun: Begun) {
         }
     }
     if !is_hooked && begun.kind == call::SETSOCKOPT {
-        read_asked(call, begun.optlen.address as i32);
+        read_requested(call, begun.optlen.address as i32);
     }
     if TIMING.load() != 0 {
         // SAFETY: has no arguments.
@@ -210,7 +210,7 @@ fn begin(begun: Begun) {
 /// Whether there is anything to do about a call: one of a task that the audit follows, or, where the audit judges, one on a socket
 /// of a target.
 #[inline(always)]
-fn is_wanted(config: &Config, begun: &Begun) -> bool {
+fn is_wanted(config: &Config, begun: &CallEntry) -> bool {
     let is_named = maps::option_number(config.generation, begun.key).is_some();
     let is_followed = (is_named || config.calls == calls::ALL) && followed(config).is_some();
     (is_followed || (is_named && config.audit_judges != 0 && may_be_governed(config, begun.subject)))
@@ -229,7 +229,7 @@ fn may_be_governed(config: &Config, subject: Subject) -> bool {
 
 /// How a call was made: bits of [`flags`].
 #[inline(always)]
-fn via_of(begun: &Begun) -> u32 {
+fn via_of(begun: &CallEntry) -> u32 {
     match begun.subject {
         _ if begun.via != 0 => begun.via,
         Subject::Socket(_) => kernel::via(system_call(begun.kind)),
@@ -239,7 +239,7 @@ fn via_of(begun: &Begun) -> u32 {
 
 /// Whether a call that begins with its socket is the one that began with a descriptor.
 #[inline(always)]
-fn is_within(begun: &Begun, outer: &Call) -> bool {
+fn is_within(begun: &CallEntry, outer: &Call) -> bool {
     outer.flags & flags::OUTER != 0
         && outer.sk == 0
         && outer.kind == begun.kind
@@ -251,26 +251,26 @@ fn is_within(begun: &Begun, outer: &Call) -> bool {
 
 /// Notes the socket of the call that the current task is in, which the kernel has just found.
 #[inline(always)]
-fn meet(socket: *const c_void, kind: u32, key: OptionKey) {
+fn record_socket(socket: *const c_void, kind: u32, key: OptionKey) {
     let thread = bpf_get_current_pid_tgid();
     let Some(call) = maps::call_of(thread, kind, key) else { return };
     // The cgroup hook knows the sockets of the others.
     if reports_everything() || call.flags & flags::UNHOOKED != 0 {
         call.sk = kernel::sock_of(socket);
-        describe(thread);
+        fill_socket(thread);
     }
 }
 
 /// The end of the function that was handed the socket.
 #[inline(always)]
-fn end_with_socket(ended: Ended) {
-    let Some((thread, call)) = under_way(&ended) else { return };
+fn end_with_socket(ended: CallExit) {
+    let Some((thread, call)) = current_record(&ended) else { return };
     if call.flags & flags::OUTER == 0 {
         finish(thread, call, &ended);
         return;
     }
     // The system call goes on to its end, and may let go of the socket before that.
-    if is_to_be_told(call) {
+    if should_report(call) {
         complete(thread, call.kind, call.flags, ended.result);
     }
     if let Some(call) = maps::call(thread) {
@@ -280,8 +280,8 @@ fn end_with_socket(ended: Ended) {
 
 /// The end of the function that a call began with.
 #[inline(always)]
-fn end(ended: Ended) {
-    let Some((thread, call)) = under_way(&ended) else { return };
+fn end(ended: CallExit) {
+    let Some((thread, call)) = current_record(&ended) else { return };
     if call.flags & flags::OUTER != 0 {
         // Also where the end of the function that was handed it was not seen.
         call.flags &= !flags::HELD;
@@ -291,10 +291,10 @@ fn end(ended: Ended) {
 
 /// Reports a call that `begin` noted, now that its result is known.
 #[inline(always)]
-fn finish(thread: u64, call: &Call, ended: &Ended) {
-    let Ended { source, result, .. } = *ended;
-    if (is_to_be_told(call) || TIMING.load() != 0) && is_current(thread, result) == 0 {
-        drop_unended(thread, call);
+fn finish(thread: u64, call: &Call, ended: &CallExit) {
+    let CallExit { source, result, .. } = *ended;
+    if (should_report(call) || TIMING.load() != 0) && record_matches_syscall(thread, result) == 0 {
+        discard_stale(thread, call);
         return;
     }
     let duration_ns = if TIMING.load() != 0 && call.start_ns != 0 {
@@ -307,11 +307,11 @@ fn finish(thread: u64, call: &Call, ended: &Ended) {
     if (reports_everything() || TIMING.load() != 0) && is_told_of() {
         maps::tally(&TallyKey { key: call.key, kind: call.kind, _pad: 0 }, result < 0, duration_ns);
     }
-    if is_to_be_told(call) {
+    if should_report(call) {
         if call.flags & flags::COMPLETE == 0 {
             complete(thread, call.kind, call.flags, result);
         }
-        tell(thread, source, result, duration_ns);
+        emit_call(thread, source, result, duration_ns);
     }
     maps::end_call(thread);
 }
@@ -321,12 +321,12 @@ fn finish(thread: u64, call: &Call, ended: &Ended) {
 /// The kernel may have left out the end of one call and the beginning of the next, which may be that of another thread with the
 /// same number. The record of the former is then dropped and counted, as far as it can be told from the latter.
 #[inline(always)]
-fn under_way(ended: &Ended) -> Option<(u64, &'static mut Call)> {
+fn current_record(ended: &CallExit) -> Option<(u64, &'static mut Call)> {
     let thread = bpf_get_current_pid_tgid();
     let call = maps::call(thread)?;
     let is_this = (ended.kind == 0 || ended.kind == call.kind) && ended.key.is_none_or(|key| key == call.key);
     if !is_this {
-        drop_unended(thread, call);
+        discard_stale(thread, call);
         return None;
     }
     Some((thread, call))
@@ -340,18 +340,21 @@ fn under_way(ended: &Ended) -> Option<(u64, &'static mut Call)> {
 /// socket of no target it is not told from the first.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn is_current(thread: u64, result: i64) -> u32 {
+extern "C" fn record_matches_syscall(thread: u64, result: i64) -> u32 {
     let Some(call) = maps::call(thread) else { return 0 };
     // Of calls that are made in other ways these registers tell nothing.
     if CAN_BEGIN_CALLS.load() == 0 || call.flags & flags::SYSCALL == 0 {
         return 1;
     }
-    if !was_given_the_same(call) {
+    if !args_match(call) {
         return 0;
     }
-    let may_be =
-        if call.flags & flags::DECIDED == 0 { still_asks(call) } else { call.kind == call::SETSOCKOPT || result >= 0 };
-    (may_be && (!is_of_no_socket(result) || call.sk == 0 || is_held(call))).into()
+    let may_be = if call.flags & flags::DECIDED == 0 {
+        optval_unchanged(call)
+    } else {
+        call.kind == call::SETSOCKOPT || result >= 0
+    };
+    (may_be && (!is_of_no_socket(result) || call.sk == 0 || is_reference_held(call))).into()
 }
 
 /// Whether a result is what the kernel says of a descriptor that stands for no socket.
@@ -371,7 +374,7 @@ fn is_of_no_argument(result: i64) -> bool {
 
 /// Whether the system call that the current task is in was given what that of a record was.
 #[inline(always)]
-fn was_given_the_same(call: &Call) -> bool {
+fn args_match(call: &Call) -> bool {
     let [fd, level, name, optval, optlen] = kernel::arguments();
     // A record that came with the socket has no descriptor.
     (call.fd < 0 || call.fd == fd as i32)
@@ -383,26 +386,26 @@ fn was_given_the_same(call: &Call) -> bool {
 
 /// Whether what a call asks for stands where it was read.
 #[inline(always)]
-fn still_asks(call: &Call) -> bool {
-    let was_read = call.asked.len != 0 && call.flags & flags::UNREADABLE == 0;
+fn optval_unchanged(call: &Call) -> bool {
+    let was_read = call.requested.len != 0 && call.flags & flags::UNREADABLE == 0;
     if call.kind != call::SETSOCKOPT || !was_read {
         return true;
     }
-    read_value(optval(call), call.optlen as i32).is_none_or(|asks| asks.words == call.asked.words)
+    read_value(optval(call), call.optlen as i32).is_none_or(|asks| asks.words == call.requested.words)
 }
 
 /// Drops the record of a call whose end was not seen: it must not be taken for another's.
 #[inline(always)]
-fn drop_unended(thread: u64, call: &Call) {
-    if is_to_be_told(call) || TIMING.load() != 0 {
-        lose(|losses| &mut losses.no_return);
+fn discard_stale(thread: u64, call: &Call) {
+    if should_report(call) || TIMING.load() != 0 {
+        count_loss(|losses| &mut losses.no_return);
     }
     maps::end_call(thread);
 }
 
 #[inline(always)]
-fn is_to_be_told(call: &Call) -> bool {
-    maps::config().is_none_or(|config| call.is_to_be_told(config.calls))
+fn should_report(call: &Call) -> bool {
+    maps::config().is_none_or(|config| call.should_report(config.calls))
 }
 
 /// Adds to the record of a thread's call what can be read now that it is over.
@@ -417,7 +420,7 @@ fn complete(thread: u64, kind: u32, call_flags: u32, result: i64) {
         complete_value(thread);
     }
     if call_flags & (flags::DECIDED | flags::UNHOOKED) == flags::UNHOOKED {
-        unhooked::judge_by_rows(thread, result);
+        without_hook::judge_by_rows(thread, result);
     }
 }
 
@@ -449,14 +452,14 @@ extern "C" fn complete_argument(thread: u64, result: i64) -> u32 {
         read_shown(call);
     } else if call.flags & flags::UNREADABLE != 0 {
         // At the entry the page may not have been there. The kernel has looked at it since.
-        read_asked(call, call.optlen as i32);
+        read_requested(call, call.optlen as i32);
         if call.flags & flags::UNREADABLE != 0 && !is_of_no_argument(result) {
             read_part(call);
         }
     }
     // A call that the kernel could not read either has done nothing.
     if call.flags & flags::UNREADABLE != 0 && (reports_everything() || !is_of_no_argument(result)) {
-        lose(|losses| &mut losses.unreadable);
+        count_loss(|losses| &mut losses.unreadable);
     }
     0
 }
@@ -466,7 +469,7 @@ extern "C" fn complete_argument(thread: u64, result: i64) -> u32 {
 #[inline(never)]
 extern "C" fn complete_socket(thread: u64) -> u32 {
     let Some(call) = maps::call(thread) else { return 0 };
-    if call.flags & flags::LOOKED_AT != 0 || !is_held(call) {
+    if call.flags & flags::VALUES_READ != 0 || !is_reference_held(call) {
         return 0;
     }
     if call.sk == 0 {
@@ -481,7 +484,7 @@ extern "C" fn complete_socket(thread: u64) -> u32 {
 /// Adds to the record of a thread's call what its socket says of itself. The kernel holds the socket.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn describe(thread: u64) -> u32 {
+extern "C" fn fill_socket(thread: u64) -> u32 {
     let Some(call) = maps::call(thread) else { return 0 };
     look_at_socket(call);
     0
@@ -489,7 +492,7 @@ extern "C" fn describe(thread: u64) -> u32 {
 
 #[inline(always)]
 fn look_at_socket(call: &mut Call) {
-    call.flags |= flags::LOOKED_AT;
+    call.flags |= flags::VALUES_READ;
     kernel::describe(call, call.sk);
 }
 
@@ -498,13 +501,13 @@ fn look_at_socket(call: &mut Call) {
 #[inline(never)]
 extern "C" fn complete_value(thread: u64) -> u32 {
     let Some(call) = maps::call(thread) else { return 0 };
-    if call.flags & flags::LOOKED_AT != 0
+    if call.flags & flags::VALUES_READ != 0
         && let Some(member) = maps::member(call.key)
-        && is_held(call)
+        && is_reference_held(call)
         && let Some(now) = kernel::value_of(call.sk, call, member)
     {
-        call.now = now;
-        call.flags |= flags::NOW;
+        call.current = now;
+        call.flags |= flags::VALUE_CURRENT;
     }
     0
 }
@@ -512,14 +515,14 @@ extern "C" fn complete_value(thread: u64) -> u32 {
 /// Reports the call that a thread is in.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn tell(thread: u64, source: u32, result: i64, duration_ns: u64) -> u32 {
+extern "C" fn emit_call(thread: u64, source: u32, result: i64, duration_ns: u64) -> u32 {
     let Some(call) = maps::call(thread) else { return 0 };
     let head = Head { key: call.key, call: call.kind, source, result, duration_ns };
     if emit::is_conflict(call) {
         let (setting, verdict, place) = (call.setting, call.verdict, call.place);
         emit::conflict(head, setting, verdict, place, Task::current(), executable, |record| *record = *call);
     } else if reports_everything() && is_told_of() {
-        emit::call(head, followed_place, Task::current(), executable, |record| *record = *call);
+        emit::call(head, slot_of_task_at, Task::current(), executable, |record| *record = *call);
     }
     0
 }
@@ -528,8 +531,8 @@ extern "C" fn tell(thread: u64, source: u32, result: i64, duration_ns: u64) -> u
 #[inline(always)]
 fn executable() -> Executable {
     let executable = kernel::current_executable();
-    if executable.pid != 0 && !maps::is_told(&executable) {
-        tell_file(executable.start_ns, executable.pid, executable.exec_id);
+    if executable.pid != 0 && !maps::is_exe_sent(&executable) {
+        emit_exe_path(executable.start_ns, executable.pid, executable.exec_id);
     }
     executable
 }
@@ -537,14 +540,14 @@ fn executable() -> Executable {
 /// Tells which file the current task runs, for the executable that these numbers make up.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn tell_file(start_ns: u64, pid: u32, exec_id: u32) -> u32 {
+extern "C" fn emit_exe_path(start_ns: u64, pid: u32, exec_id: u32) -> u32 {
     emit::executable_file(&Executable { start_ns, pid, exec_id }, kernel::name_executable);
     0
 }
 
 /// Whether the socket of a call is still what it was: held by the kernel, or by a descriptor. Cookies are given once.
 #[inline(always)]
-fn is_held(call: &Call) -> bool {
+fn is_reference_held(call: &Call) -> bool {
     if call.flags & flags::HELD != 0 {
         return true;
     }
@@ -557,24 +560,24 @@ fn is_held(call: &Call) -> bool {
 /// What holds on the deepest target that the current task is in; `None` where it is not one of those that the audit is
 /// about.
 #[inline(always)]
-fn followed(config: &Config) -> Option<&'static Place> {
-    followed_at(config).map(|(_, place)| place)
+fn followed(config: &Config) -> Option<&'static TargetSlot> {
+    slot_of_task(config).map(|(_, place)| place)
 }
 
 /// The same, behind the place.
 #[inline(always)]
-fn followed_at(config: &Config) -> Option<(u32, &'static Place)> {
+fn slot_of_task(config: &Config) -> Option<(u32, &'static TargetSlot)> {
     if config.by_process != 0 && !maps::is_process((bpf_get_current_pid_tgid() >> 32) as u32) {
         return None;
     }
-    let place = find_place(config.generation, config.target_levels).checked_sub(1)?;
-    maps::at_place(config.generation, place).map(|holds| (place, holds))
+    let place = find_slot(config.generation, config.target_levels).checked_sub(1)?;
+    maps::slot_at(config.generation, place).map(|holds| (place, holds))
 }
 
 /// The place of the target that the audit follows the current task for.
 #[inline(always)]
-fn followed_place() -> u32 {
-    maps::config().and_then(followed_at).map_or(0, |(place, _)| place)
+fn slot_of_task_at() -> u32 {
+    maps::config().and_then(slot_of_task).map_or(0, |(place, _)| place)
 }
 
 /// The place of the deepest target that the current task is in, plus one; 0 where there is none. `levels` are those that
@@ -583,7 +586,7 @@ fn followed_place() -> u32 {
 /// The verifier checks it once and on its own.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn find_place(generation: u32, levels: u64) -> u32 {
+extern "C" fn find_slot(generation: u32, levels: u64) -> u32 {
     let mut place = 0;
     for level in 0..=abi::CGROUP_LEVELS_MAX {
         let left = levels >> level;
@@ -591,7 +594,7 @@ extern "C" fn find_place(generation: u32, levels: u64) -> u32 {
             break;
         }
         if left & 1 != 0
-            && let Some(deeper) = maps::followed_place(generation, ancestor(level))
+            && let Some(deeper) = maps::cgroup_slot(generation, ancestor(level))
         {
             place = deeper + 1;
         }
@@ -618,8 +621,8 @@ fn optval(call: &Call) -> Pointer {
 
 /// Reads what the application asks for.
 #[inline(always)]
-fn read_asked(call: &mut Call, len: i32) {
-    note_asked(call, read_value(optval(call), len));
+fn read_requested(call: &mut Call, len: i32) {
+    record_requested(call, read_value(optval(call), len));
 }
 
 /// Whether all of an argument can be read that the kernel copies for hooks, by its first byte and its last.
@@ -669,7 +672,7 @@ fn read_part(call: &mut Call) {
     };
     let (words, known) = if text_len > known { (text, text_len) } else { (words, known) };
     if known > 0 {
-        call.asked = Value { known: known as u32, ..Value::new(words, len as u32) };
+        call.requested = Value { known: known as u32, ..Value::new(words, len as u32) };
         call.flags &= !flags::UNREADABLE;
     }
 }
@@ -679,14 +682,14 @@ fn read_part(call: &mut Call) {
 fn read_shown(call: &mut Call) {
     let optlen = Pointer { address: call.optlen, in_kernel: call.flags & flags::OPTLEN_IN_KERNEL != 0 };
     let shown = read_value(optlen, 4).and_then(|len| read_value(optval(call), word_in(&len.words) as i32));
-    note_asked(call, shown);
+    record_requested(call, shown);
 }
 
 #[inline(always)]
-fn note_asked(call: &mut Call, value: Option<Value>) {
+fn record_requested(call: &mut Call, value: Option<Value>) {
     match value {
         Some(value) => {
-            call.asked = value;
+            call.requested = value;
             call.flags &= !flags::UNREADABLE;
         }
         None => call.flags |= flags::UNREADABLE,

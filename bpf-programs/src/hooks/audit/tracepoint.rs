@@ -12,12 +12,12 @@ use abi::{
 };
 use aya_ebpf::{EbpfContext as _, macros::tracepoint, programs::TracePointContext};
 
-use super::{Begun, Ended, Pointer, SYSTEM_CALLS, Subject, begin, end};
+use super::{CallEntry, CallExit, Pointer, SYSTEM_CALLS, Subject, begin, end};
 
 /// At the entry of both.
 #[tracepoint]
-pub(crate) fn trace_begin(ctx: TracePointContext) -> u32 {
-    begin(Begun {
+pub(crate) fn sp_sys_enter(ctx: TracePointContext) -> u32 {
+    begin(CallEntry {
         kind: kind(&ctx),
         via: flags::SYSCALL,
         subject: Subject::DescriptorAlone(slot(&ctx, 1) as i32),
@@ -30,8 +30,8 @@ pub(crate) fn trace_begin(ctx: TracePointContext) -> u32 {
 
 /// At the exit of both.
 #[tracepoint]
-pub(crate) fn trace_end(ctx: TracePointContext) -> u32 {
-    end(Ended { source: source::TRACEPOINT, result: slot(&ctx, 1) as i64, kind: kind(&ctx), key: None });
+pub(crate) fn sp_sys_exit(ctx: TracePointContext) -> u32 {
+    end(CallExit { source: source::TRACEPOINT, result: slot(&ctx, 1) as i64, kind: kind(&ctx), key: None });
     0
 }
 

@@ -1,6 +1,6 @@
 //! `connections`: connects to itself as often as it can until its standard input ends, and has each socket's options looked
 //! at by itself. Then says which values came together and how often: `outbound|accepted VALUE… COUNT`, a line for each set
-//! of values. The options are those of [`LOOKED_AT`].
+//! of values. The options are those of [`VALUES_READ`].
 
 use std::{
     collections::BTreeMap,

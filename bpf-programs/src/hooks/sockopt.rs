@@ -7,10 +7,10 @@
 use abi::{
     SETTABLE_MAX,
     event::{Call, Executable, call, flags, source},
-    judge::{Asked, Judgement, judge, judge_argument, verdict},
+    judge::{Argument, Judgement, judge, judge_argument, verdict},
     select::select,
     setting::{
-        DEVICE_BY_INDEX, Governed, OptionKey, ROOM_ALWAYS, Setting, TEXT_LEN, TYPE_OF_SERVICE, Value, Words, form,
+        DEVICE_BY_INDEX, OptionKey, OptionRow, ROOM_ALWAYS, Setting, TEXT_LEN, TYPE_OF_SERVICE, Value, Words, form,
         kind, on_conflict, priority_of_tos, read_back, traits, word_in, words_of,
     },
     socket::{Facts, State, protocol},
@@ -23,9 +23,9 @@ use aya_ebpf::{
     programs::SockoptContext,
 };
 
-use super::audit::hooked;
+use super::audit::cgroup_hook;
 use crate::{
-    ctx::{OptionCall, Socket as _},
+    ctx::{Socket as _, Sockopt},
     emit::{self, Head, Task},
     kernel,
     maps::{self, PrefixMap, count},
@@ -56,8 +56,8 @@ const EINVAL: i32 = 22;
 const ROWS_MAX: usize = 5;
 
 #[cgroup_sockopt(setsockopt)]
-pub(crate) fn set_judge(ctx: SockoptContext) -> i32 {
-    let call = OptionCall::new(ctx.sockopt);
+pub(crate) fn sp_setsockopt(ctx: SockoptContext) -> i32 {
+    let call = Sockopt::new(ctx.sockopt);
     if is_named(&call) {
         let mut row = FIRST_ROW;
         for _ in 0..ROWS_MAX {
@@ -77,7 +77,7 @@ pub(crate) fn set_judge(ctx: SockoptContext) -> i32 {
 
 /// Reports a call that was judged, and does what was decided. `None`: the call goes on.
 #[inline(always)]
-fn carry_out(ctx: *mut bpf_sockopt, call: &OptionCall, judged: Judged) -> Option<i32> {
+fn carry_out(ctx: *mut bpf_sockopt, call: &Sockopt, judged: Judged) -> Option<i32> {
     let verdict = judged.verdict();
     if verdict != u32::from(verdict::NONE) {
         report_call(ctx, judged.0);
@@ -91,7 +91,7 @@ fn carry_out(ctx: *mut bpf_sockopt, call: &OptionCall, judged: Judged) -> Option
 
 /// Whether policies in force may say something about a call. Mostly they do not, and this is all that it then takes.
 #[inline(always)]
-fn is_named(call: &OptionCall) -> bool {
+fn is_named(call: &Sockopt) -> bool {
     maps::config().is_some_and(|config| config.may_name(call.key()))
 }
 
@@ -113,7 +113,7 @@ impl Governance {
 
 /// What the tables say of a call that is governed.
 struct Rows {
-    option: &'static Governed,
+    option: &'static OptionRow,
     setting: &'static Setting,
     /// Index of the setting.
     winner: u32,
@@ -121,7 +121,7 @@ struct Rows {
 
 impl Rows {
     #[inline(always)]
-    fn of(option: &'static Governed, rank: u32) -> Option<Self> {
+    fn of(option: &'static OptionRow, rank: u32) -> Option<Self> {
         let winner = option.first_setting + rank;
         Some(Self { option, setting: maps::setting(winner)?, winner })
     }
@@ -190,12 +190,12 @@ struct Found {
     scope: Scope,
     /// Index of the option.
     index: u32,
-    option: &'static Governed,
+    option: &'static OptionRow,
 }
 
 /// Finds a row that governs a call. What the audit still has of an earlier call is dropped.
 #[inline(always)]
-fn find(call: &OptionCall, row: u32) -> Option<Found> {
+fn find(call: &Sockopt, row: u32) -> Option<Found> {
     let config = maps::config()?;
     if kernel::is_agent(config) {
         return None;
@@ -205,8 +205,8 @@ fn find(call: &OptionCall, row: u32) -> Option<Found> {
     if row == FIRST_ROW {
         let thread = caller_thread();
         // Not before it is this program's turn to decide: another's may have, about this very call.
-        hooked::drop_unended(thread);
-        if config.audit_judges != 0 && hooked::is_judged_at_its_end(thread, call.key()) {
+        cgroup_hook::drop_unended(thread);
+        if config.audit_judges != 0 && cgroup_hook::is_judged_at_its_end(thread, call.key()) {
             return None;
         }
     }
@@ -223,7 +223,7 @@ fn find(call: &OptionCall, row: u32) -> Option<Found> {
 
 /// Which of an option's settings governs a call. `sets` must be a constant: whether the call is setsockopt.
 #[inline(always)]
-fn rank(call: &OptionCall, scope: Scope, index: u32, option: &Governed, sets: bool) -> Option<u32> {
+fn rank(call: &Sockopt, scope: Scope, index: u32, option: &OptionRow, sets: bool) -> Option<u32> {
     if option.is_certain() {
         return Some(0);
     }
@@ -242,20 +242,20 @@ const NO_WINNER: u64 = u64::MAX;
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn winner_of_set(ctx: *mut bpf_sockopt, index: u32, scope: u32) -> u64 {
-    winner(&OptionCall::new(ctx), index, scope, true).map_or(NO_WINNER, u64::from)
+    winner(&Sockopt::new(ctx), index, scope, true).map_or(NO_WINNER, u64::from)
 }
 
 /// The same of a call of getsockopt, whose program may not read options.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn winner_of_read(ctx: *mut bpf_sockopt, index: u32, scope: u32) -> u64 {
-    winner(&OptionCall::new(ctx), index, scope, false).map_or(NO_WINNER, u64::from)
+    winner(&Sockopt::new(ctx), index, scope, false).map_or(NO_WINNER, u64::from)
 }
 
 #[inline(always)]
-fn winner(call: &OptionCall, index: u32, scope: u32, sets: bool) -> Option<u32> {
+fn winner(call: &Sockopt, index: u32, scope: u32, sets: bool) -> Option<u32> {
     let option = maps::option(index)?;
-    let state = storage::learn(state(call)?, call.facts());
+    let state = storage::update_facts(state(call)?, call.facts());
     let is_unstored = state.is_unstored != 0;
     let facts = storage::facts_in(state);
     let rules = select(&facts, maps::selectors(scope)?, &PrefixMap { scope });
@@ -269,7 +269,7 @@ fn winner(call: &OptionCall, index: u32, scope: u32, sets: bool) -> Option<u32> 
 /// Whether what a call sets is held against limits again when more is known of the socket ([`crate::apply`]): the programs can
 /// read and set the option, and the socket comes by their hooks.
 #[inline(always)]
-fn is_corrected_later(call: &OptionCall, option: &Governed, facts: &Facts, is_unstored: bool) -> bool {
+fn is_corrected_later(call: &Sockopt, option: &OptionRow, facts: &Facts, is_unstored: bool) -> bool {
     let comes_by = facts.protocol == protocol::TCP || facts.protocol == protocol::UDP;
     comes_by
         && option.traits & traits::CORRECTED != 0
@@ -281,26 +281,26 @@ fn is_corrected_later(call: &OptionCall, option: &Governed, facts: &Facts, is_un
 /// Notes that the application asks for a value that a rule may forbid later, and what the option has before.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn note_asked(ctx: *mut bpf_sockopt, index: u32) -> u32 {
+pub(crate) extern "C" fn record_requested(ctx: *mut bpf_sockopt, index: u32) -> u32 {
     let Some(option) = maps::option(index) else { return 0 };
     if option.names & !option.sets != 0 && !option.is_certain() && option.traits & traits::CORRECTED != 0 {
-        keep_asked(&OptionCall::new(ctx), option);
+        save_requested(&Sockopt::new(ctx), option);
     }
     0
 }
 
 #[inline(always)]
-fn keep_asked(call: &OptionCall, option: &Governed) {
+fn save_requested(call: &Sockopt, option: &OptionRow) {
     let (bit, place) = (1u64 << (option.bit & 63), usize::from(option.bit));
-    let Some(state) = state(call).filter(|state| state.notes.asked & bit == 0) else { return };
+    let Some(state) = state(call).filter(|state| state.notes.requested & bit == 0) else { return };
     let Some(now) = read_now(call, option) else { return };
     // SAFETY: the context's socket, which is never NULL.
-    let Some(kept) = (unsafe { storage::kept(call.sk(), true) }) else {
-        maps::lose(|losses| &mut losses.no_storage);
+    let Some(kept) = (unsafe { storage::saved_values(call.sk(), true) }) else {
+        maps::count_loss(|losses| &mut losses.no_storage);
         return;
     };
     if place < SETTABLE_MAX {
-        state.notes.asked |= bit;
+        state.notes.requested |= bit;
         kept.has_asked |= bit;
         if option.kind == kind::TEXT {
             kept.asked_text = now;
@@ -312,7 +312,7 @@ fn keep_asked(call: &OptionCall, option: &Governed) {
 
 /// What the option has now, as getsockopt shows it.
 #[inline(always)]
-fn read_now(call: &OptionCall, option: &Governed) -> Option<Words> {
+fn read_now(call: &Sockopt, option: &OptionRow) -> Option<Words> {
     if CAN_GET.load() == 0 || option.read_back == read_back::NONE {
         return None;
     }
@@ -326,7 +326,7 @@ fn read_now(call: &OptionCall, option: &Governed) -> Option<Words> {
 }
 
 #[inline(always)]
-fn state(call: &OptionCall) -> Option<&'static mut State> {
+fn state(call: &Sockopt) -> Option<&'static mut State> {
     // SAFETY: the context's socket, which is never NULL.
     unsafe { storage::state(call.sk()) }
 }
@@ -337,17 +337,17 @@ fn state(call: &OptionCall) -> Option<&'static mut State> {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn judge_call(ctx: *mut bpf_sockopt, row: u32) -> u64 {
-    judge_row(&OptionCall::new(ctx), row).map_or(Judged::UNGOVERNED, |judged| judged.0)
+    judge_row(&Sockopt::new(ctx), row).map_or(Judged::UNGOVERNED, |judged| judged.0)
 }
 
 #[inline(always)]
-fn judge_row(call: &OptionCall, row: u32) -> Option<Judged> {
+fn judge_row(call: &Sockopt, row: u32) -> Option<Judged> {
     let Found { scope, index, option } = find(call, row)?;
     let kept = kept_value(call, scope, option);
     let judged = match rank(call, scope, index, option, true) {
         Some(rank) => judge_governed(call, Governance { index, rank }, option),
         None => {
-            note_asked(call.as_context(), index);
+            record_requested(call.as_context(), index);
             None
         }
     };
@@ -363,7 +363,7 @@ fn judge_row(call: &OptionCall, row: u32) -> Option<Judged> {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn has_room(ctx: *mut bpf_sockopt, winner: u32) -> u32 {
-    let call = OptionCall::new(ctx);
+    let call = Sockopt::new(ctx);
     let Some(setting) = maps::setting(winner) else { return 1 };
     // A negative number stands for the largest.
     let room = word_in(&call.argument());
@@ -372,8 +372,8 @@ pub(crate) extern "C" fn has_room(ctx: *mut bpf_sockopt, winner: u32) -> u32 {
 }
 
 #[inline(always)]
-fn judge_governed(call: &OptionCall, governed: Governance, option: &'static Governed) -> Option<Judged> {
-    if option.surely_agrees(call.len(), &call.argument()) {
+fn judge_governed(call: &Sockopt, governed: Governance, option: &'static OptionRow) -> Option<Judged> {
+    if option.fast_match(call.len(), &call.argument()) {
         count(option.first_setting, |counters| &mut counters.agreed);
         return Some(Judged::new(governed, verdict::NONE, false));
     }
@@ -388,11 +388,11 @@ fn judge_governed(call: &OptionCall, governed: Governance, option: &'static Gove
         verdict => (verdict, false),
     };
     if setting.form == form::SET && setting.on_conflict == on_conflict::ALLOW {
-        note_who_wins(call.as_context(), governed.index, verdict.into());
+        record_app_override(call.as_context(), governed.index, verdict.into());
     }
     // What was refused or ignored changes nothing.
     if verdict != verdict::DENIED && verdict != verdict::IGNORED {
-        note_asked(call.as_context(), governed.index);
+        record_requested(call.as_context(), governed.index);
     }
     count(winner, |counters| match verdict {
         verdict::NONE => &mut counters.agreed,
@@ -410,14 +410,14 @@ fn judge_governed(call: &OptionCall, governed: Governance, option: &'static Gove
 ///
 /// Where the kernel refuses the value itself, the application's call goes through as it is.
 #[inline(always)]
-fn rewrite(call: &OptionCall, option: &Governed, setting: &Setting, winner: u32, judgement: &Judgement) -> (u8, bool) {
+fn rewrite(call: &Sockopt, option: &OptionRow, setting: &Setting, winner: u32, judgement: &Judgement) -> (u8, bool) {
     let is_other_kind = setting.is_text() != option.is_text();
-    if is_other_kind && is_bound_as_asked(call, option) {
+    if is_other_kind && is_bound_to_requested(call, option) {
         return (verdict::NONE, false);
     }
     let key @ OptionKey { level, name } = option.helper_key(setting);
     // Once bound, an application without CAP_NET_RAW cannot bind again; nor can a program bind a subflow of an MPTCP socket.
-    if is_other_kind && is_bound_as_wanted(call, setting) {
+    if is_other_kind && is_bound_to_wanted(call, setting) {
         return (verdict::REWRITTEN, true);
     }
     // What this kernel's programs cannot set from here is rewritten in the call's argument; a device has no argument that says the
@@ -454,18 +454,18 @@ fn rewrite(call: &OptionCall, option: &Governed, setting: &Setting, winner: u32,
 
 /// Whether a call asks by its index for the device that the socket is bound to.
 #[inline(always)]
-fn is_bound_as_asked(call: &OptionCall, option: &Governed) -> bool {
+fn is_bound_to_requested(call: &Sockopt, option: &OptionRow) -> bool {
     let mut bound = [0; 2];
     CAN_GET.load() != 0
         && option.key == DEVICE_BY_INDEX
         && call.get(DEVICE_BY_INDEX.level, DEVICE_BY_INDEX.name, &mut bound, 4).is_ok()
-        && Asked::read(option, call.len(), &call.argument())
+        && Argument::read(option, call.len(), &call.argument())
             .is_some_and(|asked| asked.number == i64::from(word_in(&bound)))
 }
 
 /// Whether the socket is bound to the device that a setting names by its index.
 #[inline(always)]
-fn is_bound_as_wanted(call: &OptionCall, setting: &Setting) -> bool {
+fn is_bound_to_wanted(call: &Sockopt, setting: &Setting) -> bool {
     let mut bound = [0; 2];
     CAN_GET.load() != 0
         && !setting.is_text()
@@ -475,12 +475,12 @@ fn is_bound_as_wanted(call: &OptionCall, setting: &Setting) -> bool {
 
 /// `None` where the kernel will refuse the argument.
 #[inline(always)]
-fn judgement(call: &OptionCall, option: &Governed, setting: &Setting) -> Option<Judgement> {
+fn judgement(call: &Sockopt, option: &OptionRow, setting: &Setting) -> Option<Judgement> {
     judge_argument(option, setting, call.len(), &call.argument())
 }
 
 /// The value of an option that the kernel resets when it sets another one, and that a rule governs.
-struct Kept {
+struct SavedValue {
     /// What governs it.
     governed: Governance,
     rows: Rows,
@@ -490,7 +490,7 @@ struct Kept {
 
 /// What the call would reset, where a setting in force governs that.
 #[inline(always)]
-fn kept_value(call: &OptionCall, scope: Scope, option: &Governed) -> Option<Kept> {
+fn kept_value(call: &Sockopt, scope: Scope, option: &OptionRow) -> Option<SavedValue> {
     if option.resets == 0 || call.is_of_refused_level() {
         return None;
     }
@@ -501,12 +501,12 @@ fn kept_value(call: &OptionCall, scope: Scope, option: &Governed) -> Option<Kept
     if rows.setting.is_dry_run() || rows.setting.on_conflict == on_conflict::ALLOW {
         return None;
     }
-    Some(Kept { governed, rows, value: value_to_put_back(call, reset.key) })
+    Some(SavedValue { governed, rows, value: value_to_put_back(call, reset.key) })
 }
 
 /// The helper does not set options of the subflows of an MPTCP socket.
 #[inline(always)]
-fn value_to_put_back(call: &OptionCall, key: OptionKey) -> Option<Words> {
+fn value_to_put_back(call: &Sockopt, key: OptionKey) -> Option<Words> {
     if CAN_GET.load() == 0 || call.is_multipath() {
         return None;
     }
@@ -518,13 +518,13 @@ fn value_to_put_back(call: &OptionCall, key: OptionKey) -> Option<Words> {
 /// Sets what a call asks for, or what the policy makes of it, and puts back what the kernel resets with it. A call that the
 /// helper refuses is left to the kernel's handler, unless that would reset what is governed.
 #[inline(always)]
-fn keep(call: &OptionCall, option: &Governed, judged: Judged, kept: &Kept) -> Judged {
+fn keep(call: &Sockopt, option: &OptionRow, judged: Judged, kept: &SavedValue) -> Judged {
     let word = word_to_set(call, option, judged);
-    let Some(value) = kept.value else { return resist(option, judged, kept, word) };
+    let Some(value) = kept.value else { return restore_after_call(option, judged, kept, word) };
     let is_set = judged.is_done()
         || word.is_some_and(|word| call.set(option.key.level, option.key.name, &words_of(word), 4).is_ok());
     if !is_set {
-        return resist(option, judged, kept, word);
+        return restore_after_call(option, judged, kept, word);
     }
     // It was read a moment ago: the helper knows the option.
     let OptionKey { level, name } = kept.rows.option.key;
@@ -535,10 +535,10 @@ fn keep(call: &OptionCall, option: &Governed, judged: Judged, kept: &Kept) -> Ju
 /// Judges a call by what the kernel's handler would reset, where a program can neither make the call in its place nor put the
 /// value back: IP_TOS on a socket for IPv6 alone, on an MPTCP socket, and on kernels without the helpers.
 #[inline(always)]
-fn resist(option: &Governed, judged: Judged, kept: &Kept, word: Option<u32>) -> Judged {
-    let Kept { governed, rows: Rows { option: reset, setting, winner }, .. } = *kept;
+fn restore_after_call(option: &OptionRow, judged: Judged, kept: &SavedValue, word: Option<u32>) -> Judged {
+    let SavedValue { governed, rows: Rows { option: reset, setting, winner }, .. } = *kept;
     let Some(tos) = word.filter(|_| option.key == TYPE_OF_SERVICE) else { return judged };
-    let asked = Asked { number: priority_of_tos(tos), ..Asked::default() };
+    let asked = Argument { number: priority_of_tos(tos), ..Argument::default() };
     if judge(reset, setting, &asked).verdict == verdict::NONE {
         return judged;
     }
@@ -552,8 +552,8 @@ fn resist(option: &Governed, judged: Judged, kept: &Kept, word: Option<u32>) -> 
 
 /// The number that the kernel's handler would be given; `None` where it would get none, or would refuse it.
 #[inline(always)]
-fn word_to_set(call: &OptionCall, option: &Governed, judged: Judged) -> Option<u32> {
-    let asked = Asked::read(option, call.len(), &call.argument())?.number as u32;
+fn word_to_set(call: &Sockopt, option: &OptionRow, judged: Judged) -> Option<u32> {
+    let asked = Argument::read(option, call.len(), &call.argument())?.number as u32;
     let verdict = judged.verdict() as u8;
     if verdict == verdict::NONE || verdict == verdict::ALLOWED {
         return Some(asked);
@@ -569,35 +569,35 @@ fn word_to_set(call: &OptionCall, option: &Governed, judged: Judged) -> Option<u
 /// Where the policy lets the application win, it is not to be overruled at a later hook.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn note_who_wins(ctx: *mut bpf_sockopt, index: u32, verdict: u32) -> u32 {
+pub(crate) extern "C" fn record_app_override(ctx: *mut bpf_sockopt, index: u32, verdict: u32) -> u32 {
     if let Some(option) = maps::option(index) {
-        note_winner(&OptionCall::new(ctx), option, verdict);
+        note_winner(&Sockopt::new(ctx), option, verdict);
     }
     0
 }
 
 #[inline(always)]
-fn note_winner(call: &OptionCall, option: &Governed, verdict: u32) {
+fn note_winner(call: &Sockopt, option: &OptionRow, verdict: u32) {
     let Some(state) = state(call) else { return };
     let bit = 1u64 << (option.bit & 63);
     if verdict == u32::from(verdict::NONE) {
-        state.notes.yielded &= !bit;
+        state.notes.app_override &= !bit;
     } else {
-        state.notes.yielded |= bit;
+        state.notes.app_override |= bit;
         // What the socket has from now on is not the policy's.
         state.notes.changed &= !bit;
     }
     // For the sockets that this one may accept.
     // SAFETY: the context's socket, which is never NULL.
-    if let Some(kept) = unsafe { storage::kept(call.sk(), state.notes.yielded != 0) } {
-        kept.yielded = state.notes.yielded;
+    if let Some(kept) = unsafe { storage::saved_values(call.sk(), state.notes.app_override != 0) } {
+        kept.yielded = state.notes.app_override;
         kept.has_before &= !bit;
     }
 }
 
 /// Does what was decided. `None`: the call goes on.
 #[inline(always)]
-fn enact(call: &OptionCall, governed: Governance, verdict: u32) -> Option<i32> {
+fn enact(call: &Sockopt, governed: Governance, verdict: u32) -> Option<i32> {
     // What agrees needs no look at the tables, but where the caller's memory would be read again.
     if verdict == verdict::NONE.into() && !call.is_long() {
         return None;
@@ -637,7 +637,7 @@ fn enact(call: &OptionCall, governed: Governance, verdict: u32) -> Option<i32> {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn report_call(ctx: *mut bpf_sockopt, judged: u64) -> u32 {
-    let (call, judged) = (OptionCall::new(ctx), Judged(judged));
+    let (call, judged) = (Sockopt::new(ctx), Judged(judged));
     let Some(rows) = judged.governance().and_then(Governance::rows) else { return 0 };
     let (key, verdict) = (call.key(), judged.verdict());
     if let Some(record) = record(call::SETSOCKOPT, key) {
@@ -657,7 +657,7 @@ pub(crate) extern "C" fn report_call(ctx: *mut bpf_sockopt, judged: u64) -> u32 
 #[inline(always)]
 fn record(kind: u32, key: OptionKey) -> Option<&'static mut Call> {
     let thread = caller_thread();
-    if thread == 0 { None } else { hooked::record(thread, kind, key) }
+    if thread == 0 { None } else { cgroup_hook::record(thread, kind, key) }
 }
 
 /// The thread that makes the call as `bpf_get_current_pid_tgid` has it; 0 where it is not known.
@@ -674,28 +674,28 @@ fn caller() -> Task {
 
 /// Completes the record of a call that an application made to set an option.
 #[inline(always)]
-fn fill(record: &mut Call, call: &OptionCall, rows: &Rows, verdict: u32) {
+fn fill(record: &mut Call, call: &Sockopt, rows: &Rows, verdict: u32) {
     let Rows { option, setting, winner } = *rows;
     let argument = call.argument();
     // The very bytes that were judged: the caller's memory may have changed since the audit looked.
-    record.asked = Value::new(argument, call.len() as u32);
+    record.requested = Value::new(argument, call.len() as u32);
     fill_socket(record, call, winner, verdict);
     // What the call would reset is another option's.
     if option.key != call.key() {
         return;
     }
-    if let Some(asked) = Asked::read(option, call.len(), &argument) {
-        record.given = judge(option, setting, &asked).given;
+    if let Some(asked) = Argument::read(option, call.len(), &argument) {
+        record.applied = judge(option, setting, &asked).given;
         record.wanted = Value::wanted(option, setting, &asked);
     }
     if let Some(before) = read_before(call, option) {
         record.before = before;
-        record.flags |= flags::BEFORE;
+        record.flags |= flags::VALUE_BEFORE;
     }
 }
 
 #[inline(always)]
-fn fill_socket(record: &mut Call, call: &OptionCall, winner: u32, verdict: u32) {
+fn fill_socket(record: &mut Call, call: &Sockopt, winner: u32, verdict: u32) {
     record.flags = (record.flags | flags::SOCKET | flags::DECIDED) & !flags::UNREADABLE;
     record.setting = winner;
     record.verdict = verdict;
@@ -703,7 +703,7 @@ fn fill_socket(record: &mut Call, call: &OptionCall, winner: u32, verdict: u32) 
     record.sk = call.sk() as u64;
     if let Some(state) = state(call) {
         // What governs the call may not have asked for them.
-        let state = storage::learn(state, call.facts());
+        let state = storage::update_facts(state, call.facts());
         record.facts = state.facts;
         record.cookie = state.notes.cookie;
     }
@@ -711,15 +711,15 @@ fn fill_socket(record: &mut Call, call: &OptionCall, winner: u32, verdict: u32) 
 
 /// The option's value before the call, where this kernel lets us read it.
 #[inline(always)]
-fn read_before(call: &OptionCall, option: &Governed) -> Option<Value> {
+fn read_before(call: &Sockopt, option: &OptionRow) -> Option<Value> {
     let now = read_now(call, option)?;
     Some(if option.kind == kind::TEXT { Value::text(now) } else { Value::new(now, 4) })
 }
 
 /// Reports a read that shows another value than the policy wants. Never changes what is read.
 #[cgroup_sockopt(getsockopt)]
-pub(crate) fn get_compare(ctx: SockoptContext) -> i32 {
-    let call = OptionCall::new(ctx.sockopt);
+pub(crate) fn sp_getsockopt(ctx: SockoptContext) -> i32 {
+    let call = Sockopt::new(ctx.sockopt);
     if is_named(&call) && call.retval() == 0 {
         let judged = compare_read(ctx.sockopt);
         if judged != Judged::UNGOVERNED {
@@ -732,7 +732,7 @@ pub(crate) fn get_compare(ctx: SockoptContext) -> i32 {
 
 /// What a read of `len` bytes showed, in the terms of the policy. `None` where that says nothing about the setting.
 #[inline(always)]
-pub(super) fn shown(option: &Governed, setting: &Setting, len: i32, words: &Words) -> Option<Asked> {
+pub(super) fn shown(option: &OptionRow, setting: &Setting, len: i32, words: &Words) -> Option<Argument> {
     if setting.form != form::SET || option.read_back == read_back::NONE {
         return None;
     }
@@ -740,16 +740,16 @@ pub(super) fn shown(option: &Governed, setting: &Setting, len: i32, words: &Word
         // A caller without room for the whole name was shown a part of it.
         return None;
     }
-    let shown = Asked::read(option, len, words)?;
+    let shown = Argument::read(option, len, words)?;
     Some(match option.read_back {
-        read_back::DOUBLED => Asked { number: shown.number / 2, ..shown },
+        read_back::DOUBLED => Argument { number: shown.number / 2, ..shown },
         _ => shown,
     })
 }
 
 /// What a read is to the policy: a verdict. `None` where it says nothing about the setting.
 #[inline(always)]
-pub(super) fn compared(option: &Governed, setting: &Setting, len: i32, words: &Words) -> Option<u8> {
+pub(super) fn compared(option: &OptionRow, setting: &Setting, len: i32, words: &Words) -> Option<u8> {
     Some(judge(option, setting, &shown(option, setting, len, words)?).verdict)
 }
 
@@ -757,11 +757,11 @@ pub(super) fn compared(option: &Governed, setting: &Setting, len: i32, words: &W
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn compare_read(ctx: *mut bpf_sockopt) -> u64 {
-    compare(&OptionCall::new(ctx)).map_or(Judged::UNGOVERNED, |judged| judged.0)
+    compare(&Sockopt::new(ctx)).map_or(Judged::UNGOVERNED, |judged| judged.0)
 }
 
 #[inline(always)]
-fn compare(call: &OptionCall) -> Option<Judged> {
+fn compare(call: &Sockopt) -> Option<Judged> {
     let Found { scope, index, option } = find(call, FIRST_ROW)?;
     let governed = Governance { index, rank: rank(call, scope, index, option, false)? };
     let Rows { setting, winner, .. } = Rows::of(option, governed.rank)?;
@@ -778,7 +778,7 @@ fn compare(call: &OptionCall) -> Option<Judged> {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn report_read(ctx: *mut bpf_sockopt, judged: u64) -> u32 {
-    let (call, judged) = (OptionCall::new(ctx), Judged(judged));
+    let (call, judged) = (Sockopt::new(ctx), Judged(judged));
     let Some(rows) = judged.governance().and_then(Governance::rows) else { return 0 };
     let (key, verdict) = (rows.option.key, judged.verdict());
     if let Some(record) = record(call::GETSOCKOPT, key) {
@@ -795,10 +795,10 @@ pub(crate) extern "C" fn report_read(ctx: *mut bpf_sockopt, judged: u64) -> u32 
 }
 
 #[inline(always)]
-fn fill_read(record: &mut Call, call: &OptionCall, rows: &Rows, verdict: u32) {
+fn fill_read(record: &mut Call, call: &Sockopt, rows: &Rows, verdict: u32) {
     let Rows { option, setting, winner } = *rows;
     let argument = call.argument();
-    record.asked = Value::new(argument, call.len() as u32);
+    record.requested = Value::new(argument, call.len() as u32);
     if let Some(shown) = shown(option, setting, call.len(), &argument) {
         record.wanted = Value::wanted(option, setting, &shown);
     }

@@ -18,7 +18,7 @@ use aya_ebpf::Global;
 use super::system_call;
 use crate::{
     kernel,
-    maps::{self, lose},
+    maps::{self, count_loss},
 };
 
 /// Whether programs at cgroup/setsockopt can tell which system call a task is in and what it was given, and others then which
@@ -42,7 +42,7 @@ pub(in crate::hooks) fn drop_unended(thread: u64) {
         && let Some(call) = maps::call(thread)
         && (seen & audit::ENDS != 0 || call.flags & (flags::DECIDED | flags::COMPLETE) != 0)
     {
-        super::drop_unended(thread, call);
+        super::discard_stale(thread, call);
     }
 }
 
@@ -62,8 +62,8 @@ pub(in crate::hooks) fn record(thread: u64, kind: u32, key: OptionKey) -> Option
         return if is_seen_to_its_end { begin(thread, kind, key) } else { None };
     }
     let call = maps::call_of(thread, kind, key)?;
-    if CAN_BEGIN_CALLS.load() != 0 && call.flags & flags::SYSCALL != 0 && !super::was_given_the_same(call) {
-        super::drop_unended(thread, call);
+    if CAN_BEGIN_CALLS.load() != 0 && call.flags & flags::SYSCALL != 0 && !super::args_match(call) {
+        super::discard_stale(thread, call);
         return None;
     }
     Some(call)
@@ -75,7 +75,7 @@ fn begin(thread: u64, kind: u32, key: OptionKey) -> Option<&'static mut Call> {
         return None;
     }
     let Some(call) = maps::begin_call(thread) else {
-        lose(|losses| &mut losses.calls_full);
+        count_loss(|losses| &mut losses.calls_full);
         return None;
     };
     let [fd, _, _, optval, optlen] = kernel::arguments();

@@ -7,7 +7,7 @@ use super::Line;
 
 /// What a setting has come to. Whether another one is the same is known by what it says, and where.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Counted {
+pub struct SavedCounters {
     policy: String,
     rule: String,
     /// `FILE:LINE`
@@ -39,7 +39,7 @@ struct Kept {
     _pad: [u64; 2],
 }
 
-impl From<&Line> for Counted {
+impl From<&Line> for SavedCounters {
     fn from(line: &Line) -> Self {
         Self {
             policy: line.policy.clone(),
@@ -53,7 +53,7 @@ impl From<&Line> for Counted {
     }
 }
 
-impl Counted {
+impl SavedCounters {
     fn is_of_same_setting(&self, other: &Self) -> bool {
         let Self { policy, rule, place, option, wanted, mode, counters: _ } = self;
         (policy, rule, place, option, wanted, mode)
@@ -62,11 +62,11 @@ impl Counted {
 }
 
 /// Takes what was counted of a line's setting; nothing, where nothing was.
-pub(super) fn take(counted: &mut Vec<Counted>, line: &Line) -> Counters {
+pub(super) fn take(counted: &mut Vec<SavedCounters>, line: &Line) -> Counters {
     if counted.is_empty() {
         return Counters::default();
     }
-    let wanted = Counted::from(line);
+    let wanted = SavedCounters::from(line);
     let found = counted.iter().position(|one| one.is_of_same_setting(&wanted));
     found.map_or_else(Counters::default, |at| counted.swap_remove(at).counters)
 }

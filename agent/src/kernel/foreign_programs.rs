@@ -12,7 +12,7 @@ use aya::programs::loaded_programs;
 use serde_json::{Value, json};
 
 use super::{
-    foreign::AttachMode,
+    attach_conflict::AttachMode,
     syscall::{self, Attachment, Query},
 };
 use crate::{
@@ -24,7 +24,7 @@ use crate::{
 
 /// A program that is attached to a cgroup.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Neighbour {
+pub struct ForeignProgram {
     /// Path of the cgroup below the mount.
     pub cgroup: PathBuf,
     pub hook: Hook,
@@ -38,7 +38,7 @@ pub struct Neighbour {
 
 /// When a program of others runs for the sockets of a target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Turn {
+pub enum RunOrder {
     /// Before ours: it was on the same cgroup first, or is on one below.
     Before,
     /// After ours on one of the targets at least, and so with the last word there: it is on a cgroup above.
@@ -48,7 +48,7 @@ pub enum Turn {
     Never,
 }
 
-impl Neighbour {
+impl ForeignProgram {
     /// Whether it looks like a program of another sockpolicy.
     #[must_use]
     pub fn is_sockpolicy(&self) -> bool {
@@ -77,16 +77,16 @@ impl Neighbour {
 
     /// When it runs for the sockets of these targets, which are paths below the mount; `None`: for none of them.
     #[must_use]
-    pub fn turn(&self, targets: &[PathBuf]) -> Option<Turn> {
+    pub fn run_order(&self, targets: &[PathBuf]) -> Option<RunOrder> {
         if targets.iter().any(|target| self.is_above(target)) {
-            return Some(if self.mode == AttachMode::Multi { Turn::After } else { Turn::Never });
+            return Some(if self.mode == AttachMode::Multi { RunOrder::After } else { RunOrder::Never });
         }
-        targets.iter().any(|target| self.cgroup.starts_with(target)).then_some(Turn::Before)
+        targets.iter().any(|target| self.cgroup.starts_with(target)).then_some(RunOrder::Before)
     }
 }
 
 /// Which it is, and where.
-impl fmt::Display for Neighbour {
+impl fmt::Display for ForeignProgram {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { cgroup, id, name, .. } = self;
         match name.as_str() {
@@ -103,8 +103,8 @@ impl fmt::Display for Neighbour {
 /// # Errors
 ///
 /// Where the tree of cgroups cannot be read, or this process may not ask: it takes CAP_NET_ADMIN.
-pub fn neighbours(mount: &Mount) -> io::Result<Vec<Neighbour>> {
-    neighbours_on(mount, &mount.walk(|_| Wanted::WithChildren, &Budget::default()).found)
+pub fn foreign_programs(mount: &Mount) -> io::Result<Vec<ForeignProgram>> {
+    foreign_programs_on(mount, &mount.walk(|_| Wanted::WithChildren, &Budget::default()).found)
 }
 
 /// The programs of another sockpolicy above these targets, which are paths below the mount: that one has the last word.
@@ -112,15 +112,18 @@ pub fn neighbours(mount: &Mount) -> io::Result<Vec<Neighbour>> {
 /// # Errors
 ///
 /// Where this process may not ask.
-pub fn overruling(mount: &Mount, targets: &[PathBuf]) -> io::Result<Vec<Neighbour>> {
+pub fn overriding_programs(mount: &Mount, targets: &[PathBuf]) -> io::Result<Vec<ForeignProgram>> {
     let above: BTreeSet<PathBuf> =
         targets.iter().flat_map(|target| target.ancestors().skip(1)).map(Path::to_owned).collect();
-    let mut found = neighbours_on(mount, &above)?;
-    found.retain(Neighbour::is_sockpolicy);
+    let mut found = foreign_programs_on(mount, &above)?;
+    found.retain(ForeignProgram::is_sockpolicy);
     Ok(found)
 }
 
-fn neighbours_on<'a>(mount: &Mount, cgroups: impl IntoIterator<Item = &'a PathBuf>) -> io::Result<Vec<Neighbour>> {
+fn foreign_programs_on<'a>(
+    mount: &Mount,
+    cgroups: impl IntoIterator<Item = &'a PathBuf>,
+) -> io::Result<Vec<ForeignProgram>> {
     let mut found = Vec::new();
     for cgroup in cgroups {
         found.extend(attached_to(mount, cgroup)?);
@@ -134,7 +137,7 @@ fn neighbours_on<'a>(mount: &Mount, cgroups: impl IntoIterator<Item = &'a PathBu
     Ok(found)
 }
 
-fn attached_to(mount: &Mount, below: &Path) -> io::Result<Vec<Neighbour>> {
+fn attached_to(mount: &Mount, below: &Path) -> io::Result<Vec<ForeignProgram>> {
     let folder = match open_directory(&mount.path.join(below)) {
         Ok(folder) => folder,
         // Gone since it was listed.
@@ -153,7 +156,7 @@ fn attached_to(mount: &Mount, below: &Path) -> io::Result<Vec<Neighbour>> {
             attached => attached?,
         };
         let Attachment { mode, programs } = attached;
-        let neighbour = |id| Neighbour { cgroup: below.to_owned(), hook, id, name: String::new(), mode };
+        let neighbour = |id| ForeignProgram { cgroup: below.to_owned(), hook, id, name: String::new(), mode };
         found.extend(programs.into_iter().map(neighbour));
     }
     Ok(found)

@@ -18,18 +18,19 @@ use nix::poll::{PollFd, PollFlags};
 
 use super::{
     apply::ApplyError,
-    bringing::{Bringing, Done, Message, Task},
-    check, complain,
-    containers::{self, Looks},
+    check,
+    containers::{self, Backoff},
     look::Look,
-    output::{Manner, TargetNames, Writer},
-    run::{Placement, RunError, check_targets, now, warn_of_skipped},
+    output::{EnforceArgs, TargetNames, Writer},
+    print_error,
+    reconcile_thread::{Done, Message, ReconcileThread, Task},
+    run::{ResolvedTargets, RunError, check_targets, now, warn_of_skipped},
     signals::Signals,
     sockets::Targets,
     watch::{self, WatchError},
 };
 use crate::{
-    coverage::{Reach, Stack},
+    coverage::{SearchScope, Stack},
     host::{
         cgroup::Mount,
         containers::{Known, Running, Search},
@@ -44,9 +45,9 @@ use crate::{
 };
 
 /// How long files must be left alone before they are read: who writes several, or one in parts, is to be done.
-const SETTLE: Duration = Duration::from_millis(100);
+const DEBOUNCE: Duration = Duration::from_millis(100);
 /// But no longer than this after the first change.
-const SETTLE_MAX: Duration = Duration::from_secs(1);
+const DEBOUNCE_MAX: Duration = Duration::from_secs(1);
 /// How long sockets have to be set up by policies that are no longer in force.
 const RETIRE_AFTER: Duration = Duration::from_secs(60);
 /// How often to look whether the last socket of a removed cgroup is closed, which the kernel does not tell.
@@ -70,7 +71,7 @@ pub(super) struct Wanted<'a> {
     pub(super) sources: Sources,
     /// Given in place of the policies' own targets.
     pub(super) cgroups: &'a [PathBuf],
-    pub(super) manner: &'a Manner,
+    pub(super) manner: &'a EnforceArgs,
     pub(super) mount: &'a Mount,
     /// The instance with which to keep what live sockets had, where these are to be brought in line.
     pub(super) journal: Option<&'a str>,
@@ -88,10 +89,10 @@ impl Wanted<'_> {
         session: &mut Session,
         policies: &[Policy],
         texts: &Texts,
-        placement: Placement,
+        placement: ResolvedTargets,
     ) -> Result<Vec<Stack>, RunError> {
-        let Placement { stacks, targets, containers, skipped: _ } = placement;
-        let Manner { dry_run, reporting, .. } = self.manner;
+        let ResolvedTargets { stacks, targets, containers, skipped: _ } = placement;
+        let EnforceArgs { dry_run, reporting, .. } = self.manner;
         let desired = session::prepare(policies, &stacks, *dry_run, reporting.timing)?;
         session.reload(desired, targets, self.files(texts, &stacks))?;
         session.set_containers(Known::new(&containers));
@@ -100,7 +101,7 @@ impl Wanted<'_> {
 }
 
 /// Keeps that in force.
-pub(super) struct Standing<'a> {
+pub(super) struct Daemon<'a> {
     wanted: Wanted<'a>,
     /// What the files said when they were last read.
     texts: Texts,
@@ -110,7 +111,7 @@ pub(super) struct Standing<'a> {
     stacks: Vec<Stack>,
     files: Watch,
     cgroups: Watch,
-    reach: Reach,
+    reach: SearchScope,
     pace: Pace,
     /// What is skipped at the moment, in all.
     skipped: SkippedList,
@@ -119,13 +120,13 @@ pub(super) struct Standing<'a> {
     /// And of the last look at live sockets.
     skipped_sockets: Vec<Skip>,
     /// Set while live sockets are reconciled.
-    bringing: Option<Bringing>,
+    bringing: Option<ReconcileThread>,
     /// When files were first found changed, and when last, since they were read.
     changed: Option<(Instant, Instant)>,
     /// Where policies are about containers, these.
     search: Option<Search>,
     /// When to look for them, after a cgroup has come.
-    looks: Option<Looks>,
+    looks: Option<Backoff>,
     /// When other policies came in force.
     replaced: Instant,
     /// When to bring live sockets in line, if they are to be.
@@ -134,14 +135,14 @@ pub(super) struct Standing<'a> {
 
 /// What signals have asked for.
 #[derive(Default)]
-struct Asked {
+struct SignalRequests {
     reload: bool,
     end: bool,
 }
 
-impl Asked {
+impl SignalRequests {
     /// Adds what has come since.
-    fn hear(&mut self, signals: &mut Signals) -> io::Result<()> {
+    fn drain_signals(&mut self, signals: &mut Signals) -> io::Result<()> {
         while let Some(received) = signals.next()? {
             // A hangup asks for either, and first for the files to be read.
             if received.asks_for_reload() {
@@ -154,10 +155,10 @@ impl Asked {
     }
 }
 
-impl<'a> Standing<'a> {
+impl<'a> Daemon<'a> {
     /// Begins to watch. The policies are those of `texts`.
     pub(super) fn watch(wanted: Wanted<'a>, texts: Texts, policies: Vec<Policy>) -> Result<Self, RunError> {
-        let reach = Reach::of(&policies)?;
+        let reach = SearchScope::of(&policies)?;
         let mut standing = Self {
             wanted,
             in_force: texts.clone(),
@@ -189,7 +190,7 @@ impl<'a> Standing<'a> {
     }
 
     /// Where the policies hold by now.
-    pub(super) fn placement(&mut self) -> Result<Placement, RunError> {
+    pub(super) fn placement(&mut self) -> Result<ResolvedTargets, RunError> {
         self.pace.begin();
         let looked = self.look(&BTreeSet::new());
         self.pace.end();
@@ -223,16 +224,16 @@ impl<'a> Standing<'a> {
     }
 
     /// Reports, and follows what changes, until a signal asks for the end.
-    pub(super) fn stand(
+    pub(super) fn run(
         &mut self,
         session: &mut Session,
         signals: &mut Signals,
         writer: &Writer,
     ) -> Result<(), WatchError> {
-        let mut asked = Asked::default();
+        let mut asked = SignalRequests::default();
         loop {
             if self.bringing.is_none() && self.due.is_some_and(|due| due <= Instant::now()) {
-                self.bring_in_line(session)?;
+                self.start_reconcile(session)?;
             }
             let mut polled = watch::sources(signals, session);
             polled.extend([&self.files, &self.cgroups].map(|watch| PollFd::new(watch.as_fd(), PollFlags::POLLIN)));
@@ -240,20 +241,20 @@ impl<'a> Standing<'a> {
             polled.extend(found.map(|worker| PollFd::new(worker, PollFlags::POLLIN)));
             polled.extend(self.bringing.iter().map(|bringing| PollFd::new(bringing.as_fd(), PollFlags::POLLIN)));
             if !(asked.reload || asked.end) {
-                watch::wait_for(&mut polled, self.patience(session))?;
+                watch::wait_for(&mut polled, self.poll_timeout_ms(session))?;
             }
-            asked.hear(signals).map_err(WatchError::Watch)?;
+            asked.drain_signals(signals).map_err(WatchError::Watch)?;
             watch::tell(session, writer)?;
-            self.follow_bringing(session, writer)?;
+            self.drain_reconcile(session, writer)?;
             if asked.end {
-                return self.stop_bringing(session, writer);
+                return self.stop_reconcile(session, writer);
             }
             let is_asked = mem::take(&mut asked.reload);
             if self.files.has_changed().map_err(WatchError::Watch)? {
                 let now = Instant::now();
                 self.changed = Some((self.changed.map_or(now, |(first, _)| first), now));
             }
-            if is_asked || self.have_files_settled() {
+            if is_asked || self.is_debounced() {
                 self.reload(session, writer, is_asked);
             }
             let has_changed = self.cgroups.has_changed().map_err(WatchError::Watch)?;
@@ -267,9 +268,9 @@ impl<'a> Standing<'a> {
                 self.retarget(session, writer);
             }
             if session.has_removed() {
-                session.let_go_of_removed()?;
+                session.detach_removed()?;
             }
-            if session.has_others() && self.replaced.elapsed() >= RETIRE_AFTER {
+            if session.has_draining() && self.replaced.elapsed() >= RETIRE_AFTER {
                 session.retire()?;
             }
         }
@@ -280,9 +281,9 @@ impl<'a> Standing<'a> {
         let Some(search) = &mut self.search else { return false };
         let has_found = search.advance();
         if has_changed {
-            self.looks = Some(Looks::again(self.looks.take()));
+            self.looks = Some(Backoff::again(self.looks.take()));
         }
-        if !search.is_looking() && self.looks.as_ref().is_some_and(Looks::are_due) {
+        if !search.is_looking() && self.looks.as_ref().is_some_and(Backoff::are_due) {
             search.begin();
             self.looks = self.looks.take().and_then(|looks| looks.after_one(search.took()));
         }
@@ -290,7 +291,7 @@ impl<'a> Standing<'a> {
     }
 
     /// Begins to bring sockets that are there in line with the policies in force, beside everything else.
-    fn bring_in_line(&mut self, session: &Session) -> Result<(), WatchError> {
+    fn start_reconcile(&mut self, session: &Session) -> Result<(), WatchError> {
         self.due = None;
         let Wanted { manner, mount, journal: Some(journal), .. } = self.wanted else { return Ok(()) };
         let task = Task {
@@ -300,7 +301,7 @@ impl<'a> Standing<'a> {
             dry_run: manner.dry_run,
             journal: Journal::of(journal),
         };
-        match Bringing::begin(task) {
+        match ReconcileThread::begin(task) {
             Ok(bringing) => self.bringing = Some(bringing),
             Err(error) => {
                 log::warn!("cannot begin to bring sockets in line: {error}");
@@ -311,15 +312,15 @@ impl<'a> Standing<'a> {
     }
 
     /// Takes what there is to be said of that. What cannot be done is said, and the policies stay in force.
-    fn follow_bringing(&mut self, session: &mut Session, writer: &Writer) -> Result<(), WatchError> {
-        while let Some(message) = self.bringing.as_mut().and_then(Bringing::next) {
+    fn drain_reconcile(&mut self, session: &mut Session, writer: &Writer) -> Result<(), WatchError> {
+        while let Some(message) = self.bringing.as_mut().and_then(ReconcileThread::next) {
             self.take(message, session, writer)?;
         }
         Ok(())
     }
 
     /// Has that come to an end, and says what came of it.
-    fn stop_bringing(&mut self, session: &mut Session, writer: &Writer) -> Result<(), WatchError> {
+    fn stop_reconcile(&mut self, session: &mut Session, writer: &Writer) -> Result<(), WatchError> {
         let Some(mut bringing) = self.bringing.take() else { return Ok(()) };
         let mut taken = Ok(());
         bringing.stop(LAST_SOCKET, |message| {
@@ -332,7 +333,7 @@ impl<'a> Standing<'a> {
     fn take(&mut self, message: Message, session: &mut Session, writer: &Writer) -> Result<(), WatchError> {
         match message {
             Message::Worker(worker, answer) => {
-                session.look_away(Some(worker))?;
+                session.exempt_process(Some(worker))?;
                 // It may be gone.
                 let _ = answer.send(());
             }
@@ -340,46 +341,46 @@ impl<'a> Standing<'a> {
             Message::Done(done) => {
                 let Done { tally, skipped, error } = *done;
                 self.bringing = None;
-                session.look_away(None)?;
+                session.exempt_process(None)?;
                 self.skipped_sockets = skipped;
                 self.note_skipped(session);
                 match error {
                     None | Some(ApplyError::Stopped) => {}
                     Some(error) => {
-                        complain(&error);
+                        print_error(&error);
                         if matches!(error, ApplyError::Journal(JournalError::Busy { .. })) {
                             self.due = Some(Instant::now() + WHILE_BUSY);
                         }
                     }
                 }
-                writer.brought_in_line(&tally);
+                writer.reconciled(&tally);
             }
         }
         Ok(())
     }
 
     /// Has live sockets brought in line, if they are to be, when what has changed now has settled.
-    fn will_bring_in_line(&mut self) {
-        self.due = self.wanted.journal.map(|_| Instant::now() + SETTLE);
+    fn schedule_reconcile(&mut self) {
+        self.due = self.wanted.journal.map(|_| Instant::now() + DEBOUNCE);
     }
 
     /// How long to wait for something to happen, in milliseconds.
-    fn patience(&self, session: &Session) -> u16 {
+    fn poll_timeout_ms(&self, session: &Session) -> u16 {
         let until = |due: Instant| due.saturating_duration_since(Instant::now()).as_millis() as u16 + 1;
         let due = self.due.filter(|_| self.bringing.is_none());
         let patience =
             due.map_or(u16::MAX, until).min(if session.has_removed() { LOOK_FOR_EMPTY_MS } else { u16::MAX });
-        let patience = patience.min(watch::interval(session)).min(self.pace.patience_ms());
+        let patience = patience.min(watch::interval(session)).min(self.pace.poll_timeout_ms());
         let of_workers = self.search.as_ref().and_then(Search::left);
         let of_workers = of_workers.map(|left| u16::try_from(left.as_millis() + 1).unwrap_or(u16::MAX));
         let is_looking = self.search.as_ref().is_some_and(Search::is_looking);
-        let of_looks = self.looks.as_ref().filter(|_| !is_looking).map(Looks::patience_ms);
+        let of_looks = self.looks.as_ref().filter(|_| !is_looking).map(Backoff::poll_timeout_ms);
         let patience = [of_workers, of_looks].into_iter().flatten().fold(patience, u16::min);
-        if self.changed.is_some() { patience.min(SETTLE.as_millis() as u16) } else { patience }
+        if self.changed.is_some() { patience.min(DEBOUNCE.as_millis() as u16) } else { patience }
     }
 
-    fn have_files_settled(&self) -> bool {
-        self.changed.is_some_and(|(first, last)| last.elapsed() >= SETTLE || first.elapsed() >= SETTLE_MAX)
+    fn is_debounced(&self) -> bool {
+        self.changed.is_some_and(|(first, last)| last.elapsed() >= DEBOUNCE || first.elapsed() >= DEBOUNCE_MAX)
     }
 
     /// Reads the files, and has in force what they say. `is_asked` where somebody waits for an answer, whatever they say.
@@ -394,7 +395,7 @@ impl<'a> Standing<'a> {
         let reloaded = match self.texts.policies() {
             Ok((policies, warnings)) => {
                 check::show(&warnings);
-                self.replace(session, policies).inspect_err(|error| complain(error)).is_ok()
+                self.replace(session, policies).inspect_err(|error| print_error(error)).is_ok()
             }
             Err(errors) => {
                 check::show(&errors.diagnostics);
@@ -408,16 +409,16 @@ impl<'a> Standing<'a> {
     }
 
     fn replace(&mut self, session: &mut Session, policies: Vec<Policy>) -> Result<(), RunError> {
-        let reach = Reach::of(&policies)?;
+        let reach = SearchScope::of(&policies)?;
         let containers = self.containers();
-        let mut placement = Placement::standing(self.wanted.mount, self.wanted.cgroups, &policies, containers)?;
+        let mut placement = ResolvedTargets::standing(self.wanted.mount, self.wanted.cgroups, &policies, containers)?;
         placement.skipped.extend(session.leave_to_others(&mut placement.targets));
         let skipped = mem::take(&mut placement.skipped);
         let stacks = self.wanted.put_in_force(session, &policies, &self.texts, placement)?;
         self.replaced = Instant::now();
         if containers::are_wanted_by(&policies) {
             self.search.get_or_insert_default();
-            self.looks = Some(Looks::again(self.looks.take()));
+            self.looks = Some(Backoff::again(self.looks.take()));
         } else {
             (self.search, self.looks) = (None, None);
         }
@@ -425,7 +426,7 @@ impl<'a> Standing<'a> {
         self.in_force = self.texts.clone();
         self.skipped_cgroups = skipped;
         self.note_skipped(session);
-        self.will_bring_in_line();
+        self.schedule_reconcile();
         // What came while nobody looked.
         self.pace.note_change();
         Ok(())
@@ -445,12 +446,12 @@ impl<'a> Standing<'a> {
                     return;
                 }
                 // Sockets may have been made before the programs were there.
-                self.will_bring_in_line();
+                self.schedule_reconcile();
                 writer.retargeted(&before, &after);
             }
             Err(error) => {
                 self.pace.retry();
-                complain(&error);
+                print_error(&error);
                 log::error!("the policies are in force on the cgroups that they were on");
             }
         }
@@ -463,13 +464,13 @@ impl<'a> Standing<'a> {
         let mount = self.wanted.mount;
         // A target whose place cannot be looked at stays one.
         let known = session.targets().iter().map(|target| mount.below(&target.cgroup)).collect();
-        let Placement { stacks, mut targets, containers, mut skipped } = self.look(&known)?;
+        let ResolvedTargets { stacks, mut targets, containers, mut skipped } = self.look(&known)?;
         skipped.extend(session.leave_to_others(&mut targets));
         self.skipped_cgroups = skipped;
         let scopes: Option<Vec<usize>> =
             stacks.iter().map(|stack| self.stacks.iter().position(|known| known == stack)).collect();
         let Some(scopes) = scopes else {
-            let placement = Placement { stacks, targets, containers, skipped: Vec::new() };
+            let placement = ResolvedTargets { stacks, targets, containers, skipped: Vec::new() };
             self.stacks = self.wanted.put_in_force(session, &self.policies, &self.in_force, placement)?;
             self.replaced = Instant::now();
             return Ok(());
@@ -483,12 +484,12 @@ impl<'a> Standing<'a> {
 
     /// Looks where the policies hold by now, and watches where targets can come. Cgroups that come while it begins to watch
     /// are seen too.
-    fn look(&mut self, known: &BTreeSet<PathBuf>) -> Result<Placement, RunError> {
+    fn look(&mut self, known: &BTreeSet<PathBuf>) -> Result<ResolvedTargets, RunError> {
         let Wanted { mount, cgroups, .. } = self.wanted;
         // Listed before the tree, which then has their cgroups.
         let containers = self.containers();
         if !cgroups.is_empty() {
-            return Placement::standing(mount, cgroups, &self.policies, containers);
+            return ResolvedTargets::standing(mount, cgroups, &self.policies, containers);
         }
         check_targets(&self.policies)?;
         let mut rounds = 0;
@@ -502,7 +503,7 @@ impl<'a> Standing<'a> {
             if has_new {
                 self.pace.note_change();
             }
-            return Placement::for_now(mount, &self.policies, containers, look);
+            return ResolvedTargets::for_now(mount, &self.policies, containers, look);
         }
     }
 
@@ -601,7 +602,7 @@ impl Pace {
     }
 
     /// How long to wait at the most, in milliseconds.
-    fn patience_ms(&self) -> u16 {
+    fn poll_timeout_ms(&self) -> u16 {
         let wanted = if self.has_changed { self.rested } else { None };
         let due = [wanted, self.retry, self.poll].into_iter().flatten().min();
         let left = due.map(|due| due.max(self.rested.unwrap_or(due)).saturating_duration_since(Instant::now()));

@@ -43,7 +43,7 @@ const REMOVAL_TIME: Duration = Duration::from_secs(10);
 const LOOK_AGAIN_MS: u16 = 50;
 
 #[derive(Debug, thiserror::Error)]
-pub enum EnclosureError {
+pub enum TransientCgroupError {
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
     #[error("cannot make cgroup {}: {source}\n  help: run as root, where the cgroup2 mount is writable", path.escaped())]
@@ -59,24 +59,24 @@ pub enum EnclosureError {
 
 /// The cgroup. Removed when this is dropped.
 #[derive(Debug)]
-pub struct Enclosure {
+pub struct TransientCgroup {
     pub cgroup: Cgroup,
     guard: Child,
 }
 
-impl Enclosure {
+impl TransientCgroup {
     /// Makes the cgroup below the one that this process is in. `suffix` tells it from others that this process makes.
     ///
     /// # Errors
     ///
     /// Where it cannot be made or guarded; then it is not there.
-    pub fn make(mount: &Mount, suffix: &str) -> Result<Self, EnclosureError> {
+    pub fn make(mount: &Mount, suffix: &str) -> Result<Self, TransientCgroupError> {
         let home = mount.own()?;
         let path = home.path.join(format!("sockpolicy-{}{suffix}", std::process::id()));
         // Before there is anything to guard: from its first moment on, the cgroup has somebody to remove it.
-        let mut guard =
-            start_guard(&path, &home.path).map_err(|source| EnclosureError::Guard { path: path.clone(), source })?;
-        let made = fs::create_dir(&path).map_err(|source| EnclosureError::Make { path: path.clone(), source });
+        let mut guard = start_guard(&path, &home.path)
+            .map_err(|source| TransientCgroupError::Guard { path: path.clone(), source })?;
+        let made = fs::create_dir(&path).map_err(|source| TransientCgroupError::Make { path: path.clone(), source });
         if made.is_err() {
             // One that is there already is somebody else's, and not to be removed.
             let _ = guard.kill();
@@ -119,13 +119,13 @@ impl Enclosure {
     /// # Errors
     ///
     /// Where that could not be done in a few seconds.
-    pub fn remove(mut self) -> Result<(), EnclosureError> {
+    pub fn remove(mut self) -> Result<(), TransientCgroupError> {
         self.end_guard()
     }
 
-    fn end_guard(&mut self) -> Result<(), EnclosureError> {
+    fn end_guard(&mut self) -> Result<(), TransientCgroupError> {
         drop(self.guard.stdin.take());
-        let error = |reason| EnclosureError::Remove { path: self.cgroup.path.clone(), reason };
+        let error = |reason| TransientCgroupError::Remove { path: self.cgroup.path.clone(), reason };
         let mut reason = String::new();
         if let Some(mut stdout) = self.guard.stdout.take() {
             stdout.read_to_string(&mut reason).map_err(|source| error(source.to_string()))?;
@@ -143,7 +143,7 @@ impl Enclosure {
     }
 }
 
-impl Drop for Enclosure {
+impl Drop for TransientCgroup {
     fn drop(&mut self) {
         if self.guard.stdin.is_some()
             && let Err(error) = self.end_guard()

@@ -26,7 +26,7 @@ use crate::host::btf::Types;
 
 /// What programs at cgroup/setsockopt may call on this kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Abilities {
+pub struct HelperSupport {
     /// Read options (5.15).
     pub get: bool,
     /// Choose the errno of a denied call (5.18).
@@ -37,7 +37,7 @@ pub struct Abilities {
     pub see_call: bool,
 }
 
-impl Abilities {
+impl HelperSupport {
     /// Where that cannot be told, the program that is loaded next will say why.
     fn find() -> Self {
         let has = |helper| syscall::has_helper(BPF_PROG_TYPE_CGROUP_SOCKOPT, BPF_CGROUP_SETSOCKOPT, helper);
@@ -53,10 +53,10 @@ impl Abilities {
 }
 
 /// What the programs are told of the kernel that they are to run in.
-pub(super) struct Knowledge {
+pub(super) struct KernelInfo {
     layout: Layout,
     pub(super) members: Vec<(OptionKey, Member)>,
-    pub(super) abilities: Abilities,
+    pub(super) abilities: HelperSupport,
     /// Whether tracing programs have the helper for the cgroups above a task's.
     can_see_ancestors: bool,
     /// Why `layout` says nothing, if it does not.
@@ -64,7 +64,7 @@ pub(super) struct Knowledge {
     cpus: u32,
 }
 
-impl Knowledge {
+impl KernelInfo {
     pub(super) fn gather() -> Result<Self, KernelError> {
         let types = Types::of_kernel();
         let (layout, members) = match &types {
@@ -78,7 +78,7 @@ impl Knowledge {
         Ok(Self {
             layout,
             members,
-            abilities: Abilities::find(),
+            abilities: HelperSupport::find(),
             // Where that cannot be told, the program that is loaded next will say why.
             can_see_ancestors: sees.unwrap_or(true),
             blindness: types.err().map(|error| error.to_string()),

@@ -24,8 +24,8 @@ use nix::{
 };
 
 use super::{
-    KernelError, Neighbour, Target,
-    neighbours::name_of,
+    ForeignProgram, KernelError, Target,
+    foreign_programs::name_of,
     syscall::{self, Attachment, Query},
 };
 use crate::{
@@ -161,7 +161,7 @@ impl ForeignConflict {
 
     /// Returns whether this is about that program of others.
     #[must_use]
-    pub fn is_about(&self, neighbour: &Neighbour) -> bool {
+    pub fn is_about(&self, neighbour: &ForeignProgram) -> bool {
         match &self.reason {
             Reason::Forbidden { id, .. } | Reason::Displaced { id, .. } => {
                 (self.hook, *id) == (neighbour.hook, neighbour.id)

@@ -5,21 +5,21 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use super::Generation;
 use crate::{
     fault,
-    instance::{self, Files, Instance, InstanceError, Record, Unread},
+    instance::{self, Files, Instance, InstanceError, Record, RingOverflow},
     kernel::{MapIds, Target, names_and_scopes},
-    report::Counted,
+    report::SavedCounters,
     skipped::SkippedList,
 };
 
 /// An instance, and what it says of itself.
-pub(super) struct Word {
+pub(super) struct RecordWriter {
     instance: Instance,
     record: Record,
     /// Whether the record that others read is older than this one: there was no space for it, for example.
     is_behind: bool,
 }
 
-impl Word {
+impl RecordWriter {
     /// Of an instance that takes over generations of these numbers, if any, when so many events had found no room.
     pub(super) fn of(instance: Instance, maps: MapIds, former: &[u32], ring_full: u64) -> Self {
         let before = instance.record();
@@ -27,7 +27,7 @@ impl Word {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             persists: instance.persists(),
             maps,
-            unread: Unread::begun(ring_full, None),
+            unread: RingOverflow::begun(ring_full, None),
             generations: Vec::new(),
             retired: Vec::new(),
             counted: Vec::new(),
@@ -37,7 +37,7 @@ impl Word {
         let record = match before.filter(|before| before.maps == maps) {
             Some(Record { unread, mut generations, retired, counted, .. }) => {
                 generations.retain(|generation| former.contains(&generation.number));
-                Record { unread: Unread::begun(ring_full, Some(unread)), generations, retired, counted, ..record }
+                Record { unread: RingOverflow::begun(ring_full, Some(unread)), generations, retired, counted, ..record }
             }
             None => record,
         };
@@ -45,17 +45,17 @@ impl Word {
     }
 
     /// The policies that were taken over.
-    pub(super) fn former(&self) -> Vec<Generation> {
-        understood(&self.record.generations)
+    pub(super) fn previous(&self) -> Vec<Generation> {
+        readable(&self.record.generations)
     }
 
     /// Those before them.
     pub(super) fn retired(&self) -> Vec<Generation> {
-        understood(&self.record.retired)
+        readable(&self.record.retired)
     }
 
     /// What had been counted when what was taken over was put in force.
-    pub(super) fn counted(&self) -> Vec<Counted> {
+    pub(super) fn saved_counters(&self) -> Vec<SavedCounters> {
         self.record.counted.clone()
     }
 
@@ -80,7 +80,7 @@ impl Word {
     }
 
     /// Says that this will not be in force after all.
-    pub(super) fn take_back(&mut self, number: u32) {
+    pub(super) fn withdraw(&mut self, number: u32) {
         self.record.generations.retain(|generation| generation.number != number);
         self.write_if_possible();
     }
@@ -113,7 +113,8 @@ impl Word {
     fn write(&mut self, record: Record, must_be_written: bool) -> Result<(), InstanceError> {
         let own: BTreeSet<&str> = self.record.targets().collect();
         let new: Vec<&str> = record.targets().filter(|name| !own.contains(name)).collect();
-        let written = if new.is_empty() { self.instance.write(&record) } else { self.instance.claim(&record, &new) };
+        let written =
+            if new.is_empty() { self.instance.write(&record) } else { self.instance.write_exclusive(&record, &new) };
         self.is_behind = written.is_err();
         match written {
             Err(error @ (InstanceError::File { .. } | InstanceError::Private(_))) if !must_be_written => {
@@ -126,7 +127,7 @@ impl Word {
     }
 
     /// Says that only these are there still, that those are history of which may be to be told yet, and what had been counted by then.
-    pub(super) fn retire(&mut self, there: &[u32], to_be_told: &[Generation], counted: Vec<Counted>) {
+    pub(super) fn retire(&mut self, there: &[u32], to_be_told: &[Generation], counted: Vec<SavedCounters>) {
         let Record { generations, retired, .. } = &self.record;
         let is_to_be_told = |generation: &&instance::Generation| {
             to_be_told.iter().any(|other| other.number == generation.number) && !there.contains(&generation.number)
@@ -165,13 +166,13 @@ impl Word {
     }
 
     /// The name under which what is in force stays so, if it does.
-    pub(super) fn stays_as(&self) -> Option<&str> {
+    pub(super) fn persistent_name(&self) -> Option<&str> {
         self.instance.persists().then(|| self.instance.name())
     }
 }
 
 /// Those that this build understands.
-fn understood(generations: &[instance::Generation]) -> Vec<Generation> {
+fn readable(generations: &[instance::Generation]) -> Vec<Generation> {
     let understood = generations.iter().filter_map(|generation| {
         let desired = generation.desired();
         let desired = desired.inspect_err(|error| log::debug!("generation {}: {error}", generation.number)).ok()?;

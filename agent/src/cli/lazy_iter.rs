@@ -13,8 +13,8 @@ use abi::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    host::{netns::Namespace, process, survey::Holder},
-    kernel::{self, Job, KernelError, Outcomes, Walk},
+    host::{netns::Namespace, process, socket_table::FdRef},
+    kernel::{self, Job, KernelError, Outcomes, SocketIter},
     worker::{Service, left_behind, serve},
 };
 
@@ -32,18 +32,18 @@ const LEFT_BEHIND_MAX: usize = 64;
 
 /// The programs, as soon as they are wanted.
 #[derive(Default)]
-pub(super) enum Walker {
+pub(super) enum LazyIter {
     #[default]
     Idle,
     /// Loaded beside whatever else is to be done, to tell who has sockets too.
-    Coming(Walking),
-    There(Walking),
+    Coming(IterWorker),
+    There(IterWorker),
     /// They do not answer.
     Gone(String),
 }
 
 /// The worker.
-pub(super) struct Walking(Option<Service>);
+pub(super) struct IterWorker(Option<Service>);
 
 #[derive(Serialize, Deserialize)]
 enum Request {
@@ -77,22 +77,22 @@ enum Response {
     Failed(String),
 }
 
-impl Walker {
+impl LazyIter {
     /// Begins to load them, where there are so many files that they will be wanted.
     pub(super) fn begin() -> Self {
         let is_worth_it = process::open_files().is_some_and(|files| files >= WORTH_LOADING);
         if !is_worth_it {
             return Self::Idle;
         }
-        Walking::begin(true).map_or_else(|error| Self::Gone(error.to_string()), Self::Coming)
+        IterWorker::begin(true).map_or_else(|error| Self::Gone(error.to_string()), Self::Coming)
     }
 
     /// Who has which sockets, if they were begun with.
-    pub(super) fn holders(&mut self) -> Option<Vec<(u32, Holder)>> {
+    pub(super) fn holders(&mut self) -> Option<Vec<(u32, FdRef)>> {
         if matches!(self, Self::Idle) {
             return None;
         }
-        let told = self.get().and_then(Walking::holders);
+        let told = self.get().and_then(IterWorker::holders);
         told.unwrap_or_else(|error| {
             log::info!("{error}: who has sockets is looked up in /proc");
             None
@@ -102,9 +102,9 @@ impl Walker {
     /// # Errors
     ///
     /// Where they cannot be loaded, or do not answer.
-    pub(super) fn get(&mut self) -> Result<&mut Walking, KernelError> {
+    pub(super) fn get(&mut self) -> Result<&mut IterWorker, KernelError> {
         let walking = match mem::take(self) {
-            Self::Idle => Walking::begin(false).and_then(Walking::loaded),
+            Self::Idle => IterWorker::begin(false).and_then(IterWorker::loaded),
             Self::Coming(walking) => walking.loaded(),
             Self::There(walking) if walking.0.is_some() => Ok(walking),
             Self::There(_) => Err(failed("it did not answer")),
@@ -128,7 +128,7 @@ fn failed(reason: impl fmt::Display) -> KernelError {
     KernelError::Iterator { reason: format!("{reason}") }
 }
 
-impl Walking {
+impl IterWorker {
     /// Has the programs loaded, without waiting for it.
     fn begin(names_holders: bool) -> Result<Self, KernelError> {
         kernel::check_privileges()?;
@@ -152,16 +152,16 @@ impl Walking {
         Ok(self)
     }
 
-    /// All descriptors of processes that are sockets: see [`Walk::holders`].
-    fn holders(&mut self) -> Result<Option<Vec<(u32, Holder)>>, KernelError> {
-        let holder = |(inode, process, descriptor)| (inode, Holder { process, descriptor });
+    /// All descriptors of processes that are sockets: see [`SocketIter::fd_refs`].
+    fn holders(&mut self) -> Result<Option<Vec<(u32, FdRef)>>, KernelError> {
+        let holder = |(inode, process, descriptor)| (inode, FdRef { process, descriptor });
         match self.ask(&Request::Holders)?.0 {
             Response::Holders(told) => Ok(told.map(|all| all.into_iter().map(holder).collect())),
             _ => Ok(None),
         }
     }
 
-    /// See [`Walk::look`].
+    /// See [`SocketIter::read`].
     pub(super) fn look<'a>(
         &mut self,
         jobs: impl ExactSizeIterator<Item = &'a Job>,
@@ -169,7 +169,7 @@ impl Walking {
     ) -> Result<Outcomes, KernelError> {
         let mut numbers = std::collections::HashMap::new();
         let (mut lists, mut sent) = (Vec::new(), Vec::new());
-        for job in jobs.take(Walk::JOBS_MAX) {
+        for job in jobs.take(SocketIter::JOBS_MAX) {
             let number = *numbers.entry(&job.assignments).or_insert_with(|| {
                 lists.push(job.assignments.iter().map(assigned).collect());
                 lists.len() - 1
@@ -179,7 +179,7 @@ impl Walking {
         self.outcomes(&Request::Look { namespaces: descriptors(namespaces), lists, jobs: sent })
     }
 
-    /// See [`Walk::set`].
+    /// See [`SocketIter::set`].
     pub(super) fn set(&mut self, namespaces: &[Namespace]) -> Result<Outcomes, KernelError> {
         self.outcomes(&Request::Set { namespaces: descriptors(namespaces) })
     }
@@ -216,7 +216,7 @@ impl Walking {
     }
 }
 
-impl Drop for Walking {
+impl Drop for IterWorker {
     fn drop(&mut self) {
         self.end();
     }
@@ -259,9 +259,13 @@ pub(super) fn work(agent: u32, output: impl io::Write) -> io::Result<()> {
     })
 }
 
-fn answer(request: Request, agent: u32, walk: &mut Option<Walk>) -> Result<(Response, Option<Outcomes>), KernelError> {
+fn answer(
+    request: Request,
+    agent: u32,
+    walk: &mut Option<SocketIter>,
+) -> Result<(Response, Option<Outcomes>), KernelError> {
     if let Request::Load { names_holders } = request {
-        *walk = Some(Walk::load(names_holders)?);
+        *walk = Some(SocketIter::load(names_holders)?);
         return Ok((Response::Loaded, None));
     }
     let walk = walk.as_mut().ok_or_else(|| failed("it is not loaded"))?;
@@ -275,12 +279,12 @@ fn answer(request: Request, agent: u32, walk: &mut Option<Walk>) -> Result<(Resp
                 assignments: lists.get(*list).cloned().unwrap_or_default(),
             };
             let jobs: Vec<Job> = jobs.iter().map(job).collect();
-            walk.look(jobs.iter(), &opened(agent, &namespaces)?)?
+            walk.read(jobs.iter(), &opened(agent, &namespaces)?)?
         }
         Request::Set { namespaces } => walk.set(&opened(agent, &namespaces)?)?,
         Request::Holders | Request::Load { .. } => {
-            let told = walk.holders()?;
-            let holder = |(inode, Holder { process, descriptor }): (u32, Holder)| (inode, process, descriptor);
+            let told = walk.fd_refs()?;
+            let holder = |(inode, FdRef { process, descriptor }): (u32, FdRef)| (inode, process, descriptor);
             return Ok((Response::Holders(told.map(|all| all.into_iter().map(holder).collect())), None));
         }
     };

@@ -10,19 +10,19 @@
 use core::hint::black_box;
 
 use abi::{
-    Config, Place,
+    Config, TargetSlot,
     event::{Call, call, flags},
     index,
-    judge::{Asked, judge_argument, verdict},
+    judge::{Argument, judge_argument, verdict},
     select::select,
-    setting::{Governed, Value},
+    setting::{OptionRow, Value},
 };
 
-use super::{followed_at, is_of_no_argument, is_of_no_socket, is_whole};
+use super::{is_of_no_argument, is_of_no_socket, is_whole, slot_of_task};
 use crate::{
-    hooks::calls::{compared, shown},
+    hooks::sockopt::{compared, shown},
     kernel,
-    maps::{self, PrefixMap, count, lose},
+    maps::{self, PrefixMap, count, count_loss},
 };
 
 /// Rows that can govern one call, as in `calls`.
@@ -58,8 +58,8 @@ fn judge_call(call: &mut Call, result: i64, row: u32) -> Option<u32> {
     if is_refused_before_hooks(call, result) {
         return None;
     }
-    let (place, &Place { scope, options, .. }) =
-        if is_compat { followed_at(config)? } else { of_socket(config, call, result)? };
+    let (place, &TargetSlot { scope, options, .. }) =
+        if is_compat { slot_of_task(config)? } else { of_socket(config, call, result)? };
     let (scope, options) = (index::of(generation, scope), index::of(generation, options));
     let option = if row == FIRST_ROW {
         maps::option_named(config, generation, options, call.key)?.1
@@ -73,7 +73,7 @@ fn judge_call(call: &mut Call, result: i64, row: u32) -> Option<u32> {
         return None;
     }
     if call.flags & flags::SOCKET == 0 {
-        lose(|losses| &mut losses.unjudged);
+        count_loss(|losses| &mut losses.unjudged);
         return None;
     }
     let rules = select(&call.facts, maps::selectors(scope)?, &PrefixMap { scope });
@@ -91,10 +91,10 @@ fn judge_call(call: &mut Call, result: i64, row: u32) -> Option<u32> {
 
 /// Judges a call of setsockopt by the setting that governs it.
 #[inline(always)]
-fn judge_set(call: &mut Call, place: u32, option: &Governed, winner: u32, is_compat: bool) -> Option<()> {
+fn judge_set(call: &mut Call, place: u32, option: &OptionRow, winner: u32, is_compat: bool) -> Option<()> {
     let setting = maps::setting(winner)?;
     // Of an address that is NULL nothing was read; where the kernel takes that for an argument, it stands for zeroes.
-    let (len, words) = (call.optlen as i32, call.asked.words);
+    let (len, words) = (call.optlen as i32, call.requested.words);
     let verdict = judge_argument(option, setting, len, &words)?.verdict;
     let verdict = if verdict != verdict::NONE && is_compat { verdict::ALLOWED } else { verdict };
     // Else the compiler compares one register and adds another, of which the verifier knows no bound.
@@ -105,7 +105,7 @@ fn judge_set(call: &mut Call, place: u32, option: &Governed, winner: u32, is_com
     });
     if verdict != verdict::NONE {
         decide(call, place, winner, verdict);
-        if let Some(asked) = Asked::read(option, len, &words) {
+        if let Some(asked) = Argument::read(option, len, &words) {
             call.wanted = Value::wanted(option, setting, &asked);
         }
     }
@@ -114,9 +114,9 @@ fn judge_set(call: &mut Call, place: u32, option: &Governed, winner: u32, is_com
 
 /// Judges a call of getsockopt.
 #[inline(always)]
-fn judge_read(call: &mut Call, place: u32, option: &Governed, winner: u32) -> Option<()> {
+fn judge_read(call: &mut Call, place: u32, option: &OptionRow, winner: u32) -> Option<()> {
     let setting = maps::setting(winner)?;
-    let (len, words) = (call.asked.len as i32, call.asked.words);
+    let (len, words) = (call.requested.len as i32, call.requested.words);
     if setting.is_text() != option.is_text() || compared(option, setting, len, &words)? == verdict::NONE {
         return None;
     }
@@ -138,7 +138,7 @@ fn decide(call: &mut Call, place: u32, winner: u32, verdict: u8) {
 
 /// What holds for a call's socket.
 #[inline(always)]
-fn of_socket(config: &Config, call: &Call, result: i64) -> Option<(u32, &'static Place)> {
+fn of_socket(config: &Config, call: &Call, result: i64) -> Option<(u32, &'static TargetSlot)> {
     // The policies may not be those any more by which the call began: then a hook has judged it.
     if config.audit_judges == 0 {
         return None;
@@ -148,11 +148,11 @@ fn of_socket(config: &Config, call: &Call, result: i64) -> Option<(u32, &'static
     // Another thread has closed the descriptor since, or put something else in its place.
     let is_lost = call.sk == 0 && !is_of_no_socket(result);
     if place == kernel::TOO_DEEP || is_lost {
-        lose(|losses| &mut losses.unjudged);
+        count_loss(|losses| &mut losses.unjudged);
         return None;
     }
     let place = place.checked_sub(1)?;
-    maps::at_place(generation, place).map(|holds| (place, holds))
+    maps::slot_at(generation, place).map(|holds| (place, holds))
 }
 
 /// Whether the kernel refuses a call before it would run a hook: for its length (`do_sock_setsockopt`, net/socket.c), or because

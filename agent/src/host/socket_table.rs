@@ -14,8 +14,8 @@ use std::{
 };
 
 use abi::{
+    apply_point,
     setting::{OptionKey, Value, kind},
-    site,
 };
 
 use super::{
@@ -32,9 +32,9 @@ use crate::{
 
 /// The sockets that there are.
 #[derive(Debug)]
-pub struct Survey {
+pub struct SocketTable {
     /// In the order of processes and descriptors.
-    pub sockets: Vec<Found>,
+    pub sockets: Vec<SocketEntry>,
     namespaces: Vec<Namespace>,
     /// Processes of the wanted cgroups that must not be looked into: what else they have is not known.
     pub unread: HashSet<u32>,
@@ -45,19 +45,19 @@ pub struct Survey {
 }
 
 #[derive(Clone, Debug)]
-pub struct Found {
+pub struct SocketEntry {
     pub entry: Entry,
     /// Index of the network namespaces.
     pub namespace: usize,
     /// Who has it, by process: none has what the kernel itself uses, or still or already keeps.
-    pub holders: Vec<Holder>,
+    pub holders: Vec<FdRef>,
     /// The cgroup of its process, of a socket that the kernel does not list.
     pub home: Option<PathBuf>,
 }
 
 /// A process that has a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Holder {
+pub struct FdRef {
     pub process: u32,
     pub descriptor: i32,
 }
@@ -69,16 +69,16 @@ pub enum SurveyError {
 }
 
 /// By inode number.
-type Holders = HashMap<u32, Vec<Holder>>;
+type FdRefs = HashMap<u32, Vec<FdRef>>;
 
-fn note(holders: &mut Holders, inode: u32, holder: Holder) {
+fn note(holders: &mut FdRefs, inode: u32, holder: FdRef) {
     let of = holders.entry(inode).or_default();
     if of.iter().all(|other| other.process != holder.process) {
         of.push(holder);
     }
 }
 
-impl Survey {
+impl SocketTable {
     /// Looks for sockets. Of those that the kernel does not list, only in processes of cgroups that are `wanted`.
     ///
     /// `all_holders` may know of all processes' descriptors which socket each is, in the order of processes and descriptors.
@@ -87,9 +87,9 @@ impl Survey {
     /// # Errors
     ///
     /// Where processes or sockets cannot be listed.
-    pub fn make(
+    pub fn read(
         wanted: impl Fn(&Path) -> bool,
-        all_holders: impl FnOnce() -> Option<Vec<(u32, Holder)>>,
+        all_holders: impl FnOnce() -> Option<Vec<(u32, FdRef)>>,
         inspector: &mut Inspector,
     ) -> Result<Self, SurveyError> {
         let mut survey = Self {
@@ -104,13 +104,13 @@ impl Survey {
         for process in &processes {
             let is_known = |id| survey.namespaces.iter().any(|namespace| namespace.id == id);
             let Some(id) = netns::id_of_process(*process).filter(|id| !is_known(*id)) else { continue };
-            fault::point_of("namespace-found", id);
+            fault::point_for("namespace-found", id);
             if let Ok(namespace) = Namespace::of_process(*process) {
                 survey.enter(namespace, inspector)?;
             }
         }
         // After that, so that what has come meanwhile is found with its process.
-        let mut holders = Holders::new();
+        let mut holders = FdRefs::new();
         match all_holders() {
             Some(all) => all.into_iter().for_each(|(inode, holder)| note(&mut holders, inode, holder)),
             None => processes.into_iter().for_each(|process| survey.visit(process, &mut holders, &wanted)),
@@ -125,17 +125,17 @@ impl Survey {
         for found in &mut survey.sockets {
             found.holders = holders.get(&found.entry.inode).cloned().unwrap_or_default();
         }
-        survey.sockets.sort_by_key(Found::place);
+        survey.sockets.sort_by_key(SocketEntry::place);
         fault::point("sockets-listed");
         Ok(survey)
     }
 
     /// Notes which sockets a process has.
-    fn visit(&mut self, process: u32, holders: &mut Holders, wanted: &impl Fn(&Path) -> bool) {
+    fn visit(&mut self, process: u32, holders: &mut FdRefs, wanted: &impl Fn(&Path) -> bool) {
         match process::sockets(process) {
             Ok(sockets) => {
                 for (descriptor, inode) in sockets {
-                    note(holders, inode, Holder { process, descriptor });
+                    note(holders, inode, FdRef { process, descriptor });
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
@@ -154,7 +154,7 @@ impl Survey {
         if let Some(known) = self.namespaces.iter().position(|known| known.id == namespace.id) {
             return Ok(known);
         }
-        fault::point_of("namespace-opened", namespace.id);
+        fault::point_for("namespace-opened", namespace.id);
         let entries = inspector.list(&namespace).unwrap_or_else(|error| {
             // What there is in it is found with its processes, as far as these may be looked into. The inspector has noted it,
             // unless it may not be entered.
@@ -164,7 +164,7 @@ impl Survey {
         });
         let index = self.namespaces.len();
         self.namespaces.push(namespace);
-        let found = |entry| Found { entry, namespace: index, holders: Vec::new(), home: None };
+        let found = |entry| SocketEntry { entry, namespace: index, holders: Vec::new(), home: None };
         self.sockets.extend(entries.into_iter().map(found));
         Ok(index)
     }
@@ -173,7 +173,7 @@ impl Survey {
     fn add_unlisted(
         &mut self,
         inode: u32,
-        holders: &[Holder],
+        holders: &[FdRef],
         wanted: &impl Fn(&Path) -> bool,
         inspector: &mut Inspector,
     ) -> Result<(), SurveyError> {
@@ -192,20 +192,20 @@ impl Survey {
             let Some(namespace) = namespace else { continue };
             // It may be one that no process is in, whose sockets are listed only now.
             let namespace = self.enter(namespace, inspector)?;
-            self.sockets.push(Found { entry, namespace, holders: Vec::new(), home: Some(home) });
+            self.sockets.push(SocketEntry { entry, namespace, holders: Vec::new(), home: Some(home) });
             return Ok(());
         }
         Ok(())
     }
 
-    /// The network namespaces that sockets are in, by [`Found::namespace`].
+    /// The network namespaces that sockets are in, by [`SocketEntry::namespace`].
     #[must_use]
     pub fn namespaces(&self) -> &[Namespace] {
         &self.namespaces
     }
 }
 
-impl Found {
+impl SocketEntry {
     /// Sockets are in the order of processes and descriptors; those that nobody has come last.
     fn place(&self) -> (u32, i32, u64) {
         let (process, descriptor) =
@@ -223,8 +223,8 @@ impl Found {
         &self,
         inspector: &mut Inspector,
         wanted: &[&'static SocketOption],
-        mut note: impl FnMut(Holder) -> T,
-    ) -> Result<Option<(T, Holder, Inspected)>, Refused<T>> {
+        mut note: impl FnMut(FdRef) -> T,
+    ) -> Result<Option<(T, FdRef, Inspected)>, Refused<T>> {
         let mut refused = None;
         for holder in &self.holders {
             let noted = note(*holder);
@@ -265,13 +265,19 @@ type Place = (usize, Kind);
 
 impl Defaults {
     /// What a new socket of a kind has in the namespace of another; `None` where none can be made.
-    pub fn of(&mut self, survey: &Survey, found: &Found, kind: Kind, inspector: &mut Inspector) -> Option<&Values> {
+    pub fn of(
+        &mut self,
+        survey: &SocketTable,
+        found: &SocketEntry,
+        kind: Kind,
+        inspector: &mut Inspector,
+    ) -> Option<&Values> {
         let open = || {
             let all: Vec<&'static SocketOption> = OPTIONS.iter().collect();
             let fresh = inspector.fresh(&survey.namespaces[found.namespace], kind, &all);
             let fresh =
                 fresh.inspect_err(|error| log::debug!("no new socket to compare with, {kind:?}: {error}")).ok()?;
-            let at_first = |(option, value)| (option, if is_given_at_birth(option) { zero(option) } else { value });
+            let at_first = |(option, value)| (option, if is_set_at_creation(option) { zero(option) } else { value });
             Some(fresh.into_iter().map(at_first).collect())
         };
         self.fresh.entry((found.namespace, kind)).or_insert_with(open).as_ref()
@@ -280,7 +286,7 @@ impl Defaults {
     /// What such a socket shows of an option after it was set to a value; `None` where that cannot be tried.
     pub fn after(
         &mut self,
-        (survey, found): (&Survey, &Found),
+        (survey, found): (&SocketTable, &SocketEntry),
         kind: Kind,
         key: OptionKey,
         value: Value,
@@ -293,9 +299,10 @@ impl Defaults {
 }
 
 /// Whether a program can have given the option to our own new socket: the kernel itself makes all of these 0.
-fn is_given_at_birth(option: &'static SocketOption) -> bool {
-    let is_given =
-        |option: &SocketOption| option.settable().is_some_and(|settable| settable.sites.contains(site::BIRTH));
+fn is_set_at_creation(option: &'static SocketOption) -> bool {
+    let is_given = |option: &SocketOption| {
+        option.settable().is_some_and(|settable| settable.sites.contains(apply_point::SOCK_CREATE))
+    };
     is_given(option) || option.other_names().any(is_given)
 }
 

@@ -1,4 +1,4 @@
-//! What would be different if other policies took the place of those in force: two [`Held`] → [`Change`]s.
+//! What would be different if other policies took the place of those in force: two [`Snapshot`] → [`Change`]s.
 //!
 //! Pure: both are told as they are compiled.
 
@@ -19,15 +19,15 @@ use crate::{
 
 /// What policies come to, in words that can be compared.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Held {
+pub struct Snapshot {
     attached: BTreeSet<(String, Hook)>,
     /// By cgroup, policy, rule and option: what it is to be, and under which conditions.
-    settings: BTreeMap<Place, Said>,
+    settings: BTreeMap<SettingId, SettingView>,
 }
 
 /// What a setting says.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Said {
+struct SettingView {
     wanted: String,
     /// Which sockets it is for, what becomes of calls that disagree, and which rules come first: not for people.
     conditions: String,
@@ -35,7 +35,7 @@ struct Said {
 
 /// Where a setting holds, and whose it is.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Place {
+pub struct SettingId {
     pub cgroup: String,
     pub policy: String,
     pub rule: String,
@@ -54,26 +54,26 @@ pub enum Change {
         cgroup: String,
     },
     Add {
-        place: Place,
+        place: SettingId,
         wanted: String,
     },
     Remove {
-        place: Place,
+        place: SettingId,
         was: String,
     },
     Alter {
-        place: Place,
+        place: SettingId,
         was: String,
         wanted: String,
     },
     /// The same value, for other sockets, with another answer to calls, or after other rules.
     Condition {
-        place: Place,
+        place: SettingId,
         wanted: String,
     },
 }
 
-impl Held {
+impl Snapshot {
     /// Of policies on targets, which are names of cgroups with the numbers of their scopes.
     #[must_use]
     pub fn of(desired: &Desired, targets: &[(String, usize)]) -> Self {
@@ -84,7 +84,7 @@ impl Held {
             let mut ranks = BTreeMap::new();
             for setting in desired.settings_of(*number) {
                 let Some((source, rule)) = desired.source(setting as u32) else { continue };
-                let place = Place {
+                let place = SettingId {
                     cgroup: cgroup.clone(),
                     policy: rule.policy.clone(),
                     rule: rule.rule.clone(),
@@ -97,7 +97,7 @@ impl Held {
                 *rank += 1;
                 let conditions =
                     format!("{rank} {:?} {:?}", rule.selector, row.map(|row| (row.on_conflict, row.errno)));
-                held.settings.insert(place, Said { wanted: format!("{wanted}{mode}"), conditions });
+                held.settings.insert(place, SettingView { wanted: format!("{wanted}{mode}"), conditions });
             }
         }
         held
@@ -106,7 +106,7 @@ impl Held {
 
 /// What there is to do to get from the one to the other: attach, then decide otherwise, then let go, as it is done.
 #[must_use]
-pub fn changes(before: &Held, after: &Held) -> Vec<Change> {
+pub fn changes(before: &Snapshot, after: &Snapshot) -> Vec<Change> {
     let attach = after.attached.difference(&before.attached);
     let attach = attach.map(|(cgroup, hook)| Change::Attach { hook: *hook, cgroup: cgroup.clone() });
     let removed = before.settings.iter().filter(|(place, _)| !after.settings.contains_key(place));
@@ -129,8 +129,8 @@ impl Change {
     /// As a line of JSON.
     #[must_use]
     pub fn to_json(&self) -> Value {
-        let setting = |step: &str, place: &Place, was: Option<&String>, wanted: Option<&String>| {
-            let Place { cgroup, policy, rule, option } = place;
+        let setting = |step: &str, place: &SettingId, was: Option<&String>, wanted: Option<&String>| {
+            let SettingId { cgroup, policy, rule, option } = place;
             json!({
                 "schema": SCHEMA, "step": step, "cgroup": cgroup, "policy": policy, "rule": rule, "option": option,
                 "was": was, "wanted": wanted,
@@ -151,7 +151,7 @@ impl Change {
     }
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for SettingId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { cgroup, policy, rule, option: _ } = self;
         write!(f, "{}, rule {}, on {}", policy.escaped(), rule.escaped(), cgroup.escaped())
@@ -184,13 +184,13 @@ mod tests {
     use super::*;
     use crate::{compile::compile, policy};
 
-    fn held(rules: &str, targets: &[&str]) -> Held {
+    fn held(rules: &str, targets: &[&str]) -> Snapshot {
         let policy = policy::parse(Path::new("web.toml"), rules).unwrap().0;
         let desired = compile(&[policy], &[vec![0]]).unwrap();
-        Held::of(&desired, &targets.iter().map(|target| ((*target).to_owned(), 0)).collect::<Vec<_>>())
+        Snapshot::of(&desired, &targets.iter().map(|target| ((*target).to_owned(), 0)).collect::<Vec<_>>())
     }
 
-    fn said(before: &Held, after: &Held) -> Vec<String> {
+    fn said(before: &Snapshot, after: &Snapshot) -> Vec<String> {
         changes(before, after).iter().map(ToString::to_string).collect()
     }
 

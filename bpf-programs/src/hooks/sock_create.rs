@@ -4,16 +4,15 @@
 //! instead (`cg_sock_filter`'s `sock_filter_is_valid_access`, net/core/filter.c).
 
 use abi::{
-    BIRTH_MAX,
-    setting::{DEVICE_BY_INDEX, Governed, Setting},
-    site,
+    SOCK_CREATE_MAX, apply_point,
+    setting::{DEVICE_BY_INDEX, OptionRow, Setting},
     socket::{Notes, State},
 };
 use aya_ebpf::{cty::c_void, helpers::generated::bpf_get_socket_cookie, macros::cgroup_sock, programs::SockContext};
 
 use crate::{
     apply::{apply, apply_option, outcome},
-    ctx::{Birth, BirthFields, ENODEV, has_device},
+    ctx::{ENODEV, SockCreate, SockCreateFields, has_device},
     storage,
 };
 
@@ -22,27 +21,27 @@ const SO_MARK: i32 = 36;
 
 /// Lets every socket be made: 1 means "go on".
 #[cgroup_sock(sock_create)]
-pub(crate) fn birth_apply(ctx: SockContext) -> i32 {
-    try_birth_apply(&Birth(ctx.sock));
+pub(crate) fn sp_sock_create(ctx: SockContext) -> i32 {
+    apply_at_creation(&SockCreate(ctx.sock));
     1
 }
 
 #[inline(always)]
-fn try_birth_apply(birth: &Birth) {
+fn apply_at_creation(birth: &SockCreate) {
     // SAFETY: the context of cgroup/sock_create.
     let cookie = unsafe { bpf_get_socket_cookie(birth.sk()) };
     let begins = |state: &mut State| {
-        storage::forget_another(state, cookie);
+        storage::reset_for_new_socket(state, cookie);
         true
     };
     // SAFETY: as above.
-    let Some((state, scope)) = (unsafe { storage::claim(birth.sk(), begins) }) else { return };
+    let Some((state, scope)) = (unsafe { storage::enter_scope(birth.sk(), begins) }) else { return };
     state.notes.cookie = cookie;
     state.is_fresh = 1;
-    let state = storage::learn(state, birth.facts());
+    let state = storage::update_facts(state, birth.facts());
     let mut fields = birth.fields();
     // The options that only one family has are not among those of this site.
-    apply::<BIRTH_MAX>(scope, site::BIRTH, state, false, |index, rules, missing, state| {
+    apply::<SOCK_CREATE_MAX>(scope, apply_point::SOCK_CREATE, state, false, |index, rules, missing, state| {
         apply_option(index, rules, missing, &mut state.notes, |option, setting, notes| {
             set_field(birth.sk(), &mut fields, option, setting, notes)
         });
@@ -53,8 +52,8 @@ fn try_birth_apply(birth: &Birth) {
 #[inline(always)]
 fn set_field(
     sk: *mut c_void,
-    fields: &mut BirthFields,
-    option: &Governed,
+    fields: &mut SockCreateFields,
+    option: &OptionRow,
     setting: &Setting,
     notes: &mut Notes,
 ) -> u32 {

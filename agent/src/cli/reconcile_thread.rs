@@ -18,9 +18,9 @@ use std::{
 
 use super::{
     apply::ApplyError,
-    in_line::{InLine, Tally},
+    lazy_iter::LazyIter,
+    reconcile::{Reconciler, Tally},
     sockets::{Sockets, Targets},
-    walker::Walker,
 };
 use crate::{
     compile::Desired,
@@ -58,13 +58,13 @@ pub(super) struct Done {
 const WAITING_MAX: usize = 256;
 
 /// The thread.
-pub(super) struct Bringing {
+pub(super) struct ReconcileThread {
     messages: Receiver<Message>,
     wake: UnixStream,
     stop: Arc<AtomicBool>,
 }
 
-impl Bringing {
+impl ReconcileThread {
     pub(super) fn begin(task: Task) -> io::Result<Self> {
         let (wake, waker) = UnixStream::pair()?;
         wake.set_nonblocking(true)?;
@@ -73,7 +73,7 @@ impl Bringing {
         let teller = Teller { sender, waker: Arc::new(waker) };
         let stop = Arc::new(AtomicBool::new(false));
         let asked = Arc::clone(&stop);
-        thread::Builder::new().name("apply".to_owned()).spawn(move || bring(task, &teller, &asked))?;
+        thread::Builder::new().name("apply".to_owned()).spawn(move || reconcile(task, &teller, &asked))?;
         Ok(Self { messages, wake, stop })
     }
 
@@ -100,7 +100,7 @@ impl Bringing {
 }
 
 /// Readable when there is something to take.
-impl AsFd for Bringing {
+impl AsFd for ReconcileThread {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.wake.as_fd()
     }
@@ -122,7 +122,7 @@ impl Teller {
     }
 }
 
-fn bring(task: Task, teller: &Teller, stop: &AtomicBool) {
+fn reconcile(task: Task, teller: &Teller, stop: &AtomicBool) {
     let Task { mount, desired, targets, dry_run, journal } = task;
     let announcer = teller.clone();
     let inspector = Inspector::announcing(move |worker| {
@@ -134,13 +134,13 @@ fn bring(task: Task, teller: &Teller, stop: &AtomicBool) {
         teller.tell(Message::Event(Box::new(event.clone())));
         Ok(())
     };
-    let mut walker = Walker::begin();
-    let mut in_line = InLine::new(&desired, dry_run, journal, Some(&mut tell));
+    let mut walker = LazyIter::begin();
+    let mut in_line = Reconciler::new(&desired, dry_run, journal, Some(&mut tell));
     let found = Sockets::find(mount, targets, || walker.holders(), inspector).map_err(ApplyError::from);
     let (skipped, error) = match found {
         Ok(mut sockets) => {
             let pause = |_| if stop.load(Ordering::Relaxed) { Err(ApplyError::Stopped) } else { Ok(()) };
-            let brought = in_line.bring(&mut sockets, &mut walker, pause);
+            let brought = in_line.run(&mut sockets, &mut walker, pause);
             (sockets.skipped(), brought.err())
         }
         Err(error) => (Vec::new(), Some(error)),

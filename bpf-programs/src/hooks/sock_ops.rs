@@ -1,7 +1,7 @@
 //! sock_ops: a TCP socket calls, listens, or is connected.
 
 use abi::{
-    SETTABLE_MAX, site,
+    SETTABLE_MAX, apply_point,
     socket::{State, direction},
 };
 use aya_ebpf::{
@@ -15,47 +15,47 @@ use aya_ebpf::{
 };
 
 use crate::{
-    apply::{apply, apply_turn, check_turn},
-    ctx::{Socket as _, Turn},
+    apply::{apply, apply_sock_ops, check_sock_ops},
+    ctx::{SockOps, Socket as _},
     storage,
 };
 
 /// Returns 1 always: 0 would make `tcp_call_bpf` discard other programs' replies.
 #[sock_ops]
-pub(crate) fn turn_apply(ctx: SockOpsContext) -> u32 {
-    try_turn_apply(&ctx);
+pub(crate) fn sp_sock_ops(ctx: SockOpsContext) -> u32 {
+    apply_to_event(&ctx);
     1
 }
 
 #[inline(always)]
-fn try_turn_apply(ctx: &SockOpsContext) {
+fn apply_to_event(ctx: &SockOpsContext) {
     let (site, direction, peer) = match ctx.op() {
-        BPF_SOCK_OPS_TCP_CONNECT_CB => (site::SYN, direction::OUTBOUND, true),
-        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => (site::ACTIVE, direction::OUTBOUND, true),
-        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => (site::PASSIVE, direction::INBOUND, true),
-        BPF_SOCK_OPS_TCP_LISTEN_CB => (site::LISTEN, direction::INBOUND, false),
+        BPF_SOCK_OPS_TCP_CONNECT_CB => (apply_point::SYN, direction::OUTBOUND, true),
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => (apply_point::ACTIVE, direction::OUTBOUND, true),
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => (apply_point::PASSIVE, direction::INBOUND, true),
+        BPF_SOCK_OPS_TCP_LISTEN_CB => (apply_point::LISTEN, direction::INBOUND, false),
         _ => return,
     };
-    let Some(turn) = Turn::new(ctx.ops) else { return };
+    let Some(turn) = SockOps::new(ctx.ops) else { return };
     let mut is_accepted = false;
     let begins = |state: &mut State| {
-        is_accepted = site == site::PASSIVE && is_accepted_now(&turn, state);
+        is_accepted = site == apply_point::PASSIVE && is_accepted_now(&turn, state);
         is_accepted
     };
     // SAFETY: the context's socket, checked for NULL.
-    let Some((state, scope)) = (unsafe { storage::claim(turn.sk(), begins) }) else { return };
+    let Some((state, scope)) = (unsafe { storage::enter_scope(turn.sk(), begins) }) else { return };
     let (site, direction) = match (site, is_accepted) {
-        (site::PASSIVE, false) => (site::ACTIVE, direction::OUTBOUND),
+        (apply_point::PASSIVE, false) => (apply_point::ACTIVE, direction::OUTBOUND),
         _ => (site, direction),
     };
     if state.notes.cookie == 0 {
         // SAFETY: the helper takes this context.
         state.notes.cookie = unsafe { bpf_get_socket_cookie(turn.as_ptr()) };
     }
-    let state = storage::learn(state, turn.facts(direction, peer));
+    let state = storage::update_facts(state, turn.facts(direction, peer));
     apply::<SETTABLE_MAX>(scope, site, state, turn.is_inet6(), |index, rules, missing, _| {
-        if apply_turn(ctx.ops, index, rules.sure, rules.possible, missing) != 0 {
-            check_turn(ctx.ops, index, rules.sure, rules.possible, missing);
+        if apply_sock_ops(ctx.ops, index, rules.sure, rules.possible, missing) != 0 {
+            check_sock_ops(ctx.ops, index, rules.sure, rules.possible, missing);
         }
     });
 }
@@ -65,11 +65,11 @@ fn try_turn_apply(ctx: &SockOpsContext) {
 ///
 /// The kernel has the same callback for both (`tcp_rcv_state_process`, TCP_SYN_RECV, net/ipv4/tcp_input.c).
 #[inline(always)]
-fn is_accepted_now(turn: &Turn, state: &mut State) -> bool {
+fn is_accepted_now(turn: &SockOps, state: &mut State) -> bool {
     if state.is_unstored != 0 {
         // SAFETY: the helper takes this context.
         let cookie = unsafe { bpf_get_socket_cookie(turn.as_ptr()) };
-        if storage::forget_another(state, cookie) && turn.has_sent() {
+        if storage::reset_for_new_socket(state, cookie) && turn.has_sent() {
             state.facts.direction = direction::OUTBOUND;
         }
     }
@@ -78,9 +78,9 @@ fn is_accepted_now(turn: &Turn, state: &mut State) -> bool {
     }
     // Of the listener's notes only what the application asked for on the listener goes for this socket too.
     // SAFETY: the context's socket, checked for NULL.
-    if let Some(kept) = unsafe { storage::kept(turn.sk(), false) } {
-        state.notes.yielded = kept.yielded;
-        state.notes.asked = kept.has_asked;
+    if let Some(kept) = unsafe { storage::saved_values(turn.sk(), false) } {
+        state.notes.app_override = kept.yielded;
+        state.notes.requested = kept.has_asked;
         state.notes.changed = kept.has_before;
     }
     true

@@ -7,7 +7,7 @@
 
 use abi::{
     SETTABLE_MAX,
-    live::{Assignment, Held, Outcome, state, step},
+    live::{Assignment, FdEntry, Outcome, state, step},
     setting::{DEVICE_BY_INDEX, word_in},
 };
 use aya_ebpf::{
@@ -32,7 +32,7 @@ const NEXT: i32 = 0;
 // aya-ebpf has no macro for iterators.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/tcp")]
-pub(crate) extern "C" fn live_apply(ctx: *mut Context) -> i32 {
+pub(crate) extern "C" fn sp_iter_tcp(ctx: *mut Context) -> i32 {
     visit(ctx);
     NEXT
 }
@@ -54,7 +54,7 @@ impl Socket for LiveTcp {
 
 #[inline(always)]
 fn visit(ctx: *mut Context) -> Option<()> {
-    let turn = maps::turn();
+    let turn = maps::iter_control();
     // SAFETY: the kernel's context.
     let sock_common = unsafe { core::ptr::read_volatile(&raw const (*ctx).sock_common) };
     if turn.step == step::NONE || sock_common.is_null() {
@@ -74,7 +74,7 @@ fn visit(ctx: *mut Context) -> Option<()> {
         }
         let assignment = maps::assignment(list.assignments[position])?;
         let outcome = maps::outcome(job.first + position as u32)?;
-        if turn.step == step::LOOK {
+        if turn.step == step::READ {
             look(&tcp, assignment, outcome);
         } else if outcome.state == state::LOOKED_AT && outcome.errno == 0 {
             set(&tcp, assignment, outcome);
@@ -141,7 +141,7 @@ struct Meta {
 
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/task_file")]
-pub(crate) extern "C" fn live_holders(ctx: *mut FileContext) -> i32 {
+pub(crate) extern "C" fn sp_iter_file(ctx: *mut FileContext) -> i32 {
     tell_holder(ctx);
     NEXT
 }
@@ -164,9 +164,9 @@ fn tell_holder(ctx: *mut FileContext) -> Option<()> {
             core::ptr::read_volatile(&raw const (*(*ctx).meta).seq),
         )
     };
-    let mut held = Held { inode, process, descriptor };
+    let mut held = FdEntry { inode, process, descriptor };
     // Where there is no room left, the kernel has it read, and comes by again.
     // SAFETY: reads the bytes of `held`.
-    unsafe { bpf_seq_write(seq.cast(), (&raw mut held).cast(), size_of::<Held>() as u32) };
+    unsafe { bpf_seq_write(seq.cast(), (&raw mut held).cast(), size_of::<FdEntry>() as u32) };
     Some(())
 }

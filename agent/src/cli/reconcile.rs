@@ -15,10 +15,11 @@ use serde_json::json;
 
 use super::{
     apply::ApplyError,
+    ignore_broken_pipe,
+    lazy_iter::{IterWorker, LazyIter},
     restore::as_given,
-    sockets::{Seen, Sockets},
-    unless_closed, verify,
-    walker::{Walker, Walking},
+    sockets::{InspectedSocket, Sockets},
+    verify,
 };
 use crate::{
     compile::Desired,
@@ -27,7 +28,7 @@ use crate::{
     journal::{Journal, Place},
     kernel::{Job, Outcomes},
     live::{
-        Live, Told,
+        OptionRead, SocketSnapshot,
         drift::{self, Assigned, Finding},
     },
     options::{self, SocketOption},
@@ -94,7 +95,7 @@ const WORTH_A_WALK: usize = 256;
 /// To whom each change is told.
 pub(super) type Tell<'a> = dyn FnMut(&Event) -> io::Result<()> + 'a;
 
-pub(super) struct InLine<'a> {
+pub(super) struct Reconciler<'a> {
     desired: &'a Desired,
     dry_run: bool,
     journal: Journal,
@@ -119,7 +120,7 @@ fn unless_refused<T>(done: Result<T, ApplyError>) -> Result<Option<T>, ApplyErro
 
 /// What a TCP socket is to be given by the program.
 struct Planned {
-    live: Live,
+    live: SocketSnapshot,
     job: Job,
     /// By assignment of the job: the setting that says so.
     settings: Vec<u32>,
@@ -127,7 +128,7 @@ struct Planned {
     is_part: bool,
 }
 
-impl<'a> InLine<'a> {
+impl<'a> Reconciler<'a> {
     pub(super) fn new(desired: &'a Desired, dry_run: bool, journal: Journal, tell: Option<&'a mut Tell<'a>>) -> Self {
         Self { desired, dry_run, journal, tell, tally: Tally::default(), changed: HashSet::new() }
     }
@@ -137,10 +138,10 @@ impl<'a> InLine<'a> {
     }
 
     /// Brings all of these in line. `pause` is called between sockets with how many have been done since, and may end it.
-    pub(super) fn bring(
+    pub(super) fn run(
         &mut self,
         sockets: &mut Sockets,
-        walker: &mut Walker,
+        walker: &mut LazyIter,
         mut pause: impl FnMut(usize) -> Result<(), ApplyError>,
     ) -> Result<(), ApplyError> {
         self.walk(sockets, walker, &mut pause)?;
@@ -162,7 +163,7 @@ impl<'a> InLine<'a> {
     fn walk(
         &mut self,
         sockets: &mut Sockets,
-        walker: &mut Walker,
+        walker: &mut LazyIter,
         pause: &mut impl FnMut(usize) -> Result<(), ApplyError>,
     ) -> Result<(), ApplyError> {
         let planned = self.plan(sockets);
@@ -215,7 +216,7 @@ impl<'a> InLine<'a> {
     /// more.
     fn do_round<'p>(
         &mut self,
-        walk: &mut Walking,
+        walk: &mut IterWorker,
         planned: &'p [Planned],
         namespaces: &[Namespace],
     ) -> Result<(usize, Vec<&'p Planned>), ApplyError> {
@@ -270,12 +271,12 @@ impl<'a> InLine<'a> {
     }
 
     /// Brings a socket in line through a descriptor.
-    fn look_into(&mut self, seen: Seen<'_>) -> Result<(), ApplyError> {
-        let Seen { mut live, scope, fresh, socket } = seen;
+    fn look_into(&mut self, seen: InspectedSocket<'_>) -> Result<(), ApplyError> {
+        let InspectedSocket { mut live, scope, fresh, socket } = seen;
         let (Some(mut fresh), Some(mut socket)) = (fresh, socket) else {
             match live.values {
-                Told::Refused(_) => self.tally.closed += 1,
-                Told::Nobody | Told::Values(_) => self.tally.nobodys += 1,
+                OptionRead::Denied(_) => self.tally.closed += 1,
+                OptionRead::NoFd | OptionRead::Values(_) => self.tally.nobodys += 1,
             }
             return Ok(());
         };
@@ -313,13 +314,13 @@ impl<'a> InLine<'a> {
                 self.tally.closed += 1;
                 break;
             };
-            live.values = Told::Values(values);
+            live.values = OptionRead::Values(values);
         }
         Ok(())
     }
 
     /// Gives whether the kernel took it.
-    fn set(&mut self, live: &Live, finding: &Finding, socket: &mut Remote<'_>) -> Result<bool, ApplyError> {
+    fn set(&mut self, live: &SocketSnapshot, finding: &Finding, socket: &mut Remote<'_>) -> Result<bool, ApplyError> {
         let Finding::Drift { option, now, .. } = finding else { return Ok(false) };
         let wanted = value_to_set(finding);
         let place = place_of(live, option.key());
@@ -343,10 +344,10 @@ impl<'a> InLine<'a> {
         }
     }
 
-    fn say(&mut self, live: &Live, finding: &Finding, kind: Kind) -> Result<(), ApplyError> {
+    fn say(&mut self, live: &SocketSnapshot, finding: &Finding, kind: Kind) -> Result<(), ApplyError> {
         let Some(tell) = &mut self.tell else { return Ok(()) };
         let event = Event { kind, wanted: value_to_set(finding), ..verify::event(self.desired, live, finding) };
-        Ok(unless_closed(tell(&event))?)
+        Ok(ignore_broken_pipe(tell(&event))?)
     }
 }
 
@@ -404,7 +405,7 @@ fn is_for_programs(assignment: &Assignment) -> bool {
     options::by_key(assignment.key).is_some_and(SocketOption::is_for_programs)
 }
 
-fn place_of(live: &Live, option: OptionKey) -> Place {
+fn place_of(live: &SocketSnapshot, option: OptionKey) -> Place {
     Place { cookie: live.entry.cookie, option }
 }
 
