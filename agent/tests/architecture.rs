@@ -70,7 +70,7 @@ fn pure_modules_do_no_io() {
     let io = ["std::fs", "std::process", "std::thread", "nix::", "File::open", "File::create"];
     let places = [
         "cli",
-        "enclosure.rs",
+        "transient_cgroup.rs",
         "fault.rs",
         "fuzz.rs",
         "host",
