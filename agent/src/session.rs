@@ -29,7 +29,7 @@ use crate::{
     events::{Event, Executables, Filter, HostContext, decode},
     host::{
         cgroup::{Mount, Names},
-        containers, lsm, process, tcp,
+        containers, process, tcp,
     },
     instance::{Files, Instance, InstanceError},
     kernel::{
@@ -169,7 +169,7 @@ pub fn prepare(policies: &[Policy], stacks: &[Stack], dry_run: bool, timing: boo
 
 /// Leaves out the hooks that policies can do without and that this host does not have.
 pub fn leave_out_absent_hooks(desired: &mut Desired) {
-    if !lsm::is_bpf_active() {
+    if !kernel::takes_lsm_programs() {
         desired.keep_hooks(|hook| hook != Hook::PostCreate);
     }
 }

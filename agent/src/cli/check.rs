@@ -95,7 +95,7 @@ fn tell_programs(found: &[Diagnostic]) -> io::Result<()> {
 /// By the tables: what came with which version.
 fn on_kernel(policies: &[Policy], desired: &Desired, kernel: Version) -> Vec<Diagnostic> {
     let mut found = lint::on_kernel(policies, kernel);
-    let missing = desired.hooks().into_iter().filter(|hook| !kernel.has(hook.since()));
+    let missing = desired.hooks().into_iter().filter(|hook| !hook.is_optional() && !kernel.has(hook.since()));
     let reason = format!("kernel {kernel} does not let programs set options there");
     let gaps: UnsupportedList =
         missing.filter_map(|hook| Unsupported::of_hook(desired, hook, reason.clone())).collect();

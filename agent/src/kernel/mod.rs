@@ -39,7 +39,9 @@ pub use self::{
     probe::{Answer, Probed, audit_backends, hooks, iterator},
 };
 
-use crate::host::{cgroup::Cgroup, privileges};
+use std::sync::LazyLock;
+
+use crate::host::{cgroup::Cgroup, lsm, privileges};
 
 /// A cgroup whose subtree is governed and audited.
 #[derive(Debug)]
@@ -59,6 +61,17 @@ pub fn names(targets: &[Target]) -> Vec<&str> {
 #[must_use]
 pub fn names_and_scopes(targets: &[Target]) -> Vec<(String, usize)> {
     targets.iter().map(|target| (target.cgroup.name.clone(), target.scope)).collect()
+}
+
+/// Returns whether a program at an LSM hook would run here: the BPF LSM is active, and the kernel lets this process load programs of
+/// this kind. Without the capabilities for that only the first is asked.
+#[must_use]
+pub fn takes_lsm_programs() -> bool {
+    static TAKES: LazyLock<bool> = LazyLock::new(|| {
+        let lacks_rights = check_privileges().is_err();
+        lsm::is_bpf_active() && (lacks_rights || syscall::check_tracing().is_ok())
+    });
+    *TAKES
 }
 
 /// Whether this process may do what it is about to do, as far as its capabilities say.

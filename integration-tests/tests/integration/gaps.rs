@@ -38,9 +38,10 @@ fn gaps_in(report: &Report) -> (BTreeSet<String>, BTreeSet<String>) {
     (at_hooks.into_iter().flat_map(|gap| gap.hooks.clone()).collect(), options)
 }
 
-/// The hooks that policies in force may need: what visits live sockets is none.
+/// The hooks that policies in force may need: what visits live sockets is none, and policies hold without the LSM hook.
 fn policy_hooks(kernel: &Kernel) -> BTreeSet<String> {
-    kernel.known.hooks.iter().filter(|name| !name.starts_with("iter/")).cloned().collect()
+    let is_needed = |name: &&String| !name.starts_with("iter/") && !name.starts_with("lsm_cgroup/");
+    kernel.known.hooks.iter().filter(is_needed).cloned().collect()
 }
 
 #[test]

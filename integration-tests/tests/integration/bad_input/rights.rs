@@ -146,7 +146,7 @@ fn documented_capabilities_with(rights: &str) {
     let status = as_documented("", &["status", &instance.name]);
     let said = stdout(&status);
     assert!(
-        said.contains("cannot be told: cannot open map CONFIG of the policies in force: operation not permitted"),
+        said.contains("cannot be told: cannot open map sp_config of the policies in force: operation not permitted"),
         "{said}"
     );
     assert!(said.contains("  help: run it as root, or give it CAP_SYS_ADMIN\n"), "{said}");
