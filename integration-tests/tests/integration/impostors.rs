@@ -73,7 +73,13 @@ impl Victim {
     /// Asserts that the agent has looked at what there is by now, and that the policy still covers the container.
     fn assert_covered(&mut self, name: &str) {
         let mut other = self.alone.run(name);
-        assert!(wait::until(AT_ONCE, || other.probe.fresh(SO_MARK) == 32), "{name}: {}", self.run().stderr());
+        let is_covered = || {
+            let fd = other.probe.open(Family::Inet, Kind::Tcp);
+            let mark = other.probe.int(fd, SO_MARK);
+            other.probe.close(fd);
+            mark == 32
+        };
+        assert!(wait::until(AT_ONCE, is_covered), "{name}: {}", self.run().stderr());
         assert_eq!(self.container.probe.fresh(SO_MARK), 32, "{name}: {}", self.run().stderr());
         for notice in self.run().notices("targets") {
             let removed = notice["removed"].as_array().unwrap();
