@@ -17,7 +17,7 @@ KERNELS ?= 5.10 6.1 6.12 6.18 7.2
 FAST_KERNELS ?= 6.1 6.12
 FAST := $(addprefix --skip ,compared::programs pressure storm faults audit::command docker killed builds progress:: grown_long \
 	product:: neighbours:: isolation:: impostors:: output:: files:: bad_input:: journal:: explain:: \
-	plan:: come_and_go start_at_once)
+	plan:: come_and_go start_at_once audit_judges hook_stays)
 # How many virtual machines at a time.
 VM_JOBS ?= 2
 # Which parts of the benchmark, all if none: `target/release/bench --help` lists them.
