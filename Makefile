@@ -86,7 +86,7 @@ vm-test: debug-build ## the same tests on other kernels (KERNELS), in virtual ma
 
 vm-test-fast: debug-build ## the quicker ones of them, on two kernels (FAST_KERNELS)
 	@echo 'vm-test-fast: the same on $(FAST_KERNELS), in virtual machines, but for the slowest'
-	@cargo test $(CARGO_FLAGS) $(INTEGRATION) $(call run_tests_by,$(call matrix,3000,$(FAST_KERNELS))) -- $(FAST)
+	@cargo test $(CARGO_FLAGS) $(INTEGRATION) $(call run_tests_by,$(call matrix,3600,$(FAST_KERNELS))) -- $(FAST)
 
 fuzz: ## the fuzz targets, each for FUZZ_RUNS executions: some minutes; the unit tests run their corpus
 	@fuzz/run -n $(FUZZ_RUNS)
