@@ -32,7 +32,8 @@ fn options_are_set_with_the_first_datagram_and_not_again() {
         let (receiver, address) = receiver(probe, family);
         let sender = probe.open(family, Kind::Udp);
         let before = probe.int(sender, SO_SNDBUF);
-        assert_ne!(before, 8192);
+        let is_set = Kernel::current().has("lsm_cgroup/socket_post_create");
+        assert_eq!(before == 8192, is_set, "{family:?}: when it was made");
         for _ in 0..3 {
             probe.send(sender, Some(address));
             probe.receive(receiver);
