@@ -49,7 +49,7 @@ pub(super) struct Tally {
     /// Options of sockets of which it cannot be told whether they agree.
     pub(super) untold: u64,
     /// Sockets to which no descriptor leads, and that the program could not do all of.
-    pub(super) nobodys: u64,
+    pub(super) no_fd: u64,
     /// Sockets that must not be looked into.
     pub(super) closed: u64,
     /// Sockets that do not answer.
@@ -59,13 +59,13 @@ pub(super) struct Tally {
 impl Tally {
     /// For people, with a line for whatever did not go well.
     pub(super) fn to_text(self) -> String {
-        let Self { sockets, changed, set, would_set, failed, untold, nobodys, closed, unanswered } = self;
+        let Self { sockets, changed, set, would_set, failed, untold, no_fd, closed, unanswered } = self;
         let mut text = format!("sockets: {sockets}, changed: {changed}, in {set} options\n");
         for (count, what) in [
             (would_set, "values would be set"),
             (failed, "values were refused by the kernel"),
             (untold, "options cannot be told to agree or not"),
-            (nobodys, "sockets were not looked into: no descriptor leads to them"),
+            (no_fd, "sockets were not looked into: no descriptor leads to them"),
             (closed, "sockets could not be looked into"),
             (unanswered, "sockets do not answer"),
         ] {
@@ -77,10 +77,10 @@ impl Tally {
     }
 
     pub(super) fn to_json(self, event: &str) -> serde_json::Value {
-        let Self { sockets, changed, set, would_set, failed, untold, nobodys, closed, unanswered } = self;
+        let Self { sockets, changed, set, would_set, failed, untold, no_fd, closed, unanswered } = self;
         json!({
             "event": event, "sockets": sockets, "changed": changed, "set": set, "would_set": would_set, "failed": failed,
-            "untold": untold, "without_descriptor": nobodys, "refused": closed, "unanswered": unanswered,
+            "untold": untold, "without_descriptor": no_fd, "refused": closed, "unanswered": unanswered,
         })
     }
 }
@@ -276,7 +276,7 @@ impl<'a> Reconciler<'a> {
         let (Some(mut fresh), Some(mut socket)) = (fresh, socket) else {
             match live.values {
                 OptionRead::Denied(_) => self.tally.closed += 1,
-                OptionRead::NoFd | OptionRead::Values(_) => self.tally.nobodys += 1,
+                OptionRead::NoFd | OptionRead::Values(_) => self.tally.no_fd += 1,
             }
             return Ok(());
         };

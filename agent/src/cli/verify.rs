@@ -62,7 +62,7 @@ struct Tally {
     drifted: u64,
     drifts: u64,
     /// Sockets to which no descriptor leads.
-    nobodys: u64,
+    no_fd: u64,
     /// Sockets that must not be looked into, and processes of which it is not known what they have.
     refused: u64,
     unread: usize,
@@ -135,7 +135,7 @@ fn look(
     let Some(mut fresh) = fresh else {
         match live.values {
             OptionRead::Denied(_) => tally.refused += 1,
-            OptionRead::NoFd | OptionRead::Values(_) => tally.nobodys += 1,
+            OptionRead::NoFd | OptionRead::Values(_) => tally.no_fd += 1,
         }
         return Ok(());
     };
@@ -190,7 +190,7 @@ pub(super) fn event(desired: &Desired, live: &SocketSnapshot, finding: &Finding)
 
 impl Tally {
     fn write_text(&self, out: &mut impl Write) -> io::Result<()> {
-        let Self { sockets, drifted, drifts, nobodys, refused, unread, unanswered, untold } = self;
+        let Self { sockets, drifted, drifts, no_fd, refused, unread, unanswered, untold } = self;
         match drifts {
             0 => writeln!(out, "sockets: {sockets}, no drift")?,
             _ => writeln!(out, "sockets: {sockets}, drifted: {drifted}, in {drifts} options")?,
@@ -198,8 +198,8 @@ impl Tally {
         for ((option, why), sockets) in untold {
             writeln!(out, "cannot be told: {option} on {sockets}: {why}")?;
         }
-        if *nobodys > 0 {
-            writeln!(out, "not looked into: {nobodys} to which no descriptor leads")?;
+        if *no_fd > 0 {
+            writeln!(out, "not looked into: {no_fd} to which no descriptor leads")?;
         }
         if *refused > 0 {
             writeln!(out, "could not be looked into: {refused}: permission denied, or no answer")?;
@@ -214,7 +214,7 @@ impl Tally {
     }
 
     fn to_json(&self) -> serde_json::Value {
-        let Self { sockets, drifted, drifts, nobodys, refused, unread, unanswered, untold } = self;
+        let Self { sockets, drifted, drifts, no_fd, refused, unread, unanswered, untold } = self;
         let untold =
             untold.iter().map(|((option, why), sockets)| json!({ "option": option, "why": why, "sockets": sockets }));
         json!({
@@ -225,7 +225,7 @@ impl Tally {
             "drifted": drifted,
             "drifts": drifts,
             "untold": untold.collect::<Vec<_>>(),
-            "without_descriptor": nobodys,
+            "without_descriptor": no_fd,
             "refused": refused,
             "unread_processes": unread,
             "unanswered": unanswered,
