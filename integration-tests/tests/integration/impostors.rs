@@ -314,6 +314,9 @@ fn file_that_cannot_be_opened_stops_a_worker_only() {
     let impostor = blocking(&tenant).start();
     victim.assert_covered("blocked");
     stuck_child(victim.run());
+    // The agent warns when the worker's deadline has passed.
+    let warnings = || victim.run().stderr().matches(&format!("user {}", tenant.uid)).count();
+    assert!(wait::until(AT_ONCE, || warnings() == 1), "{}", victim.run().stderr());
     // The search goes on, without another worker for this user.
     victim.assert_covered("again");
     victim.assert_reloads();
