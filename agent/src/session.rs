@@ -53,7 +53,7 @@ pub enum SessionError {
     #[error(transparent)]
     Instance(#[from] InstanceError),
     #[error(
-        "this kernel cannot do all that the policies say:{0}\n  help: leave that out, or give --allow-gaps to have the rest \
+        "this kernel cannot do all that the policies say:{0}\n  help: leave that out, or give --allow-unsupported to have the rest \
          in force without it"
     )]
     Unsupported(UnsupportedList),
@@ -216,8 +216,8 @@ impl Session {
             (desired, needs_hook) = (by_hooks, Some(NeedsHook::Blind));
             object.load_more(&desired.hooks())?;
         }
-        let gaps = find_unsupported(&object, &mut desired, &tried);
-        refuse(choice, &gaps)?;
+        let unsupported = find_unsupported(&object, &mut desired, &tried);
+        refuse(choice, &unsupported)?;
         let mut blocked = BlockedTargets::new(blocked);
         let wanted = targets.len();
         targets = blocked.without(&object, &desired, targets)?;
@@ -274,7 +274,7 @@ impl Session {
             audit,
             on_unsupported: choice,
             blocked,
-            unsupported: gaps.0,
+            unsupported: unsupported.0,
             needs_hook,
             probed: tried,
             names: Names::new(mount.clone()),
@@ -306,8 +306,8 @@ impl Session {
         if self.on_unsupported != OnUnsupported::DoNotProbe {
             self.probe_new_options(&desired)?;
         }
-        let gaps = find_unsupported(&self.object, &mut desired, &self.probed);
-        refuse(self.on_unsupported, &gaps)?;
+        let unsupported = find_unsupported(&self.object, &mut desired, &self.probed);
+        refuse(self.on_unsupported, &unsupported)?;
         let targets = self.blocked.without(&self.object, &desired, targets)?;
         if !self.object.has_room() {
             self.retire()?;
@@ -345,7 +345,7 @@ impl Session {
         self.draining.push(before);
         self.targets = targets;
         self.skipped = self.blocked.skips().chain(failed).collect();
-        self.unsupported = gaps.0;
+        self.unsupported = unsupported.0;
         self.needs_hook = needs_hook;
         Ok(())
     }
@@ -631,8 +631,8 @@ impl Session {
 
     fn lost(&self) -> Lost {
         let mut losses = self.object.losses();
-        losses.no_return += self.dead_calls;
-        Lost { losses, not_run: self.object.misses(), unknown_records: self.unknown_records, ..Lost::default() }
+        losses.exit_missed += self.dead_calls;
+        Lost { losses, prog_missed: self.object.misses(), unknown_records: self.unknown_records, ..Lost::default() }
     }
 
     /// Sums up, and removes the programs.
@@ -646,13 +646,13 @@ impl Session {
         let tallies = self.object.tallies()?;
         let mut lost = self.lost();
         // Whatever has not returned by now will not be seen to.
-        lost.losses.no_return += self.object.open_calls()?;
-        let Self { object, current, targets, filter, audit, unsupported: gaps, mut report, .. } = self;
+        lost.losses.exit_missed += self.object.open_calls()?;
+        let Self { object, current, targets, filter, audit, unsupported, mut report, .. } = self;
         let tallies = tallies.into_iter().filter(|(key, _)| filter.admits_option(key.key));
         let counts = Counts { calls: tallies.filter_map(|(key, tally)| CallLine::new(key, tally)).collect(), lost };
         report.count(current.number, &current.desired, &object.counters()?, true);
         let targets = kernel::names(&targets).into_iter().map(str::to_owned).collect();
-        let mut summary = report.summarize(&current.desired, counts, targets, audit, gaps);
+        let mut summary = report.summarize(&current.desired, counts, targets, audit, unsupported);
         summary.lines.retain(|line| filter.admits_option(line.option.key()));
         Ok(summary)
     }
@@ -814,21 +814,21 @@ fn load_and_probe(
 /// What the policies ask for and this kernel cannot do. Of `desired`, the hooks are left that it has.
 fn find_unsupported(object: &Object, desired: &mut Desired, tried: &ProbedOptions) -> UnsupportedList {
     let refused = object.refused();
-    let hook_gaps = refused
+    let at_hooks = refused
         .iter()
         .filter(|(hook, _)| !hook.is_optional())
         .filter_map(|(hook, reason)| Unsupported::of_hook(desired, *hook, reason.clone()));
-    let mut gaps: Vec<Unsupported> = hook_gaps.collect();
+    let mut unsupported: Vec<Unsupported> = at_hooks.collect();
     desired.keep_hooks(|hook| !refused.iter().any(|(other, _)| *other == hook));
-    gaps.extend(desired.set_options().into_iter().filter_map(|option| match tried.get(option.name)? {
+    unsupported.extend(desired.set_options().into_iter().filter_map(|option| match tried.get(option.name)? {
         Answer::No(errno) => Some(Unsupported::of_option(desired, option, errno)),
         Answer::Yes | Answer::Unknown(_) => None,
     }));
-    gaps.extend(missing_congestion_controls(desired));
+    unsupported.extend(missing_congestion_controls(desired));
     if !object.helper_support().set_retval {
-        gaps.extend(impossible_errnos(desired));
+        unsupported.extend(impossible_errnos(desired));
     }
-    gaps.into_iter().collect()
+    unsupported.into_iter().collect()
 }
 
 /// Returns why a hook at setsockopt has to judge the calls, whatever the policies are.
@@ -841,9 +841,9 @@ pub fn needs_hook_for(backend: BackendChoice, persists: bool, filter: &Filter) -
     }
 }
 
-fn refuse(choice: OnUnsupported, gaps: &UnsupportedList) -> Result<(), SessionError> {
-    if choice == OnUnsupported::Refuse && gaps.0.iter().any(|gap| gap.is_enforced) {
-        return Err(SessionError::Unsupported(gaps.clone()));
+fn refuse(choice: OnUnsupported, unsupported: &UnsupportedList) -> Result<(), SessionError> {
+    if choice == OnUnsupported::Refuse && unsupported.0.iter().any(|entry| entry.is_enforced) {
+        return Err(SessionError::Unsupported(unsupported.clone()));
     }
     Ok(())
 }

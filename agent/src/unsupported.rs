@@ -116,7 +116,7 @@ impl Unsupported {
         let mut event = self.to_json();
         event["schema"] = SCHEMA.into();
         event["time"] = format!("{time:.6}").into();
-        event["event"] = "gap".into();
+        event["event"] = "unsupported".into();
         event
     }
 }
@@ -138,18 +138,18 @@ pub struct UnsupportedList(pub Vec<Unsupported>);
 
 impl FromIterator<Unsupported> for UnsupportedList {
     /// What is the same at several hooks becomes one.
-    fn from_iter<T: IntoIterator<Item = Unsupported>>(gaps: T) -> Self {
+    fn from_iter<T: IntoIterator<Item = Unsupported>>(unsupported: T) -> Self {
         let mut all: Vec<Unsupported> = Vec::new();
-        for gap in gaps {
+        for entry in unsupported {
             let is_same = |other: &&mut Unsupported| {
-                !other.hooks.is_empty() && Unsupported { hooks: gap.hooks.clone(), ..(**other).clone() } == gap
+                !other.hooks.is_empty() && Unsupported { hooks: entry.hooks.clone(), ..(**other).clone() } == entry
             };
             match all.iter_mut().find(is_same) {
                 Some(other) => {
-                    let new: Vec<_> = gap.hooks.into_iter().filter(|hook| !other.hooks.contains(hook)).collect();
+                    let new: Vec<_> = entry.hooks.into_iter().filter(|hook| !other.hooks.contains(hook)).collect();
                     other.hooks.extend(new);
                 }
-                None => all.push(gap),
+                None => all.push(entry),
             }
         }
         Self(all)
@@ -158,7 +158,8 @@ impl FromIterator<Unsupported> for UnsupportedList {
 
 impl fmt::Display for UnsupportedList {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|gap| write!(f, "\n  {gap}"))
+        self.0.iter().try_for_each(|entry| write!(f, "
+  {entry}"))
     }
 }
 

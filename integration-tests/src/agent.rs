@@ -32,7 +32,7 @@ use crate::{
 };
 
 /// Kernels of the matrix lack some of what policies of tests say; what a test cannot do without it requires (`require!`).
-pub const WITH_GAPS: &str = "--allow-gaps";
+pub const ALLOW_UNSUPPORTED: &str = "--allow-unsupported";
 
 /// What `run` logs when its policy is in force.
 const IN_FORCE: &str = "in force";
@@ -178,7 +178,7 @@ impl Exec {
         let folder = Folder::new();
         let report = folder.path.join("report.jsonl");
         let mut command = Command::new(program());
-        command.args(["exec", WITH_GAPS]).args(arguments).args(["--output", "json", "--report"]).arg(&report);
+        command.args(["exec", ALLOW_UNSUPPORTED]).args(arguments).args(["--output", "json", "--report"]).arg(&report);
         command.arg(policy.path()).arg("--").arg(probe::program()).stdin(Stdio::piped()).stdout(Stdio::piped());
         home.enclose(&mut command);
         let mut process = Process::start(command);
@@ -297,7 +297,7 @@ impl Run {
     #[must_use]
     #[track_caller]
     pub fn by(build: &Build, policies: &Path, arguments: &[&str]) -> Self {
-        let mut command = build.command(&["run", WITH_GAPS]);
+        let mut command = build.command(&["run", ALLOW_UNSUPPORTED]);
         command.args(arguments).args(["--output", "json"]).arg(policies);
         Self::launch(command)
     }
@@ -316,7 +316,7 @@ impl Run {
     #[track_caller]
     pub fn wrapped(wrapper: &[&str], policy: &PolicyFile, arguments: &[&str]) -> Self {
         let mut command = Command::new(wrapper[0]);
-        command.args(&wrapper[1..]).arg(program()).args(["run", WITH_GAPS]).args(arguments);
+        command.args(&wrapper[1..]).arg(program()).args(["run", ALLOW_UNSUPPORTED]).args(arguments);
         command.args(["--output", "json"]).arg(policy.path()).stdin(Stdio::null());
         Self::launch(command)
     }

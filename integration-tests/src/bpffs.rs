@@ -73,7 +73,7 @@ impl Instance {
     /// The same by another build.
     #[track_caller]
     pub fn attach_by(&self, build: &Build, policy: &Path) {
-        let mut command = build.command(&["attach", "--instance", &self.name, agent::WITH_GAPS]);
+        let mut command = build.command(&["attach", "--instance", &self.name, agent::ALLOW_UNSUPPORTED]);
         command.arg(policy);
         let output = process::output(command);
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

@@ -174,7 +174,7 @@ pub fn wait_for_stop(pid: u32, step: &str) {
 /// `sockpolicy exec POLICY -- COMMAND`, with arguments before the policy, not started yet.
 #[must_use]
 pub fn exec(arguments: &[&str], policy: &PolicyFile, command: &[&str]) -> Command {
-    let mut agent = agent::command(&["exec", agent::WITH_GAPS]);
+    let mut agent = agent::command(&["exec", agent::ALLOW_UNSUPPORTED]);
     agent.args(arguments).arg(policy.path()).arg("--").args(command);
     agent
 }

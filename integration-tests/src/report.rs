@@ -21,9 +21,9 @@ pub struct Event {
     pub optval: Option<String>,
     pub optlen: Option<u32>,
     pub wanted: Value,
-    pub asked: Value,
-    pub given: Option<Value>,
-    pub now: Value,
+    pub requested: Value,
+    pub applied: Option<Value>,
+    pub current: Value,
     pub verdict: Option<String>,
     pub outcome: Option<String>,
     pub result: Option<i64>,
@@ -66,8 +66,8 @@ pub struct Summary {
     pub policies: Vec<String>,
     pub targets: Vec<String>,
     pub backend: Option<String>,
-    pub blind_to: Option<Vec<String>>,
-    pub gaps: Vec<Gap>,
+    pub not_covered: Option<Vec<String>>,
+    pub unsupported: Vec<Unsupported>,
     pub conflicts: u64,
     pub settings: Vec<Setting>,
     pub calls: Vec<CallLine>,
@@ -76,7 +76,7 @@ pub struct Summary {
 
 /// What a policy asks for and the kernel cannot do.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-pub struct Gap {
+pub struct Unsupported {
     pub options: Vec<String>,
     pub hooks: Vec<String>,
     pub reason: String,
@@ -114,7 +114,7 @@ pub struct Setting {
     pub sockets: Sockets,
     pub calls: Calls,
     pub events: Events,
-    pub asked: Vec<String>,
+    pub requested: Vec<String>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -155,7 +155,7 @@ pub struct Report {
     /// As they were told, before the end.
     pub losses: Vec<Loss>,
     /// As they were told, at the beginning.
-    pub gaps: Vec<Gap>,
+    pub unsupported: Vec<Unsupported>,
     /// Of reloads and of targets, as they were told.
     pub notices: Vec<Value>,
     pub summary: Summary,
@@ -169,7 +169,7 @@ impl Report {
     pub(crate) fn read(lines: &str, output: Output) -> Self {
         let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
         let fail = |line: &str, why: String| -> ! { panic!("not a line of a report: {why}\n{line}\nagent: {stderr}") };
-        let (mut events, mut losses, mut gaps) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut events, mut losses, mut unsupported) = (Vec::new(), Vec::new(), Vec::new());
         let (mut notices, mut summary) = (Vec::new(), None);
         for line in lines.lines() {
             let value: Value = serde_json::from_str(line).unwrap_or_else(|error| fail(line, error.to_string()));
@@ -180,8 +180,8 @@ impl Report {
                 summary = Some(serde_json::from_value(value).unwrap_or_else(|error| fail(line, error.to_string())));
             } else if value["event"] == "loss" {
                 losses.push(serde_json::from_value(value).unwrap_or_else(|error| fail(line, error.to_string())));
-            } else if value["event"] == "gap" {
-                gaps.push(serde_json::from_value(value).unwrap_or_else(|error| fail(line, error.to_string())));
+            } else if value["event"] == "unsupported" {
+                unsupported.push(serde_json::from_value(value).unwrap_or_else(|error| fail(line, error.to_string())));
             } else if ["reload", "targets", "live"].iter().any(|notice| value["event"] == *notice) {
                 notices.push(value);
             } else {
@@ -189,13 +189,13 @@ impl Report {
             }
         }
         let Some(summary) = summary else { panic!("no summary, {}; the agent said: {stderr}", output.status) };
-        Self { events, losses, gaps, notices, summary, output }
+        Self { events, losses, unsupported, notices, summary, output }
     }
 
     /// Whether the audit says that it does not see such calls.
     #[must_use]
-    pub fn is_blind_to(&self, what: &str) -> bool {
-        self.summary.blind_to.iter().flatten().any(|blind_to| blind_to == what)
+    pub fn does_not_cover(&self, what: &str) -> bool {
+        self.summary.not_covered.iter().flatten().any(|blind_to| blind_to == what)
     }
 
     /// The events of this kind about this option.

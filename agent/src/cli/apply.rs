@@ -109,7 +109,7 @@ impl Apply {
             restore::put_back(&self.instance)
         } else {
             let Some(policies) = check::load(&self.files, self.trust.or_refuse()) else { return FAILURE.into() };
-            self.apply(&policies).map(|tally| tally.failed == 0 && tally.closed == 0 && tally.unanswered == 0)
+            self.apply(&policies).map(|tally| tally.failed == 0 && tally.denied == 0 && tally.unanswered == 0)
         };
         match done {
             Ok(true) => ExitCode::SUCCESS,

@@ -41,7 +41,7 @@ pub(super) struct Attach {
     #[arg(long)]
     dry_run: bool,
     #[command(flatten)]
-    gaps: UnsupportedArgs,
+    unsupported: UnsupportedArgs,
     /// Name of the instance, for `status` and `detach`
     #[arg(long, value_name = "NAME", default_value = DEFAULT_INSTANCE)]
     instance: String,
@@ -76,7 +76,7 @@ impl Attach {
             targets,
             containers: Known::default(),
             backend: BackendChoice::None,
-            on_unsupported: self.gaps.choice(),
+            on_unsupported: self.unsupported.choice(),
             on_blocked: OnBlocked::Refuse,
             filter: Filter::default(),
             instance: Some((instance, files)),
@@ -87,8 +87,8 @@ impl Attach {
         list.replace(&skipped, now());
         warn_of_failed(session.skipped());
         session.note_skipped(&list);
-        for gap in session.unsupported() {
-            log::warn!("gap: {gap}");
+        for unsupported in session.unsupported() {
+            log::warn!("unsupported: {unsupported}");
         }
         session.finish()?;
         Ok(())

@@ -97,12 +97,12 @@ fn on_kernel(policies: &[Policy], desired: &Desired, kernel: Version) -> Vec<Dia
     let mut found = lint::on_kernel(policies, kernel);
     let missing = desired.hooks().into_iter().filter(|hook| !hook.is_optional() && !kernel.has(hook.since()));
     let reason = format!("kernel {kernel} does not let programs set options there");
-    let gaps: UnsupportedList =
+    let unsupported: UnsupportedList =
         missing.filter_map(|hook| Unsupported::of_hook(desired, hook, reason.clone())).collect();
-    found.extend(gaps.0.into_iter().map(|gap| {
+    found.extend(unsupported.0.into_iter().map(|entry| {
         let problem =
-            Problem::new(gap.to_string()).help("`run` and `exec` have the rest in force without it with --allow-gaps");
-        let severity = if gap.is_enforced { Severity::Error } else { Severity::Warning };
+            Problem::new(entry.to_string()).help("`run` and `exec` have the rest in force without it with --allow-unsupported");
+        let severity = if entry.is_enforced { Severity::Error } else { Severity::Warning };
         Diagnostic { severity, ..Diagnostic::without_source(problem) }
     }));
     found

@@ -238,7 +238,7 @@ fn backend_line(backend: Backend, found: &ProbeResult) -> serde_json::Value {
     let mut line = line(backend.name(), &backend_answer(found));
     if let Ok(audit) = found {
         line["points"] = audit.points().collect();
-        line["blind_to"] = audit.not_covered().into();
+        line["not_covered"] = audit.not_covered().into();
     }
     line
 }

@@ -111,7 +111,7 @@ impl Exec {
         let prepared = session::prepare(&policies, &[all(&policies)], *dry_run, reporting.timing);
         check::warn_of_replaced_targets(&policies, "the command's cgroup");
         let report = self.report.as_deref();
-        let enclosed = TransientRun { command: &self.command, reporting, report, gaps: self.manner.gaps.choice() };
+        let enclosed = TransientRun { command: &self.command, reporting, report, on_unsupported: self.manner.unsupported.choice() };
         enclosed.finish(prepared.map_err(ExecError::from).and_then(|desired| enclosed.run(desired, Filter::default())))
     }
 }
@@ -122,7 +122,7 @@ pub(super) struct TransientRun<'a> {
     pub(super) reporting: &'a ReportArgs,
     /// Where to write the report; to standard error if nowhere.
     pub(super) report: Option<&'a Path>,
-    pub(super) gaps: OnUnsupported,
+    pub(super) on_unsupported: OnUnsupported,
 }
 
 impl TransientRun<'_> {
@@ -141,14 +141,13 @@ impl TransientRun<'_> {
         let mount = Mount::find()?;
         let enclosure = TransientCgroup::make(&mount, "")?;
         let target = Target { cgroup: mount.open(&enclosure.cgroup.path)?, scope: 0 };
-        let (backend, gaps) = (self.reporting.audit_backend, self.gaps);
         let setup = Setup {
             desired,
             mount,
             targets: vec![target],
             containers: Known::default(),
-            backend,
-            on_unsupported: gaps,
+            backend: self.reporting.audit_backend,
+            on_unsupported: self.on_unsupported,
             on_blocked: OnBlocked::Refuse,
             filter,
             instance: None,

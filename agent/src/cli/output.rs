@@ -62,7 +62,7 @@ pub(super) struct EnforceArgs {
     #[arg(long)]
     pub(super) dry_run: bool,
     #[command(flatten)]
-    pub(super) gaps: UnsupportedArgs,
+    pub(super) unsupported: UnsupportedArgs,
     #[command(flatten)]
     pub(super) reporting: ReportArgs,
 }
@@ -92,12 +92,12 @@ impl TrustArgs {
 pub(super) struct UnsupportedArgs {
     /// Go on without what this kernel cannot do of what the policies say; it is reported
     #[arg(long)]
-    allow_gaps: bool,
+    allow_unsupported: bool,
 }
 
 impl UnsupportedArgs {
     pub(super) fn choice(&self) -> OnUnsupported {
-        if self.allow_gaps { OnUnsupported::Allow } else { OnUnsupported::Refuse }
+        if self.allow_unsupported { OnUnsupported::Allow } else { OnUnsupported::Refuse }
     }
 }
 
@@ -179,10 +179,10 @@ impl Writer {
 
     /// Says what has been put in force, before anything comes of it. JSON has events only.
     pub(super) fn announce(&self, session: &Session) {
-        for gap in session.unsupported().iter().filter(|_| !self.quiet) {
+        for unsupported in session.unsupported().iter().filter(|_| !self.quiet) {
             match self.format {
-                Format::Text => self.line(&format_args!("gap       {gap}")),
-                Format::Json => self.line(&gap.to_event(jiff::Timestamp::now())),
+                Format::Text => self.line(&format_args!("unsupported {unsupported}")),
+                Format::Json => self.line(&unsupported.to_event(jiff::Timestamp::now())),
             }
         }
         if self.format == Format::Json || self.quiet {
@@ -267,7 +267,7 @@ impl Writer {
     /// Says what was done to one live socket: for people only where it could not be, for there may be thousands.
     pub(super) fn applied(&self, event: &Event) {
         match (self.format, event.kind) {
-            (Format::Text, Kind::Applied { .. } | Kind::WouldApply | Kind::Untold { .. }) => {}
+            (Format::Text, Kind::Applied { .. } | Kind::WouldApply | Kind::Unknown { .. }) => {}
             _ => self.event(event),
         }
     }

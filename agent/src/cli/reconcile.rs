@@ -47,11 +47,11 @@ pub(super) struct Tally {
     pub(super) would_set: u64,
     pub(super) failed: u64,
     /// Options of sockets of which it cannot be told whether they agree.
-    pub(super) untold: u64,
+    pub(super) unknown: u64,
     /// Sockets to which no descriptor leads, and that the program could not do all of.
     pub(super) no_fd: u64,
     /// Sockets that must not be looked into.
-    pub(super) closed: u64,
+    pub(super) denied: u64,
     /// Sockets that do not answer.
     pub(super) unanswered: u64,
 }
@@ -59,14 +59,14 @@ pub(super) struct Tally {
 impl Tally {
     /// For people, with a line for whatever did not go well.
     pub(super) fn to_text(self) -> String {
-        let Self { sockets, changed, set, would_set, failed, untold, no_fd, closed, unanswered } = self;
+        let Self { sockets, changed, set, would_set, failed, unknown, no_fd, denied, unanswered } = self;
         let mut text = format!("sockets: {sockets}, changed: {changed}, in {set} options\n");
         for (count, what) in [
             (would_set, "values would be set"),
             (failed, "values were refused by the kernel"),
-            (untold, "options cannot be told to agree or not"),
+            (unknown, "options cannot be told to agree or not"),
             (no_fd, "sockets were not looked into: no descriptor leads to them"),
-            (closed, "sockets could not be looked into"),
+            (denied, "sockets could not be looked into"),
             (unanswered, "sockets do not answer"),
         ] {
             if count > 0 {
@@ -77,10 +77,10 @@ impl Tally {
     }
 
     pub(super) fn to_json(self, event: &str) -> serde_json::Value {
-        let Self { sockets, changed, set, would_set, failed, untold, no_fd, closed, unanswered } = self;
+        let Self { sockets, changed, set, would_set, failed, unknown, no_fd, denied, unanswered } = self;
         json!({
             "event": event, "sockets": sockets, "changed": changed, "set": set, "would_set": would_set, "failed": failed,
-            "untold": untold, "without_descriptor": no_fd, "refused": closed, "unanswered": unanswered,
+            "unknown": unknown, "no_fd": no_fd, "denied": denied, "unanswered": unanswered,
         })
     }
 }
@@ -275,7 +275,7 @@ impl<'a> Reconciler<'a> {
         let InspectedSocket { mut live, scope, fresh, socket } = seen;
         let (Some(mut fresh), Some(mut socket)) = (fresh, socket) else {
             match live.values {
-                OptionRead::Denied(_) => self.tally.closed += 1,
+                OptionRead::Denied(_) => self.tally.denied += 1,
                 OptionRead::NoFd | OptionRead::Values(_) => self.tally.no_fd += 1,
             }
             return Ok(());
@@ -287,9 +287,9 @@ impl<'a> Reconciler<'a> {
         for round in 0..ROUNDS {
             let findings = drift::find(self.desired, scope, &live, &mut fresh);
             for finding in findings.iter().filter(|_| round == 0) {
-                if let Finding::Untold { why, .. } = finding {
-                    self.tally.untold += 1;
-                    self.say(&live, finding, Kind::Untold { why })?;
+                if let Finding::Unknown { why, .. } = finding {
+                    self.tally.unknown += 1;
+                    self.say(&live, finding, Kind::Unknown { why })?;
                 }
             }
             let drifts: Vec<&Finding> = findings
@@ -311,7 +311,7 @@ impl<'a> Reconciler<'a> {
                 break;
             }
             let Ok(values) = socket.values(&drift::needed(scope)) else {
-                self.tally.closed += 1;
+                self.tally.denied += 1;
                 break;
             };
             live.values = OptionRead::Values(values);
@@ -321,7 +321,7 @@ impl<'a> Reconciler<'a> {
 
     /// Gives whether the kernel took it.
     fn set(&mut self, live: &SocketSnapshot, finding: &Finding, socket: &mut Remote<'_>) -> Result<bool, ApplyError> {
-        let Finding::Drift { option, now, .. } = finding else { return Ok(false) };
+        let Finding::Drift { option, current: now, .. } = finding else { return Ok(false) };
         let wanted = value_to_set(finding);
         let place = place_of(live, option.key());
         self.journal.note(place, now, &wanted)?;
@@ -397,7 +397,7 @@ impl ToSet<'_> {
     /// The same as what a look into the socket would have found.
     fn finding(&self) -> Finding {
         let Self { planned, option, at, before, wanted, socket: _, shown: _ } = self;
-        Finding::Drift { setting: planned.settings[*at], option, wanted: *wanted, limit: None, now: *before }
+        Finding::Drift { setting: planned.settings[*at], option, wanted: *wanted, limit: None, current: *before }
     }
 }
 
@@ -415,13 +415,13 @@ fn is_to_be_set(finding: &Finding) -> bool {
 
 fn option_of(finding: &Finding) -> OptionKey {
     match finding {
-        Finding::Drift { option, .. } | Finding::Untold { option, .. } => option.key(),
+        Finding::Drift { option, .. } | Finding::Unknown { option, .. } => option.key(),
     }
 }
 
 /// What a socket is to be given; of a limit, the bound that it is beyond.
 fn value_to_set(finding: &Finding) -> Value {
-    let Finding::Drift { option, wanted, limit, now, .. } = finding else { return Value::UNKNOWN };
+    let Finding::Drift { option, wanted, limit, current: now, .. } = finding else { return Value::UNKNOWN };
     let Some(limit) = limit else { return *wanted };
     let shown = i64::from(word_in(&as_given(option, now).words));
     Value::number(option.value.abi_kind(), shown.clamp(limit.min, limit.max))

@@ -139,7 +139,6 @@ impl Run {
         kernel::check_privileges().map_err(SessionError::from)?;
         let instance = self.become_instance(&targets)?.map(|instance| (instance, standing.files()));
         let writer = Writer::to_standard(reporting, Standard::Output)?;
-        let (backend, gaps) = (reporting.audit_backend, self.manner.gaps.choice());
         // A cgroup that was named is meant: one among those that a pattern matches concerns only itself.
         let blocked = if self.cgroup.is_empty() { OnBlocked::Skip } else { OnBlocked::Refuse };
         let setup = Setup {
@@ -147,8 +146,8 @@ impl Run {
             mount: mount.clone(),
             targets,
             containers: Known::new(&containers),
-            backend,
-            on_unsupported: gaps,
+            backend: reporting.audit_backend,
+            on_unsupported: self.manner.unsupported.choice(),
             on_blocked: blocked,
             filter: Filter::default(),
             instance,

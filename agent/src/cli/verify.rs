@@ -64,12 +64,12 @@ struct Tally {
     /// Sockets to which no descriptor leads.
     no_fd: u64,
     /// Sockets that must not be looked into, and processes of which it is not known what they have.
-    refused: u64,
+    denied: u64,
     unread: usize,
     /// Sockets that do not answer, of all that were to be looked into.
     unanswered: usize,
     /// Options of which it cannot be told whether they agree, and why, with the number of sockets.
-    untold: BTreeMap<(&'static str, &'static str), u64>,
+    unknown: BTreeMap<(&'static str, &'static str), u64>,
 }
 
 impl Verify {
@@ -77,7 +77,7 @@ impl Verify {
         let Some(policies) = check::load(&self.files, self.trust.or_warn()) else { return FAILURE.into() };
         match self.verify(&policies) {
             Ok(tally) if tally.drifts > 0 => FINDINGS.into(),
-            Ok(tally) if tally.refused > 0 || tally.unread > 0 || tally.unanswered > 0 => FAILURE.into(),
+            Ok(tally) if tally.denied > 0 || tally.unread > 0 || tally.unanswered > 0 => FAILURE.into(),
             Ok(_) => ExitCode::SUCCESS,
             Err(error) => {
                 print_error(&error);
@@ -134,7 +134,7 @@ fn look(
     let InspectedSocket { live, scope, fresh, socket: _ } = seen;
     let Some(mut fresh) = fresh else {
         match live.values {
-            OptionRead::Denied(_) => tally.refused += 1,
+            OptionRead::Denied(_) => tally.denied += 1,
             OptionRead::NoFd | OptionRead::Values(_) => tally.no_fd += 1,
         }
         return Ok(());
@@ -143,7 +143,7 @@ fn look(
     let before = tally.drifts;
     for finding in drift::find(desired, &desired.scopes[scope], &live, &mut fresh) {
         match finding {
-            Finding::Untold { option, why } => *tally.untold.entry((option.name, why)).or_default() += 1,
+            Finding::Unknown { option, why } => *tally.unknown.entry((option.name, why)).or_default() += 1,
             Finding::Drift { .. } => {
                 tally.drifts += 1;
                 say(&event(desired, &live, &finding))?;
@@ -157,13 +157,13 @@ fn look(
 /// What was found, as it is reported.
 pub(super) fn event(desired: &Desired, live: &SocketSnapshot, finding: &Finding) -> Event {
     let (key, cause, kind, wanted, now) = match *finding {
-        Finding::Drift { setting, option, wanted, limit, now } => {
+        Finding::Drift { setting, option, wanted, limit, current } => {
             (option.key(), cause(desired, setting), Kind::Drift { limit }, wanted, now)
         }
-        Finding::Untold { option, why } => (
+        Finding::Unknown { option, why } => (
             option.key(),
             None,
-            Kind::Untold { why },
+            Kind::Unknown { why },
             Value::UNKNOWN,
             live.value(option.key()).copied().unwrap_or_default(),
         ),
@@ -174,9 +174,9 @@ pub(super) fn event(desired: &Desired, live: &SocketSnapshot, finding: &Finding)
         key,
         cause,
         wanted,
-        asked: Value::UNKNOWN,
-        given: Value::UNKNOWN,
-        now,
+        requested: Value::UNKNOWN,
+        applied: Value::UNKNOWN,
+        current,
         result: None,
         task: live.owner.as_ref().map(|owner| Task::clone(&owner.task)),
         socket: Some(live.socket()),
@@ -190,19 +190,19 @@ pub(super) fn event(desired: &Desired, live: &SocketSnapshot, finding: &Finding)
 
 impl Tally {
     fn write_text(&self, out: &mut impl Write) -> io::Result<()> {
-        let Self { sockets, drifted, drifts, no_fd, refused, unread, unanswered, untold } = self;
+        let Self { sockets, drifted, drifts, no_fd, denied, unread, unanswered, unknown } = self;
         match drifts {
             0 => writeln!(out, "sockets: {sockets}, no drift")?,
             _ => writeln!(out, "sockets: {sockets}, drifted: {drifted}, in {drifts} options")?,
         }
-        for ((option, why), sockets) in untold {
+        for ((option, why), sockets) in unknown {
             writeln!(out, "cannot be told: {option} on {sockets}: {why}")?;
         }
         if *no_fd > 0 {
             writeln!(out, "not looked into: {no_fd} to which no descriptor leads")?;
         }
-        if *refused > 0 {
-            writeln!(out, "could not be looked into: {refused}: permission denied, or no answer")?;
+        if *denied > 0 {
+            writeln!(out, "could not be looked into: {denied}: permission denied, or no answer")?;
         }
         if *unanswered > 0 {
             writeln!(out, "do not answer: {unanswered}")?;
@@ -214,9 +214,9 @@ impl Tally {
     }
 
     fn to_json(&self) -> serde_json::Value {
-        let Self { sockets, drifted, drifts, no_fd, refused, unread, unanswered, untold } = self;
-        let untold =
-            untold.iter().map(|((option, why), sockets)| json!({ "option": option, "why": why, "sockets": sockets }));
+        let Self { sockets, drifted, drifts, no_fd, denied, unread, unanswered, unknown } = self;
+        let unknown =
+            unknown.iter().map(|((option, why), sockets)| json!({ "option": option, "why": why, "sockets": sockets }));
         json!({
             "schema": SCHEMA,
             "time": format!("{:.6}", jiff::Timestamp::now()),
@@ -224,9 +224,9 @@ impl Tally {
             "sockets": sockets,
             "drifted": drifted,
             "drifts": drifts,
-            "untold": untold.collect::<Vec<_>>(),
-            "without_descriptor": no_fd,
-            "refused": refused,
+            "unknown": unknown.collect::<Vec<_>>(),
+            "no_fd": no_fd,
+            "denied": denied,
             "unread_processes": unread,
             "unanswered": unanswered,
         })

@@ -27,7 +27,7 @@ impl Filter {
             | Kind::Drift { .. }
             | Kind::Applied { .. }
             | Kind::WouldApply
-            | Kind::Untold { .. } => None,
+            | Kind::Unknown { .. } => None,
         };
         let task = event.task.as_ref();
         self.admits_option(event.key)

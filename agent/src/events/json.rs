@@ -30,12 +30,12 @@ struct Line<'a> {
     wanted: Json,
     #[serde(skip_serializing_if = "Option::is_none")]
     limit: Option<Limit>,
-    asked: Json,
+    requested: Json,
     #[serde(skip_serializing_if = "Json::is_null")]
-    given: Json,
+    applied: Json,
     #[serde(skip_serializing_if = "Json::is_null")]
     before: Json,
-    now: Json,
+    current: Json,
     verdict: Option<String>,
     outcome: Option<String>,
     result: Option<i64>,
@@ -64,7 +64,7 @@ impl Event {
             Kind::Drift { .. } => ("drift", None, None, None),
             Kind::Applied { .. } => ("applied", None, None, None),
             Kind::WouldApply => ("would-apply", None, None, None),
-            Kind::Untold { why } => ("untold", None, None, Some(why.to_owned())),
+            Kind::Unknown { why } => ("unknown", None, None, Some(why.to_owned())),
             Kind::Outcome { errno } => {
                 ("outcome", None, None, Some(format!("failed({})", crate::report::errno_name(errno))))
             }
@@ -82,22 +82,22 @@ impl Event {
             option: display_name(self.key),
             level: self.key.level,
             optname: self.key.name,
-            optval: (self.asked.len > 0).then(|| values::bytes_text(&self.asked)),
-            optlen: (self.asked.len > 0).then_some(self.asked.len),
+            optval: (self.requested.len > 0).then(|| values::bytes_text(&self.requested)),
+            optlen: (self.requested.len > 0).then_some(self.requested.len),
             wanted: values::json(self.key, &self.wanted),
             limit: match self.kind {
                 Kind::Drift { limit } => limit,
                 _ => None,
             },
-            asked: values::json(self.key, &self.asked),
-            given: values::json(self.key, &self.given),
+            requested: values::json(self.key, &self.requested),
+            applied: values::json(self.key, &self.applied),
             before: match &self.kind {
                 Kind::Applied { before, .. } => values::json(self.key, before),
                 _ => Json::Null,
             },
-            now: match &self.kind {
+            current: match &self.kind {
                 Kind::Applied { after, .. } => values::json(self.key, after),
-                _ => values::json(self.key, &self.now),
+                _ => values::json(self.key, &self.current),
             },
             verdict,
             outcome,

@@ -45,11 +45,11 @@ pub struct Event {
     /// What the policy wants of the option.
     pub wanted: Value,
     /// What the application passed or, when it read, was shown.
-    pub asked: Value,
+    pub requested: Value,
     /// What the kernel was given in place of `requested`, if anything.
-    pub given: Value,
+    pub applied: Value,
     /// What the socket has after the call, where that is known.
-    pub now: Value,
+    pub current: Value,
     /// `None` where nobody saw the call return.
     pub result: Option<i64>,
     pub task: Option<Task>,
@@ -99,7 +99,7 @@ pub enum Kind {
     /// The same in a dry run: it has what it had.
     WouldApply,
     /// A live socket of which it cannot be told whether it has what the policy says, and so is left alone.
-    Untold { why: &'static str },
+    Unknown { why: &'static str },
 }
 
 /// Both ends are within.
@@ -225,9 +225,9 @@ pub fn decode(event: &raw::Event, desired: &Desired, surroundings: HostContext) 
         key: call.key,
         cause: if decided { cause(desired, setting) } else { None },
         wanted: call.wanted,
-        asked: call.requested,
-        given: applied_value(call, kind),
-        now: current_value(call, kind, result),
+        requested: call.requested,
+        applied: applied_value(call, kind),
+        current: current_value(call, kind, result),
         result,
         task: task(event, surroundings),
         socket,
@@ -268,7 +268,7 @@ fn missing(event: &raw::Event, source: Source, socket: Option<&Socket>, blindnes
     let raw::Event { call, result, .. } = event;
     let mut missing = Vec::new();
     if call.flags & flags::UNREADABLE != 0 {
-        missing.push(Missing { what: "asked", why: "the argument was not in memory".to_owned() });
+        missing.push(Missing { what: "requested", why: "the argument was not in memory".to_owned() });
     }
     let is_no_socket = [-libc::EBADF, -libc::ENOTSOCK].map(i64::from).contains(result);
     if socket.is_none() && source != Source::Hook {
@@ -405,7 +405,7 @@ fn current_value(call: &raw::Call, kind: Kind, result: Option<i64>) -> Value {
         Some(_) => before,
     };
     match kind {
-        Kind::Outcome { .. } | Kind::Drift { .. } | Kind::Applied { .. } | Kind::WouldApply | Kind::Untold { .. } => {
+        Kind::Outcome { .. } | Kind::Drift { .. } | Kind::Applied { .. } | Kind::WouldApply | Kind::Unknown { .. } => {
             Value::UNKNOWN
         }
         Kind::Conflict { call: Call::Get, .. } | Kind::Call(Call::Get) => call.requested,

@@ -22,7 +22,7 @@ impl fmt::Display for Event {
                 write!(f, "failed    {option} = {} was refused: {}", shown(&self.wanted), errno_name(errno))?;
             }
             Kind::Call(call) => {
-                write!(f, "call      {} {} {option} = {}", self.who(), call.name(), shown(&self.asked))?;
+                write!(f, "call      {} {} {option} = {}", self.who(), call.name(), shown(&self.requested))?;
                 self.write_result(f)?;
             }
             Kind::Conflict { call, verdict } => {
@@ -30,16 +30,16 @@ impl fmt::Display for Event {
                     Call::Set => "asked for",
                     Call::Get => "was shown",
                 };
-                write!(f, "conflict  {} {verb} {option} = {}", self.who(), shown(&self.asked))?;
+                write!(f, "conflict  {} {verb} {option} = {}", self.who(), shown(&self.requested))?;
                 if self.wanted.len > 0 {
                     write!(f, ", policy wants {}", shown(&self.wanted))?;
                 }
                 write!(f, ": {verdict}")?;
-                if self.given.len > 0 && verdict.what == Action::Clamped {
-                    write!(f, " to {}", shown(&self.given))?;
+                if self.applied.len > 0 && verdict.what == Action::Clamped {
+                    write!(f, " to {}", shown(&self.applied))?;
                 }
-                if self.now.len > 0 && call == Call::Set {
-                    write!(f, ", now {}", shown(&self.now))?;
+                if self.current.len > 0 && call == Call::Set {
+                    write!(f, ", now {}", shown(&self.current))?;
                 }
                 self.write_result(f)?;
             }
@@ -47,13 +47,13 @@ impl fmt::Display for Event {
             Kind::Applied { before, after } => {
                 write!(f, "applied   {} {option}: {} -> {}", self.who(), shown(&before), shown(&after))?;
             }
-            Kind::Untold { why } => write!(f, "untold    {} {option}: {why}", self.who())?,
+            Kind::Unknown { why } => write!(f, "untold    {} {option}: {why}", self.who())?,
             Kind::WouldApply => {
                 write!(
                     f,
                     "apply     {} {option}: {}, would be given {}",
                     self.who(),
-                    shown(&self.now),
+                    shown(&self.current),
                     shown(&self.wanted)
                 )?;
             }
@@ -85,7 +85,7 @@ impl Event {
     }
 
     fn write_drift(&self, f: &mut fmt::Formatter<'_>, limit: Option<Limit>) -> fmt::Result {
-        let (name, now) = (display_name(self.key), values::text(self.key, &self.now));
+        let (name, now) = (display_name(self.key), values::text(self.key, &self.current));
         write!(f, "drift     {} {name} is {now}", self.who())?;
         let is_doubled =
             |option: &SocketOption| option.settable().is_some_and(|settable| settable.read_back == read_back::DOUBLED);

@@ -38,10 +38,10 @@ pub enum Finding {
         /// Unknown for a limit.
         wanted: Value,
         limit: Option<Limit>,
-        now: Value,
+        current: Value,
     },
     /// Whether it agrees cannot be told.
-    Untold { option: &'static SocketOption, why: &'static str },
+    Unknown { option: &'static SocketOption, why: &'static str },
 }
 
 /// What the kernel says of new sockets of the same kind.
@@ -90,33 +90,33 @@ fn find_in(
             let now = live.value(governed.key);
             match (due, now) {
                 (Due::No, _) => None,
-                (_, None) => Some(Finding::Untold { option, why: NOT_READABLE }),
+                (_, None) => Some(Finding::Unknown { option, why: NOT_READABLE }),
                 (_, Some(now)) if agrees(governed, option, row, now, live, fresh) => None,
                 (Due::Yes, _) if option.reading == Reading::UntilConnected && live.is_connection() => {
-                    Some(Finding::Untold { option, why: NOT_KEPT })
+                    Some(Finding::Unknown { option, why: NOT_KEPT })
                 }
-                (Due::Unknown(why), _) => Some(Finding::Untold { option, why }),
+                (Due::Unknown(why), _) => Some(Finding::Unknown { option, why }),
                 (Due::Yes, Some(now)) => {
                     let wanted = wanted(governed, row, now);
-                    Some(Finding::Drift { setting, option, wanted, limit: None, now: *now })
+                    Some(Finding::Drift { setting, option, wanted, limit: None, current: *now })
                 }
             }
         }
         form::LIMIT => {
             let Some(now) = live.value(governed.key) else {
-                return Some(Finding::Untold { option, why: NOT_READABLE });
+                return Some(Finding::Unknown { option, why: NOT_READABLE });
             };
             if agrees_as_it_is(governed, row, now) {
                 return None;
             }
             if live.may_be_tuned(option) {
-                return Some(Finding::Untold { option, why: WHO_CHOSE });
+                return Some(Finding::Unknown { option, why: WHO_CHOSE });
             }
             let limit = desired.sources.get(setting as usize).and_then(|source| match source.form {
                 Form::Limit { min, max } => Some(Limit { min, max }),
                 _ => None,
             });
-            let drift = Finding::Drift { setting, option, wanted: Value::UNKNOWN, limit, now: *now };
+            let drift = Finding::Drift { setting, option, wanted: Value::UNKNOWN, limit, current: *now };
             live.is_chosen(option, now, fresh.values()).then_some(drift)
         }
         // Only calls can be denied.
@@ -147,7 +147,7 @@ fn decide<'a>(
     let mut winners = cases.iter().map(|case| governed.winner(case.rules));
     let setting = winners.next()?;
     if winners.any(|winner| winner != setting) {
-        return Some(Err(Finding::Untold { option, why: NO_DIRECTION }));
+        return Some(Err(Finding::Unknown { option, why: NO_DIRECTION }));
     }
     let setting = setting?;
     // The other name of a device has a row of its own.

@@ -169,7 +169,7 @@ impl SocketSnapshot {
             "options": options,
         });
         if let Some(others) = owner.map(|owner| &owner.others).filter(|others| !others.is_empty()) {
-            line["also"] = others.iter().map(|(pid, fd)| json!({ "pid": pid, "fd": fd })).collect();
+            line["shared_with"] = others.iter().map(|(pid, fd)| json!({ "pid": pid, "fd": fd })).collect();
         }
         if let Some(why) = missing {
             line["missing"] = json!({ "options": why });

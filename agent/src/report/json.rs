@@ -19,7 +19,7 @@ impl Summary {
     /// The summary as one line of JSON, without its end.
     #[must_use]
     pub fn to_json(&self, time: jiff::Timestamp) -> String {
-        let Self { policies, targets, audit, gaps, lines: _, earlier_conflicts: _, calls, lost } = self;
+        let Self { policies, targets, audit, unsupported, lines: _, earlier_conflicts: _, calls, lost } = self;
         let losses: Map<String, Value> =
             lost.by_reason().into_iter().map(|(reason, count)| (reason.name.to_owned(), count.into())).collect();
         json!({
@@ -30,8 +30,8 @@ impl Summary {
             "policies": policies.iter().map(|(name, _)| name).collect::<Vec<_>>(),
             "targets": targets,
             "backend": audit.map(|audit| audit.backend.name()),
-            "blind_to": audit.map(super::Audit::not_covered),
-            "gaps": gaps.iter().map(Unsupported::to_json).collect::<Vec<_>>(),
+            "not_covered": audit.map(super::Audit::not_covered),
+            "unsupported": unsupported.iter().map(Unsupported::to_json).collect::<Vec<_>>(),
             "conflicts": self.conflicts(),
             "settings": self.settings_json(),
             "calls": calls.iter().map(CallLine::to_json).collect::<Vec<_>>(),
@@ -74,7 +74,7 @@ fn line_json(line: &Line) -> Value {
         "sockets": { "set": set, "unchanged": unchanged, "failed": failed, "failed_errno": failed_errno },
         "calls": { "agreed": agreed, "conflicts": verdicts, "reads": reads },
         "events": { "reported": reported, "suppressed": suppressed },
-        "asked": line.asked.iter().map(Example::plain).collect::<Vec<_>>(),
+        "requested": line.requested.iter().map(Example::plain).collect::<Vec<_>>(),
         "unsupported": line.unsupported.iter().map(|(entry, _)| entry.name).collect::<Vec<_>>(),
     })
 }

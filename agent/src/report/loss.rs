@@ -13,7 +13,7 @@ pub struct Lost {
     /// What the programs counted.
     pub losses: Losses,
     /// Times that the kernel did not run a program, because one was running on that CPU.
-    pub not_run: u64,
+    pub prog_missed: u64,
     /// Records that this build does not know.
     pub unknown_records: u64,
     /// Lines of output.
@@ -83,7 +83,7 @@ impl Lost {
     #[must_use]
     pub fn by_reason(&self) -> [(Reason, u64); 16] {
         // Taken apart in full: a new one has to be thought of here.
-        let Self { losses, not_run, unknown_records, unwritten } = *self;
+        let Self { losses, prog_missed, unknown_records, unwritten } = *self;
         let Unwritten { blocked, no_space, closed, failed } = unwritten;
         let Losses {
             ring_full,
@@ -91,7 +91,7 @@ impl Lost {
             unreadable,
             no_storage,
             no_room,
-            no_return,
+            exit_missed,
             tallies_full,
             unjudged,
             not_restored,
@@ -104,11 +104,11 @@ impl Lost {
             reason("unreadable", "arguments could not be read", unreadable),
             reason("no_storage", "sockets had no memory for notes: they may count more than once", no_storage),
             reason("no_room", "values found no room to be rewritten", no_room),
-            reason("no_return", "calls were not seen to return", no_return),
+            reason("exit_missed", "calls were not seen to return", exit_missed),
             reason("tallies_full", "calls were not counted by option", tallies_full),
             reason("unjudged", "calls could not be judged: on which socket is not known", unjudged),
             reason("not_restored", "options could not be given back the value from before a rule", not_restored),
-            reason("not_run", "times the kernel left a program of the audit out", not_run),
+            reason("prog_missed", "times the kernel left a program of the audit out", prog_missed),
             reason("unknown_records", "records were of an unknown kind", unknown_records),
             reason("over_budget", "events were more than their cgroup may cause", over_budget),
             reason("output_blocked", "lines of output: nobody read what was written before", blocked),
@@ -161,7 +161,7 @@ mod tests {
     fn only_what_is_new_is_told() {
         let losses = Losses { ring_full: 5, unreadable: 2, ..Losses::default() };
         let before = Lost { losses, ..Lost::default() };
-        let now = Lost { losses: Losses { ring_full: 12, ..losses }, not_run: 1, ..before };
+        let now = Lost { losses: Losses { ring_full: 12, ..losses }, prog_missed: 1, ..before };
         let told: Vec<String> = now.since(&before).iter().map(ToString::to_string).collect();
         assert_eq!(
             told,

@@ -43,7 +43,7 @@ type LineKey = (OptionKey, String);
 #[derive(Debug, Default)]
 pub struct Report {
     /// By generation and setting: what was asked for otherwise, and by whom.
-    asked: BTreeMap<(u32, u32), Vec<Example>>,
+    requested: BTreeMap<(u32, u32), Vec<Example>>,
     lines: Vec<Line>,
     /// The lines that can be of a setting, by what takes no comparing of texts.
     numbers: HashMap<LineKey, Vec<usize>>,
@@ -60,7 +60,7 @@ pub struct Summary {
     pub targets: Vec<String>,
     pub audit: Option<Audit>,
     /// What the policies ask for and this kernel cannot do.
-    pub gaps: Vec<Unsupported>,
+    pub unsupported: Vec<Unsupported>,
     pub lines: Vec<Line>,
     /// Conflicts of these that were there before this began.
     pub earlier_conflicts: u64,
@@ -80,14 +80,14 @@ pub struct Counts {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Example {
     /// `None`: it was not seen.
-    asked: Option<String>,
+    requested: Option<String>,
     /// The name of the task.
     who: String,
 }
 
 impl Example {
     fn with(&self, who: &dyn fmt::Display) -> String {
-        self.asked.as_ref().map_or_else(|| who.to_string(), |asked| format!("{asked} by {who}"))
+        self.requested.as_ref().map_or_else(|| who.to_string(), |asked| format!("{asked} by {who}"))
     }
 
     /// For people.
@@ -113,7 +113,7 @@ pub struct Line {
     pub mode: Mode,
     pub counters: Counters,
     /// What was asked for otherwise, and by whom: examples.
-    pub asked: Vec<Example>,
+    pub requested: Vec<Example>,
     /// What is not done of it.
     pub unsupported: Vec<(&'static Limitation, Concern)>,
     /// Whether it is to be told of: not where only policies that were there before this report have it.
@@ -125,9 +125,9 @@ impl Report {
     pub fn fold(&mut self, generation: u32, event: &Event) {
         let (Kind::Conflict { .. }, Some(cause)) = (event.kind, &event.cause) else { return };
         let who = event.task.as_ref().map_or("a process", |task| task.comm.as_str());
-        let asked = (event.asked.len > 0).then(|| values::text(event.key, &event.asked));
-        let example = Example { asked, who: who.to_owned() };
-        let examples = self.asked.entry((generation, cause.setting)).or_default();
+        let asked = (event.requested.len > 0).then(|| values::text(event.key, &event.requested));
+        let example = Example { requested: asked, who: who.to_owned() };
+        let examples = self.requested.entry((generation, cause.setting)).or_default();
         if examples.len() < EXAMPLES_MAX && !examples.contains(&example) {
             examples.push(example);
         }
@@ -151,8 +151,8 @@ impl Report {
     pub fn count(&mut self, generation: u32, desired: &Desired, counters: &[Counters], is_told: bool) {
         for (counters, setting) in counters.iter().zip(0..) {
             let Some(line) = Line::of(desired, setting) else { continue };
-            let asked = self.asked.remove(&(generation, setting)).unwrap_or_default();
-            let line = Line { counters: *counters, asked, is_told, ..line };
+            let asked = self.requested.remove(&(generation, setting)).unwrap_or_default();
+            let line = Line { counters: *counters, requested: asked, is_told, ..line };
             // A rule holds in each scope that its policy is part of, and may come through a reload as it was.
             let alike = self.numbers.entry(line.key()).or_default();
             match alike.iter().find(|other| self.lines[**other].is_of_same_setting(&line)) {
@@ -187,14 +187,14 @@ impl Report {
         counts: Counts,
         targets: Vec<String>,
         audit: Option<Audit>,
-        gaps: Vec<Unsupported>,
+        unsupported: Vec<Unsupported>,
     ) -> Summary {
         let Counts { calls, lost } = counts;
         let Self { mut lines, mut at_first, .. } = self;
         let policies = desired.policies().into_iter().map(|(name, mode)| (name.to_owned(), mode)).collect();
         lines.retain(|line| line.is_told);
         let earlier = lines.iter().map(|line| conflicts(&saved_counters::take(&mut at_first, line))).sum();
-        Summary { policies, targets, audit, gaps, lines, earlier_conflicts: earlier, calls, lost }
+        Summary { policies, targets, audit, unsupported, lines, earlier_conflicts: earlier, calls, lost }
     }
 }
 
@@ -231,7 +231,7 @@ impl Line {
             form: source.form.clone(),
             mode: rule.mode,
             counters: Counters::default(),
-            asked: Vec::new(),
+            requested: Vec::new(),
             unsupported: desired.unsupported_of(setting as usize),
             is_told: false,
         })
@@ -242,7 +242,7 @@ impl Line {
     }
 
     fn is_of_same_setting(&self, other: &Self) -> bool {
-        let Self { policy, rule, place, option, form, mode, counters: _, asked: _, unsupported: _, is_told: _ } = self;
+        let Self { policy, rule, place, option, form, mode, counters: _, requested: _, unsupported: _, is_told: _ } = self;
         (policy, rule, place, option, form, mode)
             == (&other.policy, &other.rule, &other.place, &other.option, &other.form, &other.mode)
     }
@@ -250,9 +250,9 @@ impl Line {
     fn add(&mut self, other: Self) {
         self.counters = self.counters.plus(&other.counters);
         self.is_told |= other.is_told;
-        let new: Vec<_> = other.asked.into_iter().filter(|example| !self.asked.contains(example)).collect();
-        self.asked.extend(new);
-        self.asked.truncate(EXAMPLES_MAX);
+        let new: Vec<_> = other.requested.into_iter().filter(|example| !self.requested.contains(example)).collect();
+        self.requested.extend(new);
+        self.requested.truncate(EXAMPLES_MAX);
     }
 
     fn conflicts(&self) -> u64 {

@@ -22,7 +22,8 @@ impl fmt::Display for Summary {
         } else {
             writeln!(f, "sockpolicy: {}", self.policies_on(&targets))?;
             self.tables().fmt(f)?;
-            self.gaps.iter().try_for_each(|gap| writeln!(f, "\ngap: {gap}"))?;
+            self.unsupported.iter().try_for_each(|unsupported| writeln!(f, "
+unsupported: {unsupported}"))?;
             self.write_unsupported(f)?;
         }
         if !self.calls.is_empty() {
@@ -170,7 +171,7 @@ impl Summary {
 
 /// What was asked for, a line each.
 fn examples(line: &Line) -> String {
-    line.asked.iter().map(Example::text).collect::<Vec<_>>().join("\n")
+    line.requested.iter().map(Example::text).collect::<Vec<_>>().join("\n")
 }
 
 fn winner(deed: crate::events::Action, mode: Mode) -> &'static str {

@@ -352,7 +352,7 @@ pub struct Losses {
     pub no_room: u64,
     /// Calls whose end was not seen: the kernel had no room to follow so many at a time, left a program out, or the task is
     /// gone.
-    pub no_return: u64,
+    pub exit_missed: u64,
     /// Calls that found no entry in map `TALLIES`, not even that of other options.
     pub tallies_full: u64,
     /// Calls that no hook judges and the audit could not, for their socket could not be found out.
@@ -376,7 +376,7 @@ impl Losses {
             unreadable,
             no_storage,
             no_room,
-            no_return,
+            exit_missed,
             tallies_full,
             unjudged,
             not_restored,
@@ -388,7 +388,7 @@ impl Losses {
             unreadable: self.unreadable - unreadable,
             no_storage: self.no_storage - no_storage,
             no_room: self.no_room - no_room,
-            no_return: self.no_return - no_return,
+            exit_missed: self.exit_missed - exit_missed,
             tallies_full: self.tallies_full - tallies_full,
             unjudged: self.unjudged - unjudged,
             not_restored: self.not_restored - not_restored,

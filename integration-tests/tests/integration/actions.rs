@@ -27,7 +27,7 @@ fn cookie(exec: &mut Exec, fd: i32) -> u64 {
 
 /// wanted, asked, now, result of an event.
 fn values(event: &Event) -> [Value; 4] {
-    [event.wanted.clone(), event.asked.clone(), event.now.clone(), json!(event.result)]
+    [event.wanted.clone(), event.requested.clone(), event.current.clone(), json!(event.result)]
 }
 
 #[test]
@@ -112,7 +112,7 @@ fn clamped_call_succeeds_with_the_nearer_end_of_the_limit() {
     assert_eq!(setting.sockets, Sockets::default(), "a limit sets nothing");
     let event = report.conflict("SO_SNDBUF");
     assert_eq!(event.verdict.as_deref(), Some("clamped"));
-    assert_eq!(event.given, Some(json!(32768)));
+    assert_eq!(event.applied, Some(json!(32768)));
     assert_eq!(values(event), [Value::Null, json!(65536), json!(65536), json!(0)], "wanted, asked, now, result");
     assert_eq!(values(report.conflict("TCP_SYNCNT")), [Value::Null, json!(1), json!(3), json!(0)]);
 }
@@ -234,10 +234,10 @@ fn times_in_structures_are_limited() {
     assert_eq!(verdicts("SO_LINGER"), BTreeMap::from([("clamped", 1)]));
     assert_eq!(verdicts("SO_RCVTIMEO"), BTreeMap::from([("clamped", 3)]));
     let event = report.conflict("SO_LINGER");
-    assert_eq!(event.asked, json!({ "onoff": 1, "linger": 60 }));
-    assert_eq!(event.given, Some(json!({ "onoff": 1, "linger": 5 })));
+    assert_eq!(event.requested, json!({ "onoff": 1, "linger": 60 }));
+    assert_eq!(event.applied, Some(json!({ "onoff": 1, "linger": 5 })));
     let event = report.conflict("SO_RCVTIMEO");
-    assert_eq!((&event.asked, event.given.clone()), (&json!("0"), Some(json!("2500ms"))));
+    assert_eq!((&event.requested, event.applied.clone()), (&json!("0"), Some(json!("2500ms"))));
 }
 
 /// The values that an application has chosen under `on_conflict = "allow"`.

@@ -90,7 +90,7 @@ fn type_of_service_of_one_byte_is_judged_and_rewritten() {
     let report = exec.finish();
     let calls = &report.setting("IP_TOS").calls;
     assert_eq!((calls.verdicts()["rewritten"], calls.agreed, calls.reads), (1, 1, 0));
-    assert_eq!(report.conflict("IP_TOS").asked, 0xb8);
+    assert_eq!(report.conflict("IP_TOS").requested, 0xb8);
 }
 
 /// Applications read names into buffers of their own size.

@@ -106,7 +106,7 @@ fn event_says_who_called_when_and_where() {
     assert_eq!(event.via.as_deref(), Some("syscall"));
     assert!(event.backend.is_some() && event.backend == report.summary.backend);
     assert_eq!((event.suppressed, &event.policy, &event.rule, &event.verdict), (0, &None, &None, &None));
-    assert_eq!((&event.asked, &event.now), (&1.into(), &1.into()));
+    assert_eq!((&event.requested, &event.current), (&1.into(), &1.into()));
 }
 
 #[test]
@@ -117,7 +117,7 @@ fn now_is_what_the_socket_has_and_not_what_was_asked_for() {
     assert_eq!(exec.probe.int(socket, TCP_NODELAY), 1);
     let report = exec.finish();
     let event = report.of("call", "TCP_NODELAY")[0];
-    assert_eq!((&event.asked, &event.now), (&7.into(), &1.into()));
+    assert_eq!((&event.requested, &event.current), (&7.into(), &1.into()));
 }
 
 #[test]
@@ -142,7 +142,7 @@ fn task_is_audited_while_it_is_in_the_target() {
     let pid = probe.pid;
     let report = run.finish();
     let calls: Vec<_> =
-        report.events.iter().map(|event| (event.pid, event.asked.clone(), event.cgroup.clone())).collect();
+        report.events.iter().map(|event| (event.pid, event.requested.clone(), event.cgroup.clone())).collect();
     let expected = [(2, target.name()), (4, below.name())];
     assert_eq!(calls, expected.map(|(value, cgroup)| (Some(pid), value.into(), Some(cgroup))));
     drop(probe);
@@ -193,7 +193,7 @@ fn without_an_audit_conflicts_are_reported_without_their_results() {
         assert_eq!(event.comm.as_deref(), sees_callers.then_some("sockprobe"));
         assert_eq!((&event.via, &event.backend), (&None, &None));
     }
-    assert_eq!(report.conflict("TCP_NODELAY").asked, 0);
+    assert_eq!(report.conflict("TCP_NODELAY").requested, 0);
     assert_eq!(stderr(&report.output), "");
 }
 

@@ -108,7 +108,7 @@ fn dry_run_leaves_the_sockets_alone_and_decides_the_same() {
     for (option, ..) in calls() {
         let (one, other) = (enforced.conflict(option.name), dry.conflict(option.name));
         assert_eq!(would(one.verdict.as_deref().unwrap()), other.verdict.as_deref().unwrap(), "{}", option.name);
-        assert_eq!((&one.wanted, &one.asked, &one.rule), (&other.wanted, &other.asked, &other.rule), "{}", option.name);
+        assert_eq!((&one.wanted, &one.requested, &one.rule), (&other.wanted, &other.requested, &other.rule), "{}", option.name);
         assert_eq!(other.result, Some(0), "{}", option.name);
     }
     // It also counts the sockets that would have been set.
@@ -141,7 +141,7 @@ fn call_that_fails_for_other_reasons_is_decided_alike() {
     let event = report.conflict("TCP_KEEPCNT");
     assert_eq!(event.verdict.as_deref(), Some("would-rewrite"));
     assert_eq!(event.result, Some(-(Errno::EINVAL as i64)));
-    assert_ne!(event.now, 4000, "the socket does not have what the kernel refused");
+    assert_ne!(event.current, 4000, "the socket does not have what the kernel refused");
 }
 
 /// A policy of which the audit can judge calls as well as a hook: it asks about nothing but the protocol.

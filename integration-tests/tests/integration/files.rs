@@ -50,7 +50,7 @@ fn directories_are_private_whatever_the_umask_and_the_file_system() {
     let output = on_own_host(
         OWN,
         policy.path(),
-        "sockpolicy attach --allow-gaps $POLICY && find /run/sockpolicy /sys/fs/bpf/sockpolicy -printf '%y %m\n' | sort -u; \
+        "sockpolicy attach --allow-unsupported $POLICY && find /run/sockpolicy /sys/fs/bpf/sockpolicy -printf '%y %m\n' | sort -u; \
          sockpolicy detach && ls /sys/fs/bpf | grep -v debug || true",
     );
     succeeds(&output);
@@ -97,7 +97,7 @@ fn directory_of_another_user_does_not_keep_an_agent_from_its_work() {
     let output = on_own_host(
         OWN,
         policy.path(),
-        "nobody mkdir /sys/fs/bpf/sockpolicy; SOCKPOLICY_LOG=info $PROGRAM run --allow-gaps $POLICY >/run/out 2>&1 & PID=$!; \
+        "nobody mkdir /sys/fs/bpf/sockpolicy; SOCKPOLICY_LOG=info $PROGRAM run --allow-unsupported $POLICY >/run/out 2>&1 & PID=$!; \
          for i in $(seq 300); do grep -q 'in force on' /run/out && break; sleep 0.1; done; kill $PID; wait $PID; echo $?; \
          grep -c 'in force on' /run/out",
     );
@@ -112,14 +112,14 @@ fn file_system_for_pins_is_mounted_where_there_is_none() {
     let output = on_own_host(
         without,
         policy.path(),
-        "sockpolicy attach --allow-gaps $POLICY && stat -c %a /sys/fs/bpf && sockpolicy status >/dev/null && sockpolicy detach",
+        "sockpolicy attach --allow-unsupported $POLICY && stat -c %a /sys/fs/bpf && sockpolicy status >/dev/null && sockpolicy detach",
     );
     succeeds(&output);
     assert_eq!(stdout(&output), "1700\n");
     let mounted =
         "warning: mounted a BPF file system at /sys/fs/bpf: policies that stay there end with this mount namespace\n";
     assert_eq!(stderr(&output), mounted);
-    let mut attach = agent::command(&["attach", "--allow-gaps"]);
+    let mut attach = agent::command(&["attach", "--allow-unsupported"]);
     attach.arg(policy.path());
     let rights = "-all,+bpf,+net_admin,+perfmon,+dac_override,+sys_resource";
     let output = process::output(with_mounts(without, &with_capabilities(rights, &attach)));
@@ -192,7 +192,7 @@ fn record_or_lock_of_another_kind_is_refused_without_waiting_and_named() {
         ("touch /run/sockpolicy/default.lock && chown 65534 /run/sockpolicy/default.lock", "it belongs to user 65534"),
         ("touch /run/sockpolicy/default.lock && chmod 666 /run/sockpolicy/default.lock", "(mode 0666)"),
     ] {
-        let script = format!("mkdir -m 700 /run/sockpolicy; {made}; sockpolicy attach --allow-gaps $POLICY; echo $?");
+        let script = format!("mkdir -m 700 /run/sockpolicy; {made}; sockpolicy attach --allow-unsupported $POLICY; echo $?");
         let output = on_own_host(OWN, policy.path(), &script);
         let said = stderr(&output);
         let start = "error: cannot use /run/sockpolicy/default.lock: ";
@@ -202,7 +202,7 @@ fn record_or_lock_of_another_kind_is_refused_without_waiting_and_named() {
     // A record that is none does not keep what it was about from being removed.
     for made in ["rm $R && mkfifo $R", "rm $R && ln -s /dev/zero $R", "echo '{' >$R", "rm $R && mkdir $R"] {
         let script = format!(
-            "R=/run/sockpolicy/default.json; sockpolicy attach --allow-gaps $POLICY && {made} && timeout 20 $PROGRAM status \
+            "R=/run/sockpolicy/default.json; sockpolicy attach --allow-unsupported $POLICY && {made} && timeout 20 $PROGRAM status \
              >/run/status 2>&1; cat /run/status; timeout 20 $PROGRAM detach && ls /sys/fs/bpf | grep sockpolicy"
         );
         let output = on_own_host(OWN, policy.path(), &script);
@@ -226,7 +226,7 @@ fn directory_of_records_that_others_can_write_to_is_refused() {
         ("mkdir /run/there && ln -s there /run/sockpolicy", "it is a symbolic link"),
     ] {
         let script =
-            format!("{made}; sockpolicy attach --allow-gaps $POLICY; echo $?; sockpolicy apply --restore; echo $?");
+            format!("{made}; sockpolicy attach --allow-unsupported $POLICY; echo $?; sockpolicy apply --restore; echo $?");
         let output = on_own_host(OWN, policy.path(), &script);
         assert_eq!(stdout(&output), "2\n2\n", "{made}: {}", stderr(&output));
         let error = format!("cannot use /run/sockpolicy: {why}\n  help: ");

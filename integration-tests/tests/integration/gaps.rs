@@ -33,9 +33,9 @@ fn everything() -> PolicyFile {
 }
 
 fn gaps_in(report: &Report) -> (BTreeSet<String>, BTreeSet<String>) {
-    let (at_hooks, everywhere): (Vec<_>, Vec<_>) = report.gaps.iter().partition(|gap| !gap.hooks.is_empty());
-    let options = everywhere.into_iter().flat_map(|gap| gap.options.clone()).collect();
-    (at_hooks.into_iter().flat_map(|gap| gap.hooks.clone()).collect(), options)
+    let (at_hooks, everywhere): (Vec<_>, Vec<_>) = report.unsupported.iter().partition(|entry| !entry.hooks.is_empty());
+    let options = everywhere.into_iter().flat_map(|entry| entry.options.clone()).collect();
+    (at_hooks.into_iter().flat_map(|entry| entry.hooks.clone()).collect(), options)
 }
 
 /// The hooks that policies in force may need: what visits live sockets is none, and policies hold without the LSM hook.
@@ -55,11 +55,11 @@ fn gaps_are_what_kernels_toml_says_that_there_is_not() {
         (hooks, options),
         (missing(&policy_hooks(kernel)), missing(&kernel.known.options)),
         "{:#?}",
-        report.gaps
+        report.unsupported
     );
-    assert_eq!(report.summary.gaps, report.gaps);
-    for gap in &report.gaps {
-        assert!(!gap.options.is_empty() && gap.remedy.starts_with("known to work from "), "{gap:?}");
+    assert_eq!(report.summary.unsupported, report.unsupported);
+    for entry in &report.unsupported {
+        assert!(!entry.options.is_empty() && entry.remedy.starts_with("known to work from "), "{entry:?}");
     }
 }
 
@@ -68,20 +68,20 @@ fn policy_with_gaps_is_refused_with_their_names_unless_it_is_a_dry_run() {
     let policy = everything();
     let report = Exec::start(&policy).finish();
     let output = process::output(agent::command(&["exec", "--quiet", policy.path().to_str().unwrap(), "--", "true"]));
-    if report.gaps.is_empty() {
+    if report.unsupported.is_empty() {
         assert!(output.status.success(), "{}", stderr(&output));
         return;
     }
     assert_eq!(output.status.code(), Some(125));
     let said = stderr(&output);
     assert!(said.contains("error: this kernel cannot do all that the policies say:\n"), "{said}");
-    for gap in &report.gaps {
-        let place = if gap.hooks.is_empty() { String::new() } else { format!(" at {}", gap.hooks.join(", ")) };
-        let line = format!("\n  {}{place}: {} ({})\n", gap.options.join(", "), gap.reason, gap.remedy);
+    for entry in &report.unsupported {
+        let place = if entry.hooks.is_empty() { String::new() } else { format!(" at {}", entry.hooks.join(", ")) };
+        let line = format!("\n  {}{place}: {} ({})\n", entry.options.join(", "), entry.reason, entry.remedy);
         assert!(said.contains(&line), "{line} in {said}");
     }
     let dry = Exec::with(&policy, &["--dry-run"]).finish();
-    assert_eq!(dry.gaps, report.gaps, "told all the same");
+    assert_eq!(dry.unsupported, report.unsupported, "told all the same");
 }
 
 /// `check --kernel` goes by versions alone, and so knows this kernel too.
@@ -140,9 +140,9 @@ fn rest_is_in_force_beside_a_gap() {
     let pair = exec.probe.pair(Family::Inet, Kind::Tcp);
     assert_eq!([pair.client, pair.server].map(|fd| exec.probe.int(fd, TCP_KEEPCNT)), [5, 5]);
     let report = exec.finish();
-    let [gap] = &report.gaps[..] else { panic!("{:?}", report.gaps) };
+    let [entry] = &report.unsupported[..] else { panic!("{:?}", report.unsupported) };
     assert_eq!(
-        (&gap.options[..], &*gap.remedy),
+        (&entry.options[..], &*entry.remedy),
         (&["TCP_CONGESTION = \"no-such-cc\"".to_owned()][..], "modprobe tcp_no-such-cc loads it")
     );
     assert!(report.setting("TCP_CONGESTION").sockets.failed > 0);

@@ -352,7 +352,7 @@ fn socket_of_several_processes_is_shown_once_with_all_of_them() {
     let [parent, child, fd] = numbers[..] else { panic!("{said}") };
     let (first, second) = (parent.min(child), parent.max(child));
     assert_eq!((&line["pid"], &line["fd"], &line["state"]), (&json!(first), &json!(fd), &json!("LISTEN")));
-    assert_eq!(line["also"], json!([{ "pid": second, "fd": fd }]));
+    assert_eq!(line["shared_with"], json!([{ "pid": second, "fd": fd }]));
 }
 
 /// The namespace lives by the socket alone.

@@ -147,7 +147,7 @@ fn counts_and_what_nobody_has_read_go_on_from_policies_to_policies_and_from_agen
     run.notice("reload", 1);
     assert_eq!(counted(), [4; 2]);
     let report = run.finish_and_stay();
-    let asked: Vec<_> = report.of("conflict", "SO_MARK").iter().map(|event| event.asked.as_u64().unwrap()).collect();
+    let asked: Vec<_> = report.of("conflict", "SO_MARK").iter().map(|event| event.requested.as_u64().unwrap()).collect();
     assert_eq!(asked, [11, 12, 13, 14]);
     report.assert_nothing_lost();
     let setting = report.setting("SO_MARK");
@@ -213,7 +213,7 @@ fn another_agent_for_the_same_cgroup_or_of_the_same_name_is_refused() {
 
 /// `run` of an instance, which says when it is in force.
 fn run_named(name: &str, policy: &PolicyFile) -> Command {
-    let mut run = agent::command(&["run", agent::WITH_GAPS, "--instance", name]);
+    let mut run = agent::command(&["run", agent::ALLOW_UNSUPPORTED, "--instance", name]);
     run.arg(policy.path()).env("SOCKPOLICY_LOG", "info");
     run
 }
@@ -526,7 +526,7 @@ const STEPS: [(&str, u32); 10] = [
 
 /// `attach` that is killed at this step. Gives whether it was.
 fn attach_killed_at(instance: &Instance, policy: &PolicyFile, step: &str, times: u32) -> bool {
-    let mut command = agent::command(&["attach", agent::WITH_GAPS, "--instance", &instance.name]);
+    let mut command = agent::command(&["attach", agent::ALLOW_UNSUPPORTED, "--instance", &instance.name]);
     command.arg(policy.path()).env("SOCKPOLICY_FAULT", format!("{step}:{times}"));
     let output = Running::start(command).finish();
     let is_killed = output.status.signal() == Some(Signal::SIGKILL as i32);
@@ -585,7 +585,7 @@ fn reload_that_is_killed_at_any_step_has_the_old_or_the_new_in_force() {
     {
         let (target, other, instance) = (Cgroup::new(), Cgroup::new(), Instance::new());
         let policy = PolicyFile::new(sets_mark(&target, 1));
-        let mut command = agent::command(&["run", agent::WITH_GAPS, "--persist", "--instance", &instance.name]);
+        let mut command = agent::command(&["run", agent::ALLOW_UNSUPPORTED, "--persist", "--instance", &instance.name]);
         command.arg(policy.path()).env("SOCKPOLICY_FAULT", format!("{step}:{times}")).env("SOCKPOLICY_LOG", "info");
         let mut running = Running::start(command);
         assert!(
@@ -696,7 +696,7 @@ fn cgroup_that_goes_in_the_moment_of_being_taken_over_takes_nothing_else_with_it
     instance.attach(policy.path());
     fs::write(policy.path(), text(2)).unwrap();
     let id = fs::metadata(goes.path()).unwrap().ino();
-    let mut attach = agent::command(&["attach", agent::WITH_GAPS, "--instance", &instance.name]);
+    let mut attach = agent::command(&["attach", agent::ALLOW_UNSUPPORTED, "--instance", &instance.name]);
     attach.arg(policy.path());
     let held = Running::start_held(attach, &format!("link-found={id}"));
     assert!(cgroups_of_links(held.pid()).contains(&id));

@@ -43,7 +43,7 @@ fn redis_under(policy: &str, arguments: &[&str]) -> (String, Report) {
 fn keepalive_below_nat_holds_on_a_redis_that_asks_for_five_minutes() {
     let (printed, report) = redis_under("keepalive-below-nat.toml", &[]);
     assert!(keepalive_seconds(&printed) <= 60, "{printed}");
-    let conflict = report.of("conflict", "TCP_KEEPIDLE").into_iter().find(|event| event.asked == 300).unwrap();
+    let conflict = report.of("conflict", "TCP_KEEPIDLE").into_iter().find(|event| event.requested == 300).unwrap();
     assert_eq!(conflict.verdict.as_deref(), Some("rewritten"));
     assert_eq!(conflict.comm.as_deref(), Some("redis-server"));
     let setting = report.setting("TCP_KEEPIDLE");

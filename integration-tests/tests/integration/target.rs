@@ -113,7 +113,7 @@ fn read_of_another_value_is_reported_and_not_falsified() {
     let report = run.finish();
 
     let event = report.read_conflict("TCP_NODELAY");
-    assert_eq!((&event.wanted, &event.asked, &event.now), (&1.into(), &0.into(), &0.into()));
+    assert_eq!((&event.wanted, &event.requested, &event.current), (&1.into(), &0.into(), &0.into()));
     assert_eq!(event.verdict.as_deref(), Some("allowed"));
     assert_eq!((event.pid, event.result), (Some(pid), Some(0)));
     let calls = &report.setting("TCP_NODELAY").calls;

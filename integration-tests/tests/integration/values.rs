@@ -109,7 +109,7 @@ fn masked_mark_leaves_the_other_bits_to_the_application() {
     assert_eq!(probe.int(fd, SO_MARK), 0x2220, "connect leaves them too");
     let report = exec.finish();
     let event = report.conflict("SO_MARK");
-    assert_eq!((&event.wanted, &event.asked, &event.now), (&json!(0x1120), &json!(0x1133), &json!(0x1120)));
+    assert_eq!((&event.wanted, &event.requested, &event.current), (&json!(0x1120), &json!(0x1133), &json!(0x1120)));
     let setting = report.setting("SO_MARK");
     assert_eq!((setting.calls.agreed, setting.calls.verdicts()["rewritten"]), (1, 1));
 }
@@ -194,7 +194,7 @@ fn congestion_control_is_kept_whatever_the_application_asks_for() {
     let calls = &report.setting("TCP_CONGESTION").calls;
     assert_eq!((calls.verdicts()["rewritten"], calls.agreed), (18, 12));
     let event = report.of("conflict", "TCP_CONGESTION")[0];
-    assert_eq!((&event.wanted, &event.asked, &event.now), (&json!("reno"), &json!("cubic"), &json!("reno")));
+    assert_eq!((&event.wanted, &event.requested, &event.current), (&json!("reno"), &json!("cubic"), &json!("reno")));
 }
 
 #[test]
@@ -224,7 +224,7 @@ fn pacing_rate_may_be_asked_for_in_eight_bytes() {
     let report = exec.finish();
     let calls = &report.setting("SO_MAX_PACING_RATE").calls;
     assert_eq!((calls.agreed, calls.verdicts()["rewritten"], calls.reads), (1, 3, 0));
-    assert_eq!(report.of("conflict", "SO_MAX_PACING_RATE")[0].asked, json!(1u64 << 40));
+    assert_eq!(report.of("conflict", "SO_MAX_PACING_RATE")[0].requested, json!(1u64 << 40));
 }
 
 /// connect(AF_UNSPEC) resets a good part of a socket (`tcp_disconnect`).

@@ -30,13 +30,13 @@ const GET: Points =
 /// From the one that lets see most to the one that lets see least.
 pub(super) const fn variants(set: &Programs, get: &Programs) -> [AttachVariant; 4] {
     [
-        AttachVariant { set: nested(&SET, set), get: nested(&GET, get), spans: &[Visibility::All], blind_to: &[] },
+        AttachVariant { set: nested(&SET, set), get: nested(&GET, get), spans: &[Visibility::All], not_covered: &[] },
         // No call conflicts with anything that does not come as far as this.
         AttachVariant {
             set: common(&SET, set),
             get: common(&GET, get),
             spans: &[Visibility::Ends, Visibility::Conflicts],
-            blind_to: &[],
+            not_covered: &[],
         },
         // Before 6.7 io_uring has no such calls. A kernel that has them but not the common functions is not known; if
         // there is one, this is true of it.
@@ -44,7 +44,7 @@ pub(super) const fn variants(set: &Programs, get: &Programs) -> [AttachVariant; 
             set: before(&SET, set),
             get: before(&GET, get),
             spans: &[Visibility::Ends, Visibility::Conflicts, Visibility::All],
-            blind_to: &["io_uring"],
+            not_covered: &["io_uring"],
         },
         // For kernels in which the functions of the system calls cannot be looked up. Calls that fail with EBADF or ENOTSOCK
         // are over before there is a socket.
@@ -52,7 +52,7 @@ pub(super) const fn variants(set: &Programs, get: &Programs) -> [AttachVariant; 
             set: common(&SET, set),
             get: common(&GET, get),
             spans: &[Visibility::All],
-            blind_to: &["descriptors that are no sockets"],
+            not_covered: &["descriptors that are no sockets"],
         },
     ]
 }

@@ -111,7 +111,7 @@ struct AttachVariant {
     /// What it is good for.
     spans: &'static [Visibility],
     /// Calls that are not seen so.
-    blind_to: &'static [&'static str],
+    not_covered: &'static [&'static str],
 }
 
 /// What is begun is to be seen to its end: so exits stand before entries.
@@ -166,8 +166,8 @@ impl Backend {
     #[must_use]
     pub fn never_sees(self) -> &'static [&'static str] {
         let ways = self.variants();
-        let is_always = ways.iter().all(|way| way.blind_to == ways[0].blind_to);
-        if is_always { ways[0].blind_to } else { &[] }
+        let is_always = ways.iter().all(|way| way.not_covered == ways[0].not_covered);
+        if is_always { ways[0].not_covered } else { &[] }
     }
 
     fn variants(self) -> &'static [AttachVariant] {
@@ -199,7 +199,7 @@ impl Audit {
     /// The calls that are not seen.
     #[must_use]
     pub fn not_covered(self) -> &'static [&'static str] {
-        self.way.blind_to
+        self.way.not_covered
     }
 
     /// The points of the kernel at which setsockopt calls are seen.

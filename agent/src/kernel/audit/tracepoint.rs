@@ -23,13 +23,13 @@ pub(super) static VARIANTS: [AttachVariant; 2] = [
         set: [exit("setsockopt", "sp_sys_exit"), None, None, None],
         get: [exit("getsockopt", "sp_sys_exit"), None, None, None],
         spans: &[Visibility::Ends],
-        blind_to: NOT_COVERED,
+        not_covered: NOT_COVERED,
     },
     AttachVariant {
         set: [exit("setsockopt", "sp_sys_exit"), entry("setsockopt", "sp_sys_enter"), None, None],
         get: [exit("getsockopt", "sp_sys_exit"), entry("getsockopt", "sp_sys_enter"), None, None],
         spans: &[Visibility::Conflicts, Visibility::All],
-        blind_to: NOT_COVERED,
+        not_covered: NOT_COVERED,
     },
 ];
 

@@ -86,7 +86,7 @@ fn found_on(
     findings
         .map(|finding| match finding {
             Finding::Drift { option, .. } => (option.name, None),
-            Finding::Untold { option, why } => (option.name, Some(why)),
+            Finding::Unknown { option, why } => (option.name, Some(why)),
         })
         .collect()
 }

@@ -398,7 +398,7 @@ fn optval_unchanged(call: &Call) -> bool {
 #[inline(always)]
 fn discard_stale(thread: u64, call: &Call) {
     if should_report(call) || TIMING.load() != 0 {
-        count_loss(|losses| &mut losses.no_return);
+        count_loss(|losses| &mut losses.exit_missed);
     }
     maps::end_call(thread);
 }

@@ -92,7 +92,7 @@ impl Agent {
     /// Starts `sockpolicy run` with these arguments.
     pub(crate) fn start(arguments: &[&str]) -> io::Result<Self> {
         let home = Cgroup::new();
-        let words = [&["run", "--output", "json", "--allow-gaps"], arguments].concat();
+        let words = [&["run", "--output", "json", "--allow-unsupported"], arguments].concat();
         let mut command: Command = sockpolicy_integration_tests::agent::command(&words);
         command.stdout(Stdio::piped()).stderr(Stdio::piped()).env("SOCKPOLICY_LOG", "info");
         home.enclose(&mut command);

@@ -207,7 +207,7 @@ fn cgroups_made_below_the_target_later_are_seen_too() {
         }
     }
     let report = run.finish();
-    let seen = report.events.iter().map(|event| (event.pid, event.asked.clone(), event.cgroup.clone()));
+    let seen = report.events.iter().map(|event| (event.pid, event.requested.clone(), event.cgroup.clone()));
     assert_eq!(seen.collect::<Vec<_>>(), expected);
     let cgroups = report.events.iter().map(|event| event.socket.clone().and_then(|socket| socket.cgroup));
     assert_eq!(cgroups.collect::<Vec<_>>(), expected.iter().map(|(_, _, cgroup)| cgroup.clone()).collect::<Vec<_>>());
@@ -371,7 +371,7 @@ fn conflicts_are_told_of_and_nothing_is_changed() {
     for (option, verdict, asked) in [("TCP_SYNCNT", "would-clamp", 50), ("SO_KEEPALIVE", "would-rewrite", 0)] {
         let event = report.conflict(option);
         assert_eq!((event.verdict.as_deref(), event.result), (Some(verdict), Some(0)));
-        assert_eq!((&event.asked, &event.now), (&asked.into(), &asked.into()), "{option}");
+        assert_eq!((&event.requested, &event.current), (&asked.into(), &asked.into()), "{option}");
         assert_eq!(report.setting(option).calls.verdicts(), BTreeMap::from([(verdict, 1)]));
     }
     assert_eq!(report.setting("SO_KEEPALIVE").calls.agreed, 1);

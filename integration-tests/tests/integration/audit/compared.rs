@@ -109,7 +109,7 @@ fn succeed(command: Command, what: &str) {
 /// What the agent says that it missed, by reason; without what comes of programs that the kernel left out.
 fn lost(report: &Report) -> Vec<(&str, u64)> {
     let losses = &report.summary.losses;
-    let is_left_out = |reason: &str| losses["not_run"] > 0 && ["not_run", "no_return"].contains(&reason);
+    let is_left_out = |reason: &str| losses["prog_missed"] > 0 && ["prog_missed", "exit_missed"].contains(&reason);
     let losses = losses.iter().filter(|(reason, count)| **count > 0 && !is_left_out(reason));
     losses.map(|(reason, count)| (reason.as_str(), *count)).collect()
 }
@@ -119,7 +119,7 @@ fn assert_same(backend: &str, traced: &Calls, report: &Report) {
     let audited = audited(report);
     let lost = &report.summary.losses;
     // Where the kernel left programs out, and says so, calls may be missing; none may be other than it was.
-    let mut may_miss = report.summary.losses["not_run"];
+    let mut may_miss = report.summary.losses["prog_missed"];
     for (thread, traced) in traced {
         let mut audited = audited.get(thread).map_or(&[][..], Vec::as_slice).iter().peekable();
         for (number, traced) in traced.iter().enumerate() {

@@ -53,10 +53,10 @@ fn now_is_what_the_owner_is_told_where_the_kernel_makes_something_of_a_value() {
             })
         });
         let sets = events.iter().filter(|event| event.call.as_deref() == Some("setsockopt"));
-        let now: Vec<_> = sets.map(|event| (&*event.option, event.now.clone())).collect();
+        let now: Vec<_> = sets.map(|event| (&*event.option, event.current.clone())).collect();
         assert_eq!(now, told, "{backend}");
         for (event, (_, value)) in events.chunks(2).zip(ASKED) {
-            assert_eq!((&event[0].asked, &event[1].asked), (&value.into(), &event[0].now));
+            assert_eq!((&event[0].requested, &event[1].requested), (&value.into(), &event[0].current));
         }
     }
 }
@@ -185,7 +185,7 @@ fn values_are_shown_as_what_they_mean() {
             probe.get(socket, SO_LINGER, 8).unwrap();
             probe.get(socket, TCP_CONGESTION, 16).unwrap();
         });
-        let shown: Vec<_> = events.iter().map(|event| event.asked.clone()).collect();
+        let shown: Vec<_> = events.iter().map(|event| event.requested.clone()).collect();
         let reads = [json!(0), sets[0].2.clone(), sets[2].2.clone()];
         assert_eq!(shown, [&sets.clone().map(|(_, _, value)| value)[..], &reads].concat(), "{backend}");
     }

@@ -20,14 +20,14 @@ fn calls_with_bad_arguments_come_to_the_same_as_without_an_audit_and_are_seen() 
         assert_eq!(audited(backend, "sockets", &report), alone, "{backend}");
         let report = read_report(&report);
         assert_eq!(report.events.iter().map(told).collect::<Vec<_>>(), alone, "{backend}");
-        let unreadable = report.events.iter().filter(|event| event.missing.contains_key("asked")).count();
+        let unreadable = report.events.iter().filter(|event| event.missing.contains_key("requested")).count();
         assert!(unreadable > 100, "{unreadable}");
         assert_eq!(report.summary.losses["unreadable"], unreadable as u64);
         let others: u64 = report.summary.losses.values().sum::<u64>() - unreadable as u64;
         assert_eq!(others, 0, "{:?}", report.summary.losses);
         for event in &report.events {
-            let is_unknown = event.asked.is_null() && event.optval.is_none();
-            assert!(is_unknown || !event.missing.contains_key("asked"), "{event:#?}");
+            let is_unknown = event.requested.is_null() && event.optval.is_none();
+            assert!(is_unknown || !event.missing.contains_key("requested"), "{event:#?}");
         }
     }
 }

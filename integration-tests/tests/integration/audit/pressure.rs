@@ -49,7 +49,7 @@ fn calls_of_many_threads_are_each_their_own_and_none_is_lost_uncounted() {
         let mut cookies: BTreeMap<u64, BTreeSet<u64>> = BTreeMap::new();
         for event in &report.events {
             let thread = event.tid.unwrap().into();
-            let (asked, first) = (number(&event.asked), firsts[&thread]);
+            let (asked, first) = (number(&event.requested), firsts[&thread]);
             assert_eq!((&*event.option, event.result), ("SO_MARK", Some(0)), "{event:#?}");
             assert!((first..first + CALLS).contains(&asked), "{backend}: thread {thread} did not ask for {asked}");
             let before = last.insert(thread, asked);
@@ -60,10 +60,10 @@ fn calls_of_many_threads_are_each_their_own_and_none_is_lost_uncounted() {
                     cookies.entry(if is_shared { 0 } else { thread }).or_default().insert(socket.cookie.unwrap());
                 }
                 // The program that is handed the socket was left out.
-                None => assert!(report.summary.losses["not_run"] > 0, "{event:#?}"),
+                None => assert!(report.summary.losses["prog_missed"] > 0, "{event:#?}"),
             }
             // On the shared socket another thread may have been faster.
-            assert!(is_shared || event.now == event.asked, "{event:#?}");
+            assert!(is_shared || event.current == event.requested, "{event:#?}");
         }
         assert!(cookies.values().all(|cookies| cookies.len() == 1), "{cookies:?}");
         let different: BTreeSet<_> = cookies.values().flatten().collect();
@@ -76,9 +76,9 @@ fn calls_of_many_threads_are_each_their_own_and_none_is_lost_uncounted() {
 #[track_caller]
 fn assert_accounted(backend: &str, report: &Report, calls: u64) {
     let losses = &report.summary.losses;
-    let [ring_full, calls_full, no_return, not_run] =
-        ["ring_full", "calls_full", "no_return", "not_run"].map(|reason| losses[reason]);
-    let others = losses.values().sum::<u64>() - ring_full - calls_full - no_return - not_run;
+    let [ring_full, calls_full, exit_missed, prog_missed] =
+        ["ring_full", "calls_full", "exit_missed", "prog_missed"].map(|reason| losses[reason]);
+    let others = losses.values().sum::<u64>() - ring_full - calls_full - exit_missed - prog_missed;
     assert_eq!(others, 0, "{backend}: {losses:?}");
     let events = report.events.len() as u64;
     assert!(events > 0);
@@ -87,9 +87,9 @@ fn assert_accounted(backend: &str, report: &Report, calls: u64) {
     assert!(report.summary.calls.iter().all(|line| line.failed == 0));
     // A call is seen by several programs, each of which the kernel may leave out.
     let unseen = calls - tallied;
-    let counted = calls_full + no_return + not_run;
+    let counted = calls_full + exit_missed + prog_missed;
     assert!(unseen <= counted, "{backend}: {unseen} of {calls} calls not seen: {losses:?}");
-    if not_run == 0 {
+    if prog_missed == 0 {
         assert_eq!(unseen, counted, "{backend}: {losses:?}");
     }
 }
@@ -106,7 +106,7 @@ fn result_of_a_conflict_is_never_that_of_the_call_after_it() {
         let report = read_report(&report);
         let calls = &report.setting("TCP_SYNCNT").calls;
         assert_eq!((calls.agreed, calls.verdicts()), (TOTAL, BTreeMap::from([("denied", TOTAL)])));
-        let told: BTreeSet<_> = report.events.iter().map(|event| (number(&event.asked), event.result)).collect();
+        let told: BTreeSet<_> = report.events.iter().map(|event| (number(&event.requested), event.result)).collect();
         // The kernel may leave out programs, so that no result is known; and then more than one call may have none.
         assert!(told.contains(&(20, Some(-1))), "{backend}: {told:?}");
         assert!(told.is_subset(&BTreeSet::from([(20, Some(-1)), (20, None)])), "{backend}: {told:?}");
@@ -118,7 +118,7 @@ fn result_of_any_other_call_is_its_own_too() {
     for backend in backends() {
         // The kernel refuses what takes no byte.
         let (_, report) = audited(backend, &[&workload(), "pairs", "32", "500", "300"]);
-        let told: BTreeSet<_> = report.events.iter().map(|event| (number(&event.asked), event.result)).collect();
+        let told: BTreeSet<_> = report.events.iter().map(|event| (number(&event.requested), event.result)).collect();
         assert_eq!(told, BTreeSet::from([(5, Some(0)), (300, Some(-22))]), "{backend}");
     }
 }
@@ -126,7 +126,7 @@ fn result_of_any_other_call_is_its_own_too() {
 /// What is known of who made a call, by the value that was asked for.
 fn callers(events: &[Event]) -> BTreeMap<u64, (u64, String, Option<String>)> {
     let caller = |event: &Event| (u64::from(event.pid.unwrap()), event.comm.clone().unwrap(), event.exe.clone());
-    events.iter().map(|event| (number(&event.asked), caller(event))).collect()
+    events.iter().map(|event| (number(&event.requested), caller(event))).collect()
 }
 
 #[test]
@@ -184,7 +184,7 @@ fn program_has_the_path_that_it_was_started_by_from_the_root_of_its_mounts() {
         ];
         assert_eq!(exe, BTreeMap::from(expected), "{backend}");
         let unknown = report.events.iter().filter(|event| event.missing.contains_key("exe"));
-        assert_eq!(unknown.map(|event| number(&event.asked)).collect::<Vec<_>>(), [3]);
+        assert_eq!(unknown.map(|event| number(&event.requested)).collect::<Vec<_>>(), [3]);
     }
 }
 

@@ -54,7 +54,7 @@ fn calls_through_io_uring_are_seen_as_what_they_are() {
             let (_, calls) = calls.split_last().unwrap();
             let events = report.events.iter().filter(|event| event.via.as_deref() == Some("io_uring"));
             let events: Vec<_> = events.collect();
-            let blind = report.is_blind_to("io_uring");
+            let blind = report.does_not_cover("io_uring");
             assert_eq!(blind, !sees_rings(backend), "{backend}");
             if blind {
                 assert!(events.is_empty(), "{events:#?}");
@@ -94,7 +94,7 @@ fn policy_holds_against_calls_through_io_uring() {
             {
                 assert_eq!(report.setting(option).calls.verdicts(), BTreeMap::from([(verdict, 1)]));
                 let event = report.conflict(option);
-                assert_eq!((event.verdict.as_deref(), &event.asked), (Some(verdict), &asked.into()));
+                assert_eq!((event.verdict.as_deref(), &event.requested), (Some(verdict), &asked.into()));
                 let seen = sees_rings(backend).then_some(("io_uring", result));
                 assert_eq!(event.via.as_deref().zip(event.result), seen, "{backend} {manner}");
             }
@@ -130,7 +130,7 @@ fn calls_of_32_bit_programs_are_seen_and_judged() {
         let (its, others): (Vec<_>, Vec<_>) = report.events.iter().partition(is_its);
         assert!(others.iter().all(|event| event.via.as_deref() == Some("syscall")), "{others:#?}");
         assert!(!others.is_empty());
-        let blind = report.is_blind_to("32-bit programs");
+        let blind = report.does_not_cover("32-bit programs");
         assert_eq!(blind, backend == "tracepoint");
         let verdicts = |option| report.setting(option).calls.verdicts();
         let storms = ("rewritten", 1);

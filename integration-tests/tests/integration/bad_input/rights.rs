@@ -137,10 +137,10 @@ fn documented_capabilities_with(rights: &str) {
     let succeeds = |output: &Output| {
         assert!(output.status.success(), "{}{}", stdout(output), stderr(output));
     };
-    let exec = as_documented("", &["exec", "--quiet", agent::WITH_GAPS, path, "--", "echo", MARK]);
+    let exec = as_documented("", &["exec", "--quiet", agent::ALLOW_UNSUPPORTED, path, "--", "echo", MARK]);
     assert_eq!((stdout(&exec), exec.status.code()), (format!("{MARK}\n"), Some(0)), "{}", stderr(&exec));
     succeeds(&as_documented("", &["audit", "--quiet", "--", "true"]));
-    let attach = as_documented("", &["attach", agent::WITH_GAPS, "--instance", &instance.name, path]);
+    let attach = as_documented("", &["attach", agent::ALLOW_UNSUPPORTED, "--instance", &instance.name, path]);
     succeeds(&attach);
     assert_eq!(Probe::start(&target).fresh(SO_MARK), 1);
     let status = as_documented("", &["status", &instance.name]);
@@ -164,7 +164,7 @@ fn documented_capabilities_with(rights: &str) {
         assert!(stdout(&output).contains(shown), "{command}: {}{}", stdout(&output), stderr(&output));
     }
     assert_eq!(probe.int(socket, SO_MARK), 1);
-    let mut run = with_capabilities(rights, &agent::command(&["run", agent::WITH_GAPS, path]));
+    let mut run = with_capabilities(rights, &agent::command(&["run", agent::ALLOW_UNSUPPORTED, path]));
     run.env("SOCKPOLICY_LOG", "info");
     let run = Running::start(with_mounts(&format!("export SOCKPOLICY_LOG=info; {WITH_TRACEFS}"), &run));
     let is_in_force = wait::until(wait::PATIENCE, || run.stderr().contains("in force on"));

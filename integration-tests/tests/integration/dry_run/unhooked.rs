@@ -124,9 +124,9 @@ fn counted(report: &Report) -> BTreeMap<String, String> {
 fn told(report: &Report) -> Vec<String> {
     let conflicts = report.events.iter().filter(|event| event.event == "conflict");
     let tell = |event: &Event| {
-        let Event { call, rule, option, optval, optlen, wanted, asked, verdict, socket, .. } = event;
+        let Event { call, rule, option, optval, optlen, wanted, requested, verdict, socket, .. } = event;
         let protocol = socket.as_ref().map(|socket| (&socket.protocol, &socket.family));
-        format!("{call:?} {rule:?} {option} {optval:?} {optlen:?} {wanted} {asked} {verdict:?} {protocol:?}")
+        format!("{call:?} {rule:?} {option} {optval:?} {optlen:?} {wanted} {requested} {verdict:?} {protocol:?}")
     };
     // Of a call that several settings govern, an audit reports one.
     conflicts.filter(|event| event.option != "SO_BUF_LOCK").map(tell).collect()
@@ -231,7 +231,7 @@ fn argument_that_ends_before_its_length_says_fails_no_call() {
         }
         let mark = report.conflict("SO_MARK");
         assert_eq!((mark.optval.as_deref(), mark.optlen), (Some("0x33110000"), Some(16)), "no more than there is");
-        assert_eq!(report.conflict("TCP_CONGESTION").asked, "cubic");
+        assert_eq!(report.conflict("TCP_CONGESTION").requested, "cubic");
     }
 }
 

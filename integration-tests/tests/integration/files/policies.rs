@@ -103,11 +103,11 @@ fn changing(instance: &Instance, path: &Path, flags: &[&str]) -> Vec<Command> {
         command.args(flags).arg(path);
         command
     };
-    let mut exec = with(&["exec", "--quiet", agent::WITH_GAPS]);
+    let mut exec = with(&["exec", "--quiet", agent::ALLOW_UNSUPPORTED]);
     exec.args(["--", "echo", "ran"]);
     vec![
-        with(&["run", agent::WITH_GAPS]),
-        with(&["attach", agent::WITH_GAPS, "--instance", &instance.name]),
+        with(&["run", agent::ALLOW_UNSUPPORTED]),
+        with(&["attach", agent::ALLOW_UNSUPPORTED, "--instance", &instance.name]),
         with(&["apply", "--instance", &instance.name]),
         exec,
     ]
@@ -190,7 +190,7 @@ fn sticky_directories_and_read_only_mounts_are_accepted() {
     set_mode(&at.outer, 0o1777);
     set_mode(&at.inner, 0o1777);
     let exec = |path: &Path| {
-        let mut command = agent::command(&["exec", "--quiet", agent::WITH_GAPS]);
+        let mut command = agent::command(&["exec", "--quiet", agent::ALLOW_UNSUPPORTED]);
         command.arg(path).args(["--", "echo", "ran"]);
         command
     };
@@ -226,7 +226,7 @@ fn files_of_the_user_who_ran_sudo_are_accepted() {
         let mut command = Command::new("setpriv");
         command.args(["--ruid", real, "--", agent::program().to_str().unwrap()]);
         command
-            .args(["exec", "--quiet", agent::WITH_GAPS])
+            .args(["exec", "--quiet", agent::ALLOW_UNSUPPORTED])
             .arg(&at.file)
             .args(["--", "echo", "ran"])
             .env_remove("SUDO_UID");

@@ -94,7 +94,7 @@ fn drift_that_was_made_is_found_and_nothing_else() {
     assert_eq!(drifted(&events, &mut probe, pair.listener), ["SO_SNDBUF", "TCP_CONGESTION"]);
     let event = |option: &str| events.iter().find(|event| event["option"] == option).unwrap();
     let keep = event("TCP_KEEPCNT");
-    assert_eq!((&keep["wanted"], &keep["now"]), (&json!(5), &json!(9)));
+    assert_eq!((&keep["wanted"], &keep["current"]), (&json!(5), &json!(9)));
     assert_eq!((&keep["policy"], &keep["rule"]), (&json!("steady"), &json!("all")));
     assert_eq!(keep["file"], format!("{}:5", policy.path().display()));
     assert_eq!((&keep["level"], &keep["optname"]), (&json!(TCP_KEEPCNT.level), &json!(TCP_KEEPCNT.number)));
@@ -103,11 +103,11 @@ fn drift_that_was_made_is_found_and_nothing_else() {
         (&json!(probe.pid), &json!("sockprobe"), &json!(cgroup.name()))
     );
     assert_eq!(keep["socket"]["remote"], pair.address.to_string());
-    assert_eq!((&event("SO_MARK")["wanted"], &event("SO_MARK")["now"]), (&json!(0x1120), &json!(0x1121)));
-    assert_eq!((&event("SO_SNDBUF")["wanted"], &event("SO_SNDBUF")["now"]), (&json!(50 * 1024), &json!(120 * 1024)));
+    assert_eq!((&event("SO_MARK")["wanted"], &event("SO_MARK")["current"]), (&json!(0x1120), &json!(0x1121)));
+    assert_eq!((&event("SO_SNDBUF")["wanted"], &event("SO_SNDBUF")["current"]), (&json!(50 * 1024), &json!(120 * 1024)));
     let limit = event("TCP_SYNCNT");
     assert_eq!(
-        (&limit["wanted"], &limit["limit"], &limit["now"]),
+        (&limit["wanted"], &limit["limit"], &limit["current"]),
         (&Value::Null, &json!({ "min": 1, "max": 3 }), &json!(4))
     );
 
@@ -144,7 +144,7 @@ fn sockets_that_a_policy_has_set_have_not_drifted() {
     // What nobody can read; what the kernel does not keep; and what only counts where a socket is bound.
     let may_be = ["SK_BPF_CB_FLAGS", "TCP_WINDOW_CLAMP", "SO_REUSEADDR", "SO_REUSEPORT"];
     let untold: Vec<&str> =
-        summary["untold"].as_array().unwrap().iter().map(|it| it["option"].as_str().unwrap()).collect();
+        summary["unknown"].as_array().unwrap().iter().map(|it| it["option"].as_str().unwrap()).collect();
     assert!(untold.contains(&"TCP_BPF_IW"), "{untold:?}");
     let others: Vec<_> =
         untold.iter().filter(|option| !option.starts_with("TCP_BPF_") && !may_be.contains(option)).collect();
@@ -170,7 +170,7 @@ fn connection_whose_listener_is_gone_is_told_by_which_end_began_it() {
         let (_, events, summary) = verify_on(&cgroup, &policy);
         assert_eq!(drifted(&events, &mut probe, pair.client), ["TCP_KEEPIDLE"], "after {carried}: {summary}");
         assert_eq!(drifted(&events, &mut probe, pair.server), ["TCP_KEEPCNT"], "after {carried}: {summary}");
-        assert_eq!(summary["untold"], json!([]));
+        assert_eq!(summary["unknown"], json!([]));
     }
 }
 
@@ -243,7 +243,7 @@ fn connection_that_nobody_has_accepted_yet_is_counted_and_no_failure() {
     let keep = probe.int(client, TCP_KEEPIDLE);
     let policy = PolicyFile::new(format!("[[rule]]\nset = {{ TCP_KEEPIDLE = \"{keep}s\" }}\n"));
     let (status, _, summary) = verify_on(&cgroup, &policy);
-    assert_eq!((status, &summary["sockets"], &summary["without_descriptor"]), (Some(0), &json!(2), &json!(1)));
+    assert_eq!((status, &summary["sockets"], &summary["no_fd"]), (Some(0), &json!(2), &json!(1)));
 }
 
 #[test]

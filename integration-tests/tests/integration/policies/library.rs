@@ -313,7 +313,7 @@ fn buffers_have_a_ceiling_also_for_those_who_ask_for_more() {
         under.running.signal(nix::sys::signal::Signal::SIGQUIT);
         let report = under.finish();
         let event = report.conflict("SO_SNDBUF");
-        assert_eq!((event.verdict.as_deref(), &event.asked), (Some("clamped"), &(4 << 20).into()));
+        assert_eq!((event.verdict.as_deref(), &event.requested), (Some("clamped"), &(4 << 20).into()));
         assert!(report.of("conflict", "SO_RCVBUF").is_empty());
     });
 }
