@@ -13,6 +13,7 @@
 pub mod cli;
 pub mod compile;
 pub mod coverage;
+pub mod errno;
 pub mod escape;
 pub mod events;
 pub mod explain;
@@ -31,6 +32,7 @@ pub mod policy_diff;
 pub mod recent;
 pub mod reference;
 pub mod report;
+pub mod schema;
 pub mod session;
 pub mod skipped;
 pub mod transient_cgroup;

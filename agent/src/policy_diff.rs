@@ -12,9 +12,8 @@ use serde_json::{Value, json};
 use crate::{
     compile::{Desired, Hook},
     escape::Escape,
-    events::SCHEMA,
     policy::model::Mode,
-    values,
+    schema, values,
 };
 
 /// What policies come to, in words that can be compared.
@@ -131,17 +130,20 @@ impl Change {
     pub fn to_json(&self) -> Value {
         let setting = |step: &str, place: &SettingId, was: Option<&String>, wanted: Option<&String>| {
             let SettingId { cgroup, policy, rule, option } = place;
-            json!({
-                "schema": SCHEMA, "step": step, "cgroup": cgroup, "policy": policy, "rule": rule, "option": option,
-                "was": was, "wanted": wanted,
-            })
+            schema::line(
+                "plan",
+                json!({
+                    "step": step, "cgroup": cgroup, "policy": policy, "rule": rule, "option": option,
+                    "old_setting": was, "new_setting": wanted,
+                }),
+            )
         };
         match self {
             Self::Attach { hook, cgroup } => {
-                json!({ "schema": SCHEMA, "step": "attach", "hook": hook.name(), "cgroup": cgroup })
+                schema::line("plan", json!({ "step": "attach", "hook": hook.name(), "cgroup": cgroup }))
             }
             Self::LetGo { hook, cgroup } => {
-                json!({ "schema": SCHEMA, "step": "detach", "hook": hook.name(), "cgroup": cgroup })
+                schema::line("plan", json!({ "step": "detach", "hook": hook.name(), "cgroup": cgroup }))
             }
             Self::Add { place, wanted } => setting("add", place, None, Some(wanted)),
             Self::Remove { place, was } => setting("remove", place, Some(was), None),

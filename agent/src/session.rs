@@ -25,6 +25,7 @@ use self::record::RecordWriter;
 use crate::{
     compile::{CompileError, Desired, Hook, NeedsHook, compile},
     coverage::Stack,
+    errno,
     escape::Escape,
     events::{Event, Executables, Filter, HostContext, decode},
     host::{
@@ -38,7 +39,7 @@ use crate::{
     },
     options::SocketOption,
     policy::model::{self, Calls, Errno, Mode, Policy},
-    report::{CallLine, Counts, Loss, Lost, Report, Summary, errno_name},
+    report::{CallLine, Counts, Loss, Lost, Report, Summary},
     skipped::{Kind, Skip, SkippedList},
     trial::{self, Sample},
     unsupported::{Unsupported, UnsupportedList},
@@ -879,7 +880,7 @@ fn impossible_errnos(desired: &Desired) -> Vec<Unsupported> {
     let denies = |setting: &Setting| setting.form == form::DENY || setting.on_conflict == on_conflict::DENY;
     let all = desired.settings.iter().zip(&desired.sources);
     all.filter(|(setting, _)| denies(setting) && setting.errno != Errno::EPERM.0)
-        .map(|(setting, source)| Unsupported::of_errno(desired, source, &errno_name(setting.errno.into())))
+        .map(|(setting, source)| Unsupported::of_errno(desired, source, &errno::name(setting.errno.into())))
         .collect()
 }
 

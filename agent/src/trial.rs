@@ -16,11 +16,11 @@ use nix::sched::{CloneFlags, unshare};
 
 use crate::{
     compile::{CompileError, Desired, Hook, SettingSource, compile},
+    errno,
     host::{cgroup::Mount, network},
     kernel::{Answer, FilledTables, KernelError, Object, Target},
     options::SocketOption,
     policy::{self, Policy, model::Named},
-    report::errno_name,
     transient_cgroup::{TransientCgroup, TransientCgroupError},
 };
 
@@ -139,7 +139,7 @@ fn answers(desired: &Desired, counters: &[Counters]) -> Vec<(&'static SocketOpti
         let answer = if counters.set + counters.unchanged > 0 {
             Answer::Yes
         } else if counters.failed > 0 {
-            Answer::No(errno_name(counters.failed_errno as i32))
+            Answer::No(errno::name(counters.failed_errno as i32))
         } else {
             Answer::Unknown("no socket came by".to_owned())
         };

@@ -10,9 +10,9 @@ use serde_json::{Value, json};
 use crate::{
     compile::{Desired, Hook, Scope, SettingSource},
     escape::{self, Escape},
-    events::SCHEMA,
     options::SocketOption,
     policy::model::{Errno, Form, Mode, Named, Wanted},
+    schema,
 };
 
 /// Something that policies ask for and this kernel cannot do.
@@ -113,11 +113,7 @@ impl Unsupported {
     /// The same as a report of its own.
     #[must_use]
     pub fn to_event(&self, time: jiff::Timestamp) -> Value {
-        let mut event = self.to_json();
-        event["schema"] = SCHEMA.into();
-        event["time"] = format!("{time:.6}").into();
-        event["event"] = "unsupported".into();
-        event
+        schema::line_at(time, "unsupported", self.to_json())
     }
 }
 
@@ -158,8 +154,13 @@ impl FromIterator<Unsupported> for UnsupportedList {
 
 impl fmt::Display for UnsupportedList {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|entry| write!(f, "
-  {entry}"))
+        self.0.iter().try_for_each(|entry| {
+            write!(
+                f,
+                "
+  {entry}"
+            )
+        })
     }
 }
 

@@ -61,7 +61,7 @@ fn programs_are_told_the_same_with_line_and_columns() {
     assert_eq!(
         lines,
         [
-            r#"{"column":9,"end_column":19,"file":"policy.toml","help":"did you mean `TCP_NODELAY`?","line":2,"message":"unknown option `TCP_NODELA`","schema":1,"severity":"error"}"#
+            r#"{"column":9,"end_column":19,"event":"diagnostic","file":"policy.toml","help":"did you mean `TCP_NODELAY`?","line":2,"message":"unknown option `TCP_NODELA`","schema":1,"severity":"error"}"#
         ]
     );
     let errors = errors_of(Path::new("/nowhere/policy.toml"));

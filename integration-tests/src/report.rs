@@ -20,7 +20,10 @@ pub struct Event {
     pub optname: i32,
     pub optval: Option<String>,
     pub optlen: Option<u32>,
+    #[serde(default)]
     pub wanted: Value,
+    pub limit: Option<Limit>,
+    pub unit: Option<String>,
     pub requested: Value,
     pub applied: Option<Value>,
     pub current: Value,
@@ -70,7 +73,7 @@ pub struct Summary {
     pub unsupported: Vec<Unsupported>,
     pub conflicts: u64,
     pub settings: Vec<Setting>,
-    pub calls: Vec<CallLine>,
+    pub call_counts: Vec<CallLine>,
     pub losses: BTreeMap<String, u64>,
 }
 
@@ -88,7 +91,7 @@ pub struct Unsupported {
 pub struct CallLine {
     pub option: String,
     pub call: String,
-    pub calls: u64,
+    pub count: u64,
     pub failed: u64,
     pub total_ns: Option<u64>,
     pub histogram: Option<Vec<Bucket>>,
@@ -97,24 +100,41 @@ pub struct CallLine {
 #[derive(Clone, Debug, Deserialize)]
 pub struct Bucket {
     pub from_ns: u64,
-    pub calls: u64,
+    pub count: u64,
 }
 
 /// What became of one option of one rule.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Setting {
     #[serde(default)]
-    pub unsupported: Vec<String>,
+    pub limitations: Vec<String>,
     pub policy: String,
     pub rule: String,
     pub file: String,
     pub mode: String,
     pub option: String,
+    pub form: String,
+    #[serde(default)]
     pub wanted: Value,
+    pub limit: Option<Limit>,
+    pub unit: Option<String>,
     pub sockets: Sockets,
     pub calls: Calls,
     pub events: Events,
-    pub requested: Vec<String>,
+    pub examples: Vec<Example>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+pub struct Limit {
+    pub min: i64,
+    pub max: i64,
+}
+
+/// A value that an application requested, and the application's name.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Example {
+    pub requested: Value,
+    pub comm: String,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -129,7 +149,7 @@ pub struct Sockets {
 pub struct Calls {
     pub agreed: u64,
     /// By verdict; all five are there.
-    pub conflicts: BTreeMap<String, u64>,
+    pub verdicts: BTreeMap<String, u64>,
     pub reads: u64,
 }
 
@@ -143,7 +163,7 @@ impl Calls {
     /// Those verdicts that were given.
     #[must_use]
     pub fn verdicts(&self) -> BTreeMap<&str, u64> {
-        let given = self.conflicts.iter().filter(|(_, count)| **count > 0);
+        let given = self.verdicts.iter().filter(|(_, count)| **count > 0);
         given.map(|(verdict, count)| (verdict.as_str(), *count)).collect()
     }
 }
@@ -182,7 +202,7 @@ impl Report {
                 losses.push(serde_json::from_value(value).unwrap_or_else(|error| fail(line, error.to_string())));
             } else if value["event"] == "unsupported" {
                 unsupported.push(serde_json::from_value(value).unwrap_or_else(|error| fail(line, error.to_string())));
-            } else if ["reload", "targets", "live"].iter().any(|notice| value["event"] == *notice) {
+            } else if ["reload", "targets", "apply-summary"].iter().any(|notice| value["event"] == *notice) {
                 notices.push(value);
             } else {
                 events.push(serde_json::from_value(value).unwrap_or_else(|error| fail(line, error.to_string())));

@@ -23,12 +23,13 @@ use super::{
 };
 use crate::{
     compile::compile,
-    events::{Event, SCHEMA},
+    events::Event,
     host::{cgroup::Mount, inspect::Inspector, socket_table::SurveyError},
     instance,
     journal::{Journal, JournalError},
     kernel::KernelError,
     policy::Policy,
+    schema,
     session::{self, SessionError},
 };
 
@@ -168,10 +169,8 @@ fn tell(tally: &Tally, output: Format, out: &mut impl Write) -> io::Result<()> {
     match output {
         Format::Text => write!(out, "{}", tally.to_text()),
         Format::Json => {
-            let mut summary = tally.to_json("summary");
-            summary["schema"] = SCHEMA.into();
-            summary["time"] = format!("{:.6}", jiff::Timestamp::now()).into();
-            writeln!(out, "{summary}")
+            let line = schema::line_at(jiff::Timestamp::now(), "apply-summary", tally.to_json());
+            writeln!(out, "{line}")
         }
     }
 }

@@ -117,8 +117,12 @@ impl Audit {
         if !self.command.is_empty() {
             check::warn_of_replaced_targets(&policies, "the command's cgroup");
             let Self { command, reporting, report, .. } = &self;
-            let enclosed =
-                TransientRun { command, reporting, report: report.as_deref(), on_unsupported: OnUnsupported::DoNotProbe };
+            let enclosed = TransientRun {
+                command,
+                reporting,
+                report: report.as_deref(),
+                on_unsupported: OnUnsupported::DoNotProbe,
+            };
             let desired = self.prepare(&policies, &[all(&policies)]).map_err(ExecError::from);
             return enclosed.finish(desired.and_then(|desired| enclosed.run(desired, filter)));
         }

@@ -100,8 +100,8 @@ fn on_kernel(policies: &[Policy], desired: &Desired, kernel: Version) -> Vec<Dia
     let unsupported: UnsupportedList =
         missing.filter_map(|hook| Unsupported::of_hook(desired, hook, reason.clone())).collect();
     found.extend(unsupported.0.into_iter().map(|entry| {
-        let problem =
-            Problem::new(entry.to_string()).help("`run` and `exec` have the rest in force without it with --allow-unsupported");
+        let problem = Problem::new(entry.to_string())
+            .help("`run` and `exec` have the rest in force without it with --allow-unsupported");
         let severity = if entry.is_enforced { Severity::Error } else { Severity::Warning };
         Diagnostic { severity, ..Diagnostic::without_source(problem) }
     }));

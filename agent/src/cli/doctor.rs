@@ -31,6 +31,7 @@ use crate::{
         Object, ProbeResult, Probed, ProgramSize,
     },
     options::{OPTIONS, SocketOption},
+    schema,
     session::SessionError,
     transient_cgroup::{TransientCgroup, TransientCgroupError},
     trial::{self, Sample, TrialError},
@@ -194,18 +195,20 @@ impl Findings {
         let of_hooks = hooks.iter().map(|(hook, answer)| (hook.name(), answer));
         let of_iterators = iterators.iter().map(|(name, answer)| (*name, answer));
         let missing = privileges::missing_capabilities();
-        let answer = json!({
-            "schema": crate::events::SCHEMA,
-            "kernel": kernel,
-            "cgroup2": cgroup2,
-            "btf": btf.is_ok(),
-            "missing_capabilities": missing,
-            "hooks": of_hooks.chain(of_iterators).map(|(name, answer)| line(name, answer)).collect::<Vec<_>>(),
-            "audit": backends.iter().map(|(backend, found)| backend_line(*backend, found)).collect::<Vec<_>>(),
-            "options": options.iter().map(|(option, answer)| line(option.name, answer)).collect::<Vec<_>>(),
-            "programs": programs.iter().map(program_line).collect::<Vec<_>>(),
-            "attached": neighbours.as_ref().ok().map(|all| all.iter().map(ForeignProgram::to_json).collect::<Vec<_>>()),
-        });
+        let answer = schema::line(
+            "doctor",
+            json!({
+                "kernel": kernel,
+                "cgroup2": cgroup2,
+                "btf": btf.is_ok(),
+                "missing_capabilities": missing,
+                "hook_support": of_hooks.chain(of_iterators).map(|(name, answer)| line(name, answer)).collect::<Vec<_>>(),
+                "backend_support": backends.iter().map(|(backend, found)| backend_line(*backend, found)).collect::<Vec<_>>(),
+                "option_support": options.iter().map(|(option, answer)| line(option.name, answer)).collect::<Vec<_>>(),
+                "programs": programs.iter().map(program_line).collect::<Vec<_>>(),
+                "attached_programs": neighbours.as_ref().ok().map(|all| all.iter().map(ForeignProgram::to_json).collect::<Vec<_>>()),
+            }),
+        );
         writeln!(out, "{answer}")
     }
 }

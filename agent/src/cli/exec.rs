@@ -111,7 +111,12 @@ impl Exec {
         let prepared = session::prepare(&policies, &[all(&policies)], *dry_run, reporting.timing);
         check::warn_of_replaced_targets(&policies, "the command's cgroup");
         let report = self.report.as_deref();
-        let enclosed = TransientRun { command: &self.command, reporting, report, on_unsupported: self.manner.unsupported.choice() };
+        let enclosed = TransientRun {
+            command: &self.command,
+            reporting,
+            report,
+            on_unsupported: self.manner.unsupported.choice(),
+        };
         enclosed.finish(prepared.map_err(ExecError::from).and_then(|desired| enclosed.run(desired, Filter::default())))
     }
 }

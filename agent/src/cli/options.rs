@@ -10,6 +10,7 @@ use crate::{
     escape::Escape,
     options::{Class, OPTIONS, SocketOption, ValueKind},
     reference::reference,
+    schema,
 };
 
 /// List the socket options that policies can name
@@ -131,7 +132,7 @@ fn unit(kind: ValueKind) -> Option<&'static str> {
 fn line(option: &SocketOption) -> serde_json::Value {
     let (min, max) = option.range;
     let is_number = option.can_be_limited();
-    json!({
+    let fields = json!({
         "option": option.name,
         "level": option.level.0,
         "level_name": option.level.name(),
@@ -144,5 +145,6 @@ fn line(option: &SocketOption) -> serde_json::Value {
         "set_since": option.settable().map(|settable| settable.since),
         "example": option.settable().map(|_| option.example),
         "about": option.about,
-    })
+    });
+    schema::line("option", fields)
 }

@@ -18,10 +18,11 @@ use super::{
 use crate::{
     compile::Hook,
     escape::{self, Escape, visible},
-    events::{Event, Kind, SCHEMA},
+    events::{Event, Kind},
     kernel::{self, Audit, BackendChoice},
     policy::{IfInsecure, model::Mode},
     report::{Loss, Summary},
+    schema,
     session::{OnUnsupported, Session},
 };
 
@@ -237,7 +238,8 @@ impl Writer {
         let policies: Vec<&str> = session.desired().policies().into_iter().map(|(name, _)| name).collect();
         self.notice(
             &format!("reload    refused; still in force: {}", escape::join(&policies, ", ")),
-            json!({ "event": "reload", "in_force": is_new, "policies": policies, "targets": kernel::names(session.targets()) }),
+            "reload",
+            json!({ "in_force": is_new, "policies": policies, "targets": kernel::names(session.targets()) }),
         );
     }
 
@@ -256,12 +258,12 @@ impl Writer {
         };
         let text = format!("targets   {}:{}{}", after.len(), shown("+", &added), shown("-", &removed));
         let first = |names: &[String]| names.iter().take(TARGETS_SHOWN).cloned().collect::<Vec<_>>();
-        let event = json!({
-            "event": "targets", "count": after.len(),
+        let fields = json!({
+            "count": after.len(),
             "added": first(&added), "added_count": added.len(),
             "removed": first(&removed), "removed_count": removed.len(),
         });
-        self.notice(&text, event);
+        self.notice(&text, "targets", fields);
     }
 
     /// Says what was done to one live socket: for people only where it could not be, for there may be thousands.
@@ -276,20 +278,23 @@ impl Writer {
     pub(super) fn reconciled(&self, tally: &Tally) {
         let text = tally.to_text();
         let lines: Vec<String> = text.lines().map(|line| format!("live      {line}")).collect();
-        self.notice(&lines.join("\n"), tally.to_json("live"));
+        self.notice(
+            &lines.join(
+                "
+",
+            ),
+            "apply-summary",
+            tally.to_json(),
+        );
     }
 
-    fn notice(&self, text: &str, mut event: Value) {
+    fn notice(&self, text: &str, event: &str, fields: Value) {
         if self.quiet {
             return;
         }
         match self.format {
             Format::Text => self.line(&text),
-            Format::Json => {
-                event["schema"] = SCHEMA.into();
-                event["time"] = format!("{:.6}", jiff::Timestamp::now()).into();
-                self.line(&event);
-            }
+            Format::Json => self.line(&schema::line_at(jiff::Timestamp::now(), event, fields)),
         }
     }
 

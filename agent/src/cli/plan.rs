@@ -21,13 +21,13 @@ use super::{
 use crate::{
     compile::{Desired, Hook, NeedsHook, Scope},
     escape::{self, Escape},
-    events::{Filter, SCHEMA},
+    events::Filter,
     host::cgroup::Mount,
     instance::{self, InstanceError},
     kernel::{self, BackendChoice, ForeignConflict, ForeignProgram, RunOrder, Target},
     policy::{Policy, model::Mode},
     policy_diff::{Change, Snapshot, changes},
-    session,
+    schema, session,
 };
 
 /// Say what `run` would do: which programs it would attach where, and what for
@@ -226,66 +226,71 @@ impl Plan {
                 InstanceError::Governed { name, .. } => Some(name),
                 _ => None,
             };
-            let step = json!({
-                "schema": SCHEMA,
-                "step": "refuse",
-                "unless_taken_over": instance,
-                "why": error.to_string(),
-            });
+            let step = schema::line(
+                "plan",
+                json!({
+                    "step": "refuse",
+                    "unless_taken_over": instance,
+                    "why": error.to_string(),
+                }),
+            );
             writeln!(out, "{step}")?;
         }
         for (target, conflict) in conflicts {
             let cgroup = &targets[*target].cgroup.name;
             let step = if conflict.is_unknown() { "unknown" } else { "refuse" };
-            writeln!(
-                out,
-                "{}",
-                json!({ "schema": SCHEMA, "step": step, "cgroup": cgroup, "why": conflict.to_string() })
-            )?;
+            let line = schema::line("plan", json!({ "step": step, "cgroup": cgroup, "why": conflict.to_string() }));
+            writeln!(out, "{line}")?;
         }
         if !tried.is_empty() {
-            writeln!(out, "{}", json!({ "schema": SCHEMA, "step": "try", "options": tried }))?;
+            writeln!(out, "{}", schema::line("plan", json!({ "step": "try", "options": tried })))?;
         }
         let scopes: Vec<_> = targets.iter().map(|target| target.scope).collect();
         for (hook, target) in desired.attachments(&scopes) {
             let Target { cgroup, scope } = &targets[target];
             let options: Vec<_> = desired.options_at(*scope, hook).iter().map(ToString::to_string).collect();
-            let step = json!({
-                "schema": SCHEMA,
-                "step": "attach",
-                "hook": hook.name(),
-                "cgroup": cgroup.name,
-                "policies": desired.scopes[*scope].policies,
-                "options": options,
-            });
+            let step = schema::line(
+                "plan",
+                json!({
+                    "step": "attach",
+                    "hook": hook.name(),
+                    "cgroup": cgroup.name,
+                    "policies": desired.scopes[*scope].policies,
+                    "options": options,
+                }),
+            );
             writeln!(out, "{step}")?;
         }
         for (number, scope) in desired.scopes.iter().enumerate() {
             for entry in desired.unsupported(number) {
-                let line = json!({
-                    "schema": SCHEMA,
-                    "step": "unsupported",
-                    "policies": scope.policies,
-                    "name": entry.name,
-                    "of": entry.of,
-                    "what": entry.what,
-                    "why": entry.why,
-                });
+                let line = schema::line(
+                    "plan",
+                    json!({
+                        "step": "unsupported",
+                        "policies": scope.policies,
+                        "name": entry.name,
+                        "of": entry.of,
+                        "what": entry.what,
+                        "why": entry.why,
+                    }),
+                );
                 writeln!(out, "{line}")?;
             }
         }
-        let audit = json!({
-            "schema": SCHEMA,
-            "step": "audit",
-            "backends": self.backends(),
-            "reads": desired.audit.reads,
-            "judges": desired.audit_judges,
-            "needs_hook": needs_hook.map(|reason| reason.to_string()),
-        });
+        let audit = schema::line(
+            "plan",
+            json!({
+                "step": "audit",
+                "backends": self.backends(),
+                "audits_reads": desired.audit.reads,
+                "judges": desired.audit_judges,
+                "needs_hook": needs_hook.map(|reason| reason.to_string()),
+            }),
+        );
         writeln!(out, "{audit}")?;
         let others = others.iter().flatten().filter(|(neighbour, _)| !is_in_conflict(neighbour, conflicts));
         for (neighbour, turn) in others {
-            let mut line = neighbour.to_json();
+            let mut line = schema::line("plan", neighbour.to_json());
             line["step"] = "leave".into();
             line["runs"] = match turn {
                 RunOrder::Before => "before",

@@ -76,10 +76,10 @@ impl Tally {
         text
     }
 
-    pub(super) fn to_json(self, event: &str) -> serde_json::Value {
+    pub(super) fn to_json(self) -> serde_json::Value {
         let Self { sockets, changed, set, would_set, failed, unknown, no_fd, denied, unanswered } = self;
         json!({
-            "event": event, "sockets": sockets, "changed": changed, "set": set, "would_set": would_set, "failed": failed,
+            "checked": sockets, "changed": changed, "set": set, "would_set": would_set, "failed": failed,
             "unknown": unknown, "no_fd": no_fd, "denied": denied, "unanswered": unanswered,
         })
     }

@@ -13,13 +13,13 @@ use super::{FAILURE, descriptor::stdout, ignore_broken_pipe, output::Format, pri
 use crate::{
     compile::Desired,
     escape::{self, Escape},
-    events::SCHEMA,
     host::{cgroup::Mount, private::PrivateError},
     instance::{self, Generation, InstanceError, InstanceStatus, RecordError},
     journal,
     kernel::{self, AttachMode, ForeignProgram, KernelError},
     policy::model::Mode,
     report::{Counts, Lost, Report, Summary},
+    schema,
     skipped::SkippedList,
 };
 
@@ -259,16 +259,18 @@ fn write_skipped(out: &mut impl Write, skipped: &SkippedList) -> io::Result<()> 
 }
 
 fn write_json(out: &mut impl Write, seen: &InstanceStatus, looked: &Result<InForce, Unknown>) -> io::Result<()> {
-    let mut line = json!({
-        "schema": SCHEMA,
-        "instance": seen.name,
-        "pid": seen.pid,
-        "persists": seen.record.as_ref().map(|record| record.persists),
-        "version": seen.record.as_ref().map(|record| &record.version),
-        "skipped": seen.record.as_ref().map(|record| record.skipped.to_json()),
-    });
+    let mut line = schema::line(
+        "instance",
+        json!({
+            "instance": seen.name,
+            "pid": seen.pid,
+            "persists": seen.record.as_ref().map(|record| record.persists),
+            "version": seen.record.as_ref().map(|record| &record.version),
+            "skipped": seen.record.as_ref().map(|record| record.skipped.to_json()),
+        }),
+    );
     match looked {
-        Err(error) => line["unknown"] = error.to_string().into(),
+        Err(error) => line["error"] = error.to_string().into(),
         Ok(InForce { generation, desired, summary, unread, .. }) => {
             let target = |(name, scope): &(String, usize)| {
                 let scope = desired.scopes.get(*scope);
@@ -280,7 +282,7 @@ fn write_json(out: &mut impl Write, seen: &InstanceStatus, looked: &Result<InFor
                 })
             };
             line["generation"] = generation.number.into();
-            line["targets"] = generation.targets.iter().map(target).collect();
+            line["cgroups"] = generation.targets.iter().map(target).collect();
             line["settings"] = summary.settings_json().into();
             let lost = summary.lost.by_reason().into_iter();
             line["losses"] = lost.map(|(reason, count)| (reason.name.to_owned(), json!(count))).collect();
@@ -290,7 +292,7 @@ fn write_json(out: &mut impl Write, seen: &InstanceStatus, looked: &Result<InFor
                 line["displaced"] = is_displaced(other, generation, desired).into();
                 line
             };
-            line["others"] = others_beside(generation)
+            line["foreign_programs"] = others_beside(generation)
                 .ok()
                 .map_or_else(|| serde_json::Value::Null, |others| others.iter().map(to_json).collect());
         }

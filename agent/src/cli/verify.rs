@@ -22,13 +22,14 @@ use super::{
 };
 use crate::{
     compile::{Desired, compile},
-    events::{Event, Kind, SCHEMA, Source, Task, cause},
+    events::{Event, Kind, Source, Task, cause},
     host::{cgroup::Mount, inspect::Inspector},
     live::{
         OptionRead, SocketSnapshot,
         drift::{self, Finding},
     },
     policy::Policy,
+    schema,
     session::{self, SessionError},
 };
 
@@ -156,9 +157,9 @@ fn look(
 
 /// What was found, as it is reported.
 pub(super) fn event(desired: &Desired, live: &SocketSnapshot, finding: &Finding) -> Event {
-    let (key, cause, kind, wanted, now) = match *finding {
-        Finding::Drift { setting, option, wanted, limit, current } => {
-            (option.key(), cause(desired, setting), Kind::Drift { limit }, wanted, now)
+    let (key, cause, kind, wanted, current) = match *finding {
+        Finding::Drift { setting, option, wanted, current, .. } => {
+            (option.key(), cause(desired, setting), Kind::Drift, wanted, current)
         }
         Finding::Unknown { option, why } => (
             option.key(),
@@ -215,20 +216,20 @@ impl Tally {
 
     fn to_json(&self) -> serde_json::Value {
         let Self { sockets, drifted, drifts, no_fd, denied, unread, unanswered, unknown } = self;
+        let count: u64 = unknown.values().sum();
         let unknown =
             unknown.iter().map(|((option, why), sockets)| json!({ "option": option, "why": why, "sockets": sockets }));
-        json!({
-            "schema": SCHEMA,
-            "time": format!("{:.6}", jiff::Timestamp::now()),
-            "event": "summary",
-            "sockets": sockets,
+        let fields = json!({
+            "checked": sockets,
             "drifted": drifted,
             "drifts": drifts,
-            "unknown": unknown.collect::<Vec<_>>(),
+            "unknown": count,
+            "unknown_options": unknown.collect::<Vec<_>>(),
             "no_fd": no_fd,
             "denied": denied,
             "unread_processes": unread,
             "unanswered": unanswered,
-        })
+        });
+        schema::line_at(jiff::Timestamp::now(), "verify-summary", fields)
     }
 }

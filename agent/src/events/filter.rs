@@ -24,7 +24,7 @@ impl Filter {
             Kind::Conflict { verdict, .. } => Some(verdict.what),
             Kind::Call(_)
             | Kind::Outcome { .. }
-            | Kind::Drift { .. }
+            | Kind::Drift
             | Kind::Applied { .. }
             | Kind::WouldApply
             | Kind::Unknown { .. } => None,

@@ -6,10 +6,7 @@ use serde::Serialize;
 use serde_json::Value as Json;
 
 use super::{Event, Kind, Limit, Socket, Via};
-use crate::{host::container::Container, options::display_name, values};
-
-/// The version of the format.
-pub const SCHEMA: u32 = 1;
+use crate::{errno, host::container::Container, options::display_name, schema, values};
 
 #[derive(Serialize)]
 struct Line<'a> {
@@ -27,6 +24,10 @@ struct Line<'a> {
     optval: Option<String>,
     /// The length of the whole argument.
     optlen: Option<u32>,
+    /// The unit of numbers in the fields below.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unit: Option<&'static str>,
+    #[serde(skip_serializing_if = "Json::is_null")]
     wanted: Json,
     #[serde(skip_serializing_if = "Option::is_none")]
     limit: Option<Limit>,
@@ -61,19 +62,17 @@ impl Event {
         let (event, call, verdict, outcome) = match self.kind {
             Kind::Conflict { call, verdict } => ("conflict", Some(call.name()), Some(verdict.to_string()), None),
             Kind::Call(call) => ("call", Some(call.name()), None, None),
-            Kind::Drift { .. } => ("drift", None, None, None),
+            Kind::Drift => ("drift", None, None, None),
             Kind::Applied { .. } => ("applied", None, None, None),
             Kind::WouldApply => ("would-apply", None, None, None),
             Kind::Unknown { why } => ("unknown", None, None, Some(why.to_owned())),
-            Kind::Outcome { errno } => {
-                ("outcome", None, None, Some(format!("failed({})", crate::report::errno_name(errno))))
-            }
+            Kind::Outcome { errno } => ("outcome", None, None, Some(format!("failed({})", errno::name(errno)))),
         };
         let cause = self.cause.as_ref();
         let task = self.task.as_ref();
         let line = Line {
-            schema: SCHEMA,
-            time: format!("{:.6}", self.time),
+            schema: schema::VERSION,
+            time: schema::time_text(self.time),
             event,
             call,
             policy: cause.map(|cause| cause.policy.as_str()),
@@ -84,11 +83,9 @@ impl Event {
             optname: self.key.name,
             optval: (self.requested.len > 0).then(|| values::bytes_text(&self.requested)),
             optlen: (self.requested.len > 0).then_some(self.requested.len),
+            unit: values::unit(self.key),
             wanted: values::json(self.key, &self.wanted),
-            limit: match self.kind {
-                Kind::Drift { limit } => limit,
-                _ => None,
-            },
+            limit: cause.and_then(|cause| cause.limit),
             requested: values::json(self.key, &self.requested),
             applied: values::json(self.key, &self.applied),
             before: match &self.kind {

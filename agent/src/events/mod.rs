@@ -23,13 +23,13 @@ use abi::{
 
 use serde::Serialize;
 
-pub use self::{executables::Executables, filter::Filter, json::SCHEMA};
+pub use self::{executables::Executables, filter::Filter};
 use crate::{
     compile::Desired,
     escape,
     host::container::Container,
     options::{self, Kept, ValueKind},
-    policy::model::{Family, Mode, Protocol},
+    policy::model::{Family, Form, Mode, Protocol},
     values,
 };
 
@@ -93,7 +93,7 @@ pub enum Kind {
     /// A setting that the kernel refused.
     Outcome { errno: i32 },
     /// A live socket that has another value than the policy says, or one beyond its limit.
-    Drift { limit: Option<Limit> },
+    Drift,
     /// A live socket that was brought in line.
     Applied { before: Value, after: Value },
     /// The same in a dry run: it has what it had.
@@ -140,6 +140,8 @@ pub struct Cause {
     pub rule: String,
     /// `FILE:LINE`
     pub place: String,
+    /// The limit, if the setting is one.
+    pub limit: Option<Limit>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -438,6 +440,10 @@ pub fn cause(desired: &Desired, setting: u32) -> Option<Cause> {
         policy: rule.policy.clone(),
         rule: rule.rule.clone(),
         place: format!("{}:{}", escape::plain(&rule.path), source.line),
+        limit: match source.form {
+            Form::Limit { min, max } => Some(Limit { min, max }),
+            Form::Set(_) | Form::Deny => None,
+        },
     })
 }
 

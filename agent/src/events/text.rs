@@ -6,10 +6,10 @@ use abi::setting::read_back;
 
 use super::{Action, Call, Event, Kind, Limit, Socket, Via};
 use crate::{
+    errno,
     escape::Escape,
     options::{self, SocketOption, display_name},
     policy::model::Form,
-    report::errno_name,
     values,
 };
 
@@ -19,7 +19,7 @@ impl fmt::Display for Event {
         let shown = |value| values::text(self.key, value);
         match self.kind {
             Kind::Outcome { errno } => {
-                write!(f, "failed    {option} = {} was refused: {}", shown(&self.wanted), errno_name(errno))?;
+                write!(f, "failed    {option} = {} was refused: {}", shown(&self.wanted), errno::name(errno))?;
             }
             Kind::Call(call) => {
                 write!(f, "call      {} {} {option} = {}", self.who(), call.name(), shown(&self.requested))?;
@@ -43,7 +43,7 @@ impl fmt::Display for Event {
                 }
                 self.write_result(f)?;
             }
-            Kind::Drift { limit } => self.write_drift(f, limit)?,
+            Kind::Drift => self.write_drift(f)?,
             Kind::Applied { before, after } => {
                 write!(f, "applied   {} {option}: {} -> {}", self.who(), shown(&before), shown(&after))?;
             }
@@ -65,7 +65,7 @@ impl fmt::Display for Event {
             write_socket(f, socket)?;
         }
         if let Some(duration) = self.duration_ns {
-            write!(f, "  <{}>", crate::report::duration_text(duration))?;
+            write!(f, "  <{}>", values::duration_text(duration))?;
         }
         if let Some(via @ (Via::CompatSyscall | Via::IoUring)) = self.via {
             write!(f, "  by {}", via.name())?;
@@ -84,7 +84,7 @@ impl Event {
         format!("{}[{}]{inside}", task.comm.escaped(), task.pid)
     }
 
-    fn write_drift(&self, f: &mut fmt::Formatter<'_>, limit: Option<Limit>) -> fmt::Result {
+    fn write_drift(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (name, now) = (display_name(self.key), values::text(self.key, &self.current));
         write!(f, "drift     {} {name} is {now}", self.who())?;
         let is_doubled =
@@ -92,7 +92,7 @@ impl Event {
         if options::by_key(self.key).is_some_and(is_doubled) {
             f.write_str(" (doubled by the kernel)")?;
         }
-        let wanted = match limit {
+        let wanted = match self.cause.as_ref().and_then(|cause| cause.limit) {
             Some(Limit { min, max }) => values::form_text(self.key, &Form::Limit { min, max }),
             None => values::text(self.key, &self.wanted),
         };
@@ -105,7 +105,7 @@ impl Event {
                 write!(
                     f,
                     ", call failed with {}",
-                    errno_name(i32::try_from(result.saturating_neg()).unwrap_or_default())
+                    errno::name(i32::try_from(result.saturating_neg()).unwrap_or_default())
                 )
             }
             _ => Ok(()),

@@ -20,10 +20,9 @@ pub use self::{
 use crate::{
     compile::{Desired, RuleSource, Scope, SettingSource, facts},
     escape,
-    events::SCHEMA,
     limitations::{self, Limitation},
     policy::{Socket, model::Form},
-    values,
+    schema, values,
 };
 
 /// What becomes of each option that the policies name, on one socket.
@@ -167,12 +166,12 @@ impl OptionExplained {
             line["why_not"] = why.to_string().into();
             line
         });
-        json!({
-            "schema": SCHEMA,
+        let fields = json!({
             "option": self.name(),
             "decides": self.winner.as_ref().map(clause),
             "others": others.collect::<Vec<_>>(),
-            "unsupported": self.unsupported.iter().map(|entry| entry.name).collect::<Vec<_>>(),
-        })
+            "limitations": self.unsupported.iter().map(|entry| entry.name).collect::<Vec<_>>(),
+        });
+        schema::line("explanation", fields)
     }
 }

@@ -9,12 +9,11 @@ use crate::{
     compile::{CompileError, compile},
     coverage::{Coverage, stack_of, stack_with},
     escape::{self, Escape},
-    events::SCHEMA,
     policy::{
         Policy,
         model::{Expected, Test},
     },
-    values,
+    schema, values,
 };
 
 /// What came of a test.
@@ -90,14 +89,14 @@ impl Trial {
                 "found": failure.found.as_ref().map(OptionExplained::to_json),
             })
         };
-        json!({
-            "schema": SCHEMA,
+        let fields = json!({
             "policy": self.policy,
             "test": self.test.name,
             "file": format!("{}:{}", escape::plain(&self.path), self.test.line),
             "passed": self.passed(),
             "failures": self.failures.iter().map(failure).collect::<Vec<_>>(),
-        })
+        });
+        schema::line("test", fields)
     }
 }
 

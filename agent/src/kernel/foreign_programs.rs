@@ -18,7 +18,6 @@ use super::{
 use crate::{
     compile::Hook,
     escape::{self, Escape},
-    events::SCHEMA,
     host::cgroup::{Budget, Mount, Wanted, open_directory},
 };
 
@@ -59,7 +58,6 @@ impl ForeignProgram {
     #[must_use]
     pub fn to_json(&self) -> Value {
         json!({
-            "schema": SCHEMA,
             "hook": self.hook.name(),
             "cgroup": format!("/{}", escape::plain(&self.cgroup)),
             "program": self.id,

@@ -20,14 +20,14 @@ use serde_json::{Map, Value as Json, json};
 pub use self::text::Table;
 pub use crate::host::socket::Values;
 use crate::{
-    events::{self, SCHEMA, Task},
+    events::{self, Task},
     host::socket::{Entry, State},
     options::{DSCP_MASK, Level, Reading, SocketOption, ValueKind},
     policy::{
         Socket,
         model::{Direction, Family, Protocol},
     },
-    values,
+    schema, values,
 };
 
 /// A socket, and what is known of it.
@@ -156,8 +156,7 @@ impl SocketSnapshot {
             OptionRead::NoFd => (Json::Null, Some("no descriptor leads to the socket")),
             OptionRead::Denied(why) => (Json::Null, Some(why.as_str())),
         };
-        let mut line = json!({
-            "schema": SCHEMA,
+        let fields = json!({
             "socket": self.socket(),
             "state": self.entry.state.name(),
             "pid": task.map(|task| task.pid),
@@ -166,13 +165,14 @@ impl SocketSnapshot {
             "exe": task.and_then(|task| task.exe.as_ref()),
             "cgroup": task.and_then(|task| task.cgroup.as_ref()),
             "container": task.and_then(|task| task.container.as_ref()),
-            "options": options,
+            "values": options,
         });
+        let mut line = schema::line("socket", fields);
         if let Some(others) = owner.map(|owner| &owner.others).filter(|others| !others.is_empty()) {
             line["shared_with"] = others.iter().map(|(pid, fd)| json!({ "pid": pid, "fd": fd })).collect();
         }
         if let Some(why) = missing {
-            line["missing"] = json!({ "options": why });
+            line["missing"] = json!({ "values": why });
         }
         line
     }

@@ -182,8 +182,7 @@ impl Diagnostic {
             }
             _ => (None, None),
         };
-        serde_json::json!({
-            "schema": 1,
+        let fields = serde_json::json!({
             "severity": match self.severity {
                 Severity::Error => "error",
                 Severity::Warning => "warning",
@@ -194,7 +193,8 @@ impl Diagnostic {
             "end_column": columns.map(|(_, to)| to),
             "message": self.message,
             "help": self.help,
-        })
+        });
+        crate::schema::line("diagnostic", fields)
     }
 
     /// Several lines, the last one ended too: what, where with the source line, `help:`.

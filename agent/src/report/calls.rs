@@ -5,7 +5,7 @@ use comfy_table::Table;
 use serde_json::{Value, json};
 
 use super::table::{align_right, table};
-use crate::options::display_name;
+use crate::{options::display_name, values};
 
 /// Stands for the options without a name that are too many to be counted each.
 const OTHER: &str = "other";
@@ -39,11 +39,11 @@ impl CallLine {
         let is_timed = *total_ns != 0;
         let counted = buckets.iter().enumerate().filter(|(_, count)| **count > 0);
         let histogram: Vec<Value> =
-            counted.map(|(bucket, count)| json!({ "from_ns": lower_bound(bucket), "calls": count })).collect();
+            counted.map(|(bucket, count)| json!({ "from_ns": lower_bound(bucket), "count": count })).collect();
         json!({
             "option": option,
             "call": call,
-            "calls": calls,
+            "count": calls,
             "failed": failed,
             "total_ns": is_timed.then_some(total_ns),
             "histogram": is_timed.then_some(histogram),
@@ -84,8 +84,8 @@ pub(super) fn calls_table(lines: &[CallLine]) -> Table {
     for CallLine { option, call, tally } in sorted {
         let mut row = vec![option.clone(), (*call).to_owned(), tally.calls.to_string(), tally.failed.to_string()];
         if is_timed {
-            row.push(duration_text(tally.total_ns / tally.calls.max(1)));
-            row.extend([0.5, 0.99].map(|part| duration_text(quantile(tally, part))));
+            row.push(values::duration_text(tally.total_ns / tally.calls.max(1)));
+            row.extend([0.5, 0.99].map(|part| values::duration_text(quantile(tally, part))));
             row.push(sparkline(tally));
         }
         table.add_row(row);
@@ -115,16 +115,6 @@ fn sparkline(tally: &Tally) -> String {
     counts.into_iter().map(block).collect::<String>().trim_end().to_owned()
 }
 
-/// A duration in its natural unit.
-#[must_use]
-pub fn duration_text(nanoseconds: u64) -> String {
-    let units = [("s", 1_000_000_000), ("ms", 1_000_000), ("µs", 1000)];
-    match units.into_iter().find(|(_, size)| nanoseconds >= *size) {
-        Some((unit, size)) => format!("{:.1}{unit}", nanoseconds as f64 / size as f64),
-        None => format!("{nanoseconds}ns"),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -143,14 +133,6 @@ mod tests {
         let tally = tally(&[100, 100, 100, 5000]);
         assert_eq!(quantile(&tally, 0.5), 128);
         assert_eq!(quantile(&tally, 0.99), 8192);
-    }
-
-    #[test]
-    fn durations_are_in_their_natural_unit() {
-        assert_eq!(duration_text(999), "999ns");
-        assert_eq!(duration_text(1500), "1.5µs");
-        assert_eq!(duration_text(2_500_000), "2.5ms");
-        assert_eq!(duration_text(3_000_000_000), "3.0s");
     }
 
     #[test]

@@ -4,9 +4,11 @@ use serde_json::{Map, Value, json};
 
 use super::{CallLine, Example, Line, Summary, common_mode};
 use crate::{
-    events::{Action, SCHEMA, Verdict},
+    events::{Action, Verdict},
     policy::model::Mode,
+    schema,
     unsupported::Unsupported,
+    values,
 };
 
 impl Summary {
@@ -22,10 +24,7 @@ impl Summary {
         let Self { policies, targets, audit, unsupported, lines: _, earlier_conflicts: _, calls, lost } = self;
         let losses: Map<String, Value> =
             lost.by_reason().into_iter().map(|(reason, count)| (reason.name.to_owned(), count.into())).collect();
-        json!({
-            "schema": SCHEMA,
-            "time": format!("{time:.6}"),
-            "event": "summary",
+        let fields = json!({
             "mode": common_mode(policies).map_or("mixed", Mode::name),
             "policies": policies.iter().map(|(name, _)| name).collect::<Vec<_>>(),
             "targets": targets,
@@ -34,10 +33,10 @@ impl Summary {
             "unsupported": unsupported.iter().map(Unsupported::to_json).collect::<Vec<_>>(),
             "conflicts": self.conflicts(),
             "settings": self.settings_json(),
-            "calls": calls.iter().map(CallLine::to_json).collect::<Vec<_>>(),
+            "call_counts": calls.iter().map(CallLine::to_json).collect::<Vec<_>>(),
             "losses": losses,
-        })
-        .to_string()
+        });
+        schema::line_at(time, "summary", fields).to_string()
     }
 }
 
@@ -62,7 +61,7 @@ fn line_json(line: &Line) -> Value {
         .map(|(what, count)| (Verdict { what, dry_run }.to_string(), count.into()))
         .collect();
     let key = line.option.key();
-    json!({
+    let mut fields = json!({
         "policy": line.policy,
         "rule": line.rule,
         "file": line.place,
@@ -70,11 +69,15 @@ fn line_json(line: &Line) -> Value {
         "option": line.option.to_string(),
         "level": key.level,
         "optname": key.name,
-        "wanted": line.wanted(),
+        "unit": values::unit(key),
         "sockets": { "set": set, "unchanged": unchanged, "failed": failed, "failed_errno": failed_errno },
-        "calls": { "agreed": agreed, "conflicts": verdicts, "reads": reads },
+        "calls": { "agreed": agreed, "verdicts": verdicts, "reads": reads },
         "events": { "reported": reported, "suppressed": suppressed },
-        "requested": line.requested.iter().map(Example::plain).collect::<Vec<_>>(),
-        "unsupported": line.unsupported.iter().map(|(entry, _)| entry.name).collect::<Vec<_>>(),
-    })
+        "examples": line.requested.iter().map(Example::to_json).collect::<Vec<_>>(),
+        "limitations": line.unsupported.iter().map(|(entry, _)| entry.name).collect::<Vec<_>>(),
+    });
+    if let (Value::Object(fields), Value::Object(form)) = (&mut fields, values::form_fields(key, &line.form)) {
+        fields.extend(form);
+    }
+    fields
 }

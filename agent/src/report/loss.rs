@@ -5,7 +5,7 @@ use std::fmt;
 use abi::Losses;
 use serde_json::json;
 
-use crate::events::SCHEMA;
+use crate::schema;
 
 /// All that was lost since the programs were loaded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -133,15 +133,12 @@ impl Loss {
     #[must_use]
     pub fn to_json(&self, time: jiff::Timestamp) -> String {
         let Self { reason, count, total } = self;
-        json!({
-            "schema": SCHEMA,
-            "time": format!("{time:.6}"),
-            "event": "loss",
+        let fields = json!({
             "reason": reason.name,
             "count": count,
             "total": total,
-        })
-        .to_string()
+        });
+        schema::line_at(time, "loss", fields).to_string()
     }
 }
 

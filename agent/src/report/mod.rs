@@ -10,18 +10,17 @@ mod saved_counters;
 mod table;
 mod text;
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    fmt,
-};
+use std::collections::{BTreeMap, HashMap};
 
 use abi::{Counters, setting::OptionKey};
 
 pub use self::{
-    calls::{CallLine, duration_text},
+    calls::CallLine,
     loss::{Loss, Lost, Reason, Unwritten},
     saved_counters::SavedCounters,
 };
+use serde_json::{Value, json};
+
 use crate::{
     compile::Desired,
     escape::{self, Escape},
@@ -79,25 +78,20 @@ pub struct Counts {
 /// What was asked for, and by whom.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Example {
-    /// `None`: it was not seen.
-    requested: Option<String>,
+    /// The value as text and as JSON. `None`: unknown.
+    requested: Option<(String, Value)>,
     /// The name of the task.
     who: String,
 }
 
 impl Example {
-    fn with(&self, who: &dyn fmt::Display) -> String {
-        self.requested.as_ref().map_or_else(|| who.to_string(), |asked| format!("{asked} by {who}"))
-    }
-
-    /// For people.
     fn text(&self) -> String {
-        self.with(&self.who.escaped())
+        let who = self.who.escaped();
+        self.requested.as_ref().map_or_else(|| who.to_string(), |(text, _)| format!("{text} by {who}"))
     }
 
-    /// For programs: the name as it is.
-    fn plain(&self) -> String {
-        self.with(&self.who)
+    fn to_json(&self) -> Value {
+        json!({ "requested": self.requested.as_ref().map(|(_, json)| json), "comm": self.who })
     }
 }
 
@@ -125,8 +119,9 @@ impl Report {
     pub fn fold(&mut self, generation: u32, event: &Event) {
         let (Kind::Conflict { .. }, Some(cause)) = (event.kind, &event.cause) else { return };
         let who = event.task.as_ref().map_or("a process", |task| task.comm.as_str());
-        let asked = (event.requested.len > 0).then(|| values::text(event.key, &event.requested));
-        let example = Example { requested: asked, who: who.to_owned() };
+        let value = &event.requested;
+        let requested = (value.len > 0).then(|| (values::text(event.key, value), values::json(event.key, value)));
+        let example = Example { requested, who: who.to_owned() };
         let examples = self.requested.entry((generation, cause.setting)).or_default();
         if examples.len() < EXAMPLES_MAX && !examples.contains(&example) {
             examples.push(example);
@@ -242,7 +237,8 @@ impl Line {
     }
 
     fn is_of_same_setting(&self, other: &Self) -> bool {
-        let Self { policy, rule, place, option, form, mode, counters: _, requested: _, unsupported: _, is_told: _ } = self;
+        let Self { policy, rule, place, option, form, mode, counters: _, requested: _, unsupported: _, is_told: _ } =
+            self;
         (policy, rule, place, option, form, mode)
             == (&other.policy, &other.rule, &other.place, &other.option, &other.form, &other.mode)
     }
@@ -277,18 +273,4 @@ impl Line {
 
 fn conflicts(counters: &Counters) -> u64 {
     counters.verdicts.iter().sum::<u64>() + counters.reads
-}
-
-/// The name of an errno.
-#[must_use]
-pub fn errno_name(errno: i32) -> String {
-    /// The kernel's own "not supported", which user space has no name for (include/linux/errno.h).
-    const ENOTSUPP: i32 = 524;
-    if errno == ENOTSUPP {
-        return "ENOTSUPP".to_owned();
-    }
-    match nix::errno::Errno::from_raw(errno) {
-        nix::errno::Errno::UnknownErrno => format!("errno {errno}"),
-        known => format!("{known:?}"),
-    }
 }

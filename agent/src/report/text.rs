@@ -5,10 +5,11 @@ use std::fmt;
 use super::{
     Example, Line, Summary,
     calls::calls_table,
-    common_mode, errno_name,
+    common_mode,
     table::{align_right, table},
 };
 use crate::{
+    errno,
     escape::{self, Escape},
     limitations::{self, Concern},
     policy::model::Mode,
@@ -22,8 +23,13 @@ impl fmt::Display for Summary {
         } else {
             writeln!(f, "sockpolicy: {}", self.policies_on(&targets))?;
             self.tables().fmt(f)?;
-            self.unsupported.iter().try_for_each(|unsupported| writeln!(f, "
-unsupported: {unsupported}"))?;
+            self.unsupported.iter().try_for_each(|unsupported| {
+                writeln!(
+                    f,
+                    "
+unsupported: {unsupported}"
+                )
+            })?;
             self.write_unsupported(f)?;
         }
         if !self.calls.is_empty() {
@@ -107,7 +113,7 @@ impl Summary {
             let refused = if counters.failed == 0 {
                 "0".to_owned()
             } else {
-                format!("{} ({})", counters.failed, errno_name(counters.failed_errno as i32))
+                format!("{} ({})", counters.failed, errno::name(counters.failed_errno as i32))
             };
             table.add_row([
                 line.option.to_string(),

@@ -57,6 +57,35 @@ pub fn form_text(key: OptionKey, form: &Form) -> String {
     }
 }
 
+/// Returns the fields of a JSON line that say what a policy wants of an option: `form`, and `wanted` as [`json`] shows that value
+/// of a socket, or `limit`. A mark of which the policy sets some bits has `mask` too.
+#[must_use]
+pub fn form_fields(key: OptionKey, form: &Form) -> Json {
+    let kind = kind_of(key);
+    match form {
+        Form::Set(Wanted::Text(text)) => json!({ "form": "set", "wanted": text }),
+        Form::Set(Wanted::Number { value, mask }) if kind == ValueKind::Mark && *mask != u32::MAX => {
+            json!({ "form": "set", "wanted": value, "mask": mask })
+        }
+        Form::Set(Wanted::Number { value, .. }) => json!({ "form": "set", "wanted": number(kind, *value) }),
+        Form::Limit { min, max } => json!({ "form": "limit", "limit": { "min": min, "max": max } }),
+        Form::Deny => json!({ "form": "deny" }),
+    }
+}
+
+/// Returns the unit of an option's numbers in JSON. `None`: they have none.
+#[must_use]
+pub fn unit(key: OptionKey) -> Option<&'static str> {
+    match kind_of(key) {
+        ValueKind::Seconds | ValueKind::Linger => Some("s"),
+        ValueKind::Milliseconds => Some("ms"),
+        ValueKind::Microseconds => Some("us"),
+        ValueKind::Bytes => Some("bytes"),
+        ValueKind::Rate => Some("bytes/s"),
+        _ => None,
+    }
+}
+
 /// Whether a value switches an option on, as everything but 0 does; `None` where it is no whole
 /// number.
 #[must_use]
@@ -166,6 +195,16 @@ fn hex(captured: &Captured<'_>) -> Shown {
 
 fn hex_digits(bytes: &[u8]) -> String {
     bytes.iter().fold("0x".to_owned(), |hex, byte| format!("{hex}{byte:02x}"))
+}
+
+/// Returns a duration in the largest unit that it fills.
+#[must_use]
+pub fn duration_text(nanoseconds: u64) -> String {
+    let units = [("s", 1_000_000_000), ("ms", 1_000_000), ("µs", 1000)];
+    match units.into_iter().find(|(_, size)| nanoseconds >= *size) {
+        Some((unit, size)) => format!("{:.1}{unit}", nanoseconds as f64 / size as f64),
+        None => format!("{nanoseconds}ns"),
+    }
 }
 
 #[cfg(test)]
@@ -289,5 +328,13 @@ mod tests {
         captured[..known].copy_from_slice(&bytes[..known]);
         let (words, _) = captured.as_chunks();
         Value::new([u64::from_ne_bytes(words[0]), u64::from_ne_bytes(words[1])], len as u32)
+    }
+
+    #[test]
+    fn durations_are_in_their_natural_unit() {
+        assert_eq!(duration_text(999), "999ns");
+        assert_eq!(duration_text(1500), "1.5µs");
+        assert_eq!(duration_text(2_500_000), "2.5ms");
+        assert_eq!(duration_text(3_000_000_000), "3.0s");
     }
 }

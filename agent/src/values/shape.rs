@@ -6,9 +6,9 @@ use serde_json::{Map, Value as Json, json};
 
 use super::{Captured, Shown, chars};
 use crate::{
+    errno,
     options::{Shape, ValueKind},
     policy::units::show,
-    report::errno_name,
 };
 
 /// `None` where the value is shorter than its type, or not of it.
@@ -47,7 +47,7 @@ const IPV6_MREQ_LEN: usize = 16 + 4;
 
 fn errno(bytes: &[u8]) -> Option<Shown> {
     let errno = int(bytes, 0)?;
-    let text = if errno == 0 { "0".to_owned() } else { errno_name(errno) };
+    let text = if errno == 0 { "0".to_owned() } else { errno::name(errno) };
     Some(Shown { json: json!(errno), text })
 }
 

@@ -243,13 +243,13 @@ fn kernel_without_btf_is_good_enough() {
     let output = process::output(with_mounts(hide, &agent::command(&["doctor", "--output", "json"])));
     let doctor: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(doctor["btf"], false);
-    for part in ["hooks", "audit", "options"] {
+    for part in ["hook_support", "backend_support", "option_support"] {
         for line in doctor[part].as_array().unwrap() {
             let name = line["name"].as_str().unwrap();
             // These cannot do without.
             let needs_types =
                 ["fentry", "iter/tcp", "lsm_cgroup/socket_post_create", "SO_BINDTOIFINDEX"].contains(&name);
-            let works = kernel.has(name) && !needs_types && (part != "audit" || kernel.has("ancestors"));
+            let works = kernel.has(name) && !needs_types && (part != "backend_support" || kernel.has("ancestors"));
             assert_eq!(line["works"] == "yes", works, "{line}");
         }
     }

@@ -108,7 +108,12 @@ fn dry_run_leaves_the_sockets_alone_and_decides_the_same() {
     for (option, ..) in calls() {
         let (one, other) = (enforced.conflict(option.name), dry.conflict(option.name));
         assert_eq!(would(one.verdict.as_deref().unwrap()), other.verdict.as_deref().unwrap(), "{}", option.name);
-        assert_eq!((&one.wanted, &one.requested, &one.rule), (&other.wanted, &other.requested, &other.rule), "{}", option.name);
+        assert_eq!(
+            (&one.wanted, &one.requested, &one.rule),
+            (&other.wanted, &other.requested, &other.rule),
+            "{}",
+            option.name
+        );
         assert_eq!(other.result, Some(0), "{}", option.name);
     }
     // It also counts the sockets that would have been set.

@@ -192,7 +192,8 @@ fn record_or_lock_of_another_kind_is_refused_without_waiting_and_named() {
         ("touch /run/sockpolicy/default.lock && chown 65534 /run/sockpolicy/default.lock", "it belongs to user 65534"),
         ("touch /run/sockpolicy/default.lock && chmod 666 /run/sockpolicy/default.lock", "(mode 0666)"),
     ] {
-        let script = format!("mkdir -m 700 /run/sockpolicy; {made}; sockpolicy attach --allow-unsupported $POLICY; echo $?");
+        let script =
+            format!("mkdir -m 700 /run/sockpolicy; {made}; sockpolicy attach --allow-unsupported $POLICY; echo $?");
         let output = on_own_host(OWN, policy.path(), &script);
         let said = stderr(&output);
         let start = "error: cannot use /run/sockpolicy/default.lock: ";
@@ -225,8 +226,9 @@ fn directory_of_records_that_others_can_write_to_is_refused() {
         ("mkdir -m 700 /run/sockpolicy && chown 65534 /run/sockpolicy", "it belongs to user 65534"),
         ("mkdir /run/there && ln -s there /run/sockpolicy", "it is a symbolic link"),
     ] {
-        let script =
-            format!("{made}; sockpolicy attach --allow-unsupported $POLICY; echo $?; sockpolicy apply --restore; echo $?");
+        let script = format!(
+            "{made}; sockpolicy attach --allow-unsupported $POLICY; echo $?; sockpolicy apply --restore; echo $?"
+        );
         let output = on_own_host(OWN, policy.path(), &script);
         assert_eq!(stdout(&output), "2\n2\n", "{made}: {}", stderr(&output));
         let error = format!("cannot use /run/sockpolicy: {why}\n  help: ");

@@ -129,7 +129,7 @@ fn cgroup_that_cannot_be_attached_to_is_skipped_until_it_can() {
     let later = top.child("app-later");
     assert!(wait::until(wait::PATIENCE, || attached(&later) > 0), "{}", run.stderr());
     assert_eq!(Probe::start(&later).fresh(SO_MARK), 7);
-    let targets = || status(&instance)["targets"].as_array().map(Vec::len);
+    let targets = || status(&instance)["cgroups"].as_array().map(Vec::len);
     assert!(wait::until(wait::PATIENCE, || targets() == Some(2)), "{:?}", targets());
     drop(foreign);
     assert!(wait::until(wait::PATIENCE, || attached(&bad) > 0), "{}", run.stderr());
@@ -302,7 +302,7 @@ fn socket_whose_lock_is_held_delays_no_enforcement_and_keeps_nothing_attached() 
     let instance = instance_for(&top);
     let run = Run::started(&policy, &["--apply", "--instance", &instance]);
     assert_eq!(probe.fresh(SO_MARK), 7);
-    let live = run.notice("live", 1);
+    let live = run.notice("apply-summary", 1);
     assert!(live["unanswered"].as_u64().unwrap() > 0, "{live}");
     assert_eq!(probe.int(socket, SO_MARK), 7);
     let of_held = |(kind, name, _): &(String, String, String)| {

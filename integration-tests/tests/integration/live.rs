@@ -37,7 +37,7 @@ fn listed(cgroup: &Cgroup, arguments: &[&str]) -> Vec<Value> {
 /// The same by the descriptors that lead to them.
 #[track_caller]
 fn by_descriptor(cgroup: &Cgroup, arguments: &[&str]) -> BTreeMap<Fd, Value> {
-    let open = listed(cgroup, arguments).into_iter().filter(|line| !line["options"].is_null());
+    let open = listed(cgroup, arguments).into_iter().filter(|line| !line["values"].is_null());
     open.map(|line| (Fd::try_from(line["fd"].as_i64().unwrap()).unwrap(), line)).collect()
 }
 
@@ -170,7 +170,7 @@ fn every_option_is_shown_as_the_owner_is_told() {
     for ((what, fd), before) in sockets.iter().zip(before) {
         let Some(line) = shown.get(fd) else { panic!("{what} is not listed: {shown:#?}") };
         for (((name, _), before), after) in options.iter().zip(before).zip(read(*fd)) {
-            let shown = line["options"].get(name);
+            let shown = line["values"].get(name);
             match (shown, &after) {
                 // How it fares, which changes.
                 _ if before != after => {}
@@ -266,7 +266,7 @@ fn sockets_that_nobody_set_anything_on_show_no_difference_however_much_they_carr
     }
     let shown = by_descriptor(&cgroup, &[]);
     for (what, fd) in sockets {
-        assert_eq!(shown[&fd]["options"], json!({}), "{what}");
+        assert_eq!(shown[&fd]["values"], json!({}), "{what}");
     }
 }
 
@@ -296,7 +296,7 @@ fn what_the_owner_sets_is_shown_and_nothing_else() {
         (pair.server, json!({ "SO_LINGER": { "onoff": 1, "linger": 9 } })),
         (unbound, json!({ "SO_MARK": 7 })),
     ] {
-        assert_eq!(shown[&fd]["options"], expected);
+        assert_eq!(shown[&fd]["values"], expected);
         assert_eq!(shown[&fd]["pid"], probe.pid);
         assert_eq!(shown[&fd]["comm"], "sockprobe");
         assert_eq!(shown[&fd]["cgroup"], cgroup.name());
@@ -370,7 +370,7 @@ fn socket_in_a_network_that_no_process_is_in_is_found_with_its_state() {
     let lines = listed(&running.home, &[]);
     let [line] = lines.as_slice() else { panic!("not one socket: {lines:#?}") };
     assert_eq!((&line["state"], &line["socket"]["local"]), (&json!("LISTEN"), &json!("0.0.0.0:7")));
-    assert_eq!((&line["pid"], &line["options"]), (&json!(running.pid()), &json!({})));
+    assert_eq!((&line["pid"], &line["values"]), (&json!(running.pid()), &json!({})));
 }
 
 #[test]

@@ -128,7 +128,7 @@ fn counts_and_what_nobody_has_read_go_on_from_policies_to_policies_and_from_agen
         let status = agent::output(&["status", "--output", "json", &instance.name]);
         let status: Value = serde_json::from_slice(&status.stdout).unwrap();
         let setting = &status["settings"][0];
-        [&setting["sockets"]["set"], &setting["calls"]["conflicts"]["rewritten"]].map(|count| count.as_u64().unwrap())
+        [&setting["sockets"]["set"], &setting["calls"]["verdicts"]["rewritten"]].map(|count| count.as_u64().unwrap())
     };
     let fails = |run: Run| {
         run.signal(Signal::SIGTERM);
@@ -147,7 +147,8 @@ fn counts_and_what_nobody_has_read_go_on_from_policies_to_policies_and_from_agen
     run.notice("reload", 1);
     assert_eq!(counted(), [4; 2]);
     let report = run.finish_and_stay();
-    let asked: Vec<_> = report.of("conflict", "SO_MARK").iter().map(|event| event.requested.as_u64().unwrap()).collect();
+    let asked: Vec<_> =
+        report.of("conflict", "SO_MARK").iter().map(|event| event.requested.as_u64().unwrap()).collect();
     assert_eq!(asked, [11, 12, 13, 14]);
     report.assert_nothing_lost();
     let setting = report.setting("SO_MARK");
@@ -287,7 +288,7 @@ fn status_tells_of_instances_and_of_programs_of_others() {
         (&name.as_str().into(), &Value::Null, &true.into())
     );
     assert_eq!(
-        (&told["targets"][0]["cgroup"], &told["targets"][0]["mode"]),
+        (&told["cgroups"][0]["cgroup"], &told["cgroups"][0]["mode"]),
         (&target.name().into(), &"enforce".into())
     );
     let setting = &told["settings"][0];
@@ -295,12 +296,12 @@ fn status_tells_of_instances_and_of_programs_of_others() {
         (&setting["option"], &setting["rule"], &setting["sockets"]["set"]),
         (&"SO_MARK".into(), &"r".into(), &1.into())
     );
-    assert_eq!(setting["calls"]["conflicts"]["rewritten"], 1);
-    assert_eq!(told["others"].as_array().unwrap().len(), 1, "{told}");
+    assert_eq!(setting["calls"]["verdicts"]["rewritten"], 1);
+    assert_eq!(told["foreign_programs"].as_array().unwrap().len(), 1, "{told}");
     drop(foreign);
 
     let run = run_persistent(&instance, &policy);
-    assert_eq!((&status()["pid"], &status()["others"]), (&run.pid().into(), &Value::Array(Vec::new())));
+    assert_eq!((&status()["pid"], &status()["foreign_programs"]), (&run.pid().into(), &Value::Array(Vec::new())));
     let text = stdout(&agent::output(&["status", name]));
     let first = format!(
         "instance {name}: runs as process {}, and stays in force when that ends\n  policy (enforced)\n",

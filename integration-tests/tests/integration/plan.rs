@@ -66,7 +66,7 @@ fn programs_of_others_are_named() {
     let expected = format!("{hook}   {} (program ", foreign::NAME);
     assert!(text.contains(&expected) && text.contains(&format!(" on {}: runs after ours", target.name())), "{text}");
     let doctor: Value = serde_json::from_slice(&agent::output(&["doctor", "-o", "json"]).stdout).unwrap();
-    let attached = doctor["attached"].as_array().unwrap();
+    let attached = doctor["attached_programs"].as_array().unwrap();
     let ours: Vec<_> = attached.iter().filter(|line| line["cgroup"] == target.name().as_str()).collect();
     assert_eq!(ours.len(), 1, "{attached:?}");
     assert_eq!((&ours[0]["hook"], &ours[0]["name"]), (&hook.into(), &foreign::NAME.into()));

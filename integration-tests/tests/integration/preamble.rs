@@ -37,7 +37,9 @@ fn doctor_says_what_kernels_toml_says() {
     let doctor: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(doctor["kernel"], kernel.release.as_str());
     let known = &kernel.known;
-    for (part, names) in [("hooks", &known.hooks), ("audit", &known.audit), ("options", &known.options)] {
+    for (part, names) in
+        [("hook_support", &known.hooks), ("backend_support", &known.audit), ("option_support", &known.options)]
+    {
         assert_same(&names_of(&doctor, part, |_| true), names, &format!("{part} that doctor tries"));
         let expected = names.iter().filter(|name| kernel.has(name)).cloned().collect();
         let found = names_of(&doctor, part, |line| line["works"] == "yes");

@@ -51,8 +51,8 @@ fn file_that_is_changed_is_put_in_force() {
     run.notice("reload", 2);
     assert_eq!(mark(&mut probe), 3);
     let report = run.finish();
-    let lines: Vec<_> = report.summary.settings.iter().map(|line| (line.wanted.as_str(), line.sockets.set)).collect();
-    assert_eq!(lines, [(Some("0x1"), 1), (Some("0x2"), 1), (Some("0x3"), 1)]);
+    let lines: Vec<_> = report.summary.settings.iter().map(|line| (line.wanted.as_u64(), line.sockets.set)).collect();
+    assert_eq!(lines, [(Some(1), 1), (Some(2), 1), (Some(3), 1)]);
 }
 
 #[test]

@@ -66,7 +66,8 @@ pub fn on_kernel(policies: &[Policy], kernel: Version) -> Vec<Diagnostic> {
             if let Some(first) = first.filter(|first| !kernel.has(first)) {
                 add(
                     format!("kernel {kernel} does not let programs set {option}: {first} is the first that does"),
-                    "leave it out; `run` and `exec` have the rest in force without it with --allow-unsupported".to_owned(),
+                    "leave it out; `run` and `exec` have the rest in force without it with --allow-unsupported"
+                        .to_owned(),
                 );
             }
             if clause.on_conflict == OnConflict::Deny && clause.errno != Errno::EPERM && !kernel.has(Errno::SINCE) {

@@ -282,7 +282,7 @@ fn counts(summary: &Value, policy: &str, caused: &BTreeMap<&str, BTreeMap<String
     let Some(caused) = caused.get(policy) else { return };
     let mut counted: BTreeMap<&str, u64> = BTreeMap::new();
     for setting in settings(summary, policy) {
-        *counted.entry(setting["option"].as_str().unwrap_or("")).or_insert(0) += sum(&setting["calls"]["conflicts"]);
+        *counted.entry(setting["option"].as_str().unwrap_or("")).or_insert(0) += sum(&setting["calls"]["verdicts"]);
     }
     // An option without a line in the report has no count.
     for option in caused.keys().map(String::as_str).filter(|what| !NOT_OPTIONS.contains(what)) {
@@ -303,7 +303,7 @@ fn conflicts(told: &Told, caused: &BTreeMap<&str, BTreeMap<String, u64>>, findin
     let total = |field: &str| all().filter_map(|setting| setting["events"][field].as_u64()).sum::<u64>();
     // A read conflicts too where the socket still has the value of the policy before the last reload.
     let of_setting =
-        |setting: &Value| sum(&setting["calls"]["conflicts"]) + setting["calls"]["reads"].as_u64().unwrap_or(0);
+        |setting: &Value| sum(&setting["calls"]["verdicts"]) + setting["calls"]["reads"].as_u64().unwrap_or(0);
     let conflicts: u64 = all().map(of_setting).sum();
     let losses = &told.summary["losses"];
     let lost = |reason: &str| losses[reason].as_u64().unwrap_or(0);
@@ -336,9 +336,9 @@ fn conflicts(told: &Told, caused: &BTreeMap<&str, BTreeMap<String, u64>>, findin
 
 /// Each call on an invented option is counted, and the memory for that is bounded.
 fn tallies(told: &Told, made: Option<&BTreeMap<String, u64>>, findings: &mut Findings) {
-    let lines = || told.summary["calls"].as_array().into_iter().flatten();
+    let lines = || told.summary["call_counts"].as_array().into_iter().flatten();
     for call in ["setsockopt", "getsockopt"] {
-        let counted = lines().filter(|line| line["call"] == call).filter_map(|line| line["calls"].as_u64()).sum();
+        let counted = lines().filter(|line| line["call"] == call).filter_map(|line| line["count"].as_u64()).sum();
         let made = made.and_then(|made| made.get(call)).copied().unwrap_or(0);
         findings.equal(format_args!("calls of {call} on invented options"), counted, made);
     }

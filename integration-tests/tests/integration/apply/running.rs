@@ -57,13 +57,13 @@ fn sockets_that_are_there_follow_the_policies_and_nobody_is_said_to_have_called(
     let sockets = sockets(&mut probe);
     let run = Run::started(&policy, &["--apply"]);
     let name = format!("run-{}", run.pid());
-    let said = run.notice("live", 1);
+    let said = run.notice("apply-summary", 1);
     assert_eq!((&said["changed"], &said["failed"]), (&json!(5), &json!(0)), "{}", run.lines());
     assert_in_line(&mut probe, sockets, 7);
     assert!(!files_of(&name).is_empty());
 
     fs::write(policy.path(), text(&target, 8)).unwrap();
-    let said = run.notice("live", 2);
+    let said = run.notice("apply-summary", 2);
     assert_eq!(said["set"], json!(5), "{}", run.lines());
     assert_in_line(&mut probe, sockets, 8);
     // What its owner then reads of it is what the policy says, and what it asks for is not.
@@ -86,7 +86,7 @@ fn dry_run_says_what_it_would_set_and_leaves_sockets_as_they_are() {
     let mut probe = Probe::start(&target);
     let sockets = sockets(&mut probe);
     let run = Run::started(&policy, &["--apply", "--dry-run"]);
-    let said = run.notice("live", 1);
+    let said = run.notice("apply-summary", 1);
     assert_eq!((&said["changed"], &said["set"]), (&json!(0), &json!(0)));
     let would: Vec<Value> = run.notices("would-apply");
     assert_eq!(Value::from(would.len()), said["would_set"]);
@@ -107,7 +107,7 @@ fn what_an_agent_brought_in_line_is_given_back_when_its_policies_end() {
     };
     let before = all(&mut probe);
     let run = Run::started(&policy, &["--apply", "--persist", "--instance", &instance.name]);
-    run.notice("live", 1);
+    run.notice("apply-summary", 1);
     assert_in_line(&mut probe, sockets, 7);
     run.signal(nix::sys::signal::Signal::SIGTERM);
     assert!(run.wait_for_end().status.success());

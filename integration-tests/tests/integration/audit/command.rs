@@ -290,7 +290,7 @@ fn options_that_were_not_asked_for_are_neither_summed_up_nor_a_failure() {
         make_calls(&mut Probe::start(&target));
         run.signal(Signal::SIGTERM);
         let (status, report) = run.finish_with_status();
-        let options: BTreeSet<_> = report.summary.calls.iter().map(|line| line.option.clone()).collect();
+        let options: BTreeSet<_> = report.summary.call_counts.iter().map(|line| line.option.clone()).collect();
         (status.code(), report.summary.conflicts, options.into_iter().collect::<Vec<_>>())
     };
     assert_eq!(summed_up("TCP_NODELAY"), (Some(0), 0, vec!["TCP_NODELAY".to_owned()]));
@@ -418,16 +418,16 @@ fn calls_are_timed_if_that_is_asked_for() {
 #[track_caller]
 fn assert_timing(report: &Report, is_timed: bool) {
     assert!(report.events.iter().all(|event| event.duration_ns.is_some() == is_timed));
-    assert_eq!(report.summary.calls.iter().map(|line| line.calls).sum::<u64>(), report.events.len() as u64);
-    for line in &report.summary.calls {
+    assert_eq!(report.summary.call_counts.iter().map(|line| line.count).sum::<u64>(), report.events.len() as u64);
+    for line in &report.summary.call_counts {
         let events: Vec<_> =
             report.events.iter().filter(|event| is_of(event, line.call.as_str(), &line.option)).collect();
-        assert_eq!(events.len() as u64, line.calls, "{line:?}");
+        assert_eq!(events.len() as u64, line.count, "{line:?}");
         assert_eq!(events.iter().filter(|event| event.result.unwrap() < 0).count() as u64, line.failed, "{line:?}");
         let durations: Option<Vec<u64>> = events.iter().map(|event| event.duration_ns).collect();
         assert_eq!(line.total_ns, durations.as_ref().map(|all| all.iter().sum()), "{line:?}");
         let histogram = line.histogram.as_ref().map(|buckets| {
-            let counts = buckets.iter().map(|bucket| (bucket.from_ns, bucket.calls));
+            let counts = buckets.iter().map(|bucket| (bucket.from_ns, bucket.count));
             counts.filter(|(_, calls)| *calls > 0).collect::<BTreeMap<_, _>>()
         });
         let expected = durations.map(|durations| {

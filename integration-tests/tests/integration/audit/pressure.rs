@@ -82,9 +82,9 @@ fn assert_accounted(backend: &str, report: &Report, calls: u64) {
     assert_eq!(others, 0, "{backend}: {losses:?}");
     let events = report.events.len() as u64;
     assert!(events > 0);
-    let tallied: u64 = report.summary.calls.iter().map(|line| line.calls).sum();
+    let tallied: u64 = report.summary.call_counts.iter().map(|line| line.count).sum();
     assert_eq!(tallied, events + ring_full, "{backend}: {losses:?}");
-    assert!(report.summary.calls.iter().all(|line| line.failed == 0));
+    assert!(report.summary.call_counts.iter().all(|line| line.failed == 0));
     // A call is seen by several programs, each of which the kernel may leave out.
     let unseen = calls - tallied;
     let counted = calls_full + exit_missed + prog_missed;
@@ -231,12 +231,12 @@ fn invented_options_displace_no_count() {
         }
         let report = exec.finish();
         let calls = |option: &str, call: &str| {
-            let lines = report.summary.calls.iter().filter(|line| line.option == option && line.call == call);
-            lines.map(|line| line.calls).sum::<u64>()
+            let lines = report.summary.call_counts.iter().filter(|line| line.option == option && line.call == call);
+            lines.map(|line| line.count).sum::<u64>()
         };
         assert_eq!((calls("TCP_KEEPCNT", "setsockopt"), calls("TCP_KEEPCNT", "getsockopt")), (5, 5), "{backend}");
         assert_eq!(calls("6:30001", "setsockopt"), 1, "{backend}");
-        let all: u64 = report.summary.calls.iter().map(|line| line.calls).sum();
+        let all: u64 = report.summary.call_counts.iter().map(|line| line.count).sum();
         assert_eq!(all, INVENTED as u64 + 1 + 10, "{backend}");
         assert!(calls("other", "setsockopt") >= INVENTED as u64 - 256, "{backend}");
         assert_eq!(report.summary.losses["tallies_full"], 0, "{backend}");

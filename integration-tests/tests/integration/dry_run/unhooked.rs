@@ -151,7 +151,7 @@ fn dry_run(policy: &PolicyFile, backend: &str, hooks: u32) -> (Results, Report) 
 fn audit_judges_as_the_hook_does() {
     let (conflicts, governed) = (policy(""), policy("calls = \"governed\""));
     let (results, hooked) = dry_run(&governed, "none", 1);
-    let verdicts: u64 = hooked.summary.settings.iter().flat_map(|setting| setting.calls.conflicts.values()).sum();
+    let verdicts: u64 = hooked.summary.settings.iter().flat_map(|setting| setting.calls.verdicts.values()).sum();
     let agreed: u64 = hooked.summary.settings.iter().map(|setting| setting.calls.agreed).sum();
     assert!(verdicts > 500 && agreed > 100, "{verdicts} conflicts, {agreed} that agree: {hooked:#?}");
     for backend in backends() {
@@ -321,15 +321,15 @@ fn hook_comes_with_enforcement_and_goes_with_it() {
     probe.set(fd, TCP_SYNCNT, 9).unwrap();
     assert_eq!(probe.int(fd, TCP_SYNCNT), 9);
     let report = run.finish();
-    let verdicts = |wanted: &str| {
+    let verdicts = |wanted: u32| {
         let mut settings = report.summary.settings.iter();
         let found = settings.find(|setting| setting.wanted == wanted).unwrap();
         found.calls.verdicts().into_iter().map(|(verdict, count)| format!("{verdict} {count}")).collect::<Vec<_>>()
     };
-    assert_eq!(verdicts("3"), ["would-rewrite 1"]);
-    assert_eq!(verdicts("4"), ["rewritten 1"]);
-    assert_eq!(verdicts("5"), ["would-rewrite 1"], "the hook that is there yet does not count it again");
-    assert_eq!(verdicts("8"), ["would-rewrite 1"]);
+    assert_eq!(verdicts(3), ["would-rewrite 1"]);
+    assert_eq!(verdicts(4), ["rewritten 1"]);
+    assert_eq!(verdicts(5), ["would-rewrite 1"], "the hook that is there yet does not count it again");
+    assert_eq!(verdicts(8), ["would-rewrite 1"]);
 }
 
 /// What the audit cannot know keeps the hook, and so does what is enforced beside a dry run.

@@ -50,14 +50,14 @@ fn raw_ping_and_udp_lite_sockets_have_what_this_kernel_can_set_when_they_are_mad
     let setting = report.setting_of("icmp", "SO_RCVLOWAT");
     assert_eq!((setting.sockets.set, setting.sockets.failed), (bound, 0), "of {made}");
     let names = ["raw", "ping", "udp-lite"];
-    let told = |name: &&str| setting.unsupported.iter().any(|told| told == *name);
+    let told = |name: &&str| setting.limitations.iter().any(|told| told == *name);
     assert_eq!(
         names.iter().filter(|name| told(name)).count(),
         if has_lsm() { 0 } else { 3 },
         "{:?}",
-        setting.unsupported
+        setting.limitations
     );
-    assert!(!report.setting_of("icmp", "SO_MARK").unsupported.iter().any(|told| told == "raw"));
+    assert!(!report.setting_of("icmp", "SO_MARK").limitations.iter().any(|told| told == "raw"));
 }
 
 #[test]
@@ -90,5 +90,5 @@ fn check_plan_and_explain_say_the_same() {
     assert!(explained.contains(&format!("unsupported: {words}")), "{explained}");
     let line: Value =
         serde_json::from_str(&stdout(&agent::output(&["explain", "-o", "json", "--protocol", "icmp", path]))).unwrap();
-    assert_eq!(line["unsupported"][0], "ping");
+    assert_eq!(line["limitations"][0], "ping");
 }

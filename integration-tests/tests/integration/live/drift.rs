@@ -33,7 +33,7 @@ fn report(output: &Output) -> (Option<i32>, Vec<Value>, Value) {
     let said = stdout(output);
     let mut lines: Vec<Value> = said.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let summary = lines.pop().unwrap_or_else(|| panic!("it said nothing: {}", stderr(output)));
-    assert_eq!(summary["event"], "summary");
+    assert_eq!(summary["event"], "verify-summary");
     assert!(lines.iter().all(|line| line["event"] == "drift"), "{said}");
     assert_eq!(summary["drifts"], lines.len());
     (output.status.code(), lines, summary)
@@ -79,7 +79,7 @@ fn drift_that_was_made_is_found_and_nothing_else() {
         probe.set(fd, TCP_CONGESTION, "reno").unwrap();
     }
     let (status, events, summary) = verify_on(&cgroup, &policy);
-    assert_eq!((status, events.len(), &summary["sockets"]), (Some(0), 0, &json!(3)), "{events:#?}");
+    assert_eq!((status, events.len(), &summary["checked"]), (Some(0), 0, &json!(3)), "{events:#?}");
 
     probe.set(pair.client, TCP_KEEPCNT, 9).unwrap();
     probe.set(pair.server, SO_MARK, 0x1121).unwrap();
@@ -104,7 +104,10 @@ fn drift_that_was_made_is_found_and_nothing_else() {
     );
     assert_eq!(keep["socket"]["remote"], pair.address.to_string());
     assert_eq!((&event("SO_MARK")["wanted"], &event("SO_MARK")["current"]), (&json!(0x1120), &json!(0x1121)));
-    assert_eq!((&event("SO_SNDBUF")["wanted"], &event("SO_SNDBUF")["current"]), (&json!(50 * 1024), &json!(120 * 1024)));
+    assert_eq!(
+        (&event("SO_SNDBUF")["wanted"], &event("SO_SNDBUF")["current"]),
+        (&json!(50 * 1024), &json!(120 * 1024))
+    );
     let limit = event("TCP_SYNCNT");
     assert_eq!(
         (&limit["wanted"], &limit["limit"], &limit["current"]),
@@ -133,7 +136,7 @@ fn sockets_that_a_policy_has_set_have_not_drifted() {
     let target = exec.target().display().to_string();
     let (status, events, summary) = verify(&["--cgroup", &target, policy.path().to_str().unwrap()]);
     assert_eq!((status, events.len()), (Some(0), 0), "{events:#?}");
-    assert!(summary["sockets"].as_u64().unwrap() >= 15, "{summary}");
+    assert!(summary["checked"].as_u64().unwrap() >= 15, "{summary}");
     // Not so without the policy: what has just been compared differs.
     let cgroup = Cgroup::new();
     let mut probe = Probe::start(&cgroup);
@@ -144,7 +147,7 @@ fn sockets_that_a_policy_has_set_have_not_drifted() {
     // What nobody can read; what the kernel does not keep; and what only counts where a socket is bound.
     let may_be = ["SK_BPF_CB_FLAGS", "TCP_WINDOW_CLAMP", "SO_REUSEADDR", "SO_REUSEPORT"];
     let untold: Vec<&str> =
-        summary["unknown"].as_array().unwrap().iter().map(|it| it["option"].as_str().unwrap()).collect();
+        summary["unknown_options"].as_array().unwrap().iter().map(|it| it["option"].as_str().unwrap()).collect();
     assert!(untold.contains(&"TCP_BPF_IW"), "{untold:?}");
     let others: Vec<_> =
         untold.iter().filter(|option| !option.starts_with("TCP_BPF_") && !may_be.contains(option)).collect();
@@ -170,7 +173,7 @@ fn connection_whose_listener_is_gone_is_told_by_which_end_began_it() {
         let (_, events, summary) = verify_on(&cgroup, &policy);
         assert_eq!(drifted(&events, &mut probe, pair.client), ["TCP_KEEPIDLE"], "after {carried}: {summary}");
         assert_eq!(drifted(&events, &mut probe, pair.server), ["TCP_KEEPCNT"], "after {carried}: {summary}");
-        assert_eq!(summary["unknown"], json!([]));
+        assert_eq!(summary["unknown_options"], json!([]));
     }
 }
 
@@ -243,7 +246,7 @@ fn connection_that_nobody_has_accepted_yet_is_counted_and_no_failure() {
     let keep = probe.int(client, TCP_KEEPIDLE);
     let policy = PolicyFile::new(format!("[[rule]]\nset = {{ TCP_KEEPIDLE = \"{keep}s\" }}\n"));
     let (status, _, summary) = verify_on(&cgroup, &policy);
-    assert_eq!((status, &summary["sockets"], &summary["no_fd"]), (Some(0), &json!(2), &json!(1)));
+    assert_eq!((status, &summary["checked"], &summary["no_fd"]), (Some(0), &json!(2), &json!(1)));
 }
 
 #[test]
