@@ -173,6 +173,31 @@ impl SkippedList {
     }
 }
 
+/// Objects that one message names.
+const NAMED_MAX: usize = 16;
+
+/// Logs objects that are skipped by a command that ends soon.
+pub fn warn_of(skipped: &[Skip]) {
+    let mut list = SkippedList::default();
+    warn_of_new(&list.replace(skipped, now()), skipped.len());
+}
+
+/// Logs objects that are skipped since now. `count` is the number of all objects that are skipped.
+pub fn warn_of_new(new: &[Skipped], count: usize) {
+    for skipped in new.iter().take(NAMED_MAX) {
+        log::warn!("skipped: {} {}: {}", skipped.kind.name(), skipped.name, skipped.reason);
+    }
+    if new.len() > NAMED_MAX {
+        log::warn!("skipped: {} more, of {count} objects in all", new.len() - NAMED_MAX);
+    }
+}
+
+/// Returns the time in seconds since 1970.
+#[must_use]
+pub fn now() -> i64 {
+    jiff::Timestamp::now().as_second()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

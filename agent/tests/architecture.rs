@@ -70,6 +70,9 @@ fn pure_modules_do_no_io() {
     let io = ["std::fs", "std::process", "std::thread", "nix::", "File::open", "File::create"];
     let places = [
         "cli",
+        "daemon",
+        "reconcile",
+        "targets",
         "transient_cgroup.rs",
         "fault.rs",
         "fuzz.rs",

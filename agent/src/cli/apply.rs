@@ -10,27 +10,30 @@ use super::{
     FAILURE, check,
     descriptor::stdout,
     ignore_broken_pipe,
-    lazy_iter::LazyIter,
-    output::{Format, TrustArgs},
+    output::{Format, TrustArgs, tally_text},
     print_error,
     progress::Progress,
-    reconcile::{Reconciler, Tally, Tell},
-    restore,
-    run::{DEFAULT_INSTANCE, ResolvedTargets, RunError, warn_of_failed},
-    signals::Signals,
-    sockets::{Sockets, SocketsError, Targets},
-    watch::WatchError,
+    run::DEFAULT_INSTANCE,
 };
 use crate::{
-    compile::compile,
+    compile::{CompileError, compile},
+    daemon::Signals,
+    escape::Escape as _,
     events::Event,
-    host::{cgroup::Mount, inspect::Inspector, socket_table::SurveyError},
-    instance,
-    journal::{Journal, JournalError},
-    kernel::KernelError,
+    host::{
+        cgroup::{CgroupError, Mount},
+        inspect::Inspector,
+        socket_table::SurveyError,
+    },
+    instance::{self, InstanceError},
+    journal::{self, Journal},
     policy::Policy,
-    schema,
-    session::{self, SessionError},
+    reconcile::{
+        LazyIter, ReconcileError, Reconciler, Report, Selection, Sockets, Tally,
+        restore::{self, Restored},
+    },
+    schema, session, skipped,
+    targets::{ResolvedTargets, TargetError},
 };
 
 /// Bring sockets that are there already in line with policies
@@ -68,46 +71,36 @@ pub(super) struct Apply {
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ApplyError {
-    #[error(transparent)]
-    Sockets(#[from] SocketsError),
-    #[error("cannot keep what sockets had, and so leaves them as they are: {0}")]
-    Journal(#[from] JournalError),
-    /// Where descriptors do.
-    #[error(transparent)]
-    Iterator(KernelError),
-    #[error("cannot write what was done: {0}")]
+    #[error("{0}")]
+    Target(#[from] TargetError),
+    #[error("{0}")]
+    Compile(#[from] CompileError),
+    #[error("{0}")]
+    Instance(#[from] InstanceError),
+    #[error("{0}")]
+    Reconcile(#[from] ReconcileError),
+    #[error("cannot watch for signals: {0}")]
+    Signals(#[source] io::Error),
+    #[error("cannot write the report: {0}")]
     Write(#[from] io::Error),
-    #[error(
-        "stopped by a signal: some sockets are as they were\n  help: do it again, or put back what they had: sockpolicy apply --restore"
-    )]
-    Stopped,
 }
 
-impl From<RunError> for ApplyError {
-    fn from(error: RunError) -> Self {
-        Self::Sockets(error.into())
-    }
-}
-
-impl From<KernelError> for ApplyError {
-    fn from(error: KernelError) -> Self {
-        match error {
-            KernelError::Iterator { .. } => Self::Iterator(error),
-            other => RunError::from(SessionError::from(other)).into(),
-        }
+impl From<CgroupError> for ApplyError {
+    fn from(error: CgroupError) -> Self {
+        Self::Target(error.into())
     }
 }
 
 impl From<SurveyError> for ApplyError {
     fn from(error: SurveyError) -> Self {
-        Self::Sockets(error.into())
+        Self::Reconcile(error.into())
     }
 }
 
 impl Apply {
     pub(super) fn run(self) -> ExitCode {
         let done = if self.restore {
-            restore::put_back(&self.instance)
+            restore(&self.instance)
         } else {
             let Some(policies) = check::load(&self.files, self.trust.or_refuse()) else { return FAILURE.into() };
             self.apply(&policies).map(|tally| tally.failed == 0 && tally.denied == 0 && tally.unanswered == 0)
@@ -123,36 +116,41 @@ impl Apply {
     }
 
     fn apply(&self, policies: &[Policy]) -> Result<Tally, ApplyError> {
-        instance::check_name(&self.instance).map_err(RunError::from)?;
-        let mut signals = Signals::watch().map_err(WatchError::Watch).map_err(RunError::from)?;
-        let mut walker = LazyIter::begin();
-        let mount = Mount::find().map_err(RunError::from)?;
+        instance::check_name(&self.instance)?;
+        let mut signals = Signals::watch().map_err(ApplyError::Signals)?;
+        let mut iter = LazyIter::begin();
+        let mount = Mount::find()?;
+        if !self.cgroup.is_empty() {
+            check::warn_of_replaced_targets(policies, "--cgroup");
+        }
         let ResolvedTargets { stacks, targets, .. } = ResolvedTargets::find(&mount, &self.cgroup, policies)?;
-        let mut desired = compile(policies, &stacks).map_err(|error| RunError::from(SessionError::from(error)))?;
+        let mut desired = compile(policies, &stacks)?;
         session::leave_out_absent_hooks(&mut desired);
-        let mut sockets = Sockets::find(mount, Targets::these(&targets), || walker.holders(), Inspector::default())?;
+        let mut sockets = Sockets::find(mount, Selection::of(&targets), || iter.fd_refs(), Inspector::default())?;
         let progress = Progress::of(sockets.len());
         let mut out = BufWriter::new(stdout(self.output));
-        let mut tell_event = |event: &Event| {
-            progress.above(|| match self.output {
+        let mut write_event = |event: &Event| {
+            let written = progress.above(|| match self.output {
                 Format::Text => writeln!(out, "{event}"),
                 Format::Json => writeln!(out, "{}", event.to_json()),
-            })
+            });
+            ignore_broken_pipe(written)
         };
-        let listener: Option<&mut Tell<'_>> = if self.quiet { None } else { Some(&mut tell_event) };
-        let mut work = Reconciler::new(&desired, self.dry_run, Journal::of(&self.instance), listener);
-        let done = work.run(&mut sockets, &mut walker, |sockets| {
+        let report: Option<&mut Report<'_>> = if self.quiet { None } else { Some(&mut write_event) };
+        let mut reconciler = Reconciler::new(&desired, self.dry_run, Journal::of(&self.instance), report);
+        let done = reconciler.run(&mut sockets, &mut iter, |sockets| {
             if asks_for_end(&mut signals)? {
-                return Err(ApplyError::Stopped);
+                return Err(ReconcileError::Stopped);
             }
             progress.step(sockets);
             Ok(())
         });
-        let tally = Tally { unanswered: sockets.skipped().len() as u64, ..work.tally() };
+        let tally = Tally { unanswered: sockets.skipped().len() as u64, ..reconciler.tally() };
         drop(progress);
-        warn_of_failed(&sockets.skipped());
-        ignore_broken_pipe(tell(&tally, self.output, &mut out).and_then(|()| out.flush()))?;
-        done.map(|()| tally)
+        skipped::warn_of(&sockets.skipped());
+        ignore_broken_pipe(write_tally(&tally, self.output, &mut out).and_then(|()| out.flush()))?;
+        done?;
+        Ok(tally)
     }
 }
 
@@ -165,12 +163,50 @@ fn asks_for_end(signals: &mut Signals) -> io::Result<bool> {
     Ok(false)
 }
 
-fn tell(tally: &Tally, output: Format, out: &mut impl Write) -> io::Result<()> {
+fn write_tally(tally: &Tally, output: Format, out: &mut impl Write) -> io::Result<()> {
     match output {
-        Format::Text => write!(out, "{}", tally.to_text()),
+        Format::Text => write!(out, "{}", tally_text(tally)),
         Format::Json => {
             let line = schema::line_at(jiff::Timestamp::now(), "apply-summary", tally.to_json());
             writeln!(out, "{line}")
         }
     }
+}
+
+/// Restores what the journal of an instance has, and prints the counts. Returns whether nothing remains to be restored.
+pub(super) fn restore(instance: &str) -> Result<bool, ApplyError> {
+    instance::check_name(instance)?;
+    let restored = restore::restore(instance)?;
+    skipped::warn_of(&restored.skipped);
+    let mut out = stdout(Format::Text);
+    ignore_broken_pipe(write_restored(&restored, &mut out).and_then(|()| out.flush()))?;
+    let Restored { failed, damaged, .. } = restored;
+    if failed > 0 {
+        log::warn!(
+            "policies in force set these options again\n  help: detach the policies first: sockpolicy detach --restore {}",
+            instance.escaped()
+        );
+    }
+    if damaged > 0 {
+        let path = journal::path_of(instance);
+        log::warn!(
+            "damaged lines of {}: {damaged}. The values in these lines cannot be restored, and where one option changed \
+             several times, its restored value may be a later one.\n  help: the lines are kept; if you do not need them: rm {}",
+            path.escaped(),
+            path.escaped()
+        );
+    }
+    Ok(restored.is_complete())
+}
+
+fn write_restored(restored: &Restored, out: &mut impl Write) -> io::Result<()> {
+    let Restored { restored, changed_by_others, failed, unseen, .. } = restored;
+    writeln!(out, "restored: {restored} options; changed by others since: {changed_by_others}; refused: {failed}")?;
+    if *unseen > 0 {
+        writeln!(
+            out,
+            "not restored: {unseen} options of sockets that may be in network namespaces that this process must not enter"
+        )?;
+    }
+    Ok(())
 }

@@ -4,11 +4,11 @@ use std::{path::PathBuf, process::ExitCode};
 
 use super::{
     FAILURE,
-    apply::ApplyError,
+    apply::{ApplyError, restore},
     check,
     output::{TrustArgs, UnsupportedArgs},
-    print_error, restore,
-    run::{DEFAULT_INSTANCE, ResolvedTargets, RunError, now, warn_of_failed},
+    print_error,
+    run::{DEFAULT_INSTANCE, RunError},
 };
 use crate::{
     escape::Escape,
@@ -18,8 +18,10 @@ use crate::{
     journal::{self, Journal},
     kernel::{self, BackendChoice, KernelError, Pins},
     policy::{Policy, Sources, Texts},
+    reconcile::ReconcileError,
     session::{self, OnBlocked, Session, SessionError, Setup},
-    skipped::SkippedList,
+    skipped::{self, SkippedList},
+    targets::ResolvedTargets,
 };
 
 /// Put policies in force and leave them so, without an agent
@@ -63,7 +65,10 @@ impl Attach {
     fn attach(&self, texts: &Texts, policies: &[Policy]) -> Result<(), RunError> {
         process::raise_descriptor_limit();
         let mount = Mount::find()?;
-        let ResolvedTargets { stacks, targets, mut skipped, .. } =
+        if !self.cgroup.is_empty() {
+            check::warn_of_replaced_targets(policies, "--cgroup");
+        }
+        let ResolvedTargets { stacks, targets, skipped: mut skipped_objects, .. } =
             ResolvedTargets::find(&mount, &self.cgroup, policies)?;
         let desired = session::prepare(policies, &stacks, self.dry_run, false)?;
         kernel::check_privileges().map_err(SessionError::from)?;
@@ -82,10 +87,10 @@ impl Attach {
             instance: Some((instance, files)),
         };
         let mut session = Session::start(setup)?;
-        skipped.extend_from_slice(session.skipped());
+        skipped_objects.extend_from_slice(session.skipped());
         let mut list = SkippedList::default();
-        list.replace(&skipped, now());
-        warn_of_failed(session.skipped());
+        list.replace(&skipped_objects, skipped::now());
+        skipped::warn_of(session.skipped());
         session.note_skipped(&list);
         for unsupported in session.unsupported() {
             log::warn!("unsupported: {unsupported}");
@@ -123,7 +128,7 @@ enum DetachError {
     Restore(#[from] Box<ApplyError>),
     #[error(
         "no instance `{}` has policies in force without an agent{}{}",
-        name.escaped(), list(.others), restore(*.has_journal, .name)
+        name.escaped(), list(.others), restore_help(*.has_journal, .name)
     )]
     None { name: String, others: Vec<String>, has_journal: bool },
 }
@@ -137,7 +142,7 @@ impl From<InstanceError> for DetachError {
     }
 }
 
-fn restore(has_journal: bool, instance: &str) -> String {
+fn restore_help(has_journal: bool, instance: &str) -> String {
     if !has_journal {
         return String::new();
     }
@@ -182,9 +187,9 @@ impl Detach {
         pins.remove()?;
         // No sooner: the policies would set it again.
         if self.restore {
-            return Ok(restore::put_back(name).map_err(Box::new)?);
+            return Ok(restore(name).map_err(Box::new)?);
         }
-        Journal::of(name).remove().map_err(|error| Box::new(error.into()))?;
+        Journal::of(name).remove().map_err(|error| Box::new(ApplyError::from(ReconcileError::from(error))))?;
         Ok(true)
     }
 }

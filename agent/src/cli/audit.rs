@@ -16,13 +16,12 @@ use super::{
     messages,
     output::{ReportArgs, ReportError, TrustArgs, Writer},
     print_error,
-    run::{self, ResolvedTargets, RunError},
-    signals::Signals,
-    watch::WatchError,
+    run::{self, RunError},
 };
 use crate::{
     compile::Desired,
     coverage::{Stack, all},
+    daemon::{Signals, watch::WatchError},
     escape::{self, Escape},
     events::{Action, Filter},
     host::{cgroup::Mount, containers::Known, process},
@@ -33,6 +32,7 @@ use crate::{
         nearest_option,
     },
     session::{self, OnBlocked, OnUnsupported, SessionError, Setup},
+    targets::ResolvedTargets,
 };
 
 /// Show the setsockopt and getsockopt calls of a command, of processes, of cgroups or of the whole host
@@ -156,7 +156,7 @@ impl Audit {
 
     /// Gives the number of conflicts.
     fn watch(&self, filter: Filter, policies: &[Policy]) -> Result<u64, AuditError> {
-        let mut signals = Signals::watch().map_err(WatchError::Watch).map_err(RunError::from)?;
+        let mut signals = Signals::watch().map_err(WatchError::Wait).map_err(RunError::from)?;
         process::raise_descriptor_limit();
         let mount = Mount::find().map_err(RunError::from)?;
         let ResolvedTargets { stacks, targets, containers, .. } = self.placement(&mount, policies)?;
@@ -197,7 +197,10 @@ impl Audit {
         if self.cgroup.is_empty() && names_none {
             return Ok(ResolvedTargets::alone(policies, mount.open(Path::new(""))?));
         }
-        ResolvedTargets::find(mount, &self.cgroup, policies)
+        if !self.cgroup.is_empty() {
+            check::warn_of_replaced_targets(policies, "--cgroup");
+        }
+        Ok(ResolvedTargets::find(mount, &self.cgroup, policies)?)
     }
 }
 

@@ -16,12 +16,14 @@ use super::{
     messages,
     output::{EnforceArgs, ReportArgs, ReportError, TrustArgs, Writer},
     print_error,
-    signals::Signals,
-    watch::{self, WatchError},
 };
 use crate::{
     compile::Desired,
     coverage::all,
+    daemon::{
+        Signals,
+        watch::{self, WatchError},
+    },
     escape::Escape,
     events::Filter,
     host::{
@@ -244,7 +246,7 @@ fn follow(
 
 /// Writes what there is to tell; gives whether there may be more. The command goes on also where that cannot be found out.
 fn tell(session: &mut Session, writer: &Writer) -> bool {
-    watch::tell(session, writer).unwrap_or_else(|error| {
+    watch::pass_on(session, writer).unwrap_or_else(|error| {
         log::warn!("{error}");
         false
     })

@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::{
-    FAILURE, FINDINGS, check, containers,
+    FAILURE, FINDINGS, check,
     descriptor::stdout,
     ignore_broken_pipe,
     output::{Format, TrustArgs},
@@ -28,6 +28,7 @@ use crate::{
         model::{Direction, Family, Protocol},
         parse_end,
     },
+    targets::containers,
 };
 
 /// Say which rule decides each option of a socket, and why the others do not
@@ -106,7 +107,7 @@ fn explanation(policies: &[Policy], socket: &Socket) -> Result<Explanation, Expl
     let stack = match &socket.cgroup {
         Some(cgroup) => {
             let listing = containers::wanted_by(policies);
-            containers::tell_of_hidden(&listing);
+            containers::warn_of_hidden(&listing);
             stack_of(policies, cgroup, &listing.running).map_err(CompileError::from)?
         }
         None => match policies.iter().find(|policy| policy.target != policies[0].target) {

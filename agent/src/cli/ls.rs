@@ -6,17 +6,19 @@ use super::{
     FAILURE, check,
     descriptor::stdout,
     ignore_broken_pipe,
+    live_sockets::LiveSocketsError,
     output::{Format, TrustArgs},
     print_error,
     progress::Progress,
-    run::{ResolvedTargets, warn_of_failed},
-    sockets::{InspectedSocket, Sockets, SocketsError, Targets},
 };
 use crate::{
     host::{cgroup::Mount, inspect::Inspector},
     live::{OptionRead, Table, Values, drift::Baseline},
     options::OPTIONS,
     policy::Policy,
+    reconcile::{InspectedSocket, Selection, Sockets},
+    skipped,
+    targets::ResolvedTargets,
 };
 
 /// List live sockets with their processes, and every option that differs from the default
@@ -56,14 +58,17 @@ impl Ls {
         }
     }
 
-    fn list(&self, policies: &[Policy]) -> Result<bool, SocketsError> {
+    fn list(&self, policies: &[Policy]) -> Result<bool, LiveSocketsError> {
         let mount = Mount::find()?;
         let targets = if policies.is_empty() {
-            Targets::open(&mount, &self.cgroup)?
+            Selection::open(&mount, &self.cgroup)?
         } else {
+            if !self.cgroup.is_empty() {
+                check::warn_of_replaced_targets(policies, "--cgroup");
+            }
             ResolvedTargets::find(&mount, &self.cgroup, policies)?.targets
         };
-        let mut sockets = Sockets::find(mount, Targets::of(&targets), || None, Inspector::default())?;
+        let mut sockets = Sockets::find(mount, Selection::all_or(&targets), || None, Inspector::default())?;
         let mut out = stdout(self.output);
         let mut table = Table::default();
         let progress = Progress::of(sockets.len());
@@ -82,9 +87,9 @@ impl Ls {
         drop(progress);
         ignore_broken_pipe(written.and_then(|()| write!(out, "{table}")).and_then(|()| out.flush()))?;
         if sockets.unread() > 0 {
-            log::warn!("{} processes must not be looked into: it takes root", sockets.unread());
+            log::warn!("{} processes skipped: permission denied\n  help: run sockpolicy as root", sockets.unread());
         }
-        warn_of_failed(&sockets.skipped());
+        skipped::warn_of(&sockets.skipped());
         Ok(sockets.skipped().is_empty())
     }
 

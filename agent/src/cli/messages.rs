@@ -15,6 +15,7 @@ use std::{
 
 use super::{
     descriptor::Standard,
+    help,
     output::Format,
     sink::{Sink, Target},
 };
@@ -90,7 +91,7 @@ fn write_styled(lines: &str) {
 pub(super) fn print_error(error: &(dyn Error + 'static)) {
     let place = Location::caller();
     if let Some(left_out) = admit(place.file(), place.line()) {
-        write(&format!("error: {}{}\n", with_causes(error), left_out_text(left_out)));
+        write(&format!("error: {}{}{}\n", with_causes(error), left_out_text(left_out), help::line(error)));
     }
 }
 

@@ -7,34 +7,27 @@ mod apply;
 mod attach;
 mod audit;
 mod check;
-mod containers;
-mod daemon;
 mod descriptor;
 mod doctor;
 mod exec;
 mod explain;
-mod lazy_iter;
-mod look;
+mod help;
+mod live_sockets;
 mod ls;
 mod messages;
 mod options;
 mod output;
 mod plan;
 mod progress;
-mod reconcile;
-mod reconcile_thread;
-mod restore;
 mod run;
-mod signals;
 mod sink;
-mod sockets;
 mod status;
 mod test;
 mod verify;
-mod watch;
 
 use std::{
     env,
+    error::Error,
     ffi::OsString,
     io::{self, IsTerminal, Write},
     path::PathBuf,
@@ -47,10 +40,10 @@ use self::{descriptor::Standard, messages::print_error};
 use crate::{
     escape::Escape,
     host::{
-        containers::LIST,
+        containers::{self, LIST, Scope},
         inspect::{self, INSPECT},
     },
-    transient_cgroup, trial, worker,
+    reconcile, transient_cgroup, trial, worker,
 };
 
 /// Done, and something was found that should not be.
@@ -102,7 +95,7 @@ enum Command {
         agent: u32,
     },
     /// Has the kernel visit sockets for the process that started it. sockpolicy starts it for itself.
-    #[command(name = lazy_iter::WALK, hide = true)]
+    #[command(name = reconcile::WALK, hide = true)]
     WalkSockets {
         agent: u32,
     },
@@ -147,7 +140,7 @@ fn run(arguments: Arguments) -> ExitCode {
                 FAILURE.into()
             }
         },
-        Command::ListContainers { agent, account } => match containers::list_for(agent, &account) {
+        Command::ListContainers { agent, account } => match list_containers(agent, &account) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 print_error(&*error);
@@ -158,7 +151,7 @@ fn run(arguments: Arguments) -> ExitCode {
             ended(worker::begin(agent).and_then(|()| inspect::work(agent, io::stdout().lock())))
         }
         Command::WalkSockets { agent } => {
-            ended(worker::begin(agent).and_then(|()| lazy_iter::work(agent, io::stdout().lock())))
+            ended(worker::begin(agent).and_then(|()| reconcile::work(agent, io::stdout().lock())))
         }
         Command::Sample => match trial::sample() {
             Ok(()) => ExitCode::SUCCESS,
@@ -168,6 +161,14 @@ fn run(arguments: Arguments) -> ExitCode {
             }
         },
     }
+}
+
+/// Lists the containers of root, or of an account, for the agent that started this process.
+fn list_containers(agent: u32, account: &str) -> Result<(), Box<dyn Error>> {
+    worker::begin(agent)?;
+    let scope = if account.is_empty() { Scope::Root } else { Scope::Account(account.parse()?) };
+    let listing = serde_json::to_vec(&containers::list(scope)?)?;
+    Ok(io::stdout().write_all(&worker::framed(&listing))?)
 }
 
 /// The exit status of a worker.

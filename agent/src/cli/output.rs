@@ -1,26 +1,23 @@
 //! How reports are written: for people or as JSON lines, to a terminal or a file.
 
-use std::{
-    collections::{BTreeMap, HashSet},
-    fmt, io,
-    path::Path,
-};
+use std::{collections::HashSet, fmt, io, path::Path};
 
 use nix::errno::Errno;
 use serde_json::{Value, json};
 
 use super::{
     descriptor::Standard,
-    messages,
-    reconcile::Tally,
+    messages::{self, print_error},
     sink::{Sink, Target, Unfinished, loss_line},
 };
 use crate::{
     compile::Hook,
+    daemon::{Observer, TargetNames},
     escape::{self, Escape, visible},
     events::{Event, Kind},
     kernel::{self, Audit, BackendChoice},
-    policy::{IfInsecure, model::Mode},
+    policy::{IfInsecure, diagnostic::Diagnostic, model::Mode},
+    reconcile::Tally,
     report::{Loss, Summary},
     schema,
     session::{OnUnsupported, Session},
@@ -111,9 +108,6 @@ pub(super) struct Writer {
     /// Where the report goes, for people.
     place: String,
 }
-
-/// Names of targets' cgroups, by the cgroups' ids and the numbers of their scopes.
-pub(super) type TargetNames = BTreeMap<(u64, usize), String>;
 
 /// Names of targets that are written when these change: as many that have come, and as many that have gone.
 const TARGETS_SHOWN: usize = 64;
@@ -230,64 +224,6 @@ impl Writer {
         self.out.settle();
     }
 
-    /// Says what is in force after the files were read again: the old policies where these are not valid.
-    pub(super) fn reloaded(&self, session: &Session, is_new: bool) {
-        if self.format == Format::Text && is_new {
-            return self.announce(session);
-        }
-        let policies: Vec<&str> = session.desired().policies().into_iter().map(|(name, _)| name).collect();
-        self.notice(
-            &format!("reload    refused; still in force: {}", escape::join(&policies, ", ")),
-            "reload",
-            json!({ "in_force": is_new, "policies": policies, "targets": kernel::names(session.targets()) }),
-        );
-    }
-
-    /// Writes which targets have come and gone, cgroups having done so: the names, by ids, of those before and after.
-    pub(super) fn retargeted(&self, before: &TargetNames, after: &TargetNames) {
-        let only_in = |one: &TargetNames, other: &TargetNames| -> Vec<String> {
-            let others: HashSet<u64> = other.keys().map(|(cgroup, _)| *cgroup).collect();
-            one.iter().filter(|((cgroup, _), _)| !others.contains(cgroup)).map(|(_, name)| name.clone()).collect()
-        };
-        let (added, removed) = (only_in(after, before), only_in(before, after));
-        let shown = |sign: &str, names: &[String]| {
-            let listed: String =
-                names.iter().take(TARGETS_WRITTEN).map(|name| format!(" {sign}{}", name.escaped())).collect();
-            let others = names.len().saturating_sub(TARGETS_WRITTEN);
-            if others == 0 { listed } else { format!("{listed} {sign}{others} more") }
-        };
-        let text = format!("targets   {}:{}{}", after.len(), shown("+", &added), shown("-", &removed));
-        let first = |names: &[String]| names.iter().take(TARGETS_SHOWN).cloned().collect::<Vec<_>>();
-        let fields = json!({
-            "count": after.len(),
-            "added": first(&added), "added_count": added.len(),
-            "removed": first(&removed), "removed_count": removed.len(),
-        });
-        self.notice(&text, "targets", fields);
-    }
-
-    /// Says what was done to one live socket: for people only where it could not be, for there may be thousands.
-    pub(super) fn applied(&self, event: &Event) {
-        match (self.format, event.kind) {
-            (Format::Text, Kind::Applied { .. } | Kind::WouldApply | Kind::Unknown { .. }) => {}
-            _ => self.event(event),
-        }
-    }
-
-    /// Says what has come of bringing live sockets in line.
-    pub(super) fn reconciled(&self, tally: &Tally) {
-        let text = tally.to_text();
-        let lines: Vec<String> = text.lines().map(|line| format!("live      {line}")).collect();
-        self.notice(
-            &lines.join(
-                "
-",
-            ),
-            "apply-summary",
-            tally.to_json(),
-        );
-    }
-
     fn notice(&self, text: &str, event: &str, fields: Value) {
         if self.quiet {
             return;
@@ -296,24 +232,6 @@ impl Writer {
             Format::Text => self.line(&text),
             Format::Json => self.line(&schema::line_at(jiff::Timestamp::now(), event, fields)),
         }
-    }
-
-    pub(super) fn event(&self, event: &Event) {
-        match self.format {
-            _ if self.quiet => {}
-            Format::Text => self.line(event),
-            Format::Json => self.line(&event.to_json()),
-        }
-    }
-
-    /// Says what was lost, also where events are left out: it is then the summary that is not whole.
-    pub(super) fn loss(&self, loss: &Loss) {
-        self.out.put(&loss_line(loss, self.format));
-    }
-
-    /// Whether the reader of the report is gone.
-    pub(super) fn is_closed(&self) -> bool {
-        self.out.is_closed()
     }
 
     /// Writes the summary, and waits for a bounded time until everything is written.
@@ -339,6 +257,93 @@ impl Writer {
     }
 }
 
+impl Observer for Writer {
+    /// Says what is in force after the files were read again: the old policies where these are not valid.
+    fn reloaded(&self, session: &Session, is_new: bool) {
+        if self.format == Format::Text && is_new {
+            return self.announce(session);
+        }
+        let policies: Vec<&str> = session.desired().policies().into_iter().map(|(name, _)| name).collect();
+        self.notice(
+            &format!("reload    refused; still in force: {}", escape::join(&policies, ", ")),
+            "reload",
+            json!({ "in_force": is_new, "policies": policies, "targets": kernel::names(session.targets()) }),
+        );
+    }
+
+    /// Writes which targets have come and gone, cgroups having done so: the names, by ids, of those before and after.
+    fn retargeted(&self, before: &TargetNames, after: &TargetNames) {
+        let only_in = |one: &TargetNames, other: &TargetNames| -> Vec<String> {
+            let others: HashSet<u64> = other.keys().map(|(cgroup, _)| *cgroup).collect();
+            one.iter().filter(|((cgroup, _), _)| !others.contains(cgroup)).map(|(_, name)| name.clone()).collect()
+        };
+        let (added, removed) = (only_in(after, before), only_in(before, after));
+        let shown = |sign: &str, names: &[String]| {
+            let listed: String =
+                names.iter().take(TARGETS_WRITTEN).map(|name| format!(" {sign}{}", name.escaped())).collect();
+            let others = names.len().saturating_sub(TARGETS_WRITTEN);
+            if others == 0 { listed } else { format!("{listed} {sign}{others} more") }
+        };
+        let text = format!("targets   {}:{}{}", after.len(), shown("+", &added), shown("-", &removed));
+        let first = |names: &[String]| names.iter().take(TARGETS_SHOWN).cloned().collect::<Vec<_>>();
+        let fields = json!({
+            "count": after.len(),
+            "added": first(&added), "added_count": added.len(),
+            "removed": first(&removed), "removed_count": removed.len(),
+        });
+        self.notice(&text, "targets", fields);
+    }
+
+    /// Says what was done to one live socket: for people only where it could not be, for there may be thousands.
+    fn applied(&self, event: &Event) {
+        match (self.format, event.kind) {
+            (Format::Text, Kind::Applied { .. } | Kind::WouldApply | Kind::Unknown { .. }) => {}
+            _ => self.event(event),
+        }
+    }
+
+    /// Says what has come of bringing live sockets in line.
+    fn reconciled(&self, tally: &Tally) {
+        let text = tally_text(tally);
+        let lines: Vec<String> = text.lines().map(|line| format!("live      {line}")).collect();
+        self.notice(
+            &lines.join(
+                "
+",
+            ),
+            "apply-summary",
+            tally.to_json(),
+        );
+    }
+
+    fn event(&self, event: &Event) {
+        match self.format {
+            _ if self.quiet => {}
+            Format::Text => self.line(event),
+            Format::Json => self.line(&event.to_json()),
+        }
+    }
+
+    /// Says what was lost, also where events are left out: it is then the summary that is not whole.
+    fn loss(&self, loss: &Loss) {
+        self.out.put(&loss_line(loss, self.format));
+    }
+
+    /// Whether the reader of the report is gone.
+    fn is_closed(&self) -> bool {
+        self.out.is_closed()
+    }
+
+    fn diagnostics(&self, found: &[Diagnostic]) {
+        messages::show(found);
+    }
+
+    #[track_caller]
+    fn error(&self, error: &(dyn std::error::Error + 'static)) {
+        print_error(error);
+    }
+}
+
 /// How calls are seen, and which are not.
 pub(super) fn describe_audit(audit: Audit) -> String {
     let points: Vec<_> = audit.points().collect();
@@ -347,4 +352,27 @@ pub(super) fn describe_audit(audit: Audit) -> String {
         [] => seen,
         blind_to => format!("{seen} (does not see {})", blind_to.join(", ")),
     }
+}
+
+/// Returns the counts of a reconciliation as lines, one for each kind of result.
+pub(super) fn tally_text(tally: &Tally) -> String {
+    let Tally { sockets, changed, set, would_set, would_change, failed, unknown, no_fd, denied, unanswered } = *tally;
+    let mut text = if would_set > 0 {
+        format!("dry run: would change {would_set} options on {would_change} of {sockets} sockets\n")
+    } else {
+        format!("sockets: {sockets}, changed: {changed}, in {set} options\n")
+    };
+    for (count, what) in [
+        (if would_set > 0 { set } else { 0 }, "options were set"),
+        (failed, "options were refused by the kernel"),
+        (unknown, "options are in an unknown state: whether they agree with the policy cannot be determined"),
+        (no_fd, "sockets were skipped: no file descriptor refers to them"),
+        (denied, "sockets were skipped: permission denied, or no answer"),
+        (unanswered, "sockets did not answer in time"),
+    ] {
+        if count > 0 {
+            text.push_str(&format!("{count} {what}\n"));
+        }
+    }
+    text
 }

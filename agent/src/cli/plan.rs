@@ -10,12 +10,12 @@ use std::{
 use serde_json::json;
 
 use super::{
-    FAILURE, FINDINGS, check, containers,
+    FAILURE, FINDINGS, check,
     descriptor::stdout,
-    ignore_broken_pipe,
+    help, ignore_broken_pipe,
     output::{Format, TrustArgs},
     print_error,
-    run::{ResolvedTargets, RunError},
+    run::RunError,
     status,
 };
 use crate::{
@@ -28,6 +28,7 @@ use crate::{
     policy::{Policy, model::Mode},
     policy_diff::{Change, Snapshot, changes},
     schema, session,
+    targets::{ResolvedTargets, containers},
 };
 
 /// Say what `run` would do: which programs it would attach where, and what for
@@ -75,15 +76,18 @@ impl Plan {
         let mount = Mount::find().map_err(RunError::from)?;
         if self.cgroup.is_empty() {
             match ResolvedTargets::find(&mount, &[], policies) {
-                Err(error @ (RunError::NoMatch { .. } | RunError::NoMatchAmong { .. } | RunError::Skipped { .. })) => {
-                    log::warn!("`run` would wait for what is not there: {error}");
+                Err(error) if error.can_pass() => {
+                    log::warn!("`run` would wait for a target: {error}{}", help::line(&error));
                 }
-                placement => drop(placement?),
+                resolved => drop(resolved.map_err(RunError::from)?),
             }
+        }
+        if !self.cgroup.is_empty() {
+            check::warn_of_replaced_targets(policies, "--cgroup");
         }
         let containers = if self.cgroup.is_empty() { containers::wanted_by(policies).running } else { Vec::new() };
         let ResolvedTargets { stacks, targets, .. } =
-            ResolvedTargets::standing(&mount, &self.cgroup, policies, containers)?;
+            ResolvedTargets::find_or_wait(&mount, &self.cgroup, policies, containers).map_err(RunError::from)?;
         let mut desired = session::prepare(policies, &stacks, self.dry_run, false).map_err(RunError::from)?;
         if let Some(name) = &self.instance {
             let in_force = status::in_force(name).map_err(Box::new)?;

@@ -7,30 +7,29 @@ use std::{
     process::ExitCode,
 };
 
-use abi::setting::Value;
 use serde_json::json;
 
 use super::{
     FAILURE, FINDINGS, check,
     descriptor::stdout,
     ignore_broken_pipe,
+    live_sockets::LiveSocketsError,
     output::{Format, TrustArgs},
     print_error,
     progress::Progress,
-    run::{ResolvedTargets, RunError, warn_of_failed},
-    sockets::{InspectedSocket, Sockets, SocketsError, Targets},
 };
 use crate::{
     compile::{Desired, compile},
-    events::{Event, Kind, Source, Task, cause},
+    events::Event,
     host::{cgroup::Mount, inspect::Inspector},
     live::{
-        OptionRead, SocketSnapshot,
+        OptionRead,
         drift::{self, Finding},
     },
     policy::Policy,
-    schema,
-    session::{self, SessionError},
+    reconcile::{InspectedSocket, Selection, Sockets},
+    schema, session, skipped,
+    targets::ResolvedTargets,
 };
 
 /// Find live sockets that do not have what the policies say
@@ -87,12 +86,15 @@ impl Verify {
         }
     }
 
-    fn verify(&self, policies: &[Policy]) -> Result<Tally, SocketsError> {
+    fn verify(&self, policies: &[Policy]) -> Result<Tally, LiveSocketsError> {
         let mount = Mount::find()?;
+        if !self.cgroup.is_empty() {
+            check::warn_of_replaced_targets(policies, "--cgroup");
+        }
         let ResolvedTargets { stacks, targets, .. } = ResolvedTargets::find(&mount, &self.cgroup, policies)?;
-        let mut desired = compile(policies, &stacks).map_err(|error| RunError::from(SessionError::from(error)))?;
+        let mut desired = compile(policies, &stacks)?;
         session::leave_out_absent_hooks(&mut desired);
-        let mut sockets = Sockets::find(mount, Targets::these(&targets), || None, Inspector::default())?;
+        let mut sockets = Sockets::find(mount, Selection::of(&targets), || None, Inspector::default())?;
         let mut tally = Tally { unread: sockets.unread(), ..Tally::default() };
         let progress = Progress::of(sockets.len());
         let mut out = stdout(self.output);
@@ -105,7 +107,7 @@ impl Verify {
         );
         drop(progress);
         tally.unanswered = sockets.skipped().len();
-        warn_of_failed(&sockets.skipped());
+        skipped::warn_of(&sockets.skipped());
         ignore_broken_pipe(written.and_then(|()| self.tell(&tally, &mut out)))?;
         Ok(tally)
     }
@@ -147,46 +149,12 @@ fn look(
             Finding::Unknown { option, why } => *tally.unknown.entry((option.name, why)).or_default() += 1,
             Finding::Drift { .. } => {
                 tally.drifts += 1;
-                say(&event(desired, &live, &finding))?;
+                say(&drift::event(desired, &live, &finding))?;
             }
         }
     }
     tally.drifted += u64::from(tally.drifts > before);
     Ok(())
-}
-
-/// What was found, as it is reported.
-pub(super) fn event(desired: &Desired, live: &SocketSnapshot, finding: &Finding) -> Event {
-    let (key, cause, kind, wanted, current) = match *finding {
-        Finding::Drift { setting, option, wanted, current, .. } => {
-            (option.key(), cause(desired, setting), Kind::Drift, wanted, current)
-        }
-        Finding::Unknown { option, why } => (
-            option.key(),
-            None,
-            Kind::Unknown { why },
-            Value::UNKNOWN,
-            live.value(option.key()).copied().unwrap_or_default(),
-        ),
-    };
-    Event {
-        time: jiff::Timestamp::now(),
-        kind,
-        key,
-        cause,
-        wanted,
-        requested: Value::UNKNOWN,
-        applied: Value::UNKNOWN,
-        current,
-        result: None,
-        task: live.owner.as_ref().map(|owner| Task::clone(&owner.task)),
-        socket: Some(live.socket()),
-        source: Source::Hook,
-        via: None,
-        duration_ns: None,
-        suppressed: 0,
-        missing: Vec::new(),
-    }
 }
 
 impl Tally {

@@ -17,7 +17,7 @@ use abi::{
 use super::{SocketSnapshot, Values};
 use crate::{
     compile::{Desired, Hook, Scope, facts},
-    events::Limit,
+    events::{Event, Kind, Limit, Source, Task, cause},
     host::socket::State,
     limitations,
     options::{self, Reading, Settable, SocketOption},
@@ -376,6 +376,41 @@ fn read(governed: &OptionRow, now: &Value) -> Option<Argument> {
 
 fn wanted(governed: &OptionRow, setting: &Setting, now: &Value) -> Value {
     read(governed, now).map_or(Value::UNKNOWN, |shown| Value::wanted(governed, setting, &shown))
+}
+
+/// Returns a finding as an event.
+#[must_use]
+pub fn event(desired: &Desired, live: &SocketSnapshot, finding: &Finding) -> Event {
+    let (key, cause, kind, wanted, current) = match *finding {
+        Finding::Drift { setting, option, wanted, current, .. } => {
+            (option.key(), cause(desired, setting), Kind::Drift, wanted, current)
+        }
+        Finding::Unknown { option, why } => (
+            option.key(),
+            None,
+            Kind::Unknown { why },
+            Value::UNKNOWN,
+            live.value(option.key()).copied().unwrap_or_default(),
+        ),
+    };
+    Event {
+        time: jiff::Timestamp::now(),
+        kind,
+        key,
+        cause,
+        wanted,
+        requested: Value::UNKNOWN,
+        applied: Value::UNKNOWN,
+        current,
+        result: None,
+        task: live.owner.as_ref().map(|owner| Task::clone(&owner.task)),
+        socket: Some(live.socket()),
+        source: Source::Hook,
+        via: None,
+        duration_ns: None,
+        suppressed: 0,
+        missing: Vec::new(),
+    }
 }
 
 #[cfg(test)]

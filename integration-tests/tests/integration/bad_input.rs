@@ -98,17 +98,16 @@ fn target_that_the_policy_names_and_the_host_lacks_is_named() {
     );
     let path = policy.path().to_str().unwrap();
     let none = format!(
-        "no cgroup matches no-such.slice/*, nor-this\n  help: the cgroups of this host are the folders below {mount}; \
-         `find {mount} -type d` lists them\n"
+        "no cgroup matches no-such.slice/*, nor-this\n  help: cgroups are the directories below {mount}: find {mount} -type d\n"
     );
     fails(agent::command(&["attach", path]), 2, &format!("error: {none}"));
     let planned = agent::output(&["plan", path]);
     assert_eq!(
         (stderr(&planned), planned.status.code()),
-        (format!("warning: `run` would wait for what is not there: {none}"), Some(0))
+        (format!("warning: `run` would wait for a target: {none}"), Some(0))
     );
     let policy = PolicyFile::new("name = \"web\"\n[[rule]]\nset = { TCP_NODELAY = true }\n");
-    let error = "error: no target: policy `web` names none\n  help: say which cgroup with --cgroup PATH\n";
+    let error = "error: policy `web` names no target\n  help: name a cgroup: --cgroup PATH\n";
     fails(agent::command(&["run", policy.path().to_str().unwrap()]), 2, error);
 }
 

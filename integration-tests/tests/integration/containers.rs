@@ -151,8 +151,7 @@ fn containers_are_selected_by_what_people_know_of_them() {
     assert_eq!(output.status.code(), Some(0));
     let said = stderr(&output);
     let wanted = format!("container = {{ name = \"{}\", runtime = \"docker\" }}", two.name);
-    let warning =
-        format!("warning: `run` would wait for what is not there: no cgroup and no container matches {wanted}\n");
+    let warning = format!("warning: `run` would wait for a target: no cgroup and no container matches {wanted}\n");
     assert!(said.starts_with(&warning), "{said}");
     assert!(said.contains(&format!("podman:{} ({other}) in {}", two.name, two.cgroup)), "{said}");
 }

@@ -322,7 +322,7 @@ fn damaged_line_of_a_journal_loses_its_own_value_only() {
         let restored = values.iter().enumerate().filter(|(number, value)| **value == 500 + *number as i32).count();
         let others = values.iter().filter(|value| **value == 61).count();
         assert_eq!((restored, restored + others), (back, 4), "{number}: {values:?} {}", stderr(&output));
-        assert!(stdout(&output).starts_with(&format!("put back: {back} options; ")), "{number}: {}", stdout(&output));
+        assert!(stdout(&output).starts_with(&format!("restored: {back} options; ")), "{number}: {}", stdout(&output));
         let said = stderr(&output);
         assert!(said.contains("warning: damaged lines of /run/sockpolicy/"), "{number}: {said}");
         assert!(said.contains("\n  help: the lines are kept; "), "{number}: {said}");
@@ -368,7 +368,7 @@ fn socket_whose_value_cannot_be_recorded_stays_as_it_is() {
     // What was changed was recorded, whole.
     let changed: usize = said.split("changed: ").nth(1).unwrap().split(',').next().unwrap().parse().unwrap();
     assert!(changed > 0 && changed < 300, "{said}");
-    let back = format!("put back: {changed} options; changed by others since: 0; refused: 0\n");
+    let back = format!("restored: {changed} options; changed by others since: 0; refused: 0\n");
     assert!(said.ends_with(&back), "{said}{error}");
     assert!(sockets.iter().all(|socket| probe.int(*socket, SO_MARK) == 0));
     assert!(output.status.success(), "{error}");

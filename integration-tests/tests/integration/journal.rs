@@ -26,7 +26,7 @@ fn apply(instance: &Instance, policy: &PolicyFile) -> Command {
 fn assert_refused(command: Command, instance: &Instance, holder: &Running) {
     let output = process::output(command);
     let error = format!(
-        "error: cannot keep what sockets had, and so leaves them as they are: another sockpolicy, process {}, works on \
+        "error: cannot record the values that sockets have, and so changes none: another sockpolicy, process {}, works on \
          /run/sockpolicy/{}.before just now\n  help: do it again when that has ended, or keep what sockets had under another \
          name, with --instance\n",
         holder.pid(),
@@ -86,6 +86,6 @@ fn journal_that_has_grown_long_forgets_sockets_that_are_closed() {
     let marks = |probe: &mut Probe| [first, more[0], more[1]].map(|socket| probe.int(socket, SO_MARK));
     assert_eq!(marks(&mut stays), [7, 7, 7]);
     let output = instance.run("apply", &["--restore"]);
-    assert!(stdout(&output).starts_with("put back: 3 options; "), "{}{}", stdout(&output), stderr(&output));
+    assert!(stdout(&output).starts_with("restored: 3 options; "), "{}{}", stdout(&output), stderr(&output));
     assert_eq!(marks(&mut stays), [3, 0, 0]);
 }

@@ -435,7 +435,7 @@ fn detach_says_what_to_do_about_an_agent_that_runs_and_about_what_apply_has_chan
         instance.name
     );
     assert!(said.ends_with(&help), "{said}");
-    assert_eq!(stdout(&instance.run("apply", &["--restore"])).split(';').next(), Some("put back: 1 options"));
+    assert_eq!(stdout(&instance.run("apply", &["--restore"])).split(';').next(), Some("restored: 1 options"));
     assert_eq!(probe.int(socket, SO_MARK), 0);
 }
 

@@ -92,14 +92,14 @@ fn apply_that_is_interrupted_leaves_each_socket_as_it_was_or_as_is_wanted_and_al
     terminal.wait_for(help);
     let left = left(&terminal.screen()).join("\n");
     assert!(left.contains("sockets: 300, changed: 300, in 300 options\n"), "{left}");
-    assert!(left.contains("\nerror: stopped by a signal: some sockets are as they were\n"), "{left}");
+    assert!(left.contains("\nerror: stopped by a signal: some sockets are not changed\n"), "{left}");
     assert_eq!((status.code(), has_bar(&left)), (Some(2), false), "{left}");
     // In the order of descriptors.
     let (done, others) = sockets.split_at(DONE as usize);
     assert_eq!(marks(&mut probe, done), [7; DONE as usize]);
     assert_eq!(marks(&mut probe, others), [0; MANY - DONE as usize]);
     let output = instance.run("apply", &["--restore"]);
-    assert!(stdout(&output).contains("put back: 300 options; changed by others since: 0; refused: 0\n"), "{output:?}");
+    assert!(stdout(&output).contains("restored: 300 options; changed by others since: 0; refused: 0\n"), "{output:?}");
     let before: Vec<i32> = (0..MANY).map(|number| if number == 0 { 3 } else { 0 }).collect();
     assert_eq!(marks(&mut probe, &sockets), before);
 }

@@ -1,8 +1,7 @@
-//! The programs that the kernel runs for each socket and for each file, in a process apart, loaded when they are wanted.
+//! The BPF iterators over TCP sockets and over files, in a worker process that loads them on demand.
 //!
-//! The kernel takes the lock of each TCP socket that it visits (`bpf_iter_tcp_seq_show`, net/ipv4/tcp_ipv4.c), and the owner of a
-//! socket can hold its lock for as long as they like: see `host/inspect`. The worker has programs and maps of its own, and none
-//! that enforce anything.
+//! The iterator locks each TCP socket that it visits (`bpf_iter_tcp_seq_show`, net/ipv4/tcp_ipv4.c), and the owner of a socket can
+//! hold that lock without limit: see `host/inspect`. The worker has programs and maps of its own. None of these enforces a policy.
 
 use std::{fmt, io, mem, os::fd::AsRawFd as _, time::Duration};
 
@@ -18,45 +17,45 @@ use crate::{
     worker::{Service, left_behind, serve},
 };
 
-/// The hidden command that is the worker.
-pub(super) const WALK: &str = "walk-sockets";
+/// The name of the hidden command that runs the worker.
+pub const WALK: &str = "walk-sockets";
 
-/// With fewer files open on this host it takes less time to look at each of those of processes than to load the programs.
+/// With fewer open files on this host, reading /proc is faster than loading the programs.
 const WORTH_LOADING: u64 = 8 * 1024;
 
-/// How long it takes at the most to load the programs, and to visit what there is.
+/// The deadlines for loading the programs, and for one run of an iterator.
 const LOADING: Duration = Duration::from_secs(30);
 const VISIT: Duration = Duration::from_secs(10);
-/// Workers of any kind that were left behind. With more, none is started.
+/// With this many worker processes that did not end, no other is started.
 const LEFT_BEHIND_MAX: usize = 64;
 
-/// The programs, as soon as they are wanted.
+/// The iterators, which are loaded on first use.
 #[derive(Default)]
-pub(super) enum LazyIter {
+pub enum LazyIter {
     #[default]
     Idle,
-    /// Loaded beside whatever else is to be done, to tell who has sockets too.
-    Coming(IterWorker),
-    There(IterWorker),
-    /// They do not answer.
-    Gone(String),
+    /// The worker loads the programs in the background.
+    Loading(IterWorker),
+    Loaded(IterWorker),
+    /// The programs cannot be loaded, or the worker did not answer, for this reason.
+    Failed(String),
 }
 
-/// The worker.
-pub(super) struct IterWorker(Option<Service>);
+/// The worker process.
+pub struct IterWorker(Option<Service>);
 
 #[derive(Serialize, Deserialize)]
 enum Request {
     Load {
-        names_holders: bool,
+        with_files: bool,
     },
-    Holders,
-    Look {
-        /// The agent's descriptors of these.
+    FdRefs,
+    Read {
+        /// The agent's file descriptors of the network namespaces.
         namespaces: Vec<i32>,
-        /// Each once.
+        /// Each distinct list of assignments.
         lists: Vec<Vec<Assigned>>,
-        /// By cookie, namespace and number of the list.
+        /// The cookie, the namespace and the index of the list of each socket.
         jobs: Vec<(u64, usize, usize)>,
     },
     Set {
@@ -64,61 +63,64 @@ enum Request {
     },
 }
 
-/// An [`Assignment`] between the processes.
+/// An [`Assignment`] as the processes exchange it.
 type Assigned = ((i32, i32), Words, Words, u32, u32);
 
 #[derive(Serialize, Deserialize)]
 enum Response {
     Loaded,
-    /// Each socket's inode number, process and descriptor.
-    Holders(Option<Vec<(u32, u32, i32)>>),
+    /// The inode number, the process and the descriptor of each socket.
+    FdRefs(Option<Vec<(u32, u32, i32)>>),
     /// Outcomes follow, as bytes.
     Done,
     Failed(String),
 }
 
 impl LazyIter {
-    /// Begins to load them, where there are so many files that they will be wanted.
-    pub(super) fn begin() -> Self {
+    /// Starts to load the programs if this host has so many open files that they will be used.
+    #[must_use]
+    pub fn begin() -> Self {
         let is_worth_it = process::open_files().is_some_and(|files| files >= WORTH_LOADING);
         if !is_worth_it {
             return Self::Idle;
         }
-        IterWorker::begin(true).map_or_else(|error| Self::Gone(error.to_string()), Self::Coming)
+        IterWorker::begin(true).map_or_else(|error| Self::Failed(error.to_string()), Self::Loading)
     }
 
-    /// Who has which sockets, if they were begun with.
-    pub(super) fn holders(&mut self) -> Option<Vec<(u32, FdRef)>> {
+    /// Returns the descriptors of all sockets, by inode number. `None`: the programs were not started, or do not answer.
+    pub fn fd_refs(&mut self) -> Option<Vec<(u32, FdRef)>> {
         if matches!(self, Self::Idle) {
             return None;
         }
-        let told = self.get().and_then(IterWorker::holders);
-        told.unwrap_or_else(|error| {
-            log::info!("{error}: who has sockets is looked up in /proc");
+        let fd_refs = self.get().and_then(IterWorker::fd_refs);
+        fd_refs.unwrap_or_else(|error| {
+            log::info!("{error}: reading the file descriptors of processes from /proc");
             None
         })
     }
 
+    /// Returns the worker, after its programs are loaded.
+    ///
     /// # Errors
     ///
-    /// Where they cannot be loaded, or do not answer.
-    pub(super) fn get(&mut self) -> Result<&mut IterWorker, KernelError> {
-        let walking = match mem::take(self) {
+    /// Fails if the programs cannot be loaded, or if the worker does not answer.
+    pub fn get(&mut self) -> Result<&mut IterWorker, KernelError> {
+        let worker = match mem::take(self) {
             Self::Idle => IterWorker::begin(false).and_then(IterWorker::loaded),
-            Self::Coming(walking) => walking.loaded(),
-            Self::There(walking) if walking.0.is_some() => Ok(walking),
-            Self::There(_) => Err(failed("it did not answer")),
-            Self::Gone(reason) => Err(failed(reason)),
+            Self::Loading(worker) => worker.loaded(),
+            Self::Loaded(worker) if worker.0.is_some() => Ok(worker),
+            Self::Loaded(_) => Err(failed("it did not answer")),
+            Self::Failed(reason) => Err(failed(reason)),
         };
-        match walking {
-            Ok(walking) => *self = Self::There(walking),
+        match worker {
+            Ok(worker) => *self = Self::Loaded(worker),
             Err(error) => {
-                *self = Self::Gone(error.to_string());
+                *self = Self::Failed(error.to_string());
                 return Err(error);
             }
         }
         match self {
-            Self::There(walking) => Ok(walking),
+            Self::Loaded(worker) => Ok(worker),
             _ => Err(failed("it did not answer")),
         }
     }
@@ -129,15 +131,15 @@ fn failed(reason: impl fmt::Display) -> KernelError {
 }
 
 impl IterWorker {
-    /// Has the programs loaded, without waiting for it.
-    fn begin(names_holders: bool) -> Result<Self, KernelError> {
+    /// Starts a worker that loads the programs, and does not wait for it.
+    fn begin(with_files: bool) -> Result<Self, KernelError> {
         kernel::check_privileges()?;
         if left_behind() >= LEFT_BEHIND_MAX {
             return Err(failed(format!("{LEFT_BEHIND_MAX} worker processes wait for sockets that do not answer")));
         }
         let own = std::process::id().to_string();
         let mut service = Service::start(&[WALK, &own]).map_err(failed)?;
-        let request = serde_json::to_vec(&Request::Load { names_holders }).map_err(failed)?;
+        let request = serde_json::to_vec(&Request::Load { with_files }).map_err(failed)?;
         match service.begin(&request, LOADING) {
             Ok(()) => Ok(Self(Some(service))),
             Err(error) => {
@@ -152,17 +154,21 @@ impl IterWorker {
         Ok(self)
     }
 
-    /// All descriptors of processes that are sockets: see [`SocketIter::fd_refs`].
-    fn holders(&mut self) -> Result<Option<Vec<(u32, FdRef)>>, KernelError> {
+    /// See [`SocketIter::fd_refs`].
+    fn fd_refs(&mut self) -> Result<Option<Vec<(u32, FdRef)>>, KernelError> {
         let holder = |(inode, process, descriptor)| (inode, FdRef { process, descriptor });
-        match self.ask(&Request::Holders)?.0 {
-            Response::Holders(told) => Ok(told.map(|all| all.into_iter().map(holder).collect())),
+        match self.ask(&Request::FdRefs)?.0 {
+            Response::FdRefs(fd_refs) => Ok(fd_refs.map(|all| all.into_iter().map(holder).collect())),
             _ => Ok(None),
         }
     }
 
-    /// See [`SocketIter::read`].
-    pub(super) fn look<'a>(
+    /// Reads the options of as many of these jobs as fit into one round: see [`SocketIter::read`].
+    ///
+    /// # Errors
+    ///
+    /// Fails if the worker does not answer, or if the kernel refuses the iterator.
+    pub fn read<'a>(
         &mut self,
         jobs: impl ExactSizeIterator<Item = &'a Job>,
         namespaces: &[Namespace],
@@ -176,11 +182,15 @@ impl IterWorker {
             });
             sent.push((job.cookie, job.namespace, number));
         }
-        self.outcomes(&Request::Look { namespaces: descriptors(namespaces), lists, jobs: sent })
+        self.outcomes(&Request::Read { namespaces: descriptors(namespaces), lists, jobs: sent })
     }
 
-    /// See [`SocketIter::set`].
-    pub(super) fn set(&mut self, namespaces: &[Namespace]) -> Result<Outcomes, KernelError> {
+    /// Sets the options of the jobs that were read last: see [`SocketIter::set`].
+    ///
+    /// # Errors
+    ///
+    /// Fails if the worker does not answer, or if the kernel refuses the iterator.
+    pub fn set(&mut self, namespaces: &[Namespace]) -> Result<Outcomes, KernelError> {
         self.outcomes(&Request::Set { namespaces: descriptors(namespaces) })
     }
 
@@ -194,14 +204,14 @@ impl IterWorker {
         self.answer(|service| service.request(&request, VISIT))
     }
 
-    /// Takes an answer. A worker that does not answer is left behind.
+    /// Takes an answer. Abandons a worker that does not answer.
     fn answer(
         &mut self,
         ask: impl FnOnce(&mut Service) -> Result<Vec<u8>, crate::worker::JobError>,
     ) -> Result<(Response, Vec<u8>), KernelError> {
         let service = self.0.as_mut().ok_or_else(|| failed("it did not answer"))?;
         match ask(service) {
-            Ok(bytes) => read(&bytes),
+            Ok(bytes) => parse(&bytes),
             Err(error) => {
                 self.end();
                 Err(failed(error))
@@ -235,8 +245,8 @@ fn assignment(((level, name), value, mask, is_text, is_doubled): Assigned) -> As
     Assignment { key: OptionKey { level, name }, value, mask, is_text, is_doubled }
 }
 
-/// A line of JSON, and what follows it.
-fn read(bytes: &[u8]) -> Result<(Response, Vec<u8>), KernelError> {
+/// Splits an answer into its line of JSON and the bytes after that.
+fn parse(bytes: &[u8]) -> Result<(Response, Vec<u8>), KernelError> {
     let end = bytes.iter().position(|byte| *byte == b'\n').unwrap_or(bytes.len());
     let (line, rest) = bytes.split_at(end);
     match serde_json::from_slice(line).map_err(failed)? {
@@ -245,12 +255,16 @@ fn read(bytes: &[u8]) -> Result<(Response, Vec<u8>), KernelError> {
     }
 }
 
-/// Walks for the agent that started this process: the worker.
-pub(super) fn work(agent: u32, output: impl io::Write) -> io::Result<()> {
-    let mut walk = None;
+/// Runs the worker: iterates for the agent that started this process, until that closes the connection.
+///
+/// # Errors
+///
+/// Fails if the connection fails.
+pub fn work(agent: u32, output: impl io::Write) -> io::Result<()> {
+    let mut iter = None;
     serve(output, |request| {
         let answered =
-            serde_json::from_slice(request).map_err(failed).and_then(|request| answer(request, agent, &mut walk));
+            serde_json::from_slice(request).map_err(failed).and_then(|request| answer(request, agent, &mut iter));
         let (response, outcomes) = answered.unwrap_or_else(|error| (Response::Failed(error.to_string()), None));
         let mut bytes = serde_json::to_vec(&response).unwrap_or_default();
         bytes.push(b'\n');
@@ -262,15 +276,15 @@ pub(super) fn work(agent: u32, output: impl io::Write) -> io::Result<()> {
 fn answer(
     request: Request,
     agent: u32,
-    walk: &mut Option<SocketIter>,
+    iter: &mut Option<SocketIter>,
 ) -> Result<(Response, Option<Outcomes>), KernelError> {
-    if let Request::Load { names_holders } = request {
-        *walk = Some(SocketIter::load(names_holders)?);
+    if let Request::Load { with_files } = request {
+        *iter = Some(SocketIter::load(with_files)?);
         return Ok((Response::Loaded, None));
     }
-    let walk = walk.as_mut().ok_or_else(|| failed("it is not loaded"))?;
+    let iter = iter.as_mut().ok_or_else(|| failed("it is not loaded"))?;
     let outcomes = match request {
-        Request::Look { namespaces, lists, jobs } => {
+        Request::Read { namespaces, lists, jobs } => {
             let lists: Vec<Vec<Assignment>> =
                 lists.into_iter().map(|list| list.into_iter().map(assignment).collect()).collect();
             let job = |(cookie, namespace, list): &(u64, usize, usize)| Job {
@@ -279,19 +293,19 @@ fn answer(
                 assignments: lists.get(*list).cloned().unwrap_or_default(),
             };
             let jobs: Vec<Job> = jobs.iter().map(job).collect();
-            walk.read(jobs.iter(), &opened(agent, &namespaces)?)?
+            iter.read(jobs.iter(), &opened(agent, &namespaces)?)?
         }
-        Request::Set { namespaces } => walk.set(&opened(agent, &namespaces)?)?,
-        Request::Holders | Request::Load { .. } => {
-            let told = walk.fd_refs()?;
+        Request::Set { namespaces } => iter.set(&opened(agent, &namespaces)?)?,
+        Request::FdRefs | Request::Load { .. } => {
+            let fd_refs = iter.fd_refs()?;
             let holder = |(inode, FdRef { process, descriptor }): (u32, FdRef)| (inode, process, descriptor);
-            return Ok((Response::Holders(told.map(|all| all.into_iter().map(holder).collect())), None));
+            return Ok((Response::FdRefs(fd_refs.map(|all| all.into_iter().map(holder).collect())), None));
         }
     };
     Ok((Response::Done, Some(outcomes)))
 }
 
-/// Opens what the agent has at these descriptors.
+/// Opens the agent's file descriptors of network namespaces.
 fn opened(agent: u32, namespaces: &[i32]) -> Result<Vec<Namespace>, KernelError> {
     namespaces
         .iter()

@@ -1,4 +1,4 @@
-//! Signals, as something to wait on.
+//! The signals of this process, as a file descriptor.
 
 use std::{
     fs::File,
@@ -17,27 +17,27 @@ use nix::sys::{
     signalfd::{SfdFlags, SignalFd, siginfo},
 };
 
-/// Those that ask for an end, and those that commands give a meaning of their own.
+/// Signals that end the agent or reload policies, and signals that are passed on to a command.
 const WATCHED: [Signal; 6] =
     [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGUSR1, Signal::SIGUSR2];
 
-/// The signals of this process, from when it is made. Make it before any thread.
-pub(super) struct Signals {
+/// The pending signals of this process. Construct this before the first thread.
+pub struct Signals {
     descriptor: SignalFd,
-    /// What was blocked before: for commands, which inherit what is blocked.
+    /// The signal mask from before, which commands inherit.
     before: SigSet,
-    /// Of those watched, what this process was started with as ignored.
+    /// The signals that were ignored when this process started.
     ignored: SigSet,
-    /// Whether it was started from a terminal.
+    /// Whether this process was started from a terminal.
     had_terminal: bool,
 }
 
-/// Whether this process was started with SIGPIPE ignored. Rust's runtime ignores it always.
+/// Whether SIGPIPE was ignored when this process started. Rust's runtime always ignores it.
 static PIPE_WAS_IGNORED: AtomicBool = AtomicBool::new(false);
 
-/// Runs before Rust's runtime does.
+/// Runs before Rust's runtime.
 #[used]
-// SAFETY: the section holds functions that the C library calls, with arguments that this one leaves alone.
+// SAFETY: the C library calls each function in this section. This one ignores the arguments.
 #[unsafe(link_section = ".init_array")]
 static NOTE_PIPE: extern "C" fn() = {
     extern "C" fn note() {
@@ -47,31 +47,36 @@ static NOTE_PIPE: extern "C" fn() = {
 };
 
 fn is_ignored(signal: Signal) -> bool {
-    // SAFETY: zero is valid for each field.
+    // SAFETY: all fields are valid as zeros.
     let mut action: libc::sigaction = unsafe { mem::zeroed() };
-    // SAFETY: asks only, and has room for the answer.
-    let asked = unsafe { libc::sigaction(signal as i32, ptr::null(), &raw mut action) };
-    asked == 0 && action.sa_sigaction == libc::SIG_IGN
+    // SAFETY: only queries the action, and `action` has room for it.
+    let result = unsafe { libc::sigaction(signal as i32, ptr::null(), &raw mut action) };
+    result == 0 && action.sa_sigaction == libc::SIG_IGN
 }
 
 impl Signals {
-    pub(super) fn watch() -> io::Result<Self> {
+    /// Blocks the signals and opens the file descriptor.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the kernel refuses signalfd(2).
+    pub fn watch() -> io::Result<Self> {
         let mut set: SigSet = WATCHED.into_iter().collect();
         set.add(Signal::SIGCHLD);
         let ignored = set.iter().filter(|signal| is_ignored(*signal)).collect();
-        // Where it is ignored, the kernel keeps no exit status for us.
-        // SAFETY: sets no handler.
+        // While SIGCHLD is ignored, the kernel keeps no exit status.
+        // SAFETY: installs no handler.
         unsafe { signal(Signal::SIGCHLD, SigHandler::SigDfl) }?;
         let before = set.thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
         let descriptor = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
         Ok(Self { descriptor, before, ignored, had_terminal: has_terminal() })
     }
 
-    /// Has a command begin with the signals blocked and ignored that this process began with.
-    pub(super) fn restore_in_child(&self, command: &mut Command) {
+    /// Restores the signal mask and the ignored signals of this process in a command.
+    pub fn restore_in_child(&self, command: &mut Command) {
         let before = self.before;
         let child_was_ignored = self.ignored.contains(Signal::SIGCHLD);
-        // SAFETY: only makes system calls.
+        // SAFETY: the closure only makes system calls.
         unsafe {
             command.pre_exec(move || {
                 if child_was_ignored {
@@ -85,8 +90,12 @@ impl Signals {
         };
     }
 
-    /// The next one that has come, if any.
-    pub(super) fn next(&mut self) -> io::Result<Option<Received>> {
+    /// Returns the next pending signal, if there is one.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the file descriptor cannot be read.
+    pub fn next(&mut self) -> io::Result<Option<Received>> {
         let Some(info) = self.descriptor.read_signal()? else { return Ok(None) };
         let signal = Signal::try_from(info.ssi_signo as i32)?;
         Ok(Some(Received {
@@ -98,38 +107,39 @@ impl Signals {
     }
 }
 
-/// A signal that came.
-pub(super) struct Received {
-    pub(super) signal: Signal,
-    /// Sent by kill and the like, rather than by the terminal, which sends it to a running command
-    /// as well.
-    pub(super) is_from_process: bool,
-    /// Who started this process had it ignore the signal, as nohup does.
-    pub(super) was_ignored: bool,
-    /// The terminal that this process was started from is gone.
+/// A signal that was received.
+pub struct Received {
+    pub signal: Signal,
+    /// Whether a process sent it (kill(2)). A terminal sends its signals to a running command too.
+    pub is_from_process: bool,
+    /// Whether the signal was ignored when this process started, as with nohup(1).
+    pub was_ignored: bool,
+    /// Whether the terminal that this process was started from is gone.
     is_cut_off: bool,
 }
 
 impl Received {
-    /// Whether this process is to end.
-    pub(super) fn asks_for_end(&self) -> bool {
+    /// Returns whether the signal ends this process.
+    #[must_use]
+    pub fn asks_for_end(&self) -> bool {
         let ends = matches!(self.signal, Signal::SIGINT | Signal::SIGTERM | Signal::SIGHUP | Signal::SIGQUIT);
         ends && !self.was_ignored
     }
 
-    /// Whether this is SIGHUP in its other meaning: that files are to be read anew. A terminal sends it when it goes.
-    pub(super) fn asks_for_reload(&self) -> bool {
+    /// Returns whether the signal is a SIGHUP that reloads the policies. A terminal sends SIGHUP when it closes.
+    #[must_use]
+    pub fn asks_for_reload(&self) -> bool {
         self.signal == Signal::SIGHUP && !self.is_cut_off
     }
 }
 
-/// Whether this process has a controlling terminal (tty(4)).
+/// Returns whether this process has a controlling terminal (tty(4)).
 fn has_terminal() -> bool {
     File::open("/dev/tty").is_ok()
 }
 
 fn is_from_process(info: &siginfo) -> bool {
-    // SI_USER is 0 and those below are other ways to send; the kernel's own are above
+    // The codes of signals that processes send are 0 (SI_USER) and less. The kernel's own codes are greater
     // (include/uapi/asm-generic/siginfo.h).
     info.ssi_code <= 0
 }

@@ -1,4 +1,4 @@
-//! The sockets of targets, as `ls` and `verify` look at them.
+//! The live sockets of targets, for `ls`, `verify` and `apply`.
 
 use std::{
     cell::RefCell,
@@ -8,9 +8,9 @@ use std::{
     rc::Rc,
 };
 
-use abi::setting::Value;
+use abi::setting::{OptionKey, Value};
 
-use super::run::RunError;
+use super::SocketHandle;
 use crate::{
     escape,
     events::Task,
@@ -30,67 +30,59 @@ use crate::{
     skipped::Skip,
 };
 
-#[derive(Debug, thiserror::Error)]
-pub(super) enum SocketsError {
-    #[error(transparent)]
-    Run(#[from] RunError),
-    #[error(transparent)]
-    Survey(#[from] SurveyError),
-    #[error("cannot write the answer: {0}")]
-    Write(#[from] io::Error),
-}
-
-impl From<CgroupError> for SocketsError {
-    fn from(error: CgroupError) -> Self {
-        Self::Run(error.into())
-    }
-}
-
-/// Whose sockets to look at: those of these targets, or of everybody.
-pub(super) enum Targets {
+/// The sockets to inspect.
+pub enum Selection {
+    /// All sockets of the host.
     All,
-    These(Vec<TargetScope>),
+    /// The sockets of these targets.
+    Targets(Vec<TargetScope>),
 }
 
-/// A target's cgroup, by its name, and what holds there.
-pub(super) struct TargetScope {
+/// A target: the name of its cgroup, and the index of its policies.
+pub struct TargetScope {
     cgroup: String,
     level: u32,
     scope: usize,
 }
 
-impl Targets {
-    /// All of these cgroups; of everybody where there are none.
-    pub(super) fn of(opened: &[Target]) -> Self {
-        if opened.is_empty() { Self::All } else { Self::these(opened) }
+impl Selection {
+    /// Selects the sockets of these targets, or all sockets if there is no target.
+    #[must_use]
+    pub fn all_or(targets: &[Target]) -> Self {
+        if targets.is_empty() { Self::All } else { Self::of(targets) }
     }
 
-    /// All of these cgroups.
-    pub(super) fn these(targets: &[Target]) -> Self {
+    /// Selects the sockets of these targets.
+    #[must_use]
+    pub fn of(targets: &[Target]) -> Self {
         let governed = |Target { cgroup, scope }: &Target| {
             let (cgroup, level) = (cgroup.name.clone(), cgroup.level);
             TargetScope { cgroup, level, scope: *scope }
         };
-        Self::These(targets.iter().map(governed).collect())
+        Self::Targets(targets.iter().map(governed).collect())
     }
 
-    /// These cgroups, without policies.
-    pub(super) fn open(mount: &Mount, cgroups: &[PathBuf]) -> Result<Vec<Target>, CgroupError> {
+    /// Opens these cgroups as targets without policies.
+    ///
+    /// # Errors
+    ///
+    /// Fails if a cgroup cannot be opened.
+    pub fn open(mount: &Mount, cgroups: &[PathBuf]) -> Result<Vec<Target>, CgroupError> {
         cgroups.iter().map(|path| mount.open(path).map(|cgroup| Target { cgroup, scope: 0 })).collect()
     }
 
-    /// The scope of the sockets of a cgroup, named as the kernel does: that of the deepest target that it is in.
+    /// Returns the scope of the sockets of a cgroup: that of the deepest target that contains the cgroup.
     fn scope(&self, cgroup: Option<&Path>) -> Option<usize> {
         match self {
             Self::All => Some(0),
-            Self::These(targets) => {
+            Self::Targets(targets) => {
                 let around = targets.iter().filter(|target| cgroup.is_some_and(|it| it.starts_with(&target.cgroup)));
                 around.max_by_key(|target| target.level).map(|target| target.scope)
             }
         }
     }
 
-    /// `None` where it is none of theirs, or nothing that policies are about.
+    /// Returns `None` if the socket is not selected, or is of a kind that policies do not govern.
     fn place(&self, found: &SocketEntry, names: &mut Names) -> Option<Placed> {
         let cgroup = match (&found.home, found.entry.cgroup) {
             (Some(home), _) => Some(format!("/{}", escape::plain(home))),
@@ -101,57 +93,61 @@ impl Targets {
     }
 }
 
-/// Where a socket belongs that is to be looked into.
+/// A selected socket.
 struct Placed {
     cgroup: Option<String>,
     scope: usize,
     facts: Socket,
 }
 
-/// All sockets of the targets, to be looked into one by one.
-pub(super) struct Sockets {
-    survey: SocketTable,
-    targets: Targets,
+/// The selected sockets.
+pub struct Sockets {
+    table: SocketTable,
+    targets: Selection,
     names: Names,
     /// By network namespace.
     listeners: Vec<Listeners>,
     defaults: Defaults,
-    /// The cookies of sockets that are not to be looked into.
+    /// The cookies of sockets that [`Self::each`] leaves out.
     set_aside: HashSet<u64>,
     inspector: RefCell<Inspector>,
 }
 
-/// A socket that was looked into.
-pub(super) struct InspectedSocket<'a> {
-    pub(super) live: SocketSnapshot,
-    /// Which policies govern it.
-    pub(super) scope: usize,
-    /// What it is to be compared with; `None` where it could not be taken.
-    pub(super) fresh: Option<BaselineInNamespace<'a>>,
-    /// The socket itself; `None` likewise.
-    pub(super) socket: Option<Remote<'a>>,
+/// A socket whose options were read, if that was possible.
+pub struct InspectedSocket<'a> {
+    pub live: SocketSnapshot,
+    /// The index of the policies that govern the socket.
+    pub scope: usize,
+    /// A new socket of the same kind. `None`: no descriptor of the socket could be duplicated.
+    pub fresh: Option<BaselineInNamespace<'a>>,
+    /// The socket itself. `None`: no descriptor of the socket could be duplicated.
+    pub socket: Option<Remote<'a>>,
 }
 
 impl Sockets {
-    /// `all_holders`: see [`SocketTable::read`].
-    pub(super) fn find(
+    /// Finds the selected sockets. `all_holders`: see [`SocketTable::read`].
+    ///
+    /// # Errors
+    ///
+    /// Fails if the sockets of this host cannot be listed.
+    pub fn find(
         mount: Mount,
-        targets: Targets,
+        targets: Selection,
         all_holders: impl FnOnce() -> Option<Vec<(u32, FdRef)>>,
         mut inspector: Inspector,
     ) -> Result<Self, SurveyError> {
         process::raise_descriptor_limit();
-        let is_wanted = |home: &Path| targets.scope(Some(&Path::new("/").join(home))).is_some();
-        let survey = SocketTable::read(is_wanted, all_holders, &mut inspector)?;
-        let mut listeners: Vec<Vec<&Entry>> = vec![Vec::new(); survey.namespaces().len()];
-        for found in &survey.sockets {
+        let is_selected = |home: &Path| targets.scope(Some(&Path::new("/").join(home))).is_some();
+        let table = SocketTable::read(is_selected, all_holders, &mut inspector)?;
+        let mut listeners: Vec<Vec<&Entry>> = vec![Vec::new(); table.namespaces().len()];
+        for found in &table.sockets {
             if found.entry.state == State::Listening {
                 listeners[found.namespace].push(&found.entry);
             }
         }
         let listeners = listeners.into_iter().map(Listeners::of).collect();
         Ok(Self {
-            survey,
+            table,
             targets,
             names: Names::new(mount),
             listeners,
@@ -161,42 +157,42 @@ impl Sockets {
         })
     }
 
-    /// How many sockets there are to be looked into.
-    pub(super) fn len(&mut self) -> usize {
-        let Self { survey, targets, names, .. } = self;
-        survey.sockets.iter().filter(|found| targets.place(found, names).is_some()).count()
+    /// Returns the number of selected sockets.
+    pub fn len(&mut self) -> usize {
+        let Self { table, targets, names, .. } = self;
+        table.sockets.iter().filter(|found| targets.place(found, names).is_some()).count()
     }
 
-    /// Sockets that do not answer.
-    pub(super) fn skipped(&self) -> Vec<Skip> {
+    /// Returns the sockets that did not answer in time.
+    pub fn skipped(&self) -> Vec<Skip> {
         self.inspector.borrow().skipped().to_vec()
     }
 
-    /// Processes that must not be looked into.
-    pub(super) fn unread(&self) -> usize {
-        self.survey.unread.len()
+    /// Returns the number of processes that this process may not inspect.
+    pub fn unread(&self) -> usize {
+        self.table.unread.len()
     }
 
-    /// The network namespaces that sockets are in.
-    pub(super) fn namespaces(&self) -> &[Namespace] {
-        self.survey.namespaces()
+    /// Returns the network namespaces of the sockets.
+    pub fn namespaces(&self) -> &[Namespace] {
+        self.table.namespaces()
     }
 
-    /// Has [`Self::each`] leave out a socket.
-    pub(super) fn set_aside(&mut self, cookie: u64) {
+    /// Makes [`Self::each`] leave out a socket.
+    pub fn set_aside(&mut self, cookie: u64) {
         self.set_aside.insert(cookie);
     }
 
-    /// The targets' TCP sockets that listen or are connected, without looking into them: each with its scope, and the number of
+    /// Returns the selected TCP sockets that listen or are connected, without their options. Each has its scope and the index of
     /// its network namespace.
-    pub(super) fn listed_tcp(&mut self) -> Vec<(usize, usize, SocketSnapshot)> {
-        let Self { survey, targets, names, listeners, .. } = self;
-        // A process that has many is asked once.
+    pub fn listed_tcp(&mut self) -> Vec<(usize, usize, SocketSnapshot)> {
+        let Self { table, targets, names, listeners, .. } = self;
+        // A process that has many sockets is read once.
         let mut tasks = HashMap::new();
         let mut task = |process| Rc::clone(tasks.entry(process).or_insert_with(|| task(process)));
         let lasts = |state| matches!(state, State::Listening | State::Established | State::SynSent | State::CloseWait);
         let mut listed = Vec::new();
-        for found in &survey.sockets {
+        for found in &table.sockets {
             let entry = &found.entry;
             if entry.protocol != libc::IPPROTO_TCP || !lasts(entry.state) {
                 continue;
@@ -215,19 +211,23 @@ impl Sockets {
         listed
     }
 
-    /// Looks into each of the targets' sockets. `wanted` are the options to read, by scope.
-    pub(super) fn each<E>(
+    /// Inspects each selected socket. `wanted` returns the options to read, by scope.
+    ///
+    /// # Errors
+    ///
+    /// Returns the first error of `see`.
+    pub fn each<E>(
         &mut self,
         wanted: impl Fn(usize) -> Vec<&'static SocketOption>,
         mut see: impl FnMut(InspectedSocket<'_>) -> Result<(), E>,
     ) -> Result<(), E> {
-        let Self { survey, targets, names, listeners, defaults, set_aside, inspector } = self;
+        let Self { table, targets, names, listeners, defaults, set_aside, inspector } = self;
         let inspector = &*inspector;
-        for found in survey.sockets.iter().filter(|found| !set_aside.contains(&found.entry.cookie)) {
+        for found in table.sockets.iter().filter(|found| !set_aside.contains(&found.entry.cookie)) {
             let Some(Placed { cgroup, scope, facts }) = targets.place(found, names) else { continue };
             let inspected =
                 found.inspect_by(&mut inspector.borrow_mut(), &wanted(scope), |holder| owner(found, holder, task));
-            // Nobody has one that cannot be taken, unless it was refused.
+            // `Ok(None)`: no process has the socket any more.
             let (owner, taken, refused) = match inspected {
                 Ok(Some((owner, holder, inspected))) => (Some(owner), Some((holder, inspected)), None),
                 Ok(None) => (None, None, None),
@@ -235,14 +235,14 @@ impl Sockets {
             };
             let counted = taken.as_ref().and_then(|(_, inspected)| inspected.direction);
             let direction = listeners[found.namespace].direction(&found.entry, counted);
-            let (reached, told) = match (taken, refused) {
+            let (reached, read) = match (taken, refused) {
                 (Some((holder, Inspected { kind, values, .. })), _) => {
                     (Some((holder, kind)), OptionRead::Values(values))
                 }
                 (None, Some(why)) => (None, OptionRead::Denied(why)),
-                // One that somebody had a moment ago has been closed.
-                (None, None) if survey.is_partial && found.entry.inode != 0 && found.holders.is_empty() => {
-                    (None, OptionRead::Denied("no process that has it can be inspected".to_owned()))
+                // A socket whose process was found a moment ago has been closed.
+                (None, None) if table.is_partial && found.entry.inode != 0 && found.holders.is_empty() => {
+                    (None, OptionRead::Denied("no process that has the socket can be inspected".to_owned()))
                 }
                 (None, None) => (None, OptionRead::NoFd),
             };
@@ -251,10 +251,10 @@ impl Sockets {
                 facts: Socket { direction, ..facts },
                 cgroup,
                 owner,
-                values: told,
+                values: read,
             };
             let kind = reached.and_then(|(_, kind)| kind);
-            let fresh = kind.map(|kind| BaselineInNamespace { survey, found, kind, defaults, inspector });
+            let fresh = kind.map(|kind| BaselineInNamespace { table, found, kind, defaults, inspector });
             let socket = reached.map(|(holder, _)| {
                 let cookie = found.entry.cookie;
                 Remote { inspector, holder, cookie }
@@ -265,7 +265,7 @@ impl Sockets {
     }
 }
 
-/// Who has a socket; `task` is asked about the process.
+/// Returns the owner of a socket. `task` reads the process.
 fn owner(found: &SocketEntry, FdRef { process, descriptor }: FdRef, task: impl FnOnce(u32) -> Rc<Task>) -> Owner {
     let others = found.holders.iter().filter(|other| other.process != process);
     Owner { task: task(process), descriptor, others: others.map(|other| (other.process, other.descriptor)).collect() }
@@ -284,9 +284,9 @@ fn task(process: u32) -> Rc<Task> {
     })
 }
 
-/// New sockets of a kind in the namespace of another.
-pub(super) struct BaselineInNamespace<'a> {
-    survey: &'a SocketTable,
+/// A new socket of the same kind as another one, in the same network namespace.
+pub struct BaselineInNamespace<'a> {
+    table: &'a SocketTable,
     found: &'a SocketEntry,
     kind: Kind,
     defaults: &'a mut Defaults,
@@ -295,11 +295,25 @@ pub(super) struct BaselineInNamespace<'a> {
 
 impl Baseline for BaselineInNamespace<'_> {
     fn values(&mut self) -> Option<&Values> {
-        self.defaults.of(self.survey, self.found, self.kind, &mut self.inspector.borrow_mut())
+        self.defaults.of(self.table, self.found, self.kind, &mut self.inspector.borrow_mut())
     }
 
     fn after(&mut self, option: &SocketOption, value: Value) -> Option<Value> {
-        let beside = (self.survey, self.found);
+        let beside = (self.table, self.found);
         self.defaults.after(beside, self.kind, option.key(), value, &mut self.inspector.borrow_mut())
+    }
+}
+
+impl SocketHandle for Remote<'_> {
+    fn value(&mut self, key: OptionKey) -> Option<Value> {
+        Self::value(self, key)
+    }
+
+    fn values(&mut self, wanted: &[&'static SocketOption]) -> Option<Values> {
+        Self::values(self, wanted).ok()
+    }
+
+    fn set(&mut self, key: OptionKey, value: &Value) -> io::Result<Option<Value>> {
+        Self::set(self, key, value)
     }
 }

@@ -1,0 +1,628 @@
+//! Keeps policies in force while their files, cgroups and containers change.
+//!
+//! Each change leads to a complete look: all files are read again, all cgroups are listed again. A notification that the kernel
+//! drops or merges therefore loses nothing.
+//!
+//! Invariant: policies are replaced as a whole or not at all. If the files contain an error, the policies in force stay, and the
+//! error is reported.
+
+mod pace;
+mod signals;
+pub mod watch;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    error::Error,
+    io, mem,
+    os::fd::AsFd,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use nix::poll::{PollFd, PollFlags};
+
+pub use self::signals::{Received, Signals};
+use self::{pace::Pace, watch::WatchError};
+use crate::{
+    coverage::{GlobError, SearchScope, Stack},
+    events::Event,
+    host::{
+        cgroup::Mount,
+        containers::{Known, Running, Search},
+        inotify::{self, Changes, Watch},
+    },
+    instance::Files,
+    journal::{Journal, JournalError},
+    kernel::Target,
+    policy::{Policy, Sources, Texts, diagnostic::Diagnostic},
+    reconcile::{Done, Message, ReconcileError, ReconcileThread, Selection, Tally, Task},
+    report::Loss,
+    session::{self, Session, SessionError},
+    skipped::{self, Skip, SkippedList},
+    targets::{
+        Candidates, ResolvedTargets, TargetError, check_targets,
+        containers::{self, Backoff},
+    },
+};
+
+/// Files are read when they have not changed for this time. An editor can write a file in several steps.
+const DEBOUNCE: Duration = Duration::from_millis(100);
+/// Files are read this time after the first change, even if they keep changing.
+const DEBOUNCE_MAX: Duration = Duration::from_secs(1);
+/// For this time after a reload, the programs still decide connections by the previous policies that were current when the
+/// connections were opened.
+const RETIRE_AFTER: Duration = Duration::from_secs(60);
+/// The interval of looks for the last socket of a removed cgroup, in milliseconds. The kernel does not report its end.
+const REMOVED_INTERVAL_MS: u16 = 1000;
+/// How long to search for containers before the policies are enforced on those that were found. A user can block the search for
+/// the containers of that user.
+const FIRST_SEARCH: Duration = Duration::from_secs(3);
+/// How often to list cgroups again because some were not watched yet.
+const ROUNDS_MAX: usize = 4;
+/// How long to wait for the end of a reconciliation when the daemon ends.
+const LAST_SOCKET: Duration = Duration::from_secs(5);
+/// How long to wait if another process uses the journal.
+const JOURNAL_BUSY: Duration = Duration::from_secs(5);
+
+/// Receives what the daemon reports. Must not block.
+pub trait Observer {
+    fn event(&self, event: &Event);
+    fn loss(&self, loss: &Loss);
+    /// Returns whether the reader of the report is gone.
+    fn is_closed(&self) -> bool;
+    /// Receives the warnings about policy files, or their errors.
+    fn diagnostics(&self, found: &[Diagnostic]);
+    #[track_caller]
+    fn error(&self, error: &(dyn Error + 'static));
+    /// Receives the end of a reload. `is_new`: the policies were replaced.
+    fn reloaded(&self, session: &Session, is_new: bool);
+    fn retargeted(&self, before: &TargetNames, after: &TargetNames);
+    /// Receives the result of one option of one live socket.
+    fn applied(&self, event: &Event);
+    fn reconciled(&self, tally: &Tally);
+}
+
+/// The names of the targets' cgroups, by the id of the cgroup and the index of its policies.
+pub type TargetNames = BTreeMap<(u64, usize), String>;
+
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    #[error("{0}")]
+    Target(#[from] TargetError),
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    #[error(transparent)]
+    Inotify(#[from] inotify::WatchError),
+}
+
+impl From<GlobError> for DaemonError {
+    fn from(error: GlobError) -> Self {
+        Self::Target(error.into())
+    }
+}
+
+/// The policies to keep in force, and where.
+pub struct Config<'a> {
+    pub sources: Sources,
+    /// Targets that replace those of the policies, if there are any.
+    pub cgroups: &'a [PathBuf],
+    pub dry_run: bool,
+    /// Whether to measure the duration of calls.
+    pub timing: bool,
+    pub mount: &'a Mount,
+    /// The instance whose journal records the values of live sockets, if these are reconciled.
+    pub journal: Option<&'a str>,
+}
+
+impl Config<'_> {
+    fn files(&self, texts: &Texts, stacks: &[Stack]) -> Files {
+        Files::new(texts, self.dry_run, stacks)
+    }
+
+    /// Replaces the policies in force by those of `texts`. Returns their stacks.
+    fn enforce(
+        &self,
+        session: &mut Session,
+        policies: &[Policy],
+        texts: &Texts,
+        resolved: ResolvedTargets,
+    ) -> Result<Vec<Stack>, SessionError> {
+        let ResolvedTargets { stacks, targets, containers, skipped: _ } = resolved;
+        let desired = session::prepare(policies, &stacks, self.dry_run, self.timing)?;
+        session.reload(desired, targets, self.files(texts, &stacks))?;
+        session.set_containers(Known::new(&containers));
+        Ok(stacks)
+    }
+}
+
+/// Keeps policies in force.
+pub struct Daemon<'a> {
+    config: Config<'a>,
+    /// The files as they were last read.
+    texts: Texts,
+    /// The files of the policies in force.
+    in_force: Texts,
+    policies: Vec<Policy>,
+    stacks: Vec<Stack>,
+    files: Watch,
+    cgroups: Watch,
+    scope: SearchScope,
+    pace: Pace,
+    /// All that is skipped now.
+    skipped: SkippedList,
+    /// What the last look at cgroups skipped.
+    skipped_cgroups: Vec<Skip>,
+    /// What the last reconciliation skipped.
+    skipped_sockets: Vec<Skip>,
+    /// The reconciliation that runs now.
+    reconciliation: Option<ReconcileThread>,
+    /// The first and the last change of the files since they were read.
+    changed: Option<(Instant, Instant)>,
+    /// The search for containers, if a policy has one as a target.
+    search: Option<Search>,
+    next_search: Option<Backoff>,
+    /// When the policies were replaced last.
+    replaced: Instant,
+    /// When to reconcile live sockets, if they are to be reconciled.
+    reconcile_at: Option<Instant>,
+}
+
+/// What signals requested.
+#[derive(Default)]
+struct SignalRequests {
+    reload: bool,
+    end: bool,
+}
+
+impl SignalRequests {
+    fn drain_signals(&mut self, signals: &mut Signals) -> io::Result<()> {
+        while let Some(received) = signals.next()? {
+            // SIGHUP reloads if there is a terminal or none, and ends the agent if the terminal is gone.
+            if received.asks_for_reload() {
+                self.reload = true;
+            } else {
+                self.end |= received.asks_for_end();
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<'a> Daemon<'a> {
+    /// Starts to watch the files and the cgroups. The policies are those of `texts`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if a glob cannot be compiled, or if the kernel refuses inotify(7).
+    pub fn watch(config: Config<'a>, texts: Texts, policies: Vec<Policy>) -> Result<Self, DaemonError> {
+        let scope = SearchScope::of(&policies)?;
+        let reconcile_at = config.journal.map(|_| Instant::now());
+        let mut daemon = Self {
+            config,
+            in_force: texts.clone(),
+            texts,
+            policies,
+            stacks: Vec::new(),
+            files: Watch::new(Changes::Files)?,
+            cgroups: Watch::new(Changes::Folders)?,
+            scope,
+            changed: None,
+            search: None,
+            next_search: None,
+            pace: Pace::default(),
+            skipped: SkippedList::default(),
+            skipped_cgroups: Vec::new(),
+            skipped_sockets: Vec::new(),
+            reconciliation: None,
+            replaced: Instant::now(),
+            reconcile_at,
+        };
+        if containers::are_wanted_by(&daemon.policies) {
+            let search = daemon.search.insert(Search::default());
+            search.look(FIRST_SEARCH);
+            containers::warn_of_hidden(&search.listing());
+        }
+        daemon.follow_files();
+        Ok(daemon)
+    }
+
+    /// Resolves the targets that exist now.
+    ///
+    /// # Errors
+    ///
+    /// Fails if a requested cgroup does not exist, or if a policy has no target.
+    pub fn resolve_targets(&mut self) -> Result<ResolvedTargets, DaemonError> {
+        self.pace.begin(Instant::now());
+        let resolved = self.look(&BTreeSet::new());
+        self.pace.end(Instant::now());
+        let mut resolved = resolved?;
+        self.stacks.clone_from(&resolved.stacks);
+        self.skipped_cgroups.append(&mut resolved.skipped);
+        Ok(resolved)
+    }
+
+    fn containers(&self) -> Vec<Running> {
+        self.search.as_ref().map(|search| search.listing().running).unwrap_or_default()
+    }
+
+    /// Logs objects that are skipped since the last call, and records all that are skipped.
+    pub fn note_skipped(&mut self, session: &mut Session) {
+        let mut skipped_now = self.skipped_cgroups.clone();
+        skipped_now.extend_from_slice(session.skipped());
+        if skipped_now.iter().any(|skip| skip.is_transient) {
+            self.pace.retry(Instant::now());
+        }
+        skipped_now.extend_from_slice(&self.skipped_sockets);
+        let new = self.skipped.replace(&skipped_now, skipped::now());
+        skipped::warn_of_new(&new, skipped_now.len());
+        session.note_skipped(&self.skipped);
+    }
+
+    /// Returns the files of the policies in force, for the record of the instance.
+    #[must_use]
+    pub fn files(&self) -> Files {
+        self.config.files(&self.in_force, &self.stacks)
+    }
+
+    /// Runs until a signal ends it: reports events, and follows changes of files, cgroups and containers.
+    ///
+    /// # Errors
+    ///
+    /// Fails if poll(2) fails, or if the programs cannot be read.
+    pub fn run(
+        &mut self,
+        session: &mut Session,
+        signals: &mut Signals,
+        observer: &impl Observer,
+    ) -> Result<(), WatchError> {
+        let mut requested = SignalRequests::default();
+        loop {
+            if self.reconciliation.is_none() && self.reconcile_at.is_some_and(|at| at <= Instant::now()) {
+                self.start_reconcile(session);
+            }
+            if !(requested.reload || requested.end) {
+                self.wait(session, signals)?;
+            }
+            requested.drain_signals(signals).map_err(WatchError::Wait)?;
+            watch::pass_on(session, observer)?;
+            self.drain_reconcile(session, observer)?;
+            if requested.end {
+                return self.stop_reconcile(session, observer);
+            }
+            let is_requested = mem::take(&mut requested.reload);
+            if self.files.has_changed().map_err(WatchError::Wait)? {
+                let now = Instant::now();
+                self.changed = Some((self.changed.map_or(now, |(first, _)| first), now));
+            }
+            if is_requested || self.is_debounced() {
+                self.reload(session, observer, is_requested);
+            }
+            let has_changed = self.cgroups.has_changed().map_err(WatchError::Wait)?;
+            if has_changed {
+                self.pace.note_change();
+            }
+            if self.search_containers(has_changed) {
+                self.pace.note_change();
+            }
+            if self.pace.is_due(Instant::now()) {
+                self.retarget(session, observer);
+            }
+            if session.has_removed() {
+                session.detach_removed()?;
+            }
+            if session.has_draining() && self.replaced.elapsed() >= RETIRE_AFTER {
+                session.retire()?;
+            }
+        }
+    }
+
+    fn wait(&self, session: &Session, signals: &Signals) -> Result<(), WatchError> {
+        let mut polled = watch::sources(signals, session);
+        polled.extend([&self.files, &self.cgroups].map(|watch| PollFd::new(watch.as_fd(), PollFlags::POLLIN)));
+        let workers = self.search.iter().flat_map(Search::descriptors);
+        polled.extend(workers.map(|worker| PollFd::new(worker, PollFlags::POLLIN)));
+        let reconciliation = self.reconciliation.iter();
+        polled.extend(reconciliation.map(|thread| PollFd::new(thread.as_fd(), PollFlags::POLLIN)));
+        watch::wait_for(&mut polled, self.poll_timeout_ms(session))
+    }
+
+    /// Takes what the search for containers has found, and starts another search if one is due. Returns whether other containers
+    /// run than before.
+    fn search_containers(&mut self, has_changed: bool) -> bool {
+        let Some(search) = &mut self.search else { return false };
+        let has_found = search.advance();
+        let now = Instant::now();
+        if has_changed {
+            self.next_search = Some(Backoff::restarted(self.next_search.take(), now));
+        }
+        if !search.is_looking() && self.next_search.as_ref().is_some_and(|next| next.is_due(now)) {
+            search.begin();
+            self.next_search = self.next_search.take().and_then(|next| next.after_search(search.took(), now));
+        }
+        has_found
+    }
+
+    /// Starts to reconcile live sockets with the policies in force.
+    fn start_reconcile(&mut self, session: &Session) {
+        self.reconcile_at = None;
+        let Config { mount, dry_run, journal: Some(journal), .. } = self.config else { return };
+        let task = Task {
+            mount: mount.clone(),
+            desired: session.desired().clone(),
+            selection: Selection::of(session.targets()),
+            dry_run,
+            journal: Journal::of(journal),
+        };
+        match ReconcileThread::start(task) {
+            Ok(thread) => self.reconciliation = Some(thread),
+            Err(error) => {
+                log::warn!("cannot start to reconcile live sockets: {error}");
+                self.reconcile_at = Some(Instant::now() + JOURNAL_BUSY);
+            }
+        }
+    }
+
+    /// Takes the messages of the reconciliation.
+    fn drain_reconcile(&mut self, session: &mut Session, observer: &impl Observer) -> Result<(), WatchError> {
+        while let Some(message) = self.reconciliation.as_mut().and_then(ReconcileThread::next) {
+            self.take_message(message, session, observer)?;
+        }
+        Ok(())
+    }
+
+    /// Stops the reconciliation, and reports its result.
+    fn stop_reconcile(&mut self, session: &mut Session, observer: &impl Observer) -> Result<(), WatchError> {
+        let Some(mut thread) = self.reconciliation.take() else { return Ok(()) };
+        let mut taken = Ok(());
+        thread.stop(LAST_SOCKET, |message| {
+            let this = self.take_message(message, session, observer);
+            taken = mem::replace(&mut taken, Ok(())).and(this);
+        });
+        taken
+    }
+
+    fn take_message(
+        &mut self,
+        message: Message,
+        session: &mut Session,
+        observer: &impl Observer,
+    ) -> Result<(), WatchError> {
+        match message {
+            Message::Worker(worker, answer) => {
+                session.exempt_process(Some(worker))?;
+                // The thread may have ended.
+                let _ = answer.send(());
+            }
+            Message::Event(event) => observer.applied(&event),
+            Message::Done(done) => {
+                let Done { tally, skipped, error } = *done;
+                self.reconciliation = None;
+                session.exempt_process(None)?;
+                self.skipped_sockets = skipped;
+                self.note_skipped(session);
+                match error {
+                    None | Some(ReconcileError::Stopped) => {}
+                    Some(error) => {
+                        observer.error(&error);
+                        if matches!(error, ReconcileError::Journal(JournalError::Busy { .. })) {
+                            self.reconcile_at = Some(Instant::now() + JOURNAL_BUSY);
+                        }
+                    }
+                }
+                observer.reconciled(&tally);
+            }
+        }
+        Ok(())
+    }
+
+    /// Reconciles live sockets after [`DEBOUNCE`], if they are to be reconciled.
+    fn schedule_reconcile(&mut self) {
+        self.reconcile_at = self.config.journal.map(|_| Instant::now() + DEBOUNCE);
+    }
+
+    /// Returns how long to wait for an event, in milliseconds.
+    fn poll_timeout_ms(&self, session: &Session) -> u16 {
+        let now = Instant::now();
+        let reconcile_at = self.reconcile_at.filter(|_| self.reconciliation.is_none());
+        let next_search = self.search.as_ref().filter(|search| !search.is_looking());
+        let next_search = next_search.and_then(|_| self.next_search.as_ref()).map(Backoff::next);
+        let worker = self.search.as_ref().and_then(Search::left).map(|left| now + left);
+        let retire_at = session.has_draining().then(|| self.replaced + RETIRE_AFTER);
+        let debounced = self.debounced_at();
+        let due = [reconcile_at, next_search, worker, self.pace.next(), retire_at, debounced];
+        let until_due = due.into_iter().flatten().min().map_or(u16::MAX, |due| timeout_ms(now, due));
+        let removed = if session.has_removed() { REMOVED_INTERVAL_MS } else { u16::MAX };
+        watch::interval_ms(session).min(until_due).min(removed)
+    }
+
+    /// Returns when to read the files that changed.
+    fn debounced_at(&self) -> Option<Instant> {
+        self.changed.map(|(first, last)| (last + DEBOUNCE).min(first + DEBOUNCE_MAX))
+    }
+
+    fn is_debounced(&self) -> bool {
+        self.debounced_at().is_some_and(|at| at <= Instant::now())
+    }
+
+    /// Reads the files, and replaces the policies in force if the files changed. `is_requested`: report the result in any case.
+    fn reload(&mut self, session: &mut Session, observer: &impl Observer, is_requested: bool) {
+        self.changed = None;
+        let texts = self.config.sources.read();
+        self.follow_files();
+        if texts == self.texts && !is_requested {
+            return;
+        }
+        self.texts = texts;
+        let is_new = match self.texts.policies() {
+            Ok((policies, warnings)) => {
+                observer.diagnostics(&warnings);
+                self.replace(session, policies).inspect_err(|error| observer.error(error)).is_ok()
+            }
+            Err(errors) => {
+                observer.diagnostics(&errors.diagnostics);
+                false
+            }
+        };
+        if !is_new {
+            log::error!("reload refused: the previous policies stay in force");
+        }
+        observer.reloaded(session, is_new);
+    }
+
+    fn replace(&mut self, session: &mut Session, policies: Vec<Policy>) -> Result<(), DaemonError> {
+        let scope = SearchScope::of(&policies)?;
+        let Config { mount, cgroups, .. } = self.config;
+        let mut resolved = ResolvedTargets::find_or_wait(mount, cgroups, &policies, self.containers())?;
+        resolved.skipped.extend(session.leave_to_others(&mut resolved.targets));
+        let skipped = mem::take(&mut resolved.skipped);
+        let stacks = self.config.enforce(session, &policies, &self.texts, resolved)?;
+        self.replaced = Instant::now();
+        if containers::are_wanted_by(&policies) {
+            self.search.get_or_insert_default();
+            self.next_search = Some(Backoff::restarted(self.next_search.take(), Instant::now()));
+        } else {
+            (self.search, self.next_search) = (None, None);
+        }
+        (self.policies, self.stacks, self.scope) = (policies, stacks, scope);
+        self.in_force = self.texts.clone();
+        self.skipped_cgroups = skipped;
+        self.note_skipped(session);
+        self.schedule_reconcile();
+        // Cgroups may have changed since they were listed.
+        self.pace.note_change();
+        Ok(())
+    }
+
+    /// Resolves the targets again, and attaches the policies to new ones. A failure is reported, and repeated later.
+    fn retarget(&mut self, session: &mut Session, observer: &impl Observer) {
+        let before = names(session.targets());
+        self.pace.begin(Instant::now());
+        let retargeted = self.attach_to_new(session);
+        self.pace.end(Instant::now());
+        match retargeted {
+            Ok(()) => {
+                self.note_skipped(session);
+                let after = names(session.targets());
+                if before == after {
+                    return;
+                }
+                // Sockets may have been created before the programs were attached.
+                self.schedule_reconcile();
+                observer.retargeted(&before, &after);
+            }
+            Err(error) => {
+                self.pace.retry(Instant::now());
+                observer.error(&error);
+                log::error!("the targets are unchanged: the policies stay in force on the same cgroups");
+            }
+        }
+    }
+
+    fn attach_to_new(&mut self, session: &mut Session) -> Result<(), DaemonError> {
+        if !self.config.cgroups.is_empty() {
+            return Ok(());
+        }
+        let mount = self.config.mount;
+        // A target whose parent cannot be listed stays a target.
+        let known = session.targets().iter().map(|target| mount.below(&target.cgroup)).collect();
+        let ResolvedTargets { stacks, mut targets, containers, mut skipped } = self.look(&known)?;
+        skipped.extend(session.leave_to_others(&mut targets));
+        self.skipped_cgroups = skipped;
+        let scopes: Option<Vec<usize>> =
+            stacks.iter().map(|stack| self.stacks.iter().position(|known| known == stack)).collect();
+        let Some(scopes) = scopes else {
+            let resolved = ResolvedTargets { stacks, targets, containers, skipped: Vec::new() };
+            self.stacks = self.config.enforce(session, &self.policies, &self.in_force, resolved)?;
+            self.replaced = Instant::now();
+            return Ok(());
+        };
+        session.set_containers(Known::new(&containers));
+        for target in &mut targets {
+            target.scope = scopes[target.scope];
+        }
+        Ok(session.retarget(targets)?)
+    }
+
+    /// Resolves the targets that exist now, and watches the directories in which targets can appear. Repeats this for directories
+    /// that were not watched before, so that no cgroup is missed.
+    fn look(&mut self, known: &BTreeSet<PathBuf>) -> Result<ResolvedTargets, DaemonError> {
+        let Config { mount, cgroups, .. } = self.config;
+        // Listed before the tree, so that the tree contains the cgroups of these containers.
+        let containers = self.containers();
+        if !cgroups.is_empty() {
+            return Ok(ResolvedTargets::find_or_wait(mount, cgroups, &self.policies, containers)?);
+        }
+        check_targets(&self.policies)?;
+        let mut rounds = 0;
+        loop {
+            let candidates = Candidates::find(mount, &self.policies, &self.scope, &containers, known.clone())?;
+            rounds += 1;
+            let has_new = self.watch_cgroups(&candidates)?;
+            if has_new && rounds < ROUNDS_MAX {
+                continue;
+            }
+            if has_new {
+                self.pace.note_change();
+            }
+            return Ok(ResolvedTargets::among(mount, &self.policies, containers, candidates)?);
+        }
+    }
+
+    /// Watches the cgroups below which targets can appear. Returns whether one of them was not watched before.
+    fn watch_cgroups(&mut self, candidates: &Candidates) -> Result<bool, DaemonError> {
+        match self.cgroups.follow(&candidates.watched(self.config.mount, &self.scope)) {
+            Ok(has_new) => {
+                self.pace.set_polling(false);
+                Ok(has_new)
+            }
+            Err(error @ inotify::WatchError::Add { .. }) => {
+                if self.pace.set_polling(true) {
+                    log::warn!("{error}");
+                    log::warn!("cgroups are looked at every {} ms or less often instead", Pace::POLL.as_millis());
+                }
+                Ok(false)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn follow_files(&mut self) {
+        match self.files.follow(&self.config.sources.folders()) {
+            // Files may have changed before their directory was watched.
+            Ok(true) => self.changed = Some((Instant::now(), Instant::now())),
+            Ok(false) => {}
+            Err(error) => {
+                log::warn!("{error}");
+                log::warn!(
+                    "changes of policy files may be missed\n  help: after a change, run: kill -HUP {}",
+                    std::process::id()
+                );
+            }
+        }
+    }
+}
+
+fn names(targets: &[Target]) -> TargetNames {
+    targets.iter().map(|target| ((target.cgroup.id, target.scope), target.cgroup.name.clone())).collect()
+}
+
+/// Returns the time until `due` in milliseconds, rounded up.
+fn timeout_ms(now: Instant, due: Instant) -> u16 {
+    let left = due.saturating_duration_since(now);
+    u16::try_from(left.as_millis().saturating_add(1)).unwrap_or(u16::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timeout_is_rounded_up_and_bounded() {
+        let now = Instant::now();
+        assert_eq!(timeout_ms(now, now), 1);
+        assert_eq!(timeout_ms(now + Duration::from_secs(1), now), 1, "it is past");
+        assert_eq!(timeout_ms(now, now + Duration::from_micros(1500)), 2);
+        assert_eq!(timeout_ms(now, now + Duration::from_secs(66)), u16::MAX);
+        assert_eq!(timeout_ms(now, now + Duration::from_secs(86_400)), u16::MAX);
+    }
+}
