@@ -260,7 +260,7 @@ impl Session {
             log::warn!("events will lack what sockets say of themselves: {reason}");
         }
         let number = object.enable(staged, desired.audit.calls)?;
-        object.replace_others()?;
+        object.remove_other_layouts()?;
         Ok(Self {
             object,
             record: word,

@@ -1,11 +1,12 @@
-//! Whether attaching to a cgroup is permitted, and whether it takes a program of others out of effect.
+//! Whether a program can be attached to a cgroup without a foreign program losing its effect.
 //!
-//! The rules are the kernel's (`hierarchy_allows_attach` and `compute_effective_progs`, kernel/bpf/cgroup.c, 5.10 to 6.18):
+//! The rules are those of the kernel (`hierarchy_allows_attach` and `compute_effective_progs`, kernel/bpf/cgroup.c, 5.10 to
+//! 6.18):
 //!
-//! - A program that is attached without flags permits no other program on its cgroup, nor on cgroups below it.
-//! - A program that is attached with BPF_F_ALLOW_OVERRIDE permits no other program on its cgroup. It takes effect on a cgroup
-//!   below only as long as no cgroup from there up to its own has a program.
-//! - Programs that are attached with BPF_F_ALLOW_MULTI, as all links are, always take effect, and permit others.
+//! - A program that is attached without flags permits no other program on its cgroup and its descendants.
+//! - A program that is attached with BPF_F_ALLOW_OVERRIDE permits no other program on its cgroup. It takes effect on a
+//!   descendant only if no cgroup between them, and not the descendant itself, has a program.
+//! - Programs that are attached with BPF_F_ALLOW_MULTI, as all links are, always take effect and permit others.
 
 use std::{
     fmt,
@@ -47,7 +48,7 @@ pub enum AttachMode {
 
 impl AttachMode {
     /// Reads the flags that BPF_PROG_QUERY returns.
-    pub(super) fn of(flags: u32) -> Self {
+    pub(super) fn from_flags(flags: u32) -> Self {
         const ALLOW_OVERRIDE: u32 = 1;
         const ALLOW_MULTI: u32 = 2;
         match flags {
@@ -57,8 +58,8 @@ impl AttachMode {
         }
     }
 
-    /// Returns the word for it in JSON.
-    pub(super) fn word(self) -> &'static str {
+    /// Returns the name of the mode in JSON.
+    pub(super) fn json_name(self) -> &'static str {
         match self {
             Self::Exclusive => "exclusive",
             Self::Override => "override",
@@ -77,19 +78,19 @@ impl AttachMode {
     }
 }
 
-/// What stands against attaching to a cgroup. `level` counts cgroups upwards from there.
+/// The obstacle to attaching to a cgroup. `level` counts cgroups upwards from that cgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Obstacle {
-    /// The kernel refuses to attach, because of the program of this level.
+    /// The kernel refuses to attach because of the program of this level.
     Forbidden { level: usize },
-    /// The program of this level takes effect now, and would not afterwards.
+    /// The program of this level takes effect now and would not afterwards.
     Displaced { level: usize },
-    /// This program takes effect, and none of the levels has it: how it is attached is unknown.
+    /// This program takes effect but is attached to none of the levels, so the mode in which it is attached is unknown.
     Hidden { program: u32 },
 }
 
-/// Returns what stands against attaching a link to the first of these cgroups, each of which is followed by its parent.
-/// `effective` are the programs that take effect on the first.
+/// Returns the obstacle to attaching a link to the first of these cgroups. Each cgroup is followed by its parent. `effective`
+/// are the programs that take effect on the first cgroup.
 fn obstacle(levels: &[Attachment], effective: &[u32]) -> Option<Obstacle> {
     let (own, above) = levels.split_first()?;
     if !own.programs.is_empty() && own.mode != AttachMode::Multi {
@@ -98,16 +99,16 @@ fn obstacle(levels: &[Attachment], effective: &[u32]) -> Option<Obstacle> {
     let nearest = above.iter().position(|level| !level.programs.is_empty()).map(|at| at + 1);
     match nearest.map(|level| (level, levels[level].mode)) {
         Some((level, AttachMode::Exclusive)) => Some(Obstacle::Forbidden { level }),
-        // Where the cgroup has a program already, that one has put it out of effect.
+        // If the cgroup already has a program, that program has displaced the one above.
         Some((level, AttachMode::Override)) => own.programs.is_empty().then_some(Obstacle::Displaced { level }),
-        // What takes effect from further above, beyond a program, is attached so that it always does.
+        // A program further above that still takes effect must be attached with BPF_F_ALLOW_MULTI.
         Some((_, AttachMode::Multi)) => None,
         None if !own.programs.is_empty() => None,
         None => effective.first().map(|program| Obstacle::Hidden { program: *program }),
     }
 }
 
-/// Why a program is not attached to a cgroup: because of a program of others.
+/// A foreign program that prevents a program from being attached to a cgroup.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ForeignConflict {
     hook: Hook,
@@ -131,7 +132,7 @@ enum Reason {
     Hidden {
         program: String,
     },
-    /// What is attached there cannot be queried.
+    /// The programs of this cgroup cannot be queried.
     Unknown {
         at: PathBuf,
         error: String,
@@ -141,7 +142,7 @@ enum Reason {
 impl std::error::Error for ForeignConflict {}
 
 impl ForeignConflict {
-    /// Returns the reason in a few words, for a table.
+    /// Returns a short reason, for a table.
     pub(super) fn reason(&self) -> String {
         match &self.reason {
             Reason::Forbidden { program, at, mode, .. } => format!("{program} on {} {}", at.escaped(), mode.flags()),
@@ -153,18 +154,18 @@ impl ForeignConflict {
         }
     }
 
-    /// Returns whether the programs there could not be queried.
+    /// Returns whether the programs could not be queried.
     #[must_use]
     pub fn is_unknown(&self) -> bool {
         matches!(self.reason, Reason::Unknown { .. })
     }
 
-    /// Returns whether this is about that program of others.
+    /// Returns whether the conflict is with this foreign program.
     #[must_use]
-    pub fn is_about(&self, neighbour: &ForeignProgram) -> bool {
+    pub fn is_about(&self, program: &ForeignProgram) -> bool {
         match &self.reason {
             Reason::Forbidden { id, .. } | Reason::Displaced { id, .. } => {
-                (self.hook, *id) == (neighbour.hook, neighbour.id)
+                (self.hook, *id) == (program.hook, program.id)
             }
             Reason::Hidden { .. } | Reason::Unknown { .. } => false,
         }
@@ -206,13 +207,13 @@ impl fmt::Display for ForeignConflict {
     }
 }
 
-/// Checks that a link can be attached, and that no program of others goes out of effect by it.
+/// Checks that a link can be attached, and that no foreign program loses its effect by that.
 ///
-/// `ours` is the program that is attached there already, if it is: then the check is what its attaching has done.
+/// `ours` is the id of our program if it is already attached. The check then finds what attaching it has displaced.
 ///
 /// # Errors
 ///
-/// Names the program of others. Also where the programs cannot be queried; a hook that this kernel does not have is no error.
+/// Names the foreign program. Also fails if the programs cannot be queried. A hook that this kernel does not have is no error.
 pub(super) fn check(hook: Hook, cgroup: &Cgroup, ours: Option<u32>) -> Result<(), ForeignConflict> {
     let conflict = |reason| ForeignConflict { hook, cgroup: cgroup.path.clone(), reason };
     let unknown = |(at, error): (PathBuf, io::Error)| conflict(Reason::Unknown { at, error: error.to_string() });
@@ -238,7 +239,8 @@ pub(super) fn check(hook: Hook, cgroup: &Cgroup, ours: Option<u32>) -> Result<()
     }))
 }
 
-/// Returns why policies cannot be put in force on these targets as things are, each with the number of the target.
+/// Returns the foreign programs that prevent policies from being attached to these targets now, each with the index of the
+/// target.
 #[must_use]
 pub fn conflicts(desired: &Desired, targets: &[Target]) -> Vec<(usize, ForeignConflict)> {
     let scopes: Vec<_> = targets.iter().map(|target| target.scope).collect();
@@ -264,7 +266,7 @@ fn path_at(path: &Path, level: usize) -> PathBuf {
     path.ancestors().nth(level).unwrap_or(path).to_owned()
 }
 
-/// Queries a cgroup and those above it, as far as they are visible; `None` where this kernel does not have the hook.
+/// Queries a cgroup and its visible ancestors; `None` if this kernel does not have the hook.
 fn levels(hook: Hook, cgroup: &Cgroup) -> Result<Option<Vec<Attachment>>, (PathBuf, io::Error)> {
     let mut levels = Vec::new();
     let mut folder = cgroup.folder.try_clone().map_err(|error| (cgroup.path.clone(), error))?;
@@ -282,7 +284,8 @@ fn levels(hook: Hook, cgroup: &Cgroup) -> Result<Option<Vec<Attachment>>, (PathB
     }
 }
 
-/// Opens the parent of a cgroup; `None` at the top of the mount. A path would have a limit of length.
+/// Opens the parent of a cgroup; `None` at the top of the mount. Opened relative to the cgroup, because the length of a path is
+/// limited.
 fn parent(folder: &File) -> io::Result<Option<File>> {
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let above = File::from(openat(folder, "..", flags, Mode::empty())?);
@@ -295,7 +298,7 @@ fn parent(folder: &File) -> io::Result<Option<File>> {
 mod tests {
     use super::{AttachMode::*, Obstacle::*, *};
 
-    /// Each level with a program, whose number counts upwards from 1, or without.
+    /// Returns levels with or without a program. The number of a program is that of its level, counted upwards from 1.
     fn levels(modes: &[Option<AttachMode>]) -> Vec<Attachment> {
         let level = |(mode, number): (&Option<AttachMode>, u32)| Attachment {
             mode: mode.unwrap_or(Exclusive),
@@ -304,7 +307,7 @@ mod tests {
         modes.iter().zip(1..).map(level).collect()
     }
 
-    /// Returns which programs take effect on the first level, as the kernel computes it.
+    /// Returns the programs that take effect on the first level, computed as the kernel does.
     fn effective(levels: &[Attachment]) -> Vec<u32> {
         let mut effective = Vec::new();
         for level in levels {
@@ -315,7 +318,7 @@ mod tests {
         effective
     }
 
-    /// Returns whether the kernel lets a link be attached to the first level, as it decides that.
+    /// Returns whether the kernel lets a link be attached to the first level, by the kernel's rules.
     fn is_permitted(levels: &[Attachment]) -> bool {
         let (own, above) = levels.split_first().unwrap();
         let nearest = above.iter().find(|level| level.mode == Multi || !level.programs.is_empty());
@@ -330,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn obstacles_are_what_the_kernel_computes() {
+    fn obstacles_agree_with_the_rules_of_the_kernel() {
         const OURS: u32 = 99;
         for modes in all_modes(4) {
             let levels = levels(&modes);
@@ -353,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn the_level_that_is_named_is_the_one_that_decides() {
+    fn deciding_level_is_named() {
         let cases: [(&[_], _); 9] = [
             (&[None, None, None], None),
             (&[Some(Override), None, None], Some(Forbidden { level: 0 })),
@@ -372,7 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn program_above_what_is_visible_is_unknown_unless_it_must_be_multi() {
+    fn program_above_the_visible_levels_is_unknown_unless_it_must_be_multi() {
         const HIDDEN: u32 = 7;
         assert_eq!(obstacle(&levels(&[None, None]), &[HIDDEN]), Some(Hidden { program: HIDDEN }));
         assert_eq!(obstacle(&levels(&[None, Some(Multi)]), &[2, HIDDEN]), None);
@@ -381,6 +384,6 @@ mod tests {
 
     #[test]
     fn flags_are_read_as_the_kernel_returns_them() {
-        assert_eq!([0, 1, 2, 3].map(AttachMode::of), [Exclusive, Override, Multi, Multi]);
+        assert_eq!([0, 1, 2, 3].map(AttachMode::from_flags), [Exclusive, Override, Multi, Multi]);
     }
 }

@@ -1,6 +1,6 @@
-//! The cgroups that programs are attached to, and the links that hold them there.
+//! The cgroups that programs are attached to, and the links that attach them.
 //!
-//! Invariant: a target's number is never given twice, for sockets keep it in their notes.
+//! Invariant: the id of a target is never used again, because sockets keep it in their notes.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use abi::Target as Numbered;
+use abi::Target as TargetNumbers;
 use aya::{Ebpf, programs::Program};
 
 use super::{
@@ -26,56 +26,57 @@ use crate::{
     host::cgroup::{Cgroup, id_at},
 };
 
-/// A hook of a cgroup, which is named by its id.
+/// The id of a cgroup, and a hook of this cgroup.
 pub(super) type Point = (u64, Hook);
 
-/// Why targets could not be attached to, by their cgroups' ids.
+/// The targets that the programs could not be attached to, by the id of the cgroup, each with its error.
 pub type Failed = BTreeMap<u64, KernelError>;
 
 #[derive(Debug, Default)]
 pub(super) struct Attached {
-    /// By the cgroup's id.
-    held: BTreeMap<u64, Held>,
-    /// The last number that was given to a target.
+    /// By the id of the cgroup.
+    targets: BTreeMap<u64, AttachedTarget>,
+    /// The highest id of a target so far.
     pub(super) last_id: u32,
-    /// Where links are pinned, if they are.
+    /// The pins; `None` if links are not pinned.
     pins: Option<Pins>,
 }
 
 #[derive(Debug)]
-struct Held {
-    target: Numbered,
+struct AttachedTarget {
+    target: TargetNumbers,
     links: BTreeMap<Hook, Link>,
-    /// Of the cgroup; `None` where it was another agent's target and is none of this one's yet.
+    /// The path of the cgroup; `None` if an earlier agent attached to it and it is not a target of this agent yet.
     path: Option<PathBuf>,
-    /// Whether the cgroup has been removed. Sockets of it may live on.
+    /// Whether the cgroup has been removed. Its sockets may outlive it.
     is_removed: bool,
 }
 
-impl Held {
-    fn new(target: Numbered) -> Self {
+impl AttachedTarget {
+    fn new(target: TargetNumbers) -> Self {
         Self { target, links: BTreeMap::new(), path: None, is_removed: false }
     }
 }
 
-/// Whether the cgroup of this id is still what this path names.
+/// Returns whether the cgroup at this path still has this id.
 fn is_at(path: &Path, cgroup: u64) -> bool {
     id_at(path) == Some(cgroup)
 }
 
-/// Policies hold without the hook, but not on sockets that come by no other.
+/// Logs that an optional hook could not be attached to. Policies are in force without it, except on sockets that pass no other
+/// hook.
 fn warn_of_optional(hook: Hook, reason: &dyn fmt::Display) {
     log::warn!("cannot attach to {hook}: raw, ping and UDP-Lite sockets keep some of their options: {reason}");
 }
 
 impl Attached {
-    /// Nothing yet.
+    /// Returns a value without attachments.
     pub(super) fn new(pins: Option<Pins>) -> Self {
         Self { pins, ..Self::default() }
     }
 
-    /// A step is done of what stays in force.
-    pub(super) fn done(&self, step: &'static str) {
+    /// Triggers a fault point, for tests, if policies are pinned.
+    pub(super) fn fault_point(&self, step: &'static str) {
         if self.pins.is_some() {
             fault::point(step);
         }
@@ -85,7 +86,7 @@ impl Attached {
         self.pins.as_ref()
     }
 
-    /// Takes over the links that are pinned: each goes on with this object's program, without a moment between.
+    /// Takes over the pinned links. The program of each link is replaced by that of this object, without a gap.
     pub(super) fn take_over(&mut self, ebpf: &Ebpf) -> Result<(), KernelError> {
         let Some(pins) = &self.pins else { return Ok(()) };
         for Pinned { cgroup, target, hook, link, path } in pins.links()? {
@@ -93,49 +94,50 @@ impl Attached {
                 unpin(&path);
                 continue;
             }
-            // Also one that never came in force.
+            // Also the id of a target that was never in force.
             self.last_id = self.last_id.max(target.id);
             fault::point_for("link-found", cgroup);
             let Some(link) = Link::take_over(link, program(ebpf, hook)?, hook)? else {
-                // It has gone since.
+                // The cgroup has been removed since the check.
                 unpin(&path);
                 continue;
             };
             fault::point("link-taken-over");
-            let held = self.held.entry(cgroup);
-            held.or_insert_with(|| Held::new(target)).links.insert(hook, link);
+            let attached = self.targets.entry(cgroup);
+            attached.or_insert_with(|| AttachedTarget::new(target)).links.insert(hook, link);
         }
         Ok(())
     }
 
-    /// Gives targets that have none yet their numbers.
+    /// Assigns slots to the targets. Targets that have a slot keep it.
     pub(super) fn assign_slots(&mut self, targets: &[Target]) -> Vec<SlotAssignment> {
-        let taken: BTreeSet<u32> = self.held.values().map(|held| held.target.place).collect();
-        let mut free = (0..).filter(|place| !taken.contains(place));
+        let used: BTreeSet<u32> = self.targets.values().map(|attached| attached.target.place).collect();
+        let mut free = (0..).filter(|place| !used.contains(place));
         targets
             .iter()
             .map(|Target { cgroup, scope }| {
-                let target = self.number(cgroup, || free.next().unwrap_or_default());
+                let target = self.assign_slot(cgroup, || free.next().unwrap_or_default());
                 SlotAssignment { target, cgroup: cgroup.id, level: cgroup.level, scope: *scope }
             })
             .collect()
     }
 
-    fn number(&mut self, cgroup: &Cgroup, free_place: impl FnOnce() -> u32) -> Numbered {
-        if let Some(held) = self.held.get_mut(&cgroup.id) {
-            held.path = Some(cgroup.path.clone());
-            return held.target;
+    fn assign_slot(&mut self, cgroup: &Cgroup, free_place: impl FnOnce() -> u32) -> TargetNumbers {
+        if let Some(attached) = self.targets.get_mut(&cgroup.id) {
+            attached.path = Some(cgroup.path.clone());
+            return attached.target;
         }
         let place = free_place();
         self.last_id += 1;
-        let target = Numbered { place, id: self.last_id };
-        self.held.insert(cgroup.id, Held { path: Some(cgroup.path.clone()), ..Held::new(target) });
+        let target = TargetNumbers { place, id: self.last_id };
+        self.targets
+            .insert(cgroup.id, AttachedTarget { path: Some(cgroup.path.clone()), ..AttachedTarget::new(target) });
         target
     }
 
-    /// Attaches what is missing of `points` of these targets, and tells the programs which target it is; gives what it has
-    /// attached. A cgroup that is removed meanwhile is no failure. A target that fails has nothing of it attached, and the
-    /// others go on.
+    /// Attaches the missing programs of `points`, and writes to each program's storage which target it is attached to. Returns
+    /// what was attached, and the targets that failed. A failed target has no new attachments; the other targets are not
+    /// affected. A cgroup that is removed meanwhile does not count as failed.
     pub(super) fn attach(
         &mut self,
         ebpf: &mut Ebpf,
@@ -144,13 +146,13 @@ impl Attached {
     ) -> (Vec<Point>, Failed) {
         let (mut added, mut failed) = (Vec::new(), Failed::new());
         let mut points = self.missing(points, targets);
-        // One target after the other, those high in the tree first: it is in whole or not at all that one fails.
+        // Sorted by target, ancestors first, because a target is attached as a whole or not at all.
         points.sort_by_key(|(_, target)| (targets[*target].cgroup.level, *target));
         points.retain(|(hook, target)| {
             let check = || attach_conflict::check(*hook, &targets[*target].cgroup, None);
             !hook.is_optional() || check().inspect_err(|conflict| warn_of_optional(*hook, conflict)).is_ok()
         });
-        // All of them before the first is attached.
+        // All conflicts are checked before the first program is attached.
         for (hook, target) in points.iter().filter(|(hook, _)| !hook.is_optional()) {
             let cgroup = &targets[*target].cgroup;
             match attach_conflict::check(*hook, cgroup, None) {
@@ -170,22 +172,23 @@ impl Attached {
                 Ok(()) => {}
                 Err(error) if !is_at(&cgroup.path, cgroup.id) => {
                     log::debug!("{error}");
-                    if let Some(held) = self.held.get_mut(&cgroup.id) {
-                        held.is_removed = true;
+                    if let Some(attached) = self.targets.get_mut(&cgroup.id) {
+                        attached.is_removed = true;
                     }
                 }
                 Err(error) if hook.is_optional() => {
                     warn_of_optional(hook, &error);
                     added.retain(|point| *point != (cgroup.id, hook));
-                    if let Some(held) = self.held.get_mut(&cgroup.id) {
-                        held.links.remove(&hook);
+                    if let Some(attached) = self.targets.get_mut(&cgroup.id) {
+                        attached.links.remove(&hook);
                     }
                 }
                 Err(error) => drop(failed.insert(cgroup.id, error)),
             }
         }
-        let (undone, added): (Vec<_>, Vec<_>) = added.into_iter().partition(|(cgroup, _)| failed.contains_key(cgroup));
-        self.detach(&undone);
+        let (failed_points, added): (Vec<_>, Vec<_>) =
+            added.into_iter().partition(|(cgroup, _)| failed.contains_key(cgroup));
+        self.detach(&failed_points);
         (added, failed)
     }
 
@@ -196,32 +199,33 @@ impl Attached {
         cgroup: &Cgroup,
         added: &mut Vec<Point>,
     ) -> Result<(), KernelError> {
-        let Some(held) = self.held.get_mut(&cgroup.id) else { return Ok(()) };
+        let Some(attached) = self.targets.get_mut(&cgroup.id) else { return Ok(()) };
         let link = Link::attach(program(ebpf, hook)?, hook, cgroup)?;
-        let link = held.links.entry(hook).insert_entry(link).into_mut();
+        let link = attached.links.entry(hook).insert_entry(link).into_mut();
         added.push((cgroup.id, hook));
-        // Others may have attached programs since the check.
+        // Checked again: others may have attached programs since the first check.
         attach_conflict::check(hook, cgroup, Some(program_id(ebpf, hook)?))?;
-        maps::write_target(ebpf, hook, cgroup.id, held.target)?;
+        maps::write_target(ebpf, hook, cgroup.id, attached.target)?;
         if let Some(pins) = &self.pins {
             fault::point("link-attached");
-            pins.pin_link(link, cgroup.id, held.target, hook)?;
+            pins.pin_link(link, cgroup.id, attached.target, hook)?;
             fault::point("link-pinned");
         }
         log::debug!("attached {hook} to {}", cgroup.path.escaped());
         Ok(())
     }
 
-    /// Returns the points of these that have no link of ours.
+    /// Returns the points that have no link of this object.
     fn missing(&self, mut points: Vec<(Hook, usize)>, targets: &[Target]) -> Vec<(Hook, usize)> {
-        let has =
-            |hook, target: &Target| self.held.get(&target.cgroup.id).is_some_and(|held| held.links.contains_key(&hook));
+        let has = |hook, target: &Target| {
+            self.targets.get(&target.cgroup.id).is_some_and(|attached| attached.links.contains_key(&hook))
+        };
         points.retain(|(hook, target)| !has(*hook, &targets[*target]));
         points
     }
 
-    /// Returns why our programs cannot be attached to these targets as things are, each with the number of the target. What is
-    /// attached already stays so. A cgroup that is removed has no conflict.
+    /// Returns the foreign programs that prevent our programs from being attached now, each with the index of the target.
+    /// Ignores what is already attached, and cgroups that have been removed.
     pub(super) fn conflicts(&self, points: Vec<(Hook, usize)>, targets: &[Target]) -> Vec<(usize, ForeignConflict)> {
         let points = self.missing(points, targets).into_iter().filter(|(hook, _)| !hook.is_optional());
         let conflict = |(hook, target): (Hook, usize)| {
@@ -232,77 +236,81 @@ impl Attached {
         points.filter_map(conflict).collect()
     }
 
-    /// Lets go of what is not among these, but for what still may hold sockets of a cgroup that was removed.
+    /// Detaches all but these points. Keeps the points of removed cgroups, which may still have sockets.
     pub(super) fn detach_except(&mut self, points: &BTreeSet<Point>) {
         self.detach_where(|point, is_removed| !is_removed && !points.contains(point));
     }
 
-    /// Lets go of these.
+    /// Detaches these points.
     pub(super) fn detach(&mut self, points: &[Point]) {
         let points: BTreeSet<&Point> = points.iter().collect();
         self.detach_where(|point, _| points.contains(point));
     }
 
-    /// Lets go of targets of which nothing is attached.
+    /// Removes those of these targets that have no attachments.
     pub(super) fn drop_unattached(&mut self, cgroups: &Failed) {
-        self.held.retain(|cgroup, held| !cgroups.contains_key(cgroup) || !held.links.is_empty());
+        self.targets.retain(|cgroup, attached| !cgroups.contains_key(cgroup) || !attached.links.is_empty());
     }
 
-    /// Lets go of all.
+    /// Detaches everything.
     pub(super) fn detach_all(&mut self) {
         self.detach_where(|_, _| true);
     }
 
-    /// `is_meant` is also told whether the cgroup has been removed.
-    fn detach_where(&mut self, is_meant: impl Fn(&Point, bool) -> bool) {
-        for (cgroup, Held { target, links, is_removed, path: _ }) in &mut self.held {
+    /// Detaches the points for which `matches` returns true. Its second argument is whether the cgroup has been removed.
+    fn detach_where(&mut self, matches: impl Fn(&Point, bool) -> bool) {
+        for (cgroup, AttachedTarget { target, links, is_removed, path: _ }) in &mut self.targets {
             links.retain(|hook, _| {
-                let goes = is_meant(&(*cgroup, *hook), *is_removed);
-                // There is a path only where links are pinned.
-                if let Some(Ok(path)) = self.pins.as_ref().filter(|_| goes).map(|p| p.link(*cgroup, *target, *hook)) {
+                let is_detached = matches(&(*cgroup, *hook), *is_removed);
+                // `link` returns a path only if links are pinned.
+                if let Some(Ok(path)) =
+                    self.pins.as_ref().filter(|_| is_detached).map(|p| p.link(*cgroup, *target, *hook))
+                {
                     unpin(&path);
                 }
-                !goes
+                !is_detached
             });
         }
-        // One that was removed before anything was attached still has its place in the tables.
-        self.held.retain(|_, held| held.is_removed || !held.links.is_empty());
+        // A cgroup that was removed before anything was attached still has a slot in the tables.
+        self.targets.retain(|_, attached| attached.is_removed || !attached.links.is_empty());
     }
 
-    /// Notes which cgroups have been removed of those that are not among these. Gives the others: they are there, and no targets
+    /// Marks the cgroups that are not among `targets` and have been removed. Returns the cgroups that exist but are not targets
     /// any more.
-    pub(super) fn note_removed(&mut self, targets: &[Target]) -> Vec<(u64, Numbered)> {
-        let there: BTreeSet<u64> = targets.iter().map(|target| target.cgroup.id).collect();
+    pub(super) fn note_removed(&mut self, targets: &[Target]) -> Vec<(u64, TargetNumbers)> {
+        let current: BTreeSet<u64> = targets.iter().map(|target| target.cgroup.id).collect();
         let mut others = Vec::new();
-        for (cgroup, held) in self.held.iter_mut().filter(|(cgroup, _)| !there.contains(cgroup)) {
-            if held.path.as_deref().is_some_and(|path| !is_at(path, *cgroup)) {
-                held.is_removed = true;
-            } else if !held.is_removed {
-                others.push((*cgroup, held.target));
+        for (cgroup, attached) in self.targets.iter_mut().filter(|(cgroup, _)| !current.contains(cgroup)) {
+            if attached.path.as_deref().is_some_and(|path| !is_at(path, *cgroup)) {
+                attached.is_removed = true;
+            } else if !attached.is_removed {
+                others.push((*cgroup, attached.target));
             }
         }
         others
     }
 
-    /// Whether any cgroup has been removed whose links are still held.
+    /// Returns whether a cgroup has been removed whose links are still open.
     pub(super) fn has_removed(&self) -> bool {
-        self.held.values().any(|held| held.is_removed)
+        self.targets.values().any(|attached| attached.is_removed)
     }
 
-    /// Lets go of removed cgroups that have no sockets any more; gives which targets they were, by the ids of their cgroups.
-    pub(super) fn detach_removed(&mut self) -> Vec<(u64, Numbered)> {
-        // What cannot be asked about is asked about again.
-        let is_empty = |held: &Held| held.links.values().all(|link| link.is_defunct().unwrap_or(false));
-        let empty = self.held.iter().filter(|(_, held)| held.is_removed && is_empty(held));
-        let gone: Vec<_> = empty.map(|(cgroup, held)| (*cgroup, held.target)).collect();
+    /// Detaches from removed cgroups that have no sockets any more. Returns the ids of these cgroups and the targets that they
+    /// were.
+    pub(super) fn detach_removed(&mut self) -> Vec<(u64, TargetNumbers)> {
+        // If a link cannot be queried, the next call queries it again.
+        let is_empty =
+            |attached: &AttachedTarget| attached.links.values().all(|link| link.is_defunct().unwrap_or(false));
+        let empty = self.targets.iter().filter(|(_, attached)| attached.is_removed && is_empty(attached));
+        let gone: Vec<_> = empty.map(|(cgroup, attached)| (*cgroup, attached.target)).collect();
         let ids: BTreeSet<u64> = gone.iter().map(|(cgroup, _)| *cgroup).collect();
         self.detach_where(|(cgroup, _), _| ids.contains(cgroup));
-        self.held.retain(|cgroup, _| !ids.contains(cgroup));
+        self.targets.retain(|cgroup, _| !ids.contains(cgroup));
         gone
     }
 }
 
-/// Removes a link's path. One that is not there was not pinned yet.
+/// Removes the pin of a link. It is no error if the link was not pinned.
 fn unpin(path: &Path) {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {

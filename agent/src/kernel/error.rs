@@ -1,4 +1,4 @@
-//! What can go wrong between us and the kernel.
+//! Errors of the kernel side.
 
 use std::{error::Error, io, path::PathBuf};
 
@@ -10,27 +10,27 @@ use crate::{compile::Hook, escape::Escape, host::private::PrivateError};
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
     #[error(
-        "not permitted to load BPF programs: this process lacks {missing}\n  help: run it as root, or give it these \
+        "cannot load BPF programs: this process lacks {missing}\n  help: run sockpolicy as root, or give it these \
          capabilities"
     )]
     Privileges { missing: String },
     #[error("cannot prepare the BPF programs: {}{}", chain(.0), memory_help(&chain(.0)))]
     Object(#[from] aya::EbpfError),
-    #[error("map {map} of the BPF object: {}\n  help: this is a fault of the build: build it anew", chain(.source))]
+    #[error("cannot use map {map} of the BPF object: {}\n  help: the build is faulty: build sockpolicy again", chain(.source))]
     Map { map: &'static str, source: aya::maps::MapError },
-    #[error("map {map} of the BPF object cannot be mapped into memory: {source}")]
+    #[error("cannot map {map} of the BPF object into memory: {source}")]
     View { map: &'static str, source: io::Error },
-    #[error("cannot tell how many CPUs there can be: {path}: {source}")]
+    #[error("cannot read the number of possible CPUs: {path}: {source}")]
     Cpus { path: &'static str, source: io::Error },
     #[error(
-        "cannot open map {map} of the policies in force: operation not permitted\n  help: run it as root, or give it CAP_SYS_ADMIN"
+        "cannot open map {map} of the policies in force: operation not permitted\n  help: run sockpolicy as root, or give it CAP_SYS_ADMIN"
     )]
     MapRights { map: &'static str },
-    #[error("the BPF object has no {what}\n  help: this is a fault of the build: build it anew")]
+    #[error("the BPF object has no {what}\n  help: the build is faulty: build sockpolicy again")]
     Incomplete { what: &'static str },
     #[error(
-        "this kernel cannot load the program for {hook}: {reason}\n  help: `sockpolicy doctor` shows what this kernel \
-         can do; {hook} is known to work from {} on",
+        "cannot load the program for {hook}: {reason}\n  help: `sockpolicy doctor` shows what this kernel supports; {hook} is \
+         known to work from {} on",
         hook.since()
     )]
     Load { hook: Hook, reason: String },
@@ -38,13 +38,12 @@ pub enum KernelError {
     Attach { hook: Hook, cgroup: PathBuf, reason: String },
     #[error(transparent)]
     Foreign(Box<ForeignConflict>),
-    #[error("the iterator over TCP sockets: {reason}")]
+    #[error("cannot iterate over TCP sockets: {reason}")]
     Iterator { reason: String },
-    #[error("cannot give the program at {hook} to this agent: {reason}")]
+    #[error("cannot take over the link at {hook}: {reason}")]
     TakeOver { hook: Hook, reason: String },
     #[error(
-        "there is no BPF file system at /sys/fs/bpf, where policies stay that outlive the agent{reason}\n  help: mount -t bpf -o \
-         mode=0700 bpf /sys/fs/bpf"
+        "cannot pin policies: there is no BPF file system at /sys/fs/bpf{reason}\n  help: mount -t bpf -o mode=0700 bpf /sys/fs/bpf"
     )]
     NoBpffs { reason: String },
     #[error(transparent)]
@@ -52,18 +51,18 @@ pub enum KernelError {
     #[error("{}: {source}", path.escaped())]
     Pin { path: PathBuf, source: io::Error },
     #[error(
-        "the audit cannot use {backend}: {reason}\n  help: leave out --audit-backend and the best one that this kernel \
-         has is taken; `sockpolicy doctor` shows which these are"
+        "cannot attach the audit by {backend}: {reason}\n  help: leave out --audit-backend to use the best backend that this \
+         kernel supports; `sockpolicy doctor` lists them"
     )]
     Backend { backend: Backend, reason: String },
     #[error(
-        "the audit found no way to see calls: {reasons}\n  help: mount -t tracefs tracefs /sys/kernel/tracing where that \
-         is what is missing; or give --audit-backend none to go without the results of calls"
+        "cannot attach the audit: {reasons}\n  help: if tracefs is missing, mount -t tracefs tracefs /sys/kernel/tracing; or \
+         give --audit-backend none to report conflicts without the results of calls"
     )]
     NoBackend { reasons: String },
 }
 
-/// An error and its causes, on one line.
+/// Returns an error and its causes, on one line.
 pub(super) fn chain(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -78,7 +77,7 @@ pub(super) fn chain(error: &(dyn Error + 'static)) -> String {
     text
 }
 
-/// Why a program was not taken: the verifier's last word before its statistics, or the errno.
+/// Returns why a program could not be loaded: the errno, and the last line of the verifier's log before its statistics.
 pub(super) fn load_reason(error: &ProgramError) -> String {
     if let ProgramError::LoadError { io_error, verifier_log } = error {
         let log = verifier_log.to_string();
@@ -91,7 +90,7 @@ pub(super) fn load_reason(error: &ProgramError) -> String {
     chain(error)
 }
 
-/// Capabilities were looked at before: what is left is the memory that a process may have locked.
+/// Returns the help for EPERM. Capabilities have been checked before, so the cause is the limit of locked memory.
 fn memory_help(reason: &str) -> &'static str {
     if reason.contains("os error 1)") {
         "\n  help: kernels before 5.11 count this as locked memory: give it CAP_SYS_RESOURCE, or raise the limit (ulimit -l \

@@ -1,6 +1,6 @@
-//! The programs that others have attached to cgroups, at the hooks that policies use.
+//! Foreign programs: those that other software has attached to cgroups at the hooks that policies use.
 //!
-//! They stay as they are: this is for people to know whom else they have there.
+//! They are only reported, never changed.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -24,37 +24,37 @@ use crate::{
 /// A program that is attached to a cgroup.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ForeignProgram {
-    /// Path of the cgroup below the mount.
+    /// Path of the cgroup, relative to the mount.
     pub cgroup: PathBuf,
     pub hook: Hook,
-    /// The kernel's number of the program.
+    /// The kernel's id of the program.
     pub id: u32,
-    /// As much of it as the kernel keeps, 15 characters; empty if it has none, or may not be seen.
+    /// The name, of which the kernel keeps 15 characters. Empty if the program has none or must not be inspected.
     pub name: String,
     /// How it is attached.
     pub mode: AttachMode,
 }
 
-/// When a program of others runs for the sockets of a target.
+/// When a foreign program runs for the sockets of a target, relative to our programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RunOrder {
-    /// Before ours: it was on the same cgroup first, or is on one below.
+    /// Before ours: it was attached to the same cgroup first, or is on a descendant.
     Before,
-    /// After ours on one of the targets at least, and so with the last word there: it is on a cgroup above.
+    /// After ours on at least one target, where it can override our programs: it is on an ancestor.
     After,
-    /// Not at all where a program of ours is attached to the same hook: it is on a cgroup above, and not attached with
+    /// It does not run if a program of ours is attached to the same hook: it is on an ancestor, and not attached with
     /// BPF_F_ALLOW_MULTI.
     Never,
 }
 
 impl ForeignProgram {
-    /// Whether it looks like a program of another sockpolicy.
+    /// Returns whether the name is that of a program of sockpolicy.
     #[must_use]
     pub fn is_sockpolicy(&self) -> bool {
         self.name == self.hook.program()
     }
 
-    /// As a line of JSON.
+    /// Returns the program as a JSON object.
     #[must_use]
     pub fn to_json(&self) -> Value {
         json!({
@@ -62,18 +62,19 @@ impl ForeignProgram {
             "cgroup": format!("/{}", escape::plain(&self.cgroup)),
             "program": self.id,
             "name": self.name,
-            "attached": self.mode.word(),
+            "attached": self.mode.json_name(),
             "sockpolicy": self.is_sockpolicy(),
         })
     }
 
-    /// Returns whether its cgroup is above this one, which is a path below the mount.
+    /// Returns whether the program's cgroup is an ancestor of `target`, a path relative to the mount.
     #[must_use]
     pub fn is_above(&self, target: &Path) -> bool {
         target.starts_with(&self.cgroup) && *target != self.cgroup
     }
 
-    /// When it runs for the sockets of these targets, which are paths below the mount; `None`: for none of them.
+    /// Returns when the program runs for the sockets of these targets, which are paths relative to the mount; `None` if it runs
+    /// for none of them.
     #[must_use]
     pub fn run_order(&self, targets: &[PathBuf]) -> Option<RunOrder> {
         if targets.iter().any(|target| self.is_above(target)) {
@@ -83,7 +84,7 @@ impl ForeignProgram {
     }
 }
 
-/// Which it is, and where.
+/// The program and its cgroup.
 impl fmt::Display for ForeignProgram {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { cgroup, id, name, .. } = self;
@@ -96,20 +97,22 @@ impl fmt::Display for ForeignProgram {
     }
 }
 
-/// The programs attached to any cgroup, those above before those below, and in each in the order in which they run.
+/// Returns the programs of all cgroups. Ancestors come before descendants; the programs of one cgroup are in the order in which
+/// they run.
 ///
 /// # Errors
 ///
-/// Where the tree of cgroups cannot be read, or this process may not ask: it takes CAP_NET_ADMIN.
+/// Fails if the tree of cgroups cannot be read or this process may not query it, which takes CAP_NET_ADMIN.
 pub fn foreign_programs(mount: &Mount) -> io::Result<Vec<ForeignProgram>> {
     foreign_programs_on(mount, &mount.walk(|_| Wanted::WithChildren, &Budget::default()).found)
 }
 
-/// The programs of another sockpolicy above these targets, which are paths below the mount: that one has the last word.
+/// Returns the programs of other sockpolicy processes on ancestors of these targets, which override ours. The targets are paths
+/// relative to the mount.
 ///
 /// # Errors
 ///
-/// Where this process may not ask.
+/// Fails if this process may not query the programs.
 pub fn overriding_programs(mount: &Mount, targets: &[PathBuf]) -> io::Result<Vec<ForeignProgram>> {
     let above: BTreeSet<PathBuf> =
         targets.iter().flat_map(|target| target.ancestors().skip(1)).map(Path::to_owned).collect();
@@ -128,24 +131,24 @@ fn foreign_programs_on<'a>(
     }
     if !found.is_empty() {
         let names = names();
-        for neighbour in &mut found {
-            neighbour.name = names.get(&neighbour.id).cloned().unwrap_or_default();
+        for program in &mut found {
+            program.name = names.get(&program.id).cloned().unwrap_or_default();
         }
     }
     Ok(found)
 }
 
-fn attached_to(mount: &Mount, below: &Path) -> io::Result<Vec<ForeignProgram>> {
-    let folder = match open_directory(&mount.path.join(below)) {
+fn attached_to(mount: &Mount, path: &Path) -> io::Result<Vec<ForeignProgram>> {
+    let folder = match open_directory(&mount.path.join(path)) {
         Ok(folder) => folder,
-        // Gone since it was listed.
+        // The cgroup was removed after it had been listed.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(error),
     };
     let mut found = Vec::new();
     for hook in Hook::ALL {
         let attached = match syscall::query(&folder, hook, Query::Own) {
-            // A kernel without this hook, or a cgroup that is gone by now.
+            // The kernel does not have the hook, or the cgroup has been removed.
             Err(error)
                 if [Some(libc::EINVAL), Some(libc::ENOENT), Some(libc::ENODEV)].contains(&error.raw_os_error()) =>
             {
@@ -154,19 +157,19 @@ fn attached_to(mount: &Mount, below: &Path) -> io::Result<Vec<ForeignProgram>> {
             attached => attached?,
         };
         let Attachment { mode, programs } = attached;
-        let neighbour = |id| ForeignProgram { cgroup: below.to_owned(), hook, id, name: String::new(), mode };
-        found.extend(programs.into_iter().map(neighbour));
+        let program = |id| ForeignProgram { cgroup: path.to_owned(), hook, id, name: String::new(), mode };
+        found.extend(programs.into_iter().map(program));
     }
     Ok(found)
 }
 
-/// The names of all programs that this process may look at, by number.
+/// Returns the names of all programs that this process may inspect, by id.
 fn names() -> HashMap<u32, String> {
     let programs = loaded_programs().filter_map(Result::ok);
     programs.map(|program| (program.id(), program.name_as_str().unwrap_or_default().to_owned())).collect()
 }
 
-/// Returns the name of a program; `None` if it has none, is gone, or must not be looked at.
+/// Returns the name of a program; `None` if it has none, is gone, or must not be inspected.
 pub(super) fn name_of(program: u32) -> Option<String> {
     names().remove(&program).filter(|name| !name.is_empty())
 }

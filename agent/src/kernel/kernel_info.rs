@@ -1,4 +1,4 @@
-//! What is found out about this kernel before the programs are loaded, and told to them as constants.
+//! Facts about this kernel that are found before the programs are loaded, and passed to the programs as constants.
 
 use std::{panic::resume_unwind, thread};
 
@@ -24,22 +24,22 @@ use super::{
 };
 use crate::host::btf::Types;
 
-/// What programs at cgroup/setsockopt may call on this kernel.
+/// The helpers that programs at cgroup/setsockopt may call on this kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HelperSupport {
-    /// Read options (5.15).
+    /// To read options (5.15).
     pub get: bool,
-    /// Choose the errno of a denied call (5.18).
+    /// To choose the errno of a denied call (5.18).
     pub set_retval: bool,
-    /// See who calls (6.1).
+    /// To identify the calling task (6.1).
     pub see_task: bool,
-    /// See which system call that is (5.15).
+    /// To identify the system call (5.15).
     pub see_call: bool,
 }
 
 impl HelperSupport {
-    /// Where that cannot be told, the program that is loaded next will say why.
-    fn find() -> Self {
+    /// If this is unknown, loading the next program reports why.
+    fn probe() -> Self {
         let has = |helper| syscall::has_helper(BPF_PROG_TYPE_CGROUP_SOCKOPT, BPF_CGROUP_SETSOCKOPT, helper);
         Self {
             get: has(BpfHelper::BPF_FUNC_getsockopt).unwrap_or(true),
@@ -52,15 +52,15 @@ impl HelperSupport {
     }
 }
 
-/// What the programs are told of the kernel that they are to run in.
+/// The facts that the programs get as constants.
 pub(super) struct KernelInfo {
     layout: Layout,
     pub(super) members: Vec<(OptionKey, Member)>,
-    pub(super) abilities: HelperSupport,
-    /// Whether tracing programs have the helper for the cgroups above a task's.
+    pub(super) helper_support: HelperSupport,
+    /// Whether tracing programs have the helper that returns the ancestors of a task's cgroup.
     can_see_ancestors: bool,
-    /// Why `layout` says nothing, if it does not.
-    pub(super) blindness: Option<String>,
+    /// Why the kernel's BTF cannot be read, so that `layout` is empty; `None` if it can.
+    pub(super) btf_error: Option<String>,
     cpus: u32,
 }
 
@@ -74,35 +74,35 @@ impl KernelInfo {
             }
             Err(_) => (Layout::default(), Vec::new()),
         };
-        let sees = is_helper_supported(ProgramType::KProbe, BpfHelper::BPF_FUNC_get_current_ancestor_cgroup_id);
+        let has_helper = is_helper_supported(ProgramType::KProbe, BpfHelper::BPF_FUNC_get_current_ancestor_cgroup_id);
         Ok(Self {
             layout,
             members,
-            abilities: HelperSupport::find(),
-            // Where that cannot be told, the program that is loaded next will say why.
-            can_see_ancestors: sees.unwrap_or(true),
-            blindness: types.err().map(|error| error.to_string()),
+            helper_support: HelperSupport::probe(),
+            // If this is unknown, loading the next program reports why.
+            can_see_ancestors: has_helper.unwrap_or(true),
+            btf_error: types.err().map(|error| error.to_string()),
             cpus: tables::cpus()? as u32,
         })
     }
 
-    /// Whether programs of the audit can tell which cgroups a task is in, and those at cgroup/setsockopt which call of the audit's
-    /// they see; `Err` says why not.
+    /// Returns whether programs of the audit can find the cgroups of a task, and whether programs at cgroup/setsockopt can find
+    /// the audit's record of a call. `Err` gives the reason why not.
     pub(super) fn can_follow(&self) -> Result<(), String> {
-        let (what, place) = if !self.can_see_ancestors && !self.layout.knows(known::ANCESTORS) {
-            ("which cgroups a task is in", "where a task's cgroups are")
-        } else if !self.abilities.see_task && !self.layout.knows(known::EXECUTABLE) {
-            ("at cgroup/setsockopt who calls", "where a task's number is")
+        let (what, member) = if !self.can_see_ancestors && !self.layout.knows(known::ANCESTORS) {
+            ("the cgroups of a task", "the cgroups of a task")
+        } else if !self.helper_support.see_task && !self.layout.knows(known::EXECUTABLE) {
+            ("the caller at cgroup/setsockopt", "the number of a task")
         } else {
             return Ok(());
         };
-        let why = self.blindness.clone().unwrap_or_else(|| format!("its BTF does not say {place}"));
-        Err(format!("this kernel does not tell programs {what}, and {why}"))
+        let why = self.btf_error.clone().unwrap_or_else(|| format!("its BTF lacks {member}"));
+        Err(format!("programs cannot find {what} on this kernel: {why}"))
     }
 
-    /// Whether programs at cgroup/setsockopt can begin the audit's records of calls.
+    /// Returns whether programs at cgroup/setsockopt can begin the audit's records of calls.
     pub(super) fn can_begin_calls(&self) -> bool {
-        self.abilities.see_call && self.layout.knows(known::SOCKET | known::DESCRIPTOR | known::SYSCALL)
+        self.helper_support.see_call && self.layout.knows(known::SOCKET | known::DESCRIPTOR | known::SYSCALL)
     }
 
     /// Returns whether programs of the audit can find the socket of a call and the cgroup of that socket.
@@ -110,35 +110,37 @@ impl KernelInfo {
         self.layout.knows(known::SOCKET | known::DESCRIPTOR)
     }
 
-    /// What every load of the object starts from, with all that is constant to the programs.
+    /// Returns a loader with all constants of the programs.
     pub(super) fn loader(&self, timing: bool) -> EbpfLoader<'_> {
         let mut loader = loader_without_types();
         loader.override_global("LAYOUT", &self.layout, true);
         loader.override_global("CPUS", &self.cpus, true);
-        for (name, is_so) in [
+        for (name, is_enabled) in [
             ("CAN_SEE_ANCESTORS", self.can_see_ancestors),
-            ("CAN_GET", self.abilities.get),
-            ("CAN_SET_RETVAL", self.abilities.set_retval),
-            ("CAN_SEE_TASK", self.abilities.see_task),
+            ("CAN_GET", self.helper_support.get),
+            ("CAN_SET_RETVAL", self.helper_support.set_retval),
+            ("CAN_SEE_TASK", self.helper_support.see_task),
             ("CAN_BEGIN_CALLS", self.can_begin_calls()),
             ("TIMING", timing),
         ] {
-            loader.override_global(name, if is_so { &1_u8 } else { &0_u8 }, true);
+            loader.override_global(name, if is_enabled { &1_u8 } else { &0_u8 }, true);
         }
         loader
     }
 }
 
-/// The programs have no relocations against the kernel's types, and digesting those takes aya as long as the programs take the
-/// kernel, and twice the memory that is used otherwise. It does so when a loader is made, before it can be told not to. So that
-/// it finds none, this is done by a thread with another root, for which nothing lies there.
+/// Returns a loader that does not read the kernel's BTF.
+///
+/// The programs have no relocations against the kernel's types. aya would take as long to parse these as the kernel takes for
+/// the programs, and as much memory again as the agent uses twice. aya reads them when a loader is made, before a caller can
+/// disable that. Therefore a thread whose root is a directory without BTF makes the loader.
 pub(super) fn loader_without_types<'a>() -> EbpfLoader<'a> {
-    const ROOT_WITHOUT_TYPES: &str = "/sys";
+    const DIR_WITHOUT_BTF: &str = "/sys";
     let made = thread::scope(|scope| {
         let make = || {
-            // Where this is not allowed, it takes its time.
-            if let Err(errno) = unshare(CloneFlags::CLONE_FS).and_then(|()| chroot(ROOT_WITHOUT_TYPES)) {
-                log::debug!("aya reads the kernel's types in vain: {errno}");
+            // Without the permission for this, the loader reads the BTF, which only takes longer.
+            if let Err(errno) = unshare(CloneFlags::CLONE_FS).and_then(|()| chroot(DIR_WITHOUT_BTF)) {
+                log::debug!("cannot prevent aya from reading the kernel's BTF: {errno}");
             }
             EbpfLoader::new()
         };

@@ -1,4 +1,4 @@
-//! What the programs are told about the kernel's structures.
+//! The offsets of members of the kernel's structures, which the programs get as constants.
 
 use abi::{
     layout::{Layout, Member, known, of},
@@ -10,11 +10,11 @@ use crate::{
     options::{Kept, OPTIONS},
 };
 
-/// The structures from which the others are found. What is not here is looked up by its name where it is wanted.
+/// The structures from which others are found. Structures that are not here are looked up by name.
 pub(super) struct Roots<'a> {
     types: &'a Types,
     task: Option<Structure<'a>>,
-    /// What a socket of TCP is, from the innermost structure to the whole.
+    /// The structures of a TCP socket, from the innermost to the outermost.
     sock: Option<Structure<'a>>,
     inet_sock: Option<Structure<'a>>,
     tcp_sock: Option<Structure<'a>>,
@@ -29,8 +29,7 @@ impl<'a> Roots<'a> {
     }
 }
 
-/// The places that the programs look at. What this kernel does not have is left out, and with it the whole of what it is
-/// a part of.
+/// Returns the offsets that the programs read. If this kernel lacks a member, the whole part that contains it is left out.
 pub(super) fn layout(roots: &Roots<'_>) -> Layout {
     let mut layout = Layout::default();
     let parts = [
@@ -44,7 +43,7 @@ pub(super) fn layout(roots: &Roots<'_>) -> Layout {
     for (part, found) in parts {
         match found {
             Some(()) => layout.known |= part,
-            None => log::debug!("the kernel's BTF lacks a part of what the audit looks for: {part:#x}"),
+            None => log::debug!("the kernel's BTF lacks members of part {part:#x}, which the audit reads"),
         }
     }
     layout
@@ -67,7 +66,7 @@ fn socket(roots: &Roots<'_>, layout: &mut Layout) -> Option<()> {
     layout.sock_v6_rcv_saddr = common("skc_v6_rcv_saddr")?;
     layout.sock_v6_daddr = common("skc_v6_daddr")?;
     layout.sock_cookie = common("skc_cookie")?;
-    // Both were bit fields before 5.6.
+    // `sk_protocol` and `sk_type` were bit fields before 5.6.
     layout.sock_protocol = offset(sock, "sk_protocol")?;
     layout.sock_type = offset(sock, "sk_type")?;
     layout.sock_cgroup = offset(sock, "sk_cgrp_data.cgroup")?;
@@ -106,7 +105,8 @@ fn devices(roots: &Roots<'_>, layout: &mut Layout) -> Option<()> {
     Some(())
 }
 
-/// Until 6.0 a cgroup had the ids of those above it, since then it has pointers to them; but since 5.15 there is a helper.
+/// Finds the ids of a cgroup's ancestors. Until 6.0 a cgroup had these ids; since then it has pointers to its ancestors, but
+/// since 5.15 there is a helper.
 fn ancestors(roots: &Roots<'_>, layout: &mut Layout) -> Option<()> {
     let task = roots.task.as_ref()?;
     layout.task_cgroups = offset(task, "cgroups")?;
@@ -118,7 +118,7 @@ fn ancestors(roots: &Roots<'_>, layout: &mut Layout) -> Option<()> {
     Some(())
 }
 
-/// x86 keeps all in these places; other machines are not looked at so closely.
+/// Finds the registers of a system call. Only x86 is supported.
 fn system_call(roots: &Roots<'_>, layout: &mut Layout) -> Option<()> {
     layout.task_status = offset(roots.task.as_ref()?, "thread_info.status")?;
     let registers = roots.types.structure("pt_regs")?;
@@ -154,7 +154,7 @@ fn executable(roots: &Roots<'_>, layout: &mut Layout) -> Option<()> {
     Some(())
 }
 
-/// Where sockets of this kernel keep the values of options, for those options that have such a place.
+/// Returns the members in which sockets of this kernel keep the values of options, for options that have such a member.
 pub(super) fn members(roots: &Roots<'_>) -> Vec<(OptionKey, Member)> {
     let Roots { sock, inet_sock, tcp_sock, .. } = roots;
     let structures = [("sock", sock, of::SOCK), ("inet_sock", inet_sock, of::INET), ("tcp_sock", tcp_sock, of::TCP)];
@@ -170,7 +170,7 @@ pub(super) fn members(roots: &Roots<'_>) -> Vec<(OptionKey, Member)> {
                 Some(place) if matches!(place.size, 1 | 2 | 4 | 8) => {
                     members.push((option.key(), Member { of, offset: place.offset, size: place.size }));
                 }
-                _ => log::debug!("the kernel's BTF has no plain member {member} in {name}"),
+                _ => log::debug!("the kernel's BTF has no member {member} of 1, 2, 4 or 8 bytes in {name}"),
             }
         }
     }

@@ -1,7 +1,7 @@
-//! Links: what holds a program at a hook of a cgroup.
+//! Links, which attach a program to a hook of a cgroup.
 //!
-//! aya has links for each type of program, of which some cannot be kept, found again or given another program. This is one
-//! for all of them, by bpf(2) itself. They always stand beside each other on a cgroup, and beside those of others.
+//! aya has a type of link for each type of program. Some of these cannot be pinned, opened again or updated with another
+//! program. This module has one type for all of them, which uses bpf(2). Links never exclude other programs of the same cgroup.
 
 use std::{
     io,
@@ -21,21 +21,21 @@ use crate::{
     host::{cgroup::Cgroup, process},
 };
 
-/// Holds a program at a hook, until the last descriptor of it is closed and its path, if it has one, removed.
+/// Attaches a program to a hook, until the last descriptor of the link is closed and its pin, if any, is removed.
 #[derive(Debug)]
 pub(super) struct Link(OwnedFd);
 
 impl Link {
-    /// Attaches a program that is loaded.
+    /// Attaches a loaded program.
     pub(super) fn attach(program: &Program, hook: Hook, cgroup: &Cgroup) -> Result<Self, KernelError> {
-        // The entry of map `TARGETS`, which the kernel makes now, is charged too.
+        // The kernel makes the entry of map `sp_targets` now and charges it to locked memory.
         let _memlock = Memlock::raise();
         let link = syscall::create_link(fd(program, hook)?.as_fd(), hook, &cgroup.folder);
         let link = link.and_then(process::spare_descriptors);
         link.map(Self).map_err(|error| KernelError::Attach { hook, cgroup: cgroup.path.clone(), reason: chain(&error) })
     }
 
-    /// Has a link hold this program, in place of another; `None` where its cgroup is gone, and all sockets of it.
+    /// Replaces the program of a link; `None` if the cgroup of the link has been removed and all its sockets are closed.
     pub(super) fn take_over(link: OwnedFd, program: &Program, hook: Hook) -> Result<Option<Self>, KernelError> {
         match syscall::update_link(&link, fd(program, hook)?.as_fd()) {
             Ok(()) => Ok(Some(Self(link))),
@@ -44,7 +44,7 @@ impl Link {
         }
     }
 
-    /// Whether its cgroup is gone, and all sockets of it.
+    /// Returns whether the cgroup has been removed and all its sockets are closed.
     pub(super) fn is_defunct(&self) -> io::Result<bool> {
         is_defunct(&self.0)
     }

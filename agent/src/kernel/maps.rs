@@ -1,4 +1,4 @@
-//! Typed handles on the maps: what is written before the programs run, and what is read while they do.
+//! Typed handles on the maps: writes them before the programs run, and reads them while the programs run.
 
 use std::{collections::BTreeMap, ffi::c_void, marker::PhantomData, num::NonZeroUsize, ptr::NonNull};
 
@@ -27,7 +27,7 @@ use crate::{
     policy::model::Calls,
 };
 
-/// BPF_NOEXIST: an entry that is there stays.
+/// BPF_NOEXIST: an existing entry is not replaced.
 const NO_EXIST: u64 = 1;
 
 pub(super) const EVENTS: &str = "sp_events";
@@ -35,24 +35,24 @@ const CALLS: &str = "sp_calls";
 const TALLIES: &str = "sp_tallies";
 const UNKNOWN_TALLIES: &str = "sp_unk_tallies";
 
-/// Entries of map `TALLIES` beside those of options that have a name: for options that rules give by number.
-const LATER_TALLIES: u32 = 256;
+/// Entries of map `TALLIES` for options that rules name by number.
+const NUMBERED_TALLIES: u32 = 256;
 
-/// Room for events. Conflicts are held back where they come too fast, calls are not: a busy program makes some
-/// thousands in the time that the agent may be kept waiting.
+/// Size of the ring buffer in bytes. Events of conflicts are rate-limited, events of calls are not: a busy program makes some
+/// thousands of calls while the agent is delayed.
 const EVENT_BYTES: u32 = 1 << 20;
 const CALL_BYTES: u32 = 8 << 20;
 
-/// Gives each map that is sized at load the entries that it takes. No map can be empty.
-pub(super) fn size(loader: &mut EbpfLoader<'_>, calls: Calls, processes: &[u32], members: &[(OptionKey, Member)]) {
+/// Sets the number of entries of each map that is sized at load time. A map has at least one entry.
+pub(super) fn set_sizes(loader: &mut EbpfLoader<'_>, calls: Calls, processes: &[u32], members: &[(OptionKey, Member)]) {
     for (map, entries) in [("sp_processes", processes.len()), ("sp_members", members.len())] {
         loader.map_max_entries(map, entries.max(1) as u32);
     }
-    loader.map_max_entries(TALLIES, 2 * (OPTIONS.len() + 1) as u32 + LATER_TALLIES);
+    loader.map_max_entries(TALLIES, 2 * (OPTIONS.len() + 1) as u32 + NUMBERED_TALLIES);
     loader.map_max_entries(EVENTS, if calls == Calls::Conflicts { EVENT_BYTES } else { CALL_BYTES });
 }
 
-/// Has maps stay that outlive the agent, or taken over where they have.
+/// Pins the maps that outlive the agent, or opens those that are pinned.
 pub(super) fn pin_maps(loader: &mut EbpfLoader<'_>, pins: &Pins) -> Result<(), KernelError> {
     for map in pins::MAPS {
         let path = pins.map(map)?;
@@ -65,15 +65,15 @@ pub(super) fn pin_maps(loader: &mut EbpfLoader<'_>, pins: &Pins) -> Result<(), K
     Ok(())
 }
 
-/// Takes out of force what the configuration that is pinned there says to be. What it means does not matter: zero is inert in
-/// every layout.
-pub(super) fn end(maps: &PrivateDir, name: &'static str) -> Result<(), KernelError> {
+/// Disables the policies of a pinned configuration. The layout of the configuration does not matter: zero is inert in every
+/// layout.
+pub(super) fn disable(maps: &PrivateDir, name: &'static str) -> Result<(), KernelError> {
     let map = MapData::from_pin(maps.through(name)).map_err(map_error(name))?;
     syscall::write_zeroes(map.fd(), map.info().map_err(map_error(name))?.value_size())
         .map_err(|source| KernelError::Pin { path: maps.path().join(name), source })
 }
 
-/// Whether what is pinned is in force.
+/// Returns whether the pinned policies are in force.
 pub(super) fn is_in_force(pins: &Pins) -> Result<bool, KernelError> {
     let Some((maps, name)) = pins.config()? else { return Ok(false) };
     let map = MapData::from_pin(maps.through(name)).map_err(map_error(name))?;
@@ -81,14 +81,14 @@ pub(super) fn is_in_force(pins: &Pins) -> Result<bool, KernelError> {
     Ok(map.get(&0, 0).map_err(map_error(name))?.in_force != 0)
 }
 
-/// What is in force.
+/// Reads the configuration.
 pub(super) fn config(ebpf: &Ebpf) -> Result<Config, KernelError> {
     let map = ebpf.map("sp_config").ok_or(KernelError::Incomplete { what: "sp_config" })?;
     let map = Array::<_, Config>::try_from(map).map_err(map_error("sp_config"))?;
     map.get(&0, 0).map_err(map_error("sp_config"))
 }
 
-/// Writes what does not change with the policies.
+/// Writes the maps that do not depend on policies.
 pub(super) fn fill(ebpf: &mut Ebpf, processes: &[u32], members: &[(OptionKey, Member)]) -> Result<(), KernelError> {
     with_map::<HashMap<_, u32, u32>>(ebpf, "sp_processes", |map| {
         processes.iter().try_for_each(|process| map.insert(process, 1, 0))
@@ -98,101 +98,101 @@ pub(super) fn fill(ebpf: &mut Ebpf, processes: &[u32], members: &[(OptionKey, Me
     })
 }
 
-/// Tells the program that is attached to a cgroup which target that is.
+/// Writes the numbers of a target to the cgroup storage of a program that is attached to it.
 #[expect(deprecated, reason = "nothing else tells a program where it is attached")]
 pub(super) fn write_target(ebpf: &mut Ebpf, hook: Hook, cgroup: u64, target: abi::Target) -> Result<(), KernelError> {
     let key = CgroupStorageKey::new(cgroup, attach_type(hook) as u32);
     with_map::<maps::CgroupStorage<_, abi::Target>>(ebpf, "sp_targets", |map| map.insert(key, target, 0))
 }
 
-/// Writes the configuration, which says what is in force.
-pub(super) fn configure(ebpf: &mut Ebpf, config: Config) -> Result<(), KernelError> {
+/// Writes the configuration.
+pub(super) fn write_config(ebpf: &mut Ebpf, config: Config) -> Result<(), KernelError> {
     with_map::<Array<_, Config>>(ebpf, "sp_config", |map| map.set(0, config, 0))
 }
 
-/// The values of an array that this process has in its own memory, as the programs write them.
+/// The values of a BPF array that is mapped into the memory of this process.
 pub(super) struct MappedArray<T> {
     memory: NonNull<c_void>,
     bytes: NonZeroUsize,
     values: PhantomData<T>,
 }
 
-// SAFETY: it is memory that is read and written value by value.
+// SAFETY: the mapping is only read and written value by value.
 unsafe impl<T> Send for MappedArray<T> {}
 
 impl<T: Pod> MappedArray<T> {
-    /// Takes an array into this process's memory. Its programs' map has BPF_F_MMAPABLE.
-    pub(super) fn of(ebpf: &Ebpf, name: &'static str, protection: ProtFlags) -> Result<Self, KernelError> {
+    /// Maps an array into the memory of this process. The map must have BPF_F_MMAPABLE.
+    pub(super) fn new(ebpf: &Ebpf, name: &'static str, protection: ProtFlags) -> Result<Self, KernelError> {
         let Some(Map::Array(map)) = ebpf.map(name) else { return Err(KernelError::Incomplete { what: name }) };
         let entries = map.info().map_err(map_error(name))?.max_entries() as usize;
         let bytes = NonZeroUsize::new(entries * size_of::<T>()).ok_or(KernelError::Incomplete { what: name })?;
-        // SAFETY: a new mapping, of a map that is as long: the kernel lays values out in steps of eight bytes.
+        // SAFETY: a new mapping of a map that has this length: the kernel aligns values to eight bytes.
         let memory = unsafe { mmap(None, bytes, protection, MapFlags::MAP_SHARED, map.fd(), 0) };
         let memory = memory.map_err(|errno| KernelError::View { map: name, source: errno.into() })?;
         const { assert!(size_of::<T>().is_multiple_of(8)) };
         Ok(Self { memory, bytes, values: PhantomData })
     }
 
-    fn place(&self, index: usize) -> Option<NonNull<T>> {
-        let is_there = index < self.bytes.get() / size_of::<T>();
-        // SAFETY: within the mapping.
-        is_there.then(|| unsafe { self.memory.cast::<T>().add(index) })
+    fn pointer(&self, index: usize) -> Option<NonNull<T>> {
+        let is_in_range = index < self.bytes.get() / size_of::<T>();
+        // SAFETY: the index is within the mapping.
+        is_in_range.then(|| unsafe { self.memory.cast::<T>().add(index) })
     }
 
-    /// A value; `None` where there is no such.
+    /// Returns a value; `None` if `index` is out of range.
     pub(super) fn get(&self, index: usize) -> Option<T> {
-        // SAFETY: mapped until this is dropped, aligned as the kernel has it, and valid whatever the bytes. The programs may
-        // write to it meanwhile, each number at once.
-        self.place(index).map(|place| unsafe { place.read_volatile() })
+        // SAFETY: the value is mapped until `self` is dropped, it is aligned by the kernel, and every bit pattern is valid. The
+        // programs may write to it at the same time, one number at a time.
+        self.pointer(index).map(|pointer| unsafe { pointer.read_volatile() })
     }
 
-    /// Writes a value of an array that was mapped to be written; where there is no such, nothing.
+    /// Writes a value of an array that was mapped writable. Does nothing if `index` is out of range.
     pub(super) fn set(&self, index: usize, value: T) {
-        if let Some(place) = self.place(index) {
-            // SAFETY: as above.
-            unsafe { place.write_volatile(value) };
+        if let Some(pointer) = self.pointer(index) {
+            // SAFETY: as for `get`.
+            unsafe { pointer.write_volatile(value) };
         }
     }
 }
 
 impl<T> Drop for MappedArray<T> {
     fn drop(&mut self) {
-        // SAFETY: nobody has a reference into it.
+        // SAFETY: there is no reference into the mapping.
         if let Err(errno) = unsafe { munmap(self.memory, self.bytes.get()) } {
             log::debug!("cannot unmap an array: {errno}");
         }
     }
 }
 
-/// What was lost, as the programs write it.
+/// The counters of losses that the programs write.
 pub(super) struct MappedLosses {
-    view: MappedArray<Losses>,
-    /// What was lost before this agent: another one has told of it.
-    before: Losses,
+    array: MappedArray<Losses>,
+    /// What was lost before this agent started. An earlier agent has reported it.
+    baseline: Losses,
 }
 
 impl MappedLosses {
-    /// Takes the map into this process's memory.
-    pub(super) fn of(ebpf: &Ebpf) -> Result<Self, KernelError> {
-        let view = MappedArray::of(ebpf, "sp_losses", ProtFlags::PROT_READ)?;
-        let mut view = Self { view, before: Losses::default() };
-        view.before = view.all();
-        Ok(view)
+    /// Maps the counters into the memory of this process.
+    pub(super) fn new(ebpf: &Ebpf) -> Result<Self, KernelError> {
+        let array = MappedArray::new(ebpf, "sp_losses", ProtFlags::PROT_READ)?;
+        let mut losses = Self { array, baseline: Losses::default() };
+        losses.baseline = losses.all();
+        Ok(losses)
     }
 
-    /// What has been lost by now.
+    /// Returns what was lost since this agent started.
     pub(super) fn get(&self) -> Losses {
-        self.all().since(&self.before)
+        self.all().since(&self.baseline)
     }
 
-    /// The same with what was lost before this agent.
+    /// Returns what was lost since the map was made, also under earlier agents.
     pub(super) fn all(&self) -> Losses {
-        self.view.get(0).unwrap_or_default()
+        self.array.get(0).unwrap_or_default()
     }
 }
 
-/// Reserves counters for the calls on options that have a name, on these, and on all others together. Existing counters stay.
-/// Returns whether there was room for all of them.
+/// Reserves counters for the calls on each option of the table, on each option in `options`, and on all others together.
+/// Existing counters are kept. Returns whether there was room for all of them.
 pub(super) fn reserve_tallies(ebpf: &mut Ebpf, options: &[OptionKey]) -> Result<bool, KernelError> {
     let cpus = cpus()?;
     let named = OPTIONS.iter().map(SocketOption::key);
@@ -216,9 +216,9 @@ pub(super) fn reserve_tallies(ebpf: &mut Ebpf, options: &[OptionKey]) -> Result<
     Ok(!is_full)
 }
 
-/// The calls that the audit saw, by option, summed over CPUs.
+/// Returns the calls that the audit saw, by option, summed over CPUs.
 pub(super) fn tallies(ebpf: &Ebpf) -> Result<Vec<(TallyKey, Tally)>, KernelError> {
-    // Other keys that come in meanwhile can have the iteration begin anew.
+    // A map, because the iteration may restart while programs add keys.
     let mut tallies: BTreeMap<TallyKey, Tally> = BTreeMap::new();
     for name in [TALLIES, UNKNOWN_TALLIES] {
         let map = ebpf.map(name).ok_or(KernelError::Incomplete { what: name })?;
@@ -232,17 +232,18 @@ pub(super) fn tallies(ebpf: &Ebpf) -> Result<Vec<(TallyKey, Tally)>, KernelError
     Ok(tallies.into_iter().collect())
 }
 
-/// How many calls the audit has seen begin and not end, of which it would tell when these are `wanted` ([`abi::calls`]).
-pub(super) fn open_calls(ebpf: &Ebpf, wanted: u32) -> Result<u64, KernelError> {
+/// Returns the number of calls whose entry the audit has seen but not their exit, and that it would report if `calls`
+/// ([`abi::calls`]) are requested.
+pub(super) fn open_calls(ebpf: &Ebpf, calls: u32) -> Result<u64, KernelError> {
     let map = ebpf.map(CALLS).ok_or(KernelError::Incomplete { what: CALLS })?;
     let map = Array::<_, Slot>::try_from(map).map_err(map_error(CALLS))?;
-    let is_missed = |Slot { call, .. }: &Slot| call.thread != 0 && call.should_report(wanted);
-    Ok(map.iter().flatten().filter(is_missed).count() as u64)
+    let is_open = |Slot { call, .. }: &Slot| call.thread != 0 && call.should_report(calls);
+    Ok(map.iter().flatten().filter(is_open).count() as u64)
 }
 
-/// Removes the records of calls whose threads are gone; gives of how many it would have told.
-pub(super) fn drop_dead_calls(ebpf: &mut Ebpf, wanted: u32) -> Result<u64, KernelError> {
-    // In another namespace threads have other numbers.
+/// Removes the records of calls whose threads have exited. Returns how many of these calls would have been reported.
+pub(super) fn drop_dead_calls(ebpf: &mut Ebpf, calls: u32) -> Result<u64, KernelError> {
+    // In another PID namespace, threads have other numbers.
     if !process::is_initial_namespace() {
         return Ok(0);
     }
@@ -253,11 +254,11 @@ pub(super) fn drop_dead_calls(ebpf: &mut Ebpf, wanted: u32) -> Result<u64, Kerne
             if thread == 0 || process::has_thread(thread as u32) {
                 continue;
             }
-            // Only what is there now is left there: it may have ended its call before it went.
+            // Read again: the thread may have ended the call before it exited.
             let Slot { call, .. } = map.get(&index, 0)?;
             if call.thread == thread {
                 map.set(index, Slot::default(), 0)?;
-                missed += u64::from(call.should_report(wanted));
+                missed += u64::from(call.should_report(calls));
             }
         }
         Ok(())
@@ -265,10 +266,10 @@ pub(super) fn drop_dead_calls(ebpf: &mut Ebpf, wanted: u32) -> Result<u64, Kerne
     Ok(missed)
 }
 
-/// Removes an executable from those whose files were told.
+/// Removes an executable from the map of those whose path has been sent.
 pub(super) fn request_exe_path(ebpf: &mut Ebpf, executable: &Executable) {
     let map = ebpf.map_mut("sp_exes_sent").and_then(|map| HashMap::<_, Executable, u32>::try_from(map).ok());
-    // It is not there where the ring buffer had no room for it.
+    // The entry is absent if the ring buffer had no room for the path.
     if let Some(mut map) = map {
         let _ = map.remove(executable);
     }
@@ -283,12 +284,12 @@ fn add_tallies(sum: Tally, slot: &Tally) -> Tally {
     Tally { calls: sum.calls + calls, failed: sum.failed + failed, total_ns: sum.total_ns + total_ns, buckets: all }
 }
 
-/// What went wrong with a map.
+/// Returns a function that adds the name of a map to an error.
 pub(super) fn map_error(map: &'static str) -> impl Fn(MapError) -> KernelError {
     move |source| KernelError::Map { map, source }
 }
 
-/// A map as a typed handle, for as long as `write` runs.
+/// Calls `write` with a typed handle on a map.
 pub(super) fn with_map<'a, M: TryFrom<&'a mut Map, Error = MapError>>(
     ebpf: &'a mut Ebpf,
     name: &'static str,

@@ -1,14 +1,15 @@
-//! The limit of locked memory, which kernels before 5.11 hold against BPF.
+//! RLIMIT_MEMLOCK, to which kernels before 5.11 charge BPF objects.
 
 use std::sync::{Mutex, PoisonError};
 
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, rlim_t, setrlimit};
 
-/// RLIMIT_MEMLOCK, out of the way for as long as one of these lives: before 5.11 maps, their entries and programs are charged to
-/// it, when they are made. Where it cannot be raised, loading says so. Commands inherit limits, so it does not stay.
+/// Raises RLIMIT_MEMLOCK to infinity while a value of this type exists. Before 5.11, maps, their entries and programs are
+/// charged to it when they are made. If the limit cannot be raised, loading reports that. The limit is restored afterwards,
+/// because commands inherit it.
 pub(super) struct Memlock;
 
-/// How many there are, for threads load programs beside one another, and what the limit was before the first of them.
+/// The number of values, because threads load programs in parallel, and the limits before the first of them.
 static RAISED: Mutex<(usize, Option<(rlim_t, rlim_t)>)> = Mutex::new((0, None));
 
 impl Memlock {

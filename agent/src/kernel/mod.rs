@@ -1,11 +1,11 @@
-//! The kernel side, from user space: loads the programs, fills their maps, attaches them, reads
-//! what they say. The only module that uses aya.
+//! The kernel side, from user space: loads the programs, fills their maps, attaches them, and reads their records. The only
+//! module that uses aya.
 //!
-//! It knows no policies: it is handed a [`crate::compile::Desired`].
+//! It does not know policies: its input is a [`crate::compile::Desired`].
 //!
-//! Invariant: nothing is half in force. Programs are attached while their configuration is inert,
-//! and the last step of [`Object::enable`] is what makes all of them act at once. Everything is held
-//! by file descriptors of this process, so whatever ends it ends the policy, unless it is pinned ([`Pins`]).
+//! Invariant: policies are in force as a whole or not at all. Programs are attached while their configuration is inert, and the
+//! last step of [`Object::enable`] activates all of them at once. File descriptors of this process hold all objects, so
+//! policies end with the process, unless they are pinned ([`Pins`]).
 
 mod attach_conflict;
 mod attached;
@@ -43,28 +43,28 @@ use std::sync::LazyLock;
 
 use crate::host::{cgroup::Cgroup, lsm, privileges};
 
-/// A cgroup whose subtree is governed and audited.
+/// A cgroup to whose subtree policies apply.
 #[derive(Debug)]
 pub struct Target {
     pub cgroup: Cgroup,
-    /// What holds there: an index of [`crate::compile::Desired::scopes`].
+    /// The scope that is in force there: an index of [`crate::compile::Desired::scopes`].
     pub scope: usize,
 }
 
-/// The names of the targets' cgroups.
+/// Returns the names of the targets' cgroups.
 #[must_use]
 pub fn names(targets: &[Target]) -> Vec<&str> {
     targets.iter().map(|target| target.cgroup.name.as_str()).collect()
 }
 
-/// The same, each with the number of its scope.
+/// Returns the names of the targets' cgroups, each with the index of its scope.
 #[must_use]
 pub fn names_and_scopes(targets: &[Target]) -> Vec<(String, usize)> {
     targets.iter().map(|target| (target.cgroup.name.clone(), target.scope)).collect()
 }
 
-/// Returns whether a program at an LSM hook would run here: the BPF LSM is active, and the kernel lets this process load programs of
-/// this kind. Without the capabilities for that only the first is asked.
+/// Returns whether a program at an LSM hook would run here: the BPF LSM is active, and the kernel lets this process load
+/// programs of this kind. Without the capabilities to load programs, only checks the former.
 #[must_use]
 pub fn takes_lsm_programs() -> bool {
     static TAKES: LazyLock<bool> = LazyLock::new(|| {
@@ -74,7 +74,7 @@ pub fn takes_lsm_programs() -> bool {
     *TAKES
 }
 
-/// Whether this process may do what it is about to do, as far as its capabilities say.
+/// Checks the capabilities of this process.
 ///
 /// # Errors
 ///
@@ -82,7 +82,7 @@ pub fn takes_lsm_programs() -> bool {
 pub fn check_privileges() -> Result<(), KernelError> {
     match privileges::missing_capabilities() {
         Some(missing) if !missing.is_empty() => Err(KernelError::Privileges { missing: missing.join(", ") }),
-        // Where they cannot be told, the kernel will say.
+        // If the capabilities are unknown, the kernel will report missing ones.
         _ => Ok(()),
     }
 }

@@ -1,8 +1,8 @@
-//! The BPF object: loading, attaching, putting in force, reading.
+//! The BPF object: loads and attaches the programs, enables policies, and reads records and counters.
 //!
-//! Policies come in force in three steps, of which only the last one shows: their tables are written ([`Object::stage`]), the
-//! programs attached that they need, and then one number says that they hold ([`Object::enable`]). Those before them stay for
-//! the sockets that are being set up by them, until [`Object::retire`].
+//! Policies are enabled in three steps. [`Object::stage`] writes the tables and attaches the programs that the policies need.
+//! [`Object::enable`] then writes one number, and only this step takes effect. The previous policies stay loaded for sockets
+//! that they still set up, until [`Object::retire`].
 
 use std::{
     collections::BTreeSet,
@@ -49,51 +49,51 @@ use crate::{
     policy::model::{self, Calls},
 };
 
-/// The programs, as build.rs made them.
+/// The programs, as build.rs compiled them.
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sockpolicy-bpf"));
 
-/// At the least this long between two events of one process, option and verdict: five a second. Who asks for more than
-/// conflicts gets each of them.
+/// Minimum time between two events of one process, option and verdict: five events a second. It applies only if policies
+/// request conflicts; `governed` and `all` report every call.
 const EVENT_INTERVAL_NS: u64 = 200_000_000;
 
-/// Programs in the kernel, and what they are attached to. Ends with this value, or with the process.
+/// Programs in the kernel, and their attachments. All of it ends with this value or with the process, unless it is pinned.
 pub struct Object {
-    /// Before the programs, so that they go first.
+    /// Declared before the programs, so that the links are dropped first.
     attached: Attached,
-    slots: GenerationMaps,
-    /// The tables of the policies in force, if this object has put them so.
+    generation_maps: GenerationMaps,
+    /// The tables of the policies in force; `None` if this object has not enabled any.
     tables: Option<Tables>,
-    /// Those that sockets may still be set up by.
-    former: Vec<PreviousTables>,
-    /// The hooks that the policies in force need.
+    /// Tables of previous generations, by which sockets may still be set up.
+    previous: Vec<PreviousTables>,
+    /// The hooks that the policies in force need, by cgroup.
     needed: BTreeSet<Point>,
     config: Config,
     ebpf: Ebpf,
     ring: RingBuf<MapData>,
     losses: MappedLosses,
-    abilities: HelperSupport,
-    /// Why the kernel's structures cannot be looked at, if they cannot.
-    blindness: Option<String>,
-    /// Whether the audit can judge calls: it must find the socket of a call, and that socket's cgroup.
+    helper_support: HelperSupport,
+    /// Why the kernel's BTF cannot be read; `None` if it can.
+    btf_error: Option<String>,
+    /// Whether the audit can judge calls. It must find the socket of a call and the cgroup of that socket.
     can_judge: bool,
-    /// Whether the audit can tell whose calls it sees, and why not.
+    /// Whether the audit can identify the caller of a call; `Err` gives the reason why not.
     can_follow: Result<(), String>,
-    /// Whether hooks are to begin the audit's records of calls where they can do so. Not where they stay when this is gone, and
-    /// with it whoever sees the end.
+    /// Whether hooks begin the audit's records of calls where they can. Not for pinned programs: after the agent has exited,
+    /// nobody would handle the exits of these calls.
     can_begin_calls: bool,
-    /// The hooks for which the kernel did not take our program, and what it said.
+    /// The hooks whose program the kernel refused, each with the kernel's reason.
     refused: Vec<(Hook, String)>,
     audit: Option<Audit>,
-    events: PerfLinks,
+    perf_links: PerfLinks,
     by_process: bool,
-    /// What was attached for policies that are not in force yet.
+    /// What was attached for staged policies that are not enabled yet.
     added: Vec<Point>,
 }
 
-/// Policies whose tables are there.
+/// Policies whose tables are filled and installed.
 pub struct FilledTables(Tables);
 
-/// Policies that are ready to be put in force.
+/// Policies that are ready to be enabled.
 pub struct Staged {
     tables: Tables,
     needed: BTreeSet<Point>,
@@ -103,12 +103,12 @@ pub struct Staged {
     failed: Failed,
 }
 
-/// What the audit is to do.
+/// Configuration of the audit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AuditConfig {
-    /// What the policies ask for.
+    /// What the policies request.
     pub audit: model::Audit,
-    /// Whether it judges the calls, in place of the hooks.
+    /// Whether the audit judges the calls instead of the hooks.
     pub judges: bool,
 }
 
@@ -119,12 +119,12 @@ impl AuditConfig {
     }
 }
 
-/// What the programs tell.
+/// A record of the ring buffer.
 pub enum Record {
     Event(Box<Event>),
-    /// Comes before the first event of the program.
+    /// The path of an executable. It comes before the first event of that executable.
     File(Box<ExecutableFile>),
-    /// Of neither size.
+    /// A record whose length is that of neither kind.
     Unknown,
 }
 
@@ -132,11 +132,11 @@ const EVENT_LEN: usize = size_of::<Event>();
 const FILE_LEN: usize = size_of::<ExecutableFile>();
 
 impl Record {
-    /// Reads the bytes of a record, which its length tells from records of another kind.
+    /// Reads the bytes of a record. The length of a record identifies its kind.
     #[must_use]
     pub fn read(bytes: &[u8]) -> Self {
-        // SAFETY: of the right size, and every bit pattern is valid for both; records are aligned to 8 bytes, but nothing
-        // depends on it.
+        // SAFETY: the length is that of the type, and every bit pattern is valid for both types. Records are aligned to 8
+        // bytes, but unaligned reads do not depend on that.
         unsafe {
             match bytes.len() {
                 EVENT_LEN => Self::Event(Box::new(bytes.as_ptr().cast::<Event>().read_unaligned())),
@@ -148,33 +148,35 @@ impl Record {
 }
 
 impl Staged {
-    /// What their generation will be numbered.
+    /// Returns the number that the generation of these policies will have.
     #[must_use]
     pub fn generation(&self) -> u32 {
         self.tables.generation
     }
 
-    /// The targets that could not be attached to, and why. The policies do not hold there.
+    /// Returns the targets that the programs could not be attached to, each with its error. The policies will not be in force
+    /// there.
     pub fn take_failed(&mut self) -> Failed {
         mem::take(&mut self.failed)
     }
 }
 
 impl Object {
-    /// Loads the programs for these hooks, and those that an audit by the backend of `choice` will most likely take. Nothing is
-    /// attached yet. Programs that this kernel cannot run are left out: see [`Self::refused`].
+    /// Loads the programs for these hooks, and the audit programs that the backend of `choice` will most likely use. Attaches
+    /// nothing. Leaves out programs that this kernel refuses: see [`Self::refused`].
     ///
-    /// Where there are `processes`, the audit follows the calls of these only, as far as they are in a target.
+    /// If `processes` is not empty, the audit records only the calls of these processes on sockets of a target.
     ///
-    /// With `pins`, what is put in force stays when this value is gone. What is pinned there and in force already is taken over:
-    /// it goes on by these programs, until other policies take its place.
+    /// With `pins`, policies stay in force after this value is dropped. Policies that are already pinned and in force are taken
+    /// over: the new programs enforce them until other policies replace them.
     ///
-    /// The tables of what is to come in force next are written meanwhile, for so many targets, in the order in which they
-    /// will be.
+    /// Meanwhile fills and installs the tables of the policies in `next`, each with its number of targets. `next` is in the
+    /// order in which the policies will be enabled.
     ///
     /// # Errors
     ///
-    /// Where this process lacks capabilities, or the kernel has no memory for all this.
+    /// Fails if this process lacks capabilities, if a map or a required program cannot be created, or if the pins cannot be
+    /// read.
     pub fn load(
         hooks: &[Hook],
         audit: AuditConfig,
@@ -185,21 +187,21 @@ impl Object {
     ) -> Result<(Self, Vec<FilledTables>), KernelError> {
         super::check_privileges()?;
         let _memlock = Memlock::raise();
-        let knowledge = KernelInfo::gather()?;
-        // Where policies stay when this process is gone, nobody reads what an audit says.
+        let info = KernelInfo::gather()?;
+        // Nobody reads the audit's records of pinned policies after this process has exited.
         let is_pinned = pins.is_some();
-        let can_begin_calls = knowledge.can_begin_calls() && !is_pinned;
+        let can_begin_calls = info.can_begin_calls() && !is_pinned;
         let AuditConfig { audit, judges } = audit;
-        let mut loader = knowledge.loader(audit.timing);
+        let mut loader = info.loader(audit.timing);
         loader.verifier_log_level(VerifierLogLevel::DEBUG);
-        maps::size(&mut loader, audit.calls, processes, &knowledge.members);
+        maps::set_sizes(&mut loader, audit.calls, processes, &info.members);
         let mut hooks = hooks.to_vec();
         if let Some(pins) = &mut pins {
             if !maps::is_in_force(pins)? {
-                // What is left of a start that was cut off.
-                pins.remove_ours()?;
+                // Pins that an agent left when it was killed while it started.
+                pins.remove_current_layout()?;
             }
-            pins.make_folders()?;
+            pins.make_dirs()?;
             maps::pin_maps(&mut loader, pins)?;
             hooks.extend(pins.hooks()?.into_iter().filter(|hook| !hooks.contains(hook)).collect::<Vec<_>>());
         }
@@ -207,68 +209,69 @@ impl Object {
         if pins.is_some() {
             fault::point("maps-made");
         }
-        maps::fill(&mut ebpf, processes, &knowledge.members)?;
+        maps::fill(&mut ebpf, processes, &info.members)?;
         let config = maps::config(&ebpf)?;
-        let mut slots = GenerationMaps::of(&ebpf)?;
+        let mut generation_maps = GenerationMaps::open(&ebpf)?;
         let next = next.iter().zip(config.generation + 1..);
         let tables = next.map(|((desired, targets), generation)| Tables::make(generation, desired, *targets));
         let tables: Vec<_> = tables.collect::<Result<_, _>>()?;
-        let (refused, put) = thread::scope(|scope| {
-            let putting = scope.spawn(|| slots.put(&tables));
+        let (refused, installed) = thread::scope(|scope| {
+            let installing = scope.spawn(|| generation_maps.install(&tables));
             let refused = load_programs(
                 &mut ebpf,
                 &hooks,
                 &audit::likely(choice, AuditRequest::of(audit, can_begin_calls && !judges)),
             );
-            (refused, putting.join().unwrap_or_else(|panic| resume_unwind(panic)))
+            (refused, installing.join().unwrap_or_else(|panic| resume_unwind(panic)))
         });
-        put?;
+        installed?;
         let refused = refused?;
         let mut attached = Attached::new(pins);
         attached.last_id = config.last_target;
         attached.take_over(&ebpf)?;
-        // All that have a place. Those before the oldest are retired, and may not have been counted: an agent that comes after
-        // others which retired none retires one as it begins ([`Self::enable`]), and may be killed before it counts.
+        // All generations that have a slot. The generations before the oldest are retired, but may not have been counted: an
+        // agent that follows agents which retired nothing retires a generation in [`Self::enable`], and may be killed before it
+        // counts.
         let generations = if config.in_force == 0 { 0..0 } else { 1..config.generation + 1 };
         let generations = generations.rev().take(GENERATIONS as usize).rev();
         let is_retired = |number: &u32| *number < config.oldest;
-        let former = generations.filter_map(|number| match PreviousTables::taken_over(&ebpf, number) {
+        let previous = generations.filter_map(|number| match PreviousTables::open(&ebpf, number) {
             Err(_) if is_retired(&number) => None,
-            former => Some(former),
+            previous => Some(previous),
         });
-        let former = former.collect::<Result<_, _>>()?;
+        let previous = previous.collect::<Result<_, _>>()?;
         let ring = ebpf.take_map(maps::EVENTS).ok_or(KernelError::Incomplete { what: maps::EVENTS })?;
         let ring = RingBuf::try_from(ring).map_err(|source| KernelError::Map { map: maps::EVENTS, source })?;
-        let losses = MappedLosses::of(&ebpf)?;
+        let losses = MappedLosses::new(&ebpf)?;
         let object = Self {
             attached,
-            slots,
+            generation_maps,
             tables: None,
-            former,
+            previous,
             needed: BTreeSet::new(),
             config,
             ebpf,
             ring,
             losses,
-            abilities: knowledge.abilities,
-            blindness: knowledge.blindness.clone(),
-            can_follow: knowledge.can_follow(),
+            helper_support: info.helper_support,
+            btf_error: info.btf_error.clone(),
+            can_follow: info.can_follow(),
             can_begin_calls,
-            can_judge: knowledge.can_judge() && !is_pinned,
+            can_judge: info.can_judge() && !is_pinned,
             refused,
             audit: None,
-            events: PerfLinks::default(),
+            perf_links: PerfLinks::default(),
             by_process: !processes.is_empty(),
             added: Vec::new(),
         };
         Ok((object, tables.into_iter().map(FilledTables).collect()))
     }
 
-    /// Loads the programs for further hooks.
+    /// Loads the programs for additional hooks.
     ///
     /// # Errors
     ///
-    /// As of [`Self::load`].
+    /// Returns the errors of [`Self::load`].
     pub fn load_more(&mut self, hooks: &[Hook]) -> Result<(), KernelError> {
         let is_tried = |hook: &Hook| {
             self.refused.iter().any(|(refused, _)| refused == hook)
@@ -280,88 +283,89 @@ impl Object {
         Ok(())
     }
 
-    /// The latest generations that were in force before this object's, as far as it has not retired them.
+    /// Returns the previous generations that this object has not retired, the latest last.
     pub fn previous(&self) -> impl Iterator<Item = u32> {
-        self.former.iter().map(|former| former.generation)
+        self.previous.iter().map(|previous| previous.generation)
     }
 
-    /// Those of them that had been retired when this was loaded, by an agent that was gone before it could say so; with what they
-    /// have counted.
+    /// Returns the previous generations that an earlier agent had retired but not counted before it exited, with their
+    /// counters. Removes these generations from [`Self::previous`].
     ///
     /// # Errors
     ///
-    /// Where the counters cannot be read.
+    /// Fails if the counters cannot be read.
     pub fn take_retired(&mut self) -> Result<Vec<(u32, Vec<Counters>)>, KernelError> {
         let oldest = self.config.oldest;
-        let retired = self.former.extract_if(.., |former| former.generation < oldest);
-        retired.map(|former| Ok((former.generation, former.counters()?))).collect()
+        let retired = self.previous.extract_if(.., |previous| previous.generation < oldest);
+        retired.map(|previous| Ok((previous.generation, previous.counters()?))).collect()
     }
 
-    /// What those that are left have counted by now.
+    /// Returns the counters of the previous generations that are left.
     ///
     /// # Errors
     ///
-    /// Where the counters cannot be read.
+    /// Fails if the counters cannot be read.
     pub fn previous_counters(&self) -> Result<Vec<(u32, Vec<Counters>)>, KernelError> {
-        self.former.iter().map(|former| Ok((former.generation, former.counters()?))).collect()
+        self.previous.iter().map(|previous| Ok((previous.generation, previous.counters()?))).collect()
     }
 
-    /// By which others can look at what comes of it.
+    /// Returns the ids of the maps by which other processes can observe the policies in force.
     ///
     /// # Errors
     ///
-    /// Where the kernel does not tell.
+    /// Fails if the kernel does not return the ids.
     pub fn map_ids(&self) -> Result<MapIds, KernelError> {
-        MapIds::of(&self.ebpf)
+        MapIds::new(&self.ebpf)
     }
 
-    /// Removes what another build with another layout has pinned: what it had in force is by now beside what this one has.
+    /// Removes what a build with another layout has pinned for this instance. At this point the policies of this object are in
+    /// force too.
     ///
     /// # Errors
     ///
-    /// Where it cannot be removed.
-    pub fn replace_others(&self) -> Result<(), KernelError> {
-        self.attached.pins().map_or(Ok(()), Pins::remove_others)
+    /// Fails if a pin cannot be removed.
+    pub fn remove_other_layouts(&self) -> Result<(), KernelError> {
+        self.attached.pins().map_or(Ok(()), Pins::remove_other_layouts)
     }
 
-    /// Why events cannot tell what the kernel's structures say of a socket, if they cannot.
+    /// Returns why events lack the fields that come from the kernel's structures; `None` if they have them.
     #[must_use]
     pub fn btf_error(&self) -> Option<&str> {
-        self.blindness.as_deref()
+        self.btf_error.as_deref()
     }
 
-    /// Returns whether the audit can judge calls, for as long as this process lives.
+    /// Returns whether the audit can judge calls while this process lives.
     #[must_use]
     pub fn can_judge(&self) -> bool {
         self.can_judge && self.can_follow.is_ok()
     }
 
-    /// What cgroup/setsockopt can do here, as was found when it was loaded.
+    /// Returns what programs at cgroup/setsockopt can do on this kernel.
     #[must_use]
     pub fn helper_support(&self) -> HelperSupport {
-        self.abilities
+        self.helper_support
     }
 
-    /// The hooks for which this kernel did not take our program, and what it said.
+    /// Returns the hooks whose program this kernel refused, each with the kernel's reason.
     #[must_use]
     pub fn refused(&self) -> &[(Hook, String)] {
         &self.refused
     }
 
-    /// Has policies in force on a cgroup for as long as `during` runs, and gives their counters. What is reported meanwhile is
-    /// dropped.
+    /// Keeps policies in force on one cgroup while `during` runs. Returns the result of `during` and the counters of the
+    /// policies. Drops the records of that time.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses.
+    /// Fails if the kernel refuses.
     pub fn in_force_on<T>(
         &mut self,
         desired: &Desired,
-        tabled: Option<FilledTables>,
+        filled: Option<FilledTables>,
         target: Target,
         during: impl FnOnce() -> T,
     ) -> Result<(T, Vec<Counters>), KernelError> {
-        let staged = self.stage(desired, tabled, &[target])?;
+        let staged = self.stage(desired, filled, &[target])?;
         self.enable(staged, Calls::Conflicts)?;
         let result = during();
         self.disable()?;
@@ -372,44 +376,43 @@ impl Object {
         Ok((result, counters))
     }
 
-    /// Returns why these policies cannot be put in force on targets as things are, each with the number of the target: because of
-    /// programs of others.
+    /// Returns the foreign programs that prevent these policies from being attached now, each with the index of the target.
     #[must_use]
     pub fn conflicts(&self, desired: &Desired, targets: &[Target]) -> Vec<(usize, ForeignConflict)> {
         self.attached.conflicts(attachments(desired, targets), targets)
     }
 
-    /// Makes policies ready to be put in force: writes their tables, unless [`Self::load`] has, and attaches what they need
-    /// beside what is attached.
+    /// Makes policies ready to be enabled: fills their tables, unless [`Self::load`] has done so, and attaches the programs
+    /// that they need in addition to those that are attached.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses; then everything is as before.
+    /// Fails if the kernel refuses. Everything is then as before.
     pub fn stage(
         &mut self,
         desired: &Desired,
-        tabled: Option<FilledTables>,
+        filled: Option<FilledTables>,
         targets: &[Target],
     ) -> Result<Staged, KernelError> {
         let _memlock = Memlock::raise();
         let counts_calls = desired.audit.timing || desired.audit.calls != Calls::Conflicts;
         if counts_calls && !maps::reserve_tallies(&mut self.ebpf, &desired.options)? {
-            log::warn!("rules give too many options by number: the report does not count calls on each of them");
+            log::warn!("rules name too many options by number: the report does not count the calls on each of them");
         }
-        let placed = self.attached.assign_slots(targets);
-        let mut tables = match tabled {
+        let assigned = self.attached.assign_slots(targets);
+        let mut tables = match filled {
             Some(FilledTables(tables)) => tables,
             None => {
-                let places = placed.iter().map(|placed| placed.target.place as usize + 1).max().unwrap_or(0);
-                let tables = Tables::make(self.config.generation + 1, desired, places)?;
-                self.slots.put(slice::from_ref(&tables))?;
+                let slots = assigned.iter().map(|assigned| assigned.target.place as usize + 1).max().unwrap_or(0);
+                let tables = Tables::make(self.config.generation + 1, desired, slots)?;
+                self.generation_maps.install(slice::from_ref(&tables))?;
                 tables
             }
         };
-        placed.iter().try_for_each(|placed| tables.place(placed))?;
-        self.attached.done("tables-installed");
+        assigned.iter().try_for_each(|assigned| tables.assign(assigned))?;
+        self.attached.fault_point("tables-installed");
         let (added, mut failed) = self.attached.attach(&mut self.ebpf, attachments(desired, targets), targets);
-        clear_failed(&mut tables, &placed, &failed)?;
+        clear_failed(&mut tables, &assigned, &failed)?;
         self.attached.drop_unattached(&failed);
         let all_failed = targets.iter().all(|target| failed.contains_key(&target.cgroup.id));
         if all_failed && let Some((_, first)) = failed.pop_first() {
@@ -427,14 +430,14 @@ impl Object {
         })
     }
 
-    /// Whether there is room for the tables of one more generation beside those that are kept.
+    /// Returns whether there is a free slot for one more generation.
     #[must_use]
     pub fn has_room(&self) -> bool {
-        // Sockets that find their generation's number among those that are kept may look at its tables a moment later.
+        // A socket that finds its generation among those that are kept may read the tables of this generation a moment later.
         self.config.in_force == 0 || self.config.generation - self.config.oldest < GENERATIONS - 2
     }
 
-    /// Undoes what [`Self::stage`] did.
+    /// Detaches what [`Self::stage`] attached.
     pub fn abandon(&mut self, _: Staged) {
         self.detach_added();
     }
@@ -444,19 +447,19 @@ impl Object {
         self.attached.detach(&added);
     }
 
-    /// Puts policies in force, at once and in place of others. Gives the number of their generation.
+    /// Enables staged policies in place of those in force, by one write. Returns the number of their generation.
     ///
     /// # Errors
     ///
-    /// Where the configuration cannot be written.
+    /// Fails if the configuration cannot be written.
     pub fn enable(&mut self, staged: Staged, calls: Calls) -> Result<u32, KernelError> {
         let Staged { tables, needed, target_levels, are_nested, audit_judges, failed: _ } = staged;
-        // It stays so: a target that is none any more may have sockets for long.
+        // This bit is not cleared: sockets of a former target may live long.
         let are_nested = self.config.are_nested | u32::from(are_nested);
         let mut numbers = self.config.numbers;
-        numbers[index::slot_of(tables.generation) as usize] = tables.numbers;
-        // Before the number by which programs look there.
-        maps::configure(&mut self.ebpf, Config { numbers, are_nested, ..self.config })?;
+        numbers[index::slot_of(tables.generation) as usize] = tables.option_filter;
+        // Written before the generation number, by which programs choose the filter.
+        maps::write_config(&mut self.ebpf, Config { numbers, are_nested, ..self.config })?;
         let config = Config {
             in_force: 1,
             audit_judges: audit_judges.into(),
@@ -472,42 +475,42 @@ impl Object {
             oldest: if self.config.in_force == 0 {
                 tables.generation
             } else {
-                // Agents that come one after another may each be gone before they retire any.
+                // Successive agents may each exit before they retire a generation.
                 self.config.oldest.max((tables.generation + 2).saturating_sub(GENERATIONS))
             },
             last_target: self.attached.last_id,
             audit: self.config.audit,
             are_nested,
             numbers,
-            // Nobody: whoever looked may have been killed.
+            // No exempt process: the worker of an earlier agent may have been killed.
             ..Config::default()
         };
-        maps::configure(&mut self.ebpf, config)?;
-        self.attached.done("enabled");
+        maps::write_config(&mut self.ebpf, config)?;
+        self.attached.fault_point("enabled");
         self.config = config;
-        self.former.extend(self.tables.replace(tables).map(Tables::into_previous));
+        self.previous.extend(self.tables.replace(tables).map(Tables::into_previous));
         self.needed = needed;
         self.added.clear();
         Ok(config.generation)
     }
 
-    /// Has the policies in force hold on these targets, as cgroups come and go. Those that are not there any more stay targets
-    /// until [`Self::detach_removed`]. Gives those that could not be attached to; `None` if there was no room for the new
-    /// ones: then nothing is done.
+    /// Moves the policies in force to these targets, as cgroups come and go. Removed cgroups stay targets until
+    /// [`Self::detach_removed`]. Returns the targets that the programs could not be attached to; `None`, without any change, if
+    /// the tables have no room for the new targets.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses; then new ones are no targets.
+    /// Fails if the kernel refuses. The new cgroups are then no targets.
     pub fn retarget(&mut self, desired: &Desired, targets: &[Target]) -> Result<Option<Failed>, KernelError> {
         let _memlock = Memlock::raise();
         let Some(tables) = &mut self.tables else { return Ok(None) };
-        let placed = self.attached.assign_slots(targets);
-        if !placed.iter().all(|placed| tables.has_room(placed.target.place)) {
+        let assigned = self.attached.assign_slots(targets);
+        if !assigned.iter().all(|assigned| tables.has_slot(assigned.target.place)) {
             self.attached.detach_except(&self.needed);
             return Ok(None);
         }
-        for placed in &placed {
-            tables.place(placed)?;
+        for assigned in &assigned {
+            tables.assign(assigned)?;
         }
         let config = Config {
             target_levels: self.config.target_levels | target_levels(targets),
@@ -515,15 +518,15 @@ impl Object {
             are_nested: self.config.are_nested | u32::from(are_nested(targets)),
             ..self.config
         };
-        maps::configure(&mut self.ebpf, config)?;
+        maps::write_config(&mut self.ebpf, config)?;
         self.config = config;
         let (_, failed) = self.attached.attach(&mut self.ebpf, attachments(desired, targets), targets);
-        clear_failed(tables, &placed, &failed)?;
+        clear_failed(tables, &assigned, &failed)?;
         self.attached.drop_unattached(&failed);
         let was_needed = mem::replace(&mut self.needed, needed(desired, targets, &failed));
         for (cgroup, target) in self.attached.note_removed(targets) {
             let points: Vec<Point> = was_needed.iter().copied().filter(|(needed, _)| *needed == cgroup).collect();
-            // Others are of policies before these.
+            // Other cgroups belong to previous policies.
             if !points.is_empty() {
                 tables.clear(target, cgroup)?;
                 self.attached.detach(&points);
@@ -532,62 +535,67 @@ impl Object {
         Ok(Some(failed))
     }
 
-    /// Whether there are targets that have been removed.
+    /// Returns whether a target's cgroup has been removed.
     #[must_use]
     pub fn has_removed(&self) -> bool {
         self.attached.has_removed()
     }
 
-    /// Lets go of targets that have been removed and whose last sockets are closed. The kernel does not tell when that is.
+    /// Detaches from targets that have been removed and whose last sockets are closed. The kernel does not notify of that, so
+    /// the caller has to poll.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses.
+    /// Fails if the kernel refuses.
     pub fn detach_removed(&mut self) -> Result<(), KernelError> {
         let gone = self.attached.detach_removed();
         let Some(tables) = &mut self.tables else { return Ok(()) };
         gone.into_iter().try_for_each(|(cgroup, target)| tables.clear(target, cgroup))
     }
 
-    /// Lets go of what only policies before those in force needed: sockets that are still being set up by them go on with
-    /// these. Gives the counters of each of them.
+    /// Detaches what only previous policies needed. Sockets that these still set up continue with the policies in force.
+    /// Returns the counters of each previous generation.
     ///
     /// # Errors
     ///
-    /// Where the configuration cannot be written, or the counters not be read.
+    /// Fails if the configuration cannot be written or the counters cannot be read.
     pub fn retire(&mut self) -> Result<Vec<(u32, Vec<Counters>)>, KernelError> {
         let config = Config { oldest: self.config.generation, ..self.config };
-        maps::configure(&mut self.ebpf, config)?;
-        self.attached.done("retired");
+        maps::write_config(&mut self.ebpf, config)?;
+        self.attached.fault_point("retired");
         self.config = config;
         self.attached.detach_except(&self.needed);
-        self.attached.done("let-go");
+        self.attached.fault_point("detached");
         let counted = self.previous_counters()?;
-        self.former.clear();
+        self.previous.clear();
         Ok(counted)
     }
 
-    /// Attaches the audit to the kernel's setsockopt and, if that is wanted, getsockopt; in place of one that is there.
+    /// Attaches the audit to the kernel's setsockopt and, if requested, getsockopt. Replaces the audit that is attached.
     ///
     /// # Errors
     ///
-    /// Where the backend that was asked for cannot be had, or none can.
-    pub fn attach_audit(&mut self, wish: AuditConfig, choice: BackendChoice) -> Result<Option<Audit>, KernelError> {
-        let AuditConfig { audit: wanted, judges } = wish;
+    /// Fails if the requested backend cannot be attached, or if no backend can.
+    pub fn attach_audit(
+        &mut self,
+        requested: AuditConfig,
+        choice: BackendChoice,
+    ) -> Result<Option<Audit>, KernelError> {
+        let AuditConfig { audit: wanted, judges } = requested;
         if choice != BackendChoice::None {
             self.can_follow.clone().map_err(|reasons| KernelError::NoBackend { reasons })?;
         }
         self.write_audit(abi::audit::NONE)?;
-        // No call is to be seen by this one and by the next.
-        mem::take(&mut self.events).take();
+        // Detached first, so that no call is seen by both audits.
+        mem::take(&mut self.perf_links).detach();
         if let Some(audit) = self.audit.take() {
             audit.unload(&mut self.ebpf);
         }
         let _memlock = Memlock::raise();
-        if let Some((audit, events)) =
+        if let Some((audit, perf_links)) =
             audit::attach(&mut self.ebpf, choice, AuditRequest::of(wanted, self.can_begin_calls && !judges))?
         {
-            (self.audit, self.events) = (Some(audit), events);
+            (self.audit, self.perf_links) = (Some(audit), perf_links);
             self.write_audit(match (audit.sees_only_exits(), wanted.reads) {
                 (false, _) => abi::audit::CALLS,
                 (true, false) => abi::audit::ENDS,
@@ -597,123 +605,123 @@ impl Object {
         Ok(self.audit)
     }
 
-    /// Tells hooks what the audit sees of calls: before it does not any more, and when it does.
+    /// Writes what the audit sees of calls, for the hooks. To be called before the audit is detached and after it is attached.
     fn write_audit(&mut self, audit: u32) -> Result<(), KernelError> {
         let config = Config { audit, ..self.config };
         if config != self.config {
-            maps::configure(&mut self.ebpf, config)?;
+            maps::write_config(&mut self.ebpf, config)?;
             self.config = config;
         }
         Ok(())
     }
 
-    /// Has the programs take what a process of ours calls, while it looks at sockets, for no application's call; or no process.
+    /// Makes the programs ignore the calls of one worker process; `None` ends the exemption.
     ///
     /// # Errors
     ///
-    /// Where the configuration cannot be written.
+    /// Fails if the configuration cannot be written.
     pub fn exempt_process(&mut self, process: Option<u32>) -> Result<(), KernelError> {
         let process = process.filter(|_| process::is_initial_namespace());
         let started = process.and_then(|process| Some((process, process::start(process)?)));
         let (agent, agent_start) = started.unwrap_or_default();
         let config = Config { agent, agent_start, ..self.config };
-        maps::configure(&mut self.ebpf, config)?;
+        maps::write_config(&mut self.ebpf, config)?;
         self.config = config;
         Ok(())
     }
 
-    /// Makes everything inert again, at once.
+    /// Makes all programs inert, by one write.
     ///
     /// # Errors
     ///
-    /// Where the configuration cannot be written.
+    /// Fails if the configuration cannot be written.
     pub fn disable(&mut self) -> Result<(), KernelError> {
         let config = Config { in_force: 0, ..self.config };
-        maps::configure(&mut self.ebpf, config)?;
+        maps::write_config(&mut self.ebpf, config)?;
         self.config = config;
         Ok(())
     }
 
-    /// The next record, if one is there.
+    /// Returns the next record; `None` if the ring buffer is empty.
     pub fn next_record(&mut self) -> Option<Record> {
         self.ring.next().map(|record| Record::read(&record))
     }
 
-    /// The counters of each setting of the policies in force, in the order of [`Desired::settings`].
+    /// Returns the counters of each setting of the policies in force, in the order of [`Desired::settings`].
     ///
     /// # Errors
     ///
-    /// Where the map cannot be read.
+    /// Fails if the map cannot be read.
     pub fn counters(&self) -> Result<Vec<Counters>, KernelError> {
         self.tables.as_ref().map_or(Ok(Vec::new()), Tables::counters)
     }
 
-    /// What was lost.
+    /// Returns what was lost since this agent started.
     #[must_use]
     pub fn losses(&self) -> Losses {
         self.losses.get()
     }
 
-    /// Events that have found the ring buffer full since it was made, by whichever agent.
+    /// Returns the number of events that found the ring buffer full since the buffer was made, also under earlier agents.
     #[must_use]
     pub fn ring_full(&self) -> u64 {
         self.losses.all().ring_full
     }
 
-    /// Times that the kernel did not run a program of the audit, because one was running on that CPU.
+    /// Returns how often the kernel skipped a program of the audit because another one was running on that CPU.
     #[must_use]
     pub fn misses(&self) -> u64 {
         self.audit.map_or(0, |audit| misses(&self.ebpf, audit.programs()))
     }
 
-    /// Calls of which there would be something to tell, but for their end, which has not come.
+    /// Returns the number of calls that would be reported, but whose exit has not been seen.
     ///
     /// # Errors
     ///
-    /// Where the map cannot be read.
+    /// Fails if the map cannot be read.
     pub fn open_calls(&self) -> Result<u64, KernelError> {
         maps::open_calls(&self.ebpf, self.config.calls)
     }
 
-    /// Drops the records of calls whose threads are gone, and whose ends were therefore not seen; gives of how many there would
-    /// have been something to tell.
+    /// Drops the records of calls whose threads have exited, so that their exits were not seen. Returns how many of these calls
+    /// would have been reported.
     ///
     /// # Errors
     ///
-    /// Where the map cannot be read.
+    /// Fails if the map cannot be read.
     pub fn drop_dead_calls(&mut self) -> Result<u64, KernelError> {
         maps::drop_dead_calls(&mut self.ebpf, self.config.calls)
     }
 
-    /// Has the file of an executable told again before its next event.
+    /// Makes the programs send the path of an executable again before its next event.
     pub fn request_exe_path(&mut self, executable: &Executable) {
         maps::request_exe_path(&mut self.ebpf, executable);
     }
 
-    /// The calls that the audit saw, by option.
+    /// Returns the calls that the audit saw, by option.
     ///
     /// # Errors
     ///
-    /// Where the map cannot be read.
+    /// Fails if the map cannot be read.
     pub fn tallies(&self) -> Result<Vec<(TallyKey, Tally)>, KernelError> {
         maps::tallies(&self.ebpf)
     }
 }
 
-/// What is not in force leaves no pins.
+/// Removes the pins if no policies are in force.
 impl Drop for Object {
     fn drop(&mut self) {
         self.detach_added();
         if let Some(pins) = self.attached.pins().filter(|_| self.config.in_force == 0)
-            && let Err(error) = pins.remove_ours()
+            && let Err(error) = pins.remove_current_layout()
         {
             log::warn!("{error}");
         }
-        let events = mem::take(&mut self.events);
+        let perf_links = mem::take(&mut self.perf_links);
         if self.config.in_force == 0 {
-            events.leave();
+            perf_links.detach_in_background();
         } else {
-            events.take();
+            perf_links.detach();
         }
         if let Some(audit) = self.audit {
             audit.unload(&mut self.ebpf);
@@ -721,7 +729,7 @@ impl Drop for Object {
     }
 }
 
-/// Readable when there are events.
+/// The descriptor is readable when there are records.
 impl AsFd for Object {
     fn as_fd(&self) -> BorrowedFd<'_> {
         // SAFETY: the ring owns the descriptor and lives as long as `self`.
@@ -735,34 +743,34 @@ impl AsRawFd for Object {
     }
 }
 
-/// The hooks that policies need on these targets, but for those that failed.
+/// Returns the hooks that policies need on these targets, without those of failed targets.
 fn needed(desired: &Desired, targets: &[Target], failed: &Failed) -> BTreeSet<Point> {
     let points = attachments(desired, targets).into_iter().map(|(hook, target)| (targets[target].cgroup.id, hook));
     points.filter(|(cgroup, _)| !failed.contains_key(cgroup)).collect()
 }
 
-/// Has nothing hold on targets that failed.
-fn clear_failed(tables: &mut Tables, placed: &[SlotAssignment], failed: &Failed) -> Result<(), KernelError> {
-    let placed = placed.iter().filter(|placed| failed.contains_key(&placed.cgroup));
-    placed.into_iter().try_for_each(|placed| tables.clear(placed.target, placed.cgroup))
+/// Clears the slots of failed targets.
+fn clear_failed(tables: &mut Tables, assigned: &[SlotAssignment], failed: &Failed) -> Result<(), KernelError> {
+    let assigned = assigned.iter().filter(|assigned| failed.contains_key(&assigned.cgroup));
+    assigned.into_iter().try_for_each(|assigned| tables.clear(assigned.target, assigned.cgroup))
 }
 
-/// The programs to attach, each to one of the targets.
+/// Returns the hooks to attach to, each with the index of a target.
 fn attachments(desired: &Desired, targets: &[Target]) -> Vec<(Hook, usize)> {
     let scopes: Vec<_> = targets.iter().map(|target| target.scope).collect();
     desired.attachments(&scopes).collect()
 }
 
-/// Whether one of the targets stands within another.
+/// Returns whether one of the targets is a descendant of another.
 fn are_nested(targets: &[Target]) -> bool {
     let mut names: Vec<&Path> = targets.iter().map(|target| Path::new(&target.cgroup.name)).collect();
-    // Then what is within a cgroup comes right after it.
+    // Sorted, so that the first descendant of a cgroup directly follows it.
     names.sort_unstable();
     names.windows(2).any(|pair| pair[1].starts_with(pair[0]))
 }
 
-/// The levels at which targets are. In a cgroup namespace these are not what the kernel counts, and
-/// any may be one.
+/// Returns a bit for each level of the cgroup tree at which there is a target. In a cgroup namespace the levels are not those
+/// that the kernel counts, so all bits are set.
 fn target_levels(targets: &[Target]) -> u64 {
     if !is_initial_namespace() {
         return u64::MAX;
@@ -770,17 +778,18 @@ fn target_levels(targets: &[Target]) -> u64 {
     targets.iter().fold(0, |levels, target| levels | 1 << target.cgroup.level)
 }
 
-/// Has the kernel check the programs, as many at a time as there are CPUs: that is what takes the time. Gives those that it did
-/// not take. What comes of `others` shows when they are attached.
+/// Loads programs, as many in parallel as there are CPUs: verification takes most of the start-up time. Returns the hooks whose
+/// program the kernel refused. Errors of `others` show when these are attached.
 fn load_programs(ebpf: &mut Ebpf, hooks: &[Hook], others: &[&str]) -> Result<Vec<(Hook, String)>, KernelError> {
-    // The longest first, so that no CPU is left with one of them at the end: those of the audit, then those at calls.
+    // The longest programs first, so that no CPU still verifies one at the end: those of the audit, then those of the hooks at
+    // calls.
     let of_hooks = hooks.iter().rev().map(|hook| (hook.program(), Some(*hook)));
     let order: Vec<_> = others.iter().map(|name| (*name, None)).chain(of_hooks).collect();
-    let place = |name| order.iter().position(|(wanted, _)| *wanted == name);
+    let position = |name| order.iter().position(|(wanted, _)| *wanted == name);
     let mut programs: Vec<_> =
-        ebpf.programs_mut().filter_map(|(name, program)| Some((place(name)?, program))).collect();
-    programs.sort_by_key(|(place, _)| *place);
-    let programs: Vec<_> = programs.into_iter().map(|(place, program)| (order[place].1, program)).collect();
+        ebpf.programs_mut().filter_map(|(name, program)| Some((position(name)?, program))).collect();
+    programs.sort_by_key(|(position, _)| *position);
+    let programs: Vec<_> = programs.into_iter().map(|(position, program)| (order[position].1, program)).collect();
     if programs.iter().filter(|(hook, _)| hook.is_some()).count() != hooks.len() {
         return Err(KernelError::Incomplete { what: "program for one of the hooks" });
     }
@@ -795,7 +804,7 @@ fn load_programs(ebpf: &mut Ebpf, hooks: &[Hook], others: &[&str]) -> Result<Vec
         let results = threads.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)));
         results.flatten().collect::<Vec<_>>()
     });
-    // The same error each time, whichever was first.
+    // Sorted, so that the same error is returned each time.
     results.sort_by_key(|(_, hook)| *hook);
     let mut refused = Vec::new();
     for (result, hook) in results {
@@ -809,13 +818,13 @@ fn load_programs(ebpf: &mut Ebpf, hooks: &[Hook], others: &[&str]) -> Result<Vec
     Ok(refused)
 }
 
-/// Whether the kernel has looked at a program and does not take it: not for want of rights or memory, that is.
+/// Returns whether the verifier refused a program, as opposed to missing capabilities or memory.
 fn is_refusal(error: &ProgramError) -> bool {
     let ProgramError::LoadError { io_error, .. } = error else { return false };
     !matches!(io_error.raw_os_error(), None | Some(libc::EPERM | libc::ENOMEM | libc::EAGAIN))
 }
 
-/// Loads a program unless it is there already: some are attached to several points.
+/// Loads a program unless it is loaded: some programs are attached to several points.
 pub(super) fn load_once(program: &mut Program) -> Result<(), ProgramError> {
     match load_program(program) {
         Err(ProgramError::AlreadyLoaded) => Ok(()),
@@ -836,18 +845,18 @@ pub(super) fn load_program(program: &mut Program) -> Result<(), ProgramError> {
     }
 }
 
-/// Where lsm_cgroup programs are attached.
+/// The LSM hook that lsm_cgroup programs attach to.
 const LSM_HOOK: &str = "socket_post_create";
 
-/// A program that the kernel has taken, as it tells of it.
+/// The size of a loaded program, as the kernel reports it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProgramSize {
     pub name: String,
-    /// Instructions that the verifier went through, some of them several times; `None` before 5.16, which does not tell.
+    /// Instructions that the verifier processed, some of them several times; `None` before 5.16, which does not report them.
     pub verified: Option<u32>,
 }
 
-/// The programs of an object that are loaded.
+/// Returns the sizes of the loaded programs of an object, by name.
 pub(super) fn sizes(ebpf: &Ebpf) -> Vec<ProgramSize> {
     let mut sizes: Vec<_> = ebpf
         .programs()
@@ -861,21 +870,21 @@ pub(super) fn sizes(ebpf: &Ebpf) -> Vec<ProgramSize> {
     sizes
 }
 
-/// The object without a policy, for probing: with all that its programs can be made to do.
+/// The object without a policy, for probing, with all features of its programs enabled.
 pub(super) struct ProbeObject {
     pub(super) ebpf: Ebpf,
-    /// Whether the audit can tell whose calls it sees, and why not.
+    /// Whether the audit can identify the caller of a call; `Err` gives the reason why not.
     pub(super) can_follow: Result<(), String>,
 }
 
 pub(super) fn load_for_probe() -> Result<ProbeObject, KernelError> {
     let _memlock = Memlock::raise();
-    let knowledge = KernelInfo::gather()?;
-    let ebpf = knowledge.loader(true).load(OBJECT)?;
-    Ok(ProbeObject { ebpf, can_follow: knowledge.can_follow() })
+    let info = KernelInfo::gather()?;
+    let ebpf = info.loader(true).load(OBJECT)?;
+    Ok(ProbeObject { ebpf, can_follow: info.can_follow() })
 }
 
-/// The object for programs that decide nothing and follow nobody, with maps of these sizes.
+/// Loads the object for programs that make no decisions and record no calls, with maps of these sizes.
 pub(super) fn sized(entries: &[(&'static str, u32)], layout: &Layout) -> Result<Ebpf, KernelError> {
     let _memlock = Memlock::raise();
     let mut loader = loader_without_types();

@@ -1,4 +1,4 @@
-//! What an instance has in force, read from its maps by who is not its agent.
+//! Reads from the maps of an instance what is in force, in a process that is not its agent.
 
 use std::io;
 
@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{KernelError, maps::map_error, tables::PreviousTables};
 
-/// The kernel's numbers of the maps that tell what is in force and what comes of it.
+/// The kernel's ids of the maps that contain the configuration and the counters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MapIds {
     config: u32,
@@ -19,17 +19,17 @@ pub struct MapIds {
     losses: u32,
 }
 
-/// What is in force, and what has come of it.
+/// What is in force, and its counters.
 #[derive(Debug)]
 pub struct Observed {
-    /// Number of the generation in force; `None` where nothing is.
+    /// Number of the generation in force; `None` if no policies are in force.
     pub generation: Option<u32>,
     pub losses: Losses,
     counters: Map,
 }
 
 impl MapIds {
-    pub(super) fn of(ebpf: &Ebpf) -> Result<Self, KernelError> {
+    pub(super) fn new(ebpf: &Ebpf) -> Result<Self, KernelError> {
         let id = |name: &'static str| {
             let map = match ebpf.map(name) {
                 Some(Map::Array(map) | Map::ArrayOfMaps(map)) => map,
@@ -40,11 +40,11 @@ impl MapIds {
         Ok(Self { config: id("sp_config")?, counters: id("sp_counters")?, losses: id("sp_losses")? })
     }
 
-    /// Looks at what is there now.
+    /// Reads the current contents of the maps.
     ///
     /// # Errors
     ///
-    /// Where these maps are gone, or may not be read.
+    /// Fails if a map does not exist any more or must not be read.
     pub fn observe(self) -> Result<Observed, KernelError> {
         let Config { in_force, generation, .. } = first(self.config, "sp_config")?;
         Ok(Observed {
@@ -56,13 +56,13 @@ impl MapIds {
 }
 
 impl Observed {
-    /// The counters of each setting of a generation.
+    /// Returns the counters of each setting of a generation.
     ///
     /// # Errors
     ///
-    /// Where its tables are gone.
+    /// Fails if the tables of the generation do not exist any more.
     pub fn counters(&self, generation: u32) -> Result<Vec<Counters>, KernelError> {
-        PreviousTables::within(&self.counters, generation)?.counters()
+        PreviousTables::open_in(&self.counters, generation)?.counters()
     }
 }
 
@@ -72,7 +72,8 @@ fn open(map: u32, name: &'static str) -> Result<Map, KernelError> {
         .map_err(|error| if is_refused(&error) { KernelError::MapRights { map: name } } else { map_error(name)(error) })
 }
 
-/// Returns whether rights are missing: to open a map by its number takes CAP_SYS_ADMIN (bpf_map_get_fd_by_id, kernel/bpf/syscall.c).
+/// Returns whether the error is a missing capability: to open a map by its id takes CAP_SYS_ADMIN (bpf_map_get_fd_by_id,
+/// kernel/bpf/syscall.c).
 fn is_refused(error: &MapError) -> bool {
     matches!(error, MapError::SyscallError(call) if call.io_error.kind() == io::ErrorKind::PermissionDenied)
 }

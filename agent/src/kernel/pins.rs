@@ -1,11 +1,11 @@
-//! What stays in the kernel when the agent is gone: maps and links with a path in the BPF file system.
+//! What stays in the kernel after the agent has exited: maps and links that are pinned in the BPF file system.
 //!
-//! An instance has a directory of its own, and in it one for each layout of maps: `INSTANCE/LAYOUT/maps/NAME` and
-//! `INSTANCE/LAYOUT/links/CGROUP-PLACE-ID-PROGRAM`, where the first three are the id of the cgroup and the target's numbers
-//! ([`abi::Target`]). Another build with the same layout can go on with them; what has another layout is replaced.
+//! An instance has a directory, which contains one directory for each layout of maps: `INSTANCE/LAYOUT/maps/NAME` and
+//! `INSTANCE/LAYOUT/links/CGROUP-PLACE-ID-PROGRAM`. CGROUP is the id of the cgroup; PLACE and ID are the target's numbers
+//! ([`abi::Target`]). Another build with the same layout can take over these pins. Pins of another layout are replaced.
 //!
-//! Invariants: a link is pinned last and unpinned first, so that what is pinned is complete. Only entries with such names,
-//! of such kinds, are opened or removed: anything else was put there by somebody else, and stays.
+//! Invariants: a link is pinned last and unpinned first, so that a pinned policy is complete. Only entries with such names, and
+//! of such kinds, are opened or removed. All other entries were not made by sockpolicy and are left in place.
 
 use std::{
     ffi::OsStr,
@@ -32,19 +32,19 @@ use crate::{
     instance::is_name,
 };
 
-/// Where the BPF file system belongs.
+/// The mount point of the BPF file system.
 const BPFFS: &str = "/sys/fs/bpf";
-/// The directory of all instances, there.
-const OURS: &str = "sockpolicy";
-/// The directories of a layout.
+/// The directory of all instances, below [`BPFFS`].
+const ROOT_DIR: &str = "sockpolicy";
+/// The subdirectories of a layout.
 const LINKS: &str = "links";
 const MAPS_DIR: &str = "maps";
-/// Of the sources that decide what lies in maps (build.rs).
+/// Hash of the sources that define the contents of maps (build.rs).
 const LAYOUT: &str = env!("SOCKPOLICY_LAYOUT");
-/// The map whose first entry says what is in force.
+/// The map whose first entry is the configuration.
 const CONFIG: &str = "sp_config";
 
-/// Maps whose contents outlive the agent. Each has others of its own.
+/// The maps whose contents outlive the agent. Each instance has its own.
 pub(super) const MAPS: [&str; 16] = [
     CONFIG,
     "sp_target_slots",
@@ -64,12 +64,12 @@ pub(super) const MAPS: [&str; 16] = [
     "sp_events",
 ];
 
-/// An instance's pins.
+/// The pins of an instance.
 #[derive(Clone, Debug)]
 pub struct Pins {
     instance: String,
-    /// The directories of this layout, once they have been made.
-    made: Option<Arc<Layout>>,
+    /// The directories of the current layout; `None` until they have been made.
+    layout: Option<Arc<Layout>>,
 }
 
 #[derive(Debug)]
@@ -78,7 +78,7 @@ struct Layout {
     links: PrivateDir,
 }
 
-/// A link that was found pinned.
+/// A pinned link that was found.
 pub(super) struct Pinned {
     pub(super) cgroup: u64,
     pub(super) target: Target,
@@ -88,23 +88,23 @@ pub(super) struct Pinned {
 }
 
 impl Pins {
-    /// Finds an instance's pins, whether it has any or not.
+    /// Returns a handle on the pins of an instance. The instance need not have any.
     ///
     /// # Errors
     ///
-    /// Fails where there is no BPF file system.
+    /// Fails if no BPF file system is mounted.
     pub fn of(instance: &str) -> Result<Self, KernelError> {
         match bpffs()? {
-            Some(_) => Ok(Self { instance: instance.to_owned(), made: None }),
+            Some(_) => Ok(Self { instance: instance.to_owned(), layout: None }),
             None => Err(KernelError::NoBpffs { reason: String::new() }),
         }
     }
 
-    /// Finds an instance's pins, and mounts a BPF file system that is private to root where there is none.
+    /// Returns a handle on the pins of an instance. Mounts a BPF file system with mode 0700 if none is mounted.
     ///
     /// # Errors
     ///
-    /// Fails where there is no BPF file system and none can be mounted.
+    /// Fails if no BPF file system is mounted and none can be mounted.
     pub fn make(instance: &str) -> Result<Self, KernelError> {
         if bpffs()?.is_none() {
             mount_bpffs()?;
@@ -116,66 +116,67 @@ impl Pins {
     ///
     /// # Errors
     ///
-    /// Fails where other users could have put something in their place.
+    /// Fails if other users could have changed the directory.
     pub fn instances() -> Result<Vec<String>, KernelError> {
-        let Some(ours) = ours()? else { return Ok(Vec::new()) };
-        let names = ours.names()?.into_iter().filter_map(|name| name.into_string().ok());
-        let has_pins = |name: &String| matches!(ours.open(name), Ok(Some(instance)) if has_pins(&instance));
+        let Some(root_dir) = root_dir()? else { return Ok(Vec::new()) };
+        let names = root_dir.names()?.into_iter().filter_map(|name| name.into_string().ok());
+        let has_pins = |name: &String| matches!(root_dir.open(name), Ok(Some(instance)) if has_pins(&instance));
         Ok(names.filter(|name| is_name(name)).filter(has_pins).collect())
     }
 
     fn instance(&self) -> Result<Option<PrivateDir>, KernelError> {
-        Ok(match ours()? {
-            Some(ours) => ours.open(&self.instance)?,
+        Ok(match root_dir()? {
+            Some(root_dir) => root_dir.open(&self.instance)?,
             None => None,
         })
     }
 
-    /// Makes the directories for maps and links.
-    pub(super) fn make_folders(&mut self) -> Result<(), KernelError> {
+    /// Makes the directories for the maps and links of the current layout.
+    pub(super) fn make_dirs(&mut self) -> Result<(), KernelError> {
         let bpffs = bpffs()?.ok_or(KernelError::NoBpffs { reason: String::new() })?;
-        let layout = bpffs.create(OURS)?.create(&self.instance)?.create(LAYOUT)?;
-        self.made = Some(Arc::new(Layout { maps: layout.create(MAPS_DIR)?, links: layout.create(LINKS)? }));
+        let layout = bpffs.create(ROOT_DIR)?.create(&self.instance)?.create(LAYOUT)?;
+        self.layout = Some(Arc::new(Layout { maps: layout.create(MAPS_DIR)?, links: layout.create(LINKS)? }));
         Ok(())
     }
 
-    fn made(&self) -> Result<&Layout, KernelError> {
-        self.made.as_deref().ok_or(KernelError::Incomplete { what: "directory for pins" })
+    fn layout(&self) -> Result<&Layout, KernelError> {
+        self.layout.as_deref().ok_or(KernelError::Incomplete { what: "directory for pins" })
     }
 
-    /// Returns where a map of this layout is pinned, or is to be. Fails where something else has its name.
+    /// Returns the path at which a map of the current layout is or will be pinned. Fails if an entry of another kind has this
+    /// name.
     pub(super) fn map(&self, name: &str) -> Result<PathBuf, KernelError> {
-        let maps = &self.made()?.maps;
+        let maps = &self.layout()?.maps;
         maps.find_file(name)?;
         Ok(maps.through(name))
     }
 
     pub(super) fn has_map(&self, name: &str) -> bool {
-        self.made().is_ok_and(|made| made.maps.has_file(name))
+        self.layout().is_ok_and(|layout| layout.maps.has_file(name))
     }
 
-    /// Returns where the configuration of this layout is pinned, if it is.
+    /// Returns the directory and the name of the pinned configuration of the current layout; `None` if it is not pinned.
     pub(super) fn config(&self) -> Result<Option<(PrivateDir, &'static str)>, KernelError> {
         let Some(instance) = self.instance()? else { return Ok(None) };
         let Some(layout) = instance.open(LAYOUT)? else { return Ok(None) };
         Ok(layout.open(MAPS_DIR)?.filter(|maps| maps.has_file(CONFIG)).map(|maps| (maps, CONFIG)))
     }
 
-    /// Returns where a link is pinned, or is to be.
+    /// Returns the path at which a link is or will be pinned.
     pub(super) fn link(&self, cgroup: u64, target: Target, hook: Hook) -> Result<PathBuf, KernelError> {
-        Ok(self.made()?.links.through(&link_name(cgroup, target, hook)))
+        Ok(self.layout()?.links.through(&link_name(cgroup, target, hook)))
     }
 
     pub(super) fn pin_link(&self, link: &Link, cgroup: u64, target: Target, hook: Hook) -> Result<(), KernelError> {
         let name = link_name(cgroup, target, hook);
-        let links = &self.made()?.links;
+        let links = &self.layout()?.links;
         syscall::pin(link, &links.through(&name))
             .map_err(|source| KernelError::Pin { path: links.path().join(name), source })
     }
 
     /// Opens the links that are pinned.
     pub(super) fn links(&self) -> Result<Vec<Pinned>, KernelError> {
-        let links = &self.made()?.links;
+        let links = &self.layout()?.links;
         let mut found = Vec::new();
         for name in links.names()? {
             let Some((name, (cgroup, target, hook))) = name.to_str().and_then(|name| Some((name, parse_link(name)?)))
@@ -189,7 +190,7 @@ impl Pins {
         Ok(found)
     }
 
-    /// Returns the hooks that links are pinned at, each once.
+    /// Returns the hooks of the pinned links, each once.
     pub(super) fn hooks(&self) -> Result<Vec<Hook>, KernelError> {
         let mut hooks: Vec<Hook> = self.links()?.into_iter().map(|pinned| pinned.hook).collect();
         hooks.sort_unstable();
@@ -197,68 +198,68 @@ impl Pins {
         Ok(hooks)
     }
 
-    /// Removes what this instance has of other layouts.
+    /// Removes the pins that this instance has of other layouts.
     ///
     /// # Errors
     ///
-    /// Fails where a pin cannot be removed.
-    pub fn remove_others(&self) -> Result<(), KernelError> {
+    /// Fails if a pin cannot be removed.
+    pub fn remove_other_layouts(&self) -> Result<(), KernelError> {
         self.remove_layouts(|layout| layout != LAYOUT).map(warn_of_foreign)
     }
 
-    /// Removes what is pinned of this layout.
-    pub(super) fn remove_ours(&self) -> Result<(), KernelError> {
+    /// Removes the pins of the current layout.
+    pub(super) fn remove_current_layout(&self) -> Result<(), KernelError> {
         self.remove_layouts(|layout| layout == LAYOUT).map(warn_of_foreign)
     }
 
-    /// Takes what is pinned out of force, at once.
+    /// Disables the pinned policies of all layouts, each by one write.
     ///
     /// # Errors
     ///
-    /// Fails where the configuration cannot be written.
+    /// Fails if the configuration cannot be written.
     pub fn disable(&self) -> Result<(), KernelError> {
         let Some(instance) = self.instance()? else { return Ok(()) };
         for layout in layouts(&instance)? {
             let Some(layout) = instance.open(&layout)? else { continue };
             if let Some(maps) = layout.open(MAPS_DIR)?.filter(|maps| maps.has_file(CONFIG)) {
-                maps::end(&maps, CONFIG)?;
+                maps::disable(&maps, CONFIG)?;
             }
         }
         Ok(())
     }
 
-    /// Removes all that is pinned, and with it all that is in force.
+    /// Removes all pins of this instance, and with them its policies.
     ///
     /// # Errors
     ///
-    /// Fails where a pin cannot be removed.
+    /// Fails if a pin cannot be removed.
     pub fn remove(&self) -> Result<(), KernelError> {
         self.remove_layouts(|_| true).map(warn_of_foreign)
     }
 
-    /// Removes the pins of these layouts, and directories that are then empty. Returns the paths of what stays because
-    /// sockpolicy did not make it.
-    fn remove_layouts(&self, is_meant: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>, KernelError> {
-        let Some(ours) = ours()? else { return Ok(Vec::new()) };
-        let Some(instance) = ours.open(&self.instance)? else { return Ok(Vec::new()) };
+    /// Removes the pins of the layouts that `matches` accepts, and then the directories that are empty. Returns the paths of
+    /// the entries that are left because sockpolicy did not make them.
+    fn remove_layouts(&self, matches: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>, KernelError> {
+        let Some(root_dir) = root_dir()? else { return Ok(Vec::new()) };
+        let Some(instance) = root_dir.open(&self.instance)? else { return Ok(Vec::new()) };
         let mut foreign = Vec::new();
         for name in instance.names()? {
             match name.to_str().filter(|name| is_layout(name) && is_directory(&instance, name)) {
-                Some(name) if is_meant(name) => remove_layout(&instance, name, &mut foreign)?,
+                Some(name) if matches(name) => remove_layout(&instance, name, &mut foreign)?,
                 Some(_) => {}
                 None => foreign.push(instance.path().join(name)),
             }
         }
-        // Fails where something is left in there.
-        let _ = ours.remove_dir(&self.instance);
+        // Fails if the directory is not empty.
+        let _ = root_dir.remove_dir(&self.instance);
         if let Some(bpffs) = bpffs()? {
-            let _ = bpffs.remove_dir(OURS);
+            let _ = bpffs.remove_dir(ROOT_DIR);
         }
         Ok(foreign)
     }
 }
 
-/// Opens the BPF file system, if there is one.
+/// Opens the BPF file system; `None` if it is not mounted.
 fn bpffs() -> Result<Option<PrivateDir>, KernelError> {
     let is_bpffs = |dir: &PrivateDir| fstatfs(dir).is_ok_and(|stat| stat.filesystem_type() == BPF_FS_MAGIC);
     match PrivateDir::system(Path::new(BPFFS)) {
@@ -268,10 +269,10 @@ fn bpffs() -> Result<Option<PrivateDir>, KernelError> {
     }
 }
 
-/// Opens the directory of all instances, if there is one.
-fn ours() -> Result<Option<PrivateDir>, KernelError> {
+/// Opens the directory of all instances; `None` if there is none.
+fn root_dir() -> Result<Option<PrivateDir>, KernelError> {
     Ok(match bpffs()? {
-        Some(bpffs) => bpffs.open(OURS)?,
+        Some(bpffs) => bpffs.open(ROOT_DIR)?,
         None => None,
     })
 }
@@ -285,7 +286,7 @@ fn mount_bpffs() -> Result<(), KernelError> {
     if is_hosts {
         log::info!("mounted a BPF file system at {BPFFS}");
     } else {
-        log::warn!("mounted a BPF file system at {BPFFS}: policies that stay there end with this mount namespace");
+        log::warn!("mounted a BPF file system at {BPFFS}: persistent policies end with this mount namespace");
     }
     Ok(())
 }
@@ -296,7 +297,7 @@ fn warn_of_foreign(foreign: Vec<PathBuf>) {
     }
 }
 
-/// Returns the names of the layouts that an instance has pins of.
+/// Returns the names of the layouts of which an instance has a directory.
 fn layouts(instance: &PrivateDir) -> Result<Vec<String>, PrivateError> {
     let names = instance.names()?.into_iter().filter_map(|name| name.into_string().ok());
     Ok(names.filter(|name| is_layout(name) && is_directory(instance, name)).collect())
@@ -306,12 +307,12 @@ fn is_directory(parent: &PrivateDir, name: &str) -> bool {
     matches!(parent.open(name), Ok(Some(_)))
 }
 
-/// Returns whether a name is one that build.rs gives a layout.
+/// Returns whether build.rs could give a layout this name.
 fn is_layout(name: &str) -> bool {
     name.len() == LAYOUT.len() && name.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'))
 }
 
-/// Returns whether an instance has pins, or the beginnings of some that an agent left when it was killed.
+/// Returns whether an instance has pins, or incomplete directories that a killed agent left.
 fn has_pins(instance: &PrivateDir) -> bool {
     let directory = |parent: &PrivateDir, name: &str| parent.open(name).ok().flatten();
     let has = |layout: &PrivateDir| {
@@ -325,21 +326,21 @@ fn has_pins(instance: &PrivateDir) -> bool {
     layouts(instance).unwrap_or_default().iter().filter_map(|name| directory(instance, name)).any(|layout| has(&layout))
 }
 
-/// Returns whether this is a pin by its name and its kind: of a link in a directory of links, else of a map.
+/// Returns whether an entry is a pin, by its name and kind: of a link in a directory of links, otherwise of a map.
 fn is_pin(dir: &PrivateDir, name: &str) -> bool {
     let is_link = dir.path().file_name() == Some(OsStr::new(LINKS));
     let is_name = if is_link { cgroup_of(name).is_some() } else { is_map(name) };
     is_name && dir.has_file(name)
 }
 
-/// Returns whether a map of any layout may have this name.
+/// Returns whether a map of any layout can have this name.
 fn is_map(name: &str) -> bool {
     name.strip_prefix("sp_").is_some_and(|rest| {
         !rest.is_empty() && rest.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_'))
     })
 }
 
-/// Returns the cgroup's id in the name of a link of any layout.
+/// Returns the id of the cgroup from the name of a link of any layout; `None` if no link has such a name.
 fn cgroup_of(name: &str) -> Option<u64> {
     let mut parts = name.splitn(4, '-');
     let cgroup = parts.next()?.parse().ok()?;
@@ -348,21 +349,23 @@ fn cgroup_of(name: &str) -> Option<u64> {
     parts.next().filter(|program| !program.is_empty() && program.bytes().all(is_program)).map(|_| cgroup)
 }
 
-/// Opens a pinned link; `None` where this is no link of a program to this cgroup.
+/// Opens a pinned link; `None` if it is not a link of a program to this cgroup.
 fn open_link(links: &PrivateDir, name: &str, cgroup: u64) -> Result<Option<OwnedFd>, KernelError> {
     if !links.has_file(name) {
         return Ok(None);
     }
     let opened = syscall::open_pinned(&links.through(name));
     let link = opened.map_err(|source| KernelError::Pin { path: links.path().join(name), source })?;
-    // Links to cgroups say that they are (bpf_link_show_fdinfo, kernel/bpf/syscall.c, from 5.8 on); maps and programs do not.
+    // The fdinfo of a link to a cgroup has this line (bpf_link_show_fdinfo, kernel/bpf/syscall.c, from 5.8 on). That of maps
+    // and programs does not.
     let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", link.as_raw_fd()));
     if !info.is_ok_and(|info| info.lines().any(|line| line == "link_type:\tcgroup")) {
         return Ok(None);
     }
-    // 0 where the cgroup is gone.
-    let is_its = syscall::cgroup_of_link(&link).is_ok_and(|of| of.is_some_and(|of| of == cgroup || of == 0));
-    Ok(is_its.then_some(link))
+    // The id is 0 if the cgroup has been removed.
+    let is_same_cgroup =
+        syscall::cgroup_of_link(&link).is_ok_and(|found| found.is_some_and(|found| found == cgroup || found == 0));
+    Ok(is_same_cgroup.then_some(link))
 }
 
 /// Removes the pins of a layout, the links first.
@@ -371,12 +374,12 @@ fn remove_layout(instance: &PrivateDir, name: &str, foreign: &mut Vec<PathBuf>) 
     for kind in [LINKS, MAPS_DIR] {
         if let Ok(Some(dir)) = layout.open(kind) {
             remove_pins(&dir, foreign)?;
-            // Fails where something is left in there.
+            // Fails if the directory is not empty.
             let _ = layout.remove_dir(kind);
         }
     }
-    let left = layout.names()?.into_iter().filter(|name| !(name == LINKS || name == MAPS_DIR));
-    foreign.extend(left.map(|name| layout.path().join(name)));
+    let unknown = layout.names()?.into_iter().filter(|name| !(name == LINKS || name == MAPS_DIR));
+    foreign.extend(unknown.map(|name| layout.path().join(name)));
     let _ = instance.remove_dir(name);
     Ok(())
 }
@@ -384,23 +387,23 @@ fn remove_layout(instance: &PrivateDir, name: &str, foreign: &mut Vec<PathBuf>) 
 fn remove_pins(dir: &PrivateDir, foreign: &mut Vec<PathBuf>) -> Result<(), KernelError> {
     for name in dir.names()? {
         let pin = name.to_str().filter(|name| is_pin(dir, name));
-        let is_gone = match (pin, pin.and_then(cgroup_of)) {
+        let is_removed = match (pin, pin.and_then(cgroup_of)) {
             (None, _) => false,
             (Some(map), None) => dir.remove_file(map).map(|()| true)?,
             (Some(link), Some(cgroup)) => remove_link(dir, link, cgroup)?,
         };
-        if !is_gone {
+        if !is_removed {
             foreign.push(dir.path().join(name));
         }
     }
     Ok(())
 }
 
-/// Detaches a link and removes its pin. Returns whether it was one.
+/// Detaches a link and removes its pin. Returns whether the entry was such a link.
 fn remove_link(links: &PrivateDir, name: &str, cgroup: u64) -> Result<bool, KernelError> {
     let Some(link) = open_link(links, name, cgroup)? else { return Ok(false) };
     match syscall::detach_link(&link) {
-        // Its cgroup is gone.
+        // The cgroup has been removed.
         Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => {}
         detached => detached.map_err(|source| KernelError::Pin { path: links.path().join(name), source })?,
     }
@@ -416,11 +419,11 @@ fn link_name(cgroup: u64, target: Target, hook: Hook) -> String {
 /// Reads the name of a pinned link.
 fn parse_link(name: &str) -> Option<(u64, Target, Hook)> {
     let mut parts = name.splitn(4, '-');
-    let mut number = || parts.next();
-    let cgroup = number()?.parse().ok()?;
-    let place = number()?.parse().ok()?;
-    let id = number()?.parse().ok()?;
-    let program = number()?;
+    let mut part = || parts.next();
+    let cgroup = part()?.parse().ok()?;
+    let place = part()?.parse().ok()?;
+    let id = part()?.parse().ok()?;
+    let program = part()?;
     let hook = Hook::ALL.into_iter().find(|hook| hook.program() == program)?;
     Some((cgroup, Target { place, id }, hook))
 }
@@ -430,7 +433,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn name_of_a_link_tells_where_it_is() {
+    fn link_name_is_parsed_back() {
         let target = Target { place: 3, id: 4 };
         assert_eq!(parse_link(&link_name(77, target, Hook::Connect4)), Some((77, target, Hook::Connect4)));
         assert_eq!(parse_link("77-3-sp_connect4"), None);
@@ -438,7 +441,7 @@ mod tests {
     }
 
     #[test]
-    fn only_names_that_some_build_gives_are_known() {
+    fn only_names_of_sockpolicy_are_accepted() {
         assert_eq!(cgroup_of("77-3-4-hook_of_another_build2"), Some(77));
         for name in ["77-3-4", "77-3-4-", "77-3-x-hook", "77-3-4-Hook", "77-3-4-../x", "-1-3-4-hook", "", "foreign"] {
             assert_eq!(cgroup_of(name), None, "{name}");

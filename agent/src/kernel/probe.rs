@@ -1,7 +1,6 @@
-//! What this kernel can do, found by doing it and undoing it.
+//! Probes what this kernel supports, by doing it and undoing it.
 //!
-//! Three answers, never two: that something could not be found out is not the same as that it is
-//! not there.
+//! There are three answers: a probe that failed for another reason does not mean that the kernel lacks the feature.
 
 use aya::programs::ProgramError;
 
@@ -18,29 +17,29 @@ use crate::{
     host::{cgroup::Cgroup, lsm},
 };
 
-/// Whether this kernel has an ability.
+/// Whether this kernel supports a feature.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Answer {
     Yes,
-    /// The kernel said no, and why.
+    /// The kernel refused, for this reason.
     No(String),
-    /// Something else stood in the way.
+    /// The probe failed for another reason.
     Unknown(String),
 }
 
-/// What was tried, and what came of it.
+/// The results of probes.
 #[derive(Debug)]
 pub struct Probed<T, A> {
     pub answers: Vec<(T, A)>,
-    /// The programs that were loaded for that.
+    /// The programs that were loaded for the probes.
     pub programs: Vec<ProgramSize>,
 }
 
-/// Whether each hook can be loaded and attached, tried on `cgroup`, which must be one's own.
+/// Probes whether each hook's program can be loaded, and attached to `cgroup`, which must belong to this process alone.
 ///
 /// # Errors
 ///
-/// Where the object cannot be prepared at all.
+/// Fails if the object cannot be loaded.
 pub fn hooks(cgroup: &Cgroup) -> Result<Probed<Hook, Answer>, KernelError> {
     let ProbeObject { mut ebpf, .. } = object::load_for_probe()?;
     let mut answers = Vec::new();
@@ -52,7 +51,7 @@ pub fn hooks(cgroup: &Cgroup) -> Result<Probed<Hook, Answer>, KernelError> {
             }
             Err(error) => answer_of(&error),
             Ok(()) => match attach_conflict::check(hook, cgroup, None) {
-                // Says nothing about the kernel.
+                // A conflict says nothing about the kernel.
                 Err(conflict) => Answer::Unknown(conflict.reason()),
                 Ok(()) => {
                     Link::attach(program, hook, cgroup).map_or_else(|error| Answer::No(chain(&error)), |_| Answer::Yes)
@@ -64,44 +63,44 @@ pub fn hooks(cgroup: &Cgroup) -> Result<Probed<Hook, Answer>, KernelError> {
     Ok(Probed { answers, programs: object::sizes(&ebpf) })
 }
 
-/// Whether live TCP sockets can be set by a program that the kernel runs for each of them.
+/// Probes whether a program that the kernel runs for each existing TCP socket can set options.
 ///
 /// # Errors
 ///
-/// Where the object cannot be prepared at all.
+/// Fails if the object cannot be loaded.
 pub fn iterator() -> Result<Probed<&'static str, Answer>, KernelError> {
     live::probe()
 }
 
-/// Whether each backend of the audit can be attached. Its programs are inert while this runs.
+/// Probes whether each backend of the audit can be attached. The programs are inert meanwhile.
 ///
 /// # Errors
 ///
-/// Where the object cannot be prepared at all.
+/// Fails if the object cannot be loaded.
 pub fn audit_backends() -> Result<Probed<Backend, ProbeResult>, KernelError> {
-    const EVERYTHING: AuditRequest = AuditRequest { reads: true, span: Visibility::All };
+    const ALL_CALLS: AuditRequest = AuditRequest { reads: true, visibility: Visibility::All };
     let ProbeObject { mut ebpf, can_follow } = object::load_for_probe()?;
-    let answer = |backend| {
-        let attached = can_follow.clone().and_then(|()| audit::attach_backend(&mut ebpf, backend, EVERYTHING));
-        let tried = attached.map(|(audit, events)| {
-            events.leave();
+    let probe = |backend| {
+        let attached = can_follow.clone().and_then(|()| audit::attach_backend(&mut ebpf, backend, ALL_CALLS));
+        let answer = attached.map(|(audit, perf_links)| {
+            perf_links.detach_in_background();
             audit
         });
-        (backend, tried)
+        (backend, answer)
     };
-    let answers = Backend::ALL.map(answer).into();
+    let answers = Backend::ALL.map(probe).into();
     Ok(Probed { answers, programs: object::sizes(&ebpf) })
 }
 
-/// A program that was not loaded for want of rights or memory says nothing about the kernel.
+/// Returns the answer for a program that could not be loaded. Missing capabilities or memory say nothing about the kernel.
 fn answer_of(error: &ProgramError) -> Answer {
     let reason = load_reason(error);
     match error {
         ProgramError::LoadError { io_error, verifier_log } => {
             let errno = io_error.raw_os_error();
-            let is_ours =
+            let is_environment =
                 errno == Some(libc::ENOMEM) || (errno == Some(libc::EPERM) && verifier_log.to_string().is_empty());
-            if is_ours { Answer::Unknown(reason) } else { Answer::No(reason) }
+            if is_environment { Answer::Unknown(reason) } else { Answer::No(reason) }
         }
         _ => Answer::Unknown(reason),
     }

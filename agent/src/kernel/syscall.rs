@@ -1,4 +1,4 @@
-//! What aya has no call for: bpf(2) itself, and perf_event_open(2).
+//! The system calls that aya does not wrap: bpf(2) commands, and perf_event_open(2).
 
 use std::{
     ffi::CString,
@@ -20,14 +20,14 @@ use aya_obj::generated::{
 use super::attach_conflict::AttachMode;
 use crate::compile::Hook;
 
-/// What the kernel says of a program. aya asks for the same and passes on a part.
+/// Returns what the kernel reports of a program (BPF_OBJ_GET_INFO_BY_FD). aya exposes only a part of it.
 pub(super) fn info(program: &impl AsFd) -> io::Result<bpf_prog_info> {
     // SAFETY: zero is valid for each field.
     unsafe { object_info(program) }
 }
 
-/// Returns the id of the cgroup that a link holds a program on: 0 if the cgroup is gone, and all sockets of it; `None` where the
-/// link is of another kind.
+/// Returns the id of the cgroup that a link attaches a program to; 0 if the cgroup has been removed and all its sockets are
+/// closed; `None` if the link is of another kind.
 pub(super) fn cgroup_of_link(link: &impl AsFd) -> io::Result<Option<u64>> {
     // SAFETY: zero is valid for each field.
     let info: bpf_link_info = unsafe { object_info(link) }?;
@@ -41,20 +41,20 @@ pub(super) fn cgroup_of_link(link: &impl AsFd) -> io::Result<Option<u64>> {
 ///
 /// Zero must be valid for each field.
 unsafe fn object_info<T>(object: &impl AsFd) -> io::Result<T> {
-    // SAFETY: as the caller says.
+    // SAFETY: the caller guarantees it.
     let mut info: T = unsafe { mem::zeroed() };
-    let mut attributes = no_attributes();
+    let mut attributes = zeroed_attributes();
     attributes.info.bpf_fd = object.as_fd().as_raw_fd() as u32;
     attributes.info.info_len = size_of_val(&info) as u32;
     attributes.info.info = (&raw mut info) as u64;
-    // The kernel writes to `info` no more than its length.
+    // The kernel writes at most `info_len` bytes to `info`.
     bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attributes)?;
     Ok(info)
 }
 
-/// Gives a link another program, at once (5.7).
+/// Replaces the program of a link atomically (BPF_LINK_UPDATE, 5.7).
 pub(super) fn update_link(link: &impl AsFd, program: impl AsFd) -> io::Result<()> {
-    let mut attributes = no_attributes();
+    let mut attributes = zeroed_attributes();
     // SAFETY: the part of the union that BPF_LINK_UPDATE takes.
     let update = unsafe { &mut attributes.link_update };
     update.link_fd = link.as_fd().as_raw_fd() as u32;
@@ -62,19 +62,20 @@ pub(super) fn update_link(link: &impl AsFd, program: impl AsFd) -> io::Result<()
     bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attributes).map(drop)
 }
 
-/// Takes a link's program from its hook, at once: without that it stays until the kernel has nothing better to do (5.9).
+/// Detaches the program of a link immediately (BPF_LINK_DETACH, 5.9). If a link is only closed, the kernel detaches it later,
+/// in the background.
 pub(super) fn detach_link(link: &impl AsFd) -> io::Result<()> {
-    let mut attributes = no_attributes();
+    let mut attributes = zeroed_attributes();
     // SAFETY: the part of the union that BPF_LINK_DETACH takes.
     let detach = unsafe { &mut attributes.link_detach };
     detach.link_fd = link.as_fd().as_raw_fd() as u32;
     bpf(bpf_cmd::BPF_LINK_DETACH, &mut attributes).map(drop)
 }
 
-/// Gives an object a path in a BPF file system, which keeps it until that is removed.
+/// Pins an object in a BPF file system, which keeps the object until the path is removed (BPF_OBJ_PIN).
 pub(super) fn pin(object: &impl AsFd, path: &Path) -> io::Result<()> {
     let path = CString::new(path.as_os_str().as_bytes())?;
-    let mut attributes = no_attributes();
+    let mut attributes = zeroed_attributes();
     // SAFETY: the part of the union that BPF_OBJ_PIN takes.
     let pin = unsafe { &mut attributes.__bindgen_anon_4 };
     pin.pathname = path.as_ptr() as u64;
@@ -82,22 +83,22 @@ pub(super) fn pin(object: &impl AsFd, path: &Path) -> io::Result<()> {
     bpf(bpf_cmd::BPF_OBJ_PIN, &mut attributes).map(drop)
 }
 
-/// Opens what is pinned at a path.
+/// Opens a pinned object (BPF_OBJ_GET).
 pub(super) fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(path.as_os_str().as_bytes())?;
-    let mut attributes = no_attributes();
+    let mut attributes = zeroed_attributes();
     // SAFETY: the part of the union that BPF_OBJ_GET takes.
     let get = unsafe { &mut attributes.__bindgen_anon_4 };
     get.pathname = path.as_ptr() as u64;
     let object = bpf(bpf_cmd::BPF_OBJ_GET, &mut attributes)?;
-    // SAFETY: a descriptor that is nobody's yet.
+    // SAFETY: a new descriptor that has no owner yet.
     Ok(unsafe { OwnedFd::from_raw_fd(object) })
 }
 
-/// Writes zeroes to the first entry of an array whose values have this many bytes.
+/// Writes zeroes to the first entry of an array whose values have this size in bytes.
 pub(super) fn write_zeroes(map: &impl AsFd, bytes: u32) -> io::Result<()> {
     let (key, value) = (0_u32, vec![0_u8; bytes as usize]);
-    let mut attributes = no_attributes();
+    let mut attributes = zeroed_attributes();
     // SAFETY: the part of the union that BPF_MAP_UPDATE_ELEM takes.
     let update = unsafe { &mut attributes.__bindgen_anon_2 };
     update.map_fd = map.as_fd().as_raw_fd() as u32;
@@ -106,21 +107,21 @@ pub(super) fn write_zeroes(map: &impl AsFd, bytes: u32) -> io::Result<()> {
     bpf(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attributes).map(drop)
 }
 
-/// Attaches a program to a hook of a cgroup (5.7). Without flags, which is what the kernel wants: links always stand beside
-/// each other.
+/// Attaches a program to a hook of a cgroup by a link (BPF_LINK_CREATE, 5.7). The kernel requires the flags to be 0: links
+/// never exclude other programs.
 pub(super) fn create_link(program: impl AsFd, hook: Hook, cgroup: &impl AsFd) -> io::Result<OwnedFd> {
-    let mut attributes = no_attributes();
+    let mut attributes = zeroed_attributes();
     // SAFETY: the part of the union that BPF_LINK_CREATE takes.
     let link = unsafe { &mut attributes.link_create };
     link.__bindgen_anon_1.prog_fd = program.as_fd().as_raw_fd() as u32;
     link.__bindgen_anon_2.target_fd = cgroup.as_fd().as_raw_fd() as u32;
     link.attach_type = attach_type(hook) as u32;
     let link = bpf(bpf_cmd::BPF_LINK_CREATE, &mut attributes)?;
-    // SAFETY: a descriptor that is nobody's yet.
+    // SAFETY: a new descriptor that has no owner yet.
     Ok(unsafe { OwnedFd::from_raw_fd(link) })
 }
 
-/// What the kernel calls a hook (`enum bpf_attach_type`, include/uapi/linux/bpf.h).
+/// Returns the kernel's number of a hook (`enum bpf_attach_type`, include/uapi/linux/bpf.h).
 pub(super) fn attach_type(hook: Hook) -> bpf_attach_type {
     match hook {
         Hook::SockCreate => bpf_attach_type::BPF_CGROUP_INET_SOCK_CREATE,
@@ -140,18 +141,18 @@ pub(super) fn attach_type(hook: Hook) -> bpf_attach_type {
 /// The programs of one hook of a cgroup.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Attachment {
-    /// How those that are attached to the cgroup itself are attached. Without meaning where there are none.
+    /// How the programs of the cgroup itself are attached. Meaningless if there are none.
     pub(super) mode: AttachMode,
-    /// By id, in the order in which they run.
+    /// The ids of the programs, in the order in which they run.
     pub(super) programs: Vec<u32>,
 }
 
 /// Which programs to query.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Query {
-    /// Those that are attached to the cgroup itself.
+    /// The programs that are attached to the cgroup itself.
     Own,
-    /// Those that take effect there, also from cgroups above.
+    /// The programs that take effect on the cgroup, also those of its ancestors.
     Effective,
 }
 
@@ -159,9 +160,9 @@ pub(super) enum Query {
 ///
 /// # Errors
 ///
-/// EINVAL where the kernel does not have the hook, EPERM without CAP_NET_ADMIN.
+/// EINVAL if the kernel does not have the hook, EPERM without CAP_NET_ADMIN.
 pub(super) fn query(cgroup: &impl AsFd, hook: Hook, which: Query) -> io::Result<Attachment> {
-    /// As many as a cgroup can have (`BPF_CGROUP_MAX_PROGS`, kernel/bpf/cgroup.c).
+    /// The maximum number of programs of a cgroup (`BPF_CGROUP_MAX_PROGS`, kernel/bpf/cgroup.c).
     const PROGRAMS_MAX: usize = 64;
     const QUERY_EFFECTIVE: u32 = 1;
     let (count, flags) = match which {
@@ -169,10 +170,10 @@ pub(super) fn query(cgroup: &impl AsFd, hook: Hook, which: Query) -> io::Result<
         Query::Effective => (PROGRAMS_MAX * (abi::CGROUP_LEVELS_MAX as usize + 1), QUERY_EFFECTIVE),
     };
     let mut programs = vec![0u32; count];
-    // All LSM hooks of a cgroup are one to this command, and each program has flags of its own (`__cgroup_bpf_query`,
+    // For this command, all LSM hooks of a cgroup are one hook, and each program has its own flags (`__cgroup_bpf_query`,
     // kernel/bpf/cgroup.c).
     let mut program_flags = vec![0u32; if hook == Hook::PostCreate && which == Query::Own { count } else { 0 }];
-    let mut attributes = no_attributes();
+    let mut attributes = zeroed_attributes();
     // SAFETY: the part of the union that BPF_PROG_QUERY takes.
     let query = unsafe { &mut attributes.query };
     query.__bindgen_anon_1.target_fd = cgroup.as_fd().as_raw_fd() as u32;
@@ -184,24 +185,25 @@ pub(super) fn query(cgroup: &impl AsFd, hook: Hook, which: Query) -> io::Result<
         query.prog_attach_flags = program_flags.as_mut_ptr() as u64;
     }
     bpf(bpf_cmd::BPF_PROG_QUERY, &mut attributes)?;
-    // SAFETY: as above.
+    // SAFETY: as for `query` above.
     let query = unsafe { &attributes.query };
-    // SAFETY: as above.
+    // SAFETY: as for `query` above.
     programs.truncate(unsafe { query.__bindgen_anon_2.prog_cnt } as usize);
     program_flags.truncate(programs.len());
-    let modes = program_flags.into_iter().map(AttachMode::of);
+    let modes = program_flags.into_iter().map(AttachMode::from_flags);
     let mode = modes.reduce(|all, one| if one == AttachMode::Multi { all } else { one });
-    Ok(Attachment { mode: mode.unwrap_or_else(|| AttachMode::of(query.attach_flags)), programs })
+    Ok(Attachment { mode: mode.unwrap_or_else(|| AttachMode::from_flags(query.attach_flags)), programs })
 }
 
-/// Whether programs of this type for this kind of hook may call a helper.
+/// Returns whether programs of this type and attach type may call a helper.
 ///
-/// The verifier looks the helper up before it looks at what it is given: it says EINVAL where there is none
-/// (`check_helper_call`, kernel/bpf/verifier.c), and EACCES where the 0 that it is given here is no pointer to a socket.
+/// Loads a program that calls the helper with 0 as the first argument. The verifier first checks whether the helper exists, and
+/// otherwise fails with EINVAL (`check_helper_call`, kernel/bpf/verifier.c). Then it checks the argument, and fails with EACCES
+/// because 0 is not a pointer to a socket.
 ///
 /// # Errors
 ///
-/// Where the kernel answers something else: for want of rights, most likely.
+/// Fails if the kernel returns another error, which most likely means that capabilities are missing.
 pub(super) fn has_helper(
     program_type: bpf_prog_type,
     attach_type: bpf_attach_type,
@@ -210,7 +212,7 @@ pub(super) fn has_helper(
     let assign = |register, number| instruction(BPF_ALU64 | BPF_MOV | BPF_K, register, number);
     let call = instruction(BPF_JMP | BPF_CALL, 0, helper as i32);
     let program = [assign(1, 0), call, assign(0, 1), instruction(BPF_JMP | BPF_EXIT, 0, 0)];
-    let mut attributes = no_attributes();
+    let mut attributes = zeroed_attributes();
     // SAFETY: the part of the union that BPF_PROG_LOAD takes.
     let load = unsafe { &mut attributes.__bindgen_anon_3 };
     load.prog_type = program_type as u32;
@@ -219,7 +221,7 @@ pub(super) fn has_helper(
     load.insn_cnt = program.len() as u32;
     load.license = c"GPL".as_ptr() as u64;
     match bpf(bpf_cmd::BPF_PROG_LOAD, &mut attributes) {
-        // SAFETY: a descriptor that is nobody's yet.
+        // SAFETY: a new descriptor that has no owner yet.
         Ok(program) => drop(unsafe { OwnedFd::from_raw_fd(program) }),
         Err(error) if error.raw_os_error() == Some(libc::EACCES) => {}
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(false),
@@ -228,28 +230,28 @@ pub(super) fn has_helper(
     Ok(true)
 }
 
-/// Whether this kernel lets us load programs such as fentry and fexit are.
+/// Checks whether this kernel lets this process load tracing programs, such as those of fentry and fexit.
 ///
-/// It is asked for one at a type that is no function. A kernel that has such programs says that (EINVAL); rights it looks at
-/// before.
+/// Loads a program for a BTF type that is not a function. A kernel that has such programs checks the capabilities first (EPERM)
+/// and then refuses the type (EINVAL).
 ///
 /// # Errors
 ///
-/// Where rights are missing.
+/// EPERM if capabilities are missing.
 pub(super) fn check_tracing() -> io::Result<()> {
-    const NO_FUNCTION: u32 = 1;
+    const NOT_A_FUNCTION: u32 = 1;
     let program = [instruction(BPF_ALU64 | BPF_MOV | BPF_K, 0, 0), instruction(BPF_JMP | BPF_EXIT, 0, 0)];
-    let mut attributes = no_attributes();
+    let mut attributes = zeroed_attributes();
     // SAFETY: the part of the union that BPF_PROG_LOAD takes.
     let load = unsafe { &mut attributes.__bindgen_anon_3 };
     load.prog_type = bpf_prog_type::BPF_PROG_TYPE_TRACING as u32;
     load.expected_attach_type = bpf_attach_type::BPF_TRACE_FENTRY as u32;
-    load.attach_btf_id = NO_FUNCTION;
+    load.attach_btf_id = NOT_A_FUNCTION;
     load.insns = program.as_ptr() as u64;
     load.insn_cnt = program.len() as u32;
     load.license = c"GPL".as_ptr() as u64;
     match bpf(bpf_cmd::BPF_PROG_LOAD, &mut attributes) {
-        // SAFETY: a descriptor that is nobody's yet.
+        // SAFETY: a new descriptor that has no owner yet.
         Ok(program) => drop(unsafe { OwnedFd::from_raw_fd(program) }),
         Err(error) if error.raw_os_error() == Some(libc::EPERM) => return Err(error),
         Err(_) => {}
@@ -257,7 +259,7 @@ pub(super) fn check_tracing() -> io::Result<()> {
     Ok(())
 }
 
-/// Opens an event of a tracepoint that counts nothing.
+/// Opens a disabled perf event of a tracepoint.
 pub(super) fn open_tracepoint(id: u64) -> io::Result<OwnedFd> {
     const EVERY_TASK: libc::pid_t = -1;
     const CPU: libc::c_int = 0;
@@ -268,7 +270,7 @@ pub(super) fn open_tracepoint(id: u64) -> io::Result<OwnedFd> {
     attributes.type_ = perf_type_id::PERF_TYPE_TRACEPOINT as u32;
     attributes.config = id;
     attributes.set_disabled(1);
-    // SAFETY: the kernel reads the attributes, no more than their length.
+    // SAFETY: the kernel reads at most `size` bytes of the attributes.
     let event = unsafe {
         libc::syscall(
             libc::SYS_perf_event_open,
@@ -283,21 +285,21 @@ pub(super) fn open_tracepoint(id: u64) -> io::Result<OwnedFd> {
         let error = io::Error::last_os_error();
         return Err(io::Error::new(error.kind(), format!("perf_event_open: {error}")));
     }
-    // SAFETY: a descriptor that is nobody's yet.
+    // SAFETY: a new descriptor that has no owner yet.
     Ok(unsafe { OwnedFd::from_raw_fd(event as i32) })
 }
 
-/// Has a program run at an event's tracepoint, for as long as the event is open: for every task, on every CPU.
-pub(super) fn run_at(event: &OwnedFd, program: impl AsFd) -> io::Result<()> {
-    // SAFETY: takes two descriptors.
+/// Attaches a program to the tracepoint of an event, for all tasks and CPUs, until the event is closed.
+pub(super) fn attach_to_event(event: &OwnedFd, program: impl AsFd) -> io::Result<()> {
+    // SAFETY: the request takes two descriptors.
     let set =
         unsafe { libc::ioctl(event.as_raw_fd(), PERF_EVENT_IOC_SET_BPF as libc::Ioctl, program.as_fd().as_raw_fd()) };
     if set < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Makes a map that holds these events.
-pub(super) fn hold_events(events: &[impl AsFd]) -> io::Result<OwnedFd> {
-    let mut attributes = no_attributes();
+/// Makes a map (BPF_MAP_TYPE_PERF_EVENT_ARRAY) that contains these events.
+pub(super) fn store_events(events: &[impl AsFd]) -> io::Result<OwnedFd> {
+    let mut attributes = zeroed_attributes();
     // SAFETY: the part of the union that BPF_MAP_CREATE takes.
     let create = unsafe { &mut attributes.__bindgen_anon_1 };
     create.map_type = bpf_map_type::BPF_MAP_TYPE_PERF_EVENT_ARRAY as u32;
@@ -305,11 +307,11 @@ pub(super) fn hold_events(events: &[impl AsFd]) -> io::Result<OwnedFd> {
     create.value_size = size_of::<u32>() as u32;
     create.max_entries = events.len() as u32;
     let map = bpf(bpf_cmd::BPF_MAP_CREATE, &mut attributes)?;
-    // SAFETY: a descriptor that is nobody's yet.
+    // SAFETY: a new descriptor that has no owner yet.
     let map = unsafe { OwnedFd::from_raw_fd(map) };
     for (event, key) in events.iter().zip(0_u32..) {
         let value = event.as_fd().as_raw_fd();
-        let mut attributes = no_attributes();
+        let mut attributes = zeroed_attributes();
         // SAFETY: the part of the union that BPF_MAP_UPDATE_ELEM takes.
         let update = unsafe { &mut attributes.__bindgen_anon_2 };
         update.map_fd = map.as_raw_fd() as u32;
@@ -327,13 +329,13 @@ fn instruction(code: u32, register: u8, number: i32) -> bpf_insn {
     registers
 }
 
-fn no_attributes() -> bpf_attr {
-    // SAFETY: zero is valid for each form of it.
+fn zeroed_attributes() -> bpf_attr {
+    // SAFETY: zero is valid for each member of the union.
     unsafe { mem::zeroed() }
 }
 
 fn bpf(command: bpf_cmd, attributes: &mut bpf_attr) -> io::Result<i32> {
-    // SAFETY: the kernel reads and writes the attributes, no more than their length, and what they point to.
+    // SAFETY: the kernel accesses at most `size_of_val(attributes)` bytes of the attributes, and the memory that they point to.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut *attributes, size_of_val(attributes)) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as i32) }
 }

@@ -228,9 +228,9 @@ fn backend_is_the_one_asked_for_or_refused() {
         let said = stderr(&output);
         let said: String =
             said.split_inclusive('\n').filter(|line| !line.starts_with("warning: another sockpolicy")).collect();
-        let start = format!("error: the audit cannot use {backend}: ");
-        let end = "\n  help: leave out --audit-backend and the best one that this kernel has is taken; `sockpolicy \
-                   doctor` shows which these are\n";
+        let start = format!("error: cannot attach the audit by {backend}: ");
+        let end = "\n  help: leave out --audit-backend to use the best backend that this kernel supports; `sockpolicy doctor` \
+                   lists them\n";
         assert!(said.starts_with(&start) && said.ends_with(end), "{said}");
         assert_eq!(said.lines().count(), 2, "{said}");
         assert_eq!(output.status.code(), Some(125));

@@ -117,14 +117,14 @@ fn file_system_for_pins_is_mounted_where_there_is_none() {
     succeeds(&output);
     assert_eq!(stdout(&output), "1700\n");
     let mounted =
-        "warning: mounted a BPF file system at /sys/fs/bpf: policies that stay there end with this mount namespace\n";
+        "warning: mounted a BPF file system at /sys/fs/bpf: persistent policies end with this mount namespace\n";
     assert_eq!(stderr(&output), mounted);
     let mut attach = agent::command(&["attach", "--allow-unsupported"]);
     attach.arg(policy.path());
     let rights = "-all,+bpf,+net_admin,+perfmon,+dac_override,+sys_resource";
     let output = process::output(with_mounts(without, &with_capabilities(rights, &attach)));
-    let error = "error: there is no BPF file system at /sys/fs/bpf, where policies stay that outlive the agent, and it cannot be \
-                 mounted: Operation not permitted\n  help: mount -t bpf -o mode=0700 bpf /sys/fs/bpf\n";
+    let error = "error: cannot pin policies: there is no BPF file system at /sys/fs/bpf, and it cannot be mounted: Operation not \
+                 permitted\n  help: mount -t bpf -o mode=0700 bpf /sys/fs/bpf\n";
     assert_eq!((stderr(&output).as_str(), output.status.code()), (error, Some(2)));
 }
 

@@ -475,7 +475,7 @@ fn takeover_from_another_build_that_is_killed_at_any_step_has_the_old_or_the_new
         fs::write(policy.path(), sets_mark(&target, 2)).unwrap();
         assert!(attach_killed_at(&instance, &policy, step, times), "{step}");
         // Of two that are attached the later one sets last.
-        let is_new = ["enabled", "retired", "let-go"].contains(&step);
+        let is_new = ["enabled", "retired", "detached"].contains(&step);
         assert_eq!(mark(&target), if is_new { 2 } else { 1 }, "{step}");
         fs::write(policy.path(), sets_mark(&target, 3)).unwrap();
         instance.attach(policy.path());
@@ -522,7 +522,7 @@ const STEPS: [(&str, u32); 10] = [
     ("recorded", 0),
     ("enabled", 0),
     ("retired", 0),
-    ("let-go", 0),
+    ("detached", 0),
 ];
 
 /// `attach` that is killed at this step. Gives whether it was.
@@ -542,7 +542,7 @@ fn attach_that_is_killed_at_any_step_has_all_in_force_or_nothing_and_the_next_on
         let policy = PolicyFile::new(sets_mark(&target, 1));
         let is_killed = attach_killed_at(&instance, &policy, step, times);
         assert_eq!(is_killed, step != "link-taken-over", "{step}");
-        let is_in_force = !is_killed || ["enabled", "retired", "let-go"].contains(&step);
+        let is_in_force = !is_killed || ["enabled", "retired", "detached"].contains(&step);
         assert_eq!(mark(&target), i32::from(is_in_force), "{step}");
         fs::write(policy.path(), sets_mark(&target, 2)).unwrap();
         instance.attach(policy.path());
@@ -566,7 +566,7 @@ fn takeover_that_is_killed_at_any_step_has_the_old_or_the_new_in_force() {
         );
         fs::write(policy.path(), text).unwrap();
         assert!(attach_killed_at(&instance, &policy, step, times), "{step}");
-        let is_new = ["enabled", "retired", "let-go"].contains(&step);
+        let is_new = ["enabled", "retired", "detached"].contains(&step);
         assert_eq!((mark(&target), mark(&other)), if is_new { (2, 2) } else { (1, 0) }, "{step}");
         let output = agent::output(&["status", &instance.name]);
         assert!(stdout(&output).contains(if is_new { "0x2" } else { "0x1" }), "{step}: {}", stdout(&output));

@@ -1,4 +1,4 @@
-//! fentry and fexit: the cheapest, for the kernel calls these programs as it calls functions. Takes the kernel's BTF.
+//! fentry and fexit, the cheapest backend: the kernel calls these programs as it calls functions. It needs the kernel's BTF.
 
 use aya::{
     Btf,
@@ -21,7 +21,7 @@ const SET: Programs = Programs {
     exit: "sp_fexit_set",
     outer_entry: "sp_fentry_set_fd",
     outer_exit: "sp_fexit_set_fd",
-    found: "sp_fentry_set_found",
+    security: "sp_fentry_set_found",
 };
 
 const GET: Programs = Programs {
@@ -29,17 +29,17 @@ const GET: Programs = Programs {
     exit: "sp_fexit_get",
     outer_entry: "sp_fentry_get_fd",
     outer_exit: "sp_fexit_get_fd",
-    found: "sp_fentry_get_found",
+    security: "sp_fentry_get_found",
 };
 
-/// The kernel's types, among which the functions are looked up.
-pub(super) fn types() -> Result<Btf, String> {
-    // Reading them takes longer than this.
-    syscall::check_tracing().map_err(|error| format!("programs of this kind: {error}"))?;
-    Btf::from_sys_fs().map_err(|error| format!("the kernel's BTF: {}", chain(&error)))
+/// Reads the kernel's BTF, in which the functions are looked up.
+pub(super) fn read_btf() -> Result<Btf, String> {
+    // Checked first, because reading the BTF takes longer.
+    syscall::check_tracing().map_err(|error| format!("cannot load fentry programs: {error}"))?;
+    Btf::from_sys_fs().map_err(|error| format!("cannot read the kernel's BTF: {}", chain(&error)))
 }
 
-/// Attaches to a function. These programs are loaded for the one function that they are attached to.
+/// Attaches a program to a function. fentry programs are loaded for one function.
 pub(super) fn attach(program: &mut Program, function: &str, types: &Btf) -> Result<(), String> {
     match program {
         Program::FEntry(program) => {

@@ -1,20 +1,20 @@
-//! The kernel's functions at which fentry and kprobes see calls. They are looked up, and taken where they are.
+//! The kernel functions at which fentry and kprobes see calls.
 
 use super::{AttachVariant, Hooks, Visibility, entry, exit};
 
-/// The programs of a backend, for calls of one kind.
+/// The programs of a backend for one kind of call.
 pub(super) struct Programs {
-    /// At the function that is handed the socket, which system calls and io_uring have in common since 6.7.
+    /// At the function that gets the socket as an argument, which system calls and io_uring share since 6.7.
     pub(super) entry: &'static str,
     pub(super) exit: &'static str,
-    /// At the function of the system call, which is handed a descriptor.
+    /// At the function of the system call, which gets the descriptor as an argument.
     pub(super) outer_entry: &'static str,
     pub(super) outer_exit: &'static str,
-    /// Where the security modules are asked: the socket has just been found.
-    pub(super) found: &'static str,
+    /// At the LSM hook, which is called after the socket has been found.
+    pub(super) security: &'static str,
 }
 
-/// The functions for calls of one kind.
+/// The functions for one kind of call.
 struct Points {
     socket: &'static str,
     system_call: &'static str,
@@ -27,32 +27,37 @@ const SET: Points =
 const GET: Points =
     Points { socket: "do_sock_getsockopt", system_call: "__sys_getsockopt", security: "security_socket_getsockopt" };
 
-/// From the one that lets see most to the one that lets see least.
+/// Returns the variants, from the one that sees most to the one that sees least.
 pub(super) const fn variants(set: &Programs, get: &Programs) -> [AttachVariant; 4] {
     [
-        AttachVariant { set: nested(&SET, set), get: nested(&GET, get), spans: &[Visibility::All], not_covered: &[] },
-        // No call conflicts with anything that does not come as far as this.
         AttachVariant {
-            set: common(&SET, set),
-            get: common(&GET, get),
-            spans: &[Visibility::Ends, Visibility::Conflicts],
+            set: nested(&SET, set),
+            get: nested(&GET, get),
+            visibilities: &[Visibility::All],
             not_covered: &[],
         },
-        // Before 6.7 io_uring has no such calls. A kernel that has them but not the common functions is not known; if
-        // there is one, this is true of it.
-        AttachVariant {
-            set: before(&SET, set),
-            get: before(&GET, get),
-            spans: &[Visibility::Ends, Visibility::Conflicts, Visibility::All],
-            not_covered: &["io_uring"],
-        },
-        // For kernels in which the functions of the system calls cannot be looked up. Calls that fail with EBADF or ENOTSOCK
-        // are over before there is a socket.
+        // A call that does not reach this function cannot conflict.
         AttachVariant {
             set: common(&SET, set),
             get: common(&GET, get),
-            spans: &[Visibility::All],
-            not_covered: &["descriptors that are no sockets"],
+            visibilities: &[Visibility::Exits, Visibility::Conflicts],
+            not_covered: &[],
+        },
+        // Before 6.7, io_uring has no such calls. No kernel is known that has them but lacks the common functions; if there is
+        // one, this variant misses these calls.
+        AttachVariant {
+            set: before_6_7(&SET, set),
+            get: before_6_7(&GET, get),
+            visibilities: &[Visibility::Exits, Visibility::Conflicts, Visibility::All],
+            not_covered: &["io_uring"],
+        },
+        // For kernels in which the functions of the system calls cannot be found. Calls that fail with EBADF or ENOTSOCK return
+        // before there is a socket.
+        AttachVariant {
+            set: common(&SET, set),
+            get: common(&GET, get),
+            visibilities: &[Visibility::All],
+            not_covered: &["descriptors that are not sockets"],
         },
     ]
 }
@@ -70,10 +75,10 @@ const fn common(points: &Points, programs: &Programs) -> Hooks {
     [exit(points.socket, programs.exit), entry(points.socket, programs.entry), None, None]
 }
 
-const fn before(points: &Points, programs: &Programs) -> Hooks {
+const fn before_6_7(points: &Points, programs: &Programs) -> Hooks {
     [
         exit(points.system_call, programs.outer_exit),
-        entry(points.security, programs.found),
+        entry(points.security, programs.security),
         entry(points.system_call, programs.outer_entry),
         None,
     ]

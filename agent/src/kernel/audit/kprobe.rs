@@ -17,7 +17,7 @@ const SET: Programs = Programs {
     exit: "sp_kretprobe",
     outer_entry: "sp_kprobe_set_fd",
     outer_exit: "sp_kretprobe_fd",
-    found: "sp_kprobe_set_found",
+    security: "sp_kprobe_set_found",
 };
 
 const GET: Programs = Programs {
@@ -25,17 +25,17 @@ const GET: Programs = Programs {
     exit: "sp_kretprobe",
     outer_entry: "sp_kprobe_get_fd",
     outer_exit: "sp_kretprobe_fd",
-    found: "sp_kprobe_get_found",
+    security: "sp_kprobe_get_found",
 };
 
-/// Where the kernel says how to ask for a kprobe, if it has them.
-const PLACE: &str = "/sys/bus/event_source/devices/kprobe/type";
+/// The file with the perf event type of kprobes, which exists if the kernel has kprobes.
+const TYPE_FILE: &str = "/sys/bus/event_source/devices/kprobe/type";
 
-pub(super) fn is_there() -> Result<(), String> {
-    if Path::new(PLACE).exists() { Ok(()) } else { Err("this kernel is built without kprobes".to_owned()) }
+pub(super) fn check() -> Result<(), String> {
+    if Path::new(TYPE_FILE).exists() { Ok(()) } else { Err("this kernel is built without kprobes".to_owned()) }
 }
 
-/// Attaches to a function.
+/// Attaches a program to a function.
 pub(super) fn attach(program: &mut Program, function: &str) -> Result<(), String> {
     load_once(program).map_err(|error| load_reason(&error))?;
     match program {

@@ -1,7 +1,7 @@
-//! The audit's backends: how setsockopt and getsockopt calls are seen.
+//! The backends of the audit, which see setsockopt and getsockopt calls.
 //!
-//! A backend is a file of its own, which says in which ways it can be had ([`AttachVariant`]), whether this kernel has what it
-//! takes, and how one program is attached. Which way works is found by trying, the best one first.
+//! Each backend has a file, which lists its variants ([`AttachVariant`]), checks what the kernel must have for them, and
+//! attaches one program. The variants are tried in order, the best one first.
 
 mod fentry;
 mod functions;
@@ -21,7 +21,7 @@ use crate::{
     policy::model::{self, Calls},
 };
 
-/// A kind of hook to see calls with.
+/// A kind of hook that sees calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backend {
     /// fentry and fexit.
@@ -32,92 +32,93 @@ pub enum Backend {
     Tracepoint,
 }
 
-/// Which backend to use.
+/// The backend to use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum BackendChoice {
-    /// The cheapest that this kernel has, but kprobes where it is preemptible: they miss no calls for that.
+    /// The cheapest backend that this kernel supports. On preemptible kernels kprobes, which miss no calls because of
+    /// preemption.
     #[default]
     Auto,
     Fentry,
     Kprobe,
     Tracepoint,
-    /// None: conflicts are reported without the call's result.
+    /// No backend: conflicts are reported without the result of the call.
     None,
 }
 
-/// Whether a backend works here: how, or why not.
+/// The audit that a backend attached, or the reason why it cannot.
 pub type ProbeResult = Result<Audit, String>;
 
-/// An audit that is attached, or was.
+/// An audit that is or was attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Audit {
     pub backend: Backend,
-    way: &'static AttachVariant,
+    variant: &'static AttachVariant,
 }
 
-/// What holds the programs of an audit at their points, unless they do so themselves.
+/// The perf events that attach the programs of an audit. Empty for backends that aya attaches.
 #[derive(Default)]
-pub(super) struct PerfLinks(Vec<tracepoint::Event>);
+pub(super) struct PerfLinks(Vec<tracepoint::PerfEvent>);
 
 impl PerfLinks {
-    /// Takes the programs from their points, and is done when they are not there any more.
-    pub(super) fn take(self) {
-        tracepoint::take(self.0);
+    /// Detaches the programs, and waits until they are detached.
+    pub(super) fn detach(self) {
+        tracepoint::detach(self.0);
     }
 
-    /// Leaves that to the kernel, which needs a moment for it. The programs should be inert.
-    pub(super) fn leave(self) {
-        tracepoint::leave(self.0);
+    /// Lets the kernel detach the programs, within some milliseconds. The programs should be inert.
+    pub(super) fn detach_in_background(self) {
+        tracepoint::detach_in_background(self.0);
     }
 }
 
-/// What an audit is to see.
+/// What an audit must see.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct AuditRequest {
-    /// getsockopt too.
+    /// Whether getsockopt calls must be seen too.
     pub(super) reads: bool,
-    pub(super) span: Visibility,
+    pub(super) visibility: Visibility,
 }
 
-/// What of calls is to be seen.
+/// Which calls must be seen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Visibility {
-    /// The ends of those that conflict, which the cgroup's hooks have found to do so.
-    Ends,
-    /// Those that conflict.
+    /// The exits of conflicting calls. The cgroup's hooks have found these calls to conflict.
+    Exits,
+    /// The conflicting calls.
     Conflicts,
-    /// Those that conflict with nothing too, and with them those on descriptors that are no sockets.
+    /// All calls, also those on descriptors that are not sockets.
     All,
 }
 
 impl AuditRequest {
-    /// `can_begin_calls`: whether hooks can begin the records of calls.
+    /// Returns what an audit of this configuration must see. `can_begin_calls` is whether hooks can begin the records of calls.
     pub(super) fn of(wanted: model::Audit, can_begin_calls: bool) -> Self {
-        let span = match wanted.calls {
-            Calls::Conflicts if can_begin_calls && !wanted.timing => Visibility::Ends,
+        let visibility = match wanted.calls {
+            Calls::Conflicts if can_begin_calls && !wanted.timing => Visibility::Exits,
             Calls::Conflicts => Visibility::Conflicts,
             Calls::Governed | Calls::All => Visibility::All,
         };
-        Self { reads: wanted.reads, span }
+        Self { reads: wanted.reads, visibility }
     }
 }
 
-/// One way of seeing calls: the programs, and where they go.
+/// A way to see calls: programs, and the points to attach them to.
 #[derive(Debug, PartialEq, Eq)]
 struct AttachVariant {
-    /// Where setsockopt calls are seen, in the order in which to attach.
+    /// The hooks for setsockopt calls, in the order in which to attach.
     set: Hooks,
     get: Hooks,
-    /// What it is good for.
-    spans: &'static [Visibility],
-    /// Calls that are not seen so.
+    /// What the variant can see.
+    visibilities: &'static [Visibility],
+    /// The calls that the variant does not see.
     not_covered: &'static [&'static str],
 }
 
-/// What is begun is to be seen to its end: so exits stand before entries.
+/// Exits come before entries, so that the exit of each recorded call is seen.
 type Hooks = [Option<Hook>; 4];
 
-/// A program at a point of the kernel: a function, or for tracepoints the name of a system call.
+/// A program at a point of the kernel. The point is a function, or for tracepoints the name of a system call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Hook {
     end: End,
@@ -140,15 +141,15 @@ const fn exit(point: &'static str, program: &'static str) -> Option<Hook> {
 }
 
 impl Backend {
-    /// From the cheapest to the dearest.
+    /// From the cheapest to the most expensive.
     pub const ALL: [Self; 3] = [Self::Fentry, Self::Kprobe, Self::Tracepoint];
 
-    /// The order in which to try them.
+    /// Returns the order in which to try the backends.
     ///
-    /// kprobe programs run with preemption off. fentry programs do not, and while a task is preempted in one, the kernel
-    /// leaves it out for every other task on that CPU (`__bpf_prog_enter_recur`, kernel/bpf/trampoline.c, 5.12). With 64
-    /// threads on one CPU under 7.2, fentry left out two calls of three, tracepoints four of five (under 6.18 none), kprobes
-    /// none.
+    /// kprobe programs run with preemption disabled, fentry programs do not. While a task is preempted in a fentry program, the
+    /// kernel skips that program for every other task on that CPU (`__bpf_prog_enter_recur`, kernel/bpf/trampoline.c, 5.12).
+    /// With 64 threads on one CPU under 7.2, fentry missed two calls of three, tracepoints missed four of five (none under
+    /// 6.18), and kprobes missed none.
     fn by_preference(is_preemptible: bool) -> [Self; 3] {
         if is_preemptible { [Self::Kprobe, Self::Fentry, Self::Tracepoint] } else { Self::ALL }
     }
@@ -162,12 +163,12 @@ impl Backend {
         }
     }
 
-    /// The calls that it does not see on any kernel.
+    /// Returns the calls that the backend does not see on any kernel.
     #[must_use]
     pub fn never_sees(self) -> &'static [&'static str] {
-        let ways = self.variants();
-        let is_always = ways.iter().all(|way| way.not_covered == ways[0].not_covered);
-        if is_always { ways[0].not_covered } else { &[] }
+        let variants = self.variants();
+        let is_always = variants.iter().all(|variant| variant.not_covered == variants[0].not_covered);
+        if is_always { variants[0].not_covered } else { &[] }
     }
 
     fn variants(self) -> &'static [AttachVariant] {
@@ -178,12 +179,12 @@ impl Backend {
         }
     }
 
-    /// Runs `attach` where the backend finds what it needs of the system; `Err` says what is missing. Only fentry needs
-    /// the kernel's types, which take long to read and much room.
+    /// Runs `attach` if the system has what the backend needs; `Err` names what is missing. Only fentry needs the kernel's BTF,
+    /// which takes long to read and much memory.
     fn with_system<T: Send>(self, attach: impl FnOnce(Option<&Btf>) -> Result<T, String> + Send) -> Result<T, String> {
         match self {
-            Self::Fentry => fentry::types().and_then(|types| attach(Some(&types))),
-            Self::Kprobe => kprobe::is_there().and_then(|()| attach(None)),
+            Self::Fentry => fentry::read_btf().and_then(|types| attach(Some(&types))),
+            Self::Kprobe => kprobe::check().and_then(|()| attach(None)),
             Self::Tracepoint => tracepoint::with_tracefs(|| attach(None)),
         }
     }
@@ -196,33 +197,33 @@ impl fmt::Display for Backend {
 }
 
 impl Audit {
-    /// The calls that are not seen.
+    /// Returns the calls that are not seen.
     #[must_use]
     pub fn not_covered(self) -> &'static [&'static str] {
-        self.way.not_covered
+        self.variant.not_covered
     }
 
-    /// The points of the kernel at which setsockopt calls are seen.
+    /// Returns the points of the kernel at which setsockopt calls are seen, each once.
     pub fn points(self) -> impl Iterator<Item = &'static str> {
-        let hooks = || self.way.set.iter().flatten();
-        // Both ends of a point are one.
+        let hooks = || self.variant.set.iter().flatten();
+        // Entry and exit of a point count once.
         let is_last = move |(n, hook): &(usize, &Hook)| !hooks().skip(n + 1).any(|other| other.point == hook.point);
         hooks().enumerate().filter(is_last).map(|(_, hook)| hook.point)
     }
 
-    /// Whether the ends of calls are all that is seen, so that hooks have to begin their records.
+    /// Returns whether only exits are seen, so that hooks must begin the records of calls.
     pub(super) fn sees_only_exits(self) -> bool {
-        self.way.set.iter().flatten().all(|hook| hook.end == End::Exit)
+        self.variant.set.iter().flatten().all(|hook| hook.end == End::Exit)
     }
 
-    /// The programs that may be attached.
+    /// Returns the programs that may be attached.
     pub(super) fn programs(self) -> impl Iterator<Item = &'static str> {
-        self.way.programs()
+        self.variant.programs()
     }
 
-    /// Takes the programs out of the kernel.
+    /// Unloads the programs.
     pub(super) fn unload(self, ebpf: &mut Ebpf) {
-        self.way.unload(ebpf);
+        self.variant.unload(ebpf);
     }
 }
 
@@ -231,12 +232,12 @@ impl AttachVariant {
         [&self.set, &self.get].into_iter().flatten().flatten().map(|hook| hook.program)
     }
 
-    /// Where what it is to see is seen, in the order in which to attach.
-    fn hooks(&self, aim: AuditRequest) -> impl Iterator<Item = &Hook> {
-        [&self.set, &self.get].into_iter().take(if aim.reads { 2 } else { 1 }).flatten().flatten()
+    /// Returns the hooks for a request, in the order in which to attach.
+    fn hooks(&self, request: AuditRequest) -> impl Iterator<Item = &Hook> {
+        [&self.set, &self.get].into_iter().take(if request.reads { 2 } else { 1 }).flatten().flatten()
     }
 
-    /// All at once: for each the kernel waits until all CPUs have left it.
+    /// Unloads the programs in parallel: for each the kernel waits until no CPU runs it.
     fn unload(&self, ebpf: &mut Ebpf) {
         let is_ours = |name: &str| self.programs().any(|ours| ours == name);
         thread::scope(|scope| {
@@ -247,35 +248,37 @@ impl AttachVariant {
     }
 }
 
-/// Attaches the backend of choice; gives the one that was taken.
+/// Attaches the chosen backend. Returns the audit that was attached; `None` for [`BackendChoice::None`].
 pub(super) fn attach(
     ebpf: &mut Ebpf,
     choice: BackendChoice,
-    aim: AuditRequest,
+    request: AuditRequest,
 ) -> Result<Option<(Audit, PerfLinks)>, KernelError> {
     match candidates(choice)[..] {
         [] => Ok(None),
         [backend] => {
-            attach_backend(ebpf, backend, aim).map(Some).map_err(|reason| KernelError::Backend { backend, reason })
+            attach_backend(ebpf, backend, request).map(Some).map_err(|reason| KernelError::Backend { backend, reason })
         }
-        ref several => attach_best(ebpf, several, aim).map(Some),
+        ref several => attach_best(ebpf, several, request).map(Some),
     }
 }
 
-/// The programs that will most likely be attached, as far as they can be loaded before that is known: those of fentry are made
-/// for the function that they go to.
-pub(super) fn likely(choice: BackendChoice, aim: AuditRequest) -> Vec<&'static str> {
+/// Returns the programs that will most likely be attached. None for fentry: its programs can only be loaded for a known
+/// function.
+pub(super) fn likely(choice: BackendChoice, request: AuditRequest) -> Vec<&'static str> {
     let is_likely = |backend: &Backend| match backend {
         Backend::Fentry => syscall::check_tracing().is_ok(),
-        Backend::Kprobe => kprobe::is_there().is_ok(),
+        Backend::Kprobe => kprobe::check().is_ok(),
         Backend::Tracepoint => true,
     };
     let backend = candidates(choice).into_iter().find(is_likely).filter(|backend| *backend != Backend::Fentry);
-    let way = backend.and_then(|backend| backend.variants().iter().find(|way| way.spans.contains(&aim.span)));
-    way.map_or(Vec::new(), |way| way.hooks(aim).map(|hook| hook.program).collect())
+    let variant = backend.and_then(|backend| {
+        backend.variants().iter().find(|variant| variant.visibilities.contains(&request.visibility))
+    });
+    variant.map_or(Vec::new(), |variant| variant.hooks(request).map(|hook| hook.program).collect())
 }
 
-/// The backends that are tried, in that order.
+/// Returns the backends to try, in that order.
 #[must_use]
 pub fn candidates(choice: BackendChoice) -> Vec<Backend> {
     match choice {
@@ -287,13 +290,17 @@ pub fn candidates(choice: BackendChoice) -> Vec<Backend> {
     }
 }
 
-fn attach_best(ebpf: &mut Ebpf, backends: &[Backend], aim: AuditRequest) -> Result<(Audit, PerfLinks), KernelError> {
+fn attach_best(
+    ebpf: &mut Ebpf,
+    backends: &[Backend],
+    request: AuditRequest,
+) -> Result<(Audit, PerfLinks), KernelError> {
     let mut reasons = Vec::new();
     for backend in backends.iter().copied() {
-        match attach_backend(ebpf, backend, aim) {
+        match attach_backend(ebpf, backend, request) {
             Ok(attached) => return Ok(attached),
             Err(reason) => {
-                log::debug!("the audit cannot use {backend}: {reason}");
+                log::debug!("cannot attach the audit by {backend}: {reason}");
                 reasons.push(format!("{backend}: {reason}"));
             }
         }
@@ -301,37 +308,38 @@ fn attach_best(ebpf: &mut Ebpf, backends: &[Backend], aim: AuditRequest) -> Resu
     Err(KernelError::NoBackend { reasons: reasons.join("; ") })
 }
 
-/// Attaches all programs of a backend, or none.
+/// Attaches all programs of a backend or, on an error, none.
 pub(super) fn attach_backend(
     ebpf: &mut Ebpf,
     backend: Backend,
-    aim: AuditRequest,
+    request: AuditRequest,
 ) -> Result<(Audit, PerfLinks), String> {
-    let (way, events) = backend.with_system(|types| {
+    let (variant, perf_links) = backend.with_system(|types| {
         let mut reasons = Vec::new();
-        for way in backend.variants().iter().filter(|way| way.spans.contains(&aim.span)) {
-            match attach_variant(ebpf, backend, way, aim, types) {
-                Ok(events) => return Ok((way, events)),
-                // Several ways may fail at the same function.
+        for variant in backend.variants().iter().filter(|variant| variant.visibilities.contains(&request.visibility)) {
+            match attach_variant(ebpf, backend, variant, request, types) {
+                Ok(perf_links) => return Ok((variant, perf_links)),
+                // Several variants may fail at the same function.
                 Err(reason) if reasons.contains(&reason) => {}
                 Err(reason) => reasons.push(reason),
             }
         }
         Err(reasons.join("; "))
     })?;
-    Ok((Audit { backend, way }, events))
+    Ok((Audit { backend, variant }, perf_links))
 }
 
 fn attach_variant(
     ebpf: &mut Ebpf,
     backend: Backend,
-    way: &AttachVariant,
-    aim: AuditRequest,
+    variant: &AttachVariant,
+    request: AuditRequest,
     types: Option<&Btf>,
 ) -> Result<PerfLinks, String> {
-    let attached: Result<Vec<_>, _> = way.hooks(aim).map(|hook| attach_program(ebpf, backend, hook, types)).collect();
+    let attached: Result<Vec<_>, _> =
+        variant.hooks(request).map(|hook| attach_program(ebpf, backend, hook, types)).collect();
     if attached.is_err() {
-        way.unload(ebpf);
+        variant.unload(ebpf);
     }
     Ok(PerfLinks(attached?.into_iter().flatten().collect()))
 }
@@ -341,7 +349,7 @@ fn attach_program(
     backend: Backend,
     hook: &Hook,
     types: Option<&Btf>,
-) -> Result<Option<tracepoint::Event>, String> {
+) -> Result<Option<tracepoint::PerfEvent>, String> {
     let Hook { end, point, program } = *hook;
     let program = ebpf.program_mut(program).ok_or_else(|| format!("no program {program}"))?;
     let attached = match (backend, types) {
@@ -353,16 +361,18 @@ fn attach_program(
     attached.map_err(|reason| format!("{point}: {reason}"))
 }
 
-/// Why the kernel does not attach a program.
+/// Returns why the kernel refused to attach a program.
 fn attach_reason(error: &(dyn Error + 'static)) -> String {
-    /// Debian and Ubuntu ask for more than CAP_PERFMON where kernel.perf_event_paranoid is above what other kernels know.
-    const PARANOID: &str = " (this takes CAP_SYS_ADMIN here unless sysctl kernel.perf_event_paranoid is 2 or less)";
+    /// Debian and Ubuntu require more than CAP_PERFMON if kernel.perf_event_paranoid is above 2, the highest level of other
+    /// kernels.
+    const PARANOID_HELP: &str =
+        " (this takes CAP_SYS_ADMIN here unless sysctl kernel.perf_event_paranoid is 2 or less)";
     let reason = chain(error);
-    let why = if reason.contains("perf_event_open") && reason.contains("os error 13)") { PARANOID } else { "" };
+    let why = if reason.contains("perf_event_open") && reason.contains("os error 13)") { PARANOID_HELP } else { "" };
     format!("{reason}{why}")
 }
 
-/// Takes a program out of the kernel again, with its links.
+/// Unloads a program and detaches its links.
 fn unload(name: &str, program: &mut Program) {
     let result = match program {
         Program::FEntry(program) => FEntry::unload(program),
@@ -382,7 +392,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn fentry_comes_first_where_nothing_is_preempted_in_it() {
+    fn fentry_is_preferred_unless_the_kernel_is_preemptible() {
         assert_eq!(Backend::by_preference(false).map(Backend::name), ["fentry", "kprobe", "tracepoint"]);
         assert_eq!(Backend::by_preference(true).map(Backend::name), ["kprobe", "fentry", "tracepoint"]);
     }

@@ -1,4 +1,4 @@
-//! The tracepoints of the two system calls: where there is nothing better.
+//! The tracepoints of the two system calls, the fallback of the other backends.
 
 use std::{
     io,
@@ -22,23 +22,23 @@ pub(super) static VARIANTS: [AttachVariant; 2] = [
     AttachVariant {
         set: [exit("setsockopt", "sp_sys_exit"), None, None, None],
         get: [exit("getsockopt", "sp_sys_exit"), None, None, None],
-        spans: &[Visibility::Ends],
+        visibilities: &[Visibility::Exits],
         not_covered: NOT_COVERED,
     },
     AttachVariant {
         set: [exit("setsockopt", "sp_sys_exit"), entry("setsockopt", "sp_sys_enter"), None, None],
         get: [exit("getsockopt", "sp_sys_exit"), entry("getsockopt", "sp_sys_enter"), None, None],
-        spans: &[Visibility::Conflicts, Visibility::All],
+        visibilities: &[Visibility::Conflicts, Visibility::All],
         not_covered: NOT_COVERED,
     },
 ];
 
 const NOT_COVERED: &[&str] = &["io_uring", "32-bit programs"];
 
-/// Runs `attach` where tracepoints can be looked up.
+/// Runs `attach` with tracefs mounted, so that it can look up tracepoints.
 pub(super) fn with_tracefs<T: Send>(attach: impl FnOnce() -> Result<T, String> + Send) -> Result<T, String> {
     tracefs::with_tracefs(attach)
-        .unwrap_or_else(|error| Err(format!("tracefs is not mounted, and cannot be for this alone: {error}")))
+        .unwrap_or_else(|error| Err(format!("tracefs is not mounted, and a private mount failed: {error}")))
 }
 
 const CATEGORY: &str = "syscalls";
@@ -50,21 +50,21 @@ fn name(system_call: &str, end: End) -> String {
     }
 }
 
-/// A program at a tracepoint, for as long as this is there. Not a link, as aya makes them where the kernel has such: of those
-/// nothing can be left to the kernel.
-pub(in crate::kernel) struct Event {
+/// Attaches a program to a tracepoint until it is closed. aya would make a link on kernels that have such links, and the kernel
+/// cannot close these in the background.
+pub(in crate::kernel) struct PerfEvent {
     tracepoint: u64,
     descriptor: OwnedFd,
 }
 
-impl AsFd for Event {
+impl AsFd for PerfEvent {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.descriptor.as_fd()
     }
 }
 
-/// Attaches to one end of a system call.
-pub(super) fn attach(program: &mut Program, system_call: &str, end: End) -> Result<Event, String> {
+/// Attaches a program to the entry or the exit of a system call.
+pub(super) fn attach(program: &mut Program, system_call: &str, end: End) -> Result<PerfEvent, String> {
     load_once(program).map_err(|error| load_reason(&error))?;
     let program = program.fd().map_err(|error| chain(&error))?;
     let tracepoint = tracefs::tracepoint_id(CATEGORY, &name(system_call, end)).map_err(|error| match error.kind() {
@@ -73,41 +73,41 @@ pub(super) fn attach(program: &mut Program, system_call: &str, end: End) -> Resu
     })?;
     let attach = || {
         let descriptor = syscall::open_tracepoint(tracepoint)?;
-        syscall::run_at(&descriptor, program)?;
-        Ok(Event { tracepoint, descriptor })
+        syscall::attach_to_event(&descriptor, program)?;
+        Ok(PerfEvent { tracepoint, descriptor })
     };
     attach().map_err(|error: io::Error| attach_reason(&error))
 }
 
-/// Leaves programs to the kernel to take from their tracepoints, which it does within some milliseconds.
+/// Lets the kernel detach programs from their tracepoints, within some milliseconds.
 ///
-/// Whoever closes an event waits until no CPU is in its program any more (`perf_event_detach_bpf_prog`,
-/// kernel/trace/bpf_trace.c), and for the last event of a tracepoint until none is in that either, some 35 ms, one after the
-/// other (`perf_trace_event_unreg`, kernel/trace/trace_event_perf.c). Events in a map are closed by a worker of the kernel
+/// A process that closes an event waits until no CPU runs its program (`perf_event_detach_bpf_prog`, kernel/trace/bpf_trace.c).
+/// For the last event of a tracepoint it also waits until no CPU is in the tracepoint (`perf_trace_event_unreg`,
+/// kernel/trace/trace_event_perf.c). This takes some 35 ms for each event. A kernel worker closes events that are in a map
 /// (`__bpf_event_entry_free`, kernel/bpf/arraymap.c, and `fput`).
-pub(super) fn leave(events: Vec<impl AsFd>) {
+pub(super) fn detach_in_background(events: Vec<impl AsFd>) {
     if events.is_empty() {
         return;
     }
-    let map = syscall::hold_events(&events);
-    // As long as they are in the map.
+    let map = syscall::store_events(&events);
+    // Closed while the map still holds the events.
     drop(events);
     if let Err(error) = map {
-        log::debug!("it will take longer to end the audit: {error}");
+        log::debug!("cannot detach the audit in the background: {error}");
     }
 }
 
-/// Takes programs from their tracepoints, and is done when they are not there any more. The tracepoints themselves are left to
-/// the kernel.
-pub(super) fn take(events: Vec<Event>) {
-    // Beside each, one that counts nothing: so that ours is not the last one there.
+/// Detaches programs from their tracepoints, and waits until they are detached. The kernel releases the tracepoints in the
+/// background.
+pub(super) fn detach(events: Vec<PerfEvent>) {
+    // A second, disabled event for each tracepoint, so that ours is not the last one.
     let others: Vec<OwnedFd> =
         events.iter().filter_map(|event| syscall::open_tracepoint(event.tracepoint).ok()).collect();
-    // All at once: for each the kernel waits. Where there can be no thread, here.
+    // In parallel, because the kernel waits for each. If a thread cannot be started, the event is closed here.
     thread::scope(|scope| {
         for event in events {
             drop(thread::Builder::new().spawn_scoped(scope, || drop(event)));
         }
     });
-    leave(others);
+    detach_in_background(others);
 }

@@ -46,8 +46,8 @@ fn capabilities_that_are_missing_are_named() {
         ("-all", "CAP_NET_ADMIN, CAP_PERFMON, CAP_BPF"),
     ] {
         let error = format!(
-            "error: not permitted to load BPF programs: this process lacks {missing}\n  help: run it as root, or give \
-             it these capabilities\n"
+            "error: cannot load BPF programs: this process lacks {missing}\n  help: run sockpolicy as root, or give it \
+             these capabilities\n"
         );
         fails(with_capabilities(change, &exec(&[], &policy, &["echo", MARK])), 125, &error);
         fails(with_capabilities(change, &run_on(&path, &policy)), 2, &error);
@@ -99,7 +99,7 @@ fn three_capabilities_are_enough_where_calls_can_be_seen() {
     };
     let said = stderr(&output);
     if let Some(help) = help {
-        assert!(said.starts_with("error: the audit found no way to see calls: "), "{said}");
+        assert!(said.starts_with("error: cannot attach the audit: "), "{said}");
         assert!(said.contains(help), "{said}");
         assert_eq!((stdout(&output).as_str(), output.status.code()), ("", Some(125)));
     } else {
@@ -149,7 +149,7 @@ fn documented_capabilities_with(rights: &str) {
         said.contains("cannot be told: cannot open map sp_config of the policies in force: operation not permitted"),
         "{said}"
     );
-    assert!(said.contains("  help: run it as root, or give it CAP_SYS_ADMIN\n"), "{said}");
+    assert!(said.contains("  help: run sockpolicy as root, or give it CAP_SYS_ADMIN\n"), "{said}");
     assert_eq!(status.status.code(), Some(2), "{said}");
     let status = as_documented(",+sys_admin", &["status", &instance.name]);
     succeeds(&status);
@@ -220,8 +220,8 @@ fn nobody_may_check_and_nothing_else() {
         command.arg(&copy).args(arguments);
         command
     };
-    let error = "error: not permitted to load BPF programs: this process lacks CAP_NET_ADMIN, CAP_PERFMON, CAP_BPF\n  \
-                 help: run it as root, or give it these capabilities\n";
+    let error = "error: cannot load BPF programs: this process lacks CAP_NET_ADMIN, CAP_PERFMON, CAP_BPF\n  \
+                 help: run sockpolicy as root, or give it these capabilities\n";
     fails(as_nobody(&["exec", path, "--", "echo", MARK]), 125, error);
     fails(as_nobody(&["doctor"]), 2, error);
     assert!(process::output(as_nobody(&["check", path])).status.success());
