@@ -1,10 +1,12 @@
-//! Instances: sockpolicy as it runs, or as it has left policies in force, and how others find out.
+//! Instances: a running sockpolicy, or the persistent policies that one has left, and how other processes find them.
 //!
-//! Each has a name, and below `/run/sockpolicy` a lock, held by the agent for as long as it runs, and a record of what is in
-//! force: the policies' own texts, so that another agent, or `status`, comes to the same tables by the same code.
+//! An instance has a name. In `/run/sockpolicy` it has a lock file, which the agent locks while it runs, and a record of the
+//! policies in force. The record contains the text of the policies, so that another agent or `status` makes the same tables
+//! with the same code.
 //!
-//! Invariants: a record is written before what it tells of comes in force, so that whatever is in force is told of. Who says
-//! that cgroups are its own has found that they are nobody else's, and nobody says so between.
+//! Invariants: the record is written before its policies are enabled, so that it includes all policies in force. An instance
+//! writes cgroups as its targets only after it has checked that they belong to no other instance, and no other instance can
+//! write in between.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -34,36 +36,37 @@ use crate::{
     skipped::SkippedList,
 };
 
-/// The directory of all instances' files, and where it is.
+/// The directory of the files of all instances, and its parent.
 const PARENT: &str = "/run";
-const FOLDER: &str = "sockpolicy";
+const DIR: &str = "sockpolicy";
 /// The longest name of an instance, in bytes.
 const NAME_MAX: usize = 64;
-/// How often, and after which pauses, to ask for a lock that somebody holds: who looks at it holds it for a moment.
-const PATIENCE: u32 = 20;
-const PAUSE: Duration = Duration::from_millis(10);
+/// Number of attempts to take a lock that is held, and the pause between them. A process that inspects an instance holds its
+/// lock for a moment.
+const LOCK_ATTEMPTS: u32 = 20;
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 #[derive(Debug, thiserror::Error)]
 pub enum InstanceError {
     #[error("{}: {source}", path.escaped())]
     File { path: PathBuf, source: io::Error },
     #[error(
-        "instance `{name}` of sockpolicy runs already, as process {pid}\n  help: end that one first (kill {pid}), or give \
-         this one another name with --instance"
+        "cannot start instance `{name}`: it already runs as process {pid}\n  help: stop that process first (kill {pid}), or \
+         choose another name with --instance"
     )]
     Running { name: String, pid: String },
     #[error(
-        "cgroup {} is a target of instance `{}` already, which {holder}\n  help: end that one first ({}), or put all \
+        "cgroup {} is already a target of instance `{}`, which {holder}\n  help: stop that instance first ({}), or put all \
          policies for this cgroup into one instance",
         cgroup.escaped(), name.escaped(), remedy.escaped()
     )]
     Governed { cgroup: String, name: String, holder: String, remedy: String },
     #[error(
-        "instance `{name}` has policies in force that stay without an agent\n  help: take them over with --persist, end them \
-         (sockpolicy detach {name}), or give this one another name with --instance"
+        "cannot start instance `{name}`: it has persistent policies in force\n  help: take them over with --persist, remove them \
+         (sockpolicy detach {name}), or choose another name with --instance"
     )]
     Pinned { name: String },
-    #[error("`{}` is no name for an instance\n  help: take up to 64 letters, digits, `-` and `_`", .0.escaped())]
+    #[error("cannot use `{}` as the name of an instance\n  help: use 1 to 64 letters, digits, `-` and `_`", .0.escaped())]
     Name(String),
     #[error(transparent)]
     Kernel(#[from] KernelError),
@@ -71,53 +74,54 @@ pub enum InstanceError {
     Private(#[from] PrivateError),
 }
 
-/// What is in force, or will be in a moment.
+/// What an instance has in force, or will have in a moment.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
-    /// The version of sockpolicy that wrote this.
+    /// The version of sockpolicy that wrote the record.
     pub version: String,
-    /// Whether it stays in force when the agent is gone.
+    /// Whether the policies persist after the agent has exited.
     pub persists: bool,
     pub maps: MapIds,
     #[serde(default)]
     pub unread: RingOverflow,
-    /// The latest last. Of several, the configuration in the kernel says which is in force.
+    /// The generations that may be in force, the latest last. The kernel's configuration decides which one is.
     pub generations: Vec<Generation>,
-    /// Those before them, the latest last, that events may be of which nobody has read.
+    /// Retired generations, the latest last. The ring buffer may still contain their events.
     #[serde(default)]
     pub retired: Vec<Generation>,
-    /// What had been counted of settings when these were put in force.
+    /// The counters of settings when the generations were enabled.
     #[serde(default)]
     pub counted: Vec<SavedCounters>,
-    /// What the instance cannot handle.
+    /// The objects that the instance cannot handle.
     #[serde(default)]
     pub skipped: SkippedList,
 }
 
-/// Events that found the ring buffer full: while there was nobody to read it that is no fault of anybody's.
+/// The number of events that found the ring buffer full. Those that came without an agent are counted separately, because
+/// nobody read the buffer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RingOverflow {
-    /// Those that came while there was no agent, until the one of this record began.
+    /// Events that came without an agent, before the agent of this record started.
     before: u64,
-    /// All that there were when that one last looked.
+    /// All events up to the agent's last update.
     counted: u64,
 }
 
 impl RingOverflow {
-    /// As of an agent that begins when there are so many in all, after another one, if there was one.
+    /// Returns the value for an agent that starts when the total is `all`, after the agent of the record `previous`, if any.
     #[must_use]
-    pub fn begun(all: u64, former: Option<Self>) -> Self {
-        let before = former.map_or(all, |former| former.of(all, false));
+    pub fn at_start(all: u64, previous: Option<Self>) -> Self {
+        let before = previous.map_or(all, |previous| previous.of(all, false));
         Self { before, counted: all }
     }
 
-    /// As of an agent that is there when there are so many.
+    /// Returns the value for a running agent when the total is `all`.
     #[must_use]
     pub fn counted(self, all: u64) -> Self {
         Self { counted: all, ..self }
     }
 
-    /// How many of all of them came while there was no agent.
+    /// Returns how many of `all` events came without an agent.
     #[must_use]
     pub fn of(self, all: u64, is_running: bool) -> u64 {
         let Self { before, counted } = self;
@@ -126,31 +130,31 @@ impl RingOverflow {
 }
 
 impl Record {
-    /// The names of all cgroups that it is about.
+    /// Returns the names of the target cgroups.
     pub fn targets(&self) -> impl Iterator<Item = &str> {
         self.generations.iter().flat_map(|generation| &generation.targets).map(|(name, _)| name.as_str())
     }
 }
 
-/// Policies that are, or were, in force together.
+/// Policies that are or were in force together.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Generation {
     pub number: u32,
     #[serde(flatten)]
     pub files: Files,
-    /// Names of cgroups, each with the number of its stack.
+    /// Names of cgroups, each with the index of its stack.
     pub targets: Vec<(String, usize)>,
-    /// Whether the audit judges calls, and not the hooks.
+    /// Whether the audit judges calls instead of the hooks.
     #[serde(default)]
     pub audit_judges: bool,
 }
 
-/// What policies were read from.
+/// The text of policies, and how they were enabled.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Files {
     #[serde(rename = "files")]
     pub texts: Vec<Text>,
-    /// Whether nothing is to be changed, whatever they say.
+    /// Whether the policies are a dry run, whatever their `mode` is.
     pub dry_run: bool,
     pub stacks: Vec<Stack>,
 }
@@ -179,21 +183,21 @@ pub enum RecordError {
 }
 
 impl Generation {
-    /// The policies, as they were read.
+    /// Parses the policies again.
     ///
     /// # Errors
     ///
-    /// Where they are no policies to this build.
+    /// Fails if this build does not accept them.
     pub fn policies(&self) -> Result<Vec<Policy>, PolicyErrors> {
         let files = self.files.texts.iter().map(|Text { path, text }| (path.clone(), text.clone()));
         Ok(Texts::of(files).policies()?.0)
     }
 
-    /// The tables, as they were made.
+    /// Compiles the policies again.
     ///
     /// # Errors
     ///
-    /// As of [`Self::policies`].
+    /// Fails if this build does not accept the policies or cannot compile them.
     pub fn desired(&self) -> Result<Desired, RecordError> {
         let mut desired = session::prepare(&self.policies()?, &self.files.stacks, self.files.dry_run, false)?;
         if self.audit_judges {
@@ -203,35 +207,35 @@ impl Generation {
     }
 }
 
-/// An instance that this process is, until this is dropped.
+/// The instance of this process, until this value is dropped.
 #[derive(Debug)]
 pub struct Instance {
     name: String,
     _lock: Flock<File>,
-    /// Whether its record is to stay.
+    /// Whether the record is kept when this value is dropped.
     persists: bool,
 }
 
 impl Instance {
-    /// Becomes an instance.
+    /// Takes the lock of an instance.
     ///
     /// # Errors
     ///
-    /// Where there is one of this name that runs.
+    /// Fails if an instance of this name runs, or if it has persistent policies and `persists` is false.
     pub fn acquire(name: &str, persists: bool) -> Result<Self, InstanceError> {
         check_name(name)?;
-        let folder = make_folder()?;
+        let dir = make_dir()?;
         let lock_name = file_name(name, "lock");
-        let failed = |source| InstanceError::File { path: folder.path().join(&lock_name), source };
-        let mut patience = PATIENCE;
+        let failed = |source| InstanceError::File { path: dir.path().join(&lock_name), source };
+        let mut attempts = LOCK_ATTEMPTS;
         loop {
-            let Some(file) = folder.open_file(&lock_name, OFlag::O_RDWR | OFlag::O_CREAT)? else { continue };
+            let Some(file) = dir.open_file(&lock_name, OFlag::O_RDWR | OFlag::O_CREAT)? else { continue };
             let mut lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(lock) => lock,
-                // It may be one who only looks.
-                Err((_, Errno::EAGAIN)) if patience > 0 => {
-                    patience -= 1;
-                    thread::sleep(PAUSE);
+                // The holder may be a process that only inspects the instance.
+                Err((_, Errno::EAGAIN)) if attempts > 0 => {
+                    attempts -= 1;
+                    thread::sleep(LOCK_PAUSE);
                     continue;
                 }
                 Err((mut file, Errno::EAGAIN)) => {
@@ -239,8 +243,8 @@ impl Instance {
                 }
                 Err((_, errno)) => return Err(failed(errno.into())),
             };
-            // Who held it may have removed it meanwhile.
-            if !folder.is_entry(&lock, &lock_name) {
+            // The previous holder may have removed the file meanwhile.
+            if !dir.is_entry(&lock, &lock_name) {
                 continue;
             }
             if !persists && pinned().iter().any(|pinned| pinned == name) {
@@ -257,48 +261,48 @@ impl Instance {
         &self.name
     }
 
-    /// Leaves word of what is, or will be, in force.
+    /// Writes the record.
     ///
     /// # Errors
     ///
-    /// Where it cannot be written.
+    /// Fails if the record cannot be written. The old record is then kept.
     pub fn write(&self, record: &Record) -> Result<(), InstanceError> {
-        let folder = make_folder()?;
+        let dir = make_dir()?;
         let (name, new) = (file_name(&self.name, "json"), file_name(&self.name, "new"));
-        let failed = |source| InstanceError::File { path: folder.path().join(&new), source };
+        let failed = |source| InstanceError::File { path: dir.path().join(&new), source };
         let bytes = serde_json::to_vec(record).map_err(|error| failed(error.into()))?;
-        folder.remove_file(&new)?;
-        let file = folder.open_file(&new, OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL)?;
+        dir.remove_file(&new)?;
+        let file = dir.open_file(&new, OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL)?;
         let written = file.map_or(Ok(()), |mut file| file.write_all(&bytes));
         if let Err(error) = written {
-            // The record that is there stays whole.
-            let _ = folder.remove_file(&new);
+            // The old record is not changed.
+            let _ = dir.remove_file(&new);
             return Err(failed(error));
         }
-        Ok(folder.rename(&new, &name)?)
+        Ok(dir.rename(&new, &name)?)
     }
 
-    /// The same where these cgroups, by their names, become targets by it.
+    /// Writes a record by which cgroups with these names become targets.
     ///
     /// # Errors
     ///
-    /// Where one of them is a target of another instance, or it cannot be written.
+    /// Fails if a cgroup is a target of another instance or the record cannot be written.
     pub fn write_exclusive(&self, record: &Record, cgroups: &[&str]) -> Result<(), InstanceError> {
-        let folder = make_folder()?;
-        // One at a time: the folder is locked.
-        let lock = Flock::lock(folder.reopen()?, FlockArg::LockExclusive);
-        let _turn =
-            lock.map_err(|(_, errno)| InstanceError::File { path: folder.path().to_owned(), source: errno.into() })?;
+        let dir = make_dir()?;
+        // The lock of the directory serializes this.
+        let lock = Flock::lock(dir.reopen()?, FlockArg::LockExclusive);
+        let _dir_lock =
+            lock.map_err(|(_, errno)| InstanceError::File { path: dir.path().to_owned(), source: errno.into() })?;
         self.check_others(cgroups)?;
         fault::point("others-checked");
         self.write(record)
     }
 
-    /// Where what it has in force is to be kept, if it is to stay when this process is gone.
+    /// Returns where to pin the policies; `None` if they do not persist.
     ///
     /// # Errors
     ///
-    /// Where there is no BPF file system.
+    /// Fails if there is no BPF file system.
     pub fn pins(&self) -> Result<Option<Pins>, InstanceError> {
         Ok(if self.persists { Some(Pins::make(&self.name)?) } else { None })
     }
@@ -308,29 +312,29 @@ impl Instance {
         self.persists
     }
 
-    /// The record that is there.
+    /// Reads the record; `None` if there is none or this build cannot read it.
     #[must_use]
     pub fn record(&self) -> Option<Record> {
         read_record(&self.name)
     }
 
-    /// Nothing is in force any more.
+    /// Marks the record for removal, because no policies are in force any more.
     pub fn discard_record(&mut self) {
         self.persists = false;
     }
 
-    /// Whether one of these cgroups, by their names, is a target of another instance.
+    /// Checks that no cgroup with one of these names is a target of another instance.
     ///
     /// # Errors
     ///
-    /// If so.
+    /// Fails if a cgroup is such a target.
     pub fn check_others(&self, cgroups: &[&str]) -> Result<(), InstanceError> {
         check_others(Some(&self.name), cgroups)
     }
 }
 
 impl Instance {
-    /// Returns which of these cgroups, by their names, are targets of other instances, each with the name of the instance.
+    /// Returns which cgroups with these names are targets of other instances, each with the name of the instance.
     #[must_use]
     pub fn governed_by_others(&self, cgroups: &HashSet<&str>) -> BTreeMap<String, String> {
         let mut governed = BTreeMap::new();
@@ -345,20 +349,20 @@ impl Instance {
     }
 }
 
-/// Whether one of these cgroups, by their names, is a target of an instance, other than the one of this name.
+/// Checks that no cgroup with one of these names is a target of an instance other than `own`.
 ///
 /// # Errors
 ///
-/// If so.
+/// Fails if a cgroup is such a target.
 pub fn check_others(own: Option<&str>, cgroups: &[&str]) -> Result<(), InstanceError> {
-    let wanted: HashSet<&str> = cgroups.iter().copied().collect();
+    let names: HashSet<&str> = cgroups.iter().copied().collect();
     for other in all().into_iter().filter(|other| Some(&*other.name) != own) {
         let mut governed = other.record.iter().flat_map(Record::targets);
-        let Some(cgroup) = governed.find(|cgroup| wanted.contains(cgroup)) else { continue };
+        let Some(cgroup) = governed.find(|cgroup| names.contains(cgroup)) else { continue };
         let cgroup = cgroup.to_owned();
         let (holder, remedy) = match other.pid {
             Some(pid) => (format!("runs as process {pid}"), format!("kill {pid}")),
-            None if other.is_running => ("is just being started".to_owned(), "sockpolicy status".to_owned()),
+            None if other.is_running => ("is starting".to_owned(), "sockpolicy status".to_owned()),
             None => ("is in force without an agent".to_owned(), format!("sockpolicy detach {}", other.name)),
         };
         return Err(InstanceError::Governed { cgroup, name: other.name, holder, remedy });
@@ -368,27 +372,27 @@ pub fn check_others(own: Option<&str>, cgroups: &[&str]) -> Result<(), InstanceE
 
 impl Drop for Instance {
     fn drop(&mut self) {
-        // While it is locked still, so that nobody else's is removed.
-        if let Ok(Some(folder)) = folder() {
-            remove_files(&folder, &self.name, if self.persists { &["lock"] } else { &["json", "lock"] });
+        // Removed while the lock is held, so that no files of a new instance are removed.
+        if let Ok(Some(dir)) = dir() {
+            remove_files(&dir, &self.name, if self.persists { &["lock"] } else { &["json", "lock"] });
         }
     }
 }
 
-/// An instance, seen from outside.
+/// The status of an instance, as another process sees it.
 #[derive(Clone, Debug)]
 pub struct InstanceStatus {
     pub name: String,
     /// Whether an agent runs.
     pub is_running: bool,
-    /// Its process, if it has said so already.
+    /// The PID of the agent; `None` if the agent has not written it yet.
     pub pid: Option<u32>,
     pub record: Option<Record>,
-    /// Whether anything of it stays in the kernel without an agent.
+    /// Whether the instance has pins.
     pub is_pinned: bool,
 }
 
-/// Returns all instances that there are, by name. Removes what dead ones have left.
+/// Returns all instances, by name. Removes the files of dead ones.
 #[must_use]
 pub fn all() -> Vec<InstanceStatus> {
     let pinned = pinned();
@@ -402,40 +406,40 @@ pub fn all() -> Vec<InstanceStatus> {
 ///
 /// # Errors
 ///
-/// Fails where this process may not look, or other users could have changed what there is to see.
+/// Fails if this process may not read the directories, or if other users could have changed them.
 pub fn check_visible() -> Result<(), InstanceError> {
-    if let Some(folder) = folder()? {
-        folder.names()?;
+    if let Some(dir) = dir()? {
+        dir.names()?;
     }
     Pins::instances()?;
     Ok(())
 }
 
-/// Returns the names of instances that have pins. What other users may have put in their place is none.
+/// Returns the names of instances that have pins. Pins that other users could have changed do not count.
 fn pinned() -> Vec<String> {
     Pins::instances().inspect_err(|error| log::debug!("{error}")).unwrap_or_default()
 }
 
-/// Returns the names of instances that have a file of one of these kinds; those that have several come several times.
+/// Returns the names of instances that have a file of one of these kinds. A name is repeated for each file.
 pub(crate) fn with_files(kinds: &[&str]) -> Vec<String> {
-    let listed = folder().and_then(|folder| Ok((folder.as_ref().map_or(Ok(Vec::new()), PrivateDir::names)?, folder)));
-    let (names, folder) = match listed {
-        Ok((names, Some(folder))) => (names, folder),
+    let listed = dir().and_then(|dir| Ok((dir.as_ref().map_or(Ok(Vec::new()), PrivateDir::names)?, dir)));
+    let (names, dir) = match listed {
+        Ok((names, Some(dir))) => (names, dir),
         Ok((_, None)) => return Vec::new(),
         Err(error) => {
             log::debug!("{error}");
             return Vec::new();
         }
     };
-    let of = |file: &str| {
+    let name_of = |file: &str| {
         let (name, kind) = file.rsplit_once('.')?;
-        let is_wanted = is_name(name) && kinds.contains(&kind) && folder.has_file(file);
+        let is_wanted = is_name(name) && kinds.contains(&kind) && dir.has_file(file);
         is_wanted.then(|| name.to_owned())
     };
-    names.iter().filter_map(|file| of(file.to_str()?)).collect()
+    names.iter().filter_map(|file| name_of(file.to_str()?)).collect()
 }
 
-/// Returns one instance, if there is one of this name.
+/// Returns the status of an instance; `None` if there is none with this name.
 #[must_use]
 pub fn inspect(name: &str) -> Option<InstanceStatus> {
     inspect_among(name, &pinned())
@@ -443,15 +447,15 @@ pub fn inspect(name: &str) -> Option<InstanceStatus> {
 
 fn inspect_among(name: &str, pinned: &[String]) -> Option<InstanceStatus> {
     let is_pinned = pinned.iter().any(|pinned| pinned == name);
-    let folder = folder_or_none().filter(|_| is_name(name));
-    let (is_running, pid) = match folder.as_ref().map_or(Lock::Absent, |folder| lock_of(folder, name)) {
+    let dir = dir_or_none().filter(|_| is_name(name));
+    let (is_running, pid) = match dir.as_ref().map_or(Lock::Absent, |dir| lock_of(dir, name)) {
         Lock::Held(pid) => (true, pid),
         Lock::Free(lock) => {
-            // While it is ours, so that nobody else's is removed.
-            if let Some(folder) = folder.as_ref().filter(|_| !is_pinned)
-                && folder.is_entry(&lock, &file_name(name, "lock"))
+            // Removed while this process holds the lock, so that no files of a new instance are removed.
+            if let Some(dir) = dir.as_ref().filter(|_| !is_pinned)
+                && dir.is_entry(&lock, &file_name(name, "lock"))
             {
-                remove_files(folder, name, &["json", "lock"]);
+                remove_files(dir, name, &["json", "lock"]);
             }
             (false, None)
         }
@@ -466,41 +470,41 @@ fn inspect_among(name: &str, pinned: &[String]) -> Option<InstanceStatus> {
     })
 }
 
-fn remove_files(folder: &PrivateDir, name: &str, kinds: &[&str]) {
+fn remove_files(dir: &PrivateDir, name: &str, kinds: &[&str]) {
     for kind in kinds {
-        if let Err(error) = folder.remove_file(&file_name(name, kind)) {
+        if let Err(error) = dir.remove_file(&file_name(name, kind)) {
             log::debug!("{error}");
         }
     }
 }
 
 fn read_record(name: &str) -> Option<Record> {
-    let folder = folder_or_none()?;
-    let file = folder.open_file(&file_name(name, "json"), OFlag::O_RDONLY);
+    let dir = dir_or_none()?;
+    let file = dir.open_file(&file_name(name, "json"), OFlag::O_RDONLY);
     let mut file = file.inspect_err(|error| log::warn!("{error}")).ok().flatten()?;
     let mut bytes = Vec::new();
     file.read_to_end(&mut bytes).ok()?;
     parse_record(&bytes).inspect_err(|error| log::debug!("record of instance {name}: {error}")).ok()
 }
 
-/// Reads the text of a record.
+/// Parses a record.
 ///
 /// # Errors
 ///
-/// Fails where this is no record of this build.
+/// Fails if this is not a record of this build.
 pub fn parse_record(bytes: &[u8]) -> serde_json::Result<Record> {
     serde_json::from_slice(bytes)
 }
 
 enum Lock {
-    /// By this process, if it has said so already.
+    /// Locked by the process with this PID; `None` if it has not written its PID yet.
     Held(Option<u32>),
-    /// Nobody's, and ours for as long as this is there.
+    /// Not locked by another process. This process locks it until the value is dropped.
     Free(Flock<File>),
     Absent,
 }
 
-/// Longer than any number of a process, and a line's end.
+/// More bytes than a PID and a line feed take.
 const PID_BYTES: u64 = 16;
 
 fn read_pid(file: &mut File) -> String {
@@ -509,8 +513,8 @@ fn read_pid(file: &mut File) -> String {
     String::from_utf8_lossy(&bytes).trim().to_owned()
 }
 
-fn lock_of(folder: &PrivateDir, name: &str) -> Lock {
-    let opened = folder.open_file(&file_name(name, "lock"), OFlag::O_RDONLY);
+fn lock_of(dir: &PrivateDir, name: &str) -> Lock {
+    let opened = dir.open_file(&file_name(name, "lock"), OFlag::O_RDONLY);
     let Some(file) = opened.inspect_err(|error| log::warn!("{error}")).ok().flatten() else { return Lock::Absent };
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(lock) => Lock::Free(lock),
@@ -518,20 +522,20 @@ fn lock_of(folder: &PrivateDir, name: &str) -> Lock {
     }
 }
 
-/// Opens the directory of all instances' files, and makes it if there is none. No other user is to keep an agent from its
-/// lock, or to read policies.
-pub(crate) fn make_folder() -> Result<PrivateDir, PrivateError> {
-    PrivateDir::system(Path::new(PARENT))?.create(FOLDER)
+/// Opens the directory of the files of all instances, and makes it if there is none. Only root may change it, so that no other
+/// user can block an agent by its lock, or read policies.
+pub(crate) fn make_dir() -> Result<PrivateDir, PrivateError> {
+    PrivateDir::system(Path::new(PARENT))?.create(DIR)
 }
 
-/// Opens that directory, if there is one.
-pub(crate) fn folder() -> Result<Option<PrivateDir>, PrivateError> {
-    PrivateDir::system(Path::new(PARENT))?.open(FOLDER)
+/// Opens the directory of the files of all instances; `None` if there is none.
+pub(crate) fn dir() -> Result<Option<PrivateDir>, PrivateError> {
+    PrivateDir::system(Path::new(PARENT))?.open(DIR)
 }
 
-/// Opens it to look who is there. Without the rights for that, or where it is another user's, nobody is.
-fn folder_or_none() -> Option<PrivateDir> {
-    folder().inspect_err(|error| log::debug!("{error}")).ok().flatten()
+/// Opens the directory of the files of all instances; `None` if there is none, or if it cannot be opened or is not private.
+fn dir_or_none() -> Option<PrivateDir> {
+    dir().inspect_err(|error| log::debug!("{error}")).ok().flatten()
 }
 
 /// Returns the name of an instance's file of this kind.
@@ -539,22 +543,23 @@ pub(crate) fn file_name(name: &str, kind: &str) -> String {
     format!("{name}.{kind}")
 }
 
-/// Returns where that file is, for messages.
+/// Returns the path of an instance's file of this kind, for messages.
 pub(crate) fn path_of(name: &str, kind: &str) -> PathBuf {
-    Path::new(PARENT).join(FOLDER).join(file_name(name, kind))
+    Path::new(PARENT).join(DIR).join(file_name(name, kind))
 }
 
-/// Returns whether an instance may have this name. It is a file's name, also in a BPF file system, which takes no dots.
+/// Returns whether an instance can have this name. The name is also that of a directory in the BPF file system, in which names
+/// have no dots.
 pub(crate) fn is_name(name: &str) -> bool {
-    let is_good = |character: char| character.is_ascii_alphanumeric() || "-_".contains(character);
-    !name.is_empty() && name.len() <= NAME_MAX && name.chars().all(is_good)
+    let is_allowed = |character: char| character.is_ascii_alphanumeric() || "-_".contains(character);
+    !name.is_empty() && name.len() <= NAME_MAX && name.chars().all(is_allowed)
 }
 
 /// Checks the name of an instance.
 ///
 /// # Errors
 ///
-/// Fails where an instance may not have it.
+/// Fails if an instance cannot have this name.
 pub fn check_name(name: &str) -> Result<(), InstanceError> {
     if is_name(name) { Ok(()) } else { Err(InstanceError::Name(name.to_owned())) }
 }

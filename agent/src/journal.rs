@@ -1,15 +1,15 @@
-//! What sockets had before policies changed them while they were there, kept so that it can be put back.
+//! The journal: the values that `apply` replaced on existing sockets, so that they can be restored.
 //!
-//! A file of JSON lines below `/run/sockpolicy`, which is gone when the sockets are: with the next boot. A change is written
-//! before it is made, and what came of it after, so that nothing is lost whenever this process ends.
+//! The journal is a file of JSON lines in `/run/sockpolicy`, which like the sockets is gone after the next boot. A change is
+//! written before it is made, and its result afterwards, so that no value is lost whenever this process ends.
 //!
-//! Each line ends with a sum of its bytes. A line that does not agree with its sum is damaged: no value of it is used, every
-//! other line counts, and the damaged line stays in the file.
+//! Each line ends with a checksum. A line whose checksum is wrong is damaged: its values are not used, all other lines are, and
+//! the damaged line is kept in the file.
 //!
-//! Invariant: one process at a time works on it, from its first line or look on to its end. Another one is refused: what it would
-//! find is about to change.
+//! Invariant: one process at a time uses the journal, from its first read or write to its end. Another process is refused,
+//! because what it would read is about to change.
 //!
-//! What has become of sockets is not told. A file that has grown long is written anew without those that are gone.
+//! The journal does not record that sockets are closed. A long file is rewritten without closed sockets.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -37,27 +37,27 @@ use crate::{
     instance,
 };
 
-/// A file of so many bytes may be about many sockets that are gone: it has some 200 for each change.
-const LONG: u64 = 64 * 1024;
+/// Size in bytes from which a file is rewritten: it may contain many closed sockets. A change takes some 200 bytes.
+const COMPACT_LEN: u64 = 64 * 1024;
 
-/// Of files among those of an instance.
+/// The extension of journals among the files of an instance.
 const KIND: &str = "before";
 
-/// Bytes that are written at a time, and kept until then.
-const AT_A_TIME: usize = 256 * 1024;
+/// Size in bytes of the buffer for writing.
+const BUFFER_LEN: usize = 256 * 1024;
 
-/// No line is longer, in bytes: one that is was not written so.
+/// Maximum length of a valid line in bytes.
 const LINE_MAX: usize = 1024;
 
-/// What stands before the sum at the end of a line.
-const SUM: &str = ",\"sum\":";
+/// The text before the checksum at the end of a line.
+const CHECKSUM_KEY: &str = ",\"sum\":";
 
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
     #[error("{}: {source}", path.escaped())]
     File { path: PathBuf, source: io::Error },
     #[error(
-        "{holder} works on {} just now\n  help: do it again when that has ended, or keep what sockets had under another name, with \
+        "cannot use {}: {holder} is using it\n  help: try again when that process has ended, or choose another journal with \
          --instance",
         path.escaped()
     )]
@@ -66,31 +66,31 @@ pub enum JournalError {
     Private(#[from] PrivateError),
 }
 
-/// Adds of which file.
+/// Returns a function that adds the path of a file to an error.
 fn failed(path: &Path) -> impl FnOnce(io::Error) -> JournalError {
     let path = path.to_owned();
     move |source| JournalError::File { path, source }
 }
 
-/// One option of one socket, which its cookie tells from all others.
+/// One option of one socket. The cookie identifies the socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Place {
     pub cookie: u64,
     pub option: OptionKey,
 }
 
-/// What there is to put back.
+/// A change to restore.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Change {
-    /// What it showed before the first change.
+    /// The value before the first change.
     pub before: Value,
-    /// What it has shown since the last one: whoever finds something else there finds what somebody chose later.
+    /// The value after the last change. If the socket has another value, something else set it later.
     pub after: Value,
 }
 
-/// Who works on the file.
+/// The process that uses the file.
 #[derive(Serialize, Deserialize)]
-struct Worker {
+struct Holder {
     process: u32,
 }
 
@@ -99,12 +99,12 @@ struct Line {
     cookie: u64,
     level: i32,
     name: i32,
-    /// `None` where this is what came of a change.
+    /// `None` if the line is the result of a change.
     before: Option<Bytes>,
     after: Bytes,
 }
 
-/// A value: its length, and as much of it as matters.
+/// A value: its length, and its first 16 bytes.
 #[derive(Clone, Copy, Serialize, Deserialize)]
 struct Bytes {
     len: u32,
@@ -123,7 +123,7 @@ impl From<Bytes> for Value {
     }
 }
 
-/// The instances that have one, whether they have policies in force or not.
+/// Returns the names of the instances that have a journal, whether they have policies in force or not.
 #[must_use]
 pub fn instances() -> Vec<String> {
     let mut names = instance::with_files(&[KIND]);
@@ -131,27 +131,27 @@ pub fn instances() -> Vec<String> {
     names
 }
 
-/// Returns where the journal of an instance is, for messages.
+/// Returns the path of an instance's journal, for messages.
 #[must_use]
 pub fn path_of(instance: &str) -> PathBuf {
     instance::path_of(instance, KIND)
 }
 
-/// What a journal says.
+/// The contents of a journal.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Contents {
-    /// All that there is to put back.
+    /// The changes to restore.
     pub changes: BTreeMap<Place, Change>,
-    /// How many lines are damaged.
+    /// Number of damaged lines.
     pub damaged: usize,
 }
 
-/// The journal of an instance, which is nobody else's as long as this is there and has been used.
+/// The journal of an instance. From its first use on, it is locked until this value is dropped.
 #[derive(Debug)]
 pub struct Journal {
     /// The name of the file in the directory of all instances.
     name: String,
-    /// Where that is, for messages.
+    /// The path of the file, for messages.
     path: PathBuf,
     file: Option<(PrivateDir, Flock<fs::File>)>,
 }
@@ -163,29 +163,30 @@ impl Journal {
         Self { name, path: path_of(instance), file: None }
     }
 
-    /// Notes what an option shows, and what it is about to be given.
+    /// Records the current value of an option and the value that is about to be set.
     ///
     /// # Errors
     ///
-    /// Where it cannot be written: then it must not be done.
+    /// Fails if it cannot be written. The option must then not be set.
     pub fn note(&mut self, place: Place, before: &Value, wanted: &Value) -> Result<(), JournalError> {
         self.note_all([(place, Some(*before), *wanted)])
     }
 
-    /// Notes what an option shows after that.
+    /// Records the value of an option after it was set.
     ///
     /// # Errors
     ///
-    /// Where it cannot be written.
+    /// Fails if it cannot be written.
     pub fn note_after(&mut self, place: Place, after: &Value) -> Result<(), JournalError> {
         self.note_all([(place, None, *after)])
     }
 
-    /// The same of many, at once: what options show and are about to be given or, without that, show after.
+    /// Records many options together: the current value and the value that is about to be set or, without a current value, the
+    /// value after it was set.
     ///
     /// # Errors
     ///
-    /// Where it cannot be written, or another process works on it.
+    /// Fails if it cannot be written, or if another process uses the journal.
     pub fn note_all(
         &mut self,
         notes: impl IntoIterator<Item = (Place, Option<Value>, Value)>,
@@ -193,7 +194,7 @@ impl Journal {
         let mut text = Vec::new();
         for (place, before, after) in notes {
             write_line(&mut text, place, before.as_ref(), &after).map_err(failed(&self.path))?;
-            if text.len() >= AT_A_TIME {
+            if text.len() >= BUFFER_LEN {
                 self.append(&text)?;
                 text.clear();
             }
@@ -204,24 +205,24 @@ impl Journal {
     fn append(&mut self, text: &[u8]) -> Result<(), JournalError> {
         if self.file.is_none() {
             self.open(true)?;
-            self.shorten()?;
+            self.compact()?;
         }
         let Some((_, file)) = &mut self.file else { return Ok(()) };
         append(file, text).map_err(failed(&self.path))
     }
 
-    /// Has the file, if there is one or it is to be made, for this process alone.
-    fn open(&mut self, is_to_be_made: bool) -> Result<(), JournalError> {
+    /// Opens and locks the file. With `create`, makes it if there is none.
+    fn open(&mut self, create: bool) -> Result<(), JournalError> {
         while self.file.is_none() {
-            let folder = if is_to_be_made { Some(instance::make_folder()?) } else { instance::folder()? };
-            let made = if is_to_be_made { OFlag::O_CREAT } else { OFlag::empty() };
-            let Some(folder) = folder else { return Ok(()) };
-            let Some(file) = folder.open_file(&self.name, OFlag::O_RDWR | OFlag::O_APPEND | made)? else {
+            let dir = if create { Some(instance::make_dir()?) } else { instance::dir()? };
+            let create_flag = if create { OFlag::O_CREAT } else { OFlag::empty() };
+            let Some(dir) = dir else { return Ok(()) };
+            let Some(file) = dir.open_file(&self.name, OFlag::O_RDWR | OFlag::O_APPEND | create_flag)? else {
                 return Ok(());
             };
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                // Who had it may have written it anew, or removed it.
-                Ok(lock) if folder.is_entry(&lock, &self.name) => self.file = Some((folder, lock)),
+                // The previous holder may have rewritten or removed the file.
+                Ok(lock) if dir.is_entry(&lock, &self.name) => self.file = Some((dir, lock)),
                 Ok(_) => {}
                 Err((file, Errno::EAGAIN)) => {
                     return Err(JournalError::Busy { path: self.path.clone(), holder: holder(file) });
@@ -230,37 +231,37 @@ impl Journal {
             }
         }
         let Some((_, file)) = &mut self.file else { return Ok(()) };
-        say_whose(file).map_err(failed(&self.path))?;
+        write_holder(file).map_err(failed(&self.path))?;
         fault::point("journal-opened");
         Ok(())
     }
 
-    /// Forgets sockets that are gone, where there may be many.
-    fn shorten(&mut self) -> Result<(), JournalError> {
+    /// Removes closed sockets from a long file.
+    fn compact(&mut self) -> Result<(), JournalError> {
         let Some((_, file)) = &self.file else { return Ok(()) };
-        if file.metadata().map_err(failed(&self.path))?.len() < LONG {
+        if file.metadata().map_err(failed(&self.path))?.len() < COMPACT_LEN {
             return Ok(());
         }
         let mut inspector = Inspector::default();
-        let survey = SocketTable::read(|_| true, || None, &mut inspector);
-        let Ok(survey) = survey.inspect_err(|error| log::debug!("{error}")) else {
+        let table = SocketTable::read(|_| true, || None, &mut inspector);
+        let Ok(table) = table.inspect_err(|error| log::debug!("{error}")) else {
             return Ok(());
         };
-        // What does not answer may be any of them.
-        if survey.has_unlisted || !inspector.skipped().is_empty() {
+        // A socket that could not be inspected may be one of those in the journal.
+        if table.has_unlisted || !inspector.skipped().is_empty() {
             return Ok(());
         }
-        let there: HashSet<u64> = survey.sockets.iter().map(|found| found.entry.cookie).collect();
+        let open: HashSet<u64> = table.sockets.iter().map(|found| found.entry.cookie).collect();
         let Contents { mut changes, .. } = self.read()?;
-        changes.retain(|place, _| there.contains(&place.cookie));
+        changes.retain(|place, _| open.contains(&place.cookie));
         self.replace(&changes)
     }
 
-    /// Reads all that there is.
+    /// Reads the journal.
     ///
     /// # Errors
     ///
-    /// Fails where the file cannot be read, or another process works on it.
+    /// Fails if the file cannot be read, or if another process uses the journal.
     pub fn contents(&mut self) -> Result<Contents, JournalError> {
         self.open(false)?;
         self.read()
@@ -272,70 +273,69 @@ impl Journal {
         parse(&mut BufReader::new(&mut **file)).map_err(failed(&self.path))
     }
 
-    /// Keeps only these to be put back, and the lines that are damaged.
+    /// Replaces the changes in the file, and keeps the damaged lines. Removes the file if nothing is left.
     ///
     /// # Errors
     ///
-    /// Fails where that cannot be written. All that was there is then kept.
+    /// Fails if it cannot be written. The old contents are then kept.
     pub fn keep(mut self, contents: &Contents) -> Result<(), JournalError> {
         match &self.file {
-            // There was none.
+            // There is no file.
             None => Ok(()),
             Some(_) if contents.changes.is_empty() && contents.damaged == 0 => self.remove(),
             Some(_) => self.replace(&contents.changes),
         }
     }
 
-    /// Puts a file that says only this in the place of the one that is there, which is ours. Lines that are damaged are copied.
+    /// Replaces the file, which this process has locked, with one that contains these changes and the damaged lines.
     fn replace(&mut self, changes: &BTreeMap<Place, Change>) -> Result<(), JournalError> {
-        let Some((folder, file)) = &mut self.file else { return Ok(()) };
+        let Some((dir, file)) = &mut self.file else { return Ok(()) };
         let new = format!("{}.new", self.name);
-        // Nobody else's, as long as the other one is ours.
-        folder.remove_file(&new)?;
-        let Some(made) = folder.open_file(&new, OFlag::O_RDWR | OFlag::O_APPEND | OFlag::O_CREAT | OFlag::O_EXCL)?
-        else {
+        // No other process uses this name while this process has locked the journal.
+        dir.remove_file(&new)?;
+        let Some(made) = dir.open_file(&new, OFlag::O_RDWR | OFlag::O_APPEND | OFlag::O_CREAT | OFlag::O_EXCL)? else {
             return Ok(());
         };
-        let path = folder.path().join(&new);
+        let path = dir.path().join(&new);
         let mut made =
             Flock::lock(made, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| failed(&path)(errno.into()))?;
         if let Err(error) = copy(file, changes, &mut made) {
-            let _ = folder.remove_file(&new);
+            let _ = dir.remove_file(&new);
             return Err(failed(&path)(error));
         }
-        folder.rename(&new, &self.name)?;
+        dir.rename(&new, &self.name)?;
         *file = made;
         Ok(())
     }
 
-    /// There is nothing to put back any more.
+    /// Removes the journal, because there is nothing to restore any more.
     ///
     /// # Errors
     ///
-    /// Fails where the file cannot be removed, or another process works on it.
+    /// Fails if the file cannot be removed, or if another process uses the journal.
     pub fn remove(mut self) -> Result<(), JournalError> {
         self.open(false)?;
         match &self.file {
             None => Ok(()),
-            Some((folder, _)) => Ok(folder.remove_file(&self.name)?),
+            Some((dir, _)) => Ok(dir.remove_file(&self.name)?),
         }
     }
 }
 
-/// Appends whole lines, or nothing: where there is no room for all of it, the file ends as before.
+/// Appends whole lines or nothing: if there is no space for all of them, the file is truncated to its old length.
 fn append(file: &mut fs::File, text: &[u8]) -> io::Result<()> {
     let end = file.metadata()?.len();
     file.write_all(text).inspect_err(|_| {
-        // A line that is cut off would be damaged, and so would the one after it.
+        // An incomplete line would be damaged, and so would the line after it.
         if let Err(error) = file.set_len(end) {
-            log::debug!("the last line of the journal is cut off: {error}");
+            log::debug!("cannot truncate the journal, whose last line is incomplete: {error}");
         }
     })
 }
 
-/// Writes these changes, and what is damaged in `old`.
+/// Writes these changes, and the damaged lines of `old`.
 fn copy(old: &mut fs::File, changes: &BTreeMap<Place, Change>, new: &mut fs::File) -> io::Result<()> {
-    say_whose(new)?;
+    write_holder(new)?;
     let mut out = BufWriter::new(new);
     let mut line = Vec::new();
     for (place, Change { before, after }) in changes {
@@ -344,40 +344,40 @@ fn copy(old: &mut fs::File, changes: &BTreeMap<Place, Change>, new: &mut fs::Fil
         out.write_all(&line)?;
     }
     old.rewind()?;
-    each_line(&mut BufReader::new(old), |line| match line {
-        Raw::Damaged(bytes) => out.write_all(bytes).and_then(|()| out.write_all(b"\n")),
-        Raw::Line(_) | Raw::Worker(_) => Ok(()),
+    for_each_line(&mut BufReader::new(old), |line| match line {
+        RawLine::Damaged(bytes) => out.write_all(bytes).and_then(|()| out.write_all(b"\n")),
+        RawLine::Line(_) | RawLine::Holder(_) => Ok(()),
     })?;
     out.flush()
 }
 
-/// Reads the text of a journal. It is read once, and no more of it is kept than there are changes.
+/// Parses a journal. Reads the text once, and keeps no more of it in memory than the changes.
 ///
 /// # Errors
 ///
-/// Fails where `text` does.
+/// Fails if `text` cannot be read.
 pub fn parse(text: &mut impl BufRead) -> io::Result<Contents> {
     let (mut lines, mut damaged) = (Fold::default(), 0);
-    each_line(text, |line| {
+    for_each_line(text, |line| {
         match line {
-            Raw::Line(line) => lines.add(line),
-            Raw::Damaged(_) => damaged += 1,
-            Raw::Worker(_) => {}
+            RawLine::Line(line) => lines.add(line),
+            RawLine::Damaged(_) => damaged += 1,
+            RawLine::Holder(_) => {}
         }
         Ok(())
     })?;
     Ok(Contents { changes: lines.0, damaged })
 }
 
-/// A line as it stands in a journal.
-enum Raw<'a> {
+/// A line of a journal.
+enum RawLine<'a> {
     Line(Line),
-    Worker(Worker),
-    /// The bytes of one that says nothing, at most [`LINE_MAX`] of them. The rest follows as another line.
+    Holder(Holder),
+    /// A damaged line, of which at most [`LINE_MAX`] bytes. The rest follows as another line.
     Damaged(&'a [u8]),
 }
 
-fn each_line(text: &mut impl BufRead, mut each: impl FnMut(Raw<'_>) -> io::Result<()>) -> io::Result<()> {
+fn for_each_line(text: &mut impl BufRead, mut each: impl FnMut(RawLine<'_>) -> io::Result<()>) -> io::Result<()> {
     let mut line = Vec::new();
     loop {
         line.clear();
@@ -394,40 +394,41 @@ fn each_line(text: &mut impl BufRead, mut each: impl FnMut(Raw<'_>) -> io::Resul
     }
 }
 
-fn read_line(line: &[u8]) -> Raw<'_> {
-    let Some(body) = body_of(line) else { return Raw::Damaged(line) };
+fn read_line(line: &[u8]) -> RawLine<'_> {
+    let Some(body) = body_of(line) else { return RawLine::Damaged(line) };
     if let Ok(line) = serde_json::from_slice(&body) {
-        return Raw::Line(line);
+        return RawLine::Line(line);
     }
-    serde_json::from_slice(&body).map_or(Raw::Damaged(line), Raw::Worker)
+    serde_json::from_slice(&body).map_or(RawLine::Damaged(line), RawLine::Holder)
 }
 
-/// Returns a line without its sum; `None` where the line has none, or another one.
+/// Returns a line without its checksum; `None` if the checksum is missing or wrong.
 fn body_of(line: &[u8]) -> Option<Vec<u8>> {
     let line = str::from_utf8(line).ok()?;
-    let (body, sum) = line.strip_suffix('}')?.rsplit_once(SUM)?;
+    let (body, sum) = line.strip_suffix('}')?.rsplit_once(CHECKSUM_KEY)?;
     let body = [body.as_bytes(), b"}"].concat();
-    (sum == sum_of(&body).to_string()).then_some(body)
+    (sum == checksum(&body).to_string()).then_some(body)
 }
 
-/// Returns the sum of a line: FNV-1a with 64 bits. Each byte changes it one-to-one, so that no single byte can change unseen.
-fn sum_of(bytes: &[u8]) -> u64 {
+/// Returns the checksum of a line: 64-bit FNV-1a. Each step is a bijection, so that a change of a single byte is always
+/// detected.
+fn checksum(bytes: &[u8]) -> u64 {
     const BASIS: u64 = 0xcbf2_9ce4_8422_2325;
     const PRIME: u64 = 0x0100_0000_01b3;
     bytes.iter().fold(BASIS, |sum, byte| (sum ^ u64::from(*byte)).wrapping_mul(PRIME))
 }
 
-/// Writes an object of JSON as a line with its sum.
-fn write_summed(text: &mut Vec<u8>, object: &impl Serialize) -> io::Result<()> {
+/// Writes a JSON object as a line with its checksum.
+fn write_checked(text: &mut Vec<u8>, object: &impl Serialize) -> io::Result<()> {
     let start = text.len();
     serde_json::to_writer(&mut *text, object)?;
-    let sum = sum_of(&text[start..]);
-    // The object's last brace.
+    let sum = checksum(&text[start..]);
+    // Removes the closing brace of the object.
     text.pop();
-    writeln!(text, "{SUM}{sum}}}")
+    writeln!(text, "{CHECKSUM_KEY}{sum}}}")
 }
 
-/// A line as `apply` writes one.
+/// Returns a line as `apply` writes it.
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) fn sample_line() -> Vec<u8> {
     let mut line = Vec::new();
@@ -439,21 +440,21 @@ pub(crate) fn sample_line() -> Vec<u8> {
 fn write_line(text: &mut Vec<u8>, place: Place, before: Option<&Value>, after: &Value) -> io::Result<()> {
     let Place { cookie, option: OptionKey { level, name } } = place;
     let line = Line { cookie, level, name, before: before.map(Bytes::from), after: Bytes::from(after) };
-    write_summed(text, &line)
+    write_checked(text, &line)
 }
 
-/// Writes which process works on the file, for others that find it locked.
-fn say_whose(file: &mut fs::File) -> io::Result<()> {
+/// Writes which process uses the file, for processes that find it locked.
+fn write_holder(file: &mut fs::File) -> io::Result<()> {
     let mut text = Vec::new();
-    if is_cut_off(file)? {
+    if has_incomplete_line(file)? {
         text.push(b'\n');
     }
-    write_summed(&mut text, &Worker { process: std::process::id() })?;
+    write_checked(&mut text, &Holder { process: std::process::id() })?;
     append(file, &text)
 }
 
-/// Whether the last line has no end: who wrote it was killed, or had no room.
-fn is_cut_off(file: &mut fs::File) -> io::Result<bool> {
+/// Returns whether the last line is incomplete: its writer was killed or had no disk space.
+fn has_incomplete_line(file: &mut fs::File) -> io::Result<bool> {
     let mut last = [b'\n'];
     if file.metadata()?.len() > 0 {
         file.seek(SeekFrom::End(-1))?;
@@ -462,26 +463,26 @@ fn is_cut_off(file: &mut fs::File) -> io::Result<bool> {
     Ok(last != *b"\n")
 }
 
-/// Who has locked a file, in words.
+/// Describes the process that has locked a file.
 fn holder(file: fs::File) -> String {
     let mut last = None;
-    let read = each_line(&mut BufReader::new(file), |line| {
-        if let Raw::Worker(worker) = line {
-            last = Some(worker);
+    let read = for_each_line(&mut BufReader::new(file), |line| {
+        if let RawLine::Holder(found) = line {
+            last = Some(found);
         }
         Ok(())
     });
     if let Err(error) = read {
         log::debug!("{error}");
     }
-    // It may just be about to say so, and the last one who did be gone.
-    match last.filter(|worker| process::has_thread(worker.process)) {
-        Some(Worker { process }) => format!("another sockpolicy, process {process},"),
+    // The holder may not have written its PID yet, so the last PID may be that of a process that has exited.
+    match last.filter(|found| process::has_thread(found.process)) {
+        Some(Holder { process }) => format!("another sockpolicy (process {process})"),
         None => "another sockpolicy".to_owned(),
     }
 }
 
-/// What lines say together.
+/// Combines lines into changes.
 #[derive(Default)]
 struct Fold(BTreeMap<Place, Change>);
 
@@ -490,7 +491,7 @@ impl Fold {
         let Line { cookie, level, name, before, after } = line;
         let place = Place { cookie, option: OptionKey { level, name } };
         match (self.0.get_mut(&place), before) {
-            // Nothing came of what was noted before.
+            // The earlier change had no effect.
             (Some(change), Some(before)) if change.before == change.after => {
                 *change = Change { before: before.into(), after: after.into() };
             }
@@ -520,7 +521,7 @@ mod tests {
 
     fn text_of(cookies: impl Iterator<Item = u64>) -> Vec<u8> {
         let mut text = Vec::new();
-        write_summed(&mut text, &Worker { process: 1 }).unwrap();
+        write_checked(&mut text, &Holder { process: 1 }).unwrap();
         for cookie in cookies {
             let place = Place { cookie, option: OptionKey { level: 6, name: 4 } };
             write_line(&mut text, place, Some(&Value::int(500)), &Value::int(61)).unwrap();
@@ -533,7 +534,7 @@ mod tests {
     }
 
     #[test]
-    fn flipped_bit_loses_the_line_that_it_is_in_and_no_other() {
+    fn flipped_bit_damages_only_its_own_line() {
         let whole = text_of(1..=3);
         let lines: Vec<usize> =
             whole.iter().enumerate().filter(|(_, byte)| **byte == b'\n').map(|(at, _)| at).collect();
@@ -541,10 +542,10 @@ mod tests {
             for bit in 0..8 {
                 let mut text = whole.clone();
                 text[at] ^= 1 << bit;
-                // The line of the process counts as the first.
+                // Line 0 is that of the process.
                 let line = lines.iter().filter(|end| **end < at).count() as u64;
                 let Contents { changes, damaged } = parse(&mut &*text).unwrap();
-                // Where the end of a line is damaged, so is the next line.
+                // If the end of a line is damaged, the next line is damaged too.
                 let is_lost = |cookie: u64| cookie == line || (whole[at] == b'\n' && cookie == line + 1);
                 let left: Vec<u64> = (1..=3).filter(|cookie| !is_lost(*cookie)).collect();
                 let found: Vec<u64> = changes.keys().map(|place| place.cookie).collect();
@@ -555,7 +556,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_stands_between_lines_loses_none_of_them() {
+    fn damaged_lines_do_not_affect_others() {
         let (one, other) = (text_of(iter::once(1)), text_of(iter::once(2)));
         let long = vec![b'x'; 10 * LINE_MAX];
         for (between, damaged) in [
@@ -575,10 +576,10 @@ mod tests {
     }
 
     #[test]
-    fn line_that_is_cut_off_is_damaged() {
+    fn incomplete_line_is_damaged() {
         let text = text_of(1..=2);
         let last = text[..text.len() - 1].iter().rposition(|byte| *byte == b'\n').unwrap() + 1;
-        // Without its end it is whole still.
+        // Without only its line feed, a line is complete.
         for end in last + 1..text.len() - 1 {
             let contents = parse(&mut &text[..end]).unwrap();
             assert_eq!((cookies(&contents), contents.damaged), (vec![1], 1), "{end}");
@@ -587,22 +588,22 @@ mod tests {
     }
 
     #[test]
-    fn first_value_and_last_one_count() {
+    fn first_value_before_and_last_value_after_count() {
         let lines = [written(Some(1), 2), written(None, 3), written(Some(3), 4), written(None, 5)];
         let change = *fold(lines.into_iter()).values().next().unwrap();
         assert_eq!(change, Change { before: Value::int(1), after: Value::int(5) });
     }
 
     #[test]
-    fn change_that_was_refused_leaves_no_value_to_be_put_back() {
-        // 1, and 2 refused; then somebody set 3, which was replaced by 2.
+    fn refused_change_leaves_nothing_to_restore() {
+        // The value was 1, and 2 was refused. Then something set 3, which was replaced by 2.
         let lines = [written(Some(1), 2), written(None, 1), written(Some(3), 2)];
         let change = *fold(lines.into_iter()).values().next().unwrap();
         assert_eq!(change, Change { before: Value::int(3), after: Value::int(2) });
     }
 
     #[test]
-    fn change_that_was_cut_off_has_the_value_that_was_wanted() {
+    fn interrupted_change_has_the_wanted_value() {
         let change = *fold([written(Some(1), 2)].into_iter()).values().next().unwrap();
         assert_eq!(change.after, Value::int(2));
         assert!(fold([written(None, 2)].into_iter()).is_empty());

@@ -1,7 +1,7 @@
-//! Policies in force: from valid policies to events and a summary.
+//! Policies in force: from compiled policies to events and a summary.
 //!
-//! Holds the programs and what is needed to put their records into words. It has no loop and does not print:
-//! whoever owns it waits on its descriptor and drains it.
+//! Owns the programs and what is needed to decode their records. It has no loop and prints nothing: the caller waits on the
+//! session's descriptor and calls [`Session::drain`].
 
 mod record;
 
@@ -54,29 +54,29 @@ pub enum SessionError {
     #[error(transparent)]
     Instance(#[from] InstanceError),
     #[error(
-        "this kernel cannot do all that the policies say:{0}\n  help: leave that out, or give --allow-unsupported to have the rest \
-         in force without it"
+        "cannot enforce the policies on this kernel:{0}\n  help: remove these settings, or give --allow-unsupported to enforce \
+         the rest"
     )]
     Unsupported(UnsupportedList),
 }
 
-/// Events to drain at a time: some milliseconds' worth.
+/// Maximum number of events that one call drains, which takes some milliseconds.
 const BATCH_MAX: usize = 1024;
 
 /// Policies in force on their targets, until this is dropped.
 pub struct Session {
     object: Object,
-    /// What others are told of it.
+    /// The record of the instance; `None` if the session has no instance.
     record: Option<RecordWriter>,
-    /// Targets that could not be attached to.
+    /// Targets that the programs could not be attached to.
     skipped: Vec<Skip>,
     current: Generation,
-    /// Those that sockets may still be set up by, the latest last.
+    /// Previous generations by which sockets may still be set up, the latest last.
     draining: Vec<Generation>,
-    /// Those that were so until now, the latest last: what they caused may still be to be told.
+    /// Retired generations, the latest last. The ring buffer may still contain their events.
     retired: Vec<Generation>,
-    /// Whether all has been told since the last of these was retired.
-    has_reported: bool,
+    /// Whether the ring buffer was empty at some time since the last of these was retired.
+    was_drained: bool,
     targets: Vec<Target>,
     filter: Filter,
     backend: BackendChoice,
@@ -85,7 +85,7 @@ pub struct Session {
     blocked: BlockedTargets,
     unsupported: Vec<Unsupported>,
     needs_hook: Option<NeedsHook>,
-    /// What came of trying to set options.
+    /// The results of the option probes.
     probed: ProbedOptions,
     mount: Mount,
     names: Names,
@@ -93,55 +93,56 @@ pub struct Session {
     executables: Executables,
     report: Report,
     unknown_records: u64,
-    /// Calls whose records were dropped because their threads are gone.
+    /// Number of calls whose records were dropped because their threads had exited.
     dead_calls: u64,
-    /// What had been lost when it was last told.
+    /// The losses that have been reported.
     reported: Lost,
 }
 
-/// Policies that are, or were, in force together.
+/// Policies that are or were in force together.
 pub(crate) struct Generation {
     pub(crate) number: u32,
     pub(crate) desired: Desired,
-    /// From another agent, or none.
+    /// Whether an earlier agent enabled the generation.
     pub(crate) is_taken_over: bool,
 }
 
-/// What to put in force, on whom, and whom to look at.
+/// The input of [`Session::start`].
 pub struct Setup {
     pub desired: Desired,
     pub mount: Mount,
     pub targets: Vec<Target>,
-    /// What events say of containers.
+    /// The containers that events name.
     pub containers: containers::Known,
     pub backend: BackendChoice,
-    /// What to do about what this kernel cannot do.
+    /// What to do about settings that this kernel does not support.
     pub on_unsupported: OnUnsupported,
-    /// What to do about targets that programs of others keep from being attached to.
+    /// What to do about targets that foreign programs keep from being attached to.
     pub on_blocked: OnBlocked,
-    /// Events to tell of. Its processes are also the only ones whose calls the audit follows, if there are any.
+    /// The events to report. If it names processes, the audit sees only the calls of these.
     pub filter: Filter,
-    /// As which others find it, if they do, and what the policies' files say.
+    /// The instance, if other processes can find the session, and the policy files.
     pub instance: Option<(Instance, Files)>,
 }
 
-/// What to do about targets where attaching is forbidden by a program of others, or would put it out of effect.
+/// What to do about targets at which a foreign program forbids attaching, or would lose its effect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnBlocked {
-    /// Refuse the policies on all targets.
+    /// Reject the policies on all targets.
     Refuse,
     /// Skip these targets, and log each once.
     Skip,
 }
 
-/// What to do about what policies ask for and this kernel cannot do.
+/// What to do about settings that this kernel does not support.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnUnsupported {
-    /// Find out, and refuse policies that are enforced.
+    /// Probe the settings, and reject enforced policies with unsupported ones.
     Refuse,
-    /// Find out, and go on without it.
+    /// Probe the settings, and continue without unsupported ones.
     Allow,
-    /// Go on without it, as far as it shows by itself: nothing is to be set.
+    /// Do not probe options, since no option is to be set. Continue without what the kernel refuses when the programs are
+    /// loaded.
     DoNotProbe,
 }
 
@@ -149,9 +150,9 @@ pub enum OnUnsupported {
 ///
 /// # Errors
 ///
-/// Where they do not go together.
+/// Fails if the policies cannot be combined.
 pub fn prepare(policies: &[Policy], stacks: &[Stack], dry_run: bool, timing: bool) -> Result<Desired, SessionError> {
-    // Those that hold nowhere are not tried, counted or listened to.
+    // Policies that are in no stack are left out: they are not probed or counted, and need no hooks.
     let in_force: Vec<usize> =
         (0..policies.len()).filter(|policy| stacks.iter().any(|stack| stack.contains(policy))).collect();
     let renumbered = |stack: &Stack| -> Stack {
@@ -168,7 +169,7 @@ pub fn prepare(policies: &[Policy], stacks: &[Stack], dry_run: bool, timing: boo
     Ok(desired)
 }
 
-/// Leaves out the hooks that policies can do without and that this host does not have.
+/// Removes the optional hooks that this host does not have.
 pub fn leave_out_absent_hooks(desired: &mut Desired) {
     if !kernel::takes_lsm_programs() {
         desired.keep_hooks(|hook| hook != Hook::PostCreate);
@@ -176,11 +177,11 @@ pub fn leave_out_absent_hooks(desired: &mut Desired) {
 }
 
 impl Session {
-    /// Puts a policy in force.
+    /// Enables policies.
     ///
     /// # Errors
     ///
-    /// Where this kernel cannot do it; then nothing is in force.
+    /// Fails if this kernel refuses. No policies are then in force.
     pub fn start(setup: Setup) -> Result<Self, SessionError> {
         let Setup {
             mut desired,
@@ -196,10 +197,10 @@ impl Session {
         let pins = instance.as_ref().map_or(Ok(None), |(instance, _)| instance.pins())?;
         let is_pinned = pins.is_some();
         warn_of_overriding_programs(&mount, &targets);
-        // Its name stays its own until all that it has attached is gone: what is declared first goes last.
-        let mut word = None;
+        // Declared first, so that it is dropped last: the name of the instance must be locked until everything is detached.
+        let mut record = None;
         let options = if choice == OnUnsupported::DoNotProbe { Vec::new() } else { desired.set_options() };
-        let by_hooks = desired.clone();
+        let judged_by_hooks = desired.clone();
         let mut needs_hook = desired.needs_hook().or_else(|| needs_hook_for(backend, is_pinned, &filter));
         if needs_hook.is_none() {
             desired.judge_by_audit();
@@ -207,17 +208,17 @@ impl Session {
         let load = |next: &[(&Desired, usize)]| {
             Object::load(&desired.hooks(), AuditConfig::of(&desired), backend, &filter.processes, pins, next)
         };
-        let (mut object, tabled, tried) = if is_pinned {
-            // What is pinned may be in force already.
+        let (mut object, filled, probed) = if is_pinned {
+            // The pinned policies may already be in force, so the probes need their own programs.
             (load(&[])?.0, None, probe_separately(&desired, &options, &mount)?)
         } else {
             load_and_probe(&desired, &options, &mount, Some(targets.len()), load)?
         };
         if desired.audit_judges && !object.can_judge() {
-            (desired, needs_hook) = (by_hooks, Some(NeedsHook::Blind));
+            (desired, needs_hook) = (judged_by_hooks, Some(NeedsHook::Blind));
             object.load_more(&desired.hooks())?;
         }
-        let unsupported = find_unsupported(&object, &mut desired, &tried);
+        let unsupported = find_unsupported(&object, &mut desired, &probed);
         refuse(choice, &unsupported)?;
         let mut blocked = BlockedTargets::new(blocked);
         let wanted = targets.len();
@@ -225,50 +226,51 @@ impl Session {
         if targets.is_empty() && wanted > 0 {
             return Err(blocked.into_error());
         }
-        let (mut before, mut retired, mut report) = (Vec::new(), Vec::new(), Report::default());
+        let (mut draining, mut retired, mut report) = (Vec::new(), Vec::new(), Report::default());
         let (instance, files) = instance.unzip();
         if let Some(instance) = instance {
-            let former: Vec<u32> = object.previous().collect();
-            let word = word.insert(RecordWriter::of(instance, object.map_ids()?, &former, object.ring_full()));
-            (before, retired, report) = (word.previous(), word.retired(), Report::resume(word.saved_counters()));
+            let previous: Vec<u32> = object.previous().collect();
+            let record = record.insert(RecordWriter::new(instance, object.map_ids()?, &previous, object.ring_full()));
+            (draining, retired, report) =
+                (record.previous(), record.retired(), Report::resume(record.saved_counters()));
             for (number, counters) in object.take_retired()? {
-                let Some(at) = before.iter().position(|generation| generation.number == number) else { continue };
-                let generation = before.remove(at);
+                let Some(at) = draining.iter().position(|generation| generation.number == number) else { continue };
+                let generation = draining.remove(at);
                 report.count(number, &generation.desired, &counters, false);
                 retired.push(generation);
             }
-            let next = former.last().map_or(1, |last| last + 1);
+            let next = previous.last().map_or(1, |last| last + 1);
             retired.retain(|generation| next - generation.number < GENERATIONS);
-            let there: Vec<u32> = before.iter().map(|generation| generation.number).collect();
-            word.retire(&there, &retired, report.saved_counters(&desired));
+            let active: Vec<u32> = draining.iter().map(|generation| generation.number).collect();
+            record.retire(&active, &retired, report.saved_counters(&desired));
             let counters = object.previous_counters()?;
             report.begin(counters.iter().filter_map(|(number, counters)| {
-                let generation = before.iter().find(|generation| generation.number == *number)?;
+                let generation = draining.iter().find(|generation| generation.number == *number)?;
                 Some((&generation.desired, counters.as_slice()))
             }));
         }
-        // It takes the place of one that has been retired, whose counts are in the record by now.
-        let mut staged = object.stage(&desired, tabled, &targets)?;
+        // The new tables use the slot of a retired generation, whose counters are in the record by now.
+        let mut staged = object.stage(&desired, filled, &targets)?;
         let (targets, failed) = without_failed(targets, &staged.take_failed());
         let skipped = blocked.skips().chain(failed).collect();
         let audit = object.attach_audit(AuditConfig::of(&desired), backend)?;
-        if let (Some(word), Some(files)) = (&mut word, files) {
-            word.add(staged.generation(), files, &targets, desired.audit_judges, true)?;
+        if let (Some(record), Some(files)) = (&mut record, files) {
+            record.add(staged.generation(), files, &targets, desired.audit_judges, true)?;
         }
         warn_without_audit(audit, desired.audit);
         if let Some(reason) = object.btf_error() {
-            log::warn!("events will lack what sockets say of themselves: {reason}");
+            log::warn!("events will lack the fields that come from sockets: {reason}");
         }
         let number = object.enable(staged, desired.audit.calls)?;
         object.remove_other_layouts()?;
         Ok(Self {
             object,
-            record: word,
+            record,
             skipped,
             current: Generation { number, desired, is_taken_over: false },
-            draining: before,
+            draining,
             retired,
-            has_reported: false,
+            was_drained: false,
             targets,
             filter,
             backend,
@@ -277,7 +279,7 @@ impl Session {
             blocked,
             unsupported: unsupported.0,
             needs_hook,
-            probed: tried,
+            probed,
             names: Names::new(mount.clone()),
             mount,
             containers,
@@ -289,17 +291,17 @@ impl Session {
         })
     }
 
-    /// Puts other policies in force in place of these, or these on other targets. Each event of a socket sees the ones or the
-    /// others.
+    /// Enables other policies in place of the current ones, or the same policies on other targets. Each event of a socket sees
+    /// either the old policies or the new ones.
     ///
     /// # Errors
     ///
-    /// Where this kernel cannot do it; then what was in force still is.
+    /// Fails if this kernel refuses. The old policies are then still in force.
     pub fn reload(&mut self, mut desired: Desired, targets: Vec<Target>, files: Files) -> Result<(), SessionError> {
         let needs_hook = desired
             .needs_hook()
-            .or_else(|| needs_hook_for(self.backend, self.stays(), &self.filter))
-            .or_else(|| self.blind());
+            .or_else(|| needs_hook_for(self.backend, self.persists(), &self.filter))
+            .or_else(|| self.needs_hook_without_socket());
         if needs_hook.is_none() {
             desired.judge_by_audit();
         }
@@ -313,28 +315,28 @@ impl Session {
         if !self.object.has_room() {
             self.retire()?;
         }
-        let (before, wish) = (AuditConfig::of(&self.current.desired), AuditConfig::of(&desired));
+        let (before, requested) = (AuditConfig::of(&self.current.desired), AuditConfig::of(&desired));
         if desired.audit.timing && !before.audit.timing {
-            log::warn!("calls are not timed until sockpolicy starts anew");
+            log::warn!("calls are not timed until sockpolicy is restarted");
         }
         let mut staged = self.object.stage(&desired, None, &targets)?;
         let (targets, failed) = without_failed(targets, &staged.take_failed());
-        if let Some(word) = &mut self.record
-            && let Err(error) = word.add(staged.generation(), files, &targets, desired.audit_judges, false)
+        if let Some(record) = &mut self.record
+            && let Err(error) = record.add(staged.generation(), files, &targets, desired.audit_judges, false)
         {
             self.object.abandon(staged);
             return Err(error.into());
         }
-        // Last, for it does not wait for the policies.
-        if wish != before {
-            match self.object.attach_audit(wish, self.backend) {
+        // The audit comes last, because it takes effect before the policies do.
+        if requested != before {
+            match self.object.attach_audit(requested, self.backend) {
                 Ok(audit) => self.audit = audit,
                 Err(error) => {
-                    if let Some(word) = &mut self.record {
-                        word.withdraw(staged.generation());
+                    if let Some(record) = &mut self.record {
+                        record.withdraw(staged.generation());
                     }
                     self.object.abandon(staged);
-                    // As it was. What could be attached then can be now.
+                    // Restores the previous audit. What could be attached then can be attached now.
                     self.audit = self.object.attach_audit(before, self.backend)?;
                     return Err(error.into());
                 }
@@ -351,21 +353,21 @@ impl Session {
         Ok(())
     }
 
-    fn blind(&self) -> Option<NeedsHook> {
+    fn needs_hook_without_socket(&self) -> Option<NeedsHook> {
         (!self.object.can_judge()).then_some(NeedsHook::Blind)
     }
 
-    /// Returns why a hook at setsockopt judges the calls; `None`: the audit does.
+    /// Returns why a hook at setsockopt judges the calls; `None` if the audit judges them.
     #[must_use]
     pub fn needs_hook(&self) -> Option<NeedsHook> {
         self.needs_hook
     }
 
-    /// Has the policies hold on these targets, as cgroups come and go.
+    /// Moves the policies in force to these targets, as cgroups come and go.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses; then they hold on those that were there and still are.
+    /// Fails if the kernel refuses. The policies are then in force on the old targets that still exist.
     pub fn retarget(&mut self, targets: Vec<Target>) -> Result<(), SessionError> {
         let targets = self.blocked.without(&self.object, &self.current.desired, targets)?;
         let ids = |targets: &[Target]| -> BTreeSet<(u64, usize)> {
@@ -379,15 +381,15 @@ impl Session {
     }
 
     fn replace_targets(&mut self, targets: Vec<Target>) -> Result<(), SessionError> {
-        if let Some(word) = &mut self.record {
-            word.retarget(&targets)?;
+        if let Some(record) = &mut self.record {
+            record.retarget(&targets)?;
         }
         if let Some(failed) = self.object.retarget(&self.current.desired, &targets)? {
             let (targets, failed_targets) = without_failed(targets, &failed);
             self.targets = targets;
             self.skipped = self.blocked.skips().chain(failed_targets).collect();
-            if let Some(word) = self.record.as_mut().filter(|_| !failed.is_empty()) {
-                word.retarget(&self.targets)?;
+            if let Some(record) = self.record.as_mut().filter(|_| !failed.is_empty()) {
+                record.retarget(&self.targets)?;
             }
             return Ok(());
         }
@@ -396,27 +398,27 @@ impl Session {
         self.reload(desired, targets, files)
     }
 
-    /// Has events name these containers from now on.
+    /// Sets the containers that events name.
     pub fn set_containers(&mut self, containers: containers::Known) {
         self.containers = containers;
     }
 
-    /// Removes from `targets` those that are new and belong to another instance, whose records are read for that. Returns
+    /// Removes from `targets` those that are new and belong to another instance, according to the records of instances. Returns
     /// them as skipped.
     pub fn leave_to_others(&self, targets: &mut Vec<Target>) -> Vec<Skip> {
-        let Some(word) = &self.record else { return Vec::new() };
+        let Some(record) = &self.record else { return Vec::new() };
         let own: HashSet<&str> = self.targets.iter().map(|target| target.cgroup.name.as_str()).collect();
         let new = targets.iter().map(|target| target.cgroup.name.as_str()).filter(|name| !own.contains(name));
-        let governed = word.governed_by_others(&new.collect());
+        let governed = record.governed_by_others(&new.collect());
         targets.retain(|target| !governed.contains_key(&target.cgroup.name));
         let skip = |(name, instance): (String, String)| {
-            let reason = format!("it is a target of instance `{}` already", instance.escaped());
+            let reason = format!("it is already a target of instance `{}`", instance.escaped());
             Skip::new(Kind::Cgroup, name, reason).transient_if(true)
         };
         governed.into_iter().map(skip).collect()
     }
 
-    /// Targets that could not be attached to when these were last put in force.
+    /// Returns the targets that were skipped when the current targets were set.
     #[must_use]
     pub fn skipped(&self) -> &[Skip] {
         &self.skipped
@@ -424,32 +426,32 @@ impl Session {
 
     /// Records the objects that are skipped now.
     pub fn note_skipped(&mut self, skipped: &SkippedList) {
-        if let Some(word) = &mut self.record {
-            word.note_skipped(skipped);
+        if let Some(record) = &mut self.record {
+            record.note_skipped(skipped);
         }
     }
 
-    /// Has the policies in force take what a process calls that looks at sockets for this one for no application's doing; or no
-    /// process.
+    /// Makes the policies in force ignore the calls of one worker process, which inspects sockets; `None` ends the exemption.
     ///
     /// # Errors
     ///
-    /// Where the configuration cannot be written.
+    /// Fails if the configuration cannot be written.
     pub fn exempt_process(&mut self, process: Option<u32>) -> Result<(), SessionError> {
         Ok(self.object.exempt_process(process)?)
     }
 
-    /// Whether there are targets that have been removed, and that [`Self::detach_removed`] is to be called for.
+    /// Returns whether a target's cgroup has been removed. The caller should then call [`Self::detach_removed`] from time to
+    /// time.
     #[must_use]
     pub fn has_removed(&self) -> bool {
         self.object.has_removed()
     }
 
-    /// Lets go of targets that have been removed and whose last sockets are closed.
+    /// Detaches from targets that have been removed and whose last sockets are closed.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses.
+    /// Fails if the kernel refuses.
     pub fn detach_removed(&mut self) -> Result<(), SessionError> {
         Ok(self.object.detach_removed()?)
     }
@@ -463,31 +465,31 @@ impl Session {
         Ok(())
     }
 
-    /// Whether there are policies before those in force by which sockets may still be set up.
+    /// Returns whether there are previous policies by which sockets may still be set up.
     #[must_use]
     pub fn has_draining(&self) -> bool {
         self.object.previous().next().is_some()
     }
 
-    /// Has sockets that are still being set up by policies of before go on by those in force.
+    /// Makes sockets that previous policies still set up continue with the policies in force.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses.
+    /// Fails if the kernel refuses.
     pub fn retire(&mut self) -> Result<(), SessionError> {
         for (number, counters) in self.object.retire()? {
             if let Some(generation) = self.draining.iter().find(|generation| generation.number == number) {
                 self.report.count(number, &generation.desired, &counters, !generation.is_taken_over);
             }
         }
-        if mem::take(&mut self.has_reported) {
+        if mem::take(&mut self.was_drained) {
             self.retired.clear();
         }
         self.retired.append(&mut self.draining);
-        // Others have the places of those before.
+        // Newer generations use the slots of older ones.
         self.retired.retain(|generation| self.current.number - generation.number < GENERATIONS);
-        if let Some(word) = &mut self.record {
-            word.retire(&[self.current.number], &self.retired, self.report.saved_counters(&self.current.desired));
+        if let Some(record) = &mut self.record {
+            record.retire(&[self.current.number], &self.retired, self.report.saved_counters(&self.current.desired));
         }
         Ok(())
     }
@@ -502,7 +504,7 @@ impl Session {
         &self.targets
     }
 
-    /// What the policies ask for and this kernel cannot do.
+    /// Returns the settings that this kernel does not support.
     #[must_use]
     pub fn unsupported(&self) -> &[Unsupported] {
         &self.unsupported
@@ -513,13 +515,13 @@ impl Session {
         self.audit
     }
 
-    /// Hands events that are there to `tell`; gives whether there may be more. They may come faster than
-    /// they go, and whoever calls this has other things to do too.
-    pub fn drain(&mut self, mut tell: impl FnMut(&Event)) -> bool {
+    /// Passes pending events to `handle`. Returns whether there may be more: a call handles a limited number, so that the
+    /// caller can do other work in between.
+    pub fn drain(&mut self, mut handle: impl FnMut(&Event)) -> bool {
         for _ in 0..BATCH_MAX {
             let event = match self.object.next_record() {
                 None => {
-                    self.has_reported = true;
+                    self.was_drained = true;
                     return false;
                 }
                 Some(Record::File(file)) => {
@@ -527,9 +529,9 @@ impl Session {
                     continue;
                 }
                 Some(Record::Event(raw)) => {
-                    let surroundings = self.host_context(&raw);
+                    let context = self.host_context(&raw);
                     self.generation_of(&raw.call).and_then(|generation| {
-                        decode(&raw, &generation.desired, surroundings).ok().map(|event| (generation.number, event))
+                        decode(&raw, &generation.desired, context).ok().map(|event| (generation.number, event))
                     })
                 }
                 Some(Record::Unknown) => None,
@@ -537,7 +539,7 @@ impl Session {
             match event {
                 Some((generation, event)) if self.filter.admits(&event) => {
                     self.report.fold(generation, &event);
-                    tell(&event);
+                    handle(&event);
                 }
                 Some(_) => {}
                 None => self.unknown_records += 1,
@@ -546,28 +548,29 @@ impl Session {
         true
     }
 
-    /// The policies that an event's setting is of, by its number among those of all generations; those in force where no
-    /// setting decided it. `None`: they were another agent's, and its record of them is gone.
+    /// Returns the generation that an event's setting belongs to, by the number of the setting; the current generation if no
+    /// setting decided the call; `None` if the record of the generation is gone.
     fn generation_of(&self, call: &Call) -> Option<&Generation> {
         if call.flags & flags::DECIDED == 0 {
             return Some(&self.current);
         }
-        let is_its = |generation: &&Generation| index::slot_of(generation.number) == index::slot(call.setting);
+        let is_generation_of_call =
+            |generation: &&Generation| index::slot_of(generation.number) == index::slot(call.setting);
         let later_first =
             [&self.current].into_iter().chain(self.draining.iter().rev()).chain(self.retired.iter().rev());
-        later_first.into_iter().find(is_its)
+        later_first.into_iter().find(is_generation_of_call)
     }
 
     fn exe(&mut self, raw: &abi::event::Event) -> Result<String, &'static str> {
         if raw.executable.pid == 0 {
-            // The kernel does not say what it was. This is what it is by now.
-            return process::executable(raw.pid).ok_or("the process was gone when the event was read");
+            // The kernel did not report the executable, so the current one is read.
+            return process::executable(raw.pid).ok_or("the process had exited when the event was read");
         }
         match self.executables.told(&raw.executable) {
-            Some(told) => told.ok_or("its path is not known, or too long"),
+            Some(path) => path.ok_or("its path is unknown or too long"),
             None => {
                 self.object.request_exe_path(&raw.executable);
-                Err("what the kernel told of it was lost")
+                Err("the record of its path was lost")
             }
         }
     }
@@ -575,7 +578,7 @@ impl Session {
     fn host_context(&mut self, raw: &abi::event::Event) -> HostContext {
         let cgroup = self.names.name(raw.cgroup).map(|name| name.to_string());
         HostContext {
-            // Where the kernel does not say what it was, this is what it is by now.
+            // If the kernel did not report the executable, this is the current one.
             exe: self.exe(raw),
             container: cgroup.as_deref().and_then(|cgroup| self.containers.of_cgroup(cgroup)),
             cgroup,
@@ -585,33 +588,33 @@ impl Session {
         }
     }
 
-    /// Takes the policies out of force, so that what there is to drain comes to an end, unless they are to stay.
+    /// Disables the policies, unless they persist. After that no new events are produced.
     ///
     /// # Errors
     ///
-    /// Where the configuration cannot be written.
+    /// Fails if the configuration cannot be written.
     pub fn end(&mut self) -> Result<(), SessionError> {
-        if self.stays() {
+        if self.persists() {
             return Ok(());
         }
         Ok(self.object.disable()?)
     }
 
-    /// The name under which what is in force stays so when this is gone, if it does.
+    /// Returns the name of the instance if its policies persist after this session.
     #[must_use]
     pub fn persistent_name(&self) -> Option<&str> {
         self.record.as_ref().and_then(RecordWriter::persistent_name)
     }
 
-    fn stays(&self) -> bool {
+    fn persists(&self) -> bool {
         self.persistent_name().is_some()
     }
 
-    /// What has been lost since this was last asked.
+    /// Returns what was lost since the last call.
     ///
     /// # Errors
     ///
-    /// Where the counters cannot be read.
+    /// Fails if the counters cannot be read.
     pub fn new_losses(&mut self) -> Result<Vec<Loss>, SessionError> {
         let lost = self.lost();
         if lost.losses.calls_full > self.reported.losses.calls_full {
@@ -619,14 +622,15 @@ impl Session {
         }
         let new = lost.since(&self.reported);
         self.reported = lost;
-        self.count_unread();
+        self.save_ring_overflow();
         Ok(new)
     }
 
-    /// What finds no room from now on is another agent's matter, or nobody's.
-    fn count_unread(&mut self) {
-        if let Some(word) = &mut self.record {
-            word.count(self.object.ring_full());
+    /// Saves the number of events that found the ring buffer full. Later ones count for the next agent, or were lost without an
+    /// agent.
+    fn save_ring_overflow(&mut self) {
+        if let Some(record) = &mut self.record {
+            record.count_ring_overflow(self.object.ring_full());
         }
     }
 
@@ -636,17 +640,17 @@ impl Session {
         Lost { losses, prog_missed: self.object.misses(), unknown_records: self.unknown_records, ..Lost::default() }
     }
 
-    /// Sums up, and removes the programs.
+    /// Makes the summary, and removes the programs.
     ///
     /// # Errors
     ///
-    /// Where the counters cannot be read.
+    /// Fails if the counters cannot be read.
     pub fn finish(mut self) -> Result<Summary, SessionError> {
         self.retire()?;
-        self.count_unread();
+        self.save_ring_overflow();
         let tallies = self.object.tallies()?;
         let mut lost = self.lost();
-        // Whatever has not returned by now will not be seen to.
+        // The exits of calls that have not returned yet will not be seen.
         lost.losses.exit_missed += self.object.open_calls()?;
         let Self { object, current, targets, filter, audit, unsupported, mut report, .. } = self;
         let tallies = tallies.into_iter().filter(|(key, _)| filter.admits_option(key.key));
@@ -659,17 +663,17 @@ impl Session {
     }
 }
 
-/// Readable when there are events.
+/// The descriptor is readable when there are events.
 impl AsFd for Session {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.object.as_fd()
     }
 }
 
-/// The targets that are skipped because of programs of others.
+/// The targets that are skipped because of foreign programs.
 struct BlockedTargets {
     choice: OnBlocked,
-    /// The name of each and why it is skipped, by the id of its cgroup: only those that were targets when they were last looked at.
+    /// For each cgroup id, the name of the target and the conflict. Contains only cgroups that were targets at the last check.
     skipped: BTreeMap<u64, (String, ForeignConflict)>,
 }
 
@@ -678,11 +682,11 @@ impl BlockedTargets {
         Self { choice, skipped: BTreeMap::new() }
     }
 
-    /// Returns the targets that can be attached to. Logs those that were not skipped before.
+    /// Returns the targets that the programs can be attached to. Logs the others once.
     ///
     /// # Errors
     ///
-    /// Where one cannot be attached to and none is to be skipped.
+    /// Fails if a target has a conflict and targets must not be skipped.
     fn without(
         &mut self,
         object: &Object,
@@ -701,12 +705,12 @@ impl BlockedTargets {
         }
         let before = mem::replace(&mut self.skipped, skipped);
         for (_, (_, conflict)) in self.skipped.iter().filter(|(cgroup, _)| !before.contains_key(cgroup)) {
-            log::error!("target skipped, as {} of {} are: {conflict}", self.skipped.len(), targets.len());
+            log::error!("target skipped ({} of {}): {conflict}", self.skipped.len(), targets.len());
         }
         Ok(targets.into_iter().filter(|target| !self.skipped.contains_key(&target.cgroup.id)).collect())
     }
 
-    /// Returns them as skipped. Programs of others may go.
+    /// Returns the skipped targets. They are transient, because foreign programs may be detached.
     fn skips(&self) -> impl Iterator<Item = Skip> {
         let skip = |(name, conflict): &(String, ForeignConflict)| {
             Skip::new(Kind::Cgroup, name.clone(), without_help(conflict)).transient_if(true)
@@ -714,19 +718,19 @@ impl BlockedTargets {
         self.skipped.values().map(skip)
     }
 
-    /// Returns why none is left.
+    /// Returns the conflict of the first skipped target, as the error for a session without targets.
     fn into_error(mut self) -> SessionError {
         let first = self.skipped.pop_first().map(|(_, (_, conflict))| KernelError::from(conflict));
         first.unwrap_or(KernelError::Incomplete { what: "target" }).into()
     }
 }
 
-/// Returns the first line of an error, which has no help.
+/// Returns the first line of an error, without its help.
 fn without_help(error: impl std::fmt::Display) -> String {
     error.to_string().lines().next().unwrap_or_default().to_owned()
 }
 
-/// Removes targets that could not be attached to. Returns the others, and these as skipped.
+/// Splits targets into those that could be attached to and those that failed, which are returned as skipped.
 fn without_failed(targets: Vec<Target>, failed: &Failed) -> (Vec<Target>, Vec<Skip>) {
     let (left, others): (Vec<_>, Vec<_>) =
         targets.into_iter().partition(|target| !failed.contains_key(&target.cgroup.id));
@@ -738,28 +742,28 @@ fn without_failed(targets: Vec<Target>, failed: &Failed) -> (Vec<Target>, Vec<Sk
     (left, skipped)
 }
 
-/// Says where another sockpolicy will have the last word.
+/// Warns of other sockpolicy processes on ancestors of the targets, whose programs override ours.
 fn warn_of_overriding_programs(mount: &Mount, targets: &[Target]) {
     let paths: Vec<_> = targets.iter().map(|target| mount.below(&target.cgroup)).collect();
     match kernel::overriding_programs(mount, &paths) {
         Ok(found) => {
-            let mut places: Vec<_> = found.iter().map(|neighbour| format!("/{}", neighbour.cgroup.escaped())).collect();
+            let mut places: Vec<_> = found.iter().map(|program| format!("/{}", program.cgroup.escaped())).collect();
             places.dedup();
             if !places.is_empty() {
                 log::warn!(
-                    "another sockpolicy is attached to {}, above: where both decide an option, that one wins",
+                    "another sockpolicy is attached to ancestor {}: it overrides this one where both decide an option",
                     places.join(", ")
                 );
             }
         }
-        Err(error) => log::debug!("cannot tell which programs are attached above: {error}"),
+        Err(error) => log::debug!("cannot query the programs of ancestors: {error}"),
     }
 }
 
-/// By the option's name.
+/// The results of option probes, by the name of the option.
 type ProbedOptions = BTreeMap<&'static str, Answer>;
 
-/// The same by programs of their own: those in force are not to be disturbed.
+/// Probes options with separate programs, so that the programs in force are not disturbed.
 fn probe_separately(
     desired: &Desired,
     options: &[&'static SocketOption],
@@ -771,12 +775,12 @@ fn probe_separately(
     let load = |next: &[(&Desired, usize)]| {
         Object::load(&desired.hooks(), AuditConfig::of(desired), BackendChoice::None, &[], None, next)
     };
-    let (_, _, tried) = load_and_probe(desired, options, mount, None, load)?;
-    Ok(tried)
+    let (_, _, probed) = load_and_probe(desired, options, mount, None, load)?;
+    Ok(probed)
 }
 
-/// Loads programs and tries these options with them, at the hooks that the policies need. The process that this takes is started
-/// meanwhile, and where the policies are to be in force next on so many `targets`, their tables written.
+/// Loads programs and probes these options with them, at the hooks that the policies need. Meanwhile starts the process that
+/// the probes need. If the policies will be enabled next, on `targets` targets, also fills and installs their tables.
 fn load_and_probe(
     desired: &Desired,
     options: &[&'static SocketOption],
@@ -786,8 +790,8 @@ fn load_and_probe(
 ) -> Result<(Object, Option<FilledTables>, ProbedOptions), SessionError> {
     let wanted = targets.map(|targets| (desired, targets));
     if options.is_empty() {
-        let (object, mut tabled) = load(wanted.as_slice())?;
-        return Ok((object, tabled.pop(), ProbedOptions::default()));
+        let (object, mut filled) = load(wanted.as_slice())?;
+        return Ok((object, filled.pop(), ProbedOptions::default()));
     }
     let trial = trial::desired(options)?;
     let next: Vec<_> = [(&trial, 1)].into_iter().chain(wanted).collect();
@@ -796,24 +800,24 @@ fn load_and_probe(
         let loaded = load(&next);
         (loaded, starting.join().unwrap_or_else(|panic| resume_unwind(panic)))
     });
-    let (mut object, tabled) = loaded?;
-    let mut tabled = tabled.into_iter();
-    let (of_trial, of_policies) = (tabled.next(), tabled.next());
-    let has = |hook: &Hook| !object.refused().iter().any(|(refused, _)| refused == hook);
-    let hooks: Vec<Hook> = desired.hooks().into_iter().filter(has).collect();
-    let answers = sample.and_then(|sample| trial::try_options(&mut object, trial, of_trial, &hooks, mount, sample));
-    let tried = match answers {
+    let (mut object, filled) = loaded?;
+    let mut filled = filled.into_iter();
+    let (trial_tables, policy_tables) = (filled.next(), filled.next());
+    let is_loaded = |hook: &Hook| !object.refused().iter().any(|(refused, _)| refused == hook);
+    let hooks: Vec<Hook> = desired.hooks().into_iter().filter(is_loaded).collect();
+    let answers = sample.and_then(|sample| trial::try_options(&mut object, trial, trial_tables, &hooks, mount, sample));
+    let probed = match answers {
         Ok(answers) => answers.into_iter().map(|(option, answer)| (option.name, answer)).collect(),
         Err(error) => {
-            log::warn!("cannot try whether this kernel sets the options: {error}");
+            log::warn!("cannot probe which options this kernel supports: {error}");
             ProbedOptions::default()
         }
     };
-    Ok((object, of_policies, tried))
+    Ok((object, policy_tables, probed))
 }
 
-/// What the policies ask for and this kernel cannot do. Of `desired`, the hooks are left that it has.
-fn find_unsupported(object: &Object, desired: &mut Desired, tried: &ProbedOptions) -> UnsupportedList {
+/// Returns the settings that this kernel does not support. Removes unsupported hooks from `desired`.
+fn find_unsupported(object: &Object, desired: &mut Desired, probed: &ProbedOptions) -> UnsupportedList {
     let refused = object.refused();
     let at_hooks = refused
         .iter()
@@ -821,7 +825,7 @@ fn find_unsupported(object: &Object, desired: &mut Desired, tried: &ProbedOption
         .filter_map(|(hook, reason)| Unsupported::of_hook(desired, *hook, reason.clone()));
     let mut unsupported: Vec<Unsupported> = at_hooks.collect();
     desired.keep_hooks(|hook| !refused.iter().any(|(other, _)| *other == hook));
-    unsupported.extend(desired.set_options().into_iter().filter_map(|option| match tried.get(option.name)? {
+    unsupported.extend(desired.set_options().into_iter().filter_map(|option| match probed.get(option.name)? {
         Answer::No(errno) => Some(Unsupported::of_option(desired, option, errno)),
         Answer::Yes | Answer::Unknown(_) => None,
     }));
@@ -832,7 +836,7 @@ fn find_unsupported(object: &Object, desired: &mut Desired, tried: &ProbedOption
     unsupported.into_iter().collect()
 }
 
-/// Returns why a hook at setsockopt has to judge the calls, whatever the policies are.
+/// Returns why a hook at setsockopt must judge the calls, independent of the policies.
 #[must_use]
 pub fn needs_hook_for(backend: BackendChoice, persists: bool, filter: &Filter) -> Option<NeedsHook> {
     match backend {
@@ -851,10 +855,10 @@ fn refuse(choice: OnUnsupported, unsupported: &UnsupportedList) -> Result<(), Se
 
 fn warn_without_audit(audit: Option<Audit>, wanted: model::Audit) {
     if audit.is_none() && wanted.calls != Calls::Conflicts {
-        log::warn!("without an audit only conflicts are seen: the policy's `calls` has no effect");
+        log::warn!("without an audit, only conflicts are reported: `calls` in the policy has no effect");
     }
     if audit.is_none() && wanted.timing {
-        log::warn!("without an audit calls are not timed");
+        log::warn!("without an audit, calls are not timed");
     }
 }
 
@@ -869,8 +873,8 @@ fn missing_congestion_controls(desired: &Desired) -> Vec<Unsupported> {
             missing.map(|name| Unsupported::of_congestion_control(desired, name, &available)).collect()
         }
         Err(error) => {
-            // Then a refusal on a socket will say it.
-            log::warn!("cannot tell which congestion controls this kernel has: {error}");
+            // A refusal on a socket will then be reported.
+            log::warn!("cannot read which congestion controls this kernel has: {error}");
             Vec::new()
         }
     }
@@ -884,7 +888,8 @@ fn impossible_errnos(desired: &Desired) -> Vec<Unsupported> {
         .collect()
 }
 
-/// What to add to the kernel's time stamps. Not the same for long: clocks are set, and machines suspended.
+/// Returns the offset in nanoseconds between the kernel's time stamps and the time of day. It changes when the clock is set or
+/// the machine is suspended.
 fn monotonic_epoch_ns() -> i128 {
     let now = |clock| {
         clock_gettime(clock).map_or(0, |time| i128::from(time.tv_sec()) * 1_000_000_000 + i128::from(time.tv_nsec()))

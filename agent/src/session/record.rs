@@ -1,4 +1,4 @@
-//! The word that a session leaves of itself, as an instance's record.
+//! Writes the record of an instance, on behalf of its session.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
@@ -11,56 +11,63 @@ use crate::{
     skipped::SkippedList,
 };
 
-/// An instance, and what it says of itself.
+/// An instance and its record.
 pub(super) struct RecordWriter {
     instance: Instance,
     record: Record,
-    /// Whether the record that others read is older than this one: there was no space for it, for example.
+    /// Whether the record on disk is older than `record`, because writing it failed.
     is_behind: bool,
 }
 
 impl RecordWriter {
-    /// Of an instance that takes over generations of these numbers, if any, when so many events had found no room.
-    pub(super) fn of(instance: Instance, maps: MapIds, former: &[u32], ring_full: u64) -> Self {
+    /// Makes the first record of an instance that takes over the generations with the numbers `previous`. `ring_full` is the
+    /// number of events that have found the ring buffer full so far.
+    pub(super) fn new(instance: Instance, maps: MapIds, previous: &[u32], ring_full: u64) -> Self {
         let before = instance.record();
         let record = Record {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             persists: instance.persists(),
             maps,
-            unread: RingOverflow::begun(ring_full, None),
+            unread: RingOverflow::at_start(ring_full, None),
             generations: Vec::new(),
             retired: Vec::new(),
             counted: Vec::new(),
             skipped: SkippedList::default(),
         };
-        // Else it is not what goes on.
+        // A record with other maps is not about the policies that are taken over.
         let record = match before.filter(|before| before.maps == maps) {
             Some(Record { unread, mut generations, retired, counted, .. }) => {
-                generations.retain(|generation| former.contains(&generation.number));
-                Record { unread: RingOverflow::begun(ring_full, Some(unread)), generations, retired, counted, ..record }
+                generations.retain(|generation| previous.contains(&generation.number));
+                Record {
+                    unread: RingOverflow::at_start(ring_full, Some(unread)),
+                    generations,
+                    retired,
+                    counted,
+                    ..record
+                }
             }
             None => record,
         };
         Self { instance, record, is_behind: false }
     }
 
-    /// The policies that were taken over.
+    /// Returns the generations that were taken over.
     pub(super) fn previous(&self) -> Vec<Generation> {
         readable(&self.record.generations)
     }
 
-    /// Those before them.
+    /// Returns the retired generations that were taken over.
     pub(super) fn retired(&self) -> Vec<Generation> {
         readable(&self.record.retired)
     }
 
-    /// What had been counted when what was taken over was put in force.
+    /// Returns the counters that the previous agent had saved.
     pub(super) fn saved_counters(&self) -> Vec<SavedCounters> {
         self.record.counted.clone()
     }
 
-    /// Says what will be in force in a moment. A record that cannot be written is an error if it is the first one of what stays
-    /// without an agent; else it is written later.
+    /// Adds a generation before it is enabled. For the first generation of a persistent instance it is an error if the record
+    /// cannot be written; otherwise the record is written later.
     pub(super) fn add(
         &mut self,
         number: u32,
@@ -71,7 +78,7 @@ impl RecordWriter {
     ) -> Result<(), InstanceError> {
         let generation = instance::Generation { number, files, targets: names_and_scopes(targets), audit_judges };
         let mut record = self.record.clone();
-        // One of this number never came in force.
+        // An earlier generation with this number was never enabled.
         record.generations.retain(|other| other.number != number);
         record.generations.push(generation);
         self.write(record, is_first && self.instance.persists())?;
@@ -79,28 +86,28 @@ impl RecordWriter {
         Ok(())
     }
 
-    /// Says that this will not be in force after all.
+    /// Removes a generation that was not enabled.
     pub(super) fn withdraw(&mut self, number: u32) {
         self.record.generations.retain(|generation| generation.number != number);
         self.write_if_possible();
     }
 
-    /// Says where that is in force.
+    /// Replaces the targets of the latest generation.
     pub(super) fn retarget(&mut self, targets: &[Target]) -> Result<(), InstanceError> {
         let mut record = self.record.clone();
         if let Some(last) = record.generations.last_mut() {
             last.targets = names_and_scopes(targets);
         }
-        // New cgroups do not wait for room on a disk.
+        // A full disk does not keep policies from new cgroups.
         self.write(record, false)
     }
 
-    /// Which of these cgroups are targets of another instance, each with its name.
+    /// Returns which of these cgroups are targets of other instances, each with the name of the instance.
     pub(super) fn governed_by_others(&self, cgroups: &HashSet<&str>) -> BTreeMap<String, String> {
         self.instance.governed_by_others(cgroups)
     }
 
-    /// Says what is skipped.
+    /// Records what is skipped.
     pub(super) fn note_skipped(&mut self, skipped: &SkippedList) {
         if self.record.skipped != *skipped {
             self.record.skipped = skipped.clone();
@@ -108,8 +115,8 @@ impl RecordWriter {
         }
     }
 
-    /// Says this from now on, unless another instance has one of the targets that are new in it. A record that cannot be written
-    /// is an error if `must_be_written`; else it is written later.
+    /// Writes a record, unless a target that is new in it belongs to another instance. If the record cannot be written, that is
+    /// an error if `must_be_written`; otherwise the record is written later.
     fn write(&mut self, record: Record, must_be_written: bool) -> Result<(), InstanceError> {
         let own: BTreeSet<&str> = self.record.targets().collect();
         let new: Vec<&str> = record.targets().filter(|name| !own.contains(name)).collect();
@@ -118,7 +125,7 @@ impl RecordWriter {
         self.is_behind = written.is_err();
         match written {
             Err(error @ (InstanceError::File { .. } | InstanceError::Private(_))) if !must_be_written => {
-                log::warn!("`sockpolicy status` will not show this as it is: {error}");
+                log::warn!("`sockpolicy status` will show outdated information: {error}");
             }
             written => written?,
         }
@@ -126,25 +133,26 @@ impl RecordWriter {
         Ok(())
     }
 
-    /// Says that only these are there still, that those are history of which may be to be told yet, and what had been counted by then.
-    pub(super) fn retire(&mut self, there: &[u32], to_be_told: &[Generation], counted: Vec<SavedCounters>) {
+    /// Keeps the generations with the numbers `active`. Moves those of `undelivered`, whose events may not have been reported
+    /// yet, to the retired ones. `counted` are the counters at this point.
+    pub(super) fn retire(&mut self, active: &[u32], undelivered: &[Generation], counted: Vec<SavedCounters>) {
         let Record { generations, retired, .. } = &self.record;
-        let is_to_be_told = |generation: &&instance::Generation| {
-            to_be_told.iter().any(|other| other.number == generation.number) && !there.contains(&generation.number)
+        let is_undelivered = |generation: &&instance::Generation| {
+            undelivered.iter().any(|other| other.number == generation.number) && !active.contains(&generation.number)
         };
-        let retired = retired.iter().chain(generations).filter(is_to_be_told).cloned().collect();
-        let is_there = |generation: &&instance::Generation| there.contains(&generation.number);
-        let generations = generations.iter().filter(is_there).cloned().collect();
+        let retired = retired.iter().chain(generations).filter(is_undelivered).cloned().collect();
+        let is_active = |generation: &&instance::Generation| active.contains(&generation.number);
+        let generations = generations.iter().filter(is_active).cloned().collect();
         let record = Record { generations, retired, counted, ..self.record.clone() };
         if record != self.record {
             self.record = record;
-            // The others are told of too long, no more.
+            // If this fails, other processes only see the retired generations for longer.
             self.write_if_possible();
         }
     }
 
-    /// Says that so many events have found no room by now, and what could not be said before.
-    pub(super) fn count(&mut self, ring_full: u64) {
+    /// Updates the number of events that have found the ring buffer full, and writes a record that could not be written before.
+    pub(super) fn count_ring_overflow(&mut self, ring_full: u64) {
         let unread = self.record.unread.counted(ring_full);
         if self.record.unread != unread || self.is_behind {
             self.record.unread = unread;
@@ -160,23 +168,23 @@ impl RecordWriter {
         }
     }
 
-    /// What the files said that are in force.
+    /// Returns the policy files of the latest generation.
     pub(super) fn files(&self) -> Files {
         self.record.generations.last().map(|last| last.files.clone()).unwrap_or_default()
     }
 
-    /// The name under which what is in force stays so, if it does.
+    /// Returns the name of the instance if its policies persist.
     pub(super) fn persistent_name(&self) -> Option<&str> {
         self.instance.persists().then(|| self.instance.name())
     }
 }
 
-/// Those that this build understands.
+/// Returns the generations whose policies this build can compile.
 fn readable(generations: &[instance::Generation]) -> Vec<Generation> {
-    let understood = generations.iter().filter_map(|generation| {
+    let compiled = generations.iter().filter_map(|generation| {
         let desired = generation.desired();
         let desired = desired.inspect_err(|error| log::debug!("generation {}: {error}", generation.number)).ok()?;
         Some(Generation { number: generation.number, desired, is_taken_over: true })
     });
-    understood.collect()
+    compiled.collect()
 }

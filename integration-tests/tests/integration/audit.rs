@@ -205,7 +205,7 @@ fn audit_that_is_off_says_which_calls_nobody_will_see() {
     let report = exec.finish();
     assert_eq!(summed(&report.events), ["conflict setsockopt TCP_SYNCNT unknown"]);
     let said = stderr(&report.output);
-    assert!(said.contains("without an audit only conflicts are seen"), "{said}");
+    assert!(said.contains("without an audit, only conflicts are reported"), "{said}");
 }
 
 #[test]

@@ -74,7 +74,7 @@ fn policy_with_gaps_is_refused_with_their_names_unless_it_is_a_dry_run() {
     }
     assert_eq!(output.status.code(), Some(125));
     let said = stderr(&output);
-    assert!(said.contains("error: this kernel cannot do all that the policies say:\n"), "{said}");
+    assert!(said.contains("error: cannot enforce the policies on this kernel:\n"), "{said}");
     for entry in &report.unsupported {
         let place = if entry.hooks.is_empty() { String::new() } else { format!(" at {}", entry.hooks.join(", ")) };
         let line = format!("\n  {}{place}: {} ({})\n", entry.options.join(", "), entry.reason, entry.remedy);

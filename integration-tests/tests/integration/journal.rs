@@ -26,11 +26,11 @@ fn apply(instance: &Instance, policy: &PolicyFile) -> Command {
 fn assert_refused(command: Command, instance: &Instance, holder: &Running) {
     let output = process::output(command);
     let error = format!(
-        "error: cannot record the values that sockets have, and so changes none: another sockpolicy, process {}, works on \
-         /run/sockpolicy/{}.before just now\n  help: do it again when that has ended, or keep what sockets had under another \
-         name, with --instance\n",
-        holder.pid(),
-        instance.name
+        "error: cannot record the values that sockets have, and so changes none: cannot use /run/sockpolicy/{}.before: another \
+         sockpolicy (process {}) is using it\n  help: try again when that process has ended, or choose another journal with \
+         --instance\n",
+        instance.name,
+        holder.pid()
     );
     assert_eq!((stderr(&output), output.status.code()), (error, Some(2)));
 }

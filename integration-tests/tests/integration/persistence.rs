@@ -191,16 +191,16 @@ fn another_agent_for_the_same_cgroup_or_of_the_same_name_is_refused() {
         assert_eq!((stderr(&output), output.status.code()), (error, Some(2)));
     };
     let runs = format!(
-        "error: instance `{name}` of sockpolicy runs already, as process {pid}\n  help: end that one first (kill {pid}), or \
-         give this one another name with --instance\n"
+        "error: cannot start instance `{name}`: it already runs as process {pid}\n  help: stop that process first (kill {pid}), \
+         or choose another name with --instance\n"
     );
     refused(instance.run("attach", &[path]), runs.clone());
     refused(instance.run("run", &["--persist", path]), runs);
     refused(
         agent::output(&["run", path]),
         format!(
-            "error: cgroup {} is a target of instance `{name}` already, which runs as process {pid}\n  help: end that one \
-             first (kill {pid}), or put all policies for this cgroup into one instance\n",
+            "error: cgroup {} is already a target of instance `{name}`, which runs as process {pid}\n  help: stop that \
+             instance first (kill {pid}), or put all policies for this cgroup into one instance\n",
             target.name()
         ),
     );

@@ -86,8 +86,8 @@ fn what_is_not_there_yet_is_waited_for_and_what_another_instance_has_is_refused(
     assert!(!plan(policy.path()).contains("refused"));
     let run = Run::started(&policy, &[]);
     let refused = format!(
-        "\nunless it takes over that instance, it would be refused as things are:\n  cgroup {} is a target of instance \
-         `run-{}` already, which runs as process {}\n",
+        "\nunless it takes over that instance, it would be refused as things are:\n  cgroup {} is already a target of \
+         instance `run-{}`, which runs as process {}\n",
         target.name(),
         run.pid(),
         run.pid()
@@ -104,7 +104,7 @@ fn another_sockpolicy_above_is_warned_of() {
     let outer = Run::start(&policy, &target);
     let inner = Run::start(&policy, &below).finish();
     let warning = format!(
-        "another sockpolicy is attached to {}, above: where both decide an option, that one wins",
+        "another sockpolicy is attached to ancestor {}: it overrides this one where both decide an option",
         target.name()
     );
     assert!(stderr(&inner.output).contains(&warning), "{}", stderr(&inner.output));

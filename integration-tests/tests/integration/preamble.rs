@@ -78,9 +78,9 @@ fn denied_call_may_have_an_errno_of_its_own_if_kernels_toml_says_so() {
     if Kernel::current().has("errno") {
         assert!(output.status.success(), "{output:?}");
     } else {
-        let error = "error: this kernel cannot do all that the policies say:\n  SO_KEEPALIVE at cgroup/setsockopt: denied \
-                     calls fail with EPERM, not with EACCES (known to work from 5.18 on)\n  help: leave that \
-                     out, or give --allow-unsupported to have the rest in force without it\n";
+        let error = "error: cannot enforce the policies on this kernel:\n  SO_KEEPALIVE at cgroup/setsockopt: denied calls fail \
+                     with EPERM, not with EACCES (known to work from 5.18 on)\n  help: remove these settings, or give \
+                     --allow-unsupported to enforce the rest\n";
         assert_eq!((&*crate::stderr(&output), output.status.code()), (error, Some(125)));
     }
 }

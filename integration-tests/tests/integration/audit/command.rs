@@ -491,7 +491,7 @@ fn without_btf_events_say_why_they_do_not_know_the_socket() {
     running.signal(Signal::SIGTERM);
     let output = running.finish();
     assert!(output.status.success(), "{}", stderr(&output));
-    assert!(stderr(&output).contains("events will lack what sockets say of themselves: "), "{}", stderr(&output));
+    assert!(stderr(&output).contains("events will lack the fields that come from sockets: "), "{}", stderr(&output));
     let report = read_report(report.to_str().unwrap());
     assert_eq!(summed(&report.events), seen_with(&[]));
     for event in &report.events {
