@@ -1,9 +1,10 @@
-//! Sockets that there are, and what they have: which of it somebody chose, and in [`drift`], what disagrees with policies.
+//! Live sockets: which of their options were set by something other than the kernel and, in [`drift`], which differ from
+//! policies.
 //!
-//! Whose doing a value is, the option table says. Somebody's choice is what differs from what a new socket of the kind has, as
-//! far as the kernel does not change it by itself. Who chose, a process, a policy or a route, is not known.
+//! The option table says which values the kernel changes by itself. Any other value counts as chosen if it differs from that of
+//! a new socket of the same kind. Whether a process, a policy or a route chose it is unknown.
 //!
-//! Pure: what is found on the host is handed in.
+//! Pure: the caller reads the facts from the host.
 
 pub mod drift;
 mod text;
@@ -30,40 +31,40 @@ use crate::{
     schema, values,
 };
 
-/// A socket, and what is known of it.
+/// A socket and what is known of it.
 #[derive(Clone, Debug)]
 pub struct SocketSnapshot {
     pub entry: Entry,
-    /// What policies go by.
+    /// The facts that rules match.
     pub facts: Socket,
-    /// The name of the cgroup that it belongs to; `None` where that is gone, or was not told.
+    /// The name of the socket's cgroup; `None` if the cgroup has been removed or is unknown.
     pub cgroup: Option<String>,
     pub owner: Option<Owner>,
     pub values: OptionRead,
 }
 
-/// Who has a socket.
+/// A process that has a socket.
 #[derive(Clone, Debug)]
 pub struct Owner {
-    /// One for all sockets that it has, where it was asked for them at once.
+    /// Shared by all sockets of the process that were found together.
     pub task: Rc<Task>,
     pub descriptor: i32,
-    /// The other processes that have it, with their descriptors.
+    /// The other processes that have the socket, each with its descriptor.
     pub others: Vec<(u32, i32)>,
 }
 
-/// What is known of a socket's options.
+/// What is known of the options of a socket.
 #[derive(Clone, Debug)]
 pub enum OptionRead {
-    /// As many as were asked for, and the socket has.
+    /// The requested options that the socket has.
     Values(Values),
-    /// No descriptor leads to it: it was closed, or is not accepted yet, or is a part of an MPTCP socket.
+    /// No process has a descriptor of the socket: it was closed, has not been accepted yet, or is a subflow of an MPTCP socket.
     NoFd,
-    /// Nobody may look into it, for this reason.
+    /// The socket cannot be inspected, for this reason.
     Denied(String),
 }
 
-/// SO_BUF_LOCK: which of a socket's buffers somebody has set.
+/// SO_BUF_LOCK: which buffers of a socket were set by setsockopt.
 pub const BUFFER_LOCKS: OptionKey = OptionKey { level: Level::SOCKET.0, name: 72 };
 
 impl SocketSnapshot {
@@ -75,17 +76,18 @@ impl SocketSnapshot {
         }
     }
 
-    /// What it has that somebody chose: what differs from a new socket. All that can be chosen, where that is not known.
+    /// Returns the options that were chosen: those that differ from a new socket. Without a new socket, returns all options
+    /// that can be chosen.
     #[must_use]
-    pub fn chosen(&self, fresh: Option<&Values>) -> Values {
+    pub fn chosen(&self, baseline: Option<&Values>) -> Values {
         let OptionRead::Values(values) = &self.values else { return Values::new() };
-        values.iter().filter(|(option, value)| self.is_chosen(option, value, fresh)).copied().collect()
+        values.iter().filter(|(option, value)| self.is_chosen(option, value, baseline)).copied().collect()
     }
 
-    /// Whether somebody chose the value of an option.
+    /// Returns whether the value of an option was chosen.
     #[must_use]
-    pub fn is_chosen(&self, option: &SocketOption, value: &Value, fresh: Option<&Values>) -> bool {
-        let may_be = match option.reading {
+    pub fn is_chosen(&self, option: &SocketOption, value: &Value, baseline: Option<&Values>) -> bool {
+        let can_be_chosen = match option.reading {
             Reading::Chosen => true,
             Reading::UntilConnected | Reading::AtMost => !self.is_connection(),
             Reading::UntilBound => self.facts.local.is_none(),
@@ -95,13 +97,14 @@ impl SocketSnapshot {
             },
             Reading::State | Reading::Never => false,
         };
-        let default = fresh.map(|fresh| find(fresh, option.key()));
-        may_be
+        let default = baseline.map(|baseline| find(baseline, option.key()));
+        can_be_chosen
             && default != Some(Some(value))
             && default.flatten().is_none_or(|default| self.differs(option, value, default))
     }
 
-    /// Whether the kernel may have tuned what an option shows, or not: before 5.15 it does not tell. It tunes buffers of TCP.
+    /// Returns whether the kernel may have tuned the value of an option. The kernel tunes TCP buffers, and does not show before
+    /// 5.15 whether it has done so.
     #[must_use]
     pub fn may_be_tuned(&self, option: &SocketOption) -> bool {
         matches!(option.reading, Reading::Tuned { .. })
@@ -109,7 +112,7 @@ impl SocketSnapshot {
             && self.value(BUFFER_LOCKS).is_none()
     }
 
-    /// Whether a value is another than that of a new socket, but for bits that the kernel sees to.
+    /// Returns whether a value differs from that of a new socket, except for bits that the kernel manages.
     fn differs(&self, option: &SocketOption, value: &Value, default: &Value) -> bool {
         let is_tcp = self.facts.protocol == Some(Protocol::Tcp);
         if is_tcp && option.value == ValueKind::Dscp && value.len == default.len {
@@ -118,7 +121,7 @@ impl SocketSnapshot {
         value != default
     }
 
-    /// Whether it is an end of a TCP connection, whatever has become of that.
+    /// Returns whether the socket is or was an end of a TCP connection.
     #[must_use]
     pub fn is_connection(&self) -> bool {
         self.facts.protocol == Some(Protocol::Tcp) && !matches!(self.entry.state, State::Listening | State::Unconnected)
@@ -129,7 +132,7 @@ impl SocketSnapshot {
         self.entry.protocol == libc::IPPROTO_MPTCP
     }
 
-    /// As events have it.
+    /// Returns the socket as events contain it.
     #[must_use]
     pub fn socket(&self) -> events::Socket {
         let Entry { local, remote, cookie, .. } = &self.entry;
@@ -145,7 +148,7 @@ impl SocketSnapshot {
         }
     }
 
-    /// As a line of JSON, with these of its options.
+    /// Returns the socket as a line of JSON, with these options.
     #[must_use]
     pub fn to_json(&self, options: &Values) -> Json {
         let owner = self.owner.as_ref();
@@ -153,7 +156,7 @@ impl SocketSnapshot {
         let shown = options.iter().map(|(option, value)| (option.name.to_owned(), values::json(option.key(), value)));
         let (options, missing) = match &self.values {
             OptionRead::Values(_) => (Json::Object(shown.collect::<Map<_, _>>()), None),
-            OptionRead::NoFd => (Json::Null, Some("no descriptor leads to the socket")),
+            OptionRead::NoFd => (Json::Null, Some("no process has a descriptor of the socket")),
             OptionRead::Denied(why) => (Json::Null, Some(why.as_str())),
         };
         let fields = json!({
@@ -182,7 +185,7 @@ fn find(values: &Values, key: OptionKey) -> Option<&Value> {
     values.iter().find(|(option, _)| option.key() == key).map(|(_, value)| value)
 }
 
-/// The sockets of a network namespace that listen, by port.
+/// The listening addresses of a network namespace, by port.
 #[derive(Clone, Debug, Default)]
 pub struct Listeners(HashMap<u16, Vec<IpAddr>>);
 
@@ -196,8 +199,8 @@ impl Listeners {
         listeners
     }
 
-    /// The direction of a connection, or of whatever a socket is: inbound where one listens at its own end, for nobody could
-    /// have connected from there; else as its counts tell, if they do.
+    /// Returns the direction of a socket. It is inbound if a socket listens at the local address, because no connection could
+    /// have been made from there. Otherwise it is the one that the socket's counters indicate, if they do.
     #[must_use]
     pub fn direction(&self, entry: &Entry, counted: Option<Direction>) -> Option<Direction> {
         let is_tcp = entry.protocol() == Protocol::Tcp;
@@ -205,7 +208,7 @@ impl Listeners {
             State::Listening | State::SynReceived => Some(Direction::Inbound),
             State::SynSent => Some(Direction::Outbound),
             State::Unconnected => None,
-            // Only the application itself can have connected it.
+            // A connected datagram socket was connected by its application.
             _ if !is_tcp => Some(Direction::Outbound),
             _ if self.has(entry) => Some(Direction::Inbound),
             _ => counted,
@@ -257,8 +260,8 @@ mod tests {
     }
 
     #[test]
-    fn what_the_kernel_changes_by_itself_nobody_chose() {
-        let fresh = table(&[
+    fn values_that_the_kernel_changes_are_not_chosen() {
+        let baseline = table(&[
             ("IP_TOS", 0),
             ("SO_SNDBUF", 1),
             ("SO_RCVBUF", 1),
@@ -266,7 +269,8 @@ mod tests {
             ("TCP_NODELAY", 0),
             ("SO_BUF_LOCK", 2),
         ]);
-        // ECN, tuning of one buffer, the segment size of the path, and how it fares.
+        // Changed by the kernel: ECN bits, a tuned buffer, the segment size of the path, and the state of delayed
+        // acknowledgements.
         let values = [
             ("IP_TOS", 2),
             ("SO_SNDBUF", 9),
@@ -277,20 +281,20 @@ mod tests {
             ("SO_BUF_LOCK", 2),
         ];
         let connected = live(entry(State::Established, "10.0.0.1:1", "10.0.0.2:2"), &values);
-        assert_eq!(names(&connected.chosen(Some(&fresh))), ["SO_RCVBUF", "TCP_NODELAY"]);
+        assert_eq!(names(&connected.chosen(Some(&baseline))), ["SO_RCVBUF", "TCP_NODELAY"]);
         let listening = live(entry(State::Listening, "10.0.0.1:1", ""), &values);
-        assert_eq!(names(&listening.chosen(Some(&fresh))), ["SO_RCVBUF", "TCP_MAXSEG", "TCP_NODELAY"]);
+        assert_eq!(names(&listening.chosen(Some(&baseline))), ["SO_RCVBUF", "TCP_MAXSEG", "TCP_NODELAY"]);
     }
 
     #[test]
-    fn without_a_new_socket_all_that_can_be_chosen_counts() {
+    fn without_a_new_socket_all_options_that_can_be_chosen_count() {
         let live = live(entry(State::Listening, "[::]:1", ""), &[("IPV6_V6ONLY", 1), ("SO_ACCEPTCONN", 1)]);
         assert_eq!(names(&live.chosen(None)), ["IPV6_V6ONLY"]);
         assert_eq!(names(&live.chosen(Some(&table(&[("IPV6_V6ONLY", 1)])))), Vec::<&str>::new());
     }
 
     #[test]
-    fn direction_is_that_of_the_listener_at_ones_own_end_or_what_the_counts_say() {
+    fn direction_is_inbound_at_a_listening_address_and_otherwise_that_of_the_counters() {
         let listening = [entry(State::Listening, "10.0.0.1:80", ""), entry(State::Listening, "[::]:443", "")];
         let listeners = Listeners::of(&listening);
         let direction =

@@ -1,4 +1,4 @@
-//! Sockets for people: those of a cgroup together, a line each, and below it their options.
+//! Prints sockets as text: grouped by cgroup, one line for each socket, followed by its options.
 
 use std::{collections::BTreeMap, fmt};
 
@@ -7,10 +7,10 @@ use unicode_width::UnicodeWidthStr;
 use super::{OptionRead, SocketSnapshot, Values};
 use crate::{escape::Escape, values};
 
-/// Sockets with the options to show of each.
+/// Sockets and the options to show of each.
 #[derive(Debug, Default)]
 pub struct Table {
-    /// By the name of the cgroup; those of an unknown one first.
+    /// By the name of the cgroup. Sockets of an unknown cgroup come first.
     groups: BTreeMap<Option<String>, Vec<Row>>,
     widths: [usize; COLUMNS],
 }
@@ -21,11 +21,11 @@ struct Row {
     options: Vec<String>,
 }
 
-/// The last one is as wide as it is.
+/// The last column is not padded.
 const COLUMNS: usize = 5;
 const HEADER: [&str; COLUMNS] = ["protocol", "state", "local", "remote", "process"];
 
-/// Options are broken to lines of this width.
+/// Width at which the options are wrapped.
 const WIDTH: usize = 80;
 const INDENT: &str = "    ";
 
@@ -46,7 +46,7 @@ impl Table {
             .map(|(option, value)| format!("{} = {}", option.name, values::text(option.key(), value)))
             .collect();
         if let OptionRead::Denied(why) = &live.values {
-            shown.push(format!("cannot be looked into: {}", why.escaped()));
+            shown.push(format!("cannot be inspected: {}", why.escaped()));
         }
         for (width, cell) in self.widths.iter_mut().zip(&cells) {
             *width = cell.width().max(*width);
@@ -72,7 +72,7 @@ impl fmt::Display for Table {
             if number > 0 {
                 writeln!(f)?;
             }
-            writeln!(f, "{}", cgroup.as_deref().unwrap_or("of no cgroup that is known").escaped())?;
+            writeln!(f, "{}", cgroup.as_deref().unwrap_or("unknown cgroup").escaped())?;
             write_cells(f, &HEADER, &widths)?;
             for row in rows {
                 write_cells(f, &row.cells, &widths)?;
@@ -91,7 +91,7 @@ fn write_cells(f: &mut fmt::Formatter<'_>, cells: &[impl AsRef<str>], widths: &[
     writeln!(f, "  {}", padded.collect::<Vec<_>>().join("  ").trim_end())
 }
 
-/// As many on a line as there is room for.
+/// Writes options, wrapped to [`WIDTH`].
 fn write_options(f: &mut fmt::Formatter<'_>, options: &[String]) -> fmt::Result {
     let mut line = String::new();
     for (number, option) in options.iter().enumerate() {
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn options_are_broken_to_the_width_of_a_terminal() {
+    fn options_are_wrapped_to_the_width_of_a_terminal() {
         let options = Options((0..20).map(|number| format!("TCP_OPTION_{number} = {number}")).collect());
         let text = options.to_string();
         assert!(text.lines().all(|line| line.len() <= 80 && line.starts_with("    TCP_")), "{text}");

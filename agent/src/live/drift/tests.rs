@@ -1,4 +1,4 @@
-//! What is drift, and what is not: on sockets that are made up.
+//! Tests of drift on made-up sockets.
 
 use std::{net::SocketAddr, path::Path};
 
@@ -13,7 +13,7 @@ use crate::{
     policy,
 };
 
-/// A socket of a protocol, with values of its options.
+/// Makes a socket of a protocol with these option values.
 fn live(protocol: i32, state: State, ends: [&str; 2], values: &[(&str, Value)]) -> SocketSnapshot {
     let [local, remote] = ends.map(|end| end.parse::<SocketAddr>().ok());
     let local = local.unwrap_or_else(|| "0.0.0.0:0".parse().unwrap());
@@ -50,7 +50,7 @@ fn udp(ends: [&str; 2], values: &[(&str, Value)]) -> SocketSnapshot {
     live(libc::IPPROTO_UDP, if ends[1].is_empty() { Unconnected } else { Established }, ends, values)
 }
 
-/// New sockets as the test has them.
+/// The baseline of a test.
 #[derive(Default)]
 struct New {
     values: Values,
@@ -67,7 +67,7 @@ impl Baseline for New {
     }
 }
 
-/// What there is to say of a socket where the BPF LSM is not active: an option's name, and why it cannot be told.
+/// Returns the findings about a socket if the BPF LSM is not active: the name of each option, and why it is unknown.
 fn found_with(rules: &str, live: &SocketSnapshot, new: New) -> Vec<(&'static str, Option<&'static str>)> {
     found_on(rules, live, new, false)
 }
@@ -102,7 +102,7 @@ fn number(value: u32) -> Value {
 }
 
 #[test]
-fn value_that_is_not_the_setting_is_drift_and_the_same_is_not() {
+fn only_values_that_differ_from_the_setting_are_drift() {
     let rules =
         "[[rule]]\nset = { TCP_KEEPCNT = 5, TCP_CONGESTION = \"bbr\", SO_MARK = \"0x20/0xff\", SO_SNDBUF = 1000 }\n";
     let name = |name: &[u8]| Value::text(words_of_text(name));
@@ -121,11 +121,11 @@ fn value_that_is_not_the_setting_is_drift_and_the_same_is_not() {
 }
 
 #[test]
-fn what_a_socket_has_not_come_to_is_no_drift() {
+fn settings_of_hooks_that_have_not_run_yet_are_no_drift() {
     let rules = "[[rule]]\nset = { TCP_NODELAY = true, SO_MARK = 1, SO_REUSEADDR = true }\n";
     let values = [("TCP_NODELAY", number(0)), ("SO_MARK", number(0)), ("SO_REUSEADDR", number(0))];
     let new = live(libc::IPPROTO_TCP, Unconnected, ["", ""], &values);
-    assert_eq!(found(rules, &new), [("SO_MARK", None)], "nothing but what sockets have from birth");
+    assert_eq!(found(rules, &new), [("SO_MARK", None)], "only what sockets get when they are created");
     assert_eq!(found(rules, &tcp(Unconnected, &values)), [("SO_MARK", None), ("SO_REUSEADDR", None)], "bound");
     for connected in [outbound(&values), inbound(&values), tcp(Listening, &values)] {
         assert_eq!(found(rules, &connected).len(), 3, "{:?}", connected.facts);
@@ -135,7 +135,7 @@ fn what_a_socket_has_not_come_to_is_no_drift() {
 }
 
 #[test]
-fn rules_about_the_peer_are_not_for_listeners_nor_for_what_children_inherit() {
+fn rules_about_the_peer_do_not_apply_to_listeners_nor_to_inherited_values() {
     let rules =
         "[[rule]]\nmatch = { remote = \"192.0.2.0/24\" }\nset = { SO_KEEPALIVE = true, SO_BINDTODEVICE = \"eth0\" }\n";
     let values = [("SO_KEEPALIVE", number(0)), ("SO_BINDTODEVICE", Value::new([0; 2], 1))];
@@ -150,7 +150,7 @@ fn rules_about_the_peer_are_not_for_listeners_nor_for_what_children_inherit() {
 }
 
 #[test]
-fn what_only_matters_to_listeners_is_not_for_others() {
+fn options_of_listeners_do_not_apply_to_other_sockets() {
     let rules = "[[rule]]\nset = { TCP_SAVE_SYN = 1 }\n";
     let values = [("TCP_SAVE_SYN", number(0))];
     assert_eq!(found(rules, &tcp(Listening, &values)), [("TCP_SAVE_SYN", None)]);
@@ -159,7 +159,7 @@ fn what_only_matters_to_listeners_is_not_for_others() {
 }
 
 #[test]
-fn direction_that_is_not_known_is_said_only_where_it_decides() {
+fn unknown_direction_is_reported_only_if_it_decides() {
     let values = [("TCP_KEEPCNT", number(9)), ("TCP_SYNCNT", number(9))];
     let rules = "\
 [[rule]]\nmatch = { direction = \"outbound\" }\nset = { TCP_KEEPCNT = 5 }\n\
@@ -172,7 +172,7 @@ fn direction_that_is_not_known_is_said_only_where_it_decides() {
 }
 
 #[test]
-fn whether_a_datagram_socket_was_bound_or_only_sends_is_not_known() {
+fn whether_a_datagram_socket_was_bound_is_unknown() {
     let rules = "[[rule]]\nset = { SO_REUSEADDR = true, IP_TOS = \"AF21\" }\n";
     let values = |reuse| [("SO_REUSEADDR", number(reuse)), ("IP_TOS", number(0x48))];
     assert_eq!(found(rules, &udp(["0.0.0.0:5000", ""], &values(0))), [("SO_REUSEADDR", Some(WHETHER_BOUND))]);
@@ -182,7 +182,7 @@ fn whether_a_datagram_socket_was_bound_or_only_sends_is_not_known() {
 }
 
 #[test]
-fn any_socket_but_a_tcp_one_has_all_from_its_creation_where_the_bpf_lsm_is_active() {
+fn sockets_other_than_tcp_get_all_options_at_creation_if_the_bpf_lsm_is_active() {
     let rules = "[[rule]]\nset = { SO_RCVLOWAT = 3 }\n";
     let values = [("SO_RCVLOWAT", number(1))];
     for protocol in [libc::IPPROTO_UDP, libc::IPPROTO_ICMP, libc::IPPROTO_UDPLITE] {
@@ -195,7 +195,7 @@ fn any_socket_but_a_tcp_one_has_all_from_its_creation_where_the_bpf_lsm_is_activ
 }
 
 #[test]
-fn what_came_of_a_bound_on_a_connection_is_no_more_than_it() {
+fn connection_may_show_less_than_the_value_that_was_set() {
     let rules = "[[rule]]\nset = { TCP_MAXSEG = 1000, TCP_WINDOW_CLAMP = 60000 }\n";
     let values = |segment, clamp| [("TCP_MAXSEG", number(segment)), ("TCP_WINDOW_CLAMP", number(clamp))];
     let clamp = ("TCP_WINDOW_CLAMP", Some(NOT_KEPT));
@@ -205,7 +205,7 @@ fn what_came_of_a_bound_on_a_connection_is_no_more_than_it() {
 }
 
 #[test]
-fn what_the_kernel_makes_of_the_value_agrees() {
+fn value_that_the_kernel_clamped_agrees() {
     let rules = "[[rule]]\nset = { SO_SNDBUF = \"64MiB\" }\n";
     let clamped = number(8 << 20);
     let live = outbound(&[("SO_SNDBUF", clamped)]);
@@ -215,7 +215,7 @@ fn what_the_kernel_makes_of_the_value_agrees() {
 }
 
 #[test]
-fn limit_is_about_what_somebody_chose() {
+fn limit_is_about_values_that_were_set() {
     let rules =
         "[[rule]]\nlimit = { SO_RCVBUF = { max = 1000 }, TCP_SYNCNT = { max = 3 }, SO_LINGER = { max = \"5s\" } }\n";
     let linger = |on: u64| Value::new([on | 9 << 32, 0], 8);
@@ -238,16 +238,16 @@ fn limit_is_about_what_somebody_chose() {
 }
 
 #[test]
-fn where_the_kernel_does_not_tell_who_chose_a_buffer_that_is_said() {
+fn buffer_that_was_set_or_tuned_is_unknown_on_kernels_that_do_not_show_it() {
     let rules = "[[rule]]\nlimit = { SO_RCVBUF = { max = 1000 } }\n";
     let values = [("SO_RCVBUF", number(3000))];
-    assert_eq!(found(rules, &outbound(&values)), [("SO_RCVBUF", Some(WHO_CHOSE))]);
+    assert_eq!(found(rules, &outbound(&values)), [("SO_RCVBUF", Some(SET_OR_TUNED))]);
     assert_eq!(found(rules, &udp(["10.0.0.1:1", "10.0.0.2:2"], &values)), [("SO_RCVBUF", None)], "nothing tunes these");
     assert_eq!(found(rules, &outbound(&[("SO_RCVBUF", number(2000))])), NONE);
 }
 
 #[test]
-fn what_cannot_be_read_or_looked_into_is_said_to_be_so() {
+fn options_that_cannot_be_read_are_unknown() {
     let rules = "[[rule]]\nset = { TCP_BPF_IW = 20 }\n";
     assert_eq!(found(rules, &outbound(&[])), [("TCP_BPF_IW", Some(NOT_READABLE))]);
     assert_eq!(found(rules, &tcp(Listening, &[])), NONE);
@@ -260,7 +260,7 @@ fn what_cannot_be_read_or_looked_into_is_said_to_be_so() {
 }
 
 #[test]
-fn options_that_a_socket_does_not_have_are_not_missed() {
+fn options_that_a_socket_does_not_have_are_no_drift() {
     let rules = "[[rule]]\nset = { TCP_NODELAY = true, IPV6_TCLASS = \"AF21\", IP_TOS = \"AF21\" }\nlimit = { TCP_KEEPCNT = { max = 5 } }\n";
     assert_eq!(found(rules, &udp(["10.0.0.1:1", "10.0.0.2:2"], &[("IP_TOS", number(0x48))])), NONE);
     let values = [("IPV6_TCLASS", number(0x48)), ("IP_TOS", number(0))];
