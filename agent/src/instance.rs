@@ -5,7 +5,7 @@
 //! with the same code.
 //!
 //! Invariants: the record is written before its policies are enabled, so that it includes all policies in force. An instance
-//! writes cgroups as its targets only after it has checked that they belong to no other instance, and no other instance can
+//! writes a cgroup as its target only after it has checked that the cgroup belongs to no other instance. No other instance can
 //! write in between.
 
 use std::{
@@ -522,7 +522,7 @@ fn lock_of(dir: &PrivateDir, name: &str) -> Lock {
     }
 }
 
-/// Opens the directory of the files of all instances, and makes it if there is none. Only root may change it, so that no other
+/// Opens the directory of the files of all instances, and makes it if there is none. No other user can change it, so no other
 /// user can block an agent by its lock, or read policies.
 pub(crate) fn make_dir() -> Result<PrivateDir, PrivateError> {
     PrivateDir::system(Path::new(PARENT))?.create(DIR)

@@ -373,7 +373,7 @@ pub fn parse(text: &mut impl BufRead) -> io::Result<Contents> {
 enum RawLine<'a> {
     Line(Line),
     Holder(Holder),
-    /// A damaged line, of which at most [`LINE_MAX`] bytes. The rest follows as another line.
+    /// At most [`LINE_MAX`] bytes of a damaged line. The rest follows as another line.
     Damaged(&'a [u8]),
 }
 

@@ -747,12 +747,12 @@ fn warn_of_overriding_programs(mount: &Mount, targets: &[Target]) {
     let paths: Vec<_> = targets.iter().map(|target| mount.below(&target.cgroup)).collect();
     match kernel::overriding_programs(mount, &paths) {
         Ok(found) => {
-            let mut places: Vec<_> = found.iter().map(|program| format!("/{}", program.cgroup.escaped())).collect();
-            places.dedup();
-            if !places.is_empty() {
+            let mut ancestors: Vec<_> = found.iter().map(|program| format!("/{}", program.cgroup.escaped())).collect();
+            ancestors.dedup();
+            if !ancestors.is_empty() {
                 log::warn!(
                     "another sockpolicy is attached to ancestor {}: it overrides this one where both decide an option",
-                    places.join(", ")
+                    ancestors.join(", ")
                 );
             }
         }

@@ -302,11 +302,11 @@ impl Attached {
         let is_empty =
             |attached: &AttachedTarget| attached.links.values().all(|link| link.is_defunct().unwrap_or(false));
         let empty = self.targets.iter().filter(|(_, attached)| attached.is_removed && is_empty(attached));
-        let gone: Vec<_> = empty.map(|(cgroup, attached)| (*cgroup, attached.target)).collect();
-        let ids: BTreeSet<u64> = gone.iter().map(|(cgroup, _)| *cgroup).collect();
+        let removed: Vec<_> = empty.map(|(cgroup, attached)| (*cgroup, attached.target)).collect();
+        let ids: BTreeSet<u64> = removed.iter().map(|(cgroup, _)| *cgroup).collect();
         self.detach_where(|(cgroup, _), _| ids.contains(cgroup));
         self.targets.retain(|cgroup, _| !ids.contains(cgroup));
-        gone
+        removed
     }
 }
 

@@ -86,8 +86,8 @@ impl KernelInfo {
         })
     }
 
-    /// Returns whether programs of the audit can find the cgroups of a task, and whether programs at cgroup/setsockopt can find
-    /// the audit's record of a call. `Err` gives the reason why not.
+    /// Returns whether the audit can identify callers. Its programs must find the cgroups of a task, and programs at
+    /// cgroup/setsockopt must find the audit's record of a call. `Err` gives the reason why not.
     pub(super) fn can_follow(&self) -> Result<(), String> {
         let (what, member) = if !self.can_see_ancestors && !self.layout.knows(known::ANCESTORS) {
             ("the cgroups of a task", "the cgroups of a task")
@@ -131,8 +131,8 @@ impl KernelInfo {
 
 /// Returns a loader that does not read the kernel's BTF.
 ///
-/// The programs have no relocations against the kernel's types. aya would take as long to parse these as the kernel takes for
-/// the programs, and as much memory again as the agent uses twice. aya reads them when a loader is made, before a caller can
+/// The programs have no relocations against the kernel's types. Parsing these takes aya as long as the kernel takes to verify
+/// the programs, and twice the memory that the agent uses otherwise. aya reads them when a loader is made, before a caller can
 /// disable that. Therefore a thread whose root is a directory without BTF makes the loader.
 pub(super) fn loader_without_types<'a>() -> EbpfLoader<'a> {
     const DIR_WITHOUT_BTF: &str = "/sys";

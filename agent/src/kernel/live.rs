@@ -292,8 +292,8 @@ fn iterator<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Iter, 
     }
 }
 
-/// Runs the program for the sockets of this thread's network namespace, because an iterator is bound to the namespace in which
-/// it was made (`bpf_iter_init_seq_net`, fs/proc/proc_net.c).
+/// Runs the program for the sockets of this thread's network namespace. An iterator is bound to the namespace in which it was
+/// made (`bpf_iter_init_seq_net`, fs/proc/proc_net.c).
 fn visit_here(ebpf: &mut Ebpf) -> Result<(), KernelError> {
     // This program writes no output.
     read(ebpf, SOCKET_PROGRAM, |_| {})

@@ -4,9 +4,8 @@ use aya::Ebpf;
 
 use super::syscall::info;
 
-/// Returns the sum of the misses of the loaded programs with these names. The sum is 0 on kernels that do not count misses:
-/// 5.12 is the first that counts those of fentry (`__bpf_prog_enter`), 6.7 is the first that counts those of kprobes and
-/// tracepoints (`trace_call_bpf`).
+/// Returns the sum of the misses of the loaded programs with these names. Kernels count the misses of fentry from 5.12 on
+/// (`__bpf_prog_enter`), and those of kprobes and tracepoints from 6.7 on (`trace_call_bpf`). The sum is 0 on older kernels.
 pub(super) fn misses(ebpf: &Ebpf, programs: impl Iterator<Item = &'static str>) -> u64 {
     let mut names: Vec<_> = programs.collect();
     // One program may be attached to several points.

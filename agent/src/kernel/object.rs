@@ -548,9 +548,9 @@ impl Object {
     ///
     /// Fails if the kernel refuses.
     pub fn detach_removed(&mut self) -> Result<(), KernelError> {
-        let gone = self.attached.detach_removed();
+        let removed = self.attached.detach_removed();
         let Some(tables) = &mut self.tables else { return Ok(()) };
-        gone.into_iter().try_for_each(|(cgroup, target)| tables.clear(target, cgroup))
+        removed.into_iter().try_for_each(|(cgroup, target)| tables.clear(target, cgroup))
     }
 
     /// Detaches what only previous policies needed. Sockets that these still set up continue with the policies in force.

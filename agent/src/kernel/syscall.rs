@@ -26,8 +26,8 @@ pub(super) fn info(program: &impl AsFd) -> io::Result<bpf_prog_info> {
     unsafe { object_info(program) }
 }
 
-/// Returns the id of the cgroup that a link attaches a program to; 0 if the cgroup has been removed and all its sockets are
-/// closed; `None` if the link is of another kind.
+/// Returns the id of the cgroup that a link attaches a program to. The id is 0 if the cgroup has been removed and all its
+/// sockets are closed. `None` if the link is of another kind.
 pub(super) fn cgroup_of_link(link: &impl AsFd) -> io::Result<Option<u64>> {
     // SAFETY: zero is valid for each field.
     let info: bpf_link_info = unsafe { object_info(link) }?;

@@ -31,7 +31,7 @@ mod flags {
     pub(super) const TRIE: u32 = 1;
 }
 
-/// Minimum capacity in targets. The tables have room for twice as many targets as there are, and for at least so many.
+/// Minimum capacity in targets. The tables have room for twice as many targets as there are, but at least for this number.
 const MIN_CAPACITY: usize = 64;
 
 /// The slot of a target.

@@ -328,8 +328,8 @@ fn passed(socket: &SocketSnapshot, whole: &Socket) -> ApplyPointsPassed {
         }
         (State::Unconnected, _) if is_bound => surely(vec![created, (apply_point::BIND_STREAM, bound)]),
         (State::Unconnected, _) => surely(vec![created]),
-        // An accepted socket has inherited what its listener got at bind, unless a rule depended on the peer, or on a local
-        // address that the listener may not have had.
+        // An accepted socket inherits what its listener got at bind by rules that match neither the peer nor a local address.
+        // The listener may not have had the local address.
         (_, Some(Direction::Inbound)) => surely(vec![
             (apply_point::BIND_STREAM, Socket { local: None, ..bound }),
             (apply_point::PASSIVE, whole.clone()),
