@@ -25,7 +25,7 @@ impl Arguments {
                 "-h" | "--help" => arguments.wants_help = true,
                 "--docs" => match words.next() {
                     Some(folder) => arguments.docs = Some(folder.into()),
-                    None => return Err(Trouble::new("--docs takes a folder").help("bench --docs docs")),
+                    None => return Err(Trouble::new("--docs needs a folder").help("bench --docs docs")),
                 },
                 name if parts::ALL.iter().any(|part| part.name == name) => arguments.names.push(name.to_owned()),
                 _ => {
@@ -36,7 +36,7 @@ impl Arguments {
             }
         }
         if arguments.docs.is_some() && !arguments.names.is_empty() {
-            return Err(Trouble::new("--docs publishes all parts").help("name no part"));
+            return Err(Trouble::new("--docs publishes all parts").help("remove the names of parts"));
         }
         Ok(arguments)
     }
@@ -47,13 +47,13 @@ impl Arguments {
 }
 
 pub(crate) fn help() -> String {
-    let mut text = "Measures what sockpolicy costs, beside what people would use instead\n\n\
-        Usage: bench [PART]... [--docs FOLDER]\n\nParts, all of them if none is named:\n"
+    let mut text = "Measures what sockpolicy costs, compared with alternatives\n\n\
+        Usage: bench [PART]... [--docs FOLDER]\n\nParts (default: all):\n"
         .to_owned();
     for Part { name, what, .. } in &parts::ALL {
         text += &format!("  {name:<12} {what}\n");
     }
-    text + "\n  --docs FOLDER  also write the tables and plots of benchmarks.md in this folder anew\n"
+    text + "\n  --docs FOLDER  also write the tables and plots of benchmarks.md in this folder\n"
 }
 
 #[cfg(test)]

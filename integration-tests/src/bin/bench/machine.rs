@@ -49,7 +49,7 @@ impl Machine {
         let Self { kernel, architecture, processors, processor, memory_gib, load, programs_of_others } = self;
         format!(
             "Linux {kernel} {architecture}, {processors} × {processor}, {memory_gib:.0} GiB; \
-             when it began: load {load:.2}, {programs_of_others} BPF programs of others"
+             at the start: load {load:.2}, {programs_of_others} BPF programs of other owners"
         )
     }
 }

@@ -23,7 +23,7 @@ use crate::{
 /// What stands above the table.
 pub(crate) fn head(machine: &Machine, took: Duration) -> String {
     format!(
-        "{}\nEach ratio is the median of runs beside each other, each against the other's of the same round; {:.0} s in all.",
+        "{}\nEach ratio is the median over rounds, and comes from two runs of the same round. The benchmark took {:.0} s.",
         machine.text(),
         took.as_secs_f64()
     )
@@ -109,7 +109,7 @@ fn markdown(rows: &[Row]) -> String {
 
 /// The rows that have a budget.
 fn budgets(rows: &[Row]) -> String {
-    let heads = ["part", "what", "against", "ratio", "by itself", "budget"].map(str::to_owned);
+    let heads = ["part", "what", "compared with", "ratio", "absolute", "budget"].map(str::to_owned);
     let mut text = markdown_line(&heads) + "| --- | --- | --- | ---: | ---: | --- |\n";
     for row in rows.iter().filter(|row| row.budget.is_some()) {
         let [what, ratio, _, _, versus, figure, budget] = table::cells(row);

@@ -151,7 +151,7 @@ impl Line {
         // Where it may as well be nothing, any number can come out.
         let is_sound = Spread::of(&under).is_some_and(|under| under.low > 0.0);
         let ratio = if is_sound { Spread::of(&measure::ratios(&over, &under)) } else { None };
-        ratio.ok_or_else(|| Trouble::new("what it is compared with was lost in what else the machine did"))
+        ratio.ok_or_else(|| Trouble::new("the reference was below the noise of the machine"))
     }
 }
 

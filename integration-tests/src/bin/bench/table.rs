@@ -82,7 +82,7 @@ pub(crate) fn cells(row: &Row) -> [String; 7] {
     }
 }
 
-pub(crate) const HEADS: [&str; 7] = ["what", "ratio", "quartiles", "runs", "against", "by itself", "budget"];
+pub(crate) const HEADS: [&str; 7] = ["what", "ratio", "quartiles", "runs", "compared with", "absolute", "budget"];
 
 /// All rows, each part under its name.
 pub(crate) fn text(head: &str, rows: &[Row]) -> String {

@@ -208,7 +208,7 @@ fn lines() -> Vec<Line> {
         line("detach, 1000 targets", "attach-1000/detach", "with 1", "attach-1/detach"),
         line("reload, 1 target", "reload-1/reload", "attach", "attach-1/attach"),
         line("reload, 1000 targets", "reload-1000/reload", "with 1", "reload-1/reload"),
-        line("take-over by another agent", "taken/next", "coming in force anew", "taken/first"),
+        line("take-over by another agent", "taken/next", "first start of an agent", "taken/first"),
         line("kernel memory for each of 1000 targets", "memory/targets", "an empty program on each", "memory/empty")
             .unit(Unit::Kibibytes),
     ]
@@ -265,5 +265,5 @@ fn plot(samples: &Samples) -> Plot {
     });
     let (sizes, figures, series) = (Scale::Logarithmic, Scale::Linear, series.to_vec());
     let kind = Kind::Curves { size: "targets", sizes, figure: "milliseconds", figures, series };
-    Plot { name: "lifecycle", title: "Coming in force, and going", kind }
+    Plot { name: "lifecycle", title: "Attach and detach", kind }
 }

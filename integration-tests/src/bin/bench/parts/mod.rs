@@ -43,10 +43,10 @@ pub(crate) const ALL: [Part; 11] = [
     part("prefixes", "matches of many networks", scaling::prefixes),
     part("datagrams", "datagrams over loopback", datagrams::measure),
     part("servers", "Redis and nginx under load", servers::measure),
-    part("live", "live sockets brought in line", live::measure),
-    part("lifecycle", "how long it takes to come in force, and what it takes up", lifecycle::measure),
-    part("programs", "where the time goes, by the kernel's clock", programs::measure),
-    part("storm", "far more conflicts than anybody reads", storm::measure),
+    part("live", "options set on existing sockets", live::measure),
+    part("lifecycle", "time to start, attach, reload and detach, and the memory for it", lifecycle::measure),
+    part("programs", "time in each BPF program, by the kernel's clock", programs::measure),
+    part("storm", "many more conflicts than are reported", storm::measure),
 ];
 
 const fn call(level: i32, name: i32, value: i32) -> Call {

@@ -20,7 +20,7 @@ pub(crate) fn measure(ground: &Ground, findings: &mut Findings) -> Result<()> {
         let samples = Comparison { rounds: 5, millis: 0, turns: 1, scenes }.run(ground)?;
         let mut lines = Vec::new();
         for (arm, says) in arms {
-            for (under, what) in [("policy", "policy of 10 options"), ("audited", "the same with audit")] {
+            for (under, what) in [("policy", "policy of 10 options"), ("audited", "policy of 10 options with audit")] {
                 // Requests a second, so the other way round: more is better.
                 let (without, with) = (format!("none-{server}/{arm}"), format!("{under}-{server}/{arm}"));
                 let line = Line::new(

@@ -145,5 +145,5 @@ fn plot(samples: &Samples) -> Plot {
     let spread = |arm| samples.of(arm).ok().and_then(crate::measure::Spread::of);
     let bars = bars.into_iter().filter_map(|(name, arm)| Some((name.to_owned(), spread(arm)?))).collect();
     let kind = Kind::Bars { figure: "nanoseconds a call", bars };
-    Plot { name: "setsockopt", title: "One setsockopt(TCP_NODELAY), by what watches it", kind }
+    Plot { name: "setsockopt", title: "One setsockopt(TCP_NODELAY), by tool", kind }
 }

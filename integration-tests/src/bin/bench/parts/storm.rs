@@ -39,9 +39,9 @@ pub(crate) fn measure(ground: &Ground, findings: &mut Findings) -> Result<()> {
         &samples,
         &[
             counts("conflicts counted", "ours/counted", "calls made", "ours/called"),
-            counts("told, held back or lost by count", "ours/accounted", "calls made", "ours/called"),
-            counts("events told", "ours/told", "calls made", "ours/called"),
-            counts("events held back", "ours/held", "calls made", "ours/called"),
+            counts("events reported, suppressed or lost", "ours/accounted", "calls made", "ours/called"),
+            counts("events reported", "ours/told", "calls made", "ours/called"),
+            counts("events suppressed", "ours/held", "calls made", "ours/called"),
             counts("events lost", "ours/lost", "calls made", "ours/called"),
             counts("calls made in the same time", "ours/called", "under bpftrace printing", "bpftrace/called"),
             line("CPU of the agent", "ours/cpu", "bpftrace printing", "bpftrace/cpu")
