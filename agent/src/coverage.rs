@@ -1,12 +1,11 @@
-//! Which policies say what becomes of the sockets of which cgroups: `&[Policy]`, and the cgroups and containers there
-//! are → [`Coverage`].
+//! Which policies cover the sockets of which cgroups: `&[Policy]`, cgroups and containers → [`Coverage`].
 //!
-//! The policies that cover a cgroup make a *stack*: those with the deepest target come first, and among equals those whose
-//! files' names come first. Cgroups that have the same stack are compiled once, however many there are.
+//! The policies that cover a cgroup form a *stack*. Policies with a deeper target come first; among policies with
+//! equally deep targets, the order of the file names decides. Cgroups with the same stack are compiled once.
 //!
-//! A container is to a policy the cgroup that its processes are in: as deep as that, and covering what is below.
+//! A container's target is the cgroup of its processes: it is as deep as that cgroup, and covers the cgroups below.
 //!
-//! Pure: it is told which cgroups and which containers there are.
+//! Pure: callers pass the cgroups and containers.
 
 mod containers;
 mod globs;
@@ -26,7 +25,7 @@ use crate::{
     },
 };
 
-/// Policies by their place among all that are in force together; the first decides first.
+/// Indices of policies, in order of precedence.
 pub type Stack = Vec<usize>;
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -36,33 +35,33 @@ pub struct GlobError {
     source: globset::Error,
 }
 
-/// Where programs are to be attached, and which policies hold there.
+/// Where programs are attached, and which policies apply there.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Coverage {
-    /// Each once.
+    /// The stacks, each once.
     pub stacks: Vec<Stack>,
-    /// Cgroups by their paths below the mount, parents before children, each with the number of its stack.
+    /// The paths of cgroups below the mount, parents before children, each with the index of its stack.
     pub targets: Vec<(PathBuf, usize)>,
 }
 
 impl Coverage {
-    /// What policies cover by their own targets. A policy without one covers nothing.
+    /// Returns what policies cover by their own targets. A policy without a target covers nothing.
     ///
-    /// A cgroup below a target is one itself only where other policies hold, or the same in another order.
+    /// A cgroup below a target is a target itself only if its stack differs.
     ///
     /// # Errors
     ///
-    /// Where a target is no glob.
+    /// Fails if a target is not a glob.
     pub fn of_targets(
         policies: &[Policy],
         mut cgroups: Vec<PathBuf>,
         containers: &[Running],
     ) -> Result<Self, GlobError> {
-        let meant = target_matcher(policies, containers)?;
+        let matcher = target_matcher(policies, containers)?;
         // Parents sort before their children.
         cgroups.sort();
         let mut coverage = Self::default();
-        // The targets around the next cgroup, which come before it, each by its index.
+        // The targets that contain the next cgroup, by index. They sort before it.
         let mut around: Vec<usize> = Vec::new();
         for cgroup in cgroups {
             while around.last().is_some_and(|outer| !cgroup.starts_with(&coverage.targets[*outer].0)) {
@@ -70,7 +69,7 @@ impl Coverage {
             }
             let above = around.last().map(|outer| coverage.targets[*outer].1);
             let above = above.map(|number| coverage.stacks[number].as_slice()).unwrap_or_default();
-            let stack = meant.stack(&cgroup, above);
+            let stack = matcher.stack(&cgroup, above);
             if stack != above {
                 let number = coverage.intern(stack);
                 around.push(coverage.targets.len());
@@ -80,13 +79,13 @@ impl Coverage {
         Ok(coverage)
     }
 
-    /// All policies, on each of these cgroups; those below another one are covered by it.
+    /// Returns a coverage of all policies on each of these cgroups. A cgroup below another one is covered by that one.
     #[must_use]
     pub fn of_all(policies: &[Policy], mut cgroups: Vec<PathBuf>) -> Self {
         cgroups.sort();
         let mut targets: Vec<(PathBuf, usize)> = Vec::new();
         for cgroup in cgroups {
-            // Those within a cgroup come right after it.
+            // Cgroups below a cgroup sort right after it.
             if !targets.last().is_some_and(|(outer, _)| cgroup.starts_with(outer)) {
                 targets.push((cgroup, 0));
             }
@@ -94,7 +93,7 @@ impl Coverage {
         Self { stacks: vec![all(policies)], targets }
     }
 
-    /// The number of a stack, which is a new one if it was not there.
+    /// Returns the index of a stack, which is added if it is new.
     pub fn intern(&mut self, stack: Stack) -> usize {
         self.stacks.iter().position(|known| *known == stack).unwrap_or_else(|| {
             self.stacks.push(stack);
@@ -103,40 +102,40 @@ impl Coverage {
     }
 }
 
-/// What each policy's target says that matches none of these, in the policy's words, with the policy's number. A container
-/// counts only where its cgroup is among the cgroups.
+/// Returns the entries of each policy's target that match none of these, as written in the policy, with the policy's
+/// index. A container counts only if its cgroup is among the cgroups.
 ///
 /// # Errors
 ///
-/// Where a target is no glob.
+/// Fails if a target is not a glob.
 pub fn unmatched_targets(
     policies: &[Policy],
     cgroups: &[PathBuf],
     containers: &[Running],
 ) -> Result<Vec<(usize, String)>, GlobError> {
-    let mut idle = Vec::new();
+    let mut unmatched_entries = Vec::new();
     for (number, policy) in policies.iter().enumerate() {
         let Target { cgroups: patterns, containers: selectors } = &policy.target;
         let globs = Globs::new(patterns.iter().map(String::as_str).zip(0..))?;
         let matched: BTreeSet<usize> = cgroups.iter().flat_map(|cgroup| globs.matching(cgroup)).collect();
         let unmatched = patterns.iter().enumerate().filter(|(at, _)| !matched.contains(at));
-        idle.extend(unmatched.map(|(_, pattern)| (number, pattern.clone())));
+        unmatched_entries.extend(unmatched.map(|(_, pattern)| (number, pattern.clone())));
         for selector in selectors {
             let selected = selected(std::slice::from_ref(selector), containers)?;
             if !cgroups.iter().any(|cgroup| selected.contains(cgroup)) {
-                idle.push((number, selector.to_string()));
+                unmatched_entries.push((number, selector.to_string()));
             }
         }
     }
-    Ok(idle)
+    Ok(unmatched_entries)
 }
 
-/// Returns the cgroups that policies name without a glob, and those of the containers that they select: these are found
-/// without a look at the tree.
+/// Returns the cgroups that policies name without a glob, and the cgroups of the containers that they select. These are
+/// found without searching the cgroup tree.
 ///
 /// # Errors
 ///
-/// Where a target is no glob.
+/// Fails if a target is not a glob.
 pub fn named(policies: &[Policy], containers: &[Running]) -> Result<BTreeSet<PathBuf>, GlobError> {
     let mut named = BTreeSet::new();
     for Policy { target: Target { cgroups, containers: selectors }, .. } in policies {
@@ -152,31 +151,32 @@ fn is_glob(pattern: &str) -> bool {
     pattern.contains(['*', '?', '[', '{', '\\'])
 }
 
-/// All policies, in order.
+/// Returns the indices of all policies, in order.
 #[must_use]
 pub fn all(policies: &[Policy]) -> Stack {
     (0..policies.len()).collect()
 }
 
-/// The policies that cover a cgroup, whether there is one or not. A policy without a target covers all, after the others.
+/// Returns the policies that cover a cgroup, whether the cgroup exists or not. A policy without a target covers all
+/// cgroups, with the lowest precedence.
 ///
 /// # Errors
 ///
-/// Where a target is no glob.
+/// Fails if a target is not a glob.
 pub fn stack_of(policies: &[Policy], cgroup: &Path, containers: &[Running]) -> Result<Stack, GlobError> {
-    let meant = target_matcher(policies, containers)?;
+    let matcher = target_matcher(policies, containers)?;
     let templates = (0..policies.len()).filter(|policy| policies[*policy].target.is_empty()).collect();
     let from_the_top = cgroup.ancestors().collect::<Vec<_>>().into_iter().rev();
-    Ok(from_the_top.fold(templates, |above, cgroup| meant.stack(cgroup, &above)))
+    Ok(from_the_top.fold(templates, |above, cgroup| matcher.stack(cgroup, &above)))
 }
 
-/// The policies with the same target as one of them, in order.
+/// Returns the policies with the same target as this policy, in order.
 #[must_use]
 pub fn stack_with(policies: &[Policy], policy: usize) -> Stack {
     (0..policies.len()).filter(|other| policies[*other].target == policies[policy].target).collect()
 }
 
-/// The policies with each target, in order.
+/// Returns the policies of each target, in order.
 #[must_use]
 pub fn stacks_by_target(policies: &[Policy]) -> BTreeMap<&Target, Stack> {
     let mut stacks: BTreeMap<&Target, Stack> = BTreeMap::new();
@@ -186,19 +186,19 @@ pub fn stacks_by_target(policies: &[Policy]) -> BTreeMap<&Target, Stack> {
     stacks
 }
 
-/// Which cgroups can have targets below them: where to look for new ones.
+/// Which cgroups can have targets below them, and must be searched for new cgroups.
 #[derive(Debug)]
 pub struct SearchScope {
-    /// Of the targets that are globs.
+    /// The targets that are globs.
     globs: Globs,
-    /// The cgroups above those that are named without a glob.
+    /// The ancestors of the cgroups that are named without a glob.
     above_named: BTreeSet<PathBuf>,
 }
 
 impl SearchScope {
     /// # Errors
     ///
-    /// Where a target is no glob.
+    /// Fails if a target is not a glob.
     pub fn of(policies: &[Policy]) -> Result<Self, GlobError> {
         // Several policies can have the same target.
         let targets: BTreeSet<&String> = policies.iter().flat_map(|policy| &policy.target.cgroups).collect();
@@ -215,40 +215,40 @@ impl SearchScope {
         })
     }
 
-    /// Whether a target can be right or further below this cgroup.
+    /// Returns whether a target can be at any depth below this cgroup.
     #[must_use]
     pub fn is_within(&self, cgroup: &Path) -> bool {
         self.above_named.contains(cgroup) || self.is_walked(cgroup)
     }
 
-    /// Whether a glob can match right or further below this cgroup.
+    /// Returns whether a glob can match at any depth below this cgroup.
     #[must_use]
     pub fn is_walked(&self, cgroup: &Path) -> bool {
         self.globs.leads_below(cgroup)
     }
 
-    /// Whether a glob matches this cgroup.
+    /// Returns whether a glob matches this cgroup.
     #[must_use]
     pub fn is_match(&self, cgroup: &Path) -> bool {
         !self.globs.matching(cgroup).is_empty()
     }
 
-    /// The cgroups above those that are named without a glob, whether there are such cgroups or not.
+    /// Returns the ancestors of the cgroups that are named without a glob, whether they exist or not.
     pub fn above_named(&self) -> impl Iterator<Item = &PathBuf> {
         self.above_named.iter()
     }
 }
 
-/// The cgroups that policies' targets are about.
+/// Matches cgroups with the targets of policies.
 struct TargetMatcher {
-    /// Each with the number of its policy.
+    /// Each glob has the index of its policy.
     globs: Globs,
-    /// The policies about a container, by its cgroup.
+    /// The policies that select a container, by the container's cgroup.
     selected: BTreeMap<PathBuf, BTreeSet<usize>>,
 }
 
 impl TargetMatcher {
-    /// The stack of a cgroup in one that has the stack `above`.
+    /// Returns the stack of a cgroup whose parent has the stack `above`.
     fn stack(&self, cgroup: &Path, above: &[usize]) -> Stack {
         let mut own = self.globs.matching(cgroup);
         own.extend(self.selected.get(cgroup).into_iter().flatten());
@@ -257,21 +257,21 @@ impl TargetMatcher {
     }
 }
 
-/// Of all policies.
+/// Returns a matcher for the targets of all policies.
 fn target_matcher(policies: &[Policy], containers: &[Running]) -> Result<TargetMatcher, GlobError> {
     let globs = policies.iter().enumerate();
     let globs =
         globs.flat_map(|(number, policy)| policy.target.cgroups.iter().map(move |glob| (glob.as_str(), number)));
-    let mut meant = TargetMatcher { globs: Globs::new(globs)?, selected: BTreeMap::new() };
+    let mut matcher = TargetMatcher { globs: Globs::new(globs)?, selected: BTreeMap::new() };
     for (number, policy) in policies.iter().enumerate() {
         for cgroup in selected(&policy.target.containers, containers)? {
-            meant.selected.entry(cgroup).or_default().insert(number);
+            matcher.selected.entry(cgroup).or_default().insert(number);
         }
     }
-    Ok(meant)
+    Ok(matcher)
 }
 
-/// The cgroups of the containers that are selected.
+/// Returns the cgroups of the selected containers.
 fn selected(selectors: &[ContainerSelector], containers: &[Running]) -> Result<BTreeSet<PathBuf>, GlobError> {
     let wanted = selectors.iter().map(ContainerMatcher::new).collect::<Result<Vec<_>, _>>()?;
     let is_wanted = |running: &&Running| wanted.iter().any(|wanted| wanted.is_match(&running.container));
@@ -338,14 +338,14 @@ mod tests {
     }
 
     #[test]
-    fn selectors_that_match_nothing_are_found_one_by_one() {
+    fn each_selector_that_matches_nothing_is_found() {
         let policies =
             policies_of(&["cgroup = \"a\"\ncontainer = [{ name = \"web\" }, { name = \"db\", runtime = \"docker\" }]"]);
-        // The cgroup of one is gone by now.
+        // The cgroup of this container is gone.
         let containers = [container("web", "gone"), container("db", "a")];
         let expected = ["container = { name = \"db\", runtime = \"docker\" }", "container = { name = \"web\" }"];
-        let idle = unmatched_targets(&policies, &["a".into()], &containers).unwrap();
-        assert_eq!(idle, expected.map(|said| (0, said.to_owned())));
+        let unmatched_entries = unmatched_targets(&policies, &["a".into()], &containers).unwrap();
+        assert_eq!(unmatched_entries, expected.map(|text| (0, text.to_owned())));
     }
 
     fn expected(targets: &[(&str, &[usize])]) -> Vec<(String, Stack)> {
@@ -363,13 +363,13 @@ mod tests {
     }
 
     #[test]
-    fn among_equals_the_files_names_decide() {
+    fn file_names_decide_between_equally_deep_targets() {
         assert_eq!(covered(&[&["a"], &["*"]], &["a", "b"]), expected(&[("a", &[0, 1]), ("b", &[1])]));
     }
 
     #[test]
     fn policy_is_as_deep_as_its_deepest_target() {
-        // The first one comes back to the front where it has a target of its own.
+        // The first policy moves to the front where it has a target of its own.
         assert_eq!(
             covered(&[&["a", "a/b/c"], &["a/b"]], &["a", "a/b", "a/b/c", "a/b/c/d"]),
             expected(&[("a", &[0]), ("a/b", &[1, 0]), ("a/b/c", &[0, 1])])
@@ -377,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn cgroup_where_nothing_changes_is_no_target() {
+    fn cgroup_with_the_stack_of_its_parent_is_not_a_target() {
         assert_eq!(covered(&[&["a/**"], &["a"]], &["a", "a/b", "a/b/c"]), expected(&[("a", &[1]), ("a/b", &[0, 1])]));
     }
 
@@ -389,14 +389,14 @@ mod tests {
     }
 
     #[test]
-    fn cgroup_that_is_not_there_has_a_stack_too() {
+    fn cgroup_that_does_not_exist_has_a_stack() {
         let policies = policies(&[&["a"], &[], &["a/*/c"]]);
         let stack = |cgroup| stack_of(&policies, Path::new(cgroup), &[]).unwrap();
         assert_eq!((stack("a/b/c/d"), stack("a/b"), stack("x")), (vec![2, 0, 1], vec![0, 1], vec![1]));
     }
 
     #[test]
-    fn globs_that_match_nothing_are_found_one_by_one() {
+    fn each_glob_that_matches_nothing_is_found() {
         let policies = policies(&[&["a", "nosuch/*"], &["b"]]);
         let cgroups = ["a", "a/b"].map(PathBuf::from);
         let expected = [(0, "nosuch/*".to_owned()), (1, "b".to_owned())];
@@ -411,24 +411,24 @@ mod tests {
     }
 
     #[test]
-    fn new_targets_are_looked_for_where_they_can_be() {
-        let reach = SearchScope::of(&policies(&[&["a/*/c", "/b"], &["d/**/e-*", "/"]])).unwrap();
-        let within = |cgroup: &str| reach.is_within(Path::new(cgroup));
+    fn new_targets_are_searched_only_where_globs_can_match() {
+        let scope = SearchScope::of(&policies(&[&["a/*/c", "/b"], &["d/**/e-*", "/"]])).unwrap();
+        let within = |cgroup: &str| scope.is_within(Path::new(cgroup));
         assert!(["", "a", "a/x", "d", "d/x", "d/x/e-1"].iter().all(|cgroup| within(cgroup)));
         assert!(!["b", "a/x/c", "c", "x/a"].iter().any(|cgroup| within(cgroup)));
-        let reach = SearchScope::of(&policies(&[&["a/{b/c,d}/e"]])).unwrap();
-        assert!(reach.is_within(Path::new("a/b/c")) && !reach.is_within(Path::new("b")));
-        let reach = SearchScope::of(&policies_of(&["cgroup = \"a/b\"\ncontainer = { name = \"web\" }"])).unwrap();
-        assert!(["", "a/b", "c/d"].iter().all(|cgroup| reach.is_within(Path::new(cgroup))));
-        // What is named is not looked for in the tree.
-        let reach = SearchScope::of(&policies(&[&["a/b/c", "d/e-*"]])).unwrap();
-        assert!(reach.is_within(Path::new("a/b")) && !reach.is_walked(Path::new("a/b")));
-        assert!(reach.is_walked(Path::new("d")) && reach.is_match(Path::new("d/e-1")));
-        assert!(!reach.is_match(Path::new("d/f")) && !reach.is_match(Path::new("d")));
+        let scope = SearchScope::of(&policies(&[&["a/{b/c,d}/e"]])).unwrap();
+        assert!(scope.is_within(Path::new("a/b/c")) && !scope.is_within(Path::new("b")));
+        let scope = SearchScope::of(&policies_of(&["cgroup = \"a/b\"\ncontainer = { name = \"web\" }"])).unwrap();
+        assert!(["", "a/b", "c/d"].iter().all(|cgroup| scope.is_within(Path::new(cgroup))));
+        // Named cgroups are found without searching the tree.
+        let scope = SearchScope::of(&policies(&[&["a/b/c", "d/e-*"]])).unwrap();
+        assert!(scope.is_within(Path::new("a/b")) && !scope.is_walked(Path::new("a/b")));
+        assert!(scope.is_walked(Path::new("d")) && scope.is_match(Path::new("d/e-1")));
+        assert!(!scope.is_match(Path::new("d/f")) && !scope.is_match(Path::new("d")));
     }
 
     #[test]
-    fn cgroups_that_are_named_need_no_look_at_the_tree() {
+    fn named_cgroups_are_found_without_the_tree() {
         let policies = policies(&[&["/a/b", "a/*", "c"], &["d[x]", "/"]]);
         let expected = ["", "a/b", "c"].map(PathBuf::from);
         assert_eq!(named(&policies, &[]).unwrap(), BTreeSet::from(expected));

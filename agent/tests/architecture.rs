@@ -1,4 +1,4 @@
-//! The rules of ARCHITECTURE.md that a compiler does not check.
+//! Rules of ARCHITECTURE.md that the compiler does not check.
 
 #![expect(clippy::unwrap_used, reason = "a test that panics is a test that fails")]
 
@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Rust files below a folder of the agent's sources.
+/// Returns the Rust files below a folder of the agent's sources.
 fn sources(folder: &Path) -> Vec<PathBuf> {
     let mut files = Vec::new();
     for entry in fs::read_dir(folder).unwrap() {
@@ -21,7 +21,7 @@ fn sources(folder: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// Fails for each file outside `allowed` in which one of `words` stands.
+/// Fails for each file outside `allowed` that contains one of `words`.
 fn only_in(allowed: &[&str], words: &[&str], reason: &str) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let files = sources(&root);
@@ -43,26 +43,22 @@ fn only_in(allowed: &[&str], words: &[&str], reason: &str) {
 
 #[test]
 fn only_the_kernel_module_uses_aya() {
-    only_in(&["kernel"], &["aya::", "use aya"], "the kernel is spoken to in one place");
+    only_in(&["kernel"], &["aya::", "use aya"], "only the module `kernel` uses aya");
 }
 
 #[test]
 fn only_the_command_line_prints() {
-    only_in(&["cli"], &["println!", "print!(", "stdout()", "stderr()"], "libraries return, the command line prints");
+    only_in(&["cli"], &["println!", "print!(", "stdout()", "stderr()"], "only the module `cli` prints");
 }
 
 #[test]
-fn paths_reach_people_escaped() {
-    only_in(
-        &["escape.rs"],
-        &[".display()", "escape_debug", "escape_default"],
-        "`escape` has one way for people and one for programs",
-    );
+fn shown_paths_are_escaped() {
+    only_in(&["escape.rs"], &[".display()", "escape_debug", "escape_default"], "use the module `escape`");
 }
 
 #[test]
-fn nothing_panics_where_it_cannot_print() {
-    only_in(&[], &["println!", "print!(", "dbg!("], "these panic where a write fails");
+fn failing_output_does_not_panic() {
+    only_in(&[], &["println!", "print!(", "dbg!("], "these panic if a write fails");
 }
 
 #[test]
@@ -89,5 +85,5 @@ fn pure_modules_do_no_io() {
         "policy/sources.rs",
     ];
     let words_and_errnos = ["policy/words.rs", "errno.rs"];
-    only_in(&[places.as_slice(), &words_and_errnos].concat(), &io, "the middle is functions of values");
+    only_in(&[places.as_slice(), &words_and_errnos].concat(), &io, "pure modules do no I/O");
 }

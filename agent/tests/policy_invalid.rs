@@ -1,7 +1,7 @@
-//! What somebody with a wrong policy gets to read, word for word.
+//! The messages for invalid policies, word for word.
 //!
-//! Each `tests/invalid/NAME.toml` has its `NAME.stderr`. To accept what is said now, and review it
-//! with `git diff`: `UPDATE_GOLDENS=1 cargo test --test policy_invalid`.
+//! Each `tests/invalid/NAME.toml` has its `NAME.stderr`. To accept the current messages, run `UPDATE_GOLDENS=1 cargo
+//! test --test policy_invalid` and review `git diff`.
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on has failed")]
 
@@ -16,7 +16,7 @@ use std::{
 use nix::{sys::stat::Mode, unistd::mkfifo};
 use sockpolicy::policy::{self, IfInsecure, PolicyErrors, diagnostic::Style};
 
-/// As people would name it: tests run in the directory of their crate.
+/// A relative path, as users write it: tests run in the directory of their crate.
 const INVALID: &str = "tests/invalid";
 
 fn files_with(extension: &str) -> Vec<PathBuf> {
@@ -34,27 +34,27 @@ fn errors_of(path: &Path) -> PolicyErrors {
 }
 
 #[test]
-fn each_invalid_policy_is_refused_in_these_words() {
+fn each_invalid_policy_is_refused_with_its_golden_message() {
     let update = env::var_os("UPDATE_GOLDENS").is_some();
     let mut different = Vec::new();
     for path in files_with("toml") {
         let golden = path.with_extension("stderr");
-        let said = errors_of(&path).render(Style::Plain);
+        let messages = errors_of(&path).render(Style::Plain);
         if update {
-            fs::write(&golden, said).unwrap();
-        } else if fs::read_to_string(&golden).ok().as_ref() != Some(&said) {
-            different.push(format!("{}:\n{said}", golden.display()));
+            fs::write(&golden, messages).unwrap();
+        } else if fs::read_to_string(&golden).ok().as_ref() != Some(&messages) {
+            different.push(format!("{}:\n{messages}", golden.display()));
         }
     }
     assert!(
         different.is_empty(),
-        "not what is in these files; if it is better, UPDATE_GOLDENS=1 cargo test --test policy_invalid\n\n{}",
+        "messages differ from these files; to accept them: UPDATE_GOLDENS=1 cargo test --test policy_invalid\n\n{}",
         different.join("\n")
     );
 }
 
 #[test]
-fn programs_are_told_the_same_with_line_and_columns() {
+fn json_has_the_message_with_line_and_columns() {
     let path = Path::new("policy.toml");
     let errors = policy::parse(path, "[[rule]]\nset = { TCP_NODELA = 1 }\n").unwrap_err();
     let lines: Vec<String> = errors.diagnostics.iter().map(|diagnostic| diagnostic.to_json().to_string()).collect();
@@ -76,17 +76,17 @@ fn each_golden_has_its_policy() {
 }
 
 #[test]
-fn each_error_names_its_place_and_says_what_to_type() {
+fn each_error_has_a_position_and_help() {
     for path in files_with("toml") {
         for diagnostic in errors_of(&path).diagnostics {
-            let said = diagnostic.render(Style::Plain);
-            assert!(said.contains(&format!("--> {}", path.display())), "{said}");
-            assert!(diagnostic.help.is_some(), "{said}");
+            let messages = diagnostic.render(Style::Plain);
+            assert!(messages.contains(&format!("--> {}", path.display())), "{messages}");
+            assert!(diagnostic.help.is_some(), "{messages}");
         }
     }
 }
 
-/// A directory of this test's own, removed at its end.
+/// A temporary directory of one test, removed when dropped.
 struct Scratch(PathBuf);
 
 impl Scratch {
@@ -105,7 +105,7 @@ impl Scratch {
         self.path(name)
     }
 
-    /// What is said about a path, with the scratch directory called `DIR`.
+    /// Returns the message about a path, with the scratch directory replaced by `DIR`.
     fn refusal(&self, path: &Path) -> String {
         errors_of(path).render(Style::Plain).replace(&self.0.display().to_string(), "DIR")
     }
@@ -120,29 +120,26 @@ impl Drop for Scratch {
 const MINIMAL: &str = "[[rule]]\nset = { TCP_NODELAY = true }\n";
 
 #[test]
-fn what_is_no_file_is_refused_by_what_it_is() {
+fn paths_that_are_not_regular_files_are_refused_by_type() {
     let dir = Scratch::new("kinds");
     mkfifo(&dir.path("fifo"), Mode::S_IRUSR).unwrap();
     symlink(dir.path("loop"), dir.path("loop")).unwrap();
-    for (path, said) in [
+    for (path, message) in [
         (
             dir.path("gone.toml"),
-            "error: cannot read DIR/gone.toml: no such file or directory\n |\n = help: see what is there: ls DIR\n",
+            "error: cannot read DIR/gone.toml: no such file or directory\n |\n = help: list the files: ls DIR\n",
         ),
-        (dir.path(""), "error: no policy in DIR/: it has no *.toml\n |\n = help: put one there, or name the file\n"),
-        (dir.path("fifo"), "error: DIR/fifo is a pipe\n |\n = help: write the policy to a file and name that\n"),
-        (
-            PathBuf::from("/dev/null"),
-            "error: /dev/null is a device\n |\n = help: write the policy to a file and name that\n",
-        ),
+        (dir.path(""), "error: no policy in DIR/: it has no *.toml\n |\n = help: add one, or list the file itself\n"),
+        (dir.path("fifo"), "error: DIR/fifo is a pipe\n |\n = help: write the policy to a regular file\n"),
+        (PathBuf::from("/dev/null"), "error: /dev/null is a device\n |\n = help: write the policy to a regular file\n"),
         (dir.path("loop"), "error: cannot read DIR/loop: too many symbolic links encountered\n"),
     ] {
-        assert_eq!(dir.refusal(&path), said);
+        assert_eq!(dir.refusal(&path), message);
     }
 }
 
 #[test]
-fn a_file_too_large_for_a_policy_is_not_read() {
+fn too_large_file_is_not_read() {
     let dir = Scratch::new("size");
     let mut content = MINIMAL.to_owned();
     content.push_str(&"#".repeat((4 << 20) - content.len()));
@@ -150,16 +147,16 @@ fn a_file_too_large_for_a_policy_is_not_read() {
     assert!(policy::load(&path).is_ok());
     content.push('#');
     dir.file("web.toml", &content);
-    assert!(dir.refusal(&path).starts_with("error: DIR/web.toml is larger than 4 MiB, and so no policy\n"));
+    assert!(dir.refusal(&path).starts_with("error: DIR/web.toml is not a policy: it is larger than 4 MiB\n"));
 }
 
 #[test]
-fn a_file_that_is_not_utf8_is_shown_where_it_is_not() {
+fn invalid_utf8_is_reported_with_its_position() {
     let dir = Scratch::new("utf8");
     let path = dir.file("web.toml", b"name = \"web\"\ndescription = \"caf\xe9\"\n");
     assert_eq!(
         dir.refusal(&path),
-        "error: this file is not UTF-8: it has the byte 0xe9 here
+        "error: the file is not UTF-8: invalid byte 0xe9
  --> DIR/web.toml:2:19
   |
 2 | description = \"caf\u{fffd}\"
@@ -171,50 +168,53 @@ fn a_file_that_is_not_utf8_is_shown_where_it_is_not() {
 }
 
 #[test]
-fn policies_come_in_the_order_of_their_file_names_and_errors_of_all_files_at_once() {
+fn policies_are_in_the_order_of_file_names_and_errors_of_all_files_are_reported() {
     let dir = Scratch::new("several");
     fs::create_dir(dir.path("a")).unwrap();
     let late = dir.file("a/20-late.toml", MINIMAL);
     let early = dir.file("10-early.toml", MINIMAL);
     let (policies, warnings) = policy::load_all(&[late.clone(), early.clone()], IfInsecure::Accept).unwrap();
     assert_eq!(policies.iter().map(|policy| policy.name.as_str()).collect::<Vec<_>>(), ["10-early", "20-late"]);
-    // The first decides all that the second says.
-    let said: Vec<_> = warnings.iter().map(|warning| warning.message.as_str()).collect();
+    // The first policy decides all options of the second.
+    let messages: Vec<_> = warnings.iter().map(|warning| warning.message.as_str()).collect();
     let early_rule = format!("`rule-1` of {}:1", early.display());
-    assert_eq!(said, [format!("rule `rule-1` can never win: rule {early_rule} decides all of its options")]);
+    assert_eq!(messages, [format!("rule `rule-1` can never win: rule {early_rule} decides all of its options")]);
 
     fs::write(&early, "nmae = \"x\"\n[[rule]]\nset = { TCP_NODELAY = 1 }\n").unwrap();
     fs::write(&late, "[[rule]\n").unwrap();
     let errors = policy::load_all(&[late, dir.path("gone.toml"), early], IfInsecure::Accept).unwrap_err();
-    let said: Vec<_> = errors.diagnostics.iter().map(|diagnostic| diagnostic.message.as_str()).collect();
-    assert_eq!(said.len(), 4, "{said:?}");
+    let messages: Vec<_> = errors.diagnostics.iter().map(|diagnostic| diagnostic.message.as_str()).collect();
+    assert_eq!(messages.len(), 4, "{messages:?}");
     assert_eq!(errors.count(), 4);
-    assert!(said[0].contains("`nmae`") && said[1].contains("TCP_NODELAY") && said[3].contains("gone.toml"), "{said:?}");
+    assert!(
+        messages[0].contains("`nmae`") && messages[1].contains("TCP_NODELAY") && messages[3].contains("gone.toml"),
+        "{messages:?}"
+    );
 }
 
 #[test]
-fn two_policies_of_one_name_are_refused() {
+fn two_policies_with_one_name_are_refused() {
     let dir = Scratch::new("names");
     let first = dir.file("a.toml", format!("name = \"web\"\n{MINIMAL}"));
     let second = dir.file("web.toml", MINIMAL);
     let errors = policy::load_all(&[second, first.clone()], IfInsecure::Accept).unwrap_err();
-    let said = errors.to_string().replace(&dir.0.display().to_string(), "DIR");
+    let messages = errors.to_string().replace(&dir.0.display().to_string(), "DIR");
     assert_eq!(
-        said,
+        messages,
         "error: two policies have the name `web`: the other is in DIR/a.toml
  --> DIR/web.toml:1:1
   |
 1 | [[rule]]
   | ^
   |
-  = help: give this one another: name = \"…\" at the top of the file"
+  = help: give this policy another name: name = \"…\" at the top of the file"
     );
     let errors = policy::load_all(&[first.clone(), first], IfInsecure::Accept).unwrap_err();
-    assert!(errors.to_string().contains("this file is given twice"), "{errors}");
+    assert!(errors.to_string().contains("the file is listed twice"), "{errors}");
 }
 
 #[test]
-fn a_file_whose_name_is_no_name_must_give_one() {
+fn policy_needs_a_name_if_the_file_name_is_not_a_valid_one() {
     let dir = Scratch::new("stems");
     let path = dir.file("my policy.toml", MINIMAL);
     assert!(dir.refusal(&path).starts_with("error: a policy cannot be named after this file\n"));
@@ -223,7 +223,7 @@ fn a_file_whose_name_is_no_name_must_give_one() {
 }
 
 #[test]
-fn nobody_is_shown_a_thousand_errors() {
+fn at_most_a_hundred_errors_are_shown() {
     let text = (0..1000).map(|n| format!("x{n} = 1\n")).collect::<String>();
     let errors = policy::parse(Path::new("web.toml"), &text).unwrap_err();
     assert_eq!(errors.count(), 1000);

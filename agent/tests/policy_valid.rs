@@ -1,7 +1,7 @@
-//! What policies mean, that every policy in this repository is one, and that no text is too strange.
+//! What policies mean, that every policy in this repository is valid, and that no text makes the parser panic.
 //!
-//! In Markdown, a block that begins with three backquotes and `toml` is a whole policy and must load.
-//! A part of one, or TOML of another kind, says `toml fragment`.
+//! In Markdown, a block that begins with three backquotes and `toml` is a whole policy and must load. A part of a
+//! policy, or other TOML, is marked `toml fragment`.
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on has failed")]
 
@@ -69,7 +69,7 @@ fn warned(text: &str) -> Vec<String> {
 }
 
 #[test]
-fn a_policy_says_what_its_file_says() {
+fn policy_has_the_contents_of_its_file() {
     let policy = parsed(EVERYTHING);
     assert_eq!(policy.path(), Path::new("dir/web.toml"));
     assert_eq!(policy.name, "web-frontend");
@@ -83,13 +83,13 @@ fn a_policy_says_what_its_file_says() {
 }
 
 #[test]
-fn a_target_names_cgroups_and_containers() {
+fn target_names_cgroups_and_containers() {
     let text = "[target]\ncgroup = \"web.slice\"\n\
                 container = [{ name = \"web-*\", runtime = \"cri-o\" }, { id = \"4f7c2a9b01de\", image = \"*/nginx:1\" }]\n\
                 [[rule]]\nset = { TCP_NODELAY = true }\n";
     let target = parsed(text).target;
     assert_eq!(target.cgroups, ["web.slice"]);
-    // In an order that says whether two files mean the same.
+    // In a fixed order, so that equal targets compare equal.
     assert_eq!(
         target.containers.iter().map(ToString::to_string).collect::<Vec<_>>(),
         [
@@ -106,7 +106,7 @@ fn a_target_names_cgroups_and_containers() {
 }
 
 #[test]
-fn an_image_without_a_tag_is_warned_of() {
+fn image_without_a_tag_causes_a_warning() {
     let warned = |image: &str| {
         warned(&format!("target.container = {{ image = \"{image}\" }}\n[[rule]]\nset = {{ TCP_NODELAY = true }}\n"))
     };
@@ -119,7 +119,7 @@ fn an_image_without_a_tag_is_warned_of() {
 }
 
 #[test]
-fn a_selector_asks_what_its_match_asks() {
+fn selector_has_the_conditions_of_match() {
     let selector = &parsed(EVERYTHING).rules[0].selector;
     assert_eq!(selector.protocols, [Protocol::Tcp, Protocol::Sctp]);
     assert_eq!(selector.family, Some(Family::Ipv4));
@@ -133,7 +133,7 @@ fn a_selector_asks_what_its_match_asks() {
 }
 
 #[test]
-fn clauses_stand_in_the_order_of_the_file_with_values_in_the_units_of_the_kernel() {
+fn clauses_are_in_the_order_of_the_file_with_values_in_kernel_units() {
     let number = |value: i32, mask| Form::Set(Wanted::Number { value: value as u32, mask });
     let policy = parsed(EVERYTHING);
     let forms = |rule: usize| -> Vec<_> {
@@ -171,7 +171,7 @@ fn clauses_stand_in_the_order_of_the_file_with_values_in_the_units_of_the_kernel
 }
 
 #[test]
-fn an_option_has_the_action_and_errno_of_its_rule_unless_it_has_its_own() {
+fn option_has_the_action_and_errno_of_its_rule_unless_it_has_its_own() {
     let policy = parsed(EVERYTHING);
     let of = |rule: usize, option: &str| {
         let mut clauses = policy.rules[rule].clauses.iter();
@@ -188,7 +188,7 @@ fn an_option_has_the_action_and_errno_of_its_rule_unless_it_has_its_own() {
 }
 
 #[test]
-fn what_is_left_out_has_a_default() {
+fn missing_keys_have_defaults() {
     let policy = parsed("[[rule]]\ndeny = \"TCP_REPAIR\"\non_conflict = \"allow\"\n");
     assert_eq!((policy.name.as_str(), policy.mode), ("web", Mode::Enforce));
     assert!(policy.description.is_none() && policy.target.is_empty());
@@ -199,13 +199,13 @@ fn what_is_left_out_has_a_default() {
 }
 
 #[test]
-fn a_policy_that_only_listens_needs_no_rules() {
+fn policy_that_reports_all_calls_needs_no_rules() {
     let policy = parsed("[audit]\ncalls = \"all\"\n");
     assert_eq!((policy.audit.calls, policy.rules.len()), (Calls::All, 0));
 }
 
 #[test]
-fn each_option_takes_its_example_and_all_its_forms() {
+fn each_option_accepts_its_example_and_all_its_forms() {
     for option in OPTIONS {
         let name = option.name;
         parsed(&format!("[[rule]]\ndeny = [\"{name}\"]\n"));
@@ -214,7 +214,7 @@ fn each_option_takes_its_example_and_all_its_forms() {
             parsed(&format!("[[rule]]\nset = {{ {name} = {} }}\n", option.example));
         }
         if option.can_be_limited() {
-            // No time is longer than for ever, which has no form of its own in a policy.
+            // "forever", the longest time, cannot be written in a policy.
             let (least, most) = (option.range.0, option.range.1.min(i64::from(u32::MAX)));
             let [min, max] = [least, most].map(|bound| units::show_literal(option.value, bound));
             parsed(&format!("[[rule]]\nlimit = {{ {name} = {{ min = {min}, max = {max} }} }}\n"));
@@ -223,13 +223,13 @@ fn each_option_takes_its_example_and_all_its_forms() {
 }
 
 #[test]
-fn a_byte_order_mark_and_the_line_ends_of_windows_are_no_error() {
+fn byte_order_mark_and_windows_line_ends_are_accepted() {
     let text = format!("\u{feff}{}", EVERYTHING.replace('\n', "\r\n"));
     assert_eq!(parsed(&text).rules[1].line, 19);
 }
 
 #[test]
-fn a_rule_behind_one_that_matches_all_of_its_sockets_is_warned_of() {
+fn rule_after_one_that_matches_all_its_sockets_causes_a_warning() {
     for (first, second, warning) in [
         ("", "match = { protocol = \"tcp\" }", true),
         ("", "", true),
@@ -247,14 +247,14 @@ fn a_rule_behind_one_that_matches_all_of_its_sockets_is_warned_of() {
             format!("[[rule]]\nname = \"{name}\"\n{selector}\nset = {{ TCP_NODELAY = true }}\n")
         };
         let text = format!("{}{}", rule("first", first), rule("second", second));
-        let said = warned(&text);
+        let messages = warned(&text);
         let expected = "rule `second` can never win: rule `first` on line 1 decides all of its options";
-        assert_eq!(said, if warning { vec![expected] } else { vec![] }, "{text}");
+        assert_eq!(messages, if warning { vec![expected] } else { vec![] }, "{text}");
     }
 }
 
 #[test]
-fn a_rule_that_can_win_only_some_of_its_options_is_warned_of_the_others() {
+fn options_that_a_rule_cannot_win_cause_warnings() {
     let text = "[[rule]]\nset = { SO_MARK = 1 }\n\n[[rule]]\nname = \"b\"\nset = { SO_MARK = 2, SO_RCVLOWAT = 1 }\n";
     assert_eq!(warned(text), ["rule `b` can never win SO_MARK: rule `rule-1` on line 1 decides it"]);
     let text = "[[rule]]\nset = { SO_MARK = 1 }\n[[rule]]\nset = { SO_RCVLOWAT = 2 }\n
@@ -263,7 +263,7 @@ fn a_rule_that_can_win_only_some_of_its_options_is_warned_of_the_others() {
 }
 
 #[test]
-fn two_names_of_a_value_may_stand_in_one_rule_if_they_say_the_same() {
+fn rule_may_use_two_names_of_a_value_if_the_settings_are_equal() {
     for rule in [
         "deny = [\"SO_BINDTODEVICE\", \"SO_BINDTOIFINDEX\"]",
         "limit = { SO_SNDBUF = { max = \"64KiB\" }, SO_SNDBUFFORCE = { max = \"64KiB\" } }",
@@ -273,7 +273,7 @@ fn two_names_of_a_value_may_stand_in_one_rule_if_they_say_the_same() {
 }
 
 #[test]
-fn what_a_host_does_not_let_policies_have_is_warned_of() {
+fn settings_that_the_host_cannot_apply_cause_warnings() {
     let locked = |destination: &str, control: Option<&str>| lint::LockedRoute {
         destination: destination.to_owned(),
         congestion_control: control.map(str::to_owned),
@@ -292,16 +292,15 @@ fn what_a_host_does_not_let_policies_have_is_warned_of() {
         found("set = { TCP_CONGESTION = \"cubicc\" }"),
         [
             "congestion control `cubicc` is not loaded on this host, which has reno, cubic",
-            "connections over a route that locks its congestion control do not get `cubicc`: 10.0.0.0/8, and 1 more",
+            "connections over routes that lock another congestion control do not get `cubicc`: 10.0.0.0/8, and 1 more",
         ]
     );
     assert_eq!(
         found("set = { TCP_CONGESTION = \"reno\" }"),
-        ["connections over a route that locks its congestion control do not get `reno`: default"],
+        ["connections over routes that lock another congestion control do not get `reno`: default"],
     );
-    let clamped = |wanted| {
-        vec![format!("this host gives SO_SNDBUF no more than \"4KiB\", by net.core.wmem_max, and not \"{wanted}\"")]
-    };
+    let clamped =
+        |wanted| vec![format!("net.core.wmem_max limits SO_SNDBUF to \"4KiB\" on this host: \"{wanted}\" is more")];
     assert_eq!(found("set = { SO_SNDBUF = \"8KiB\" }"), clamped("8KiB"));
     assert_eq!(found("limit = { SO_SNDBUF = { min = \"5KiB\" } }"), clamped("5KiB"));
     for fine in [
@@ -314,13 +313,13 @@ fn what_a_host_does_not_let_policies_have_is_warned_of() {
 }
 
 #[test]
-fn settings_that_come_too_late_are_warned_of() {
+fn settings_that_are_applied_too_late_cause_warnings() {
     let rule = |selector: &str, set: &str| warned(&format!("[[rule]]\nmatch = {{ {selector} }}\nset = {{ {set} }}\n"));
     let never = |option, what| {
-        vec![format!("{option} is never set by this rule: it takes effect before it is known of a socket {what}")]
+        vec![format!("{option} is never set by this rule: it takes effect before {what} of a socket is known")]
     };
     let none: Vec<String> = Vec::new();
-    let (peer, direction) = ("who its peer is", "which way it goes");
+    let (peer, direction) = ("the peer", "the direction");
     assert_eq!(rule("remote = \"10.0.0.0/8\"", "TCP_SAVE_SYN = 1"), never("TCP_SAVE_SYN", peer));
     assert_eq!(
         rule("direction = \"outbound\"", "TCP_SAVE_SYN = 1"),
@@ -330,21 +329,21 @@ fn settings_that_come_too_late_are_warned_of() {
     assert_eq!(rule("direction = \"inbound\"", "SO_REUSEADDR = true"), never("SO_REUSEADDR", direction));
     assert_eq!(rule("local_port = 80", "SO_REUSEADDR = true"), none);
     let late = |option, what| {
-        vec![format!("{option} comes too late for accepted connections: their peer is known when {what} already")]
+        vec![format!("{option} is set too late for accepted connections: when their peer is known, {what}")]
     };
-    let scale = "the scale of the window has been agreed on";
+    let scale = "the window scale has been negotiated";
     assert_eq!(rule("remote_port = 443", "SO_RCVBUF = 4096"), late("SO_RCVBUF", scale));
     assert_eq!(rule("remote_port = 443, direction = \"outbound\"", "SO_RCVBUF = 4096"), none);
     assert_eq!(rule("remote_port = 443, protocol = \"udp\"", "SO_RCVBUF = 4096"), none);
     assert_eq!(
         rule("remote_port = 443", "TCP_MAXSEG = 1000"),
-        late("TCP_MAXSEG", "the peer has been told the segment size")
+        late("TCP_MAXSEG", "the peer has received the segment size")
     );
     assert_eq!(rule("remote_port = 443", "TCP_NODELAY = true"), none);
 }
 
 #[test]
-fn options_and_networks_that_no_socket_of_a_rule_has_are_warned_of() {
+fn options_and_networks_that_no_socket_of_a_rule_has_cause_warnings() {
     let rule = |selector: &str, option: &str| format!("[[rule]]\nmatch = {{ {selector} }}\n{option}\n");
     let nodelay = "set = { TCP_NODELAY = true }";
     assert_eq!(
@@ -363,7 +362,7 @@ fn options_and_networks_that_no_socket_of_a_rule_has_are_warned_of() {
 }
 
 #[test]
-fn a_warning_shows_the_rule_and_what_to_do() {
+fn warning_shows_the_rule_and_help() {
     let text = "[[rule]]\nset = { SO_MARK = 1 }\n\n[[rule]]\nname = \"b\"\nset = { SO_MARK = 2 }\n";
     let (_, warnings) = policy::parse(Path::new("web.toml"), text).unwrap();
     assert_eq!(
@@ -380,7 +379,7 @@ fn a_warning_shows_the_rule_and_what_to_do() {
 }
 
 #[test]
-fn bits_of_a_mark_that_others_use_are_warned_of() {
+fn mark_bits_that_other_software_uses_cause_warnings() {
     let of_mark = |mark: &str| warned(&format!("[[rule]]\nset = {{ SO_MARK = {mark} }}\n"));
     for free in ["32", "\"0x20/0xff\"", "\"0x1000/0x1000\"", "\"0/0xff00\""] {
         assert!(of_mark(free).is_empty(), "{free}");
@@ -390,16 +389,16 @@ fn bits_of_a_mark_that_others_use_are_warned_of() {
         ("\"0x40100/0x40100\"", "Cilium (0x100), Tailscale (0x40000), Calico (0x40000)"),
         ("1337", "Istio (0x539), Cilium (0x500)"),
     ] {
-        assert_eq!(of_mark(mark), [format!("this mark has bits that others use: {users}")], "{mark}");
+        assert_eq!(of_mark(mark), [format!("this mark has bits that other software uses: {users}")], "{mark}");
     }
 }
 
-/// The root of the repository.
+/// Returns the root of the repository.
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-/// The files with this extension in a directory of the repository and below.
+/// Returns the files with this extension below a directory of the repository.
 fn files_below(directory: &Path, extension: &str) -> Vec<PathBuf> {
     let Ok(entries) = fs::read_dir(directory) else { return Vec::new() };
     let mut files = Vec::new();
@@ -447,7 +446,7 @@ fn each_policy_in_the_documents_loads() {
         let text = fs::read_to_string(&document).unwrap_or_else(|error| panic!("{}: {error}", document.display()));
         for (line, block) in policies_in(&text) {
             let name = format!("{}:{line}.toml", document.display());
-            // The name of the block cannot be the name of a policy; that of an example may be left out.
+            // A block's name is not a valid policy name, and examples may leave the name out.
             let named = if block.contains("name = ") { block } else { format!("name = \"example\"\n{block}") };
             match policy::parse(Path::new(&name), &named) {
                 Err(errors) => wrong.push_str(&errors.to_string()),
@@ -462,12 +461,12 @@ fn each_policy_in_the_documents_loads() {
 }
 
 #[test]
-fn reference_is_what_the_code_says() {
+fn reference_is_generated_from_the_code() {
     let page = fs::read_to_string(root().join("docs/reference.md")).unwrap();
-    assert!(page == reference(), "docs/reference.md is not current: make docs");
+    assert!(page == reference(), "docs/reference.md is not up to date: run `make docs`");
 }
 
-/// The policies among the blocks of a Markdown text, and the lines where they begin.
+/// Returns the policies among the blocks of a Markdown text, with the lines where they begin.
 fn policies_in(text: &str) -> Vec<(usize, String)> {
     let mut blocks = Vec::new();
     let mut lines = text.lines().enumerate();
@@ -483,12 +482,12 @@ fn policies_in(text: &str) -> Vec<(usize, String)> {
 }
 
 #[test]
-fn policies_are_told_from_other_blocks_by_their_first_line() {
+fn policies_are_distinguished_from_other_blocks_by_their_first_line() {
     let text = "a\n```toml\nx\n```\n```sh\n```\n  ```toml policy\ny\nz\n  ```\n```toml fragment\nw\n```\n";
     assert_eq!(policies_in(text), [(3, "x\n".to_owned()), (8, "y\nz\n".to_owned())]);
 }
 
-/// Pieces that policies are made of, and some that they are not.
+/// Pieces of valid and invalid policies.
 const PIECES: &[&str] = &[
     "[[rule]]",
     "[rule]",
@@ -577,9 +576,9 @@ fn mutate(text: &mut String, at: &prop::sample::Index, mutation: &Mutation) {
     }
 }
 
-/// Parses, and renders whatever is said about it.
+/// Parses a text and renders all findings.
 fn survives(text: &str) {
-    let said = match policy::parse(Path::new("web.toml"), text) {
+    let messages = match policy::parse(Path::new("web.toml"), text) {
         Ok((_, warnings)) => render(&warnings, Style::Plain),
         Err(errors) => {
             assert!(errors.count() > 0, "refused without an error: {text}");
@@ -587,14 +586,14 @@ fn survives(text: &str) {
             errors.render(Style::Plain)
         }
     };
-    assert!(!said.contains('\u{202e}'), "{said:?}");
+    assert!(!messages.contains('\u{202e}'), "{messages:?}");
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
 
     #[test]
-    fn no_mutation_of_a_policy_is_too_strange(
+    fn mutated_policies_are_parsed_without_panic(
         mutations in prop::collection::vec((any::<prop::sample::Index>(), mutation()), 1..8)
     ) {
         let mut text = EVERYTHING.to_owned();
@@ -605,12 +604,12 @@ proptest! {
     }
 
     #[test]
-    fn no_text_is_too_strange(text: String) {
+    fn any_text_is_parsed_without_panic(text: String) {
         survives(&text);
     }
 
     #[test]
-    fn no_value_is_too_strange(
+    fn any_value_is_parsed_without_panic(
         option in prop::sample::select(OPTIONS),
         value in prop::sample::select(PIECES),
         number: i64,

@@ -1,4 +1,4 @@
-//! A socket in the terms of the programs.
+//! A described socket, as the programs represent it.
 
 use abi::socket::{Facts, direction, family, known, protocol};
 
@@ -8,7 +8,7 @@ use crate::policy::{
     model::{Direction, Family, Protocol},
 };
 
-/// A socket as the programs have it.
+/// Returns the facts about a socket, as the programs represent them.
 #[must_use]
 pub fn facts(socket: &Socket) -> Facts {
     let mut facts = Facts {

@@ -1,4 +1,4 @@
-//! Where the options of a policy are applied, and which hooks that takes.
+//! The apply points of each option, and the hooks that a policy needs.
 
 use std::fmt;
 
@@ -49,7 +49,7 @@ impl Hook {
         Self::Getsockopt,
     ];
 
-    /// What the kernel's documentation calls it.
+    /// Returns the name that the kernel's documentation uses.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -67,7 +67,7 @@ impl Hook {
         }
     }
 
-    /// The program for it.
+    /// Returns the name of the program for the hook.
     #[must_use]
     pub fn program(self) -> &'static str {
         match self {
@@ -85,7 +85,7 @@ impl Hook {
         }
     }
 
-    /// The sites that sockets pass in it.
+    /// Returns the apply points that sockets pass in the hook.
     #[must_use]
     pub fn sites(self) -> &'static [u32] {
         match self {
@@ -99,18 +99,18 @@ impl Hook {
         }
     }
 
-    /// The first kernel on which sockpolicy's program for it runs, as far as is known.
+    /// Returns the first kernel known to run sockpolicy's program for the hook.
     #[must_use]
     pub fn since(self) -> &'static str {
         match self {
-            // bpf_setsockopt in these: 5.15
+            // These programs need bpf_setsockopt, which came with 5.15.
             Self::Bind4 | Self::Bind6 | Self::Sendmsg4 | Self::Sendmsg6 => "5.15",
             Self::PostCreate => "6.0",
             _ => "5.10",
         }
     }
 
-    /// Returns whether policies hold without the hook too, for fewer sockets: it is there only if the BPF LSM is active.
+    /// Returns whether policies also work without the hook, for fewer sockets. The hook needs an active BPF LSM.
     #[must_use]
     pub fn is_optional(self) -> bool {
         self == Self::PostCreate
@@ -123,7 +123,7 @@ impl fmt::Display for Hook {
     }
 }
 
-/// Sites that only TCP sockets, or only other sockets pass. Those not named here both may pass.
+/// Apply points that only TCP sockets, or only other sockets, pass. Both may pass the others.
 const STREAM: [u32; 6] = [
     apply_point::BIND_STREAM,
     apply_point::CONNECT_STREAM,
@@ -135,7 +135,7 @@ const STREAM: [u32; 6] = [
 const DATAGRAM: [u32; 4] =
     [apply_point::BIND_DATAGRAM, apply_point::CONNECT_DATAGRAM, apply_point::SEND, apply_point::POST_CREATE];
 
-/// Sites at which facts come to be known, or come to be others.
+/// Apply points at which facts become known or change.
 const CHECKS: [u32; 6] = [
     apply_point::BIND_DATAGRAM,
     apply_point::CONNECT_DATAGRAM,
@@ -145,7 +145,7 @@ const CHECKS: [u32; 6] = [
     apply_point::PASSIVE,
 ];
 
-/// What to apply at each site. An option is left out where no rule that names it can match.
+/// Returns what to apply at each point. An option is left out if no rule that names it can match there.
 pub(super) fn sites(options: &[OptionRow], rules: &[&Rule]) -> [ApplyList; apply_point::COUNT] {
     let mut sites = [ApplyList::default(); apply_point::COUNT];
     for (index, option) in options.iter().enumerate().filter(|(_, option)| !option.is_alias()) {
@@ -154,16 +154,17 @@ pub(super) fn sites(options: &[OptionRow], rules: &[&Rule]) -> [ApplyList; apply
             rules.iter().enumerate().filter(move |(number, _)| bits & (1 << number) != 0).map(|(_, rule)| *rule)
         };
         let is_tcp_only = option.traits & abi::setting::traits::TCP != 0;
-        let is_kept = option.sets != 0 && of(option.names).any(|rule| asks_what_may_change(&rule.selector));
-        let is_checked =
-            is_kept || (!option.is_certain() && of(option.names & !option.sets).any(|rule| asks_facts(&rule.selector)));
+        let is_kept = option.sets != 0 && of(option.names).any(|rule| needs_mutable_facts(&rule.selector));
+        let is_checked = is_kept
+            || (!option.is_certain()
+                && of(option.names & !option.sets).any(|rule| needs_initially_unknown_facts(&rule.selector)));
         for (number, list) in sites.iter_mut().enumerate() {
             let number = number as u32;
-            // What another option resets there is set again.
+            // An option that another option resets here is set again.
             let is_reset = list.options[..list.len as usize]
                 .iter()
                 .any(|earlier| resets(&options[(*earlier & entry::NUMBER) as usize], option));
-            // Where the peer is gone, what holds without it.
+            // If a datagram socket loses its peer, the values that apply without a peer are set.
             let is_without_peer =
                 is_kept && number == apply_point::SEND && settable.sites.contains(apply_point::CONNECT_DATAGRAM);
             let is_set = (settable.sites.contains(number) || is_reset || is_without_peer)
@@ -173,7 +174,7 @@ pub(super) fn sites(options: &[OptionRow], rules: &[&Rule]) -> [ApplyList; apply
             if (is_tcp_only && DATAGRAM.contains(&number)) || !(is_set || is_checked) {
                 continue;
             }
-            // The kernel chooses the local end of a datagram socket that connects without one after that hook
+            // After this hook, the kernel chooses the local address of a datagram socket that connects without one
             // (`ip4_datagram_connect`, net/ipv4/datagram.c; `inet_autobind`, net/ipv4/af_inet.c).
             let is_last = number == apply_point::CONNECT_DATAGRAM;
             let flag = |holds: bool, flag: u32| if holds { flag } else { 0 };
@@ -185,31 +186,31 @@ pub(super) fn sites(options: &[OptionRow], rules: &[&Rule]) -> [ApplyList; apply
     sites
 }
 
-/// Whether a rule asks about what may be another later in the life of a socket: its peer, and with it its family and its own
-/// address. That a socket which has connected listens later, or the other way round, changes nothing that it was given.
-fn asks_what_may_change(selector: &Selector) -> bool {
+/// Returns whether a selector depends on facts that may change later in the life of a socket: the peer, and with it the
+/// family and the local address. A connected socket that listens later, or the other way round, keeps its values.
+fn needs_mutable_facts(selector: &Selector) -> bool {
     let Selector { family, local, remote, not_remote, local_ports, remote_ports, .. } = selector;
-    let is_asked = [!local.is_empty(), !remote.is_empty(), !not_remote.is_empty()];
-    family.is_some() || is_asked.contains(&true) || !local_ports.is_empty() || !remote_ports.is_empty()
+    let is_used = [!local.is_empty(), !remote.is_empty(), !not_remote.is_empty()];
+    family.is_some() || is_used.contains(&true) || !local_ports.is_empty() || !remote_ports.is_empty()
 }
 
-/// Whether a rule asks about what is not known of a new socket.
-pub(super) fn asks_facts(selector: &Selector) -> bool {
-    selector.direction.is_some() || asks_what_may_change(selector)
+/// Returns whether a selector depends on facts that are not known about a new socket.
+pub(super) fn needs_initially_unknown_facts(selector: &Selector) -> bool {
+    selector.direction.is_some() || needs_mutable_facts(selector)
 }
 
-/// Whether setting `one` gives `other` another value.
+/// Returns whether setting `one` changes the value of `other`.
 fn resets(one: &OptionRow, other: &OptionRow) -> bool {
     let Some(Relation::Resets(name)) = options::by_key(one.key).and_then(|one| one.relation) else { return false };
     options::by_key(other.key).is_some_and(|other| other.name == name)
 }
 
-/// Whether sockets that a rule matches can come by a site.
+/// Returns whether sockets that a rule matches can pass an apply point.
 fn rule_may_pass(rule: &Rule, site: u32) -> bool {
     may_pass(&rule.selector.protocols, site)
 }
 
-/// Whether sockets of these protocols, or of any if there is none, can come by a site.
+/// Returns whether sockets of these protocols, or of any protocol if the list is empty, can pass an apply point.
 #[must_use]
 pub fn may_pass(protocols: &[Protocol], site: u32) -> bool {
     if protocols.is_empty() {
@@ -227,7 +228,7 @@ pub fn may_pass(protocols: &[Protocol], site: u32) -> bool {
     true
 }
 
-/// The hooks that a policy needs.
+/// Returns the hooks that a policy needs.
 pub(super) fn needed(
     options: &[OptionRow],
     sites: &[ApplyList; apply_point::COUNT],
@@ -240,8 +241,8 @@ pub(super) fn needed(
     Hook::ALL
         .into_iter()
         .filter(|hook| match hook {
-            // At birth also without anything to apply: a socket's notes are made when it is, before it
-            // can use up the memory that it may have for them.
+            // SOCK_CREATE also without anything to apply: a socket's notes are allocated when the socket is created,
+            // before the socket can use up its option memory.
             Hook::SockCreate | Hook::Setsockopt => !options.is_empty(),
             Hook::PostCreate
             | Hook::Bind4
@@ -250,19 +251,20 @@ pub(super) fn needed(
             | Hook::Connect6
             | Hook::Sendmsg4
             | Hook::Sendmsg6 => any(hook.sites()),
-            // Also for the direction of a socket, and for notes of its own in place of its listener's.
+            // Also records the direction of a socket, and separates the notes of an accepted socket from those of its
+            // listener.
             Hook::SockOps => tcp && !options.is_empty(),
             Hook::Getsockopt => reads && compares,
         })
         .collect()
 }
 
-/// Whether reads of an option are held against what the policy sets.
+/// Returns whether reads of an option are compared with the value that the policy sets.
 fn is_compared(option: &OptionRow) -> bool {
     option.sets != 0 && option.read_back != read_back::NONE
 }
 
-/// The options that the program at a hook sets, judges or compares: indices of `options`.
+/// Returns the options that the program at a hook sets, judges or compares, as indices of `options`.
 pub(super) fn options_at(hook: Hook, options: &[OptionRow], sites: &[ApplyList; apply_point::COUNT]) -> Vec<usize> {
     let is_there = |index: usize, option: &OptionRow| match hook {
         Hook::Setsockopt => !option.is_alias(),

@@ -1,13 +1,13 @@
-//! Turns policies into what the programs read: `&[Policy]` and the stacks of them that are somewhere in force → [`Desired`].
+//! Compiles policies to the tables that the programs read: `&[Policy]` and the stacks that are in force → [`Desired`].
 //!
-//! Precedence is settled here: the rules of a stack of policies, in the order of the stack and of the
-//! rules in each, become the bits of one `u64`, lowest first, and the programs take the lowest that
-//! matches and names an option. That, for one stack, is a [`Scope`].
+//! Precedence is decided here. The rules of a stack, in the order of the stack and of each policy, become the bits of
+//! one `u64`, lowest first. The programs use the lowest bit that matches and names an option. The tables of one stack
+//! are a [`Scope`].
 //!
-//! Pure: it does not ask what this kernel or this host can do.
+//! Pure: the result does not depend on what this kernel or this host supports.
 //!
-//! Trade-off: 64 rules for the sockets of a target, in exchange for matching whose cost does not depend on their
-//! number. More than that is an error here, never a truncation.
+//! Trade-off: the sockets of a target can have at most 64 rules; in exchange, the cost of matching does not depend on
+//! their number. More rules are an error and are never truncated.
 
 mod facts;
 mod hooks;
@@ -49,32 +49,32 @@ use crate::{
     },
 };
 
-/// Everything that the kernel side is to be told, and where each part came from.
+/// Everything that the kernel side needs, and the source of each part.
 #[derive(Clone, Debug)]
 pub struct Desired {
     pub audit: Audit,
-    /// Whether the audit judges the calls, and no hook at setsockopt or getsockopt is attached.
+    /// Whether the audit judges the calls, without hooks at setsockopt and getsockopt.
     pub audit_judges: bool,
     /// All rules of all policies.
     pub rules: Vec<RuleSource>,
-    /// By stack.
+    /// One scope for each stack.
     pub scopes: Vec<Scope>,
     /// Sorted by length and data.
     pub prefixes: Vec<Prefix>,
-    /// Every option whose calls rules govern, by number. Those that rules name come first, and of these those that are set, in
-    /// the order in which they are applied. An option may have several numbers.
+    /// Every option whose calls rules govern, by number. Options that rules name come first. Among these, options that
+    /// rules set come first, in the order in which they are applied. An option may have several numbers.
     pub options: Vec<OptionKey>,
     /// How many options rules name.
     pub named: usize,
     pub settings: Vec<Setting>,
-    /// Where each of `settings` came from.
+    /// The source of each setting in `settings`.
     pub sources: Vec<SettingSource>,
 }
 
-/// What holds for the sockets of all targets with the same stack of policies.
+/// The tables for the sockets of all targets with the same stack of policies.
 #[derive(Clone, Debug)]
 pub struct Scope {
-    /// Names, in the order in which they decide.
+    /// The names of the policies, in order of precedence.
     pub policies: Vec<String>,
     pub mode: Mode,
     pub selectors: Selectors,
@@ -82,11 +82,11 @@ pub struct Scope {
     pub options: Vec<OptionRow>,
     /// By [`apply_point`].
     pub sites: [ApplyList; apply_point::COUNT],
-    /// The hooks that these policies need, no more.
+    /// Exactly the hooks that these policies need.
     pub hooks: Vec<Hook>,
 }
 
-/// Where a rule stands.
+/// The source of a rule.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RuleSource {
     pub policy: String,
@@ -97,7 +97,7 @@ pub struct RuleSource {
     pub selector: Selector,
 }
 
-/// Where a setting stands, and what it says in the words of the policy.
+/// The source of a setting, and the form in which the policy has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SettingSource {
     /// Index of [`Desired::rules`].
@@ -108,53 +108,53 @@ pub struct SettingSource {
     pub form: Form,
 }
 
-/// Why the audit cannot judge calls in place of the hook at setsockopt.
+/// Why the audit cannot judge calls in table_index of the hook at setsockopt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NeedsHook {
     #[error("a policy is enforced")]
     Enforced,
     #[error("a rule lets the application win (`on_conflict = \"allow\"`)")]
     Yielding,
-    #[error("a rule asks for the direction of a connection")]
+    #[error("a rule matches the direction of a connection")]
     Direction,
-    #[error("a limit or a deny may come to hold when more is known of the socket")]
+    #[error("a limit or deny may start to apply when more is known about the socket")]
     Later,
-    #[error("no audit sees the calls")]
+    #[error("the audit does not see the calls")]
     NoAudit,
     #[error("the audit cannot find the socket of a call in this kernel")]
     Blind,
-    #[error("it stays when sockpolicy is gone, and nobody reads an audit then")]
+    #[error("the policies persist without an agent, which would have to read the audit")]
     Persists,
-    #[error("the audit follows some processes only")]
+    #[error("the audit covers only some processes")]
     SomeProcesses,
 }
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum CompileError {
     #[error(
-        "the policies {} have {count} rules together, but those that cover one cgroup can have {RULES_MAX}\n  help: put \
+        "policies {} have {count} rules together: policies that cover the same cgroup can have at most {RULES_MAX}\n  help: put \
          them on different targets, or merge rules that match the same sockets",
         policies.join(", ")
     )]
     TooManyRules { policies: Vec<String>, count: usize },
     #[error(
-        "policies `{enforced}` and `{dry}` cannot be in force together: the one enforces, the other is a dry run\n  \
-         help: give --dry-run to try both, or the same `mode` to both files"
+        "policies `{enforced}` and `{dry}` cannot be in force together: one enforces, the other is a dry run\n  \
+         help: use --dry-run for both, or write the same `mode` in both files"
     )]
     MixedModes { enforced: String, dry: String },
     #[error(transparent)]
     Glob(#[from] GlobError),
 }
 
-/// Compiles policies, which are in the order of their files' names, for each stack of them that is somewhere in force.
+/// Compiles policies for each stack that is in force. `policies` must be in the order of their file names.
 ///
 /// # Errors
 ///
-/// Where those of a stack have too many rules together, or not the same mode.
+/// Fails if the policies of a stack have too many rules together, or different modes.
 ///
 /// # Panics
 ///
-/// Where a stack has a number that no policy has.
+/// Panics if a stack contains a number that no policy has.
 pub fn compile(policies: &[Policy], stacks: &[Stack]) -> Result<Desired, CompileError> {
     let mut desired = Desired {
         audit: common_audit(policies),
@@ -167,7 +167,7 @@ pub fn compile(policies: &[Policy], stacks: &[Stack]) -> Result<Desired, Compile
         settings: Vec::new(),
         sources: Vec::new(),
     };
-    // By policy: the number of its first rule.
+    // For each policy, the number of its first rule.
     let mut first_rules = Vec::new();
     for policy in policies {
         first_rules.push(desired.rules.len());
@@ -194,7 +194,7 @@ pub fn compile(policies: &[Policy], stacks: &[Stack]) -> Result<Desired, Compile
     Ok(desired)
 }
 
-/// Adds the scope of a stack of policies. `rules` are theirs in order, and `numbers` those that they have in
+/// Adds the scope of a stack of policies. `rules` are its rules in order, and `numbers` are their numbers in
 /// [`Desired::rules`].
 fn add_scope(
     desired: &mut Desired,
@@ -212,13 +212,13 @@ fn add_scope(
         .iter()
         .map(|rule| rule.clauses.iter().rev().map(|clause| (clause.option.value_key(), clause)).collect())
         .collect();
-    let said: Vec<Said> =
+    let value_rules: Vec<ValueRules> =
         rows.values.iter().map(|value| add_settings(desired, *value, rules, &clauses, numbers, mode)).collect();
     let options: Vec<OptionRow> = rows
         .rows
         .iter()
         .map(|row| match row.value {
-            Some(value) => said[value].complete(row.template, desired),
+            Some(value) => value_rules[value].complete(row.template, desired),
             None => row.template,
         })
         .collect();
@@ -230,15 +230,15 @@ fn add_scope(
     Ok(())
 }
 
-/// What the rules of a scope say of one value.
-struct Said {
+/// The rules of a scope that name one value.
+struct ValueRules {
     names: u64,
     sets: u64,
     first_setting: u32,
     is_certain: bool,
 }
 
-/// What a rule says, by [`Named::value_key`].
+/// The clauses of a rule, by [`Named::value_key`].
 type Clauses<'a> = BTreeMap<OptionKey, &'a Clause>;
 
 /// Adds the settings of one value: one for each rule that names it.
@@ -249,28 +249,29 @@ fn add_settings(
     clauses: &[Clauses<'_>],
     numbers: &[usize],
     mode: Mode,
-) -> Said {
-    let mut said = Said { names: 0, sets: 0, first_setting: desired.settings.len() as u32, is_certain: false };
+) -> ValueRules {
+    let mut value_rules =
+        ValueRules { names: 0, sets: 0, first_setting: desired.settings.len() as u32, is_certain: false };
     for (bit, rule) in rules.iter().enumerate() {
         let Some(clause) = clauses[bit].get(&value.key()) else { continue };
-        said.is_certain |= said.names == 0 && rule.selector == Selector::default();
-        said.names |= 1 << bit;
+        value_rules.is_certain |= value_rules.names == 0 && rule.selector == Selector::default();
+        value_rules.names |= 1 << bit;
         if matches!(clause.form, Form::Set(_)) {
-            said.sets |= 1 << bit;
+            value_rules.sets |= 1 << bit;
         }
         desired.settings.push(setting(clause, mode));
         let form = clause.form.clone();
         desired.sources.push(SettingSource { rule: numbers[bit], option: clause.option, line: clause.line, form });
     }
-    said
+    value_rules
 }
 
-impl Said {
-    /// The row of an option that sets the value.
+impl ValueRules {
+    /// Returns the row of an option that sets the value.
     fn complete(&self, template: OptionRow, desired: &Desired) -> OptionRow {
         let Self { names, sets, first_setting, is_certain } = *self;
         let mut option = OptionRow { names, sets, first_setting, certain: is_certain.into(), ..template };
-        // What other rows have a say in is not settled by this one alone.
+        // If other rows can affect the option, this row alone does not decide it.
         let is_alone = option.next == 0 && option.resets == 0;
         if let Some(setting) = desired.settings.get(first_setting as usize)
             && let Some(value) = agreeing(&option, setting)
@@ -284,20 +285,20 @@ impl Said {
 }
 
 impl Desired {
-    /// The options by which a call is found, each with its number.
+    /// Returns the options by which a call is found, each with its number.
     pub fn numbered(&self) -> impl Iterator<Item = (OptionKey, u32)> {
         let mut seen = BTreeSet::new();
         self.options.iter().copied().zip(0..).filter(move |(key, _)| seen.insert(*key))
     }
 
-    /// What a setting came from.
+    /// Returns the source of a setting.
     #[must_use]
     pub fn source(&self, setting: u32) -> Option<(&SettingSource, &RuleSource)> {
         let source = self.sources.get(setting as usize)?;
         Some((source, self.rules.get(source.rule)?))
     }
 
-    /// The options that an option's number in a scope stands for.
+    /// Returns the option that a number in a scope stands for.
     fn named(&self, scope: usize, number: usize) -> Option<Named> {
         let option = self.scopes.get(scope)?.options.get(number)?;
         let is_named = option.names != 0 && !option.is_alias();
@@ -307,7 +308,7 @@ impl Desired {
         named.next()
     }
 
-    /// What the program at a hook is about: the options that it sets, judges or compares.
+    /// Returns the options that the program at a hook sets, judges or compares.
     #[must_use]
     pub fn options_at(&self, scope: usize, hook: Hook) -> Vec<Named> {
         let Some(Scope { options, sites, .. }) = self.scopes.get(scope) else { return Vec::new() };
@@ -315,14 +316,14 @@ impl Desired {
         numbers.into_iter().filter_map(|number| self.named(scope, number)).collect()
     }
 
-    /// What is not done of what a scope says.
+    /// Returns the limitations that apply to the settings of a scope.
     pub fn unsupported(&self, scope: usize) -> impl Iterator<Item = &'static Limitation> {
         let entries: Vec<_> = self.settings_of(scope).flat_map(|setting| self.unsupported_of(setting)).collect();
         let concerns = move |entry: &Limitation| entries.iter().any(|(concerned, _)| *concerned == entry);
         limitations::ALL.iter().copied().filter(move |entry| concerns(entry))
     }
 
-    /// What is not done of a setting, by its number, with the hooks of its scope.
+    /// Returns the limitations that apply to a setting, given the hooks of its scope.
     #[must_use]
     pub fn unsupported_of(&self, setting: usize) -> Vec<(&'static Limitation, Concern)> {
         let Some(source) = self.sources.get(setting) else { return Vec::new() };
@@ -333,28 +334,28 @@ impl Desired {
         entries.filter(|(entry, _)| !(has_lsm && limitations::WITHOUT_LSM.contains(entry))).collect()
     }
 
-    /// The programs to attach, and to which of the targets, whose scopes these are, in that order.
+    /// Returns the programs to attach, each with the index of its target. `scopes` are the scopes of the targets.
     pub fn attachments(&self, scopes: &[usize]) -> impl Iterator<Item = (Hook, usize)> {
         let hooks = |scope: usize| self.scopes.get(scope).map_or(&[][..], |scope| &scope.hooks);
         scopes.iter().enumerate().flat_map(move |(target, scope)| hooks(*scope).iter().map(move |hook| (*hook, target)))
     }
 
-    /// The hooks that any target needs, each once.
+    /// Returns the hooks that any target needs, each once.
     #[must_use]
     pub fn hooks(&self) -> Vec<Hook> {
         Hook::ALL.into_iter().filter(|hook| self.scopes.iter().any(|scope| scope.hooks.contains(hook))).collect()
     }
 
-    /// Leaves out hooks.
+    /// Keeps only the hooks for which `keep` returns true.
     pub fn keep_hooks(&mut self, keep: impl Fn(Hook) -> bool) {
         for scope in &mut self.scopes {
             scope.hooks.retain(|hook| keep(*hook));
         }
     }
 
-    /// Returns why these policies need a hook at setsockopt; `None`: it is enough that the audit judges the calls.
+    /// Returns why these policies need a hook at setsockopt; `None` if the audit can judge the calls.
     ///
-    /// The audit decides as the hook does where nothing that programs note of a socket has a say in a verdict or follows from one.
+    /// The audit decides like the hook, unless a verdict depends on a socket's notes or changes them.
     #[must_use]
     pub fn needs_hook(&self) -> Option<NeedsHook> {
         if !self.is_dry_run() {
@@ -364,58 +365,58 @@ impl Desired {
         if self.settings.iter().any(is_yielding) {
             return Some(NeedsHook::Yielding);
         }
-        let asks = |asked: fn(&Selector) -> bool| {
+        let depends = |asked: fn(&Selector) -> bool| {
             move |source: &&SettingSource| self.rules.get(source.rule).is_some_and(|rule| asked(&rule.selector))
         };
-        if self.sources.iter().any(|source| asks(|selector| selector.direction.is_some())(&source)) {
+        if self.sources.iter().any(|source| depends(|selector| selector.direction.is_some())(&source)) {
             return Some(NeedsHook::Direction);
         }
-        // What an application asks for before all is known of the socket is held against a limit later.
+        // A value that an application requests before all facts are known is compared with a limit later.
         let mut forbidding = self.sources.iter().filter(|source| !matches!(source.form, Form::Set(_)));
         let is_held_later = |option: &OptionRow| {
             let has_both = option.sets != 0 && option.names & !option.sets != 0;
             has_both && !option.is_certain() && option.traits & traits::CORRECTED != 0
         };
-        let is_later = forbidding.any(|source| asks(hooks::asks_facts)(&source))
+        let is_later = forbidding.any(|source| depends(hooks::needs_initially_unknown_facts)(&source))
             || self.scopes.iter().flat_map(|scope| &scope.options).any(is_held_later);
         is_later.then_some(NeedsHook::Later)
     }
 
-    /// Returns whether nothing is to be changed.
+    /// Returns whether the policies change nothing.
     #[must_use]
     pub fn is_dry_run(&self) -> bool {
         self.scopes.iter().all(|scope| scope.mode == Mode::DryRun)
     }
 
-    /// Returns whether there are calls to judge, and a hook is to do so.
+    /// Returns whether there are calls to judge, and a hook judges them.
     #[must_use]
     pub fn is_judged_by_hook(&self) -> bool {
         self.scopes.iter().any(|scope| scope.hooks.contains(&Hook::Setsockopt))
     }
 
-    /// Has the audit judge calls, in place of the hooks at setsockopt and getsockopt: the kernel copies the whole argument of a
-    /// call for these hooks, and fails calls whose argument ends before its length says.
+    /// Makes the audit judge calls in table_index of the hooks at setsockopt and getsockopt. For these hooks, the kernel
+    /// copies the whole argument of a call, and fails calls whose argument is shorter than its length says.
     pub fn judge_by_audit(&mut self) {
         self.audit_judges = self.is_judged_by_hook();
         self.keep_hooks(|hook| !matches!(hook, Hook::Setsockopt | Hook::Getsockopt));
     }
 
-    /// Has each new socket given the cookie by which events on it can be told from others, where there are no policies
-    /// that ask for anything.
+    /// Attaches the hook that gives each new socket a cookie, which identifies the socket in events. For audits without
+    /// policies.
     pub fn note_births(&mut self) {
         for scope in &mut self.scopes {
             scope.hooks.push(Hook::SockCreate);
         }
     }
 
-    /// The indices of the settings of a scope.
+    /// Returns the indices of the settings of a scope.
     #[must_use]
     pub fn settings_of(&self, scope: usize) -> Range<usize> {
         let first = |scope: usize| Some(self.scopes.get(scope)?.options.first()?.first_setting as usize);
         first(scope).unwrap_or(self.settings.len())..first(scope + 1).unwrap_or(self.settings.len())
     }
 
-    /// The options that any rule sets, each once.
+    /// Returns the options that any rule sets, each once.
     #[must_use]
     pub fn set_options(&self) -> Vec<&'static SocketOption> {
         let mut options = Vec::new();
@@ -429,13 +430,13 @@ impl Desired {
         options
     }
 
-    /// The rules that match a socket, as the kernel finds them.
+    /// Returns the rules that match a socket, as the kernel finds them.
     #[must_use]
     pub fn candidates(&self, scope: &Scope, facts: &Facts) -> Candidates {
         select(facts, &scope.selectors, &prefixes::Table(&self.prefixes))
     }
 
-    /// Has the audit count these options among those that rules name, although none does.
+    /// Makes the audit count these options like options that rules name.
     pub fn look_at(&mut self, options: &[OptionKey]) {
         for key in options {
             if !self.options.contains(key) {
@@ -447,7 +448,7 @@ impl Desired {
         }
     }
 
-    /// The congestion controls that the policies set, each once.
+    /// Returns the congestion controls that the policies set, each once.
     #[must_use]
     pub fn congestion_controls(&self) -> Vec<&str> {
         let mut names: Vec<&str> = self
@@ -464,7 +465,7 @@ impl Desired {
         names
     }
 
-    /// The policies that have rules, each once.
+    /// Returns the policies that have rules, each once.
     #[must_use]
     pub fn policies(&self) -> Vec<(&str, Mode)> {
         let mut policies: Vec<_> = self.rules.iter().map(|rule| (rule.policy.as_str(), rule.mode)).collect();
@@ -484,7 +485,7 @@ fn common_mode(policies: &[&Policy]) -> Result<Mode, CompileError> {
     }
 }
 
-/// What any of the policies wants to see is looked at.
+/// Returns an audit that reports what any of the policies wants reported.
 fn common_audit(policies: &[Policy]) -> Audit {
     Audit {
         calls: policies.iter().map(|policy| policy.audit.calls).max().unwrap_or(Calls::Conflicts),
@@ -493,7 +494,7 @@ fn common_audit(policies: &[Policy]) -> Audit {
     }
 }
 
-/// The set of the rules for which `matches` holds.
+/// Returns the set of the rules for which `matches` returns true.
 fn rules_where(rules: &[&Rule], matches: impl Fn(&Rule) -> bool) -> u64 {
     rules
         .iter()
@@ -539,21 +540,21 @@ fn selectors(scope: u32, rules: &[&Rule]) -> Selectors {
     selectors
 }
 
-/// Every option that a rule names, those that are set first and in the order of the option table,
-/// which is the order in which they are to be applied.
+/// Returns every option that a rule names. Options that rules set come first, in the order of the option table, which
+/// is the order in which they are applied.
 fn named_options(policies: &[Policy]) -> Vec<Named> {
-    // Each with whether a rule sets it.
+    // Each option, with whether a rule sets it.
     let mut named: BTreeMap<OptionKey, (Named, bool)> = BTreeMap::new();
     for clause in policies.iter().flat_map(|policy| &policy.rules).flat_map(|rule| &rule.clauses) {
         let (_, is_set) = named.entry(clause.option.key()).or_insert((clause.option, false));
         *is_set |= matches!(clause.form, Form::Set(_));
     }
     let mut named: Vec<(Named, bool)> = named.into_values().collect();
-    named.sort_by_key(|(named, is_set)| (!is_set, place(*named), named.key()));
+    named.sort_by_key(|(named, is_set)| (!is_set, table_index(*named), named.key()));
     named.into_iter().map(|(named, _)| named).collect()
 }
 
-fn place(named: Named) -> usize {
+fn table_index(named: Named) -> usize {
     match named {
         Named::Known(option) => crate::options::OPTIONS.iter().position(|known| known == option).unwrap_or(usize::MAX),
         Named::Numeric(_) => usize::MAX,
@@ -593,7 +594,8 @@ fn setting(clause: &Clause, mode: Mode) -> Setting {
     setting
 }
 
-/// A bound at the end of an option's range bounds nothing, not even what the kernel takes for none or for the default.
+/// Returns the bounds of a limit. A bound at the end of an option's range limits nothing, not even values that the
+/// kernel reads as "no limit" or as its default.
 fn open_bounds(option: Named, min: i64, max: i64) -> (i64, i64) {
     let Named::Known(SocketOption { range, .. }) = option else { return (min, max) };
     (if min <= range.0 { i64::MIN } else { min }, if max >= range.1 { i64::MAX } else { max })

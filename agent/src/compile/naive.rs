@@ -1,6 +1,6 @@
-//! Policies evaluated rule by rule, to compare the compiled tables with.
+//! Evaluates policies rule by rule, for comparison with the compiled tables.
 //!
-//! Written from the design's words: it knows neither bits nor prefixes. Only tests and fuzz targets use it.
+//! Written from the documented semantics, without bits or prefixes. Only tests and fuzz targets use this module.
 
 use std::net::IpAddr;
 
@@ -16,7 +16,7 @@ use crate::{
     },
 };
 
-/// What is known of whether a rule matches.
+/// Whether a rule matches, as far as is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Matches {
     No,
@@ -24,10 +24,10 @@ pub(crate) enum Matches {
     Yes,
 }
 
-/// Whether one condition holds: `requested` says if there is one at all.
-fn holds<T>(asked: bool, fact: Option<T>, test: impl Fn(T) -> bool) -> Matches {
+/// Returns whether one condition holds. `has_condition` says whether the rule has the condition.
+fn holds<T>(has_condition: bool, fact: Option<T>, test: impl Fn(T) -> bool) -> Matches {
     match fact.map(test) {
-        _ if !asked => Matches::Yes,
+        _ if !has_condition => Matches::Yes,
         None => Matches::Perhaps,
         Some(true) => Matches::Yes,
         Some(false) => Matches::No,
@@ -59,7 +59,7 @@ pub(crate) fn rule_matches(selector: &Selector, socket: &Socket) -> Matches {
     .unwrap_or(Matches::Yes)
 }
 
-/// The rule, by number, whose clause decides an option.
+/// Returns the number of the rule whose clause decides an option.
 pub(crate) fn naive_winner(rules: &[Rule], named: Named, socket: &Socket) -> Option<usize> {
     for (number, rule) in rules.iter().enumerate() {
         let Some(clause) = rule.clauses.iter().find(|clause| clause.option.value_key() == named.value_key()) else {
@@ -67,7 +67,7 @@ pub(crate) fn naive_winner(rules: &[Rule], named: Named, socket: &Socket) -> Opt
         };
         match rule_matches(&rule.selector, socket) {
             Matches::Yes => return Some(number),
-            // It may come to forbid what a later rule would set now.
+            // The rule may later forbid what a later rule would set now.
             Matches::Perhaps if !matches!(clause.form, Form::Set(_)) => return None,
             Matches::Perhaps | Matches::No => {}
         }
@@ -75,23 +75,23 @@ pub(crate) fn naive_winner(rules: &[Rule], named: Named, socket: &Socket) -> Opt
     None
 }
 
-/// The number of the rule that decides an option in a scope, by the compiled tables.
+/// Returns the number of the rule that decides an option in a scope, by the compiled tables.
 pub(crate) fn winner_in(desired: &Desired, scope: usize, named: Named, facts: &Facts) -> Option<usize> {
     let scope = &desired.scopes[scope];
     let option = scope.options.iter().find(|option| option.key == named.key())?;
     let winner = option.winner(desired.candidates(scope, facts));
-    assert!(!option.is_certain() || winner == Some(option.first_setting), "certain, and not so");
+    assert!(!option.is_certain() || winner == Some(option.first_setting), "`certain` disagrees with the winner");
     let winner = winner?;
     let source = &desired.sources[winner as usize];
     assert_eq!(source.option.value_key(), named.value_key(), "a setting of another value");
     Some(source.rule)
 }
 
-/// What governs calls on an option: each value, by [`Named::value_key`], with the rule that decides it.
+/// The values that a call on an option affects, by [`Named::value_key`], each with the rule that decides it.
 pub(crate) type Governing = Vec<(OptionKey, Option<usize>)>;
 
-/// What governs calls on an option by the rules: the value that the option sets, if a rule names that value under any name, and
-/// what the option must keep.
+/// Returns the values that a call on an option affects, by the rules: the value that the option sets, if a rule names
+/// it under any name, and the values that a guard protects.
 pub(crate) fn naive_governing(rules: &[Rule], key: OptionKey, socket: &Socket) -> Governing {
     let option = by_spelling(key);
     let own = option.map_or(Named::Numeric(key), Named::Known);
@@ -103,7 +103,7 @@ pub(crate) fn naive_governing(rules: &[Rule], key: OptionKey, socket: &Socket) -
     governing.map(|named| (named.value_key(), naive_winner(rules, named, socket))).collect()
 }
 
-/// What governs calls on an option in a scope, by the compiled tables.
+/// Returns the values that a call on an option affects in a scope, by the compiled tables.
 pub(crate) fn governing_in(desired: &Desired, scope: usize, key: OptionKey, facts: &Facts) -> Governing {
     let scope = &desired.scopes[scope];
     let candidates = desired.candidates(scope, facts);

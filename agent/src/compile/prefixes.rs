@@ -1,4 +1,4 @@
-//! The ports and addresses of all rules' matches, as one table of prefixes.
+//! The ports and addresses in the `match` of all rules, as one table of prefixes.
 
 use std::{
     collections::BTreeMap,
@@ -15,20 +15,20 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use super::rules_where;
 use crate::policy::model::{Rule, Selector};
 
-/// An entry of map `PREFIXES`.
+/// An entry of the map `PREFIXES`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Prefix {
-    /// How many bits of `data` count.
+    /// How many bits of `data` are significant.
     pub bits: u32,
     pub data: PrefixData,
-    /// The rules that match what this prefix covers and no longer one does.
+    /// The rules that match values whose longest matching prefix is this one.
     pub rules: u64,
 }
 
-/// Map `PREFIXES`, in the order of [`key`]: a lookup is a search for each length that a prefix can have.
+/// The map `PREFIXES`, in the order of [`key`]. A lookup searches each possible prefix length.
 pub(super) struct Table<'a>(pub(super) &'a [Prefix]);
 
-/// Returns what entries are sorted by.
+/// Returns the sort key of an entry.
 pub(super) fn key(prefix: &Prefix) -> (u32, PrefixData) {
     (prefix.bits, prefix.data)
 }
@@ -42,7 +42,7 @@ impl Prefixes for Table<'_> {
     }
 }
 
-/// Returns the data with all bits 0 beyond the first `bits`, which each word has in network byte order.
+/// Returns the data with all bits after the first `bits` cleared. Each word is in network byte order.
 fn first_bits(data: &PrefixData, bits: u32) -> PrefixData {
     let mut first = *data;
     for (word, at) in first.iter_mut().zip((0..).step_by(32)) {
@@ -52,8 +52,8 @@ fn first_bits(data: &PrefixData, bits: u32) -> PrefixData {
     first
 }
 
-/// All entries of a scope. A dimension that no rule asks about has none; one that a rule does ask about covers
-/// every value, so that a lookup there always finds something.
+/// Returns all entries of a scope. A dimension that no rule uses has no entries. The entries of a used dimension cover
+/// every value, so that each lookup succeeds.
 pub(super) fn prefixes(scope: u32, rules: &[&Rule]) -> Vec<Prefix> {
     let mut prefixes = Vec::new();
     prefixes.extend(port_prefixes(scope, side::LOCAL, rules, |selector| &selector.local_ports));
@@ -75,23 +75,23 @@ fn port_prefixes(
     rules: &[&Rule],
     ports: impl Fn(&Selector) -> &Vec<RangeInclusive<u16>>,
 ) -> Vec<Prefix> {
-    let mut asks = 0;
-    // The rules that begin or cease to match at a port.
+    let mut used = 0;
+    // The rules that start or stop matching at a port.
     let mut changes: BTreeMap<u32, u64> = BTreeMap::new();
     for (number, rule) in rules.iter().enumerate() {
         for range in merged(ports(&rule.selector)) {
-            asks |= 1 << number;
+            used |= 1 << number;
             for at in [range.start, range.end] {
                 *changes.entry(at).or_default() ^= 1 << number;
             }
         }
     }
-    if asks == 0 {
+    if used == 0 {
         return Vec::new();
     }
     changes.entry(0).or_default();
     changes.remove(&PORTS);
-    let mut matching = rules_where(rules, |_| true) & !asks;
+    let mut matching = rules_where(rules, |_| true) & !used;
     let ends = changes.keys().skip(1).copied().chain([PORTS]).collect::<Vec<_>>();
     let mut prefixes = Vec::new();
     for ((start, change), end) in changes.into_iter().zip(ends) {
@@ -103,10 +103,10 @@ fn port_prefixes(
     prefixes
 }
 
-/// How many ports there are.
+/// The number of ports.
 const PORTS: u32 = 1 << 16;
 
-/// Returns the spans of ports of these ranges, in order, and with a port between one and the next.
+/// Returns the ports of these ranges as sorted spans, with at least one port between two spans.
 pub(crate) fn merged(ranges: &[RangeInclusive<u16>]) -> Vec<Range<u32>> {
     let mut spans: Vec<_> = ranges.iter().map(|range| u32::from(*range.start())..u32::from(*range.end()) + 1).collect();
     spans.sort_unstable_by_key(|span| span.start);
@@ -120,11 +120,11 @@ pub(crate) fn merged(ranges: &[RangeInclusive<u16>]) -> Vec<Range<u32>> {
     merged
 }
 
-/// The fewest prefixes of 16-bit numbers that cover `start..end`.
+/// Returns the smallest set of prefixes of 16-bit numbers that covers `start..end`.
 fn aligned_blocks(mut start: u32, end: u32) -> Vec<(u16, u32)> {
     let mut blocks = Vec::new();
     while start < end {
-        // The largest block that begins here and does not go beyond the end.
+        // The largest aligned block that begins here and does not exceed the end.
         let aligned = start.trailing_zeros().min(16);
         let fits = (end - start).ilog2();
         let size = aligned.min(fits);
@@ -141,12 +141,12 @@ fn address_prefixes<'a>(
     within: impl Fn(&'a Selector) -> &'a [IpNet],
     without: impl Fn(&'a Selector) -> &'a [IpNet],
 ) -> Vec<Prefix> {
-    // The rules that name a network under `within`, and those that do under `without`.
+    // The rules that list a network in `within`, and the rules that list it in `without`.
     let mut named: BTreeMap<IpNet, (u64, u64)> = BTreeMap::new();
-    let mut asks_within = 0;
+    let mut used_within = 0;
     for (number, rule) in rules.iter().enumerate() {
         for network in within(&rule.selector) {
-            asks_within |= 1 << number;
+            used_within |= 1 << number;
             named.entry(network.trunc()).or_default().0 |= 1 << number;
         }
         for network in without(&rule.selector) {
@@ -159,7 +159,7 @@ fn address_prefixes<'a>(
     named.entry(Ipv4Net::default().into()).or_default();
     named.entry(Ipv6Net::default().into()).or_default();
     let all = rules_where(rules, |_| true);
-    // The networks around the next one, which come before it, with the rules that each gives to what is in it.
+    // The networks that contain the next one, which sort before it, each with the rules that list an enclosing network.
     let mut around: Vec<(IpNet, u64, u64)> = Vec::new();
     let mut prefixes = Vec::new();
     for (network, (own_within, own_without)) in named {
@@ -167,7 +167,7 @@ fn address_prefixes<'a>(
             around.pop();
         }
         let (outer_within, outer_without) =
-            around.last().map_or((all & !asks_within, 0), |(_, within, without)| (*within, *without));
+            around.last().map_or((all & !used_within, 0), |(_, within, without)| (*within, *without));
         let (within, without) = (outer_within | own_within, outer_without | own_without);
         around.push((network, within, without));
         let (family, address) = address_words(network.addr());
@@ -180,7 +180,7 @@ fn address_prefixes<'a>(
     prefixes
 }
 
-/// An address as programs hold it, with its [`family`].
+/// Returns an address as the programs represent it, with its [`family`].
 #[must_use]
 pub(crate) fn address_words(address: IpAddr) -> (u8, Address) {
     match address {
@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn rules_of_an_address_are_those_of_all_networks_around_it() {
+    fn address_matches_the_rules_of_all_networks_that_contain_it() {
         let rules = [
             rule(Selector { remote: networks(&["10.0.0.0/8", "2001:db8::/32", "10.1.0.0/16"]), ..Selector::default() }),
             rule(Selector { not_remote: networks(&["10.1.0.0/16", "::/0"]), ..Selector::default() }),
@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn rules_of_a_port_are_those_of_all_ranges_around_it() {
+    fn port_matches_the_rules_of_all_ranges_that_contain_it() {
         let ranges: [&[RangeInclusive<u16>]; 4] =
             [&[80..=80, 443..=443, 80..=90, 85..=100, 101..=101], &[1..=65535], &[65535..=65535, 1..=1], &[]];
         let rules = ranges.map(|ports| rule(Selector { local_ports: ports.to_vec(), ..Selector::default() }));
@@ -258,17 +258,17 @@ mod tests {
     }
 
     #[test]
-    fn entries_are_as_many_as_networks_however_they_are_nested() {
+    fn nested_networks_take_one_entry_each() {
         let nested = (0..=128).map(|len| IpNet::from(Ipv6Net::new([0; 8].into(), len).unwrap()));
         let many = (0..2000u32).map(|at| IpNet::from(Ipv4Net::new((at << 12).into(), 20).unwrap()));
         let remote: Vec<IpNet> = nested.chain(many).collect();
-        // Each twice, and in two rules.
+        // Each network twice, and in two rules.
         let remote = [remote.clone(), remote].concat();
         let both =
             [Selector { remote: remote.clone(), ..Selector::default() }, Selector { remote, ..Selector::default() }];
         let rules = both.map(rule);
         let rules: Vec<&Rule> = rules.iter().collect();
-        // Also for IPv4 addresses in none of them.
+        // One more entry, for IPv4 addresses outside all networks.
         assert_eq!(prefixes(0, &rules).len(), 129 + 2000 + 1);
     }
 

@@ -1,19 +1,19 @@
 //! The rows of the option table that the programs search: one for each level and number whose calls rules govern.
 //!
-//! A rule names an option once; the kernel may know its value under several names, and may change it as a side effect of
+//! A rule names an option once. The kernel may have several names for the value, and may change it as a side effect of
 //! another option. Each of these has a row, and all rows of one value share the settings.
 
 use std::collections::BTreeMap;
 
 use abi::setting::{OptionKey, OptionRow, argument, effective, kind, read_back, traits};
 
-use super::place;
+use super::table_index;
 use crate::{
     options::{GUARDS, Guard, OPTIONS, Relation, SocketOption, by_name},
     policy::model::Named,
 };
 
-/// One value of a socket, under whichever name rules name it.
+/// One value of a socket, whatever name the rules use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum SocketValue {
     Known(&'static SocketOption),
@@ -28,7 +28,7 @@ impl SocketValue {
         }
     }
 
-    /// [`Named::value_key`] of every option that sets it.
+    /// Returns the [`Named::value_key`] of every option that sets the value.
     pub(super) fn key(self) -> OptionKey {
         match self {
             Self::Known(option) => option.key(),
@@ -37,29 +37,29 @@ impl SocketValue {
     }
 }
 
-/// A row, without what depends on the scope.
+/// A row, without the fields that depend on the scope.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Row {
-    /// Index of [`Rows::values`]; `None`: no rule governs the option itself.
+    /// Index of [`Rows::values`]; `None` if no rule governs the option itself.
     pub(super) value: Option<usize>,
     pub(super) template: OptionRow,
 }
 
-/// All rows, those of the options that rules name first.
+/// All rows. Rows of options that rules name come first.
 #[derive(Debug, Default)]
 pub(super) struct Rows {
     pub(super) values: Vec<SocketValue>,
     pub(super) rows: Vec<Row>,
-    /// Index of a value.
+    /// The index of each value.
     by_value: BTreeMap<OptionKey, usize>,
-    /// Index of the first row of an option.
+    /// The index of the first row of each option.
     by_key: BTreeMap<OptionKey, usize>,
-    /// Index of the first row of a value.
+    /// The index of the first row of each value.
     first: BTreeMap<usize, usize>,
 }
 
 impl Rows {
-    /// `named`: every option that a rule names, in the order in which they are applied.
+    /// Makes the rows. `named` is every option that a rule names, in the order in which they are applied.
     pub(super) fn of(named: &[Named]) -> Self {
         let mut rows = Self::default();
         for option in named {
@@ -96,7 +96,7 @@ impl Rows {
         self.by_key.get(&key).copied()
     }
 
-    /// The value of this option, if a rule names it under any name.
+    /// Returns the value of this option, if a rule names it under any name.
     fn named_value(&self, option: &'static SocketOption) -> Option<usize> {
         self.by_value.get(&option.canonical().key()).copied()
     }
@@ -115,7 +115,7 @@ impl Rows {
         }
     }
 
-    /// Adds a row for each option that undoes a setting of another, behind the row that the option has itself.
+    /// Adds a row for each option that undoes a setting of another option, after the option's own row.
     fn add_guards(&mut self) {
         for guard in GUARDS {
             let (Some(option), Some(keeps)) = (by_name(guard.option), by_name(guard.keeps)) else { continue };
@@ -130,7 +130,7 @@ impl Rows {
         }
     }
 
-    /// Notes which options reset one that a rule names, and adds rows for those that no rule names.
+    /// Records which options reset an option that a rule names, and adds rows for options that no rule names.
     fn link_resets(&mut self) {
         for option in OPTIONS {
             let Some(Relation::Resets(other)) = option.relation else { continue };
@@ -139,7 +139,7 @@ impl Rows {
             else {
                 continue;
             };
-            // The last row: what the others make of the call comes first.
+            // In the last row, since the verdicts of the other rows come first.
             let last = self.rows.iter().rposition(|row| row.template.key == option.key());
             let resetting = last.unwrap_or_else(|| {
                 self.push(None, OptionRow { is_alias: 1, read_back: read_back::NONE, ..known_row(option) })
@@ -152,16 +152,16 @@ impl Rows {
 fn named_row(named: Named) -> OptionRow {
     match named {
         Named::Known(option) => known_row(option),
-        Named::Numeric(key) => OptionRow { key, set_as: key, kind: kind::OPAQUE, ..unread() },
+        Named::Numeric(key) => OptionRow { key, set_as: key, kind: kind::OPAQUE, ..default_row() },
     }
 }
 
-/// A row that says nothing of how a number is read.
-fn unread() -> OptionRow {
+/// Returns a row with the defaults for reading a number.
+fn default_row() -> OptionRow {
     OptionRow { zero: effective::SAME, negative: effective::SAME, argument: argument::INT, ..OptionRow::default() }
 }
 
-/// What the option table says of an option, as the programs see it.
+/// Returns a row with the option table's facts about an option, as the programs represent them.
 fn known_row(option: &'static SocketOption) -> OptionRow {
     let settable = |option: &'static SocketOption| option.settable().is_some().then(|| option.key());
     OptionRow {
@@ -173,13 +173,14 @@ fn known_row(option: &'static SocketOption) -> OptionRow {
         zero: option.zero,
         negative: option.negative,
         read_back: option.settable().map_or(read_back::NONE, |settable| settable.read_back),
-        // The same under all policies, for sockets keep it. There are fewer options to set than bits, and only these need one.
-        bit: place(Named::Known(option)).min(abi::SETTABLE_MAX) as u8,
-        ..unread()
+        // The bit is the same under all policies, since sockets keep it. Only settable options need one, and there are
+        // enough bits.
+        bit: table_index(Named::Known(option)).min(abi::SETTABLE_MAX) as u8,
+        ..default_row()
     }
 }
 
-/// What programs can read they can hold against a limit when more is known of the socket.
+/// Programs can compare a value with a limit later if they can read it.
 fn corrected(option: &SocketOption) -> u8 {
     let is_readable = option.settable().is_some_and(|settable| settable.read_back != read_back::NONE);
     if is_readable { traits::CORRECTED } else { 0 }

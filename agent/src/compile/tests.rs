@@ -1,7 +1,6 @@
-//! Compiled policies decide as the policies themselves would.
+//! Compiled policies decide like the policies themselves.
 //!
-//! The other side of the comparison is written from the design's words and knows neither bits nor
-//! prefixes: rules in order, each asked in turn whether it matches.
+//! The comparison is with [`super::naive`], which evaluates the rules in order, without bits and prefixes.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -28,7 +27,7 @@ use crate::{
     policy::{Socket, diagnostic::Source},
 };
 
-/// Few addresses and ports, near each other, so that they meet.
+/// Returns one of a few similar addresses, so that networks and addresses overlap.
 fn address(family: Family) -> BoxedStrategy<IpAddr> {
     match family {
         Family::Ipv4 => (0u8..3, 0u8..3).prop_map(|(a, b)| Ipv4Addr::new(10, a, 0, b).into()).boxed(),
@@ -110,7 +109,7 @@ fn socket() -> impl Strategy<Value = Socket> {
         (protocol, any::<bool>(), direction, option::of(address(family)), option::of(port()), remote).prop_map(
             move |(protocol, is_family_known, direction, local, local_port, remote)| Socket {
                 protocol: Some(protocol),
-                // Programs settle the family as soon as they know an address.
+                // Programs set the family as soon as they know an address.
                 family: (is_family_known || local.is_some() || remote.is_some()).then_some(family),
                 direction,
                 local,
@@ -135,7 +134,7 @@ fn policy(rules: Vec<Rule>) -> Policy {
     }
 }
 
-/// All together, in one scope.
+/// Compiles all policies into one scope.
 fn compile_all(policies: &[Policy]) -> Result<Desired, CompileError> {
     compile(policies, &[all(policies)])
 }
@@ -187,7 +186,7 @@ fn on() -> Form {
 }
 
 #[test]
-fn argument_that_agrees_is_known_where_one_setting_governs_all_sockets() {
+fn agreeing_argument_is_precomputed_if_one_setting_governs_all_sockets() {
     let tcp = Selector { protocols: vec![Protocol::Tcp], ..Selector::default() };
     let limit = Form::Limit { min: 0, max: 1 };
     for (selector, form, agrees) in
@@ -242,7 +241,7 @@ fn only_the_hooks_that_a_policy_needs_are_attached() {
 }
 
 #[test]
-fn rules_of_all_files_stand_in_the_order_of_the_files() {
+fn rules_are_in_the_order_of_the_files() {
     let first = policy(vec![plain_rule("a", Selector::default(), &[("TCP_NODELAY", on())])]);
     let second = policy(vec![plain_rule("b", Selector::default(), &[("TCP_NODELAY", Form::Deny)])]);
     let desired = compile_all(&[first, second]).unwrap();
@@ -278,7 +277,7 @@ fn policies_of_different_modes_can_be_on_different_targets() {
 }
 
 #[test]
-fn dry_run_needs_a_hook_where_notes_of_sockets_have_a_say() {
+fn dry_run_needs_a_hook_if_verdicts_depend_on_notes_of_sockets() {
     let limit = || Form::Limit { min: 0, max: 9 };
     let tcp = || Selector { protocols: vec![Protocol::Tcp], ..Selector::default() };
     let inbound = || Selector { direction: Some(Direction::Inbound), ..Selector::default() };

@@ -1,15 +1,15 @@
-//! Which containers a policy's target is about: what it says of them, and what is known of them.
+//! Matches the container selectors of a target with the known facts about containers.
 
 use globset::{GlobBuilder, GlobMatcher};
 
 use super::GlobError;
 use crate::{host::container::Container, policy::model::ContainerSelector};
 
-/// The registry, and the folder in it, of images whose names say neither.
+/// The registry and the folder of images whose names do not contain them.
 const REGISTRY: &str = "docker.io";
 const FOLDER: &str = "library";
 
-/// A selector, ready to be asked.
+/// A compiled selector.
 #[derive(Debug)]
 pub(super) struct ContainerMatcher {
     name: Option<GlobMatcher>,
@@ -25,7 +25,7 @@ impl ContainerMatcher {
         Ok(Self { name: glob(name)?, image: glob(image)?, id: id.clone(), runtime: *runtime })
     }
 
-    /// What is not known of a container matches nothing.
+    /// A field that is unknown for a container matches nothing.
     pub(super) fn is_match(&self, container: &Container) -> bool {
         let Self { name, image, id, runtime } = self;
         let any = |glob: &Option<GlobMatcher>, words: Vec<String>| {
@@ -38,23 +38,24 @@ impl ContainerMatcher {
     }
 }
 
-/// `*` stands for anything: names of images have slashes and colons, and a level of them means nothing.
+/// Compiles a glob in which `*` matches any characters, including slashes: image names contain slashes and colons, and
+/// their levels have no meaning.
 fn glob(text: &str) -> Result<GlobMatcher, GlobError> {
     let glob = GlobBuilder::new(text).build();
     Ok(glob.map_err(|source| GlobError { pattern: text.to_owned(), source })?.compile_matcher())
 }
 
-/// What a container can be called: `NAMESPACE/POD/CONTAINER` also by its last part.
+/// Returns the names of a container: for `NAMESPACE/POD/CONTAINER`, also the last part.
 fn names(name: &str) -> Vec<String> {
     let last = name.rsplit('/').next().filter(|last| *last != name);
     [Some(name), last].into_iter().flatten().map(str::to_owned).collect()
 }
 
-/// What an image can be called: as it was given; in full, `docker.io/library/nginx:latest`; and as Docker shows it,
+/// Returns the names of an image: as given; in full, `docker.io/library/nginx:latest`; and as Docker shows it,
 /// `nginx:latest` (distribution/reference, normalize.go).
 fn images(image: &str) -> Vec<String> {
     let mut words = vec![image.to_owned()];
-    // The id of one that has no name.
+    // The id of an image without a name.
     if image.starts_with("sha256:") || crate::host::container::is_id(image) {
         return words;
     }
@@ -102,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn all_that_is_said_must_hold() {
+    fn all_fields_must_match() {
         let text = |text: &str| Some(text.to_owned());
         for (selector, expected) in [
             (ContainerSelector { name: text("web-*"), ..selector() }, true),
@@ -119,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn image_is_known_in_full_and_for_short() {
+    fn image_matches_by_its_full_and_short_name() {
         for (image, glob, expected) in [
             ("docker.io/library/nginx:1.27", "docker.io/library/nginx:*", true),
             ("docker.io/library/nginx:1.27", "nginx:*", true),
@@ -144,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn container_of_a_pod_is_known_by_each_part_of_its_name() {
+    fn container_of_a_pod_matches_by_its_full_name_and_by_its_last_part() {
         let container = Container { name: Some("shop/web-7d4b9/nginx".to_owned()), ..container() };
         for (glob, expected) in [("nginx", true), ("shop/web-*", true), ("shop/*/nginx", true), ("web-7d4b9", false)] {
             assert_eq!(matches(&ContainerSelector { name: Some(glob.to_owned()), ..selector() }, &container), expected);
@@ -152,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_known_of_a_container_matches_nothing() {
+    fn unknown_fields_of_a_container_match_nothing() {
         let container = Container { name: None, image: None, ..container() };
         let star = Some("*".to_owned());
         assert!(!matches(&ContainerSelector { name: star.clone(), ..selector() }, &container));

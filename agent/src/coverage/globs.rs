@@ -1,12 +1,18 @@
-//! Globs of cgroups' paths, many at a time: one tree of all of them, by the names on the way.
+//! Matches the paths of cgroups with many globs at a time: one tree of all globs, with one level for each name in a
+//! path.
 //!
-//! A lookup follows the names of a path, so its cost grows with the globs that begin alike, and not with all globs. Memory is
-//! that of the globs' text, several times over; no automaton is built.
+//! A lookup follows the names of a path, so its cost grows only with the globs that share its first names. Memory is a
+//! few times the text of the globs. No automaton is built.
 //!
-//! The language is globset's with `literal_separator`: `?` is one byte, `*` any number of them, `**` as a whole name any number of
-//! names, `[a-z]` and `[!a-z]` one byte, `{a,b}` one of several texts, and a backslash takes the next character literally. But
-//! classes do not match `/`, and `*` does not match the root. What this does not translate, globset matches, one glob at a time and only where the names before
-//! its first special character are those of the path.
+//! The syntax is that of globset with `literal_separator`:
+//!
+//! - `?` matches one byte, and `*` any number of bytes.
+//! - `**` as a whole name matches any number of names.
+//! - `[a-z]` and `[!a-z]` match one byte, and `{a,b}` one of several texts.
+//! - A backslash quotes the next character.
+//!
+//! Unlike globset, classes do not match `/`, and `*` does not match the root. Globs that this module cannot translate
+//! are matched by globset, one at a time, if the names before their first special character match the path.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -17,25 +23,25 @@ use globset::{Glob, GlobBuilder};
 
 use super::GlobError;
 
-/// How many texts the braces of a glob may stand for to be translated.
+/// How many texts the braces of a glob may expand to.
 const TEXTS_MAX: usize = 256;
 
-/// Globs, each with a number that several may share.
+/// Globs with their numbers. Several globs may share a number.
 #[derive(Debug)]
 pub(super) struct Globs {
-    /// The first is the top.
+    /// The first node is the root.
     nodes: Vec<Node>,
 }
 
-/// What globs ask of the names after those that led here.
+/// What globs require of the names after those that led to this node.
 #[derive(Debug, Default)]
 struct Node {
     names: HashMap<Box<[u8]>, usize>,
-    /// Names that are not literal, by how they begin; the rest of each, and where it leads.
+    /// Names that are not literal, by their literal start; the rest of each name, and the next node.
     patterns: HashMap<Box<[u8]>, Vec<(Name, usize)>>,
-    /// Where any number of names leads.
+    /// The node that any number of names leads to.
     any_depth: Option<usize>,
-    /// Whether this is where any number of names leads: each further name leads here as well.
+    /// Whether this node is the `any_depth` node of its parent: each further name also leads to this node.
     is_any_depth: bool,
     ends: Vec<End>,
 }
@@ -44,7 +50,7 @@ struct Node {
 #[derive(Debug)]
 struct End {
     number: usize,
-    /// The glob itself, where it is not translated and the whole path is to be matched.
+    /// The glob itself, if it was not translated and globset must match the whole path.
     whole: Option<Box<str>>,
 }
 
@@ -67,16 +73,16 @@ enum Part {
 }
 
 impl Globs {
-    /// Makes the tree.
+    /// Builds the tree.
     ///
     /// # Errors
     ///
-    /// Where one is no glob.
+    /// Fails if one of them is not a glob.
     pub(super) fn new<'a>(globs: impl IntoIterator<Item = (&'a str, usize)>) -> Result<Self, GlobError> {
         let mut tree = Self { nodes: vec![Node::default()] };
         for (glob, number) in globs {
             let glob = glob.trim_matches('/');
-            // Also says what is wrong with it.
+            // Also finds syntax errors.
             parsed(glob)?;
             match translated(glob) {
                 Some(all) => all.into_iter().for_each(|parts| tree.add(parts, End { number, whole: None })),
@@ -98,7 +104,7 @@ impl Globs {
         let next = self.nodes.len();
         let node = &mut self.nodes[at];
         let child = match part {
-            // Twice is the same as once.
+            // A repeated `**` has the meaning of one.
             Part::AnyDepth if node.is_any_depth => return at,
             Part::AnyDepth => *node.any_depth.get_or_insert(next),
             Part::Name(name) => {
@@ -125,7 +131,7 @@ impl Globs {
         child
     }
 
-    /// Returns the nodes to which the names of a path lead.
+    /// Returns the nodes that the names of a path lead to.
     fn follow(&self, path: &Path) -> BTreeSet<usize> {
         let mut here = self.with_any_depth([0].into());
         for name in path {
@@ -167,7 +173,7 @@ impl Globs {
         ends.filter(|end| end.whole.as_deref().is_none_or(is_whole)).map(|end| end.number).collect()
     }
 
-    /// Returns whether any of them can match right or further below a path.
+    /// Returns whether any glob can match at any depth below a path.
     pub(super) fn leads_below(&self, path: &Path) -> bool {
         self.follow(path).into_iter().any(|at| {
             let Node { names, patterns, any_depth, is_any_depth, ends: _ } = &self.nodes[at];
@@ -192,10 +198,10 @@ impl Token {
     }
 }
 
-/// Returns whether a name matches, in a time that grows with the product of the lengths at the most.
+/// Returns whether a name matches, in time proportional to at most the product of the lengths.
 fn is_match(tokens: &[Token], name: &[u8]) -> bool {
     let (mut token, mut at) = (0, 0);
-    // Where the last `*` is, and how far it reaches.
+    // The position of the last `*`, and how far it has matched.
     let mut last_star = None;
     while at < name.len() {
         match tokens.get(token) {
@@ -219,15 +225,15 @@ fn parsed(glob: &str) -> Result<Glob, GlobError> {
     parsed.map_err(|source| GlobError { pattern: glob.to_owned(), source })
 }
 
-/// Returns the parts of a glob for each text that its braces stand for; `None` where it is not translated.
+/// Returns the parts of a glob for each text that its braces expand to; `None` if the glob cannot be translated.
 fn translated(glob: &str) -> Option<Vec<Vec<Part>>> {
     let texts = if glob.contains('{') { texts(glob)? } else { vec![glob.to_owned()] };
     texts.iter().map(|text| parts(text)).collect()
 }
 
-/// Returns the texts that the braces of a glob stand for. An empty text among several is none, as in globset.
+/// Expands the braces of a glob. As in globset, an empty alternative among several is ignored.
 fn texts(glob: &str) -> Option<Vec<String>> {
-    // In these, characters have other meanings next to braces.
+    // Next to braces, these characters have other meanings.
     if glob.contains("**") || glob.contains(['[', '\\']) {
         return None;
     }
@@ -241,7 +247,7 @@ fn texts(glob: &str) -> Option<Vec<String>> {
         let open = text[..close].rfind('{')?;
         let (before, after) = (&text[..open], &text[close + 1..]);
         let choices: Vec<&str> = text[open + 1..close].split(',').filter(|choice| !choice.is_empty()).collect();
-        // A choice among nothing, and one that an inner choice has made.
+        // An empty choice, or a choice inside another choice.
         if choices.is_empty() || text[..open].contains('{') {
             return None;
         }
@@ -250,7 +256,7 @@ fn texts(glob: &str) -> Option<Vec<String>> {
             return None;
         }
     }
-    // A slash too many, which only a choice can bring, has a meaning of its own.
+    // A `**` that results from a choice has another meaning.
     done.iter().all(|text| !text.contains("**") && !text.contains('{')).then_some(done)
 }
 
@@ -266,7 +272,8 @@ fn parts(glob: &str) -> Option<Vec<Part>> {
             "" => return None,
             "**" => {
                 parts.push(Part::AnyDepth);
-                // What is below, and not the cgroup itself; but alone it stands for all.
+                // A final `**` matches what is below a cgroup, but not the cgroup itself. A glob that is only `**`
+                // matches everything.
                 if names.peek().is_none() && parts.iter().any(|part| *part != Part::AnyDepth) {
                     parts.push(Part::Name(vec![Token::AnyBytes]));
                 }
@@ -293,7 +300,7 @@ fn tokens(name: &str) -> Option<Name> {
     Some(tokens)
 }
 
-/// Returns a class after its `[`: only of plain ASCII, without a bracket in it.
+/// Parses a class after its `[`. Supports only some ASCII characters, and no bracket.
 fn class(bytes: &mut impl Iterator<Item = u8>) -> Option<Token> {
     let mut content = Vec::new();
     loop {
@@ -323,7 +330,7 @@ fn class(bytes: &mut impl Iterator<Item = u8>) -> Option<Token> {
     (!ranges.is_empty()).then_some(Token::Class { is_negated, ranges })
 }
 
-/// Returns the parts before the first special character of a glob, and that anything may follow.
+/// Returns the literal names before the first special character of a glob, followed by [`Part::AnyDepth`].
 fn literal_start(glob: &str) -> Vec<Part> {
     let special = glob.find(['*', '?', '[', ']', '{', '}', '\\']).unwrap_or(glob.len());
     let names = glob[..special].rsplit_once('/').map_or("", |(names, _)| names);
@@ -336,7 +343,7 @@ fn literal_start(glob: &str) -> Vec<Part> {
 mod tests {
     use super::*;
 
-    /// Numbers that are the same in each run (xorshift).
+    /// A generator whose numbers are the same in each run (xorshift).
     struct Random(u64);
 
     impl Random {
@@ -377,7 +384,7 @@ mod tests {
             for _ in 0..8 {
                 let path = random.text(&names, 6);
                 let path = path.trim_matches('/');
-                // No cgroup but the root has an empty name, and no name with a special character stands for the root.
+                // Only the root has an empty name, and names with a special character do not match the root.
                 if path.contains("//") || glob.contains("//") || path.is_empty() {
                     continue;
                 }
@@ -389,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_is_above_a_match_leads_below() {
+    fn ancestors_of_a_match_lead_below() {
         let pieces = ["a", "b", "/", "*", "?", "**/", "{a,b/a}", "[ab]", "/"];
         let names = ["a", "b", "/", "c"];
         let mut random = Random(88_172_645_463_325_252);
@@ -407,7 +414,7 @@ mod tests {
     }
 
     #[test]
-    fn root_is_matched_by_nothing_and_by_all() {
+    fn root_is_matched_by_the_empty_glob_and_by_two_stars() {
         assert_eq!(["", "**", "*", "a*"].map(|glob| matches(&one(glob), "")), [true, true, false, false]);
     }
 
@@ -418,7 +425,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_say_which_globs_match() {
+    fn matching_returns_the_numbers_of_the_globs() {
         let globs = [("a/*", 3), ("a/b", 1), ("**/b", 1), ("a/b*", 2), ("c", 4)];
         let globs = Globs::new(globs).unwrap();
         assert_eq!(globs.matching(Path::new("a/b")), [1, 2, 3].into());
@@ -428,7 +435,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_that_of_the_text_and_a_path_meets_only_what_begins_alike() {
+    fn nodes_grow_with_the_globs_and_lookups_only_with_similar_globs() {
         let count = 2000;
         let texts: Vec<String> = (0..count).map(|at| format!("system.slice/service-{at}-*.scope")).collect();
         let globs = Globs::new(texts.iter().map(|glob| (&**glob, 0))).unwrap();

@@ -1,7 +1,6 @@
-//! Whether a rule's `match` holds for a socket, condition by condition, in the rule's own words.
+//! Evaluates the `match` of a rule for a socket, condition by condition, so that messages can name the conditions.
 //!
-//! The kernel decides by other means, tables of bits. That both come to the same is held by the tests of
-//! [`crate::compile`].
+//! The kernel decides by tables of bits. The tests of [`crate::compile`] check that both agree.
 
 use std::{fmt, net::IpAddr, ops::RangeInclusive};
 
@@ -9,13 +8,13 @@ use ipnet::IpNet;
 
 use crate::policy::{Socket, model::Selector};
 
-/// A condition of a rule that a socket does not meet, or not yet.
+/// A condition of a rule that a socket does not meet, or may not meet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unmet {
-    /// The key under `match`.
+    /// The key in `match`.
     pub key: &'static str,
     pub wanted: String,
-    /// What the socket has; `None`: that is not known, and the condition may yet be met.
+    /// The socket's value; `None` if the value is unknown.
     pub has: Option<String>,
 }
 
@@ -24,13 +23,13 @@ impl fmt::Display for Unmet {
         let Self { key, wanted, has } = self;
         let (what, must) = key.strip_prefix("not_").map_or((*key, ""), |what| (what, "not "));
         match has {
-            Some(has) => write!(f, "{what} is {has}, and must {must}be {wanted}"),
-            None => write!(f, "{what} is not known, and must {must}be {wanted}"),
+            Some(has) => write!(f, "{what} is {has}, but must {must}be {wanted}"),
+            None => write!(f, "{what} is unknown, but must {must}be {wanted}"),
         }
     }
 }
 
-/// The conditions of a rule that a socket does not meet, and those of which that is not known.
+/// Returns the conditions of a rule that a socket does not meet, and those for which the socket's value is unknown.
 #[must_use]
 pub fn unmet(selector: &Selector, socket: &Socket) -> Vec<Unmet> {
     let Selector { protocols, family, direction, local, remote, not_remote, local_ports, remote_ports } = selector;
@@ -57,7 +56,7 @@ fn in_range(ranges: &[RangeInclusive<u16>], port: &u16) -> bool {
     ranges.iter().any(|range| range.contains(port))
 }
 
-/// One condition, if the rule has it and it is not met.
+/// Returns a condition if the rule has it and the socket does not meet it.
 fn check<T: fmt::Display>(
     key: &'static str,
     wanted: &[String],
@@ -70,8 +69,8 @@ fn check<T: fmt::Display>(
     Some(Unmet { key, wanted: wanted.join(" or "), has: fact.map(|fact| fact.to_string()) })
 }
 
-fn texts<'a, T: fmt::Display + 'a>(asked: impl IntoIterator<Item = &'a T>) -> Vec<String> {
-    asked.into_iter().map(ToString::to_string).collect()
+fn texts<'a, T: fmt::Display + 'a>(values: impl IntoIterator<Item = &'a T>) -> Vec<String> {
+    values.into_iter().map(ToString::to_string).collect()
 }
 
 fn range_texts(ranges: &[RangeInclusive<u16>]) -> Vec<String> {

@@ -1,7 +1,8 @@
-//! Which rule decides each option of a socket, and why the others do not: `Desired` and a [`Socket`] → [`Explanation`].
+//! Which rule decides each option of a socket, and why the other rules do not: `Desired` and a [`Socket`] →
+//! [`Explanation`].
 //!
-//! What decides is found by the compiled tables and the code that the kernel runs. Why the others do not is found in the
-//! rules' own words. Pure: whose socket it is, and where it is described, is not known here.
+//! The deciding rule comes from the compiled tables and the code that the kernel runs. The reasons for the other rules
+//! come from the rules themselves. Pure: this module does not know where the socket comes from.
 
 mod conditions;
 mod text;
@@ -25,7 +26,7 @@ use crate::{
     schema, values,
 };
 
-/// What becomes of each option that the policies name, on one socket.
+/// The result for each option that the policies name, on one socket.
 #[derive(Clone, Debug)]
 pub struct Explanation {
     pub socket: Socket,
@@ -35,15 +36,15 @@ pub struct Explanation {
 
 #[derive(Clone, Debug)]
 pub struct OptionExplained {
-    /// What decides; `None`: nothing, or not yet.
+    /// The clause that decides; `None` if none decides, or none yet.
     pub winner: Option<Clause>,
-    /// The other rules that name the option, in their order; never empty where there is no winner.
+    /// The other rules that name the option, in order. Not empty if there is no winner.
     pub others: Vec<(Clause, WhyNot)>,
-    /// What is not done of what decides, on such a socket.
+    /// The limitations that apply to the winner on such a socket.
     pub unsupported: Vec<&'static Limitation>,
 }
 
-/// What a rule says of an option.
+/// A rule's setting for an option.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Clause {
     pub source: SettingSource,
@@ -53,17 +54,18 @@ pub struct Clause {
 /// Why a rule that names an option does not decide it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum WhyNot {
-    /// These conditions are not met.
+    /// The socket does not meet these conditions.
     Unmet(Vec<Unmet>),
-    /// It depends on what is not known of the socket.
+    /// The rule depends on facts that are unknown.
     NotYet(Vec<Unmet>),
-    /// It matches, but this one comes first.
+    /// The rule matches, but this rule has precedence.
     After(RuleSource),
-    /// It matches, but this one comes first, may yet match, and would never have let it set the option.
+    /// The rule matches, but this rule has precedence, may match later, and would then forbid the rule to set the
+    /// option.
     Waits(RuleSource),
 }
 
-/// Explains what the policies of a scope do with a socket.
+/// Returns what the policies of a scope do with a socket.
 #[must_use]
 pub fn explain(desired: &Desired, scope: &Scope, socket: &Socket) -> Explanation {
     let candidates = desired.candidates(scope, &facts(socket));
@@ -77,7 +79,7 @@ pub fn explain(desired: &Desired, scope: &Scope, socket: &Socket) -> Explanation
     Explanation { socket: socket.clone(), options: options.into_iter().map(|(_, option)| option).collect() }
 }
 
-/// The first of an option's settings, an index of [`Desired::settings`].
+/// Returns the first of an option's settings, as an index of [`Desired::settings`].
 fn first_of(option: &OptionRow) -> usize {
     option.first_setting as usize
 }
@@ -91,7 +93,7 @@ fn explain_option(desired: &Desired, socket: &Socket, option: &OptionRow, candid
         Some(Clause { source: source.clone(), rule: desired.rules.get(source.rule)?.clone() })
     };
     let decides = winner.and_then(clause);
-    // The first that may yet match and forbid: where there is no winner, it is what others wait for.
+    // The first rule that may match later and forbid. If there is no winner, the other rules wait for it.
     let mut open = None;
     let mut others = Vec::new();
     for other in settings.filter(|setting| Some(*setting) != winner).filter_map(clause) {
@@ -108,7 +110,7 @@ fn explain_option(desired: &Desired, socket: &Socket, option: &OptionRow, candid
             match (&decides, &open) {
                 (Some(winner), _) => WhyNot::After(winner.rule.clone()),
                 (None, Some(open)) => WhyNot::Waits(open.clone()),
-                // Nothing stands before a rule that matches.
+                // A rule that matches always has a winner or a rule that it waits for.
                 (None, None) => continue,
             }
         };
@@ -121,13 +123,13 @@ fn explain_option(desired: &Desired, socket: &Socket, option: &OptionRow, candid
 }
 
 impl Clause {
-    /// What it says, as people write it.
+    /// Returns the clause as written in a policy.
     #[must_use]
     pub fn says(&self) -> String {
         values::form_text(self.source.option.key(), &self.source.form)
     }
 
-    /// `FILE:LINE`
+    /// Returns `FILE:LINE`.
     #[must_use]
     pub fn place(&self) -> String {
         format!("{}:{}", escape::plain(&self.rule.path), self.source.line)
@@ -139,18 +141,18 @@ impl OptionExplained {
         self.winner.iter().chain(self.others.iter().map(|(clause, _)| clause))
     }
 
-    /// What all names of the option have in common.
+    /// Returns the key that all names of the option share.
     fn value_key(&self) -> Option<OptionKey> {
         self.clauses().next().map(|clause| clause.source.option.value_key())
     }
 
-    /// The option's name.
+    /// Returns the name of the option.
     #[must_use]
     pub fn name(&self) -> String {
         self.clauses().next().map_or_else(String::new, |clause| clause.source.option.to_string())
     }
 
-    /// As a line of JSON.
+    /// Returns the explanation as a JSON object.
     #[must_use]
     pub fn to_json(&self) -> Value {
         let clause = |clause: &Clause| {

@@ -1,4 +1,4 @@
-//! An explanation for people: each option with what decides it, and below it why the others do not.
+//! The text of an explanation: each option with the rule that decides it, and below it why the other rules do not.
 
 use std::fmt;
 
@@ -23,7 +23,7 @@ impl fmt::Display for OptionExplained {
                 winner.rule.rule.escaped(),
                 winner.place().escaped()
             )?,
-            None => write!(f, "{name}: the application's own")?,
+            None => write!(f, "{name}: the application decides")?,
         }
         self.unsupported.iter().try_for_each(|entry| write!(f, "\n  unsupported: {entry}"))?;
         self.others.iter().try_for_each(|(other, why)| {
@@ -44,12 +44,12 @@ impl fmt::Display for WhyNot {
         match self {
             Self::Unmet(unmet) | Self::NotYet(unmet) => f.write_str(&list(unmet)),
             Self::After(rule) => {
-                write!(f, "rule {} of policy {} comes first", rule.rule.escaped(), rule.policy.escaped())
+                write!(f, "rule {} of policy {} has precedence", rule.rule.escaped(), rule.policy.escaped())
             }
             Self::Waits(rule) => {
                 write!(
                     f,
-                    "rule {} of policy {} comes first, and may yet match",
+                    "rule {} of policy {} has precedence, and may match later",
                     rule.rule.escaped(),
                     rule.policy.escaped()
                 )

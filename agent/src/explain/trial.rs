@@ -1,4 +1,4 @@
-//! The `[[test]]`s of policies, held against what the policies decide.
+//! Runs the `[[test]]`s of policies.
 
 use std::{fmt, path::PathBuf};
 
@@ -16,37 +16,37 @@ use crate::{
     schema, values,
 };
 
-/// What came of a test.
+/// The result of a test.
 #[derive(Clone, Debug)]
 pub struct Trial {
     pub policy: String,
     pub path: PathBuf,
     pub test: Test,
-    /// Empty: it passed.
+    /// Empty if the test passed.
     pub failures: Vec<Failure>,
 }
 
-/// An option of which something else came than the test says.
+/// An option whose result differs from the test.
 #[derive(Clone, Debug)]
 pub struct Failure {
     pub expected: Expected,
-    /// What the policies say of the option; `None`: nothing at all.
+    /// What the policies decide for the option; `None` if no rule names it.
     pub found: Option<OptionExplained>,
 }
 
-/// Tries the tests of each policy on all of them together, as they would be in force: where the test names a cgroup, those
-/// that cover it; else those that have the same target.
+/// Runs the tests of each policy with the policies that would be in force together: the policies that cover the test's
+/// cgroup or, if it names none, those with the same target.
 ///
 /// # Errors
 ///
-/// Where the policies do not go together.
+/// Fails if the policies cannot be in force together.
 pub fn try_all(policies: &[Policy]) -> Result<Vec<Trial>, CompileError> {
     let mut coverage = Coverage::default();
     let mut tests = Vec::new();
     for (number, policy) in policies.iter().enumerate() {
         for test in &policy.tests {
             let stack = match &test.socket.cgroup {
-                // Of no host, so that containers are not known.
+                // The test is not about this host, so containers are unknown.
                 Some(cgroup) => stack_of(policies, cgroup, &[])?,
                 None => stack_with(policies, number),
             };
@@ -78,7 +78,7 @@ impl Trial {
         self.failures.is_empty()
     }
 
-    /// As a line of JSON.
+    /// Returns the result as a JSON object.
     #[must_use]
     pub fn to_json(&self) -> Value {
         let failure = |failure: &Failure| {
@@ -101,7 +101,7 @@ impl Trial {
 }
 
 impl Failure {
-    /// What was to decide; `None`: nothing.
+    /// Returns the form that the test expects to win; `None` if it expects none.
     fn wanted(&self) -> Option<String> {
         self.expected.form.as_ref().map(|form| values::form_text(self.expected.option.key(), form))
     }
@@ -111,7 +111,7 @@ impl fmt::Display for Trial {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { path, test, failures, .. } = self;
         for failure in failures {
-            let wanted = failure.wanted().unwrap_or_else(|| "the application's own".to_owned());
+            let wanted = failure.wanted().unwrap_or_else(|| "the application decides".to_owned());
             writeln!(
                 f,
                 "{}:{}: test {}, on {}",
@@ -123,7 +123,7 @@ impl fmt::Display for Trial {
             writeln!(f, "  expected {}: {wanted}", failure.expected.option)?;
             match &failure.found {
                 Some(found) => writeln!(f, "  found {found}")?,
-                None => writeln!(f, "  found no rule that names it")?,
+                None => writeln!(f, "  found no rule that names the option")?,
             }
         }
         Ok(())

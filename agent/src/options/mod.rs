@@ -1,15 +1,15 @@
-//! The table of socket options: every fact about an option is written down here, once.
+//! The table of socket options: the only place for facts about an option.
 //!
-//! The validator takes names, value kinds and ranges from it, the compiler where and how an option
-//! is set, the audit how a value is shown, `sockpolicy options` and `doctor` all of it.
+//! The validator uses its names, value kinds and ranges. The compiler uses where and how an option is set, and the
+//! audit how a value is shown. `sockpolicy options` and `doctor` show the whole table.
 //!
-//! It does not say what a given kernel can do: that is found by trying. `since` is there to tell
-//! people which kernel to look for.
+//! The table does not decide what a kernel supports; `doctor`, `exec` and `run` probe that. `since` only tells users
+//! which kernel they need.
 //!
-//! Sources, where no other is named: `sk_setsockopt` (net/core/sock.c), `do_tcp_setsockopt`
-//! (net/ipv4/tcp.c), `do_ip_setsockopt` (net/ipv4/ip_sockglue.c), `do_ipv6_setsockopt`
-//! (net/ipv6/ipv6_sockglue.c) and, for what programs may set, `sol_socket_sockopt` and its sisters
-//! in net/core/filter.c, all of 6.18. Numbers are those of asm-generic: x86, arm64, riscv.
+//! Sources, unless another is named: `sk_setsockopt` (net/core/sock.c), `do_tcp_setsockopt` (net/ipv4/tcp.c),
+//! `do_ip_setsockopt` (net/ipv4/ip_sockglue.c), `do_ipv6_setsockopt` (net/ipv6/ipv6_sockglue.c), all of 6.18. What
+//! programs can set comes from `sol_socket_sockopt` and related functions in net/core/filter.c, also of 6.18. Numbers
+//! are those of asm-generic: x86, arm64, riscv.
 
 mod aliases;
 mod names;
@@ -35,7 +35,7 @@ impl Level {
     pub const IPV6: Self = Self(41);
     pub const MPTCP: Self = Self(284);
 
-    /// The name of the level as in the socket API, if it has one here.
+    /// Returns the name of the level in the socket API; `None` for levels without a name here.
     #[must_use]
     pub fn name(self) -> Option<&'static str> {
         match self {
@@ -50,7 +50,7 @@ impl Level {
     }
 }
 
-/// What the value of an option is, and with it how people write it.
+/// The kind of an option's value, which also decides how policies write it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ValueKind {
     /// `true`, `false`
@@ -59,19 +59,19 @@ pub enum ValueKind {
     Int,
     /// An unsigned number without a unit.
     Unsigned,
-    /// An `int` whose values have names; policies write the number.
+    /// An `int` whose values have names. Policies write the number.
     Choice(Names),
     /// Whole seconds.
     Seconds,
     Milliseconds,
     Microseconds,
     Bytes,
-    /// Bytes a second; people write bits a second.
+    /// Bytes per second. Policies write bits per second.
     Rate,
-    /// The six bits of a differentiated services code point, at their place in the byte: the two
-    /// below them are the kernel's (ECN).
+    /// The six bits of a differentiated services code point, at their position in the byte. The two bits below are ECN,
+    /// which the kernel sets.
     Dscp,
-    /// A firewall mark: 32 bits, of which a policy may take some.
+    /// A firewall mark: 32 bits, of which a policy may set some.
     Mark,
     /// The name of a congestion control.
     CongestionControl,
@@ -79,49 +79,49 @@ pub enum ValueKind {
     Device,
     /// The index of a network interface.
     Interface,
-    /// `struct linger`: whether close waits, and for how long; what policies bound is the time, in whole seconds.
+    /// `struct linger`: whether and how long close waits. Policies limit the time, in whole seconds.
     Linger,
-    /// `struct timeval`: seconds and microseconds, two `__s64`, or two `__s32` from a 32-bit program (`sock_copy_user_timeval`
-    /// in net/core/sock.c); to policies microseconds. 0 waits for ever.
+    /// `struct timeval`: seconds and microseconds, two `__s64`, or two `__s32` from a 32-bit program
+    /// (`sock_copy_user_timeval`, net/core/sock.c). Policies count microseconds; 0 waits forever.
     Timeval,
-    /// What policies do not look into; reports show it as far as they know its shape.
+    /// A value that policies do not interpret. Reports show it as far as its shape is known.
     Opaque(Shape),
 }
 
-/// What the bytes of an opaque value are. Numbers are in the order of the host where nothing else is
-/// said; structures are those of include/uapi/linux, of which events hold the first 16 bytes.
+/// The layout of an opaque value. Numbers are in host byte order unless noted. Structures are those of
+/// include/uapi/linux; events contain their first 16 bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shape {
-    /// Nothing that is known here: shown as hex.
+    /// Unknown bytes, shown as hexadecimal digits.
     Bytes,
     /// `int`: an errno, or 0.
     Errno,
     /// `int`: a file descriptor.
     Descriptor,
-    /// `__be32`: the index of a network interface, 0 for none (`do_ip_setsockopt`).
+    /// `__be32`: the index of a network interface, or 0 for none (`do_ip_setsockopt`).
     InterfaceIndex,
     /// `__u64`
     Wide,
-    /// Characters, ended by NUL or by the length.
+    /// Characters, terminated by NUL or by the length.
     Text,
-    /// `struct ucred`: a process and its user and group.
+    /// `struct ucred`: the pid, uid and gid of a process.
     Credentials,
-    /// `struct sockaddr`, of which only that of IPv4 is in events as a whole.
+    /// `struct sockaddr`. Only that of IPv4 fits into an event completely.
     SocketAddress,
-    /// `struct in_addr`, or one of those of [`Self::Membership`].
+    /// `struct in_addr`, or one of the structures of [`Self::Membership`].
     MulticastInterface,
     /// `struct ip_mreq`, or `struct ip_mreqn` with the index of the interface.
     Membership,
     /// `struct ip_mreq_source`
     SourceMembership,
-    /// `struct ipv6_mreq`, of which events hold the group.
+    /// `struct ipv6_mreq`. Events contain its group.
     Ipv6Membership,
-    /// `struct in6_pktinfo`, of which events hold the address.
+    /// `struct in6_pktinfo`. Events contain its address.
     Ipv6PacketInfo,
 }
 
 impl ValueKind {
-    /// How programs read the value: one of [`abi::setting::kind`].
+    /// Returns how programs read the value: one of [`abi::setting::kind`].
     #[must_use]
     pub fn abi_kind(self) -> u8 {
         match self {
@@ -142,7 +142,7 @@ impl ValueKind {
         }
     }
 
-    /// Whether the value is a number that can be bounded.
+    /// Returns whether the value is a number that `limit` can bound.
     #[must_use]
     pub fn has_bounds(self) -> bool {
         match self {
@@ -166,7 +166,7 @@ impl ValueKind {
         }
     }
 
-    /// What the value is, for people.
+    /// Returns a description of the value, for messages.
     #[must_use]
     pub fn describe(self) -> &'static str {
         match self {
@@ -183,7 +183,7 @@ impl ValueKind {
             Self::Device => "the name of a network interface, such as \"eth0\"",
             Self::Interface => "the index of a network interface",
             Self::Linger => "how long close waits, in whole seconds, such as \"5s\"",
-            Self::Timeval => "a time, such as \"30s\" or \"500ms\"; 0, for ever, is more than any",
+            Self::Timeval => "a time, such as \"30s\" or \"500ms\"; 0 waits forever and is the largest",
             Self::Opaque(shape) => shape.describe(),
         }
     }
@@ -196,8 +196,8 @@ impl Shape {
             Self::Errno => "an errno",
             Self::Descriptor => "a file descriptor",
             Self::InterfaceIndex => "the index of a network interface",
-            Self::Wide => "a number of 64 bits",
-            Self::Text => "a text",
+            Self::Wide => "a 64-bit number",
+            Self::Text => "a string",
             Self::Credentials => "a struct ucred",
             Self::SocketAddress => "a socket address",
             Self::MulticastInterface => "an address or a struct ip_mreqn",
@@ -209,7 +209,7 @@ impl Shape {
     }
 }
 
-/// A set of places where an option is applied: bit n is number n of [`abi::apply_point`].
+/// A set of apply points. Bit n stands for number n of [`abi::apply_point`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sites(u16);
 
@@ -236,15 +236,15 @@ pub struct Settable {
     pub sites: Sites,
     /// One of [`abi::setting::read_back`].
     pub read_back: u8,
-    /// The first kernel on which programs can set it, as far as is known; 5.10 is the oldest that
-    /// sockpolicy is made for.
+    /// The first kernel known to let programs set the option; "5.10" for all that are older, since sockpolicy supports
+    /// no older kernel.
     pub since: &'static str,
 }
 
-/// What one option has to do with another.
+/// How one option affects another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Relation {
-    /// Setting the one gives the other another value.
+    /// Setting the option changes the value of the other option.
     Resets(&'static str),
 }
 
@@ -253,84 +253,84 @@ pub enum Relation {
 pub enum Class {
     /// `set`, `limit`, `deny`.
     Settable(Settable),
-    /// `limit` and `deny`: the kernel does not let programs set it, but the application's own calls
-    /// can be seen to.
+    /// `limit` and `deny`: the kernel does not let programs set the option, but programs can judge calls of
+    /// applications.
     Guardable,
-    /// `deny`: nobody can set it. The kernel refuses whoever tries (`ENOPROTOOPT` mostly).
+    /// `deny`: the kernel refuses every call that sets the option, mostly with `ENOPROTOOPT`.
     ReadOnly,
 }
 
-/// What the kernel makes of a value that it accepts.
+/// What the kernel stores when it accepts a value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kept {
-    /// Keeps it as it is; a switch as 0 or 1.
+    /// The value unchanged; a boolean as 0 or 1.
     AsGiven,
-    /// What getsockopt would show is in this member of a structure that begins where the socket does
-    /// (`sock`, `inet_sock`, `tcp_sock`): a number of 1, 2, 4 or 8 bytes, unsigned or signed as the
-    /// option is, and unsigned where it is narrower than an `int`. It has this name in every kernel
-    /// from 5.10 to 7.2.
+    /// The value that getsockopt would return is in this member of a structure that begins at the address of the socket
+    /// (`sock`, `inet_sock`, `tcp_sock`). The member is a number of 1, 2, 4 or 8 bytes, with the signedness of the
+    /// option; members narrower than an `int` are unsigned. Its name is the same in every kernel from 5.10 to 7.2.
     ///
-    /// Not in MPTCP sockets, but for the members of `sock`: the others may be a subflow's
-    /// (`mptcp_setsockopt` in net/mptcp/sockopt.c), and no `tcp_sock` begins there.
+    /// Does not apply to MPTCP sockets, except for the members of `sock`: the other values may be those of a subflow
+    /// (`mptcp_setsockopt`, net/mptcp/sockopt.c), and no `tcp_sock` begins there.
     Member { of: &'static str, name: &'static str },
-    /// Something that only the socket itself can tell.
+    /// A value that only getsockopt on the socket can show.
     Otherwise,
 }
 
-/// Whose doing it is what getsockopt shows of a socket that is in use.
+/// What determines the value that getsockopt returns for a socket in use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reading {
-    /// That of whoever set the option; else it is what a new socket shows.
+    /// The last call that set the option; the default of a new socket if there was none.
     Chosen,
-    /// The same where this bit of SO_BUF_LOCK says that it was set; else the kernel tunes it.
+    /// As [`Self::Chosen`] if this bit of SO_BUF_LOCK is set; otherwise the kernel tunes the value.
     Tuned { lock: u32 },
-    /// The same until a TCP socket is connected. From then on the kernel changes it by itself.
+    /// As [`Self::Chosen`] until a TCP socket is connected. From then on, the kernel changes the value by itself.
     UntilConnected,
-    /// The same until a TCP socket is connected. From then on it is what came of it there: at the most what was set.
+    /// As [`Self::Chosen`] until a TCP socket is connected. From then on, the negotiated value: at most the value that
+    /// was set.
     AtMost,
-    /// The same until the socket is bound to an address.
+    /// As [`Self::Chosen`] until the socket is bound to an address.
     UntilBound,
-    /// The kernel's: it is about how the socket fares.
+    /// The state of the socket, which the kernel maintains.
     State,
-    /// Not to be read: that takes something from the socket (a pending error, a saved SYN, data) or hands over a descriptor, or
-    /// takes an argument.
+    /// Must not be read: a read removes something from the socket (a pending error, a saved SYN, data), creates a file
+    /// descriptor, or needs an argument.
     Never,
 }
 
 /// One socket option.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SocketOption {
-    /// As in the socket API.
+    /// The name in the socket API.
     pub name: &'static str,
     pub level: Level,
     pub number: i32,
     pub value: ValueKind,
-    /// The smallest and the largest value that the kernel takes, in the unit of `value`. Means
-    /// nothing for kinds that are not numbers.
+    /// The smallest and the largest value that the kernel accepts, in the unit of `value`. Unused for kinds that are
+    /// not numbers.
     pub range: (i64, i64),
     pub class: Class,
     pub kept: Kept,
     pub reading: Reading,
     /// Bits of [`abi::setting::traits`].
     pub traits: u8,
-    /// Which lengths of an argument the kernel accepts: one of [`abi::setting::argument`].
+    /// Which argument lengths the kernel accepts: one of [`abi::setting::argument`].
     pub argument: u8,
-    /// Whether the kernel reads the number as unsigned, whatever the range that a policy can give.
+    /// Whether the kernel reads the number as unsigned, whatever range policies can give.
     pub is_unsigned: bool,
-    /// What a limit compares in place of 0: a number, or one of [`abi::setting::effective`]. A default is that of the
-    /// system, as Linux ships it.
+    /// What a limit compares in place of 0: a number, or one of [`abi::setting::effective`]. A default is the one that
+    /// Linux ships.
     pub zero: i64,
-    /// The same in place of a negative number.
+    /// What a limit compares in place of a negative number; values as for `zero`.
     pub negative: i64,
-    /// The option of which this is another name.
+    /// The option that this is another name of.
     pub same_as: Option<&'static str>,
-    /// What it has to do with another option, if anything.
+    /// How this option affects another.
     pub relation: Option<Relation>,
-    /// What has happened by the time that a connection is accepted and in which this option has a say; for people.
+    /// What has been negotiated with this option before a connection is accepted; part of a message.
     pub negotiated: Option<&'static str>,
-    /// A value as it may stand in a policy (TOML), harmless on any socket; empty if there is none.
+    /// A value in TOML that is harmless on any socket; empty if there is none.
     pub example: &'static str,
-    /// What the option does, in a few words.
+    /// A short description of the option.
     pub about: &'static str,
 }
 
@@ -340,8 +340,8 @@ impl SocketOption {
         OptionKey { level: self.level.0, name: self.number }
     }
 
-    /// Whether only programs know it: those have numbers from 1000 on (include/uapi/linux/bpf.h), which setsockopt and getsockopt
-    /// refuse.
+    /// Returns whether only programs can set the option. Such options have numbers from 1000
+    /// (include/uapi/linux/bpf.h), which setsockopt and getsockopt refuse.
     #[must_use]
     pub fn is_for_programs(&self) -> bool {
         self.key().is_for_programs()
@@ -355,7 +355,7 @@ impl SocketOption {
         }
     }
 
-    /// The function of the kernel that reads the argument, and its file.
+    /// Returns the kernel function that reads the argument, and its file.
     #[must_use]
     pub fn handler(&self) -> &'static str {
         match self.level {
@@ -369,7 +369,7 @@ impl SocketOption {
         }
     }
 
-    /// What a limit compares in place of a number.
+    /// Returns what a limit compares in place of a number; [`effective::SAME`] for the number itself.
     #[must_use]
     pub fn stands_for(&self, number: i64) -> i64 {
         match number {
@@ -379,20 +379,20 @@ impl SocketOption {
         }
     }
 
-    /// Whether a policy can bound the value with `limit`.
+    /// Returns whether a policy can bound the value with `limit`.
     #[must_use]
     pub fn can_be_limited(&self) -> bool {
         self.class != Class::ReadOnly && self.value.has_bounds()
     }
 }
 
-/// The option of this name.
+/// Returns the option with this name.
 #[must_use]
 pub fn by_name(name: &str) -> Option<&'static SocketOption> {
     OPTIONS.iter().find(|option| option.name == name)
 }
 
-/// TCP_CONGESTION, whose values depend on what the kernel has loaded.
+/// TCP_CONGESTION, whose values depend on the congestion controls that the kernel has loaded.
 pub const CONGESTION: &SocketOption = match by_number(Level::TCP, 13) {
     Some(option) => option,
     None => panic!("TCP_CONGESTION is in the table"),
@@ -409,22 +409,22 @@ const fn by_number(level: Level, number: i32) -> Option<&'static SocketOption> {
     None
 }
 
-/// The option with this level and number.
+/// Returns the option with this level and number.
 #[must_use]
 pub fn by_key(key: OptionKey) -> Option<&'static SocketOption> {
     OPTIONS.iter().find(|option| option.key() == key)
 }
 
-/// What to call an option that may have no name here: `TCP_NODELAY`, or `6:99`.
+/// Returns the name of an option, or `LEVEL:NUMBER` such as `6:99` if it has none.
 #[must_use]
 pub fn display_name(key: OptionKey) -> String {
     by_key(key).map_or_else(|| format!("{}:{}", key.level, key.name), |option| option.name.to_owned())
 }
 
-/// The bits of the traffic class byte that are a code point's.
+/// The bits of the traffic class byte that belong to the code point.
 pub const DSCP_MASK: u32 = 0xfc;
 
-/// The largest SO_MAX_PACING_RATE: no limit. Programs can pass 32 bits only.
+/// The largest SO_MAX_PACING_RATE, which means no limit. Programs can pass only 32 bits.
 pub const UNLIMITED: u32 = u32::MAX;
 
 #[cfg(test)]
@@ -447,7 +447,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_of_all_options_are_found_without_a_search() {
+    fn option_filter_finds_every_option_without_fallback() {
         let mut numbers = OptionFilter::default();
         for (option, number) in OPTIONS.iter().zip(0..) {
             numbers.add(option.key(), number);
@@ -462,10 +462,10 @@ mod tests {
         let settable = OPTIONS.iter().take_while(|option| option.settable().is_some()).count();
         assert!(OPTIONS[settable..].iter().all(|option| option.settable().is_none()));
         assert!(settable <= abi::SETTABLE_MAX);
-        let at_birth =
+        let at_sock_create =
             |option: &&SocketOption| option.settable().is_some_and(|settable| settable.sites.contains(SOCK_CREATE));
-        assert!(OPTIONS.iter().filter(at_birth).count() <= abi::SOCK_CREATE_MAX);
-        // An option that another one resets is set there again.
+        assert!(OPTIONS.iter().filter(at_sock_create).count() <= abi::SOCK_CREATE_MAX);
+        // An option that another option resets is set again at this apply point.
         let at_creation =
             |option: &&SocketOption| option.settable().is_some_and(|settable| settable.sites.contains(POST_CREATE));
         let is_tcp = |option: &&SocketOption| option.traits & abi::setting::traits::TCP != 0;
@@ -497,7 +497,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_doubled_or_read_only_is_not_kept_as_it_is_given() {
+    fn doubled_and_read_only_values_are_not_kept_as_given() {
         for option in OPTIONS {
             let doubled = option.settable().is_some_and(|settable| settable.read_back == read_back::DOUBLED);
             if doubled || option.class == Class::ReadOnly {

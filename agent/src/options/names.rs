@@ -1,7 +1,7 @@
-//! Names that numbers have.
+//! Names of numeric values.
 
-/// The differentiated services code points that have names (RFC 2474, 2597, 3246, 5865, 8622), at
-/// their place in the byte.
+/// The differentiated services code points that have names (RFC 2474, 2597, 3246, 5865, 8622), at their position in the
+/// byte.
 pub const DSCP_NAMES: &[(&str, u8)] = &[
     ("CS0", 0x00),
     ("LE", 0x04),
@@ -28,10 +28,10 @@ pub const DSCP_NAMES: &[(&str, u8)] = &[
     ("CS7", 0xe0),
 ];
 
-/// Numbers of one kind, with the names that the socket API has for them.
+/// Numbers of one kind, with their names in the socket API.
 pub type Names = &'static [(&'static str, i64)];
 
-/// Of SO_TYPE (include/linux/net.h).
+/// Values of SO_TYPE (include/linux/net.h).
 pub(super) const TYPES: Names = &[
     ("SOCK_STREAM", 1),
     ("SOCK_DGRAM", 2),
@@ -42,7 +42,7 @@ pub(super) const TYPES: Names = &[
     ("SOCK_PACKET", 10),
 ];
 
-/// Of SO_DOMAIN (include/linux/socket.h): those that applications meet today.
+/// Values of SO_DOMAIN (include/linux/socket.h) that applications use today.
 pub(super) const DOMAINS: Names = &[
     ("AF_UNIX", 1),
     ("AF_INET", 2),
@@ -60,8 +60,8 @@ pub(super) const DOMAINS: Names = &[
     ("AF_XDP", 44),
 ];
 
-/// Of SO_PROTOCOL and IP_PROTOCOL (include/uapi/linux/in.h, in6.h), as sockets of the internet
-/// families have them. 0 has no name: it is what sockets of most other families say.
+/// Values of SO_PROTOCOL and IP_PROTOCOL (include/uapi/linux/in.h, in6.h) for sockets of the internet families. 0 has
+/// no name here: sockets of most other families have that value.
 pub(super) const PROTOCOLS: Names = &[
     ("IPPROTO_ICMP", 1),
     ("IPPROTO_IGMP", 2),
@@ -80,7 +80,7 @@ pub(super) const PROTOCOLS: Names = &[
     ("IPPROTO_MPTCP", 262),
 ];
 
-/// Of IP_MTU_DISCOVER (include/uapi/linux/in.h).
+/// Values of IP_MTU_DISCOVER (include/uapi/linux/in.h).
 pub(super) const MTU_DISCOVERY: Names = &[
     ("IP_PMTUDISC_DONT", 0),
     ("IP_PMTUDISC_WANT", 1),
@@ -90,7 +90,7 @@ pub(super) const MTU_DISCOVERY: Names = &[
     ("IP_PMTUDISC_OMIT", 5),
 ];
 
-/// Of IPV6_MTU_DISCOVER (include/uapi/linux/in6.h).
+/// Values of IPV6_MTU_DISCOVER (include/uapi/linux/in6.h).
 pub(super) const IPV6_MTU_DISCOVERY: Names = &[
     ("IPV6_PMTUDISC_DONT", 0),
     ("IPV6_PMTUDISC_WANT", 1),

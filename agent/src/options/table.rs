@@ -1,4 +1,4 @@
-//! The rows of the table, and how they are written down.
+//! The rows of the table, and the builders that write them.
 
 use abi::{
     apply_point::{
@@ -23,33 +23,34 @@ use super::{
     names::{DOMAINS, IPV6_MTU_DISCOVERY, MTU_DISCOVERY, PROTOCOLS, TYPES},
 };
 
-/// What nothing more is known about.
+/// A structure whose layout is not known here.
 const BYTES: ValueKind = Opaque(Shape::Bytes);
 
-/// TCP: before the SYN, on the listener for what its children inherit and the SYN-ACK carries, and
-/// on the accepted socket for rules about its peer and for listeners older than the policy.
+/// TCP: before the SYN; on the listener, for the values that accepted sockets inherit and that the SYN-ACK carries; and
+/// on the accepted socket, for rules about the peer and for listeners older than the policy.
 const STREAM: Sites = Sites::of(&[SYN, LISTEN, PASSIVE]);
-/// Any socket. A datagram socket is reached when it is made, where the BPF LSM is active; and when it binds or connects, or, if it
-/// does neither, with its first datagram.
+/// Any socket. A datagram socket is set at creation if the BPF LSM is active, and when it binds or connects. If the
+/// application does neither, it is set with the first datagram.
 const ANY: Sites = Sites::of(&[POST_CREATE, BIND_DATAGRAM, CONNECT_DATAGRAM, SEND, SYN, LISTEN, PASSIVE]);
-/// Bears on the choice of a route, and so must hold before connect looks it up; and once more with the SYN, for rules about
-/// the local end, which the route may choose.
+/// Affects the choice of a route, so it must be set before connect looks up the route. Set again with the SYN, for
+/// rules about the local address, which the route may choose.
 const ROUTE: Sites =
     Sites::of(&[POST_CREATE, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SEND, SYN, LISTEN, PASSIVE]);
-/// The same for what can be given to a socket at birth already. Not with the first datagram too: each would pay for that.
+/// As [`ROUTE`], for options that can be set at socket creation. Not set with the first datagram, which would cost time
+/// for every datagram socket.
 const ROUTE_FROM_BIRTH: Sites =
     Sites::of(&[SOCK_CREATE, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SYN, LISTEN, PASSIVE]);
-/// Devices: accepted sockets have their listener's, and may not change it without CAP_NET_RAW
-/// (`sock_bindtoindex_locked`, which asks the current task even from a program).
+/// Devices: accepted sockets inherit the listener's, and cannot change it without CAP_NET_RAW
+/// (`sock_bindtoindex_locked` checks the current task, even for a program).
 const DEVICE: Sites =
     Sites::of(&[POST_CREATE, BIND_STREAM, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SEND, LISTEN]);
 const DEVICE_FROM_BIRTH: Sites =
     Sites::of(&[SOCK_CREATE, BIND_STREAM, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SEND, LISTEN]);
-/// Only matters to bind.
+/// Affects only bind.
 const BIND: Sites = Sites::of(&[POST_CREATE, BIND_STREAM, BIND_DATAGRAM, CONNECT_DATAGRAM, SYN]);
-/// Overwritten by `tcp_init_transfer` when set any earlier.
+/// `tcp_init_transfer` overwrites earlier values.
 const ESTABLISHED: Sites = Sites::of(&[ACTIVE, PASSIVE]);
-/// Only matters to listeners.
+/// Affects only listeners.
 const LISTENER: Sites = Sites::of(&[LISTEN]);
 
 impl SocketOption {
@@ -114,13 +115,13 @@ impl SocketOption {
         self
     }
 
-    /// What 0 stands for.
+    /// Sets what a limit compares in place of 0.
     const fn zero(mut self, effective: i64) -> Self {
         self.zero = effective;
         self
     }
 
-    /// What a negative number stands for.
+    /// Sets what a limit compares in place of a negative number.
     const fn negative(mut self, effective: i64) -> Self {
         self.negative = effective;
         self
@@ -132,13 +133,13 @@ impl SocketOption {
     }
 }
 
-/// The range of a value that nothing more is known about.
+/// Returns the range of a value about which nothing more is known.
 const fn full_range(value: ValueKind) -> (i64, i64) {
     match value {
         Bool => (0, 1),
         Unsigned | Mark => (0, u32::MAX as i64),
         Dscp => (0, 0xff),
-        // The last value means "unlimited".
+        // The largest value means "unlimited".
         Rate => (1, u32::MAX as i64),
         Timeval => (0, i64::MAX),
         Int => (i32::MIN as i64, i32::MAX as i64),
@@ -146,13 +147,13 @@ const fn full_range(value: ValueKind) -> (i64, i64) {
     }
 }
 
-/// What the kernel makes of a value that nothing more is known about: it bounds, rounds and replaces
-/// at will, but most switches are a flag.
+/// Returns what the kernel probably stores of a value. Most booleans are a flag; other values may be clamped, rounded
+/// or replaced.
 const fn most_likely_kept(value: ValueKind) -> Kept {
     if matches!(value, Bool) { AsGiven } else { Otherwise }
 }
 
-/// A member of a structure that begins where the socket does.
+/// Returns a member of a structure that begins at the address of the socket.
 const fn member(of: &'static str, name: &'static str) -> Kept {
     Kept::Member { of, name }
 }
@@ -161,11 +162,10 @@ const fn member(of: &'static str, name: &'static str) -> Kept {
 const SNDBUF_LOCK: u32 = 1;
 const RCVBUF_LOCK: u32 = 2;
 
-/// A flag that an MPTCP socket accepts and forgets (`mptcp_setsockopt_sol_socket` in
-/// net/mptcp/sockopt.c).
+/// A flag that an MPTCP socket accepts and discards (`mptcp_setsockopt_sol_socket`, net/mptcp/sockopt.c).
 const FORGOTTEN_BY_MPTCP: Kept = Otherwise;
 
-/// An option that programs can set, from 5.10 on, and read back as it was set.
+/// Returns an option that programs can set from 5.10 on, and that getsockopt returns unchanged.
 const fn settable(
     level: L,
     name: &'static str,
@@ -197,7 +197,7 @@ const fn settable(
     }
 }
 
-/// An option that the kernel keeps to the application.
+/// Returns an option that programs cannot set.
 const fn guardable(level: L, name: &'static str, number: i32, value: ValueKind, about: &'static str) -> SocketOption {
     SocketOption {
         name,
@@ -221,7 +221,7 @@ const fn guardable(level: L, name: &'static str, number: i32, value: ValueKind, 
     }
 }
 
-/// An option that getsockopt knows and setsockopt does not.
+/// Returns an option that getsockopt supports and setsockopt does not.
 const fn read_only(level: L, name: &'static str, number: i32, value: ValueKind, about: &'static str) -> SocketOption {
     SocketOption {
         class: Class::ReadOnly,
@@ -232,14 +232,14 @@ const fn read_only(level: L, name: &'static str, number: i32, value: ValueKind, 
     }
 }
 
-/// Every option that has a name here. Those that can be set come first, in the order in which they
-/// are applied: what resets another before that.
+/// Every option that has a name. Settable options come first, in the order in which they are applied: an option that
+/// resets another comes before it.
 pub const OPTIONS: &[SocketOption] = &[
     settable(L::IP, "IP_TOS", 1, Dscp, "\"CS0\"", "type of service: DSCP of sent packets")
         .at(ROUTE)
         .traits(traits::INET | traits::LOW_BYTE)
         .argument(argument::BYTE)
-        // `__ip_sock_set_tos`, where the value is another than before.
+        // `__ip_sock_set_tos`, if the value changes.
         .related(Relation::Resets("SO_PRIORITY"))
         .kept(member("inet_sock", "tos")),
     settable(L::IPV6, "IPV6_TCLASS", 67, Dscp, "\"CS0\"", "traffic class: DSCP of sent IPv6 packets")
@@ -261,14 +261,16 @@ pub const OPTIONS: &[SocketOption] = &[
         .at(DEVICE)
         .reads(read_back::NONE)
         .traits(traits::DEVICE),
-    // When a socket is made, in 5.10 too; later in its life bpf_setsockopt takes it from 5.15 on.
+    // At socket creation, 5.10 suffices; later in the socket's life, bpf_setsockopt supports it from 5.15.
     settable(L::SOCKET, "SO_BINDTOIFINDEX", 62, Interface, "1", "interface to send and receive through, by index")
         .at(DEVICE_FROM_BIRTH)
         .same_as("SO_BINDTODEVICE")
         .traits(traits::DEVICE)
         .range(0, i32::MAX as i64)
         .kept(AsGiven),
-    settable(L::SOCKET, "SO_REUSEADDR", 2, Bool, "true", "bind although old connections linger").at(BIND).since("6.1"),
+    settable(L::SOCKET, "SO_REUSEADDR", 2, Bool, "true", "allow bind while old connections are in TIME_WAIT")
+        .at(BIND)
+        .since("6.1"),
     settable(L::SOCKET, "SO_REUSEPORT", 15, Bool, "true", "let several sockets bind one port").at(BIND).since("5.15"),
     settable(L::SOCKET, "SO_SNDBUF", 7, Bytes, "\"64KiB\"", "send buffer; turns off its tuning")
         .reads(read_back::DOUBLED)
@@ -280,9 +282,9 @@ pub const OPTIONS: &[SocketOption] = &[
         .reads(read_back::DOUBLED)
         .range(0, (i32::MAX / 2) as i64)
         .unsigned()
-        // `sk_setsockopt`, 7.2 and later, of TCP sockets.
+        // `sk_setsockopt` of 7.2 and later, for TCP sockets.
         .related(Relation::Resets("TCP_WINDOW_CLAMP"))
-        .negotiated("the scale of the window has been agreed on")
+        .negotiated("the window scale has been negotiated")
         .kept(member("sock", "sk_rcvbuf"))
         .reading(Reading::Tuned { lock: RCVBUF_LOCK }),
     settable(L::SOCKET, "SO_KEEPALIVE", 9, Bool, "true", "probe idle connections"),
@@ -290,15 +292,15 @@ pub const OPTIONS: &[SocketOption] = &[
         .range(1, i32::MAX as i64)
         .zero(1)
         .negative(i32::MAX as i64)
-        // `tcp_set_rcvlowat`, where the buffer is not locked and not large enough.
+        // `tcp_set_rcvlowat`, if the buffer is unlocked and too small.
         .related(Relation::Resets("TCP_WINDOW_CLAMP"))
         .kept(member("sock", "sk_rcvlowat")),
-    settable(L::SOCKET, "SO_MAX_PACING_RATE", 47, Rate, "\"unlimited\"", "rate at which to send at the most")
+    settable(L::SOCKET, "SO_MAX_PACING_RATE", 47, Rate, "\"unlimited\"", "maximum sending rate")
         .argument(argument::RATE)
-        // TCP's own pacing ends; the fq queueing discipline sends one packet a second (net/sched/sch_fq.c).
+        // TCP stops pacing; the fq queueing discipline sends one packet per second (net/sched/sch_fq.c).
         .zero(UNCERTAIN)
         .kept(AsGiven),
-    settable(L::SOCKET, "SO_TXREHASH", 74, Int, "1", "choose another path after a timeout (-1: as the sysctl says)")
+    settable(L::SOCKET, "SO_TXREHASH", 74, Int, "1", "choose another path after a timeout (-1: use the sysctl)")
         .since("6.1")
         .range(-1, 1)
         // net.core.txrehash
@@ -309,14 +311,14 @@ pub const OPTIONS: &[SocketOption] = &[
         .since("6.15")
         .range(0, 1)
         .kept(AsGiven),
-    // Those that need ECN (dctcp) must be there before the socket leaves TCP_CLOSE, which it has at the SYN: they fall back to
-    // Reno where they find that it was not negotiated (dctcp_init, net/ipv4/tcp_dctcp.c).
+    // Congestion controls that need ECN (dctcp) must be set before the SYN, while the socket is in TCP_CLOSE. Otherwise
+    // they fall back to Reno, because ECN was not negotiated (dctcp_init, net/ipv4/tcp_dctcp.c).
     settable(L::TCP, "TCP_CONGESTION", 13, CongestionControl, "\"reno\"", "congestion control").at(ROUTE).kept(AsGiven),
-    settable(L::TCP, "TCP_NODELAY", 1, Bool, "true", "send at once, without gathering (no Nagle)").since("6.1"),
+    settable(L::TCP, "TCP_NODELAY", 1, Bool, "true", "send small segments at once (no Nagle algorithm)").since("6.1"),
     settable(L::TCP, "TCP_MAXSEG", 2, Bytes, "536", "maximum segment size")
         .since("6.1")
         .reads(read_back::NONE)
-        .negotiated("the peer has been told the segment size")
+        .negotiated("the peer has received the segment size")
         .range(88, 32767)
         .zero(i64::MAX)
         .reading(Reading::AtMost),
@@ -334,14 +336,14 @@ pub const OPTIONS: &[SocketOption] = &[
         .since("5.15")
         .range(1, i32::MAX as i64)
         .zero(i64::MAX)
-        // No clamp up to 6.12, the smallest one from 6.18 on.
+        // No clamp up to 6.12; the smallest clamp from 6.18.
         .negative(UNCERTAIN)
         .kept(member("tcp_sock", "window_clamp"))
         .reading(Reading::UntilConnected),
     settable(L::TCP, "TCP_THIN_LINEAR_TIMEOUTS", 16, Bool, "true", "no exponential back-off on thin streams")
         .since("6.1"),
     settable(L::TCP, "TCP_USER_TIMEOUT", 18, Milliseconds, "\"30s\"", "how long sent data may go unacknowledged")
-        // The least that net.ipv4.tcp_retries2 = 15 makes (Documentation/networking/ip-sysctl.rst).
+        // The smallest timeout that net.ipv4.tcp_retries2 = 15 gives (Documentation/networking/ip-sysctl.rst).
         .zero(924_600)
         .kept(AsGiven),
     settable(L::TCP, "TCP_NOTSENT_LOWAT", 25, Bytes, "\"128KiB\"", "unsent data that makes a socket unwritable")
@@ -372,7 +374,7 @@ pub const OPTIONS: &[SocketOption] = &[
         .since("6.12")
         .range(0, 0x7f)
         .kept(AsGiven),
-    // What follows can only be guarded.
+    // Options that programs cannot set.
     guardable(L::SOCKET, "SO_DEBUG", 1, Bool, "debugging of protocols"),
     guardable(L::SOCKET, "SO_DONTROUTE", 5, Bool, "send to direct neighbours only").kept(FORGOTTEN_BY_MPTCP),
     guardable(L::SOCKET, "SO_BROADCAST", 6, Bool, "send to broadcast addresses").kept(FORGOTTEN_BY_MPTCP),
@@ -385,7 +387,7 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::SOCKET, "SO_SNDTIMEO", 21, Timeval, "send timeout"),
     guardable(L::SOCKET, "SO_ATTACH_FILTER", 26, BYTES, "filter of received packets (read: SO_GET_FILTER)")
         .reading(Reading::Never),
-    guardable(L::SOCKET, "SO_DETACH_FILTER", 27, BYTES, "end of a filter"),
+    guardable(L::SOCKET, "SO_DETACH_FILTER", 27, BYTES, "remove the filter"),
     guardable(L::SOCKET, "SO_TIMESTAMP", 29, Bool, "timestamps in microseconds"),
     guardable(L::SOCKET, "SO_SNDBUFFORCE", 32, Bytes, "send buffer beyond the system's limit")
         .kept(member("sock", "sk_sndbuf"))
@@ -402,7 +404,7 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::SOCKET, "SO_WIFI_STATUS", 41, Bool, "status of packets sent by wifi").kept(FORGOTTEN_BY_MPTCP),
     guardable(L::SOCKET, "SO_PEEK_OFF", 42, Int, "where peeking begins").kept(member("sock", "sk_peek_off")),
     guardable(L::SOCKET, "SO_NOFCS", 43, Bool, "no frame checksum").kept(FORGOTTEN_BY_MPTCP),
-    guardable(L::SOCKET, "SO_LOCK_FILTER", 44, Bool, "keep the filter as it is"),
+    guardable(L::SOCKET, "SO_LOCK_FILTER", 44, Bool, "lock the filter against changes"),
     guardable(L::SOCKET, "SO_SELECT_ERR_QUEUE", 45, Bool, "wake on errors").kept(FORGOTTEN_BY_MPTCP),
     guardable(L::SOCKET, "SO_BUSY_POLL", 46, Microseconds, "time to poll the device").kept(AsGiven),
     guardable(L::SOCKET, "SO_INCOMING_CPU", 49, Int, "CPU that handles the socket").reading(Reading::State),
@@ -415,7 +417,7 @@ pub const OPTIONS: &[SocketOption] = &[
         Opaque(Shape::Descriptor),
         "BPF that chooses among sockets of a port",
     ),
-    guardable(L::SOCKET, "SO_CNX_ADVICE", 53, Int, "ask for another path"),
+    guardable(L::SOCKET, "SO_CNX_ADVICE", 53, Int, "choose another path"),
     guardable(L::SOCKET, "SO_ZEROCOPY", 60, Bool, "send without copying"),
     guardable(L::SOCKET, "SO_TXTIME", 61, BYTES, "time at which to send"),
     guardable(L::SOCKET, "SO_TIMESTAMP_NEW", 63, Bool, "timestamps in microseconds, 64-bit").same_as("SO_TIMESTAMP"),
@@ -424,24 +426,24 @@ pub const OPTIONS: &[SocketOption] = &[
         .same_as("SO_TIMESTAMPING"),
     guardable(L::SOCKET, "SO_RCVTIMEO_NEW", 66, Timeval, "receive timeout, 64-bit").same_as("SO_RCVTIMEO"),
     guardable(L::SOCKET, "SO_SNDTIMEO_NEW", 67, Timeval, "send timeout, 64-bit").same_as("SO_SNDTIMEO"),
-    guardable(L::SOCKET, "SO_DETACH_REUSEPORT_BPF", 68, BYTES, "end of the choice among sockets of a port"),
+    guardable(L::SOCKET, "SO_DETACH_REUSEPORT_BPF", 68, BYTES, "remove the BPF that chooses among sockets of a port"),
     guardable(L::SOCKET, "SO_PREFER_BUSY_POLL", 69, Bool, "poll rather than interrupt"),
     guardable(L::SOCKET, "SO_BUSY_POLL_BUDGET", 70, Int, "packets to poll at once").kept(AsGiven).zero(8),
     guardable(L::SOCKET, "SO_BUF_LOCK", 72, Int, "which buffers are not tuned").kept(AsGiven),
     guardable(L::SOCKET, "SO_RESERVE_MEM", 73, Bytes, "memory set aside for the socket"),
     guardable(L::SOCKET, "SO_RCVMARK", 75, Bool, "receive the mark of packets"),
     guardable(L::SOCKET, "SO_PASSPIDFD", 76, Bool, "receive a descriptor of the sender"),
-    guardable(L::SOCKET, "SO_DEVMEM_DONTNEED", 80, BYTES, "device memory given back"),
+    guardable(L::SOCKET, "SO_DEVMEM_DONTNEED", 80, BYTES, "release device memory"),
     guardable(L::SOCKET, "SO_RCVPRIORITY", 82, Bool, "receive the priority of packets"),
     guardable(L::SOCKET, "SO_PASSRIGHTS", 83, Bool, "receive descriptors"),
     guardable(L::SOCKET, "SO_INQ", 84, Bool, "receive the length of the queue"),
     guardable(L::TCP, "TCP_CORK", 3, Bool, "hold back partial segments"),
     guardable(L::TCP, "TCP_LINGER2", 8, Seconds, "life of orphaned FIN-WAIT-2 sockets")
         .range(i32::MIN as i64, i32::MAX as i64)
-        // net.ipv4.tcp_fin_timeout; no FIN-WAIT-2 at all
+        // net.ipv4.tcp_fin_timeout; a negative number skips FIN-WAIT-2.
         .zero(60)
         .negative(0),
-    guardable(L::TCP, "TCP_DEFER_ACCEPT", 9, Seconds, "accept only when data has come").negative(0),
+    guardable(L::TCP, "TCP_DEFER_ACCEPT", 9, Seconds, "accept only after data has arrived").negative(0),
     guardable(L::TCP, "TCP_QUICKACK", 12, Int, "acknowledge at once").reading(Reading::State),
     guardable(L::TCP, "TCP_MD5SIG", 14, BYTES, "MD5 signatures (BGP)"),
     guardable(L::TCP, "TCP_THIN_DUPACK", 17, Bool, "retransmit on the first duplicate (without effect since 4.11)")
@@ -461,7 +463,7 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::TCP, "TCP_INQ", 36, Bool, "receive the length of the queue"),
     guardable(L::TCP, "TCP_TX_DELAY", 37, Microseconds, "delay of sent packets").kept(AsGiven).unsigned(),
     guardable(L::TCP, "TCP_AO_ADD_KEY", 38, BYTES, "key of the authentication option"),
-    guardable(L::TCP, "TCP_AO_DEL_KEY", 39, BYTES, "end of a key of the authentication option"),
+    guardable(L::TCP, "TCP_AO_DEL_KEY", 39, BYTES, "remove a key of the authentication option"),
     guardable(L::TCP, "TCP_AO_INFO", 40, BYTES, "state of the authentication option").reading(Reading::Never),
     guardable(L::TCP, "TCP_AO_REPAIR", 42, BYTES, "authentication option under repair").reading(Reading::Never),
     guardable(L::TCP, "TCP_RTO_MIN_US", 45, Microseconds, "shortest retransmission timeout").same_as("TCP_BPF_RTO_MIN"),
@@ -488,13 +490,15 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::IP, "IP_RECVERR", 11, Bool, "receive ICMP errors"),
     guardable(L::IP, "IP_RECVTTL", 12, Bool, "receive the time to live"),
     guardable(L::IP, "IP_RECVTOS", 13, Bool, "receive the type of service"),
-    guardable(L::IP, "IP_FREEBIND", 15, Bool, "bind addresses that are not there").argument(argument::BYTE_REQUIRED),
+    guardable(L::IP, "IP_FREEBIND", 15, Bool, "bind addresses that the host does not have")
+        .argument(argument::BYTE_REQUIRED),
     guardable(L::IP, "IP_IPSEC_POLICY", 16, BYTES, "IPsec policy of the socket").same_as("IP_XFRM_POLICY"),
     guardable(L::IP, "IP_XFRM_POLICY", 17, BYTES, "transformation policy of the socket"),
     guardable(L::IP, "IP_PASSSEC", 18, Bool, "receive the peer's security label"),
-    guardable(L::IP, "IP_TRANSPARENT", 19, Bool, "use foreign addresses").argument(argument::BYTE_REQUIRED),
+    guardable(L::IP, "IP_TRANSPARENT", 19, Bool, "bind and send from addresses of other hosts")
+        .argument(argument::BYTE_REQUIRED),
     guardable(L::IP, "IP_ORIGDSTADDR", 20, Bool, "receive the original destination"),
-    guardable(L::IP, "IP_MINTTL", 21, Int, "drop packets from further away")
+    guardable(L::IP, "IP_MINTTL", 21, Int, "drop packets with a smaller time to live")
         .range(0, 255)
         .kept(AsGiven)
         .argument(argument::BYTE_REQUIRED),
@@ -509,17 +513,19 @@ pub const OPTIONS: &[SocketOption] = &[
         .range(-1, 255)
         .negative(1)
         .kept(member("inet_sock", "mc_ttl"))
-        // `tcp_v4_syn_recv_sock`, and its sister for IPv6
+        // `tcp_v4_syn_recv_sock`, and `tcp_v6_syn_recv_sock` for IPv6.
         .reading(Reading::UntilConnected),
-    guardable(L::IP, "IP_MULTICAST_LOOP", 34, Bool, "hear one's own multicasts").argument(argument::BYTE_REQUIRED),
+    guardable(L::IP, "IP_MULTICAST_LOOP", 34, Bool, "receive the multicasts that the host sends")
+        .argument(argument::BYTE_REQUIRED),
     guardable(L::IP, "IP_ADD_MEMBERSHIP", 35, Opaque(Shape::Membership), "join a group"),
     guardable(L::IP, "IP_DROP_MEMBERSHIP", 36, Opaque(Shape::Membership), "leave a group"),
-    guardable(L::IP, "IP_UNBLOCK_SOURCE", 37, Opaque(Shape::SourceMembership), "hear a source of a group again"),
-    guardable(L::IP, "IP_BLOCK_SOURCE", 38, Opaque(Shape::SourceMembership), "no longer hear a source of a group"),
+    guardable(L::IP, "IP_UNBLOCK_SOURCE", 37, Opaque(Shape::SourceMembership), "unblock a source of a group"),
+    guardable(L::IP, "IP_BLOCK_SOURCE", 38, Opaque(Shape::SourceMembership), "block a source of a group"),
     guardable(L::IP, "IP_ADD_SOURCE_MEMBERSHIP", 39, Opaque(Shape::SourceMembership), "join a group for one source"),
     guardable(L::IP, "IP_DROP_SOURCE_MEMBERSHIP", 40, Opaque(Shape::SourceMembership), "leave a group for one source"),
     guardable(L::IP, "IP_MSFILTER", 41, BYTES, "sources of a group").reading(Reading::Never),
-    guardable(L::IP, "IP_MULTICAST_ALL", 49, Bool, "hear every group of the host").argument(argument::BYTE_REQUIRED),
+    guardable(L::IP, "IP_MULTICAST_ALL", 49, Bool, "receive from every group that the host has joined")
+        .argument(argument::BYTE_REQUIRED),
     guardable(L::IP, "IP_UNICAST_IF", 50, Opaque(Shape::InterfaceIndex), "interface of unicasts")
         .kept(AsGiven)
         .argument(argument::INT_EXACT),
@@ -543,7 +549,7 @@ pub const OPTIONS: &[SocketOption] = &[
         .range(-1, 255)
         .negative(1)
         .reading(Reading::UntilConnected),
-    guardable(L::IPV6, "IPV6_MULTICAST_LOOP", 19, Bool, "hear one's own multicasts"),
+    guardable(L::IPV6, "IPV6_MULTICAST_LOOP", 19, Bool, "receive the multicasts that the host sends"),
     guardable(L::IPV6, "IPV6_ADD_MEMBERSHIP", 20, Opaque(Shape::Ipv6Membership), "join a group"),
     guardable(L::IPV6, "IPV6_DROP_MEMBERSHIP", 21, Opaque(Shape::Ipv6Membership), "leave a group"),
     guardable(L::IPV6, "IPV6_ROUTER_ALERT", 22, Int, "receive packets that ask for a router"),
@@ -554,10 +560,10 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::IPV6, "IPV6_RECVERR", 25, Bool, "receive ICMP errors"),
     // `__inet6_bind`
     guardable(L::IPV6, "IPV6_V6ONLY", 26, Bool, "no IPv4 on this socket").reading(Reading::UntilBound),
-    guardable(L::IPV6, "IPV6_JOIN_ANYCAST", 27, Opaque(Shape::Ipv6Membership), "take an anycast address"),
-    guardable(L::IPV6, "IPV6_LEAVE_ANYCAST", 28, Opaque(Shape::Ipv6Membership), "give an anycast address back"),
-    guardable(L::IPV6, "IPV6_MULTICAST_ALL", 29, Bool, "hear every group of the host"),
-    guardable(L::IPV6, "IPV6_ROUTER_ALERT_ISOLATE", 30, Bool, "hear router alerts of the own namespace only"),
+    guardable(L::IPV6, "IPV6_JOIN_ANYCAST", 27, Opaque(Shape::Ipv6Membership), "join an anycast group"),
+    guardable(L::IPV6, "IPV6_LEAVE_ANYCAST", 28, Opaque(Shape::Ipv6Membership), "leave an anycast group"),
+    guardable(L::IPV6, "IPV6_MULTICAST_ALL", 29, Bool, "receive from every group that the host has joined"),
+    guardable(L::IPV6, "IPV6_ROUTER_ALERT_ISOLATE", 30, Bool, "receive router alerts of the own namespace only"),
     guardable(L::IPV6, "IPV6_RECVERR_RFC4884", 31, Bool, "receive extended ICMP errors"),
     guardable(L::IPV6, "IPV6_FLOWLABEL_MGR", 32, BYTES, "flow labels").reading(Reading::Never),
     guardable(L::IPV6, "IPV6_FLOWINFO_SEND", 33, Bool, "send the flow label given with the address"),
@@ -578,20 +584,23 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::IPV6, "IPV6_DONTFRAG", 62, Bool, "never fragment").argument(argument::INT_OR_ZERO),
     guardable(L::IPV6, "IPV6_RECVTCLASS", 66, Bool, "receive the traffic class"),
     guardable(L::IPV6, "IPV6_ADDR_PREFERENCES", 72, Int, "preferred source addresses"),
-    guardable(L::IPV6, "IPV6_MINHOPCOUNT", 73, Int, "drop packets from further away").range(0, 255).kept(AsGiven),
+    guardable(L::IPV6, "IPV6_MINHOPCOUNT", 73, Int, "drop packets with a smaller hop limit")
+        .range(0, 255)
+        .kept(AsGiven),
     guardable(L::IPV6, "IPV6_RECVORIGDSTADDR", 74, Bool, "receive the original destination"),
-    guardable(L::IPV6, "IPV6_TRANSPARENT", 75, Bool, "use foreign addresses").same_as("IP_TRANSPARENT"),
+    guardable(L::IPV6, "IPV6_TRANSPARENT", 75, Bool, "bind and send from addresses of other hosts")
+        .same_as("IP_TRANSPARENT"),
     guardable(L::IPV6, "IPV6_UNICAST_IF", 76, Opaque(Shape::InterfaceIndex), "interface of unicasts")
         .kept(AsGiven)
         .argument(argument::INT_EXACT),
     guardable(L::IPV6, "IPV6_RECVFRAGSIZE", 77, Bool, "receive the size of fragments").argument(argument::INT_OR_ZERO),
-    guardable(L::IPV6, "IPV6_FREEBIND", 78, Bool, "bind addresses that are not there").same_as("IP_FREEBIND"),
-    // What follows can only be read.
+    guardable(L::IPV6, "IPV6_FREEBIND", 78, Bool, "bind addresses that the host does not have").same_as("IP_FREEBIND"),
+    // Options that can only be read.
     read_only(L::SOCKET, "SO_TYPE", 3, Choice(TYPES), "type of the socket"),
     read_only(L::SOCKET, "SO_ERROR", 4, Opaque(Shape::Errno), "pending error, which reading clears")
         .reading(Reading::Never),
-    read_only(L::SOCKET, "SO_PEERCRED", 17, Opaque(Shape::Credentials), "who is at the other end (unix)"),
-    read_only(L::SOCKET, "SO_SNDLOWAT", 19, Bytes, "room that makes a socket writable: always 1"),
+    read_only(L::SOCKET, "SO_PEERCRED", 17, Opaque(Shape::Credentials), "credentials of the peer (unix)"),
+    read_only(L::SOCKET, "SO_SNDLOWAT", 19, Bytes, "bytes that make a socket writable: always 1"),
     read_only(L::SOCKET, "SO_PEERNAME", 28, Opaque(Shape::SocketAddress), "address of the peer"),
     read_only(L::SOCKET, "SO_ACCEPTCONN", 30, Bool, "whether the socket listens"),
     read_only(L::SOCKET, "SO_PEERSEC", 31, Opaque(Shape::Text), "the peer's security label"),
@@ -601,9 +610,9 @@ pub const OPTIONS: &[SocketOption] = &[
     read_only(L::SOCKET, "SO_MEMINFO", 55, BYTES, "memory in use by the socket"),
     read_only(L::SOCKET, "SO_INCOMING_NAPI_ID", 56, Unsigned, "queue of the device that packets came from"),
     read_only(L::SOCKET, "SO_COOKIE", 57, Opaque(Shape::Wide), "number of the socket, as ss -e shows it"),
-    read_only(L::SOCKET, "SO_PEERGROUPS", 59, BYTES, "groups of who is at the other end (unix)"),
+    read_only(L::SOCKET, "SO_PEERGROUPS", 59, BYTES, "groups of the peer (unix)"),
     read_only(L::SOCKET, "SO_NETNS_COOKIE", 71, Opaque(Shape::Wide), "number of the network namespace"),
-    read_only(L::SOCKET, "SO_PEERPIDFD", 77, Opaque(Shape::Descriptor), "descriptor of the process at the other end")
+    read_only(L::SOCKET, "SO_PEERPIDFD", 77, Opaque(Shape::Descriptor), "pidfd of the peer process")
         .reading(Reading::Never),
     read_only(L::TCP, "TCP_INFO", 11, BYTES, "state of the connection"),
     read_only(L::TCP, "TCP_CC_INFO", 26, BYTES, "state of the congestion control"),

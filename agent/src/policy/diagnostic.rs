@@ -1,10 +1,10 @@
-//! What is wrong with a policy, where it stands, and what to type instead.
+//! Diagnostics: what is wrong with a policy, where, and what to type instead.
 //!
-//! A [`Problem`] is what a check finds, a [`Diagnostic`] the same with its file: enough to be shown
-//! anywhere. This module words nothing and prints nothing; it only renders.
+//! A [`Problem`] is what a check finds. A [`Diagnostic`] adds the file, so that it can be shown without context. This
+//! module only renders: it writes no messages of its own and prints nothing.
 //!
-//! Invariant: text of a file reaches a terminal with its control characters made visible (here for
-//! messages, by the renderer for source lines), never raw.
+//! Invariant: control characters in text from a file are made visible before they reach a terminal (in messages here,
+//! in source lines by the renderer).
 
 use std::{
     ops::Range,
@@ -16,13 +16,13 @@ use annotate_snippets::{AnnotationKind, Group, Level, Origin, Renderer, Snippet}
 
 use crate::escape::{self, Escape, visible};
 
-/// Bytes of a source file.
+/// A range of bytes in a source file.
 pub type Span = Range<usize>;
 
-/// How many characters of what somebody wrote are repeated to them.
+/// How many characters of the user's text a message quotes.
 const QUOTED_MAX: usize = 60;
 
-/// Source lines longer than this are not shown: no person wrote them, nor would anybody read them.
+/// Longer source lines are not shown: they were generated.
 const LINE_MAX: usize = 2000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,20 +37,20 @@ pub enum Style {
     Coloured,
 }
 
-/// A file, and what it holds.
+/// A file and its contents.
 #[derive(Debug)]
 pub struct Source {
     path: PathBuf,
     text: String,
     line_starts: Vec<usize>,
-    /// How many characters begin before each [`BLOCK`] of bytes.
+    /// The number of characters that begin before each [`BLOCK`] of bytes.
     characters: Vec<usize>,
 }
 
-/// Bytes of a text between two places of which it is known how many characters are before them.
+/// Bytes between two positions for which [`Source`] knows the number of preceding characters.
 const BLOCK: usize = 1024;
 
-/// Returns whether a byte is the first of a character of UTF-8.
+/// Returns whether a byte is the first byte of a UTF-8 character.
 fn begins_character(byte: u8) -> bool {
     byte & 0b1100_0000 != 0b1000_0000
 }
@@ -78,14 +78,13 @@ impl Source {
         &self.text
     }
 
-    /// The line, counted from 1, of the byte at `offset`.
+    /// Returns the line of the byte at `offset`, counted from 1.
     #[must_use]
     pub fn line(&self, offset: usize) -> usize {
         self.line_starts.partition_point(|start| *start <= offset)
     }
 
-    /// The first line that the span touches: its number, where it begins, and its text without the
-    /// newline.
+    /// Returns the first line that the span touches: its number, its offset, and its text without the newline.
     fn first_line(&self, span: &Span) -> (usize, usize, &str) {
         let number = self.line(span.start);
         let start = self.line_starts.get(number - 1).copied().unwrap_or(0);
@@ -94,7 +93,7 @@ impl Source {
         (number, start, line.strip_suffix('\r').unwrap_or(line))
     }
 
-    /// Returns how many characters begin before the byte at `offset`, in a time that does not grow with the text.
+    /// Returns how many characters begin before the byte at `offset`, in constant time.
     fn characters_before(&self, offset: usize) -> usize {
         let offset = offset.min(self.text.len());
         let block = offset / BLOCK;
@@ -103,14 +102,13 @@ impl Source {
         before + rest.iter().filter(|byte| begins_character(**byte)).count()
     }
 
-    /// Returns the column, counted from 1 in characters, of a byte of the line that starts at `start`.
+    /// Returns the column, counted from 1 in characters, of a byte in the line that starts at `start`.
     fn column(&self, start: usize, offset: usize) -> usize {
         self.characters_before(offset) - self.characters_before(start) + 1
     }
 }
 
-/// Something wrong, in the words of the one who found it. What is not known yet (the place, the
-/// help) can be added by a caller who knows.
+/// An error without its file. Callers may add the position and the help if the check does not know them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
     pub span: Option<Span>,
@@ -124,14 +122,14 @@ impl Problem {
         Self { span: None, message: message.into(), help: None }
     }
 
-    /// What to type. Replaces an earlier help.
+    /// Sets what to type. Replaces an earlier help.
     #[must_use]
     pub fn help(mut self, help: impl Into<String>) -> Self {
         self.help = Some(help.into());
         self
     }
 
-    /// Where it is. The first to say so is nearest, and right.
+    /// Sets the position. An earlier position is kept, since it is more precise.
     #[must_use]
     pub fn at(mut self, span: Span) -> Self {
         self.span.get_or_insert(span);
@@ -143,7 +141,7 @@ impl Problem {
 #[derive(Clone, Debug)]
 pub struct Diagnostic {
     pub severity: Severity,
-    /// `None`: about no text that could be shown; the message names the file.
+    /// `None` if no text can be shown; the message then names the file.
     pub source: Option<Arc<Source>>,
     pub span: Option<Span>,
     pub message: String,
@@ -151,7 +149,7 @@ pub struct Diagnostic {
 }
 
 impl Diagnostic {
-    /// An error about no text that could be shown: the file cannot be read, say.
+    /// Returns an error without source text, such as a file that cannot be read.
     #[must_use]
     pub fn without_source(problem: Problem) -> Self {
         let Problem { span: _, message, help } = problem;
@@ -166,8 +164,8 @@ impl Diagnostic {
         Self { severity, source: Some(Arc::clone(source)), span, message, help }
     }
 
-    /// As a line of JSON, without its end. Lines and columns are counted from 1, columns in characters; the end is that of
-    /// the span, or of its first line.
+    /// Returns the diagnostic as a JSON object. Lines and columns are counted from 1, columns in characters.
+    /// `end_column` is that of the span or, if the span has several lines, of its first line.
     #[must_use]
     pub fn to_json(&self) -> serde_json::Value {
         let place = self.source.as_ref().map(|source| (source, self.span.as_ref()));
@@ -197,7 +195,7 @@ impl Diagnostic {
         crate::schema::line("diagnostic", fields)
     }
 
-    /// Several lines, the last one ended too: what, where with the source line, `help:`.
+    /// Returns several lines, each with its newline: the message, the position with the source line, and `help:`.
     #[must_use]
     pub fn render(&self, style: Style) -> String {
         let renderer = match style {
@@ -225,7 +223,7 @@ impl Diagnostic {
     }
 }
 
-/// Puts diagnostics in the order of the files' names and of the places in them.
+/// Sorts diagnostics by file name and position.
 pub fn sort(diagnostics: &mut [Diagnostic]) {
     diagnostics.sort_by_key(|diagnostic| {
         let path = diagnostic.source.as_ref().map(|source| source.path().to_owned());
@@ -234,7 +232,7 @@ pub fn sort(diagnostics: &mut [Diagnostic]) {
     });
 }
 
-/// Adds `--> file:line:column` and the line.
+/// Adds `--> file:line:column` and the source line.
 fn with_place<'a>(group: Group<'a>, source: &'a Source, path: String, span: &Span) -> Group<'a> {
     let (number, start, line) = source.first_line(span);
     let from = line.floor_char_boundary((span.start - start).min(line.len()));
@@ -244,12 +242,12 @@ fn with_place<'a>(group: Group<'a>, source: &'a Source, path: String, span: &Spa
         return group.element(Origin::path(path).line(number).char_column(column));
     }
     let underlined = AnnotationKind::Primary.span(from..to.max(from));
-    // The renderer knows the other control characters. This one is as long, so that spans still fit.
+    // The renderer replaces the other control characters. The replacement is equally long, so that spans stay correct.
     let line = line.replace(|c| matches!(c, '\u{80}'..='\u{9f}'), "¿");
     group.element(Snippet::source(line).line_start(number).path(path).annotation(underlined))
 }
 
-/// What somebody wrote, as it can be repeated to them: in backquotes, on one line, not too long.
+/// Quotes the user's text in a message: in backquotes, on one line, at most [`QUOTED_MAX`] characters.
 #[must_use]
 pub fn quote(text: &str) -> String {
     match text.char_indices().nth(QUOTED_MAX) {
@@ -258,11 +256,11 @@ pub fn quote(text: &str) -> String {
     }
 }
 
-/// The candidate that was probably meant.
+/// Returns the candidate that the user probably meant.
 #[must_use]
 pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let word = word.to_lowercase();
-    // Far longer than any of the candidates: not worth the time.
+    // Longer than any candidate.
     if word.len() > QUOTED_MAX {
         return None;
     }
@@ -270,7 +268,7 @@ pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) ->
     let tolerated = (len / 3).max(1);
     candidates
         .into_iter()
-        // Words differ by as many letters as the one is longer, at the least.
+        // The edit distance is at least the difference in length.
         .filter(|candidate| candidate.chars().count().abs_diff(len) <= tolerated)
         .map(|candidate| (strsim::damerau_levenshtein(&word, &candidate.to_lowercase()), candidate))
         .filter(|(distance, candidate)| *distance <= tolerated && *distance < candidate.len())
@@ -278,7 +276,7 @@ pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) ->
         .map(|(_, candidate)| candidate)
 }
 
-/// `a, b or c`
+/// Joins words: `a, b or c`.
 #[must_use]
 pub fn list_of(words: &[String], last: &str) -> String {
     match words {
@@ -288,12 +286,12 @@ pub fn list_of(words: &[String], last: &str) -> String {
     }
 }
 
-/// What was found in one file so far.
+/// The findings in one file so far.
 #[derive(Debug)]
 pub(crate) struct Findings {
     source: Arc<Source>,
     found: Vec<Diagnostic>,
-    /// How many of them are errors.
+    /// The number of errors among `found`.
     errors: usize,
 }
 
@@ -311,7 +309,7 @@ impl Findings {
         self.found.push(Diagnostic::new(Severity::Warning, &self.source, problem));
     }
 
-    /// Keeps what went well, notes what did not.
+    /// Returns the value, or adds the error to the findings.
     pub(crate) fn ok<T>(&mut self, result: Result<T, Problem>) -> Option<T> {
         result.map_err(|problem| self.error(problem)).ok()
     }
@@ -320,13 +318,13 @@ impl Findings {
         self.errors
     }
 
-    /// In the order of the file.
+    /// Returns the findings in the order of the file.
     pub(crate) fn into_sorted(mut self) -> Vec<Diagnostic> {
         self.found.sort_by_key(|diagnostic| diagnostic.span.as_ref().map(|span| span.start));
         self.found
     }
 
-    /// Where the file ends, but for empty lines.
+    /// Returns the end of the file, without trailing empty lines.
     pub(crate) fn end(&self) -> Span {
         let end = self.source.text.trim_end().len();
         end..end
@@ -358,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_written_is_repeated_on_one_line_and_without_escapes_for_the_terminal() {
+    fn quoted_text_is_on_one_line_and_without_terminal_escapes() {
         assert_eq!(quote("a\n\u{1b}[31m\u{202e}é\"\\"), "`a\\n\\u{1b}[31m\\u{202e}é\"\\\\`");
         assert_eq!(quote(&"x".repeat(100)), format!("`{}…`", "x".repeat(60)));
     }
@@ -373,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn a_place_in_a_line_that_nobody_could_read_is_named_but_not_shown() {
+    fn a_position_in_a_very_long_line_is_named_but_not_shown() {
         let source = Source::new(Path::new("a.toml"), format!("x\n{}", "é".repeat(LINE_MAX)));
         let problem = Problem::new("too long").at(6..8);
         let shown = Diagnostic::new(Severity::Error, &source, problem).render(Style::Plain);

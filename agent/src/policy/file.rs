@@ -1,10 +1,10 @@
-//! The shape of a policy file: text → [`PolicyFile`], what a person typed with the place of each part.
+//! The syntax of a policy file: text → [`PolicyFile`], the contents of the file with the position of each part.
 //!
-//! Knows which keys go where and whether they hold a string, a list or a table. Does not know what
-//! any of it means: that is for [`super::validate`]. Values of options are left as they are.
+//! This module knows which keys each table has, and whether they take a string, a list or a table. The meaning is left
+//! to [`super::validate`]. Values of options are not interpreted.
 //!
-//! Invariant: a key that is not known is an error, never skipped; and one error does not hide the
-//! others, except that a file that is not TOML has one for each line and says nothing more.
+//! Invariant: an unknown key is an error, never skipped. One error does not hide the others, except in a file that is
+//! not TOML: it gets one error for each line with a syntax error, and no others.
 
 pub(super) mod keys;
 mod target;
@@ -23,10 +23,10 @@ use super::diagnostic::{Findings, Problem, Span, quote};
 pub(crate) type Text<'a> = Spanned<Cow<'a, str>>;
 pub(crate) type Value<'a> = Spanned<DeValue<'a>>;
 
-/// A list, never empty.
+/// A list that is not empty.
 pub(crate) type List<T> = Spanned<Vec<T>>;
 
-/// A policy as typed.
+/// A policy as written.
 #[derive(Debug, Default)]
 pub(crate) struct PolicyFile<'a> {
     pub(crate) name: Option<Text<'a>>,
@@ -55,11 +55,11 @@ pub(crate) struct RuleFile<'a> {
     pub(crate) deny: Vec<Text<'a>>,
     pub(crate) on_conflict: Option<Text<'a>>,
     pub(crate) errno: Option<Value<'a>>,
-    /// Whether all of the rule is here: nothing was wrong with its shape.
+    /// Whether the syntax of the whole rule is correct.
     pub(crate) complete: bool,
 }
 
-/// What must come of a socket. Said as rules say it.
+/// The settings that a socket must get, in the syntax of a rule.
 #[derive(Debug)]
 pub(crate) struct TestFile<'a> {
     pub(crate) socket: SocketFile<'a>,
@@ -70,7 +70,7 @@ pub(crate) struct TestFile<'a> {
 
 #[derive(Debug, Default)]
 pub(crate) struct SocketFile<'a> {
-    /// Where it stands, or would.
+    /// The position of the table, or of the header of the test if it has none.
     pub(crate) span: Span,
     pub(crate) protocol: Option<Text<'a>>,
     pub(crate) family: Option<Text<'a>>,
@@ -96,7 +96,7 @@ pub(crate) struct SelectorFile<'a> {
 #[derive(Debug)]
 pub(crate) struct SettingFile<'a> {
     pub(crate) option: Text<'a>,
-    /// `None`: missing or wrong, and noted.
+    /// `None` if the value is missing or wrong, which has been reported.
     pub(crate) value: Option<Value<'a>>,
     pub(crate) on_conflict: Option<Text<'a>>,
     pub(crate) errno: Option<Value<'a>>,
@@ -112,8 +112,8 @@ pub(crate) struct LimitFile<'a> {
     pub(crate) errno: Option<Value<'a>>,
 }
 
-/// Reads a policy. `None` where the text is not TOML; else what could be made out, the rest being
-/// noted in `findings`.
+/// Parses a policy. Returns `None` if the text is not TOML; otherwise the parts that are correct. Errors are added to
+/// `findings`.
 pub(crate) fn parse<'a>(text: &'a str, findings: &mut Findings) -> Option<PolicyFile<'a>> {
     let (document, errors) = DeTable::parse_recoverable(text);
     if errors.is_empty() {
@@ -127,14 +127,14 @@ pub(crate) fn parse<'a>(text: &'a str, findings: &mut Findings) -> Option<Policy
         })
         .collect();
     problems.sort_by_key(|problem| problem.span.as_ref().map(|span| span.start));
-    // Where the parser has lost its way, what else it says of the line is noise.
+    // After the first error in a line, the parser's other errors for the line are noise.
     problems.dedup_by_key(|problem| problem.span.as_ref().map(|span| findings.line(span)));
     problems.into_iter().for_each(|problem| findings.error(problem));
     None
 }
 
-/// What the parser says, in words for people where it has none. It knows what it expected, but not
-/// always.
+/// Returns the parser's error, reworded if the parser does not say what to write. The parser does not always know what
+/// it expected.
 fn syntax(message: &str, written: &str) -> Problem {
     let (what, expected) = match message.split_once(", expected ") {
         Some((what, expected)) => (what, Some(expected)),
@@ -142,13 +142,13 @@ fn syntax(message: &str, written: &str) -> Problem {
     };
     match (what, expected) {
         ("duplicate key", _) => {
-            Problem::new("this key was given before").help("leave one of the two out, or make a [[rule]] for each")
+            Problem::new("duplicate key").help("remove one of the two, or make a [[rule]] for each")
         }
         ("string values must be quoted", _) => {
             Problem::new("text must be in quotes").help(format!("write \"{written}\""))
         }
         ("key with no value", _) => Problem::new(what).help("write `key = value`"),
-        // Most often the line before is at fault: its bracket is still open.
+        // Most often an open bracket in the line before is the cause.
         ("missing comma between key-value pairs" | "missing key for inline table element", _) => {
             Problem::new(what).help("write `,` here, or close the `{` before it with `}`")
         }
@@ -194,7 +194,7 @@ fn audit<'a>(key: &Text<'a>, value: Value<'a>, findings: &mut Findings) -> Audit
     audit
 }
 
-/// The tables of a `[[key]]`, each with where its header stands.
+/// Reads the tables of a `[[key]]`, each with the position of its header.
 fn tables<'a, T>(
     key: &Text<'a>,
     value: Value<'a>,
@@ -202,7 +202,7 @@ fn tables<'a, T>(
     read: impl Fn(Span, DeTable<'a>, &mut Findings) -> T,
 ) -> Vec<T> {
     let key = key.get_ref();
-    let help = format!("write [[{key}]], with two brackets on each side: there may be many");
+    let help = format!("write [[{key}]], with two brackets on each side");
     let span = value.span();
     let DeValue::Array(items) = value.into_inner() else {
         findings.error(Problem::new(format!("`{key}` is not a list of {key}s")).help(help).at(span));
@@ -263,7 +263,7 @@ fn options<'a>(key: &Text<'a>, value: Value<'a>, findings: &mut Findings) -> Vec
 fn test<'a>(header: Span, table: DeTable<'a>, findings: &mut Findings) -> TestFile<'a> {
     let mut test = TestFile {
         socket: SocketFile { span: header.clone(), ..SocketFile::default() },
-        // It need not name an option.
+        // A test need not name an option.
         expected: RuleFile { complete: false, ..empty_rule(header) },
         free: Vec::new(),
     };
@@ -355,7 +355,7 @@ fn setting<'a>(option: Text<'a>, value: Value<'a>, findings: &mut Findings) -> S
         let option = setting.option.get_ref();
         findings.error(
             Problem::new(format!("{} has no `value`", quote(option)))
-                .help(format!("write {option} = {{ value = … }}, with the value it is to have"))
+                .help(format!("write {option} = {{ value = … }}, with the value that the option must have"))
                 .at(setting.option.span()),
         );
     }
@@ -395,14 +395,14 @@ fn limit<'a>(option: Text<'a>, value: Value<'a>, findings: &mut Findings) -> Opt
     Some(limit)
 }
 
-/// The entries as they stand in the file.
+/// Returns the entries in the order of the file.
 fn in_order<'a>(table: DeTable<'a>) -> Vec<(Text<'a>, Value<'a>)> {
     let mut entries: Vec<_> = table.into_iter().collect();
     entries.sort_by_key(|(key, _)| key.span().start);
     entries
 }
 
-/// What a value is, for people.
+/// Returns the type of a value, for messages.
 pub(crate) fn type_of(value: &DeValue<'_>) -> &'static str {
     match value {
         DeValue::String(_) => "a string",
@@ -431,7 +431,7 @@ fn text<'a>(key: &Text<'a>, value: Value<'a>) -> Result<Text<'a>, Problem> {
     }
 }
 
-/// A key that takes one word where its neighbours take lists.
+/// Reads a key that takes one word, although similar keys take lists.
 fn one_word<'a>(key: &Text<'a>, value: Value<'a>) -> Result<Text<'a>, Problem> {
     if value.get_ref().is_array() {
         let help = format!("leave {} out to match every socket, or make a rule for each", quote(key.get_ref()));
@@ -455,7 +455,7 @@ fn table<'a>(key: &Text<'a>, value: Value<'a>, help: impl Into<String>) -> Resul
     }
 }
 
-/// A list, or one value that stands for a list of itself.
+/// Reads a list, or one value as a list with one item.
 fn list<'a>(key: &Text<'a>, value: Value<'a>, help_if_empty: &str) -> Result<List<Value<'a>>, Problem> {
     let span = value.span();
     let items = match value.into_inner() {

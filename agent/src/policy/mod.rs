@@ -1,9 +1,9 @@
-//! Policies: from files to values that are valid.
+//! Policies: from files to validated values.
 //!
-//! [`parse`] is a function of text; [`load`] and [`load_all`] put the file system before
-//! it. Nothing here prints, or asks what the kernel can do.
+//! [`parse`] takes text. [`load`] and [`load_all`] read files first. This module prints nothing and does not depend on
+//! what the kernel supports.
 //!
-//! Invariant: who holds a [`Policy`] need not check it again.
+//! Invariant: a [`Policy`] is valid and needs no further checks.
 
 pub mod diagnostic;
 pub(crate) mod file;
@@ -40,23 +40,23 @@ use self::{
 };
 use crate::escape::Escape;
 
-/// Longest policy file in bytes: it has room for the addresses of some 100,000 networks.
+/// Longest policy file in bytes; enough for the addresses of some 100,000 networks.
 const SIZE_MAX: u64 = 4 << 20;
 
-/// How many diagnostics are shown: nobody reads on, and a file of garbage has an error a line.
+/// How many diagnostics are shown: a file that is not a policy has an error on every line.
 const SHOWN_MAX: usize = 100;
 
-/// What is odd about policies that are valid.
+/// Likely mistakes in policies that are valid.
 pub type Warnings = Vec<Diagnostic>;
 
-/// Why there is no policy: every error of every file, never empty.
+/// Why there is no policy: every error of every file. Not empty.
 #[derive(Clone, Debug)]
 pub struct PolicyErrors {
     pub diagnostics: Vec<Diagnostic>,
 }
 
 impl PolicyErrors {
-    /// The number of errors, without the warnings among them.
+    /// Returns the number of errors, without the warnings.
     #[must_use]
     pub fn count(&self) -> usize {
         self.diagnostics.iter().filter(|diagnostic| diagnostic.severity == Severity::Error).count()
@@ -76,7 +76,7 @@ impl fmt::Display for PolicyErrors {
 
 impl std::error::Error for PolicyErrors {}
 
-/// Diagnostics for people, an empty line between any two.
+/// Returns the diagnostics as text, separated by empty lines.
 #[must_use]
 pub fn render(diagnostics: &[Diagnostic], style: Style) -> String {
     let shown: Vec<_> = diagnostics.iter().take(SHOWN_MAX).map(|diagnostic| diagnostic.render(style)).collect();
@@ -87,12 +87,11 @@ pub fn render(diagnostics: &[Diagnostic], style: Style) -> String {
     text
 }
 
-/// The policy that a text describes. `path` is what to call the file, and, where the text gives no
-/// name, the policy.
+/// Parses the text of a policy. `path` names the file, and the policy if the text has no `name`.
 ///
 /// # Errors
 ///
-/// All that is wrong with it.
+/// Returns every error of the text.
 pub fn parse(path: &Path, text: &str) -> Result<(Policy, Warnings), PolicyErrors> {
     let source = Source::new(path, text.to_owned());
     let Checked { policy, mut warnings, name: _ } =
@@ -102,11 +101,11 @@ pub fn parse(path: &Path, text: &str) -> Result<(Policy, Warnings), PolicyErrors
     Ok((policy, warnings))
 }
 
-/// The policy that a file describes, without a check of who can change the file.
+/// Reads and parses a policy file without checking who can change the file.
 ///
 /// # Errors
 ///
-/// All that is wrong with it, or why it cannot be read.
+/// Returns every error of the file, or why it cannot be read.
 pub fn load(path: &Path) -> Result<(Policy, Warnings), PolicyErrors> {
     let (policies, warnings) = load_all(&[path.to_owned()], IfInsecure::Accept)?;
     match policies.into_iter().next() {
@@ -115,21 +114,21 @@ pub fn load(path: &Path) -> Result<(Policy, Warnings), PolicyErrors> {
     }
 }
 
-/// The policies that these files describe, and those in these folders, in the order of the files' names.
+/// Reads the policies in these files and folders, in the order of their file names.
 ///
 /// # Errors
 ///
-/// All that is wrong with any of them.
+/// Returns every error of every file.
 pub fn load_all(paths: &[PathBuf], insecure: IfInsecure) -> Result<(Vec<Policy>, Warnings), PolicyErrors> {
     Sources::new(paths, insecure).read().policies()
 }
 
 fn same_name(source: &Arc<Source>, name: &str, span: Span, first: &Path) -> Diagnostic {
     let problem = if source.path() == first {
-        Problem::new("this file is given twice").help("name it once")
+        Problem::new("the file is listed twice").help("list it once")
     } else {
         let message = format!("two policies have the name {}: the other is in {}", quote(name), first.escaped());
-        Problem::new(message).help("give this one another: name = \"…\" at the top of the file")
+        Problem::new(message).help("give this policy another name: name = \"…\" at the top of the file")
     };
     Diagnostic::new(Severity::Error, source, problem.at(span))
 }
@@ -138,10 +137,10 @@ fn same_name(source: &Arc<Source>, name: &str, span: Span, first: &Path) -> Diag
 ///
 /// # Errors
 ///
-/// Fails where it cannot be opened, is no regular file, or is larger than policies are.
+/// Fails if the file cannot be opened, is not a regular file, or is larger than [`SIZE_MAX`].
 fn open(path: &Path) -> Result<File, Diagnostic> {
     let failed = |error: io::Error| Diagnostic::without_source(unreadable(path, &error));
-    // A fifo must not keep us waiting for a writer.
+    // O_NONBLOCK: opening a FIFO must not wait for a writer.
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
     let file = file.map_err(failed)?;
     if let Some(problem) = unsuitable(path, &file).map_err(failed)? {
@@ -150,11 +149,11 @@ fn open(path: &Path) -> Result<File, Diagnostic> {
     Ok(file)
 }
 
-/// Reads what is in a policy file.
+/// Reads a policy file.
 ///
 /// # Errors
 ///
-/// Fails where it cannot be read, is larger than policies are, or is not UTF-8.
+/// Fails if the file cannot be read, is larger than [`SIZE_MAX`], or is not UTF-8.
 fn read(path: &Path, file: File) -> Result<Arc<Source>, Diagnostic> {
     let failed = |error: io::Error| Diagnostic::without_source(unreadable(path, &error));
     let mut bytes = Vec::new();
@@ -165,7 +164,7 @@ fn read(path: &Path, file: File) -> Result<Arc<Source>, Diagnostic> {
     String::from_utf8(bytes).map(|text| Source::new(path, text)).map_err(|error| not_utf8(path, &error))
 }
 
-/// What kind of thing the file is, if not one that holds a policy.
+/// Returns the reason why a file of this type cannot be a policy.
 fn unsuitable(path: &Path, file: &File) -> io::Result<Option<Problem>> {
     let metadata = file.metadata()?;
     let kind = metadata.file_type();
@@ -185,11 +184,11 @@ fn unsuitable(path: &Path, file: &File) -> io::Result<Option<Problem>> {
     } else {
         return Ok(if metadata.len() > SIZE_MAX { Some(too_large(path)) } else { None });
     };
-    Ok(Some(Problem::new(format!("{shown} is {what}")).help("write the policy to a file and name that")))
+    Ok(Some(Problem::new(format!("{shown} is {what}")).help("write the policy to a regular file")))
 }
 
 fn too_large(path: &Path) -> Problem {
-    Problem::new(format!("{} is larger than {} MiB, and so no policy", path.escaped(), SIZE_MAX >> 20))
+    Problem::new(format!("{} is not a policy: it is larger than {} MiB", path.escaped(), SIZE_MAX >> 20))
         .help("name a policy file, such as those in /etc/sockpolicy/policies.d")
 }
 
@@ -199,20 +198,20 @@ fn unreadable(path: &Path, error: &io::Error) -> Problem {
     let problem = Problem::new(format!("cannot read {}: {why}", path.escaped()));
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     match errno {
-        Some(Errno::ENOENT) => problem.help(format!("see what is there: ls {}", parent.escaped())),
+        Some(Errno::ENOENT) => problem.help(format!("list the files: ls {}", parent.escaped())),
         Some(Errno::EACCES | Errno::EPERM) => {
-            problem.help(format!("run as root, or see who may read it: ls -l {}", path.escaped()))
+            problem.help(format!("run as root, or check who may read it: ls -l {}", path.escaped()))
         }
         _ => problem,
     }
 }
 
-/// Shows the line with the first byte that is wrong.
+/// Returns a diagnostic at the first invalid byte.
 fn not_utf8(path: &Path, error: &std::string::FromUtf8Error) -> Diagnostic {
     let bytes = error.as_bytes();
     let at = error.utf8_error().valid_up_to();
     let byte = bytes.get(at).copied().unwrap_or(0);
-    let problem = Problem::new(format!("this file is not UTF-8: it has the byte {byte:#04x} here"))
+    let problem = Problem::new(format!("the file is not UTF-8: invalid byte {byte:#04x}"))
         .help(format!("convert it: iconv -f LATIN1 -t UTF-8 {}", path.escaped()))
         .at(at..at + char::REPLACEMENT_CHARACTER.len_utf8());
     let source = Source::new(path, String::from_utf8_lossy(bytes).into_owned());

@@ -1,7 +1,6 @@
-//! A policy that is valid: every name known, every value in range and in the kernel's unit.
+//! A valid policy: every name is known, and every value is in range and in the kernel's unit.
 //!
-//! Made by [`super::validate`], which is the only place that checks; whoever holds one of these
-//! types need not look again.
+//! [`super::validate`] makes these types and is the only place that checks. Other code need not check them again.
 
 use std::{fmt, ops::RangeInclusive, path::Path, sync::Arc};
 
@@ -21,16 +20,16 @@ pub struct Policy {
     pub name: String,
     pub description: Option<String>,
     pub mode: Mode,
-    /// Empty: the policy is a template.
+    /// An empty target makes the policy a template.
     pub target: Target,
     pub audit: Audit,
-    /// In order: the first that matches and names an option decides it.
+    /// In the order of the file: the first rule that matches and names an option decides it.
     pub rules: Vec<Rule>,
-    /// What the file itself says that must come of sockets.
+    /// The tests in the file: which settings sockets must get.
     pub tests: Vec<Test>,
 }
 
-/// Whom a policy is about: all that any of these match.
+/// The cgroups and containers that a policy covers: all that any entry matches.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Target {
     /// Globs of cgroup paths below the cgroup2 mount, without a leading slash.
@@ -38,29 +37,29 @@ pub struct Target {
     pub containers: Vec<ContainerSelector>,
 }
 
-/// Which containers are meant: those of which all holds that is said here, never nothing.
+/// Selects the containers that match all of its fields. At least one field is set.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ContainerSelector {
     /// A glob.
     pub name: Option<String>,
     /// A glob.
     pub image: Option<String>,
-    /// How it begins.
+    /// The first characters of the id.
     pub id: Option<String>,
     pub runtime: Option<&'static str>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
-    /// Do what the policy says.
+    /// Apply the policy.
     #[default]
     Enforce,
-    /// Say what would be done.
+    /// Report what would be done, and change nothing.
     DryRun,
 }
 
 impl Mode {
-    /// As policy files and reports have it.
+    /// Returns the word that policy files and reports use.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -70,13 +69,13 @@ impl Mode {
     }
 }
 
-/// What the audit reports, beside the conflicts.
+/// What the audit reports in addition to conflicts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Audit {
     pub calls: Calls,
-    /// Whether getsockopt calls are looked at too.
+    /// Whether getsockopt calls are reported too.
     pub reads: bool,
-    /// Whether each call is measured.
+    /// Whether the duration of each call is measured.
     pub timing: bool,
 }
 
@@ -88,10 +87,10 @@ impl Default for Audit {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Calls {
-    /// Nothing beside the conflicts.
+    /// Only conflicts.
     #[default]
     Conflicts,
-    /// Every call on an option that a rule names.
+    /// Every call that concerns an option named by a rule.
     Governed,
     /// Every call.
     All,
@@ -99,18 +98,18 @@ pub enum Calls {
 
 #[derive(Clone, Debug)]
 pub struct Rule {
-    /// Unique in its file; `rule-N` (counted from 1) where the file gives none.
+    /// Unique in its file; `rule-N` (counted from 1) if the file gives no name.
     pub name: String,
     /// Line of `[[rule]]` in the file, counted from 1.
     pub line: usize,
-    /// Where that stands.
+    /// The position of `[[rule]]`.
     pub header: Span,
     pub selector: Selector,
     /// One for each option that the rule names, in the order of the file.
     pub clauses: Vec<Clause>,
 }
 
-/// Which of the target's sockets a rule is about. An empty list, or `None`, asks nothing.
+/// Which of the target's sockets a rule matches. An empty list or `None` matches every socket.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Selector {
     pub protocols: Vec<Protocol>,
@@ -145,11 +144,11 @@ pub enum Direction {
     Inbound,
 }
 
-/// Gives each word of a policy file its spelling, and the number that the programs know it by.
+/// Defines the spelling of each word in policy files and the number that the programs use.
 macro_rules! spelled {
     ($type:ident: $($variant:ident $name:literal $code:expr),+) => {
         impl $type {
-            /// Every word, as policy files spell it.
+            /// Every word, as spelled in policy files.
             pub const WORDS: &[(&str, Self)] = &[$(($name, Self::$variant)),+];
 
             #[must_use]
@@ -166,7 +165,7 @@ macro_rules! spelled {
                 }
             }
 
-            /// The word for a number; `None` also for that of what is not known.
+            /// Returns the word for a number; `None` for numbers without a word, such as those for unknown facts.
             #[must_use]
             pub fn from_code(code: u8) -> Option<Self> {
                 Self::WORDS.iter().map(|(_, word)| *word).find(|word| word.code() == code)
@@ -191,10 +190,10 @@ spelled!(Protocol:
 spelled!(Family: Ipv4 "ipv4" family::IPV4, Ipv6 "ipv6" family::IPV6);
 spelled!(Direction: Outbound "outbound" direction::OUTBOUND, Inbound "inbound" direction::INBOUND);
 
-/// A socket, and what must come of it.
+/// A socket, and the settings that it must get.
 #[derive(Clone, Debug)]
 pub struct Test {
-    /// Unique among the file's tests; `test-N` (counted from 1) where the file gives none.
+    /// Unique among the tests of its file; `test-N` (counted from 1) if the file gives no name.
     pub name: String,
     /// Line of `[[test]]` in the file, counted from 1.
     pub line: usize,
@@ -203,32 +202,32 @@ pub struct Test {
     pub expected: Vec<Expected>,
 }
 
-/// What must come of one option.
+/// The setting that an option must get.
 #[derive(Clone, Debug)]
 pub struct Expected {
     pub option: Named,
     /// Line in the file, counted from 1.
     pub line: usize,
-    /// What is to decide it; `None`: nothing.
+    /// The setting that must decide the option; `None` if none must.
     pub form: Option<Form>,
 }
 
-/// What a rule says about one option.
+/// What a rule requires for one option.
 #[derive(Clone, Debug)]
 pub struct Clause {
     pub option: Named,
     /// Line in the file, counted from 1.
     pub line: usize,
-    /// Where the option's name stands.
+    /// The position of the option's name.
     pub span: Span,
     pub form: Form,
-    /// What becomes of an application's call that disagrees. Always `Deny` for [`Form::Deny`].
+    /// What happens to a conflicting call of an application. Always `Deny` for [`Form::Deny`].
     pub on_conflict: OnConflict,
-    /// What a denied call fails with.
+    /// The errno with which a denied call fails.
     pub errno: Errno,
 }
 
-/// An option as a policy names it.
+/// An option as named in a policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Named {
     Known(&'static SocketOption),
@@ -245,7 +244,7 @@ impl Named {
         }
     }
 
-    /// What all names of one value have in common.
+    /// Returns a key that all names of one value share.
     #[must_use]
     pub fn value_key(self) -> abi::setting::OptionKey {
         match self {
@@ -267,7 +266,7 @@ impl fmt::Display for Named {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Form {
     Set(Wanted),
-    /// Both in the option's unit; the option's own bound where the file gives none.
+    /// Both bounds in the option's unit. A bound that the file leaves out is the bound of the option's range.
     Limit {
         min: i64,
         max: i64,
@@ -278,7 +277,7 @@ pub enum Form {
 /// A value that a policy wants.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Wanted {
-    /// The bits of `mask` have this value; bits outside it are 0 here.
+    /// The bits in `mask` must have this value. Bits outside the mask are 0 here.
     Number { value: u32, mask: u32 },
     /// At most 15 bytes.
     Text(String),
@@ -286,18 +285,18 @@ pub enum Wanted {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnConflict {
-    /// The application wins; it is reported.
+    /// The application's value is set, and the conflict is reported.
     Allow,
-    /// The application's value is replaced, or brought within the limit.
+    /// The application's value is replaced, or moved into the limit.
     #[default]
     Rewrite,
-    /// The call succeeds and does nothing.
+    /// The call succeeds and has no effect.
     Ignore,
     /// The call fails.
     Deny,
 }
 
-/// An errno that denied calls fail with.
+/// The errno with which denied calls fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Errno(pub u16);
 
@@ -309,19 +308,19 @@ impl Target {
     }
 }
 
-/// As a policy file has it: `container = { name = "web-*" }`.
+/// Writes the selector as in a policy file: `container = { name = "web-*" }`.
 impl fmt::Display for ContainerSelector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { name, image, id, runtime } = self;
         let keys =
             [("name", name.as_deref()), ("image", image.as_deref()), ("id", id.as_deref()), ("runtime", *runtime)];
-        let said = keys.iter().filter_map(|(key, value)| Some(format!("{key} = \"{}\"", (*value)?)));
-        write!(f, "container = {{ {} }}", said.collect::<Vec<_>>().join(", "))
+        let fields = keys.iter().filter_map(|(key, value)| Some(format!("{key} = \"{}\"", (*value)?)));
+        write!(f, "container = {{ {} }}", fields.collect::<Vec<_>>().join(", "))
     }
 }
 
 impl Policy {
-    /// The file, as it was named.
+    /// Returns the path of the file, as given by the user.
     #[must_use]
     pub fn path(&self) -> &Path {
         self.source.path()
@@ -330,8 +329,8 @@ impl Policy {
 
 impl Errno {
     pub const EPERM: Self = Self(libc::EPERM as u16);
-    /// The first kernel on which programs choose it: `bpf_set_retval` for cgroup/setsockopt (b44123b4a3dc). Before it is
-    /// [`Self::EPERM`].
+    /// The first kernel on which programs choose the errno: `bpf_set_retval` for cgroup/setsockopt (b44123b4a3dc).
+    /// Earlier kernels always return [`Self::EPERM`].
     pub const SINCE: &'static str = "5.18";
 }
 
@@ -342,7 +341,7 @@ impl Default for Errno {
 }
 
 impl Selector {
-    /// Whether a rule with this selector asks about nothing at all.
+    /// Returns whether the selector matches every socket.
     #[must_use]
     pub fn matches_everything(&self) -> bool {
         let Self { protocols, family, direction, local, remote, not_remote, local_ports, remote_ports } = self;

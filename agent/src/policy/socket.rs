@@ -1,4 +1,4 @@
-//! A socket as somebody describes it: in a `[[test]]`, or on the command line.
+//! A socket that a user describes: in a `[[test]]`, or on the command line.
 
 use std::{
     fmt,
@@ -9,7 +9,7 @@ use std::{
 use super::model::{Direction, Family, Protocol};
 use crate::escape::Escape;
 
-/// A socket, as far as it is known. What is not may yet be anything.
+/// A described socket. Unknown fields can have any value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Socket {
     pub protocol: Option<Protocol>,
@@ -18,18 +18,18 @@ pub struct Socket {
     pub local: Option<IpAddr>,
     pub local_port: Option<u16>,
     pub remote: Option<SocketAddr>,
-    /// The cgroup that it was made in: a path below the mount.
+    /// The cgroup in which the socket was created: a path below the mount.
     pub cgroup: Option<PathBuf>,
 }
 
-/// An end of a connection, as far as it is given.
+/// One end of a connection. Unknown fields are `None`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct End {
     pub address: Option<IpAddr>,
     pub port: Option<u16>,
 }
 
-/// Why there can be no such socket.
+/// The error for addresses of different families.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a socket cannot be {one} and {other} at once")]
 pub struct TwoFamilies {
@@ -38,11 +38,11 @@ pub struct TwoFamilies {
 }
 
 impl Socket {
-    /// A socket with these ends. IPv4-mapped addresses are IPv4 ones.
+    /// Returns a socket with these ends. IPv4-mapped addresses become IPv4.
     ///
     /// # Errors
     ///
-    /// Where they are not of one family.
+    /// Fails if the ends are not of one family.
     pub fn new(
         protocol: Protocol,
         family: Option<Family>,
@@ -70,7 +70,7 @@ impl Socket {
         }
     }
 
-    /// The family that its addresses have, or its own where it has none.
+    /// Returns the family of the addresses, or the given family if there are no addresses.
     #[must_use]
     pub fn family(&self) -> Option<Family> {
         let address = self.remote.map(|remote| remote.ip()).or(self.local);
@@ -78,7 +78,7 @@ impl Socket {
     }
 }
 
-/// The end that a text describes: `10.0.0.1`, `:443`, `10.0.0.1:443`, `[::1]:443`.
+/// Parses one end of a connection: `10.0.0.1`, `:443`, `10.0.0.1:443`, `[::1]:443`.
 #[must_use]
 pub fn parse_end(text: &str) -> Option<End> {
     if let Some(port) = text.strip_prefix(':').and_then(|port| port.parse().ok()) {

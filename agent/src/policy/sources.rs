@@ -1,10 +1,11 @@
-//! Where policies come from: files, and folders of which all `*.toml` are policies.
+//! Where policies come from: files, and folders in which every `*.toml` is a policy.
 //!
-//! Reads them all, or says all that is wrong; tells where to look for changes. Does not watch, which is
-//! [`crate::host::inotify`]'s. A file that other users can change is refused, since they would decide what root does
-//! ([`crate::host::ownership`]).
+//! Reads all of them, or returns everything that is wrong, and lists the folders to watch for changes;
+//! [`crate::host::inotify`] watches. A file that other users can change is refused, since they would decide what root
+//! does ([`crate::host::ownership`]).
 //!
-//! Invariant: what was a file when it was named is no folder later, and the other way round: then it is an error.
+//! Invariant: a path that was a file at start is never read as a folder later, and the other way round: that is an
+//! error.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -24,10 +25,10 @@ use crate::{
     host::ownership::{Owners, Reason, Weakness, weaknesses},
 };
 
-/// How many symbolic links are followed one after the other, as the kernel does (`MAXSYMLINKS`).
+/// How many symbolic links in a row are followed, as in the kernel (`MAXSYMLINKS`).
 const LINKS_MAX: usize = 40;
 
-/// What to do about a policy file that users other than root and those who run this can change.
+/// What to do about a policy file that users other than root and the user of this process can change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IfInsecure {
     Refuse,
@@ -35,7 +36,7 @@ pub enum IfInsecure {
     Accept,
 }
 
-/// Files and folders, as they were named.
+/// Files and folders, as given by the user.
 #[derive(Clone, Debug)]
 pub struct Sources {
     named: Vec<Named>,
@@ -48,25 +49,25 @@ struct Named {
     is_folder: bool,
 }
 
-/// What policy files say, in the order of their names; of those that cannot be read, why.
+/// The texts of policy files, in the order of their names; an error for each file that cannot be read.
 #[derive(Clone, Debug, Default)]
 pub struct Texts {
     texts: Vec<Result<Arc<Source>, Diagnostic>>,
-    /// About the files, not about what they say.
+    /// About the files, not about their contents.
     warnings: Warnings,
 }
 
-/// Whether they say the same, so that nothing new can come of them.
+/// Equal texts give equal policies.
 impl PartialEq for Texts {
     fn eq(&self, other: &Self) -> bool {
-        let said = |texts: &Self| -> Vec<Result<(PathBuf, String), String>> {
-            let said = texts.texts.iter().map(|text| match text {
+        let contents = |texts: &Self| -> Vec<Result<(PathBuf, String), String>> {
+            let contents = texts.texts.iter().map(|text| match text {
                 Ok(source) => Ok((source.path().to_owned(), source.text().to_owned())),
                 Err(problem) => Err(problem.render(Style::Plain)),
             });
-            said.collect()
+            contents.collect()
         };
-        said(self) == said(other)
+        contents(self) == contents(other)
     }
 }
 
@@ -77,7 +78,7 @@ impl Sources {
         Self { named: paths.iter().map(named).collect(), insecure }
     }
 
-    /// The files that they stand for, in the order of their names, and what is wrong with folders.
+    /// Returns the policy files in the order of their names, and the errors of folders.
     fn files(&self) -> (Vec<PathBuf>, Vec<Diagnostic>) {
         let (mut files, mut errors) = (Vec::new(), Vec::new());
         for Named { path, is_folder } in &self.named {
@@ -88,7 +89,7 @@ impl Sources {
             match policies_in(path) {
                 Ok(found) if found.is_empty() => {
                     let problem = Problem::new(format!("no policy in {}: it has no *.toml", path.escaped()))
-                        .help("put one there, or name the file");
+                        .help("add one, or list the file itself");
                     errors.push(Diagnostic::without_source(problem));
                 }
                 Ok(found) => files.extend(found),
@@ -99,7 +100,7 @@ impl Sources {
         (files, errors)
     }
 
-    /// Reads them all.
+    /// Reads all files.
     #[must_use]
     pub fn read(&self) -> Texts {
         let (files, problems) = self.files();
@@ -130,8 +131,7 @@ impl Sources {
         texts
     }
 
-    /// The folders in which a change may change what these paths stand for: theirs, and those of the symbolic links on the
-    /// way.
+    /// Returns the folders to watch for changes: those of the paths, and those of the symbolic links in the paths.
     #[must_use]
     pub fn folders(&self) -> BTreeSet<PathBuf> {
         let mut folders = BTreeSet::new();
@@ -150,23 +150,23 @@ impl Sources {
 }
 
 impl Texts {
-    /// What was read before.
+    /// Returns texts that were read earlier.
     #[must_use]
     pub fn of(files: impl Iterator<Item = (PathBuf, String)>) -> Self {
         let texts = files.map(|(path, text)| Ok(Source::new(&path, text))).collect();
         Self { texts, warnings: Warnings::new() }
     }
 
-    /// The files' paths, and what they say.
+    /// Returns the path and the text of each file.
     pub fn files(&self) -> impl Iterator<Item = (&Path, &str)> {
         self.texts.iter().flatten().map(|source| (source.path(), source.text()))
     }
 
-    /// The policies that they describe.
+    /// Parses the policies.
     ///
     /// # Errors
     ///
-    /// All that is wrong with any of them, those included that could not be read.
+    /// Returns every error of every file, including files that cannot be read.
     pub fn policies(&self) -> Result<(Vec<Policy>, Warnings), PolicyErrors> {
         let (mut policies, mut warnings, mut errors) = (Vec::new(), self.warnings.clone(), Vec::new());
         let mut paths_by_name = BTreeMap::new();
@@ -198,22 +198,22 @@ impl Texts {
     }
 }
 
-/// Looks who can change files. What many have in common, a directory, is said once.
+/// Checks who can change files. A weakness that several files share, such as that of a directory, is reported once.
 struct Inspection {
     insecure: IfInsecure,
     owners: Owners,
-    said: BTreeSet<PathBuf>,
+    reported: BTreeSet<PathBuf>,
 }
 
 enum Found {
     Secure,
-    /// With what to say of it, if that has not been said of another file.
+    /// With the problem, unless it was reported for another file.
     Insecure(Option<Problem>),
 }
 
 impl Inspection {
     fn new(insecure: IfInsecure) -> Self {
-        Self { insecure, owners: Owners::of_this_process(), said: BTreeSet::new() }
+        Self { insecure, owners: Owners::of_this_process(), reported: BTreeSet::new() }
     }
 
     fn inspect(&mut self, path: &Path, file: &fs::File) -> Found {
@@ -224,7 +224,8 @@ impl Inspection {
         if found.is_empty() {
             return Found::Secure;
         }
-        let new: Vec<Weakness> = found.into_iter().filter(|weakness| self.said.insert(weakness.path.clone())).collect();
+        let new: Vec<Weakness> =
+            found.into_iter().filter(|weakness| self.reported.insert(weakness.path.clone())).collect();
         Found::Insecure((!new.is_empty()).then(|| problem(self.insecure, path, &new)))
     }
 }
@@ -240,7 +241,7 @@ fn problem(insecure: IfInsecure, path: &Path, found: &[Weakness]) -> Problem {
     Problem::new(message).help(format!("{}or accept it with --insecure-policies", remedies(found)))
 }
 
-/// What to type, with a comma after it.
+/// Returns the commands that remove the weaknesses, each followed by a comma.
 fn remedies(found: &[Weakness]) -> String {
     let about = |is_meant: fn(&Reason) -> bool| {
         let paths = found.iter().filter(|weakness| is_meant(&weakness.reason));
@@ -253,7 +254,7 @@ fn remedies(found: &[Weakness]) -> String {
     commands.map(|(command, paths)| format!("{command}{paths}, ")).collect()
 }
 
-/// The policy files right in a folder. Hidden ones are not: editors and ConfigMaps have such.
+/// Returns the policy files directly in a folder. Hidden files are ignored: editors and ConfigMaps create such files.
 fn policies_in(folder: &Path) -> io::Result<Vec<PathBuf>> {
     let is_policy = |path: &PathBuf| {
         path.extension().is_some_and(|extension| extension == "toml")
@@ -263,7 +264,7 @@ fn policies_in(folder: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(paths.collect::<io::Result<Vec<_>>>()?.into_iter().filter(is_policy).collect())
 }
 
-/// Notes the folder of a path, and of each symbolic link that is followed on the way to what it stands for.
+/// Adds the folder of a path, and of each symbolic link that is followed to resolve it.
 fn note_folders(path: &Path, folders: &mut BTreeSet<PathBuf>) {
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     folders.insert(parent.to_owned());
@@ -299,7 +300,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn links_on_the_way_are_looked_for_in_their_folders() {
+    fn folders_of_symbolic_links_are_watched() {
         let top = std::env::temp_dir().join(format!("sockpolicy-sources-{}", std::process::id()));
         fs::create_dir_all(top.join("..1")).unwrap();
         fs::write(top.join("..1/a.toml"), "").unwrap();

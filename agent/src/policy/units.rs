@@ -1,9 +1,8 @@
-//! Values as people write them, and as they are shown to people: `"60s"`, `"4MiB"`, `"200mbit"`,
-//! `"AF21"`, `"0x20/0xff"`.
+//! Values as users write them and as they are shown: `"60s"`, `"4MiB"`, `"200mbit"`, `"AF21"`, `"0x20/0xff"`.
 //!
-//! Knows units and names; not options, nor which values an option takes.
+//! This module knows units and names. It does not know options, nor which values an option takes.
 //!
-//! Invariant: what [`show`] says parses back to the same value.
+//! Invariant: the output of [`show`] parses to the same value.
 
 use crate::{
     options::{DSCP_MASK, DSCP_NAMES, UNLIMITED, ValueKind},
@@ -13,13 +12,13 @@ use crate::{
 /// A family of units.
 #[derive(Clone, Copy, Debug)]
 struct Scale {
-    /// Unit, and its size in the smallest one.
+    /// Each unit, and its size in the smallest one.
     units: &'static [(&'static str, i64)],
     /// The size of the option's own unit.
     own: i64,
-    /// The option's own unit, for people.
+    /// The name of the option's own unit, for messages.
     own_name: &'static str,
-    /// The units to choose from, for people.
+    /// The units to choose from, for messages.
     choice: &'static str,
 }
 
@@ -36,7 +35,7 @@ const SIZES: &[(&str, i64)] = &[
     ("GiB", 1 << 30),
 ];
 
-/// In bits a second.
+/// In bits per second.
 const RATES: &[(&str, i64)] = &[
     ("bit", 1),
     ("kbit", 1000),
@@ -63,21 +62,20 @@ fn scale(kind: ValueKind) -> Option<Scale> {
         ValueKind::Rate => Some(Scale {
             units: RATES,
             own: 8,
-            own_name: "bytes a second",
-            choice: "`kbit`, `mbit`, `gbit` (bits a second) or `kB/s`, `MB/s`, `GB/s` (bytes a second)",
+            own_name: "bytes per second",
+            choice: "`kbit`, `mbit`, `gbit` (bits per second) or `kB/s`, `MB/s`, `GB/s` (bytes per second)",
         }),
         _ => None,
     }
 }
 
-/// A number with a unit, in the option's own unit.
+/// Parses a number with a unit. The result is in the option's own unit.
 ///
-/// Numbers too large for an `i64` become the largest or smallest: no option takes either.
+/// Numbers outside the range of `i64` become the largest or smallest `i64`, which no option takes.
 ///
 /// # Errors
 ///
-/// Where the text is no number with a unit that `kind` knows, or not a whole number of the option's
-/// own unit.
+/// Fails if the text is not a number with a unit of `kind`, or not a whole number of the option's own unit.
 pub fn quantity(kind: ValueKind, text: &str) -> Result<i64, Problem> {
     if kind == ValueKind::Rate && text == "unlimited" {
         return Ok(i64::from(UNLIMITED));
@@ -103,13 +101,14 @@ pub fn quantity(kind: ValueKind, text: &str) -> Result<i64, Problem> {
     in_own_unit(kind, &scale, text, i128::from(number) * i128::from(*size))
 }
 
-/// Whether a number of this kind needs a unit: options measure times in three units, and people write rates in bits.
+/// Returns whether a number of this kind needs a unit: options measure times in three units, and rates are written in
+/// bits.
 #[must_use]
 pub fn needs_unit(kind: ValueKind) -> bool {
     scale(kind).is_some() && kind != ValueKind::Bytes
 }
 
-/// What a number without a unit may mean, as advice.
+/// Returns help about what a number without a unit may mean.
 #[must_use]
 pub fn readings(kind: ValueKind, number: i64) -> String {
     let Some(scale) = scale(kind) else { return format!("write {number} without quotes") };
@@ -123,7 +122,7 @@ pub fn readings(kind: ValueKind, number: i64) -> String {
         _ => (unit_of(scale.own), "s"),
     };
     let second = match other {
-        "bit" => "bits a second",
+        "bit" => "bits per second",
         "min" => "minutes",
         _ => "seconds",
     };
@@ -160,7 +159,7 @@ fn saturate(number: i128) -> i64 {
     i64::try_from(number).unwrap_or(if number < 0 { i64::MIN } else { i64::MAX })
 }
 
-/// A value for people: `60s`, `4MiB`, `200mbit`, `AF21`, `0x20`, `5`.
+/// Returns a value as shown to users: `60s`, `4MiB`, `200mbit`, `AF21`, `0x20`, `5`.
 #[must_use]
 pub fn show(kind: ValueKind, value: i64) -> String {
     match kind {
@@ -168,7 +167,7 @@ pub fn show(kind: ValueKind, value: i64) -> String {
         ValueKind::Rate if value == i64::from(UNLIMITED) => "unlimited".to_owned(),
         ValueKind::Dscp => show_dscp(value),
         ValueKind::Mark => format!("{value:#x}"),
-        ValueKind::Timeval if value == i64::MAX => "for ever".to_owned(),
+        ValueKind::Timeval if value == i64::MAX => "forever".to_owned(),
         ValueKind::Seconds | ValueKind::Linger => format!("{value}s"),
         ValueKind::Milliseconds | ValueKind::Microseconds | ValueKind::Timeval => {
             show_scaled(kind, value, &["s", "ms", "us"])
@@ -185,7 +184,7 @@ pub fn show(kind: ValueKind, value: i64) -> String {
     }
 }
 
-/// A value as it would stand in a policy: [`show`], in quotes where TOML wants them.
+/// Returns a value as written in a policy: the output of [`show`], in quotes if TOML needs them.
 #[must_use]
 pub fn show_literal(kind: ValueKind, value: i64) -> String {
     let shown = show(kind, value);
@@ -193,19 +192,19 @@ pub fn show_literal(kind: ValueKind, value: i64) -> String {
     if bare || shown.starts_with("0x") { shown } else { format!("\"{shown}\"") }
 }
 
-/// Which values there are to choose from, as advice.
+/// Returns help with the range of values.
 #[must_use]
 pub fn show_range(kind: ValueKind, (min, max): (i64, i64)) -> String {
     let least = show_literal(kind, min);
     if kind == ValueKind::Rate && max == i64::from(UNLIMITED) {
-        // Rounded down to something that people can write.
+        // Rounded down to a value that policies can write.
         let gigabits = max.saturating_mul(8) / 1_000_000_000;
         return format!("write a rate from {least} to \"{gigabits}gbit\", or \"unlimited\"");
     }
     format!("write a value from {least} to {}", show_literal(kind, max))
 }
 
-/// In the first of the units of which it is a whole number.
+/// Returns the value in the first unit of which it is a whole number.
 fn show_scaled(kind: ValueKind, value: i64, units: &[&str]) -> String {
     let Some(scale) = scale(kind) else { return value.to_string() };
     let smallest = i128::from(value) * i128::from(scale.own);
@@ -225,11 +224,11 @@ fn show_dscp(value: i64) -> String {
     }
 }
 
-/// The code point of this name, at its place in the byte. Upper and lower case are the same.
+/// Returns the code point with this name, at its position in the byte. Case is ignored.
 ///
 /// # Errors
 ///
-/// Where there is none.
+/// Fails if there is none.
 pub fn dscp_by_name(name: &str) -> Result<u32, Problem> {
     if let Some((_, code)) = DSCP_NAMES.iter().find(|(known, _)| known.eq_ignore_ascii_case(name)) {
         return Ok(u32::from(*code));
@@ -245,11 +244,11 @@ pub fn dscp_by_name(name: &str) -> Result<u32, Problem> {
     })
 }
 
-/// A code point given as the whole byte.
+/// Returns a code point given as the whole byte.
 ///
 /// # Errors
 ///
-/// Where it is no byte, or names the two bits that are the kernel's.
+/// Fails if the number does not fit into a byte, or sets one of the two ECN bits.
 pub fn dscp_by_number(number: i64) -> Result<u32, Problem> {
     let byte = u32::try_from(number).ok().filter(|byte| *byte <= 0xff);
     let Some(byte) = byte else {
@@ -259,8 +258,8 @@ pub fn dscp_by_number(number: i64) -> Result<u32, Problem> {
     if byte & !DSCP_MASK == 0 {
         return Ok(byte);
     }
-    let problem = Problem::new(format!("{number} has one of the two lowest bits, which are the kernel's (ECN)"));
-    // Most likely the six bits alone, as other tools have them.
+    let problem = Problem::new(format!("{number} sets one of the two lowest bits, which are ECN"));
+    // Probably the six bits alone, as other tools write them.
     let meant = i64::from(byte) << 2;
     Err(if meant <= 0xff {
         problem.help(format!("for the code point {number}, write {}", show_literal(ValueKind::Dscp, meant)))
@@ -269,31 +268,34 @@ pub fn dscp_by_number(number: i64) -> Result<u32, Problem> {
     })
 }
 
-/// `value` or `value/mask`, decimal or hexadecimal.
+/// Parses `value` or `value/mask`, decimal or hexadecimal.
 ///
 /// # Errors
 ///
-/// Where one of them is not a number of 32 bits, or the value has bits that the mask has not.
+/// Fails if one of them is not a 32-bit number, or if the value has bits outside the mask.
 pub fn mark(text: &str) -> Result<(u32, u32), Problem> {
     let number = |text: &str| integer(text).and_then(|number| u32::try_from(number).ok());
     let (value, mask) = text.split_once('/').unwrap_or((text, "0xffffffff"));
     let (Some(value), Some(mask)) = (number(value), number(mask)) else {
-        return Err(Problem::new(format!("{} is not a mark of 32 bits", quote(text)))
+        return Err(Problem::new(format!("{} is not a 32-bit mark", quote(text)))
             .help("write a number such as 0x20, or \"value/mask\" such as \"0x20/0xff\""));
     };
     if mask == 0 {
-        return Err(Problem::new(format!("the mask of {} has no bits: nothing would be set", quote(text)))
-            .help(format!("write the bits that are the policy's, such as \"{value:#x}/0xff\"")));
+        return Err(Problem::new(format!("the mask of {} is 0, so nothing would be set", quote(text)))
+            .help(format!("write the bits that the policy sets, such as \"{value:#x}/0xff\"")));
     }
     if value & !mask != 0 {
         let outside = value & !mask;
-        return Err(Problem::new(format!("{} has bits that its mask has not: {outside:#x}", quote(text)))
-            .help(format!("write \"{value:#x}/{:#x}\" or \"{:#x}/{mask:#x}\"", mask | value, value & mask)));
+        return Err(Problem::new(format!("{} has bits outside its mask: {outside:#x}", quote(text))).help(format!(
+            "write \"{value:#x}/{:#x}\" or \"{:#x}/{mask:#x}\"",
+            mask | value,
+            value & mask
+        )));
     }
     Ok((value, mask))
 }
 
-/// A whole number as TOML writes it, but for signs and underscores.
+/// Parses a whole number as in TOML, without signs and underscores.
 fn integer(text: &str) -> Option<i64> {
     let (digits, radix) = match text.strip_prefix("0x") {
         Some(digits) => (digits, 16),
@@ -336,14 +338,14 @@ mod tests {
         }
     }
 
-    /// What is said instead of a value.
+    /// Returns the message and the help of an error.
     fn refusal<T>(result: Result<T, Problem>) -> (String, String) {
-        let problem = result.err().unwrap_or_else(|| Problem::new("taken"));
+        let problem = result.err().unwrap_or_else(|| Problem::new("accepted"));
         (problem.message, problem.help.unwrap_or_default())
     }
 
     #[test]
-    fn what_is_no_whole_number_of_the_unit_is_refused_with_its_neighbours() {
+    fn fractions_of_the_unit_are_refused_with_the_nearest_values() {
         let (message, help) = refusal(quantity(ValueKind::Seconds, "1500ms"));
         assert_eq!(message, "`1500ms` is not a whole number of seconds");
         assert_eq!(help, "write \"1s\" or \"2s\"");
@@ -351,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn texts_that_are_no_quantity_are_refused() {
+    fn texts_that_are_not_quantities_are_refused() {
         for text in ["", "s", "-s", "60", "1.5s", "60S", "60sec", "s60", "60s ", " 60s", "6_0s", "+6s", "٣s"] {
             assert!(quantity(ValueKind::Seconds, text).is_err(), "{text}");
         }
@@ -369,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn code_points_have_names_or_numbers_without_the_bits_of_the_kernel() {
+    fn code_points_are_names_or_numbers_without_the_ecn_bits() {
         assert_eq!(dscp_by_name("ef"), Ok(0xb8));
         assert_eq!(dscp_by_number(0xb8), Ok(0xb8));
         assert_eq!(refusal(dscp_by_number(46)).1, "for the code point 46, write \"EF\"");
@@ -381,27 +383,27 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_shown_parses_to_the_same_value(kind in prop::sample::select(&WITH_UNITS[..]), value in 1..=i64::from(u32::MAX)) {
+        fn shown_values_parse_to_the_same_value(kind in prop::sample::select(&WITH_UNITS[..]), value in 1..=i64::from(u32::MAX)) {
             let shown = show(kind, value);
             let parsed = shown.parse().or_else(|_| quantity(kind, &shown));
             prop_assert_eq!(parsed, Ok(value), "{}", shown);
         }
 
         #[test]
-        fn code_points_that_are_shown_parse_to_the_same_value(code in 0_u32..64) {
+        fn shown_code_points_parse_to_the_same_value(code in 0_u32..64) {
             let shown = show(ValueKind::Dscp, i64::from(code << 2));
             let parsed = integer(&shown).map_or_else(|| dscp_by_name(&shown), dscp_by_number);
             prop_assert_eq!(parsed, Ok(code << 2));
         }
 
         #[test]
-        fn marks_that_are_shown_parse_to_the_same_value(value: u32, mask in 1_u32..) {
+        fn shown_marks_parse_to_the_same_value(value: u32, mask in 1_u32..) {
             let shown = format!("{}/{mask:#x}", show(ValueKind::Mark, i64::from(value & mask)));
             prop_assert_eq!(mark(&shown), Ok((value & mask, mask)));
         }
 
         #[test]
-        fn no_text_is_too_strange(kind in prop::sample::select(&WITH_UNITS[..]), text: String) {
+        fn any_text_is_parsed_without_panic(kind in prop::sample::select(&WITH_UNITS[..]), text: String) {
             let _ = quantity(kind, &text);
             let _ = mark(&text);
             let _ = dscp_by_name(&text);

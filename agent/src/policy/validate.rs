@@ -1,10 +1,9 @@
 //! The meaning of a policy file: `PolicyFile` → [`Policy`].
 //!
-//! The only place that checks: names, values, ranges, what goes together. Does no I/O and asks
-//! nothing of this machine; that a congestion control is not loaded, say, is found out elsewhere.
+//! The only place that checks names, values, ranges and combinations. It does no I/O and does not depend on this
+//! machine: whether a congestion control is loaded, for example, is checked elsewhere.
 //!
-//! Invariant: a [`Policy`] comes out only where there is no error, and every error of the file is
-//! found in one go.
+//! Invariant: a [`Policy`] is returned only if there is no error. All errors of the file are found at once.
 
 pub(super) mod clauses;
 mod selector;
@@ -23,13 +22,13 @@ use super::{
     words,
 };
 
-/// Where the keys of the file itself stand, or would.
+/// The position of the keys of the file itself, if they are missing.
 pub(crate) const TOP: Span = 0..0;
 
-/// Longest name of a policy: it becomes a file name.
+/// Longest name of a policy. It becomes a file name.
 const POLICY_NAME_MAX: usize = 64;
 
-/// A valid policy, what is odd about it, and where its name stands or would.
+/// A valid policy, its warnings, and the position of its name.
 #[derive(Debug)]
 pub(crate) struct Checked {
     pub(crate) policy: Policy,
@@ -52,7 +51,7 @@ pub(crate) fn check(source: &Arc<Source>) -> Result<Checked, Vec<Diagnostic>> {
     }
 }
 
-/// A policy that holds what is valid in the file: all of it where nothing was noted.
+/// Returns a policy with the valid parts of the file: all of it if there were no findings.
 fn validate(file: &PolicyFile<'_>, source: &Arc<Source>, findings: &mut Findings) -> Policy {
     let shape_is_right = findings.errors() == 0;
     let PolicyFile { name, description, mode, target, audit, rules: rule_files, tests } = file;
@@ -68,7 +67,7 @@ fn validate(file: &PolicyFile<'_>, source: &Arc<Source>, findings: &mut Findings
         tests: tests::tests(tests, findings),
     };
     if shape_is_right && rule_files.is_empty() {
-        refuse_idleness(audit, policy.audit.calls, findings);
+        refuse_inactive(audit, policy.audit.calls, findings);
     }
     policy
 }
@@ -79,7 +78,9 @@ fn policy_name(given: Option<&Text<'_>>, path: &Path, findings: &mut Findings) -
         if !is_policy_name(name) {
             findings.error(
                 Problem::new(format!("{} cannot be the name of a policy", quote(name)))
-                    .help(format!("use up to {POLICY_NAME_MAX} letters, digits, `-`, `_` and `.`, the first not a `.`"))
+                    .help(format!(
+                        "use up to {POLICY_NAME_MAX} letters, digits, `-`, `_` and `.`; do not start with `.`"
+                    ))
                     .at(given.span()),
             );
         }
@@ -112,12 +113,12 @@ fn audit_of(file: &AuditFile<'_>, findings: &mut Findings) -> Audit {
     }
 }
 
-/// A policy without rules is for something only if it listens to everything.
-fn refuse_idleness(audit: &AuditFile<'_>, calls: Calls, findings: &mut Findings) {
+/// Refuses a policy without rules unless it reports all calls.
+fn refuse_inactive(audit: &AuditFile<'_>, calls: Calls, findings: &mut Findings) {
     if calls == Calls::All {
         return;
     }
-    // Without a wrong word to point at: where the rules would be.
+    // Points to a wrong word, or else to where the rules would be.
     let span = audit.calls.as_ref().map_or_else(|| findings.end(), Text::span);
     findings.error(
         Problem::new("this policy has no rules, so it does nothing")
@@ -129,7 +130,7 @@ fn refuse_idleness(audit: &AuditFile<'_>, calls: Calls, findings: &mut Findings)
 fn rules(files: &[RuleFile<'_>], findings: &mut Findings) -> Vec<Rule> {
     if let Some(first_too_many) = files.get(RULES_MAX) {
         findings.error(
-            Problem::new(format!("this policy has {} rules; it can have {RULES_MAX} at the most", files.len()))
+            Problem::new(format!("this policy has {} rules; it can have at most {RULES_MAX}", files.len()))
                 .help("join rules that differ only in an address or a port: `match` takes lists")
                 .at(first_too_many.header.clone()),
         );
@@ -142,7 +143,7 @@ fn rules(files: &[RuleFile<'_>], findings: &mut Findings) -> Vec<Rule> {
         if let Some(first) = lines_by_name.insert(name.clone(), line) {
             findings.error(
                 Problem::new(format!("two rules have the name {}: the first one is on line {first}", quote(&name)))
-                    .help("give this one a name of its own: reports tell rules apart by name")
+                    .help("give this rule another name: reports identify rules by name")
                     .at(file.name.as_ref().map_or_else(|| file.header.clone(), Text::span)),
             );
         }

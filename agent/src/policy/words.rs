@@ -23,7 +23,7 @@ pub(crate) const ON_CONFLICT: &[(&str, OnConflict)] = &[
     ("allow", OnConflict::Allow),
 ];
 
-/// Who runs a container.
+/// The runtime of a container.
 pub(crate) const RUNTIMES: &[(&str, &str)] = &[
     (container::PODMAN, container::PODMAN),
     (container::DOCKER, container::DOCKER),
@@ -33,24 +33,24 @@ pub(crate) const RUNTIMES: &[(&str, &str)] = &[
     (container::CRUN, container::CRUN),
 ];
 
-/// The words of a choice, as they are written.
+/// Returns the words of a choice, as they are written.
 pub(crate) fn of<T>(choice: &[(&str, T)]) -> String {
     list_of(&choice.iter().map(|(name, _)| (*name).to_owned()).collect::<Vec<_>>(), "or")
 }
 
-/// The keys of a socket in a `[[test]]`.
+/// Returns the keys of a socket in a `[[test]]`.
 pub(crate) fn socket_keys() -> String {
     keys::SOCKET.keys().iter().map(|key| format!("`{key}`")).collect::<Vec<_>>().join(", ")
 }
 
-/// Other names that errno.h has for the same numbers.
+/// Other names in errno.h for the same numbers.
 const SYNONYMS: &[(&str, Known)] =
     &[("EWOULDBLOCK", Known::EAGAIN), ("ENOTSUP", Known::EOPNOTSUPP), ("EDEADLOCK", Known::EDEADLK)];
 
-/// The largest errno that has a name: EHWPOISON.
+/// The largest errno with a name: EHWPOISON.
 const ERRNO_MAX: i32 = 133;
 
-/// What the word stands for.
+/// Returns the meaning of a word.
 pub(crate) fn pick<T: Copy>(key: &str, word: &Text<'_>, choice: &[(&str, T)]) -> Result<T, Problem> {
     let text = word.get_ref().as_ref();
     if let Some((_, meaning)) = choice.iter().find(|(name, _)| *name == text) {
@@ -67,7 +67,7 @@ pub(crate) fn pick<T: Copy>(key: &str, word: &Text<'_>, choice: &[(&str, T)]) ->
     })
 }
 
-/// An errno by its name.
+/// Parses the name of an errno.
 pub(crate) fn errno(value: &Value<'_>) -> Result<Errno, Problem> {
     let problem = |message: String| Problem::new(message).at(value.span());
     let number = |known: Known| u16::try_from(known as i32).ok().map(Errno);
@@ -103,7 +103,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn errnos_go_by_their_names() {
+    fn errnos_are_found_by_name() {
         for (name, number) in [("EPERM", 1), ("EACCES", 13), ("EWOULDBLOCK", 11), ("EHWPOISON", 133)] {
             let value = Spanned::new(0..1, DeValue::String(name.into()));
             assert_eq!(errno(&value), Ok(Errno(number)), "{name}");

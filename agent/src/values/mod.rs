@@ -1,10 +1,10 @@
-//! How values of options are shown: as JSON, and as people write them in a policy.
+//! Shows the values of options: as JSON, and as text in the syntax of policies.
 //!
-//! Decodes what crossed from the kernel: an option's value, whole up to its 16th byte. Does not know
-//! whether it was passed or shown, nor by which kind of socket.
+//! Decodes values from the kernel, of which events contain at most 16 bytes. This module does not know whether a value
+//! was passed or returned, nor the kind of socket.
 //!
-//! Invariant: a value that is shorter than its type is never made up from what is there. Like all
-//! that has no other form here it is hex.
+//! Invariant: a value shorter than its type is not completed by guessing. It is shown as hexadecimal digits, like all
+//! values without another form.
 
 mod shape;
 
@@ -20,29 +20,29 @@ use crate::{
     },
 };
 
-/// A value as it crossed from the kernel, for programs; null where it is not known.
+/// Returns a value from the kernel as JSON; null if it is unknown.
 ///
-/// Numbers are numbers, also where they have names. Names and addresses are strings; so are times
-/// of two parts, in the form of policies (`"1500ms"`): a number would have to be told its unit.
-/// Structures are objects with the fields that are known. All else is hex, its first 16 bytes.
+/// Numbers are numbers, even if they have names. Names and addresses are strings. Times of two parts are strings in the
+/// syntax of policies (`"1500ms"`), since a number would need a unit. Structures are objects with the known fields.
+/// Everything else is the hexadecimal digits of the first 16 bytes.
 #[must_use]
 pub fn json(key: OptionKey, value: &Value) -> Json {
     decode(key, value).json
 }
 
-/// A value as it crossed from the kernel, for people.
+/// Returns a value from the kernel as text.
 #[must_use]
 pub fn text(key: OptionKey, value: &Value) -> String {
     decode(key, value).text
 }
 
-/// The bytes of a value as they lay in memory, its first 16, in hex.
+/// Returns the first 16 bytes of a value, in memory order, as hexadecimal digits.
 #[must_use]
 pub fn bytes_text(value: &Value) -> String {
     hex_digits(Captured::of(value, &value.bytes()).bytes)
 }
 
-/// What a policy wants of an option, for people.
+/// Returns the text of what a policy wants for an option.
 #[must_use]
 pub fn form_text(key: OptionKey, form: &Form) -> String {
     let kind = kind_of(key);
@@ -57,8 +57,8 @@ pub fn form_text(key: OptionKey, form: &Form) -> String {
     }
 }
 
-/// Returns the fields of a JSON line that say what a policy wants of an option: `form`, and `wanted` as [`json`] shows that value
-/// of a socket, or `limit`. A mark of which the policy sets some bits has `mask` too.
+/// Returns the JSON fields for what a policy wants of an option: `form`, and either `wanted`, in the form that [`json`] uses,
+/// or `limit`. A mark of which the policy sets only some bits also has `mask`.
 #[must_use]
 pub fn form_fields(key: OptionKey, form: &Form) -> Json {
     let kind = kind_of(key);
@@ -73,7 +73,7 @@ pub fn form_fields(key: OptionKey, form: &Form) -> Json {
     }
 }
 
-/// Returns the unit of an option's numbers in JSON. `None`: they have none.
+/// Returns the unit of an option's numbers in JSON; `None` if they have no unit.
 #[must_use]
 pub fn unit(key: OptionKey) -> Option<&'static str> {
     match kind_of(key) {
@@ -86,8 +86,7 @@ pub fn unit(key: OptionKey) -> Option<&'static str> {
     }
 }
 
-/// Whether a value switches an option on, as everything but 0 does; `None` where it is no whole
-/// number.
+/// Returns whether a value enables an option (is not 0); `None` if it is not a number.
 #[must_use]
 pub fn is_on(option: &SocketOption, value: &Value) -> Option<bool> {
     let bytes = value.bytes();
@@ -101,14 +100,14 @@ struct Shown {
 }
 
 impl Shown {
-    /// What reads the same for programs and people.
+    /// Returns a value whose text is that of its JSON.
     fn plain(json: Json) -> Self {
         let text = json.as_str().map_or_else(|| json.to_string(), str::to_owned);
         Self { json, text }
     }
 }
 
-/// The bytes of a value that crossed: all of them, or the first [`TEXT_LEN`].
+/// The available bytes of a value: all of them, or the first [`TEXT_LEN`].
 struct Captured<'a> {
     bytes: &'a [u8],
     /// The length of the whole value.
@@ -147,7 +146,7 @@ fn decode(key: OptionKey, value: &Value) -> Shown {
     shown.unwrap_or_else(|| hex(&captured))
 }
 
-/// The number that a value is, in the option's own unit.
+/// Returns the value as a number, in the option's own unit.
 fn read_number(option: &SocketOption, bytes: &[u8]) -> Option<i64> {
     let takes_byte = matches!(option.argument, argument::BYTE | argument::BYTE_REQUIRED);
     match *bytes {
@@ -163,7 +162,7 @@ fn read_number(option: &SocketOption, bytes: &[u8]) -> Option<i64> {
     }
 }
 
-/// The 32 bits of a value as the kernel reads them.
+/// Returns the 32 bits of a value as the kernel reads them.
 fn number(kind: ValueKind, word: u32) -> i64 {
     if kind.abi_kind() == kind::UNSIGNED { i64::from(word) } else { i64::from(word as i32) }
 }
@@ -176,8 +175,7 @@ fn named(kind: ValueKind, number: i64) -> Shown {
     Shown { json: json!(number), text: name.map_or_else(|| show(kind, number), str::to_owned) }
 }
 
-/// Characters up to a NUL or the end. They are an application's: people are not sent its control
-/// characters.
+/// Returns the characters up to a NUL or the end. They come from an application, so the text is escaped.
 fn chars(captured: &Captured<'_>) -> Shown {
     let end = captured.bytes.iter().position(|byte| *byte == 0);
     let bytes = &captured.bytes[..end.unwrap_or(captured.bytes.len())];
@@ -239,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn names_of_numbers_are_for_people() {
+    fn names_of_numbers_are_only_in_the_text() {
         for (name, value, shown) in [
             ("SO_TYPE", 1, "SOCK_STREAM"),
             ("SO_TYPE", 99, "99"),
@@ -258,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn names_end_at_their_nul_and_cannot_speak_to_the_terminal() {
+    fn names_end_at_their_nul_and_are_escaped() {
         let bbr = Value::text(words_of_text(b"bbr"));
         assert_eq!(text(key("TCP_CONGESTION"), &bbr), "bbr");
         assert_eq!(text(key("TCP_ULP"), &of(b"tls", 3)), "tls");
@@ -271,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_known_is_hex_and_its_end_is_marked_for_people() {
+    fn unknown_values_are_hexadecimal_and_truncation_is_marked_in_the_text() {
         assert_eq!(json(OptionKey { level: 6, name: 99 }, &Value::int(1)), "0x01000000");
         let info = of(&[1, 7], 232);
         assert_eq!(json(key("TCP_INFO"), &info), "0x01070000000000000000000000000000");
@@ -288,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn short_and_unknown_values_are_not_made_up() {
+    fn short_and_unknown_values_are_not_guessed() {
         assert_eq!(json(key("IP_TOS"), &of(&[0xb8], 1)), 0xb8);
         assert_eq!(text(key("IP_TOS"), &of(&[0xb8, 0], 2)), "0xb800");
         assert_eq!(json(key("TCP_NODELAY"), &Value::UNKNOWN), Json::Null);
@@ -304,7 +302,7 @@ mod tests {
         }
     }
 
-    /// Of the least that a value of this kind has; `None` where any length will do.
+    /// Returns the smallest size of a value of this kind; `None` if any length is valid.
     fn size(kind: ValueKind) -> Option<usize> {
         match kind {
             ValueKind::CongestionControl | ValueKind::Device => None,
@@ -321,7 +319,7 @@ mod tests {
         }
     }
 
-    /// A value of `len` bytes, of which these are the first.
+    /// Returns a value of `len` bytes that begins with these.
     fn of(bytes: &[u8], len: usize) -> Value {
         let mut captured = [0; TEXT_LEN];
         let known = bytes.len().min(TEXT_LEN);

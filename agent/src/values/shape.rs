@@ -1,4 +1,4 @@
-//! Values that are structures: those that policies do not look into, [`Shape`] → both forms, and times.
+//! Values that are structures or times: opaque values by their [`Shape`], and `struct linger` and `struct timeval`.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddrV4};
 
@@ -11,7 +11,7 @@ use crate::{
     policy::units::show,
 };
 
-/// `None` where the value is shorter than its type, or not of it.
+/// Returns `None` if the value is shorter than its type, or has another type.
 pub(super) fn decode(shape: Shape, captured: &Captured<'_>) -> Option<Shown> {
     let &Captured { bytes, len } = captured;
     match shape {
@@ -33,16 +33,16 @@ pub(super) fn decode(shape: Shape, captured: &Captured<'_>) -> Option<Shown> {
             ("address", json!(ipv4(bytes, 4)?)),
             ("source", json!(ipv4(bytes, 8)?)),
         ])),
-        // The index of the interface, behind the address, is beyond what crossed.
+        // The index of the interface follows the address, beyond the available bytes.
         Shape::Ipv6Membership if len >= IPV6_MREQ_LEN => Some(object([("group", json!(ipv6(bytes)?))])),
         Shape::Ipv6PacketInfo if len >= IPV6_MREQ_LEN => Some(object([("address", json!(ipv6(bytes)?))])),
         Shape::Bytes | Shape::Ipv6Membership | Shape::Ipv6PacketInfo => None,
     }
 }
 
-/// Of `struct ip_mreq`.
+/// The size of `struct ip_mreq`.
 const MREQ_LEN: usize = 4 + 4;
-/// Of `struct ipv6_mreq` and `struct in6_pktinfo`.
+/// The size of `struct ipv6_mreq` and `struct in6_pktinfo`.
 const IPV6_MREQ_LEN: usize = 16 + 4;
 
 fn errno(bytes: &[u8]) -> Option<Shown> {
@@ -63,7 +63,7 @@ pub(super) fn timeval(bytes: &[u8]) -> Option<Shown> {
     } else {
         (i64::from_ne_bytes(at(bytes, 0)?), i64::from_ne_bytes(at(bytes, 8)?))
     };
-    // EDOM (sock_set_timeout in net/core/sock.c)
+    // Such values fail with EDOM (sock_set_timeout, net/core/sock.c).
     if !(0..1_000_000).contains(&microseconds) {
         return None;
     }
@@ -72,7 +72,7 @@ pub(super) fn timeval(bytes: &[u8]) -> Option<Shown> {
 }
 
 fn socket_address(bytes: &[u8]) -> Option<Shown> {
-    /// Of `struct sockaddr_in`.
+    /// The size of `struct sockaddr_in`.
     const LEN: usize = 16;
     let family = i32::from(u16::from_ne_bytes(at(bytes, 0)?));
     if family != libc::AF_INET || bytes.len() < LEN {
@@ -90,7 +90,7 @@ fn membership(bytes: &[u8]) -> Option<Shown> {
     })
 }
 
-/// Fields of a structure: an object, or `name value` for each.
+/// Returns the fields of a structure: an object, and as text `name value` for each.
 fn object<const N: usize>(fields: [(&str, Json); N]) -> Shown {
     let words = fields.iter().map(|(name, value)| format!("{name} {}", Shown::plain(value.clone()).text));
     let text = words.collect::<Vec<_>>().join(", ");
@@ -122,7 +122,7 @@ fn ipv6(bytes: &[u8]) -> Option<Ipv6Addr> {
 mod tests {
     use super::*;
 
-    /// The first bytes of a value of `len`, in both forms.
+    /// Returns both forms of the first bytes of a value of `len`.
     fn shown(shape: Shape, bytes: &[u8], len: usize) -> Option<(Json, String)> {
         let captured = Captured { bytes: &bytes[..bytes.len().min(abi::setting::TEXT_LEN)], len };
         decode(shape, &captured).map(|Shown { json, text }| (json, text))
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn times_are_those_of_64_bit_programs_and_of_32_bit_ones() {
+    fn times_of_64_bit_and_32_bit_programs_are_decoded() {
         let shown = |bytes: &[u8]| timeval(bytes).map(|shown| (shown.json, shown.text));
         assert_eq!(shown(&longs(&[1, 500_000])), both(json!("1500ms"), "1500ms"));
         assert_eq!(shown(&ints(&[60, 0])), both(json!("60s"), "60s"));
@@ -170,14 +170,14 @@ mod tests {
     }
 
     #[test]
-    fn credentials_are_signed_and_unsigned_as_their_types_are() {
+    fn credentials_have_the_signedness_of_their_types() {
         let bytes = ints(&[812, -1, 0]);
         let json = json!({ "pid": 812, "uid": u32::MAX, "gid": 0 });
         assert_eq!(whole(Shape::Credentials, &bytes), both(json, "pid 812, uid 4294967295, gid 0"));
     }
 
     #[test]
-    fn addresses_of_ipv4_are_whole_and_others_are_not_guessed() {
+    fn ipv4_addresses_are_decoded_and_truncated_ones_are_not_guessed() {
         let mut address = libc::AF_INET.to_ne_bytes()[..2].to_vec();
         address.extend([0x01, 0xbb, 192, 0, 2, 7, 0, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(whole(Shape::SocketAddress, &address), both(json!("192.0.2.7:443"), "192.0.2.7:443"));
@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn memberships_have_the_interface_that_was_given() {
+    fn memberships_show_the_given_interface() {
         let bytes = [&[224, 0, 0, 251, 10, 0, 0, 1][..], &ints(&[2])].concat();
         let short = (json!({ "group": "224.0.0.251", "address": "10.0.0.1" }), "group 224.0.0.251, address 10.0.0.1");
         assert_eq!(whole(Shape::Membership, &bytes[..8]), both(short.0.clone(), short.1));
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn sources_stand_behind_the_interface() {
+    fn source_follows_the_interface() {
         let bytes = [232, 1, 1, 1, 10, 0, 0, 1, 192, 0, 2, 7];
         let json = json!({ "group": "232.1.1.1", "address": "10.0.0.1", "source": "192.0.2.7" });
         let text = "group 232.1.1.1, address 10.0.0.1, source 192.0.2.7";
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn of_ipv6_the_address_is_known_and_the_interface_is_not() {
+    fn ipv6_structures_show_the_address_without_the_interface() {
         let mut bytes = "ff02::fb".parse::<Ipv6Addr>().unwrap().octets().to_vec();
         bytes.extend(ints(&[2]));
         assert_eq!(whole(Shape::Ipv6Membership, &bytes), both(json!({ "group": "ff02::fb" }), "group ff02::fb"));

@@ -163,7 +163,7 @@ fn more_rules_than_a_policy_can_hold_are_refused() {
     let policy = PolicyFile::new(rules(65));
     let path = policy.path().to_str().unwrap();
     let error = format!(
-        "error: this policy has 65 rules; it can have 64 at the most\n   --> {path}:193:1\n    |\n193 | [[rule]]\n    \
+        "error: this policy has 65 rules; it can have at most 64\n   --> {path}:193:1\n    |\n193 | [[rule]]\n    \
          | ^^^^^^^^\n    |\n    = help: join rules that differ only in an address or a port: `match` takes lists\n\n"
     );
     both_fail(path, &error);
@@ -187,16 +187,16 @@ fn file_that_is_no_policy_is_refused() {
     let folder = folder.to_str().unwrap();
     both_fail(
         folder,
-        &format!("error: no policy in {folder}: it has no *.toml\n |\n = help: put one there, or name the file\n\n"),
+        &format!("error: no policy in {folder}: it has no *.toml\n |\n = help: add one, or list the file itself\n\n"),
     );
     let missing = format!("{folder}/missing.toml");
     both_fail(
         &missing,
         &format!(
-            "error: cannot read {missing}: no such file or directory\n |\n = help: see what is there: ls {folder}\n\n"
+            "error: cannot read {missing}: no such file or directory\n |\n = help: list the files: ls {folder}\n\n"
         ),
     );
-    both_fail("/dev/null", "error: /dev/null is a device\n |\n = help: write the policy to a file and name that\n\n");
+    both_fail("/dev/null", "error: /dev/null is a device\n |\n = help: write the policy to a regular file\n\n");
     let not_text = PolicyFile::new([0xff, 0xfe, b'\n']);
     let output = process::output(exec(&[], &not_text, &["echo", MARK]));
     assert!(stderr(&output).contains("UTF-8"), "{}", stderr(&output));

@@ -126,7 +126,7 @@ fn routes_that_lock_their_congestion_control_are_found() {
     let said = stderr(&output);
     assert!(output.status.success(), "{said}");
     let expected =
-        "connections over a route that locks its congestion control do not get `cubic`: 10.99.0.0/16, and 1 more\n";
+        "connections over routes that lock another congestion control do not get `cubic`: 10.99.0.0/16, and 1 more\n";
     assert!(said.contains(expected), "{said}");
 }
 

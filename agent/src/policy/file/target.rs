@@ -1,4 +1,4 @@
-//! `[target]`: which cgroups and which containers are named, as a person typed it.
+//! `[target]`: the cgroups and containers that it names, as written.
 
 use toml::Spanned;
 
@@ -15,7 +15,7 @@ pub(crate) struct TargetFile<'a> {
     pub(crate) containers: Vec<ContainerFile<'a>>,
 }
 
-/// What is said of a container: something.
+/// The fields of a container selector. At least one is set.
 #[derive(Debug, Default)]
 pub(crate) struct ContainerFile<'a> {
     pub(crate) name: Option<Text<'a>>,
@@ -25,7 +25,8 @@ pub(crate) struct ContainerFile<'a> {
 }
 
 pub(super) fn target<'a>(key: &Text<'a>, value: Value<'a>, findings: &mut Findings) -> TargetFile<'a> {
-    const HELP: &str = "name a cgroup or a container, or leave [target] out: the policy then waits for `--cgroup`";
+    const HELP: &str =
+        "name a cgroup or a container, or leave [target] out: the policy is then a template for `--cgroup`";
     let before = findings.errors();
     let mut target = TargetFile::default();
     let Some((header, table)) = findings.ok(table(key, value, "write [target] on a line of its own")) else {
@@ -75,12 +76,12 @@ fn container<'a>(key: &Text<'a>, value: Value<'a>, findings: &mut Findings) -> O
     }
     if is_empty {
         let help = format!("{HELP}, with \"*\" for every container");
-        findings.error(Problem::new("this says nothing of the container").help(help).at(span));
+        findings.error(Problem::new("the container selector is empty").help(help).at(span));
     }
     (findings.errors() == before).then_some(container)
 }
 
-/// A key whose table may stand several times where its neighbours take lists.
+/// Reads a string. Several globs need several tables, although similar keys take lists.
 fn one_glob<'a>(key: &Text<'a>, value: Value<'a>) -> Result<Text<'a>, Problem> {
     if value.get_ref().is_array() {
         let key_name = key.get_ref();

@@ -1,6 +1,6 @@
-//! Warnings about settings that undo each other, and settings that come too late.
+//! Warnings about settings that are set too late to have an effect.
 //!
-//! What undoes what stands in the option table; when an option is set, too.
+//! The option table says when each option is set, and which options affect each other.
 
 use abi::apply_point;
 
@@ -34,7 +34,7 @@ pub(super) fn caveats(policy: &Policy) -> Vec<Diagnostic> {
     unsupported.collect()
 }
 
-/// Each option that a rule sets.
+/// Returns each option that a rule sets.
 fn settings(policy: &Policy) -> impl Iterator<Item = (&Rule, &Clause, &'static SocketOption)> {
     clauses(policy).filter_map(|(rule, clause)| match (clause.option, &clause.form) {
         (Named::Known(option), Form::Set(_)) => Some((rule, clause, option)),
@@ -42,16 +42,16 @@ fn settings(policy: &Policy) -> impl Iterator<Item = (&Rule, &Clause, &'static S
     })
 }
 
-/// An option that is never set by a rule: no socket of the rule comes by where it takes effect, or too little is known of it
-/// there.
+/// Returns a problem if the rule never sets the option in time: no socket of the rule passes an apply point of the
+/// option, or too little is known about the socket there.
 fn too_late(rule: &Rule, option: &SocketOption) -> Option<Problem> {
     let sites = option.settable()?.sites;
     let selector = &rule.selector;
     let sites: Vec<u32> = (0..apply_point::COUNT as u32)
         .filter(|site| sites.contains(*site) && may_pass(&selector.protocols, *site))
         .collect();
-    let passed: Vec<u32> = sites.iter().copied().filter(|site| goes_by(selector.direction, *site)).collect();
-    let asks_peer = asks_peer(selector);
+    let passed: Vec<u32> = sites.iter().copied().filter(|site| can_pass(selector.direction, *site)).collect();
+    let needs_peer = needs_peer(selector);
     if let (Some(direction), true) = (selector.direction, passed.is_empty() && !sites.is_empty()) {
         return Some(
             Problem::new(format!(
@@ -61,34 +61,34 @@ fn too_late(rule: &Rule, option: &SocketOption) -> Option<Problem> {
             .help(format!("change `direction`, or leave {} out", option.name)),
         );
     }
-    if !passed.is_empty() && !passed.iter().any(|site| is_sure(selector, *site)) {
-        let (what, key) = if asks_peer { ("who its peer is", "remote") } else { ("which way it goes", "direction") };
+    if !passed.is_empty() && !passed.iter().any(|site| is_decided(selector, *site)) {
+        let (what, key) = if needs_peer { ("the peer", "remote") } else { ("the direction", "direction") };
         return Some(
             Problem::new(format!(
-                "{} is never set by this rule: it takes effect before it is known of a socket {what}",
+                "{} is never set by this rule: it takes effect before {what} of a socket is known",
                 option.name
             ))
-            .help(format!("set it by a rule that does not ask for `{key}`")),
+            .help(format!("set it in a rule without `{key}`")),
         );
     }
     let negotiated = option.negotiated?;
     let accepts = rule.selector.direction != Some(Direction::Outbound);
     let is_tcp = rule.selector.protocols.is_empty() || rule.selector.protocols.contains(&Protocol::Tcp);
-    (asks_peer && accepts && is_tcp).then(|| {
+    (needs_peer && accepts && is_tcp).then(|| {
         Problem::new(format!(
-            "{} comes too late for accepted connections: their peer is known when {negotiated} already",
+            "{} is set too late for accepted connections: when their peer is known, {negotiated}",
             option.name
         ))
-        .help("set it by a rule that does not ask for the peer, and so holds for the listener; or add direction = \"outbound\"")
+        .help("set it in a rule that does not match the peer, so that it applies to the listener; or add direction = \"outbound\"")
     })
 }
 
-fn asks_peer(selector: &Selector) -> bool {
+fn needs_peer(selector: &Selector) -> bool {
     !(selector.remote.is_empty() && selector.not_remote.is_empty() && selector.remote_ports.is_empty())
 }
 
-/// Whether sockets of this direction, or of either, can come by a site.
-fn goes_by(direction: Option<Direction>, site: u32) -> bool {
+/// Returns whether sockets of this direction, or of either, can pass an apply point.
+fn can_pass(direction: Option<Direction>, site: u32) -> bool {
     let only = match site {
         apply_point::CONNECT_STREAM | apply_point::CONNECT_DATAGRAM | apply_point::SYN | apply_point::ACTIVE => {
             Direction::Outbound
@@ -99,8 +99,9 @@ fn goes_by(direction: Option<Direction>, site: u32) -> bool {
     direction.is_none_or(|direction| direction == only)
 }
 
-/// Whether a rule can be sure there that it matches: direction and peer are not known everywhere.
-fn is_sure(selector: &Selector, site: u32) -> bool {
+/// Returns whether the facts known at an apply point decide if the rule matches: direction and peer are not known
+/// everywhere.
+fn is_decided(selector: &Selector, site: u32) -> bool {
     let knows_direction = !matches!(
         site,
         apply_point::SOCK_CREATE
@@ -110,5 +111,5 @@ fn is_sure(selector: &Selector, site: u32) -> bool {
             | apply_point::SEND
     );
     let knows_peer = knows_direction && site != apply_point::LISTEN;
-    (knows_direction || selector.direction.is_none()) && (knows_peer || !asks_peer(selector))
+    (knows_direction || selector.direction.is_none()) && (knows_peer || !needs_peer(selector))
 }

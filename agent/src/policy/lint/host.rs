@@ -1,4 +1,5 @@
-//! Warnings about what a host does not let policies have: values beyond its limits, congestion controls that it has not.
+//! Warnings about settings that a host cannot apply: values above its limits, congestion controls that it does not
+//! have.
 
 use super::{clauses, warning};
 use crate::{
@@ -10,34 +11,34 @@ use crate::{
     },
 };
 
-/// What is known of a host.
+/// Facts about a host.
 #[derive(Clone, Debug, Default)]
 pub struct Host {
-    /// The congestion controls that are loaded; `None`: not known.
+    /// The loaded congestion controls; `None` if unknown.
     pub congestion_controls: Option<Vec<String>>,
     pub locked_routes: Vec<LockedRoute>,
-    /// The largest send buffer that can be asked for (net.core.wmem_max), in bytes; `None`: not known.
+    /// The largest send buffer that setsockopt accepts (net.core.wmem_max), in bytes; `None` if unknown.
     pub wmem_max: Option<i64>,
-    /// The same for receive buffers (net.core.rmem_max).
+    /// The largest receive buffer that setsockopt accepts (net.core.rmem_max), in bytes; `None` if unknown.
     pub rmem_max: Option<i64>,
 }
 
-/// A route that keeps connections from having another congestion control than its own (`congctl lock`).
+/// A route whose congestion control connections cannot change (`congctl lock`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LockedRoute {
     /// As `ip route` shows it.
     pub destination: String,
-    /// `None`: it does not say.
+    /// `None` if the route does not name one.
     pub congestion_control: Option<String>,
 }
 
-/// Whether the routes of a host matter to policies: there may be many.
+/// Returns whether the routes of a host matter to the policies. Reading them can be expensive: there may be many.
 #[must_use]
 pub fn asks_for_routes(policies: &[Policy]) -> bool {
     policies.iter().flat_map(clauses).any(|(_, clause)| wanted_control(clause).is_some())
 }
 
-/// What a host will not let policies have.
+/// Returns the settings that a host cannot apply.
 #[must_use]
 pub fn on_host(policies: &[Policy], host: &Host) -> Vec<Diagnostic> {
     let mut found = Vec::new();
@@ -82,13 +83,13 @@ fn locked_control(clause: &Clause, host: &Host) -> Option<Problem> {
     };
     Some(
         Problem::new(format!(
-            "connections over a route that locks its congestion control do not get `{name}`: {route}{more}"
+            "connections over routes that lock another congestion control do not get `{name}`: {route}{more}"
         ))
-        .help("leave `lock` out of the route: ip route change … congctl NAME"),
+        .help("remove `lock` from the route: ip route change … congctl NAME"),
     )
 }
 
-/// `sk_setsockopt` (net/core/sock.c) takes no more than that, and says nothing.
+/// `sk_setsockopt` (net/core/sock.c) silently clamps larger values.
 fn clamped_buffer(clause: &Clause, host: &Host) -> Option<Problem> {
     let Named::Known(option) = clause.option else { return None };
     let (most, sysctl) = match option.name {
@@ -103,7 +104,7 @@ fn clamped_buffer(clause: &Clause, host: &Host) -> Option<Problem> {
     };
     (wanted > most).then(|| {
         let [wanted, most] = [wanted, most].map(|bytes| units::show_literal(ValueKind::Bytes, bytes));
-        Problem::new(format!("this host gives {} no more than {most}, by {sysctl}, and not {wanted}", option.name))
-            .help(format!("write no more than that, or raise it: sysctl -w {sysctl}=…"))
+        Problem::new(format!("{sysctl} limits {} to {most} on this host: {wanted} is more", option.name))
+            .help(format!("write a smaller value, or raise the limit: sysctl -w {sysctl}=…"))
     })
 }

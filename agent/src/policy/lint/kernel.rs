@@ -1,6 +1,6 @@
-//! Findings about what a kernel of a given version cannot do, by the option table, without that kernel.
+//! Errors about settings that a given kernel version does not support, from the option table and without that kernel.
 //!
-//! On the kernel that runs nothing is decided by versions: that is tried.
+//! On the running kernel, versions decide nothing: sockpolicy probes it.
 
 use std::{fmt, str::FromStr};
 
@@ -10,7 +10,7 @@ use crate::policy::{
     model::{Errno, Form, Mode, Named, OnConflict, Policy},
 };
 
-/// A kernel's version, as far as abilities go by it.
+/// A kernel version: the two numbers on which features depend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Version {
     major: u32,
@@ -18,13 +18,13 @@ pub struct Version {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("write a kernel's version, such as 5.15 or 6.1.0-56-amd64")]
+#[error("write a kernel version, such as 5.15 or 6.1.0-56-amd64")]
 pub struct NoVersion;
 
 impl FromStr for Version {
     type Err = NoVersion;
 
-    /// Takes what `uname -r` says, too.
+    /// Also accepts the output of `uname -r`.
     fn from_str(text: &str) -> Result<Self, NoVersion> {
         let mut parts = text.split(|c: char| !c.is_ascii_digit());
         let mut number = || parts.next().and_then(|part| part.parse().ok()).ok_or(NoVersion);
@@ -39,19 +39,19 @@ impl fmt::Display for Version {
 }
 
 impl Version {
-    /// Whether a kernel of this version has what came with `first`.
+    /// Returns whether a kernel of this version has a feature that came with `first`.
     #[must_use]
     pub fn has(self, first: &str) -> bool {
         first.parse().is_ok_and(|first: Self| first <= self)
     }
 }
 
-/// What a kernel of this version cannot do of the policies.
+/// Returns the settings of the policies that a kernel of this version does not support.
 #[must_use]
 pub fn on_kernel(policies: &[Policy], kernel: Version) -> Vec<Diagnostic> {
     let mut found = Vec::new();
     for policy in policies {
-        // A dry run goes on without.
+        // A dry run continues without the setting.
         let severity = if policy.mode == Mode::Enforce { Severity::Error } else { Severity::Warning };
         for (_, clause) in clauses(policy) {
             let first = match (clause.option, &clause.form) {
@@ -66,17 +66,16 @@ pub fn on_kernel(policies: &[Policy], kernel: Version) -> Vec<Diagnostic> {
             if let Some(first) = first.filter(|first| !kernel.has(first)) {
                 add(
                     format!("kernel {kernel} does not let programs set {option}: {first} is the first that does"),
-                    "leave it out; `run` and `exec` have the rest in force without it with --allow-unsupported"
-                        .to_owned(),
+                    "remove it; or use `run` or `exec` with --allow-unsupported, which enforces the rest".to_owned(),
                 );
             }
             if clause.on_conflict == OnConflict::Deny && clause.errno != Errno::EPERM && !kernel.has(Errno::SINCE) {
                 add(
                     format!(
-                        "on kernel {kernel} denied calls fail with EPERM only: {} is the first that lets programs choose",
+                        "on kernel {kernel}, denied calls can only fail with EPERM: {} is the first that supports `errno`",
                         Errno::SINCE
                     ),
-                    "leave `errno` out".to_owned(),
+                    "remove `errno`".to_owned(),
                 );
             }
         }

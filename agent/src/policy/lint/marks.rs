@@ -1,6 +1,6 @@
-//! Warnings about marks with bits that other software on the host may take for its own.
+//! Warnings about marks with bits that other software on the host may use.
 //!
-//! Only bits that a policy sets are looked at: a bit that it keeps at 0 is what others expect of a new socket.
+//! Only bits that a policy sets to 1 are checked: other software expects a bit to be 0 on a new socket.
 
 use super::{clauses, warning};
 use crate::{
@@ -12,8 +12,8 @@ use crate::{
     },
 };
 
-/// Who uses which bits, by <https://github.com/fwmark/registry> and, for the whole of Tailscale's byte, its source
-/// (tsconst/linuxfw.go). Of Cilium's those by which it tells where packets come from; it uses others inside.
+/// Which software uses which bits, from <https://github.com/fwmark/registry>. Tailscale's whole byte is from its source
+/// (tsconst/linuxfw.go). Cilium's are the bits that identify where packets come from; it uses others internally.
 const USERS: &[(&str, u32)] = &[
     ("the AWS VPC CNI", 0x0000_0080),
     ("Cilium", 0x0000_0f00),
@@ -23,7 +23,7 @@ const USERS: &[(&str, u32)] = &[
     ("Calico", 0xffff_0000),
 ];
 
-/// Marks that are taken as a whole.
+/// Marks of which software compares all bits.
 const WHOLE: &[(&str, u32)] = &[("Istio", 0x1337), ("Istio", 1337), ("AWS App Mesh", 0x1e77_00ce)];
 
 pub(super) fn lint(policy: &Policy) -> Vec<Diagnostic> {
@@ -42,7 +42,7 @@ fn shared_bits(value: u32, mask: u32) -> Option<Problem> {
     let bits = USERS.iter().filter(|(_, bits)| bits & value != 0).map(|(user, bits)| (*user, bits & value));
     let used: Vec<String> = whole.chain(bits).map(|(user, bits)| format!("{user} ({})", shown(bits))).collect();
     (!used.is_empty()).then(|| {
-        Problem::new(format!("this mark has bits that others use: {}", used.join(", ")))
-            .help("where they run on this host, take bits of your own, such as \"0x20/0x20\"")
+        Problem::new(format!("this mark has bits that other software uses: {}", used.join(", ")))
+            .help("if that software runs on this host, use other bits, such as \"0x20/0x20\"")
     })
 }

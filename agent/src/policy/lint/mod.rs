@@ -1,7 +1,7 @@
-//! What looks like a mistake in policies that are valid: one file for each kind.
+//! Likely mistakes in policies that are valid: one file for each kind.
 //!
-//! Pure: what is to be known of a host or of a kernel is handed in. Finds nothing that is certain, or it would be an error;
-//! but for [`on_kernel`], which is asked about a kernel that is known.
+//! Pure: callers pass the facts about a host or a kernel. A certain mistake would be an error; only [`on_kernel`]
+//! returns errors, since its kernel is known.
 
 mod effects;
 mod host;
@@ -18,7 +18,7 @@ use super::{
     model::{Clause, Policy, Rule},
 };
 
-/// What is odd about policies that are in force together, by themselves.
+/// Returns the likely mistakes in policies that are in force together, without facts about a host.
 #[must_use]
 pub fn lint(policies: &[Policy]) -> Vec<Diagnostic> {
     let mut found = Vec::new();
@@ -30,7 +30,7 @@ pub fn lint(policies: &[Policy]) -> Vec<Diagnostic> {
     found
 }
 
-/// What may come between policies and what they are for. Who has read it once knows it, so it is said when it is asked for.
+/// Returns documented limitations that apply to the policies. They are shown only on request, since they do not change.
 #[must_use]
 pub fn caveats(policies: &[Policy]) -> Vec<Diagnostic> {
     policies.iter().flat_map(effects::caveats).collect()
@@ -40,7 +40,7 @@ fn warning(policy: &Policy, problem: Problem) -> Diagnostic {
     Diagnostic::new(Severity::Warning, &policy.source, problem)
 }
 
-/// Each clause of a policy, with its rule.
+/// Returns each clause of a policy, with its rule.
 fn clauses(policy: &Policy) -> impl Iterator<Item = (&Rule, &Clause)> {
     policy.rules.iter().flat_map(|rule| rule.clauses.iter().map(move |clause| (rule, clause)))
 }

@@ -1,8 +1,7 @@
-//! Warnings about rules that are valid and do nothing.
+//! Warnings about rules that are valid and have no effect.
 //!
-//! A rule can never win an option where an earlier one that matches every one of its sockets names
-//! the option too. Judges each earlier rule by itself: that two of them together match everything is
-//! not found out.
+//! A rule can never win an option if an earlier rule names the option too and matches every socket of the rule. Each
+//! earlier rule is compared by itself: two earlier rules that together match everything are not found.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -23,10 +22,10 @@ use crate::{
     },
 };
 
-/// A rule, the policy that it stands in, and its lists.
+/// A rule, its policy, and its lists.
 type Placed<'a> = (&'a Policy, &'a Rule, &'a Lists);
 
-/// Files with the same target are in force together, in the order of their names.
+/// Policies with the same target are in force together, in the order of their file names.
 pub(super) fn lint(policies: &[Policy]) -> Vec<Diagnostic> {
     let lists: Vec<Vec<Lists>> =
         policies.iter().map(|policy| policy.rules.iter().map(|rule| Lists::of(&rule.selector)).collect()).collect();
@@ -57,7 +56,7 @@ fn shadows(placed: Placed<'_>, earlier: &[Placed<'_>]) -> Vec<Diagnostic> {
     let Some((_, first)) = shadowed.first() else { return Vec::new() };
     if shadowed.len() == rule.clauses.len() {
         let by = match shadowed.iter().all(|(_, winner)| std::ptr::eq(winner.1, first.1)) {
-            true => format!("rule {} decides", place(**first, policy)),
+            true => format!("rule {} decides", location(**first, policy)),
             false => "earlier rules decide".to_owned(),
         };
         let problem = Problem::new(format!("rule {} can never win: {by} all of its options", quote(&rule.name)))
@@ -67,7 +66,7 @@ fn shadows(placed: Placed<'_>, earlier: &[Placed<'_>]) -> Vec<Diagnostic> {
     }
     let problem = |(clause, winner): (&Clause, &Placed<'_>)| {
         let option = clause.option;
-        let by = place(*winner, policy);
+        let by = location(*winner, policy);
         Problem::new(format!("rule {} can never win {option}: rule {by} decides it", quote(&rule.name)))
             .help(remedy(*winner, policy))
             .at(clause.span.clone())
@@ -75,7 +74,7 @@ fn shadows(placed: Placed<'_>, earlier: &[Placed<'_>]) -> Vec<Diagnostic> {
     shadowed.into_iter().map(|shadowed| warning(policy, problem(shadowed))).collect()
 }
 
-/// Returns which earlier rule decides each option of a rule, where one does.
+/// Returns the earlier rule that decides each option of a rule, if one does.
 fn winners<'a, 'b>(placed: Placed<'_>, earlier: &'b [Placed<'a>]) -> BTreeMap<OptionKey, &'b Placed<'a>> {
     let mut open: BTreeSet<OptionKey> = placed.1.clauses.iter().map(|clause| clause.option.value_key()).collect();
     let mut winners = BTreeMap::new();
@@ -93,7 +92,7 @@ fn winners<'a, 'b>(placed: Placed<'_>, earlier: &'b [Placed<'a>]) -> BTreeMap<Op
     winners
 }
 
-fn place((policy, rule, _): Placed<'_>, seen_from: &Policy) -> String {
+fn location((policy, rule, _): Placed<'_>, seen_from: &Policy) -> String {
     if std::ptr::eq(policy, seen_from) {
         format!("{} on line {}", quote(&rule.name), rule.line)
     } else {
@@ -105,13 +104,12 @@ fn remedy((policy, rule, _): Placed<'_>, seen_from: &Policy) -> String {
     if std::ptr::eq(policy, seen_from) {
         format!("the first rule that matches wins: move this one above line {}", rule.line)
     } else {
-        "files with the same target decide in the order of their names: rename this one, or give it a deeper target"
-            .to_owned()
+        "rename this file so that it sorts before that file, or give it a deeper target".to_owned()
     }
 }
 
-/// An option to set that none of the rule's sockets has. (To limit or deny it may still make sense:
-/// applications call what they like.)
+/// Returns a warning about an option to set that no socket of the rule has. `limit` and `deny` may still be useful,
+/// since applications can make any call.
 fn absence(policy: &Policy, clause: &Clause, selector: &Selector) -> Option<Diagnostic> {
     let (Named::Known(option), Form::Set(_)) = (clause.option, &clause.form) else { return None };
     let has = |bit| option.traits & bit != 0;
@@ -131,7 +129,7 @@ fn absence(policy: &Policy, clause: &Clause, selector: &Selector) -> Option<Diag
     Some(warning(policy, problem))
 }
 
-/// The lists of a selector, so that a search in one does not look at each item.
+/// The lists of a selector, in a form that is fast to search.
 #[derive(Debug)]
 struct Lists {
     local: HashSet<IpNet>,
@@ -154,20 +152,20 @@ impl Lists {
     }
 }
 
-/// Returns whether one of these networks is, or is around, this one: a lookup for each length that it can have.
+/// Returns whether one of these networks contains this network, with one lookup for each prefix length.
 fn has_around(networks: &HashSet<IpNet>, inner: &IpNet) -> bool {
     let around = |len| IpNet::new(inner.addr(), len).is_ok_and(|network| networks.contains(&network.trunc()));
     (0..=inner.prefix_len()).rev().any(around)
 }
 
-/// Returns whether one of these spans, which are in order and apart, is around this range.
+/// Returns whether one of these sorted, disjoint spans contains this range.
 fn has_span_around(spans: &[Range<u32>], inner: &RangeInclusive<u16>) -> bool {
     let (start, end) = (u32::from(*inner.start()), u32::from(*inner.end()));
     let after = spans.partition_point(|span| span.start <= start);
     after.checked_sub(1).is_some_and(|at| end < spans[at].end)
 }
 
-/// Whether every socket that `narrow` matches is matched by `wide`.
+/// Returns whether `wide` matches every socket that `narrow` matches.
 fn covers((_, wide, lists): Placed<'_>, (_, narrow, narrow_lists): Placed<'_>) -> bool {
     let (wide, narrow) = (&wide.selector, &narrow.selector);
     let Selector { protocols, family, direction, local, remote, not_remote, local_ports, remote_ports } = wide;

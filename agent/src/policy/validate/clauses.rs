@@ -15,13 +15,13 @@ use crate::{
     },
 };
 
-/// What holds for the options of a rule that say nothing else.
+/// What applies to options of a rule that do not set their own.
 struct Defaults {
     on_conflict: OnConflict,
     errno: Option<Errno>,
 }
 
-/// Every option that the rule names, in the order of the file.
+/// Returns a clause for each option that the rule names, in the order of the file.
 pub(super) fn clauses(rule: &RuleFile<'_>, findings: &mut Findings) -> Vec<Clause> {
     let before = findings.errors();
     let defaults = Defaults {
@@ -33,11 +33,11 @@ pub(super) fn clauses(rule: &RuleFile<'_>, findings: &mut Findings) -> Vec<Claus
     clauses.extend(rule.limit.iter().filter_map(|limit| limited(limit, &defaults, findings)));
     clauses.extend(rule.deny.iter().filter_map(|option| denied(option, &defaults, findings)));
     clauses.sort_by_key(|clause: &Clause| clause.span.start);
-    refuse_doubles(&clauses, findings);
-    // Where something is wrong, that may have been what the errno was for.
+    refuse_duplicates(&clauses, findings);
+    // After another error, the errno may have been meant for the faulty part.
     if rule.complete && findings.errors() == before {
-        refuse_idle_errno(rule, &clauses, findings);
-        refuse_emptiness(rule, &clauses, findings);
+        refuse_unused_errno(rule, &clauses, findings);
+        refuse_empty_rule(rule, &clauses, findings);
     }
     clauses
 }
@@ -56,10 +56,10 @@ fn set(file: &SettingFile<'_>, defaults: &Defaults, findings: &mut Findings) -> 
         return None;
     }
     let wanted = findings.ok(values::wanted(option, value.as_ref()?))?;
-    Some(place(&file.option, Named::Known(option), Form::Set(wanted), action, errno?, findings))
+    Some(clause_at(&file.option, Named::Known(option), Form::Set(wanted), action, errno?, findings))
 }
 
-/// What can be done about an option that cannot be set.
+/// Returns help about what can be done with an option that cannot be set.
 fn how_to_guard(option: &SocketOption) -> String {
     let deny = format!("deny = [\"{}\"]", option.name);
     if !option.can_be_limited() {
@@ -98,10 +98,10 @@ fn limited(file: &LimitFile<'_>, defaults: &Defaults, findings: &mut Findings) -
         return None;
     }
     let form = Form::Limit { min: least, max: most };
-    Some(place(&file.option, Named::Known(option), form, action, errno?, findings))
+    Some(clause_at(&file.option, Named::Known(option), form, action, errno?, findings))
 }
 
-/// A value that stands for the default, or for no limit, is no upper bound.
+/// Refuses a value that the kernel reads as its default or as "no limit" as an upper bound.
 fn refuse_default_as_bound(
     option: &SocketOption,
     file: Option<&Value<'_>>,
@@ -128,7 +128,7 @@ fn refuse_default_as_bound(
 fn no_bounds(option: &SocketOption) -> Problem {
     let (kind, aside) = match option.value {
         ValueKind::Bool => ("either true or false", ""),
-        ValueKind::Opaque(_) => (option.value.describe(), ", which policies do not look into"),
+        ValueKind::Opaque(_) => (option.value.describe(), ", which policies do not interpret"),
         kind => (kind.describe(), ""),
     };
     let problem = Problem::new(format!("{} cannot be limited: it is {kind}{aside}", option.name));
@@ -143,10 +143,10 @@ fn no_bounds(option: &SocketOption) -> Problem {
 fn denied(option: &Text<'_>, defaults: &Defaults, findings: &mut Findings) -> Option<Clause> {
     let named = findings.ok(option_named(option))?;
     let errno = defaults.errno.unwrap_or_default();
-    Some(place(option, named, Form::Deny, OnConflict::Deny, errno, findings))
+    Some(clause_at(option, named, Form::Deny, OnConflict::Deny, errno, findings))
 }
 
-/// The option of this name, or of this number.
+/// Returns the option with this name, or with this number.
 pub(super) fn option_named(name: &Text<'_>) -> Result<Named, Problem> {
     match numeric(name.get_ref()) {
         Some(key) => Ok(options::by_spelling(key).map_or(Named::Numeric(key), Named::Known)),
@@ -154,7 +154,7 @@ pub(super) fn option_named(name: &Text<'_>) -> Result<Named, Problem> {
     }
 }
 
-fn place(
+fn clause_at(
     name: &Text<'_>,
     option: Named,
     form: Form,
@@ -170,7 +170,7 @@ fn on_conflict(word: Option<&Text<'_>>, findings: &mut Findings) -> Option<OnCon
     findings.ok(words::pick("on_conflict", word?, words::ON_CONFLICT))
 }
 
-/// The errno for one option; `None` where what the file says is wrong, which is noted.
+/// Returns the errno for one option; `None` if the file's value is wrong, which has been reported.
 fn own_errno(
     value: Option<&Value<'_>>,
     action: OnConflict,
@@ -182,42 +182,41 @@ fn own_errno(
     if action == OnConflict::Deny {
         return Some(errno);
     }
-    findings.error(idle_errno(value));
+    findings.error(unused_errno(value));
     None
 }
 
-fn idle_errno(value: &Value<'_>) -> Problem {
-    Problem::new("`errno` says how denied calls fail, but none is denied here")
-        .help("write on_conflict = \"deny\" beside it, or leave `errno` out")
+fn unused_errno(value: &Value<'_>) -> Problem {
+    Problem::new("`errno` has no effect: no call is denied here")
+        .help("write on_conflict = \"deny\" beside it, or remove `errno`")
         .at(value.span())
 }
 
-fn refuse_idle_errno(rule: &RuleFile<'_>, clauses: &[Clause], findings: &mut Findings) {
+fn refuse_unused_errno(rule: &RuleFile<'_>, clauses: &[Clause], findings: &mut Findings) {
     let denies = clauses.iter().any(|clause| clause.on_conflict == OnConflict::Deny);
     if let Some(errno) = rule.errno.as_ref().filter(|_| !denies) {
-        findings.error(idle_errno(errno));
+        findings.error(unused_errno(errno));
     }
 }
 
-fn refuse_emptiness(rule: &RuleFile<'_>, clauses: &[Clause], findings: &mut Findings) {
+fn refuse_empty_rule(rule: &RuleFile<'_>, clauses: &[Clause], findings: &mut Findings) {
     if clauses.is_empty() {
         findings.error(
             Problem::new("this rule names no option, so it does nothing")
-                .help("add set = { TCP_NODELAY = true }, say, or remove the rule")
+                .help("add an option, such as set = { TCP_NODELAY = true }, or remove the rule")
                 .at(rule.header.clone()),
         );
     }
 }
 
-fn refuse_doubles(clauses: &[Clause], findings: &mut Findings) {
+fn refuse_duplicates(clauses: &[Clause], findings: &mut Findings) {
     let mut first_by_key: BTreeMap<OptionKey, &Clause> = BTreeMap::new();
     for second in clauses {
         let option = second.option;
         let Some(first) = first_by_key.insert(option.value_key(), second) else { continue };
         let (line, other) = (first.line, first.option);
-        let says_the_same =
-            (&first.form, first.on_conflict, first.errno) == (&second.form, second.on_conflict, second.errno);
-        if other != option && says_the_same && !matches!(first.form, Form::Set(_)) {
+        let is_same = (&first.form, first.on_conflict, first.errno) == (&second.form, second.on_conflict, second.errno);
+        if other != option && is_same && !matches!(first.form, Form::Set(_)) {
             continue;
         }
         let message = if other == option {
@@ -226,25 +225,23 @@ fn refuse_doubles(clauses: &[Clause], findings: &mut Findings) {
             format!("this rule names {option} and, on line {line}, {other}: both set the same value")
         };
         findings.error(
-            Problem::new(message)
-                .help("leave one of the two out, or make a rule of its own for it")
-                .at(second.span.clone()),
+            Problem::new(message).help("remove one of the two, or move one to another rule").at(second.span.clone()),
         );
     }
 }
 
-/// The option of this name, if applications can set it at all.
+/// Returns the option with this name, if applications can set it.
 fn writable_option(name: &Text<'_>) -> Result<&'static SocketOption, Problem> {
     let option = named_option(name)?;
     if option.class == Class::ReadOnly {
         return Err(Problem::new(format!("{} can only be read: there is nothing to set or to limit", option.name))
-            .help("leave it out: the kernel refuses every call that would set it")
+            .help("remove it: the kernel refuses every call that sets it")
             .at(name.span()));
     }
     Ok(option)
 }
 
-/// The option of this name.
+/// Returns the option with this name.
 fn named_option(name: &Text<'_>) -> Result<&'static SocketOption, Problem> {
     let word = name.get_ref().as_ref();
     if let Some(option) = options::by_name(word) {
@@ -262,11 +259,11 @@ fn named_option(name: &Text<'_>) -> Result<&'static SocketOption, Problem> {
     Err(match nearest_option(word) {
         Some(near) => problem.help(format!("did you mean {}?", quote(near))),
         None if word.contains(':') => problem.help("write LEVEL:NUMBER with two numbers, such as \"6:99\""),
-        None => problem.help("see which there are: sockpolicy options"),
+        None => problem.help("list the options: sockpolicy options"),
     })
 }
 
-/// The option that was probably meant. People leave the prefix out, and forget the capitals.
+/// Returns the option that was probably meant, also if the prefix or the capitals are missing.
 #[must_use]
 pub fn nearest_option(word: &str) -> Option<&'static str> {
     let names = || OPTIONS.iter().map(|option| option.name);
@@ -276,7 +273,7 @@ pub fn nearest_option(word: &str) -> Option<&'static str> {
         .or_else(|| nearest(word, names()))
 }
 
-/// `LEVEL:NUMBER`
+/// Parses `LEVEL:NUMBER`.
 fn numeric(text: &str) -> Option<OptionKey> {
     let number = |text: &str| text.parse().ok().filter(|_| text.bytes().all(|byte| byte.is_ascii_digit()));
     let (level, name) = text.split_once(':')?;

@@ -1,6 +1,6 @@
 //! `match`: words, networks and ports → [`Selector`].
 //!
-//! Checks each key on its own and warns of keys that together match nothing.
+//! Checks each key, and warns of keys that together match nothing.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
@@ -54,12 +54,12 @@ fn warn_of_other_family(key: &str, list: &List<Text<'_>>, networks: &[IpNet], fa
     };
     findings.warning(
         Problem::new(format!("this rule matches no socket: `family` is \"{name}\" and `{key}` is {other}"))
-            .help(format!("leave `family` out: `{key}` says it already"))
+            .help(format!("remove `family`: `{key}` implies it"))
             .at(list.span()),
     );
 }
 
-/// A network, or an address that stands for the network of itself.
+/// Parses a network, or an address as a network with only that address.
 fn network(text: &Text<'_>) -> Result<IpNet, Problem> {
     parse_network(text.get_ref()).map_err(|problem| problem.at(text.span()))
 }
@@ -92,14 +92,14 @@ fn parse_network(text: &str) -> Result<IpNet, Problem> {
     }
 }
 
-/// The IPv4 network that an IPv4-mapped one stands for.
+/// Returns the IPv4 network of an IPv4-mapped network.
 fn mapped(network: &IpNet) -> Option<Ipv4Net> {
     let IpNet::V6(network) = network else { return None };
     let address = network.addr().to_ipv4_mapped()?;
     Ipv4Net::new(address, network.prefix_len().checked_sub(96)?).ok()
 }
 
-/// One port or a range of them.
+/// Parses one port or a range of ports.
 fn ports(value: &Value<'_>) -> Result<RangeInclusive<u16>, Problem> {
     parse_ports(value).map_err(|problem| problem.at(value.span()))
 }

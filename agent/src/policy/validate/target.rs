@@ -1,6 +1,6 @@
-//! `[target]`: cgroups and containers, as they are written → as they are matched.
+//! `[target]`: cgroups and containers as written → as matched.
 //!
-//! Does not look at which there are.
+//! Does not check which of them exist.
 
 use globset::GlobBuilder;
 
@@ -11,20 +11,20 @@ use crate::policy::{
     words,
 };
 
-/// Where people's cgroup2 mount most often is: they copy paths from there.
+/// The usual cgroup2 mounts, from which users copy paths.
 const USUAL_MOUNTS: [&str; 2] = ["/sys/fs/cgroup/unified/", "/sys/fs/cgroup/"];
 
-/// Longest path that the kernel takes, from limits.h.
+/// Longest path that the kernel accepts, from limits.h.
 const PATH_MAX: usize = 4096;
 
-/// How many digits of a container's id are enough: as many as runtimes show, and no two containers share.
+/// Fewest digits of a container id: as many as runtimes show. No two containers share them.
 const ID_MIN: usize = 12;
-/// All of them.
+/// Number of digits of a whole id.
 const ID_MAX: usize = 64;
 
 pub(super) fn target(file: &TargetFile<'_>, findings: &mut Findings) -> Target {
     let TargetFile { cgroup, containers } = file;
-    // The order means nothing, and files with the same targets are known by them.
+    // The order has no meaning, and policies with equal targets must compare equal.
     Target {
         cgroups: ordered(cgroups(cgroup.as_ref(), findings)),
         containers: ordered(containers.iter().map(|file| container(file, findings)).collect()),
@@ -66,7 +66,7 @@ fn container(file: &ContainerFile<'_>, findings: &mut Findings) -> ContainerSele
     ContainerSelector { runtime, ..selector }
 }
 
-/// Whether a glob of images can match one with a tag or a digest.
+/// Returns whether a glob can match an image with a tag or a digest.
 fn can_have_tag(glob: &str) -> bool {
     glob.rsplit('/').next().is_some_and(|last| last.contains([':', '@', '*', '?', '[', '{']))
 }
@@ -80,13 +80,13 @@ fn check_name(text: &str) -> Result<(), Problem> {
 
 fn check_image(text: &str) -> Result<(), Problem> {
     if let Some((transport, image)) = text.split_once("://") {
-        return Err(Problem::new(format!("{} is where an image comes from, and not its name", quote(text)))
-            .help(format!("leave out `{transport}://`: write \"{image}\"")));
+        return Err(Problem::new(format!("{} has a transport, which is not part of an image's name", quote(text)))
+            .help(format!("remove `{transport}://`: write \"{image}\"")));
     }
     check_words(text, "\"docker.io/library/nginx:*\"")
 }
 
-/// A glob of what holds no spaces.
+/// Checks a glob of a text without spaces.
 fn check_words(text: &str, example: &str) -> Result<(), Problem> {
     if text.is_empty() || text.len() > PATH_MAX || text.contains(|c: char| c.is_control() || c.is_whitespace()) {
         return Err(Problem::new(format!("{} matches no container", quote(text)))
@@ -102,24 +102,24 @@ fn check_id(text: &str) -> Result<(), Problem> {
         return if lower == text {
             Ok(())
         } else {
-            Err(Problem::new(format!("{} has capitals, and ids of containers have none", quote(text)))
+            Err(Problem::new(format!("{} has upper-case letters, which container ids do not have", quote(text)))
                 .help(format!("write \"{lower}\"")))
         };
     }
-    let problem = Problem::new(format!("{} is not the id of a container, nor how one begins", quote(text)));
+    let problem = Problem::new(format!("{} is not a container id or its beginning", quote(text)));
     Err(if is_hex || text.starts_with("sha256:") {
         problem.help(format!("write from {ID_MIN} to {ID_MAX} of its digits, as `podman ps` and `docker ps` show them"))
     } else {
-        problem.help("ids are hexadecimal digits; what people call a container goes under `name`")
+        problem.help("ids are hexadecimal digits; write the name of a container under `name`")
     })
 }
 
-/// The path of one cgroup, without slashes at its ends.
+/// Returns the path of one cgroup, without slashes at its ends.
 pub(super) fn path(path: &Text<'_>) -> Result<String, Problem> {
     check_path(path.get_ref()).map(str::to_owned).map_err(|problem| problem.at(path.span()))
 }
 
-/// A glob without slashes at its ends. The root of the hierarchy is the empty one.
+/// Returns a glob without slashes at its ends. The root of the hierarchy is the empty glob.
 fn path_glob(glob: &Text<'_>) -> Result<String, Problem> {
     check_glob(glob.get_ref()).map_err(|problem| problem.at(glob.span()))
 }
@@ -137,8 +137,8 @@ fn check_path(text: &str) -> Result<&str, Problem> {
             .help(format!("write at most {PATH_MAX} bytes")));
     }
     let path = text.trim_matches('/');
-    let strange = |part: &str| part.is_empty() || part == "." || part == "..";
-    if text.contains(char::is_control) || (!path.is_empty() && path.split('/').any(strange)) {
+    let is_invalid = |part: &str| part.is_empty() || part == "." || part == "..";
+    if text.contains(char::is_control) || (!path.is_empty() && path.split('/').any(is_invalid)) {
         return Err(Problem::new(format!("{} is not the path of a cgroup", quote(text)))
             .help("write the path below the cgroup2 mount, such as \"system.slice/nginx.service\""));
     }
@@ -153,6 +153,6 @@ fn check_glob(text: &str) -> Result<String, Problem> {
 fn build_glob(glob: &GlobBuilder<'_>, text: &str) -> Result<(), Problem> {
     glob.build().map(drop).map_err(|error| {
         Problem::new(format!("{} is not a glob: {}", quote(text), error.kind()))
-            .help("put [brackets] around a character that stands for itself, such as \"[*]\"")
+            .help("put [brackets] around a literal character, such as \"[*]\"")
     })
 }

@@ -1,4 +1,4 @@
-//! `[[test]]`: a socket, and what must come of it.
+//! `[[test]]`: a socket, and the settings that it must get.
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
@@ -21,7 +21,7 @@ pub(super) fn tests(files: &[TestFile<'_>], findings: &mut Findings) -> Vec<Test
         if let Some(first) = lines_by_name.insert(name.clone(), line) {
             findings.error(
                 Problem::new(format!("two tests have the name {}: the first one is on line {first}", quote(&name)))
-                    .help("give this one a name of its own")
+                    .help("give this test another name")
                     .at(given.map_or_else(|| file.expected.header.clone(), Text::span)),
             );
         }
@@ -38,8 +38,8 @@ fn expected(file: &TestFile<'_>, findings: &mut Findings) -> Vec<Expected> {
     let limits = file.expected.limit.iter().filter_map(|limit| limit.on_conflict.as_ref());
     for action in actions.chain(limits) {
         findings.error(
-            Problem::new("a test is about what is decided, not about conflicts")
-                .help("leave this out")
+            Problem::new("a test cannot expect `on_conflict`: it tests only which settings win")
+                .help("remove `on_conflict`")
                 .at(action.span()),
         );
     }
@@ -57,7 +57,7 @@ fn expected(file: &TestFile<'_>, findings: &mut Findings) -> Vec<Expected> {
     if set.is_empty() && limit.is_empty() && deny.is_empty() && file.free.is_empty() {
         findings.error(
             Problem::new("this test expects nothing, so it cannot fail")
-                .help("say what the socket is to have: set = { TCP_NODELAY = true }, or free = [\"TCP_NODELAY\"]")
+                .help("add what the socket must have: set = { TCP_NODELAY = true }, or free = [\"TCP_NODELAY\"]")
                 .at(file.expected.header.clone()),
         );
     }
@@ -68,8 +68,8 @@ fn expected(file: &TestFile<'_>, findings: &mut Findings) -> Vec<Expected> {
 fn refuse_second(expected: &[Expected], option: Named, name: &Text<'_>, findings: &mut Findings) {
     if expected.iter().any(|other| other.option == option) {
         findings.error(
-            Problem::new(format!("{} is expected to be free, and to be decided", quote(name.get_ref())))
-                .help("leave one of the two out")
+            Problem::new(format!("{} is expected both to be free and to be decided", quote(name.get_ref())))
+                .help("remove one of the two")
                 .at(name.span()),
         );
     }
@@ -95,8 +95,8 @@ fn socket(file: &SocketFile<'_>, findings: &mut Findings) -> Option<Socket> {
 
 fn end(text: &Text<'_>) -> Result<End, Problem> {
     parse_end(text.get_ref()).ok_or_else(|| {
-        Problem::new(format!("{} is no end of a socket", quote(text.get_ref())))
-            .help("write an address, a port, or both: \"10.0.0.1\", \":443\", \"[2001:db8::1]:443\"")
+        Problem::new(format!("{} is not an address, a port, or both", quote(text.get_ref())))
+            .help("write such as \"10.0.0.1\", \":443\", \"[2001:db8::1]:443\"")
             .at(text.span())
     })
 }
@@ -104,8 +104,8 @@ fn end(text: &Text<'_>) -> Result<End, Problem> {
 fn peer(text: &Text<'_>) -> Result<SocketAddr, Problem> {
     let peer = text.get_ref().parse().ok();
     peer.ok_or_else(|| {
-        Problem::new(format!("{} is no address with a port", quote(text.get_ref())))
-            .help("write both: \"192.0.2.1:443\" or \"[2001:db8::1]:443\"")
+        Problem::new(format!("{} is not an address with a port", quote(text.get_ref())))
+            .help("write \"192.0.2.1:443\" or \"[2001:db8::1]:443\"")
             .at(text.span())
     })
 }

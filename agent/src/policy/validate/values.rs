@@ -1,4 +1,4 @@
-//! The value of one option: what stands in the file → what the kernel is to be told.
+//! The value of one option: as written in the file → as passed to the kernel.
 //!
 //! Takes kinds and ranges from the option table. Does not know about rules.
 
@@ -19,7 +19,7 @@ use crate::{
 /// Longest name of a congestion control or a device: `TCP_CA_NAME_MAX` and `IFNAMSIZ`, less the NUL.
 const NAME_MAX: usize = abi::setting::TEXT_LEN - 1;
 
-/// What `set` says.
+/// Returns the value that `set` wants.
 pub(super) fn wanted(option: &SocketOption, value: &Value<'_>) -> Result<Wanted, Problem> {
     let result = match option.value {
         ValueKind::Bool => boolean(option, value).map(|on| whole(u32::from(on))),
@@ -35,11 +35,11 @@ pub(super) fn wanted(option: &SocketOption, value: &Value<'_>) -> Result<Wanted,
     result.map_err(|problem| problem.at(value.span()))
 }
 
-/// A number that the option takes, in its own unit.
+/// Returns a number in the option's own unit and range.
 pub(super) fn number(option: &SocketOption, value: &Value<'_>) -> Result<i64, Problem> {
     let number = match value.get_ref() {
         DeValue::Integer(number) => with_unit(option, integer(number)).map_err(|problem| problem.at(value.span()))?,
-        // A number in quotes is a wrong type only where there are no units.
+        // Without units, a number in quotes is a wrong type.
         DeValue::String(text)
             if !matches!(
                 option.value,
@@ -66,7 +66,7 @@ pub(super) fn number(option: &SocketOption, value: &Value<'_>) -> Result<i64, Pr
         .at(value.span()))
 }
 
-/// Refuses a number without a unit where it could be read in several; 0 is the same in all of them.
+/// Refuses a number without a unit, except 0, if the kind needs units.
 fn with_unit(option: &SocketOption, number: i64) -> Result<i64, Problem> {
     if number == 0 || !units::needs_unit(option.value) {
         return Ok(number);
@@ -79,14 +79,14 @@ fn whole(value: u32) -> Wanted {
     Wanted::Number { value, mask: u32::MAX }
 }
 
-/// Numbers that no `i64` holds become the nearest that one does: no option takes either.
+/// Returns a number, or the nearest `i64` if it does not fit; no option takes either extreme.
 pub(super) fn integer(number: &DeInteger<'_>) -> i64 {
     let negative = number.as_str().starts_with('-');
     let saturated = if negative { i64::MIN } else { i64::MAX };
     i64::from_str_radix(number.as_str(), number.radix()).unwrap_or(saturated)
 }
 
-/// An integer of the file that lies in a range.
+/// Returns an integer of the file if it is in the range.
 pub(super) fn integer_in(number: &DeInteger<'_>, range: RangeInclusive<i64>) -> Option<i64> {
     Some(integer(number)).filter(|number| range.contains(number))
 }
@@ -142,11 +142,11 @@ fn mark(option: &SocketOption, value: &Value<'_>) -> Result<(u32, u32), Problem>
 
 fn short(name: &str, what: &str) -> Result<(), Problem> {
     if name.is_empty() {
-        return Err(Problem::new(format!("the name of {what} is empty")).help("leave the option out, or give a name"));
+        return Err(Problem::new(format!("the name of {what} is empty")).help("remove the option, or write a name"));
     }
     if name.len() > NAME_MAX {
-        let message = format!("{} is {} bytes long, too long for the name of {what}", quote(name), name.len());
-        return Err(Problem::new(message).help(format!("give a name of at most {NAME_MAX} bytes")));
+        let message = format!("{} is {} bytes long, which is too long for the name of {what}", quote(name), name.len());
+        return Err(Problem::new(message).help(format!("write a name of at most {NAME_MAX} bytes")));
     }
     Ok(())
 }
@@ -162,17 +162,18 @@ fn congestion_control(name: &str) -> Result<String, Problem> {
     Err(if lower.chars().all(known) {
         problem.help(format!("write \"{lower}\""))
     } else {
-        problem.help("see which there are: sysctl net.ipv4.tcp_available_congestion_control")
+        problem.help("list them: sysctl net.ipv4.tcp_available_congestion_control")
     })
 }
 
-/// As `dev_valid_name` in net/core/dev.c has it.
+/// Checks a name as `dev_valid_name` in net/core/dev.c does.
 fn device(name: &str) -> Result<String, Problem> {
     short(name, "a network interface")?;
     let strange = |c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control();
     if name == "." || name == ".." || name.contains(strange) {
-        return Err(Problem::new(format!("{} is not the name of a network interface", quote(name)))
-            .help("see which there are: ip link"));
+        return Err(
+            Problem::new(format!("{} is not the name of a network interface", quote(name))).help("list them: ip link")
+        );
     }
     Ok(name.to_owned())
 }
