@@ -1,11 +1,11 @@
-//! Text that others chose, as people may read it: names of processes, files, cgroups, containers, devices and instances.
+//! Escapes untrusted text for display: names of processes, files, cgroups, containers, devices and instances.
 //!
-//! [`Escape::escaped`] is the one way from such text to a terminal, a log or a report for people. JSON has escapes of its own.
+//! All such text in terminals, logs and text reports passes [`Escape::escaped`]. JSON has its own escapes.
 //!
 //! Invariants:
-//! - The escaped text has no control character, no line end, and nothing that hides or reorders text (Unicode's general
-//!   categories C and Z but for the space, and combining marks).
-//! - No two texts look the same when they are escaped.
+//! - Escaped text contains no control character, no line end, and nothing that hides or reorders text: no Unicode
+//!   general categories C and Z except the space, and no combining marks.
+//! - Two different texts have different escaped texts.
 
 use std::{
     ffi::OsStr,
@@ -13,17 +13,17 @@ use std::{
     path::Path,
 };
 
-/// Text that others chose.
+/// Untrusted text.
 pub trait Escape {
-    /// The text for people.
+    /// Returns the text escaped for display.
     ///
-    /// Letters of any script stay. What would move the cursor, end the line or reorder it is escaped as in Rust (`\n`,
-    /// `\u{1b}`), a byte that is not UTF-8 as `\xNN`. A backslash is doubled; not before `x` and a digit from 0 to 7, as in
-    /// the names that systemd makes (`\x2d`), for no escape of this module begins so.
+    /// Letters of all scripts are kept. Characters that move the cursor, end the line or reorder it are escaped as in
+    /// Rust (`\n`, `\u{1b}`), and bytes that are not UTF-8 as `\xNN`. A backslash is doubled, unless `x` and a digit
+    /// from 0 to 7 follow, as in names that systemd makes (`\x2d`): no escape of this module begins like that.
     fn escaped(&self) -> Escaped<'_>;
 }
 
-/// Text of others, escaped where it is displayed. See [`Escape::escaped`].
+/// Untrusted text that is escaped when it is displayed. See [`Escape::escaped`].
 #[derive(Clone, Copy, Debug)]
 pub struct Escaped<'a>(&'a [u8]);
 
@@ -57,7 +57,7 @@ impl fmt::Display for Escaped<'_> {
             let mut rest = chunk.valid().chars();
             while let Some(character) = rest.next() {
                 match character {
-                    '\\' if is_of_systemd(rest.as_str()) => f.write_char('\\')?,
+                    '\\' if is_systemd_escape(rest.as_str()) => f.write_char('\\')?,
                     '\\' => f.write_str("\\\\")?,
                     other => write_visible(f, other)?,
                 }
@@ -68,11 +68,11 @@ impl fmt::Display for Escaped<'_> {
     }
 }
 
-fn is_of_systemd(after_backslash: &str) -> bool {
+fn is_systemd_escape(after_backslash: &str) -> bool {
     matches!(after_backslash.as_bytes(), [b'x', b'0'..=b'7', ..])
 }
 
-/// Quotes stay: text is not put between them.
+/// Quotes are kept: escaped text is not put in quotes.
 fn write_visible(f: &mut impl fmt::Write, character: char) -> fmt::Result {
     match character {
         '"' | '\'' | '\\' => f.write_char(character),
@@ -80,8 +80,8 @@ fn write_visible(f: &mut impl fmt::Write, character: char) -> fmt::Result {
     }
 }
 
-/// A text of which the parts are escaped: escapes what is not visible all the same, and leaves backslashes as they are. With
-/// `keeps_lines`, line ends stay too.
+/// Escapes a text whose parts may be escaped already: characters that are not visible, but not backslashes. With
+/// `keeps_lines`, line ends are kept.
 #[must_use]
 pub fn visible(text: &str, keeps_lines: bool) -> String {
     let mut out = String::with_capacity(text.len());
@@ -89,20 +89,20 @@ pub fn visible(text: &str, keeps_lines: bool) -> String {
         if keeps_lines && character == '\n' {
             out.push('\n');
         } else {
-            // A string takes all.
+            // Writing to a string does not fail.
             let _ = write_visible(&mut out, character);
         }
     }
     out
 }
 
-/// A path as programs may read it: in JSON, or to compare it. Not for people.
+/// Returns a path for JSON or for comparison. Not for display.
 #[must_use]
 pub fn plain(path: &Path) -> String {
     path.to_string_lossy().into_owned()
 }
 
-/// Several texts of others, escaped, with `between` between them.
+/// Returns several untrusted texts, escaped and separated by `between`.
 #[must_use]
 pub fn join<T: AsRef<str>>(texts: impl IntoIterator<Item = T>, between: &str) -> String {
     let escaped: Vec<String> = texts.into_iter().map(|text| text.as_ref().escaped().to_string()).collect();
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn letters_of_any_script_stay() {
+    fn letters_of_all_scripts_are_kept() {
         for plain in ["", "nginx: worker process", "/system.slice/a b.service", "naïve", "日本", "Ω", "\"it's\"", "🙂"]
         {
             assert_eq!(text(plain), plain);
@@ -128,10 +128,10 @@ mod tests {
     }
 
     #[test]
-    fn what_moves_the_cursor_ends_the_line_or_reorders_it_is_escaped() {
-        let strange = (0..0x20).chain(0x7f..0xa0).chain([0xad, 0x61c, 0x180e, 0xfeff, 0xe0001, 0x3000]);
-        let strange = strange.chain(0x200b..0x2010).chain(0x2028..0x202f).chain(0x2060..0x2070);
-        for character in strange.filter_map(char::from_u32) {
+    fn characters_that_move_the_cursor_end_or_reorder_lines_are_escaped() {
+        let escaped_codes = (0..0x20).chain(0x7f..0xa0).chain([0xad, 0x61c, 0x180e, 0xfeff, 0xe0001, 0x3000]);
+        let escaped_codes = escaped_codes.chain(0x200b..0x2010).chain(0x2028..0x202f).chain(0x2060..0x2070);
+        for character in escaped_codes.filter_map(char::from_u32) {
             let escaped = text(&format!("a{character}b"));
             assert!(escaped.starts_with("a\\") && escaped.ends_with('b'), "{character:?}: {escaped}");
             assert!(escaped.chars().all(|c| c.is_ascii_graphic()), "{character:?}: {escaped}");
@@ -139,18 +139,18 @@ mod tests {
     }
 
     #[test]
-    fn bytes_that_are_no_text_are_shown_as_such() {
+    fn bytes_that_are_not_utf8_are_escaped() {
         assert_eq!(b"a\xff\x1b[0m\xc3".escaped().to_string(), r"a\xff\u{1b}[0m\xc3");
     }
 
     #[test]
-    fn names_of_systemd_stay() {
+    fn names_of_systemd_are_kept() {
         assert_eq!(text(r"dev-disk\x2dby\x2duuid.device"), r"dev-disk\x2dby\x2duuid.device");
         assert_eq!(text(r"a\n\x80\"), r"a\\n\\x80\\");
     }
 
     #[test]
-    fn no_two_texts_look_the_same() {
+    fn different_texts_have_different_escaped_texts() {
         let parts: [&[u8]; 9] = [b"\\", b"n", b"\n", b"x2d", b"x80", b"\x80", b"u{1b}", b"\x1b", b"\\\\"];
         let mut texts: HashSet<Vec<u8>> = HashSet::from([Vec::new()]);
         for _ in 0..4 {
@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn escaped_parts_stay_when_the_whole_is_made_visible() {
+    fn escaped_parts_are_not_escaped_twice() {
         let whole = format!("cannot read {}: \u{1b}[0m", "a\\\nb".escaped());
         assert_eq!(visible(&format!("{whole}\n"), true), "cannot read a\\\\\\nb: \\u{1b}[0m\n");
         assert_eq!(visible("a\nb", false), "a\\nb");

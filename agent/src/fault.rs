@@ -1,12 +1,12 @@
-//! Steps at which this process may be killed, or held while something else happens: a test has it so at each of them.
+//! Fault points: steps at which tests kill or stop this process.
 //!
-//! Only debug builds look; to others a point is nothing.
+//! Only debug builds check them. In other builds, a fault point does nothing.
 
 /// The environment variable that names a step.
 pub(crate) const VARIABLE: &str = "SOCKPOLICY_FAULT";
 
-/// A step is done. `SOCKPOLICY_FAULT` may name it, and how many times it is to be passed first: `enabled:1` kills this process,
-/// `enabled:1:stop` stops it until it is told to go on (SIGCONT).
+/// Marks a step. `SOCKPOLICY_FAULT` names the step and how many times it must be passed first: `enabled:1` kills this
+/// process, and `enabled:1:stop` stops it until SIGCONT.
 pub(crate) fn point(step: &'static str) {
     #[cfg(debug_assertions)]
     trigger(step);
@@ -14,7 +14,7 @@ pub(crate) fn point(step: &'static str) {
     let _ = step;
 }
 
-/// The same of a step that is done for one of many, which `SOCKPOLICY_FAULT` then names too: `namespace-opened=4026531840:0`.
+/// Marks a step for one of many objects, which `SOCKPOLICY_FAULT` then names too: `namespace-opened=4026531840:0`.
 pub(crate) fn point_for(step: &'static str, which: u64) {
     #[cfg(debug_assertions)]
     trigger(&format!("{step}={which}"));

@@ -1,6 +1,6 @@
-//! What `fuzz/` feeds with bytes: one function for each kind of input that other programs, users or the kernel write.
+//! The targets of `fuzz/`: one function for each kind of input that other programs, users or the kernel write.
 //!
-//! Each of them fails by a panic. The tests here feed all of them with what `fuzz/corpus` has kept.
+//! A target panics on a finding. The unit tests run all targets with the inputs in `fuzz/corpus`.
 
 use std::{
     collections::BTreeSet,
@@ -33,10 +33,10 @@ use crate::{
     worker::{Response, framed, response},
 };
 
-/// A function to feed with bytes.
+/// A function that takes bytes.
 pub type Target = fn(&[u8]);
 
-/// All of them, by the names of their folders in `fuzz/corpus`.
+/// All targets, by the names of their folders in `fuzz/corpus`.
 pub const TARGETS: [(&str, Target); 7] = [
     ("policy", policy),
     ("ring", ring),
@@ -47,12 +47,12 @@ pub const TARGETS: [(&str, Target); 7] = [
     ("watchers", watchers),
 ];
 
-/// Bytes of an input that describe a socket; the rest is a policy.
+/// Bytes of an input that describe a socket. The rest is a policy.
 const SOCKET_LEN: usize = 16;
 
-/// Compiles a policy, if it is one, and compares what the tables decide of a socket with what the rules say.
+/// Compiles a policy if it is valid, and compares the decisions of the tables with those of the rules.
 pub fn policy(input: &[u8]) {
-    let Some((described, text)) = input.split_at_checked(SOCKET_LEN) else { return };
+    let Some((bytes, text)) = input.split_at_checked(SOCKET_LEN) else { return };
     let Ok(text) = str::from_utf8(text) else { return };
     let parsed = policy::parse(Path::new("fuzz.toml"), text);
     let policy = match parsed {
@@ -69,18 +69,18 @@ pub fn policy(input: &[u8]) {
     };
     let policies = [policy];
     drop(lint::caveats(&policies));
-    // What is too much for the tables is an error, not a panic.
+    // Too many rules are an error, not a panic.
     let Ok(desired) = compile(&policies, &[all(&policies)]) else { return };
-    decides_alike(&policies[0], &desired, &socket(described));
+    assert_same_decisions(&policies[0], &desired, &socket(bytes));
 }
 
-fn decides_alike(policy: &Policy, desired: &Desired, socket: &Socket) {
+fn assert_same_decisions(policy: &Policy, desired: &Desired, socket: &Socket) {
     let options: Vec<Named> = policy.rules.iter().flat_map(|rule| &rule.clauses).map(|clause| clause.option).collect();
     for option in options {
         let compiled = winner_in(desired, 0, option, &facts(socket));
         assert_eq!(compiled, naive_winner(&policy.rules, option, socket), "{option} on {socket:?}");
     }
-    // Calls on other options too: on other names of the same values, and on what undoes a setting.
+    // Also compares calls on other names of the same values, and calls on options that undo a setting.
     for key in governed_keys(desired) {
         let expected = naive_governing(&policy.rules, key, socket);
         assert_eq!(governing_in(desired, 0, key, &facts(socket)), expected, "{key:?} on {socket:?}");
@@ -98,7 +98,7 @@ fn decides_alike(policy: &Policy, desired: &Desired, socket: &Socket) {
     }
 }
 
-/// The options that may have rows in the tables, and all other names of what rules name.
+/// Returns the options that may have rows in the tables, and all other names of options that rules name.
 fn governed_keys(desired: &Desired) -> BTreeSet<OptionKey> {
     let values: BTreeSet<OptionKey> = desired.sources.iter().map(|source| source.option.value_key()).collect();
     let spellings = values.into_iter().filter_map(by_spelling).flat_map(SocketOption::spellings).map(|(key, _)| key);
@@ -106,9 +106,9 @@ fn governed_keys(desired: &Desired) -> BTreeSet<OptionKey> {
     desired.options.iter().copied().chain(spellings).chain(guards).collect()
 }
 
-/// A socket as bytes describe it: few addresses, near each other, so that they meet those of policies.
-fn socket(described: &[u8]) -> Socket {
-    let byte = |at: usize| described.get(at).copied().unwrap_or(0);
+/// Returns a socket made from bytes. Addresses are few and similar, so that they match those of policies.
+fn socket(bytes: &[u8]) -> Socket {
+    let byte = |at: usize| bytes.get(at).copied().unwrap_or(0);
     let family = if byte(0) & 1 == 0 { Family::Ipv4 } else { Family::Ipv6 };
     let address = |at: usize| -> IpAddr {
         let (a, b, c, d) = (byte(at), byte(at + 1), byte(at + 2), byte(at + 3));
@@ -131,7 +131,7 @@ fn socket(described: &[u8]) -> Socket {
     }
 }
 
-/// The policies that records are decoded by.
+/// The policies with which records are decoded.
 static POLICIES: LazyLock<Option<Desired>> = LazyLock::new(|| {
     let text = "[[rule]]\nset = { SO_MARK = 1, TCP_NODELAY = true }\nlimit = { SO_SNDBUF = { max = \"4MiB\" } }\n\
                 deny = [\"SO_BINDTODEVICE\"]\n";
@@ -139,8 +139,8 @@ static POLICIES: LazyLock<Option<Desired>> = LazyLock::new(|| {
     compile(&[policy], &[vec![0]]).ok()
 });
 
-/// Decodes a record of the ring buffer, and puts it into words. The first byte says which kind of record the others are, as
-/// many of them as that has.
+/// Decodes a record of the ring buffer, and formats it. The first byte is the kind of record. The other bytes are the
+/// record, padded or cut to its size.
 pub fn ring(input: &[u8]) {
     let (Some(desired), Some((kind, input))) = (&*POLICIES, input.split_first()) else { return };
     let mut bytes = input.to_vec();
@@ -151,15 +151,15 @@ pub fn ring(input: &[u8]) {
     }
     match Record::read(&bytes) {
         Record::Event(event) => {
-            let surroundings = HostContext {
-                exe: Err("not known"),
+            let context = HostContext {
+                exe: Err("unknown"),
                 cgroup: Some("/a".to_owned()),
                 container: None,
                 socket_cgroup: None,
                 monotonic_epoch_ns: 1 << 60,
                 blindness: None,
             };
-            if let Ok(event) = decode(&event, desired, surroundings) {
+            if let Ok(event) = decode(&event, desired, context) {
                 assert!(!event.to_string().is_empty());
                 drop(event.to_json());
             }
@@ -173,13 +173,13 @@ pub fn ring(input: &[u8]) {
     }
 }
 
-/// Reads lists of the kernel's.
+/// Parses netlink messages of the kernel.
 pub fn netlink(input: &[u8]) {
-    // Either they say something, or they do not.
+    // Both may fail, but must not panic.
     let (_, _): (io::Result<_>, io::Result<_>) = (sock_diag::in_datagram(input), routes::in_datagram(input));
 }
 
-/// A journal, or a part of one, and a line of it after that.
+/// Parses a journal, or a part of one, and then the same with another line.
 pub fn journal(input: &[u8]) {
     let read = |text: &[u8]| journal::parse(&mut &*text).unwrap_or_default();
     let before = read(input);
@@ -187,23 +187,23 @@ pub fn journal(input: &[u8]) {
     let after = read(&[input, b"\n", &line].concat());
     let alone = read(&line);
     assert_eq!((alone.changes.len(), alone.damaged), (1, 0));
-    // The line counts whatever stands before it, and so does each line there.
+    // A line is read whatever comes before it, and does not affect the lines before.
     assert!(alone.changes.keys().all(|place| after.changes.contains_key(place)));
     assert!(before.changes.keys().all(|place| after.changes.contains_key(place)));
     assert_eq!(before.damaged, after.damaged);
 }
 
-/// An instance's record: what is in force by it, as `status` and the next agent would have it.
+/// Parses the record of an instance, and compiles its policies as `status` and the next agent do.
 pub fn record(input: &[u8]) {
     let Ok(record) = instance::parse_record(input) else { return };
     assert!(record.targets().count() <= input.len());
     for generation in record.generations.iter().chain(&record.retired) {
-        // Policies may be none, or not go together.
+        // The policies may be invalid, or may not be allowed together.
         let _ = generation.desired();
     }
 }
 
-/// A file that a container runtime or an engine keeps, or what a worker process has found in such files.
+/// Parses a state file of a container runtime or engine, and the response of a worker that read such files.
 pub fn containers(input: &[u8]) {
     containers::fuzz::state_file(input);
     if let Response::Whole(bytes) = response(input) {
@@ -211,12 +211,12 @@ pub fn containers(input: &[u8]) {
     }
     let framed = framed(input);
     assert!(matches!(response(&framed), Response::Whole(bytes) if bytes == input));
-    // What is cut off is no response.
+    // A truncated response is partial.
     let cut = framed.len() / 2;
     assert!(matches!(response(&framed[..cut]), Response::Partial));
 }
 
-/// The command line of a process that is called like a watcher, and what the kernel says of the process.
+/// Parses the command line of a process with the name of a watcher, and the kernel's facts about the process.
 pub fn watchers(input: &[u8]) {
     containers::fuzz::watcher(input);
 }
@@ -229,15 +229,15 @@ mod tests {
     use crate::escape::Escape;
 
     #[test]
-    fn corpus_is_no_finding() {
+    fn targets_accept_the_corpus() {
         for (name, target) in TARGETS {
             let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus").join(name);
             let inputs: Vec<_> = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
-            assert!(inputs.len() > 1, "{} has nothing to begin with", folder.escaped());
+            assert!(inputs.len() > 1, "{} has no inputs", folder.escaped());
             for input in inputs {
                 let bytes = fs::read(&input).unwrap();
                 target(&bytes);
-                // Whatever is cut off is none either.
+                // Truncated inputs must not fail either.
                 (0..bytes.len()).step_by(bytes.len().div_ceil(64).max(1)).for_each(|end| target(&bytes[..end]));
             }
         }

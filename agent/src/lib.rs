@@ -1,14 +1,13 @@
-//! sockpolicy: socket options as policy.
+//! sockpolicy enforces socket options per cgroup.
 //!
-//! The flow is one way, pure in the middle, with I/O at the edges:
+//! Data flows one way. The middle is pure; only the two ends do I/O:
 //!
 //! ```text
 //! TOML → policy → compile → kernel → events → report
 //! ```
 //!
-//! [`policy`], [`compile`], [`events`] and [`report`] are functions of values; [`host`] reads facts
-//! about this machine; [`kernel`] is the only module that knows aya, and [`cli`] the only one that
-//! prints.
+//! [`policy`], [`compile`], [`events`] and [`report`] are pure functions. [`host`] reads facts about this machine.
+//! [`kernel`] is the only module that uses aya, and [`cli`] the only one that prints.
 
 pub mod cli;
 pub mod compile;

@@ -1,7 +1,8 @@
-//! What sockpolicy does not do, because the kernel offers no way: written down once, for `check`, `plan`, `explain`, reports,
+//! What sockpolicy does not support because no kernel offers a way: one list for `check`, `plan`, `explain`, reports,
 //! `verify` and docs/reference.md.
 //!
-//! Pure: what is here holds on every kernel that sockpolicy knows. What only this kernel cannot do is a [`crate::unsupported::Unsupported`].
+//! Pure: the list is the same for every kernel. What only the running kernel lacks is a
+//! [`crate::unsupported::Unsupported`].
 
 use abi::{apply_point, setting::traits};
 
@@ -13,117 +14,117 @@ use crate::{
     },
 };
 
-/// Something that is not done.
+/// Something that is not supported.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Limitation {
-    /// In JSON.
+    /// The name in JSON.
     pub name: &'static str,
-    /// Of which sockets or packets.
+    /// The sockets or packets that it applies to.
     pub of: &'static str,
     /// What is not done.
     pub what: &'static str,
-    /// Why: what the kernel does, or does not offer.
+    /// The reason: what the kernel does, or does not offer.
     pub why: &'static str,
 }
 
-/// How far a rule is about what is not done.
+/// How a rule is affected by a limitation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Concern {
     /// The rule may match such sockets.
     May,
-    /// The rule asks for such sockets.
+    /// The rule explicitly matches such sockets.
     Asked,
 }
 
 pub const RAW: Limitation = Limitation {
     name: "raw",
     of: "raw, SCTP and other sockets without a name under `protocol`",
-    what: "without BPF LSM only SO_MARK, SO_PRIORITY and SO_BINDTOIFINDEX are set; limits and denials of calls hold",
-    why: "the kernel runs no other program that may set options of such a socket when it is made, binds, connects or sends",
+    what: "without BPF LSM, only SO_MARK, SO_PRIORITY and SO_BINDTOIFINDEX are set; `limit` and `deny` apply",
+    why: "the kernel runs no other program that can set options of such a socket at creation, bind, connect or send",
 };
 
 pub const PING: Limitation = Limitation {
     name: "ping",
     of: "ICMP datagram sockets",
-    what: "without BPF LSM, SO_MARK, SO_PRIORITY and SO_BINDTOIFINDEX are set when the socket is made, other options only if it \
+    what: "without BPF LSM, SO_MARK, SO_PRIORITY and SO_BINDTOIFINDEX are set at creation, other options only if the socket \
            connects",
-    why: "the kernel runs no program when they bind or send, and before 6.1 none when they connect",
+    why: "the kernel runs no program when these sockets bind or send, and before 6.1 none when they connect",
 };
 
 pub const UDP_LITE: Limitation = Limitation {
     name: "udp-lite",
-    of: "UDP-Lite sockets, which count as other",
-    what: "without BPF LSM, SO_MARK, SO_PRIORITY and SO_BINDTOIFINDEX are set when the socket is made, other options at bind or \
-           with the first datagram, and none at connect",
-    why: "the kernel runs no program when they connect",
+    of: "UDP-Lite sockets, which have the protocol `other`",
+    what: "without BPF LSM, SO_MARK, SO_PRIORITY and SO_BINDTOIFINDEX are set at creation, other options at bind or \
+           with the first datagram, but none at connect",
+    why: "the kernel runs no program when these sockets connect",
 };
 
 pub const MULTIPATH: Limitation = Limitation {
     name: "mptcp",
     of: "MPTCP sockets",
-    what: "options are set on the subflows; the socket that the application has may read other values",
-    why: "programs cannot set options of an MPTCP socket itself",
+    what: "options are set on the subflows; getsockopt on the application's socket may return other values",
+    why: "programs cannot set options of the MPTCP socket itself",
 };
 
 pub const UNCONNECTED: Limitation = Limitation {
     name: "unconnected",
-    of: "UDP sockets that send without being connected",
-    what: "rules about the peer do not match them; of options that cannot be corrected later, their limits and denials hold for \
-           calls on such sockets",
-    why: "the kernel reads the options of a datagram before it runs a program that knows the peer",
+    of: "UDP sockets that send without connect",
+    what: "rules about the peer do not match them; such a rule's `limit` or `deny` of an option that cannot be corrected later applies to \
+           all calls on these sockets",
+    why: "the kernel reads the options of a datagram before it runs a program that can read the peer",
 };
 
 pub const UNBOUND: Limitation = Limitation {
     name: "unbound",
     of: "UDP sockets that connect before they have a local address or port",
-    what: "rules about the local address or port set nothing on them; limits and denials of such rules hold on each of them",
-    why: "the kernel chooses the local end after it has run the last program",
+    what: "rules about the local address or port set nothing on them; `limit` and `deny` of such rules apply to all of them",
+    why: "the kernel chooses the local address and port after it has run the last program",
 };
 
 pub const FIRST_DATAGRAM: Limitation = Limitation {
     name: "first-datagram",
-    of: "the first datagram after connect(AF_UNSPEC), and without BPF LSM also the first of a UDP socket that is neither bound nor \
+    of: "the first datagram after connect(AF_UNSPEC); without BPF LSM, also the first datagram of a UDP socket that is neither bound nor \
          connected",
-    what: "it is sent with the options from before",
-    why: "the kernel reads mark, priority, code point and device before it runs a program",
+    what: "it is sent with the previous values of the options",
+    why: "the kernel reads mark, priority, DSCP and device before it runs a program",
 };
 
 pub const DEVICE: Limitation = Limitation {
     name: "link-local-device",
     of: "sockets that bind to a link-local IPv6 address with a scope",
-    what: "the socket keeps the device of the address, and counts as failed, if its owner has no CAP_NET_RAW",
-    why: "the kernel binds the socket to that device after the program has run, and takes another device from nobody else",
+    what: "if the socket's owner lacks CAP_NET_RAW, the socket keeps the device of the address, and counts as failed",
+    why: "the kernel binds the socket to that device after the program has run, and then requires CAP_NET_RAW to change it",
 };
 
 pub const CONTROL_MESSAGES: Limitation = Limitation {
     name: "control-messages",
-    of: "datagrams that are sent with control messages (sendmsg)",
+    of: "datagrams sent with control messages (sendmsg)",
     what: "values in control messages are neither judged nor replaced",
-    why: "the kernel runs no program for them",
+    why: "the kernel runs no program for control messages",
 };
 
 pub const BUFFERS: Limitation = Limitation {
     name: "buffer-tuning",
-    of: "sockets whose buffer a rule no longer sets, because the peer is another one",
-    what: "the size is given back, but the kernel does not tune the buffer any more",
+    of: "sockets whose buffer a rule no longer sets because the peer has changed",
+    what: "the size is restored, but the kernel no longer tunes the buffer",
     why: "programs cannot unlock a buffer",
 };
 
 pub const DIRECTION: Limitation = Limitation {
     name: "direction",
-    of: "TCP sockets that connected, or tried to, and listen later, or the other way round",
-    what: "an option that no rule sets any more keeps its value",
-    why: "the old values would have to be kept of every connection",
+    of: "TCP sockets that connect, or try to, and later listen, or the other way round",
+    what: "an option that no rule sets any longer keeps its value",
+    why: "the previous values would have to be stored for every connection",
 };
 
 pub const FAMILIES: Limitation = Limitation {
     name: "families",
     of: "AF_UNIX, netlink, packet, vsock and all other sockets that are neither AF_INET nor AF_INET6",
-    what: "they are not governed",
+    what: "policies do not apply to them",
     why: "policies are about IP sockets",
 };
 
-/// All of them, in the order in which they are shown.
+/// All limitations, in the order in which they are shown.
 pub const ALL: &[&Limitation] = &[
     &RAW,
     &PING,
@@ -139,7 +140,7 @@ pub const ALL: &[&Limitation] = &[
     &FAMILIES,
 ];
 
-/// Options that a control message sets for one datagram (`__sock_cmsg_send`, net/core/sock.c; `ip_cmsg_send`,
+/// Options that a control message can set for one datagram (`__sock_cmsg_send`, net/core/sock.c; `ip_cmsg_send`,
 /// net/ipv4/ip_sockglue.c; `ip6_datagram_send_ctl`, net/ipv6/datagram.c).
 const IN_CONTROL_MESSAGES: &[&str] = &[
     "SO_MARK",
@@ -154,10 +155,10 @@ const IN_CONTROL_MESSAGES: &[&str] = &[
     "UDP_SEGMENT",
 ];
 
-/// What is not done only where the BPF LSM is not active.
+/// Limitations that apply only if the BPF LSM is not active.
 pub const WITHOUT_LSM: [&Limitation; 3] = [&RAW, &PING, &UDP_LITE];
 
-/// What is not done of a rule's word on an option, and how far the rule is about it.
+/// Returns the limitations that affect a rule's setting for an option, and how they affect the rule.
 #[must_use]
 pub fn of_rule(selector: &Selector, option: Named, form: &Form) -> Vec<(&'static Limitation, Concern)> {
     ALL.iter().filter_map(|entry| Some((*entry, concern(entry, selector, option, form)?))).collect()
@@ -175,22 +176,22 @@ fn concern(entry: &Limitation, selector: &Selector, option: Named, form: &Form) 
     let may = |holds: bool| holds.then_some(Concern::May);
     let sends = || may(by_protocol(&[Protocol::Udp, Protocol::Icmp, Protocol::Other]).is_some());
     match entry.name {
-        "raw" if sets && !is_from_birth(option) => by_protocol(&[Protocol::Other, Protocol::Sctp]),
-        "ping" if sets && !is_from_birth(option) => by_protocol(&[Protocol::Icmp]),
-        "udp-lite" if sets && !is_from_birth(option) => may(by_protocol(&[Protocol::Other]).is_some()),
+        "raw" if sets && !is_set_at_creation(option) => by_protocol(&[Protocol::Other, Protocol::Sctp]),
+        "ping" if sets && !is_set_at_creation(option) => by_protocol(&[Protocol::Icmp]),
+        "udp-lite" if sets && !is_set_at_creation(option) => may(by_protocol(&[Protocol::Other]).is_some()),
         "mptcp" if sets => may(by_protocol(&[Protocol::Tcp]).is_some()),
-        "unconnected" if asks_peer(selector) => by_protocol(&[Protocol::Udp]),
-        "unbound" if asks_local(selector) => by_protocol(&[Protocol::Udp]),
-        "first-datagram" if sets && !is_from_birth(option) => may(by_protocol(&[Protocol::Udp]).is_some()),
+        "unconnected" if needs_peer(selector) => by_protocol(&[Protocol::Udp]),
+        "unbound" if needs_local_end(selector) => by_protocol(&[Protocol::Udp]),
+        "first-datagram" if sets && !is_set_at_creation(option) => may(by_protocol(&[Protocol::Udp]).is_some()),
         "link-local-device" => may(sets && option.traits & traits::DEVICE != 0),
         "control-messages" if IN_CONTROL_MESSAGES.contains(&option.name) => sends(),
-        "buffer-tuning" => may(sets && asks_peer(selector) && matches!(option.reading, Reading::Tuned { .. })),
+        "buffer-tuning" => may(sets && needs_peer(selector) && matches!(option.reading, Reading::Tuned { .. })),
         "direction" => may(sets && selector.direction.is_some()),
         _ => None,
     }
 }
 
-/// What is not done of an option that a rule sets on a socket that is described, and that the rule matches.
+/// Returns the limitations for an option that a rule sets on a described socket. The rule must match the socket.
 #[must_use]
 pub fn of_socket(socket: &Socket, selector: &Selector, option: Named, form: &Form) -> Vec<&'static Limitation> {
     let Named::Known(option) = option else { return Vec::new() };
@@ -198,10 +199,10 @@ pub fn of_socket(socket: &Socket, selector: &Selector, option: Named, form: &For
         return Vec::new();
     }
     if socket.protocol == Some(Protocol::Udp) && socket.remote.is_some() {
-        let may = [(&UNCONNECTED, asks_peer(selector)), (&UNBOUND, asks_local(selector))];
+        let may = [(&UNCONNECTED, needs_peer(selector)), (&UNBOUND, needs_local_end(selector))];
         return may.into_iter().filter_map(|(entry, holds)| holds.then_some(entry)).collect();
     }
-    if is_from_birth(option) {
+    if is_set_at_creation(option) {
         return Vec::new();
     }
     match socket.protocol {
@@ -212,26 +213,26 @@ pub fn of_socket(socket: &Socket, selector: &Selector, option: Named, form: &For
     }
 }
 
-/// Whether sockets of a protocol, which are neither TCP nor UDP ones, may come by a site after their birth.
+/// Returns whether sockets of a protocol other than TCP and UDP may pass an apply point after their creation.
 #[must_use]
 pub fn may_come_by(protocol: Option<Protocol>, at: u32) -> bool {
     match protocol {
         Some(Protocol::Icmp) => at == apply_point::CONNECT_DATAGRAM,
-        // UDP-Lite.
+        // UDP-Lite sockets.
         Some(Protocol::Other) => at == apply_point::BIND_DATAGRAM || at == apply_point::SEND,
         _ => false,
     }
 }
 
-fn is_from_birth(option: &SocketOption) -> bool {
+fn is_set_at_creation(option: &SocketOption) -> bool {
     option.settable().is_some_and(|settable| settable.sites.contains(apply_point::SOCK_CREATE))
 }
 
-fn asks_peer(selector: &Selector) -> bool {
+fn needs_peer(selector: &Selector) -> bool {
     !(selector.remote.is_empty() && selector.not_remote.is_empty() && selector.remote_ports.is_empty())
 }
 
-fn asks_local(selector: &Selector) -> bool {
+fn needs_local_end(selector: &Selector) -> bool {
     !(selector.local.is_empty() && selector.local_ports.is_empty())
 }
 
@@ -264,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn rule_that_asks_for_such_sockets_is_told_from_one_that_may_match_them() {
+    fn explicit_match_is_distinguished_from_possible_match() {
         use crate::policy::model::Wanted;
         let set = Form::Set(Wanted::Number { value: 3, mask: u32::MAX });
         let all = Selector::default();
@@ -277,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn socket_that_no_hook_reaches_is_told() {
+    fn limitations_of_described_sockets_are_found() {
         let form = Form::Set(crate::policy::model::Wanted::Number { value: 3, mask: u32::MAX });
         let socket = |protocol| Socket::new(protocol, None, None, Default::default(), None).unwrap();
         let of = |protocol, option| of_socket(&socket(protocol), &Selector::default(), named(option), &form);
@@ -287,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn rule_about_an_end_that_no_hook_is_told_is_told() {
+    fn limitations_of_rules_about_addresses_are_found() {
         let form = Form::Set(crate::policy::model::Wanted::Number { value: 3, mask: u32::MAX });
         let local = Selector { local_ports: vec![1..=2], ..Selector::default() };
         let peer = Selector { remote_ports: vec![9..=10], ..Selector::default() };

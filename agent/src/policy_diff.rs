@@ -1,6 +1,6 @@
-//! What would be different if other policies took the place of those in force: two [`Snapshot`] → [`Change`]s.
+//! What would change if other policies replaced those in force: two [`Snapshot`]s → [`Change`]s.
 //!
-//! Pure: both are told as they are compiled.
+//! Pure: both snapshots are made from compiled policies.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,23 +16,24 @@ use crate::{
     schema, values,
 };
 
-/// What policies come to, in words that can be compared.
+/// The effects of policies, in a form that can be compared.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {
     attached: BTreeSet<(String, Hook)>,
-    /// By cgroup, policy, rule and option: what it is to be, and under which conditions.
+    /// The settings, by cgroup, policy, rule and option.
     settings: BTreeMap<SettingId, SettingView>,
 }
 
-/// What a setting says.
+/// What a setting wants.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct SettingView {
     wanted: String,
-    /// Which sockets it is for, what becomes of calls that disagree, and which rules come first: not for people.
+    /// The sockets that the rule matches, the answer to conflicting calls, and the precedence of the rule. Compared but
+    /// not shown.
     conditions: String,
 }
 
-/// Where a setting holds, and whose it is.
+/// Identifies a setting and the cgroup that it applies to.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct SettingId {
     pub cgroup: String,
@@ -48,7 +49,7 @@ pub enum Change {
         hook: Hook,
         cgroup: String,
     },
-    LetGo {
+    Detach {
         hook: Hook,
         cgroup: String,
     },
@@ -65,7 +66,7 @@ pub enum Change {
         was: String,
         wanted: String,
     },
-    /// The same value, for other sockets, with another answer to calls, or after other rules.
+    /// Same value, but other sockets, another answer to conflicting calls, or another precedence.
     Condition {
         place: SettingId,
         wanted: String,
@@ -73,13 +74,13 @@ pub enum Change {
 }
 
 impl Snapshot {
-    /// Of policies on targets, which are names of cgroups with the numbers of their scopes.
+    /// Returns the snapshot of policies on targets: names of cgroups with the indices of their scopes.
     #[must_use]
     pub fn of(desired: &Desired, targets: &[(String, usize)]) -> Self {
-        let mut held = Self::default();
+        let mut snapshot = Self::default();
         for (cgroup, number) in targets {
             let Some(scope) = desired.scopes.get(*number) else { continue };
-            held.attached.extend(scope.hooks.iter().map(|hook| (cgroup.clone(), *hook)));
+            snapshot.attached.extend(scope.hooks.iter().map(|hook| (cgroup.clone(), *hook)));
             let mut ranks = BTreeMap::new();
             for setting in desired.settings_of(*number) {
                 let Some((source, rule)) = desired.source(setting as u32) else { continue };
@@ -96,36 +97,37 @@ impl Snapshot {
                 *rank += 1;
                 let conditions =
                     format!("{rank} {:?} {:?}", rule.selector, row.map(|row| (row.on_conflict, row.errno)));
-                held.settings.insert(place, SettingView { wanted: format!("{wanted}{mode}"), conditions });
+                snapshot.settings.insert(place, SettingView { wanted: format!("{wanted}{mode}"), conditions });
             }
         }
-        held
+        snapshot
     }
 }
 
-/// What there is to do to get from the one to the other: attach, then decide otherwise, then let go, as it is done.
+/// Returns the changes from `before` to `after`, in the order in which a reload makes them: attach, change settings,
+/// detach.
 #[must_use]
 pub fn changes(before: &Snapshot, after: &Snapshot) -> Vec<Change> {
     let attach = after.attached.difference(&before.attached);
     let attach = attach.map(|(cgroup, hook)| Change::Attach { hook: *hook, cgroup: cgroup.clone() });
     let removed = before.settings.iter().filter(|(place, _)| !after.settings.contains_key(place));
     let removed = removed.map(|(place, was)| Change::Remove { place: place.clone(), was: was.wanted.clone() });
-    let others = after.settings.iter().filter_map(|(place, said)| {
-        let (place, wanted) = (place.clone(), said.wanted.clone());
+    let others = after.settings.iter().filter_map(|(place, changed)| {
+        let (place, wanted) = (place.clone(), changed.wanted.clone());
         match before.settings.get(&place) {
             None => Some(Change::Add { place, wanted }),
-            Some(was) if was == said => None,
+            Some(was) if was == changed => None,
             Some(was) if was.wanted == wanted => Some(Change::Condition { place, wanted }),
             Some(was) => Some(Change::Alter { place, was: was.wanted.clone(), wanted }),
         }
     });
-    let let_go = before.attached.difference(&after.attached);
-    let let_go = let_go.map(|(cgroup, hook)| Change::LetGo { hook: *hook, cgroup: cgroup.clone() });
-    attach.chain(removed).chain(others).chain(let_go).collect()
+    let detach = before.attached.difference(&after.attached);
+    let detach = detach.map(|(cgroup, hook)| Change::Detach { hook: *hook, cgroup: cgroup.clone() });
+    attach.chain(removed).chain(others).chain(detach).collect()
 }
 
 impl Change {
-    /// As a line of JSON.
+    /// Returns the change as a JSON object.
     #[must_use]
     pub fn to_json(&self) -> Value {
         let setting = |step: &str, place: &SettingId, was: Option<&String>, wanted: Option<&String>| {
@@ -142,7 +144,7 @@ impl Change {
             Self::Attach { hook, cgroup } => {
                 schema::line("plan", json!({ "step": "attach", "hook": hook.name(), "cgroup": cgroup }))
             }
-            Self::LetGo { hook, cgroup } => {
+            Self::Detach { hook, cgroup } => {
                 schema::line("plan", json!({ "step": "detach", "hook": hook.name(), "cgroup": cgroup }))
             }
             Self::Add { place, wanted } => setting("add", place, None, Some(wanted)),
@@ -164,16 +166,12 @@ impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Attach { hook, cgroup } => write!(f, "attach {hook} to {}", cgroup.escaped()),
-            Self::LetGo { hook, cgroup } => write!(f, "detach {hook} from {}", cgroup.escaped()),
+            Self::Detach { hook, cgroup } => write!(f, "detach {hook} from {}", cgroup.escaped()),
             Self::Add { place, wanted } => write!(f, "+ {} = {wanted}  ({place})", place.option),
             Self::Remove { place, was } => write!(f, "- {} = {was}  ({place})", place.option),
             Self::Alter { place, was, wanted } => write!(f, "~ {} = {was} -> {wanted}  ({place})", place.option),
             Self::Condition { place, wanted } => {
-                write!(
-                    f,
-                    "~ {} = {wanted}: for other sockets, after other rules, or else enforced  ({place})",
-                    place.option
-                )
+                write!(f, "~ {} = {wanted}: changed match, precedence or on_conflict  ({place})", place.option)
             }
         }
     }
@@ -186,23 +184,23 @@ mod tests {
     use super::*;
     use crate::{compile::compile, policy};
 
-    fn held(rules: &str, targets: &[&str]) -> Snapshot {
+    fn snapshot(rules: &str, targets: &[&str]) -> Snapshot {
         let policy = policy::parse(Path::new("web.toml"), rules).unwrap().0;
         let desired = compile(&[policy], &[vec![0]]).unwrap();
         Snapshot::of(&desired, &targets.iter().map(|target| ((*target).to_owned(), 0)).collect::<Vec<_>>())
     }
 
-    fn said(before: &Snapshot, after: &Snapshot) -> Vec<String> {
+    fn changed(before: &Snapshot, after: &Snapshot) -> Vec<String> {
         changes(before, after).iter().map(ToString::to_string).collect()
     }
 
     #[test]
-    fn only_what_is_different_is_said() {
-        let before = held("[[rule]]\nname = \"r\"\nset = { SO_MARK = 1, TCP_NODELAY = true }\n", &["/a"]);
-        let after = held("[[rule]]\nname = \"r\"\nset = { SO_MARK = 2, TCP_KEEPCNT = 3 }\n", &["/a"]);
-        assert_eq!(said(&before, &before), [""; 0]);
+    fn only_differences_are_listed() {
+        let before = snapshot("[[rule]]\nname = \"r\"\nset = { SO_MARK = 1, TCP_NODELAY = true }\n", &["/a"]);
+        let after = snapshot("[[rule]]\nname = \"r\"\nset = { SO_MARK = 2, TCP_KEEPCNT = 3 }\n", &["/a"]);
+        assert_eq!(changed(&before, &before), [""; 0]);
         assert_eq!(
-            said(&before, &after),
+            changed(&before, &after),
             [
                 "- TCP_NODELAY = true  (web, rule r, on /a)",
                 "~ SO_MARK = 0x1 -> 0x2  (web, rule r, on /a)",
@@ -212,19 +210,19 @@ mod tests {
     }
 
     #[test]
-    fn other_conditions_are_a_difference() {
+    fn changed_conditions_are_listed() {
         let rule = |more: &str| format!("[[rule]]\nname = \"r\"\nset = {{ SO_MARK = 1 }}\n{more}");
-        let said = said(&held(&rule(""), &["/a"]), &held(&rule("on_conflict = \"deny\"\n"), &["/a"]));
-        let expected = "~ SO_MARK = 0x1: for other sockets, after other rules, or else enforced  (web, rule r, on /a)";
-        assert_eq!(said, [expected]);
+        let changed = changed(&snapshot(&rule(""), &["/a"]), &snapshot(&rule("on_conflict = \"deny\"\n"), &["/a"]));
+        let expected = "~ SO_MARK = 0x1: changed match, precedence or on_conflict  (web, rule r, on /a)";
+        assert_eq!(changed, [expected]);
     }
 
     #[test]
-    fn programs_are_attached_where_a_target_is_new_and_detached_where_one_goes() {
+    fn programs_are_attached_to_new_targets_and_detached_from_old_ones() {
         let rules =
             "[audit]\nreads = false\n[[rule]]\nname = \"r\"\nmatch = { protocol = \"udp\" }\ndeny = [\"SO_MARK\"]\n";
         assert_eq!(
-            said(&held(rules, &["/a"]), &held(rules, &["/b"])),
+            changed(&snapshot(rules, &["/a"]), &snapshot(rules, &["/b"])),
             [
                 "attach cgroup/sock_create to /b",
                 "attach cgroup/setsockopt to /b",

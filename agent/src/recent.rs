@@ -1,9 +1,9 @@
-//! A cache of bounded size, which forgets what was not looked up for longest.
+//! A cache of bounded size that forgets the least recently used entries.
 
 use std::{collections::HashMap, hash::Hash, mem};
 
-/// Values by key. Holds twice as many as a generation at the most: when the young ones are as many, they become the old ones,
-/// which are forgotten unless they are looked up.
+/// Values by key, at most twice as many as a generation. When the young entries fill a generation, they become the old
+/// entries. Old entries are forgotten unless they are used again.
 #[derive(Debug)]
 pub struct Recent<K, V> {
     young: HashMap<K, V>,
@@ -12,13 +12,13 @@ pub struct Recent<K, V> {
 }
 
 impl<K: Eq + Hash, V: Clone> Recent<K, V> {
-    /// Makes one of so many entries a generation.
+    /// Makes a cache with this many entries per generation.
     #[must_use]
     pub fn new(generation: usize) -> Self {
         Self { young: HashMap::new(), old: HashMap::new(), generation }
     }
 
-    /// Returns the value of a key, if it is not forgotten.
+    /// Returns the value of a key, if the cache still contains it.
     pub fn get(&mut self, key: &K) -> Option<V> {
         if let Some(value) = self.young.get(key) {
             return Some(value.clone());
@@ -28,7 +28,7 @@ impl<K: Eq + Hash, V: Clone> Recent<K, V> {
         Some(value)
     }
 
-    /// Adds an entry, or replaces it.
+    /// Adds or replaces an entry.
     pub fn insert(&mut self, key: K, value: V) {
         if self.young.len() >= self.generation {
             self.old = mem::take(&mut self.young);
@@ -36,7 +36,7 @@ impl<K: Eq + Hash, V: Clone> Recent<K, V> {
         self.young.insert(key, value);
     }
 
-    /// Returns how many entries there are.
+    /// Returns the number of entries.
     #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
         self.young.len() + self.old.len()
@@ -48,7 +48,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_looked_up_stays_and_the_number_is_bounded() {
+    fn used_entries_stay_and_the_number_is_bounded() {
         let mut recent = Recent::new(10);
         for key in 0..1000 {
             recent.insert(key, key);

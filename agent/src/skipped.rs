@@ -1,9 +1,9 @@
-//! Objects that sockpolicy cannot handle: each is skipped, counted, logged once, and shown by `status`.
+//! Objects that sockpolicy cannot handle. Each is skipped, counted, logged once, and listed by `status`.
 //!
-//! The owners of cgroups and sockets decide how many of these there are, and what their names are. So the list is bounded,
+//! The owners of cgroups and sockets choose the number and the names of these objects. Therefore the list is bounded,
 //! and names are escaped.
 //!
-//! Pure: the time is handed in.
+//! Pure: callers pass the time.
 
 use std::{
     collections::{BTreeMap, btree_map::Entry},
@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use crate::escape::{self, Escape};
 
-/// What kind of object is skipped.
+/// The kind of a skipped object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
@@ -45,18 +45,18 @@ impl Kind {
     }
 }
 
-/// An object that was skipped now.
+/// A skipped object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Skip {
     pub kind: Kind,
-    /// As others named it.
+    /// The unescaped name.
     pub name: String,
     pub reason: String,
-    /// Whether a later attempt may succeed although the object stays as it is.
+    /// Whether a later attempt may succeed although the object does not change.
     pub is_transient: bool,
 }
 
-/// Characters of a name that are kept: a path of cgroups can have 8 KiB.
+/// Characters of a name that are kept. A cgroup path can have 8 KiB.
 const NAME_MAX: usize = 512;
 
 impl Skip {
@@ -70,7 +70,7 @@ impl Skip {
         Self { is_transient, ..self }
     }
 
-    /// Returns the name as it is shown and kept: escaped, and of a long one both ends.
+    /// Returns the name as shown and stored: escaped, and shortened in the middle.
     fn shown_name(&self) -> String {
         let escaped = self.name.escaped().to_string();
         let count = escaped.chars().count();
@@ -84,13 +84,13 @@ impl Skip {
     }
 }
 
-/// An object that is skipped, as `status` shows it.
+/// A skipped object, as `status` lists it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Skipped {
     pub kind: Kind,
     pub name: String,
     pub reason: String,
-    /// When it was first skipped, in seconds since 1970.
+    /// When the object was first skipped, in seconds since the epoch.
     pub since: i64,
 }
 
@@ -117,19 +117,19 @@ impl fmt::Display for Skipped {
     }
 }
 
-/// What an instance skips at the moment.
+/// The objects that an instance skips now.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SkippedList {
     pub objects: Vec<Skipped>,
-    /// How many more there are.
+    /// The number of objects that are not listed.
     pub others: u64,
 }
 
-/// Objects that are listed; more are counted.
+/// The most objects that are listed. More are only counted.
 const OBJECTS_MAX: usize = 256;
 
 impl SkippedList {
-    /// Replaces the list by what is skipped now. Returns those that were not skipped before, and are listed.
+    /// Replaces the list. Returns the listed objects that were not listed before.
     pub fn replace(&mut self, now: &[Skip], seconds: i64) -> Vec<Skipped> {
         let before: BTreeMap<(Kind, &str), i64> =
             self.objects.iter().map(|known| ((known.kind, known.name.as_str()), known.since)).collect();
@@ -161,7 +161,7 @@ impl SkippedList {
         self.objects.is_empty()
     }
 
-    /// Returns how many objects are skipped.
+    /// Returns the number of skipped objects.
     #[must_use]
     pub fn count(&self) -> u64 {
         self.objects.len() as u64 + self.others
@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn object_is_new_once_and_keeps_its_time() {
+    fn object_is_new_only_once_and_keeps_its_time() {
         let mut list = SkippedList::default();
         assert_eq!(list.replace(&[skip("/a"), skip("/a")], 1).len(), 1);
         assert_eq!(list.replace(&[skip("/a"), skip("/b")], 2).len(), 1);
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn name_can_forge_no_line_and_has_an_end() {
+    fn names_are_escaped_and_shortened() {
         let mut list = SkippedList::default();
         list.replace(&[skip("/a\nerror: \x1b[2J"), skip(&"\n".repeat(9000))], 1);
         assert!(list.objects.iter().all(|known| !known.name.contains(char::is_control) && known.name.len() < 600));

@@ -1,8 +1,8 @@
-//! Which options this kernel lets programs set, found by setting them.
+//! Probes which options this kernel lets programs set, by setting them.
 //!
-//! A policy that sets each of them to a harmless value, the option table's example, is in force for a moment on a cgroup made
-//! for it, where a process of ours opens sockets of each kind in a network namespace of its own. The counters then say what
-//! the kernel took. Nothing of all this is left.
+//! A policy that sets each option to its harmless example from the option table is in force for a moment on a new
+//! cgroup. A child process in the cgroup opens sockets of each kind, in a new network namespace. The counters then show
+//! what the kernel accepted. All of these are removed afterwards.
 
 use std::{
     io::{self, Read as _},
@@ -24,7 +24,7 @@ use crate::{
     transient_cgroup::{TransientCgroup, TransientCgroupError},
 };
 
-/// The name by which this binary opens sample sockets.
+/// The name under which this binary opens sample sockets.
 pub const SAMPLE: &str = "sample-sockets";
 
 #[derive(Debug, thiserror::Error)]
@@ -35,14 +35,15 @@ pub enum TrialError {
     Compile(#[from] CompileError),
     #[error(transparent)]
     Kernel(#[from] KernelError),
-    #[error("cannot open sockets to try options on: {0}")]
+    #[error("cannot open sockets to probe options: {0}")]
     Sample(io::Error),
 }
 
-/// A policy that sets these options to their examples.
+/// Returns a policy that sets these options to their examples.
 #[expect(clippy::panic, reason = "the option table's own examples are tested to be valid")]
 pub fn policy_that_sets(options: &[&'static SocketOption]) -> Policy {
-    // A rule names a value once. Where an option is another name of one, TCP sockets are given the one, all others the other.
+    // A rule can name a value once. If two options are names of one value, TCP sockets get the first, and other sockets
+    // the second.
     let (first, others): (Vec<_>, Vec<_>) = options
         .iter()
         .partition(|option| option.other_names().any(|other| other.same_as.is_some() && options.contains(&other)));
@@ -62,19 +63,18 @@ pub fn policy_that_sets(options: &[&'static SocketOption]) -> Policy {
     }
 }
 
-/// A process of ours in a cgroup made for it, that is to open sockets. It takes a while to get there, in which the programs can
-/// be loaded.
+/// A child process in a new cgroup, which opens sockets on request. The programs can be loaded while it starts.
 pub struct Sample {
     enclosure: TransientCgroup,
     process: Child,
 }
 
 impl Sample {
-    /// Starts the process. It waits.
+    /// Starts the process, which waits.
     ///
     /// # Errors
     ///
-    /// Where it cannot be started, or not in a cgroup of its own.
+    /// Fails if the process or its cgroup cannot be made.
     pub fn start(mount: &Mount) -> Result<Self, TrialError> {
         let enclosure = TransientCgroup::make(mount, "-try")?;
         let mut command = Command::new("/proc/self/exe");
@@ -83,44 +83,44 @@ impl Sample {
         Ok(Self { enclosure, process })
     }
 
-    /// Has the process open its sockets, and end.
+    /// Makes the process open its sockets, and waits until it exits.
     fn open_sockets(&mut self) -> io::Result<()> {
         drop(self.process.stdin.take());
-        let mut complaint = String::new();
+        let mut message = String::new();
         if let Some(stderr) = &mut self.process.stderr {
-            stderr.read_to_string(&mut complaint)?;
+            stderr.read_to_string(&mut message)?;
         }
-        if self.process.wait()?.success() { Ok(()) } else { Err(io::Error::other(complaint.trim().to_owned())) }
+        if self.process.wait()?.success() { Ok(()) } else { Err(io::Error::other(message.trim().to_owned())) }
     }
 }
 
 impl Drop for Sample {
     fn drop(&mut self) {
-        // Nothing happens where it has ended.
+        // Has no effect if the process has exited.
         if let Err(error) = self.process.kill().and_then(|()| self.process.wait()) {
-            log::debug!("cannot end the process that opens sockets: {error}");
+            log::debug!("cannot kill the process that opens sockets: {error}");
         }
     }
 }
 
-/// What has these options tried when it is in force.
+/// Returns the tables that set these options to their examples.
 ///
 /// # Errors
 ///
-/// Where there are too many of them.
+/// Fails if there are too many options.
 pub fn desired(options: &[&'static SocketOption]) -> Result<Desired, CompileError> {
     compile(&[policy_that_sets(options)], &[vec![0]])
 }
 
-/// Tries options at these hooks; gives what came of each.
+/// Probes options at these hooks, and returns the result for each.
 ///
 /// # Errors
 ///
-/// Where it cannot be tried.
+/// Fails if the options cannot be probed.
 pub fn try_options(
     object: &mut Object,
     mut desired: Desired,
-    tabled: Option<FilledTables>,
+    tables: Option<FilledTables>,
     hooks: &[Hook],
     mount: &Mount,
     mut sample: Sample,
@@ -128,8 +128,8 @@ pub fn try_options(
     desired.keep_hooks(|hook| hooks.contains(&hook));
     let cgroup = mount.open(&sample.enclosure.cgroup.path).map_err(TransientCgroupError::from)?;
     let target = Target { cgroup, scope: 0 };
-    let (sampled, counters) = object.in_force_on(&desired, tabled, target, || sample.open_sockets())?;
-    sampled.map_err(TrialError::Sample)?;
+    let (opened, counters) = object.in_force_on(&desired, tables, target, || sample.open_sockets())?;
+    opened.map_err(TrialError::Sample)?;
     Ok(answers(&desired, &counters))
 }
 
@@ -141,7 +141,7 @@ fn answers(desired: &Desired, counters: &[Counters]) -> Vec<(&'static SocketOpti
         } else if counters.failed > 0 {
             Answer::No(errno::name(counters.failed_errno as i32))
         } else {
-            Answer::Unknown("no socket came by".to_owned())
+            Answer::Unknown("no socket passed the option's apply points".to_owned())
         };
         Some((option, answer))
     };
@@ -152,11 +152,11 @@ fn answers(desired: &Desired, counters: &[Counters]) -> Vec<(&'static SocketOpti
 ///
 /// # Errors
 ///
-/// Where one cannot be opened.
+/// Fails if a socket cannot be opened.
 pub fn sample() -> io::Result<()> {
-    // Until there is something to try.
+    // Wait until the programs are attached.
     io::stdin().read_to_end(&mut Vec::new())?;
-    // A firewall or a missing loopback address of the host must not tell us about the kernel.
+    // The host's firewall or a missing loopback address must not affect the result.
     if unshare(CloneFlags::CLONE_NEWNET).is_ok() {
         network::bring_loopback_up()?;
     }

@@ -1,7 +1,7 @@
-//! What policies ask for and this kernel cannot do.
+//! What policies need and this kernel does not support.
 //!
-//! Pure: what the kernel can do was tried elsewhere. The kernel that is named as known to do it is for people to know which to
-//! look for; nothing is decided by it.
+//! Pure: callers probe the kernel. The kernel version in messages only tells users which kernel they need; nothing
+//! depends on it.
 
 use std::fmt;
 
@@ -15,23 +15,23 @@ use crate::{
     schema,
 };
 
-/// Something that policies ask for and this kernel cannot do.
+/// A setting, or a part of one, that policies need and this kernel does not support.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unsupported {
-    /// What is not done, or not everywhere; never empty.
+    /// The options that are not set or not judged, or not everywhere. Not empty.
     pub options: Vec<String>,
-    /// Where it is not done; empty: nowhere is it.
+    /// The hooks at which the kernel does not support them; empty if nowhere.
     pub hooks: Vec<Hook>,
-    /// What the kernel said to it.
+    /// The kernel's error.
     pub reason: String,
-    /// What would help.
+    /// What the user can do.
     pub remedy: String,
-    /// Whether a policy that is enforced asks for it.
+    /// Whether an enforced policy needs it.
     pub is_enforced: bool,
 }
 
 impl Unsupported {
-    /// A hook for which the kernel does not take our program: what that was to do for these policies.
+    /// Returns what the policies lose because the kernel does not accept sockpolicy's program for a hook.
     #[must_use]
     pub fn of_hook(desired: &Desired, hook: Hook, reason: String) -> Option<Self> {
         let scopes: Vec<(usize, &Scope)> =
@@ -44,7 +44,7 @@ impl Unsupported {
             }
         }
         if options.is_empty() {
-            // What it does for all options alike.
+            // The program's work for all options alike.
             options = desired.policies().into_iter().map(|(name, _)| format!("policy {name}")).collect();
         }
         let is_enforced = scopes.iter().any(|(_, scope)| scope.mode == Mode::Enforce);
@@ -57,7 +57,7 @@ impl Unsupported {
         })
     }
 
-    /// An option that the kernel refused on every socket, with an errno of this name.
+    /// Returns an entry for an option that the kernel refused on every socket with an errno of this name.
     #[must_use]
     pub fn of_option(desired: &Desired, option: &'static SocketOption, errno: &str) -> Self {
         Self {
@@ -71,7 +71,7 @@ impl Unsupported {
         }
     }
 
-    /// An option whose denied calls cannot fail with the errno of this name.
+    /// Returns an entry for an option whose denied calls cannot fail with the errno of this name.
     #[must_use]
     pub fn of_errno(desired: &Desired, denied: &SettingSource, errno: &str) -> Self {
         Self {
@@ -83,15 +83,15 @@ impl Unsupported {
         }
     }
 
-    /// A congestion control that is not there; `available` are.
+    /// Returns an entry for a congestion control that is not loaded; `available` are loaded.
     #[must_use]
     pub fn of_congestion_control(desired: &Desired, name: &str, available: &[String]) -> Self {
         let option = crate::options::CONGESTION;
         Self {
             options: vec![format!("{} = \"{name}\"", option.name)],
             hooks: Vec::new(),
-            reason: format!("not loaded; this kernel has {}", available.join(", ")),
-            remedy: format!("modprobe tcp_{name} loads it"),
+            reason: format!("not loaded; loaded: {}", available.join(", ")),
+            remedy: format!("load it: modprobe tcp_{name}"),
             is_enforced: is_enforced(desired, |source| {
                 let is_wanted = matches!(&source.form, Form::Set(Wanted::Text(wanted)) if wanted == name);
                 is_wanted && source.option == Named::Known(option)
@@ -99,7 +99,7 @@ impl Unsupported {
         }
     }
 
-    /// As a line of JSON.
+    /// Returns the entry as a JSON object.
     #[must_use]
     pub fn to_json(&self) -> Value {
         json!({
@@ -110,7 +110,7 @@ impl Unsupported {
         })
     }
 
-    /// The same as a report of its own.
+    /// Returns the entry as an event.
     #[must_use]
     pub fn to_event(&self, time: jiff::Timestamp) -> Value {
         schema::line_at(time, "unsupported", self.to_json())
@@ -128,12 +128,12 @@ impl fmt::Display for Unsupported {
     }
 }
 
-/// A list of them, a line each.
+/// A list of entries, shown one on each line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UnsupportedList(pub Vec<Unsupported>);
 
 impl FromIterator<Unsupported> for UnsupportedList {
-    /// What is the same at several hooks becomes one.
+    /// Merges entries that differ only in their hooks.
     fn from_iter<T: IntoIterator<Item = Unsupported>>(unsupported: T) -> Self {
         let mut all: Vec<Unsupported> = Vec::new();
         for entry in unsupported {
@@ -168,8 +168,8 @@ fn known_from(version: &str) -> String {
     format!("known to work from {version} on")
 }
 
-/// Whether a setting that is meant is one of a policy that is enforced.
-fn is_enforced(desired: &Desired, is_meant: impl Fn(&SettingSource) -> bool) -> bool {
-    let mut settings = desired.sources.iter().filter(|source| is_meant(source));
+/// Returns whether an enforced policy has a setting for which `matches` returns true.
+fn is_enforced(desired: &Desired, matches: impl Fn(&SettingSource) -> bool) -> bool {
+    let mut settings = desired.sources.iter().filter(|source| matches(source));
     settings.any(|source| desired.rules.get(source.rule).is_some_and(|rule| rule.mode == Mode::Enforce))
 }

@@ -1,10 +1,10 @@
-//! Which files the executables are that make calls, as the kernel told of each before its first event.
+//! The paths of the executables that make calls. The kernel side sends each path before the first event of its process.
 
 use abi::event::{EXES_SENT_MAX, Executable, ExecutableFile};
 
 use crate::recent::Recent;
 
-/// The paths of executables. Those that have made no call for longest are forgotten.
+/// The paths of executables. The least recently used are forgotten.
 #[derive(Debug)]
 pub struct Executables(Recent<Executable, ExePath>);
 
@@ -14,25 +14,25 @@ impl Default for Executables {
     }
 }
 
-/// What the kernel told of a path: from the root of the mount namespace; `None` where it is longer than is told.
+/// A path from the root of the mount namespace; `None` if it is longer than the kernel side sends.
 type ExePath = Option<String>;
 
-/// Executables of each age: twice as many as the kernel keeps in mind.
+/// Executables per generation of the cache: twice as many as the kernel side remembers.
 const GENERATION: usize = 2 * EXES_SENT_MAX as usize;
 
 impl Executables {
-    /// Takes in what the kernel tells.
+    /// Adds a path that the kernel side sent.
     pub fn learn(&mut self, file: &ExecutableFile) {
         self.0.insert(file.executable, path(file));
     }
 
-    /// What was told of an executable; `None` where nothing was, or that is forgotten.
+    /// Returns the path of an executable; `None` if no path was sent, or if the path was forgotten.
     pub fn told(&mut self, executable: &Executable) -> Option<ExePath> {
         self.0.get(executable)
     }
 }
 
-/// The names are in the order in which the kernel comes upon them, from the file up.
+/// Returns the path. The names in the record are in the order in which the kernel walks up from the file.
 fn path(file: &ExecutableFile) -> ExePath {
     let names = file.names.get(..usize::try_from(file.len).ok()?)?.strip_suffix(&[0])?;
     let path = names.rsplit(|byte| *byte == 0).fold(Vec::new(), |mut path, name| {
@@ -63,7 +63,7 @@ mod tests {
     }
 
     #[test]
-    fn path_is_put_together_from_the_last_name_to_the_first() {
+    fn path_is_joined_from_the_last_name_to_the_first() {
         for (names, expected) in
             [(&b"redis-server\0bin\0usr\0"[..], Some("/usr/bin/redis-server")), (b"init\0", Some("/init")), (b"", None)]
         {
@@ -72,7 +72,7 @@ mod tests {
     }
 
     #[test]
-    fn longest_silent_are_forgotten_first() {
+    fn least_recently_used_are_forgotten_first() {
         let mut executables = Executables::default();
         for pid in 1..=EXES_SENT_MAX * 4 {
             executables.learn(&file(executable(pid), b"a\0"));

@@ -1,14 +1,14 @@
-//! Which events to tell of.
+//! Which events are reported.
 
 use abi::setting::OptionKey;
 
 use super::{Action, Event, Kind};
 
-/// What an event must be to be told of. An empty list asks nothing.
+/// The conditions for an event to be reported. An empty list matches every event.
 #[derive(Clone, Debug, Default)]
 pub struct Filter {
     pub options: Vec<OptionKey>,
-    /// Only conflicts that this was, or in a dry run would have been done about.
+    /// Only conflicts with one of these verdicts, or with the dry-run verdict for it.
     pub verdicts: Vec<Action>,
     pub processes: Vec<u32>,
     /// Names of tasks, as in `/proc/PID/comm`.
@@ -16,7 +16,7 @@ pub struct Filter {
 }
 
 impl Filter {
-    /// Whether to tell of an event.
+    /// Returns whether to report an event.
     #[must_use]
     pub fn admits(&self, event: &Event) -> bool {
         let Self { options: _, verdicts, processes, comms } = self;
@@ -36,13 +36,13 @@ impl Filter {
             && admits(comms, task.map(|task| &task.comm))
     }
 
-    /// Whether to tell of an option: the others are not counted either.
+    /// Returns whether to report an option. Other options are not counted either.
     #[must_use]
     pub fn admits_option(&self, key: OptionKey) -> bool {
         admits(&self.options, Some(&key))
     }
 }
 
-fn admits<T: PartialEq>(asked: &[T], is: Option<&T>) -> bool {
-    asked.is_empty() || is.is_some_and(|is| asked.contains(is))
+fn admits<T: PartialEq>(accepted: &[T], value: Option<&T>) -> bool {
+    accepted.is_empty() || value.is_some_and(|value| accepted.contains(value))
 }

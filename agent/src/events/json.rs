@@ -1,4 +1,4 @@
-//! An event as a line of JSON. Fields are only ever added.
+//! Events as JSON. Fields are only ever added.
 
 use std::collections::BTreeMap;
 
@@ -20,7 +20,7 @@ struct Line<'a> {
     option: String,
     level: i32,
     optname: i32,
-    /// The argument as it lay in memory: its first 16 bytes, in hex.
+    /// The first 16 bytes of the argument, in memory order, as hexadecimal digits.
     optval: Option<String>,
     /// The length of the whole argument.
     optlen: Option<u32>,
@@ -56,7 +56,7 @@ struct Line<'a> {
 }
 
 impl Event {
-    /// The event as one line of JSON, without its end.
+    /// Returns the event as one line of JSON, without the newline.
     #[must_use]
     pub fn to_json(&self) -> String {
         let (event, call, verdict, outcome) = match self.kind {
@@ -115,7 +115,7 @@ impl Event {
             duration_ns: self.duration_ns,
             missing: self.missing.iter().map(|missing| (missing.what, missing.why.as_str())).collect(),
         };
-        // Cannot fail: the keys are strings and no number is a float.
+        // Serialization cannot fail: the keys are strings, and no number is a float.
         serde_json::to_string(&line).unwrap_or_default()
     }
 }

@@ -1,7 +1,7 @@
-//! What the programs reported, in words: [`abi::event::Event`] → [`Event`].
+//! Decodes the records of the programs: [`abi::event::Event`] → [`Event`].
 //!
-//! Pure: what has to be looked up on the host (who the process is, what the cgroup is called) is
-//! handed in as [`HostContext`].
+//! Pure: callers look up facts about the host (the executable, the name of the cgroup) and pass them as
+//! [`HostContext`].
 
 mod executables;
 mod filter;
@@ -33,7 +33,7 @@ use crate::{
     values,
 };
 
-/// One report.
+/// A decoded record.
 #[derive(Clone, Debug)]
 pub struct Event {
     /// Since the epoch.
@@ -42,33 +42,33 @@ pub struct Event {
     pub key: OptionKey,
     /// `None` for a call that no setting decided.
     pub cause: Option<Cause>,
-    /// What the policy wants of the option.
+    /// The value that the policy wants.
     pub wanted: Value,
-    /// What the application passed or, when it read, was shown.
+    /// The value that the application passed to setsockopt, or received from getsockopt.
     pub requested: Value,
-    /// What the kernel was given in place of `requested`, if anything.
+    /// The value that the kernel received instead, if any.
     pub applied: Value,
-    /// What the socket has after the call, where that is known.
+    /// The value that the socket has after the call, if known.
     pub current: Value,
-    /// `None` where nobody saw the call return.
+    /// `None` if the return of the call was not seen.
     pub result: Option<i64>,
     pub task: Option<Task>,
     pub socket: Option<Socket>,
     pub source: Source,
-    /// How the call was made, where that is known.
+    /// How the call was made, if known.
     pub via: Option<Via>,
-    /// How long the call took, if calls are timed. Nanoseconds.
+    /// The duration of the call in nanoseconds, if calls are timed.
     pub duration_ns: Option<u64>,
-    /// Like events held back since the last one.
+    /// The number of similar events suppressed since the last one.
     pub suppressed: u64,
-    /// What of the above should be known and is not, and why.
+    /// Parts that should be known but are not, and why.
     pub missing: Vec<Missing>,
 }
 
-/// A part of an event that is not known.
+/// An unknown part of an event.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Missing {
-    /// The name of the part, as in JSON.
+    /// The name of the part in JSON.
     pub what: &'static str,
     pub why: String,
 }
@@ -76,9 +76,9 @@ pub struct Missing {
 /// How a call was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Via {
-    /// By the system call of its name.
+    /// By the system call of the same name.
     Syscall,
-    /// The same by a 32-bit program: the kernel does not show these calls to the cgroup hooks.
+    /// By the system call, from a 32-bit program. The kernel does not run cgroup hooks for these calls.
     CompatSyscall,
     /// `SOCKET_URING_OP_SETSOCKOPT` or `…_GETSOCKOPT`.
     IoUring,
@@ -86,23 +86,23 @@ pub enum Via {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// A call that disagrees with the policy.
+    /// A call that conflicts with the policy.
     Conflict { call: Call, verdict: Verdict },
-    /// A call that disagrees with nothing.
+    /// A call without a conflict.
     Call(Call),
     /// A setting that the kernel refused.
     Outcome { errno: i32 },
-    /// A live socket that has another value than the policy says, or one beyond its limit.
+    /// A live socket whose value differs from the policy, or exceeds its limit.
     Drift,
-    /// A live socket that was brought in line.
+    /// A live socket on which an option was set to the policy's value.
     Applied { before: Value, after: Value },
-    /// The same in a dry run: it has what it had.
+    /// A live socket on which a dry run would set an option. Nothing was changed.
     WouldApply,
-    /// A live socket of which it cannot be told whether it has what the policy says, and so is left alone.
+    /// A live socket for which it is unknown whether it differs from the policy. Nothing was changed.
     Unknown { why: &'static str },
 }
 
-/// Both ends are within.
+/// Both bounds are inclusive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Limit {
     pub min: i64,
@@ -115,7 +115,7 @@ pub enum Call {
     Get,
 }
 
-/// What was done about a conflict, or in a dry run would have been.
+/// What was done about a conflict, or what a dry run would have done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Verdict {
     pub what: Action,
@@ -151,72 +151,72 @@ pub struct Task {
     pub comm: String,
     pub exe: Option<String>,
     pub cgroup: Option<String>,
-    /// The container that the cgroup is one of.
+    /// The container that the cgroup belongs to.
     pub container: Option<Container>,
 }
 
-/// In JSON as it is here.
+/// Serialized to JSON with these field names.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Socket {
     pub protocol: Option<&'static str>,
     pub family: Option<&'static str>,
     pub local: Option<SocketAddr>,
     pub remote: Option<SocketAddr>,
-    /// As `ss -e` shows it; a socket has none before somebody asks for it.
+    /// The cookie that `ss -e` shows; a socket gets one when it is first read.
     pub cookie: Option<u64>,
-    /// Name of the cgroup that the socket belongs to: that of the task that made it.
+    /// The name of the socket's cgroup: that of the task that created the socket.
     pub cgroup: Option<String>,
 }
 
-/// Who saw it.
+/// What recorded the event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
-    /// A hook of the cgroup alone.
+    /// Only the cgroup hook.
     Hook,
     Tracepoint,
     Kprobe,
     Fentry,
 }
 
-/// What is known of the host.
+/// Facts about the host.
 #[derive(Clone, Debug)]
 pub struct HostContext {
-    /// The path of the executable that makes the call, or why it is not known.
+    /// The path of the executable that makes the call, or why it is unknown.
     pub exe: Result<String, &'static str>,
-    /// Name of the task's cgroup.
+    /// The name of the task's cgroup.
     pub cgroup: Option<String>,
-    /// The container that this is one of.
+    /// The container that this cgroup belongs to.
     pub container: Option<Container>,
-    /// Name of the socket's cgroup.
+    /// The name of the socket's cgroup.
     pub socket_cgroup: Option<String>,
-    /// CLOCK_REALTIME less CLOCK_MONOTONIC.
+    /// CLOCK_REALTIME minus CLOCK_MONOTONIC, in nanoseconds.
     pub monotonic_epoch_ns: i128,
-    /// Why the programs cannot look at sockets, if they cannot.
+    /// Why the programs cannot read sockets, if they cannot.
     pub blindness: Option<String>,
 }
 
-/// Why a record is not an event: one that this build does not know.
+/// The error for a record of a type that this build does not know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("unknown record from the programs")]
 pub struct UnknownRecord;
 
-/// Decodes a record. `desired` are the policies that its setting is of.
+/// Decodes a record. `desired` must be the policies that its setting belongs to.
 ///
 /// # Errors
 ///
-/// Where it holds a code that is not of this build.
-pub fn decode(event: &raw::Event, desired: &Desired, surroundings: HostContext) -> Result<Event, UnknownRecord> {
+/// Fails if the record contains a code that this build does not know.
+pub fn decode(event: &raw::Event, desired: &Desired, context: HostContext) -> Result<Event, UnknownRecord> {
     let raw::Event { call, .. } = event;
     let setting = index::within(call.setting);
     let dry_run = desired.source(setting).is_some_and(|(_, rule)| rule.mode == Mode::DryRun);
     let kind = decode_kind(event, dry_run)?;
     let source = decode_source(event.source)?;
-    let nanoseconds = i128::from(event.time_ns) + surroundings.monotonic_epoch_ns;
+    let nanoseconds = i128::from(event.time_ns) + context.monotonic_epoch_ns;
     let decided = call.flags & flags::DECIDED != 0;
     let result = (source != Source::Hook).then_some(event.result);
-    let socket = socket(call, surroundings.socket_cgroup.as_deref());
-    let mut missing = missing(event, source, socket.as_ref(), surroundings.blindness.as_deref());
-    if let Err(why) = surroundings.exe
+    let socket = socket(call, context.socket_cgroup.as_deref());
+    let mut missing = missing(event, source, socket.as_ref(), context.blindness.as_deref());
+    if let Err(why) = context.exe
         && event.pid != 0
     {
         missing.push(Missing { what: "exe", why: why.to_owned() });
@@ -231,7 +231,7 @@ pub fn decode(event: &raw::Event, desired: &Desired, surroundings: HostContext) 
         applied: applied_value(call, kind),
         current: current_value(call, kind, result),
         result,
-        task: task(event, surroundings),
+        task: task(event, context),
         socket,
         source,
         via: via(call.flags),
@@ -265,7 +265,7 @@ fn via(call_flags: u32) -> Option<Via> {
     ways.into_iter().find(|(flag, _)| call_flags & flag != 0).map(|(_, way)| way)
 }
 
-/// What nobody could tell, and why.
+/// Returns the unknown parts of an event, and why they are unknown.
 fn missing(event: &raw::Event, source: Source, socket: Option<&Socket>, blindness: Option<&str>) -> Vec<Missing> {
     let raw::Event { call, result, .. } = event;
     let mut missing = Vec::new();
@@ -275,10 +275,10 @@ fn missing(event: &raw::Event, source: Source, socket: Option<&Socket>, blindnes
     let is_no_socket = [-libc::EBADF, -libc::ENOTSOCK].map(i64::from).contains(result);
     if socket.is_none() && source != Source::Hook {
         let why = match blindness {
-            _ if is_no_socket => "the descriptor is not a socket's",
+            _ if is_no_socket => "the descriptor is not a socket",
             Some(blindness) => blindness,
-            None if source == Source::Tracepoint => "the descriptor stood for something else when the call returned",
-            None => "the kernel did not show where it found it",
+            None if source == Source::Tracepoint => "the descriptor had changed when the call returned",
+            None => "the kernel did not show the socket of the call",
         };
         missing.push(Missing { what: "socket", why: why.to_owned() });
     }
@@ -294,7 +294,7 @@ impl Action {
     pub const ALL: [Self; verdict::COUNT] =
         [Self::Allowed, Self::Rewritten, Self::Clamped, Self::Ignored, Self::Denied];
 
-    /// The deed with a code of [`abi::judge::verdict`].
+    /// Returns the action with a code of [`abi::judge::verdict`].
     #[must_use]
     pub fn from_code(code: u8) -> Option<Self> {
         match code {
@@ -309,7 +309,7 @@ impl Action {
 }
 
 impl Action {
-    /// What it is called where it is done.
+    /// Returns the name of the action when it was done.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -321,7 +321,7 @@ impl Action {
         }
     }
 
-    /// What it is called where it would be done.
+    /// Returns the name of the action in a dry run.
     #[must_use]
     pub fn name_in_dry_run(self) -> &'static str {
         match self {
@@ -383,7 +383,7 @@ fn decode_source(code: u32) -> Result<Source, UnknownRecord> {
     }
 }
 
-/// What the kernel was given in place of what the application asked for.
+/// Returns the value that the kernel received in place of the application's.
 fn applied_value(call: &raw::Call, kind: Kind) -> Value {
     match kind {
         Kind::Conflict {
@@ -394,8 +394,8 @@ fn applied_value(call: &raw::Call, kind: Kind) -> Value {
     }
 }
 
-/// What the socket has after the call: what the kernel made of the value that it accepted, or what the
-/// socket had before a call that changed nothing. Unknown where only the socket could tell.
+/// Returns the value that the socket has after the call: what the kernel stored for an accepted value, or the previous
+/// value if the call changed nothing. Unknown if only getsockopt could show it.
 fn current_value(call: &raw::Call, kind: Kind, result: Option<i64>) -> Value {
     if call.flags & flags::VALUE_CURRENT != 0 {
         return call.current;
@@ -420,7 +420,7 @@ fn current_value(call: &raw::Call, kind: Kind, result: Option<i64>) -> Value {
     }
 }
 
-/// What the kernel makes of a value that it accepts, as far as that follows from the value.
+/// Returns what the kernel stores for an accepted value, if that follows from the value.
 fn kept(key: OptionKey, value: Value) -> Value {
     match options::by_key(key).filter(|option| option.kept == Kept::AsGiven) {
         Some(option) if option.value == ValueKind::Bool => {
@@ -431,7 +431,7 @@ fn kept(key: OptionKey, value: Value) -> Value {
     }
 }
 
-/// Where a setting came from.
+/// Returns the source of a setting.
 #[must_use]
 pub fn cause(desired: &Desired, setting: u32) -> Option<Cause> {
     let (source, rule) = desired.source(setting)?;
@@ -447,17 +447,17 @@ pub fn cause(desired: &Desired, setting: u32) -> Option<Cause> {
     })
 }
 
-fn task(event: &raw::Event, surroundings: HostContext) -> Option<Task> {
+fn task(event: &raw::Event, context: HostContext) -> Option<Task> {
     if event.pid == 0 {
         return None;
     }
     let end = event.comm.iter().position(|byte| *byte == 0).unwrap_or(event.comm.len());
     let comm = String::from_utf8_lossy(&event.comm[..end]).into_owned();
-    let HostContext { exe, cgroup, container, .. } = surroundings;
+    let HostContext { exe, cgroup, container, .. } = context;
     Some(Task { pid: event.pid, tid: event.tid, comm, exe: exe.ok(), cgroup, container })
 }
 
-/// `None` where nothing is known of the socket.
+/// Returns `None` if nothing is known about the socket.
 fn socket(call: &raw::Call, cgroup: Option<&str>) -> Option<Socket> {
     let cookie = (call.cookie != 0).then_some(call.cookie);
     let cgroup = cgroup.map(str::to_owned);
@@ -485,7 +485,7 @@ fn socket(call: &raw::Call, cgroup: Option<&str>) -> Option<Socket> {
     })
 }
 
-/// The families of sockets that policies are not about.
+/// Returns the name of a family that policies do not cover.
 fn family_name(family: u32) -> &'static str {
     match i32::try_from(family) {
         Ok(libc::AF_UNIX) => "unix",
@@ -520,7 +520,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_kernel_keeps_as_it_is_given_is_known() {
+    fn values_that_the_kernel_keeps_unchanged_are_known() {
         for (option, asked, kept) in [
             ("SO_MARK", 0x20, 0x20),
             ("TCP_NODELAY", 7, 1),
@@ -535,7 +535,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_kernel_makes_something_of_is_not_known() {
+    fn values_that_the_kernel_may_change_are_unknown() {
         for option in
             ["SO_SNDBUF", "SO_SNDBUFFORCE", "SO_RCVLOWAT", "TCP_WINDOW_CLAMP", "IP_TOS", "IP_TTL", "TCP_QUICKACK"]
         {
@@ -547,7 +547,7 @@ mod tests {
     }
 
     #[test]
-    fn call_that_failed_changed_nothing() {
+    fn failed_call_leaves_the_previous_value() {
         for option in ["TCP_NODELAY", "SO_SNDBUF"] {
             let result = Some(-i64::from(libc::EINVAL));
             assert_eq!(current_value(&call(option, Value::int(1)), SET, result), Value::int(77), "{option}");
@@ -555,7 +555,7 @@ mod tests {
     }
 
     #[test]
-    fn call_that_nobody_saw_return_tells_nothing() {
+    fn value_is_unknown_if_the_return_was_not_seen() {
         assert_eq!(current_value(&call("TCP_NODELAY", Value::int(1)), SET, None), Value::UNKNOWN);
     }
 }

@@ -1,4 +1,4 @@
-//! An event as a line for people.
+//! Events as lines of text.
 
 use std::fmt;
 
@@ -19,20 +19,20 @@ impl fmt::Display for Event {
         let shown = |value| values::text(self.key, value);
         match self.kind {
             Kind::Outcome { errno } => {
-                write!(f, "failed    {option} = {} was refused: {}", shown(&self.wanted), errno::name(errno))?;
+                write!(f, "failed    {option} = {}: {}", shown(&self.wanted), errno::name(errno))?;
             }
             Kind::Call(call) => {
-                write!(f, "call      {} {} {option} = {}", self.who(), call.name(), shown(&self.requested))?;
+                write!(f, "call      {} {} {option} = {}", self.actor(), call.name(), shown(&self.requested))?;
                 self.write_result(f)?;
             }
             Kind::Conflict { call, verdict } => {
                 let verb = match call {
-                    Call::Set => "asked for",
-                    Call::Get => "was shown",
+                    Call::Set => "requested",
+                    Call::Get => "read",
                 };
-                write!(f, "conflict  {} {verb} {option} = {}", self.who(), shown(&self.requested))?;
+                write!(f, "conflict  {} {verb} {option} = {}", self.actor(), shown(&self.requested))?;
                 if self.wanted.len > 0 {
-                    write!(f, ", policy wants {}", shown(&self.wanted))?;
+                    write!(f, " (policy: {})", shown(&self.wanted))?;
                 }
                 write!(f, ": {verdict}")?;
                 if self.applied.len > 0 && verdict.what == Action::Clamped {
@@ -45,14 +45,14 @@ impl fmt::Display for Event {
             }
             Kind::Drift => self.write_drift(f)?,
             Kind::Applied { before, after } => {
-                write!(f, "applied   {} {option}: {} -> {}", self.who(), shown(&before), shown(&after))?;
+                write!(f, "applied   {} {option}: {} -> {}", self.actor(), shown(&before), shown(&after))?;
             }
-            Kind::Unknown { why } => write!(f, "untold    {} {option}: {why}", self.who())?,
+            Kind::Unknown { why } => write!(f, "unknown   {} {option}: {why}", self.actor())?,
             Kind::WouldApply => {
                 write!(
                     f,
-                    "apply     {} {option}: {}, would be given {}",
-                    self.who(),
+                    "apply     {} {option}: {} -> {} (dry run)",
+                    self.actor(),
                     shown(&self.current),
                     shown(&self.wanted)
                 )?;
@@ -71,14 +71,14 @@ impl fmt::Display for Event {
             write!(f, "  by {}", via.name())?;
         }
         if self.suppressed > 0 {
-            write!(f, "  (+{} like it)", self.suppressed)?;
+            write!(f, "  (+{} suppressed)", self.suppressed)?;
         }
         Ok(())
     }
 }
 
 impl Event {
-    fn who(&self) -> String {
+    fn actor(&self) -> String {
         let Some(task) = &self.task else { return "a process".to_owned() };
         let inside = task.container.as_ref().map_or_else(String::new, |container| format!(" in {container}"));
         format!("{}[{}]{inside}", task.comm.escaped(), task.pid)
@@ -86,7 +86,7 @@ impl Event {
 
     fn write_drift(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (name, now) = (display_name(self.key), values::text(self.key, &self.current));
-        write!(f, "drift     {} {name} is {now}", self.who())?;
+        write!(f, "drift     {} {name} is {now}", self.actor())?;
         let is_doubled =
             |option: &SocketOption| option.settable().is_some_and(|settable| settable.read_back == read_back::DOUBLED);
         if options::by_key(self.key).is_some_and(is_doubled) {
@@ -96,7 +96,7 @@ impl Event {
             Some(Limit { min, max }) => values::form_text(self.key, &Form::Limit { min, max }),
             None => values::text(self.key, &self.wanted),
         };
-        write!(f, ", policy wants {wanted}")
+        write!(f, " (policy: {wanted})")
     }
 
     fn write_result(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

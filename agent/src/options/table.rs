@@ -38,13 +38,13 @@ const ROUTE: Sites =
     Sites::of(&[POST_CREATE, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SEND, SYN, LISTEN, PASSIVE]);
 /// As [`ROUTE`], for options that can be set at socket creation. Not set with the first datagram, which would cost time
 /// for every datagram socket.
-const ROUTE_FROM_BIRTH: Sites =
+const ROUTE_FROM_CREATION: Sites =
     Sites::of(&[SOCK_CREATE, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SYN, LISTEN, PASSIVE]);
 /// Devices: accepted sockets inherit the listener's, and cannot change it without CAP_NET_RAW
 /// (`sock_bindtoindex_locked` checks the current task, even for a program).
 const DEVICE: Sites =
     Sites::of(&[POST_CREATE, BIND_STREAM, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SEND, LISTEN]);
-const DEVICE_FROM_BIRTH: Sites =
+const DEVICE_FROM_CREATION: Sites =
     Sites::of(&[SOCK_CREATE, BIND_STREAM, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SEND, LISTEN]);
 /// Affects only bind.
 const BIND: Sites = Sites::of(&[POST_CREATE, BIND_STREAM, BIND_DATAGRAM, CONNECT_DATAGRAM, SYN]);
@@ -250,11 +250,11 @@ pub const OPTIONS: &[SocketOption] = &[
         .argument(argument::INT_OR_ZERO)
         .traits(traits::INET6),
     settable(L::SOCKET, "SO_MARK", 36, Mark, "0x1", "firewall mark, for policy routing and filters")
-        .at(ROUTE_FROM_BIRTH)
+        .at(ROUTE_FROM_CREATION)
         .kept(AsGiven),
     settable(L::SOCKET, "SO_PRIORITY", 12, Int, "1", "queueing priority of sent packets")
         .unsigned()
-        .at(ROUTE_FROM_BIRTH)
+        .at(ROUTE_FROM_CREATION)
         .range(0, i32::MAX as i64)
         .kept(AsGiven),
     settable(L::SOCKET, "SO_BINDTODEVICE", 25, Device, "\"lo\"", "interface to send and receive through, by name")
@@ -263,7 +263,7 @@ pub const OPTIONS: &[SocketOption] = &[
         .traits(traits::DEVICE),
     // At socket creation, 5.10 suffices; later in the socket's life, bpf_setsockopt supports it from 5.15.
     settable(L::SOCKET, "SO_BINDTOIFINDEX", 62, Interface, "1", "interface to send and receive through, by index")
-        .at(DEVICE_FROM_BIRTH)
+        .at(DEVICE_FROM_CREATION)
         .same_as("SO_BINDTODEVICE")
         .traits(traits::DEVICE)
         .range(0, i32::MAX as i64)

@@ -1,7 +1,7 @@
-//! The reference of the language and of every option, as Markdown: docs/reference.md.
+//! Writes the reference of the policy language and of every option, docs/reference.md, as Markdown.
 //!
-//! What the code knows is not written down again: words, kinds of values and all facts about options come from where they are
-//! defined. A test holds the file against this.
+//! Words, kinds of values and all facts about options come from the tables of the code. A test compares the file with
+//! the output of this module.
 
 use std::fmt::Write as _;
 
@@ -21,20 +21,20 @@ use crate::{
 
 const LANGUAGE: &str = include_str!("language.md");
 
-/// The whole page.
+/// Returns the whole page.
 #[must_use]
 pub fn reference() -> String {
     let mut page = language();
     page.push_str(
-        "\n## Options that can be set\n\nIn the order in which they are applied. *Since* is the first kernel that is known to let \
-         programs set the option; what this one can do `sockpolicy doctor` tries.\n",
+        "\n## Options that can be set\n\nIn the order in which they are applied. *Since* is the first kernel known to let \
+         programs set the option. `sockpolicy doctor` probes what the running kernel supports.\n",
     );
     for option in OPTIONS.iter().filter(|option| option.settable().is_some()) {
         describe(&mut page, option);
     }
     page.push_str("\n## Options that can be limited or denied\n\n");
     table(&mut page, |option| option.class == Class::Guardable);
-    page.push_str("\n## Options that can be denied\n\nApplications can only read them; who tries to set one is refused by the kernel.\n\n");
+    page.push_str("\n## Options that can be denied\n\nApplications can only read these options: the kernel refuses calls that set them.\n\n");
     table(&mut page, |option| option.class == Class::ReadOnly);
     page
 }
@@ -57,15 +57,15 @@ fn language() -> String {
     replaced.into_iter().fold(LANGUAGE.to_owned(), |text, (mark, words)| text.replace(mark, &words))
 }
 
-/// Each kind of value that an option has, with the options of that kind as examples.
+/// Returns a table of the kinds of values.
 fn kinds() -> String {
     let kinds = [
-        ("switch", ValueKind::Bool),
+        ("boolean", ValueKind::Bool),
         ("number", ValueKind::Int),
         ("time", ValueKind::Seconds),
         ("size", ValueKind::Bytes),
         ("rate", ValueKind::Rate),
-        ("code point", ValueKind::Dscp),
+        ("DSCP", ValueKind::Dscp),
         ("mark", ValueKind::Mark),
         ("congestion control", ValueKind::CongestionControl),
         ("device", ValueKind::Device),
@@ -74,7 +74,7 @@ fn kinds() -> String {
     rows.join("\n")
 }
 
-/// What is not done.
+/// Returns a table of the limitations.
 fn unsupported() -> String {
     let row = |entry: &&Limitation| format!("| {} | {} | {} | {} |", entry.name, entry.of, entry.what, entry.why);
     limitations::ALL.iter().map(row).collect::<Vec<_>>().join("\n")
@@ -99,22 +99,22 @@ fn describe(page: &mut String, option: &'static SocketOption) {
         line(format!("- {fact}"));
     }
     if let Some(negotiated) = option.negotiated {
-        line(format!("- by a rule about the peer, too late for accepted connections: {negotiated} by then"));
+        line(format!("- a rule about the peer sets it too late for accepted connections: {negotiated}"));
     }
 }
 
-/// How the kernel reads an option, beyond its range.
+/// Returns facts about how the kernel reads an option, in addition to its range.
 fn facts(option: &'static SocketOption) -> Vec<String> {
     let mut facts = vec![format!("read by {}; {}", option.handler(), lengths(option))];
     for (value, effective) in [("0", option.zero), ("a negative number", option.negative)] {
         if let Some(meaning) = meaning(option, effective) {
-            facts.push(format!("to a limit {value} is {meaning}"));
+            facts.push(format!("a limit compares {value} as {meaning}"));
         }
     }
     let others: Vec<_> =
         option.spellings().filter(|(key, _)| *key != option.key()).map(|(key, _)| spelling(key)).collect();
     if !others.is_empty() {
-        facts.push(format!("other names of the same value, which the same rules govern: {}", others.join(", ")));
+        facts.push(format!("other names of the value, to which the same rules apply: {}", others.join(", ")));
     }
     for guard in GUARDS.iter().filter(|guard| guard.keeps == option.name) {
         facts.push(match guard.kind {
@@ -124,14 +124,13 @@ fn facts(option: &'static SocketOption) -> Vec<String> {
                  denies {0} above {ROOM_ALWAYS}",
                 guard.option
             ),
-            _ => format!("a rule for it also governs {}", guard.option),
+            _ => format!("a rule for it also applies to {}", guard.option),
         });
     }
     if let Some(Relation::Resets(other)) = option.relation {
-        let otherwise = if option.name == "IP_TOS" { ", or the call fails or does nothing" } else { "" };
-        facts.push(format!(
-            "the kernel resets {other} with it: where a rule governs {other}, the value stays{otherwise}"
-        ));
+        let otherwise = if option.name == "IP_TOS" { ", or the call fails or has no effect" } else { "" };
+        facts
+            .push(format!("the kernel resets {other} with it: if a rule covers {other}, its value is kept{otherwise}"));
     }
     facts
 }
@@ -140,11 +139,11 @@ fn spelling(key: OptionKey) -> String {
     options::by_key(key).map_or_else(|| format!("{}:{}", key.level, key.name), |option| option.name.to_owned())
 }
 
-/// What a value stands for; `None`: for itself.
+/// Returns what a limit compares in place of a value; `None` for the value itself.
 fn meaning(option: &SocketOption, effective: i64) -> Option<String> {
     Some(match effective {
         effective::SAME => return None,
-        effective::UNCERTAIN => "beyond any bound: kernels differ in what they make of it".to_owned(),
+        effective::UNCERTAIN => "beyond any bound: its meaning differs between kernels".to_owned(),
         i64::MAX => "more than any bound".to_owned(),
         number if number >= i64::from(i32::MAX) => "more than any bound".to_owned(),
         number => units::show(option.value, number),
@@ -154,7 +153,7 @@ fn meaning(option: &SocketOption, effective: i64) -> Option<String> {
 fn lengths(option: &SocketOption) -> &'static str {
     match (option.value.abi_kind(), option.argument) {
         (kind::OPAQUE, _) => "policies do not read the argument",
-        (kind::TEXT, _) => "up to 15 bytes, ended by NUL or by the length",
+        (kind::TEXT, _) => "up to 15 bytes, terminated by NUL or by the length",
         (kind::LINGER, _) => "8 bytes or more",
         (kind::TIMEVAL, _) => "16 bytes or more",
         (_, argument::BYTE) => "4 bytes or more, or one byte; an empty argument is 0",
@@ -166,14 +165,14 @@ fn lengths(option: &SocketOption) -> &'static str {
     }
 }
 
-fn table(page: &mut String, is_meant: impl Fn(&SocketOption) -> bool) {
+fn table(page: &mut String, is_included: impl Fn(&SocketOption) -> bool) {
     page.push_str(
         "| option | number | value | what it does | how the kernel reads it |\n| --- | --- | --- | --- | --- |\n",
     );
-    for option in OPTIONS.iter().filter(|option| is_meant(option)) {
+    for option in OPTIONS.iter().filter(|option| is_included(option)) {
         let number = format!("{} {}", level(option.level), option.number);
         let [about, facts] = [option.about.to_owned(), facts(option).join("; ")].map(|text| text.replace('|', "\\|"));
-        // As above.
+        // Writing to a string does not fail.
         let _ = writeln!(page, "| {} | {number} | {} | {about} | {facts} |", option.name, value(option));
     }
 }
@@ -190,16 +189,16 @@ fn value(option: &SocketOption) -> String {
     format!("{}, from {min} to {max}", option.value.describe())
 }
 
-/// When the option is set, in words.
+/// Returns when the option is set, in words.
 fn places(option: &SocketOption) -> String {
     const WORDS: &[(&[u32], &str)] = &[
-        (&[apply_point::SOCK_CREATE], "when a socket is made"),
-        (&[apply_point::POST_CREATE], "when a socket other than a TCP one is made, where the BPF LSM is active"),
+        (&[apply_point::SOCK_CREATE], "at socket creation"),
+        (&[apply_point::POST_CREATE], "at creation of a socket other than TCP, if the BPF LSM is active"),
         (&[apply_point::BIND_STREAM, apply_point::BIND_DATAGRAM], "at bind"),
-        (&[apply_point::CONNECT_STREAM, apply_point::CONNECT_DATAGRAM], "at connect, before the route is looked up"),
+        (&[apply_point::CONNECT_STREAM, apply_point::CONNECT_DATAGRAM], "at connect, before the route lookup"),
         (&[apply_point::SEND], "with the first datagram of a socket without a peer"),
         (&[apply_point::SYN], "before the SYN"),
-        (&[apply_point::ACTIVE], "when a connection that was made is there"),
+        (&[apply_point::ACTIVE], "when an outbound connection is established"),
         (&[apply_point::LISTEN], "at listen"),
         (&[apply_point::PASSIVE], "when a connection is accepted"),
     ];

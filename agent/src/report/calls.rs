@@ -1,4 +1,4 @@
-//! The calls that the audit saw, by option: how many, how many failed, how long they took.
+//! The calls that the audit counted, by option: how many, how many failed, and their durations.
 
 use abi::event::{BUCKETS, Tally, TallyKey, call};
 use comfy_table::Table;
@@ -7,13 +7,13 @@ use serde_json::{Value, json};
 use super::table::{align_right, table};
 use crate::{options::display_name, values};
 
-/// Stands for the options without a name that are too many to be counted each.
+/// Stands for options without a name that are too many to count one by one.
 const OTHER: &str = "other";
 
 /// One kind of call on one option.
 #[derive(Clone, Debug)]
 pub struct CallLine {
-    /// Or [`OTHER`].
+    /// The name of the option, or [`OTHER`].
     pub option: String,
     /// `setsockopt` or `getsockopt`.
     pub call: &'static str,
@@ -21,7 +21,7 @@ pub struct CallLine {
 }
 
 impl CallLine {
-    /// `None` for a kind that this build does not know.
+    /// Returns `None` for a kind of call that this build does not know.
     #[must_use]
     pub fn new(key: TallyKey, tally: Tally) -> Option<Self> {
         let call = match key.kind {
@@ -51,12 +51,13 @@ impl CallLine {
     }
 }
 
-/// The shortest duration of a bucket, in nanoseconds.
+/// Returns the shortest duration of a bucket, in nanoseconds.
 fn lower_bound(bucket: usize) -> u64 {
     if bucket == 0 { 0 } else { 1 << bucket }
 }
 
-/// The bucket below which this part of the calls lies, as the duration that none of them exceeds.
+/// Returns an upper bound in nanoseconds for the durations of this part of the calls: the end of the bucket that the
+/// quantile is in.
 fn quantile(tally: &Tally, part: f64) -> u64 {
     let wanted = (tally.calls as f64 * part).ceil() as u64;
     let mut seen = 0;
@@ -69,12 +70,12 @@ fn quantile(tally: &Tally, part: f64) -> u64 {
     lower_bound(BUCKETS)
 }
 
-/// A table of the calls, the most frequent first.
+/// Returns a table of the calls, the most frequent first.
 pub(super) fn calls_table(lines: &[CallLine]) -> Table {
     let is_timed = lines.iter().any(|line| line.tally.total_ns != 0);
     let mut header = vec!["option", "call", "calls", "failed"];
     if is_timed {
-        header.extend(["mean", "half below", "99 % below", "from 128 ns on, doubling"]);
+        header.extend(["mean", "50 % below", "99 % below", "histogram (from 128 ns, doubling)"]);
     }
     let mut sorted: Vec<&CallLine> = lines.iter().collect();
     sorted.sort_by(|one, other| {
@@ -96,7 +97,7 @@ pub(super) fn calls_table(lines: &[CallLine]) -> Table {
     table
 }
 
-/// The histogram in little: one block a bucket, from the one of 128 ns to that of a millisecond and above.
+/// Returns a small histogram: one block for each bucket, from 128 ns (and below) to 1 ms (and above).
 fn sparkline(tally: &Tally) -> String {
     const BLOCKS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
     const FIRST: usize = 7;
@@ -129,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn quantile_is_what_that_part_of_the_calls_does_not_exceed() {
+    fn quantile_is_an_upper_bound_for_that_part_of_the_calls() {
         let tally = tally(&[100, 100, 100, 5000]);
         assert_eq!(quantile(&tally, 0.5), 128);
         assert_eq!(quantile(&tally, 0.99), 8192);

@@ -1,4 +1,4 @@
-//! The summary as a line of JSON, the last one.
+//! The summary as JSON: the last line of the output.
 
 use serde_json::{Map, Value, json};
 
@@ -12,13 +12,13 @@ use crate::{
 };
 
 impl Summary {
-    /// What came of each setting.
+    /// Returns the counters of each setting.
     #[must_use]
     pub fn settings_json(&self) -> Vec<Value> {
         self.lines.iter().map(line_json).collect()
     }
 
-    /// The summary as one line of JSON, without its end.
+    /// Returns the summary as one line of JSON, without the newline.
     #[must_use]
     pub fn to_json(&self, time: jiff::Timestamp) -> String {
         let Self { policies, targets, audit, unsupported, lines: _, earlier_conflicts: _, calls, lost } = self;

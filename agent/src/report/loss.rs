@@ -1,4 +1,5 @@
-//! What was lost, by reason: each is counted where it happens, told as soon as it is seen, and summed up.
+//! What was lost, by reason. Each loss is counted where it happens, reported when it is noticed, and included in the
+//! summary.
 
 use std::fmt;
 
@@ -7,27 +8,27 @@ use serde_json::json;
 
 use crate::schema;
 
-/// All that was lost since the programs were loaded.
+/// The losses since the programs were loaded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Lost {
-    /// What the programs counted.
+    /// Counted by the programs.
     pub losses: Losses,
-    /// Times that the kernel did not run a program, because one was running on that CPU.
+    /// How many times the kernel skipped a program because another one was running on the same CPU.
     pub prog_missed: u64,
-    /// Records that this build does not know.
+    /// Records of a type that this build does not know.
     pub unknown_records: u64,
-    /// Lines of output.
+    /// Lines of output that were not written.
     pub unwritten: Unwritten,
 }
 
 /// Lines of output that could not be written, by reason.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Unwritten {
-    /// Too much was waiting for the reader already.
+    /// The output queue was full.
     pub blocked: u64,
     /// The disk, the quota or the file is full (ENOSPC, EDQUOT, EFBIG).
     pub no_space: u64,
-    /// The reader is gone (EPIPE).
+    /// The reader has closed the output (EPIPE).
     pub closed: u64,
     /// Any other error.
     pub failed: u64,
@@ -62,16 +63,16 @@ impl Unwritten {
     }
 }
 
-/// A loss that has just been seen.
+/// A new loss.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Loss {
     pub reason: Reason,
-    /// How many more there are than when it was last told.
+    /// How many there are since the last report of this reason.
     pub count: u64,
     pub total: u64,
 }
 
-/// Why something was lost: its name in JSON, and what was lost, for people.
+/// Why something was lost: the name of the reason in JSON, and a description for messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reason {
     pub name: &'static str,
@@ -79,10 +80,10 @@ pub struct Reason {
 }
 
 impl Lost {
-    /// Every reason, with how often.
+    /// Returns every reason with its count.
     #[must_use]
     pub fn by_reason(&self) -> [(Reason, u64); 16] {
-        // Taken apart in full: a new one has to be thought of here.
+        // Destructured completely, so that a new field must be handled here.
         let Self { losses, prog_missed, unknown_records, unwritten } = *self;
         let Unwritten { blocked, no_space, closed, failed } = unwritten;
         let Losses {
@@ -99,26 +100,26 @@ impl Lost {
         } = losses;
         let reason = |name, what, count| (Reason { name, what }, count);
         [
-            reason("ring_full", "events found the ring buffer full", ring_full),
-            reason("calls_full", "calls found no room to be noted: their results are not known", calls_full),
-            reason("unreadable", "arguments could not be read", unreadable),
-            reason("no_storage", "sockets had no memory for notes: they may count more than once", no_storage),
-            reason("no_room", "values found no room to be rewritten", no_room),
-            reason("exit_missed", "calls were not seen to return", exit_missed),
-            reason("tallies_full", "calls were not counted by option", tallies_full),
-            reason("unjudged", "calls could not be judged: on which socket is not known", unjudged),
-            reason("not_restored", "options could not be given back the value from before a rule", not_restored),
-            reason("prog_missed", "times the kernel left a program of the audit out", prog_missed),
-            reason("unknown_records", "records were of an unknown kind", unknown_records),
-            reason("over_budget", "events were more than their cgroup may cause", over_budget),
-            reason("output_blocked", "lines of output: nobody read what was written before", blocked),
+            reason("ring_full", "events: the ring buffer was full", ring_full),
+            reason("calls_full", "calls without a result: their table was full", calls_full),
+            reason("unreadable", "arguments: not readable", unreadable),
+            reason("no_storage", "sockets without notes (no memory): they may be counted more than once", no_storage),
+            reason("no_room", "values not rewritten: the kernel's buffer was too small", no_room),
+            reason("exit_missed", "calls whose return was not seen", exit_missed),
+            reason("tallies_full", "calls not counted by option: the table was full", tallies_full),
+            reason("unjudged", "calls not judged: the socket is unknown", unjudged),
+            reason("not_restored", "options not restored to the value from before a rule", not_restored),
+            reason("prog_missed", "runs of an audit program, skipped by the kernel", prog_missed),
+            reason("unknown_records", "records of an unknown type", unknown_records),
+            reason("over_budget", "events over the budget of a cgroup, a target or all targets", over_budget),
+            reason("output_blocked", "lines of output: the queue was full", blocked),
             reason("output_no_space", "lines of output: no space was left", no_space),
-            reason("output_closed", "lines of output: the reader was gone", closed),
+            reason("output_closed", "lines of output: the reader has closed it", closed),
             reason("output_failed", "lines of output: writing failed", failed),
         ]
     }
 
-    /// What has come since `before`.
+    /// Returns the losses since `before`.
     #[must_use]
     pub fn since(&self, before: &Self) -> Vec<Loss> {
         let all = self.by_reason().into_iter().zip(before.by_reason());
@@ -129,7 +130,7 @@ impl Lost {
 }
 
 impl Loss {
-    /// The loss as one line of JSON, without its end.
+    /// Returns the loss as one line of JSON, without the newline.
     #[must_use]
     pub fn to_json(&self, time: jiff::Timestamp) -> String {
         let Self { reason, count, total } = self;
@@ -146,7 +147,7 @@ impl fmt::Display for Loss {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { reason, count, total } = self;
         write!(f, "lost      {count} {}", reason.what)?;
-        if total > count { write!(f, " ({total} in all)") } else { Ok(()) }
+        if total > count { write!(f, " ({total} in total)") } else { Ok(()) }
     }
 }
 
@@ -155,16 +156,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_is_new_is_told() {
+    fn only_new_losses_are_reported() {
         let losses = Losses { ring_full: 5, unreadable: 2, ..Losses::default() };
         let before = Lost { losses, ..Lost::default() };
         let now = Lost { losses: Losses { ring_full: 12, ..losses }, prog_missed: 1, ..before };
-        let told: Vec<String> = now.since(&before).iter().map(ToString::to_string).collect();
+        let lines: Vec<String> = now.since(&before).iter().map(ToString::to_string).collect();
         assert_eq!(
-            told,
+            lines,
             [
-                "lost      7 events found the ring buffer full (12 in all)",
-                "lost      1 times the kernel left a program of the audit out",
+                "lost      7 events: the ring buffer was full (12 in total)",
+                "lost      1 runs of an audit program, skipped by the kernel",
             ]
         );
     }

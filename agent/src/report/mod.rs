@@ -1,7 +1,7 @@
-//! What a run came to: counters and events, folded into one [`Summary`].
+//! The result of a run: counters and events, combined to one [`Summary`].
 //!
-//! Counts come from the kernel's counters, which lose nothing; what the applications asked for
-//! comes from events, of which repeated ones are held back, and so is a list of examples.
+//! Counts come from the kernel side's counters, which are exact. The values that applications requested come from
+//! events, which are rate-limited, so these values are a list of examples.
 
 mod calls;
 mod json;
@@ -32,70 +32,70 @@ use crate::{
     values,
 };
 
-/// Examples of what was asked for that are kept for each setting.
+/// How many examples of requested values are kept for each setting.
 const EXAMPLES_MAX: usize = 4;
 
 /// The option and the rule of a line.
 type LineKey = (OptionKey, String);
 
-/// Folds events as they come, and counters of policies when they have had their time.
+/// Collects events as they arrive, and the counters of policies when they are replaced.
 #[derive(Debug, Default)]
 pub struct Report {
-    /// By generation and setting: what was asked for otherwise, and by whom.
+    /// Examples of conflicting values and their tasks, by generation and setting.
     requested: BTreeMap<(u32, u32), Vec<Example>>,
     lines: Vec<Line>,
-    /// The lines that can be of a setting, by what takes no comparing of texts.
+    /// The lines of each option and rule. Narrows the search for the line of a setting.
     numbers: HashMap<LineKey, Vec<usize>>,
-    /// What was counted before, of settings that have no line yet.
+    /// Counters saved by an earlier agent, for settings that have no line yet.
     before: Vec<SavedCounters>,
-    /// All that had been counted when this began.
+    /// All counters at the start of this report.
     at_first: Vec<SavedCounters>,
 }
 
-/// All that is to be said at the end.
+/// The contents of the final report.
 #[derive(Debug)]
 pub struct Summary {
     pub policies: Vec<(String, Mode)>,
     pub targets: Vec<String>,
     pub audit: Option<Audit>,
-    /// What the policies ask for and this kernel cannot do.
+    /// What the policies need and this kernel does not support.
     pub unsupported: Vec<Unsupported>,
     pub lines: Vec<Line>,
-    /// Conflicts of these that were there before this began.
+    /// How many of the lines' conflicts are from before this report.
     pub earlier_conflicts: u64,
-    /// What the audit counted, if it was asked to look at more than conflicts.
+    /// The calls that the audit counted, if it covers more than conflicts.
     pub calls: Vec<CallLine>,
     pub lost: Lost,
 }
 
-/// What the kernel side has to say at the end.
+/// The final counts of the kernel side.
 #[derive(Debug)]
 pub struct Counts {
     pub calls: Vec<CallLine>,
     pub lost: Lost,
 }
 
-/// What was asked for, and by whom.
+/// A requested value and the task that requested it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Example {
-    /// The value as text and as JSON. `None`: unknown.
+    /// The value as text and as JSON; `None` if it was not seen.
     requested: Option<(String, Value)>,
     /// The name of the task.
-    who: String,
+    task_name: String,
 }
 
 impl Example {
     fn text(&self) -> String {
-        let who = self.who.escaped();
-        self.requested.as_ref().map_or_else(|| who.to_string(), |(text, _)| format!("{text} by {who}"))
+        let task_name = self.task_name.escaped();
+        self.requested.as_ref().map_or_else(|| task_name.to_string(), |(text, _)| format!("{text} by {task_name}"))
     }
 
     fn to_json(&self) -> Value {
-        json!({ "requested": self.requested.as_ref().map(|(_, json)| json), "comm": self.who })
+        json!({ "requested": self.requested.as_ref().map(|(_, json)| json), "comm": self.task_name })
     }
 }
 
-/// One setting, wherever it holds.
+/// One setting, on all its targets.
 #[derive(Debug)]
 pub struct Line {
     pub policy: String,
@@ -106,54 +106,54 @@ pub struct Line {
     pub form: Form,
     pub mode: Mode,
     pub counters: Counters,
-    /// What was asked for otherwise, and by whom: examples.
+    /// Examples of conflicting values and their tasks.
     pub requested: Vec<Example>,
-    /// What is not done of it.
+    /// The limitations that apply to the setting.
     pub unsupported: Vec<(&'static Limitation, Concern)>,
-    /// Whether it is to be told of: not where only policies that were there before this report have it.
-    is_told: bool,
+    /// Whether the line is reported. False if only policies from before this report have the setting.
+    is_reported: bool,
 }
 
 impl Report {
-    /// Takes note of an event that policies of this generation have caused.
+    /// Adds an event caused by policies of this generation.
     pub fn fold(&mut self, generation: u32, event: &Event) {
         let (Kind::Conflict { .. }, Some(cause)) = (event.kind, &event.cause) else { return };
-        let who = event.task.as_ref().map_or("a process", |task| task.comm.as_str());
+        let task_name = event.task.as_ref().map_or("a process", |task| task.comm.as_str());
         let value = &event.requested;
         let requested = (value.len > 0).then(|| (values::text(event.key, value), values::json(event.key, value)));
-        let example = Example { requested, who: who.to_owned() };
+        let example = Example { requested, task_name: task_name.to_owned() };
         let examples = self.requested.entry((generation, cause.setting)).or_default();
         if examples.len() < EXAMPLES_MAX && !examples.contains(&example) {
             examples.push(example);
         }
     }
 
-    /// Begins with what was counted before.
+    /// Returns a report that continues from saved counters.
     #[must_use]
     pub fn resume(before: Vec<SavedCounters>) -> Self {
         Self { before, ..Self::default() }
     }
 
-    /// Beside what has been counted, policies have counted so much that are still to be added up: what comes now is new.
+    /// Starts the report: calls counted up to now, `counted` included, are earlier ones.
     pub fn begin<'a>(&mut self, counted: impl IntoIterator<Item = (&'a Desired, &'a [Counters])>) {
         let mut first = Self::resume(self.all());
         counted.into_iter().for_each(|(desired, counters)| first.count(0, desired, counters, true));
         self.at_first = first.all();
     }
 
-    /// Adds up what the settings of a generation came to; `counters` are in their order. `is_told` where they are to be told of
-    /// also if no others have them.
-    pub fn count(&mut self, generation: u32, desired: &Desired, counters: &[Counters], is_told: bool) {
+    /// Adds the counters of a generation, which are in the order of its settings. `is_reported` says whether the settings
+    /// are reported even if no other generation has them.
+    pub fn count(&mut self, generation: u32, desired: &Desired, counters: &[Counters], is_reported: bool) {
         for (counters, setting) in counters.iter().zip(0..) {
             let Some(line) = Line::of(desired, setting) else { continue };
             let asked = self.requested.remove(&(generation, setting)).unwrap_or_default();
-            let line = Line { counters: *counters, requested: asked, is_told, ..line };
-            // A rule holds in each scope that its policy is part of, and may come through a reload as it was.
-            let alike = self.numbers.entry(line.key()).or_default();
-            match alike.iter().find(|other| self.lines[**other].is_of_same_setting(&line)) {
+            let line = Line { counters: *counters, requested: asked, is_reported, ..line };
+            // A rule applies in each scope of its policy, and may be unchanged by a reload.
+            let candidates = self.numbers.entry(line.key()).or_default();
+            match candidates.iter().find(|other| self.lines[**other].is_of_same_setting(&line)) {
                 Some(same) => self.lines[*same].add(line),
                 None => {
-                    alike.push(self.lines.len());
+                    candidates.push(self.lines.len());
                     let before = saved_counters::take(&mut self.before, &line);
                     self.lines.push(Line { counters: line.counters.plus(&before), ..line });
                 }
@@ -161,7 +161,7 @@ impl Report {
         }
     }
 
-    /// What has been counted of the settings of these policies, for whoever goes on with it.
+    /// Returns the counters of the settings of these policies, for the next agent.
     #[must_use]
     pub fn saved_counters(&self, desired: &Desired) -> Vec<SavedCounters> {
         let mut all = self.all();
@@ -174,7 +174,7 @@ impl Report {
         self.lines.iter().map(SavedCounters::from).chain(self.before.iter().cloned()).collect()
     }
 
-    /// Sums up. `desired` are the policies that were in force last.
+    /// Returns the summary. `desired` are the last policies in force.
     #[must_use]
     pub fn summarize(
         self,
@@ -187,13 +187,14 @@ impl Report {
         let Counts { calls, lost } = counts;
         let Self { mut lines, mut at_first, .. } = self;
         let policies = desired.policies().into_iter().map(|(name, mode)| (name.to_owned(), mode)).collect();
-        lines.retain(|line| line.is_told);
+        lines.retain(|line| line.is_reported);
         let earlier = lines.iter().map(|line| conflicts(&saved_counters::take(&mut at_first, line))).sum();
         Summary { policies, targets, audit, unsupported, lines, earlier_conflicts: earlier, calls, lost }
     }
 }
 
-/// The mode that all of these policies have, if it is one. Without any policy nothing is changed either.
+/// Returns the common mode of these policies, if they have one. Without policies, the mode is a dry run: nothing is
+/// changed.
 #[must_use]
 pub fn common_mode<N>(policies: &[(N, Mode)]) -> Option<Mode> {
     let first = policies.first().map_or(Mode::DryRun, |(_, mode)| *mode);
@@ -201,13 +202,13 @@ pub fn common_mode<N>(policies: &[(N, Mode)]) -> Option<Mode> {
 }
 
 impl Summary {
-    /// How many of these calls have been made since this report began.
+    /// Returns how many conflicts there were since this report began.
     #[must_use]
     pub fn new_conflicts(&self) -> u64 {
         self.conflicts().saturating_sub(self.earlier_conflicts)
     }
 
-    /// How many calls disagreed with the policy, reads included.
+    /// Returns how many calls conflicted with the policy, reads included.
     #[must_use]
     pub fn conflicts(&self) -> u64 {
         self.lines.iter().map(Line::conflicts).sum()
@@ -215,7 +216,7 @@ impl Summary {
 }
 
 impl Line {
-    /// Of the setting of this number, with nothing counted.
+    /// Returns a line for a setting, with counters of 0.
     fn of(desired: &Desired, setting: u32) -> Option<Self> {
         let (source, rule) = desired.source(setting)?;
         Some(Self {
@@ -228,7 +229,7 @@ impl Line {
             counters: Counters::default(),
             requested: Vec::new(),
             unsupported: desired.unsupported_of(setting as usize),
-            is_told: false,
+            is_reported: false,
         })
     }
 
@@ -237,7 +238,7 @@ impl Line {
     }
 
     fn is_of_same_setting(&self, other: &Self) -> bool {
-        let Self { policy, rule, place, option, form, mode, counters: _, requested: _, unsupported: _, is_told: _ } =
+        let Self { policy, rule, place, option, form, mode, counters: _, requested: _, unsupported: _, is_reported: _ } =
             self;
         (policy, rule, place, option, form, mode)
             == (&other.policy, &other.rule, &other.place, &other.option, &other.form, &other.mode)
@@ -245,7 +246,7 @@ impl Line {
 
     fn add(&mut self, other: Self) {
         self.counters = self.counters.plus(&other.counters);
-        self.is_told |= other.is_told;
+        self.is_reported |= other.is_reported;
         let new: Vec<_> = other.requested.into_iter().filter(|example| !self.requested.contains(example)).collect();
         self.requested.extend(new);
         self.requested.truncate(EXAMPLES_MAX);
@@ -255,7 +256,7 @@ impl Line {
         conflicts(&self.counters)
     }
 
-    /// The verdicts that were given, with how often.
+    /// Returns the verdicts that occurred, with their counts.
     fn verdicts(&self) -> Vec<(Verdict, u64)> {
         let dry_run = self.mode == Mode::DryRun;
         let all = Action::ALL.into_iter().zip(self.counters.verdicts);

@@ -1,11 +1,11 @@
-//! What settings have come to, as it is kept from one agent, and one set of policies, to the next.
+//! The counters of settings, saved for the next agent and for the next set of policies.
 
 use abi::{Counters, judge::verdict};
 use serde::{Deserialize, Serialize};
 
 use super::Line;
 
-/// What a setting has come to. Whether another one is the same is known by what it says, and where.
+/// The counters of a setting. The other fields identify the setting.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SavedCounters {
     policy: String,
@@ -32,7 +32,7 @@ struct Kept {
     reads: u64,
     reported: u64,
     suppressed: u64,
-    /// Taken from the others before.
+    /// Already subtracted from the other counters.
     #[serde(skip)]
     undone: u64,
     #[serde(skip)]
@@ -61,7 +61,7 @@ impl SavedCounters {
     }
 }
 
-/// Takes what was counted of a line's setting; nothing, where nothing was.
+/// Removes and returns the counters of a line's setting; zeros if there are none.
 pub(super) fn take(counted: &mut Vec<SavedCounters>, line: &Line) -> Counters {
     if counted.is_empty() {
         return Counters::default();

@@ -1,4 +1,4 @@
-//! The summary for people: two tables, of what was set and of who disagreed.
+//! The summary as text: a table of the settings, and a table of the conflicts.
 
 use std::fmt;
 
@@ -38,7 +38,7 @@ unsupported: {unsupported}"
             writeln!(f, "\nno application called setsockopt or getsockopt")?;
         }
         if self.audit.is_none() {
-            writeln!(f, "\nno audit: results of calls were not seen")?;
+            writeln!(f, "\nno audit: results of calls are unknown")?;
         }
         let lost = self.lost.by_reason();
         for (reason, count) in lost.into_iter().filter(|(_, count)| *count > 0) {
@@ -48,7 +48,7 @@ unsupported: {unsupported}"
     }
 }
 
-/// What was set, and who disagreed.
+/// The tables of settings and conflicts.
 struct Tables<'a>(&'a Summary);
 
 impl fmt::Display for Tables<'_> {
@@ -59,34 +59,34 @@ impl fmt::Display for Tables<'_> {
 }
 
 impl Summary {
-    /// Only what was set, and who disagreed.
+    /// Returns only the tables of settings and conflicts.
     #[must_use]
     pub fn tables(&self) -> impl fmt::Display {
         Tables(self)
     }
 
     fn policies_on(&self, targets: &str) -> String {
-        let manner = |mode| match mode {
+        let mode_text = |mode| match mode {
             Mode::Enforce => "enforced",
             Mode::DryRun => "dry run, nothing was changed",
         };
         match common_mode(&self.policies) {
             Some(mode) => {
                 let names = escape::join(self.policies.iter().map(|(name, _)| name), ", ");
-                format!("{names} on {targets} ({})", manner(mode))
+                format!("{names} on {targets} ({})", mode_text(mode))
             }
             None => {
                 let names: Vec<_> = self
                     .policies
                     .iter()
-                    .map(|(name, mode)| format!("{} ({})", name.escaped(), manner(*mode)))
+                    .map(|(name, mode)| format!("{} ({})", name.escaped(), mode_text(*mode)))
                     .collect();
                 format!("{} on {targets}", names.join(", "))
             }
         }
     }
 
-    /// What is not done for sockets that rules ask for.
+    /// Writes the limitations for sockets that rules match explicitly.
     fn write_unsupported(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for entry in limitations::ALL {
             let is_asked = |line: &&Line| line.unsupported.contains(&(entry, Concern::Asked));
@@ -164,22 +164,22 @@ impl Summary {
         }
         align_right(&mut table, 3);
         writeln!(f, "\n{table}")?;
-        let held_back: u64 = self.lines.iter().map(|line| line.counters.suppressed).sum();
-        if held_back > 0 {
+        let suppressed: u64 = self.lines.iter().map(|line| line.counters.suppressed).sum();
+        if suppressed > 0 {
             writeln!(
                 f,
-                "\nheld back: the events of {held_back} of these calls, each like one that was told a moment before"
+                "\nsuppressed: the events of {suppressed} of these calls, each of which repeats a recent event"
             )?;
         }
         Ok(())
     }
 }
 
-/// What was asked for, a line each.
+/// Returns the requested values, one on each line.
 fn examples(line: &Line) -> String {
     line.requested.iter().map(Example::text).collect::<Vec<_>>().join("\n")
 }
 
-fn winner(deed: crate::events::Action, mode: Mode) -> &'static str {
-    if deed == crate::events::Action::Allowed || mode == Mode::DryRun { "application" } else { "policy" }
+fn winner(action: crate::events::Action, mode: Mode) -> &'static str {
+    if action == crate::events::Action::Allowed || mode == Mode::DryRun { "application" } else { "policy" }
 }

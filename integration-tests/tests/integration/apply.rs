@@ -71,7 +71,7 @@ fn sockets_that_were_there_before_are_brought_in_line_and_given_back_what_they_h
     let before = all(&mut probe);
 
     let said = apply(&instance, &policy, &["--dry-run"]);
-    assert!(said.contains("SO_MARK: 0x0, would be given 0x7") && said.contains("dry run: would change "), "{said}");
+    assert!(said.contains("SO_MARK: 0x0 -> 0x7 (dry run)") && said.contains("dry run: would change "), "{said}");
     assert_eq!(all(&mut probe), before);
 
     let said = apply(&instance, &policy, &["--quiet"]);
@@ -278,7 +278,7 @@ fn option_that_cannot_be_changed_on_a_live_socket_is_told_of_each() {
         target.name()
     );
     let said = apply(&instance, &PolicyFile::new(text), &[]);
-    let untold: Vec<&str> = said.lines().filter(|line| line.starts_with("untold ")).collect();
+    let untold: Vec<&str> = said.lines().filter(|line| line.starts_with("unknown ")).collect();
     assert_eq!(untold.len(), 2, "{said}");
     assert!(untold[0].contains("TCP_BPF_IW: getsockopt does not show it"), "{said}");
     assert!(said.contains("2 options are in an unknown state"), "{said}");
@@ -379,7 +379,7 @@ fn policy_of_a_dry_run_is_not_applied() {
     let mut probe = Probe::start(&target);
     let pair = probe.pair(Family::Inet, Kind::Tcp);
     let said = apply(&instance, &policy, &[]);
-    assert!(said.contains("would be given"), "{said}");
+    assert!(said.contains("(dry run)"), "{said}");
     assert_eq!(probe.int(pair.client, SO_MARK), 0);
 }
 

@@ -146,9 +146,12 @@ fn congestion_control_that_is_not_loaded_is_refused() {
     let available = fs::read_to_string("/proc/sys/net/ipv4/tcp_available_congestion_control").unwrap();
     let available = available.split_whitespace().collect::<Vec<_>>().join(", ");
     let error = format!(
-        "error: cannot enforce the policies on this kernel:\n  TCP_CONGESTION = \"no-such-cc\": not loaded; this kernel \
-         has {available} (modprobe tcp_no-such-cc loads it)\n  help: remove these settings, or give --allow-unsupported to \
-         enforce the rest\n"
+        "error: cannot enforce the policies on this kernel:
+  TCP_CONGESTION = \"no-such-cc\": not loaded; loaded: \
+         {available} (load it: modprobe tcp_no-such-cc)
+  help: remove these settings, or give --allow-unsupported to \
+         enforce the rest
+"
     );
     both_fail(policy.path().to_str().unwrap(), &error);
 }

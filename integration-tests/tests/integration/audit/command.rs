@@ -495,7 +495,7 @@ fn without_btf_events_say_why_they_do_not_know_the_socket() {
     let report = read_report(report.to_str().unwrap());
     assert_eq!(summed(&report.events), seen_with(&[]));
     for event in &report.events {
-        let why = if event.result == Some(-9) { "the descriptor is not a socket's" } else { "/sys/kernel/btf" };
+        let why = if event.result == Some(-9) { "the descriptor is not a socket" } else { "/sys/kernel/btf" };
         assert!(event.missing["socket"].contains(why), "{event:#?}");
         assert_eq!(event.socket, None);
         assert_eq!((event.pid, event.comm.as_deref()), (Some(probe.pid), Some("sockprobe")));

@@ -50,7 +50,7 @@ fn report_says_how_many_events_were_held_back() {
     let output = Running::exec(&[], &storm_policy(""), &command).finish();
     let said = stderr(&output);
     let told = said.lines().filter(|line| line.starts_with("conflict ")).count() as u64;
-    let held_back = said.split("\nheld back: the events of ").nth(1).and_then(|rest| rest.split(' ').next());
+    let held_back = said.split("\nsuppressed: the events of ").nth(1).and_then(|rest| rest.split(' ').next());
     let held_back: u64 = held_back.unwrap_or_else(|| panic!("{said}")).parse().unwrap();
     assert!(held_back > 0);
     assert_eq!(told + held_back, OPTIONS.len() as u64 * CALLS, "{said}");

@@ -117,7 +117,7 @@ fn drift_that_was_made_is_found_and_nothing_else() {
     let [option, path] = on(&cgroup);
     let text = stdout(&agent::output(&["verify", &option, &path, policy.path().to_str().unwrap()]));
     let line = format!(
-        "drift     sockprobe[{}] TCP_KEEPCNT is 9, policy wants 5  ({}:5, rule all)",
+        "drift     sockprobe[{}] TCP_KEEPCNT is 9 (policy: 5)  ({}:5, rule all)",
         probe.pid,
         policy.path().display()
     );
