@@ -196,6 +196,8 @@ pub struct SearchScope {
 }
 
 impl SearchScope {
+    /// Returns the search scope of these policies.
+    ///
     /// # Errors
     ///
     /// Fails if a target is not a glob.

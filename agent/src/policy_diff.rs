@@ -171,7 +171,7 @@ impl fmt::Display for Change {
             Self::Remove { place, was } => write!(f, "- {} = {was}  ({place})", place.option),
             Self::Alter { place, was, wanted } => write!(f, "~ {} = {was} -> {wanted}  ({place})", place.option),
             Self::Condition { place, wanted } => {
-                write!(f, "~ {} = {wanted}: changed match, precedence or on_conflict  ({place})", place.option)
+                write!(f, "~ {} = {wanted}: changed match, precedence, on_conflict or errno  ({place})", place.option)
             }
         }
     }
@@ -213,7 +213,7 @@ mod tests {
     fn changed_conditions_are_listed() {
         let rule = |more: &str| format!("[[rule]]\nname = \"r\"\nset = {{ SO_MARK = 1 }}\n{more}");
         let changed = changed(&snapshot(&rule(""), &["/a"]), &snapshot(&rule("on_conflict = \"deny\"\n"), &["/a"]));
-        let expected = "~ SO_MARK = 0x1: changed match, precedence or on_conflict  (web, rule r, on /a)";
+        let expected = "~ SO_MARK = 0x1: changed match, precedence, on_conflict or errno  (web, rule r, on /a)";
         assert_eq!(changed, [expected]);
     }
 

@@ -20,7 +20,7 @@ use crate::{
 pub struct Unsupported {
     /// The options that are not set or not judged, or not everywhere. Not empty.
     pub options: Vec<String>,
-    /// The hooks at which the kernel does not support them; empty if nowhere.
+    /// The hooks at which the kernel does not support them; empty if it does not support them at all.
     pub hooks: Vec<Hook>,
     /// The kernel's error.
     pub reason: String,

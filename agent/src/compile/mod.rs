@@ -181,7 +181,7 @@ pub fn compile(policies: &[Policy], stacks: &[Stack]) -> Result<Desired, Compile
         }));
     }
     let named = named_options(policies);
-    let rows = Rows::of(&named);
+    let rows = Rows::new(&named);
     desired.options = rows.rows.iter().map(|row| row.template.key).collect();
     desired.named = named.len();
     for stack in stacks {

@@ -159,7 +159,7 @@ fn address_prefixes<'a>(
     named.entry(Ipv4Net::default().into()).or_default();
     named.entry(Ipv6Net::default().into()).or_default();
     let all = rules_where(rules, |_| true);
-    // The networks that contain the next one, which sort before it, each with the rules that list an enclosing network.
+    // The networks that contain the next one, which sort before it, each with its accumulated `within` and `without` rules.
     let mut around: Vec<(IpNet, u64, u64)> = Vec::new();
     let mut prefixes = Vec::new();
     for (network, (own_within, own_without)) in named {

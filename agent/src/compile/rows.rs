@@ -21,7 +21,7 @@ pub(super) enum SocketValue {
 }
 
 impl SocketValue {
-    pub(super) fn of(named: Named) -> Self {
+    pub(super) fn from_named(named: Named) -> Self {
         match named {
             Named::Known(option) => Self::Known(option.canonical()),
             Named::Numeric(key) => Self::Numeric(key),
@@ -60,10 +60,10 @@ pub(super) struct Rows {
 
 impl Rows {
     /// Makes the rows. `named` is every option that a rule names, in the order in which they are applied.
-    pub(super) fn of(named: &[Named]) -> Self {
+    pub(super) fn new(named: &[Named]) -> Self {
         let mut rows = Self::default();
         for option in named {
-            let value = rows.value(SocketValue::of(*option));
+            let value = rows.value(SocketValue::from_named(*option));
             let row = named_row(*option);
             let before = rows.first.get(&value).map(|first| rows.rows[*first].template);
             let is_alias = before.is_some_and(|before| before.is_text() == row.is_text());

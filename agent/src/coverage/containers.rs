@@ -25,7 +25,7 @@ impl ContainerMatcher {
         Ok(Self { name: glob(name)?, image: glob(image)?, id: id.clone(), runtime: *runtime })
     }
 
-    /// A field that is unknown for a container matches nothing.
+    /// Returns whether a container matches. A field that is unknown for the container matches nothing.
     pub(super) fn is_match(&self, container: &Container) -> bool {
         let Self { name, image, id, runtime } = self;
         let any = |glob: &Option<GlobMatcher>, words: Vec<String>| {

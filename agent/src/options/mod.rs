@@ -214,7 +214,7 @@ impl Shape {
 pub struct Sites(u16);
 
 impl Sites {
-    const fn of(sites: &[u32]) -> Self {
+    const fn new(sites: &[u32]) -> Self {
         let mut bits = 0;
         let mut at = 0;
         while at < sites.len() {
@@ -487,7 +487,7 @@ mod tests {
     }
 
     #[test]
-    fn members_are_of_structures_that_begin_where_the_socket_does() {
+    fn members_belong_to_structures_at_the_address_of_the_socket() {
         for option in OPTIONS {
             let Kept::Member { of, name } = option.kept else { continue };
             assert!(["sock", "inet_sock", "tcp_sock"].contains(&of), "{}: {of}", option.name);

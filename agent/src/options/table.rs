@@ -28,30 +28,30 @@ const BYTES: ValueKind = Opaque(Shape::Bytes);
 
 /// TCP: before the SYN; on the listener, for the values that accepted sockets inherit and that the SYN-ACK carries; and
 /// on the accepted socket, for rules about the peer and for listeners older than the policy.
-const STREAM: Sites = Sites::of(&[SYN, LISTEN, PASSIVE]);
+const STREAM: Sites = Sites::new(&[SYN, LISTEN, PASSIVE]);
 /// Any socket. A datagram socket is set at creation if the BPF LSM is active, and when it binds or connects. If the
 /// application does neither, it is set with the first datagram.
-const ANY: Sites = Sites::of(&[POST_CREATE, BIND_DATAGRAM, CONNECT_DATAGRAM, SEND, SYN, LISTEN, PASSIVE]);
+const ANY: Sites = Sites::new(&[POST_CREATE, BIND_DATAGRAM, CONNECT_DATAGRAM, SEND, SYN, LISTEN, PASSIVE]);
 /// Affects the choice of a route, so it must be set before connect looks up the route. Set again with the SYN, for
 /// rules about the local address, which the route may choose.
 const ROUTE: Sites =
-    Sites::of(&[POST_CREATE, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SEND, SYN, LISTEN, PASSIVE]);
+    Sites::new(&[POST_CREATE, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SEND, SYN, LISTEN, PASSIVE]);
 /// As [`ROUTE`], for options that can be set at socket creation. Not set with the first datagram, which would cost time
 /// for every datagram socket.
 const ROUTE_FROM_CREATION: Sites =
-    Sites::of(&[SOCK_CREATE, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SYN, LISTEN, PASSIVE]);
+    Sites::new(&[SOCK_CREATE, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SYN, LISTEN, PASSIVE]);
 /// Devices: accepted sockets inherit the listener's, and cannot change it without CAP_NET_RAW
 /// (`sock_bindtoindex_locked` checks the current task, even for a program).
 const DEVICE: Sites =
-    Sites::of(&[POST_CREATE, BIND_STREAM, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SEND, LISTEN]);
+    Sites::new(&[POST_CREATE, BIND_STREAM, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SEND, LISTEN]);
 const DEVICE_FROM_CREATION: Sites =
-    Sites::of(&[SOCK_CREATE, BIND_STREAM, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SEND, LISTEN]);
+    Sites::new(&[SOCK_CREATE, BIND_STREAM, BIND_DATAGRAM, CONNECT_STREAM, CONNECT_DATAGRAM, SEND, LISTEN]);
 /// Affects only bind.
-const BIND: Sites = Sites::of(&[POST_CREATE, BIND_STREAM, BIND_DATAGRAM, CONNECT_DATAGRAM, SYN]);
+const BIND: Sites = Sites::new(&[POST_CREATE, BIND_STREAM, BIND_DATAGRAM, CONNECT_DATAGRAM, SYN]);
 /// `tcp_init_transfer` overwrites earlier values.
-const ESTABLISHED: Sites = Sites::of(&[ACTIVE, PASSIVE]);
+const ESTABLISHED: Sites = Sites::new(&[ACTIVE, PASSIVE]);
 /// Affects only listeners.
-const LISTENER: Sites = Sites::of(&[LISTEN]);
+const LISTENER: Sites = Sites::new(&[LISTEN]);
 
 impl SocketOption {
     const fn since(mut self, kernel: &'static str) -> Self {
@@ -378,7 +378,7 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::SOCKET, "SO_DEBUG", 1, Bool, "debugging of protocols"),
     guardable(L::SOCKET, "SO_DONTROUTE", 5, Bool, "send to direct neighbours only").kept(FORGOTTEN_BY_MPTCP),
     guardable(L::SOCKET, "SO_BROADCAST", 6, Bool, "send to broadcast addresses").kept(FORGOTTEN_BY_MPTCP),
-    guardable(L::SOCKET, "SO_OOBINLINE", 10, Bool, "leave urgent data in the stream"),
+    guardable(L::SOCKET, "SO_OOBINLINE", 10, Bool, "receive out-of-band data in the data stream"),
     guardable(L::SOCKET, "SO_NO_CHECK", 11, Bool, "no UDP checksum").kept(FORGOTTEN_BY_MPTCP),
     guardable(L::SOCKET, "SO_LINGER", 13, Linger, "what close does with unsent data"),
     guardable(L::SOCKET, "SO_BSDCOMPAT", 14, Bool, "nothing (without effect since 2.6)").kept(Otherwise),
@@ -402,7 +402,7 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::SOCKET, "SO_TIMESTAMPING", 37, BYTES, "timestamps of hardware and software"),
     guardable(L::SOCKET, "SO_RXQ_OVFL", 40, Bool, "count of dropped packets").kept(FORGOTTEN_BY_MPTCP),
     guardable(L::SOCKET, "SO_WIFI_STATUS", 41, Bool, "status of packets sent by wifi").kept(FORGOTTEN_BY_MPTCP),
-    guardable(L::SOCKET, "SO_PEEK_OFF", 42, Int, "where peeking begins").kept(member("sock", "sk_peek_off")),
+    guardable(L::SOCKET, "SO_PEEK_OFF", 42, Int, "offset of MSG_PEEK").kept(member("sock", "sk_peek_off")),
     guardable(L::SOCKET, "SO_NOFCS", 43, Bool, "no frame checksum").kept(FORGOTTEN_BY_MPTCP),
     guardable(L::SOCKET, "SO_LOCK_FILTER", 44, Bool, "lock the filter against changes"),
     guardable(L::SOCKET, "SO_SELECT_ERR_QUEUE", 45, Bool, "wake on errors").kept(FORGOTTEN_BY_MPTCP),
@@ -437,8 +437,8 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::SOCKET, "SO_RCVPRIORITY", 82, Bool, "receive the priority of packets"),
     guardable(L::SOCKET, "SO_PASSRIGHTS", 83, Bool, "receive descriptors"),
     guardable(L::SOCKET, "SO_INQ", 84, Bool, "receive the length of the queue"),
-    guardable(L::TCP, "TCP_CORK", 3, Bool, "hold back partial segments"),
-    guardable(L::TCP, "TCP_LINGER2", 8, Seconds, "life of orphaned FIN-WAIT-2 sockets")
+    guardable(L::TCP, "TCP_CORK", 3, Bool, "do not send partial segments"),
+    guardable(L::TCP, "TCP_LINGER2", 8, Seconds, "lifetime of orphaned FIN-WAIT-2 sockets")
         .range(i32::MIN as i64, i32::MAX as i64)
         // net.ipv4.tcp_fin_timeout; a negative number skips FIN-WAIT-2.
         .zero(60)
@@ -482,27 +482,27 @@ pub const OPTIONS: &[SocketOption] = &[
         .negative(64),
     guardable(L::IP, "IP_HDRINCL", 3, Bool, "the application writes the IP header"),
     guardable(L::IP, "IP_OPTIONS", 4, BYTES, "options of the IP header"),
-    guardable(L::IP, "IP_ROUTER_ALERT", 5, Bool, "receive packets that ask for a router"),
+    guardable(L::IP, "IP_ROUTER_ALERT", 5, Bool, "receive packets with the Router Alert option"),
     guardable(L::IP, "IP_RECVOPTS", 6, Bool, "receive options of the IP header"),
-    guardable(L::IP, "IP_RETOPTS", 7, Bool, "receive options as for an answer"),
-    guardable(L::IP, "IP_PKTINFO", 8, Bool, "receive the addressed interface"),
+    guardable(L::IP, "IP_RETOPTS", 7, Bool, "receive unprocessed options of the IP header"),
+    guardable(L::IP, "IP_PKTINFO", 8, Bool, "receive the destination address and interface"),
     guardable(L::IP, "IP_MTU_DISCOVER", 10, Choice(MTU_DISCOVERY), "path MTU discovery").range(0, 5).kept(AsGiven),
     guardable(L::IP, "IP_RECVERR", 11, Bool, "receive ICMP errors"),
     guardable(L::IP, "IP_RECVTTL", 12, Bool, "receive the time to live"),
     guardable(L::IP, "IP_RECVTOS", 13, Bool, "receive the type of service"),
-    guardable(L::IP, "IP_FREEBIND", 15, Bool, "bind addresses that the host does not have")
+    guardable(L::IP, "IP_FREEBIND", 15, Bool, "bind to addresses that are nonlocal or do not exist yet")
         .argument(argument::BYTE_REQUIRED),
     guardable(L::IP, "IP_IPSEC_POLICY", 16, BYTES, "IPsec policy of the socket").same_as("IP_XFRM_POLICY"),
     guardable(L::IP, "IP_XFRM_POLICY", 17, BYTES, "transformation policy of the socket"),
     guardable(L::IP, "IP_PASSSEC", 18, Bool, "receive the peer's security label"),
-    guardable(L::IP, "IP_TRANSPARENT", 19, Bool, "bind and send from addresses of other hosts")
+    guardable(L::IP, "IP_TRANSPARENT", 19, Bool, "bind to nonlocal addresses (transparent proxy)")
         .argument(argument::BYTE_REQUIRED),
     guardable(L::IP, "IP_ORIGDSTADDR", 20, Bool, "receive the original destination"),
     guardable(L::IP, "IP_MINTTL", 21, Int, "drop packets with a smaller time to live")
         .range(0, 255)
         .kept(AsGiven)
         .argument(argument::BYTE_REQUIRED),
-    guardable(L::IP, "IP_NODEFRAG", 22, Bool, "leave fragments alone"),
+    guardable(L::IP, "IP_NODEFRAG", 22, Bool, "do not reassemble fragments"),
     guardable(L::IP, "IP_CHECKSUM", 23, Bool, "receive checksums"),
     guardable(L::IP, "IP_BIND_ADDRESS_NO_PORT", 24, Bool, "choose the port at connect"),
     guardable(L::IP, "IP_RECVFRAGSIZE", 25, Bool, "receive the size of fragments"),
@@ -515,7 +515,7 @@ pub const OPTIONS: &[SocketOption] = &[
         .kept(member("inet_sock", "mc_ttl"))
         // `tcp_v4_syn_recv_sock`, and `tcp_v6_syn_recv_sock` for IPv6.
         .reading(Reading::UntilConnected),
-    guardable(L::IP, "IP_MULTICAST_LOOP", 34, Bool, "receive the multicasts that the host sends")
+    guardable(L::IP, "IP_MULTICAST_LOOP", 34, Bool, "loop sent multicasts back to local sockets")
         .argument(argument::BYTE_REQUIRED),
     guardable(L::IP, "IP_ADD_MEMBERSHIP", 35, Opaque(Shape::Membership), "join a group"),
     guardable(L::IP, "IP_DROP_MEMBERSHIP", 36, Opaque(Shape::Membership), "leave a group"),
@@ -533,7 +533,7 @@ pub const OPTIONS: &[SocketOption] = &[
         .kept(AsGiven)
         .argument(argument::INT_EXACT),
     guardable(L::IPV6, "IPV6_ADDRFORM", 1, Int, "turn an IPv6 socket into an IPv4 one").reading(Reading::State),
-    guardable(L::IPV6, "IPV6_2292PKTINFO", 2, Bool, "receive the addressed interface (RFC 2292)"),
+    guardable(L::IPV6, "IPV6_2292PKTINFO", 2, Bool, "receive the destination address and interface (RFC 2292)"),
     guardable(L::IPV6, "IPV6_2292HOPOPTS", 3, Bool, "receive hop-by-hop options (RFC 2292)"),
     guardable(L::IPV6, "IPV6_2292DSTOPTS", 4, Bool, "receive destination options (RFC 2292)"),
     guardable(L::IPV6, "IPV6_2292RTHDR", 5, Bool, "receive the routing header (RFC 2292)"),
@@ -549,10 +549,10 @@ pub const OPTIONS: &[SocketOption] = &[
         .range(-1, 255)
         .negative(1)
         .reading(Reading::UntilConnected),
-    guardable(L::IPV6, "IPV6_MULTICAST_LOOP", 19, Bool, "receive the multicasts that the host sends"),
+    guardable(L::IPV6, "IPV6_MULTICAST_LOOP", 19, Bool, "loop sent multicasts back to local sockets"),
     guardable(L::IPV6, "IPV6_ADD_MEMBERSHIP", 20, Opaque(Shape::Ipv6Membership), "join a group"),
     guardable(L::IPV6, "IPV6_DROP_MEMBERSHIP", 21, Opaque(Shape::Ipv6Membership), "leave a group"),
-    guardable(L::IPV6, "IPV6_ROUTER_ALERT", 22, Int, "receive packets that ask for a router"),
+    guardable(L::IPV6, "IPV6_ROUTER_ALERT", 22, Int, "receive packets with the Router Alert option"),
     guardable(L::IPV6, "IPV6_MTU_DISCOVER", 23, Choice(IPV6_MTU_DISCOVERY), "path MTU discovery")
         .range(0, 5)
         .kept(AsGiven),
@@ -570,7 +570,7 @@ pub const OPTIONS: &[SocketOption] = &[
     guardable(L::IPV6, "IPV6_IPSEC_POLICY", 34, BYTES, "IPsec policy of the socket").same_as("IPV6_XFRM_POLICY"),
     guardable(L::IPV6, "IPV6_XFRM_POLICY", 35, BYTES, "transformation policy of the socket"),
     guardable(L::IPV6, "IPV6_HDRINCL", 36, Bool, "the application writes the IP header"),
-    guardable(L::IPV6, "IPV6_RECVPKTINFO", 49, Bool, "receive the addressed interface"),
+    guardable(L::IPV6, "IPV6_RECVPKTINFO", 49, Bool, "receive the destination address and interface"),
     guardable(L::IPV6, "IPV6_PKTINFO", 50, Opaque(Shape::Ipv6PacketInfo), "source address and interface"),
     guardable(L::IPV6, "IPV6_RECVHOPLIMIT", 51, Bool, "receive the hop limit"),
     guardable(L::IPV6, "IPV6_RECVHOPOPTS", 53, Bool, "receive hop-by-hop options"),
@@ -588,13 +588,14 @@ pub const OPTIONS: &[SocketOption] = &[
         .range(0, 255)
         .kept(AsGiven),
     guardable(L::IPV6, "IPV6_RECVORIGDSTADDR", 74, Bool, "receive the original destination"),
-    guardable(L::IPV6, "IPV6_TRANSPARENT", 75, Bool, "bind and send from addresses of other hosts")
+    guardable(L::IPV6, "IPV6_TRANSPARENT", 75, Bool, "bind to nonlocal addresses (transparent proxy)")
         .same_as("IP_TRANSPARENT"),
     guardable(L::IPV6, "IPV6_UNICAST_IF", 76, Opaque(Shape::InterfaceIndex), "interface of unicasts")
         .kept(AsGiven)
         .argument(argument::INT_EXACT),
     guardable(L::IPV6, "IPV6_RECVFRAGSIZE", 77, Bool, "receive the size of fragments").argument(argument::INT_OR_ZERO),
-    guardable(L::IPV6, "IPV6_FREEBIND", 78, Bool, "bind addresses that the host does not have").same_as("IP_FREEBIND"),
+    guardable(L::IPV6, "IPV6_FREEBIND", 78, Bool, "bind to addresses that are nonlocal or do not exist yet")
+        .same_as("IP_FREEBIND"),
     // Options that can only be read.
     read_only(L::SOCKET, "SO_TYPE", 3, Choice(TYPES), "type of the socket"),
     read_only(L::SOCKET, "SO_ERROR", 4, Opaque(Shape::Errno), "pending error, which reading clears")

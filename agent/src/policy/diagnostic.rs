@@ -340,7 +340,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_is_counted_from_one_and_begins_after_the_newline() {
+    fn lines_are_counted_from_one_and_begin_after_the_newline() {
         let source = Source::new(Path::new("a.toml"), "a\nb\n\nc".to_owned());
         assert_eq!([0, 1, 2, 4, 5, 6].map(|offset| source.line(offset)), [1, 1, 2, 3, 4, 4]);
     }
@@ -362,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn the_nearest_name_is_near() {
+    fn nearest_name_must_be_similar() {
         let names = ["TCP_NODELAY", "TCP_CORK", "SO_MARK"];
         assert_eq!(nearest("TCP_NODELY", names), Some("TCP_NODELAY"));
         assert_eq!(nearest("so_mrak", names), Some("SO_MARK"));
@@ -388,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn a_coloured_diagnostic_says_the_same() {
+    fn coloured_diagnostic_has_the_same_text() {
         let source = Source::new(Path::new("a.toml"), "a = 1\n".to_owned());
         let diagnostic = Diagnostic::new(Severity::Warning, &source, Problem::new("odd").help("write 2").at(4..5));
         let coloured = diagnostic.render(Style::Coloured);

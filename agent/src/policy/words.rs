@@ -34,7 +34,7 @@ pub(crate) const RUNTIMES: &[(&str, &str)] = &[
 ];
 
 /// Returns the words of a choice, as they are written.
-pub(crate) fn of<T>(choice: &[(&str, T)]) -> String {
+pub(crate) fn list<T>(choice: &[(&str, T)]) -> String {
     list_of(&choice.iter().map(|(name, _)| (*name).to_owned()).collect::<Vec<_>>(), "or")
 }
 

@@ -42,13 +42,13 @@ pub fn reference() -> String {
 fn language() -> String {
     let settable = OPTIONS.iter().filter(|option| option.settable().is_some()).count();
     let replaced = [
-        ("{modes}", words::of(words::MODES)),
-        ("{calls}", words::of(words::CALLS)),
-        ("{actions}", words::of(words::ON_CONFLICT)),
-        ("{runtimes}", words::of(words::RUNTIMES)),
-        ("{protocols}", words::of(Protocol::WORDS)),
-        ("{families}", words::of(Family::WORDS)),
-        ("{directions}", words::of(Direction::WORDS)),
+        ("{modes}", words::list(words::MODES)),
+        ("{calls}", words::list(words::CALLS)),
+        ("{actions}", words::list(words::ON_CONFLICT)),
+        ("{runtimes}", words::list(words::RUNTIMES)),
+        ("{protocols}", words::list(Protocol::WORDS)),
+        ("{families}", words::list(Family::WORDS)),
+        ("{directions}", words::list(Direction::WORDS)),
         ("{socket_keys}", words::socket_keys()),
         ("{settable}", settable.to_string()),
         ("{kinds}", kinds()),

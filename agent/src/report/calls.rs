@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn histogram_shows_short_and_long_calls_at_its_ends() {
+    fn histogram_counts_short_and_long_calls_in_its_end_buckets() {
         assert_eq!(sparkline(&tally(&[10, 200, 300])), "█▄");
         assert!(sparkline(&tally(&[200, 5_000_000_000])).ends_with('█'));
     }

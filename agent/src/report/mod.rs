@@ -134,7 +134,8 @@ impl Report {
         Self { before, ..Self::default() }
     }
 
-    /// Starts the report: calls counted up to now, `counted` included, are earlier ones.
+    /// Starts the report: calls counted up to now are earlier ones. `counted` are the counters of policies that have not been
+    /// added yet.
     pub fn begin<'a>(&mut self, counted: impl IntoIterator<Item = (&'a Desired, &'a [Counters])>) {
         let mut first = Self::resume(self.all());
         counted.into_iter().for_each(|(desired, counters)| first.count(0, desired, counters, true));
@@ -145,7 +146,7 @@ impl Report {
     /// are reported even if no other generation has them.
     pub fn count(&mut self, generation: u32, desired: &Desired, counters: &[Counters], is_reported: bool) {
         for (counters, setting) in counters.iter().zip(0..) {
-            let Some(line) = Line::of(desired, setting) else { continue };
+            let Some(line) = Line::for_setting(desired, setting) else { continue };
             let asked = self.requested.remove(&(generation, setting)).unwrap_or_default();
             let line = Line { counters: *counters, requested: asked, is_reported, ..line };
             // A rule applies in each scope of its policy, and may be unchanged by a reload.
@@ -165,7 +166,7 @@ impl Report {
     #[must_use]
     pub fn saved_counters(&self, desired: &Desired) -> Vec<SavedCounters> {
         let mut all = self.all();
-        let lines = (0..desired.settings.len() as u32).filter_map(|setting| Line::of(desired, setting));
+        let lines = (0..desired.settings.len() as u32).filter_map(|setting| Line::for_setting(desired, setting));
         let counted = lines.map(|line| Line { counters: saved_counters::take(&mut all, &line), ..line });
         counted.filter(|line| line.counters != Counters::default()).map(|line| SavedCounters::from(&line)).collect()
     }
@@ -217,7 +218,7 @@ impl Summary {
 
 impl Line {
     /// Returns a line for a setting, with counters of 0.
-    fn of(desired: &Desired, setting: u32) -> Option<Self> {
+    fn for_setting(desired: &Desired, setting: u32) -> Option<Self> {
         let (source, rule) = desired.source(setting)?;
         Some(Self {
             policy: rule.policy.clone(),

@@ -39,7 +39,7 @@ pub fn text(key: OptionKey, value: &Value) -> String {
 /// Returns the first 16 bytes of a value, in memory order, as hexadecimal digits.
 #[must_use]
 pub fn bytes_text(value: &Value) -> String {
-    hex_digits(Captured::of(value, &value.bytes()).bytes)
+    hex_digits(Captured::new(value, &value.bytes()).bytes)
 }
 
 /// Returns the text of what a policy wants for an option.
@@ -90,7 +90,7 @@ pub fn unit(key: OptionKey) -> Option<&'static str> {
 #[must_use]
 pub fn is_on(option: &SocketOption, value: &Value) -> Option<bool> {
     let bytes = value.bytes();
-    read_number(option, Captured::of(value, &bytes).bytes).map(|number| number != 0)
+    read_number(option, Captured::new(value, &bytes).bytes).map(|number| number != 0)
 }
 
 /// A value in both forms.
@@ -115,7 +115,7 @@ struct Captured<'a> {
 }
 
 impl<'a> Captured<'a> {
-    fn of(value: &Value, bytes: &'a [u8; TEXT_LEN]) -> Self {
+    fn new(value: &Value, bytes: &'a [u8; TEXT_LEN]) -> Self {
         let len = value.len as usize;
         let known = if value.known == 0 { TEXT_LEN } else { value.known as usize };
         Self { bytes: &bytes[..len.min(TEXT_LEN).min(known)], len }
@@ -132,7 +132,7 @@ fn kind_of(key: OptionKey) -> ValueKind {
 
 fn decode(key: OptionKey, value: &Value) -> Shown {
     let bytes = value.bytes();
-    let captured = Captured::of(value, &bytes);
+    let captured = Captured::new(value, &bytes);
     if captured.len == 0 {
         return Shown { json: Json::Null, text: "unknown".to_owned() };
     }

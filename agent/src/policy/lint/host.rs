@@ -89,7 +89,7 @@ fn locked_control(clause: &Clause, host: &Host) -> Option<Problem> {
     )
 }
 
-/// `sk_setsockopt` (net/core/sock.c) silently clamps larger values.
+/// Returns a problem with a size that `sk_setsockopt` (net/core/sock.c) would silently clamp.
 fn clamped_buffer(clause: &Clause, host: &Host) -> Option<Problem> {
     let Named::Known(option) = clause.option else { return None };
     let (most, sysctl) = match option.name {

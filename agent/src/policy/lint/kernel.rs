@@ -24,7 +24,7 @@ pub struct NoVersion;
 impl FromStr for Version {
     type Err = NoVersion;
 
-    /// Also accepts the output of `uname -r`.
+    /// Parses a version, or the output of `uname -r`.
     fn from_str(text: &str) -> Result<Self, NoVersion> {
         let mut parts = text.split(|c: char| !c.is_ascii_digit());
         let mut number = || parts.next().and_then(|part| part.parse().ok()).ok_or(NoVersion);

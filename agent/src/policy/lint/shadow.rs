@@ -28,7 +28,7 @@ type Placed<'a> = (&'a Policy, &'a Rule, &'a Lists);
 /// Policies with the same target are in force together, in the order of their file names.
 pub(super) fn lint(policies: &[Policy]) -> Vec<Diagnostic> {
     let lists: Vec<Vec<Lists>> =
-        policies.iter().map(|policy| policy.rules.iter().map(|rule| Lists::of(&rule.selector)).collect()).collect();
+        policies.iter().map(|policy| policy.rules.iter().map(|rule| Lists::new(&rule.selector)).collect()).collect();
     let placed = |policy: usize| {
         let rules = policies[policy].rules.iter().zip(&lists[policy]);
         rules.map(move |(rule, lists)| (&policies[policy], rule, lists))
@@ -140,7 +140,7 @@ struct Lists {
 }
 
 impl Lists {
-    fn of(selector: &Selector) -> Self {
+    fn new(selector: &Selector) -> Self {
         let Selector { local, remote, not_remote, local_ports, remote_ports, .. } = selector;
         Self {
             local: local.iter().copied().collect(),
