@@ -1,7 +1,6 @@
-//! The kernel's description of its own types (BTF), for the places of members in its structures.
+//! Offsets and sizes of members of kernel structures, from the kernel's BTF.
 //!
-//! Rust has no relocations against the kernel's types, so what C programs leave to their loader is looked up
-//! here.
+//! Rust has no relocations against kernel types (CO-RE). The agent therefore looks up the offsets itself.
 
 use std::{
     fs,
@@ -15,62 +14,62 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::escape::Escape;
 
-/// Where a kernel shows its description (CONFIG_DEBUG_INFO_BTF).
-pub const PLACE: &str = "/sys/kernel/btf/vmlinux";
+/// The file with the kernel's BTF (CONFIG_DEBUG_INFO_BTF).
+const VMLINUX_BTF: &str = "/sys/kernel/btf/vmlinux";
 
-/// The description.
+/// The types of the kernel.
 pub struct Types(Btf);
 
-/// A structure of the kernel's.
+/// A structure of the kernel.
 pub struct Structure<'a> {
     types: &'a Types,
     definition: Struct,
 }
 
-/// Where a member is.
+/// The position and the size of a member.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place {
-    /// Bytes from the beginning of the structure.
+pub struct Member {
+    /// The offset from the start of the structure, in bytes.
     pub offset: u32,
-    /// Bytes; 0 for what has no plain size, such as an array.
+    /// The size in bytes; 0 for types without a size of their own in BTF, such as arrays.
     pub size: u32,
 }
 
 #[derive(Debug, thiserror::Error)]
 pub enum BtfError {
-    #[error("this kernel shows no BTF ({path}: {source})")]
+    #[error("this kernel provides no BTF ({path}: {source})")]
     Missing { path: String, source: io::Error },
     #[error("cannot read {path}: {source}")]
     Unreadable { path: String, source: btf_rs::Error },
 }
 
 impl Types {
-    /// Reads the description of the kernel that runs.
+    /// Reads the BTF of the running kernel.
     ///
     /// # Errors
     ///
-    /// Where it has none, or shows it in a form that is not known here.
+    /// Fails if the kernel provides no BTF, or if the BTF cannot be parsed.
     pub fn of_kernel() -> Result<Self, BtfError> {
-        Self::read(Path::new(PLACE))
+        Self::read(Path::new(VMLINUX_BTF))
     }
 
     fn read(path: &Path) -> Result<Self, BtfError> {
         let missing = |source| BtfError::Missing { path: path.escaped().to_string(), source };
-        // Looking up a few names in mapped memory takes a tenth of the time that it takes to digest all of them. The
-        // file itself can be mapped from 6.16 on only, a copy always.
+        // To look up a few names in mapped memory takes a tenth of the time that parsing all types takes. The kernel can map
+        // the file itself since 6.16; before, a copy in memory is mapped.
         if let Ok(types) = Btf::from_file_with_backend(path, Backend::Mmap) {
             return Ok(Self(types));
         }
         let mut copy =
             fs::File::from(memfd_create("btf", MFdFlags::MFD_CLOEXEC).map_err(|errno| missing(errno.into()))?);
         copy.write_all(&fs::read(path).map_err(missing)?).map_err(missing)?;
-        let copied = format!("/proc/self/fd/{}", copy.as_raw_fd());
-        Btf::from_file_with_backend(copied, Backend::Mmap)
+        let copy_path = format!("/proc/self/fd/{}", copy.as_raw_fd());
+        Btf::from_file_with_backend(copy_path, Backend::Mmap)
             .map(Self)
             .map_err(|source| BtfError::Unreadable { path: path.escaped().to_string(), source })
     }
 
-    /// The structure of this name, if the kernel has one. All types are gone through for that.
+    /// Returns the structure with this name, or `None` if the kernel has none. Searches all types.
     #[must_use]
     pub fn structure(&self, name: &str) -> Option<Structure<'_>> {
         let definitions = self.0.resolve_types_by_name(name).ok()?;
@@ -80,35 +79,36 @@ impl Types {
         })
     }
 
-    /// What a type is, without the names that were given to it.
-    fn resolve(&self, of: &dyn BtfType) -> Option<Type> {
-        let mut found = self.0.resolve_chained_type(of).ok()?;
+    /// Returns the type that `reference` refers to, without typedefs, qualifiers and type tags.
+    fn resolve(&self, reference: &dyn BtfType) -> Option<Type> {
+        let mut resolved = self.0.resolve_chained_type(reference).ok()?;
         loop {
-            found = match &found {
+            resolved = match &resolved {
                 Type::Typedef(named) => self.0.resolve_chained_type(named).ok()?,
                 Type::Const(qualified) | Type::Volatile(qualified) | Type::Restrict(qualified) => {
                     self.0.resolve_chained_type(qualified).ok()?
                 }
                 Type::TypeTag(tagged) => self.0.resolve_chained_type(tagged).ok()?,
-                _ => return Some(found),
+                _ => return Some(resolved),
             };
         }
     }
 
+    /// Returns the offset in bytes and the type of a member, also of a member of an unnamed structure or union within.
     fn find(&self, definition: &Struct, name: &str) -> Option<(u32, Type)> {
         for member in &definition.members {
             let offset = member.bit_offset() / 8;
             let member_name = self.0.resolve_name(member).unwrap_or_default();
             if member_name == name {
-                // Of a bit field no address can be taken.
-                let is_whole = member.bitfield_size().is_none_or(|bits| bits == 0);
-                return Some((offset, self.resolve(member)?)).filter(|_| is_whole);
+                // A bit field has no address.
+                let has_address = member.bitfield_size().is_none_or(|bits| bits == 0);
+                return Some((offset, self.resolve(member)?)).filter(|_| has_address);
             }
             if member_name.is_empty()
                 && let Some(Type::Struct(inner) | Type::Union(inner)) = self.resolve(member)
-                && let Some((within, found)) = self.find(&inner, name)
+                && let Some((inner_offset, member_type)) = self.find(&inner, name)
             {
-                return Some((offset + within, found));
+                return Some((offset + inner_offset, member_type));
             }
         }
         None
@@ -116,23 +116,26 @@ impl Types {
 }
 
 impl<'a> Structure<'a> {
-    /// Where a member is: `sk_rcvbuf`, or one of a structure within, `__sk_common.skc_family`. Members of unnamed
-    /// structures and unions count as the structure's own. `None` also for bit fields.
+    /// Returns the position and the size of a member, such as `sk_rcvbuf`. `path` can lead into inner structures, as in
+    /// `__sk_common.skc_family`. Members of unnamed structures and unions count as members of the outer structure.
+    ///
+    /// Returns `None` if there is no such member, or if it is a bit field.
     #[must_use]
-    pub fn place(&self, path: &str) -> Option<Place> {
-        self.member(path).map(|(offset, found)| Place { offset, size: size(&found) })
+    pub fn place(&self, path: &str) -> Option<Member> {
+        self.member(path).map(|(offset, member_type)| Member { offset, size: size(&member_type) })
     }
 
-    /// The structure that a member is, or points to. Quicker than by its name, for which all types are gone through.
+    /// Returns the structure that is the type of a member, or that the member points to. Faster than [`Types::structure`],
+    /// which searches all types.
     #[must_use]
     pub fn structure(&self, path: &str) -> Option<Structure<'a>> {
-        let (_, mut found) = self.member(path)?;
-        while let Type::Ptr(pointer) = &found {
-            found = self.types.resolve(pointer)?;
+        let (_, mut member_type) = self.member(path)?;
+        while let Type::Ptr(pointer) = &member_type {
+            member_type = self.types.resolve(pointer)?;
         }
-        match found {
+        match member_type {
             Type::Struct(definition) => Some(Structure { types: self.types, definition }),
-            // Only its name is known there: where there are several of that name.
+            // A forward declaration has only the name, for example because several structures have this name.
             Type::Fwd(named) => self.types.structure(&self.types.0.resolve_name(&named).ok()?),
             _ => None,
         }
@@ -143,24 +146,24 @@ impl<'a> Structure<'a> {
         let mut offset = 0;
         let mut names = path.split('.').peekable();
         while let Some(name) = names.next() {
-            let (within, found) = self.types.find(&definition, name)?;
-            offset += within;
+            let (inner_offset, member_type) = self.types.find(&definition, name)?;
+            offset += inner_offset;
             if names.peek().is_none() {
-                return Some((offset, found));
+                return Some((offset, member_type));
             }
-            let (Type::Struct(inner) | Type::Union(inner)) = found else { return None };
+            let (Type::Struct(inner) | Type::Union(inner)) = member_type else { return None };
             definition = inner;
         }
         None
     }
 }
 
-fn size(of: &Type) -> u32 {
-    match of {
-        Type::Int(number) => number.size() as u32,
-        Type::Enum(number) => number.size() as u32,
+fn size(member_type: &Type) -> u32 {
+    match member_type {
+        Type::Int(integer) => integer.size() as u32,
+        Type::Enum(enumeration) => enumeration.size() as u32,
         Type::Ptr(_) => size_of::<usize>() as u32,
-        Type::Struct(whole) | Type::Union(whole) => whole.size() as u32,
+        Type::Struct(structure) | Type::Union(structure) => structure.size() as u32,
         _ => 0,
     }
 }
@@ -170,11 +173,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kernel_without_btf_is_named_as_such() {
+    fn kernel_without_btf_is_reported() {
         let error = Types::read(Path::new("/nowhere/vmlinux")).err().map(|error| error.to_string());
         assert_eq!(
             error.as_deref(),
-            Some("this kernel shows no BTF (/nowhere/vmlinux: No such file or directory (os error 2))")
+            Some("this kernel provides no BTF (/nowhere/vmlinux: No such file or directory (os error 2))")
         );
     }
 }

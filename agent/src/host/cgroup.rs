@@ -1,7 +1,7 @@
-//! Where cgroup2 is mounted and what is in it.
+//! The cgroup2 mount and the cgroups in it.
 //!
-//! Only the unified hierarchy counts: sockets belong to a cgroup of version 2, also on hosts that
-//! use version 1 for their controllers beside it.
+//! Only the unified hierarchy is used: a socket belongs to a cgroup of version 2, also on hosts whose controllers are in
+//! hierarchies of version 1.
 
 mod walk;
 
@@ -39,31 +39,31 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
     #[error(
-        "cgroup2 is not mounted on this host\n  help: mount it, and run this again: \
+        "cgroup2 is not mounted on this host\n  help: mount it and repeat the command: \
          mkdir -p {place} && mount -t cgroup2 none {place}"
     )]
     NotMounted { place: &'static str },
     #[error("cannot read {path}: {source}")]
     Proc { path: &'static str, source: io::Error },
     #[error(
-        "no cgroup {}: {source}\n  help: cgroups are the folders below {mount}; `find {mount} -type d` lists them",
+        "cannot find cgroup {}: {source}\n  help: cgroups are the directories below {mount}: find {mount} -type d",
         path.escaped(), mount = mount.escaped()
     )]
     Missing { path: PathBuf, mount: PathBuf, source: io::Error },
     #[error(
-        "{} is a file, and a cgroup is a folder\n  help: did you mean {}?",
+        "{} is a file, not a cgroup directory\n  help: use {}",
         path.escaped(), folder.escaped()
     )]
     NotAFolder { path: PathBuf, folder: PathBuf },
     #[error(
-        "{} is not in the cgroup2 hierarchy: it is a cgroup of version 1, or no cgroup at all\n  help: give a \
-         folder below {}",
+        "{} is not in the cgroup2 hierarchy: it is a cgroup of version 1, or not a cgroup\n  help: use a \
+         directory below {}",
         path.escaped(), mount.escaped()
     )]
     NotCgroup2 { path: PathBuf, mount: PathBuf },
     #[error(
-        "cgroup {} is {level} levels deep, and targets can be {max} at the most\n  help: take one of its parents \
-         as the target",
+        "cgroup {} is {level} levels deep, and targets can be at most {max} levels deep\n  help: use one of its \
+         parents as the target",
         path.escaped()
     )]
     TooDeep { path: PathBuf, level: u32, max: u32 },
@@ -72,35 +72,36 @@ pub enum CgroupError {
 }
 
 impl CgroupError {
-    /// Returns whether the cgroup is gone, and so is no target any more.
+    /// Returns whether the cgroup does not exist any more and therefore cannot be a target.
     #[must_use]
     pub fn is_gone(&self) -> bool {
         matches!(self, Self::Missing { .. })
     }
 
-    /// Returns whether a later attempt may succeed without a change of the cgroup.
+    /// Returns whether a later attempt can succeed although the cgroup does not change.
     #[must_use]
     pub fn is_transient(&self) -> bool {
         matches!(self, Self::Open { source, .. } if is_transient(source))
     }
 }
 
-/// Returns whether an error says that a limit of this process or of the host is reached at the moment.
+/// Returns whether an error means that a limit of this process or of the host is reached at the moment.
 #[must_use]
 pub fn is_transient(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::EAGAIN | libc::EINTR))
 }
 
-/// Returns whether an error says that a cgroup was removed (`kernfs_iop_lookup`, fs/kernfs/dir.c).
+/// Returns whether an error means that a cgroup was removed (`kernfs_iop_lookup`, fs/kernfs/dir.c).
 fn is_removed(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV))
 }
 
-/// Opens a directory by a path of any length. The kernel takes less than PATH_MAX bytes at a time.
+/// Opens a directory at a path of any length. The kernel accepts paths of less than PATH_MAX bytes; a longer path is opened in
+/// several steps.
 ///
 /// # Errors
 ///
-/// As of openat(2).
+/// Fails as openat(2) does.
 pub fn open_directory(path: &Path) -> io::Result<File> {
     let mut pieces = pieces(path).into_iter();
     let first = pieces.next().unwrap_or_default();
@@ -112,13 +113,13 @@ pub fn open_directory(path: &Path) -> io::Result<File> {
     Ok(folder)
 }
 
-/// Opens a directory below another one. Follows no symbolic link at the end of the path.
+/// Opens a directory at a path relative to another one. Does not follow a symbolic link in the last component.
 fn open_below(folder: &File, path: &OsStr) -> io::Result<File> {
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     Ok(openat(folder, path, flags, Mode::empty())?.into())
 }
 
-/// Splits a path into parts that the kernel takes.
+/// Splits a path between components, into pieces of less than PATH_MAX bytes.
 fn pieces(path: &Path) -> Vec<PathBuf> {
     const MAX: usize = libc::PATH_MAX as usize - 1;
     if path.as_os_str().len() <= MAX {
@@ -136,7 +137,7 @@ fn pieces(path: &Path) -> Vec<PathBuf> {
     pieces
 }
 
-/// Returns the id of the cgroup at an absolute path of any length; `None` where there is none.
+/// Returns the id of the cgroup at an absolute path of any length, or `None` if it does not exist.
 #[must_use]
 pub fn id_at(path: &Path) -> Option<u64> {
     if path.as_os_str().len() < libc::PATH_MAX as usize {
@@ -149,42 +150,43 @@ pub fn id_at(path: &Path) -> Option<u64> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
     pub path: PathBuf,
-    /// How many levels the mount's own top is below the root of the hierarchy: more than 0 where a part of it
-    /// is mounted.
+    /// The number of levels between the root of the hierarchy and the top of the mount: more than 0 if only a part of the
+    /// hierarchy is mounted.
     depth: u32,
 }
 
-/// A cgroup, held open so that it cannot be mistaken for another that takes its name later.
+/// A cgroup. Its directory is kept open, so that it cannot be confused with a later cgroup of the same name.
 #[derive(Debug)]
 pub struct Cgroup {
-    /// In the file system.
+    /// The path in the file system.
     pub path: PathBuf,
-    /// As the kernel names it: from the top of the mount, with a leading slash.
+    /// The name as the kernel writes it: the path from the top of the mount, with a leading slash.
     pub name: String,
-    /// The kernel's id: the folder's inode number.
+    /// The kernel's id of the cgroup: the inode number of its directory.
     pub id: u64,
-    /// Levels below the root of the hierarchy.
+    /// The number of levels below the root of the hierarchy.
     pub level: u32,
+    /// The open directory.
     pub folder: File,
 }
 
 impl Mount {
-    /// Finds the mount.
+    /// Finds the cgroup2 mount in `/proc/self/mountinfo`.
     ///
     /// # Errors
     ///
-    /// Where there is none, or `/proc` cannot be read.
+    /// Fails if cgroup2 is not mounted, or `/proc` cannot be read.
     pub fn find() -> Result<Self, CgroupError> {
         const PATH: &str = "/proc/self/mountinfo";
         let mountinfo = fs::read(PATH).map_err(|source| CgroupError::Proc { path: PATH, source })?;
         mountinfo.split(|byte| *byte == b'\n').find_map(parse_mount).ok_or_else(not_mounted)
     }
 
-    /// Opens the cgroup at a path: absolute in the file system, or relative to the mount.
+    /// Opens the cgroup at a path that is absolute in the file system or relative to the mount.
     ///
     /// # Errors
     ///
-    /// Where it is not there, not a folder, not of cgroup2, or too deep.
+    /// Fails if the path does not exist, is not a directory, is not in cgroup2, or is too deep.
     pub fn open(&self, path: &Path) -> Result<Cgroup, CgroupError> {
         let full = self.path_of(path);
         if full.as_os_str().len() >= libc::PATH_MAX as usize
@@ -208,11 +210,13 @@ impl Mount {
         self.cgroup(below, folder, metadata.ino())
     }
 
-    /// Opens the cgroup at a path below the mount, of any length. Keeps some descriptors of this process free.
+    /// Opens the cgroup at a path of any length below the mount. Leaves some file descriptors of this process free
+    /// ([`process::spare_descriptors`]).
     ///
     /// # Errors
     ///
-    /// [`CgroupError::Missing`] where it is gone, [`CgroupError::TooDeep`], and [`CgroupError::Open`] for others.
+    /// Fails with [`CgroupError::Missing`] if the cgroup does not exist, with [`CgroupError::TooDeep`], or with
+    /// [`CgroupError::Open`] for any other reason.
     pub fn open_below(&self, below: &Path) -> Result<Cgroup, CgroupError> {
         let path = self.path.join(below);
         let failed = |source: io::Error| match is_removed(&source) {
@@ -234,7 +238,7 @@ impl Mount {
         Ok(Cgroup { name, id, level, folder, path })
     }
 
-    /// Returns how many levels a path below the mount is below the root of the hierarchy.
+    /// Returns the number of levels from the root of the hierarchy to a path below the mount.
     fn level_of(&self, below: &Path) -> u32 {
         self.depth + below.components().count() as u32
     }
@@ -245,14 +249,14 @@ impl Mount {
         id_at(&self.path.join(below)).is_some()
     }
 
-    /// Where a cgroup is below the mount.
+    /// Returns the path of a cgroup, relative to the mount.
     #[must_use]
     pub fn below(&self, cgroup: &Cgroup) -> PathBuf {
         cgroup.path.strip_prefix(&self.path).unwrap_or(&cgroup.path).to_owned()
     }
 
-    /// Where a cgroup is in the file system. One that is named as the kernel names it, with a leading
-    /// slash, is below the mount too.
+    /// Returns the path of a cgroup in the file system. Accepts the kernel's form of a name too: a path below the mount with a
+    /// leading slash.
     fn path_of(&self, path: &Path) -> PathBuf {
         match path.strip_prefix("/") {
             Ok(below) if !path.exists() && self.path.join(below).exists() => self.path.join(below),
@@ -260,11 +264,11 @@ impl Mount {
         }
     }
 
-    /// The cgroup that this process is in.
+    /// Opens the cgroup that this process is in.
     ///
     /// # Errors
     ///
-    /// Where `/proc` cannot be read, or the process is in a part of the hierarchy that it cannot see.
+    /// Fails if `/proc` cannot be read, or if the cgroup is outside the mounted part of the hierarchy.
     pub fn own(&self) -> Result<Cgroup, CgroupError> {
         const PATH: &str = "/proc/self/cgroup";
         let cgroups = fs::read(PATH).map_err(|source| CgroupError::Proc { path: PATH, source })?;
@@ -272,28 +276,29 @@ impl Mount {
     }
 }
 
-/// The cgroup of a process, as a path from the root of the hierarchy that this process sees.
+/// Returns the cgroup of a process, as a path from the root of the hierarchy that the calling process sees. Returns `None` if the
+/// process does not exist.
 #[must_use]
 pub fn of_process(process: u32) -> Option<PathBuf> {
     let cgroups = fs::read(format!("/proc/{process}/cgroup")).ok()?;
     unified(&cgroups)
 }
 
-/// Returns that of the unified hierarchy among a process's cgroups (cgroups(7)), without its leading slash. A name can
-/// have any bytes but `/` and a newline.
+/// Returns the path in the unified hierarchy, without its leading slash, from the content of `/proc/PID/cgroup` (cgroups(7)). A
+/// name can contain any bytes except `/` and a newline.
 fn unified(cgroups: &[u8]) -> Option<PathBuf> {
     let lines = cgroups.split(|byte| *byte == b'\n');
     lines.into_iter().find_map(|line| line.strip_prefix(b"0::/")).map(|path| OsStr::from_bytes(path).into())
 }
 
-/// Says where it belongs: beside the hierarchies of version 1, where there are any.
+/// Returns the error for a host without a cgroup2 mount. The suggested mount point is beside the hierarchies of version 1 if the
+/// host has any.
 fn not_mounted() -> CgroupError {
     let has_v1 = statfs("/sys/fs/cgroup").is_ok_and(|stat| stat.filesystem_type() == TMPFS_MAGIC);
     CgroupError::NotMounted { place: if has_v1 { "/sys/fs/cgroup/unified" } else { "/sys/fs/cgroup" } }
 }
 
-/// Reads a line of `/proc/self/mountinfo` (proc_pid_mountinfo(5)): `None` unless it is a cgroup2
-/// mount.
+/// Parses a line of `/proc/self/mountinfo` (proc_pid_mountinfo(5)). Returns `None` if the line is not a cgroup2 mount.
 fn parse_mount(line: &[u8]) -> Option<Mount> {
     let mut fields = line.split(|byte| *byte == b' ');
     let root = unescape(fields.nth(3)?);
@@ -306,7 +311,7 @@ fn parse_mount(line: &[u8]) -> Option<Mount> {
     Some(Mount { path, depth })
 }
 
-/// Undoes the octal escapes of space, tab, newline and backslash.
+/// Decodes the octal escapes of space, tab, newline and backslash.
 fn unescape(field: &[u8]) -> PathBuf {
     let mut bytes = Vec::with_capacity(field.len());
     let mut at = 0;
@@ -319,7 +324,7 @@ fn unescape(field: &[u8]) -> PathBuf {
     OsString::from_vec(bytes).into()
 }
 
-/// Whether this process sees the cgroup hierarchy from its root, outside any cgroup namespace.
+/// Returns whether this process is in the initial cgroup namespace, and therefore sees the whole hierarchy.
 #[must_use]
 pub fn is_initial_namespace() -> bool {
     /// `PROC_CGROUP_INIT_INO` (include/linux/proc_ns.h).
@@ -327,16 +332,16 @@ pub fn is_initial_namespace() -> bool {
     fs::metadata("/proc/self/ns/cgroup").is_ok_and(|namespace| namespace.ino() == INITIAL)
 }
 
-/// How many names of cgroups [`Names`] holds in a generation of its cache: a tenant can make many cgroups.
+/// The number of names in a generation of the cache of [`Names`]. It is limited, since a tenant can make many cgroups.
 const NAMES: usize = 2048;
 
-/// Names of cgroups by id, learnt as they are asked for. Those that were not asked for longest are forgotten.
+/// A cache of the names of cgroups by id. It drops the names that were least recently used.
 #[derive(Debug)]
 pub struct Names {
     mount: Mount,
-    /// The top of the mount, by which others are opened.
+    /// The top of the mount, which open_by_handle_at(2) needs.
     top: Option<File>,
-    /// `None` for those that were gone when they were asked for: ids are not given out twice.
+    /// `None` for a cgroup that did not exist when it was looked up. The kernel does not reuse ids.
     known: Recent<u64, Option<Rc<str>>>,
 }
 
@@ -347,7 +352,7 @@ impl Names {
         Self { mount, top, known: Recent::new(NAMES) }
     }
 
-    /// The name of a cgroup; `None` for the id 0, and if the cgroup is gone and was not asked for lately.
+    /// Returns the name of a cgroup. Returns `None` for the id 0, and for a removed cgroup whose name is not in the cache.
     pub fn name(&mut self, id: u64) -> Option<Rc<str>> {
         if let Some(known) = self.known.get(&id) {
             return known;
@@ -360,13 +365,13 @@ impl Names {
 }
 
 impl Mount {
-    /// The name of the cgroup with this id, which is what a handle of its folder consists of. Takes
-    /// CAP_DAC_READ_SEARCH (open_by_handle_at(2)); without it, the tree is searched.
+    /// Returns the name of the cgroup with this id. The file handle of a cgroup's directory consists of the id. To open the
+    /// handle requires CAP_DAC_READ_SEARCH (open_by_handle_at(2)); without this capability, the whole tree is searched.
     fn name_of(&self, top: &File, id: u64) -> Option<String> {
         match open_by_id(top, id) {
             Ok(folder) => self.name_below(&fs::read_link(format!("/proc/self/fd/{}", folder.as_raw_fd())).ok()?),
             Err(error) if error.raw_os_error() == Some(libc::EPERM) => self.search(id),
-            // Gone.
+            // The cgroup was removed.
             Err(_) => None,
         }
     }
@@ -376,13 +381,13 @@ impl Mount {
     }
 
     fn search(&self, id: u64) -> Option<String> {
-        let found = self.walk(|_| Wanted::WithChildren, &Budget::default()).found.into_iter();
-        let mut same = found.filter(|below| id_at(&self.path.join(below)) == Some(id));
-        same.next().map(|below| format!("/{}", escape::plain(&below)))
+        let cgroups = self.walk(|_| Wanted::WithChildren, &Budget::default()).found.into_iter();
+        let mut matching = cgroups.filter(|below| id_at(&self.path.join(below)) == Some(id));
+        matching.next().map(|below| format!("/{}", escape::plain(&below)))
     }
 }
 
-/// Opens a folder of the file system that `top` is in by its id.
+/// Opens a directory by its id, in the file system that contains `top`.
 fn open_by_id(top: &File, id: u64) -> io::Result<OwnedFd> {
     /// `FILEID_KERNFS` (include/linux/exportfs.h): the handle is the id.
     const KERNFS: libc::c_int = 0xfe;
@@ -393,10 +398,10 @@ fn open_by_id(top: &File, id: u64) -> io::Result<OwnedFd> {
         id: [u8; 8],
     }
     let mut handle = Handle { bytes: 8, kind: KERNFS, id: id.to_ne_bytes() };
-    // SAFETY: laid out as a `file_handle` with its 8 bytes behind it.
+    // SAFETY: `handle` has the layout of a `file_handle`, followed by its 8 bytes.
     let opened =
         unsafe { libc::open_by_handle_at(top.as_raw_fd(), (&raw mut handle).cast(), libc::O_PATH | libc::O_CLOEXEC) };
-    // SAFETY: the kernel has just made it, for us alone.
+    // SAFETY: the kernel has just opened this descriptor, and nothing else owns it.
     if opened < 0 { Err(io::Error::last_os_error()) } else { Ok(unsafe { OwnedFd::from_raw_fd(opened) }) }
 }
 
@@ -405,7 +410,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cgroup2_mount_is_found_wherever_it_is() {
+    fn cgroup2_mount_is_found_at_any_path() {
         let line = b"31 24 0:27 / /sys/fs/cgroup/unified rw,nosuid shared:9 - cgroup2 cgroup2 rw";
         assert_eq!(parse_mount(line), Some(Mount { path: "/sys/fs/cgroup/unified".into(), depth: 0 }));
         let line = b"31 24 0:27 /a/b /my\\040cgroups rw - cgroup2 none rw";
@@ -424,14 +429,14 @@ mod tests {
     }
 
     #[test]
-    fn cgroup_of_a_process_may_have_any_bytes() {
+    fn cgroup_path_can_contain_any_bytes() {
         let path = unified(b"4:cpu:/x\n0::/a/\xff b\n");
         assert_eq!(path, Some(OsString::from_vec(b"a/\xff b".to_vec()).into()));
         assert_eq!(unified(b"4:cpu:/x\n"), None);
     }
 
     #[test]
-    fn other_mounts_are_not_taken_for_it() {
+    fn other_mounts_are_ignored() {
         assert_eq!(parse_mount(b"30 24 0:26 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu"), None);
         assert_eq!(parse_mount(b""), None);
         assert_eq!(parse_mount(b"31 24 0:27 / /sys/fs/cgroup"), None);

@@ -1,12 +1,11 @@
-//! What a container is, and which one a cgroup belongs to, from nothing but its path.
+//! The description of a container, and the container that the path of a cgroup names.
 //!
-//! Runtimes put the id of a container into the name of its cgroup, each in its own way, and
-//! differently under systemd (`docker-ID.scope`) and without (`docker/ID`). Does not ask any runtime
-//! whether there is such a container, nor what people call it: that is for [`super::containers`].
+//! Runtimes put the id of a container into the name of its cgroup. The form depends on the runtime, and on whether it uses
+//! systemd (`docker-ID.scope`) or not (`docker/ID`). This module only parses paths. [`super::containers`] finds out whether such
+//! a container runs, and its name.
 //!
-//! Invariant: only 64 hexadecimal digits in a place where a runtime has them are taken for an id.
-//! Containers in a cgroup of somebody's own choice (`--cgroup-parent`) without systemd are missed
-//! rather than guessed.
+//! Invariant: an id is 64 hexadecimal digits at a position where a runtime writes them. A container in a cgroup that the user
+//! chose (`--cgroup-parent`), without systemd, is therefore not found; it is never guessed.
 //!
 //! Sources: `withCgroups` of moby (daemon/oci_linux.go), `ContainerCgroupPath` of cri-o
 //! (internal/config/cgmgr), `getCgroupsPath` of containerd (internal/cri/server),
@@ -23,33 +22,33 @@ pub const CONTAINERD: &str = "containerd";
 pub const CRI_O: &str = "cri-o";
 pub const CRUN: &str = "crun";
 pub const DOCKER: &str = "docker";
-/// Of a container of a pod, if the path of its cgroup does not say more.
+/// The runtime of a container of a pod, if the path of its cgroup does not name the runtime.
 const KUBERNETES: &str = "kubernetes";
 pub const PODMAN: &str = "podman";
 pub const RUNC: &str = "runc";
 
-/// A container, as far as it is known.
+/// A container. Unknown facts are `None`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Container {
-    /// Who runs it: one of the above; `kubernetes` where it is one of a pod, and nothing but the path of its cgroup is known,
-    /// which does not tell. runc and crun are what others run containers with; it is theirs where there is nobody else.
+    /// One of `RUNTIMES`. `kubernetes` is a container of a pod of which only the path of the cgroup is known. runc and crun are
+    /// named only if no engine is known for the container.
     pub runtime: &'static str,
-    /// 64 hexadecimal digits, but for containers of containerd, runc or crun, which whoever makes one may call what they like.
+    /// 64 hexadecimal digits. For containerd, runc and crun, any id that the caller chose.
     pub id: String,
-    /// The uid of its Kubernetes pod, with hyphens where it has any, or the id of its podman pod.
+    /// The uid of its Kubernetes pod, with hyphens if the uid has any, or the id of its podman pod.
     pub pod: Option<String>,
-    /// `NAMESPACE/POD/CONTAINER` in Kubernetes. `None`: not known.
+    /// The name; in Kubernetes, `NAMESPACE/POD/CONTAINER`.
     pub name: Option<String>,
-    /// As the runtime was told. `None`: not known.
+    /// The image, as it was passed to the runtime.
     pub image: Option<String>,
 }
 
-/// Who runs containers, by the words for them.
+/// The names of container engines and runtimes.
 const RUNTIMES: [&str; 7] = [CONTAINERD, CRI_O, CRUN, DOCKER, KUBERNETES, PODMAN, RUNC];
 
-/// A container, as a worker process writes it.
+/// A container in the JSON that a worker process writes.
 #[derive(Deserialize)]
-struct Written {
+struct ContainerJson {
     runtime: String,
     id: String,
     pod: Option<String>,
@@ -59,31 +58,31 @@ struct Written {
 
 impl<'de> Deserialize<'de> for Container {
     fn deserialize<D: Deserializer<'de>>(value: D) -> Result<Self, D::Error> {
-        let Written { runtime, id, pod, name, image } = Written::deserialize(value)?;
+        let ContainerJson { runtime, id, pod, name, image } = ContainerJson::deserialize(value)?;
         let known = RUNTIMES.into_iter().find(|known| *known == runtime);
-        let runtime = known.ok_or_else(|| de::Error::custom(format_args!("{runtime} is no runtime")))?;
+        let runtime = known.ok_or_else(|| de::Error::custom(format_args!("unknown container runtime {runtime}")))?;
         Ok(Self { runtime, id, pod, name, image })
     }
 }
 
-/// What stands before the id in the name of a cgroup, and who writes it. Processes that merely watch
-/// a container are in a cgroup like `crio-conmon-ID`, which is not here.
+/// The prefixes of the id in the name of a cgroup, each with the runtime that writes it. Cgroups such as `crio-conmon-ID` are not
+/// listed: they contain only the process that watches a container.
 const PREFIXES: [(&str, &str); 6] = [
     ("docker", DOCKER),
     ("cri-containerd", CONTAINERD),
     ("nerdctl", CONTAINERD),
     ("crio", CRI_O),
     ("libpod", PODMAN),
-    // `--cgroups=split`, as quadlets have it
+    // `--cgroups=split`, which quadlets use
     ("libpod-payload", PODMAN),
 ];
 
-/// Cgroups whose children have an id for their name, and who makes them: of containerd, its
+/// The cgroups whose children are named by an id, each with the runtime that makes them. containerd uses the names of its
 /// namespaces.
 const PARENTS: [(&str, &str); 3] = [("docker", DOCKER), ("default", CONTAINERD), ("k8s.io", CONTAINERD)];
 
-/// The container of a cgroup: the innermost where one runs in another, also for what a container
-/// made below its own cgroup. `None` where the path names none.
+/// Returns the container that the path of a cgroup names, also for cgroups that the container made below its own. If containers
+/// are nested, returns the innermost. Returns `None` if the path names no container.
 #[must_use]
 pub fn of_cgroup(path: &str) -> Option<Container> {
     let mut found = None;
@@ -91,7 +90,7 @@ pub fn of_cgroup(path: &str) -> Option<Container> {
     let mut parent = "";
     for name in path.split('/').filter(|name| !name.is_empty()) {
         pod = pod_of(name).or(pod);
-        if let Some((runtime, id)) = named_by(name, parent) {
+        if let Some((runtime, id)) = runtime_and_id(name, parent) {
             let pod = pod.map(|pod: &str| pod.replace('_', "-"));
             found = Some(Container { runtime, id: id.to_owned(), pod, name: None, image: None });
         }
@@ -100,9 +99,9 @@ pub fn of_cgroup(path: &str) -> Option<Container> {
     found
 }
 
-/// The runtime and the id in the name of a container's own cgroup: `ID` in a known parent,
-/// `PREFIX-ID`, or `SLICE:PREFIX:ID` where a path for systemd met a runtime without it.
-fn named_by<'a>(name: &'a str, parent: &str) -> Option<(&'static str, &'a str)> {
+/// Returns the runtime and the id in the name of a container's own cgroup. The name is `ID` in one of [`PARENTS`], `PREFIX-ID`, or
+/// `SLICE:PREFIX:ID` if a path for systemd was passed to a runtime that does not use systemd.
+fn runtime_and_id<'a>(name: &'a str, parent: &str) -> Option<(&'static str, &'a str)> {
     let runtime_of = |known: &[(&str, &'static str)], word: &str| {
         known.iter().find(|(known, _)| *known == word).map(|(_, runtime)| *runtime)
     };
@@ -116,7 +115,7 @@ fn named_by<'a>(name: &'a str, parent: &str) -> Option<(&'static str, &'a str)> 
     Some((runtime_of(&PREFIXES, prefix)?, id))
 }
 
-/// The pod in the name of a cgroup: `podUID`, `kubepods-burstable-podUID.slice` with underscores, or
+/// Returns the pod in the name of a cgroup: `podUID`, `kubepods-burstable-podUID.slice` (with underscores for hyphens), or
 /// `machine-libpod_pod_ID.slice`.
 fn pod_of(name: &str) -> Option<&str> {
     let unit = name.split_once(':').map_or(name, |(slice, _)| slice);
@@ -127,13 +126,13 @@ fn pod_of(name: &str) -> Option<&str> {
     podman.or_else(|| slice.rsplit_once("-pod").map(|(_, uid)| uid).filter(|uid| is_uid(uid)))
 }
 
-/// Whether a word is an id of the kind that most runtimes give.
+/// Returns whether a word is 64 hexadecimal digits, the form of id that most runtimes use.
 #[must_use]
 pub fn is_id(word: &str) -> bool {
     word.len() == 64 && word.bytes().all(is_digit)
 }
 
-/// A UUID or, of pods that a node has from a file, a hash of 32 digits.
+/// Returns whether a word is the uid of a pod: a UUID, or a hash of 32 digits for static pods, which a node reads from a file.
 fn is_uid(word: &str) -> bool {
     let digits = word.bytes().filter(|byte| is_digit(*byte)).count();
     let separators = word.bytes().filter(|byte| matches!(byte, b'-' | b'_')).count();
@@ -144,7 +143,7 @@ fn is_digit(byte: u8) -> bool {
     matches!(byte, b'0'..=b'9' | b'a'..=b'f')
 }
 
-/// As people know containers: `podman:web-1`, or `docker:4f7c2a9b01de`.
+/// Writes the form for people: `podman:web-1`, or `docker:4f7c2a9b01de` if the name is unknown.
 impl fmt::Display for Container {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.name {
@@ -168,7 +167,7 @@ mod tests {
     const UID: &str = "72f7f152-440c-66ac-9084-e0fc1d8a910c";
     const HASH: &str = "3d6beaa3004913efb68ce073d73494b0";
 
-    /// Fills in a path: `ID`, `OTHER`, `UID`, `U_I_D` (as systemd has it) and `HASH`.
+    /// Replaces `ID`, `OTHER`, `UID`, `U_I_D` (the UID with underscores, as in unit names) and `HASH` in a path, and parses it.
     fn container(path: &str) -> Option<Container> {
         let path = path.replace("OTHER", OTHER).replace("U_I_D", &UID.replace('-', "_"));
         of_cgroup(&path.replace("UID", UID).replace("ID", ID).replace("HASH", HASH))
@@ -179,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn runtimes_are_known_by_how_they_name_cgroups() {
+    fn runtime_is_found_from_the_name_of_the_cgroup() {
         for (path, runtime) in [
             ("/system.slice/docker-ID.scope", "docker"),
             ("/docker/ID", "docker"),
@@ -203,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn containers_of_pods_are_known_with_their_pod() {
+    fn pod_is_found_from_the_path() {
         for (path, runtime, pod) in [
             (
                 "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podU_I_D.slice/cri-containerd-ID.scope",
@@ -240,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn innermost_container_counts() {
+    fn innermost_container_is_returned() {
         for (path, runtime, pod) in [
             ("/docker/OTHER/docker/ID", "docker", None),
             ("/docker/ID/system.slice/nginx.service", "docker", None),
@@ -251,7 +250,7 @@ mod tests {
             ),
             ("/kubepods/besteffort/podUID/OTHER/docker/ID", "docker", Some(UID)),
             ("/kubepods/besteffort/podUID/ID/init.scope", "kubernetes", Some(UID)),
-            // Of a pod that has no container yet the node is the innermost.
+            // The pod has no container yet: the innermost container is the node.
             ("/docker/ID/kubelet.slice/kubelet-kubepods-podU_I_D.slice", "docker", None),
         ] {
             let expected = named(runtime, pod);
@@ -260,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_container_is_none() {
+    fn paths_that_name_no_container_return_none() {
         for path in [
             "",
             "/",
@@ -293,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn people_see_the_name_or_the_first_twelve_digits_and_programs_all() {
+    fn display_shortens_the_id_and_json_does_not() {
         let mut container = container("/kubepods/podHASH/ID").unwrap();
         assert_eq!(container.to_string(), "kubernetes:4f7c2a9b01de");
         let line = json!({ "runtime": "kubernetes", "id": ID, "pod": HASH, "name": null, "image": null });

@@ -1,7 +1,7 @@
-//! Folders, watched for what comes and goes in them (inotify(7)).
+//! Watches directories for changes (inotify(7)).
 //!
-//! Says that something has changed, never what: who asks looks for himself, so that nothing that the kernel leaves out, or tells
-//! too late, can be missed.
+//! Reports that something has changed, but not what. The caller reads the directories again, so that a lost or late event loses
+//! nothing.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -23,22 +23,23 @@ pub enum WatchError {
     #[error("cannot watch for changes: {0}")]
     Init(#[source] io::Error),
     #[error(
-        "cannot watch {}, nor any more after it: {source}\n  help: sysctl fs.inotify.max_user_watches says how many \
-         folders a user may watch",
+        "cannot watch {} and the remaining directories: {source}\n  help: show the limit of watched directories per user: \
+         sysctl fs.inotify.max_user_watches",
         folder.escaped()
     )]
     Add { folder: PathBuf, source: io::Error },
 }
 
-/// What is to be told of.
+/// The changes to report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Changes {
-    /// Files that are written, come, go or are replaced, or get another owner or mode.
+    /// A file is created, written, replaced or deleted, or its owner or mode changes.
     Files,
-    /// Folders that come or go.
+    /// A directory is created, renamed or deleted.
     Folders,
 }
 
+/// A set of watched directories.
 #[derive(Debug)]
 pub struct Watch {
     inotify: Inotify,
@@ -47,9 +48,11 @@ pub struct Watch {
 }
 
 impl Watch {
+    /// Creates an inotify instance that watches no directory.
+    ///
     /// # Errors
     ///
-    /// Where this user watches too much already.
+    /// Fails if the user has too many inotify instances, or the process has too many descriptors.
     pub fn new(changes: Changes) -> Result<Self, WatchError> {
         let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC);
         let inotify = inotify.map_err(|errno| WatchError::Init(errno.into()))?;
@@ -63,12 +66,12 @@ impl Watch {
         Ok(Self { inotify, changes: changes | AddWatchFlags::IN_ONLYDIR, watched: BTreeMap::new() })
     }
 
-    /// Watches these folders and no others; those that are not there are left out. Gives whether any was not watched before:
-    /// what is in it may have changed since somebody looked.
+    /// Watches these directories and no others. Ignores directories that do not exist or cannot be read. Returns whether any of
+    /// them was not watched before: such a directory may have changed since the caller read it.
     ///
     /// # Errors
     ///
-    /// Where there are more than may be watched.
+    /// Fails if the limit of watches is reached. Directories that are watched already stay watched.
     pub fn follow(&mut self, folders: &BTreeSet<PathBuf>) -> Result<bool, WatchError> {
         let mut watched = BTreeMap::new();
         let mut failed = Ok(());
@@ -76,7 +79,6 @@ impl Watch {
             match self.add(folder) {
                 Ok(descriptor) => drop(watched.insert(folder.clone(), descriptor)),
                 Err(Errno::ENOENT | Errno::ENODEV | Errno::ENOTDIR | Errno::ELOOP | Errno::EACCES) => {}
-                // What is watched already stays so.
                 Err(errno) => failed = Err(WatchError::Add { folder: folder.clone(), source: errno.into() }),
             }
             if failed.is_err() {
@@ -84,21 +86,21 @@ impl Watch {
             }
         }
         if failed.is_err() {
-            let before = self.watched.iter().filter(|(folder, _)| folders.contains(*folder));
-            watched.extend(before.map(|(folder, descriptor)| (folder.clone(), *descriptor)));
+            let still_wanted = self.watched.iter().filter(|(folder, _)| folders.contains(*folder));
+            watched.extend(still_wanted.map(|(folder, descriptor)| (folder.clone(), *descriptor)));
         }
-        // The same folder may have several paths.
+        // Several paths can lead to one directory, which has one watch.
         let kept: HashSet<WatchDescriptor> = watched.values().copied().collect();
-        for gone in self.watched.values().filter(|descriptor| !kept.contains(descriptor)) {
-            // Fails where the folder is gone, and its watch with it.
-            let _ = self.inotify.rm_watch(*gone);
+        for unwanted in self.watched.values().filter(|descriptor| !kept.contains(descriptor)) {
+            // Fails if the directory was deleted: the kernel has removed the watch.
+            let _ = self.inotify.rm_watch(*unwanted);
         }
         let has_new = watched.iter().any(|(folder, descriptor)| self.watched.get(folder) != Some(descriptor));
         self.watched = watched;
         failed.map(|()| has_new)
     }
 
-    /// Watches a folder at a path of any length.
+    /// Watches a directory at a path of any length.
     fn add(&self, folder: &Path) -> Result<WatchDescriptor, Errno> {
         if folder.as_os_str().len() < libc::PATH_MAX as usize {
             return self.inotify.add_watch(folder, self.changes);
@@ -108,11 +110,11 @@ impl Watch {
         self.inotify.add_watch(format!("/proc/self/fd/{}", opened.as_raw_fd()).as_str(), self.changes)
     }
 
-    /// Whether anything has changed since this was last asked.
+    /// Returns whether anything has changed since the last call. Does not wait.
     ///
     /// # Errors
     ///
-    /// Where the kernel does not tell.
+    /// Fails if the events cannot be read.
     pub fn has_changed(&mut self) -> io::Result<bool> {
         let mut has_changed = false;
         loop {

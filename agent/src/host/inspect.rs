@@ -1,10 +1,10 @@
-//! Looks into sockets of other processes, from a process apart.
+//! Reads and sets options of sockets of other processes, in a worker process.
 //!
-//! The owner of a socket can hold its lock without limit: send(2) copies from memory of theirs while the kernel holds
-//! the lock (`tcp_sendmsg_locked`, net/ipv4/tcp.c), and userfaultfd(2) or FUSE decide when that memory is there. getsockopt,
-//! setsockopt and getsockname then wait for the lock where no signal wakes them (`__lock_sock`, net/core/sock.c). So a worker
-//! process makes these calls, each with a deadline. A worker that does not answer is killed and left behind; it holds nothing
-//! but that socket.
+//! The owner of a socket can hold the socket's lock for any time: send(2) copies from the owner's memory while the kernel holds
+//! the lock (`tcp_sendmsg_locked`, net/ipv4/tcp.c), and userfaultfd(2) or FUSE can delay the access to this memory. getsockopt(2),
+//! setsockopt(2) and getsockname(2) then wait for the lock in an uninterruptible sleep (`__lock_sock`, net/core/sock.c).
+//! Therefore a worker process makes these calls, each with a deadline. A worker that misses the deadline is killed and
+//! abandoned. It holds no other resource than that socket.
 
 use std::{
     cell::RefCell,
@@ -31,29 +31,29 @@ use crate::{
     worker::{JobError, Service, left_behind, serve},
 };
 
-/// The hidden command that is the worker.
+/// The hidden command that runs this binary as the worker.
 pub const INSPECT: &str = "inspect-sockets";
 
-/// How long a worker has for one socket.
-const TIME: Duration = Duration::from_secs(2);
-/// The same after [`PATIENT`] sockets did not answer.
-const SHORT_TIME: Duration = Duration::from_millis(300);
-const PATIENT: usize = 3;
-/// Sockets of one process that are waited for in vain. Its others are left out then.
+/// The deadline of a worker for one socket.
+const SOCKET_TIME: Duration = Duration::from_secs(2);
+/// The deadline after [`STALLS_BEFORE_SHORT_TIME`] sockets have timed out.
+const SHORT_SOCKET_TIME: Duration = Duration::from_millis(300);
+const STALLS_BEFORE_SHORT_TIME: usize = 3;
+/// After this number of time-outs on sockets of one process, the other sockets of the process are skipped.
 const STALLS_PER_PROCESS: u32 = 2;
-/// Workers that were killed and have not ended. With more, no socket is looked into.
+/// The maximum number of workers that were killed and have not ended. At this number, no more sockets are inspected.
 const ABANDONED_MAX: usize = 64;
 
-/// Why a socket was not looked into.
+/// The reason why a socket was not inspected.
 #[derive(Debug, thiserror::Error)]
 pub enum InspectError {
-    #[error("it does not answer: its owner holds its lock")]
+    #[error("a call on the socket timed out: the owner of a socket can hold the socket's lock")]
     Stalled,
-    #[error("its process has other sockets that do not answer")]
+    #[error("skipped: calls on other sockets of the same process timed out")]
     StalledBefore,
-    #[error("{ABANDONED_MAX} worker processes wait for sockets that do not answer")]
+    #[error("{ABANDONED_MAX} worker processes hang in calls on sockets")]
     TooManyStalled,
-    #[error("no worker process: {0}")]
+    #[error("cannot start a worker process: {0}")]
     Start(#[source] io::Error),
     #[error("{0}")]
     Worker(#[source] JobError),
@@ -61,66 +61,69 @@ pub enum InspectError {
     Refused(#[source] io::Error),
 }
 
-/// What a socket says of itself.
+/// The facts that were read from a socket.
 #[derive(Debug)]
 pub struct Inspected {
     pub kind: Option<Kind>,
-    /// Which end began a connection, if that can be told.
+    /// The direction of a connection, if it is known.
     pub direction: Option<Direction>,
     pub values: Values,
 }
 
-type Number = (i32, i32);
-type Read = (Number, Words, u32);
+/// The level and the name of an option.
+type RawKey = (i32, i32);
+/// An option, and the words and the length of its value.
+type RawValue = (RawKey, Words, u32);
+/// The arguments of socket(2): family, type and protocol.
+type RawKind = (i32, i32, i32);
 
 #[derive(Debug, Serialize, Deserialize)]
 enum Request {
-    /// What policies go by, of a socket that the kernel does not list.
+    /// Describes a socket that the kernel does not list, for matching by policies.
     Describe { process: u32, descriptor: i32, inode: u32 },
-    /// Reads these options of the socket.
-    Inspect { process: u32, descriptor: i32, cookie: u64, wanted: Vec<Number> },
-    /// What it has of an option, after that was set to a value if there is one.
-    Option { process: u32, descriptor: i32, cookie: u64, option: Number, set: Option<(Words, u32)> },
-    /// All sockets of a process.
+    /// Reads these options of a socket.
+    Inspect { process: u32, descriptor: i32, cookie: u64, wanted: Vec<RawKey> },
+    /// Sets an option if there is a value, and reads the option.
+    Option { process: u32, descriptor: i32, cookie: u64, option: RawKey, set: Option<(Words, u32)> },
+    /// Describes all sockets of a process.
     All { process: u32 },
-    /// A part of what the kernel lists in the namespace that the agent has at a descriptor. The first one has it listed.
+    /// Returns a part of the kernel's list of sockets in a network namespace. `namespace` is a descriptor of the agent. The
+    /// request for the first part makes the kernel list the sockets.
     List { namespace: i32, from: usize },
-    /// What a new socket of a kind has there of these options.
-    Fresh { namespace: i32, kind: Number3, wanted: Vec<Number> },
-    /// What such a socket shows of an option after that was set.
-    After { namespace: i32, kind: Number3, option: Number, set: (Words, u32) },
+    /// Reads these options of a new socket of a kind in the namespace.
+    NewSocket { namespace: i32, kind: RawKind, wanted: Vec<RawKey> },
+    /// Sets an option of a new socket of a kind in the namespace, and reads the option.
+    NewSocketAfter { namespace: i32, kind: RawKind, option: RawKey, set: (Words, u32) },
 }
 
 #[derive(Debug, Serialize, Deserialize)]
 enum Response {
-    /// The descriptor leads to another socket, or to none.
+    /// The descriptor is closed, or refers to another file now.
     Gone,
-    /// By errno.
+    /// The call failed with this errno.
     Refused(i32),
-    /// With the id of the network namespace, and the worker's descriptor of that.
+    /// The description, the id of the network namespace, and the worker's descriptor of this namespace.
     Described(Option<Listed>, Option<(u64, i32)>),
     Inspected {
-        kind: Option<Number3>,
+        kind: Option<RawKind>,
         outbound: Option<bool>,
-        values: Vec<Read>,
+        values: Vec<RawValue>,
     },
     Option {
         errno: i32,
         value: Option<(Words, u32)>,
     },
     All(Vec<(i32, Listed)>),
-    /// A part of the list, and whether it is the last one.
+    /// A part of the list, and whether this part is the last one.
     List(Vec<Listed>, bool),
 }
 
-/// Sockets that are listed in one response.
+/// The maximum number of sockets in one response.
 const LIST_PART: usize = 16 * 1024;
-/// How long the kernel has to list those of a network namespace.
+/// The deadline for listing the sockets of a network namespace.
 const LIST_TIME: Duration = Duration::from_secs(20);
 
-type Number3 = (i32, i32, i32);
-
-/// An [`Entry`] between the processes.
+/// An [`Entry`] in the messages between the agent and a worker.
 #[derive(Debug, Serialize, Deserialize)]
 struct Listed {
     family: i32,
@@ -145,19 +148,19 @@ impl Listed {
     }
 }
 
-/// Who looks into sockets.
+/// Inspects sockets through a worker process, which it starts when it is needed.
 #[derive(Default)]
 pub struct Inspector {
     service: Option<Service>,
-    /// By process: how many of its sockets did not answer.
+    /// The number of sockets that timed out, by process.
     stalls: HashMap<u32, u32>,
     skipped: Vec<Skip>,
-    /// Called for each worker that is started, before the worker looks into any socket.
+    /// Called with the process id of each worker that is started, before the worker inspects any socket.
     announce: Option<Box<dyn FnMut(u32) + Send>>,
 }
 
 impl Inspector {
-    /// One that tells of each worker that it starts.
+    /// Returns an inspector that calls `announce` with the process id of each worker that it starts.
     #[must_use]
     pub fn announcing(announce: impl FnMut(u32) + Send + 'static) -> Self {
         let mut inspector = Self::default();
@@ -165,21 +168,21 @@ impl Inspector {
         inspector
     }
 
-    /// Sockets that were not looked into, because they do not answer.
+    /// Returns the sockets and namespaces that were skipped because a call timed out or the worker failed.
     #[must_use]
     pub fn skipped(&self) -> &[Skip] {
         &self.skipped
     }
 
-    /// What the socket behind a descriptor says of itself, and its network namespace: `None` where the descriptor is another's
-    /// by now, or policies are not about the socket.
+    /// Describes the socket at a descriptor of a process, and opens its network namespace. Returns `None` if the descriptor
+    /// refers to another file now, or if policies do not apply to this kind of socket.
     ///
     /// # Errors
     ///
-    /// Where it must not be looked into, or does not answer.
+    /// Fails if permission is denied, or if the call times out.
     pub fn describe(&mut self, holder: FdRef, inode: u32) -> Result<Option<(Entry, Option<Namespace>)>, InspectError> {
         let FdRef { process, descriptor } = holder;
-        match self.ask(holder, &Request::Describe { process, descriptor, inode })? {
+        match self.request_for(holder, &Request::Describe { process, descriptor, inode })? {
             Response::Described(Some(listed), namespace) => {
                 let namespace = namespace.and_then(|(_, descriptor)| self.namespace(descriptor));
                 Ok(Some((Entry { inode, ..listed.entry() }, namespace)))
@@ -188,17 +191,17 @@ impl Inspector {
         }
     }
 
-    /// Takes over a namespace that the worker has open.
+    /// Duplicates a descriptor of a namespace from the worker into this process.
     fn namespace(&self, descriptor: i32) -> Option<Namespace> {
         let worker = process::open(self.service.as_ref()?.id()).ok()?;
         process::take_descriptor(&worker, descriptor).and_then(Namespace::of_descriptor).ok()
     }
 
-    /// Looks into a socket; `None` where the descriptor is another's by now.
+    /// Reads the wanted options of a socket. Returns `None` if the descriptor refers to another file now.
     ///
     /// # Errors
     ///
-    /// As of [`Self::describe`].
+    /// Fails as [`Self::describe`] does.
     pub fn inspect(
         &mut self,
         holder: FdRef,
@@ -206,9 +209,11 @@ impl Inspector {
         wanted: &[&'static SocketOption],
     ) -> Result<Option<Inspected>, InspectError> {
         let FdRef { process, descriptor } = holder;
-        let keys = wanted.iter().map(|option| number(option.key())).collect();
+        let keys = wanted.iter().map(|option| raw_key(option.key())).collect();
         let request = Request::Inspect { process, descriptor, cookie, wanted: keys };
-        let Response::Inspected { kind, outbound, values } = self.ask(holder, &request)? else { return Ok(None) };
+        let Response::Inspected { kind, outbound, values } = self.request_for(holder, &request)? else {
+            return Ok(None);
+        };
         Ok(Some(Inspected {
             kind: kind.map(kind_of),
             direction: outbound.map(|outbound| if outbound { Direction::Outbound } else { Direction::Inbound }),
@@ -216,7 +221,7 @@ impl Inspector {
         }))
     }
 
-    /// Sets an option, if there is a value, and gives what the socket shows of it then.
+    /// Sets an option if there is a value, and returns the value that getsockopt(2) then returns.
     fn option(
         &mut self,
         holder: FdRef,
@@ -226,21 +231,21 @@ impl Inspector {
     ) -> Result<Result<Option<Value>, io::Error>, InspectError> {
         let FdRef { process, descriptor } = holder;
         let set = set.map(|value| (value.words, value.len));
-        let request = Request::Option { process, descriptor, cookie, option: number(key), set };
-        Ok(match self.ask(holder, &request)? {
+        let request = Request::Option { process, descriptor, cookie, option: raw_key(key), set };
+        Ok(match self.request_for(holder, &request)? {
             Response::Option { errno: 0, value } => Ok(value.map(|(words, len)| Value::new(words, len))),
             Response::Option { errno, .. } => Err(io::Error::from_raw_os_error(errno)),
             _ => Err(io::Error::from_raw_os_error(libc::EBADF)),
         })
     }
 
-    /// The IPv4 and IPv6 sockets of a process, each with its descriptor there.
+    /// Returns the IPv4 and IPv6 sockets of a process, each with its descriptor in that process.
     ///
     /// # Errors
     ///
-    /// Where there is no such process, it must not be looked into, or one of its sockets does not answer.
+    /// Fails if the process does not exist, if permission is denied, or if a call on one of its sockets times out.
     pub fn all_of(&mut self, process: u32) -> Result<Vec<(i32, Entry)>, InspectError> {
-        match self.ask(FdRef { process, descriptor: -1 }, &Request::All { process })? {
+        match self.request_for(FdRef { process, descriptor: -1 }, &Request::All { process })? {
             Response::All(all) => {
                 Ok(all.into_iter().map(|(descriptor, listed)| (descriptor, listed.entry())).collect())
             }
@@ -248,11 +253,11 @@ impl Inspector {
         }
     }
 
-    /// The sockets that the kernel lists in a network namespace.
+    /// Returns the sockets that the kernel lists in a network namespace.
     ///
     /// # Errors
     ///
-    /// Where it must not be entered, or the kernel does not answer.
+    /// Fails if the namespace cannot be entered, or if the kernel does not list the sockets in time.
     pub fn list(&mut self, namespace: &Namespace) -> Result<Vec<Entry>, InspectError> {
         let mut entries = Vec::new();
         loop {
@@ -272,45 +277,53 @@ impl Inspector {
         }
     }
 
-    /// What a new socket of a kind has in a namespace.
+    /// Returns the wanted options of a new socket of a kind in a namespace.
     ///
     /// # Errors
     ///
-    /// Where none can be made.
-    pub fn fresh(
+    /// Fails if no such socket can be created.
+    pub fn new_socket_values(
         &mut self,
         namespace: &Namespace,
         kind: Kind,
         wanted: &[&'static SocketOption],
     ) -> Result<Values, InspectError> {
-        let wanted = wanted.iter().map(|option| number(option.key())).collect();
-        let request = Request::Fresh { namespace: namespace.as_raw_fd(), kind: numbers(kind), wanted };
-        match self.request(&request, TIME)? {
+        let wanted = wanted.iter().map(|option| raw_key(option.key())).collect();
+        let request = Request::NewSocket { namespace: namespace.as_raw_fd(), kind: raw_kind(kind), wanted };
+        match self.request(&request, SOCKET_TIME)? {
             Response::Inspected { values, .. } => Ok(values.into_iter().filter_map(value_of).collect()),
             _ => Ok(Values::new()),
         }
     }
 
-    /// What such a socket shows of an option after that was set to a value; `None` where that cannot be tried.
-    pub fn fresh_after(&mut self, namespace: &Namespace, kind: Kind, key: OptionKey, value: &Value) -> Option<Value> {
-        let (kind, set) = (numbers(kind), (value.words, value.len));
-        let request = Request::After { namespace: namespace.as_raw_fd(), kind, option: number(key), set };
-        match self.request(&request, TIME).ok()? {
+    /// Sets an option of a new socket of a kind in a namespace, and returns the value that getsockopt(2) then returns. Returns
+    /// `None` if any of these calls fails.
+    pub fn new_socket_value_after(
+        &mut self,
+        namespace: &Namespace,
+        kind: Kind,
+        key: OptionKey,
+        value: &Value,
+    ) -> Option<Value> {
+        let (kind, set) = (raw_kind(kind), (value.words, value.len));
+        let request = Request::NewSocketAfter { namespace: namespace.as_raw_fd(), kind, option: raw_key(key), set };
+        match self.request(&request, SOCKET_TIME).ok()? {
             Response::Option { errno: 0, value } => value.map(|(words, len)| Value::new(words, len)),
             _ => None,
         }
     }
 
-    /// Asks about a socket. One that does not answer is noted.
-    fn ask(&mut self, about: FdRef, request: &Request) -> Result<Response, InspectError> {
-        let FdRef { process, descriptor } = about;
+    /// Sends a request about a socket. If it fails, records the socket as skipped, except for an error that the kernel returned.
+    fn request_for(&mut self, socket: FdRef, request: &Request) -> Result<Response, InspectError> {
+        let FdRef { process, descriptor } = socket;
         let has_stalled = self.stalls.get(&process).is_some_and(|stalls| *stalls >= STALLS_PER_PROCESS);
-        let time = if self.stalls.values().sum::<u32>() as usize >= PATIENT { SHORT_TIME } else { TIME };
-        let answered = if has_stalled { Err(InspectError::StalledBefore) } else { self.request(request, time) };
-        if matches!(answered, Err(InspectError::Stalled)) {
+        let stalls = self.stalls.values().sum::<u32>() as usize;
+        let time = if stalls >= STALLS_BEFORE_SHORT_TIME { SHORT_SOCKET_TIME } else { SOCKET_TIME };
+        let result = if has_stalled { Err(InspectError::StalledBefore) } else { self.request(request, time) };
+        if matches!(result, Err(InspectError::Stalled)) {
             *self.stalls.entry(process).or_default() += 1;
         }
-        answered.inspect_err(|error| {
+        result.inspect_err(|error| {
             if !matches!(error, InspectError::Refused(_)) {
                 let name = format!("descriptor {descriptor} of process {process}");
                 self.skipped.push(Skip::new(skipped::Kind::Socket, name, error.to_string()).transient_if(true));
@@ -320,24 +333,24 @@ impl Inspector {
 
     fn request(&mut self, request: &Request, time: Duration) -> Result<Response, InspectError> {
         let bytes = serde_json::to_vec(request).map_err(|error| InspectError::Start(error.into()))?;
-        let answered = self.service()?.request(&bytes, time).map_err(|error| match error {
+        let response = self.service()?.request(&bytes, time).map_err(|error| match error {
             JobError::TimedOut(_) => InspectError::Stalled,
             other => InspectError::Worker(other),
         });
-        let parsed = answered.and_then(|bytes| {
+        let parsed = response.and_then(|bytes| {
             serde_json::from_slice(&bytes).map_err(|error| InspectError::Worker(JobError::Read(error.into())))
         });
         match parsed {
             Ok(Response::Refused(errno)) => Err(InspectError::Refused(io::Error::from_raw_os_error(errno))),
             Ok(response) => Ok(response),
             Err(error) => {
-                self.end();
+                self.abandon_worker();
                 Err(error)
             }
         }
     }
 
-    fn end(&mut self) {
+    fn abandon_worker(&mut self) {
         if let Some(service) = self.service.take() {
             service.abandon();
         }
@@ -361,11 +374,11 @@ impl Inspector {
 
 impl Drop for Inspector {
     fn drop(&mut self) {
-        self.end();
+        self.abandon_worker();
     }
 }
 
-/// A socket, which is reached through a descriptor of its process each time.
+/// A socket of another process, which a worker opens for each call through a descriptor of that process.
 pub struct Remote<'a> {
     pub inspector: &'a RefCell<Inspector>,
     pub holder: FdRef,
@@ -373,79 +386,79 @@ pub struct Remote<'a> {
 }
 
 impl Remote<'_> {
-    /// What getsockopt shows of an option; `None` where it fails.
+    /// Returns the value of an option, or `None` if it cannot be read.
     pub fn value(&mut self, key: OptionKey) -> Option<Value> {
         self.inspector.borrow_mut().option(self.holder, self.cookie, key, None).ok()?.ok()?
     }
 
-    /// The values of these options, as far as the socket has them and they can be read.
+    /// Returns the values of these options. Leaves out options that cannot be read.
     ///
     /// # Errors
     ///
-    /// Where the socket does not answer.
+    /// Fails if permission is denied, or if the call times out.
     pub fn values(&mut self, wanted: &[&'static SocketOption]) -> Result<Values, InspectError> {
         let inspected = self.inspector.borrow_mut().inspect(self.holder, self.cookie, wanted)?;
         Ok(inspected.map(|inspected| inspected.values).unwrap_or_default())
     }
 
-    /// Sets an option; gives what getsockopt shows then.
+    /// Sets an option, and returns the value that getsockopt(2) then returns.
     ///
     /// # Errors
     ///
-    /// The kernel's; ETIMEDOUT where the socket does not answer.
+    /// Fails as setsockopt(2) does, and with ETIMEDOUT if the socket cannot be inspected.
     pub fn set(&mut self, key: OptionKey, value: &Value) -> io::Result<Option<Value>> {
         let set = self.inspector.borrow_mut().option(self.holder, self.cookie, key, Some(value));
         set.unwrap_or_else(|_| Err(io::Error::from_raw_os_error(libc::ETIMEDOUT)))
     }
 }
 
-fn number(key: OptionKey) -> Number {
+fn raw_key(key: OptionKey) -> RawKey {
     (key.level, key.name)
 }
 
-fn numbers(Kind { family, form, protocol }: Kind) -> Number3 {
+fn raw_kind(Kind { family, form, protocol }: Kind) -> RawKind {
     (family, form, protocol)
 }
 
-fn kind_of((family, form, protocol): Number3) -> Kind {
+fn kind_of((family, form, protocol): RawKind) -> Kind {
     Kind { family, form, protocol }
 }
 
-fn value_of((key, words, len): Read) -> Option<(&'static SocketOption, Value)> {
+fn value_of((key, words, len): RawValue) -> Option<(&'static SocketOption, Value)> {
     Some((options::by_key(key_of(key))?, Value::new(words, len)))
 }
 
-fn key_of((level, name): Number) -> OptionKey {
+fn key_of((level, name): RawKey) -> OptionKey {
     OptionKey { level, name }
 }
 
-/// Looks into sockets for `agent`, the process that started this one: the worker.
+/// Runs the worker: inspects sockets for `agent`, the process that started this one.
 ///
 /// # Errors
 ///
-/// Where requests cannot be read or answered.
+/// Fails if a request cannot be read, or a response cannot be written.
 pub fn work(agent: u32, output: impl io::Write) -> io::Result<()> {
-    let mut kept = WorkerState { agent, namespace: None, listed: Vec::new() };
+    let mut state = WorkerState { agent, namespace: None, listed: Vec::new() };
     serve(output, |request| {
         let response = match serde_json::from_slice(request) {
-            Ok(request) => answer(request, &mut kept),
+            Ok(request) => respond(request, &mut state),
             Err(_) => Response::Refused(libc::EINVAL),
         };
         serde_json::to_vec(&response).unwrap_or_default()
     })
 }
 
-/// What a worker keeps between requests.
+/// The state that a worker keeps between requests.
 struct WorkerState {
     agent: u32,
-    /// Open until the agent has taken it.
+    /// The namespace of the last described socket. Kept open until the next such request, so that the agent can duplicate it.
     namespace: Option<Namespace>,
-    /// Until the agent has all of it.
+    /// The listed sockets. Kept until the agent has received the last part.
     listed: Vec<Entry>,
 }
 
 impl WorkerState {
-    /// The namespace that the agent has at a descriptor.
+    /// Opens the namespace at a descriptor of the agent.
     fn of_agent(&self, descriptor: i32) -> io::Result<Namespace> {
         Namespace::at(&format!("/proc/{}/fd/{descriptor}", self.agent))
     }
@@ -462,85 +475,88 @@ impl WorkerState {
         Ok(Response::List(part, is_last))
     }
 
-    fn open_fresh(&self, namespace: i32, kind: Number3) -> io::Result<OwnedFd> {
+    fn new_socket(&self, namespace: i32, kind: RawKind) -> io::Result<OwnedFd> {
         self.of_agent(namespace)?.within(|| kind_of(kind).open()).flatten()
     }
 }
 
-fn answer(request: Request, kept: &mut WorkerState) -> Response {
-    let answered = match request {
+fn respond(request: Request, state: &mut WorkerState) -> Response {
+    let result = match request {
         Request::Describe { process, descriptor, inode } => {
-            describe(FdRef { process, descriptor }, inode, &mut kept.namespace)
+            describe(FdRef { process, descriptor }, inode, &mut state.namespace)
         }
         Request::Inspect { process, descriptor, cookie, wanted } => {
-            taken(FdRef { process, descriptor }, cookie).map(|taken| taken.map(|socket| inspected(&socket, &wanted)))
+            let socket = duplicate_socket(FdRef { process, descriptor }, cookie);
+            socket.map(|socket| socket.map(|socket| read_options(&socket, &wanted)))
         }
         Request::Option { process, descriptor, cookie, option, set } => {
-            let taken = taken(FdRef { process, descriptor }, cookie);
-            taken.map(|taken| taken.map(|socket| option_of(&socket, key_of(option), set)))
+            let socket = duplicate_socket(FdRef { process, descriptor }, cookie);
+            socket.map(|socket| socket.map(|socket| set_and_read(&socket, key_of(option), set)))
         }
-        Request::All { process } => all(process).map(|all| Some(Response::All(all))),
-        Request::List { namespace, from } => kept.list(namespace, from).map(Some),
-        Request::Fresh { namespace, kind, wanted } => {
-            kept.open_fresh(namespace, kind).map(|socket| Some(inspected(&socket, &wanted)))
+        Request::All { process } => describe_all(process).map(|all| Some(Response::All(all))),
+        Request::List { namespace, from } => state.list(namespace, from).map(Some),
+        Request::NewSocket { namespace, kind, wanted } => {
+            state.new_socket(namespace, kind).map(|socket| Some(read_options(&socket, &wanted)))
         }
-        Request::After { namespace, kind, option, set } => {
-            kept.open_fresh(namespace, kind).map(|socket| Some(option_of(&socket, key_of(option), Some(set))))
+        Request::NewSocketAfter { namespace, kind, option, set } => {
+            state.new_socket(namespace, kind).map(|socket| Some(set_and_read(&socket, key_of(option), Some(set))))
         }
     };
-    match answered {
+    match result {
         Ok(response) => response.unwrap_or(Response::Gone),
         Err(error) => Response::Refused(error.raw_os_error().unwrap_or(libc::EIO)),
     }
 }
 
-/// What is behind a descriptor of a process; `None` where that is gone.
-fn take(holder: FdRef) -> io::Result<Option<OwnedFd>> {
-    let taken = process::open(holder.process).and_then(|handle| process::take_descriptor(&handle, holder.descriptor));
-    match taken {
-        Ok(taken) => Ok(Some(taken)),
+/// Duplicates a descriptor of a process into this process. Returns `None` if the process or the descriptor does not exist any more.
+fn duplicate(holder: FdRef) -> io::Result<Option<OwnedFd>> {
+    let duplicated =
+        process::open(holder.process).and_then(|handle| process::take_descriptor(&handle, holder.descriptor));
+    match duplicated {
+        Ok(duplicated) => Ok(Some(duplicated)),
         Err(error) if matches!(error.raw_os_error(), Some(libc::ESRCH | libc::EBADF)) => Ok(None),
         Err(error) => Err(error),
     }
 }
 
-fn taken(holder: FdRef, cookie: u64) -> io::Result<Option<OwnedFd>> {
-    Ok(take(holder)?.filter(|taken| socket::cookie(taken) == Some(cookie)))
+/// Duplicates a descriptor if it still refers to the socket with this cookie.
+fn duplicate_socket(holder: FdRef, cookie: u64) -> io::Result<Option<OwnedFd>> {
+    Ok(duplicate(holder)?.filter(|socket| socket::cookie(socket) == Some(cookie)))
 }
 
-fn describe(holder: FdRef, inode: u32, kept: &mut Option<Namespace>) -> io::Result<Option<Response>> {
-    // Otherwise it is closed, and something else has its descriptor, or its process is gone, and another has its number: that
-    // one may be of any cgroup.
-    let Some(taken) = take(holder)?.filter(|taken| socket::inode(taken) == Some(inode)) else { return Ok(None) };
-    // Where that must not be told, most likely that of its process.
-    *kept = Namespace::of_socket(&taken).or_else(|_| Namespace::of_process(holder.process)).ok();
-    let namespace = kept.as_ref().map(|namespace| (namespace.id, namespace.as_raw_fd()));
-    Ok(Some(Response::Described(socket::describe(&taken).as_ref().map(Listed::of), namespace)))
+fn describe(holder: FdRef, inode: u32, opened: &mut Option<Namespace>) -> io::Result<Option<Response>> {
+    // If the inode number differs, the descriptor or the process id was reused since the sockets were listed. The other process
+    // can be in any cgroup.
+    let Some(socket) = duplicate(holder)?.filter(|file| socket::inode(file) == Some(inode)) else { return Ok(None) };
+    // If the namespace of the socket is not available, the namespace of its process is the most likely one.
+    *opened = Namespace::of_socket(&socket).or_else(|_| Namespace::of_process(holder.process)).ok();
+    let namespace = opened.as_ref().map(|namespace| (namespace.id, namespace.as_raw_fd()));
+    Ok(Some(Response::Described(socket::describe(&socket).as_ref().map(Listed::of), namespace)))
 }
 
-fn inspected(socket: &OwnedFd, wanted: &[Number]) -> Response {
+fn read_options(socket: &OwnedFd, wanted: &[RawKey]) -> Response {
     let wanted: Vec<_> = wanted.iter().filter_map(|key| options::by_key(key_of(*key))).collect();
     let values = socket::values(socket, &wanted).into_iter();
     Response::Inspected {
-        kind: Kind::of(socket).map(numbers),
+        kind: Kind::of(socket).map(raw_kind),
         outbound: socket::direction(socket).map(|direction| direction == Direction::Outbound),
-        values: values.map(|(option, value)| (number(option.key()), value.words, value.len)).collect(),
+        values: values.map(|(option, value)| (raw_key(option.key()), value.words, value.len)).collect(),
     }
 }
 
-fn option_of(socket: &OwnedFd, key: OptionKey, set: Option<(Words, u32)>) -> Response {
-    let set = set.map_or(Ok(()), |(words, len)| socket::set(socket, key, &Value::new(words, len)));
-    let errno = set.err().map_or(0, |error| error.raw_os_error().unwrap_or(libc::EIO));
+fn set_and_read(socket: &OwnedFd, key: OptionKey, set: Option<(Words, u32)>) -> Response {
+    let result = set.map_or(Ok(()), |(words, len)| socket::set(socket, key, &Value::new(words, len)));
+    let errno = result.err().map_or(0, |error| error.raw_os_error().unwrap_or(libc::EIO));
     Response::Option { errno, value: socket::value(socket, key).map(|value| (value.words, value.len)) }
 }
 
-fn all(process: u32) -> io::Result<Vec<(i32, Listed)>> {
+fn describe_all(process: u32) -> io::Result<Vec<(i32, Listed)>> {
     let handle = process::open(process)?;
     let mut sockets = Vec::new();
     for (descriptor, _) in process::sockets(process)? {
         match process::take_descriptor(&handle, descriptor) {
             Ok(socket) => sockets.extend(socket::describe(&socket).map(|entry| (descriptor, Listed::of(&entry)))),
-            // It was closed meanwhile.
+            // The descriptor was closed after it was listed.
             Err(error) if error.raw_os_error() == Some(libc::EBADF) => {}
             Err(error) => return Err(error),
         }

@@ -1,4 +1,4 @@
-//! Which Linux security modules are active.
+//! The active Linux security modules.
 
 use std::{fs, io, sync::OnceLock};
 
@@ -7,20 +7,20 @@ use nix::errno::Errno;
 /// `LSM_ID_BPF` (include/uapi/linux/lsm.h).
 const BPF: u64 = 109;
 
-/// lsm_list_modules(2), which libc does not name (6.8; the number is the same on all machines).
+/// lsm_list_modules(2) (Linux 6.8), which libc does not define. The number is the same on all architectures.
 const LIST_MODULES: libc::c_long = 461;
 
 /// The names of the active modules, separated by commas.
 const NAMES: &str = "/sys/kernel/security/lsm";
 
-/// Returns whether the kernel runs BPF programs at LSM hooks: whether `bpf` is among the modules that were chosen at boot (`lsm=`,
-/// CONFIG_LSM). Programs can be attached also where it is not, and never run. False where the kernel does not tell.
+/// Returns whether the kernel runs BPF programs at LSM hooks: whether `bpf` is among the modules that were selected at boot (`lsm=`,
+/// CONFIG_LSM). Without it, programs can be attached but do not run. Returns `false` if the list of modules cannot be read.
 #[must_use]
 pub fn is_bpf_active() -> bool {
     static IS_ACTIVE: OnceLock<bool> = OnceLock::new();
     *IS_ACTIVE.get_or_init(|| match list() {
         Ok(modules) => modules.contains(&BPF),
-        // Before 6.8.
+        // The system call does not exist before 6.8.
         Err(_) => fs::read_to_string(NAMES).is_ok_and(|names| names.trim().split(',').any(|name| name == "bpf")),
     })
 }
@@ -29,7 +29,7 @@ pub fn is_bpf_active() -> bool {
 fn list() -> io::Result<Vec<u64>> {
     let mut modules = [0u64; 64];
     let mut size = size_of_val(&modules) as u32;
-    // SAFETY: writes at most `size` bytes to `modules`, and the length to `size`.
+    // SAFETY: the kernel writes at most `size` bytes to `modules`, and the length to `size`.
     let count = unsafe { libc::syscall(LIST_MODULES, modules.as_mut_ptr(), &raw mut size, 0u32) };
     let count = Errno::result(count)?;
     Ok(modules.into_iter().take(usize::try_from(count).unwrap_or(0)).collect())
@@ -40,7 +40,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn both_ways_of_asking_say_the_same() {
+    fn system_call_and_file_agree() {
         if let (Ok(modules), Ok(names)) = (list(), fs::read_to_string(NAMES)) {
             assert_eq!(modules.contains(&BPF), names.split(',').any(|name| name.trim() == "bpf"));
         }

@@ -1,4 +1,4 @@
-//! Facts about this machine. What follows from them is decided elsewhere.
+//! Facts about this machine. Other modules decide what follows from these facts.
 
 pub mod btf;
 pub mod cgroup;

@@ -1,4 +1,4 @@
-//! Lists that the kernel gives by netlink(7), message by message.
+//! Reads lists from the kernel by netlink(7), message by message.
 
 use std::io;
 
@@ -8,10 +8,11 @@ use netlink_packet_core::{
 };
 use netlink_sys::{Socket, SocketAddr};
 
-/// More than the kernel puts into one datagram, of which it makes no longer ones than there is room for (`netlink_recvmsg`).
-const ROOM: usize = 64 * 1024;
+/// The size of the receive buffer in bytes. It is larger than any datagram of a list. The kernel makes no datagram longer than the
+/// reader's buffer (`netlink_recvmsg`, net/netlink/af_netlink.c).
+const BUFFER_SIZE: usize = 64 * 1024;
 
-/// A socket to ask the kernel by, in the network namespace of this thread.
+/// Opens a netlink socket to the kernel, in the network namespace of the calling thread.
 pub(super) fn open(protocol: isize) -> io::Result<Socket> {
     let mut socket = Socket::new(protocol)?;
     socket.bind_auto()?;
@@ -19,8 +20,8 @@ pub(super) fn open(protocol: isize) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Asks for a list, and shows each message of it.
-pub(super) fn dump<M>(socket: &Socket, request: M, mut see: impl FnMut(M)) -> io::Result<()>
+/// Requests a list, and calls `visit` with each message of it.
+pub(super) fn dump<M>(socket: &Socket, request: M, mut visit: impl FnMut(M)) -> io::Result<()>
 where
     M: NetlinkSerializable + NetlinkDeserializable,
     NetlinkPayload<M>: From<M>,
@@ -32,39 +33,39 @@ where
     let mut bytes = vec![0; request.buffer_len()];
     request.serialize(&mut bytes);
     socket.send(&bytes, 0)?;
-    let mut room = Vec::with_capacity(ROOM);
+    let mut buffer = Vec::with_capacity(BUFFER_SIZE);
     loop {
-        room.clear();
-        let len = socket.recv(&mut room, libc::MSG_TRUNC)?;
-        if len > ROOM {
-            return Err(io::Error::other("a message that is longer than the kernel makes any"));
+        buffer.clear();
+        let len = socket.recv(&mut buffer, libc::MSG_TRUNC)?;
+        if len > BUFFER_SIZE {
+            return Err(io::Error::other(format!("cannot read a netlink datagram of {len} bytes: too long")));
         }
-        if each_message(&room, &mut see)? {
+        if each_message(&buffer, &mut visit)? {
             return Ok(());
         }
     }
 }
 
-/// Shows each message of a datagram. Returns whether the list ends with it.
-pub(super) fn each_message<M: NetlinkDeserializable>(datagram: &[u8], see: &mut impl FnMut(M)) -> io::Result<bool> {
-    let mut left = datagram;
-    while !left.is_empty() {
-        let message = NetlinkMessage::<M>::deserialize(left).map_err(io::Error::other)?;
-        // Messages begin at multiples of four bytes.
+/// Calls `visit` with each message of a datagram. Returns whether the list ends in this datagram.
+pub(super) fn each_message<M: NetlinkDeserializable>(datagram: &[u8], visit: &mut impl FnMut(M)) -> io::Result<bool> {
+    let mut rest = datagram;
+    while !rest.is_empty() {
+        let message = NetlinkMessage::<M>::deserialize(rest).map_err(io::Error::other)?;
+        // Messages start at multiples of four bytes.
         let len = (message.header.length as usize).next_multiple_of(4);
         match message.payload {
             NetlinkPayload::Done(done) if done.code < 0 => {
                 return Err(io::Error::from_raw_os_error(done.code.saturating_neg()));
             }
             NetlinkPayload::Done(_) => return Ok(true),
-            // `ErrorMessage::to_io` overflows for a code that the kernel does not send.
+            // Not by `ErrorMessage::to_io`, which overflows for i32::MIN.
             NetlinkPayload::Error(error) => {
                 return Err(io::Error::from_raw_os_error(error.raw_code().saturating_neg()));
             }
-            NetlinkPayload::InnerMessage(message) => see(message),
+            NetlinkPayload::InnerMessage(message) => visit(message),
             _ => {}
         }
-        left = left.get(len.max(1)..).unwrap_or_default();
+        rest = rest.get(len.max(1)..).unwrap_or_default();
     }
     Ok(false)
 }

@@ -1,7 +1,7 @@
-//! Network namespaces: which there are, and doing something in one.
+//! Opens network namespaces and runs code in them.
 //!
-//! Those are found that a process is in or has a socket of. A namespace without either has no socket that anybody could still
-//! use.
+//! The agent finds the namespaces that contain a process, or of which a process has a socket. In any other namespace, no process can
+//! use a socket.
 
 use std::{
     fs::{self, File},
@@ -15,55 +15,55 @@ use std::{
 
 use nix::sched::{CloneFlags, setns};
 
-/// A network namespace, held so that it stays.
+/// An open network namespace. It exists at least until this is dropped.
 #[derive(Debug)]
 pub struct Namespace {
-    /// What tells it from others as long as it is there.
+    /// The inode number, unique among the existing namespaces.
     pub id: u64,
     handle: File,
 }
 
 impl Namespace {
-    /// That of a process.
+    /// Opens the namespace of a process.
     ///
     /// # Errors
     ///
-    /// Where there is no such process, or it must not be looked into.
+    /// Fails if the process does not exist, or if permission is denied.
     pub fn of_process(process: u32) -> io::Result<Self> {
         Self::at(&format!("/proc/{process}/ns/net"))
     }
 
-    /// That which stands at a path.
+    /// Opens the namespace at a path.
     ///
     /// # Errors
     ///
-    /// Where it cannot be opened.
+    /// Fails if the path cannot be opened.
     pub fn at(path: &str) -> io::Result<Self> {
         Self::new(File::open(path)?)
     }
 
-    /// That of a socket, whoever has it.
+    /// Opens the namespace of a socket.
     ///
     /// # Errors
     ///
-    /// Where that must not be told: it takes CAP_NET_ADMIN there.
+    /// Fails without CAP_NET_ADMIN in that namespace.
     pub fn of_socket(socket: &OwnedFd) -> io::Result<Self> {
         /// `SIOCGSKNS` (include/uapi/linux/sockios.h)
         const GET_NAMESPACE: libc::c_ulong = 0x894c;
-        // SAFETY: takes no argument.
+        // SAFETY: this ioctl takes no argument.
         let handle = unsafe { libc::ioctl(socket.as_raw_fd(), GET_NAMESPACE as libc::Ioctl) };
         if handle < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the kernel has just made it, for us alone.
+        // SAFETY: the kernel has just opened this descriptor, and nothing else owns it.
         Self::new(unsafe { File::from_raw_fd(handle) })
     }
 
-    /// That which a descriptor stands for.
+    /// Returns the namespace that a descriptor refers to.
     ///
     /// # Errors
     ///
-    /// Where it cannot be asked.
+    /// Fails if fstat(2) fails.
     pub fn of_descriptor(descriptor: OwnedFd) -> io::Result<Self> {
         Self::new(File::from(descriptor))
     }
@@ -72,22 +72,22 @@ impl Namespace {
         Ok(Self { id: handle.metadata()?.ino(), handle })
     }
 
-    /// Does something in the namespace, on a thread of its own: this process stays where it is.
+    /// Calls a function in the namespace, on a new thread. The other threads of this process stay in their namespace.
     ///
     /// # Errors
     ///
-    /// Where the namespace must not be entered: it takes CAP_SYS_ADMIN.
-    pub fn within<T: Send>(&self, act: impl FnOnce() -> T + Send) -> io::Result<T> {
-        // To enter the one where one is takes rights too.
+    /// Fails without CAP_SYS_ADMIN, unless this process is in the namespace already.
+    pub fn within<T: Send>(&self, function: impl FnOnce() -> T + Send) -> io::Result<T> {
+        // setns(2) requires the capability even for the current namespace.
         if id_of_process(std::process::id()) == Some(self.id) {
-            return Ok(act());
+            return Ok(function());
         }
         thread::scope(|scope| {
             let inside = scope.spawn(|| {
                 setns(self.handle.as_fd(), CloneFlags::CLONE_NEWNET)?;
-                Ok(act())
+                Ok(function())
             });
-            inside.join().unwrap_or_else(|_| Err(io::Error::other("a thread in the namespace panicked")))
+            inside.join().unwrap_or_else(|_| Err(io::Error::other("a thread in the network namespace panicked")))
         })
     }
 }
@@ -98,7 +98,7 @@ impl AsRawFd for Namespace {
     }
 }
 
-/// The id of the namespace that a process is in; `None` where it is gone, or must not be looked into.
+/// Returns the id of the network namespace of a process, or `None` if the process does not exist or permission is denied.
 #[must_use]
 pub fn id_of_process(process: u32) -> Option<u64> {
     let link = fs::read_link(format!("/proc/{process}/ns/net")).ok()?;

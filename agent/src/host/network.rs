@@ -5,20 +5,20 @@ use std::{
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
 };
 
-/// Brings the loopback device of this process's network namespace up.
+/// Brings up the loopback device of the network namespace of this process.
 ///
 /// # Errors
 ///
-/// Where the kernel refuses: it takes CAP_NET_ADMIN there.
+/// Fails without CAP_NET_ADMIN in the namespace.
 pub fn bring_loopback_up() -> io::Result<()> {
-    // SAFETY: takes numbers.
+    // SAFETY: socket(2) takes no pointers.
     let socket = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
     if socket < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: just opened, and nobody else's.
+    // SAFETY: the kernel has just opened this descriptor, and nothing else owns it.
     let socket = unsafe { OwnedFd::from_raw_fd(socket) };
-    // SAFETY: zero is valid for each field.
+    // SAFETY: zero is a valid value of each field.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
         *to = *from as libc::c_char;

@@ -1,8 +1,8 @@
-//! Who can change a file, or exchange it for another.
+//! Finds out which users can change a file or replace it by another one.
 //!
-//! Each directory on the way from `/` counts, and each that a symbolic link on the way leads through, as for keys of sshd
-//! (`safe_path`, misc.c of OpenSSH). Unlike there, a sticky directory is accepted, since only the owner of an entry can
-//! exchange it, and so is whatever lies on a file system that is mounted read-only.
+//! Each directory on the path from `/` is checked, and each directory that a symbolic link on the path leads through. sshd checks the
+//! files with its keys similarly (`safe_path`, misc.c of OpenSSH). Unlike sshd, this module accepts sticky directories, since only
+//! the owner of an entry can replace the entry, and all files on a file system that is mounted read-only.
 
 use std::{
     collections::VecDeque,
@@ -27,15 +27,15 @@ use nix::{
 
 use crate::escape::Escape;
 
-/// How many symbolic links are followed on the way, as by the kernel (MAXSYMLINKS, include/linux/namei.h).
+/// The maximum number of symbolic links to follow, as in the kernel (MAXSYMLINKS, include/linux/namei.h).
 const LINKS_MAX: usize = 40;
 
-/// The users who may own a file and the directories on the way to it.
+/// The users who may own a file and the directories on its path.
 #[derive(Clone, Debug)]
 pub struct Owners(Vec<Uid>);
 
 impl Owners {
-    /// Returns root, the user of this process and, where root was given the rights of another user by sudo, that user.
+    /// Returns root, the effective user of this process and, if root runs this process by sudo, the user who called sudo.
     #[must_use]
     pub fn of_this_process() -> Self {
         Self::of(Uid::current(), Uid::effective(), env::var_os("SUDO_UID").as_deref())
@@ -43,7 +43,7 @@ impl Owners {
 
     fn of(real: Uid, effective: Uid, sudo: Option<&OsStr>) -> Self {
         let mut owners = vec![Uid::from_raw(0), effective];
-        // Any other user can write whatever he likes there.
+        // A user other than root can set this variable to any value.
         if real.is_root() {
             owners.extend(sudo.and_then(parse_uid));
         }
@@ -51,23 +51,23 @@ impl Owners {
     }
 }
 
-/// Reads a number as sudo writes it: digits and nothing else.
+/// Parses a uid in the form that sudo writes: only digits.
 fn parse_uid(text: &OsStr) -> Option<Uid> {
     let text = text.to_str().filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()))?;
     text.parse().ok().map(Uid::from_raw)
 }
 
-/// Something that lets other users change a file, or keeps this process from seeing whether they can.
+/// A file, directory or link through which other users can change a file, or which prevents the check.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Weakness {
-    /// The file itself, or what leads to it.
+    /// The file itself, or a directory or link on its path.
     pub path: PathBuf,
-    what: What,
+    kind: FileKind,
     pub reason: Reason,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum What {
+enum FileKind {
     File,
     Directory,
     Link,
@@ -79,40 +79,43 @@ pub enum Reason {
     Owner(Uid),
     /// Its group or all users may write to it.
     Writable(Mode),
-    /// It is in a directory in which all users may make links to files of others, and has several.
+    /// The file has several hard links, and all users may make links to files of others in its directory.
     HardLinks,
+    /// The check failed for this reason.
     Unknown(String),
 }
 
-/// In words that go on after "cannot use FILE: ".
+/// Writes the reason, in words that follow "cannot use FILE: ".
 impl fmt::Display for Weakness {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let path = self.path.escaped();
-        let thing = match self.what {
-            What::File => "it".to_owned(),
-            What::Directory => format!("directory {path}"),
-            What::Link => format!("symbolic link {path}"),
+        let subject = match self.kind {
+            FileKind::File => "it".to_owned(),
+            FileKind::Directory => format!("directory {path}"),
+            FileKind::Link => format!("symbolic link {path}"),
         };
         match &self.reason {
-            Reason::Owner(owner) => write!(f, "{thing} belongs to user {owner}"),
+            Reason::Owner(owner) => write!(f, "{subject} belongs to user {owner}"),
             Reason::Writable(mode) => {
-                write!(f, "users other than its owner may write to {thing} (mode {:04o})", mode.bits())
+                write!(f, "users other than its owner may write to {subject} (mode {:04o})", mode.bits())
             }
-            Reason::HardLinks => write!(f, "{thing} has hard links, and every user may make links in its directory"),
-            Reason::Unknown(why) => write!(f, "who can change {path} is unknown: {why}"),
+            Reason::HardLinks => {
+                write!(f, "{subject} has several hard links, and all users may make links in its directory")
+            }
+            Reason::Unknown(why) => write!(f, "cannot find out who can change {path}: {why}"),
         }
     }
 }
 
-/// Returns all that lets users other than `owners` change what is in an open file, or what is found at its path.
+/// Returns all weaknesses that let users other than `owners` change an open file or replace the file at its path.
 #[must_use]
 pub fn weaknesses(path: &Path, file: &File, owners: &Owners) -> Vec<Weakness> {
-    let mut walk = Walk { owners, found: Vec::new(), at: Vec::new(), links: 0 };
+    let mut walk = Walk { owners, found: Vec::new(), directories: Vec::new(), links: 0 };
     let unknown =
-        |reason: String| Weakness { path: path.to_owned(), what: What::File, reason: Reason::Unknown(reason) };
-    match walk.go(path) {
+        |reason: String| Weakness { path: path.to_owned(), kind: FileKind::File, reason: Reason::Unknown(reason) };
+    match walk.walk(path) {
         Ok(stat) if !is_same(&stat, file) => {
-            walk.found.push(unknown("its path leads to another file by now".to_owned()));
+            walk.found.push(unknown("the path leads to another file now".to_owned()));
         }
         Ok(_) => {}
         Err(error) => walk.found.push(unknown(error.to_string())),
@@ -124,134 +127,135 @@ fn is_same(stat: &FileStat, file: &File) -> bool {
     fstat(file).is_ok_and(|other| (stat.st_dev, stat.st_ino) == (other.st_dev, other.st_ino))
 }
 
-/// A way from `/` to a file.
+/// The resolution of a path from `/` to a file, one component at a time.
 struct Walk<'a> {
     owners: &'a Owners,
     found: Vec<Weakness>,
-    /// The directories in one another that lead to where this is.
-    at: Vec<Place>,
+    /// The current directory of the walk, last, and its ancestors.
+    directories: Vec<Directory>,
+    /// The number of symbolic links that were followed.
     links: usize,
 }
 
-struct Place {
+struct Directory {
     fd: OwnedFd,
     path: PathBuf,
-    /// Whether users other than its owner can make entries in it, although they cannot exchange those of others.
-    is_open: bool,
+    /// Whether users other than its owner can make entries in it.
+    is_open_to_others: bool,
 }
 
 impl Walk<'_> {
-    /// Goes the whole way and notes each weakness on it. Returns what is at its end.
-    fn go(&mut self, path: &Path) -> io::Result<FileStat> {
+    /// Resolves the whole path and records each weakness on it. Returns the status of the file.
+    fn walk(&mut self, path: &Path) -> io::Result<FileStat> {
         let path = if path.is_absolute() { path.to_owned() } else { env::current_dir()?.join(path) };
-        let mut left = parts(path.as_os_str());
-        self.begin()?;
-        let mut last = None;
-        while let Some(name) = left.pop_front() {
+        let mut names = components(path.as_os_str());
+        self.enter_root()?;
+        let mut file = None;
+        while let Some(name) = names.pop_front() {
             match name.as_bytes() {
                 b"" | b"." => {}
                 b".." => self.leave(),
-                _ => last = self.step(&name, &mut left)?,
+                _ => file = self.step(&name, &mut names)?,
             }
         }
-        last.ok_or_else(|| Errno::EISDIR.into())
+        file.ok_or_else(|| Errno::EISDIR.into())
     }
 
-    fn begin(&mut self) -> io::Result<()> {
-        self.at.clear();
+    fn enter_root(&mut self) -> io::Result<()> {
+        self.directories.clear();
         let fd = nix::fcntl::open("/", OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
         let stat = fstat(&fd)?;
         self.enter(fd, PathBuf::from("/"), &stat);
         Ok(())
     }
 
-    /// Goes to the directory above; above `/` there is `/`.
+    /// Goes to the parent directory. The parent of `/` is `/`.
     fn leave(&mut self) {
-        if self.at.len() > 1 {
-            self.at.pop();
+        if self.directories.len() > 1 {
+            self.directories.pop();
         }
     }
 
-    /// Takes one step: into a directory, or to where a symbolic link points, or to the file, of which it returns the facts.
-    fn step(&mut self, name: &OsStr, left: &mut VecDeque<OsString>) -> io::Result<Option<FileStat>> {
-        let Some(place) = self.at.last() else { return Err(Errno::ENOENT.into()) };
-        let (path, is_open) = (place.path.join(name), place.is_open);
-        let fd = openat(&place.fd, name, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())?;
+    /// Resolves one component: enters a directory, follows a symbolic link, or returns the status of a file.
+    fn step(&mut self, name: &OsStr, names: &mut VecDeque<OsString>) -> io::Result<Option<FileStat>> {
+        let Some(directory) = self.directories.last() else { return Err(Errno::ENOENT.into()) };
+        let (path, is_open_to_others) = (directory.path.join(name), directory.is_open_to_others);
+        let fd = openat(&directory.fd, name, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())?;
         let stat = fstat(&fd)?;
         match SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits()) {
             SFlag::S_IFDIR => self.enter(fd, path, &stat),
             SFlag::S_IFLNK => {
-                self.check_owner(What::Link, &path, &stat);
-                self.follow(&fd, left)?;
+                self.check_owner(FileKind::Link, &path, &stat);
+                self.follow(&fd, names)?;
             }
             _ => {
-                self.check_file(&fd, &path, &stat, is_open);
+                self.check_file(&fd, &path, &stat, is_open_to_others);
                 return Ok(Some(stat));
             }
         }
         Ok(None)
     }
 
-    /// Puts the target of a symbolic link before what is left to go.
-    fn follow(&mut self, link: &OwnedFd, left: &mut VecDeque<OsString>) -> io::Result<()> {
+    /// Puts the target of a symbolic link before the remaining components.
+    fn follow(&mut self, link: &OwnedFd, names: &mut VecDeque<OsString>) -> io::Result<()> {
         self.links += 1;
         if self.links > LINKS_MAX {
             return Err(Errno::ELOOP.into());
         }
         let target = readlinkat(link, "")?;
         if target.as_bytes().starts_with(b"/") {
-            self.begin()?;
+            self.enter_root()?;
         }
-        for part in parts(&target).into_iter().rev() {
-            left.push_front(part);
+        for name in components(&target).into_iter().rev() {
+            names.push_front(name);
         }
         Ok(())
     }
 
-    fn check_file(&mut self, fd: &OwnedFd, path: &Path, stat: &FileStat, is_open: bool) {
-        self.check_owner(What::File, path, stat);
+    fn check_file(&mut self, fd: &OwnedFd, path: &Path, stat: &FileStat, is_open_to_others: bool) {
+        self.check_owner(FileKind::File, path, stat);
         if is_writable(stat) && !is_read_only(fd) {
-            self.note(What::File, path, Reason::Writable(mode_of(stat)));
+            self.record(FileKind::File, path, Reason::Writable(mode_of(stat)));
         }
-        if is_open && stat.st_nlink > 1 {
-            self.note(What::File, path, Reason::HardLinks);
+        if is_open_to_others && stat.st_nlink > 1 {
+            self.record(FileKind::File, path, Reason::HardLinks);
         }
     }
 
     fn enter(&mut self, fd: OwnedFd, path: PathBuf, stat: &FileStat) {
-        self.check_owner(What::Directory, &path, stat);
-        let is_open = is_writable(stat) && !is_read_only(&fd);
-        if is_open && !mode_of(stat).contains(Mode::S_ISVTX) {
-            self.note(What::Directory, &path, Reason::Writable(mode_of(stat)));
+        self.check_owner(FileKind::Directory, &path, stat);
+        let is_open_to_others = is_writable(stat) && !is_read_only(&fd);
+        if is_open_to_others && !mode_of(stat).contains(Mode::S_ISVTX) {
+            self.record(FileKind::Directory, &path, Reason::Writable(mode_of(stat)));
         }
-        self.at.push(Place { fd, path, is_open });
+        self.directories.push(Directory { fd, path, is_open_to_others });
     }
 
-    fn check_owner(&mut self, what: What, path: &Path, stat: &FileStat) {
+    fn check_owner(&mut self, kind: FileKind, path: &Path, stat: &FileStat) {
         let owner = Uid::from_raw(stat.st_uid);
         if !self.owners.0.contains(&owner) {
-            self.note(what, path, Reason::Owner(owner));
+            self.record(kind, path, Reason::Owner(owner));
         }
     }
 
-    fn note(&mut self, what: What, path: &Path, reason: Reason) {
-        let weakness = Weakness { path: path.to_owned(), what, reason };
-        // Several links may lead through one directory.
+    fn record(&mut self, kind: FileKind, path: &Path, reason: Reason) {
+        let weakness = Weakness { path: path.to_owned(), kind, reason };
+        // A path can lead through one directory several times.
         if !self.found.contains(&weakness) {
             self.found.push(weakness);
         }
     }
 }
 
-fn parts(path: &OsStr) -> VecDeque<OsString> {
-    path.as_bytes().split(|byte| *byte == b'/').map(|part| OsStr::from_bytes(part).to_owned()).collect()
+fn components(path: &OsStr) -> VecDeque<OsString> {
+    path.as_bytes().split(|byte| *byte == b'/').map(|name| OsStr::from_bytes(name).to_owned()).collect()
 }
 
 fn mode_of(stat: &FileStat) -> Mode {
     Mode::from_bits_truncate(stat.st_mode)
 }
 
-/// Returns whether users other than the owner may write; an ACL's entries show as the group's bits (acl(5)).
+/// Returns whether users other than the owner may write. The group bits include the entries of an ACL (acl(5)).
 fn is_writable(stat: &FileStat) -> bool {
     mode_of(stat).intersects(Mode::S_IWGRP | Mode::S_IWOTH)
 }
@@ -269,10 +273,11 @@ mod tests {
 
     use super::*;
 
+    /// A temporary directory, removed when this is dropped.
     struct Top(PathBuf);
 
     impl Top {
-        /// A new directory with a file in it.
+        /// Makes a directory that contains a file.
         fn new(name: &str) -> Self {
             let path = env::temp_dir().join(format!("sockpolicy-ownership-{name}-{}", std::process::id()));
             fs::create_dir(&path).unwrap();
@@ -287,14 +292,14 @@ mod tests {
             fs::set_permissions(self.0.join(name), Permissions::from_mode(mode)).unwrap();
         }
 
-        /// What is weak about one of its files, in words, each with the name of what it is about.
+        /// Returns the weaknesses of a file that are below this directory, each as a path and a reason.
         fn weak(&self, name: &str) -> Vec<String> {
             let path = self.0.join(name);
             let file = File::open(&path).unwrap();
             let found = weaknesses(&path, &file, &Owners::of_this_process());
-            let below = |weakness: &Weakness| weakness.path.strip_prefix(&self.0).map(Path::to_owned);
-            let about = found.iter().filter_map(|weakness| Some((below(weakness).ok()?, weakness)));
-            about.map(|(path, weakness)| format!("{}: {:?}", path.escaped(), weakness.reason)).collect()
+            let relative = |weakness: &Weakness| weakness.path.strip_prefix(&self.0).map(Path::to_owned);
+            let own = found.iter().filter_map(|weakness| Some((relative(weakness).ok()?, weakness)));
+            own.map(|(path, weakness)| format!("{}: {:?}", path.escaped(), weakness.reason)).collect()
         }
     }
 
@@ -323,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn each_directory_that_a_link_leads_through_counts() {
+    fn each_directory_that_a_link_leads_through_is_checked() {
         let top = Top::new("links");
         for directory in ["real", "through", "named"] {
             fs::create_dir(top.0.join(directory)).unwrap();
@@ -342,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn link_of_a_file_in_a_directory_open_to_all_may_be_anybody_s() {
+    fn hard_link_in_a_world_writable_directory_is_a_weakness() {
         let top = Top::new("hard");
         fs::hard_link(top.0.join("file"), top.0.join("second")).unwrap();
         assert_eq!(top.weak("file"), Vec::<String>::new());
@@ -353,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn path_that_leads_elsewhere_by_now_is_unknown() {
+    fn path_that_leads_to_another_file_is_unknown() {
         let top = Top::new("elsewhere");
         let file = File::open(top.0.join("file")).unwrap();
         fs::write(top.0.join("new"), "").unwrap();
@@ -365,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn user_of_sudo_counts_where_root_is_who_started_this() {
+    fn sudo_uid_is_trusted_only_if_the_real_user_is_root() {
         let (root, user) = (Uid::from_raw(0), Uid::from_raw(1000));
         let owners = |real, effective, sudo: &str| Owners::of(real, effective, Some(OsStr::new(sudo))).0;
         assert_eq!(owners(root, root, "1000"), [root, root, user]);

@@ -1,7 +1,7 @@
-//! Directories that only root and this process's user can change: they hold pins, records and journals.
+//! Directories that only root and the user of this process can change. They contain pins, records and journals.
 //!
-//! Each step below a directory of the system goes from descriptor to descriptor, and follows no symbolic link
-//! (`openat` with O_NOFOLLOW). So no other user can exchange anything between a check and its use.
+//! Below a system directory, each component is opened relative to the descriptor of its parent, without following symbolic links
+//! (openat(2) with O_NOFOLLOW). Therefore no other user can replace a file between its check and its use.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -43,11 +43,11 @@ pub struct PrivateDir {
 }
 
 impl PrivateDir {
-    /// Opens a directory of the system, such as `/run`. Symbolic links on the way to it are followed.
+    /// Opens a system directory, such as `/run`. Follows symbolic links.
     ///
     /// # Errors
     ///
-    /// Fails where users other than root and this process's user can exchange its entries.
+    /// Fails if users other than root and the user of this process can replace its entries.
     pub fn system(path: &Path) -> Result<Self, PrivateError> {
         let failed = |errno: Errno| PrivateError::Io { path: path.to_owned(), source: errno.into() };
         let fd = nix::fcntl::open(path, directory_flags() & !OFlag::O_NOFOLLOW, Mode::empty()).map_err(failed)?;
@@ -60,11 +60,11 @@ impl PrivateDir {
         Ok(Self { fd, path: path.to_owned() })
     }
 
-    /// Opens a directory in this one; `None` where there is no such entry.
+    /// Opens a directory in this one. Returns `None` if the entry does not exist.
     ///
     /// # Errors
     ///
-    /// Fails where the entry is no directory, or users other than root and this process's user own it or can write to it.
+    /// Fails if the entry is not a directory, or if users other than root and the user of this process own it or can write to it.
     pub fn open(&self, name: &str) -> Result<Option<Self>, PrivateError> {
         let path = self.path.join(name);
         let fd = match openat(&self.fd, name, directory_flags(), Mode::empty()) {
@@ -80,23 +80,23 @@ impl PrivateDir {
         Ok(Some(Self { fd, path }))
     }
 
-    /// Opens a directory in this one, and makes it if there is none. Its mode is then 0700, whatever the umask.
+    /// Opens a directory in this one, and makes it if it does not exist. Sets its mode to 0700, independent of the umask.
     ///
     /// # Errors
     ///
-    /// Fails as [`Self::open`] does, and where the directory cannot be made.
+    /// Fails as [`Self::open`] does, and if the directory cannot be made.
     pub fn create(&self, name: &str) -> Result<Self, PrivateError> {
         let failed = |errno: Errno| PrivateError::Io { path: self.path.join(name), source: errno.into() };
         match mkdirat(&self.fd, name, PRIVATE) {
             Ok(()) | Err(Errno::EEXIST) => {}
             Err(errno) => return Err(failed(errno)),
         }
-        let made = self.open(name)?.ok_or_else(|| failed(Errno::ENOENT))?;
-        let stat = fstat(&made.fd).map_err(failed)?;
+        let directory = self.open(name)?.ok_or_else(|| failed(Errno::ENOENT))?;
+        let stat = fstat(&directory.fd).map_err(failed)?;
         if mode_of(&stat) != PRIVATE && Uid::from_raw(stat.st_uid) == Uid::effective() {
-            fchmod(&made.fd, PRIVATE).map_err(failed)?;
+            fchmod(&directory.fd, PRIVATE).map_err(failed)?;
         }
-        Ok(made)
+        Ok(directory)
     }
 
     fn not_a_directory(&self, name: &str) -> PrivateError {
@@ -113,17 +113,17 @@ impl PrivateDir {
         &self.path
     }
 
-    /// A path to an entry that leads through this descriptor, for calls that take no descriptor of a directory.
+    /// Returns a path to an entry that leads through the descriptor of this directory, for system calls that accept only paths.
     #[must_use]
     pub fn through(&self, name: &str) -> PathBuf {
         Path::new("/proc/self/fd").join(self.fd.as_raw_fd().to_string()).join(name)
     }
 
-    /// The names of all entries, sorted.
+    /// Returns the names of all entries, sorted.
     ///
     /// # Errors
     ///
-    /// Fails where the directory cannot be read.
+    /// Fails if the directory cannot be read.
     pub fn names(&self) -> Result<Vec<OsString>, PrivateError> {
         let failed = |errno: Errno| PrivateError::Io { path: self.path.clone(), source: errno.into() };
         let mut dir = Dir::openat(&self.fd, ".", directory_flags(), Mode::empty()).map_err(failed)?;
@@ -147,13 +147,13 @@ impl PrivateDir {
         }
     }
 
-    /// Returns whether there is a regular file of this name that only root and this process's user can change.
+    /// Returns whether a regular file with this name exists that only root and the user of this process can change.
     #[must_use]
     pub fn has_file(&self, name: &str) -> bool {
         self.find_file(name).unwrap_or(false)
     }
 
-    /// Returns whether there is an entry of this name.
+    /// Returns whether an entry with this name exists.
     ///
     /// # Errors
     ///
@@ -163,15 +163,15 @@ impl PrivateDir {
         stat.map(|stat| check_file(&self.path.join(name), &stat)).transpose().map(|found| found.is_some())
     }
 
-    /// Opens a regular file; `None` where there is no such entry and `flags` do not make one. A new file has mode 0600.
+    /// Opens a regular file. Returns `None` if the entry does not exist and `flags` do not contain O_CREAT. A new file has mode 0600.
     ///
     /// # Errors
     ///
-    /// Fails where the entry is no regular file, has another link, or users other than root and this process's user own it
-    /// or can write to it.
+    /// Fails if the entry is not a regular file, if it has another hard link, or if users other than root and the user of this
+    /// process own it or can write to it.
     pub fn open_file(&self, name: &str, flags: OFlag) -> Result<Option<File>, PrivateError> {
         let path = self.path.join(name);
-        // A fifo without a writer must not keep this process waiting.
+        // O_NONBLOCK: opening a FIFO must not wait for a writer.
         let safe = OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
         let opened = openat(&self.fd, name, flags | safe, Mode::S_IRUSR | Mode::S_IWUSR);
         let file = match opened {
@@ -184,7 +184,7 @@ impl PrivateDir {
         Ok(Some(file))
     }
 
-    /// Returns what is wrong with an entry that cannot be opened: its kind where that is the reason, else the error.
+    /// Returns the error for an entry that cannot be opened: a failed check of the entry, else `errno`.
     fn unusable(&self, name: &str, errno: Errno) -> PrivateError {
         let path = self.path.join(name);
         match self.stat(name) {
@@ -196,20 +196,20 @@ impl PrivateDir {
         }
     }
 
-    /// Removes a file; one that is not there is no failure.
+    /// Removes a file. A file that does not exist is not an error.
     ///
     /// # Errors
     ///
-    /// Fails where the kernel refuses it.
+    /// Fails as unlinkat(2) does.
     pub fn remove_file(&self, name: &str) -> Result<(), PrivateError> {
         self.unlink(name, UnlinkatFlags::NoRemoveDir)
     }
 
-    /// Removes an empty directory; one that is not there is no failure.
+    /// Removes an empty directory. A directory that does not exist is not an error.
     ///
     /// # Errors
     ///
-    /// Fails where the directory is not empty, or the kernel refuses it.
+    /// Fails as unlinkat(2) does.
     pub fn remove_dir(&self, name: &str) -> Result<(), PrivateError> {
         self.unlink(name, UnlinkatFlags::RemoveDir)
     }
@@ -221,28 +221,28 @@ impl PrivateDir {
         }
     }
 
-    /// Renames an entry; the entry of the new name, if there is one, is replaced.
+    /// Renames an entry. Replaces an existing entry with the new name.
     ///
     /// # Errors
     ///
-    /// Fails where the kernel refuses it.
+    /// Fails as renameat(2) does.
     pub fn rename(&self, name: &str, new: &str) -> Result<(), PrivateError> {
         let renamed = renameat(&self.fd, name, &self.fd, new);
         renamed.map_err(|errno| PrivateError::Io { path: self.path.join(new), source: errno.into() })
     }
 
-    /// Returns whether an open file is the entry of this name.
+    /// Returns whether an open file is the entry with this name.
     #[must_use]
     pub fn is_entry(&self, file: &File, name: &str) -> bool {
         let (Ok(one), Ok(Some(other))) = (fstat(file), self.stat(name)) else { return false };
         (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
     }
 
-    /// Opens the directory anew, for a lock of its own (flock(2)).
+    /// Opens the directory again, so that flock(2) on the result is independent of other descriptors.
     ///
     /// # Errors
     ///
-    /// Fails where there are no descriptors left.
+    /// Fails if no descriptors are left.
     pub fn reopen(&self) -> Result<File, PrivateError> {
         let opened = openat(&self.fd, ".", directory_flags(), Mode::empty());
         opened.map(File::from).map_err(|errno| PrivateError::Io { path: self.path.clone(), source: errno.into() })
@@ -296,7 +296,7 @@ fn check_mode(path: &Path, stat: &FileStat) -> Result<(), PrivateError> {
     Err(PrivateError::Unsafe {
         path: path.to_owned(),
         why: format!("users other than its owner may write to it (mode {:04o})", mode.bits()),
-        help: format!("see what is there (ls -la {shown}), then: chmod go-w {shown}"),
+        help: format!("check what it contains (ls -la {shown}), then: chmod go-w {shown}"),
     })
 }
 
@@ -305,7 +305,7 @@ fn check_file(path: &Path, stat: &FileStat) -> Result<(), PrivateError> {
     if stat.st_mode & SFlag::S_IFMT.bits() != SFlag::S_IFREG.bits() {
         return Err(unsafe_for(format!("it is {}", kind_of(stat))));
     }
-    // 0: removed since it was opened.
+    // 0 means that the file was removed after it was opened.
     if stat.st_nlink > 1 {
         return Err(unsafe_for(format!("it has {} hard links", stat.st_nlink)));
     }
@@ -315,7 +315,7 @@ fn check_file(path: &Path, stat: &FileStat) -> Result<(), PrivateError> {
 
 fn remove_it(path: &Path) -> String {
     let shown = path.escaped();
-    format!("see what it is (ls -lad {shown}), then remove it: rm -r {shown}")
+    format!("check what it is (ls -lad {shown}), then remove it: rm -r {shown}")
 }
 
 #[cfg(test)]
@@ -327,6 +327,7 @@ mod tests {
 
     use super::*;
 
+    /// A temporary directory, removed when this is dropped.
     struct Top(PathBuf);
 
     impl Drop for Top {
@@ -335,7 +336,7 @@ mod tests {
         }
     }
 
-    /// A new directory that goes with the first value, open.
+    /// Makes a directory, which the first value removes when it is dropped, and opens it.
     fn top(name: &str) -> (Top, PrivateDir) {
         let path = std::env::temp_dir().join(format!("sockpolicy-private-{name}-{}", std::process::id()));
         fs::create_dir(&path).unwrap();
@@ -352,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn made_directory_is_private_whatever_it_was_before() {
+    fn create_makes_an_existing_directory_private() {
         let (top, dir) = top("made");
         for mode in [0o755, 0o500, 0o700] {
             fs::create_dir(top.0.join("d")).unwrap();
@@ -364,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn directory_that_others_may_write_to_is_refused() {
+    fn directory_that_others_can_write_to_is_refused() {
         let (top, dir) = top("writable");
         for mode in [0o770, 0o702, 0o1777] {
             let path = top.0.join("d");
@@ -401,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn file_of_another_kind_is_refused_without_waiting() {
+    fn files_that_are_not_regular_are_refused_without_blocking() {
         let (top, dir) = top("kinds");
         nix::unistd::mkfifo(&top.0.join("fifo"), Mode::S_IRWXU).unwrap();
         fs::create_dir(top.0.join("dir")).unwrap();

@@ -1,15 +1,14 @@
-//! What this process may do.
+//! The capabilities of this process.
 
 use std::fs;
 
-/// A capability that sockpolicy needs, by its bit in `/proc/self/status` (include/uapi/linux/capability.h).
+/// The capabilities that sockpolicy needs, by their bits in `/proc/self/status` (include/uapi/linux/capability.h).
 const NEEDED: [(u32, &str); 3] = [(12, "CAP_NET_ADMIN"), (38, "CAP_PERFMON"), (39, "CAP_BPF")];
 
-/// Stands in for CAP_BPF and CAP_PERFMON.
+/// Includes CAP_BPF and CAP_PERFMON (capabilities(7)).
 const CAP_SYS_ADMIN: u32 = 21;
 
-/// The capabilities that this process lacks to load and attach its programs; `None` where they
-/// cannot be told.
+/// Returns the capabilities that this process lacks to load and attach its programs, or `None` if `/proc` cannot be read.
 #[must_use]
 pub fn missing_capabilities() -> Option<Vec<&'static str>> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
@@ -45,7 +44,7 @@ mod tests {
     }
 
     #[test]
-    fn sys_admin_stands_in_for_the_newer_ones() {
+    fn sys_admin_includes_the_newer_capabilities() {
         assert_eq!(missing_in(1 << CAP_SYS_ADMIN), ["CAP_NET_ADMIN"]);
     }
 }

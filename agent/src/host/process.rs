@@ -1,4 +1,4 @@
-//! Processes, as `/proc` shows them.
+//! Facts about processes, from `/proc`, and limits of this process.
 
 use std::{
     fs, io,
@@ -12,36 +12,36 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::escape;
 
-/// A descriptor that becomes readable when a process ends (pidfd_open(2), Linux 5.3).
+/// Opens a pidfd, which becomes readable when the process ends (pidfd_open(2), Linux 5.3).
 ///
 /// # Errors
 ///
-/// Where there is no such process.
+/// Fails if the process does not exist.
 pub fn open(process: u32) -> io::Result<OwnedFd> {
-    // SAFETY: takes numbers only.
+    // SAFETY: pidfd_open(2) takes no pointers.
     owned(unsafe { libc::syscall(libc::SYS_pidfd_open, process, 0) })
 }
 
-/// A descriptor for what is behind one of another process's, of which `process` is a handle (pidfd_getfd(2), Linux 5.6).
+/// Duplicates a descriptor of another process (pidfd_getfd(2), Linux 5.6). `process` is a pidfd.
 ///
 /// # Errors
 ///
-/// EBADF where it has no such descriptor, EPERM where it must not be looked into.
+/// Fails with EBADF if the process has no such descriptor, and with EPERM if permission is denied.
 pub fn take_descriptor(process: &OwnedFd, descriptor: i32) -> io::Result<OwnedFd> {
-    // SAFETY: takes numbers only.
+    // SAFETY: pidfd_getfd(2) takes no pointers.
     owned(unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), descriptor, 0) })
 }
 
-/// What a system call answered that makes a descriptor.
-fn owned(answer: libc::c_long) -> io::Result<OwnedFd> {
-    if answer < 0 {
+/// Converts the result of a system call that opens a descriptor.
+fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
+    if result < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the kernel has just made it, for us alone.
-    Ok(unsafe { OwnedFd::from_raw_fd(answer as i32) })
+    // SAFETY: the kernel has just opened this descriptor, and nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(result as i32) })
 }
 
-/// The program that a process runs, if it is still there.
+/// Returns the path of the executable of a process, or `None` if the process does not exist or permission is denied.
 #[must_use]
 pub fn executable(process: u32) -> Option<String> {
     if process == 0 {
@@ -50,11 +50,11 @@ pub fn executable(process: u32) -> Option<String> {
     fs::read_link(format!("/proc/{process}/exe")).ok().map(|path| escape::plain(&path))
 }
 
-/// The processes that there are.
+/// Returns the ids of all processes, sorted.
 ///
 /// # Errors
 ///
-/// Where `/proc` cannot be read.
+/// Fails if `/proc` cannot be read.
 pub fn all() -> io::Result<Vec<u32>> {
     let entries = fs::read_dir("/proc")?;
     let mut processes: Vec<u32> =
@@ -63,22 +63,22 @@ pub fn all() -> io::Result<Vec<u32>> {
     Ok(processes)
 }
 
-/// The descriptors of a process that are sockets, in order, each with the socket's inode number. Its threads share them.
+/// Returns the descriptors of a process that refer to sockets, sorted, each with the socket's inode number.
 ///
 /// # Errors
 ///
-/// Where there is no such process, or it must not be looked into.
+/// Fails if the process does not exist, or if permission is denied.
 pub fn sockets(process: u32) -> io::Result<Vec<(i32, u32)>> {
     let mut sockets = Vec::new();
     for entry in fs::read_dir(format!("/proc/{process}/fd"))? {
         let entry = entry?;
-        let leads_to = match fs::read_link(entry.path()) {
-            Ok(leads_to) => leads_to,
+        let target = match fs::read_link(entry.path()) {
+            Ok(target) => target,
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Err(error),
-            // It was closed meanwhile.
+            // The descriptor was closed after it was listed.
             Err(_) => continue,
         };
-        let inode = leads_to.to_str().and_then(|path| path.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok());
+        let inode = target.to_str().and_then(|path| path.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok());
         let descriptor = entry.file_name().to_str().and_then(|name| name.parse().ok());
         sockets.extend(descriptor.zip(inode));
     }
@@ -86,20 +86,21 @@ pub fn sockets(process: u32) -> io::Result<Vec<(i32, u32)>> {
     Ok(sockets)
 }
 
-/// What a process calls itself.
+/// Returns the command name of a process (proc_pid_comm(5)).
 #[must_use]
 pub fn name(process: u32) -> Option<String> {
     let name = fs::read(format!("/proc/{process}/comm")).ok()?;
     Some(String::from_utf8_lossy(&name).trim_end_matches('\n').to_owned())
 }
 
-/// Whether there is a thread of this number.
+/// Returns whether a thread with this id exists. Returns `true` if `/proc` cannot be read.
 #[must_use]
 pub fn has_thread(thread: u32) -> bool {
     fs::exists(format!("/proc/{thread}")).unwrap_or(true)
 }
 
-/// Whether the numbers of processes are here what they are to the kernel, outside any namespace of them.
+/// Returns whether this process is in the initial PID namespace, so that the process ids in `/proc` equal those that BPF programs
+/// see.
 #[must_use]
 pub fn is_initial_namespace() -> bool {
     /// `PROC_PID_INIT_INO` (include/linux/proc_ns.h).
@@ -107,43 +108,45 @@ pub fn is_initial_namespace() -> bool {
     fs::metadata("/proc/self/ns/pid").is_ok_and(|namespace| namespace.ino() == INITIAL)
 }
 
-/// When a process was made, in ticks since the system booted (`starttime` in proc_pid_stat(5)); `None` where it is gone.
+/// Returns the start time of a process, in clock ticks since boot (`starttime` in proc_pid_stat(5)). Returns `None` if the process
+/// does not exist.
 #[must_use]
 pub fn start(process: u32) -> Option<u64> {
-    /// Its place behind the name, which may have anything in it.
-    const START: usize = 19;
+    /// The index of the field after the command name. The command name can contain any characters.
+    const STARTTIME: usize = 19;
     let stat = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
-    let (_, behind_name) = stat.rsplit_once(") ")?;
-    behind_name.split(' ').nth(START)?.parse().ok()
+    let (_, after_name) = stat.rsplit_once(") ")?;
+    after_name.split(' ').nth(STARTTIME)?.parse().ok()
 }
 
-/// How many files are open on this host, by whomsoever; `None` where that is not told.
+/// Returns the number of open files on this host (`/proc/sys/fs/file-nr`), or `None` if it cannot be read.
 #[must_use]
 pub fn open_files() -> Option<u64> {
     fs::read_to_string("/proc/sys/fs/file-nr").ok()?.split_whitespace().next()?.parse().ok()
 }
 
-/// Lets this process have as many descriptors as it may: each target takes a dozen. What it starts inherits that.
+/// Raises the soft limit of open descriptors to the hard limit, since each target needs about a dozen descriptors. Child processes
+/// inherit the limit.
 pub fn raise_descriptor_limit() {
     let raised =
-        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
+        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
     if let Err(errno) = raised {
         log::debug!("cannot raise RLIMIT_NOFILE: {errno}");
     }
 }
 
-/// Descriptors that what grows with the number of targets leaves free, for everything else that the agent does.
+/// The number of descriptors that stay free for other work, however many targets there are.
 const SPARE_DESCRIPTORS: u64 = 128;
 
-/// Passes a new descriptor on, unless too few are left of those that this process may have. The kernel gives out the lowest
-/// number that is free, so the number tells how many are in use.
+/// Returns a new descriptor, unless too few free descriptors are left for this process. The kernel assigns the lowest free number,
+/// so the number of the new descriptor shows how many are in use.
 ///
 /// # Errors
 ///
-/// EMFILE if fewer than [`SPARE_DESCRIPTORS`] are left. The descriptor is closed then.
+/// Closes the descriptor and fails with EMFILE if fewer than 128 descriptors are left.
 pub fn spare_descriptors<T: AsFd>(new: T) -> io::Result<T> {
     let (limit, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
-    // Of a small limit, half.
+    // If the limit is small, half of it is usable.
     let usable = limit.saturating_sub(SPARE_DESCRIPTORS).max(limit / 2);
     if new.as_fd().as_raw_fd() as u64 >= usable {
         return Err(io::Error::from_raw_os_error(libc::EMFILE));

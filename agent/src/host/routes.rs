@@ -1,4 +1,4 @@
-//! Routes, as the kernel tells them (rtnetlink(7)).
+//! Reads routes from the kernel (rtnetlink(7)).
 
 use std::{io, net::IpAddr};
 
@@ -11,11 +11,11 @@ use netlink_sys::{Socket, protocols::NETLINK_ROUTE};
 use super::netlink;
 use crate::policy::lint::LockedRoute;
 
-/// The routes of this network namespace that lock their congestion control.
+/// Returns the routes of this network namespace that lock the congestion control (`congctl lock`).
 ///
 /// # Errors
 ///
-/// Where the kernel does not answer.
+/// Fails if the routes cannot be read.
 pub fn with_locked_congestion_control() -> io::Result<Vec<LockedRoute>> {
     let socket = netlink::open(NETLINK_ROUTE)?;
     let mut found = Vec::new();
@@ -25,7 +25,7 @@ pub fn with_locked_congestion_control() -> io::Result<Vec<LockedRoute>> {
     Ok(found)
 }
 
-/// Returns what a route locks, if it locks its congestion control.
+/// Returns the destination and the congestion control of a route, if the route locks it.
 fn locked(route: &RouteMessage) -> Option<LockedRoute> {
     if !locks_congestion_control(route) {
         return None;
@@ -37,7 +37,7 @@ fn locked(route: &RouteMessage) -> Option<LockedRoute> {
     Some(LockedRoute { destination: destination(route), congestion_control })
 }
 
-/// Reads the routes in a datagram of the kernel's.
+/// Parses a datagram with routes.
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) fn in_datagram(datagram: &[u8]) -> io::Result<Vec<LockedRoute>> {
     let mut found = Vec::new();
@@ -49,12 +49,13 @@ pub(crate) fn in_datagram(datagram: &[u8]) -> io::Result<Vec<LockedRoute>> {
     Ok(found)
 }
 
-fn each_route(socket: &Socket, family: AddressFamily, mut see: impl FnMut(&RouteMessage)) -> io::Result<()> {
+/// Calls `visit` with each route of an address family.
+fn each_route(socket: &Socket, family: AddressFamily, mut visit: impl FnMut(&RouteMessage)) -> io::Result<()> {
     let mut route = RouteMessage::default();
     route.header.address_family = family;
     netlink::dump(socket, RouteNetlinkMessage::GetRoute(route), |message| {
         if let RouteNetlinkMessage::NewRoute(route) = message {
-            see(&route);
+            visit(&route);
         }
     })
 }

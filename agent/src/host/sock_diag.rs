@@ -1,9 +1,10 @@
-//! Which sockets there are in a network namespace, as the kernel lists them (sock_diag(7)).
+//! Lists the sockets of a network namespace (sock_diag(7)).
 //!
-//! It lists what is bound or connected, of TCP, UDP, MPTCP and, where it was built with that, raw sockets; also what no process
-//! has any more, or yet. It takes no rights, but sockets' cgroups are told since 5.7 only.
+//! The kernel lists the bound and connected sockets of TCP, UDP and MPTCP. It lists raw sockets if it was built with
+//! CONFIG_INET_RAW_DIAG. The list also contains sockets for which no process has a descriptor. Listing requires no capabilities.
+//! The cgroup of a socket is listed since Linux 5.7.
 //!
-//! A list is not of one moment: a socket that comes or goes meanwhile is in it or is not, and one may be in it twice.
+//! A list is not atomic: a socket that is created or closed at the same time can be missing, and a socket can be listed twice.
 
 use std::{
     io,
@@ -22,48 +23,50 @@ use super::{
 
 /// SOCK_DIAG_BY_FAMILY (include/uapi/linux/sock_diag.h)
 const BY_FAMILY: u16 = 20;
-/// TCPDIAG_GETSOCK (include/uapi/linux/inet_diag.h): sockets of TCP whatever their family, in one walk over a table that may be
-/// large however few there are. For other protocols there is no such request.
+/// TCPDIAG_GETSOCK (include/uapi/linux/inet_diag.h). Lists the TCP sockets of all families in one pass over the kernel's table,
+/// which can be large even if it contains few sockets. Other protocols have no such request.
 const OF_TCP: u16 = 18;
-/// INET_DIAG_REQ_PROTOCOL (include/uapi/linux/inet_diag.h): for protocols whose number does not fit a byte.
+/// INET_DIAG_REQ_PROTOCOL (include/uapi/linux/inet_diag.h): for protocol numbers that do not fit into a byte.
 const REQUESTED_PROTOCOL: u16 = 3;
 /// INET_DIAG_CGROUP_ID
 const CGROUP_ID: u16 = 21;
-/// Of `struct inet_diag_req`.
+/// The size of `struct inet_diag_req` in bytes.
 const TCP_REQUEST_LEN: usize = 60;
-/// Of `struct inet_diag_req_v2`, and of `struct inet_diag_msg`, which attributes follow.
+/// The size of `struct inet_diag_req_v2` in bytes.
 const REQUEST_LEN: usize = 56;
+/// The size of `struct inet_diag_msg`, which attributes follow, in bytes.
 const ENTRY_LEN: usize = 72;
-/// The attribute of a request: its header and a number.
+/// The size of the attribute of a request, a header and a number, in bytes.
 const ATTRIBUTE_LEN: u16 = 8;
 
-/// The sockets of this thread's network namespace, by what the kernel calls them: protocols that it does not list have none.
+/// Returns the sockets of the network namespace of the calling thread. Sockets of protocols that the kernel does not list are
+/// missing.
 ///
 /// # Errors
 ///
-/// Where the kernel does not answer.
+/// Fails if the list cannot be read.
 pub fn list() -> io::Result<Vec<Entry>> {
     let socket = netlink::open(NETLINK_SOCK_DIAG)?;
     let mut found = Vec::new();
-    // Gives whether the kernel knows the request.
-    let mut ask = |protocol, request| {
+    // Returns whether the kernel supports the request.
+    let mut request_list = |protocol, request| {
         let listed = netlink::dump(&socket, request, |message| {
             if let Message::Entry(entry) = message {
                 found.push(Entry { protocol, ..entry });
             }
         });
         match listed {
-            // Of a protocol that it does not list, and of a kind that it does not answer (`sock_diag_rcv_msg`,
+            // The kernel does not list this protocol, or does not support this type of request (`sock_diag_rcv_msg`,
             // net/core/sock_diag.c).
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EOPNOTSUPP)) => Ok(false),
             listed => listed.map(|()| true),
         }
     };
-    let is_told = ask(libc::IPPROTO_TCP, Message::RequestTcp)?;
+    let has_tcp = request_list(libc::IPPROTO_TCP, Message::RequestTcp)?;
     let others = [libc::IPPROTO_UDP, libc::IPPROTO_RAW, libc::IPPROTO_MPTCP];
-    for protocol in others.into_iter().chain((!is_told).then_some(libc::IPPROTO_TCP)) {
+    for protocol in others.into_iter().chain((!has_tcp).then_some(libc::IPPROTO_TCP)) {
         for family in [libc::AF_INET, libc::AF_INET6] {
-            if !ask(protocol, Message::Request { family, protocol })? {
+            if !request_list(protocol, Message::Request { family, protocol })? {
                 log::debug!("this kernel does not list sockets of protocol {protocol}");
             }
         }
@@ -96,14 +99,14 @@ impl NetlinkSerializable for Message {
     fn serialize(&self, buffer: &mut [u8]) {
         buffer.fill(0);
         let Self::Request { family, protocol } = self else {
-            // In every state.
+            // All states.
             buffer[52..56].fill(0xff);
             return;
         };
         buffer[0] = *family as u8;
-        // MPTCP's number does not fit: what is left of it is that of TCP.
+        // The number of MPTCP does not fit into a byte; its low byte is the number of TCP. The attribute has the whole number.
         buffer[1] = *protocol as u8;
-        // In every state.
+        // All states.
         buffer[4..8].fill(0xff);
         let attribute = &mut buffer[REQUEST_LEN..];
         attribute[..2].copy_from_slice(&ATTRIBUTE_LEN.to_ne_bytes());
@@ -116,12 +119,12 @@ impl NetlinkDeserializable for Message {
     type Error = DecodeError;
 
     fn deserialize(_: &NetlinkHeader, payload: &[u8]) -> Result<Self, DecodeError> {
-        let entry = parse(payload).ok_or_else(|| DecodeError::from("a socket that is cut short"))?;
+        let entry = parse(payload).ok_or_else(|| DecodeError::from("cannot parse a listed socket: truncated"))?;
         Ok(Self::Entry(entry))
     }
 }
 
-/// Reads the sockets in a datagram of the kernel's.
+/// Parses a datagram with sockets.
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) fn in_datagram(datagram: &[u8]) -> io::Result<Vec<Entry>> {
     let mut found = Vec::new();
@@ -133,7 +136,7 @@ pub(crate) fn in_datagram(datagram: &[u8]) -> io::Result<Vec<Entry>> {
     Ok(found)
 }
 
-/// An entry of a list, whose protocol is known from the request. `None` where it is cut short.
+/// Parses an entry of a list. The protocol is left 0, since only the request names it. Returns `None` if the entry is truncated.
 fn parse(payload: &[u8]) -> Option<Entry> {
     let (head, attributes) = payload.split_at_checked(ENTRY_LEN)?;
     let family = i32::from(head[0]);
@@ -150,17 +153,17 @@ fn parse(payload: &[u8]) -> Option<Entry> {
         local,
         remote: Some(remote).filter(|remote| !remote.ip().is_unspecified() || remote.port() != 0),
         inode: word(head, 68)?,
-        // Two words, the lower one first.
+        // Two words, the low word first.
         cookie: u64::from(word(head, 44)?) | u64::from(word(head, 48)?) << 32,
         cgroup,
     })
 }
 
-fn word(bytes: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+fn word(bytes: &[u8], offset: usize) -> Option<u32> {
+    Some(u32::from_ne_bytes(bytes.get(offset..offset + 4)?.try_into().ok()?))
 }
 
-/// The address and the port at these places.
+/// Parses an address and a port at these offsets.
 fn address(family: i32, bytes: &[u8], address: usize, port: usize) -> Option<SocketAddr> {
     let octets: [u8; 16] = bytes.get(address..address + 16)?.try_into().ok()?;
     let [a, b, c, d, ..] = octets;
@@ -175,12 +178,12 @@ fn address(family: i32, bytes: &[u8], address: usize, port: usize) -> Option<Soc
 mod tests {
     use super::*;
 
-    /// What Linux 6.18 said of a TCP listener on 127.0.0.1:8080.
+    /// The entry of Linux 6.18 for a TCP listener on 127.0.0.1:8080.
     const LISTENER: &str = "\
         020a00001f9000007f00000100000000000000000000000000000000000000000000000000000000\
         00000000d74102000000000000000000000000008000000000000000782817000500080000000000\
         08000f00000000000c00150001000000000000000600160052000000";
-    /// And of a UDP socket connected to [::1]:8081.
+    /// The entry of Linux 6.18 for a UDP socket connected to [::1]:8081.
     const DATAGRAM: &str = "\
         0a010000b1581f9100000000000000000000000000000001000000000000000000000000000000010\
         0000000d941020000000000000000000000000000000000000000007d2817000500080000000000080\
@@ -191,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn entries_are_what_the_kernel_says_of_sockets() {
+    fn entries_of_the_kernel_are_parsed() {
         let listener = Entry {
             family: libc::AF_INET,
             protocol: 0,
@@ -217,12 +220,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_cut_short_is_no_entry_and_attributes_that_are_tell_nothing() {
+    fn truncated_entry_is_rejected_and_truncated_attribute_ignored() {
         let whole = bytes(LISTENER);
         for len in 0..whole.len() {
             let entry = parse(&whole[..len]);
             assert_eq!(entry.is_some(), len >= ENTRY_LEN, "{len}");
-            // That attribute is the third.
+            // The cgroup is the third attribute.
             let has_cgroup = len >= ENTRY_LEN + 5 + 3 + 8 + 12;
             assert_eq!(entry.and_then(|entry| entry.cgroup).is_some(), has_cgroup, "{len}");
         }

@@ -1,4 +1,4 @@
-//! Sockets of other processes, as they would see them themselves.
+//! Reads and sets options of a socket by its descriptor.
 
 use std::{
     io,
@@ -20,24 +20,25 @@ use crate::{
     },
 };
 
-/// A socket, as the kernel lists it, or as it says of itself.
+/// The facts about a socket, from the kernel's list or from the socket itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// AF_INET or AF_INET6
+    /// AF_INET or AF_INET6.
     pub family: i32,
-    /// One of IPPROTO_; of a raw socket IPPROTO_RAW, whatever it is for.
+    /// One of IPPROTO_*. For every raw socket, IPPROTO_RAW.
     pub protocol: i32,
     pub state: State,
     pub local: SocketAddr,
     pub remote: Option<SocketAddr>,
-    /// What `/proc/PID/fd` calls it; 0 where no process has it.
+    /// The inode number that `/proc/PID/fd` shows; 0 if no process has a descriptor.
     pub inode: u32,
+    /// SO_COOKIE: unique among all sockets since boot.
     pub cookie: u64,
-    /// The id of the cgroup that it was made in, where the kernel told it.
+    /// The id of the cgroup in which the socket was created. `None`: unknown.
     pub cgroup: Option<u64>,
 }
 
-/// The state of a socket, by the names that `ss` has for them. Those of TCP; others are connected or not.
+/// The TCP state of a socket. Sockets of other protocols are `Established` or `Unconnected`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
     Established,
@@ -53,15 +54,16 @@ pub enum State {
     Closing,
 }
 
-/// What a socket was made as: the arguments of socket(2).
+/// The arguments of socket(2) that create this kind of socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Kind {
     pub family: i32,
+    /// The type, such as SOCK_STREAM.
     pub form: i32,
     pub protocol: i32,
 }
 
-/// What a socket says of itself; `None` where policies are not about it.
+/// Describes a socket, without its inode number and cgroup. Returns `None` if the socket is not an IPv4 or IPv6 socket.
 #[must_use]
 pub fn describe(socket: &OwnedFd) -> Option<Entry> {
     let local = getsockname::<SockaddrStorage>(socket.as_raw_fd()).ok().and_then(|address| to_std(&address))?;
@@ -85,19 +87,20 @@ pub fn describe(socket: &OwnedFd) -> Option<Entry> {
 }
 
 impl Entry {
-    /// What policies go by. Of a connected one it does not say which end began.
+    /// Returns the facts that policies match. The direction of a connection is unknown.
     #[must_use]
     pub fn facts(&self) -> Option<Socket> {
         let local = End {
             address: Some(self.local.ip()).filter(|address| !address.is_unspecified()),
             port: Some(self.local.port()).filter(|port| *port != 0),
         };
-        // One of AF_INET6 without any address may carry either.
+        // An AF_INET6 socket without an address can use IPv4 too.
         let family = (self.family == libc::AF_INET).then_some(Family::Ipv4);
         let direction = (self.state == State::Listening).then_some(Direction::Inbound);
         Socket::new(self.protocol(), family, direction, local, self.remote).ok()
     }
 
+    /// Returns the protocol, as policies match it.
     #[must_use]
     pub fn protocol(&self) -> Protocol {
         match self.protocol {
@@ -111,13 +114,12 @@ impl Entry {
 }
 
 impl State {
-    /// The state of a number (include/net/tcp_states.h); one that is bound and does nothing yet, and what is not known here, is
-    /// not connected.
+    /// Returns the state with this number (include/net/tcp_states.h), or `Unconnected` for an unknown number.
     pub(super) fn from_number(number: u8) -> Self {
         match number {
             1 => Self::Established,
             2 => Self::SynSent,
-            // Also TCP_NEW_SYN_RECV: a connection that is not a socket of its own yet.
+            // 12 is TCP_NEW_SYN_RECV: a connection request, for which no full socket exists yet.
             3 | 12 => Self::SynReceived,
             4 => Self::FinWait1,
             5 => Self::FinWait2,
@@ -130,7 +132,7 @@ impl State {
         }
     }
 
-    /// The number of a state.
+    /// Returns the number of the state (include/net/tcp_states.h).
     pub(super) fn number(self) -> u8 {
         match self {
             Self::Established => 1,
@@ -147,6 +149,7 @@ impl State {
         }
     }
 
+    /// Returns the name that ss(8) uses.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -166,53 +169,53 @@ impl State {
 }
 
 impl Kind {
-    /// What a socket was made as.
+    /// Returns the kind of a socket, or `None` if its options cannot be read.
     #[must_use]
     pub fn of(socket: &OwnedFd) -> Option<Self> {
         let family = number(socket, libc::SO_DOMAIN)?;
         Some(Self { family, form: number(socket, libc::SO_TYPE)?, protocol: number(socket, libc::SO_PROTOCOL)? })
     }
 
-    /// A new socket of the kind, in the network namespace of this thread.
+    /// Creates a socket of this kind in the network namespace of the calling thread.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses.
+    /// Fails as socket(2) does.
     pub fn open(self) -> io::Result<OwnedFd> {
-        // SAFETY: takes numbers.
+        // SAFETY: socket(2) takes no pointers.
         let socket = unsafe { libc::socket(self.family, self.form | libc::SOCK_CLOEXEC, self.protocol) };
         if socket < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the kernel has just made it, for us alone.
+        // SAFETY: the kernel has just opened this descriptor, and nothing else owns it.
         Ok(unsafe { OwnedFd::from_raw_fd(socket) })
     }
 }
 
-/// Options with their values, in the order in which they were asked for.
+/// Options and their values, in the order of the request.
 pub type Values = Vec<(&'static SocketOption, Value)>;
 
-/// The values of these options, as far as the socket has them and they can be read; none that reading would do something to.
+/// Returns the values of these options. Leaves out options that cannot be read, and options whose reading has an effect.
 #[must_use]
 pub fn values(socket: &OwnedFd, wanted: &[&'static SocketOption]) -> Values {
     let readable = wanted.iter().filter(|option| option.reading != Reading::Never);
     readable.filter_map(|option| Some((*option, value(socket, option.key())?))).collect()
 }
 
-/// Room for any value that is not a list.
-const ROOM: usize = 256;
+/// The size of the buffer for a value in bytes: enough for any value that is not a list.
+const BUFFER_SIZE: usize = 256;
 
-/// What getsockopt shows of an option; `None` where it fails.
+/// Returns the value of an option, or `None` if getsockopt(2) fails.
 #[must_use]
 pub fn value(socket: &OwnedFd, key: OptionKey) -> Option<Value> {
-    let mut bytes = [0; ROOM];
+    let mut bytes = [0; BUFFER_SIZE];
     let len = read(socket, key, &mut bytes)?;
     let mut captured = [0; TEXT_LEN];
-    let known = len.min(TEXT_LEN);
-    captured[..known].copy_from_slice(&bytes[..known]);
+    let captured_len = len.min(TEXT_LEN);
+    captured[..captured_len].copy_from_slice(&bytes[..captured_len]);
     let ([first, second], _) = captured.as_chunks() else { return None };
     let words = [u64::from_ne_bytes(*first), u64::from_ne_bytes(*second)];
-    // A name that is not there has no length, and no length means that a value is not known.
+    // The kernel returns the length 0 for an empty name. In `Value`, the length 0 means that the value is unknown.
     let is_text = options::by_key(key).is_some_and(|option| option.value.abi_kind() == kind::TEXT);
     Some(Value::new(words, if is_text { len.max(1) } else { len } as u32))
 }
@@ -221,63 +224,64 @@ pub fn value(socket: &OwnedFd, key: OptionKey) -> Option<Value> {
 ///
 /// # Errors
 ///
-/// The kernel's.
+/// Fails as setsockopt(2) does.
 pub fn set(socket: &OwnedFd, key: OptionKey, value: &Value) -> io::Result<()> {
     let bytes = value.bytes();
     let len = (value.len as usize).min(bytes.len());
-    // SAFETY: `len` bytes of the value.
+    // SAFETY: `bytes` has at least `len` bytes.
     let result = unsafe {
         libc::setsockopt(socket.as_raw_fd(), key.level, key.name, bytes.as_ptr().cast(), len as libc::socklen_t)
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Which end began a TCP connection, told from what it has counted; `None` where that does not tell.
+/// Returns the direction of a TCP connection, from the socket's byte counters. Returns `None` if the counters do not show it.
 ///
-/// The kernel counts the SYN of who connects among the bytes that were acknowledged (`tcp_snd_una_update`, from
-/// `tcp_rcv_synsent_state_process`), but never among those sent, and of who accepts neither (`tcp_create_openreq_child`).
+/// For an outbound connection, the kernel counts the SYN among the acknowledged bytes (`tcp_snd_una_update`, called by
+/// `tcp_rcv_synsent_state_process`), but not among the sent bytes. For an inbound connection, it counts the SYN in neither
+/// (`tcp_create_openreq_child`).
 #[must_use]
 pub fn direction(socket: &OwnedFd) -> Option<Direction> {
     let before = Counts::of(socket)?;
     let mut queued: libc::c_int = 0;
-    // SAFETY: writes an int.
+    // SAFETY: TIOCOUTQ writes an int.
     if unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut queued) } != 0 {
         return None;
     }
-    let on_the_way = u64::try_from(queued).ok()?.checked_sub(before.unsent)?;
-    // What counts up meanwhile tells nothing.
+    let unacknowledged = u64::try_from(queued).ok()?.checked_sub(before.unsent)?;
+    // If the counters have changed in between, they are not consistent with `queued`.
     if Counts::of(socket)? != before {
         return None;
     }
-    match (before.acknowledged + on_the_way).checked_sub(before.sent) {
+    match (before.acknowledged + unacknowledged).checked_sub(before.sent) {
         Some(0) => Some(Direction::Inbound),
         Some(1) => Some(Direction::Outbound),
         _ => None,
     }
 }
 
-/// Bytes of a connection that has not begun to end from here: that counts as one, too.
+/// The byte counters of a connection that this end has not closed. A FIN would count as a byte too.
 #[derive(PartialEq, Eq)]
 struct Counts {
     acknowledged: u64,
-    /// Each once.
+    /// Sent bytes without retransmissions.
     sent: u64,
-    /// Still waiting.
+    /// Bytes that are queued and not sent yet.
     unsent: u64,
 }
 
 impl Counts {
-    /// By their places in `struct tcp_info` (include/uapi/linux/tcp.h; 4.19).
+    /// Reads the counters at their offsets in `struct tcp_info` (include/uapi/linux/tcp.h, Linux 4.19).
     fn of(socket: &OwnedFd) -> Option<Self> {
         const STATE: usize = 0;
         const BYTES_ACKED: usize = 120;
         const NOTSENT_BYTES: usize = 144;
         const BYTES_SENT: usize = 200;
         const BYTES_RETRANS: usize = 208;
-        let mut info = [0; ROOM];
+        let mut info = [0; BUFFER_SIZE];
         let len = read(socket, OptionKey { level: Level::TCP.0, name: libc::TCP_INFO }, &mut info)?;
         let info = &info[..len];
-        let wide = |at: usize| Some(u64::from_ne_bytes(info.get(at..at + 8)?.try_into().ok()?));
+        let wide = |offset: usize| Some(u64::from_ne_bytes(info.get(offset..offset + 8)?.try_into().ok()?));
         let unsent = u32::from_ne_bytes(info.get(NOTSENT_BYTES..NOTSENT_BYTES + 4)?.try_into().ok()?);
         if !matches!(State::from_number(*info.get(STATE)?), State::Established | State::CloseWait) {
             return None;
@@ -287,7 +291,7 @@ impl Counts {
     }
 }
 
-/// What tells a socket from all others as long as this kernel runs.
+/// Returns SO_COOKIE, which is unique among all sockets since boot.
 #[must_use]
 pub fn cookie(socket: &OwnedFd) -> Option<u64> {
     let mut cookie = [0; 8];
@@ -295,26 +299,26 @@ pub fn cookie(socket: &OwnedFd) -> Option<u64> {
     (len == cookie.len()).then(|| u64::from_ne_bytes(cookie))
 }
 
-/// What `/proc/PID/fd` calls it.
+/// Returns the inode number, which `/proc/PID/fd` shows.
 #[must_use]
 pub fn inode(socket: &OwnedFd) -> Option<u32> {
     fstat(socket).ok().and_then(|socket| u32::try_from(socket.st_ino).ok())
 }
 
-/// An option of SOL_SOCKET that is an `int`.
+/// Returns the value of an option of SOL_SOCKET that is an `int`.
 fn number(socket: &OwnedFd, name: i32) -> Option<i32> {
     let mut value = [0; 4];
     let len = read(socket, OptionKey { level: Level::SOCKET.0, name }, &mut value)?;
     (len == value.len()).then(|| i32::from_ne_bytes(value))
 }
 
-/// Calls getsockopt; gives the length of the value.
-fn read(socket: &OwnedFd, key: OptionKey, room: &mut [u8]) -> Option<usize> {
-    let mut len = room.len() as libc::socklen_t;
-    // SAFETY: `len` bytes of room.
+/// Calls getsockopt(2). Returns the length of the value in bytes.
+fn read(socket: &OwnedFd, key: OptionKey, buffer: &mut [u8]) -> Option<usize> {
+    let mut len = buffer.len() as libc::socklen_t;
+    // SAFETY: `buffer` has `len` bytes.
     let result =
-        unsafe { libc::getsockopt(socket.as_raw_fd(), key.level, key.name, room.as_mut_ptr().cast(), &raw mut len) };
-    (result == 0).then_some((len as usize).min(room.len()))
+        unsafe { libc::getsockopt(socket.as_raw_fd(), key.level, key.name, buffer.as_mut_ptr().cast(), &raw mut len) };
+    (result == 0).then_some((len as usize).min(buffer.len()))
 }
 
 fn to_std(address: &SockaddrStorage) -> Option<SocketAddr> {

@@ -1,11 +1,12 @@
-//! Which sockets there are on this host, in every network namespace, whose they are, and what they have.
+//! The sockets of this host, in all network namespaces, with the processes that have descriptors of them.
 //!
-//! What the kernel lists is found also where no process has it. What is neither bound nor connected the kernel does not list: it
-//! is found with the process that has it, and taken to have been made in that process's cgroup.
+//! A socket that the kernel lists is found even if no process has a descriptor of it. The kernel does not list sockets that are
+//! neither bound nor connected. Such a socket is found through a process that has a descriptor of it, and is assumed to have been
+//! created in the cgroup of this process.
 //!
-//! Sockets are looked into one by one, each for a moment: a process that closes one meanwhile has it closed a moment later. That
-//! a descriptor still is what it was when the sockets were listed, the cookie tells, and before that the inode number: the
-//! process may be gone by then, and its number another's.
+//! Sockets are inspected one by one, and each is open only for a short time, since an open descriptor delays the effect of the
+//! owner's close(2). The inode number or the cookie shows whether a descriptor still refers to the socket that was listed. The
+//! process may have ended since, and its id may have been reused.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -30,32 +31,34 @@ use crate::{
     options::{OPTIONS, SocketOption},
 };
 
-/// The sockets that there are.
+/// The sockets of this host.
 #[derive(Debug)]
 pub struct SocketTable {
-    /// In the order of processes and descriptors.
+    /// Sorted by process and descriptor.
     pub sockets: Vec<SocketEntry>,
     namespaces: Vec<Namespace>,
-    /// Processes of the wanted cgroups that must not be looked into: what else they have is not known.
+    /// The processes in wanted cgroups whose descriptors cannot be read (permission denied). These processes can have sockets that
+    /// are missing here.
     pub unread: HashSet<u32>,
-    /// Whether there is any process that must not be looked into: it may have what nobody else has.
+    /// Whether the descriptors of any process cannot be read (permission denied).
     pub is_partial: bool,
-    /// Whether there is a network namespace whose sockets must not be listed.
+    /// Whether the sockets of any network namespace could not be listed.
     pub has_unlisted: bool,
 }
 
 #[derive(Clone, Debug)]
 pub struct SocketEntry {
     pub entry: Entry,
-    /// Index of the network namespaces.
+    /// The index in [`SocketTable::namespaces`].
     pub namespace: usize,
-    /// Who has it, by process: none has what the kernel itself uses, or still or already keeps.
+    /// One descriptor of each process that has the socket. Empty for sockets that the kernel uses itself, that are not accepted yet,
+    /// or that are closed and not destroyed yet.
     pub holders: Vec<FdRef>,
-    /// The cgroup of its process, of a socket that the kernel does not list.
+    /// The cgroup of the process that has the socket, if the kernel does not list the socket.
     pub home: Option<PathBuf>,
 }
 
-/// A process that has a socket.
+/// A descriptor of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FdRef {
     pub process: u32,
@@ -68,31 +71,32 @@ pub enum SurveyError {
     Processes(io::Error),
 }
 
-/// By inode number.
+/// The descriptors of sockets, by inode number.
 type FdRefs = HashMap<u32, Vec<FdRef>>;
 
-fn note(holders: &mut FdRefs, inode: u32, holder: FdRef) {
-    let of = holders.entry(inode).or_default();
-    if of.iter().all(|other| other.process != holder.process) {
-        of.push(holder);
+/// Adds a descriptor, unless one of the same process is known already.
+fn add_holder(holders: &mut FdRefs, inode: u32, holder: FdRef) {
+    let known = holders.entry(inode).or_default();
+    if known.iter().all(|other| other.process != holder.process) {
+        known.push(holder);
     }
 }
 
 impl SocketTable {
-    /// Looks for sockets. Of those that the kernel does not list, only in processes of cgroups that are `wanted`.
+    /// Lists the sockets of this host. Sockets that the kernel does not list are searched only in processes of `wanted` cgroups.
     ///
-    /// `all_holders` may know of all processes' descriptors which socket each is, in the order of processes and descriptors.
-    /// Otherwise they are looked at one by one.
+    /// `all_holders` can return the socket descriptors of all processes with their inode numbers, sorted by process and descriptor.
+    /// If it returns `None`, `/proc` is read for each process.
     ///
     /// # Errors
     ///
-    /// Where processes or sockets cannot be listed.
+    /// Fails if the processes cannot be listed.
     pub fn read(
         wanted: impl Fn(&Path) -> bool,
         all_holders: impl FnOnce() -> Option<Vec<(u32, FdRef)>>,
         inspector: &mut Inspector,
     ) -> Result<Self, SurveyError> {
-        let mut survey = Self {
+        let mut table = Self {
             sockets: Vec::new(),
             namespaces: Vec::new(),
             unread: HashSet::new(),
@@ -102,40 +106,40 @@ impl SocketTable {
         let processes = process::all().map_err(SurveyError::Processes)?;
         fault::point("processes-listed");
         for process in &processes {
-            let is_known = |id| survey.namespaces.iter().any(|namespace| namespace.id == id);
+            let is_known = |id| table.namespaces.iter().any(|namespace| namespace.id == id);
             let Some(id) = netns::id_of_process(*process).filter(|id| !is_known(*id)) else { continue };
             fault::point_for("namespace-found", id);
             if let Ok(namespace) = Namespace::of_process(*process) {
-                survey.enter(namespace, inspector)?;
+                table.list(namespace, inspector)?;
             }
         }
-        // After that, so that what has come meanwhile is found with its process.
+        // Descriptors are read after the lists, so that a socket that was created in between is found through its process.
         let mut holders = FdRefs::new();
         match all_holders() {
-            Some(all) => all.into_iter().for_each(|(inode, holder)| note(&mut holders, inode, holder)),
-            None => processes.into_iter().for_each(|process| survey.visit(process, &mut holders, &wanted)),
+            Some(all) => all.into_iter().for_each(|(inode, holder)| add_holder(&mut holders, inode, holder)),
+            None => processes.into_iter().for_each(|process| table.read_holders(process, &mut holders, &wanted)),
         }
         fault::point("holders-listed");
-        let listed: HashSet<u32> = survey.sockets.iter().map(|found| found.entry.inode).collect();
-        for (inode, of) in holders.iter().filter(|(inode, _)| !listed.contains(inode)) {
-            survey.add_unlisted(*inode, of, &wanted, inspector)?;
+        let listed: HashSet<u32> = table.sockets.iter().map(|socket| socket.entry.inode).collect();
+        for (inode, fds) in holders.iter().filter(|(inode, _)| !listed.contains(inode)) {
+            table.add_unlisted(*inode, fds, &wanted, inspector)?;
         }
-        let mut seen = HashSet::new();
-        survey.sockets.retain(|found| seen.insert(found.entry.cookie));
-        for found in &mut survey.sockets {
-            found.holders = holders.get(&found.entry.inode).cloned().unwrap_or_default();
+        let mut cookies = HashSet::new();
+        table.sockets.retain(|socket| cookies.insert(socket.entry.cookie));
+        for socket in &mut table.sockets {
+            socket.holders = holders.get(&socket.entry.inode).cloned().unwrap_or_default();
         }
-        survey.sockets.sort_by_key(SocketEntry::place);
+        table.sockets.sort_by_key(SocketEntry::sort_key);
         fault::point("sockets-listed");
-        Ok(survey)
+        Ok(table)
     }
 
-    /// Notes which sockets a process has.
-    fn visit(&mut self, process: u32, holders: &mut FdRefs, wanted: &impl Fn(&Path) -> bool) {
+    /// Adds the socket descriptors of a process to `holders`.
+    fn read_holders(&mut self, process: u32, holders: &mut FdRefs, wanted: &impl Fn(&Path) -> bool) {
         match process::sockets(process) {
             Ok(sockets) => {
                 for (descriptor, inode) in sockets {
-                    note(holders, inode, FdRef { process, descriptor });
+                    add_holder(holders, inode, FdRef { process, descriptor });
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
@@ -144,32 +148,32 @@ impl SocketTable {
                     self.unread.insert(process);
                 }
             }
-            // It is gone.
+            // The process has ended.
             Err(_) => {}
         }
     }
 
-    /// Lists what is in a namespace; gives its index.
-    fn enter(&mut self, namespace: Namespace, inspector: &mut Inspector) -> Result<usize, SurveyError> {
+    /// Adds the sockets of a namespace, unless they are listed already. Returns the index of the namespace.
+    fn list(&mut self, namespace: Namespace, inspector: &mut Inspector) -> Result<usize, SurveyError> {
         if let Some(known) = self.namespaces.iter().position(|known| known.id == namespace.id) {
             return Ok(known);
         }
         fault::point_for("namespace-opened", namespace.id);
         let entries = inspector.list(&namespace).unwrap_or_else(|error| {
-            // What there is in it is found with its processes, as far as these may be looked into. The inspector has noted it,
-            // unless it may not be entered.
+            // The sockets of this namespace are found only through processes, as far as their descriptors can be read. The
+            // inspector has recorded the namespace as skipped, unless permission was denied.
             log::debug!("cannot list the sockets of network namespace {}: {error}", namespace.id);
             self.has_unlisted = true;
             Vec::new()
         });
         let index = self.namespaces.len();
         self.namespaces.push(namespace);
-        let found = |entry| SocketEntry { entry, namespace: index, holders: Vec::new(), home: None };
-        self.sockets.extend(entries.into_iter().map(found));
+        let socket = |entry| SocketEntry { entry, namespace: index, holders: Vec::new(), home: None };
+        self.sockets.extend(entries.into_iter().map(socket));
         Ok(index)
     }
 
-    /// Adds a socket that no list had, if policies are about it.
+    /// Adds a socket that the kernel does not list, if a wanted cgroup contains a process that has it.
     fn add_unlisted(
         &mut self,
         inode: u32,
@@ -186,19 +190,19 @@ impl SocketTable {
                     self.unread.insert(holder.process);
                     continue;
                 }
-                // The inspector has noted what does not answer.
+                // After a time-out, the inspector has recorded the socket as skipped.
                 Ok(None) | Err(_) => continue,
             };
             let Some(namespace) = namespace else { continue };
-            // It may be one that no process is in, whose sockets are listed only now.
-            let namespace = self.enter(namespace, inspector)?;
+            // A namespace that contains no process is found, and its sockets are listed, only now.
+            let namespace = self.list(namespace, inspector)?;
             self.sockets.push(SocketEntry { entry, namespace, holders: Vec::new(), home: Some(home) });
             return Ok(());
         }
         Ok(())
     }
 
-    /// The network namespaces that sockets are in, by [`SocketEntry::namespace`].
+    /// Returns the network namespaces, by [`SocketEntry::namespace`].
     #[must_use]
     pub fn namespaces(&self) -> &[Namespace] {
         &self.namespaces
@@ -206,104 +210,110 @@ impl SocketTable {
 }
 
 impl SocketEntry {
-    /// Sockets are in the order of processes and descriptors; those that nobody has come last.
-    fn place(&self) -> (u32, i32, u64) {
+    /// Returns the process, the descriptor and the cookie. Sockets without a descriptor come last.
+    fn sort_key(&self) -> (u32, i32, u64) {
         let (process, descriptor) =
             self.holders.first().map_or((u32::MAX, 0), |holder| (holder.process, holder.descriptor));
         (process, descriptor, self.entry.cookie)
     }
 
-    /// What the socket says of itself, and which process it was reached through; `None` where no process has it any more. `note` is asked
-    /// about the process before: the socket's process had this number then.
+    /// Inspects the socket through one of its descriptors. Returns the facts, the descriptor, and the result of `describe_owner` for
+    /// the process. Returns `None` if no process has the socket any more.
+    ///
+    /// `describe_owner` is called before each inspection: if the inspection succeeds, the process had the socket at that time, and
+    /// its id was not reused.
     ///
     /// # Errors
     ///
-    /// Where it must not be looked into, or does not answer.
+    /// Fails if permission is denied for all descriptors, or if a call times out.
     pub fn inspect_by<T>(
         &self,
         inspector: &mut Inspector,
         wanted: &[&'static SocketOption],
-        mut note: impl FnMut(FdRef) -> T,
+        mut describe_owner: impl FnMut(FdRef) -> T,
     ) -> Result<Option<(T, FdRef, Inspected)>, Refused<T>> {
         let mut refused = None;
         for holder in &self.holders {
-            let noted = note(*holder);
+            let owner = describe_owner(*holder);
             match inspector.inspect(*holder, self.entry.cookie, wanted) {
                 Ok(Some(inspected)) => {
                     fault::point("socket-taken");
-                    return Ok(Some((noted, *holder, inspected)));
+                    return Ok(Some((owner, *holder, inspected)));
                 }
                 Ok(None) => {}
-                Err(source @ InspectError::Refused(_)) => refused = Some(Refused { by: noted, source }),
-                // Nor would it to another that has it.
-                Err(source) => return Err(Refused { by: noted, source }),
+                Err(source @ InspectError::Refused(_)) => refused = Some(Refused { by: owner, source }),
+                // The socket would time out through the descriptor of another process too.
+                Err(source) => return Err(Refused { by: owner, source }),
             }
         }
         refused.map_or(Ok(None), Err)
     }
 }
 
-/// A process does not let its socket be taken.
+/// The inspection of a socket failed.
 #[derive(Debug, thiserror::Error)]
 #[error("{source}")]
 pub struct Refused<T> {
-    /// What was noted of the process.
+    /// The description of the process whose descriptor was used.
     pub by: T,
     pub source: InspectError,
 }
 
-/// What new sockets have, of each kind and network namespace, found as it is asked for.
+/// The options of new sockets by kind and network namespace, read when they are needed.
 #[derive(Debug, Default)]
 pub struct Defaults {
-    /// `None` where none can be made.
-    fresh: HashMap<Place, Option<Values>>,
-    after: HashMap<(Place, OptionKey, Value), Option<Value>>,
+    /// The options of a new socket. `None`: no such socket can be created.
+    new_sockets: HashMap<NamespaceKind, Option<Values>>,
+    /// The value of an option after it was set to a value.
+    after: HashMap<(NamespaceKind, OptionKey, Value), Option<Value>>,
 }
 
-/// Index of a namespace, and what sockets there are made as.
-type Place = (usize, Kind);
+/// The index of a namespace, and a kind of socket.
+type NamespaceKind = (usize, Kind);
 
 impl Defaults {
-    /// What a new socket of a kind has in the namespace of another; `None` where none can be made.
+    /// Returns the options of a new socket of a kind, in the namespace of `socket`, as they are before a policy applies. Returns
+    /// `None` if no such socket can be created.
     pub fn of(
         &mut self,
-        survey: &SocketTable,
-        found: &SocketEntry,
+        table: &SocketTable,
+        socket: &SocketEntry,
         kind: Kind,
         inspector: &mut Inspector,
     ) -> Option<&Values> {
-        let open = || {
+        let read = || {
             let all: Vec<&'static SocketOption> = OPTIONS.iter().collect();
-            let fresh = inspector.fresh(&survey.namespaces[found.namespace], kind, &all);
-            let fresh =
-                fresh.inspect_err(|error| log::debug!("no new socket to compare with, {kind:?}: {error}")).ok()?;
-            let at_first = |(option, value)| (option, if is_set_at_creation(option) { zero(option) } else { value });
-            Some(fresh.into_iter().map(at_first).collect())
+            let values = inspector.new_socket_values(&table.namespaces[socket.namespace], kind, &all);
+            let values = values
+                .inspect_err(|error| log::debug!("cannot create a socket to compare with ({kind:?}): {error}"))
+                .ok()?;
+            let initial = |(option, value)| (option, if is_set_at_creation(option) { zero(option) } else { value });
+            Some(values.into_iter().map(initial).collect())
         };
-        self.fresh.entry((found.namespace, kind)).or_insert_with(open).as_ref()
+        self.new_sockets.entry((socket.namespace, kind)).or_insert_with(read).as_ref()
     }
 
-    /// What such a socket shows of an option after it was set to a value; `None` where that cannot be tried.
+    /// Returns the value that getsockopt(2) returns on such a new socket after an option was set to `value`. Returns `None` if any
+    /// of these calls fails.
     pub fn after(
         &mut self,
-        (survey, found): (&SocketTable, &SocketEntry),
+        (table, socket): (&SocketTable, &SocketEntry),
         kind: Kind,
         key: OptionKey,
         value: Value,
         inspector: &mut Inspector,
     ) -> Option<Value> {
-        let set = || inspector.fresh_after(&survey.namespaces[found.namespace], kind, key, &value);
-        let asked = ((found.namespace, kind), key, value);
-        *self.after.entry(asked).or_insert_with(set)
+        let set = || inspector.new_socket_value_after(&table.namespaces[socket.namespace], kind, key, &value);
+        *self.after.entry(((socket.namespace, kind), key, value)).or_insert_with(set)
     }
 }
 
-/// Whether a program can have given the option to our own new socket: the kernel itself makes all of these 0.
+/// Returns whether a BPF program can set the option on the agent's own new sockets. The kernel's default of each such option is 0.
 fn is_set_at_creation(option: &'static SocketOption) -> bool {
-    let is_given = |option: &SocketOption| {
+    let is_settable = |option: &SocketOption| {
         option.settable().is_some_and(|settable| settable.sites.contains(apply_point::SOCK_CREATE))
     };
-    is_given(option) || option.other_names().any(is_given)
+    is_settable(option) || option.other_names().any(is_settable)
 }
 
 fn zero(option: &SocketOption) -> Value {

@@ -1,13 +1,13 @@
-//! The kernel as a whole, as uname(2) shows it.
+//! The preemption model of the kernel, from uname(2).
 
 use nix::sys::utsname::uname;
 
-/// Whether the kernel may take the CPU from a task while it runs kernel code, or can be told to.
+/// Returns whether the kernel can preempt a task that runs kernel code, now or after a change of its preemption model. Returns `true`
+/// if uname(2) fails.
 #[must_use]
 pub fn is_preemptible() -> bool {
-    // The kernel names the model that it was built with: PREEMPT, PREEMPT_DYNAMIC, PREEMPT_RT; none where it is not
-    // preemptible (init/Makefile). This is its own word of it, and not a version: which of its models a dynamic one follows is
-    // in debugfs alone, and may change. Where it does not tell, it is taken for a preemptible one.
+    // The version contains the model that the kernel was built with (init/Makefile): PREEMPT, PREEMPT_DYNAMIC, PREEMPT_RT, or none
+    // if the kernel is not preemptible. With PREEMPT_DYNAMIC, the current model is only in debugfs and can change.
     uname().map_or(true, |names| names_preemption(&names.version().to_string_lossy()))
 }
 
@@ -20,7 +20,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn model_of_preemption_is_found_in_the_version() {
+    fn preemption_model_is_found_in_the_version() {
         for (version, expected) in [
             ("#1 SMP PREEMPT_DYNAMIC Debian 6.12.57-1 (2025-11-05)", true),
             ("#1 SMP PREEMPT Tue May 13", true),

@@ -1,7 +1,7 @@
-//! tracefs, where the kernel lists its tracepoints.
+//! Finds tracepoints in tracefs.
 //!
-//! Hosts without systemd often do not have it mounted. It is then mounted where only one thread of
-//! ours sees it, for as long as that thread runs, so that nothing is left behind.
+//! On hosts without systemd, tracefs is often not mounted. It is then mounted in a mount namespace of one thread. The mount ends
+//! with this thread.
 
 use std::{fs, io, path::Path, thread};
 
@@ -10,39 +10,39 @@ use nix::{
     sched::{CloneFlags, unshare},
 };
 
-/// Where tracefs is mounted, by convention of the kernel's documentation.
-const PLACE: &str = "/sys/kernel/tracing";
-/// Where it is mounted by itself, with debugfs.
-const OTHER_PLACE: &str = "/sys/kernel/debug/tracing";
+/// The mount point of tracefs in the kernel's documentation.
+const MOUNT_POINT: &str = "/sys/kernel/tracing";
+/// The path at which the kernel mounts tracefs automatically if debugfs is mounted.
+const DEBUGFS_MOUNT_POINT: &str = "/sys/kernel/debug/tracing";
 
-/// Returns whether tracefs is there, also where this process may not read it: it is root's, with mode 0700.
+/// Returns whether tracefs is mounted. Only root can read tracefs (mode 0700), but any user gets the right result.
 #[must_use]
 pub fn is_mounted() -> bool {
-    [PLACE, OTHER_PLACE].iter().any(|place| match Path::new(place).join("events").metadata() {
+    [MOUNT_POINT, DEBUGFS_MOUNT_POINT].iter().any(|place| match Path::new(place).join("events").metadata() {
         Ok(metadata) => metadata.is_dir(),
         Err(error) => error.kind() == io::ErrorKind::PermissionDenied,
     })
 }
 
-/// The number by which perf_event_open(2) knows a tracepoint.
+/// Returns the id of a tracepoint for perf_event_open(2).
 ///
 /// # Errors
 ///
-/// Where tracefs is not mounted, or there is no such tracepoint.
+/// Fails if tracefs is not mounted, or if the tracepoint does not exist.
 pub fn tracepoint_id(category: &str, name: &str) -> io::Result<u64> {
     let read = |place| fs::read_to_string(Path::new(place).join("events").join(category).join(name).join("id"));
-    let text = match read(PLACE) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => read(OTHER_PLACE),
+    let text = match read(MOUNT_POINT) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => read(DEBUGFS_MOUNT_POINT),
         read => read,
     };
     text?.trim().parse().map_err(io::Error::other)
 }
 
-/// Runs `work` where tracefs is mounted.
+/// Calls `work` with tracefs mounted. If tracefs is not mounted, mounts it and calls `work` on a new thread.
 ///
 /// # Errors
 ///
-/// Where it is not mounted, and cannot be mounted for this either.
+/// Fails if tracefs is not mounted and cannot be mounted.
 pub fn with_tracefs<T: Send>(work: impl FnOnce() -> T + Send) -> io::Result<T> {
     if is_mounted() {
         return Ok(work());
@@ -55,8 +55,8 @@ pub fn with_tracefs<T: Send>(work: impl FnOnce() -> T + Send) -> io::Result<T> {
 
 fn mount_for_this_thread() -> io::Result<()> {
     unshare(CloneFlags::CLONE_NEWNS)?;
-    // What is mounted from here on must not spread to the host.
+    // The mount must not propagate to the host's mount namespace.
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;
-    mount(Some("tracefs"), PLACE, Some("tracefs"), MsFlags::empty(), None::<&str>)?;
+    mount(Some("tracefs"), MOUNT_POINT, Some("tracefs"), MsFlags::empty(), None::<&str>)?;
     Ok(())
 }

@@ -57,13 +57,14 @@ fn run_on(cgroup: &str, policy: &PolicyFile) -> Command {
 fn cgroup_that_is_not_there_is_named() {
     let policy = policy();
     let mount = mount().display();
-    let help = format!("cgroups are the folders below {mount}; `find {mount} -type d` lists them");
+    let help = format!("cgroups are the directories below {mount}: find {mount} -type d");
     for (given, full) in [
         ("/no/such/cgroup", "/no/such/cgroup".to_owned()),
         ("no/such/cgroup", format!("{mount}/no/such/cgroup")),
         ("no-such.slice", format!("{mount}/no-such.slice")),
     ] {
-        let error = format!("error: no cgroup {full}: No such file or directory (os error 2)\n  help: {help}\n");
+        let error =
+            format!("error: cannot find cgroup {full}: No such file or directory (os error 2)\n  help: {help}\n");
         fails(run_on(given, &policy), 2, &error);
     }
 }
@@ -73,13 +74,12 @@ fn cgroup_that_is_something_else_is_refused() {
     let policy = policy();
     let target = Cgroup::new();
     let folder = target.path().display();
-    let error =
-        format!("error: {folder}/cgroup.procs is a file, and a cgroup is a folder\n  help: did you mean {folder}?\n");
+    let error = format!("error: {folder}/cgroup.procs is a file, not a cgroup directory\n  help: use {folder}\n");
     fails(run_on(&format!("{folder}/cgroup.procs"), &policy), 2, &error);
     let not_cgroup2 = |path: &str| {
         format!(
-            "error: {path} is not in the cgroup2 hierarchy: it is a cgroup of version 1, or no cgroup at all\n  help: \
-             give a folder below {}\n",
+            "error: {path} is not in the cgroup2 hierarchy: it is a cgroup of version 1, or not a cgroup\n  help: \
+             use a directory below {}\n",
             mount().display()
         )
     };
@@ -117,7 +117,7 @@ fn host_without_cgroup2_is_told_how_to_mount_it() {
     let unmount = format!("umount {}", mount().display());
     let output = process::output(with_mounts(&unmount, &exec(&["--quiet"], &policy, &["echo", MARK])));
     let said = stderr(&output);
-    let (error, help) = said.split_once("\n  help: mount it, and run this again: ").unwrap();
+    let (error, help) = said.split_once("\n  help: mount it and repeat the command: ").unwrap();
     assert_eq!(error, "error: cgroup2 is not mounted on this host");
     assert_eq!((stdout(&output).as_str(), output.status.code()), ("", Some(125)));
     fails(with_mounts(&unmount, &run_on("some", &policy)), 2, &said);
@@ -238,7 +238,7 @@ fn kernel_without_btf_is_good_enough() {
     } else {
         // It would not know whose calls it sees.
         let error = "error: cannot attach the audit: programs cannot find the cgroups of a task on this kernel: this kernel \
-                     shows no BTF";
+                     provides no BTF";
         assert!(stderr(&output).starts_with(error), "{}", stderr(&output));
         assert_eq!((stdout(&output).as_str(), output.status.code()), ("", Some(125)));
     }

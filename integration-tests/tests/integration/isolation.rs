@@ -283,7 +283,8 @@ fn socket_whose_lock_is_held_is_named_and_no_other_is_kept_waiting() {
             crate::stdout(&output),
             crate::stderr(&output)
         );
-        let names_it = crate::stderr(&output).contains(&format!("of process {}: it does not answer", held.pid()));
+        let names_it =
+            crate::stderr(&output).contains(&format!("of process {}: a call on the socket timed out", held.pid()));
         assert!(names_it || arguments[1] == "--restore", "{arguments:?}: {}", crate::stderr(&output));
         let expected = if arguments[0] == "apply" && status == 2 { 7 } else { probe.int(socket, SO_MARK) };
         assert_eq!(probe.int(socket, SO_MARK), expected);

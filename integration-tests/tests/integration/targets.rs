@@ -105,7 +105,7 @@ fn removed_cgroup_keeps_its_programs_until_its_last_socket_is_closed() {
 fn given_cgroup_that_is_not_there_is_refused() {
     let policy = PolicyFile::new("[[rule]]\nset = { SO_MARK = 1 }\n");
     let output = agent::output(&["run", "--cgroup", "no-such", policy.path().to_str().unwrap()]);
-    assert!(crate::stderr(&output).starts_with("error: no cgroup "), "{}", crate::stderr(&output));
+    assert!(crate::stderr(&output).starts_with("error: cannot find cgroup "), "{}", crate::stderr(&output));
     assert_eq!(output.status.code(), Some(2));
 }
 

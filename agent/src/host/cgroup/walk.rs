@@ -1,9 +1,9 @@
-//! Examines the tree of cgroups, within bounds that no owner of a subtree can exceed or use up for others.
+//! Examines the tree of cgroups, within a budget that no owner of a subtree can use up for the others.
 //!
-//! Directories are examined in turn: first one of each child of the top, then the next one of each, and so at each level. A
-//! subtree of any size so takes no more than its equal share of the budget as long as others have directories left.
+//! Subtrees are examined round-robin, at each level: one directory of each subtree, then the next one of each. While other
+//! subtrees have directories left, a subtree of any size therefore takes only its equal share of the budget.
 //!
-//! A directory that cannot be examined is left out and named. Nothing is an error of the whole walk.
+//! A directory that cannot be examined is skipped and named. The walk as a whole cannot fail.
 
 use std::{
     collections::VecDeque,
@@ -21,12 +21,12 @@ use crate::{
     skipped::{Kind, Skip},
 };
 
-/// How much a walk may examine.
+/// The limits of a walk.
 #[derive(Clone, Copy, Debug)]
 pub struct Budget {
-    /// Directories that are examined.
+    /// The number of directories to examine.
     pub directories: usize,
-    /// Bytes of the paths of these, and of names of directories that wait to be examined.
+    /// The size of the paths of examined directories and of the names of directories that wait, in bytes.
     pub bytes: usize,
 }
 
@@ -39,31 +39,31 @@ impl Default for Budget {
 /// What a walk does with a cgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wanted {
-    /// Leaves it out.
+    /// Ignores the cgroup.
     No,
-    /// Notes it.
+    /// Records the cgroup.
     Alone,
-    /// Notes it, and looks at those right below it.
+    /// Records the cgroup and examines its children.
     WithChildren,
 }
 
-/// What a walk has found.
+/// The result of a walk.
 #[derive(Debug, Default)]
 pub struct Tree {
-    /// Paths below the mount, in the order in which they were examined.
+    /// The paths of the cgroups below the mount, in the order in which they were examined.
     pub found: Vec<PathBuf>,
-    /// Directories below which cgroups are not known.
+    /// Directories whose cgroups below are unknown.
     pub skipped: Vec<Skip>,
 }
 
-/// The names in one directory take at most one part in so many of the bytes that are left.
+/// The names in one directory use at most this fraction (1/8) of the remaining bytes.
 const NAMES_SHARE: usize = 8;
 
-/// Subtrees that are named if the budget is used up: those with the most left to examine.
+/// The maximum number of subtrees that are named if the budget is used up: those with the most directories left.
 const NAMED_MAX: usize = 8;
 
 impl Mount {
-    /// Examines the top, and those of the cgroups below it that are `wanted`, down to [`abi::CGROUP_LEVELS_MAX`] levels.
+    /// Examines the top of the mount and the cgroups below it that are `wanted`, down to [`abi::CGROUP_LEVELS_MAX`] levels.
     pub fn walk(&self, wanted: impl Fn(&Path) -> Wanted, budget: &Budget) -> Tree {
         let mut walk = Walk { mount: self, wanted, budget: *budget, tree: Tree::default(), unnamed: Vec::new() };
         let mut top = Node::new(PathBuf::new());
@@ -76,20 +76,20 @@ impl Mount {
 struct Walk<'a, W> {
     mount: &'a Mount,
     wanted: W,
-    /// What is left of it.
+    /// The remaining budget.
     budget: Budget,
     tree: Tree,
-    /// Directories with children for whose names there was no room, and how many.
+    /// The number of children whose names exceeded the budget, and the path of their directory.
     unnamed: Vec<(usize, PathBuf)>,
 }
 
-/// A directory, and what is left to examine below it.
+/// A directory, and the directories that are left to examine below it.
 struct Node {
     below: PathBuf,
     is_examined: bool,
-    /// Those of its children that have something left, the one whose turn it is first.
+    /// The children that have directories left. The first one is examined next.
     children: VecDeque<Node>,
-    /// Names of children that are not examined yet.
+    /// The names of children that are not examined yet.
     names: Vec<OsString>,
 }
 
@@ -98,7 +98,7 @@ impl Node {
         Self { below, is_examined: false, children: VecDeque::new(), names: Vec::new() }
     }
 
-    /// Examines one directory of this subtree. Returns whether there was any left.
+    /// Examines one directory of this subtree. Returns `false` if none was left.
     fn advance<W: Fn(&Path) -> Wanted>(&mut self, walk: &mut Walk<'_, W>) -> bool {
         if !self.is_examined {
             self.is_examined = true;
@@ -108,20 +108,20 @@ impl Node {
         if let Some(name) = self.names.pop() {
             let mut child = Self::new(self.below.join(name));
             child.advance(walk);
-            if child.is_left() {
+            if child.has_unexamined() {
                 self.children.push_back(child);
             }
             return true;
         }
         let Some(mut child) = self.children.pop_front() else { return false };
         child.advance(walk);
-        if child.is_left() {
+        if child.has_unexamined() {
             self.children.push_back(child);
         }
         true
     }
 
-    fn is_left(&self) -> bool {
+    fn has_unexamined(&self) -> bool {
         !self.names.is_empty() || !self.children.is_empty()
     }
 }
@@ -152,10 +152,11 @@ impl<W: Fn(&Path) -> Wanted> Walk<'_, W> {
         }
     }
 
-    /// Notes the names of the directories right below a node, unless it is a deepest one. Returns whether there is any.
+    /// Records the names of the child directories of a node, unless the node is at the deepest level. Returns whether the node has
+    /// any children.
     fn list(&mut self, node: &mut Node, is_deepest: bool) -> io::Result<bool> {
-        // One directory is not to use up what others need.
-        let mut room = self.budget.bytes / NAMES_SHARE;
+        // One directory must not use up the budget of the others.
+        let mut bytes_left = self.budget.bytes / NAMES_SHARE;
         let mut unnamed = 0;
         let folder = open_directory(&self.mount.path.join(&node.below))?;
         for entry in Dir::from_fd(folder.into())?.iter() {
@@ -172,8 +173,8 @@ impl<W: Fn(&Path) -> Wanted> Walk<'_, W> {
             if is_deepest {
                 return Ok(true);
             }
-            if room > bytes && node.names.len() < self.budget.directories {
-                room -= bytes;
+            if bytes_left > bytes && node.names.len() < self.budget.directories {
+                bytes_left -= bytes;
                 self.budget.bytes -= bytes;
                 node.names.push(name.to_owned());
             } else {
@@ -183,37 +184,37 @@ impl<W: Fn(&Path) -> Wanted> Walk<'_, W> {
         if unnamed > 0 {
             self.unnamed.push((unnamed, node.below.clone()));
         }
-        Ok(unnamed > 0 || node.is_left())
+        Ok(unnamed > 0 || node.has_unexamined())
     }
 
     fn skip(&mut self, below: &Path, reason: String, is_transient: bool) {
         self.tree.skipped.push(Skip::new(Kind::Cgroup, cgroup_name(below), reason).transient_if(is_transient));
     }
 
-    /// Names the subtrees with the most left to examine.
+    /// Records the subtrees with the most unexamined directories as skipped.
     fn name_unexamined(&mut self, top: Node) {
-        let mut left = mem::take(&mut self.unnamed);
+        let mut unexamined = mem::take(&mut self.unnamed);
         let mut nodes = vec![top];
         while let Some(Node { below, is_examined: _, children, names }) = nodes.pop() {
             let count = names.len();
             if count > 0 {
-                left.push((count, below));
+                unexamined.push((count, below));
             }
             nodes.extend(children);
         }
-        left.sort_by(|(one, _), (other, _)| other.cmp(one));
-        let others = left.len().saturating_sub(NAMED_MAX);
-        for (count, below) in left.into_iter().take(NAMED_MAX) {
-            let reason = format!("{count} cgroups right below it were not examined: there are too many");
+        unexamined.sort_by(|(one, _), (other, _)| other.cmp(one));
+        let others = unexamined.len().saturating_sub(NAMED_MAX);
+        for (count, below) in unexamined.into_iter().take(NAMED_MAX) {
+            let reason = format!("{count} of its child cgroups were not examined: too many cgroups");
             self.skip(&below, reason, false);
         }
         if others > 0 {
-            self.skip(Path::new(""), format!("{others} more subtrees were not examined: there are too many"), false);
+            self.skip(Path::new(""), format!("{others} more subtrees were not examined: too many cgroups"), false);
         }
     }
 }
 
-/// Returns the name of a cgroup at a path below the mount, as the kernel writes it.
+/// Returns the name of a cgroup, as the kernel writes it, from its path below the mount.
 pub(super) fn cgroup_name(below: &Path) -> String {
     format!("/{}", escape::plain(below))
 }
@@ -224,7 +225,7 @@ mod tests {
 
     use super::*;
 
-    /// A tree of plain directories.
+    /// Makes a tree of ordinary directories.
     fn tree(paths: &[String]) -> (PathBuf, Mount) {
         static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
         let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
@@ -236,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn large_subtree_takes_no_share_of_others() {
+    fn large_subtree_uses_only_its_share_of_the_budget() {
         let large = (0..500).map(|number| format!("a/large/{number}/x"));
         let small = (0..20).map(|number| format!("a/small/{number}/x"));
         let (top, mount) = tree(&large.chain(small).collect::<Vec<_>>());
@@ -248,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn long_names_use_up_the_bytes_of_their_own_subtree() {
+    fn long_names_use_only_the_byte_budget_of_their_subtree() {
         let long = (0..200).map(|number| format!("a/{}/{}", "l".repeat(250), "l".repeat(240) + &number.to_string()));
         let (top, mount) = tree(&long.chain(["a/b/c/d".to_owned()]).collect::<Vec<_>>());
         let walked = mount.walk(|_| Wanted::WithChildren, &Budget { bytes: 16 * 1024, ..Budget::default() });
@@ -258,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn walk_ends_at_the_deepest_level_and_names_it() {
+    fn walk_stops_at_the_deepest_level_and_reports_it() {
         let deep = vec!["d"; 40].join("/");
         let (top, mount) = tree(&[deep, "e".to_owned()]);
         let walked = mount.walk(|_| Wanted::WithChildren, &Budget::default());
@@ -270,8 +271,8 @@ mod tests {
     }
 
     #[test]
-    fn path_longer_than_the_kernel_takes_is_examined() {
-        // Made from the inside.
+    fn path_longer_than_path_max_is_examined() {
+        // Such a path can only be made one component at a time.
         let name = "n".repeat(250);
         let (top, mount) = tree(&["a".to_owned()]);
         let mut at = open_directory(&top.join("a")).unwrap();
