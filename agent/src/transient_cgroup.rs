@@ -1,12 +1,10 @@
-//! A cgroup made for one command, and its end.
+//! Makes and removes a cgroup for one command.
 //!
-//! The cgroup is a child of the one that sockpolicy itself runs in, so the limits that hold there
-//! hold for the command too. It is removed by a guard: a process of its own that waits until nobody
-//! holds the other end of its standard input. So the cgroup goes the same way however sockpolicy
-//! ends, SIGKILL included, and there is one piece of code that removes it.
+//! The cgroup is a child of the cgroup of sockpolicy, so that the limits of this cgroup hold for the command too. A *guard*
+//! removes the cgroup. The guard is a separate process that waits for the end of file on its standard input. Therefore the
+//! cgroup is removed in the same way however sockpolicy ends, SIGKILL included.
 //!
-//! Processes that outlive the command are moved to the cgroup that it would have run in, where
-//! the policy does not reach.
+//! Processes that outlive the command are moved to the cgroup of sockpolicy, to which the policy does not apply.
 
 use std::{
     fs::{self, File},
@@ -35,29 +33,28 @@ use crate::{
     host::cgroup::{Cgroup, CgroupError, Mount},
 };
 
-/// How long the guard keeps trying to empty and remove a cgroup.
+/// The time after which the guard gives up emptying and removing a cgroup.
 const REMOVAL_TIME: Duration = Duration::from_secs(10);
 
-/// How long the guard waits for the kernel to say that a cgroup has become empty before it looks
-/// again.
-const LOOK_AGAIN_MS: u16 = 50;
+/// The maximum time that the guard waits for a notification of `cgroup.events` before it tries again, in milliseconds.
+const RETRY_MS: u16 = 50;
 
 #[derive(Debug, thiserror::Error)]
 pub enum TransientCgroupError {
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
-    #[error("cannot make cgroup {}: {source}\n  help: run as root, where the cgroup2 mount is writable", path.escaped())]
+    #[error("cannot make cgroup {}: {source}\n  help: run as root, with a writable cgroup2 mount", path.escaped())]
     Make { path: PathBuf, source: io::Error },
     #[error("cannot start the guard of cgroup {}: {source}", path.escaped())]
     Guard { path: PathBuf, source: io::Error },
     #[error(
-        "cannot remove cgroup {path}: {}\n  help: when its processes have ended: rmdir {path}",
+        "cannot remove cgroup {path}: {}\n  help: wait until its processes have ended, then: rmdir {path}",
         reason.escaped(), path = path.escaped()
     )]
     Remove { path: PathBuf, reason: String },
 }
 
-/// The cgroup. Removed when this is dropped.
+/// A cgroup that is removed when this is dropped.
 #[derive(Debug)]
 pub struct TransientCgroup {
     pub cgroup: Cgroup,
@@ -65,50 +62,50 @@ pub struct TransientCgroup {
 }
 
 impl TransientCgroup {
-    /// Makes the cgroup below the one that this process is in. `suffix` tells it from others that this process makes.
+    /// Makes a cgroup below the cgroup of this process. `suffix` distinguishes the cgroups that one process makes.
     ///
     /// # Errors
     ///
-    /// Where it cannot be made or guarded; then it is not there.
+    /// Fails if the cgroup cannot be made or its guard cannot be started. After a failure, the cgroup does not exist.
     pub fn make(mount: &Mount, suffix: &str) -> Result<Self, TransientCgroupError> {
-        let home = mount.own()?;
-        let path = home.path.join(format!("sockpolicy-{}{suffix}", std::process::id()));
-        // Before there is anything to guard: from its first moment on, the cgroup has somebody to remove it.
-        let mut guard = start_guard(&path, &home.path)
+        let parent = mount.own()?;
+        let path = parent.path.join(format!("sockpolicy-{}{suffix}", std::process::id()));
+        // The guard starts before the cgroup is made, so that the cgroup is removed even if this process is killed right after.
+        let mut guard = start_guard(&path, &parent.path)
             .map_err(|source| TransientCgroupError::Guard { path: path.clone(), source })?;
         let made = fs::create_dir(&path).map_err(|source| TransientCgroupError::Make { path: path.clone(), source });
         if made.is_err() {
-            // One that is there already is somebody else's, and not to be removed.
+            // If the cgroup exists already, another process has made it. The guard must not remove it.
             let _ = guard.kill();
         }
         match made.and_then(|()| Ok(mount.open(&path)?)) {
             Ok(cgroup) => Ok(Self { cgroup, guard }),
             Err(error) => {
-                // Closes its standard input first.
+                // `wait` closes the standard input of the guard first.
                 let _ = guard.wait();
                 Err(error)
             }
         }
     }
 
-    /// Has a command run in the cgroup from its first moment.
+    /// Makes a command run in the cgroup from its start.
     ///
     /// # Errors
     ///
-    /// Where the cgroup cannot be opened.
+    /// Fails if `cgroup.procs` cannot be opened.
     pub fn enclose(&self, command: &mut Command) -> io::Result<()> {
         let procs = File::options().write(true).open(self.cgroup.path.join("cgroup.procs"))?;
-        // SAFETY: only makes a system call on a descriptor that the closure owns.
+        // SAFETY: the closure only makes a system call on a descriptor that it owns.
         unsafe {
             command.pre_exec(move || {
-                // 0 is the process that writes.
+                // 0 means the writing process (cgroups(7)).
                 nix::unistd::write(&procs, b"0").map_err(io::Error::from).map(drop)
             });
         }
         Ok(())
     }
 
-    /// How many processes are in it, and below it.
+    /// Returns the number of processes in the cgroup and below.
     #[must_use]
     pub fn population(&self) -> usize {
         tree(&self.cgroup.path).iter().map(|path| processes(path).len()).sum()
@@ -118,7 +115,7 @@ impl TransientCgroup {
     ///
     /// # Errors
     ///
-    /// Where that could not be done in a few seconds.
+    /// Fails if the cgroup cannot be emptied and removed within 10 s.
     pub fn remove(mut self) -> Result<(), TransientCgroupError> {
         self.end_guard()
     }
@@ -134,9 +131,9 @@ impl TransientCgroup {
         if status.success() {
             return Ok(());
         }
-        // Where somebody has killed the guard, what it would have done is still to be done.
-        let home = self.cgroup.path.parent().unwrap_or(Path::new("/"));
-        remove_tree(&self.cgroup.path, home).map_err(|source| {
+        // The guard has failed or was killed.
+        let parent = self.cgroup.path.parent().unwrap_or(Path::new("/"));
+        remove_tree(&self.cgroup.path, parent).map_err(|source| {
             let reason = reason.trim();
             error(if reason.is_empty() { source.to_string() } else { reason.to_owned() })
         })
@@ -153,64 +150,65 @@ impl Drop for TransientCgroup {
     }
 }
 
-/// The name by which this binary runs as a guard.
+/// The hidden command that runs this binary as a guard.
 pub const GUARD: &str = "guard-cgroup";
 
-fn start_guard(cgroup: &Path, home: &Path) -> io::Result<Child> {
+fn start_guard(cgroup: &Path, parent: &Path) -> io::Result<Child> {
     Command::new("/proc/self/exe")
         .arg(GUARD)
-        .args([cgroup, home])
+        .args([cgroup, parent])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
-        // Nothing of ours may keep a pipeline open that the command is part of.
+        // The guard must not keep open a pipeline that the command is part of.
         .stderr(Stdio::null())
         .current_dir("/")
-        // Out of the reach of the terminal's signals.
+        // The guard must not get signals of the terminal.
         .process_group(0)
         .spawn()
 }
 
-/// Waits until nobody holds our standard input open, then empties and removes the cgroup. Gives
-/// the reason where that cannot be done.
+/// Runs the guard: waits for the end of file on standard input, then moves the processes of `cgroup` to `parent` and removes
+/// `cgroup`.
 ///
 /// # Errors
 ///
-/// The reason, in words.
-pub fn guard(cgroup: &Path, home: &Path) -> Result<(), String> {
+/// Returns the reason if the cgroup cannot be removed within 10 s.
+pub fn guard(cgroup: &Path, parent: &Path) -> Result<(), String> {
     close_inherited();
-    let mut ignored = SigSet::all();
-    ignored.remove(Signal::SIGKILL);
-    sigprocmask(SigmaskHow::SIG_BLOCK, Some(&ignored), None).map_err(|error| error.to_string())?;
-    let mut nothing = Vec::new();
-    io::stdin().read_to_end(&mut nothing).map_err(|error| error.to_string())?;
-    let until = Instant::now() + REMOVAL_TIME;
+    let mut blocked = SigSet::all();
+    blocked.remove(Signal::SIGKILL);
+    sigprocmask(SigmaskHow::SIG_BLOCK, Some(&blocked), None).map_err(|error| error.to_string())?;
+    let mut input = Vec::new();
+    io::stdin().read_to_end(&mut input).map_err(|error| error.to_string())?;
+    let deadline = Instant::now() + REMOVAL_TIME;
     loop {
-        let result = remove_tree(cgroup, home);
+        let result = remove_tree(cgroup, parent);
         match result {
             Ok(()) => return Ok(()),
-            Err(error) if Instant::now() >= until => return Err(error.to_string()),
+            Err(error) if Instant::now() >= deadline => return Err(error.to_string()),
             Err(_) => wait_for_change(cgroup),
         }
     }
 }
 
-/// Lets go of what whoever started sockpolicy left open for the command.
+/// Closes the descriptors that this process has inherited, except the standard ones. The parent of sockpolicy can have passed
+/// some for the command.
 fn close_inherited() {
     const FIRST: libc::c_uint = libc::STDERR_FILENO as libc::c_uint + 1;
-    // SAFETY: nothing of this process has opened anything yet. Not by the C library's function, which older ones
-    // do not have.
+    // SAFETY: no code of this process has opened a descriptor yet. The C library's function is not used, since older C
+    // libraries do not have it.
     unsafe { libc::syscall(libc::SYS_close_range, FIRST, libc::c_uint::MAX, 0) };
 }
 
-/// Moves everybody out of a cgroup and those below it, and removes them.
-fn remove_tree(cgroup: &Path, home: &Path) -> io::Result<()> {
+/// Moves all processes of a cgroup and its descendants to `parent`, and removes these cgroups.
+fn remove_tree(cgroup: &Path, parent: &Path) -> io::Result<()> {
     let tree = tree(cgroup);
-    // All of them first: the members of threaded cgroups are listed further up only.
+    // All processes are moved before any cgroup is removed: the processes of a threaded cgroup are listed only in an ancestor.
     for process in tree.iter().flat_map(|path| processes(path)) {
-        // One that has just ended cannot be moved, and need not be.
-        let _ = fs::write(home.join("cgroup.procs"), &process);
+        // This fails if the process has just ended.
+        let _ = fs::write(parent.join("cgroup.procs"), &process);
     }
-    // Children come after their parents.
+    // In `tree`, children come after their parents.
     for path in tree.iter().rev() {
         match fs::remove_dir(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -220,37 +218,39 @@ fn remove_tree(cgroup: &Path, home: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// A cgroup and all below it.
+/// Returns a cgroup and all its descendants.
 fn tree(cgroup: &Path) -> Vec<PathBuf> {
-    let mut found = vec![cgroup.to_owned()];
+    let mut cgroups = vec![cgroup.to_owned()];
     let mut next = 0;
-    while let Some(path) = found.get(next) {
-        let children = fs::read_dir(path).into_iter().flatten().flatten();
-        let folders: Vec<PathBuf> = children
+    while let Some(path) = cgroups.get(next) {
+        let entries = fs::read_dir(path).into_iter().flatten().flatten();
+        let children: Vec<PathBuf> = entries
             .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
             .map(|entry| entry.path())
             .collect();
-        found.extend(folders);
+        cgroups.extend(children);
         next += 1;
     }
-    found
+    cgroups
 }
 
+/// Returns the ids of the processes in a cgroup.
 fn processes(cgroup: &Path) -> Vec<String> {
     let list = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
     list.lines().map(str::to_owned).collect()
 }
 
-/// Waits until the kernel says that the cgroup has changed, or a moment.
+/// Waits until `cgroup.events` changes, or [`RETRY_MS`] has passed.
 fn wait_for_change(cgroup: &Path) {
     let events = cgroup.join("cgroup.events");
     let Ok(file) = open(events.as_os_str().as_bytes(), OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()) else {
         return;
     };
+    // poll(2) reports changes after the last read.
     let mut content = [0; 256];
     let _ = nix::unistd::read(&file, &mut content);
     let mut polled = [PollFd::new(file.as_fd(), PollFlags::POLLPRI)];
-    match poll(&mut polled, PollTimeout::from(LOOK_AGAIN_MS)) {
+    match poll(&mut polled, PollTimeout::from(RETRY_MS)) {
         Ok(_) | Err(Errno::EINTR) => {}
         Err(error) => log::debug!("cannot wait on {}: {error}", events.escaped()),
     }

@@ -150,8 +150,8 @@ pub fn id_at(path: &Path) -> Option<u64> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
     pub path: PathBuf,
-    /// The number of levels between the root of the hierarchy and the top of the mount: more than 0 if only a part of the
-    /// hierarchy is mounted.
+    /// The number of levels from the root of the hierarchy to the top of the mount. More than 0 if only a part of the hierarchy
+    /// is mounted.
     depth: u32,
 }
 
@@ -276,8 +276,8 @@ impl Mount {
     }
 }
 
-/// Returns the cgroup of a process, as a path from the root of the hierarchy that the calling process sees. Returns `None` if the
-/// process does not exist.
+/// Returns the cgroup of a process, as a path from the root of the hierarchy that the calling process sees. Returns `None` if
+/// the process does not exist.
 #[must_use]
 pub fn of_process(process: u32) -> Option<PathBuf> {
     let cgroups = fs::read(format!("/proc/{process}/cgroup")).ok()?;
@@ -291,8 +291,8 @@ fn unified(cgroups: &[u8]) -> Option<PathBuf> {
     lines.into_iter().find_map(|line| line.strip_prefix(b"0::/")).map(|path| OsStr::from_bytes(path).into())
 }
 
-/// Returns the error for a host without a cgroup2 mount. The suggested mount point is beside the hierarchies of version 1 if the
-/// host has any.
+/// Returns the error for a host without a cgroup2 mount. The suggested mount point is beside the hierarchies of version 1 if
+/// the host has any.
 fn not_mounted() -> CgroupError {
     let has_v1 = statfs("/sys/fs/cgroup").is_ok_and(|stat| stat.filesystem_type() == TMPFS_MAGIC);
     CgroupError::NotMounted { place: if has_v1 { "/sys/fs/cgroup/unified" } else { "/sys/fs/cgroup" } }

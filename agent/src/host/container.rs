@@ -1,8 +1,8 @@
 //! The description of a container, and the container that the path of a cgroup names.
 //!
 //! Runtimes put the id of a container into the name of its cgroup. The form depends on the runtime, and on whether it uses
-//! systemd (`docker-ID.scope`) or not (`docker/ID`). This module only parses paths. [`super::containers`] finds out whether such
-//! a container runs, and its name.
+//! systemd (`docker-ID.scope`) or not (`docker/ID`). This module only parses paths. [`super::containers`] finds out whether
+//! such a container runs, and its name.
 //!
 //! Invariant: an id is 64 hexadecimal digits at a position where a runtime writes them. A container in a cgroup that the user
 //! chose (`--cgroup-parent`), without systemd, is therefore not found; it is never guessed.
@@ -65,8 +65,8 @@ impl<'de> Deserialize<'de> for Container {
     }
 }
 
-/// The prefixes of the id in the name of a cgroup, each with the runtime that writes it. Cgroups such as `crio-conmon-ID` are not
-/// listed: they contain only the process that watches a container.
+/// The prefixes of the id in the name of a cgroup, each with the runtime that writes it. Cgroups such as `crio-conmon-ID` are
+/// not listed: they contain only the process that watches a container.
 const PREFIXES: [(&str, &str); 6] = [
     ("docker", DOCKER),
     ("cri-containerd", CONTAINERD),
@@ -99,8 +99,8 @@ pub fn of_cgroup(path: &str) -> Option<Container> {
     found
 }
 
-/// Returns the runtime and the id in the name of a container's own cgroup. The name is `ID` in one of [`PARENTS`], `PREFIX-ID`, or
-/// `SLICE:PREFIX:ID` if a path for systemd was passed to a runtime that does not use systemd.
+/// Returns the runtime and the id in the name of a container's own cgroup. The name is `ID` in one of [`PARENTS`], `PREFIX-ID`,
+/// or `SLICE:PREFIX:ID` if a path for systemd was passed to a runtime that does not use systemd.
 fn runtime_and_id<'a>(name: &'a str, parent: &str) -> Option<(&'static str, &'a str)> {
     let runtime_of = |known: &[(&str, &'static str)], word: &str| {
         known.iter().find(|(known, _)| *known == word).map(|(_, runtime)| *runtime)
@@ -132,7 +132,8 @@ pub fn is_id(word: &str) -> bool {
     word.len() == 64 && word.bytes().all(is_digit)
 }
 
-/// Returns whether a word is the uid of a pod: a UUID, or a hash of 32 digits for static pods, which a node reads from a file.
+/// Returns whether a word is the uid of a pod. It is a UUID, or a hash of 32 digits for static pods, which a node reads from a
+/// file.
 fn is_uid(word: &str) -> bool {
     let digits = word.bytes().filter(|byte| is_digit(*byte)).count();
     let separators = word.bytes().filter(|byte| matches!(byte, b'-' | b'_')).count();

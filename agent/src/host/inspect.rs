@@ -1,10 +1,10 @@
 //! Reads and sets options of sockets of other processes, in a worker process.
 //!
-//! The owner of a socket can hold the socket's lock for any time: send(2) copies from the owner's memory while the kernel holds
-//! the lock (`tcp_sendmsg_locked`, net/ipv4/tcp.c), and userfaultfd(2) or FUSE can delay the access to this memory. getsockopt(2),
-//! setsockopt(2) and getsockname(2) then wait for the lock in an uninterruptible sleep (`__lock_sock`, net/core/sock.c).
-//! Therefore a worker process makes these calls, each with a deadline. A worker that misses the deadline is killed and
-//! abandoned. It holds no other resource than that socket.
+//! The owner of a socket can hold the socket's lock for any time. send(2) copies from the owner's memory while the kernel holds
+//! the lock (`tcp_sendmsg_locked`, net/ipv4/tcp.c). userfaultfd(2) or FUSE can delay the access to this memory. Then
+//! getsockopt(2), setsockopt(2) and getsockname(2) wait for the lock in an uninterruptible sleep (`__lock_sock`,
+//! net/core/sock.c). Therefore a worker process makes these calls, each with a deadline. A worker that misses the deadline is
+//! killed and abandoned. It holds no other resource than that socket.
 
 use std::{
     cell::RefCell,
@@ -313,7 +313,8 @@ impl Inspector {
         }
     }
 
-    /// Sends a request about a socket. If it fails, records the socket as skipped, except for an error that the kernel returned.
+    /// Sends a request about a socket. If it fails, records the socket as skipped, except for an error that the kernel
+    /// returned.
     fn request_for(&mut self, socket: FdRef, request: &Request) -> Result<Response, InspectError> {
         let FdRef { process, descriptor } = socket;
         let has_stalled = self.stalls.get(&process).is_some_and(|stalls| *stalls >= STALLS_PER_PROCESS);
@@ -508,7 +509,8 @@ fn respond(request: Request, state: &mut WorkerState) -> Response {
     }
 }
 
-/// Duplicates a descriptor of a process into this process. Returns `None` if the process or the descriptor does not exist any more.
+/// Duplicates a descriptor of a process into this process. Returns `None` if the process or the descriptor does not exist any
+/// more.
 fn duplicate(holder: FdRef) -> io::Result<Option<OwnedFd>> {
     let duplicated =
         process::open(holder.process).and_then(|handle| process::take_descriptor(&handle, holder.descriptor));

@@ -13,8 +13,9 @@ const LIST_MODULES: libc::c_long = 461;
 /// The names of the active modules, separated by commas.
 const NAMES: &str = "/sys/kernel/security/lsm";
 
-/// Returns whether the kernel runs BPF programs at LSM hooks: whether `bpf` is among the modules that were selected at boot (`lsm=`,
-/// CONFIG_LSM). Without it, programs can be attached but do not run. Returns `false` if the list of modules cannot be read.
+/// Returns whether the kernel runs BPF programs at LSM hooks: whether `bpf` is among the modules that were selected at boot
+/// (`lsm=`, CONFIG_LSM). Without it, programs can be attached but do not run. Returns `false` if the list of modules cannot be
+/// read.
 #[must_use]
 pub fn is_bpf_active() -> bool {
     static IS_ACTIVE: OnceLock<bool> = OnceLock::new();

@@ -8,8 +8,8 @@ use netlink_packet_core::{
 };
 use netlink_sys::{Socket, SocketAddr};
 
-/// The size of the receive buffer in bytes. It is larger than any datagram of a list. The kernel makes no datagram longer than the
-/// reader's buffer (`netlink_recvmsg`, net/netlink/af_netlink.c).
+/// The size of the receive buffer in bytes. It is larger than any datagram of a list. The kernel makes no datagram longer than
+/// the reader's buffer (`netlink_recvmsg`, net/netlink/af_netlink.c).
 const BUFFER_SIZE: usize = 64 * 1024;
 
 /// Opens a netlink socket to the kernel, in the network namespace of the calling thread.

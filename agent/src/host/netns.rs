@@ -1,7 +1,7 @@
 //! Opens network namespaces and runs code in them.
 //!
-//! The agent finds the namespaces that contain a process, or of which a process has a socket. In any other namespace, no process can
-//! use a socket.
+//! The agent finds the namespaces that contain a process, or of which a process has a socket. In any other namespace, no
+//! process can use a socket.
 
 use std::{
     fs::{self, File},

@@ -1,8 +1,8 @@
 //! Finds out which users can change a file or replace it by another one.
 //!
-//! Each directory on the path from `/` is checked, and each directory that a symbolic link on the path leads through. sshd checks the
-//! files with its keys similarly (`safe_path`, misc.c of OpenSSH). Unlike sshd, this module accepts sticky directories, since only
-//! the owner of an entry can replace the entry, and all files on a file system that is mounted read-only.
+//! Each directory on the path from `/` is checked, and each directory that a symbolic link on the path leads through. A similar
+//! check in OpenSSH protects keys (`safe_path`, misc.c). Unlike OpenSSH, this module accepts sticky directories, since only the
+//! owner of an entry can replace the entry. It also accepts all files on a file system that is mounted read-only.
 
 use std::{
     collections::VecDeque,

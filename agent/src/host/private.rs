@@ -1,7 +1,7 @@
 //! Directories that only root and the user of this process can change. They contain pins, records and journals.
 //!
-//! Below a system directory, each component is opened relative to the descriptor of its parent, without following symbolic links
-//! (openat(2) with O_NOFOLLOW). Therefore no other user can replace a file between its check and its use.
+//! Below a system directory, each component is opened relative to the descriptor of its parent, without following symbolic
+//! links (openat(2) with O_NOFOLLOW). Therefore no other user can replace a file between its check and its use.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -64,7 +64,8 @@ impl PrivateDir {
     ///
     /// # Errors
     ///
-    /// Fails if the entry is not a directory, or if users other than root and the user of this process own it or can write to it.
+    /// Fails if the entry is not a directory, or if a user other than root and the user of this process owns it or can write to
+    /// it.
     pub fn open(&self, name: &str) -> Result<Option<Self>, PrivateError> {
         let path = self.path.join(name);
         let fd = match openat(&self.fd, name, directory_flags(), Mode::empty()) {
@@ -163,12 +164,13 @@ impl PrivateDir {
         stat.map(|stat| check_file(&self.path.join(name), &stat)).transpose().map(|found| found.is_some())
     }
 
-    /// Opens a regular file. Returns `None` if the entry does not exist and `flags` do not contain O_CREAT. A new file has mode 0600.
+    /// Opens a regular file. Returns `None` if the entry does not exist and `flags` do not contain O_CREAT. A new file has mode
+    /// 0600.
     ///
     /// # Errors
     ///
-    /// Fails if the entry is not a regular file, if it has another hard link, or if users other than root and the user of this
-    /// process own it or can write to it.
+    /// Fails if the entry is not a regular file or has another hard link. Fails if a user other than root and the user of this
+    /// process owns it or can write to it.
     pub fn open_file(&self, name: &str, flags: OFlag) -> Result<Option<File>, PrivateError> {
         let path = self.path.join(name);
         // O_NONBLOCK: opening a FIFO must not wait for a writer.

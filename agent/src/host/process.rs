@@ -99,8 +99,8 @@ pub fn has_thread(thread: u32) -> bool {
     fs::exists(format!("/proc/{thread}")).unwrap_or(true)
 }
 
-/// Returns whether this process is in the initial PID namespace, so that the process ids in `/proc` equal those that BPF programs
-/// see.
+/// Returns whether this process is in the initial PID namespace, so that the process ids in `/proc` equal those that BPF
+/// programs see.
 #[must_use]
 pub fn is_initial_namespace() -> bool {
     /// `PROC_PID_INIT_INO` (include/linux/proc_ns.h).
@@ -108,8 +108,8 @@ pub fn is_initial_namespace() -> bool {
     fs::metadata("/proc/self/ns/pid").is_ok_and(|namespace| namespace.ino() == INITIAL)
 }
 
-/// Returns the start time of a process, in clock ticks since boot (`starttime` in proc_pid_stat(5)). Returns `None` if the process
-/// does not exist.
+/// Returns the start time of a process, in clock ticks since boot (`starttime` in proc_pid_stat(5)). Returns `None` if the
+/// process does not exist.
 #[must_use]
 pub fn start(process: u32) -> Option<u64> {
     /// The index of the field after the command name. The command name can contain any characters.
@@ -125,8 +125,8 @@ pub fn open_files() -> Option<u64> {
     fs::read_to_string("/proc/sys/fs/file-nr").ok()?.split_whitespace().next()?.parse().ok()
 }
 
-/// Raises the soft limit of open descriptors to the hard limit, since each target needs about a dozen descriptors. Child processes
-/// inherit the limit.
+/// Raises the soft limit of open descriptors to the hard limit, since each target needs about a dozen descriptors. Child
+/// processes inherit the limit.
 pub fn raise_descriptor_limit() {
     let raised =
         getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
@@ -138,8 +138,8 @@ pub fn raise_descriptor_limit() {
 /// The number of descriptors that stay free for other work, however many targets there are.
 const SPARE_DESCRIPTORS: u64 = 128;
 
-/// Returns a new descriptor, unless too few free descriptors are left for this process. The kernel assigns the lowest free number,
-/// so the number of the new descriptor shows how many are in use.
+/// Returns a new descriptor, unless too few free descriptors are left for this process. The kernel assigns the lowest free
+/// number, so the number of the new descriptor shows how many are in use.
 ///
 /// # Errors
 ///

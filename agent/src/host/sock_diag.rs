@@ -1,8 +1,8 @@
 //! Lists the sockets of a network namespace (sock_diag(7)).
 //!
 //! The kernel lists the bound and connected sockets of TCP, UDP and MPTCP. It lists raw sockets if it was built with
-//! CONFIG_INET_RAW_DIAG. The list also contains sockets for which no process has a descriptor. Listing requires no capabilities.
-//! The cgroup of a socket is listed since Linux 5.7.
+//! CONFIG_INET_RAW_DIAG. The list also contains sockets for which no process has a descriptor. Listing requires no
+//! capabilities. The cgroup of a socket is listed since Linux 5.7.
 //!
 //! A list is not atomic: a socket that is created or closed at the same time can be missing, and a socket can be listed twice.
 
@@ -136,7 +136,8 @@ pub(crate) fn in_datagram(datagram: &[u8]) -> io::Result<Vec<Entry>> {
     Ok(found)
 }
 
-/// Parses an entry of a list. The protocol is left 0, since only the request names it. Returns `None` if the entry is truncated.
+/// Parses an entry of a list. The protocol is left 0, since only the request names it. Returns `None` if the entry is
+/// truncated.
 fn parse(payload: &[u8]) -> Option<Entry> {
     let (head, attributes) = payload.split_at_checked(ENTRY_LEN)?;
     let family = i32::from(head[0]);

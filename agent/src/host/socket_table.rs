@@ -1,8 +1,8 @@
 //! The sockets of this host, in all network namespaces, with the processes that have descriptors of them.
 //!
 //! A socket that the kernel lists is found even if no process has a descriptor of it. The kernel does not list sockets that are
-//! neither bound nor connected. Such a socket is found through a process that has a descriptor of it, and is assumed to have been
-//! created in the cgroup of this process.
+//! neither bound nor connected. Such a socket is found through a process that has a descriptor of it. It is assumed to have
+//! been created in the cgroup of this process.
 //!
 //! Sockets are inspected one by one, and each is open only for a short time, since an open descriptor delays the effect of the
 //! owner's close(2). The inode number or the cookie shows whether a descriptor still refers to the socket that was listed. The
@@ -37,8 +37,8 @@ pub struct SocketTable {
     /// Sorted by process and descriptor.
     pub sockets: Vec<SocketEntry>,
     namespaces: Vec<Namespace>,
-    /// The processes in wanted cgroups whose descriptors cannot be read (permission denied). These processes can have sockets that
-    /// are missing here.
+    /// The processes in wanted cgroups whose descriptors cannot be read (permission denied). These processes can have sockets
+    /// that are missing here.
     pub unread: HashSet<u32>,
     /// Whether the descriptors of any process cannot be read (permission denied).
     pub is_partial: bool,
@@ -51,8 +51,8 @@ pub struct SocketEntry {
     pub entry: Entry,
     /// The index in [`SocketTable::namespaces`].
     pub namespace: usize,
-    /// One descriptor of each process that has the socket. Empty for sockets that the kernel uses itself, that are not accepted yet,
-    /// or that are closed and not destroyed yet.
+    /// One descriptor of each process that has the socket. Empty for sockets that the kernel uses itself, that are not accepted
+    /// yet, or that are closed and not destroyed yet.
     pub holders: Vec<FdRef>,
     /// The cgroup of the process that has the socket, if the kernel does not list the socket.
     pub home: Option<PathBuf>,
@@ -83,10 +83,11 @@ fn add_holder(holders: &mut FdRefs, inode: u32, holder: FdRef) {
 }
 
 impl SocketTable {
-    /// Lists the sockets of this host. Sockets that the kernel does not list are searched only in processes of `wanted` cgroups.
+    /// Lists the sockets of this host. Sockets that the kernel does not list are searched only in processes of `wanted`
+    /// cgroups.
     ///
-    /// `all_holders` can return the socket descriptors of all processes with their inode numbers, sorted by process and descriptor.
-    /// If it returns `None`, `/proc` is read for each process.
+    /// `all_holders` can return the socket descriptors of all processes with their inode numbers, sorted by process and
+    /// descriptor. If it returns `None`, `/proc` is read for each process.
     ///
     /// # Errors
     ///
@@ -217,11 +218,11 @@ impl SocketEntry {
         (process, descriptor, self.entry.cookie)
     }
 
-    /// Inspects the socket through one of its descriptors. Returns the facts, the descriptor, and the result of `describe_owner` for
-    /// the process. Returns `None` if no process has the socket any more.
+    /// Inspects the socket through one of its descriptors. Returns the facts, the descriptor, and the result of
+    /// `describe_owner` for the process. Returns `None` if no process has the socket any more.
     ///
-    /// `describe_owner` is called before each inspection: if the inspection succeeds, the process had the socket at that time, and
-    /// its id was not reused.
+    /// `describe_owner` is called before each inspection: if the inspection succeeds, the process had the socket at that time,
+    /// and its id was not reused.
     ///
     /// # Errors
     ///
@@ -272,8 +273,8 @@ pub struct Defaults {
 type NamespaceKind = (usize, Kind);
 
 impl Defaults {
-    /// Returns the options of a new socket of a kind, in the namespace of `socket`, as they are before a policy applies. Returns
-    /// `None` if no such socket can be created.
+    /// Returns the options of a new socket of a kind, in the namespace of `socket`, as they are before a policy applies.
+    /// Returns `None` if no such socket can be created.
     pub fn of(
         &mut self,
         table: &SocketTable,
@@ -293,8 +294,8 @@ impl Defaults {
         self.new_sockets.entry((socket.namespace, kind)).or_insert_with(read).as_ref()
     }
 
-    /// Returns the value that getsockopt(2) returns on such a new socket after an option was set to `value`. Returns `None` if any
-    /// of these calls fails.
+    /// Returns the value that getsockopt(2) returns on such a new socket after an option was set to `value`. Returns `None` if
+    /// any of these calls fails.
     pub fn after(
         &mut self,
         (table, socket): (&SocketTable, &SocketEntry),
@@ -308,7 +309,8 @@ impl Defaults {
     }
 }
 
-/// Returns whether a BPF program can set the option on the agent's own new sockets. The kernel's default of each such option is 0.
+/// Returns whether a BPF program can set the option on the agent's own new sockets. The kernel's default of each such option is
+/// 0.
 fn is_set_at_creation(option: &'static SocketOption) -> bool {
     let is_settable = |option: &SocketOption| {
         option.settable().is_some_and(|settable| settable.sites.contains(apply_point::SOCK_CREATE))

@@ -2,12 +2,12 @@
 
 use nix::sys::utsname::uname;
 
-/// Returns whether the kernel can preempt a task that runs kernel code, now or after a change of its preemption model. Returns `true`
-/// if uname(2) fails.
+/// Returns whether the kernel can preempt a task that runs kernel code, now or after a change of its preemption model. Returns
+/// `true` if uname(2) fails.
 #[must_use]
 pub fn is_preemptible() -> bool {
-    // The version contains the model that the kernel was built with (init/Makefile): PREEMPT, PREEMPT_DYNAMIC, PREEMPT_RT, or none
-    // if the kernel is not preemptible. With PREEMPT_DYNAMIC, the current model is only in debugfs and can change.
+    // The version contains the model that the kernel was built with (init/Makefile): PREEMPT, PREEMPT_DYNAMIC, PREEMPT_RT, or
+    // none if the kernel is not preemptible. With PREEMPT_DYNAMIC, the current model is only in debugfs and can change.
     uname().map_or(true, |names| names_preemption(&names.version().to_string_lossy()))
 }
 

@@ -2,8 +2,8 @@
 
 use std::{fs, io};
 
-/// Returns the registered congestion controls: built in, or in a loaded module. The kernel loads no module if a BPF program sets
-/// the option (`tcp_set_congestion_control`, net/ipv4/tcp_cong.c).
+/// Returns the registered congestion controls: built in, or in a loaded module. The kernel loads no module if a BPF program
+/// sets the option (`tcp_set_congestion_control`, net/ipv4/tcp_cong.c).
 ///
 /// # Errors
 ///
@@ -13,8 +13,8 @@ pub fn congestion_controls() -> io::Result<Vec<String>> {
     Ok(list.split_whitespace().map(str::to_owned).collect())
 }
 
-/// Returns the largest socket buffer that setsockopt(2) accepts, in bytes. `name` is `wmem_max` for the send buffer or `rmem_max` for
-/// the receive buffer (socket(7)).
+/// Returns the largest socket buffer that setsockopt(2) accepts, in bytes. `name` is `wmem_max` for the send buffer or
+/// `rmem_max` for the receive buffer (socket(7)).
 ///
 /// # Errors
 ///

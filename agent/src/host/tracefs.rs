@@ -1,7 +1,7 @@
 //! Finds tracepoints in tracefs.
 //!
-//! On hosts without systemd, tracefs is often not mounted. It is then mounted in a mount namespace of one thread. The mount ends
-//! with this thread.
+//! On hosts without systemd, tracefs is often not mounted. It is then mounted in a mount namespace of one thread. The mount
+//! ends with this thread.
 
 use std::{fs, io, path::Path, thread};
 

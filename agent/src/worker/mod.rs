@@ -1,14 +1,14 @@
-//! Runs one job in a process of its own: a job that can block in the kernel for as long as a tenant wants.
+//! Runs a job that a tenant can make block in the kernel, in a process of its own.
 //!
-//! Reads of a tenant's memory (`/proc/PID/cmdline`) or files (FUSE) can leave a thread in state D, where SIGKILL has no effect. A
-//! process with such a thread keeps all its file descriptors, and a BPF link stays attached for as long as a descriptor is
-//! open. So the job runs in a process that has executed this binary anew and holds no descriptor of the agent's: only the pipe
-//! for its response, and a file with its input.
+//! To read a tenant's memory (`/proc/PID/cmdline`) or files (FUSE) can leave a thread in state D, in which SIGKILL has no
+//! effect. A process with such a thread keeps all its file descriptors, and a BPF link stays attached while a descriptor of it
+//! is open. Therefore the job runs in a process that has executed this binary again and has no descriptors of the agent. It has
+//! only a pipe for the response and a file with the input.
 //!
-//! [`Job::poll`] never waits. After the deadline the agent kills the process and goes on without it, whether the process ends
-//! or not ([`Job::abandon`]).
+//! [`Job::poll`] does not wait. After the deadline, the agent kills the process and continues, whether the process ends or not
+//! ([`Job::abandon`]).
 //!
-//! A response is its length in bytes (`u32`, little endian), then the bytes. A response that is cut off is an error.
+//! A response consists of its length in bytes (`u32`, little endian) and the bytes. A truncated response is an error.
 
 mod service;
 
@@ -36,20 +36,20 @@ use nix::{
 
 pub use self::service::{Service, left_behind, serve};
 
-/// The most that a response can have, in bytes.
+/// The maximum size of a response in bytes.
 pub const RESPONSE_MAX: usize = 16 << 20;
 
-/// The most memory that a worker can have, in bytes of address space.
+/// The maximum address space of a worker in bytes (RLIMIT_AS).
 const MEMORY_MAX: u64 = 1 << 30;
 
-/// How long a killed process has to end before the agent goes on without it.
+/// The time that the agent waits for the end of a killed process.
 const KILL_TIME: Duration = Duration::from_millis(100);
 
 const LENGTH_SIZE: usize = size_of::<u32>();
 
 #[derive(Debug, thiserror::Error)]
 pub enum JobError {
-    #[error("the worker process gave no response within {} ms", .0.as_millis())]
+    #[error("the worker process did not respond within {} ms", .0.as_millis())]
     TimedOut(Duration),
     #[error("the worker process ended without a response")]
     Ended,
@@ -59,7 +59,7 @@ pub enum JobError {
     Read(#[source] io::Error),
 }
 
-/// A job that a worker process does.
+/// A job in a worker process.
 #[derive(Debug)]
 pub struct Job {
     process: Child,
@@ -70,15 +70,14 @@ pub struct Job {
 }
 
 impl Job {
-    /// Starts this binary as a worker, with these arguments, and `input` as its standard input. The worker has `time` to
-    /// respond.
+    /// Starts this binary as a worker, with these arguments and with `input` as its standard input. The worker must respond
+    /// within `time`.
     ///
-    /// The thread that calls this must live as long as the agent: the kernel kills the worker when that thread ends
-    /// (PR_SET_PDEATHSIG).
+    /// The calling thread must live as long as the agent: the kernel kills the worker when this thread ends (PR_SET_PDEATHSIG).
     ///
     /// # Errors
     ///
-    /// If the process cannot be started.
+    /// Fails if the process cannot be started.
     pub fn start(arguments: &[&str], input: &[u8], time: Duration) -> io::Result<Self> {
         Self::of(worker(arguments).stdin(in_memory(input)?).spawn()?, time)
     }
@@ -89,11 +88,11 @@ impl Job {
         Ok(Self { process, output, received: Vec::new(), started: Instant::now(), time })
     }
 
-    /// Gives the response if there is one: `None` until then. Does not wait.
+    /// Returns the response, or `None` if it has not arrived yet. Does not wait.
     ///
     /// # Errors
     ///
-    /// If no response will come.
+    /// Fails if the deadline has passed, if the worker has ended, or if the response cannot be read or is too long.
     pub fn poll(&mut self) -> Option<Result<Vec<u8>, JobError>> {
         let mut chunk = [0; 1 << 16];
         loop {
@@ -112,6 +111,7 @@ impl Job {
         }
     }
 
+    /// Returns an error if the deadline has passed.
     fn overdue(&self) -> Option<JobError> {
         (self.left() == Duration::ZERO).then_some(JobError::TimedOut(self.time))
     }
@@ -126,7 +126,7 @@ impl Job {
     ///
     /// # Errors
     ///
-    /// If no response came.
+    /// Fails as [`Self::poll`] does.
     pub fn wait(&mut self) -> Result<Vec<u8>, JobError> {
         loop {
             if let Some(polled) = self.poll() {
@@ -136,20 +136,21 @@ impl Job {
         }
     }
 
-    /// Kills the process. Returns the process if the process does not end at once: [`Abandoned::has_ended`].
+    /// Kills the process, and waits up to 100 ms for its end. Returns the process if it has not ended
+    /// ([`Abandoned::has_ended`]).
     #[must_use]
     pub fn abandon(mut self) -> Option<Abandoned> {
         let mut abandoned = Abandoned(self.process);
         if let Err(error) = abandoned.0.kill() {
             log::debug!("cannot kill worker process {}: {error}", abandoned.0.id());
         }
-        // Its end closes the pipe.
-        let until = Instant::now() + KILL_TIME;
+        // The end of the process closes the pipe.
+        let deadline = Instant::now() + KILL_TIME;
         loop {
             match self.output.read(&mut [0; 4096]) {
                 Ok(0) => break,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    let left = until.saturating_duration_since(Instant::now());
+                    let left = deadline.saturating_duration_since(Instant::now());
                     if left == Duration::ZERO {
                         return Some(abandoned);
                     }
@@ -159,7 +160,7 @@ impl Job {
             }
         }
         while !abandoned.has_ended() {
-            if Instant::now() >= until {
+            if Instant::now() >= deadline {
                 return Some(abandoned);
             }
             std::thread::yield_now();
@@ -171,14 +172,14 @@ impl Job {
 /// Returns the command that runs this binary as a worker.
 fn worker(arguments: &[&str]) -> Command {
     let mut command = Command::new("/proc/self/exe");
-    // A worker that does not end must not keep a pipeline open, a mount busy, or get the terminal's signals. Steps at which
-    // tests stop the agent are not the worker's.
+    // A worker that does not end must not keep a pipeline open or a mount busy, and must not get signals of the terminal. Fault
+    // points of tests are only for the agent.
     command.args(arguments).stdout(Stdio::piped()).stderr(Stdio::null()).env_remove(crate::fault::VARIABLE);
     command.current_dir("/").process_group(0);
     command
 }
 
-/// Readable when there is more of the response.
+/// Becomes readable when a part of the response arrives.
 impl AsFd for Job {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.output.as_fd()
@@ -190,32 +191,33 @@ impl AsFd for Job {
 pub struct Abandoned(Child);
 
 impl Abandoned {
-    /// Whether the process has ended by now. Does not wait.
+    /// Returns whether the process has ended. Does not wait.
     pub fn has_ended(&mut self) -> bool {
         !matches!(self.0.try_wait(), Ok(None))
     }
 
-    /// The process's number.
+    /// Returns the process id.
     #[must_use]
     pub fn id(&self) -> u32 {
         self.0.id()
     }
 }
 
-/// Waits until there is something to read, or `time` has passed.
+/// Waits until a descriptor is readable, or `time` has passed.
 fn await_readable(file: BorrowedFd<'_>, time: Duration) {
     await_any([file].into_iter(), time);
 }
 
-/// Waits until there is something to read from one of these, or `time` has passed.
+/// Waits until one of the descriptors is readable, or `time` has passed. Can return early: after a signal or an error, and
+/// after 65 s.
 pub fn await_any<'a>(files: impl Iterator<Item = BorrowedFd<'a>>, time: Duration) {
     let time = u16::try_from(time.as_millis().saturating_add(1)).unwrap_or(u16::MAX);
     let mut polled: Vec<_> = files.map(|file| PollFd::new(file, PollFlags::POLLIN)).collect();
-    // An error other than EINTR shows at the next read.
+    // The next read reports an error other than EINTR.
     let _ = poll(&mut polled, PollTimeout::from(time));
 }
 
-/// A file in memory with this content, at its beginning.
+/// Returns a file in memory with this content, positioned at its start.
 fn in_memory(content: &[u8]) -> io::Result<File> {
     let mut file = File::from(memfd_create(c"sockpolicy-job", MFdFlags::MFD_CLOEXEC)?);
     file.write_all(content)?;
@@ -223,14 +225,14 @@ fn in_memory(content: &[u8]) -> io::Result<File> {
     Ok(file)
 }
 
-/// How much of a response there is.
+/// The state of a response that is being received.
 pub(crate) enum Response<'a> {
     Partial,
     Whole(&'a [u8]),
     TooLong,
 }
 
-/// Reads a response, as far as it has been received.
+/// Parses the received part of a response.
 pub(crate) fn response(received: &[u8]) -> Response<'_> {
     let Some((length, rest)) = received.split_first_chunk::<LENGTH_SIZE>() else { return Response::Partial };
     let length = u32::from_le_bytes(*length) as usize;
@@ -240,21 +242,22 @@ pub(crate) fn response(received: &[u8]) -> Response<'_> {
     rest.get(..length).map_or(Response::Partial, Response::Whole)
 }
 
-/// Returns a response as the agent reads it, for the worker to write to its standard output.
+/// Returns a response with its length in front, in the form that a worker writes to its standard output.
 #[must_use]
 pub fn framed(response: &[u8]) -> Vec<u8> {
     [&(response.len() as u32).to_le_bytes(), response].concat()
 }
 
-/// Prepares this process to be a worker, which `agent` has started: no descriptors but the standard ones, limited memory, and
-/// death with the agent.
+/// Prepares this process, which the process `agent` has started, to be a worker. Closes all descriptors except the standard
+/// ones, limits the memory, and makes the kernel kill this process when the agent ends.
 ///
 /// # Errors
 ///
-/// If the kernel refuses, or the agent has ended.
+/// Fails if a system call fails, or if the agent has ended.
 pub fn begin(agent: u32) -> io::Result<()> {
     const FIRST: libc::c_uint = libc::STDERR_FILENO as libc::c_uint + 1;
-    // SAFETY: nothing of this process has opened anything yet. Not by the C library's function, which older ones do not have.
+    // SAFETY: no code of this process has opened a descriptor yet. The C library's function is not used, since older C
+    // libraries do not have it.
     unsafe { libc::syscall(libc::SYS_close_range, FIRST, libc::c_uint::MAX, 0) };
     setrlimit(Resource::RLIMIT_AS, MEMORY_MAX, MEMORY_MAX)?;
     setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
@@ -270,7 +273,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn response_is_whole_or_there_is_none() {
+    fn truncated_response_is_partial() {
         let framed = framed(b"abc");
         assert!(matches!(response(&framed), Response::Whole(b"abc")));
         assert!((0..framed.len()).all(|len| matches!(response(&framed[..len]), Response::Partial)));

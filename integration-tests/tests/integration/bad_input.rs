@@ -134,7 +134,7 @@ fn cgroup2_that_cannot_be_written_is_said() {
     let output = process::output(with_mounts(&prepare, &exec(&[], &policy, &["echo", MARK])));
     let said = stderr(&output);
     assert!(said.starts_with("error: cannot make cgroup "), "{said}");
-    let end = ": Read-only file system (os error 30)\n  help: run as root, where the cgroup2 mount is writable\n";
+    let end = ": Read-only file system (os error 30)\n  help: run as root, with a writable cgroup2 mount\n";
     assert!(said.ends_with(end), "{said}");
     assert_eq!((stdout(&output).as_str(), output.status.code()), ("", Some(125)));
 }

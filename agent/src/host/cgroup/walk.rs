@@ -152,8 +152,8 @@ impl<W: Fn(&Path) -> Wanted> Walk<'_, W> {
         }
     }
 
-    /// Records the names of the child directories of a node, unless the node is at the deepest level. Returns whether the node has
-    /// any children.
+    /// Records the names of the child directories of a node, unless the node is at the deepest level. Returns whether the node
+    /// has any children.
     fn list(&mut self, node: &mut Node, is_deepest: bool) -> io::Result<bool> {
         // One directory must not use up the budget of the others.
         let mut bytes_left = self.budget.bytes / NAMES_SHARE;

@@ -1,11 +1,12 @@
-//! How much one look for containers can read: all that a tenant can make large has a limit.
+//! Limits the files and bytes that one search for containers reads, since tenants control the size of what is read.
 
 use std::{
     cell::Cell,
     time::{Duration, Instant},
 };
 
-/// What is left to read. A look that runs out of it gives what it has found, and says that it is incomplete.
+/// The remaining budget of a search. A search that exceeds its budget returns the containers found so far and is marked as
+/// incomplete.
 #[derive(Debug)]
 pub(super) struct Budget {
     bytes: Cell<u64>,
@@ -15,12 +16,12 @@ pub(super) struct Budget {
 }
 
 impl Budget {
-    /// For what the host's root wrote. A thousand containers take a tenth of it.
+    /// Returns the budget for files of the host's root. A thousand containers use a tenth of it.
     pub(super) fn of_root() -> Self {
         Self::new(256 << 20, 100_000, Duration::from_secs(20))
     }
 
-    /// For what one user wrote.
+    /// Returns the budget for files of one user.
     pub(super) fn of_tenant() -> Self {
         Self::new(16 << 20, 2_000, Duration::from_secs(2))
     }
@@ -30,7 +31,7 @@ impl Budget {
         Self { bytes, files, until, is_exceeded: Cell::new(false) }
     }
 
-    /// Takes one file off. `false`: there is none left, or no time.
+    /// Subtracts one file. Returns `false` if no file or no time is left.
     pub(super) fn take_file(&self) -> bool {
         let left = self.files.get().checked_sub(1).filter(|_| Instant::now() < self.until);
         self.files.set(left.unwrap_or_default());
@@ -38,7 +39,7 @@ impl Budget {
         left.is_some()
     }
 
-    /// Takes bytes off. `false`: there are not so many left.
+    /// Subtracts bytes. Returns `false` if fewer are left.
     pub(super) fn take_bytes(&self, bytes: u64) -> bool {
         let left = self.bytes.get().checked_sub(bytes);
         self.bytes.set(left.unwrap_or_default());
@@ -56,7 +57,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_is_left_once_it_is_exceeded() {
+    fn exceeded_budget_stays_exceeded() {
         let budget = Budget::new(10, 2, Duration::from_secs(60));
         assert!(budget.take_file() && budget.take_bytes(10) && budget.take_file() && !budget.is_exceeded());
         assert!(!budget.take_file() && budget.is_exceeded());

@@ -1,4 +1,4 @@
-//! What an OCI bundle says of its container: a folder with a `config.json` (opencontainers/runtime-spec).
+//! Reads an OCI bundle, a directory with a `config.json` that describes a container (opencontainers/runtime-spec).
 
 use std::{
     collections::HashMap,
@@ -17,7 +17,7 @@ pub(super) struct Bundle {
     pub(super) path: PathBuf,
 }
 
-/// The part of a `config.json` that tells who made it, and for whom.
+/// The parts of a `config.json` that identify the container and its engine.
 #[derive(Debug, Default, Deserialize)]
 pub(super) struct Config {
     #[serde(default, deserialize_with = "or_empty")]
@@ -45,8 +45,8 @@ impl Config {
         self.annotations.get(key).map(String::as_str).filter(|value| !value.is_empty())
     }
 
-    /// Returns the last components of the path of the container's cgroup, as its engine asked for it: a path, or
-    /// `SLICE:PREFIX:NAME` for systemd. `None`: the engine left that to the runtime.
+    /// Returns the last components of the path of the cgroup that the engine requested for the container. `cgroupsPath` is a
+    /// path, or `SLICE:PREFIX:NAME` for systemd. Returns `None` if the runtime chose the cgroup.
     pub(super) fn cgroup(&self) -> Option<PathBuf> {
         let path = &self.linux.cgroup;
         let path = match path.split(':').collect::<Vec<_>>()[..] {
@@ -59,19 +59,19 @@ impl Config {
 }
 
 impl Bundle {
-    /// Its `config.json`; an empty one where it cannot be read.
+    /// Reads the `config.json`. Returns an empty configuration if it cannot be read.
     pub(super) fn config(&self) -> Config {
         self.json(&self.path.join("config.json")).unwrap_or_default()
     }
 
-    /// What a file beside the bundle holds. `None` where it cannot be read.
+    /// Reads a JSON file in the same view as the bundle. Returns `None` if it cannot be read or parsed.
     pub(super) fn json<T: DeserializeOwned>(&self, path: &Path) -> Option<T> {
-        let read = self.view.read(path).and_then(|bytes| Ok(serde_json::from_slice(&bytes)?));
-        read.inspect_err(|error| log::debug!("cannot read {}: {error}", path.escaped())).ok()
+        let content = self.view.read(path).and_then(|bytes| Ok(serde_json::from_slice(&bytes)?));
+        content.inspect_err(|error| log::debug!("cannot read {}: {error}", path.escaped())).ok()
     }
 }
 
-/// Go writes null for what is empty.
+/// Deserializes null as the default value: Go writes null for empty maps and lists.
 fn or_empty<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(value: D) -> Result<T, D::Error> {
     Option::deserialize(value).map(Option::unwrap_or_default)
 }
@@ -81,7 +81,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cgroup_is_the_one_that_the_engine_asked_for() {
+    fn cgroup_is_the_one_that_the_engine_requested() {
         let cgroup = |path: &str| {
             let config: Config = serde_json::from_str(&format!(r#"{{"linux":{{"cgroupsPath":{path}}}}}"#)).unwrap();
             config.cgroup().map(|path| path.to_string_lossy().into_owned())

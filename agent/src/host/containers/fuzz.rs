@@ -1,6 +1,7 @@
-//! What `fuzz/` feeds with what runtimes, and processes that have the name of a watcher, write of containers.
+//! Entry points of the fuzz targets in `fuzz/`: the files of container runtimes, and the data that a process with the name of a
+//! watcher controls.
 //!
-//! Each function fails by a panic.
+//! Each function panics if a check fails.
 
 use std::path::{Component, Path, PathBuf};
 
@@ -10,37 +11,37 @@ use serde_json::json;
 use super::{
     Listing,
     bundle::Config,
-    engines::{Docked, Known, Stored, folder_of_docker, of_containerd, of_crio},
+    engines::{DockerContainer, Labels, StorageContainer, docker_directory, of_containerd, of_crio},
     identity::Status,
-    named, names, own_cgroup, parse_number,
+    is_named_after, own_cgroup, parse_pid,
     processes::{CONMON, Kind, Process, SHIM, parse_stat},
-    search,
-    watchers::{Arguments, State, is_name},
+    sanitized, search,
+    watchers::{Arguments, State, is_valid_id},
 };
 use crate::host::container::{self, CONTAINERD, Container, is_id};
 
 /// An id of 64 digits.
 const ID: &str = "4f7c2a9b01de53c86ae09b7d41f2c6580d3e9a17b4c85f6203ed91ab7c4f2e68";
 
-/// Reads a file that a runtime or an engine keeps of a container, as each of the kinds that there are.
+/// Parses a file of a runtime or an engine about a container, in each known format.
 pub(crate) fn state_file(input: &[u8]) {
     state(input);
-    if let Some(number) = parse_number(input) {
-        assert_eq!(parse_number(format!("{number}\n").as_bytes()), Some(number));
+    if let Some(number) = parse_pid(input) {
+        assert_eq!(parse_pid(format!("{number}\n").as_bytes()), Some(number));
     }
     if let Some(config) = json::<Config>(input) {
         bundle(&config);
     }
-    for stored in json::<Vec<Stored>>(input).unwrap_or_default() {
-        described(stored.known());
+    for stored in json::<Vec<StorageContainer>>(input).unwrap_or_default() {
+        check_labels(stored.labels());
     }
-    if let Some(docked) = json::<Docked>(input) {
-        let known = docked.known();
-        assert!([&known.name, &known.image].into_iter().flatten().all(|word| !word.is_empty()));
-        described(known);
+    if let Some(container) = json::<DockerContainer>(input) {
+        let labels = container.labels();
+        assert!([&labels.name, &labels.image].into_iter().flatten().all(|label| !label.is_empty()));
+        check_labels(labels);
     }
     if let Ok(listing) = search::parse(input) {
-        listed(&listing);
+        check_listing(&listing);
     }
 }
 
@@ -48,68 +49,71 @@ fn json<T: DeserializeOwned>(input: &[u8]) -> Option<T> {
     serde_json::from_slice(input).ok()
 }
 
-/// What the two runtimes keep of a container. The same facts give the same state.
+/// Checks that the state files of both runtimes can be parsed, written and parsed again without a change.
 fn state(input: &[u8]) {
     if let Some(state) = State::of_runc(input) {
-        let State { first, start, bundle } = &state;
+        let State { init, start, bundle } = &state;
         let labels = ["bundle=/of/the/image".to_owned(), format!("bundle={}", bundle.to_string_lossy())];
         let config = json!({ "labels": labels });
-        let written = json!({ "init_process_pid": first, "init_process_start": start, "config": config });
+        let written = json!({ "init_process_pid": init, "init_process_start": start, "config": config });
         assert_eq!(State::of_runc(written.to_string().as_bytes()), Some(state));
     }
     if let Some(state) = State::of_crun(input) {
-        let State { first, start, bundle } = &state;
-        let written = json!({ "pid": first, "process-start-time": start, "bundle": bundle });
+        let State { init, start, bundle } = &state;
+        let written = json!({ "pid": init, "process-start-time": start, "bundle": bundle });
         assert_eq!(State::of_crun(written.to_string().as_bytes()), Some(state));
     }
 }
 
 fn bundle(config: &Config) {
     assert!(config.annotation("").is_none_or(|value| !value.is_empty()));
-    let folder = folder_of_docker(config);
-    assert!(folder.ends_with("containers"), "{folder:?}");
-    of_containerd(ID, config).into_iter().chain(of_crio(config)).for_each(described);
-    let asked = config.cgroup();
-    assert!(asked.as_ref().is_none_or(|asked| !asked.as_os_str().is_empty()));
-    // Without an id, only what the engine asked for makes an ancestor the container's.
-    let process = asked.iter().fold(PathBuf::from("around"), |path, asked| path.join(relative(asked))).join("below");
-    owned("web", asked.as_deref(), &process);
-    owned(ID, asked.as_deref(), &process.join(ID).join("init.scope"));
+    let directory = docker_directory(config);
+    assert!(directory.ends_with("containers"), "{directory:?}");
+    of_containerd(ID, config).into_iter().chain(of_crio(config)).for_each(check_labels);
+    let requested = config.cgroup();
+    assert!(requested.as_ref().is_none_or(|requested| !requested.as_os_str().is_empty()));
+    // Without an id of 64 digits, an ancestor is the container's cgroup only if the engine requested it.
+    let outer = PathBuf::from("around");
+    let process = requested.iter().fold(outer, |path, requested| path.join(relative(requested))).join("below");
+    check_own_cgroup("web", requested.as_deref(), &process);
+    check_own_cgroup(ID, requested.as_deref(), &process.join(ID).join("init.scope"));
 }
 
-/// A path without what leads out of it.
+/// Returns a path without components such as `/` and `..`.
 fn relative(path: &Path) -> PathBuf {
     path.components().filter(|component| matches!(component, Component::Normal(_))).collect()
 }
 
-/// Which cgroup is a container's: one that its first process is in, for a reason.
-fn owned(id: &str, asked: Option<&Path>, process: &Path) {
-    let Some(own) = own_cgroup(id, asked, process, None) else { return };
+/// Checks that a container's cgroup contains its init process, and is the cgroup of that process, named after the container, or
+/// requested by the engine.
+fn check_own_cgroup(id: &str, requested: Option<&Path>, process: &Path) {
+    let Some(own) = own_cgroup(id, requested, process, None) else { return };
     assert!(process.starts_with(&own) && !own.as_os_str().is_empty(), "{own:?} of {process:?}");
-    let is_named = own.file_name().and_then(|name| name.to_str()).is_some_and(|name| names(name, id));
-    assert!(own == process || is_named || asked.is_some_and(|asked| own.ends_with(asked)), "{own:?}");
-    assert_eq!(own_cgroup(id, asked, process, Some(process)), None, "the watcher's own cgroup");
+    let is_named = own.file_name().and_then(|name| name.to_str()).is_some_and(|name| is_named_after(name, id));
+    assert!(own == process || is_named || requested.is_some_and(|requested| own.ends_with(requested)), "{own:?}");
+    assert_eq!(own_cgroup(id, requested, process, Some(process)), None, "the watcher's own cgroup");
 }
 
-/// What people see of a container.
-fn described(known: Known) {
-    let Known { name, image } = known;
+/// Checks the name and the image that are shown to people.
+fn check_labels(labels: Labels) {
+    let Labels { name, image } = labels;
     let container = Container { runtime: CONTAINERD, id: ID.to_owned(), pod: None, name, image };
-    let container = named(container, &Path::new("kubepods/besteffort/pod3d6beaa3004913efb68ce073d73494b0").join(ID));
+    let container =
+        sanitized(container, &Path::new("kubepods/besteffort/pod3d6beaa3004913efb68ce073d73494b0").join(ID));
     assert_eq!(container.pod.as_deref(), Some("3d6beaa3004913efb68ce073d73494b0"));
     assert!(!container.to_string().contains(char::is_control));
-    let words = [&container.name, &container.image].into_iter().flatten();
-    words.for_each(|word| assert!(word.len() <= 1024 && !word.contains(char::is_control), "{word:?}"));
+    let labels = [&container.name, &container.image].into_iter().flatten();
+    labels.for_each(|label| assert!(label.len() <= 1024 && !label.contains(char::is_control), "{label:?}"));
 }
 
-/// What a worker process has found: the agent reads what it was written from.
-fn listed(listing: &Listing) {
+/// Checks that the agent reads the same listing that a worker process writes.
+fn check_listing(listing: &Listing) {
     let written = serde_json::to_vec(listing).unwrap_or_default();
     assert_eq!(search::parse(&written).as_ref(), Ok(listing));
     listing.running.iter().for_each(|running| assert!(!running.container.to_string().contains(char::is_control)));
 }
 
-/// Reads what a process says of itself: its command line, or what procfs has of it.
+/// Parses the command line of a process, or another file of the process in procfs.
 pub(crate) fn watcher(input: &[u8]) {
     if let Some(arguments) = Arguments::parse(input) {
         command_line(input, &arguments);
@@ -119,43 +123,43 @@ pub(crate) fn watcher(input: &[u8]) {
     cgroup(input);
 }
 
-/// The values are the words behind the first of each option.
+/// Checks that each value is the word after the first occurrence of its option.
 fn command_line(input: &[u8], arguments: &Arguments) {
     let Arguments { id, name, bundle, pid_file } = arguments;
-    assert!(is_name(id) && !id.contains('/') && ![".", ".."].contains(&id.as_str()), "{id:?}");
+    assert!(is_valid_id(id) && !id.contains('/') && ![".", ".."].contains(&id.as_str()), "{id:?}");
     let words: Vec<&[u8]> = input.split(|byte| *byte == 0).collect();
     assert!(!words.contains(&&b"--exec-process-spec"[..]));
-    let behind = |names: [&str; 2]| {
-        let mut pairs = words.windows(2).filter(|pair| names.iter().any(|name| name.as_bytes() == pair[0]));
+    let value_of = |options: [&str; 2]| {
+        let mut pairs = words.windows(2).filter(|pair| options.iter().any(|option| option.as_bytes() == pair[0]));
         pairs.next().map(|pair| pair[1])
     };
-    assert_eq!(behind(["-c", "--cid"]), Some(id.as_bytes()));
-    assert_eq!(behind(["-b", "--bundle"]), Some(bundle.as_os_str().as_encoded_bytes()));
-    assert_eq!(behind(["-p", "--container-pidfile"]), Some(pid_file.as_os_str().as_encoded_bytes()));
-    assert!(name.as_ref().is_none_or(|name| behind(["-n", "--name"]) == Some(name.as_bytes())));
-    // Words further on are other programs'.
+    assert_eq!(value_of(["-c", "--cid"]), Some(id.as_bytes()));
+    assert_eq!(value_of(["-b", "--bundle"]), Some(bundle.as_os_str().as_encoded_bytes()));
+    assert_eq!(value_of(["-p", "--container-pidfile"]), Some(pid_file.as_os_str().as_encoded_bytes()));
+    assert!(name.as_ref().is_none_or(|name| value_of(["-n", "--name"]) == Some(name.as_bytes())));
+    // Later words are the arguments of other programs.
     let longer = [input, b"\0-c\0other\0-b\0/other\0-p\0/other"].concat();
     let again = Arguments::parse(&longer);
-    let places = |arguments: &Arguments| (arguments.id.clone(), arguments.bundle.clone(), arguments.pid_file.clone());
-    assert_eq!(again.as_ref().map(places), Some(places(arguments)));
+    let values = |arguments: &Arguments| (arguments.id.clone(), arguments.bundle.clone(), arguments.pid_file.clone());
+    assert_eq!(again.as_ref().map(values), Some(values(arguments)));
 }
 
 fn status(input: &[u8]) {
     if let Some(status) = Status::parse(input) {
-        assert!(!status.numbers.is_empty(), "no number");
+        assert!(!status.pids.is_empty(), "no process id");
         assert_eq!(Status::parse(written(&status).as_bytes()), Some(status));
     }
-    // As the kernel writes a name, which says nothing of the rest.
+    // The kernel escapes the name, so that the name cannot change the other fields.
     let name = String::from_utf8_lossy(input).replace('\\', "\\\\").replace('\n', "\\n");
-    let status = Status { uids: [1, 2, 3, 4], gids: [5; 4], capabilities: 6, numbers: vec![7, 8] };
+    let status = Status { uids: [1, 2, 3, 4], gids: [5; 4], capabilities: 6, pids: vec![7, 8] };
     assert_eq!(Status::parse(format!("Name:\t{name}\n{}", written(&status)).as_bytes()), Some(status));
 }
 
 fn written(status: &Status) -> String {
-    let Status { uids, gids, capabilities, numbers } = status;
-    let words = |numbers: &[u32]| numbers.iter().map(u32::to_string).collect::<Vec<_>>().join("\t");
-    let (uids, gids, numbers) = (words(uids), words(gids), words(numbers));
-    format!("Uid:\t{uids}\nGid:\t{gids}\nNSpid:\t{numbers}\nCapEff:\t{capabilities:016x}\n")
+    let Status { uids, gids, capabilities, pids } = status;
+    let words = |pids: &[u32]| pids.iter().map(u32::to_string).collect::<Vec<_>>().join("\t");
+    let (uids, gids, pids) = (words(uids), words(gids), words(pids));
+    format!("Uid:\t{uids}\nGid:\t{gids}\nNSpid:\t{pids}\nCapEff:\t{capabilities:016x}\n")
 }
 
 fn stat(input: &[u8]) {
@@ -167,7 +171,7 @@ fn stat(input: &[u8]) {
         let name = kind.map_or("web", |kind| if kind == Kind::Conmon { CONMON } else { SHIM });
         assert_eq!(stat(parent, name.as_bytes(), start), Some(Process { parent, start, kind }));
     }
-    // A process may have any name.
+    // A process can have any name.
     let kind = match input {
         _ if input == CONMON.as_bytes() => Some(Kind::Conmon),
         _ if input == SHIM.as_bytes() => Some(Kind::Shim),
@@ -176,7 +180,7 @@ fn stat(input: &[u8]) {
     assert_eq!(stat(7, input, 4242), Some(Process { parent: 7, start: 4242, kind }));
 }
 
-/// The path of a cgroup, whose folders users name.
+/// Parses the path of a cgroup, whose names users can choose.
 fn cgroup(input: &[u8]) {
     let Ok(path) = str::from_utf8(input) else { return };
     let found = container::of_cgroup(path);
@@ -189,6 +193,6 @@ fn cgroup(input: &[u8]) {
     assert_eq!(container::of_cgroup(&format!("{path}/below/it")), found, "{path:?}");
     let inner = container::of_cgroup(&format!("{path}/system.slice/docker-{ID}.scope"));
     assert_eq!(inner.map(|container| (container.runtime, container.id)), Some((container::DOCKER, ID.to_owned())));
-    owned(ID, None, Path::new(path));
-    owned(path, None, &Path::new("docker").join(relative(Path::new(path))).join("below"));
+    check_own_cgroup(ID, None, Path::new(path));
+    check_own_cgroup(path, None, &Path::new("docker").join(relative(Path::new(path))).join("below"));
 }

@@ -1,4 +1,4 @@
-//! Who a process is to the kernel. Its name and its arguments are its own choice; these facts are not.
+//! Identifies the user of a process from facts that the kernel guarantees. A process can choose its name and its arguments.
 
 use std::{
     fs::{self, File},
@@ -11,57 +11,58 @@ use std::{
 
 use super::processes::{CONMON, Kind, SHIM};
 
-/// Who a watcher is.
+/// The identity of a watcher.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Identity {
-    /// Root of the initial user namespace, with all that root can do: what it says of containers is believed.
+    /// Root of the initial user namespace with root's capabilities. Its statements about containers are trusted.
     Root,
-    /// A user. What he says counts for cgroups that belong to him.
+    /// A user. Its statements are trusted for cgroups that this user owns.
     Tenant {
         uid: u32,
         gid: u32,
-        /// The user of the initial user namespace who is behind it: a user can have thousands of subordinate uids.
+        /// The user of the initial user namespace that this user belongs to. An account can have thousands of subordinate uids.
         account: u32,
     },
-    /// Nobody whose word counts: root in a container, or a process that changes its user.
-    Nobody,
-    /// Must not be looked into by this process.
+    /// Not trusted: root in a container, or a process that changes its user.
+    Untrusted,
+    /// Unknown: permission denied.
     Hidden,
 }
 
 impl Identity {
     pub(super) fn of(pid: u32, kind: Kind) -> Self {
-        let Some(status) = Status::read(pid) else { return Self::Nobody };
+        let Some(status) = Status::read(pid) else { return Self::Untrusted };
         match (status.uids, outermost_owner(pid)) {
             (_, Err(error)) if error.kind() == io::ErrorKind::PermissionDenied => Self::Hidden,
             ([0, 0, 0, 0], Ok(None)) if status.is_privileged() && runs(pid, kind) => Self::Root,
-            // Root of a container can be uid 0 of the initial user namespace too. Root owns most cgroups, and not for him.
-            (_, Err(_)) | ([0, ..], _) => Self::Nobody,
-            ([uid, ..], Ok(account)) => match status.only_ids() {
+            // Root of a container can be uid 0 of the initial user namespace too. As a tenant, it would own most cgroups.
+            (_, Err(_)) | ([0, ..], _) => Self::Untrusted,
+            ([uid, ..], Ok(account)) => match status.single_ids() {
                 Some((uid, gid)) => Self::Tenant { uid, gid, account: account.unwrap_or(uid) },
                 None => {
-                    log::debug!("process {pid} of user {uid} runs with the rights of another user or group");
-                    Self::Nobody
+                    log::debug!("ignoring process {pid} of user {uid}: its uids or gids differ");
+                    Self::Untrusted
                 }
             },
         }
     }
 }
 
-/// What `/proc/PID/status` says.
+/// The content of `/proc/PID/status`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Status {
-    /// Real, effective, saved and of the file system, as the reader's user namespace has them.
+    /// The real, effective, saved set and file system uids, in the reader's user namespace.
     pub uids: [u32; 4],
+    /// The gids, in the same order.
     pub gids: [u32; 4],
-    /// Effective capabilities.
+    /// The effective capabilities.
     pub capabilities: u64,
-    /// In each PID namespace, from the reader's inwards: at least one.
-    pub numbers: Vec<u32>,
+    /// The process ids in each PID namespace, from the reader's namespace inwards. At least one.
+    pub pids: Vec<u32>,
 }
 
 impl Status {
-    /// A process can be in 65,536 groups, which stand before the capabilities.
+    /// The maximum number of bytes to read. A process can have 65,536 supplementary groups, which precede the capabilities.
     const SIZE_MAX: u64 = 1 << 20;
 
     pub(super) fn read(pid: u32) -> Option<Self> {
@@ -70,7 +71,7 @@ impl Status {
         Self::parse(&bytes)
     }
 
-    /// Parses proc_pid_status(5). The kernel escapes line ends in the name (`proc_task_name`, fs/proc/array.c).
+    /// Parses proc_pid_status(5). The kernel escapes newlines in the name (`proc_task_name`, fs/proc/array.c).
     #[must_use]
     pub fn parse(status: &[u8]) -> Option<Self> {
         let status = String::from_utf8_lossy(status);
@@ -80,18 +81,18 @@ impl Status {
             uids: numbers(field("Uid:")?)?.try_into().ok()?,
             gids: numbers(field("Gid:")?)?.try_into().ok()?,
             capabilities: u64::from_str_radix(field("CapEff:")?.trim(), 16).ok()?,
-            numbers: numbers(field("NSpid:")?).filter(|numbers| !numbers.is_empty())?,
+            pids: numbers(field("NSpid:")?).filter(|pids| !pids.is_empty())?,
         })
     }
 
-    /// Returns the uid and the gid, if the process has one of each in all four roles.
-    fn only_ids(&self) -> Option<(u32, u32)> {
-        let only = |ids: [u32; 4]| Some(ids[0]).filter(|first| ids == [*first; 4]);
-        Some((only(self.uids)?, only(self.gids)?))
+    /// Returns the uid and the gid if all four uids are equal and all four gids are equal.
+    fn single_ids(&self) -> Option<(u32, u32)> {
+        let single = |ids: [u32; 4]| Some(ids[0]).filter(|first| ids == [*first; 4]);
+        Some((single(self.uids)?, single(self.gids)?))
     }
 
-    /// Whether the process can do what a container runtime must. Root in a container cannot, unless the container is
-    /// privileged: root there is root of the host.
+    /// Returns whether the process has CAP_SYS_ADMIN, which a container runtime needs. Root in a container has it only if the
+    /// container is privileged. Root in a privileged container is equivalent to root of the host.
     fn is_privileged(&self) -> bool {
         /// include/uapi/linux/capability.h
         const CAP_SYS_ADMIN: u32 = 21;
@@ -99,12 +100,12 @@ impl Status {
     }
 }
 
-/// Whether the program of a process is called like a watcher of this kind. A user can start a set-user-ID program by another
-/// name, with arguments of his choice; the kernel's link leads to the program itself.
+/// Returns whether the executable of a process has the name of a watcher of this kind. A user can start a set-user-ID program
+/// under any command name and with any arguments; `/proc/PID/exe` leads to the executable itself.
 fn runs(pid: u32, kind: Kind) -> bool {
-    let program = fs::read_link(format!("/proc/{pid}/exe")).ok();
-    let name = program.as_deref().and_then(|path| path.file_name()?.to_str());
-    // Of a program that has been replaced since.
+    let executable = fs::read_link(format!("/proc/{pid}/exe")).ok();
+    let name = executable.as_deref().and_then(|path| path.file_name()?.to_str());
+    // The kernel appends this if the file was deleted or replaced.
     let name = name.map(|name| name.strip_suffix(" (deleted)").unwrap_or(name));
     name.is_some_and(|name| match kind {
         Kind::Conmon => name == CONMON,
@@ -112,8 +113,8 @@ fn runs(pid: u32, kind: Kind) -> bool {
     })
 }
 
-/// Returns the user who made the outermost user namespace that a process is in: `None` for the initial one, which nobody made
-/// (ioctl_nsfs(2), Linux 4.11).
+/// Returns the owner of the user namespace that contains a process and is a child of the initial one (ioctl_nsfs(2), Linux
+/// 4.11). Returns `None` if the process is in the initial user namespace.
 fn outermost_owner(pid: u32) -> io::Result<Option<u32>> {
     /// `PROC_USER_INIT_INO` (include/linux/proc_ns.h).
     const INITIAL: u64 = 0xefff_fffd;
@@ -127,19 +128,19 @@ fn outermost_owner(pid: u32) -> io::Result<Option<u32>> {
         if namespace.metadata()?.ino() == INITIAL {
             let Some(inner): Option<File> = inner else { return Ok(None) };
             let mut owner: libc::uid_t = 0;
-            // SAFETY: writes a uid to the place that it is given.
-            let answer = unsafe { libc::ioctl(inner.as_raw_fd(), NS_GET_OWNER_UID as _, &raw mut owner) };
-            return if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(Some(owner)) };
+            // SAFETY: the kernel writes a uid to `owner`.
+            let result = unsafe { libc::ioctl(inner.as_raw_fd(), NS_GET_OWNER_UID as _, &raw mut owner) };
+            return if result < 0 { Err(io::Error::last_os_error()) } else { Ok(Some(owner)) };
         }
-        // SAFETY: takes no more than a descriptor.
+        // SAFETY: this ioctl takes no argument.
         let parent = unsafe { libc::ioctl(namespace.as_raw_fd(), NS_GET_PARENT as _) };
         if parent < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the kernel has just made it, for us alone.
+        // SAFETY: the kernel has just opened this descriptor, and nothing else owns it.
         inner = Some(std::mem::replace(&mut namespace, unsafe { File::from_raw_fd(parent) }));
     }
-    Err(io::Error::other("too deep"))
+    Err(io::Error::other("cannot find the initial user namespace: too many levels"))
 }
 
 #[cfg(test)]
@@ -147,34 +148,30 @@ mod tests {
     use super::*;
 
     #[test]
-    fn status_says_who_a_process_is() {
+    fn status_is_parsed() {
         let text = "Name:\tconmon\\nUid:\t0\t0\t0\t0\nState:\tS (sleeping)\nUid:\t1000\t1001\t1002\t1003\nGid:\t5\t5\t5\t5\n\
                     NSpid:\t812\t7\nCapEff:\t000001ffffffffff\n";
-        let expected = Status {
-            uids: [1000, 1001, 1002, 1003],
-            gids: [5; 4],
-            capabilities: 0x1ff_ffff_ffff,
-            numbers: vec![812, 7],
-        };
-        assert_eq!(expected.only_ids(), None);
-        assert_eq!(Status { uids: [1000; 4], ..expected.clone() }.only_ids(), Some((1000, 5)));
+        let expected =
+            Status { uids: [1000, 1001, 1002, 1003], gids: [5; 4], capabilities: 0x1ff_ffff_ffff, pids: vec![812, 7] };
+        assert_eq!(expected.single_ids(), None);
+        assert_eq!(Status { uids: [1000; 4], ..expected.clone() }.single_ids(), Some((1000, 5)));
         assert_eq!(Status::parse(text.as_bytes()), Some(expected));
-        // What the kernel writes of a process that the reader's PID namespace does not contain.
+        // The kernel writes an empty list for a process outside the reader's PID namespace.
         assert_eq!(Status::parse(text.replace("\t812\t7", "").as_bytes()), None);
         assert_eq!(Status::parse(b"Uid:\t0\t0\t0\n"), None);
         assert_eq!(Status::parse(b""), None);
     }
 
     #[test]
-    fn capabilities_tell_root_of_the_host_from_root_of_a_container() {
-        let status = |capabilities| Status { uids: [0; 4], gids: [0; 4], capabilities, numbers: vec![1] };
+    fn root_in_an_unprivileged_container_is_not_privileged() {
+        let status = |capabilities| Status { uids: [0; 4], gids: [0; 4], capabilities, pids: vec![1] };
         assert!(status(0x1ff_ffff_ffff).is_privileged());
-        // What Docker gives.
+        // The default capabilities in Docker.
         assert!(!status(0xa804_25fb).is_privileged());
     }
 
     #[test]
-    fn process_is_no_watcher_by_its_name() {
+    fn process_with_another_executable_is_not_a_watcher() {
         let own = std::process::id();
         assert!(!runs(own, Kind::Conmon) && !runs(own, Kind::Shim));
         assert_ne!(Identity::of(own, Kind::Conmon), Identity::Root);

@@ -1,21 +1,22 @@
-//! The containers that run on this host: who runs them, what people call them, and the cgroup that their processes are in.
+//! Finds the running containers of this host: their runtime, name, image and cgroup.
 //!
-//! A container is found by the process that watches it, which says where it left the rest: conmon (podman, CRI-O) on its
-//! command line, containerd's shims (containerd, Docker, nerdctl, Kubernetes) by the folder they work in. So it does not matter
-//! where a runtime keeps its files, nor whose runtime it is. Containers that runc and crun run without any such process are found
-//! by what these leave below /run. No runtime is asked, none has to run.
+//! A container is found through its *watcher*, the process that waits for the end of the container. The command line of a
+//! conmon (podman, CRI-O) leads to the files of the container. The working directory of a shim (containerd, Docker, nerdctl,
+//! Kubernetes) does so too. Therefore containers are found wherever a runtime stores its files, and for runtimes of any user.
+//! Containers that runc or crun run without a watcher are found in their state files below /run. The agent does not call any
+//! runtime.
 //!
-//! Does not find containers that do not run, that have no cgroup of their own (`--cgroups=disabled`), the sandboxes
-//! that hold the namespaces of a pod, and containers in a tenant's container. The image of what `ctr` or nerdctl has started is
-//! known to containerd alone, and not here.
+//! These containers are not found: stopped containers, containers without a cgroup of their own (`--cgroups=disabled`),
+//! sandboxes that hold the namespaces of a pod, and containers in a tenant's container. The image of a container that `ctr` or
+//! nerdctl has started is unknown, since only containerd has it.
 //!
-//! Invariant: a claim counts for a cgroup only if who makes it controls that cgroup anyway. These are root of the initial
-//! user namespace, and the user that owns the cgroup's folder; and that user only where root has no container. The kernel says
-//! who makes the claim ([`identity`]), and which cgroup it is about: that of a child of the claiming process. What others wrote
-//! decides only what a container is called.
+//! Invariant: a watcher's claim that a container has a cgroup is accepted only if the watcher's user controls this cgroup
+//! anyway. This user is root of the initial user namespace, or the owner of the cgroup's directory. Root's claims take
+//! precedence. The user ([`identity`]) and the cgroup, that of a child of the watcher, are facts from the kernel. Data that
+//! other users wrote only determines the name of a container.
 //!
-//! Invariant: only a worker process reads what a tenant can make block or grow ([`Search`]), with the rights of that tenant and
-//! within a [`budget`].
+//! Invariant: only a worker process ([`Search`]) reads data that a tenant can make block or grow. It reads with the rights of
+//! that tenant and within a [`budget`].
 
 mod budget;
 mod bundle;
@@ -47,7 +48,7 @@ use self::{
 pub use self::{
     identity::Status,
     search::{LIST, Search},
-    view::parse_number,
+    view::parse_pid,
     watchers::{Arguments, Scope, State},
 };
 use super::{
@@ -56,28 +57,28 @@ use super::{
 };
 use crate::escape::Escape;
 
-/// A container that runs.
+/// A running container.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Running {
     pub container: Container,
-    /// Below the mount. All its processes are in it or below.
+    /// The path of its cgroup below the mount. All its processes are in this cgroup or below.
     pub cgroup: PathBuf,
     /// The kernel's id of the cgroup.
     pub cgroup_id: u64,
 }
 
-/// The containers of a [`Scope`], as far as this process may look.
+/// The containers of a [`Scope`] that this process is permitted to see.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Listing {
-    /// In the order of their cgroups.
+    /// Sorted by cgroup.
     pub running: Vec<Running>,
-    /// How many watchers this process must not look into.
+    /// The number of watchers that this process cannot inspect (permission denied).
     pub hidden: usize,
-    /// Users who have watchers too.
+    /// In the scope of root, the users other than root that have watchers.
     accounts: BTreeSet<u32>,
-    /// How many watchers were left out, for there are too many.
+    /// The number of watchers that exceeded the limits.
     skipped: usize,
-    /// Whether there was more to read than the limits allow.
+    /// Whether the search exceeded its budget.
     is_incomplete: bool,
 }
 
@@ -89,81 +90,90 @@ pub enum ListError {
     Cgroup(#[from] CgroupError),
 }
 
-/// Lists the containers of a scope. Can block for ever if the scope is a tenant's: for [`Search`]'s worker processes.
+/// Lists the containers of a scope. A tenant can make this call block forever; only the worker processes of [`Search`] may call
+/// it for a tenant.
 ///
 /// # Errors
 ///
-/// If /proc or the cgroup2 mount cannot be read.
+/// Fails if /proc or the cgroup2 mount cannot be read.
 pub fn list(scope: Scope) -> Result<Listing, ListError> {
     let mount = Mount::find()?;
     let budget = Rc::new(if scope == Scope::Root { Budget::of_root() } else { Budget::of_tenant() });
     let processes = Processes::read().map_err(ListError::Processes)?;
     let mut engines = Engines::default();
-    let mut describe = |started: &Started| described(started, &processes, &mount, &mut engines);
+    let mut describe = |started: &Started| running(started, &processes, &mount, &mut engines);
     let mut watched = watched(&processes, scope, &budget, &mut describe);
     watched.running.sort_by(|one, other| one.cgroup.cmp(&other.cgroup));
     let watchers::Watched { running, hidden, accounts, skipped } = watched;
     Ok(Listing { running, hidden, accounts, skipped, is_incomplete: budget.is_exceeded() })
 }
 
-fn described(started: &Started, processes: &Processes, mount: &Mount, engines: &mut Engines) -> Option<Running> {
-    let Started { id, first, watcher, bundle, uid, .. } = started;
-    let process = cgroup::of_process(*first)?;
+/// Finds the cgroup, the name and the image of a container. Returns `None` if the container has no cgroup of its own, if the
+/// watcher's user does not own the cgroup, or if the init process has ended.
+fn running(started: &Started, processes: &Processes, mount: &Mount, engines: &mut Engines) -> Option<Running> {
+    let Started { id, init, watcher, bundle, uid, .. } = started;
+    let process = cgroup::of_process(*init)?;
     let watcher = watcher.and_then(cgroup::of_process);
     let config = bundle.config();
-    let asked = (*uid == 0).then(|| config.cgroup()).flatten();
-    let Some(cgroup) = own_cgroup(id, asked.as_deref(), &process, watcher.as_deref()) else {
-        log::debug!("container {} has no cgroup of its own: it is in /{}", id.escaped(), process.escaped());
+    let requested = (*uid == 0).then(|| config.cgroup()).flatten();
+    let Some(cgroup) = own_cgroup(id, requested.as_deref(), &process, watcher.as_deref()) else {
+        log::debug!("ignoring container {} in /{}: it has no cgroup of its own", id.escaped(), process.escaped());
         return None;
     };
-    let folder = fs::metadata(mount.path.join(&cgroup)).ok()?;
-    if *uid != 0 && folder.uid() != *uid {
-        log::debug!("user {uid} claims that container {} is in /{}, which is not his", id.escaped(), cgroup.escaped());
+    let directory = fs::metadata(mount.path.join(&cgroup)).ok()?;
+    if *uid != 0 && directory.uid() != *uid {
+        log::debug!(
+            "ignoring container {} of user {uid}: the user does not own cgroup /{}",
+            id.escaped(),
+            cgroup.escaped()
+        );
         return None;
     }
-    let container = named(engines.describe(started, &config)?, &process);
-    // What was read may be of another process, which has its number by now.
-    let running = Running { container, cgroup, cgroup_id: folder.ino() };
-    processes.is_current(*first).then_some(running)
+    let container = sanitized(engines.describe(started, &config)?, &process);
+    // If the process id was reused, the facts above may be of another process.
+    let running = Running { container, cgroup, cgroup_id: directory.ino() };
+    processes.is_current(*init).then_some(running)
 }
 
-/// What people see of a container comes from who made it.
-fn named(mut container: Container, process: &Path) -> Container {
-    /// In bytes.
-    const WORD_MAX: usize = 1024;
-    for word in [&mut container.name, &mut container.image] {
-        *word = word.take().filter(|word| word.len() <= WORD_MAX && !word.contains(char::is_control));
+/// Drops a name or an image that is too long or contains control characters, since the owner of the container controls both.
+/// Adds the pod from the path of the cgroup.
+fn sanitized(mut container: Container, process: &Path) -> Container {
+    /// The maximum length of a label in bytes.
+    const LABEL_MAX: usize = 1024;
+    for label in [&mut container.name, &mut container.image] {
+        *label = label.take().filter(|label| label.len() <= LABEL_MAX && !label.contains(char::is_control));
     }
     container.pod = process.to_str().and_then(container::of_cgroup).and_then(|named| named.pod);
     container
 }
 
-/// Returns the cgroup of a container, by that of its first process, which may have gone deeper. `requested`: the last components of
-/// the cgroup that its engine asked for, if root wrote that.
+/// Returns the cgroup of a container. It is the cgroup of its init process or an ancestor, since the process can have moved
+/// into a child cgroup. `requested` is the last components of the cgroup that the engine requested, if root wrote the file.
 ///
-/// An ancestor is the container's if its name has the container's id, of 64 digits, or if it is the one that was asked for. Of
-/// several, the outermost is: root in the container can create others below.
+/// An ancestor is the container's cgroup if its name contains the container's id of 64 digits, or if the engine requested it.
+/// If several ancestors match, the outermost one is the container's cgroup: root in the container can create cgroups below it.
 ///
-/// `None` if the container shares the cgroup of the process that watches it, is in the root, or in a cgroup that is not visible
-/// from here.
-fn own_cgroup(id: &str, asked: Option<&Path>, process: &Path, watcher: Option<&Path>) -> Option<PathBuf> {
+/// Returns `None` if the process is in the watcher's cgroup, in the root cgroup, or in a cgroup that is not visible in this
+/// cgroup namespace.
+fn own_cgroup(id: &str, requested: Option<&Path>, process: &Path, watcher: Option<&Path>) -> Option<PathBuf> {
     if process.as_os_str().is_empty() || process.starts_with("..") || watcher == Some(process) {
         return None;
     }
-    let is_named = |path: &Path| path.file_name().and_then(|name| name.to_str()).is_some_and(|name| names(name, id));
-    let is_own = |path: &&Path| is_named(path) || asked.is_some_and(|asked| path.ends_with(asked));
+    let is_named =
+        |path: &Path| path.file_name().and_then(|name| name.to_str()).is_some_and(|name| is_named_after(name, id));
+    let is_own = |path: &&Path| is_named(path) || requested.is_some_and(|requested| path.ends_with(requested));
     let outermost = process.ancestors().filter(is_own).last();
     Some(outermost.unwrap_or(process).to_owned())
 }
 
-/// Whether a cgroup is named after the container with this id.
-fn names(name: &str, id: &str) -> bool {
+/// Returns whether the name of a cgroup consists of the id of a container and a prefix that a runtime uses.
+fn is_named_after(name: &str, id: &str) -> bool {
     let unit = name.strip_suffix(".scope").unwrap_or(name);
     let before = unit.strip_suffix(id).filter(|_| container::is_id(id));
     before.is_some_and(|before| before.is_empty() || before.ends_with(['-', ':']))
 }
 
-/// Containers by their cgroups. Does no I/O.
+/// The known containers, by cgroup. Does no I/O.
 #[derive(Clone, Debug, Default)]
 pub struct Known {
     running: HashMap<PathBuf, Container>,
@@ -176,16 +186,16 @@ impl Known {
         Self { running: of_cgroups.collect() }
     }
 
-    /// Returns the container of a cgroup: of those that run, else as far as the cgroup's name says.
+    /// Returns the container of a cgroup: a running container, else the container that the path names.
     #[must_use]
     pub fn of_cgroup(&self, cgroup: &str) -> Option<Container> {
         let named = container::of_cgroup(cgroup);
-        let around = Path::new(cgroup.trim_start_matches('/')).ancestors();
-        let found = around.filter(|_| !self.running.is_empty()).find_map(|cgroup| self.running.get(cgroup));
-        match (named, found) {
-            // One that runs in another, and of which nothing else is known.
-            (Some(named), Some(found)) if named.id != found.id && container::is_id(&found.id) => Some(named),
-            (named, found) => found.cloned().or(named),
+        let ancestors = Path::new(cgroup.trim_start_matches('/')).ancestors();
+        let running = ancestors.filter(|_| !self.running.is_empty()).find_map(|cgroup| self.running.get(cgroup));
+        match (named, running) {
+            // A nested container of which only the path is known.
+            (Some(named), Some(running)) if named.id != running.id && container::is_id(&running.id) => Some(named),
+            (named, running) => running.cloned().or(named),
         }
     }
 }
@@ -196,9 +206,9 @@ mod tests {
 
     const ID: &str = "4f7c2a9b01de53c86ae09b7d41f2c6580d3e9a17b4c85f6203ed91ab7c4f2e68";
 
-    fn own(id: &str, asked: Option<&str>, process: &str, watcher: &str) -> Option<String> {
+    fn own(id: &str, requested: Option<&str>, process: &str, watcher: &str) -> Option<String> {
         let process = process.replace("ID", ID);
-        let own = own_cgroup(id, asked.map(Path::new), Path::new(&process), Some(Path::new(watcher)));
+        let own = own_cgroup(id, requested.map(Path::new), Path::new(&process), Some(Path::new(watcher)));
         own.map(|path| path.to_string_lossy().replace(ID, "ID"))
     }
 
@@ -209,7 +219,7 @@ mod tests {
             ("machine.slice/libpod-ID.scope/container", "machine.slice/libpod-ID.scope"),
             ("docker/ID/init.scope", "docker/ID"),
             ("kubepods/besteffort/podx/ID", "kubepods/besteffort/podx/ID"),
-            // Made by root in the container.
+            // Root in the container has made cgroups.
             ("docker/ID/x-ID/y/ID.scope", "docker/ID"),
             ("mine/own", "mine/own"),
             ("init.scope", "init.scope"),
@@ -219,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn ancestor_is_a_containers_only_by_a_whole_id() {
+    fn ancestor_is_the_containers_cgroup_only_by_a_whole_id() {
         for (id, process) in [
             ("web", "default/web/below"),
             ("user.slice", "user.slice/mine"),
@@ -233,21 +243,21 @@ mod tests {
     }
 
     #[test]
-    fn ancestor_that_roots_engine_asked_for_is_the_containers() {
+    fn ancestor_that_roots_engine_requested_is_the_containers_cgroup() {
         assert_eq!(own("web", Some("default/web"), "default/web/below", "b").as_deref(), Some("default/web"));
         assert_eq!(own("web", Some("web"), "a/web/b/web/c", "b").as_deref(), Some("a/web"));
         assert_eq!(own("web", Some("elsewhere/web"), "default/web/c", "b").as_deref(), Some("default/web/c"));
     }
 
     #[test]
-    fn cgroup_that_others_share_is_nobodys() {
+    fn shared_root_and_invisible_cgroups_are_not_the_containers() {
         assert_eq!(own(ID, None, "user.slice/session-2.scope", "user.slice/session-2.scope"), None);
         assert_eq!(own(ID, None, "", "system.slice/podman.service"), None);
         assert_eq!(own(ID, None, "../outside", "x"), None);
     }
 
     #[test]
-    fn innermost_container_counts() {
+    fn innermost_container_is_returned() {
         let container =
             |id: &str| Container { runtime: container::DOCKER, id: id.to_owned(), pod: None, name: None, image: None };
         let running = [("docker/a", "a"), ("docker/a/docker/b", "b")].map(|(cgroup, id)| Running {

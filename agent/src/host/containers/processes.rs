@@ -1,4 +1,4 @@
-//! All processes, at one moment: which of them have the name of a watcher, and which are the children of those.
+//! Reads all processes of this host, and finds those with the name of a watcher and their children.
 
 use std::{
     collections::HashMap,
@@ -6,12 +6,12 @@ use std::{
     io::{self, Read as _},
 };
 
-/// The name of the processes that podman and CRI-O start, one for each container.
+/// The command name of the watcher that podman and CRI-O start for each container.
 pub(super) const CONMON: &str = "conmon";
-/// The beginning of the names of containerd's shims: the kernel keeps no more.
+/// The first 15 bytes of the names of containerd's shims. The kernel truncates command names to 15 bytes.
 pub(super) const SHIM: &str = "containerd-shim";
 
-/// What kind of watcher a process says that it is. Proves nothing.
+/// The kind of watcher that a process is by its command name. A process can choose its command name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     Conmon,
@@ -21,16 +21,16 @@ pub(super) enum Kind {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Process {
     pub(super) parent: u32,
-    /// In clock ticks since boot. With its number, it distinguishes a process from all others.
+    /// The start time in clock ticks since boot. The process id and the start time identify a process.
     pub(super) start: u64,
     pub(super) kind: Option<Kind>,
 }
 
-/// What `/proc/PID/stat` says of each.
+/// All processes, from `/proc/PID/stat`.
 #[derive(Debug, Default)]
 pub(super) struct Processes {
     all: HashMap<u32, Process>,
-    /// Of those that say that they are watchers.
+    /// The children of the processes with the name of a watcher.
     children: HashMap<u32, Vec<u32>>,
 }
 
@@ -51,44 +51,44 @@ impl Processes {
         self.all.get(&pid)
     }
 
-    /// Returns the processes that say that they are watchers, in the order of their numbers.
+    /// Returns the processes with the name of a watcher, sorted by process id.
     pub(super) fn watchers(&self) -> Vec<(u32, Kind)> {
-        let mut found: Vec<_> = self.all.iter().filter_map(|(pid, process)| Some((*pid, process.kind?))).collect();
-        found.sort_unstable_by_key(|(pid, _)| *pid);
-        found
+        let mut watchers: Vec<_> = self.all.iter().filter_map(|(pid, process)| Some((*pid, process.kind?))).collect();
+        watchers.sort_unstable_by_key(|(pid, _)| *pid);
+        watchers
     }
 
-    /// Returns the child of a watcher that the watcher knows by this number, which is another one here if the watcher is in a
-    /// PID namespace of its own.
-    pub(super) fn child(&self, watcher: u32, number: u32) -> Option<u32> {
-        let depth = numbers(watcher)?.len();
+    /// Returns the child of a watcher, from its process id in the watcher's PID namespace. The result is the id in the PID
+    /// namespace of this process.
+    pub(super) fn child(&self, watcher: u32, pid: u32) -> Option<u32> {
+        let depth = pids(watcher)?.len();
         if depth == 1 {
-            return self.get(number).filter(|process| process.parent == watcher).map(|_| number);
+            return self.get(pid).filter(|process| process.parent == watcher).map(|_| pid);
         }
         let mut children = self.children.get(&watcher)?.iter().copied();
-        children.find(|child| numbers(*child).is_some_and(|numbers| numbers.get(depth - 1) == Some(&number)))
+        children.find(|child| pids(*child).is_some_and(|pids| pids.get(depth - 1) == Some(&pid)))
     }
 
-    /// Whether a process is still the one that was read.
+    /// Returns whether a process id still belongs to the process that was read.
     pub(super) fn is_current(&self, pid: u32) -> bool {
-        let now = stat(pid);
-        now.is_some() && now.as_ref() == self.get(pid)
+        let current = stat(pid);
+        current.is_some() && current.as_ref() == self.get(pid)
     }
 }
 
-/// Returns the numbers of a process, in each PID namespace from ours inwards.
-fn numbers(pid: u32) -> Option<Vec<u32>> {
-    Some(super::identity::Status::read(pid)?.numbers)
+/// Returns the ids of a process in each PID namespace, from the namespace of this process inwards.
+fn pids(pid: u32) -> Option<Vec<u32>> {
+    Some(super::identity::Status::read(pid)?.pids)
 }
 
 fn stat(pid: u32) -> Option<Process> {
-    // There may be thousands. The fields that count are at the beginning.
+    // There can be thousands of processes. The used fields are in the first 512 bytes.
     let mut stat = [0; 512];
     let len = File::open(format!("/proc/{pid}/stat")).ok()?.read(&mut stat).ok()?;
     parse_stat(stat.get(..len)?)
 }
 
-/// Parses proc_pid_stat(5): the name is in parentheses and may contain anything. `None` for a process that has ended.
+/// Parses proc_pid_stat(5). The name is in parentheses and can contain any bytes. Returns `None` for a process that has ended.
 pub(super) fn parse_stat(stat: &[u8]) -> Option<Process> {
     let stat = String::from_utf8_lossy(stat);
     let (before, after) = stat.rsplit_once(") ")?;
@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn process_may_have_any_name() {
+    fn process_name_can_contain_any_characters() {
         let stat = "812 (a) (b) ) S 7 812 812 0 -1 4194304 1 0 0 0 1 2 3 4 20 0 1 0 4242 5 6\n";
         assert_eq!(parse_stat(stat.as_bytes()), Some(Process { parent: 7, start: 4242, kind: None }));
         let conmon = stat.replace("a) (b) ", "conmon");
@@ -122,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn this_process_is_its_parents_child() {
+    fn this_process_is_a_child_of_its_parent() {
         let (own, parent) = (std::process::id(), std::os::unix::process::parent_id());
         let processes = Processes::read().unwrap();
         assert_eq!(processes.get(own).map(|process| process.parent), Some(parent));

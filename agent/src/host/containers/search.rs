@@ -1,7 +1,8 @@
-//! The containers of this host, found by worker processes while the agent does other things.
+//! Searches the containers of this host in worker processes, without blocking the agent.
 //!
-//! One worker looks for root's containers, and one for those of each user. A user can block the worker that looks at his; then
-//! the agent goes on with what it knew of them, and without a further worker for that user until the first one has ended.
+//! One worker searches root's containers, and one worker searches the containers of each user. A user can block the worker for
+//! the containers of that user. The agent then keeps the containers that it found before, and starts no other worker for that
+//! user until the first one has ended.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet, VecDeque},
@@ -17,104 +18,105 @@ use std::{
 use super::{super::cgroup::Mount, Listing, Running, Scope};
 use crate::worker::{Abandoned, Job};
 
-/// The name by which this binary lists containers as a worker.
+/// The hidden command that lists containers, as a worker.
 pub const LIST: &str = "list-containers";
 
-/// How long a worker can look for root's containers: nothing that it reads is a tenant's.
+/// The deadline of the worker for root's containers. This worker reads no data of tenants.
 const ROOT_TIME: Duration = Duration::from_secs(30);
-/// How long a worker can look for a user's containers.
+/// The deadline of a worker for a user's containers.
 const TENANT_TIME: Duration = Duration::from_secs(2);
-/// The most workers that run at one time.
+/// The maximum number of workers at one time.
 const JOBS_MAX: usize = 8;
-/// The most workers that can be stuck.
+/// The maximum number of killed workers that have not ended.
 const STUCK_MAX: usize = 16;
-/// The most users that the agent warns of.
+/// The maximum number of warnings.
 const WARNINGS_MAX: usize = 64;
 
-/// Containers, as they were found last.
+/// A repeated search, and the containers that it found last.
 #[derive(Debug, Default)]
 pub struct Search {
-    /// When the look for root's containers began that is under way.
-    began: Option<Instant>,
+    /// The start of the current search for root's containers, if one runs.
+    started: Option<Instant>,
     jobs: Vec<(Scope, Job)>,
-    /// Whose containers to look for next.
+    /// The users whose containers are searched next.
     accounts: VecDeque<u32>,
     root: Vec<Running>,
     tenants: BTreeMap<u32, Vec<Running>>,
-    /// Workers that were killed and have not ended, by the account that they looked at.
+    /// Workers that were killed and have not ended, with their scopes.
     stuck: Vec<(Scope, Abandoned)>,
-    warned: HashSet<Warned>,
+    /// The warnings that were logged. Each is logged once.
+    warned: HashSet<Warning>,
     hidden: usize,
     running: Vec<Running>,
     took: Duration,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Warned {
+enum Warning {
     Failed(Option<u32>),
     Limit(Option<u32>),
     Stuck,
 }
 
 impl Search {
-    /// Begins to look for root's containers, and then for those of users, unless it does so already.
+    /// Starts a search of root's containers, unless one runs already. The search of users' containers follows.
     pub fn begin(&mut self) {
-        if self.began.is_none() {
-            self.began = Some(Instant::now());
+        if self.started.is_none() {
+            self.started = Some(Instant::now());
             self.start(Scope::Root);
         }
     }
 
-    /// Whether a look for root's containers is under way. No user can delay that.
+    /// Returns whether a search of root's containers runs. No user can delay this search.
     #[must_use]
     pub fn is_looking(&self) -> bool {
-        self.began.is_some()
+        self.started.is_some()
     }
 
-    /// Returns how long the last look for root's containers took.
+    /// Returns the duration of the last search of root's containers.
     #[must_use]
     pub fn took(&self) -> Duration {
         self.took
     }
 
-    /// What becomes readable when there is more to do.
+    /// Returns descriptors that become readable when [`Self::advance`] has work to do.
     pub fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.jobs.iter().map(|(_, job)| job.as_fd())
     }
 
-    /// Returns how long it is until the deadline of a worker. `None`: no worker runs.
+    /// Returns the time until the next deadline of a worker, or `None` if no worker runs.
     #[must_use]
     pub fn left(&self) -> Option<Duration> {
         self.jobs.iter().map(|(_, job)| job.left()).min()
     }
 
-    /// Takes what workers have found, and starts others. Gives whether the containers are other ones than before. Does not wait.
+    /// Receives the listings of workers, and starts other workers. Returns whether the containers have changed. Does not wait.
     pub fn advance(&mut self) -> bool {
-        let mut is_other = false;
-        let mut at = 0;
-        while let Some((scope, job)) = self.jobs.get_mut(at) {
+        let mut has_changed = false;
+        let mut index = 0;
+        while let Some((scope, job)) = self.jobs.get_mut(index) {
             let scope = *scope;
             let Some(polled) = job.poll() else {
-                at += 1;
+                index += 1;
                 continue;
             };
-            let (_, job) = self.jobs.swap_remove(at);
-            self.end(scope, job);
+            let (_, job) = self.jobs.swap_remove(index);
+            self.abandon(scope, job);
             match polled.map_err(|error| error.to_string()).and_then(|json| parse(&json)) {
-                Ok(listing) => is_other |= self.take(scope, listing),
+                Ok(listing) => has_changed |= self.update(scope, listing),
                 Err(error) => self.warn_of_failure(scope, &error),
             }
         }
         self.stuck.retain_mut(|(_, abandoned)| !abandoned.has_ended());
         let is_root = |(scope, _): &(Scope, Job)| *scope == Scope::Root;
-        if let Some(began) = self.began.take_if(|_| !self.jobs.iter().any(is_root)) {
-            self.took = began.elapsed();
+        if let Some(started) = self.started.take_if(|_| !self.jobs.iter().any(is_root)) {
+            self.took = started.elapsed();
         }
         self.start_next();
-        is_other
+        has_changed
     }
 
-    /// Looks at all, for no longer than this.
+    /// Searches all containers, and waits for at most `time`.
     pub fn look(&mut self, time: Duration) {
         let until = Instant::now() + time;
         self.begin();
@@ -128,16 +130,16 @@ impl Search {
         }
     }
 
-    /// Returns the containers, as they were found last, without those whose cgroups are gone: what has a path by now may be
-    /// another user's.
+    /// Returns the containers that were found last. Leaves out containers whose cgroup was removed: a new cgroup at the same
+    /// path can belong to another user.
     #[must_use]
     pub fn listing(&self) -> Listing {
         let mount = Mount::find().ok();
-        let is_there = |running: &&Running| {
-            let folder = mount.as_ref().map(|mount| fs::metadata(mount.path.join(&running.cgroup)));
-            folder.is_some_and(|folder| folder.is_ok_and(|folder| folder.ino() == running.cgroup_id))
+        let exists = |running: &&Running| {
+            let cgroup = mount.as_ref().map(|mount| fs::metadata(mount.path.join(&running.cgroup)));
+            cgroup.is_some_and(|cgroup| cgroup.is_ok_and(|cgroup| cgroup.ino() == running.cgroup_id))
         };
-        let running = self.running.iter().filter(is_there).cloned().collect();
+        let running = self.running.iter().filter(exists).cloned().collect();
         Listing { running, hidden: self.hidden, ..Listing::default() }
     }
 
@@ -163,20 +165,19 @@ impl Search {
             }
             if self.stuck.len() < STUCK_MAX {
                 self.start(scope);
-            } else if self.warned.insert(Warned::Stuck) {
-                log::warn!(
-                    "{STUCK_MAX} worker processes hang in the kernel: containers of users are not looked for now"
-                );
+            } else if self.warned.insert(Warning::Stuck) {
+                log::warn!("cannot search the containers of users: {STUCK_MAX} worker processes hang in the kernel");
             }
         }
     }
 
-    fn end(&mut self, scope: Scope, job: Job) {
+    fn abandon(&mut self, scope: Scope, job: Job) {
         self.stuck.extend(job.abandon().map(|abandoned| (scope, abandoned)));
     }
 
-    /// Gives whether the containers are other ones than before. A list that is incomplete removes nothing.
-    fn take(&mut self, scope: Scope, listing: Listing) -> bool {
+    /// Replaces the containers of a scope. An incomplete listing only adds containers. Returns whether the containers have
+    /// changed.
+    fn update(&mut self, scope: Scope, listing: Listing) -> bool {
         let Listing { running, hidden, accounts, skipped, is_incomplete } = listing;
         if is_incomplete || skipped > 0 {
             self.warn_of_limit(scope);
@@ -192,30 +193,30 @@ impl Search {
             }
             Scope::Account(account) => self.tenants.entry(account).or_default(),
         };
-        let before = std::mem::replace(found, running);
+        let previous = std::mem::replace(found, running);
         if is_incomplete {
             let cgroups: BTreeSet<_> = found.iter().map(|running| running.cgroup.clone()).collect();
-            found.extend(before.into_iter().filter(|running| !cgroups.contains(&running.cgroup)));
+            found.extend(previous.into_iter().filter(|running| !cgroups.contains(&running.cgroup)));
         }
-        let running = merged(&self.root, self.tenants.values().flatten());
-        let is_other = running != self.running;
+        let running = merge(&self.root, self.tenants.values().flatten());
+        let has_changed = running != self.running;
         self.running = running;
-        is_other
+        has_changed
     }
 
     fn warn_of_failure(&mut self, scope: Scope, reason: &str) {
-        if self.is_new(Warned::Failed(scope.account())) {
-            log::warn!("cannot look for containers of {scope}: {reason}; those found before stay");
+        if self.should_warn(Warning::Failed(scope.account())) {
+            log::warn!("cannot search the containers of {scope}: {reason}; keeping those found before");
         }
     }
 
     fn warn_of_limit(&mut self, scope: Scope) {
-        if self.is_new(Warned::Limit(scope.account())) {
-            log::warn!("cannot look at all containers of {scope}: there is more to read than the limits allow");
+        if self.should_warn(Warning::Limit(scope.account())) {
+            log::warn!("cannot find all containers of {scope}: the search exceeded its limits");
         }
     }
 
-    fn is_new(&mut self, warned: Warned) -> bool {
+    fn should_warn(&mut self, warned: Warning) -> bool {
         self.warned.len() < WARNINGS_MAX && self.warned.insert(warned)
     }
 }
@@ -250,13 +251,13 @@ pub(super) fn parse(json: &[u8]) -> Result<Listing, String> {
     serde_json::from_slice(json).map_err(|error| error.to_string())
 }
 
-/// Root's containers, and those of users in cgroups where root has none: not even further up.
-fn merged<'a>(root: &'a [Running], tenants: impl Iterator<Item = &'a Running>) -> Vec<Running> {
+/// Returns root's containers, and the containers of users whose cgroup and its ancestors have no container of root.
+fn merge<'a>(root: &'a [Running], tenants: impl Iterator<Item = &'a Running>) -> Vec<Running> {
     let roots: HashSet<&Path> = root.iter().map(|running| running.cgroup.as_path()).collect();
     let is_free = |running: &&Running| !running.cgroup.ancestors().any(|cgroup| roots.contains(cgroup));
-    let mut merged: Vec<Running> = root.iter().chain(tenants.filter(is_free)).cloned().collect();
-    merged.sort_by(|one, other| (&one.cgroup, &one.container.id).cmp(&(&other.cgroup, &other.container.id)));
-    merged
+    let mut merge: Vec<Running> = root.iter().chain(tenants.filter(is_free)).cloned().collect();
+    merge.sort_by(|one, other| (&one.cgroup, &one.container.id).cmp(&(&other.cgroup, &other.container.id)));
+    merge
 }
 
 #[cfg(test)]
@@ -274,47 +275,47 @@ mod tests {
     }
 
     #[test]
-    fn user_has_no_say_where_root_has_a_container() {
+    fn containers_of_root_take_precedence() {
         let root = [running("a/web", "root")];
         let tenants = ["a/web", "a/web/below", "a/webx", "a", "b"].map(|cgroup| running(cgroup, cgroup));
-        assert_eq!(ids(&merged(&root, tenants.iter())), ["a", "root", "a/webx", "b"]);
+        assert_eq!(ids(&merge(&root, tenants.iter())), ["a", "root", "a/webx", "b"]);
     }
 
     #[test]
     fn several_claims_for_one_id_are_kept() {
         let tenants = [running("u/one", "web"), running("u/two", "web")];
-        assert_eq!(ids(&merged(&[running("r", "web")], tenants.iter())), ["web"; 3]);
+        assert_eq!(ids(&merge(&[running("r", "web")], tenants.iter())), ["web"; 3]);
     }
 
     #[test]
-    fn incomplete_list_removes_nothing() {
+    fn incomplete_listing_removes_nothing() {
         let mut search = Search::default();
         let listing = |cgroups: &[&str], is_incomplete| Listing {
             running: cgroups.iter().map(|cgroup| running(cgroup, cgroup)).collect(),
             is_incomplete,
             ..Listing::default()
         };
-        search.take(Scope::Root, listing(&["a", "b"], false));
-        search.take(Scope::Root, listing(&["b", "c"], true));
+        search.update(Scope::Root, listing(&["a", "b"], false));
+        search.update(Scope::Root, listing(&["b", "c"], true));
         assert_eq!(ids(&search.root), ["b", "c", "a"]);
-        search.take(Scope::Root, listing(&["c"], false));
+        search.update(Scope::Root, listing(&["c"], false));
         assert_eq!(ids(&search.root), ["c"]);
     }
 
     #[test]
-    fn users_containers_go_when_he_has_no_watcher_left() {
+    fn containers_of_a_user_without_watchers_are_removed() {
         let mut search = Search::default();
         let of_root = |accounts: &[u32]| Listing { accounts: accounts.iter().copied().collect(), ..Listing::default() };
-        search.take(Scope::Root, of_root(&[1000]));
-        search.take(Scope::Account(1000), Listing { running: vec![running("u", "u")], ..Listing::default() });
+        search.update(Scope::Root, of_root(&[1000]));
+        search.update(Scope::Account(1000), Listing { running: vec![running("u", "u")], ..Listing::default() });
         search.warn_of_failure(Scope::Account(1000), "blocked");
         assert_eq!(search.tenants[&1000].len(), 1);
-        search.take(Scope::Root, of_root(&[]));
+        search.update(Scope::Root, of_root(&[]));
         assert!(search.tenants.is_empty());
     }
 
     #[test]
-    fn listing_is_what_was_written() {
+    fn listing_survives_json() {
         let listing = Listing { running: vec![running("a", "a")], hidden: 3, ..Listing::default() };
         assert_eq!(parse(&serde_json::to_vec(&listing).unwrap()), Ok(listing));
         assert!(parse(b"{").is_err());

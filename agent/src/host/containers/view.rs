@@ -1,7 +1,8 @@
-//! Files as another process sees them: runtimes of users, and those in containers, keep their files in mounts of their own.
+//! Reads files in the root directory of another process. Runtimes of users, and runtimes in containers, keep their files in
+//! mounts of their own.
 //!
-//! Every read is of a regular file that one user owns, within a [`Budget`]. Paths cannot lead out of that process's root. A file
-//! that a tenant owns can still block its reader (FUSE): only the worker process reads those.
+//! Only regular files of one user are read, within a [`Budget`]. Paths cannot lead out of the root of that process. A file of a
+//! tenant can still block its reader (FUSE); only worker processes read such files.
 
 use std::{
     ffi::OsString,
@@ -22,28 +23,29 @@ use nix::{
 
 use super::budget::Budget;
 
-/// The most that a file can have, in bytes. What runtimes write of a container is a hundredth of that; podman has one file for
-/// all its containers.
+/// The maximum size of a file in bytes. The file of a runtime about one container has a hundredth of this size; podman has one
+/// file for all its containers.
 const SIZE_MAX: u64 = 16 << 20;
 
-/// Write permission of the group and of others.
+/// The mode bits for write permission of the group and of others.
 const WRITABLE_BY_OTHERS: u32 = 0o022;
 
+/// The files of one user below the root directory of a process.
 #[derive(Debug)]
 pub(super) struct View {
     root: OwnedFd,
-    /// The user that each file must belong to.
+    /// The required owner of each file.
     owner: u32,
     budget: Rc<Budget>,
 }
 
 impl View {
-    /// Opens the root of a process.
+    /// Opens the root directory of a process.
     pub(super) fn of(process: u32, owner: u32, budget: &Rc<Budget>) -> io::Result<Self> {
         Self::at(&format!("/proc/{process}/root"), owner, budget)
     }
 
-    /// Opens our own root, for root's files.
+    /// Opens the root directory of this process, for files of root.
     pub(super) fn own(budget: &Rc<Budget>) -> io::Result<Self> {
         Self::at("/", 0, budget)
     }
@@ -57,7 +59,7 @@ impl View {
     ///
     /// # Errors
     ///
-    /// If the path is not a regular file of the owner's, or the file is larger than the limits.
+    /// Fails if the path is not a regular file of the owner, or if the file exceeds the limits.
     pub(super) fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
         let (file, metadata) = self.open(path, OFlag::O_NONBLOCK | OFlag::O_NOCTTY | OFlag::O_NOFOLLOW)?;
         if !metadata.is_file() {
@@ -67,32 +69,32 @@ impl View {
             return Err(io::Error::other("too large"));
         }
         let mut bytes = Vec::with_capacity(metadata.len() as usize);
-        // It may have grown. In procfs, files have no length: nothing is read of them.
+        // The file can grow while it is read. Files in procfs have the length 0, so they are read as empty.
         file.take(metadata.len()).read_to_end(&mut bytes)?;
         Ok(bytes)
     }
 
-    /// Reads the number in a file.
-    pub(super) fn number(&self, path: &Path) -> Option<u32> {
-        parse_number(&self.read(path).ok()?)
+    /// Reads a pid file.
+    pub(super) fn pid(&self, path: &Path) -> Option<u32> {
+        parse_pid(&self.read(path).ok()?)
     }
 
-    /// Lists a folder in which only the owner can create files.
+    /// Lists a directory in which only the owner can create files.
     ///
     /// # Errors
     ///
-    /// If the path is no such folder.
+    /// Fails if the path is not a directory of the owner, or if other users can write to it.
     pub(super) fn list(&self, path: &Path) -> io::Result<Vec<OsString>> {
-        let (folder, metadata) = self.open(path, OFlag::O_DIRECTORY | OFlag::O_NONBLOCK)?;
+        let (directory, metadata) = self.open(path, OFlag::O_DIRECTORY | OFlag::O_NONBLOCK)?;
         if metadata.mode() & WRITABLE_BY_OTHERS != 0 {
-            return Err(io::Error::other("others can create files there"));
+            return Err(io::Error::other("users other than its owner may write to it"));
         }
-        let entries = fs::read_dir(PathBuf::from(format!("/proc/self/fd/{}", folder.as_raw_fd())))?;
+        let entries = fs::read_dir(PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())))?;
         let names = entries.flatten().map(|entry| entry.file_name());
         Ok(names.take_while(|_| self.budget.take_file()).collect())
     }
 
-    /// Returns what distinguishes a file or a folder from all others: its device and its inode number.
+    /// Returns the device and the inode number of a file or directory, which identify it.
     pub(super) fn identity(&self, path: &Path) -> Option<(u64, u64)> {
         let (_, metadata) = self.open(path, OFlag::O_PATH).ok()?;
         Some((metadata.dev(), metadata.ino()))
@@ -107,7 +109,7 @@ impl View {
         let file = File::from(openat2(self.root.as_fd(), path, how)?);
         let metadata = file.metadata()?;
         if metadata.uid() != self.owner {
-            return Err(io::Error::other(format!("belongs to user {}, not to {}", metadata.uid(), self.owner)));
+            return Err(io::Error::other(format!("it belongs to user {}, not to user {}", metadata.uid(), self.owner)));
         }
         Ok((file, metadata))
     }
@@ -115,7 +117,7 @@ impl View {
 
 /// Parses a pid file.
 #[must_use]
-pub fn parse_number(bytes: &[u8]) -> Option<u32> {
+pub fn parse_pid(bytes: &[u8]) -> Option<u32> {
     str::from_utf8(bytes).ok()?.trim().parse().ok()
 }
 
@@ -137,14 +139,14 @@ mod tests {
         let own = geteuid().as_raw();
         let budget = || Rc::new(Budget::new(1 << 20, 100, Duration::from_secs(60)));
         let view = View::of(std::process::id(), own, &budget()).unwrap();
-        assert_eq!(view.number(&folder.join("pid")), Some(812));
-        // A bundle is often behind a symbolic link to a folder.
+        assert_eq!(view.pid(&folder.join("pid")), Some(812));
+        // The path of a bundle often contains a symbolic link to a directory.
         symlink(&folder, folder.join("itself")).unwrap();
-        assert_eq!(view.number(&folder.join("itself/pid")), Some(812));
+        assert_eq!(view.pid(&folder.join("itself/pid")), Some(812));
         for other in ["link", "fifo", "", "itself"] {
             assert!(view.read(&folder.join(other)).is_err(), "{other}");
         }
-        assert_eq!(view.number(Path::new("/proc/sys/kernel/pid_max")), None);
+        assert_eq!(view.pid(Path::new("/proc/sys/kernel/pid_max")), None);
         let mut names = view.list(&folder).unwrap();
         names.sort();
         assert_eq!(names, ["fifo", "itself", "link", "pid"]);

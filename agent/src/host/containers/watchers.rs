@@ -1,7 +1,7 @@
-//! Who watches containers, and where each left what it knows.
+//! Finds the watchers of containers, and the files of each container.
 //!
-//! A watcher counts if it is root of the initial user namespace; or, for cgroups that belong to a user, if it runs as that user
-//! ([`Identity`]).
+//! A watcher is accepted if it is root of the initial user namespace. A watcher of another user is accepted for cgroups that
+//! this user owns ([`Identity`]).
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -27,64 +27,65 @@ use super::{
 };
 use crate::escape::Escape as _;
 
-/// The most watchers of one account that count.
+/// The maximum number of watchers of one account.
 const WATCHERS_MAX: usize = 256;
 
-/// The most accounts that are looked at.
+/// The maximum number of accounts.
 const ACCOUNTS_MAX: usize = 1024;
 
-/// The most that is read of a command line, in bytes. A conmon's own arguments come first.
+/// The maximum number of bytes that are read of a command line. The arguments of conmon itself come first.
 const COMMAND_LINE_MAX: u64 = 128 << 10;
 
-/// A container that was started.
+/// A container that was started and whose init process runs.
 #[derive(Debug)]
 pub(super) struct Started {
     pub(super) id: String,
-    /// Its first process.
-    pub(super) first: u32,
-    /// The parent of that.
+    /// The init process of the container.
+    pub(super) init: u32,
+    /// The parent of the init process.
     pub(super) watcher: Option<u32>,
     pub(super) bundle: Bundle,
-    pub(super) by: By,
-    /// The user who says so: 0 is root of the initial user namespace.
+    pub(super) by: StartedBy,
+    /// The user of the watcher; 0 is root of the initial user namespace.
     pub(super) uid: u32,
 }
 
+/// The program through which a container was started.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum By {
-    /// With the name that the container had then.
+pub(super) enum StartedBy {
+    /// conmon, with the name of the container at that time.
     Conmon { name: Option<String> },
-    /// For this namespace of containerd's.
+    /// A shim, in this namespace of containerd.
     Shim { namespace: String },
-    /// By a runtime on its own, of this name.
+    /// A runtime with this name, without a watcher.
     Runtime(&'static str),
 }
 
-/// Whose containers to look for.
+/// The owner of the containers to search.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
-    /// Those of root of the initial user namespace.
+    /// Root of the initial user namespace.
     Root,
-    /// Those of the watchers that this user is behind.
+    /// A user of the initial user namespace, and its subordinate uids.
     Account(u32),
 }
 
-/// What watchers of a [`Scope`] say.
+/// The containers and watchers of a [`Scope`].
 #[derive(Debug, Default)]
 pub(super) struct Watched {
     pub(super) running: Vec<Running>,
-    /// How many watchers this process must not look into.
+    /// The number of watchers that this process cannot inspect (permission denied).
     pub(super) hidden: usize,
-    /// Users who have watchers too.
+    /// In the scope of root, the users other than root that have watchers.
     pub(super) accounts: BTreeSet<u32>,
-    /// How many watchers were left out, for there are too many.
+    /// The number of watchers that exceeded the limits.
     pub(super) skipped: usize,
 }
 
-/// Finds out more of a container that was started. `None`: it does not count.
+/// Finds the cgroup, the name and the image of a container. Returns `None` if the container is not accepted.
 type Describe<'a> = &'a mut dyn FnMut(&Started) -> Option<Running>;
 
-/// A process that counts as a watcher.
+/// An accepted watcher.
 struct Watcher {
     pid: u32,
     kind: Kind,
@@ -92,7 +93,7 @@ struct Watcher {
     gid: u32,
 }
 
-/// Returns what the watchers of a scope say.
+/// Finds the containers of a scope.
 pub(super) fn watched(processes: &Processes, scope: Scope, budget: &Rc<Budget>, describe: Describe<'_>) -> Watched {
     let mut watched = Watched::default();
     let watchers = watched.watchers(processes, scope);
@@ -104,7 +105,7 @@ pub(super) fn watched(processes: &Processes, scope: Scope, budget: &Rc<Budget>, 
         match of_tenant(processes, of_user, budget, describe) {
             Ok(running) => watched.running.extend(running),
             Err(error) => {
-                log::debug!("cannot take the rights of the user of {} watchers: {error}", of_user.len());
+                log::debug!("cannot search the containers of {} watchers as their user: {error}", of_user.len());
                 watched.hidden += of_user.len();
             }
         }
@@ -112,17 +113,17 @@ pub(super) fn watched(processes: &Processes, scope: Scope, budget: &Rc<Budget>, 
     watched
 }
 
-/// Returns what root's watchers say, and what root's runtimes keep of those that nobody watches.
+/// Returns the containers of root's watchers, and the containers of root's runtimes that have no watcher.
 fn of_root(processes: &Processes, watchers: &[Watcher], budget: &Rc<Budget>) -> Vec<Started> {
     let mut started = of_watchers(processes, watchers, budget);
-    let known: HashSet<(String, u32)> = started.iter().map(|started| (started.id.clone(), started.first)).collect();
-    let alone = unwatched(processes, budget);
-    started.extend(alone.into_iter().filter(|started| !known.contains(&(started.id.clone(), started.first))));
+    let known: HashSet<(String, u32)> = started.iter().map(|started| (started.id.clone(), started.init)).collect();
+    let unwatched = unwatched(processes, budget);
+    started.extend(unwatched.into_iter().filter(|started| !known.contains(&(started.id.clone(), started.init))));
     started
 }
 
 impl Watched {
-    /// Returns the watchers of a scope, and notes the others.
+    /// Returns the watchers of a scope. Counts the other watchers.
     fn watchers(&mut self, processes: &Processes, scope: Scope) -> Vec<Watcher> {
         let mut watchers = Vec::new();
         for (pid, kind) in processes.watchers() {
@@ -151,7 +152,7 @@ impl Watched {
     }
 }
 
-/// Returns what watchers of one user say, with no more rights than that user has.
+/// Finds the containers of the watchers of one user, with the rights of this user.
 fn of_tenant(
     processes: &Processes,
     watchers: &[Watcher],
@@ -159,21 +160,21 @@ fn of_tenant(
     describe: Describe<'_>,
 ) -> io::Result<Vec<Running>> {
     let Some(Watcher { uid, gid, .. }) = watchers.first() else { return Ok(Vec::new()) };
-    let _user = EffectiveUser::take(*uid, *gid)?;
+    let _user = EffectiveUser::set(*uid, *gid)?;
     Ok(of_watchers(processes, watchers, budget).iter().filter_map(describe).collect())
 }
 
-/// The effective user of this process is another one, until this is dropped. The kernel drops the capabilities with it. The real
-/// user stays, so that the other one can neither trace nor signal this process.
+/// Changes the effective user and group of this process until this is dropped. The kernel clears the effective capabilities
+/// with it. The real user does not change, so that the other user can neither trace nor signal this process.
 struct EffectiveUser {
-    before: (Uid, Gid),
+    previous: (Uid, Gid),
 }
 
 impl EffectiveUser {
-    fn take(uid: u32, gid: u32) -> io::Result<Self> {
-        let before = (geteuid(), nix::unistd::getegid());
-        let user = Self { before };
-        if before.0.as_raw() != uid {
+    fn set(uid: u32, gid: u32) -> io::Result<Self> {
+        let previous = (geteuid(), nix::unistd::getegid());
+        let user = Self { previous };
+        if previous.0.as_raw() != uid {
             setegid(Gid::from_raw(gid))?;
             seteuid(Uid::from_raw(uid))?;
         }
@@ -183,9 +184,9 @@ impl EffectiveUser {
 
 impl Drop for EffectiveUser {
     fn drop(&mut self) {
-        let (uid, gid) = self.before;
+        let (uid, gid) = self.previous;
         if let Err(error) = seteuid(uid).and_then(|()| setegid(gid)) {
-            log::debug!("cannot take the rights of user {uid} again: {error}");
+            log::debug!("cannot restore the effective user {uid}: {error}");
         }
     }
 }
@@ -194,28 +195,27 @@ fn of_watchers(processes: &Processes, watchers: &[Watcher], budget: &Rc<Budget>)
     let of_kind = |kind: Kind| watchers.iter().filter(move |watcher| watcher.kind == kind);
     let conmons = of_kind(Kind::Conmon).filter_map(|conmon| of_conmon(processes, conmon, budget));
     let started = conmons.chain(of_shims(processes, of_kind(Kind::Shim), budget));
-    // The numbers may be other processes' by now.
+    // The process id of a watcher can have been reused.
     started.filter(|started| started.watcher.is_none_or(|watcher| processes.is_current(watcher))).collect()
 }
 
-/// podman's and CRI-O's containers have a conmon each.
+/// Returns the container of a conmon. Each container of podman and CRI-O has its own conmon.
 fn of_conmon(processes: &Processes, conmon: &Watcher, budget: &Rc<Budget>) -> Option<Started> {
     let Watcher { pid, uid, .. } = *conmon;
     let arguments = Arguments::parse(&command_line(pid)?)?;
     let view = Rc::new(View::of(pid, uid, budget).ok()?);
-    let number = view.number(&arguments.pid_file)?;
-    let first = processes.child(pid, number)?;
+    let init = processes.child(pid, view.pid(&arguments.pid_file)?)?;
     Some(Started {
         id: arguments.id,
-        first,
+        init,
         watcher: Some(pid),
         bundle: Bundle { view, path: arguments.bundle },
-        by: By::Conmon { name: arguments.name },
+        by: StartedBy::Conmon { name: arguments.name },
         uid,
     })
 }
 
-/// Reads the command line of a process from that process's memory, which can block for ever if the memory is a tenant's.
+/// Reads the command line of a process from the memory of that process. A tenant can make this read block forever.
 fn command_line(pid: u32) -> Option<Vec<u8>> {
     let mut bytes = Vec::new();
     File::open(format!("/proc/{pid}/cmdline")).ok()?.take(COMMAND_LINE_MAX).read_to_end(&mut bytes).ok()?;
@@ -232,22 +232,22 @@ pub struct Arguments {
 }
 
 impl Arguments {
-    /// Parses them. `None` also for one that watches a process that came later, by `podman exec`.
+    /// Parses a command line. Returns `None` too for a conmon of `podman exec`.
     #[must_use]
     pub fn parse(cmdline: &[u8]) -> Option<Self> {
         let words: Vec<&[u8]> = cmdline.split(|byte| *byte == 0).collect();
         if words.contains(&&b"--exec-process-spec"[..]) {
             return None;
         }
-        // Further on are those of other programs.
+        // Only the first occurrence counts: arguments of other programs follow.
         let value = |short: &str, long: &str| {
-            let at = words.iter().position(|word| *word == short.as_bytes() || *word == long.as_bytes())?;
-            words.get(at + 1).copied().filter(|word| !word.is_empty())
+            let index = words.iter().position(|word| *word == short.as_bytes() || *word == long.as_bytes())?;
+            words.get(index + 1).copied().filter(|word| !word.is_empty())
         };
         let text = |word: &[u8]| str::from_utf8(word).ok().map(str::to_owned);
         let path = |word: &[u8]| PathBuf::from(OsStr::from_bytes(word));
         Some(Self {
-            id: value("-c", "--cid").and_then(text).filter(|id| is_name(id))?,
+            id: value("-c", "--cid").and_then(text).filter(|id| is_valid_id(id))?,
             name: value("-n", "--name").and_then(text),
             bundle: path(value("-b", "--bundle")?),
             pid_file: path(value("-p", "--container-pidfile")?),
@@ -255,40 +255,43 @@ impl Arguments {
     }
 }
 
-/// Whether a word can be the id of a container: what runc allows (`validateID`, libcontainer/factory_linux.go).
-pub(super) fn is_name(id: &str) -> bool {
+/// Returns whether runc accepts a string as the id of a container (`validateID`, libcontainer/factory_linux.go).
+pub(super) fn is_valid_id(id: &str) -> bool {
     let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"_+-.".contains(&byte);
     (1..=255).contains(&id.len()) && id.bytes().all(is_allowed) && !id.bytes().all(|byte| byte == b'.')
 }
 
-/// Folders of containerd's namespaces that shims of one user work in: how they look to one of the shims, and which shims work
-/// there.
+/// The directories of containerd's namespaces that contain the working directories of one user's shims. The key is the device
+/// and the inode number. The value is the view and the path of one of the shims, and the process ids of all of them.
 type Namespaces = HashMap<(u64, u64), (Rc<View>, PathBuf, HashSet<u32>)>;
 
-/// A shim works in the bundle of its container, which is beside those of all others in containerd's namespace. It may watch some
-/// of these too: those of the same pod. A container is a shim's if the container's first process is a child of that shim.
+/// Returns the containers of shims. The working directory of a shim is the bundle of its container, in the directory of a
+/// containerd namespace. A shim can watch the other containers of the same pod too. A container belongs to a shim if the
+/// container's init process is a child of the shim.
 fn of_shims<'a>(processes: &Processes, shims: impl Iterator<Item = &'a Watcher>, budget: &Rc<Budget>) -> Vec<Started> {
     let mut namespaces = Namespaces::new();
     let mut uid = 0;
     for shim in shims {
         uid = shim.uid;
-        note_namespace(shim, budget, &mut namespaces);
+        add_namespace(shim, budget, &mut namespaces);
     }
     let mut started = Vec::new();
-    for (view, folder, shims) in namespaces.values() {
-        let ids = view.list(folder).inspect_err(|error| log::debug!("cannot list {}: {error}", folder.escaped()));
+    for (view, directory, shims) in namespaces.values() {
+        let ids = view.list(directory).inspect_err(|error| log::debug!("cannot list {}: {error}", directory.escaped()));
         let ids = ids.unwrap_or_default().into_iter().filter_map(|id| id.into_string().ok());
-        started.extend(ids.filter_map(|id| of_bundle(processes, id, view, folder, shims, uid)));
+        started.extend(ids.filter_map(|id| of_bundle(processes, id, view, directory, shims, uid)));
     }
     started
 }
 
-fn note_namespace(shim: &Watcher, budget: &Rc<Budget>, namespaces: &mut Namespaces) -> Option<()> {
-    let own = fs::read_link(format!("/proc/{}/cwd", shim.pid)).ok()?;
-    let folder = own.parent()?;
+/// Adds the namespace of a shim, from the parent of its working directory.
+fn add_namespace(shim: &Watcher, budget: &Rc<Budget>, namespaces: &mut Namespaces) -> Option<()> {
+    let bundle = fs::read_link(format!("/proc/{}/cwd", shim.pid)).ok()?;
+    let directory = bundle.parent()?;
     let view = View::of(shim.pid, shim.uid, budget).ok()?;
-    let identity = view.identity(folder)?;
-    let (.., shims) = namespaces.entry(identity).or_insert_with(|| (Rc::new(view), folder.to_owned(), HashSet::new()));
+    let identity = view.identity(directory)?;
+    let (.., shims) =
+        namespaces.entry(identity).or_insert_with(|| (Rc::new(view), directory.to_owned(), HashSet::new()));
     shims.insert(shim.pid);
     Some(())
 }
@@ -297,29 +300,30 @@ fn of_bundle(
     processes: &Processes,
     id: String,
     view: &Rc<View>,
-    folder: &Path,
+    directory: &Path,
     shims: &HashSet<u32>,
     uid: u32,
 ) -> Option<Started> {
-    let namespace = folder.file_name()?.to_str()?.to_owned();
-    let path = folder.join(&id);
-    let number = view.number(&path.join("init.pid")).filter(|_| is_name(&id))?;
-    let (shim, first) = shims.iter().find_map(|shim| Some((*shim, processes.child(*shim, number)?)))?;
+    let namespace = directory.file_name()?.to_str()?.to_owned();
+    let path = directory.join(&id);
+    let pid = view.pid(&path.join("init.pid")).filter(|_| is_valid_id(&id))?;
+    let (shim, init) = shims.iter().find_map(|shim| Some((*shim, processes.child(*shim, pid)?)))?;
     let bundle = Bundle { view: Rc::clone(view), path };
-    Some(Started { id, first, watcher: Some(shim), bundle, by: By::Shim { namespace }, uid })
+    Some(Started { id, init, watcher: Some(shim), bundle, by: StartedBy::Shim { namespace }, uid })
 }
 
-/// What runtimes keep of their containers where they keep it if no caller says where else. Only root can write there.
+/// Returns the containers in the default state directories of runc and crun. Only root can write there.
 fn unwatched(processes: &Processes, budget: &Rc<Budget>) -> Vec<Started> {
     let Ok(view) = View::own(budget).map(Rc::new) else { return Vec::new() };
     let runtimes: [(&str, &str, Parse, &'static str); 2] =
         [("/run/runc", "state.json", State::of_runc, RUNC), ("/run/crun", "status", State::of_crun, CRUN)];
     let mut started = Vec::new();
-    for (folder, file, parse, runtime) in runtimes {
-        let folder = Path::new(folder);
-        let ids = view.list(folder).inspect_err(|error| log::debug!("cannot list {}: {error}", folder.escaped()));
-        for id in ids.unwrap_or_default().into_iter().filter_map(|id| id.into_string().ok()).filter(|id| is_name(id)) {
-            let state = view.read(&folder.join(&id).join(file)).ok();
+    for (directory, file, parse, runtime) in runtimes {
+        let directory = Path::new(directory);
+        let ids = view.list(directory).inspect_err(|error| log::debug!("cannot list {}: {error}", directory.escaped()));
+        let ids = ids.unwrap_or_default().into_iter().filter_map(|id| id.into_string().ok());
+        for id in ids.filter(|id| is_valid_id(id)) {
+            let state = view.read(&directory.join(&id).join(file)).ok();
             started.extend(state.and_then(|state| of_state(processes, id, parse(&state)?, &view, runtime)));
         }
     }
@@ -335,18 +339,19 @@ fn of_state(
     view: &Rc<View>,
     runtime: &'static str,
 ) -> Option<Started> {
-    let State { first, start, bundle } = state;
-    // Its number may be another process's by now.
-    let process = processes.get(first).filter(|process| process.start == start)?;
+    let State { init, start, bundle } = state;
+    // The process id can have been reused.
+    let process = processes.get(init).filter(|process| process.start == start)?;
     let bundle = Bundle { view: Rc::clone(view), path: bundle };
-    Some(Started { id, first, watcher: Some(process.parent), bundle, by: By::Runtime(runtime), uid: 0 })
+    Some(Started { id, init, watcher: Some(process.parent), bundle, by: StartedBy::Runtime(runtime), uid: 0 })
 }
 
-/// What runtimes keep of a container.
+/// The state of a container, as a runtime stores it.
 #[derive(Debug, PartialEq, Eq)]
 pub struct State {
-    pub first: u32,
-    /// In clock ticks since boot.
+    /// The process id of the init process.
+    pub init: u32,
+    /// The start time of the init process, in clock ticks since boot.
     pub start: u64,
     pub bundle: PathBuf,
 }
@@ -365,13 +370,13 @@ impl State {
         struct Config {
             labels: Vec<String>,
         }
-        let Runc { init_process_pid: first, init_process_start: start, config } = serde_json::from_slice(json).ok()?;
-        // The image can bring labels of this name. runc appends its own (libcontainer/specconv).
+        let Runc { init_process_pid: init, init_process_start: start, config } = serde_json::from_slice(json).ok()?;
+        // The image can define labels with this name. runc appends its own label last (libcontainer/specconv).
         let bundle = config.labels.iter().rev().find_map(|label| label.strip_prefix("bundle="))?;
-        Some(Self { first, start, bundle: bundle.into() })
+        Some(Self { init, start, bundle: bundle.into() })
     }
 
-    /// Parses what `libcrun_write_container_status` of crun (src/libcrun/status.c) writes.
+    /// Parses the status file of crun (`libcrun_write_container_status`, src/libcrun/status.c).
     #[must_use]
     pub fn of_crun(json: &[u8]) -> Option<Self> {
         #[derive(Deserialize)]
@@ -381,8 +386,8 @@ impl State {
             process_start_time: u64,
             bundle: PathBuf,
         }
-        let Crun { pid: first, process_start_time: start, bundle } = serde_json::from_slice(json).ok()?;
-        Some(Self { first, start, bundle })
+        let Crun { pid: init, process_start_time: start, bundle } = serde_json::from_slice(json).ok()?;
+        Some(Self { init, start, bundle })
     }
 }
 
@@ -391,7 +396,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn conmon_says_which_container_is_its_own() {
+    fn command_line_of_conmon_is_parsed() {
         let line = "conmon --api-version 1 -c 4f7c -u 4f7c -r /usr/bin/crun -b /s/overlay-containers/4f7c/userdata \
                     -p /r/pidfile -n web-1 --exit-dir /run/libpod/exits --exit-command-arg -n --exit-command-arg other";
         let parse = |line: &str| Arguments::parse(line.replace(' ', "\0").as_bytes());
@@ -405,7 +410,7 @@ mod tests {
         assert_eq!(parse(&format!("{line} -e --exec-process-spec /r/exec")), None);
         assert_eq!(parse("conmon --version"), None);
         assert_eq!(parse(&line.replace("-c 4f7c", "-c \x1b[31m")), None);
-        // The value is the next word, whatever its bytes are.
+        // The value is the next word, which can contain any bytes.
         let with = |word: &[u8]| [b"conmon\0-c\0", word, b"\x004f7c\0-b\0/b\xff\0-p\0/p"].concat();
         assert_eq!(Arguments::parse(&with(b"\xff")), None);
         let bundle = Arguments::parse(&with(b"web")).map(|arguments| arguments.bundle);
@@ -413,8 +418,8 @@ mod tests {
     }
 
     #[test]
-    fn runtimes_say_where_the_bundle_is() {
-        let expected = State { first: 812, start: 4242, bundle: "/b".into() };
+    fn state_files_are_parsed() {
+        let expected = State { init: 812, start: 4242, bundle: "/b".into() };
         let runc = r#"{"id":"x","init_process_pid":812,"init_process_start":4242,"config":{"labels":["bundle=/a","bundle=/b"]}}"#;
         assert_eq!(State::of_runc(runc.as_bytes()).as_ref(), Some(&expected));
         let crun = r#"{"pid":812,"process-start-time":4242,"cgroup-path":"/x","bundle":"/b","owner":"root"}"#;
