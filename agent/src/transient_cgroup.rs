@@ -66,7 +66,7 @@ impl TransientCgroup {
     ///
     /// # Errors
     ///
-    /// Fails if the cgroup cannot be made or its guard cannot be started. After a failure, the cgroup does not exist.
+    /// Fails if the cgroup cannot be made or its guard cannot be started. After a failure, this call leaves no cgroup.
     pub fn make(mount: &Mount, suffix: &str) -> Result<Self, TransientCgroupError> {
         let parent = mount.own()?;
         let path = parent.path.join(format!("sockpolicy-{}{suffix}", std::process::id()));

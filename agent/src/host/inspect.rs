@@ -49,7 +49,7 @@ const ABANDONED_MAX: usize = 64;
 pub enum InspectError {
     #[error("a call on the socket timed out: the owner of a socket can hold the socket's lock")]
     Stalled,
-    #[error("skipped: calls on other sockets of the same process timed out")]
+    #[error("calls on other sockets of the same process timed out")]
     StalledBefore,
     #[error("{ABANDONED_MAX} worker processes hang in calls on sockets")]
     TooManyStalled,

@@ -226,7 +226,7 @@ impl SocketEntry {
     ///
     /// # Errors
     ///
-    /// Fails if permission is denied for all descriptors, or if a call times out.
+    /// Fails if no descriptor can be used and permission was denied for one of them, or if a call times out.
     pub fn inspect_by<T>(
         &self,
         inspector: &mut Inspector,
