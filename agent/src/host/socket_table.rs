@@ -49,7 +49,7 @@ pub struct SocketTable {
 #[derive(Clone, Debug)]
 pub struct SocketEntry {
     pub entry: Entry,
-    /// The index in [`SocketTable::namespaces`].
+    /// The index in [`SocketTable::namespaces()`].
     pub namespace: usize,
     /// One descriptor of each process that has the socket. Empty for sockets that the kernel uses itself, that are not accepted
     /// yet, or that are closed and not destroyed yet.

@@ -12,11 +12,11 @@
 //!
 //! Invariant: a watcher's claim that a container has a cgroup is accepted only if the watcher's user controls this cgroup
 //! anyway. This user is root of the initial user namespace, or the owner of the cgroup's directory. Root's claims take
-//! precedence. The user ([`identity`]) and the cgroup, that of a child of the watcher, are facts from the kernel. Data that
+//! precedence. The user (`identity`) and the cgroup, that of a child of the watcher, are facts from the kernel. Data that
 //! other users wrote only determines the name of a container.
 //!
 //! Invariant: only a worker process ([`Search`]) reads data that a tenant can make block or grow. It reads with the rights of
-//! that tenant and within a [`budget`].
+//! that tenant and within a `budget`.
 
 mod budget;
 mod bundle;
