@@ -127,7 +127,7 @@ impl Apply {
         let mut desired = compile(policies, &stacks)?;
         session::leave_out_absent_hooks(&mut desired);
         let mut sockets = Sockets::find(mount, Selection::of(&targets), || iter.fd_refs(), Inspector::default())?;
-        let progress = Progress::of(sockets.len());
+        let progress = Progress::of(sockets.count());
         let mut out = BufWriter::new(stdout(self.output));
         let mut write_event = |event: &Event| {
             let written = progress.above(|| match self.output {
@@ -155,7 +155,7 @@ impl Apply {
 }
 
 fn asks_for_end(signals: &mut Signals) -> io::Result<bool> {
-    while let Some(received) = signals.next()? {
+    while let Some(received) = signals.receive()? {
         if received.asks_for_end() {
             return Ok(true);
         }

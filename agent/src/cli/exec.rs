@@ -214,7 +214,7 @@ fn unreachable_command() -> ! {
 
 /// The signal that asked for an end before there was a command to pass it on to.
 fn asked_to_end(signals: &mut Signals) -> io::Result<Option<nix::sys::signal::Signal>> {
-    while let Some(received) = signals.next()? {
+    while let Some(received) = signals.receive()? {
         if received.asks_for_end() {
             return Ok(Some(received.signal));
         }
@@ -235,7 +235,7 @@ fn follow(
         }
         watch::wait(signals, session, &[])?;
         tell(session, writer);
-        while let Some(received) = signals.next()? {
+        while let Some(received) = signals.receive()? {
             if received.signal != nix::sys::signal::Signal::SIGCHLD && received.is_from_process {
                 // Fails only where the command has just ended, which is seen next.
                 let _ = kill(Pid::from_raw(child.id() as i32), received.signal);

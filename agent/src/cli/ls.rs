@@ -71,7 +71,7 @@ impl Ls {
         let mut sockets = Sockets::find(mount, Selection::all_or(&targets), || None, Inspector::default())?;
         let mut out = stdout(self.output);
         let mut table = Table::default();
-        let progress = Progress::of(sockets.len());
+        let progress = Progress::of(sockets.count());
         let written = sockets.each(
             |_| OPTIONS.iter().collect(),
             |mut seen| {

@@ -96,7 +96,7 @@ impl Verify {
         session::leave_out_absent_hooks(&mut desired);
         let mut sockets = Sockets::find(mount, Selection::of(&targets), || None, Inspector::default())?;
         let mut tally = Tally { unread: sockets.unread(), ..Tally::default() };
-        let progress = Progress::of(sockets.len());
+        let progress = Progress::of(sockets.count());
         let mut out = stdout(self.output);
         let written = sockets.each(
             |scope| drift::needed(&desired.scopes[scope]),

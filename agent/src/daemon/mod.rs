@@ -176,7 +176,7 @@ struct SignalRequests {
 
 impl SignalRequests {
     fn drain_signals(&mut self, signals: &mut Signals) -> io::Result<()> {
-        while let Some(received) = signals.next()? {
+        while let Some(received) = signals.receive()? {
             // SIGHUP reloads if there is a terminal or none, and ends the agent if the terminal is gone.
             if received.asks_for_reload() {
                 self.reload = true;
@@ -364,7 +364,7 @@ impl<'a> Daemon<'a> {
 
     /// Takes the messages of the reconciliation.
     fn drain_reconcile(&mut self, session: &mut Session, observer: &impl Observer) -> Result<(), WatchError> {
-        while let Some(message) = self.reconciliation.as_mut().and_then(ReconcileThread::next) {
+        while let Some(message) = self.reconciliation.as_mut().and_then(ReconcileThread::take) {
             self.take_message(message, session, observer)?;
         }
         Ok(())
@@ -425,7 +425,7 @@ impl<'a> Daemon<'a> {
         let now = Instant::now();
         let reconcile_at = self.reconcile_at.filter(|_| self.reconciliation.is_none());
         let next_search = self.search.as_ref().filter(|search| !search.is_looking());
-        let next_search = next_search.and_then(|_| self.next_search.as_ref()).map(Backoff::next);
+        let next_search = next_search.and(self.next_search.as_ref()).map(Backoff::next);
         let worker = self.search.as_ref().and_then(Search::left).map(|left| now + left);
         let retire_at = session.has_draining().then(|| self.replaced + RETIRE_AFTER);
         let debounced = self.debounced_at();

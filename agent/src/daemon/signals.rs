@@ -95,7 +95,7 @@ impl Signals {
     /// # Errors
     ///
     /// Fails if the file descriptor cannot be read.
-    pub fn next(&mut self) -> io::Result<Option<Received>> {
+    pub fn receive(&mut self) -> io::Result<Option<Received>> {
         let Some(info) = self.descriptor.read_signal()? else { return Ok(None) };
         let signal = Signal::try_from(info.ssi_signo as i32)?;
         Ok(Some(Received {

@@ -94,7 +94,7 @@ pub fn watch(
         }
         wait(signals, session, &left)?;
         let mut is_over = false;
-        while let Some(received) = signals.next().map_err(WatchError::Wait)? {
+        while let Some(received) = signals.receive().map_err(WatchError::Wait)? {
             is_over |= received.asks_for_end();
         }
         pass_on(session, observer)?;

@@ -407,7 +407,7 @@ fn current_value(call: &raw::Call, kind: Kind, result: Option<i64>) -> Value {
         Some(_) => before,
     };
     match kind {
-        Kind::Outcome { .. } | Kind::Drift { .. } | Kind::Applied { .. } | Kind::WouldApply | Kind::Unknown { .. } => {
+        Kind::Outcome { .. } | Kind::Drift | Kind::Applied { .. } | Kind::WouldApply | Kind::Unknown { .. } => {
             Value::UNKNOWN
         }
         Kind::Conflict { call: Call::Get, .. } | Kind::Call(Call::Get) => call.requested,

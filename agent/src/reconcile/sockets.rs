@@ -158,7 +158,7 @@ impl Sockets {
     }
 
     /// Returns the number of selected sockets.
-    pub fn len(&mut self) -> usize {
+    pub fn count(&mut self) -> usize {
         let Self { table, targets, names, .. } = self;
         table.sockets.iter().filter(|found| targets.place(found, names).is_some()).count()
     }

@@ -1,6 +1,6 @@
 //! Reconciliation of sockets that a test makes up.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{cell::RefCell, collections::BTreeMap, path::Path, rc::Rc};
 
 use super::*;
 use crate::{
@@ -59,9 +59,11 @@ impl Baseline for FreshSocket {
     }
 }
 
-/// The changes that were recorded: an option's name, the value before, and the value after.
+/// A change that was recorded: the name of the option, the value before, and the value after.
+type Recorded = (String, Option<u32>, u32);
+
 #[derive(Clone, Default)]
-struct FakeLog(std::rc::Rc<std::cell::RefCell<Vec<(String, Option<u32>, u32)>>>);
+struct FakeLog(Rc<RefCell<Vec<Recorded>>>);
 
 impl ChangeLog for FakeLog {
     fn record(&mut self, changes: &mut dyn Iterator<Item = (Place, Option<Value>, Value)>) -> Result<(), JournalError> {
@@ -75,11 +77,7 @@ impl ChangeLog for FakeLog {
 }
 
 /// Reconciles a connected TCP socket with rules. Returns the counts, the recorded changes, and the kinds of the events.
-fn reconcile(
-    rules: &str,
-    dry_run: bool,
-    socket: &mut FakeSocket,
-) -> (Tally, Vec<(String, Option<u32>, u32)>, Vec<String>) {
+fn reconcile(rules: &str, dry_run: bool, socket: &mut FakeSocket) -> (Tally, Vec<Recorded>, Vec<String>) {
     let policies = [policy::parse(Path::new("test.toml"), rules).unwrap().0];
     let desired = compile(&policies, &[all(&policies)]).unwrap();
     let entry = Entry {

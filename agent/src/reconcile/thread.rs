@@ -83,7 +83,7 @@ impl ReconcileThread {
     }
 
     /// Returns the next message, if there is one. Does not wait.
-    pub fn next(&mut self) -> Option<Message> {
+    pub fn take(&mut self) -> Option<Message> {
         if let Ok(message) = self.messages.try_recv() {
             return Some(message);
         }
@@ -175,13 +175,13 @@ mod tests {
         let mut taken = Vec::new();
         while taken.len() < 3 {
             assert!(is_readable(&thread, PollTimeout::from(10_000_u16)));
-            while let Some(Message::Done(message)) = thread.next() {
+            while let Some(Message::Done(message)) = thread.take() {
                 taken.push(message.tally.sockets);
             }
         }
         assert_eq!(taken, [0, 1, 2]);
         // The thread has ended: what remains readable is that, and there is no message.
-        assert!(thread.next().is_none());
+        assert!(thread.take().is_none());
     }
 
     #[test]
