@@ -17,8 +17,8 @@ use std::{
 
 use self::{containers::ContainerMatcher, globs::Globs};
 use crate::{
+    container::Running,
     escape::Escape,
-    host::containers::Running,
     policy::{
         Policy,
         model::{ContainerSelector, Target},
@@ -284,7 +284,7 @@ fn selected(selectors: &[ContainerSelector], containers: &[Running]) -> Result<B
 mod tests {
     use super::*;
     use crate::{
-        host::container::{Container, PODMAN},
+        container::{Container, PODMAN},
         policy,
     };
 

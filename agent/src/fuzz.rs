@@ -23,13 +23,14 @@ use crate::{
     host::{containers, routes, sock_diag},
     instance, journal,
     kernel::Record,
+    lint,
     options::{GUARDS, SocketOption, by_name, by_spelling},
     policy::{
         self, Policy, Socket,
         diagnostic::Style,
-        lint,
         model::{Direction, Family, Named, Protocol},
     },
+    sources,
     worker::{Response, framed, response},
 };
 
@@ -54,7 +55,7 @@ const SOCKET_LEN: usize = 16;
 pub fn policy(input: &[u8]) {
     let Some((bytes, text)) = input.split_at_checked(SOCKET_LEN) else { return };
     let Ok(text) = str::from_utf8(text) else { return };
-    let parsed = policy::parse(Path::new("fuzz.toml"), text);
+    let parsed = sources::parse(Path::new("fuzz.toml"), text);
     let policy = match parsed {
         Ok((policy, warnings)) => {
             drop(policy::render(&warnings, Style::Plain));
@@ -135,7 +136,7 @@ fn socket(bytes: &[u8]) -> Socket {
 static POLICIES: LazyLock<Option<Desired>> = LazyLock::new(|| {
     let text = "[[rule]]\nset = { SO_MARK = 1, TCP_NODELAY = true }\nlimit = { SO_SNDBUF = { max = \"4MiB\" } }\n\
                 deny = [\"SO_BINDTODEVICE\"]\n";
-    let (policy, _) = policy::parse(Path::new("fuzz.toml"), text).ok()?;
+    let (policy, _) = sources::parse(Path::new("fuzz.toml"), text).ok()?;
     compile(&[policy], &[vec![0]]).ok()
 });
 

@@ -24,23 +24,21 @@ use nix::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    compile::Desired,
+    compile::{CompileError, Desired, compile_in_force},
     coverage::Stack,
     escape::Escape,
     fault,
     host::private::{PrivateDir, PrivateError},
-    kernel::{KernelError, MapIds, Pins},
-    policy::{Policy, PolicyErrors, Texts},
+    kernel::{self, KernelError, MapIds, Pins, is_instance_name},
+    policy::{Policy, PolicyErrors},
     report::SavedCounters,
-    session::{self, SessionError},
     skipped::SkippedList,
+    sources::Texts,
 };
 
 /// The directory of the files of all instances, and its parent.
 const PARENT: &str = "/run";
 const DIR: &str = "sockpolicy";
-/// The longest name of an instance, in bytes.
-const NAME_MAX: usize = 64;
 /// Number of attempts to take a lock that is held, and the pause between them. A process that inspects an instance holds its
 /// lock for a moment.
 const LOCK_ATTEMPTS: u32 = 20;
@@ -179,7 +177,7 @@ pub enum RecordError {
     #[error(transparent)]
     Policy(#[from] PolicyErrors),
     #[error(transparent)]
-    Session(#[from] SessionError),
+    Compile(#[from] CompileError),
 }
 
 impl Generation {
@@ -199,7 +197,8 @@ impl Generation {
     ///
     /// Fails if this build does not accept the policies or cannot compile them.
     pub fn desired(&self) -> Result<Desired, RecordError> {
-        let mut desired = session::prepare(&self.policies()?, &self.files.stacks, self.files.dry_run, false)?;
+        let mut desired = compile_in_force(&self.policies()?, &self.files.stacks, self.files.dry_run)?;
+        kernel::leave_out_absent_hooks(&mut desired);
         if self.audit_judges {
             desired.judge_by_audit();
         }
@@ -433,7 +432,7 @@ pub(crate) fn with_files(kinds: &[&str]) -> Vec<String> {
     };
     let name_of = |file: &str| {
         let (name, kind) = file.rsplit_once('.')?;
-        let is_wanted = is_name(name) && kinds.contains(&kind) && dir.has_file(file);
+        let is_wanted = is_instance_name(name) && kinds.contains(&kind) && dir.has_file(file);
         is_wanted.then(|| name.to_owned())
     };
     names.iter().filter_map(|file| name_of(file.to_str()?)).collect()
@@ -447,7 +446,7 @@ pub fn inspect(name: &str) -> Option<InstanceStatus> {
 
 fn inspect_among(name: &str, pinned: &[String]) -> Option<InstanceStatus> {
     let is_pinned = pinned.iter().any(|pinned| pinned == name);
-    let dir = dir_or_none().filter(|_| is_name(name));
+    let dir = dir_or_none().filter(|_| is_instance_name(name));
     let (is_running, pid) = match dir.as_ref().map_or(Lock::Absent, |dir| lock_of(dir, name)) {
         Lock::Held(pid) => (true, pid),
         Lock::Free(lock) => {
@@ -548,18 +547,11 @@ pub(crate) fn path_of(name: &str, kind: &str) -> PathBuf {
     Path::new(PARENT).join(DIR).join(file_name(name, kind))
 }
 
-/// Returns whether an instance can have this name. The name is also that of a directory in the BPF file system, in which names
-/// have no dots.
-pub(crate) fn is_name(name: &str) -> bool {
-    let is_allowed = |character: char| character.is_ascii_alphanumeric() || "-_".contains(character);
-    !name.is_empty() && name.len() <= NAME_MAX && name.chars().all(is_allowed)
-}
-
 /// Checks the name of an instance.
 ///
 /// # Errors
 ///
 /// Fails if an instance cannot have this name.
 pub fn check_name(name: &str) -> Result<(), InstanceError> {
-    if is_name(name) { Ok(()) } else { Err(InstanceError::Name(name.to_owned())) }
+    if is_instance_name(name) { Ok(()) } else { Err(InstanceError::Name(name.to_owned())) }
 }

@@ -11,6 +11,7 @@
 
 pub mod cli;
 pub mod compile;
+pub mod container;
 pub mod coverage;
 pub mod daemon;
 pub mod errno;
@@ -25,6 +26,7 @@ pub mod instance;
 pub mod journal;
 pub mod kernel;
 pub mod limitations;
+pub mod lint;
 pub mod live;
 pub mod options;
 pub mod policy;
@@ -36,6 +38,7 @@ pub mod report;
 pub mod schema;
 pub mod session;
 pub mod skipped;
+pub mod sources;
 pub mod targets;
 pub mod transient_cgroup;
 pub mod trial;

@@ -23,7 +23,7 @@ use nix::time::{ClockId, clock_gettime};
 
 use self::record::RecordWriter;
 use crate::{
-    compile::{CompileError, Desired, Hook, NeedsHook, compile},
+    compile::{CompileError, Desired, Hook, NeedsHook, compile_in_force},
     coverage::Stack,
     errno,
     escape::Escape,
@@ -38,8 +38,8 @@ use crate::{
         Record, Target,
     },
     options::SocketOption,
-    policy::model::{self, Calls, Errno, Mode, Policy},
-    report::{CallLine, Counts, Loss, Lost, Report, Summary},
+    policy::model::{self, Calls, Errno, Policy},
+    report::{AuditFacts, CallLine, Counts, Loss, Lost, Report, Summary},
     skipped::{Kind, Skip, SkippedList},
     trial::{self, Sample},
     unsupported::{Unsupported, UnsupportedList},
@@ -53,10 +53,7 @@ pub enum SessionError {
     Kernel(#[from] KernelError),
     #[error(transparent)]
     Instance(#[from] InstanceError),
-    #[error(
-        "cannot enforce the policies on this kernel:{0}\n  help: remove these settings, or give --allow-unsupported to enforce \
-         the rest"
-    )]
+    #[error("cannot enforce the policies on this kernel:{0}")]
     Unsupported(UnsupportedList),
 }
 
@@ -152,28 +149,10 @@ pub enum OnUnsupported {
 ///
 /// Fails if the policies cannot be combined.
 pub fn prepare(policies: &[Policy], stacks: &[Stack], dry_run: bool, timing: bool) -> Result<Desired, SessionError> {
-    // Policies that are in no stack are left out: they are not probed or counted, and need no hooks.
-    let in_force: Vec<usize> =
-        (0..policies.len()).filter(|policy| stacks.iter().any(|stack| stack.contains(policy))).collect();
-    let renumbered = |stack: &Stack| -> Stack {
-        stack.iter().filter_map(|policy| in_force.iter().position(|kept| kept == policy)).collect()
-    };
-    let stacks: Vec<Stack> = stacks.iter().map(renumbered).collect();
-    let mut policies: Vec<Policy> = in_force.iter().map(|policy| policies[*policy].clone()).collect();
-    if dry_run {
-        policies.iter_mut().for_each(|policy| policy.mode = Mode::DryRun);
-    }
-    let mut desired = compile(&policies, &stacks)?;
+    let mut desired = compile_in_force(policies, stacks, dry_run)?;
     desired.audit.timing |= timing;
-    leave_out_absent_hooks(&mut desired);
+    kernel::leave_out_absent_hooks(&mut desired);
     Ok(desired)
-}
-
-/// Removes the optional hooks that this host does not have.
-pub fn leave_out_absent_hooks(desired: &mut Desired) {
-    if !kernel::takes_lsm_programs() {
-        desired.keep_hooks(|hook| hook != Hook::PostCreate);
-    }
 }
 
 impl Session {
@@ -657,7 +636,7 @@ impl Session {
         let counts = Counts { calls: tallies.filter_map(|(key, tally)| CallLine::new(key, tally)).collect(), lost };
         report.count(current.number, &current.desired, &object.counters()?, true);
         let targets = kernel::names(&targets).into_iter().map(str::to_owned).collect();
-        let mut summary = report.summarize(&current.desired, counts, targets, audit, unsupported);
+        let mut summary = report.summarize(&current.desired, counts, targets, audit.map(facts), unsupported);
         summary.lines.retain(|line| filter.admits_option(line.option.key()));
         Ok(summary)
     }
@@ -895,4 +874,9 @@ fn monotonic_epoch_ns() -> i128 {
         clock_gettime(clock).map_or(0, |time| i128::from(time.tv_sec()) * 1_000_000_000 + i128::from(time.tv_nsec()))
     };
     now(ClockId::CLOCK_REALTIME) - now(ClockId::CLOCK_MONOTONIC)
+}
+
+/// Returns what the report says of the audit.
+fn facts(audit: Audit) -> AuditFacts {
+    AuditFacts { backend: audit.backend.name(), not_covered: audit.not_covered() }
 }

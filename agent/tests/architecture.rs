@@ -80,9 +80,8 @@ fn pure_modules_do_no_io() {
         "session.rs",
         "trial.rs",
         "worker",
-        "policy/mod.rs",
         "policy/model.rs",
-        "policy/sources.rs",
+        "sources",
     ];
     let words_and_errnos = ["policy/words.rs", "errno.rs"];
     only_in(&[places.as_slice(), &words_and_errnos].concat(), &io, "pure modules do no I/O");

@@ -14,7 +14,10 @@ use std::{
 };
 
 use nix::{sys::stat::Mode, unistd::mkfifo};
-use sockpolicy::policy::{self, IfInsecure, PolicyErrors, diagnostic::Style};
+use sockpolicy::{
+    policy::{PolicyErrors, diagnostic::Style},
+    sources::{self, IfInsecure},
+};
 
 /// A relative path, as users write it: tests run in the directory of their crate.
 const INVALID: &str = "tests/invalid";
@@ -27,7 +30,7 @@ fn files_with(extension: &str) -> Vec<PathBuf> {
 }
 
 fn errors_of(path: &Path) -> PolicyErrors {
-    match policy::load(path) {
+    match sources::load(path) {
         Ok(_) => panic!("{} is valid", path.display()),
         Err(errors) => errors,
     }
@@ -56,7 +59,7 @@ fn each_invalid_policy_is_refused_with_its_golden_message() {
 #[test]
 fn json_has_the_message_with_line_and_columns() {
     let path = Path::new("policy.toml");
-    let errors = policy::parse(path, "[[rule]]\nset = { TCP_NODELA = 1 }\n").unwrap_err();
+    let errors = sources::parse(path, "[[rule]]\nset = { TCP_NODELA = 1 }\n").unwrap_err();
     let lines: Vec<String> = errors.diagnostics.iter().map(|diagnostic| diagnostic.to_json().to_string()).collect();
     assert_eq!(
         lines,
@@ -144,7 +147,7 @@ fn too_large_file_is_not_read() {
     let mut content = MINIMAL.to_owned();
     content.push_str(&"#".repeat((4 << 20) - content.len()));
     let path = dir.file("web.toml", &content);
-    assert!(policy::load(&path).is_ok());
+    assert!(sources::load(&path).is_ok());
     content.push('#');
     dir.file("web.toml", &content);
     assert!(dir.refusal(&path).starts_with("error: DIR/web.toml is not a policy: it is larger than 4 MiB\n"));
@@ -173,7 +176,7 @@ fn policies_are_in_the_order_of_file_names_and_errors_of_all_files_are_reported(
     fs::create_dir(dir.path("a")).unwrap();
     let late = dir.file("a/20-late.toml", MINIMAL);
     let early = dir.file("10-early.toml", MINIMAL);
-    let (policies, warnings) = policy::load_all(&[late.clone(), early.clone()], IfInsecure::Accept).unwrap();
+    let (policies, warnings) = sources::load_all(&[late.clone(), early.clone()], IfInsecure::Accept).unwrap();
     assert_eq!(policies.iter().map(|policy| policy.name.as_str()).collect::<Vec<_>>(), ["10-early", "20-late"]);
     // The first policy decides all options of the second.
     let messages: Vec<_> = warnings.iter().map(|warning| warning.message.as_str()).collect();
@@ -182,7 +185,7 @@ fn policies_are_in_the_order_of_file_names_and_errors_of_all_files_are_reported(
 
     fs::write(&early, "nmae = \"x\"\n[[rule]]\nset = { TCP_NODELAY = 1 }\n").unwrap();
     fs::write(&late, "[[rule]\n").unwrap();
-    let errors = policy::load_all(&[late, dir.path("gone.toml"), early], IfInsecure::Accept).unwrap_err();
+    let errors = sources::load_all(&[late, dir.path("gone.toml"), early], IfInsecure::Accept).unwrap_err();
     let messages: Vec<_> = errors.diagnostics.iter().map(|diagnostic| diagnostic.message.as_str()).collect();
     assert_eq!(messages.len(), 4, "{messages:?}");
     assert_eq!(errors.count(), 4);
@@ -197,7 +200,7 @@ fn two_policies_with_one_name_are_refused() {
     let dir = Scratch::new("names");
     let first = dir.file("a.toml", format!("name = \"web\"\n{MINIMAL}"));
     let second = dir.file("web.toml", MINIMAL);
-    let errors = policy::load_all(&[second, first.clone()], IfInsecure::Accept).unwrap_err();
+    let errors = sources::load_all(&[second, first.clone()], IfInsecure::Accept).unwrap_err();
     let messages = errors.to_string().replace(&dir.0.display().to_string(), "DIR");
     assert_eq!(
         messages,
@@ -209,7 +212,7 @@ fn two_policies_with_one_name_are_refused() {
   |
   = help: give this policy another name: name = \"…\" at the top of the file"
     );
-    let errors = policy::load_all(&[first.clone(), first], IfInsecure::Accept).unwrap_err();
+    let errors = sources::load_all(&[first.clone(), first], IfInsecure::Accept).unwrap_err();
     assert!(errors.to_string().contains("the file is listed twice"), "{errors}");
 }
 
@@ -219,13 +222,13 @@ fn policy_needs_a_name_if_the_file_name_is_not_a_valid_one() {
     let path = dir.file("my policy.toml", MINIMAL);
     assert!(dir.refusal(&path).starts_with("error: a policy cannot be named after this file\n"));
     dir.file("my policy.toml", format!("name = \"mine\"\n{MINIMAL}"));
-    assert_eq!(policy::load(&path).unwrap().0.name, "mine");
+    assert_eq!(sources::load(&path).unwrap().0.name, "mine");
 }
 
 #[test]
 fn at_most_a_hundred_errors_are_shown() {
     let text = (0..1000).map(|n| format!("x{n} = 1\n")).collect::<String>();
-    let errors = policy::parse(Path::new("web.toml"), &text).unwrap_err();
+    let errors = sources::parse(Path::new("web.toml"), &text).unwrap_err();
     assert_eq!(errors.count(), 1000);
     assert!(errors.render(Style::Plain).ends_with("\n… and 900 more\n"));
 }

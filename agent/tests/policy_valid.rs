@@ -14,15 +14,16 @@ use abi::setting::OptionKey;
 use proptest::prelude::*;
 use sockpolicy::{
     explain::try_all,
+    lint,
     options::{DSCP_MASK, OPTIONS},
     policy::{
-        self, Policy,
+        Policy,
         diagnostic::Style,
-        lint,
         model::{Calls, Direction, Errno, Family, Form, Mode, Named, OnConflict, Protocol, Wanted},
         render, units,
     },
     reference::reference,
+    sources,
 };
 
 const EVERYTHING: &str = r#"
@@ -58,13 +59,14 @@ TCP_KEEPIDLE = { value = "2min", errno = "EINVAL" }
 "#;
 
 fn parsed(text: &str) -> Policy {
-    let (policy, warnings) = policy::parse(Path::new("dir/web.toml"), text).unwrap_or_else(|errors| panic!("{errors}"));
+    let (policy, warnings) =
+        sources::parse(Path::new("dir/web.toml"), text).unwrap_or_else(|errors| panic!("{errors}"));
     assert!(warnings.is_empty(), "{}", render(&warnings, Style::Plain));
     policy
 }
 
 fn warned(text: &str) -> Vec<String> {
-    let (_, warnings) = policy::parse(Path::new("web.toml"), text).unwrap_or_else(|errors| panic!("{errors}"));
+    let (_, warnings) = sources::parse(Path::new("web.toml"), text).unwrap_or_else(|errors| panic!("{errors}"));
     warnings.into_iter().map(|warning| warning.message).collect()
 }
 
@@ -364,7 +366,7 @@ fn options_and_networks_that_no_socket_of_a_rule_has_cause_warnings() {
 #[test]
 fn warning_shows_the_rule_and_help() {
     let text = "[[rule]]\nset = { SO_MARK = 1 }\n\n[[rule]]\nname = \"b\"\nset = { SO_MARK = 2 }\n";
-    let (_, warnings) = policy::parse(Path::new("web.toml"), text).unwrap();
+    let (_, warnings) = sources::parse(Path::new("web.toml"), text).unwrap();
     assert_eq!(
         render(&warnings, Style::Plain),
         "warning: rule `b` can never win: rule `rule-1` on line 1 decides all of its options
@@ -417,7 +419,7 @@ fn each_policy_of_the_repository_loads_without_a_warning() {
     let [policies, examples] = ["policies", "examples"].map(|folder| files_below(&root().join(folder), "toml"));
     assert!(!policies.is_empty() && !examples.is_empty(), "there are no policies in policies/ or examples/");
     for file in policies.into_iter().chain(examples) {
-        let (_, warnings) = policy::load(&file).unwrap_or_else(|errors| panic!("{errors}"));
+        let (_, warnings) = sources::load(&file).unwrap_or_else(|errors| panic!("{errors}"));
         assert!(warnings.is_empty(), "{}", render(&warnings, Style::Plain));
     }
 }
@@ -425,7 +427,7 @@ fn each_policy_of_the_repository_loads_without_a_warning() {
 #[test]
 fn each_policy_of_the_repository_has_tests_that_pass() {
     for file in files_below(&root().join("policies"), "toml") {
-        let (policy, _) = policy::load(&file).unwrap();
+        let (policy, _) = sources::load(&file).unwrap();
         let policies = [policy];
         let trials = try_all(&policies).unwrap();
         assert!(!trials.is_empty(), "{} has no [[test]]", file.display());
@@ -448,7 +450,7 @@ fn each_policy_in_the_documents_loads() {
             let name = format!("{}:{line}.toml", document.display());
             // A block's name is not a valid policy name, and examples may leave the name out.
             let named = if block.contains("name = ") { block } else { format!("name = \"example\"\n{block}") };
-            match policy::parse(Path::new(&name), &named) {
+            match sources::parse(Path::new(&name), &named) {
                 Err(errors) => wrong.push_str(&errors.to_string()),
                 Ok((policy, _)) => {
                     let failed = try_all(&[policy]).unwrap().into_iter().filter(|trial| !trial.passed());
@@ -578,7 +580,7 @@ fn mutate(text: &mut String, at: &prop::sample::Index, mutation: &Mutation) {
 
 /// Parses a text and renders all findings.
 fn survives(text: &str) {
-    let messages = match policy::parse(Path::new("web.toml"), text) {
+    let messages = match sources::parse(Path::new("web.toml"), text) {
         Ok((_, warnings)) => render(&warnings, Style::Plain),
         Err(errors) => {
             assert!(errors.count() > 0, "refused without an error: {text}");

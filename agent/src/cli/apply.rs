@@ -27,12 +27,13 @@ use crate::{
     },
     instance::{self, InstanceError},
     journal::{self, Journal},
+    kernel,
     policy::Policy,
     reconcile::{
         LazyIter, ReconcileError, Reconciler, Report, Selection, Sockets, Tally,
         restore::{self, Restored},
     },
-    schema, session, skipped,
+    schema, skipped,
     targets::{ResolvedTargets, TargetError},
 };
 
@@ -125,7 +126,7 @@ impl Apply {
         }
         let ResolvedTargets { stacks, targets, .. } = ResolvedTargets::find(&mount, &self.cgroup, policies)?;
         let mut desired = compile(policies, &stacks)?;
-        session::leave_out_absent_hooks(&mut desired);
+        kernel::leave_out_absent_hooks(&mut desired);
         let mut sockets = Sockets::find(mount, Selection::of(&targets), || iter.fd_refs(), Inspector::default())?;
         let progress = Progress::of(sockets.count());
         let mut out = BufWriter::new(stdout(self.output));

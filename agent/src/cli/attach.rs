@@ -17,10 +17,11 @@ use crate::{
     instance::{Files, Instance, InstanceError},
     journal::{self, Journal},
     kernel::{self, BackendChoice, KernelError, Pins},
-    policy::{Policy, Sources, Texts},
+    policy::Policy,
     reconcile::ReconcileError,
     session::{self, OnBlocked, Session, SessionError, Setup},
     skipped::{self, SkippedList},
+    sources::{Sources, Texts},
     targets::ResolvedTargets,
 };
 
@@ -120,11 +121,11 @@ enum DetachError {
          detach what it leaves"
     )]
     Running { name: String, pid: String },
-    #[error(transparent)]
-    Instance(InstanceError),
-    #[error(transparent)]
+    #[error("{0}")]
+    Instance(#[source] InstanceError),
+    #[error("{0}")]
     Kernel(#[from] KernelError),
-    #[error(transparent)]
+    #[error("{0}")]
     Restore(#[from] Box<ApplyError>),
     #[error(
         "no instance `{}` has policies in force without an agent{}{}",

@@ -77,9 +77,9 @@ pub(super) struct Audit {
 
 #[derive(Debug, thiserror::Error)]
 enum AuditError {
-    #[error(transparent)]
+    #[error("{0}")]
     Run(#[from] RunError),
-    #[error(transparent)]
+    #[error("{0}")]
     Report(#[from] ReportError),
     #[error(
         "no process {pid}: {source}\n  help: `ps -e` lists them; the number is that of the process, not of a thread"

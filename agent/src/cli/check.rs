@@ -19,12 +19,16 @@ use crate::{
     compile::{CompileError, Desired, compile},
     coverage::{Coverage, Stack, stacks_by_target},
     escape::Escape,
-    host::{routes, tcp},
-    policy::{
-        self, IfInsecure, Policy, PolicyErrors, Warnings,
-        diagnostic::{Diagnostic, Problem, Severity},
-        lint::{self, Host, Version},
+    host::{
+        routes::{self, Route},
+        tcp,
     },
+    lint::{self, Host, LockedRoute, Version},
+    policy::{
+        self, Policy, PolicyErrors, Warnings,
+        diagnostic::{Diagnostic, Problem, Severity},
+    },
+    sources::{self, IfInsecure},
     unsupported::{Unsupported, UnsupportedList},
 };
 
@@ -69,7 +73,7 @@ impl Check {
 
     /// Everything there is to say, and whether the policies can be used.
     fn find(&self) -> (Vec<Diagnostic>, bool) {
-        let (policies, mut found) = match policy::load_all(&self.files, self.trust.or_warn()) {
+        let (policies, mut found) = match sources::load_all(&self.files, self.trust.or_warn()) {
             Ok(loaded) => loaded,
             Err(errors) => return (errors.diagnostics, false),
         };
@@ -111,19 +115,27 @@ fn on_kernel(policies: &[Policy], desired: &Desired, kernel: Version) -> Vec<Dia
 /// What the host of this process will not let policies have. What cannot be told of it is not held against anybody.
 pub(super) fn on_this_host(policies: &[Policy]) -> Vec<Diagnostic> {
     let host = Host {
-        congestion_controls: told("its congestion controls", tcp::congestion_controls()),
+        congestion_controls: known("its congestion controls", tcp::congestion_controls()),
         locked_routes: if lint::asks_for_routes(policies) {
-            told("its routes", routes::with_locked_congestion_control()).unwrap_or_default()
+            known("its routes", routes::with_locked_congestion_control())
+                .unwrap_or_default()
+                .into_iter()
+                .map(locked)
+                .collect()
         } else {
             Vec::new()
         },
-        wmem_max: told("its largest send buffer", tcp::buffer_max("wmem_max")),
-        rmem_max: told("its largest receive buffer", tcp::buffer_max("rmem_max")),
+        wmem_max: known("its largest send buffer", tcp::buffer_max("wmem_max")),
+        rmem_max: known("its largest receive buffer", tcp::buffer_max("rmem_max")),
     };
     lint::on_host(policies, &host)
 }
 
-fn told<T>(what: &str, answer: io::Result<T>) -> Option<T> {
+fn locked(Route { destination, congestion_control }: Route) -> LockedRoute {
+    LockedRoute { destination, congestion_control }
+}
+
+fn known<T>(what: &str, answer: io::Result<T>) -> Option<T> {
     answer.inspect_err(|error| log::debug!("cannot tell of this host {what}: {error}")).ok()
 }
 
@@ -136,7 +148,7 @@ pub(super) fn warn_of_replaced_targets(policies: &[Policy], by: &str) {
 
 /// Reads policy files. Says what is wrong with them, and gives `None` if anything is.
 pub(super) fn load(files: &[PathBuf], insecure: IfInsecure) -> Option<Vec<Policy>> {
-    shown(policy::load_all(files, insecure))
+    shown(sources::load_all(files, insecure))
 }
 
 /// The policies that were loaded. Says what is wrong, and gives `None` if anything is.

@@ -50,15 +50,15 @@ pub(super) struct Doctor {
 
 #[derive(Debug, thiserror::Error)]
 enum DoctorError {
-    #[error(transparent)]
+    #[error("{0}")]
     Kernel(#[from] KernelError),
-    #[error(transparent)]
+    #[error("{0}")]
     Cgroup(#[from] CgroupError),
-    #[error(transparent)]
+    #[error("{0}")]
     Enclosure(#[from] TransientCgroupError),
-    #[error(transparent)]
+    #[error("{0}")]
     Session(#[from] SessionError),
-    #[error(transparent)]
+    #[error("{0}")]
     Trial(#[from] TrialError),
     #[error("cannot write the answer: {0}")]
     Write(#[source] io::Error),

@@ -66,15 +66,15 @@ pub(super) struct Exec {
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ExecError {
-    #[error(transparent)]
+    #[error("{0}")]
     Report(#[from] ReportError),
-    #[error(transparent)]
+    #[error("{0}")]
     Cgroup(#[from] CgroupError),
-    #[error(transparent)]
+    #[error("{0}")]
     Enclosure(#[from] TransientCgroupError),
-    #[error(transparent)]
+    #[error("{0}")]
     Session(#[from] SessionError),
-    #[error(transparent)]
+    #[error("{0}")]
     Watch(#[from] WatchError),
     #[error("cannot watch the command: {0}")]
     Command(#[from] io::Error),

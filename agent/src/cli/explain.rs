@@ -90,7 +90,7 @@ enum NoSocket {
 
 #[derive(Debug, thiserror::Error)]
 enum ExplainError {
-    #[error(transparent)]
+    #[error("{0}")]
     Compile(#[from] CompileError),
     #[error(
         "policies `{one}` and `{other}` have different targets: which of them cover the socket depends on its \

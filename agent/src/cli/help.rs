@@ -2,7 +2,9 @@
 
 use std::error::Error;
 
-use crate::{escape::Escape, host::containers::Running, reconcile::ReconcileError, targets::TargetError};
+use crate::{
+    container::Running, escape::Escape, reconcile::ReconcileError, session::SessionError, targets::TargetError,
+};
 
 /// Returns the help line of an error as the end of a message, or nothing.
 pub(super) fn line(error: &(dyn Error + 'static)) -> String {
@@ -13,7 +15,11 @@ pub(super) fn line(error: &(dyn Error + 'static)) -> String {
 pub(super) fn of(error: &(dyn Error + 'static)) -> Option<String> {
     let mut error = Some(error);
     while let Some(this) = error {
-        let help = this.downcast_ref().map(of_target).or_else(|| this.downcast_ref().map(of_reconcile));
+        let help = this
+            .downcast_ref()
+            .map(of_target)
+            .or_else(|| this.downcast_ref().map(of_reconcile))
+            .or_else(|| this.downcast_ref().map(of_session));
         if let Some(Some(help)) = help {
             return Some(help);
         }
@@ -40,6 +46,15 @@ fn of_target(error: &TargetError) -> Option<String> {
 fn of_reconcile(error: &ReconcileError) -> Option<String> {
     let is_stopped = matches!(error, ReconcileError::Stopped);
     is_stopped.then(|| "run the command again, or restore the old values: sockpolicy apply --restore".to_owned())
+}
+
+fn of_session(error: &SessionError) -> Option<String> {
+    match error {
+        SessionError::Unsupported(_) => {
+            Some("remove these settings, or give --allow-unsupported to enforce the rest".to_owned())
+        }
+        SessionError::Compile(_) | SessionError::Kernel(_) | SessionError::Instance(_) => None,
+    }
 }
 
 fn list(containers: &[Running]) -> String {

@@ -16,11 +16,12 @@ use crate::{
     escape::{self, Escape, visible},
     events::{Event, Kind},
     kernel::{self, Audit, BackendChoice},
-    policy::{IfInsecure, diagnostic::Diagnostic, model::Mode},
+    policy::{diagnostic::Diagnostic, model::Mode},
     reconcile::Tally,
     report::{Loss, Summary},
     schema,
     session::{OnUnsupported, Session},
+    sources::IfInsecure,
 };
 
 /// The form of the output.

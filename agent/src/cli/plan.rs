@@ -377,9 +377,9 @@ fn write_changes(instance: &str, changes: &[Change]) -> io::Result<()> {
 
 #[derive(Debug, thiserror::Error)]
 enum PlanError {
-    #[error(transparent)]
+    #[error("{0}")]
     Status(#[from] Box<status::StatusError>),
-    #[error(transparent)]
+    #[error("{0}")]
     Run(#[from] RunError),
     #[error("cannot write the plan: {0}")]
     Write(#[from] io::Error),

@@ -24,8 +24,9 @@ use crate::{
     instance::{Instance, InstanceError},
     journal::Journal,
     kernel::{self, Target},
-    policy::{Policy, Sources, Texts},
+    policy::Policy,
     session::{self, OnBlocked, Session, SessionError, Setup},
+    sources::{Sources, Texts},
     targets::{ResolvedTargets, TargetError},
 };
 

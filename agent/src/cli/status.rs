@@ -38,7 +38,7 @@ pub(super) struct Status {
 pub(super) enum StatusError {
     #[error("no instance `{}` of sockpolicy is here{}", name.escaped(), list(.others))]
     None { name: String, others: Vec<String> },
-    #[error(transparent)]
+    #[error("{0}")]
     Kernel(#[from] KernelError),
     #[error("what instance `{}` has in force cannot be told: {source}", name.escaped())]
     Unknown { name: String, source: Box<Unknown> },
@@ -69,9 +69,9 @@ pub(super) enum Unknown {
     NoRecord,
     #[error("its record says nothing of what is in force")]
     NotRecorded,
-    #[error(transparent)]
+    #[error("{0}")]
     Record(#[from] RecordError),
-    #[error(transparent)]
+    #[error("{0}")]
     Kernel(#[from] KernelError),
 }
 

@@ -22,13 +22,14 @@ use crate::{
     compile::{Desired, compile},
     events::Event,
     host::{cgroup::Mount, inspect::Inspector},
+    kernel,
     live::{
         OptionRead,
         drift::{self, Finding},
     },
     policy::Policy,
     reconcile::{InspectedSocket, Selection, Sockets},
-    schema, session, skipped,
+    schema, skipped,
     targets::ResolvedTargets,
 };
 
@@ -93,7 +94,7 @@ impl Verify {
         }
         let ResolvedTargets { stacks, targets, .. } = ResolvedTargets::find(&mount, &self.cgroup, policies)?;
         let mut desired = compile(policies, &stacks)?;
-        session::leave_out_absent_hooks(&mut desired);
+        kernel::leave_out_absent_hooks(&mut desired);
         let mut sockets = Sockets::find(mount, Selection::of(&targets), || None, Inspector::default())?;
         let mut tally = Tally { unread: sockets.unread(), ..Tally::default() };
         let progress = Progress::of(sockets.count());

@@ -146,6 +146,27 @@ pub enum CompileError {
     Glob(#[from] GlobError),
 }
 
+/// Compiles policies for the targets on which they are in force: `stacks` are the combinations of policies, one for each kind of
+/// target. `dry_run`: all policies are dry runs.
+///
+/// # Errors
+///
+/// Fails if the policies cannot be combined.
+pub fn compile_in_force(policies: &[Policy], stacks: &[Stack], dry_run: bool) -> Result<Desired, CompileError> {
+    // Policies that are in no stack are left out: they are not probed or counted, and need no hooks.
+    let in_force: Vec<usize> =
+        (0..policies.len()).filter(|policy| stacks.iter().any(|stack| stack.contains(policy))).collect();
+    let renumbered = |stack: &Stack| -> Stack {
+        stack.iter().filter_map(|policy| in_force.iter().position(|kept| kept == policy)).collect()
+    };
+    let stacks: Vec<Stack> = stacks.iter().map(renumbered).collect();
+    let mut policies: Vec<Policy> = in_force.iter().map(|policy| policies[*policy].clone()).collect();
+    if dry_run {
+        policies.iter_mut().for_each(|policy| policy.mode = Mode::DryRun);
+    }
+    compile(&policies, &stacks)
+}
+
 /// Compiles policies for each stack that is in force. `policies` must be in the order of their file names.
 ///
 /// # Errors

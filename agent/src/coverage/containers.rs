@@ -3,7 +3,7 @@
 use globset::{GlobBuilder, GlobMatcher};
 
 use super::GlobError;
-use crate::{host::container::Container, policy::model::ContainerSelector};
+use crate::{container::Container, policy::model::ContainerSelector};
 
 /// The registry and the folder of images whose names do not contain them.
 const REGISTRY: &str = "docker.io";
@@ -56,7 +56,7 @@ fn names(name: &str) -> Vec<String> {
 fn images(image: &str) -> Vec<String> {
     let mut words = vec![image.to_owned()];
     // The id of an image without a name.
-    if image.starts_with("sha256:") || crate::host::container::is_id(image) {
+    if image.starts_with("sha256:") || crate::container::is_id(image) {
         return words;
     }
     let (registry, path) = match image.split_once('/') {
@@ -80,7 +80,7 @@ fn images(image: &str) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::container::{DOCKER, PODMAN};
+    use crate::container::{DOCKER, PODMAN};
 
     const ID: &str = "4f7c2a9b01de53c86ae09b7d41f2c6580d3e9a17b4c85f6203ed91ab7c4f2e68";
 

@@ -24,21 +24,23 @@ use nix::poll::{PollFd, PollFlags};
 pub use self::signals::{Received, Signals};
 use self::{pace::Pace, watch::WatchError};
 use crate::{
+    container::Running,
     coverage::{GlobError, SearchScope, Stack},
     events::Event,
     host::{
         cgroup::Mount,
-        containers::{Known, Running, Search},
+        containers::{Known, Search},
         inotify::{self, Changes, Watch},
     },
     instance::Files,
     journal::{Journal, JournalError},
     kernel::Target,
-    policy::{Policy, Sources, Texts, diagnostic::Diagnostic},
+    policy::{Policy, diagnostic::Diagnostic},
     reconcile::{Done, Message, ReconcileError, ReconcileThread, Selection, Tally, Task},
     report::Loss,
     session::{self, Session, SessionError},
     skipped::{self, Skip, SkippedList},
+    sources::{Sources, Texts},
     targets::{
         Candidates, ResolvedTargets, TargetError, check_targets,
         containers::{self, Backoff},

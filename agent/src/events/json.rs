@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::Value as Json;
 
 use super::{Event, Kind, Limit, Socket, Via};
-use crate::{errno, host::container::Container, options::display_name, schema, values};
+use crate::{container::Container, errno, options::display_name, schema, values};
 
 #[derive(Serialize)]
 struct Line<'a> {

@@ -26,8 +26,8 @@ use serde::Serialize;
 pub use self::{executables::Executables, filter::Filter};
 use crate::{
     compile::Desired,
+    container::Container,
     escape,
-    host::container::Container,
     options::{self, Kept, ValueKind},
     policy::model::{Family, Form, Mode, Protocol},
     values,

@@ -2,7 +2,6 @@
 
 pub mod btf;
 pub mod cgroup;
-pub mod container;
 pub mod containers;
 pub mod inotify;
 pub mod inspect;

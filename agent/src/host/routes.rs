@@ -9,14 +9,22 @@ use netlink_packet_route::{
 use netlink_sys::{Socket, protocols::NETLINK_ROUTE};
 
 use super::netlink;
-use crate::policy::lint::LockedRoute;
+
+/// A route whose congestion control connections cannot change (`congctl lock`, ip-route(8)).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// As `ip route` shows it.
+    pub destination: String,
+    /// `None` if the route does not name one.
+    pub congestion_control: Option<String>,
+}
 
 /// Returns the routes of this network namespace that lock the congestion control (`congctl lock`).
 ///
 /// # Errors
 ///
 /// Fails if the routes cannot be read.
-pub fn with_locked_congestion_control() -> io::Result<Vec<LockedRoute>> {
+pub fn with_locked_congestion_control() -> io::Result<Vec<Route>> {
     let socket = netlink::open(NETLINK_ROUTE)?;
     let mut found = Vec::new();
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
@@ -26,7 +34,7 @@ pub fn with_locked_congestion_control() -> io::Result<Vec<LockedRoute>> {
 }
 
 /// Returns the destination and the congestion control of a route, if the route locks it.
-fn locked(route: &RouteMessage) -> Option<LockedRoute> {
+fn locked(route: &RouteMessage) -> Option<Route> {
     if !locks_congestion_control(route) {
         return None;
     }
@@ -34,12 +42,12 @@ fn locked(route: &RouteMessage) -> Option<LockedRoute> {
         RouteMetric::CcAlgo(name) => Some(name.clone()),
         _ => None,
     });
-    Some(LockedRoute { destination: destination(route), congestion_control })
+    Some(Route { destination: destination(route), congestion_control })
 }
 
 /// Parses a datagram with routes.
 #[cfg(any(test, feature = "fuzz"))]
-pub(crate) fn in_datagram(datagram: &[u8]) -> io::Result<Vec<LockedRoute>> {
+pub(crate) fn in_datagram(datagram: &[u8]) -> io::Result<Vec<Route>> {
     let mut found = Vec::new();
     netlink::each_message(datagram, &mut |message| {
         if let RouteNetlinkMessage::NewRoute(route) = message {

@@ -35,7 +35,7 @@ pub use self::{
     live::{ITERATOR_SINCE, Job, Outcomes, SocketIter},
     object::{AuditConfig, FilledTables, Object, ProgramSize, Record, Staged},
     observe::{MapIds, Observed},
-    pins::Pins,
+    pins::{Pins, is_instance_name},
     probe::{Answer, Probed, audit_backends, hooks, iterator},
 };
 
@@ -84,5 +84,12 @@ pub fn check_privileges() -> Result<(), KernelError> {
         Some(missing) if !missing.is_empty() => Err(KernelError::Privileges { missing: missing.join(", ") }),
         // If the capabilities are unknown, the kernel will report missing ones.
         _ => Ok(()),
+    }
+}
+
+/// Removes the optional hooks that this host does not have.
+pub fn leave_out_absent_hooks(desired: &mut crate::compile::Desired) {
+    if !takes_lsm_programs() {
+        desired.keep_hooks(|hook| hook != crate::compile::Hook::PostCreate);
     }
 }

@@ -29,7 +29,6 @@ use crate::{
     compile::Hook,
     escape::Escape,
     host::private::{PrivateDir, PrivateError},
-    instance::is_name,
 };
 
 /// The mount point of the BPF file system.
@@ -121,7 +120,7 @@ impl Pins {
         let Some(root_dir) = root_dir()? else { return Ok(Vec::new()) };
         let names = root_dir.names()?.into_iter().filter_map(|name| name.into_string().ok());
         let has_pins = |name: &String| matches!(root_dir.open(name), Ok(Some(instance)) if has_pins(&instance));
-        Ok(names.filter(|name| is_name(name)).filter(has_pins).collect())
+        Ok(names.filter(|name| is_instance_name(name)).filter(has_pins).collect())
     }
 
     fn instance(&self) -> Result<Option<PrivateDir>, KernelError> {
@@ -426,6 +425,17 @@ fn parse_link(name: &str) -> Option<(u64, Target, Hook)> {
     let program = part()?;
     let hook = Hook::ALL.into_iter().find(|hook| hook.program() == program)?;
     Some((cgroup, Target { place, id }, hook))
+}
+
+/// The longest name of an instance, in bytes.
+const NAME_MAX: usize = 64;
+
+/// Returns whether an instance can have this name. The name is also that of a directory in the BPF file system, in which names
+/// have no dots.
+#[must_use]
+pub fn is_instance_name(name: &str) -> bool {
+    let is_allowed = |character: char| character.is_ascii_alphanumeric() || "-_".contains(character);
+    !name.is_empty() && name.len() <= NAME_MAX && name.chars().all(is_allowed)
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use nix::errno::Errno as Known;
 
 use crate::{
-    host::container,
+    container,
     policy::{
         diagnostic::{Problem, list_of, nearest, quote},
         file::{Text, Value, keys, type_of},

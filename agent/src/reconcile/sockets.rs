@@ -12,11 +12,10 @@ use abi::setting::{OptionKey, Value};
 
 use super::SocketHandle;
 use crate::{
-    escape,
+    container, escape,
     events::Task,
     host::{
         cgroup::{self, CgroupError, Mount, Names},
-        container,
         inspect::{Inspected, Inspector, Remote},
         netns::Namespace,
         process,

@@ -25,7 +25,6 @@ use crate::{
     compile::Desired,
     escape::{self, Escape},
     events::{Action, Event, Kind, Verdict},
-    kernel::Audit,
     limitations::{Concern, Limitation},
     policy::model::{Form, Mode, Named},
     unsupported::Unsupported,
@@ -52,12 +51,21 @@ pub struct Report {
     at_first: Vec<SavedCounters>,
 }
 
+/// How the audit sees calls.
+#[derive(Clone, Copy, Debug)]
+pub struct AuditFacts {
+    /// The name of the backend.
+    pub backend: &'static str,
+    /// The calls that the backend does not see.
+    pub not_covered: &'static [&'static str],
+}
+
 /// The contents of the final report.
 #[derive(Debug)]
 pub struct Summary {
     pub policies: Vec<(String, Mode)>,
     pub targets: Vec<String>,
-    pub audit: Option<Audit>,
+    pub audit: Option<AuditFacts>,
     /// What the policies need and this kernel does not support.
     pub unsupported: Vec<Unsupported>,
     pub lines: Vec<Line>,
@@ -182,7 +190,7 @@ impl Report {
         desired: &Desired,
         counts: Counts,
         targets: Vec<String>,
-        audit: Option<Audit>,
+        audit: Option<AuditFacts>,
         unsupported: Vec<Unsupported>,
     ) -> Summary {
         let Counts { calls, lost } = counts;

@@ -6,11 +6,9 @@ use std::{
 };
 
 use crate::{
+    container::Running,
     coverage::{GlobError, SearchScope, named},
-    host::{
-        cgroup::{Budget, Mount, Tree, Wanted},
-        containers::Running,
-    },
+    host::cgroup::{Budget, Mount, Tree, Wanted},
     policy::Policy,
     skipped::Skip,
 };

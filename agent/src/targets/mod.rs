@@ -10,12 +10,10 @@ use std::{
 
 pub use self::cgroups::Candidates;
 use crate::{
+    container::Running,
     coverage::{Coverage, GlobError, SearchScope, Stack, all, stacks_by_target, unmatched_targets},
     escape::{self, Escape},
-    host::{
-        cgroup::{Cgroup, CgroupError, Mount},
-        containers::Running,
-    },
+    host::cgroup::{Cgroup, CgroupError, Mount},
     kernel::Target,
     policy::Policy,
     skipped::{self, Kind, Skip},

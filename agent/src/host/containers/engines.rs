@@ -8,10 +8,10 @@ use std::{
 use serde::Deserialize;
 
 use super::{
-    super::container::{self, CONTAINERD, CRI_O, Container, DOCKER, PODMAN},
     bundle::{Bundle, Config},
     watchers::{Started, StartedBy},
 };
+use crate::container::{self, CONTAINERD, CRI_O, Container, DOCKER, PODMAN};
 
 /// containerd's namespace for the containers of Docker (`ContainersNamespace` of moby, daemon/config).
 const DOCKER_NAMESPACE: &str = "moby";

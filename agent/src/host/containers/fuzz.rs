@@ -18,7 +18,7 @@ use super::{
     sanitized, search,
     watchers::{Arguments, State, is_valid_id},
 };
-use crate::host::container::{self, CONTAINERD, Container, is_id};
+use crate::container::{self, CONTAINERD, Container, is_id};
 
 /// An id of 64 digits.
 const ID: &str = "4f7c2a9b01de53c86ae09b7d41f2c6580d3e9a17b4c85f6203ed91ab7c4f2e68";

@@ -51,21 +51,11 @@ pub use self::{
     view::parse_pid,
     watchers::{Arguments, Scope, State},
 };
-use super::{
-    cgroup::{self, CgroupError, Mount},
-    container::{self, Container},
+use super::cgroup::{self, CgroupError, Mount};
+use crate::{
+    container::{self, Container, Running},
+    escape::Escape,
 };
-use crate::escape::Escape;
-
-/// A running container.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Running {
-    pub container: Container,
-    /// The path of its cgroup below the mount. All its processes are in this cgroup or below.
-    pub cgroup: PathBuf,
-    /// The kernel's id of the cgroup.
-    pub cgroup_id: u64,
-}
 
 /// The containers of a [`Scope`] that this process is permitted to see.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -15,7 +15,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{super::cgroup::Mount, Listing, Running, Scope};
+use super::{super::cgroup::Mount, Listing, Scope};
+use crate::container::Running;
 use crate::worker::{Abandoned, Job};
 
 /// The hidden command that lists containers, as a worker.
@@ -263,7 +264,7 @@ fn merge<'a>(root: &'a [Running], tenants: impl Iterator<Item = &'a Running>) ->
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::container::{Container, PODMAN};
+    use crate::container::{Container, PODMAN};
 
     fn running(cgroup: &str, id: &str) -> Running {
         let container = Container { runtime: PODMAN, id: id.to_owned(), pod: None, name: None, image: None };

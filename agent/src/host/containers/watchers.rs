@@ -17,15 +17,16 @@ use nix::unistd::{Gid, Uid, geteuid, setegid, seteuid};
 use serde::Deserialize;
 
 use super::{
-    super::container::{CRUN, RUNC},
-    Running,
     budget::Budget,
     bundle::Bundle,
     identity::Identity,
     processes::{Kind, Processes},
     view::View,
 };
-use crate::escape::Escape as _;
+use crate::{
+    container::{CRUN, RUNC, Running},
+    escape::Escape as _,
+};
 
 /// The maximum number of watchers of one account.
 const WATCHERS_MAX: usize = 256;

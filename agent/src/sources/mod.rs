@@ -7,22 +7,27 @@
 //! Invariant: a path that was a file at start is never read as a folder later, and the other way round: that is an
 //! error.
 
+mod file;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
     path::{Component, Path, PathBuf},
+    slice,
     sync::Arc,
 };
 
-use super::{
-    Policy, PolicyErrors, Warnings,
-    diagnostic::{Diagnostic, Problem, Severity, Source, Style},
-    lint, open, read, same_name, sort, unreadable,
-    validate::{self, Checked},
-};
+use self::file::{open, read, unreadable};
 use crate::{
     escape::Escape,
     host::ownership::{Owners, Reason, Weakness, weaknesses},
+    lint,
+    policy::{
+        self, Policy, PolicyErrors, Warnings,
+        diagnostic::{Diagnostic, Problem, Severity, Source, Span, Style, quote},
+        sort,
+        validate::{self, Checked},
+    },
 };
 
 /// How many symbolic links in a row are followed, as in the kernel (`MAXSYMLINKS`).
@@ -69,6 +74,41 @@ impl PartialEq for Texts {
         };
         contents(self) == contents(other)
     }
+}
+
+/// Parses the text of a policy, and searches it for likely mistakes. `path` names the file, and the policy if the text has no
+/// `name`.
+///
+/// # Errors
+///
+/// Returns every error of the text.
+pub fn parse(path: &Path, text: &str) -> Result<(Policy, Warnings), PolicyErrors> {
+    let (policy, mut warnings) = policy::parse(path, text)?;
+    warnings.extend(lint::lint(slice::from_ref(&policy)));
+    sort(&mut warnings);
+    Ok((policy, warnings))
+}
+
+/// Reads and parses a policy file without checking who can change the file.
+///
+/// # Errors
+///
+/// Returns every error of the file, or why it cannot be read.
+pub fn load(path: &Path) -> Result<(Policy, Warnings), PolicyErrors> {
+    let (policies, warnings) = load_all(&[path.to_owned()], IfInsecure::Accept)?;
+    match policies.into_iter().next() {
+        Some(policy) => Ok((policy, warnings)),
+        None => Err(PolicyErrors { diagnostics: Vec::new() }),
+    }
+}
+
+/// Reads the policies in these files and folders, in the order of their file names.
+///
+/// # Errors
+///
+/// Returns every error of every file.
+pub fn load_all(paths: &[PathBuf], insecure: IfInsecure) -> Result<(Vec<Policy>, Warnings), PolicyErrors> {
+    Sources::new(paths, insecure).read().policies()
 }
 
 impl Sources {
@@ -293,6 +333,16 @@ fn note_folders(path: &Path, folders: &mut BTreeSet<PathBuf>) {
     }
 }
 
+fn same_name(source: &Arc<Source>, name: &str, span: Span, first: &Path) -> Diagnostic {
+    let problem = if source.path() == first {
+        Problem::new("the file is listed twice").help("list it once")
+    } else {
+        let message = format!("two policies have the name {}: the other is in {}", quote(name), first.escaped());
+        Problem::new(message).help("give this policy another name: name = \"…\" at the top of the file")
+    };
+    Diagnostic::new(Severity::Error, source, problem.at(span))
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::symlink;
@@ -316,7 +366,7 @@ mod tests {
             Sources::new(&[top.join("round.toml")], IfInsecure::Accept).folders(),
             [top.clone()].into_iter().collect()
         );
-        let (files, errors) = Sources::new(std::slice::from_ref(&top), IfInsecure::Accept).files();
+        let (files, errors) = Sources::new(slice::from_ref(&top), IfInsecure::Accept).files();
         assert_eq!(files, ["a.toml", "loop.toml", "round.toml"].map(|name| top.join(name)));
         assert!(errors.is_empty());
         fs::remove_dir_all(top).unwrap();

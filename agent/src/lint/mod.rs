@@ -13,7 +13,7 @@ pub use self::{
     host::{Host, LockedRoute, asks_for_routes, on_host},
     kernel::{Version, on_kernel},
 };
-use super::{
+use crate::policy::{
     diagnostic::{Diagnostic, Problem, Severity},
     model::{Clause, Policy, Rule},
 };

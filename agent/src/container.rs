@@ -1,7 +1,7 @@
 //! The description of a container, and the container that the path of a cgroup names.
 //!
 //! Runtimes put the id of a container into the name of its cgroup. The form depends on the runtime, and on whether it uses
-//! systemd (`docker-ID.scope`) or not (`docker/ID`). This module only parses paths. [`super::containers`] finds out whether
+//! systemd (`docker-ID.scope`) or not (`docker/ID`). This module only parses paths. [`crate::host::containers`] finds out whether
 //! such a container runs, and its name.
 //!
 //! Invariant: an id is 64 hexadecimal digits at a position where a runtime writes them. A container in a cgroup that the user
@@ -13,6 +13,7 @@
 //! (libpod/container_internal_linux.go), and the cgroup manager of the kubelet (pkg/kubelet/cm).
 
 use std::fmt;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Deserializer, Serialize, de};
 
@@ -155,6 +156,16 @@ impl fmt::Display for Container {
             }
         }
     }
+}
+
+/// A running container.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Running {
+    pub container: Container,
+    /// The path of its cgroup below the mount. All its processes are in this cgroup or below.
+    pub cgroup: PathBuf,
+    /// The kernel's id of the cgroup.
+    pub cgroup_id: u64,
 }
 
 #[cfg(test)]
