@@ -1,8 +1,7 @@
-//! What each kind of context tells about its socket.
+//! Reads the socket of each kind of context.
 //!
-//! The kernel rewrites each access to a context into an access to its own structures, and for that
-//! wants it to be of the field's own size: hence `read_volatile` field by field, which keeps the
-//! compiler from merging neighbours.
+//! The kernel rewrites each access to a context into an access to its own structures, and requires the field's own size.
+//! Hence `read_volatile` for each field, which prevents the compiler from merging neighbours.
 
 use abi::{
     setting::{DEVICE_BY_INDEX, FLOW_LABEL_MANAGER, OptionKey, TEXT_LEN, Words, word_in, words_of},
@@ -16,7 +15,7 @@ use aya_ebpf::{
 };
 
 use crate::{
-    facts::{IPPROTO_MPTCP, is_connected, is_inet, note_local, note_state, protocol},
+    facts::{IPPROTO_MPTCP, apply_state, is_connected, is_inet, mark_local, protocol},
     kernel,
     maps::count_loss,
 };
@@ -24,7 +23,7 @@ use crate::{
 /// Reads one field of a context or of a socket.
 macro_rules! field {
     ($base:expr, $($path:tt)+) => {
-        // SAFETY: the kernel gave us the pointer, and the verifier checks this very access.
+        // SAFETY: the pointer is from the kernel, and the verifier checks this access.
         unsafe { core::ptr::read_volatile(&raw const (*$base).$($path)+) }
     };
 }
@@ -37,7 +36,7 @@ macro_rules! set_field {
     };
 }
 
-/// Reads one address of a context or of a socket. Only the fields of its own family may be read.
+/// Reads one address of a context or of a socket. Only the fields of the socket's own family may be read.
 macro_rules! address {
     ($base:expr, $inet6:expr, $ip6:ident, $ip4:ident) => {
         if $inet6 {
@@ -48,12 +47,12 @@ macro_rules! address {
     };
 }
 
-/// A hook that may read and set options.
+/// A hook that can read and set options.
 pub(crate) trait Socket {
-    /// The argument of the socket option helpers.
+    /// Returns the argument for the socket option helpers.
     fn as_ptr(&self) -> *mut c_void;
 
-    /// The socket itself.
+    /// Returns the socket.
     fn socket(&self) -> *mut c_void;
 
     /// Reads an option; `Err` is the errno.
@@ -64,8 +63,8 @@ pub(crate) trait Socket {
         if ret == 0 { Ok(()) } else { Err(-(ret as i32)) }
     }
 
-    /// Binds the socket to the device of an index, 0 for any; `Err` is the errno. A device that does not exist fails with
-    /// ENODEV, which the kernel does not check ([`kernel::has_device`]).
+    /// Binds the socket to the device with an index, 0 for any; `Err` is the errno. Returns ENODEV if no such device exists,
+    /// which the kernel does not check ([`kernel::has_device`]).
     #[inline(always)]
     fn set_device(&self, index: u32) -> Result<(), i32> {
         let OptionKey { level, name } = DEVICE_BY_INDEX;
@@ -83,19 +82,19 @@ pub(crate) trait Socket {
 
 pub(crate) const ENODEV: i32 = 19;
 
-/// Whether a socket can be bound to the device of an index; 0 stands for any device.
+/// Returns whether a socket can be bound to the device with an index; 0 stands for any device.
 #[inline(always)]
 pub(crate) fn has_device(socket: *mut c_void, index: u32) -> bool {
     index == 0 || kernel::has_device(kernel::address_of(socket), index) != 0
 }
 
-/// A socket whose hook tells which device it is bound to.
-pub(crate) trait Bound: Socket {
-    /// The interface index; 0 for any.
+/// A socket whose hook shows to which device it is bound.
+pub(crate) trait HasDevice: Socket {
+    /// Returns the interface index; 0 for any.
     fn device(&self) -> u32;
 }
 
-/// cgroup/sock_create: a socket that has just been made.
+/// cgroup/sock_create: a socket that has just been created.
 pub(crate) struct SockCreate(pub(crate) *mut bpf_sock);
 
 impl SockCreate {
@@ -121,8 +120,8 @@ impl SockCreate {
         }
     }
 
-    /// Writes all of them: the verifier takes writes to a context at constant offsets only, and
-    /// the compiler would turn a choice between fields into a computed one.
+    /// Writes all fields. The verifier accepts writes to a context only at constant offsets, and the compiler would turn a
+    /// choice between fields into a computed offset.
     #[inline(always)]
     pub(crate) fn set_fields(&self, fields: &SockCreateFields) {
         set_field!(self.0, mark, fields.mark);
@@ -131,7 +130,7 @@ impl SockCreate {
     }
 }
 
-/// What a program may change of a new socket.
+/// The fields of a new socket that a program can change.
 pub(crate) struct SockCreateFields {
     pub(crate) mark: u32,
     pub(crate) priority: u32,
@@ -139,17 +138,17 @@ pub(crate) struct SockCreateFields {
     pub(crate) device: u32,
 }
 
-/// lsm_cgroup/socket_post_create: a socket that has been made in full.
+/// lsm_cgroup/socket_post_create: a socket whose creation is complete.
 pub(crate) struct PostCreate {
     sk: *mut c_void,
     family: u32,
 }
 
 impl PostCreate {
-    /// `None` of sockets that policies are not about, and of the kernel's own.
+    /// Returns `None` for address families that policies do not cover, and for the kernel's own sockets.
     #[inline(always)]
     pub(crate) fn new(ctx: &LsmContext) -> Option<Self> {
-        // The protocol is what the application gave: 0 where the kernel was to choose.
+        // The protocol in the context is the application's: 0 if the kernel chooses it.
         let (family, kern): (i32, i32) = (ctx.arg(1), ctx.arg(4));
         if kern != 0 || !is_inet(family as u32) {
             return None;
@@ -189,8 +188,8 @@ impl Socket for PostCreate {
     }
 }
 
-impl Bound for PostCreate {
-    /// A new socket is bound to none, but cgroup/sock_create may have bound it.
+impl HasDevice for PostCreate {
+    /// A new socket has no device, unless cgroup/sock_create bound it.
     #[inline(always)]
     fn device(&self) -> u32 {
         let mut device = [0; 2];
@@ -199,7 +198,7 @@ impl Bound for PostCreate {
     }
 }
 
-/// cgroup/bind and cgroup/connect: a socket and the address that it is about to take or to call.
+/// cgroup/bind, connect and sendmsg: a socket and the address that it is about to bind or to reach.
 pub(crate) struct SockAddr {
     ctx: *mut bpf_sock_addr,
     sk: *mut bpf_sock,
@@ -227,32 +226,33 @@ impl SockAddr {
         field!(self.ctx, family) == sk_family::INET6
     }
 
-    /// Whether the socket has a peer.
+    /// Returns whether the socket has a peer.
     #[inline(always)]
     pub(crate) fn is_connected(&self) -> bool {
         is_connected(field!(self.sk, state))
     }
 
-    /// Whether the address in the context of bind6 is a link-local one. The kernel then binds the socket to the device of the
-    /// address, if it has one, after this hook (`__inet6_bind`, net/ipv6/af_inet6.c); the context does not show the device.
+    /// Returns whether the address in the context of bind6 is link-local. The kernel then binds the socket to the device of
+    /// the address, if it has one, after this hook (`__inet6_bind`, net/ipv6/af_inet6.c). The context does not show the
+    /// device.
     #[inline(always)]
     pub(crate) fn is_link_local(&self) -> bool {
         u32::from_be(field!(self.ctx, user_ip6[0])) >> 22 == 0xfe80 >> 6
     }
 
-    /// The address in the context. Only the fields of the hook's own family may be read.
+    /// Returns the address in the context. Only the fields of the hook's own family may be read.
     #[inline(always)]
     fn address(&self, inet6: bool) -> Address {
         address!(self.ctx, inet6, user_ip6, user_ip4)
     }
 
-    /// The port in the context.
+    /// Returns the port in the context.
     #[inline(always)]
     fn port(&self) -> u16 {
         u16::from_be(field!(self.ctx, user_port) as u16)
     }
 
-    /// What is known at connect. `inet6` must be a constant: whether this is connect6.
+    /// Returns what is known at connect. `inet6` must be a constant: whether this is connect6.
     #[inline(always)]
     pub(crate) fn connect_facts(&self, inet6: bool) -> Facts {
         let mut facts = self.facts();
@@ -263,24 +263,24 @@ impl SockAddr {
         local_facts(self.sk, inet6, &mut facts);
         let local = facts.local;
         facts.set_remote(inet6, &local, self.device() != 0);
-        // An IPv6 datagram socket that connects to an address of AF_INET comes by connect4
-        // (`udpv6_pre_connect`, net/ipv6/udp.c): what counts is the hook.
+        // An IPv6 datagram socket that connects to an AF_INET address runs connect4 (`udpv6_pre_connect`, net/ipv6/udp.c):
+        // the hook decides the family.
         facts.set_family(if inet6 { sk_family::INET6 } else { sk_family::INET });
         facts
     }
 
-    /// What is known at bind. `inet6` as above.
+    /// Returns what is known at bind. `inet6` must be a constant: whether this is bind6.
     #[inline(always)]
     pub(crate) fn bind_facts(&self, inet6: bool) -> Facts {
         let mut facts = self.facts();
         facts.local = self.address(inet6);
         facts.local_port = self.port();
-        note_local(&mut facts);
+        mark_local(&mut facts);
         facts.set_family(field!(self.ctx, family));
         facts
     }
 
-    /// What is known when a datagram is sent: not the peer, for another datagram may have another.
+    /// Returns what is known when a datagram is sent. The peer is left out, because the next datagram may have another.
     #[inline(always)]
     pub(crate) fn send_facts(&self) -> Facts {
         let mut facts = self.facts();
@@ -307,29 +307,29 @@ impl Socket for SockAddr {
     }
 }
 
-impl Bound for SockAddr {
+impl HasDevice for SockAddr {
     #[inline(always)]
     fn device(&self) -> u32 {
         field!(self.sk, bound_dev_if)
     }
 }
 
-/// Notes what a socket itself says about its local end.
+/// Adds the local end of a socket from its own fields.
 #[inline(always)]
 fn local_facts(sk: *mut bpf_sock, inet6: bool, facts: &mut Facts) {
     facts.local = address!(sk, inet6, src_ip6, src_ip4);
     facts.local_port = field!(sk, src_port) as u16; // host byte order
-    note_local(facts);
+    mark_local(facts);
 }
 
-/// sock_ops: a TCP socket at a turn of its life.
+/// sock_ops: a TCP socket at an event of its connection.
 pub(crate) struct SockOps {
     ctx: *mut bpf_sock_ops,
     sk: *mut bpf_sock,
 }
 
 impl SockOps {
-    /// `None` where there is no full socket (a connection request, for instance).
+    /// Returns `None` if there is no full socket (for example, for a connection request).
     #[inline(always)]
     pub(crate) fn new(ctx: *mut bpf_sock_ops) -> Option<Self> {
         let sk = field!(ctx, __bindgen_anon_2.sk);
@@ -346,21 +346,21 @@ impl SockOps {
         field!(self.ctx, family) == sk_family::INET6
     }
 
-    /// Whether the socket has sent a segment. A socket that is being accepted has not: its SYN-ACK counts for nobody
+    /// Returns whether the socket has sent a segment. A socket that is being accepted has not: its SYN-ACK is not counted
     /// (`tcp_v4_send_synack`, net/ipv4/tcp_ipv4.c). A socket that is connected by a simultaneous open has sent a SYN.
     #[inline(always)]
     pub(crate) fn has_sent(&self) -> bool {
         field!(self.ctx, segs_out) != 0
     }
 
-    /// What is known of a socket that listens or, with `peer`, is connected.
+    /// Returns what is known of a socket that listens or, with `peer`, is connected.
     #[inline(always)]
     pub(crate) fn facts(&self, direction: u8, peer: bool) -> Facts {
         let mut facts = Facts { protocol: protocol::TCP, direction, ..Facts::default() };
         let inet6 = self.is_inet6();
         facts.local = address!(self.ctx, inet6, local_ip6, local_ip4);
         facts.local_port = field!(self.ctx, local_port) as u16; // host byte order
-        note_local(&mut facts);
+        mark_local(&mut facts);
         if peer {
             facts.remote = address!(self.ctx, inet6, remote_ip6, remote_ip4);
             facts.remote_port = u32::from_be(field!(self.ctx, remote_port)) as u16;
@@ -383,22 +383,21 @@ impl Socket for SockOps {
     }
 }
 
-impl Bound for SockOps {
+impl HasDevice for SockOps {
     #[inline(always)]
     fn device(&self) -> u32 {
         field!(self.sk, bound_dev_if)
     }
 }
 
-/// cgroup/setsockopt and cgroup/getsockopt: an application's call.
+/// cgroup/setsockopt and cgroup/getsockopt: a call of an application.
 pub(crate) struct Sockopt {
     ctx: *mut bpf_sockopt,
     sk: *mut bpf_sock,
 }
 
-/// Bytes of an argument that the kernel passes to programs (PAGE_SIZE). A program that leaves a
-/// longer one alone must set `optlen` to 0, or older kernels refuse the call with EFAULT
-/// (`__cgroup_bpf_run_filter_setsockopt`, kernel/bpf/cgroup.c).
+/// Bytes of an argument that the kernel passes to programs (PAGE_SIZE). A program that does not change a longer argument must
+/// set `optlen` to 0, or older kernels fail the call with EFAULT (`__cgroup_bpf_run_filter_setsockopt`, kernel/bpf/cgroup.c).
 const ARGUMENT_MAX: i32 = 4096;
 
 impl Sockopt {
@@ -427,7 +426,7 @@ impl Sockopt {
         field!(self.ctx, optlen)
     }
 
-    /// What the kernel's own getsockopt returned.
+    /// Returns the return value of the kernel's own getsockopt.
     #[inline(always)]
     pub(crate) fn retval(&self) -> i32 {
         field!(self.ctx, retval)
@@ -438,13 +437,13 @@ impl Sockopt {
         field!(self.sk, protocol) == IPPROTO_MPTCP
     }
 
-    /// Whether this is a socket of TCP or MPTCP.
+    /// Returns whether this is a TCP or MPTCP socket.
     #[inline(always)]
     pub(crate) fn is_tcp(&self) -> bool {
         protocol(field!(self.sk, type_), field!(self.sk, protocol)) == abi::socket::protocol::TCP
     }
 
-    /// Whether the kernel refuses the level of a call that the helpers would make: SOL_IP of a raw AF_INET6 socket
+    /// Returns whether the kernel refuses the level of a call that the helpers would make: SOL_IP on a raw AF_INET6 socket
     /// (`rawv6_setsockopt`, net/ipv6/raw.c).
     #[inline(always)]
     pub(crate) fn is_of_refused_level(&self) -> bool {
@@ -453,16 +452,16 @@ impl Sockopt {
         self.key().level == SOL_IP && field!(self.sk, family) == sk_family::INET6 && field!(self.sk, type_) == SOCK_RAW
     }
 
-    /// Whether the kernel passes only a part of the argument.
+    /// Returns whether the kernel passes only a part of the argument.
     #[inline(always)]
     pub(crate) fn is_long(&self) -> bool {
         self.len() > ARGUMENT_MAX
     }
 
-    /// Lets the kernel take the call as the application made it.
+    /// Makes the kernel handle the call as the application made it.
     ///
-    /// A handler that writes to the caller's memory is given that memory, not the kernel's copy. Programs that run after this
-    /// one then see no argument.
+    /// A handler that writes to the caller's memory then gets that memory, and not the kernel's copy. Programs that run after
+    /// this one see no argument.
     #[inline(always)]
     pub(crate) fn pass(&self) {
         if self.is_long() || self.key() == FLOW_LABEL_MANAGER {
@@ -470,8 +469,9 @@ impl Sockopt {
         }
     }
 
-    /// Lets the kernel take a call whose value was judged: of a long argument only the bytes that the handler reads, which
-    /// another thread can no longer change. `needed` is [`Governed::needed_len`](abi::setting::Governed::needed_len).
+    /// Makes the kernel handle a call whose value was judged. Of a long argument, the kernel then uses only the bytes that
+    /// the handler reads, which another thread can no longer change. `needed` is
+    /// [`OptionRow::needed_len`](abi::setting::OptionRow::needed_len).
     #[inline(always)]
     pub(crate) fn pass_as_read(&self, needed: i32) {
         if self.is_long() && needed > 0 {
@@ -479,9 +479,9 @@ impl Sockopt {
         }
     }
 
-    /// Lets the caller of getsockopt have what the kernel wrote. Where the kernel returned a length beyond the caller's
-    /// buffer, a program must set `optlen` to 0, or the call fails with EFAULT (`__cgroup_bpf_run_filter_getsockopt`,
-    /// kernel/bpf/cgroup.c): the length that NETLINK_LIST_MEMBERSHIPS needs, for one.
+    /// Returns what the kernel wrote to the caller of getsockopt. If the kernel returned a length beyond the caller's buffer,
+    /// a program must set `optlen` to 0, or the call fails with EFAULT (`__cgroup_bpf_run_filter_getsockopt`,
+    /// kernel/bpf/cgroup.c). An example is the length that NETLINK_LIST_MEMBERSHIPS needs.
     #[inline(always)]
     pub(crate) fn pass_read(&self) {
         let value = field!(self.ctx, __bindgen_anon_2.optval) as u64;
@@ -491,22 +491,21 @@ impl Sockopt {
         }
     }
 
-    /// Makes the call succeed without reaching the kernel's own handler.
+    /// Makes the call succeed without the kernel's own handler.
     #[inline(always)]
     pub(crate) fn skip(&self) {
         set_field!(self.ctx, optlen, -1);
     }
 
-    /// The first bytes of the argument, as far as there are any.
+    /// Returns the first bytes of the argument, as far as there are any.
     ///
-    /// The kernel's buffer has room for 16 bytes at the least in setsockopt; in getsockopt it is as
-    /// long as the caller's.
+    /// In setsockopt, the kernel's buffer has room for at least 16 bytes; in getsockopt, it is as long as the caller's.
     #[inline(always)]
     pub(crate) fn argument(&self) -> Words {
         let value = field!(self.ctx, __bindgen_anon_2.optval).cast::<u8>();
         let end = field!(self.ctx, __bindgen_anon_3.optval_end).cast::<u8>();
         if value.wrapping_add(TEXT_LEN) <= end {
-            // SAFETY: within the buffer by the comparison above, as the verifier sees too.
+            // SAFETY: within the buffer by the comparison above, which the verifier sees too.
             unsafe { value.cast::<Words>().read_unaligned() }
         } else if value.wrapping_add(8) <= end {
             // SAFETY: as above.
@@ -522,10 +521,9 @@ impl Sockopt {
         }
     }
 
-    /// Puts another argument of `len` bytes (4 or 16) in place of the application's.
+    /// Replaces the application's argument by another one of `len` bytes (4 or 16).
     ///
-    /// Setting `optlen` makes the kernel use the program's buffer even where the application's
-    /// argument was longer than that.
+    /// Setting `optlen` makes the kernel use the program's buffer even if the application's argument was longer.
     #[inline(always)]
     pub(crate) fn replace(&self, words: Words, len: u32) -> bool {
         let value = field!(self.ctx, __bindgen_anon_2.optval).cast::<u8>();
@@ -534,19 +532,19 @@ impl Sockopt {
             count_loss(|losses| &mut losses.no_room);
             return false;
         }
-        // SAFETY: within the buffer by the comparison above, as the verifier sees too.
+        // SAFETY: within the buffer by the comparison above, which the verifier sees too.
         unsafe { value.cast::<Words>().write_unaligned(words) };
         set_field!(self.ctx, optlen, len as i32);
         true
     }
 
-    /// Whether the socket is of a family that policies are about: this hook runs for all of them.
+    /// Returns whether policies cover the socket's address family: this hook runs for all families.
     #[inline(always)]
     pub(crate) fn is_inet(&self) -> bool {
         is_inet(field!(self.sk, family))
     }
 
-    /// What is known of a socket of these families, but for its direction.
+    /// Returns what is known of a socket of these families, except its direction.
     #[inline(always)]
     pub(crate) fn facts(&self) -> Facts {
         let family = field!(self.sk, family);
@@ -554,7 +552,7 @@ impl Sockopt {
             Facts { protocol: protocol(field!(self.sk, type_), field!(self.sk, protocol)), ..Facts::default() };
         let inet6 = family == sk_family::INET6;
         local_facts(self.sk, inet6, &mut facts);
-        note_state(&mut facts, field!(self.sk, state), || {
+        apply_state(&mut facts, field!(self.sk, state), || {
             (address!(self.sk, inet6, dst_ip6, dst_ip4), u16::from_be(field!(self.sk, dst_port)))
         });
         facts.set_family(family);

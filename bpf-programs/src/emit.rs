@@ -1,4 +1,4 @@
-//! The only writer of the ring buffer: builds events, holds back repeated ones, counts losses.
+//! The only writer of the ring buffer: builds events, limits the rate of repeated events, counts losses.
 
 use abi::{
     event::{Budget, COMM_LEN, Call, Event, Executable, ExecutableFile, Limit, LimitKey, Rate, flags, kind, source},
@@ -15,7 +15,7 @@ use aya_ebpf::{
 
 use crate::maps::{self, count, count_loss};
 
-/// The task an event is about.
+/// The task that an event is about.
 #[derive(Clone, Copy)]
 pub(crate) struct Task {
     pub(crate) pid: u32,
@@ -25,10 +25,10 @@ pub(crate) struct Task {
 }
 
 impl Task {
-    /// Where nothing is known: the kernel runs sock_ops in whatever task it interrupted.
+    /// An unknown task: the kernel runs sock_ops in whatever task it interrupted.
     pub(crate) const UNKNOWN: Self = Self { pid: 0, tid: 0, cgroup: 0, comm: [0; COMM_LEN] };
 
-    /// The task that makes the call.
+    /// Returns the task that makes the call.
     #[inline(always)]
     pub(crate) fn current() -> Self {
         let id = bpf_get_current_pid_tgid();
@@ -42,7 +42,7 @@ impl Task {
     }
 }
 
-/// What every event says first.
+/// The fields that every event has.
 #[derive(Clone, Copy)]
 pub(crate) struct Head {
     pub(crate) key: OptionKey,
@@ -51,12 +51,12 @@ pub(crate) struct Head {
     /// See [`source`].
     pub(crate) source: u32,
     pub(crate) result: i64,
-    /// How long the call took; 0 where that was not measured.
+    /// How long the call took, in nanoseconds; 0 if not measured.
     pub(crate) duration_ns: u64,
 }
 
-/// Reports a call in conflict with the policy, unless one like it was reported just now. `executable` tells which the task
-/// runs; `fill` writes the record.
+/// Reports a call that conflicts with the policy, unless a similar call was reported within the interval. `executable`
+/// returns the executable of the task; `fill` writes the record.
 #[inline(always)]
 pub(crate) fn conflict(
     head: Head,
@@ -75,7 +75,7 @@ pub(crate) fn conflict(
         what: (u64::from(kind::CONFLICT) << 32) | u64::from(head.call),
     };
     let suppressed = if config.event_interval_ns == 0 {
-        // Each call is wanted.
+        // Every call is requested.
         if !has_room(|| place) {
             count_loss(|losses| &mut losses.ring_full);
             return;
@@ -93,7 +93,8 @@ pub(crate) fn conflict(
     }
 }
 
-/// Reports a call that conflicts with nothing. There is no rate while the ring buffer has room: who asks for all calls gets them.
+/// Reports a call without a conflict. There is no rate limit while the ring buffer has room: a user who requests all calls
+/// gets them.
 #[inline(always)]
 pub(crate) fn call(
     head: Head,
@@ -110,7 +111,7 @@ pub(crate) fn call(
     send(head, kind::CALL, task, executable, 0, fill);
 }
 
-/// Reports a setting that the kernel refused with `errno` on a socket of the target at a place.
+/// Reports a setting that the kernel refused with `errno` on a socket of the target in slot `place`.
 #[inline(always)]
 pub(crate) fn outcome(key: OptionKey, errno: i32, place: u32, fill: impl FnOnce(&mut Call)) {
     let Some(config) = maps::config() else { return };
@@ -121,21 +122,22 @@ pub(crate) fn outcome(key: OptionKey, errno: i32, place: u32, fill: impl FnOnce(
     }
 }
 
-/// Whether an event of a task in `cgroup` (0: not known) and of the target at `place` may be sent now, and if so how many like it
-/// were held back before it. What is over the budget is counted in [`abi::Losses::over_budget`].
+/// Returns whether an event of a task in `cgroup` (0: unknown) and of the target in slot `place` may be sent now. If so,
+/// returns how many similar events were suppressed before it. Events over the budget are counted in
+/// [`abi::Losses::over_budget`].
 ///
-/// Two CPUs may both find the interval over and both send, or one forget what the other has just
-/// held back: this number is for people. [`abi::Counters::suppressed`] is exact.
+/// Two CPUs may both find that the interval is over and both send. One CPU may also lose what the other has just counted.
+/// This number is informational; [`abi::Counters::suppressed`] is exact.
 #[inline(always)]
 fn admit(key: &LimitKey, interval_ns: u64, cgroup: u64, place: u32) -> Option<u64> {
     // SAFETY: has no arguments.
     let now = unsafe { bpf_ktime_get_ns() };
     let Some(limit) = maps::limit(key) else {
-        // An event that is not sent takes no room from others.
+        // An event over the budget creates no entry, which would evict another.
         if spend_budgets(cgroup, place) == 0 {
             return None;
         }
-        maps::begin_limit(key, &Limit { sent_ns: now, suppressed: 0 });
+        maps::insert_limit(key, &Limit { sent_ns: now, suppressed: 0 });
         return Some(0);
     };
     if now.wrapping_sub(limit.sent_ns) < interval_ns || spend_budgets(cgroup, place) == 0 {
@@ -148,16 +150,16 @@ fn admit(key: &LimitKey, interval_ns: u64, cgroup: u64, place: u32) -> Option<u6
     Some(suppressed)
 }
 
-/// Takes an event from the budgets of a cgroup, a target and all; gives 0 where one of them has no room.
+/// Takes one event from the budgets of a cgroup, a target and all targets. Returns 1, or 0 if one of the budgets is used up.
 ///
-/// Many processes, and many cgroups, of one tenant use up the budget of its target, and no other's. A target that uses less than
-/// its own rate shares the last budget with others that do, and not with those that use more.
+/// The processes and cgroups of one tenant can use up the budget of the tenant's target, and of no other target. A target
+/// below its own rate shares the last budget only with other targets below their rate.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn spend_budgets(cgroup: u64, place: u32) -> u32 {
     // SAFETY: has no arguments.
     let now = unsafe { bpf_ktime_get_ns() };
-    if is_spent(cgroup, place, now) {
+    if spend_all(cgroup, place, now) {
         return 1;
     }
     count_loss(|losses| &mut losses.over_budget);
@@ -165,8 +167,8 @@ pub(crate) extern "C" fn spend_budgets(cgroup: u64, place: u32) -> u32 {
 }
 
 #[inline(always)]
-fn is_spent(cgroup: u64, place: u32, now: u64) -> bool {
-    // Where it has no entry, the budget of the target is enough.
+fn spend_all(cgroup: u64, place: u32, now: u64) -> bool {
+    // If the cgroup has no entry, the budget of the target is enough.
     if cgroup != 0
         && let Some(budget) = maps::cgroup_budget(cgroup)
         && !spend(budget, Rate::CGROUP, now)
@@ -194,8 +196,8 @@ fn spend(budget: &mut Budget, rate: Rate, now: u64) -> bool {
     true
 }
 
-/// Whether there is room for an event of a target that wants each. Of the last quarter of the ring buffer each target has a small
-/// share, so that one that makes many calls leaves room for the others.
+/// Returns whether there is room for an event of a target for which every call is requested. Each target may use a small
+/// share of the last quarter of the ring buffer: one that makes many calls leaves room for the others.
 #[inline(always)]
 fn has_room(place: impl FnOnce() -> u32) -> bool {
     if !is_under_pressure() {
@@ -206,15 +208,15 @@ fn has_room(place: impl FnOnce() -> u32) -> bool {
     maps::target_budget(place()).is_some_and(|target| spend(target, Rate::PRESSURE, now))
 }
 
-/// Whether the last quarter of the ring buffer is in use.
+/// Returns whether the last quarter of the ring buffer is in use.
 #[inline(always)]
 fn is_under_pressure() -> bool {
     let size = maps::EVENTS.query(BPF_RB_RING_SIZE.into());
     maps::EVENTS.query(BPF_RB_AVAIL_DATA.into()) > size - size / 4
 }
 
-/// Builds the event where it will be read: the stack has no room for it, and nothing is built that is not sent. `fill`
-/// writes all of the record, but for what `head` says.
+/// Builds the event in the ring buffer: the stack has no room for it, and an event that is not sent is not built. `fill`
+/// writes the whole record, except what `head` contains.
 #[inline(always)]
 fn send(
     head: Head,
@@ -229,8 +231,8 @@ fn send(
         return false;
     };
     let event = entry.as_mut_ptr();
-    // SAFETY: the entry is ours until it is submitted, and has room for an event; whatever lies there is valid for each of
-    // its fields, and is written over below.
+    // SAFETY: until it is submitted, the entry belongs to this program, and it has room for an event. All fields are valid
+    // for all bytes, and are overwritten below.
     let event = unsafe { &mut *event };
     // SAFETY: has no arguments.
     event.time_ns = unsafe { bpf_ktime_get_ns() };
@@ -247,14 +249,14 @@ fn send(
     fill(&mut event.call);
     event.call.key = head.key;
     event.call.kind = head.call;
-    entry.submit(if kind == kind::CALL { wakeup() } else { 0 });
+    entry.submit(if kind == kind::CALL { wakeup_flags() } else { 0 });
     true
 }
 
-/// Whether the agent is to be woken for a call. That takes longer than all the rest; so it looks for calls by itself from time
-/// to time, and is woken only where they come so fast that they would not all have room until then.
+/// Returns flags that decide whether to wake the agent for a call. A wake-up takes longer than everything else, and the agent
+/// polls for calls. So it is woken only if calls come so fast that the buffer would fill up before the next poll.
 #[inline(always)]
-fn wakeup() -> u64 {
+fn wakeup_flags() -> u64 {
     if maps::EVENTS.query(BPF_RB_AVAIL_DATA.into()) > maps::EVENTS.query(BPF_RB_RING_SIZE.into()) / 8 {
         BPF_RB_FORCE_WAKEUP.into()
     } else {
@@ -262,17 +264,17 @@ fn wakeup() -> u64 {
     }
 }
 
-/// Tells the agent which file an executable is. Events of it are to come after this.
+/// Sends the path of an executable to the agent. Events of the executable come after it.
 #[inline(always)]
 pub(crate) fn executable_file(executable: &Executable, fill: impl FnOnce(&mut ExecutableFile)) {
-    // Not counted where the ring buffer is full: the event says that it is missing, and the next one tries again.
+    // Not counted if the ring buffer is full: the event shows that the path is missing, and the next event tries again.
     if is_under_pressure() {
         return;
     }
     let Some(mut entry) = maps::EVENTS.reserve::<ExecutableFile>(0) else { return };
     let file = entry.as_mut_ptr();
-    // SAFETY: the entry is ours until it is submitted, has room for a file, and whatever lies there is valid for each of its
-    // fields; of the names no more counts than is written.
+    // SAFETY: until it is submitted, the entry belongs to this program, and it has room for a file. All fields are valid for
+    // all bytes. `len` limits how many bytes of the names are read.
     let file = unsafe { &mut *file };
     file.executable = *executable;
     file.len = 0;
@@ -281,7 +283,7 @@ pub(crate) fn executable_file(executable: &Executable, fill: impl FnOnce(&mut Ex
     maps::mark_exe_sent(executable);
 }
 
-/// Whether a call was found in conflict.
+/// Returns whether a call was found in conflict.
 #[inline(always)]
 pub(crate) fn is_conflict(call: &Call) -> bool {
     call.flags & flags::DECIDED != 0 && call.verdict != u32::from(verdict::NONE)

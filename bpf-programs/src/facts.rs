@@ -1,4 +1,4 @@
-//! What a socket's numbers mean, wherever they were read.
+//! Interprets the numbers of a socket, regardless of the hook that read them.
 
 use abi::socket::{Address, Facts, direction, known, protocol, sk_family};
 
@@ -20,13 +20,13 @@ fn is_specific(address: &Address) -> bool {
     *address != [0; 4]
 }
 
-/// Whether this is a socket of the families that policies are about.
+/// Returns whether this is an address family that policies cover.
 #[inline(always)]
 pub(crate) fn is_inet(family: u32) -> bool {
     family == sk_family::INET || family == sk_family::INET6
 }
 
-/// The class of a socket's protocol.
+/// Returns the class of a socket's protocol.
 #[inline(always)]
 pub(crate) fn protocol(kind: u32, number: u32) -> u8 {
     if kind == SOCK_RAW {
@@ -41,9 +41,9 @@ pub(crate) fn protocol(kind: u32, number: u32) -> u8 {
     }
 }
 
-/// Notes which parts of the local end are known: an address or a port of 0 may yet be any.
+/// Marks which parts of the local end are known: an address or a port of 0 can still become any.
 #[inline(always)]
-pub(crate) fn note_local(facts: &mut Facts) {
+pub(crate) fn mark_local(facts: &mut Facts) {
     if is_specific(&facts.local) {
         facts.known |= known::LOCAL_ADDRESS;
     }
@@ -52,22 +52,22 @@ pub(crate) fn note_local(facts: &mut Facts) {
     }
 }
 
-/// Whether a datagram socket of this state has a peer.
+/// Returns whether a datagram socket in this state has a peer.
 #[inline(always)]
 pub(crate) fn is_connected(state: u32) -> bool {
     state == TCP_ESTABLISHED
 }
 
-/// Notes what the state of a socket tells: whether it listens, or else who its peer is.
+/// Adds what the state of a socket shows: whether it listens, or else its peer.
 #[inline(always)]
-pub(crate) fn note_state(facts: &mut Facts, state: u32, remote: impl FnOnce() -> (Address, u16)) {
+pub(crate) fn apply_state(facts: &mut Facts, state: u32, remote: impl FnOnce() -> (Address, u16)) {
     if state == TCP_LISTEN {
         facts.direction = direction::INBOUND;
     } else if state != TCP_CLOSE {
         (facts.remote, facts.remote_port) = remote();
         facts.known |= known::REMOTE;
-        // A connected datagram socket has the state of an established connection, and only
-        // the application itself can have connected it.
+        // A connected datagram socket has the state of an established connection, and only the application can have connected
+        // it.
         if state == TCP_ESTABLISHED && facts.protocol != protocol::TCP {
             facts.direction = direction::OUTBOUND;
         }

@@ -1,7 +1,7 @@
-//! Looks at the kernel's own structures, by the offsets of [`LAYOUT`]. The audit does so; other hooks are handed what they need,
-//! but for who calls ([`is_agent`]) and with what ([`arguments`]).
+//! Reads the kernel's own structures at the offsets of [`LAYOUT`]. The audit does this. Other hooks get what they need from
+//! their contexts, except who makes a call ([`is_agent`]) and its arguments ([`arguments`]).
 //!
-//! Nothing here can fault: reading an address that is none gives `None`.
+//! Nothing here can fault: reading an invalid address returns `None`.
 
 use abi::{
     Config, TICK_NS,
@@ -23,7 +23,7 @@ use aya_ebpf::{
 
 use crate::{facts, maps};
 
-/// Given by the agent at load, and constants to the verifier. Zero: nothing is known.
+/// Set by the agent at load; constants for the verifier. Zero: nothing is known.
 #[unsafe(no_mangle)]
 static LAYOUT: Layout = Layout {
     known: 0,
@@ -80,39 +80,39 @@ static LAYOUT: Layout = Layout {
     device_index: 0,
 };
 
-/// A field of [`LAYOUT`]. Volatile, for its value is not the one that stands above.
+/// Reads a field of [`LAYOUT`]. Volatile, because the agent replaces the initial value.
 macro_rules! layout {
     ($field:ident) => {
-        // SAFETY: a reference to a static.
+        // SAFETY: reads a static.
         unsafe { core::ptr::read_volatile(&raw const LAYOUT.$field) }
     };
 }
 
-/// The address of a member of the structure at `base`.
+/// Returns the address of a member of the structure at `base`.
 macro_rules! member {
     ($base:expr, $field:ident) => {
         ($base).wrapping_add(u64::from(layout!($field)))
     };
 }
 
-/// Whether the agent has told the offsets for `what`: bits of [`known`].
+/// Returns whether the agent has set the offsets for `what`: bits of [`known`].
 #[inline(always)]
-pub(crate) fn knows(what: u32) -> bool {
+pub(crate) fn has_offsets(what: u32) -> bool {
     layout!(known) & what == what
 }
 
-/// Reads a value of the kernel's.
+/// Reads a value from kernel memory.
 #[inline(always)]
 pub(crate) fn read<T: Copy + Default>(address: u64) -> Option<T> {
     let mut value = T::default();
-    // SAFETY: writes as many bytes as the value has, of any pattern: it is only asked for numbers.
+    // SAFETY: writes as many bytes as the value has, and `Plain` types are valid for all bytes.
     let ret =
         unsafe { bpf_probe_read_kernel((&raw mut value).cast(), size_of::<T>() as u32, address as *const c_void) };
     (ret == 0).then_some(value)
 }
 
-/// Reads a value of the kernel's; 0 where that cannot be read. For what is read in numbers: the verifier follows both
-/// ends of each [`read`], and theirs multiply.
+/// Reads a value from kernel memory; 0 if it cannot be read. For code that reads many values: the verifier follows both
+/// results of each [`read`], and the paths multiply.
 #[inline(always)]
 fn read_or_zero<T: Copy + Default>(address: u64) -> T {
     let mut value = T::default();
@@ -121,13 +121,13 @@ fn read_or_zero<T: Copy + Default>(address: u64) -> T {
     value
 }
 
-/// Reads a pointer of the kernel's; `None` also where it is NULL.
+/// Reads a pointer from kernel memory; `None` also if it is NULL.
 #[inline(always)]
-fn follow(address: u64) -> Option<u64> {
+fn read_pointer(address: u64) -> Option<u64> {
     read::<u64>(address).filter(|pointer| *pointer != 0)
 }
 
-/// The address that a pointer holds, as a number: the verifier allows no arithmetic on some pointers.
+/// Returns the address in a pointer as a number: the verifier allows no arithmetic on some pointers.
 #[inline(always)]
 pub(crate) fn address_of(pointer: *const c_void) -> u64 {
     read_or_zero((&raw const pointer) as u64)
@@ -136,10 +136,11 @@ pub(crate) fn address_of(pointer: *const c_void) -> u64 {
 /// Devices of one list that are searched. The kernel has 256 lists for each network namespace.
 const DEVICES_SEARCHED: usize = 16;
 
-/// Whether the network namespace of the socket at `sk` has a device of this index (0 or 1), as `dev_get_by_index_rcu` finds it
-/// (net/core/dev.c, 5.10 to 6.18). 0 also where that cannot be told.
+/// Returns whether the network namespace of the socket at `sk` has a device with this index (0 or 1), as
+/// `dev_get_by_index_rcu` finds it (net/core/dev.c, 5.10 to 6.18). 0 also if this is unknown.
 ///
-/// SO_BINDTOIFINDEX itself does not ask (`sock_bindtoindex_locked`, net/core/sock.c): the socket could not connect any more.
+/// SO_BINDTOIFINDEX does not check this (`sock_bindtoindex_locked`, net/core/sock.c): the socket could then no longer
+/// connect.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn has_device(sk: u64, index: u32) -> u32 {
@@ -148,17 +149,17 @@ pub(crate) extern "C" fn has_device(sk: u64, index: u32) -> u32 {
 
 #[inline(always)]
 fn find_device(sk: u64, index: u32) -> Option<()> {
-    if !knows(known::DEVICES) {
+    if !has_offsets(known::DEVICES) {
         return None;
     }
-    let lists = follow(member!(follow(member!(sk, sock_net))?, net_devices))?;
-    let mut node = follow(lists.wrapping_add(u64::from(index & 0xff) * size_of::<u64>() as u64))?;
+    let lists = read_pointer(member!(read_pointer(member!(sk, sock_net))?, net_devices))?;
+    let mut node = read_pointer(lists.wrapping_add(u64::from(index & 0xff) * size_of::<u64>() as u64))?;
     for _ in 0..DEVICES_SEARCHED {
         let device = node.wrapping_sub(u64::from(layout!(device_node)));
         if read_or_zero::<u32>(member!(device, device_index)) == index {
             return Some(());
         }
-        node = follow(node)?;
+        node = read_pointer(node)?;
     }
     None
 }
@@ -169,10 +170,11 @@ pub(crate) fn current_task() -> u64 {
     unsafe { bpf_get_current_task() }
 }
 
-/// The current thread as `bpf_get_current_pid_tgid` has it, for programs that may not ask; 0 where it is not known.
+/// Returns the current thread in the format of `bpf_get_current_pid_tgid`, for programs that cannot call that helper; 0 if
+/// unknown.
 #[inline(always)]
 pub(crate) fn current_thread() -> u64 {
-    if !knows(known::EXECUTABLE) {
+    if !has_offsets(known::EXECUTABLE) {
         return 0;
     }
     let task = current_task();
@@ -180,31 +182,30 @@ pub(crate) fn current_thread() -> u64 {
     u64::from(read_or_zero::<u32>(member!(task, task_tgid))) << 32 | u64::from(thread)
 }
 
-/// The `struct sock` behind a `struct socket`.
+/// Returns the `struct sock` of a `struct socket`.
 #[inline(always)]
 pub(crate) fn sock_of(socket: *const c_void) -> u64 {
-    if !knows(known::SOCKET) {
+    if !has_offsets(known::SOCKET) {
         return 0;
     }
-    // Where the pointer came from the kernel as such, the verifier takes it with a constant offset only: so
-    // this does not go through a number.
-    let place = socket.wrapping_byte_add(layout!(socket_sk) as usize);
+    // The verifier accepts a pointer from the kernel only with a constant offset: so this does not convert it to a number.
+    let field = socket.wrapping_byte_add(layout!(socket_sk) as usize);
     let mut sk = 0u64;
     // SAFETY: writes the 8 bytes of `sk`.
-    let ret = unsafe { bpf_probe_read_kernel((&raw mut sk).cast(), 8, place) };
+    let ret = unsafe { bpf_probe_read_kernel((&raw mut sk).cast(), 8, field) };
     if ret == 0 { sk } else { 0 }
 }
 
-/// The `struct file` that a descriptor of the current task stands for; 0 where it stands for none.
+/// Returns the `struct file` of a descriptor of the current task; 0 if there is none.
 #[inline(always)]
 pub(crate) fn file_of_descriptor(fd: i32) -> u64 {
-    if fd < 0 || !knows(known::SOCKET | known::DESCRIPTOR) {
+    if fd < 0 || !has_offsets(known::SOCKET | known::DESCRIPTOR) {
         return 0;
     }
     find_file(fd as u32).unwrap_or(0)
 }
 
-/// The `struct sock` behind a `struct file`; 0 where it is no socket's.
+/// Returns the `struct sock` of a `struct file`; 0 if the file is no socket.
 #[inline(always)]
 pub(crate) fn sock_of_file(file: u64) -> u64 {
     find_sock(file).unwrap_or(0)
@@ -212,43 +213,43 @@ pub(crate) fn sock_of_file(file: u64) -> u64 {
 
 #[inline(always)]
 fn find_file(fd: u32) -> Option<u64> {
-    let files = follow(member!(current_task(), task_files))?;
-    let table = follow(member!(files, files_fdt))?;
+    let files = read_pointer(member!(current_task(), task_files))?;
+    let table = read_pointer(member!(files, files_fdt))?;
     if fd >= read::<u32>(member!(table, fdtable_max_fds))? {
         return None;
     }
-    let descriptors = follow(member!(table, fdtable_fd))?;
-    follow(descriptors.wrapping_add(8 * u64::from(fd)))
+    let descriptors = read_pointer(member!(table, fdtable_fd))?;
+    read_pointer(descriptors.wrapping_add(8 * u64::from(fd)))
 }
 
-/// The `struct inode` and the `struct socket` behind a `struct file` that is a socket. What was opened with O_PATH, be it the
-/// file that a Unix socket is bound to, has none.
+/// Returns the `struct inode` and the `struct socket` of a `struct file` that is a socket. A file that was opened with O_PATH
+/// has no `struct socket`, even if a Unix socket is bound to the file.
 #[inline(always)]
 fn find_socket(file: u64) -> Option<(u64, u64)> {
-    /// The part of a mode that tells the type of a file, and that of a socket (include/uapi/linux/stat.h).
+    /// The bits of a mode that hold the file type, and the value for a socket (include/uapi/linux/stat.h).
     const S_IFMT: u16 = 0o170_000;
     const S_IFSOCK: u16 = 0o140_000;
-    let inode = follow(member!(file, file_inode))?;
+    let inode = read_pointer(member!(file, file_inode))?;
     if read::<u16>(member!(inode, inode_mode))? & S_IFMT != S_IFSOCK {
         return None;
     }
-    Some((inode, follow(member!(file, file_private_data))?))
+    Some((inode, read_pointer(member!(file, file_private_data))?))
 }
 
-/// The number of the inode of a `struct file`, if it is a socket.
+/// Returns the inode number of a `struct file`, if it is a socket.
 #[inline(always)]
 pub(crate) fn socket_inode(file: u64) -> Option<u64> {
-    if !knows(known::DESCRIPTOR) {
+    if !has_offsets(known::DESCRIPTOR) {
         return None;
     }
     let (inode, _) = find_socket(file)?;
     read(member!(inode, inode_number))
 }
 
-/// The number of a task's process, if it is the process's first thread.
+/// Returns the process id of a task, if the task is the first thread of its process.
 #[inline(always)]
 pub(crate) fn process_of(task: u64) -> Option<u32> {
-    if !knows(known::EXECUTABLE) || read_or_zero::<u64>(member!(task, task_leader)) != task {
+    if !has_offsets(known::EXECUTABLE) || read_or_zero::<u64>(member!(task, task_leader)) != task {
         return None;
     }
     read(member!(task, task_tgid))
@@ -257,10 +258,10 @@ pub(crate) fn process_of(task: u64) -> Option<u32> {
 #[inline(always)]
 fn find_sock(file: u64) -> Option<u64> {
     let (_, socket) = find_socket(file)?;
-    follow(member!(socket, socket_sk))
+    read_pointer(member!(socket, socket_sk))
 }
 
-/// The beginning of a `struct sock`, which has most of what it says of itself: one read in place of many.
+/// The beginning of a `struct sock`, which has most of the members that are read: one read instead of many.
 struct SockHead([u64; Self::LEN / 8]);
 
 impl SockHead {
@@ -269,26 +270,26 @@ impl SockHead {
     #[inline(always)]
     fn of(sk: u64) -> Option<Self> {
         let mut head = Self([0; Self::LEN / 8]);
-        // SAFETY: writes as many bytes as there are, of any pattern.
+        // SAFETY: writes as many bytes as the array has, and the array is valid for all bytes.
         let ret = unsafe { bpf_probe_read_kernel((&raw mut head.0).cast(), Self::LEN as u32, sk as *const c_void) };
         (ret == 0).then_some(head)
     }
 
-    /// A member; what lies behind the beginning is read by itself.
+    /// Returns a member; a member beyond this beginning is read from the kernel.
     #[inline(always)]
     fn member<T: Copy + Default>(&self, sk: u64, offset: u32) -> T {
         let offset = offset as usize;
         if offset > Self::LEN - size_of::<T>() {
             return read_or_zero(sk.wrapping_add(offset as u64));
         }
-        // SAFETY: within the array, aligned as the kernel has it, and valid whatever the bytes: it is only asked for numbers.
+        // SAFETY: within the array, aligned as in the kernel, and `Plain` types are valid for all bytes.
         unsafe { self.0.as_ptr().byte_add(offset).cast::<T>().read() }
     }
 }
 
-/// Fills in what a socket says of itself, as far as a hook that knows it better has not.
+/// Fills in what a socket's own fields show, unless a hook that knows more has done so.
 #[inline(always)]
-pub(crate) fn describe(record: &mut Call, sk: u64) {
+pub(crate) fn fill_socket(record: &mut Call, sk: u64) {
     record.socket_cgroup = cgroup_of(sk).unwrap_or(0);
     let Some(head) = SockHead::of(sk) else { return };
     if record.cookie == 0 {
@@ -302,66 +303,66 @@ pub(crate) fn describe(record: &mut Call, sk: u64) {
     }
 }
 
-/// The cookie of a socket; 0 if it has none yet.
+/// Returns the cookie of a socket; 0 if it has none yet.
 #[inline(always)]
 pub(crate) fn cookie_of(sk: u64) -> u64 {
     read_or_zero(member!(sk, sock_cookie))
 }
 
-/// The id of the cgroup that a socket belongs to.
+/// Returns the id of the cgroup to which a socket belongs.
 #[inline(always)]
 fn cgroup_of(sk: u64) -> Option<u64> {
-    id_of_cgroup(follow(member!(sk, sock_cgroup))?)
+    id_of_cgroup(read_pointer(member!(sk, sock_cgroup))?)
 }
 
 #[inline(always)]
 fn id_of_cgroup(cgroup: u64) -> Option<u64> {
-    read(member!(follow(member!(cgroup, cgroup_kn))?, kernfs_node_id))
+    read(member!(read_pointer(member!(cgroup, cgroup_kn))?, kernfs_node_id))
 }
 
-/// The `struct sock` of a `struct socket` that the kernel hands to a program as such: both are pointers that the verifier knows.
+/// Returns the `struct sock` of a `struct socket` that is a program's argument. Both are pointers that the verifier tracks.
 #[inline(always)]
 pub(crate) fn sk_of(socket: *const c_void) -> *mut c_void {
-    if socket.is_null() || !knows(known::SOCKET) {
+    if socket.is_null() || !has_offsets(known::SOCKET) {
         return core::ptr::null_mut();
     }
-    let place = socket.wrapping_byte_add(layout!(socket_sk) as usize).cast::<*mut c_void>();
-    // SAFETY: the verifier checks that a pointer to a socket stands there.
-    unsafe { place.read_volatile() }
+    let field = socket.wrapping_byte_add(layout!(socket_sk) as usize).cast::<*mut c_void>();
+    // SAFETY: the verifier checks that a pointer to a socket is there.
+    unsafe { field.read_volatile() }
 }
 
-/// The place of the deepest target that a socket belongs to, plus one; 0 where there is none; [`TOO_DEEP`] where its cgroup is
-/// too deep to tell.
+/// Returns the slot of the deepest target to which a socket belongs, plus one; 0 if there is none; [`TOO_DEEP`] if the cgroup
+/// is too deep to search.
 ///
-/// The verifier checks the loop once and on its own.
+/// A global function, so that the verifier checks the loop once.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn place_of_sock(generation: u32, sk: u64) -> u32 {
-    let mut cgroup = if knows(known::SOCKET) { follow(member!(sk, sock_cgroup)) } else { None };
+pub(crate) extern "C" fn slot_of_sock(generation: u32, sk: u64) -> u32 {
+    let mut cgroup = if has_offsets(known::SOCKET) { read_pointer(member!(sk, sock_cgroup)) } else { None };
     for _ in 0..=abi::CGROUP_LEVELS_MAX {
-        let Some(at) = cgroup else { break };
-        if let Some(place) = id_of_cgroup(at).and_then(|id| maps::cgroup_slot(generation, id)) {
-            return place + 1;
+        let Some(current) = cgroup else { break };
+        if let Some(slot) = id_of_cgroup(current).and_then(|id| maps::cgroup_slot(generation, id)) {
+            return slot + 1;
         }
         // `css.parent`; a cgroup begins with its css.
-        cgroup = follow(member!(at, cgroup_parent));
+        cgroup = read_pointer(member!(current, cgroup_parent));
     }
     if cgroup.is_some() { TOO_DEEP } else { 0 }
 }
 
-/// The same of the socket that a descriptor of the current task stands for.
+/// Returns as [`slot_of_sock`] does, for the socket of a descriptor of the current task.
 #[inline(always)]
-pub(crate) fn place_of_descriptor(generation: u32, fd: i32) -> u32 {
+pub(crate) fn slot_of_descriptor(generation: u32, fd: i32) -> u32 {
     match sock_of_file(file_of_descriptor(fd)) {
         0 => 0,
-        sk => place_of_sock(generation, sk),
+        sk => slot_of_sock(generation, sk),
     }
 }
 
-/// See [`place_of_sock`].
+/// See [`slot_of_sock`].
 pub(crate) const TOO_DEEP: u32 = u32::MAX;
 
-/// The protocol of an IPv4 or IPv6 socket, as the kernel has chosen it where the application left the choice to it.
+/// Returns the protocol of an IPv4 or IPv6 socket, also if the application left the choice to the kernel.
 #[inline(always)]
 pub(crate) fn protocol_of(sk: u64) -> u8 {
     let kind = read_or_zero::<u16>(member!(sk, sock_type));
@@ -369,7 +370,7 @@ pub(crate) fn protocol_of(sk: u64) -> u8 {
     facts::protocol(kind.into(), number.into())
 }
 
-/// What an IPv4 or IPv6 socket says of itself, but for the direction of its connection.
+/// Returns what an IPv4 or IPv6 socket's own fields show, except the direction of its connection.
 #[inline(always)]
 fn facts_of(sk: u64, head: &SockHead, family: u32) -> Facts {
     let inet6 = family == abi::socket::sk_family::INET6;
@@ -377,8 +378,8 @@ fn facts_of(sk: u64, head: &SockHead, family: u32) -> Facts {
     let address = |v6: u32, v4: u32| if inet6 { head.member(sk, v6) } else { [head.member(sk, v4), 0, 0, 0] };
     facts.local = address(layout!(sock_v6_rcv_saddr), layout!(sock_rcv_saddr));
     facts.local_port = head.member(sk, layout!(sock_num)); // host byte order
-    facts::note_local(&mut facts);
-    facts::note_state(&mut facts, head.member::<u8>(sk, layout!(sock_state)).into(), || {
+    facts::mark_local(&mut facts);
+    facts::apply_state(&mut facts, head.member::<u8>(sk, layout!(sock_state)).into(), || {
         let remote = address(layout!(sock_v6_daddr), layout!(sock_daddr));
         (remote, u16::from_be(head.member(sk, layout!(sock_dport))))
     });
@@ -386,10 +387,10 @@ fn facts_of(sk: u64, head: &SockHead, family: u32) -> Facts {
     facts
 }
 
-/// The value of an option, where a member of the socket is all there is to it.
+/// Returns the value of an option that is kept in one member of the socket.
 #[inline(always)]
 pub(crate) fn value_of(sk: u64, record: &Call, member: &Member) -> Option<Value> {
-    // An MPTCP socket keeps such values with its subflows, and is no `tcp_sock`.
+    // An MPTCP socket keeps such values in its subflows, and is no `tcp_sock`.
     let has_it = match member.of {
         of::SOCK => true,
         of::INET => record.flags & flags::SOCKET != 0 && !is_multipath(sk),
@@ -405,7 +406,7 @@ pub(crate) fn value_of(sk: u64, record: &Call, member: &Member) -> Option<Value>
         4 => u64::from(read::<u32>(address)?),
         _ => read::<u64>(address)?,
     };
-    // Options are no narrower than an int, whatever the kernel keeps them in.
+    // Options are at least as wide as an int, whatever the width of the member.
     let words: Words = [number.to_le(), 0];
     Some(Value::new(words, if member.size < 4 { 4 } else { member.size }))
 }
@@ -415,8 +416,8 @@ fn is_multipath(sk: u64) -> bool {
     read::<u16>(member!(sk, sock_protocol)).unwrap_or(0) as u32 == facts::IPPROTO_MPTCP
 }
 
-/// The id of the cgroup at a level above the current task's own, or of that: 0 where it is not that deep.
-/// For kernels without `bpf_get_current_ancestor_cgroup_id`.
+/// Returns the id of the ancestor at `level` of the current task's cgroup, or of the cgroup itself; 0 if the cgroup is not
+/// that deep. For kernels without `bpf_get_current_ancestor_cgroup_id`.
 #[inline(always)]
 pub(crate) fn ancestor_cgroup(level: u32) -> u64 {
     find_ancestor(level).unwrap_or(0)
@@ -424,38 +425,39 @@ pub(crate) fn ancestor_cgroup(level: u32) -> u64 {
 
 #[inline(always)]
 fn find_ancestor(level: u32) -> Option<u64> {
-    if !knows(known::ANCESTORS) {
+    if !has_offsets(known::ANCESTORS) {
         return None;
     }
-    let set = follow(member!(current_task(), task_cgroups))?;
-    let cgroup = follow(member!(set, css_set_cgroup))?;
+    let set = read_pointer(member!(current_task(), task_cgroups))?;
+    let cgroup = read_pointer(member!(set, css_set_cgroup))?;
     if level > read::<u32>(member!(cgroup, cgroup_level))? {
         return None;
     }
     read(member!(cgroup, cgroup_ancestor_ids).wrapping_add(8 * u64::from(level)))
 }
 
-/// How the current task came to make a call by descriptor: bits of [`flags`].
+/// Returns how the current task made a call by descriptor: bits of [`flags`].
 #[inline(always)]
 pub(crate) fn via_by_descriptor() -> u32 {
-    match knows(known::SYSCALL) {
+    match has_offsets(known::SYSCALL) {
         true if is_compat() => flags::COMPAT,
         true => flags::SYSCALL,
         false => 0,
     }
 }
 
-/// How it came to make a call where several ways meet, given the number of the system call that is one of them.
+/// Returns how the current task made a call, for functions that several kinds of calls reach: bits of [`flags`].
+/// `system_call` is the number of the system call that reaches the function.
 #[inline(always)]
 pub(crate) fn via(system_call: i64) -> u32 {
-    /// What a system call returns until it does (`PUSH_AND_CLEAR_REGS` in arch/x86/entry/entry_64.S). Work that a task
-    /// does on its way back to its program comes after; threads that the kernel makes for a ring have 0 (`copy_thread`).
-    const NOT_YET: i64 = -38; // ENOSYS
-    if !knows(known::SYSCALL) {
+    /// The result register while a system call runs (`PUSH_AND_CLEAR_REGS` in arch/x86/entry/entry_64.S). Work that a task
+    /// does on its return to user space runs later. Threads that the kernel creates for a ring have 0 (`copy_thread`).
+    const IN_PROGRESS: i64 = -38; // ENOSYS
+    if !has_offsets(known::SYSCALL) {
         return 0;
     }
     let regs = registers();
-    if read_or_zero::<i64>(member!(regs, regs_result)) != NOT_YET {
+    if read_or_zero::<i64>(member!(regs, regs_result)) != IN_PROGRESS {
         return flags::RING;
     }
     if is_compat() {
@@ -464,21 +466,21 @@ pub(crate) fn via(system_call: i64) -> u32 {
     if read_or_zero::<i64>(member!(regs, regs_syscall)) == system_call { flags::SYSCALL } else { flags::RING }
 }
 
-/// What the current task has handed to the system call that it is in.
+/// Returns the arguments of the system call that the current task is in.
 #[inline(always)]
 pub(crate) fn arguments() -> [u64; ARGUMENTS] {
     let regs = registers();
     layout!(regs_arguments).map(|register| read_or_zero(regs.wrapping_add(u64::from(register))))
 }
 
-/// The registers with which the current task has entered the kernel.
+/// Returns the address of the registers with which the current task entered the kernel.
 #[inline(always)]
 fn registers() -> u64 {
-    // SAFETY: the first has no arguments, the second takes what the first gives.
+    // SAFETY: the first helper takes no arguments; the second takes the result of the first.
     unsafe { bpf_task_pt_regs(bpf_get_current_task_btf()) as u64 }
 }
 
-/// Whether the current task is in a system call of a 32-bit program's.
+/// Returns whether the current task is in a system call of a 32-bit program.
 #[inline(always)]
 fn is_compat() -> bool {
     /// `TS_COMPAT` (arch/x86/include/asm/thread_info.h).
@@ -486,10 +488,10 @@ fn is_compat() -> bool {
     read_or_zero::<u32>(member!(current_task(), task_status)) & TS_COMPAT != 0
 }
 
-/// Whether the current task is the agent, which looks at sockets itself.
+/// Returns whether the current task is the agent, which makes calls on sockets of targets itself.
 #[inline(always)]
 pub(crate) fn is_agent(config: &Config) -> bool {
-    if config.agent == 0 || !knows(known::EXECUTABLE) {
+    if config.agent == 0 || !has_offsets(known::EXECUTABLE) {
         return false;
     }
     let task = current_task();
@@ -498,10 +500,10 @@ pub(crate) fn is_agent(config: &Config) -> bool {
     read_or_zero::<u32>(member!(task, task_tgid)) == config.agent && start == config.agent_start
 }
 
-/// The executable that the current task runs; zero where that cannot be told.
+/// Returns the executable that the current task runs; zero if unknown.
 #[inline(always)]
 pub(crate) fn current_executable() -> Executable {
-    if !knows(known::EXECUTABLE) {
+    if !has_offsets(known::EXECUTABLE) {
         return Executable::default();
     }
     let task = current_task();
@@ -513,67 +515,66 @@ pub(crate) fn current_executable() -> Executable {
     }
 }
 
-/// Fills in the path of the file that the current task runs, from the root of its mount namespace.
+/// Writes the path of the file that the current task runs, from the root of its mount namespace.
 #[inline(always)]
-pub(crate) fn name_executable(file: &mut ExecutableFile) {
+pub(crate) fn write_exe_path(file: &mut ExecutableFile) {
     let mm: u64 = read_or_zero(member!(current_task(), task_mm));
     let exe: u64 = read_or_zero(member!(mm, mm_exe_file));
-    let place =
-        Place { mount: read_or_zero(member!(exe, file_mount)), dentry: read_or_zero(member!(exe, file_dentry)) };
-    if !write_path(file, place) {
+    let node =
+        PathNode { mount: read_or_zero(member!(exe, file_mount)), dentry: read_or_zero(member!(exe, file_dentry)) };
+    if !write_path(file, node) {
         file.len = 0;
     }
 }
 
-/// A place in the tree of all files: a `struct vfsmount`, and a `struct dentry` in it.
-struct Place {
+/// A node of the tree of all files: a `struct vfsmount`, and a `struct dentry` in it.
+struct PathNode {
     mount: u64,
     dentry: u64,
 }
 
-/// Whether the path of a place is known and has room.
+/// Writes the path of a node. Returns whether the path is known and fits.
 #[inline(always)]
-fn write_path(file: &mut ExecutableFile, mut place: Place) -> bool {
-    /// Directories and mounts on the way up.
+fn write_path(file: &mut ExecutableFile, mut node: PathNode) -> bool {
+    /// Directories and mounts up to the root.
     const STEPS: usize = 48;
     for _ in 0..STEPS {
-        if place.dentry == 0 {
+        if node.dentry == 0 {
             return false;
         }
-        if place.dentry == read_or_zero(member!(place.mount, vfsmount_root)) {
-            // A vfsmount is a part of its mount.
-            let mount = place.mount.wrapping_sub(u64::from(layout!(mount_vfsmount)));
+        if node.dentry == read_or_zero(member!(node.mount, vfsmount_root)) {
+            // A vfsmount is embedded in its mount.
+            let mount = node.mount.wrapping_sub(u64::from(layout!(mount_vfsmount)));
             let parent: u64 = read_or_zero(member!(mount, mount_parent));
             if parent == mount {
                 return true;
             }
-            place.dentry = read_or_zero(member!(mount, mount_point));
-            place.mount = member!(parent, mount_vfsmount);
+            node.dentry = read_or_zero(member!(mount, mount_point));
+            node.mount = member!(parent, mount_vfsmount);
             continue;
         }
-        if !write_name(file, read_or_zero(member!(place.dentry, dentry_name))) {
+        if !write_name(file, read_or_zero(member!(node.dentry, dentry_name))) {
             return false;
         }
-        let parent: u64 = read_or_zero(member!(place.dentry, dentry_parent));
-        // Not in any tree: the file has no more than a name.
-        if parent == place.dentry {
+        let parent: u64 = read_or_zero(member!(node.dentry, dentry_parent));
+        // A dentry without a parent is in no tree: the file has only a name.
+        if parent == node.dentry {
             return true;
         }
-        place.dentry = parent;
+        node.dentry = parent;
     }
     false
 }
 
 #[inline(always)]
 fn write_name(file: &mut ExecutableFile, name: u64) -> bool {
-    // The length is kept in memory that the verifier does not follow. As a number it would be another on each way that leads
-    // here, and all of them would be followed to the end.
-    // SAFETY: a valid reference.
+    // The length is kept in memory whose contents the verifier does not track. As a number in a register, it would differ on
+    // each path that leads here, and the verifier would follow all these paths to the end.
     let len = unsafe { core::ptr::read_volatile(&raw const file.len) } as usize;
     if len >= PATH_MAX {
         return false;
     }
-    // SAFETY: `names` has room for a name behind PATH_MAX bytes.
+    // SAFETY: `names` has room for a name after PATH_MAX bytes.
     let read = unsafe {
         bpf_probe_read_kernel_str(file.names.as_mut_ptr().add(len).cast(), NAME_MAX as u32, name as *const c_void)
     };

@@ -1,10 +1,12 @@
 //! The kernel side of sockpolicy.
 //!
-//! One object with a program for each hook. A program reads what its hook knows of the socket
-//! ([`ctx`]), asks [`abi`] what the policy says, and does it ([`apply`], [`hooks::calls`]).
+//! One object with a program for each hook. A program reads what its hook knows of the socket ([`ctx`]), evaluates the policy
+//! with [`abi`], and carries out the decision ([`apply`], [`hooks`]).
 //!
-//! Invariants: a program never makes a connection fail; whatever goes wrong leaves the socket as
-//! the application had it and is counted; with zeroed maps every program does nothing.
+//! Invariants:
+//! - A value that the kernel refuses never makes a connection fail.
+//! - After an error, the socket keeps the application's value, and the error is counted.
+//! - With zeroed maps, every program does nothing.
 
 #![no_std]
 #![no_main]
@@ -19,8 +21,7 @@ mod kernel;
 mod maps;
 mod storage;
 
-/// Never runs: the verifier refuses a program in which a panic can be reached, for it cannot show
-/// that this loop ends.
+/// Never runs: the verifier rejects a program that can reach a panic, because it cannot prove that this loop ends.
 #[panic_handler]
 fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
     loop {}

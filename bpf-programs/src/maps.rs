@@ -1,9 +1,10 @@
-//! Every map: who writes it, who reads it, how large it is, and what happens when it is full.
+//! Every map: its writer, its readers, its size, and what happens when it is full.
 //!
-//! What policies say stands in tables of which there is a set for each generation of policies: inner maps that the agent makes
-//! and fills, as large as it takes, before it puts them at the slot of the generation ([`abi::index`]) and, last, has
-//! [`CONFIG`] name it. Nothing is written to them while they are in force, but for places and counters. An outer map has no
-//! inner one at first, so that nothing is found. The sizes of inner maps here are placeholders.
+//! The contents of policies are in tables. Each generation of policies has its own set of tables: inner maps that the agent
+//! creates and fills, with the size that the policies need. The agent puts the inner maps into the slot of the generation
+//! ([`abi::index`]) and writes the number of the generation to [`CONFIG`] last. While a generation is in force, only its
+//! target slots and counters are written. An outer map is empty at first, so lookups find nothing. The sizes of inner maps in
+//! this file are placeholders.
 
 use core::arch::asm;
 
@@ -29,26 +30,27 @@ use aya_ebpf::{
     maps::{self, Array, HashMap, LruHashMap, PerCpuHashMap, RingBuf, lpm_trie::Key},
 };
 
-/// A table of a generation, by index: rows of so many bytes. Inner arrays differ in length.
+/// A table of each generation, by index, with rows of `BYTES` bytes. Inner arrays can differ in length.
 ///
-/// Bytes, because the kernel takes an inner map only if it may hold what the one declared here may: in 5.15 to 6.1 a
-/// structure that it has a description of, as it has here, may hold what one without, as the agent's are, may not
-/// (`timer_off` in `bpf_map_meta_equal`, kernel/bpf/map_in_map.c).
+/// The value type is bytes because of `timer_off` in `bpf_map_meta_equal` (kernel/bpf/map_in_map.c, 5.15 to 6.1). The kernel
+/// compares what the inner map declared here can hold with what the agent's inner maps can hold. A structure with BTF, as
+/// declared here, could hold a timer; one without BTF, as the agent creates, could not.
 type Table<const BYTES: usize> =
     ArrayOfMaps<btf_maps::Array<[u8; BYTES], 1, { BPF_F_INNER_MAP as usize }>, { GENERATIONS as usize }>;
 
-/// A table of a generation, by key.
+/// A table of each generation, by key.
 type Dictionary<K, V> = ArrayOfMaps<btf_maps::HashMap<K, V, 1>, { GENERATIONS as usize }>;
 
-/// Index 0. Written last: until then nothing is in force.
+/// Index 0: the configuration. Written last: until then nothing is in force.
 #[map(name = "sp_config")]
 static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
 
-/// By target: what holds there. The agent also writes to that in force, where a cgroup comes or goes.
+/// By target: which policies apply there. The agent also writes to the table that is in force, when a cgroup appears or
+/// disappears.
 #[btf_map(name = "sp_target_slots")]
 static TARGET_SLOTS: Table<{ size_of::<TargetSlot>() }> = Table::new();
 
-/// For the audit: the places of targets, by id of the cgroup. As `TARGET_SLOTS` in all else.
+/// For the audit: the slots of targets, by cgroup id. The agent writes it as it writes `TARGET_SLOTS`.
 #[btf_map(name = "sp_cgroup_slots")]
 static CGROUP_SLOTS: Dictionary<u64, u32> = Dictionary::new();
 
@@ -56,104 +58,107 @@ static CGROUP_SLOTS: Dictionary<u64, u32> = Dictionary::new();
 #[btf_map(name = "sp_selectors")]
 static SELECTORS: Table<{ size_of::<Selectors>() }> = Table::new();
 
-/// Rules by scope and prefix of a port or an address. In halves: behind a key of this length the kernel does not align to more.
+/// Rules by scope and by prefix of a port or an address. The value is two `u32`, because the kernel aligns a value behind a
+/// key of this length to four bytes only.
 #[btf_map(name = "sp_prefixes")]
 static PREFIXES: ArrayOfMaps<btf_maps::LpmTrie<PrefixData, [u32; 2], 1>, { GENERATIONS as usize }> = ArrayOfMaps::new();
 
-/// By scope, and in each by number: the options that rules name; those that can be set come first.
+/// By scope, and in each scope by option number: the options that rules name. Options that can be set come first.
 #[btf_map(name = "sp_options")]
 static OPTIONS: Table<{ size_of::<OptionRow>() }> = Table::new();
 
-/// From an option's level and name to the number that it has in each scope. [`Config::numbers`] has most of them too.
+/// The number of an option in each scope, by level and name. [`Config::numbers`] has most of these numbers too.
 #[btf_map(name = "sp_option_index")]
 static OPTION_INDEX: Dictionary<OptionKey, u32> = Dictionary::new();
 
-/// What each rule says about each option it names.
+/// The setting of each rule for each option that the rule names.
 #[btf_map(name = "sp_settings")]
 static SETTINGS: Table<{ size_of::<Setting>() }> = Table::new();
 
-/// What to apply where: by scope, and in each by [`abi::site`].
+/// The options to apply: by scope, and in each scope by [`abi::apply_point`].
 #[btf_map(name = "sp_apply_lists")]
 static APPLY_LISTS: Table<{ size_of::<ApplyList>() }> = Table::new();
 
-/// By setting, and for each by CPU: written by the programs, read by the agent. No per-CPU array, for inner maps of that kind
-/// must all have the same length.
+/// By setting, and for each setting by CPU. Written by the programs, read by the agent. Not a per-CPU array, because inner
+/// maps of that type must all have the same length.
 #[btf_map(name = "sp_counters")]
 static COUNTERS: Table<{ size_of::<Counters>() }> = Table::new();
 
-/// Possible CPUs: how many [`COUNTERS`] a setting has. Given by the agent at load.
+/// The number of possible CPUs: how many [`COUNTERS`] a setting has. Set by the agent at load.
 #[unsafe(no_mangle)]
 static CPUS: Global<u32> = Global::new(1);
 
-/// By target and hook: written by the agent when it has attached the programs there. The kernel makes an entry, full of
-/// zeroes, when a program is attached, and hands it to the program that it runs for that cgroup. What is said to have come
-/// in its place (BPF_MAP_TYPE_CGRP_STORAGE, 6.2) goes by the cgroup of the current task.
+/// By target and hook: written by the agent after it has attached the programs there. The kernel creates a zeroed entry when
+/// a program is attached, and passes the entry to the program that it runs for that cgroup. The replacement,
+/// BPF_MAP_TYPE_CGRP_STORAGE (6.2), cannot be used: a program would get the entry of the current task's cgroup.
 #[map(name = "sp_targets")]
 #[expect(deprecated, reason = "nothing else tells a program where it is attached")]
 static TARGETS: maps::CgroupStorage<Target> = maps::CgroupStorage::new();
 
-/// Ids of the processes that the audit follows, if [`Config::by_process`] says so; the value means nothing. The agent gives it
-/// its size at load.
+/// Ids of the processes that the audit follows, if [`Config::by_process`] is set. The value is unused. The agent sets the
+/// size at load.
 #[map(name = "sp_processes")]
 static PROCESSES: HashMap<u32, u32> = HashMap::with_max_entries(1, 0);
 
-/// Where sockets keep the values of options. As `PROCESSES`.
+/// Where sockets keep the values of options. The agent sets the size at load.
 #[map(name = "sp_members")]
 static MEMBERS: HashMap<OptionKey, Member> = HashMap::with_max_entries(1, 0);
 
-/// Index 0: written by the programs, read by the agent in its own memory. It asks often, and while a task is in bpf(2) for the
-/// contents of a map, the kernel runs no kprobes and tracepoints on that CPU (`bpf_disable_instrumentation`). All CPUs share
-/// it, for little is ever lost.
+/// Index 0: written by the programs, read by the agent through mmap. The agent reads it often. While a task is in bpf(2) to
+/// read a map, the kernel runs no kprobes and tracepoints on that CPU (`bpf_disable_instrumentation`). All CPUs share the
+/// entry, because losses are rare.
 #[map(name = "sp_losses")]
 static LOSSES: Array<Losses> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
-/// Calls under way, by thread ([`Slot::index`]). Begun at entry, or by a hook that finds a conflict; ended at exit. Where another
-/// thread is in the same place, the call is decided all the same, but reported without its result; counted in
+/// Calls in progress, by thread ([`Slot::index`]). A record is created at entry, or by a hook that finds a conflict, and
+/// removed at exit. If another thread has the slot, the call is judged, but reported without its result and counted in
 /// [`Losses::calls_full`].
 ///
-/// An array, which programs look into without a call: most callers have nothing there.
+/// An array, because programs access it without a helper call: most callers have no record.
 #[map(name = "sp_calls")]
 static CALLS: Array<Slot> = Array::with_max_entries(CALLS_MAX, 0);
 
-/// Calls seen by the audit, by option: those that have a name or that a rule names, and [`TallyKey::OTHER`]. The agent makes the
-/// entries and gives the map its size at load; the programs add no entry, so applications cannot fill it.
+/// Calls seen by the audit, by option: options that have a name or that a rule names, and [`TallyKey::OTHER`]. The agent
+/// creates the entries and sets the size at load. The programs add no entry, so applications cannot fill the map.
 #[map(name = "sp_tallies")]
 static TALLIES: PerCpuHashMap<TallyKey, Tally> = PerCpuHashMap::with_max_entries(1, 0);
 
-/// Calls seen by the audit on other options, whose numbers applications choose. When it is full, calls on further options are
-/// counted under [`TallyKey::OTHER`].
+/// Calls seen by the audit on other options, whose numbers applications choose. When the map is full, calls on further
+/// options are counted under [`TallyKey::OTHER`].
 #[map(name = "sp_unk_tallies")]
 static UNKNOWN_TALLIES: PerCpuHashMap<TallyKey, Tally> = PerCpuHashMap::with_max_entries(UNKNOWN_TALLIES_MAX, 0);
 
-/// When each kind of conflict was last reported. The least recently used entry makes room: its
-/// next event is then sent as if it were the first.
+/// When each kind of conflict was last reported. When the map is full, the least recently used entry is evicted: the next
+/// event of that kind is then sent as if it were the first.
 #[map(name = "sp_rate_limits")]
 static RATE_LIMITS: LruHashMap<LimitKey, Limit> = LruHashMap::with_max_entries(8192, 0);
 
-/// By the id of a cgroup: the events that its tasks caused. The least recently used entry makes room: its cgroup then has a full
-/// budget, within that of its target.
+/// By cgroup id: the budget of the events that the cgroup's tasks cause. When the map is full, the least recently used entry
+/// is evicted: its cgroup then has a full budget, within the budget of its target.
 #[map(name = "sp_cg_budgets")]
 static CGROUP_BUDGETS: LruHashMap<u64, Budget> = LruHashMap::with_max_entries(4096, 0);
 
-/// By place of a target: the events that it caused. Behind them, those of all.
+/// By slot of a target: the budget of the events of the target. The last two entries are the budgets of all targets.
 #[map(name = "sp_budgets")]
 static BUDGETS: Array<Budget> = Array::with_max_entries(BUDGETS_MAX + 2, 0);
 
-/// Executables whose files the agent has been told. The agent removes those that it has forgotten. The least recently used entry makes room: it is told again.
+/// Executables whose path was sent to the agent. The agent removes the executables that it has forgotten. When the map is
+/// full, the least recently used entry is evicted: the path is sent again.
 #[map(name = "sp_exes_sent")]
 static EXES_SENT: LruHashMap<Executable, u32> = LruHashMap::with_max_entries(EXES_SENT_MAX, 0);
 
-/// The notes of sockets for whose storage the kernel has no memory, by the socket's address in the kernel: written and read by
-/// the programs only. The least recently used notes make room. New notes are counted in [`Losses::no_storage`].
+/// The notes of sockets for whose storage the kernel has no memory, by the socket's address in the kernel. Written and read
+/// by the programs only. When the map is full, the least recently used notes are evicted. New notes are counted in
+/// [`Losses::no_storage`].
 #[map(name = "sp_fallback")]
 static FALLBACK_STATES: LruHashMap<u64, FallbackState> = LruHashMap::with_max_entries(FALLBACK_MAX, 0);
 
-/// Index 0: what is done with live sockets that have a job. This map and the four after it are the agent's, which gives them their
-/// sizes at load where it is to bring live sockets in line, and writes them before each step.
+/// Index 0: what the iterator does with sockets that have a job. The agent writes this map and the four below before each
+/// step. The agent sets their sizes at load if it reconciles existing sockets.
 #[map(name = "sp_iter_control")]
 static ITER_CONTROL: Array<IterControl> = Array::with_max_entries(1, 0);
 
-/// What is to be done with sockets, at their [`live::places`]: written by the agent in its own memory.
+/// The jobs of sockets, at their [`live::places`]. Written by the agent through mmap.
 #[map(name = "sp_jobs")]
 static JOBS: Array<SocketJob> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
@@ -163,34 +168,34 @@ static ASSIGNMENT_LISTS: Array<AssignmentList> = Array::with_max_entries(1, 0);
 #[map(name = "sp_assignments")]
 static ASSIGNMENTS: Array<Assignment> = Array::with_max_entries(1, 0);
 
-/// What came of the jobs: written by the program, read by the agent in its own memory.
+/// The results of the jobs. Written by the program, read by the agent through mmap.
 #[map(name = "sp_outcomes")]
 static OUTCOMES: Array<Outcome> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
-/// Events for the agent, and the files of executables. When it is full the event is dropped and counted in
+/// Events and paths of executables, for the agent. When the ring buffer is full, the event is dropped and counted in
 /// [`Losses::ring_full`].
 #[map(name = "sp_events")]
 pub(crate) static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
 
-/// The configuration, if the policies are in force.
+/// Returns the configuration if the policies are in force.
 #[inline(always)]
 pub(crate) fn config() -> Option<&'static Config> {
     CONFIG.get(0).filter(|config| config.in_force != 0)
 }
 
-/// The cgroup that the program is attached to.
+/// Returns the target of the cgroup for which the kernel runs the program.
 #[inline(always)]
 pub(crate) fn target() -> &'static Target {
-    // SAFETY: never NULL (`bpf_get_local_storage`, kernel/bpf/cgroup.c), and there for as long as the program runs. The agent
-    // puts another in its place rather than write to it.
+    // SAFETY: never NULL (`bpf_get_local_storage`, kernel/bpf/cgroup.c), and valid while the program runs. The agent replaces
+    // the entry and never writes to it.
     unsafe { &*TARGETS.get_ptr_mut() }
 }
 
-/// What stands at a number ([`abi::index`]) in tables of this kind.
+/// Returns the row at an index ([`abi::index`]) of a table.
 #[inline(always)]
 fn row<T, const BYTES: usize>(tables: &'static Table<BYTES>, index: u32) -> Option<&'static T> {
-    // SAFETY: an inner map stays as it is while a program uses it, and values of all types that are shared are valid whatever
-    // their bytes. To the counters, which change, there is no reference of this kind.
+    // SAFETY: an inner map remains valid while a program uses it, and all shared types are valid for all bytes. No reference
+    // of this kind exists to the counters, which change.
     row_ptr(tables, index).map(|row| unsafe { &*row })
 }
 
@@ -201,23 +206,24 @@ fn row_ptr<T, const BYTES: usize>(tables: &'static Table<BYTES>, index: u32) -> 
     tables.get_value_ptr_mut(index::slot(index), &index::within(index)).map(|bytes| bytes.cast())
 }
 
-/// What holds in a generation on a target, if it is one there.
+/// Returns the slot of a target in a generation, if the generation covers the target.
 #[inline(always)]
 pub(crate) fn target_slot(generation: u32, target: &Target) -> Option<&'static TargetSlot> {
-    slot_at(generation, target.place).filter(|place| place.id == target.id)
+    slot_at(generation, target.place).filter(|slot| slot.id == target.id)
 }
 
-/// The place of a cgroup, if it is a target: for those who do not run for it.
+/// Returns the index of the slot of a cgroup, if the cgroup is a target: for programs that are not attached to the cgroup.
 #[inline(always)]
 pub(crate) fn cgroup_slot(generation: u32, cgroup: u64) -> Option<u32> {
-    // SAFETY: where the agent removes an entry another may take its room at once: then it is another target's place.
+    // SAFETY: when the agent removes an entry, another entry can reuse its memory at once: then the index is that of another
+    // target.
     unsafe { CGROUP_SLOTS.get(index::slot_of(generation))?.get(&cgroup) }.copied()
 }
 
-/// What holds in a generation at a place.
+/// Returns a slot in a generation, if a target is there.
 #[inline(always)]
 pub(crate) fn slot_at(generation: u32, place: u32) -> Option<&'static TargetSlot> {
-    row(&TARGET_SLOTS, index::of(generation, place)).filter(|place: &&TargetSlot| place.id != 0)
+    row(&TARGET_SLOTS, index::of(generation, place)).filter(|slot: &&TargetSlot| slot.id != 0)
 }
 
 #[inline(always)]
@@ -230,8 +236,8 @@ pub(crate) fn option(index: u32) -> Option<&'static OptionRow> {
     row(&OPTIONS, index)
 }
 
-/// The option of a scope that a call is about, if rules of the generation name it, and its index. `first` is that of the scope's
-/// first option.
+/// Returns the option of a call in a scope and the option's index, if a rule of the generation names the option. `first` is
+/// the index of the scope's first option.
 #[inline(always)]
 pub(crate) fn option_named(
     config: &Config,
@@ -248,7 +254,7 @@ pub(crate) fn option_named(
     option(index).filter(|option| option.key == key).map(|option| (index, option))
 }
 
-/// The number of an option that a rule of any scope names.
+/// Returns the number of an option that a rule of any scope names.
 #[inline(always)]
 pub(crate) fn option_number(generation: u32, key: OptionKey) -> Option<u32> {
     // SAFETY: the agent does not write this map while it is in force.
@@ -261,14 +267,14 @@ pub(crate) fn setting(index: u32) -> Option<&'static Setting> {
 }
 
 #[inline(always)]
-pub(crate) fn apply_list(scope: u32, site: u32) -> Option<&'static ApplyList> {
-    let list = index::within(scope) * abi::apply_point::COUNT as u32 + site;
+pub(crate) fn apply_list(scope: u32, point: u32) -> Option<&'static ApplyList> {
+    let list = index::within(scope) * abi::apply_point::COUNT as u32 + point;
     row(&APPLY_LISTS, index::of(index::slot(scope), list))
 }
 
 #[inline(always)]
-pub(crate) fn is_process(id: u32) -> bool {
-    // SAFETY: only whether there is an entry is looked at.
+pub(crate) fn is_followed_process(id: u32) -> bool {
+    // SAFETY: only the existence of the entry is tested.
     unsafe { PROCESSES.get(id) }.is_some()
 }
 
@@ -278,14 +284,14 @@ pub(crate) fn member(key: OptionKey) -> Option<&'static Member> {
     unsafe { MEMBERS.get(key) }
 }
 
-/// Counts a call, and how long it took unless that is 0.
+/// Counts a call, and its duration unless that is 0.
 #[inline(always)]
 pub(crate) fn tally(key: &TallyKey, failed: bool, duration_ns: u64) {
     let Some(tally) = TALLIES.get_ptr_mut(key).or_else(|| unknown_tally(key)).or_else(|| other_tally(key)) else {
         count_loss(|losses| &mut losses.tallies_full);
         return;
     };
-    // SAFETY: as in `count`.
+    // SAFETY: the entry is valid while the program runs.
     let tally = unsafe { &mut *tally };
     increment(&mut tally.calls);
     if failed {
@@ -293,7 +299,7 @@ pub(crate) fn tally(key: &TallyKey, failed: bool, duration_ns: u64) {
     }
     if duration_ns != 0 {
         add(&mut tally.total_ns, duration_ns);
-        // The verifier wants to see that this is within the bounds.
+        // The mask proves to the verifier that the index is within the bounds.
         increment(&mut tally.buckets[bucket(duration_ns) & (abi::event::BUCKETS - 1)]);
     }
 }
@@ -301,8 +307,8 @@ pub(crate) fn tally(key: &TallyKey, failed: bool, duration_ns: u64) {
 #[inline(always)]
 fn unknown_tally(key: &TallyKey) -> Option<*mut Tally> {
     UNKNOWN_TALLIES.get_ptr_mut(key).or_else(|| {
-        // Fails where another CPU was first, and that is as good; or where it is full.
-        let _ = UNKNOWN_TALLIES.insert(key, NO_CALLS, BPF_NOEXIST.into());
+        // Fails if another CPU was first, which is fine, or if the map is full.
+        let _ = UNKNOWN_TALLIES.insert(key, EMPTY_TALLY, BPF_NOEXIST.into());
         UNKNOWN_TALLIES.get_ptr_mut(key)
     })
 }
@@ -312,8 +318,8 @@ fn other_tally(key: &TallyKey) -> Option<*mut Tally> {
     TALLIES.get_ptr_mut(TallyKey { key: TallyKey::OTHER, ..*key })
 }
 
-/// What a tally begins with. Not on the stack, which has no room for it.
-static NO_CALLS: &Tally = &Tally { calls: 0, failed: 0, total_ns: 0, buckets: [0; abi::event::BUCKETS] };
+/// The initial value of a tally. Static, because the stack has no room for it.
+static EMPTY_TALLY: &Tally = &Tally { calls: 0, failed: 0, total_ns: 0, buckets: [0; abi::event::BUCKETS] };
 
 /// Adds one to a counter of a setting.
 #[inline(always)]
@@ -322,7 +328,7 @@ pub(crate) fn count(setting: u32, field: impl FnOnce(&mut Counters) -> &mut u64)
     let cpu = unsafe { bpf_get_smp_processor_id() };
     let counters = index::of(index::slot(setting), index::within(setting) * CPUS.load() + cpu);
     if let Some(counters) = row_ptr(&COUNTERS, counters) {
-        // SAFETY: the slot is valid for as long as the program runs.
+        // SAFETY: the entry is valid while the program runs.
         increment(field(unsafe { &mut *counters }));
     }
 }
@@ -336,11 +342,11 @@ pub(crate) fn count_loss(field: impl FnOnce(&mut Losses) -> &mut u64) {
     }
 }
 
-/// Adds one atomically. Per-CPU slots need it too: a program that runs for a task can be preempted
-/// by another task's, and interrupted by sock_ops in softirq, on the same CPU.
+/// Adds one atomically. Per-CPU entries need this too: on the same CPU, a program can be preempted by a program of another
+/// task, or interrupted by sock_ops in softirq.
 ///
-/// In assembly because the target declares no compare-and-swap (its first instruction set had
-/// none), for which `core` withholds `fetch_add` as well; the kernel has always had this one.
+/// In assembly, because the target declares no compare-and-swap (the first instruction set had none), and `core` then
+/// provides no `fetch_add` either. All kernels have had this instruction.
 #[inline(always)]
 pub(crate) fn increment(counter: &mut u64) {
     add(counter, 1);
@@ -349,7 +355,7 @@ pub(crate) fn increment(counter: &mut u64) {
 /// Adds to a counter atomically.
 #[inline(always)]
 pub(crate) fn add(counter: &mut u64, amount: u64) {
-    // SAFETY: valid and aligned, being a reference; all who write it do so with this instruction.
+    // SAFETY: a reference is valid and aligned. All writers of the counter use this instruction.
     unsafe {
         asm!(
             "lock *(u64 *)({counter} + 0) += {amount}",
@@ -360,31 +366,31 @@ pub(crate) fn add(counter: &mut u64, amount: u64) {
 }
 
 #[inline(always)]
-fn slot(thread: u64) -> Option<&'static mut Slot> {
-    // SAFETY: what it holds is written by the one thread that is its holder, and that is in one call at a time.
+fn call_slot(thread: u64) -> Option<&'static mut Slot> {
+    // SAFETY: only the holding thread writes to the slot, and a thread is in one call at a time.
     CALLS.get_ptr_mut(Slot::index(thread)).map(|slot| unsafe { &mut *slot })
 }
 
-/// The call that a thread is in, by what `bpf_get_current_pid_tgid` says of it.
+/// Returns the record of the call that a thread is in. `thread` is the value of `bpf_get_current_pid_tgid`.
 #[inline(always)]
 pub(crate) fn call(thread: u64) -> Option<&'static mut Call> {
-    slot(thread).map(|slot| &mut slot.call).filter(|call| call.thread == thread)
+    call_slot(thread).map(|slot| &mut slot.call).filter(|call| call.thread == thread)
 }
 
-/// The same, if it is the call of this kind on this option: the end of another may not have been seen.
+/// Returns the record of a thread's call, if its kind and option match. The exit of an earlier call may have been missed.
 #[inline(always)]
-pub(crate) fn call_of(thread: u64, kind: u32, key: OptionKey) -> Option<&'static mut Call> {
+pub(crate) fn call_matching(thread: u64, kind: u32, key: OptionKey) -> Option<&'static mut Call> {
     call(thread).filter(|call| call.kind == kind && call.key == key)
 }
 
-/// Room for the call of a thread that is in none, if there is any. Whoever is given it sets [`Call::thread`].
+/// Reserves the slot of a thread that is in no call, if the slot is free. The caller sets [`Call::thread`].
 #[inline(always)]
-pub(crate) fn begin_call(thread: u64) -> Option<&'static mut Call> {
-    let slot = slot(thread)?;
-    // Where another is, nobody comes and goes: the agent clears the slot of one that is gone.
+pub(crate) fn reserve_call(thread: u64) -> Option<&'static mut Call> {
+    let slot = call_slot(thread)?;
+    // If another thread holds the slot, `holders` does not change: the agent clears the slot of a thread that has exited.
     if slot.call.thread == 0 {
         increment(&mut slot.holders);
-        // SAFETY: a reference, read anew.
+        // SAFETY: reads through a reference. Volatile, because other CPUs write the field.
         if unsafe { (&raw const slot.holders).read_volatile() } == 1 {
             return Some(&mut slot.call);
         }
@@ -393,66 +399,66 @@ pub(crate) fn begin_call(thread: u64) -> Option<&'static mut Call> {
     None
 }
 
-/// Ends the call that a thread is in.
+/// Removes the record of a thread's call.
 #[inline(always)]
-pub(crate) fn end_call(thread: u64) {
-    let Some(slot) = slot(thread) else { return };
+pub(crate) fn release_call(thread: u64) {
+    let Some(slot) = call_slot(thread) else { return };
     slot.call.thread = 0;
     add(&mut slot.holders, 1u64.wrapping_neg());
 }
 
 #[inline(always)]
 pub(crate) fn limit(key: &LimitKey) -> Option<&'static mut Limit> {
-    // SAFETY: a race between CPUs can at worst send an event too many; see `emit`.
+    // SAFETY: a race between CPUs can at worst send one event too many; see `emit`.
     RATE_LIMITS.get_ptr_mut(key).map(|limit| unsafe { &mut *limit })
 }
 
 #[inline(always)]
-pub(crate) fn begin_limit(key: &LimitKey, limit: &Limit) {
-    // Fails only where another CPU holds the last free entries: the next event counts as a first.
+pub(crate) fn insert_limit(key: &LimitKey, limit: &Limit) {
+    // Fails only if another CPU holds the last free entries: the next event then counts as the first.
     let _ = RATE_LIMITS.insert(key, limit, 0);
 }
 
-/// The notes of a socket without storage, made if there are none.
+/// Returns the notes of a socket without storage. Creates them if there are none.
 #[inline(always)]
 pub(crate) fn fallback_state(sk: u64) -> Option<&'static mut FallbackState> {
     existing_fallback_state(sk).or_else(|| {
         count_loss(|losses| &mut losses.no_storage);
-        // Fails only where another CPU holds the last free entries.
-        let _ = FALLBACK_STATES.insert(sk, NO_NOTES, 0);
+        // Fails only if another CPU holds the last free entries.
+        let _ = FALLBACK_STATES.insert(sk, NEW_FALLBACK_STATE, 0);
         existing_fallback_state(sk)
     })
 }
 
-/// The notes of a socket without storage, if there are any.
+/// Returns the notes of a socket without storage, if there are any.
 #[inline(always)]
 pub(crate) fn existing_fallback_state(sk: u64) -> Option<&'static mut FallbackState> {
-    // SAFETY: two CPUs that write it at once can at worst lose a note.
-    FALLBACK_STATES.get_ptr_mut(sk).map(|unstored| unsafe { &mut *unstored })
+    // SAFETY: two CPUs that write at once can at worst lose a note.
+    FALLBACK_STATES.get_ptr_mut(sk).map(|fallback| unsafe { &mut *fallback })
 }
 
-/// What the notes of a socket without storage begin with. Not on the stack, which has no room for it.
-static NO_NOTES: &FallbackState = &FallbackState::NEW;
+/// The initial notes of a socket without storage. Static, because the stack has no room for them.
+static NEW_FALLBACK_STATE: &FallbackState = &FallbackState::NEW;
 
-/// The budget of a cgroup; `None` where another CPU holds the last free entries.
+/// Returns the budget of a cgroup; `None` if another CPU holds the last free entries.
 #[inline(always)]
 pub(crate) fn cgroup_budget(cgroup: u64) -> Option<&'static mut Budget> {
     let budget = CGROUP_BUDGETS.get_ptr_mut(cgroup).or_else(|| {
-        // Fails where another CPU was first, and that is as good.
+        // Fails if another CPU was first, which is fine.
         let _ = CGROUP_BUDGETS.insert(cgroup, Budget { until_ns: 0 }, BPF_NOEXIST.into());
         CGROUP_BUDGETS.get_ptr_mut(cgroup)
     });
-    // SAFETY: a race between CPUs can at worst send an event too many; see `emit`.
+    // SAFETY: a race between CPUs can at worst send one event too many; see `emit`.
     budget.map(|budget| unsafe { &mut *budget })
 }
 
-/// The budget of a target.
+/// Returns the budget of a target.
 #[inline(always)]
 pub(crate) fn target_budget(place: u32) -> Option<&'static mut Budget> {
     budget(place & (BUDGETS_MAX - 1))
 }
 
-/// The budget of all targets that use less than their own rate, or that of the others.
+/// Returns the budget of all targets that use less than their own rate (`is_quiet`), or that of all other targets.
 #[inline(always)]
 pub(crate) fn shared_budget(is_quiet: bool) -> Option<&'static mut Budget> {
     budget(if is_quiet { BUDGETS_MAX } else { BUDGETS_MAX + 1 })
@@ -466,31 +472,31 @@ fn budget(index: u32) -> Option<&'static mut Budget> {
 
 #[inline(always)]
 pub(crate) fn is_exe_sent(executable: &Executable) -> bool {
-    // SAFETY: only whether there is an entry is looked at.
+    // SAFETY: only the existence of the entry is tested.
     unsafe { EXES_SENT.get(executable) }.is_some()
 }
 
 #[inline(always)]
 pub(crate) fn mark_exe_sent(executable: &Executable) {
-    // Fails only where another CPU holds the last free entries: it will be told again.
+    // Fails only if another CPU holds the last free entries: the path is then sent again.
     let _ = EXES_SENT.insert(executable, 1, 0);
 }
 
-/// What is to be done with live sockets.
+/// Returns what the iterator does with sockets that have a job.
 #[inline(always)]
 pub(crate) fn iter_control() -> IterControl {
     ITER_CONTROL.get(0).copied().unwrap_or_default()
 }
 
-/// What is to be done with a socket.
+/// Returns the job of a socket, if it has one.
 #[inline(always)]
-pub(crate) fn job(cookie: u64, turn: &IterControl) -> Option<&'static SocketJob> {
-    for place in live::places(cookie, turn.shift) {
+pub(crate) fn job(cookie: u64, control: &IterControl) -> Option<&'static SocketJob> {
+    for place in live::places(cookie, control.shift) {
         let job = JOBS.get(place)?;
         if job.cookie == cookie {
             return Some(job);
         }
-        // A job stands at the first free one.
+        // A job is at the first place that was free.
         if job.cookie == 0 {
             return None;
         }
@@ -510,11 +516,11 @@ pub(crate) fn assignment(index: u32) -> Option<&'static Assignment> {
 
 #[inline(always)]
 pub(crate) fn outcome(index: u32) -> Option<&'static mut Outcome> {
-    // SAFETY: each outcome is one socket's, which is visited by one CPU at a time.
+    // SAFETY: each outcome belongs to one socket, and one CPU at a time visits that socket.
     OUTCOMES.get_ptr_mut(index).map(|outcome| unsafe { &mut *outcome })
 }
 
-/// The table of `abi::select`, as a map, of the generation that a scope is of.
+/// The prefix table of `abi::select`: the map of the generation to which the scope belongs.
 pub(crate) struct PrefixMap {
     pub(crate) scope: u32,
 }

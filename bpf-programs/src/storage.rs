@@ -1,14 +1,15 @@
-//! Notes kept with each socket ([`State`]), in storage that the kernel frees with the socket; and by them, which of the
-//! programs that the kernel runs for a socket is to decide about it.
+//! Notes on each socket ([`State`]), in storage that the kernel frees with the socket. The notes also show which of the
+//! programs that the kernel runs for a socket decides about it.
 //!
-//! A socket may have no room for storage: `net.core.optmem_max` of its network namespace limits it, and root of a user namespace
-//! can set it to 0 (`omem_charge`, net/core/bpf_sk_storage.c). Then the notes stand in map `FALLBACK_STATES`, which has room for
-//! [`abi::FALLBACK_MAX`] sockets: the least recently used notes make room, and a socket without its notes begins anew.
+//! A socket may have no room for storage. `net.core.optmem_max` of the network namespace limits it, and root of a user
+//! namespace can set that to 0 (`omem_charge`, net/core/bpf_sk_storage.c). Then the notes are in map `FALLBACK_STATES`, which
+//! has room for [`abi::FALLBACK_MAX`] sockets. The least recently used notes are evicted, and a socket that lost its notes
+//! starts again.
 //!
-//! aya-ebpf's `SkStorage` takes only connect and sendmsg contexts and cannot ask for notes to be
-//! copied to accepted sockets, so the maps are defined here.
+//! The maps are defined here, because aya-ebpf's `SkStorage` accepts only connect and sendmsg contexts, and cannot request
+//! that notes are copied to accepted sockets.
 //!
-//! Invariant: of all targets that a socket is in, the programs of the deepest decide about it, and no others.
+//! Invariant: of all targets that contain a socket, only the programs of the deepest one decide about it.
 
 use core::arch::asm;
 
@@ -24,7 +25,7 @@ use aya_ebpf::{
 
 use crate::maps;
 
-/// A map definition as loaders read it from BTF: only the types of the fields say something.
+/// A map definition as loaders read it from BTF: only the types of the fields matter.
 #[repr(C)]
 struct SocketStorage<T: 'static, const FLAGS: usize> {
     r#type: *const [i32; BPF_MAP_TYPE_SK_STORAGE as usize],
@@ -34,7 +35,7 @@ struct SocketStorage<T: 'static, const FLAGS: usize> {
     map_flags: *const [i32; FLAGS],
 }
 
-// SAFETY: nobody follows these pointers.
+// SAFETY: no code dereferences these pointers.
 unsafe impl<T, const FLAGS: usize> Sync for SocketStorage<T, FLAGS> {}
 
 impl<T, const FLAGS: usize> SocketStorage<T, FLAGS> {
@@ -46,154 +47,153 @@ impl<T, const FLAGS: usize> SocketStorage<T, FLAGS> {
         map_flags: core::ptr::null(),
     };
 
-    /// The value of a socket, made if `flags` say so. NULL if there is none, or no memory for one.
+    /// Returns the value of a socket, created if `flags` request it. NULL if there is none, or no memory for one.
     ///
     /// # Safety
     ///
-    /// As for [`state`].
+    /// See [`state`].
     #[inline(always)]
     unsafe fn get(&'static self, sk: *mut c_void, flags: u32) -> *mut T {
-        // SAFETY: the caller vouches for `sk`; the kernel zeroes a new value.
+        // SAFETY: the caller guarantees that `sk` is valid. The kernel zeroes a new value.
         unsafe {
             bpf_sk_storage_get((&raw const *self).cast_mut().cast(), sk, core::ptr::null_mut(), flags.into()).cast()
         }
     }
 }
 
-/// Written and read by the programs only. Not copied to accepted sockets: the kernel drops a connection whose copy finds no
-/// memory (`sk_clone_lock`, net/core/sock.c).
+/// Written and read by the programs only. Not copied to accepted sockets: the kernel drops a connection if there is no memory
+/// for the copy (`sk_clone_lock`, net/core/sock.c).
 #[unsafe(link_section = ".maps")]
 #[unsafe(export_name = "sp_sockets")]
 static SOCKETS: SocketStorage<State, { BPF_F_NO_PREALLOC as usize }> = SocketStorage::NEW;
 
-/// Written and read by the programs only. Made for few sockets: see [`Kept`].
+/// Written and read by the programs only. Few sockets have an entry: see [`SavedValues`].
 #[unsafe(link_section = ".maps")]
 #[unsafe(export_name = "sp_saved_values")]
 static SAVED_VALUES: SocketStorage<SavedValues, { (BPF_F_NO_PREALLOC | BPF_F_CLONE) as usize }> = SocketStorage::NEW;
 
-/// What holds on a socket: numbers of a generation ([`abi::index`]).
+/// The scope of a socket: its indices in a generation ([`abi::index`]).
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Scope {
     pub(crate) number: u32,
-    /// Of its first option.
+    /// Index of the scope's first option.
     pub(crate) options: u32,
 }
 
 impl Scope {
     #[inline(always)]
-    fn of(generation: u32, place: &TargetSlot) -> Self {
-        let of = |within| index::of(generation, within);
-        Self { number: of(place.scope), options: of(place.options) }
+    fn new(generation: u32, slot: &TargetSlot) -> Self {
+        let in_generation = |within| index::of(generation, within);
+        Self { number: in_generation(slot.scope), options: in_generation(slot.options) }
     }
 }
 
-/// The notes of a socket that is being set up, and what holds on it; `None` where that is not this program's turn to say:
-/// another target's, deeper than this one, has.
+/// Returns the notes of a socket that is being set up, and its scope. `None` if a deeper target than this program's has the
+/// socket.
 ///
-/// A socket that is being set up when policies change is set up by those that it began with. `begins` is given the notes, and
-/// tells whether the socket begins now.
+/// When policies change, a socket that is being set up keeps the generation with which it started. `is_new` gets the notes
+/// and returns whether the socket starts now.
 ///
 /// # Safety
 ///
-/// As for [`state`].
+/// See [`state`].
 #[inline(always)]
 pub(crate) unsafe fn enter_scope(
     sk: *mut c_void,
-    begins: impl FnOnce(&mut State) -> bool,
+    is_new: impl FnOnce(&mut State) -> bool,
 ) -> Option<(&'static mut State, Scope)> {
     let target = maps::target();
     let config = maps::config().filter(|_| target.id != 0)?;
-    // SAFETY: as the caller says.
+    // SAFETY: the caller fulfils the contract of `state`.
     let state = unsafe { state(sk) }?;
-    if begins(state) || state.generation < config.oldest {
+    if is_new(state) || state.generation < config.oldest {
         state.generation = config.generation;
     }
     enter_scope_in(state.generation, target, state)
 }
 
-/// What holds on a socket whose owner makes a call: that is judged by the policies of now. `None` as of [`claim`].
+/// Returns the scope of a socket whose owner makes a call: the policies in force judge calls. `None` as for [`enter_scope`].
 ///
-/// The notes are looked at only where they say something: of the 90 ns that judging a call took, that was a quarter (6.18).
+/// Reads the notes only if targets are nested: reading them took a quarter of the 90 ns that judging a call takes (6.18).
 ///
 /// # Safety
 ///
-/// As for [`state`].
+/// See [`state`].
 #[inline(always)]
-pub(crate) unsafe fn scope_now(sk: *mut c_void, config: &Config) -> Option<Scope> {
+pub(crate) unsafe fn scope_of_call(sk: *mut c_void, config: &Config) -> Option<Scope> {
     let target = maps::target();
     if target.id == 0 {
         return None;
     }
     if config.are_nested == 0 {
-        return maps::target_slot(config.generation, target).map(|place| Scope::of(config.generation, place));
+        return maps::target_slot(config.generation, target).map(|slot| Scope::new(config.generation, slot));
     }
-    // SAFETY: as the caller says.
+    // SAFETY: the caller fulfils the contract of `state`.
     enter_scope_in(config.generation, target, unsafe { state(sk) }?).map(|(_, scope)| scope)
 }
 
 #[inline(always)]
 fn enter_scope_in(generation: u32, target: &Target, state: &'static mut State) -> Option<(&'static mut State, Scope)> {
-    let place = maps::target_slot(generation, target)?;
-    let is_deeper = |other: &TargetSlot| other.level > place.level;
+    let slot = maps::target_slot(generation, target)?;
+    let is_deeper = |other: &TargetSlot| other.level > slot.level;
     if state.target.id != target.id {
         if maps::target_slot(generation, &state.target).is_some_and(is_deeper) {
             return None;
         }
         state.target = *target;
     }
-    Some((state, Scope::of(generation, place)))
+    Some((state, Scope::new(generation, slot)))
 }
 
-/// The notes of a socket, made if there are none.
+/// Returns the notes of a socket. Creates them if there are none.
 ///
 /// # Safety
 ///
-/// `sk` must be what the verifier takes as a socket: a `bpf_sock` pointer from a context, checked
-/// for NULL, or the context of cgroup/sock_create.
+/// `sk` must be a socket for the verifier: a `bpf_sock` pointer from a context, checked for NULL, or the context of
+/// cgroup/sock_create.
 #[inline(always)]
 pub(crate) unsafe fn state(sk: *mut c_void) -> Option<&'static mut State> {
-    // SAFETY: as the caller says.
+    // SAFETY: the caller fulfils the contract of this function.
     let state = unsafe { SOCKETS.get(sk, BPF_SK_STORAGE_GET_F_CREATE) };
     if state.is_null() {
-        return maps::fallback_state(sk as u64).map(|unstored| &mut unstored.state);
+        return maps::fallback_state(sk as u64).map(|fallback| &mut fallback.state);
     }
-    // SAFETY: not NULL, so it is this socket's value; two CPUs that write it at once can at worst
-    // lose a note, and with it count a socket twice.
+    // SAFETY: not NULL, so this is the value of the socket. Two CPUs that write at once can at worst lose a note, and count a
+    // socket twice.
     Some(unsafe { &mut *state })
 }
 
-/// Forgets the notes that another socket, which was at the same address in the kernel, left in map `FALLBACK_STATES`; tells whether
-/// the notes are new now. `cookie` is the socket's.
+/// Resets notes in map `FALLBACK_STATES` that belong to an earlier socket at the same address. Returns whether the notes were
+/// reset. `cookie` is the cookie of the socket.
 #[inline(always)]
 pub(crate) fn reset_for_new_socket(state: &mut State, cookie: u64) -> bool {
-    let is_another = state.is_unstored != 0 && state.notes.cookie != cookie;
-    if is_another {
-        *state = State { notes: Notes { cookie, ..Notes::NONE }, is_unstored: 1, ..State::default() };
+    let is_other = state.is_fallback != 0 && state.notes.cookie != cookie;
+    if is_other {
+        *state = State { notes: Notes { cookie, ..Notes::NONE }, is_fallback: 1, ..State::default() };
     }
-    is_another
+    is_other
 }
 
-/// The values that are kept of a socket, made if `create`. `None` if there are none, or no memory for them.
+/// Returns the saved values of a socket, created if `create`. `None` if there are none, or no memory for them.
 ///
 /// # Safety
 ///
-/// As for [`state`].
+/// See [`state`].
 #[inline(always)]
 pub(crate) unsafe fn saved_values(sk: *mut c_void, create: bool) -> Option<&'static mut SavedValues> {
-    // SAFETY: as the caller says.
-    let kept = unsafe { SAVED_VALUES.get(sk, if create { BPF_SK_STORAGE_GET_F_CREATE } else { 0 }) };
-    if kept.is_null() {
-        return maps::existing_fallback_state(sk as u64).map(|unstored| &mut unstored.kept);
+    // SAFETY: the caller fulfils the contract of `state`.
+    let saved = unsafe { SAVED_VALUES.get(sk, if create { BPF_SK_STORAGE_GET_F_CREATE } else { 0 }) };
+    if saved.is_null() {
+        return maps::existing_fallback_state(sk as u64).map(|fallback| &mut fallback.saved);
     }
     // SAFETY: as in `state`.
-    Some(unsafe { &mut *kept })
+    Some(unsafe { &mut *saved })
 }
 
-/// Notes what a hook knows of the socket. A direction once known stays.
+/// Stores in the notes what a hook knows of the socket. A known direction is kept.
 ///
-/// The facts are then read from the notes, and so that they really are, the compiler is made to
-/// forget what it wrote there: the verifier does not look into the notes, and takes the many
-/// ways in which facts come to be known for one.
+/// Callers then read the facts from the notes. The `asm!` prevents the compiler from reusing the stored values: the verifier
+/// does not track the contents of the notes, and so follows one path for the many ways in which facts become known.
 #[inline(always)]
 pub(crate) fn update_facts(state: &'static mut State, facts: Facts) -> &'static mut State {
     let direction = state.facts.direction;
@@ -204,48 +204,48 @@ pub(crate) fn update_facts(state: &'static mut State, facts: Facts) -> &'static 
     let mut notes: *mut State = state;
     // SAFETY: moves a register to itself.
     unsafe { asm!("{notes} = {notes}", notes = inout(reg) notes, options(nostack, preserves_flags)) };
-    // SAFETY: it is still the same pointer, and the reference it was made of is not used again.
+    // SAFETY: the pointer is unchanged, and the reference from which it was made is not used again.
     unsafe { &mut *notes }
 }
 
-/// What is known of the socket, copied from its notes: to the verifier it is then the same wherever the notes are.
+/// Returns a copy of the facts in a socket's notes. For the verifier, the copy is the same wherever the notes are.
 #[inline(always)]
 pub(crate) fn facts_in(state: &State) -> Facts {
     let mut facts = state.facts;
-    forget_origin(&mut facts);
+    hide_origin(&mut facts);
     facts
 }
 
-/// What was done to the options of a socket, copied from its notes. `None` if there are none.
+/// Returns a copy of what was done to the options of a socket. `None` if there is no room for notes.
 ///
 /// # Safety
 ///
-/// As for [`state`].
+/// See [`state`].
 #[inline(always)]
 pub(crate) unsafe fn notes(sk: *mut c_void) -> Option<Notes> {
-    // SAFETY: as the caller says.
+    // SAFETY: the caller fulfils the contract of `state`.
     let mut notes = unsafe { state(sk) }?.notes;
-    forget_origin(&mut notes);
+    hide_origin(&mut notes);
     Some(notes)
 }
 
-/// Puts notes back that were copied.
+/// Stores notes that were copied.
 ///
 /// # Safety
 ///
-/// As for [`state`].
+/// See [`state`].
 #[inline(always)]
-pub(crate) unsafe fn put_notes(sk: *mut c_void, notes: &Notes) {
-    // SAFETY: as the caller says.
+pub(crate) unsafe fn store_notes(sk: *mut c_void, notes: &Notes) {
+    // SAFETY: the caller fulfils the contract of `state`.
     if let Some(state) = unsafe { state(sk) } {
         state.notes = *notes;
     }
 }
 
-/// Makes the compiler forget what a copy was made of, so that the copy is really made.
+/// Hides from the compiler what a value was copied from, so that the compiler makes the copy.
 #[inline(always)]
-fn forget_origin<T>(copy: &mut T) {
+fn hide_origin<T>(copy: &mut T) {
     let at: *mut T = copy;
-    // SAFETY: says only that the value may have been read and written.
+    // SAFETY: only declares that the value may be read and written.
     unsafe { asm!("{at} = {at}", at = inout(reg) at => _, options(nostack, preserves_flags)) };
 }

@@ -1,5 +1,5 @@
-//! What the programs tell the agent through the ring buffer: [`Event`], and before the first one of an executable its
-//! [`ExecutableFile`].
+//! The records that the programs send to the agent through the ring buffer: [`Event`], and before the first event of an
+//! executable its [`ExecutableFile`].
 
 use crate::{
     setting::{OptionKey, Value},
@@ -20,118 +20,116 @@ pub mod call {
 pub mod flags {
     /// `facts` are filled in.
     pub const SOCKET: u32 = 1;
-    /// The call was decided by setting number [`super::Call::setting`].
+    /// Setting number [`super::Call::setting`] decided the call.
     pub const DECIDED: u32 = 2;
     /// `before` was read from the socket.
     pub const VALUE_BEFORE: u32 = 4;
     /// `requested` could not be read from the caller's memory.
     pub const UNREADABLE: u32 = 8;
-    /// `now` was read from the socket.
+    /// `current` was read from the socket.
     pub const VALUE_CURRENT: u32 = 16;
-    /// `optval` is an address of the kernel's, not of the caller's.
+    /// `optval` is an address in kernel memory.
     pub const OPTVAL_IN_KERNEL: u32 = 32;
-    /// `optlen` is an address of the kernel's.
+    /// `optlen` is an address in kernel memory.
     pub const OPTLEN_IN_KERNEL: u32 = 64;
     /// The kernel holds the socket `sk` at this moment.
     pub const HELD: u32 = 128;
-    /// Made by a 32-bit program, which the cgroup hooks do not see.
+    /// Made by a 32-bit program, whose calls the cgroup hooks do not see.
     pub const COMPAT: u32 = 256;
-    /// Made through an io_uring.
+    /// Made by io_uring.
     pub const RING: u32 = 512;
-    /// Neither of these two: it is known that the call was made by the system call of its name.
+    /// Made by the system call of that name: known not to be COMPAT or RING.
     pub const SYSCALL: u32 = 1024;
-    /// What the socket says of itself was read.
+    /// The socket's own fields were read.
     pub const VALUES_READ: u32 = 2048;
-    /// The record was begun before the kernel looked for the socket, and ends after it let go of it.
+    /// The record was created before the kernel looked up the socket, and is removed after the kernel releases it.
     pub const OUTER: u32 = 4096;
-    /// All that there is to read has been.
+    /// Everything that can be read was read.
     pub const COMPLETE: u32 = 8192;
-    /// The record was begun by the cgroup's hook ([`crate::audit::ENDS`]).
+    /// A cgroup hook created the record ([`crate::audit::ENDS`]).
     pub const HOOKED: u32 = 16384;
     /// The audit judges the call: no cgroup hook does.
     pub const UNHOOKED: u32 = 32768;
 }
 
-/// One setsockopt or getsockopt call on its way through the kernel: begun by the audit at the call's entry or by the cgroup's
-/// hook, completed by that hook, reported at the call's exit.
+/// One setsockopt or getsockopt call. The audit creates the record at the entry, or the cgroup hook does. The hook completes
+/// it, and the audit reports it at the exit.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Call {
     /// Address of the argument.
     pub optval: u64,
-    /// getsockopt: address of the argument's length. setsockopt: the length itself.
+    /// getsockopt: address of the argument's length. setsockopt: the length.
     pub optlen: u64,
-    /// Address of the kernel's `struct sock`; 0 if not known.
+    /// Address of the kernel's `struct sock`; 0 if unknown.
     pub sk: u64,
-    /// Address of the `struct file` that the descriptor stood for when the call began, where nothing else leads to the
-    /// socket; else 0.
+    /// Address of the `struct file` of the descriptor at the entry, if nothing else leads to the socket; otherwise 0.
     pub file: u64,
-    /// When the call began, if calls are timed. CLOCK_MONOTONIC, nanoseconds.
+    /// When the call started, if calls are timed. CLOCK_MONOTONIC, nanoseconds.
     pub start_ns: u64,
-    /// The thread that makes the call: process and thread as `bpf_get_current_pid_tgid` has them.
+    /// The thread that makes the call: process and thread, in the format of `bpf_get_current_pid_tgid`.
     pub thread: u64,
-    /// The socket's cookie; 0 if not known, or if the socket has none yet.
+    /// The socket's cookie; 0 if unknown, or if the socket has none yet.
     pub cookie: u64,
-    /// Id of the socket's cgroup; 0 if not known.
+    /// Id of the socket's cgroup; 0 if unknown.
     pub socket_cgroup: u64,
     pub key: OptionKey,
     /// See [`call`].
     pub kind: u32,
     /// See [`flags`].
     pub flags: u32,
-    /// -1 where the call came with the socket itself.
+    /// -1 if the call started with the socket.
     pub fd: i32,
-    /// Index of map `SETTINGS`.
+    /// Index into map `SETTINGS`.
     pub setting: u32,
     /// See [`crate::judge::verdict`].
     pub verdict: u32,
-    /// The socket's family as it calls it itself (AF_UNIX, AF_INET …); 0 if not known.
+    /// The socket's `sk_family` (AF_UNIX, AF_INET …); 0 if unknown.
     pub sk_family: u32,
-    /// [`crate::Target::place`] of the target whose policies decided; means nothing without [`flags::DECIDED`].
+    /// [`crate::Target::place`] of the target whose policies decided; undefined without [`flags::DECIDED`].
     pub place: u32,
     pub _pad: u32,
-    /// What the application asked for; for getsockopt, what it was shown.
+    /// The value that the application requested; for getsockopt, the value that it got.
     pub requested: Value,
-    /// What the policy wants.
+    /// The value that the policy wants.
     pub wanted: Value,
-    /// What the kernel was given in place of `requested`, if anything.
+    /// The value that the kernel got in place of `requested`, if any.
     pub applied: Value,
-    /// What the socket had before the call, if that could be read.
+    /// The value before the call, if it could be read.
     pub before: Value,
-    /// What the socket has after the call, if that could be read.
+    /// The value after the call, if it could be read.
     pub current: Value,
     pub facts: Facts,
 }
 shared!(Call, size 8 * 8 + 8 + 8 * 4 + 5 * 24 + 40);
 
 impl Call {
-    /// Whether there is something to tell of the call when it has ended, where `wanted` are reported ([`crate::calls`]).
+    /// Returns whether the call is reported at its exit, if `calls` are requested ([`crate::calls`]).
     #[inline(always)]
     #[must_use]
-    pub fn should_report(&self, wanted: u32) -> bool {
-        wanted != crate::calls::CONFLICTS || self.flags & (flags::DECIDED | flags::UNHOOKED) != 0
+    pub fn should_report(&self, calls: u32) -> bool {
+        calls != crate::calls::CONFLICTS || self.flags & (flags::DECIDED | flags::UNHOOKED) != 0
     }
 }
 
-/// Entries of map `CALLS`: threads whose numbers are the same but for multiples of it cannot both be followed at a time. A power
-/// of two.
+/// Entries of map `CALLS`. Two threads whose numbers are equal modulo this cannot both be followed at a time. A power of two.
 pub const CALLS_MAX: u32 = 1 << CALLS_BITS;
 const CALLS_BITS: u32 = 13;
 
-/// The room for the call that a thread is in. Map `CALLS`.
+/// The slot for the call that a thread is in. Map `CALLS`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Slot {
-    /// How many threads are here: 1 where `call` is that of the one which [`Call::thread`] names. Of two that come at once both
-    /// may leave.
+    /// How many threads have reserved the slot. If 1, `call` belongs to the thread in [`Call::thread`]. If two threads
+    /// reserve a slot at the same time, both may withdraw.
     pub holders: u64,
     pub call: Call,
 }
 shared!(Slot, size 8 + size_of::<Call>());
 
 impl Slot {
-    /// Where the call of a thread stands. Numbers that follow on one another, which threads that run at the same time often have,
-    /// are far apart, so that CPUs share no cache line.
+    /// Returns the slot of a thread's call. Threads that run at the same time often have consecutive numbers. Their slots are
+    /// far apart, so that CPUs share no cache line.
     #[inline(always)]
     #[must_use]
     pub fn index(thread: u64) -> u32 {
@@ -144,33 +142,33 @@ impl Slot {
 pub mod kind {
     /// A call that conflicts with the policy.
     pub const CONFLICT: u32 = 1;
-    /// A call that conflicts with nothing, wanted by [`crate::Config::calls`].
+    /// A call without a conflict, requested by [`crate::Config::calls`].
     pub const CALL: u32 = 2;
-    /// A setting that the kernel refused on a socket: `result` is the negative errno, `call` names
-    /// the option, the setting and the socket. No task: the kernel may have been in any.
+    /// A setting that the kernel refused on a socket: `result` is the negative errno; `call` has the option, the setting and
+    /// the socket. No task: the kernel may have run in any task.
     pub const OUTCOME: u32 = 3;
 }
 
 /// Values of [`Event::source`].
 pub mod source {
-    /// A cgroup hook, without the audit: the call's result is not known.
+    /// A cgroup hook, without the audit: the call's result is unknown.
     pub const HOOK: u32 = 1;
     pub const TRACEPOINT: u32 = 2;
     pub const KPROBE: u32 = 3;
     pub const FENTRY: u32 = 4;
 }
 
-/// One report.
+/// A report of one call or one outcome.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Event {
     /// CLOCK_MONOTONIC, nanoseconds.
     pub time_ns: u64,
-    /// Id of the task's cgroup; 0 if not known.
+    /// Id of the task's cgroup; 0 if unknown.
     pub cgroup: u64,
-    /// The call's return value: 0, or -errno. Not known where `source` is [`source::HOOK`].
+    /// The call's return value: 0, or -errno. Unknown if `source` is [`source::HOOK`].
     pub result: i64,
-    /// Like events held back by the rate limit since the last one that was sent.
+    /// Similar events that the rate limit suppressed since the last one that was sent.
     pub suppressed: u64,
     /// How long the call took, if calls are timed; otherwise 0. Nanoseconds.
     pub duration_ns: u64,
@@ -178,55 +176,55 @@ pub struct Event {
     pub kind: u32,
     /// See [`source`].
     pub source: u32,
-    /// Process (thread group); 0 if not known.
+    /// Process (thread group); 0 if unknown.
     pub pid: u32,
-    /// Thread; 0 if not known.
+    /// Thread; 0 if unknown.
     pub tid: u32,
     pub comm: [u8; COMM_LEN],
-    /// Zero if not known.
+    /// Zero if unknown.
     pub executable: Executable,
     pub call: Call,
 }
 shared!(Event, size 5 * 8 + 4 * 4 + 16 + size_of::<Executable>() + size_of::<Call>());
 
-/// An executable as a process runs it: no two processes have the same, nor one before and after exec.
+/// An executable that a process runs: different for each process, and before and after exec.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Executable {
-    /// When the process was made. CLOCK_BOOTTIME, nanoseconds.
+    /// When the process was created. CLOCK_BOOTTIME, nanoseconds.
     pub start_ns: u64,
     pub pid: u32,
-    /// How many times there was an exec on the way to it, in the processes before it too.
+    /// How many calls of exec led to the executable, including those of parent processes.
     pub exec_id: u32,
 }
 shared!(Executable, size 8 + 4 + 4);
 
-/// Entries of map `EXES_SENT`: executables of which the agent has to keep in mind what it was told.
+/// Entries of map `EXES_SENT`: executables whose path the agent must remember.
 pub const EXES_SENT_MAX: u32 = 4096;
 
-/// The longest path that is told, with its NULs.
+/// The longest path that is sent, with its NULs.
 pub const PATH_MAX: usize = 1024;
 /// The longest name in a path, with its NUL (`NAME_MAX` and 1).
 pub const NAME_MAX: usize = 256;
 
-/// The file of an executable. In the ring buffer before the first event of it.
+/// The file of an executable. In the ring buffer before the first event of the executable.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct ExecutableFile {
     pub executable: Executable,
-    /// Bytes of `names`; 0 if the path is too long, or not known.
+    /// Bytes of `names`; 0 if the path is too long or unknown.
     pub len: u64,
-    /// The names in its path, the last one first, each ended by a NUL.
+    /// The names in the path, the last one first, each followed by a NUL.
     pub names: [u8; PATH_MAX + NAME_MAX],
 }
 shared!(ExecutableFile, size size_of::<Executable>() + 8 + PATH_MAX + NAME_MAX);
 
-/// What the rate limit tells apart. Key of map `RATE_LIMITS`.
+/// Events with the same key share a rate limit. Key of map `RATE_LIMITS`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LimitKey {
     pub key: OptionKey,
-    /// The process; where it is not known, [`crate::Target::place`].
+    /// The process; if it is unknown, [`crate::Target::place`].
     pub pid: u32,
     pub verdict: u32,
     /// See [`kind`] and [`call`].
@@ -240,16 +238,16 @@ shared!(LimitKey, size 8 + 4 + 4 + 8);
 pub struct Limit {
     /// When the last event was sent. CLOCK_MONOTONIC, nanoseconds.
     pub sent_ns: u64,
-    /// Events held back since.
+    /// Events suppressed since.
     pub suppressed: u64,
 }
 shared!(Limit, size 8 + 8);
 
-/// Until when the events that a cgroup, a target or all targets caused use up their [`Rate`]. Maps `CGROUP_BUDGETS` and
+/// The time until which the events of a cgroup, a target or all targets use up their [`Rate`]. Maps `CGROUP_BUDGETS` and
 /// `BUDGETS`.
 ///
-/// A bucket that fills at a steady rate, as one number (the generic cell rate algorithm, ITU-T I.371): each event moves it on by
-/// an interval, and an event is over the budget where it is further ahead of the time than a burst.
+/// A bucket that fills at a steady rate, as one number (the generic cell rate algorithm, ITU-T I.371). Each event adds an
+/// interval. An event is over the budget if the number is further ahead of the current time than a burst.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Budget {
@@ -259,14 +257,14 @@ pub struct Budget {
 shared!(Budget, size 8);
 
 impl Budget {
-    /// Whether one more event is within the budget.
+    /// Returns whether one more event is within the budget.
     #[inline(always)]
     #[must_use]
     pub fn has_room(&self, rate: Rate, now_ns: u64) -> bool {
         self.until_ns <= now_ns + rate.burst * rate.interval_ns
     }
 
-    /// Whether all that was used has been filled up again.
+    /// Returns whether the whole budget is available again.
     #[inline(always)]
     #[must_use]
     pub fn is_full(&self, now_ns: u64) -> bool {
@@ -274,7 +272,7 @@ impl Budget {
     }
 }
 
-/// How many events one may cause.
+/// The rate of events of a budget.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rate {
     /// Time for one event in the long run. Nanoseconds.
@@ -288,20 +286,20 @@ impl Rate {
         Self { interval_ns: 1_000_000_000 / per_second, burst }
     }
 
-    /// Of the tasks of one cgroup.
+    /// For the tasks of one cgroup.
     pub const CGROUP: Self = Self::new(50, 500);
-    /// Of one target.
+    /// For one target.
     pub const TARGET: Self = Self::new(100, 1000);
-    /// Of one target that wants each call reported, where the ring buffer has little room.
+    /// For one target with every call requested, while the ring buffer has little room.
     pub const PRESSURE: Self = Self::new(100, 16);
-    /// Of all targets that use less than their own rate.
+    /// For all targets together that use less than their own rate.
     pub const QUIET: Self = Self::new(1000, 2000);
-    /// Of all others together.
+    /// For all other targets together.
     pub const BUSY: Self = Self::new(500, 2000);
 }
 
-/// Entries of map `BUDGETS`: targets whose places are the same but for multiples of it share one. A power of two. Two more are
-/// those of [`Rate::QUIET`] and [`Rate::BUSY`].
+/// Entries of map `BUDGETS`: targets whose slots are equal modulo this share one. A power of two. Two more entries are for
+/// [`Rate::QUIET`] and [`Rate::BUSY`].
 pub const BUDGETS_MAX: u32 = 4096;
 
 /// Which calls a [`Tally`] counts. Key of maps `TALLIES` and `UNKNOWN_TALLIES`.
@@ -316,28 +314,27 @@ pub struct TallyKey {
 shared!(TallyKey, size 8 + 4 + 4);
 
 impl TallyKey {
-    /// Stands for all options that have no entry of their own. The kernel has no option of this level.
+    /// Stands for all options without an entry of their own. The kernel has no option of this level.
     pub const OTHER: OptionKey = OptionKey { level: i32::MIN, name: i32::MIN };
 }
 
 /// Entries of map `UNKNOWN_TALLIES`.
 pub const UNKNOWN_TALLIES_MAX: u32 = 256;
 
-/// How many durations a [`Tally`] tells apart.
+/// The number of durations that a [`Tally`] distinguishes.
 pub const BUCKETS: usize = 32;
 
-/// The calls of one kind on one option, seen by the audit. Maps `TALLIES` and `UNKNOWN_TALLIES`, one
-/// per CPU.
+/// The calls of one kind on one option, seen by the audit. Maps `TALLIES` and `UNKNOWN_TALLIES`, one for each CPU.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tally {
     pub calls: u64,
-    /// Those of them that returned an error.
+    /// Calls that returned an error.
     pub failed: u64,
-    /// How long they took in all, if calls are timed. Nanoseconds.
+    /// The sum of durations, if calls are timed. Nanoseconds.
     pub total_ns: u64,
-    /// By duration, if calls are timed: bucket n counts those of 2^n up to 2^(n+1) nanoseconds; the first
-    /// also those below, the last those above.
+    /// By duration, if calls are timed: bucket n counts calls of at least 2^n and less than 2^(n+1) nanoseconds. The first
+    /// bucket also counts shorter calls, the last one longer calls.
     pub buckets: [u64; BUCKETS],
 }
 shared!(Tally, size 3 * 8 + 8 * BUCKETS);
@@ -348,11 +345,11 @@ impl Default for Tally {
     }
 }
 
-/// The bucket of [`Tally::buckets`] that counts calls of this duration.
+/// Returns the bucket of [`Tally::buckets`] that counts calls of this duration.
 #[inline(always)]
 #[must_use]
 pub fn bucket(duration_ns: u64) -> usize {
-    // By halves, for want of an instruction that counts leading zeros.
+    // A binary search, because there is no instruction that counts leading zeros.
     let mut left = duration_ns;
     let mut bucket = 0;
     let mut half = 32;
@@ -371,7 +368,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn threads_made_in_a_row_have_slots_of_their_own() {
+    fn threads_with_consecutive_numbers_have_separate_slots() {
         let mut is_taken = [false; CALLS_MAX as usize];
         for thread in 70_000..70_000 + u64::from(CALLS_MAX) {
             assert!(!core::mem::replace(&mut is_taken[Slot::index(thread) as usize], true), "{thread}");

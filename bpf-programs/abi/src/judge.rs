@@ -1,4 +1,4 @@
-//! What becomes of an application's call that a setting governs.
+//! Judges a call of an application that a setting governs.
 
 use crate::{
     setting::{
@@ -8,7 +8,7 @@ use crate::{
     shared,
 };
 
-/// What was done about a call. In dry-run: what would have been done.
+/// What was done about a call. In a dry run: what would have been done.
 pub mod verdict {
     /// The call agrees with the policy, or no setting governs it.
     pub const NONE: u8 = 0;
@@ -17,52 +17,52 @@ pub mod verdict {
     pub const CLAMPED: u8 = 3;
     pub const IGNORED: u8 = 4;
     pub const DENIED: u8 = 5;
-    /// How many verdicts a conflict can get: `ALLOWED` to `DENIED`.
+    /// The number of verdicts on a conflict: `ALLOWED` to `DENIED`.
     pub const COUNT: usize = 5;
 }
 
-/// The value that an application passed, read as the kernel would read it.
+/// The value that an application passed, interpreted as the kernel does.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Argument {
-    /// The number, for the kinds that are numbers.
+    /// The number, for kinds that are numbers.
     pub number: i64,
-    /// The text, NUL-padded, for the kind that is text.
+    /// The text, padded with NUL, for the kind that is text.
     pub text: Words,
 }
 shared!(Argument, size 8 + 16);
 
 impl Argument {
-    /// Reads the first bytes of an argument of `len` bytes as the kernel's handler of the option does.
+    /// Interprets the first bytes of an argument of `len` bytes as the kernel's handler of the option does.
     ///
-    /// `None` where the kernel refuses the length (EINVAL) or the time (EDOM): such a call changes nothing.
+    /// `None` if the kernel refuses the length (EINVAL) or the time (EDOM): such a call changes nothing.
     #[inline(always)]
     #[must_use]
     pub fn read(option: &OptionRow, len: i32, words: &Words) -> Option<Self> {
-        // A program further down has seen to it that the call does nothing.
+        // The program of a deeper cgroup has made the call do nothing.
         if len < 0 {
             return None;
         }
-        let mut asked = Self::default();
+        let mut requested = Self::default();
         match option.kind {
             kind::OPAQUE => {}
-            kind::TEXT => asked.text = text(len, words),
-            kind::LINGER => asked.number = linger(len, words)?,
-            kind::TIMEVAL => asked.number = timeval(len, words)?,
-            _ => asked.number = number(option, len, words)?,
+            kind::TEXT => requested.text = text(len, words),
+            kind::LINGER => requested.number = linger(len, words)?,
+            kind::TIMEVAL => requested.number = timeval(len, words)?,
+            _ => requested.number = number(option, len, words)?,
         }
-        Some(asked)
+        Some(requested)
     }
 }
 
-/// The number in an argument; `None` where the kernel refuses its length.
+/// Returns the number in an argument; `None` if the kernel refuses its length.
 #[inline(always)]
 fn number(option: &OptionRow, len: i32, words: &Words) -> Option<i64> {
-    let word = word_in(words);
+    let int = word_in(words);
     if option.argument == argument::RATE && len >= 8 {
         return Some(match words[0] {
             u64::MAX => i64::from(u32::MAX),
-            // All ones of 32 bits mean "unlimited" in an argument of four bytes alone: in eight they are a rate.
+            // 32 bits of ones mean "unlimited" only in an argument of four bytes: in eight bytes they are a rate.
             wide if wide == u64::from(u32::MAX) => wide as i64 + 1,
             wide if wide > i64::MAX as u64 => i64::MAX,
             wide => wide as i64,
@@ -78,20 +78,20 @@ fn number(option: &OptionRow, len: i32, words: &Words) -> Option<i64> {
         };
     }
     if option.traits & traits::LOW_BYTE != 0 {
-        return Some(i64::from(word & 0xff));
+        return Some(i64::from(int & 0xff));
     }
-    if option.traits & traits::MINUS_ONE_IS_ZERO != 0 && word == u32::MAX {
+    if option.traits & traits::MINUS_ONE_IS_ZERO != 0 && int == u32::MAX {
         return Some(0);
     }
     Some(match option.kind {
-        kind::UNSIGNED => i64::from(word),
-        kind::BOOL => i64::from(word != 0),
-        _ => i64::from(word as i32),
+        kind::UNSIGNED => i64::from(int),
+        kind::BOOL => i64::from(int != 0),
+        _ => i64::from(int as i32),
     })
 }
 
-/// The seconds for which close waits: none where it does not, and for ever where they are negative (`sk_setsockopt`,
-/// net/core/sock.c; 5.10 reads them as unsigned, which is as good as for ever).
+/// Returns the seconds for which close waits: 0 if it does not wait, and the maximum if they are negative (`sk_setsockopt`,
+/// net/core/sock.c; 5.10 reads them as unsigned, which is practically the same).
 #[inline(always)]
 fn linger(len: i32, words: &Words) -> Option<i64> {
     if len < LINGER_LEN {
@@ -107,7 +107,7 @@ fn linger(len: i32, words: &Words) -> Option<i64> {
     })
 }
 
-/// The microseconds in a time; `None` where the kernel refuses it (`sock_set_timeout`, net/core/sock.c).
+/// Returns the microseconds in a time; `None` if the kernel refuses it (`sock_set_timeout`, net/core/sock.c).
 #[inline(always)]
 fn timeval(len: i32, words: &Words) -> Option<i64> {
     if len < TIMEVAL_LEN {
@@ -117,7 +117,7 @@ fn timeval(len: i32, words: &Words) -> Option<i64> {
     if microseconds < 0 || microseconds >= MICROSECONDS as i64 {
         return None;
     }
-    // No time means for ever, and a negative one none at all. More seconds than fit are as good as for ever.
+    // Zero means no time-out, and a negative time means zero. More seconds than fit are practically no time-out.
     Some(match seconds {
         0 if microseconds == 0 => i64::MAX,
         ..0 => 0,
@@ -126,13 +126,13 @@ fn timeval(len: i32, words: &Words) -> Option<i64> {
     })
 }
 
-/// As microseconds they fit.
+/// Seconds that fit an `i64` as microseconds.
 const SECONDS_MAX: i64 = i64::MAX / MICROSECONDS as i64 - 1;
 
-/// The text in `words`, which ends at the first NUL or after `len` bytes, padded with NUL.
+/// Returns the text in `words`, which ends at the first NUL or after `len` bytes, padded with NUL.
 #[inline(always)]
 fn text(len: i32, words: &Words) -> Words {
-    // One byte less than there is room for: the kernel's own copy ends in NUL.
+    // One byte less than the buffer: the kernel's own copy ends in NUL.
     let len = if len < 0 { 0 } else { len.min(TEXT_LEN as i32 - 1) as u32 };
     let first = until_nul(words[0] & first_bytes(len));
     let is_longer = len > 8 && first >> 56 != 0;
@@ -140,33 +140,32 @@ fn text(len: i32, words: &Words) -> Words {
     [first, second]
 }
 
-/// The bits of the first `len` bytes of a word. Little-endian, as is the target.
+/// Returns a mask of the first `len` bytes of a word. Little-endian, as is the target.
 #[inline(always)]
 fn first_bytes(len: u32) -> u64 {
     if len >= 8 { u64::MAX } else { (1 << (8 * len)) - 1 }
 }
 
-/// The bytes of a word before its first zero byte, the others cleared.
+/// Returns the bytes of a word before its first zero byte, with the others cleared.
 #[inline(always)]
 fn until_nul(word: u64) -> u64 {
     const LOW: u64 = 0x0101_0101_0101_0101;
     const HIGH: u64 = 0x8080_8080_8080_8080;
-    // The lowest bit that this leaves is the top bit of the first zero byte.
+    // The lowest bit that remains is the top bit of the first zero byte.
     let zeros = word.wrapping_sub(LOW) & !word & HIGH;
     if zeros == 0 { word } else { word & ((zeros & zeros.wrapping_neg()) - 1) }
 }
 
 #[cfg(not(target_endian = "little"))]
-compile_error!("texts are taken apart as little-endian words");
+compile_error!("texts are read as little-endian words");
 
-/// What is to be done about a call.
+/// The decision about a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Judgement {
     /// See [`verdict`].
     pub verdict: u8,
-    /// What the kernel is to be given in place of the application's value; unknown where the call
-    /// goes through as it is or not at all.
-    pub given: Value,
+    /// The value that the kernel gets in place of the application's; unknown if the call continues unchanged or not at all.
+    pub applied: Value,
 }
 
 impl Judgement {
@@ -174,28 +173,28 @@ impl Judgement {
     const DENIED: Self = Self::of(verdict::DENIED);
 
     const fn of(verdict: u8) -> Self {
-        Self { verdict, given: Value::UNKNOWN }
+        Self { verdict, applied: Value::UNKNOWN }
     }
 }
 
-/// The argument of four bytes that agrees with a setting because it asks for just that. `None` where there is none, and where
-/// the application may win: there it is noted who does.
+/// Returns the four-byte argument that agrees with a setting because it is the setting's value. `None` if there is none, and
+/// if the application may win: then the winner must be recorded.
 #[must_use]
 pub fn agreeing(option: &OptionRow, setting: &Setting) -> Option<u32> {
-    let asked = Argument::read(option, 4, &words_of(setting.value))?;
-    let is_it = setting.form == form::SET
+    let requested = Argument::read(option, 4, &words_of(setting.value))?;
+    let agrees = setting.form == form::SET
         && option.kind != kind::ROOM
         && setting.on_conflict != on_conflict::ALLOW
-        && judge(option, setting, &asked).verdict == verdict::NONE;
-    is_it.then_some(setting.value)
+        && judge(option, setting, &requested).verdict == verdict::NONE;
+    agrees.then_some(setting.value)
 }
 
-/// Judges a call with an argument of `len` bytes, of which these are the first. `None` where the kernel refuses the argument
-/// by itself.
+/// Judges a call with an argument of `len` bytes, of which `words` are the first. `None` if the kernel itself refuses the
+/// argument.
 #[inline(always)]
 #[must_use]
 pub fn judge_argument(option: &OptionRow, setting: &Setting, len: i32, words: &Words) -> Option<Judgement> {
-    // Denied whatever it is; but a call that a program further down has skipped does nothing.
+    // Denied whatever the argument is. A call that the program of a deeper cgroup has skipped does nothing.
     if setting.form == form::DENY && len >= 0 {
         return Some(Judgement::DENIED);
     }
@@ -208,51 +207,51 @@ pub fn judge_argument(option: &OptionRow, setting: &Setting, len: i32, words: &W
 /// Judges a call that `setting` governs.
 #[inline(always)]
 #[must_use]
-pub fn judge(option: &OptionRow, setting: &Setting, asked: &Argument) -> Judgement {
+pub fn judge(option: &OptionRow, setting: &Setting, requested: &Argument) -> Judgement {
     let conflict = match setting.form {
         form::DENY => return Judgement::DENIED,
         _ if option.kind == kind::OPAQUE => None,
-        form::SET if option.kind == kind::LOCK => unlocked(option, asked, verdict::REWRITTEN),
-        form::LIMIT if option.kind == kind::LOCK => unlocked(option, asked, verdict::CLAMPED),
-        form::SET => other_value(option, setting, asked).map(|value| (value, verdict::REWRITTEN)),
+        form::SET if option.kind == kind::LOCK => unlocked(option, requested, verdict::REWRITTEN),
+        form::LIMIT if option.kind == kind::LOCK => unlocked(option, requested, verdict::CLAMPED),
+        form::SET => other_value(option, setting, requested).map(|value| (value, verdict::REWRITTEN)),
         form::LIMIT => {
-            beyond(option, setting, asked.number).map(|bound| (Value::number(option.kind, bound), verdict::CLAMPED))
+            beyond(option, setting, requested.number).map(|bound| (Value::number(option.kind, bound), verdict::CLAMPED))
         }
         _ => None,
     };
-    let Some((given, replacing)) = conflict else { return Judgement::NONE };
+    let Some((applied, replacing)) = conflict else { return Judgement::NONE };
     match setting.on_conflict {
-        on_conflict::REWRITE => Judgement { verdict: replacing, given },
+        on_conflict::REWRITE => Judgement { verdict: replacing, applied },
         on_conflict::IGNORE => Judgement::of(verdict::IGNORED),
         on_conflict::DENY => Judgement::DENIED,
         _ => Judgement::of(verdict::ALLOWED),
     }
 }
 
-/// What SO_BUF_LOCK is to be given where the application would have a governed buffer tuned.
+/// Returns the SO_BUF_LOCK to set instead, if the application requests the tuning of a governed buffer.
 #[inline(always)]
-fn unlocked(option: &OptionRow, asked: &Argument, verdict: u8) -> Option<(Value, u8)> {
-    let (number, lock) = (asked.number as u32, u32::from(option.lock));
+fn unlocked(option: &OptionRow, requested: &Argument, verdict: u8) -> Option<(Value, u8)> {
+    let (number, lock) = (requested.number as u32, u32::from(option.lock));
     (number & lock != lock).then(|| (Value::int(number | lock), verdict))
 }
 
-/// The value that a setting wants in place of the application's; `None` where they agree.
+/// Returns the value that a setting wants in place of the application's; `None` if they agree.
 #[inline(always)]
-fn other_value(option: &OptionRow, setting: &Setting, asked: &Argument) -> Option<Value> {
+fn other_value(option: &OptionRow, setting: &Setting, requested: &Argument) -> Option<Value> {
     if setting.is_text() != option.is_text() {
         return Some(setting.whole_value());
     }
     if option.is_text() {
-        return (setting.text != asked.text).then(|| setting.whole_value());
+        return (setting.text != requested.text).then(|| setting.whole_value());
     }
-    // A number that does not fit 32 bits disagrees with any policy.
-    let fits = asked.number >= i64::from(i32::MIN) && asked.number <= i64::from(u32::MAX);
-    let word = asked.number as u32;
-    let agrees = fits && (word ^ setting.value) & setting.mask == 0;
-    (!agrees).then(|| Value::int(setting.apply_to(word)))
+    // A number that does not fit 32 bits conflicts with every policy.
+    let fits = requested.number >= i64::from(i32::MIN) && requested.number <= i64::from(u32::MAX);
+    let int = requested.number as u32;
+    let agrees = fits && (int ^ setting.value) & setting.mask == 0;
+    (!agrees).then(|| Value::int(setting.apply_to(int)))
 }
 
-/// The bound of a limit that a number violates, if it does.
+/// Returns the bound of a limit that a number violates, if any.
 #[inline(always)]
 fn beyond(option: &OptionRow, setting: &Setting, number: i64) -> Option<i64> {
     let effective = match number {
@@ -263,7 +262,7 @@ fn beyond(option: &OptionRow, setting: &Setting, number: i64) -> Option<i64> {
     let (low, high) = match effective {
         effective::SAME => (number, number),
         effective::UNCERTAIN => (i64::MIN, i64::MAX),
-        stands_for => (stands_for, stands_for),
+        value => (value, value),
     };
     if high > setting.max {
         Some(setting.max)
@@ -294,7 +293,7 @@ mod tests {
     }
 
     fn number(option: &OptionRow, value: &[u8]) -> Option<i64> {
-        Argument::read(option, value.len() as i32, &words(value)).map(|asked| asked.number)
+        Argument::read(option, value.len() as i32, &words(value)).map(|requested| requested.number)
     }
 
     #[test]
@@ -369,23 +368,23 @@ mod tests {
         Setting { form: form::SET, value, mask, on_conflict, ..Setting::default() }
     }
 
-    fn asked(number: i64) -> Argument {
+    fn requested(number: i64) -> Argument {
         Argument { number, ..Argument::default() }
     }
 
     #[test]
-    fn call_that_asks_for_the_policys_value_agrees() {
+    fn call_with_the_policys_value_agrees() {
         let setting = set(1, u32::MAX, on_conflict::DENY);
-        assert_eq!(judge(&option(kind::BOOL), &setting, &asked(1)).verdict, verdict::NONE);
+        assert_eq!(judge(&option(kind::BOOL), &setting, &requested(1)).verdict, verdict::NONE);
     }
 
     #[test]
-    fn value_of_a_setting_agrees_with_it_unless_it_matters_who_wins() {
+    fn value_of_a_setting_agrees_unless_the_winner_must_be_recorded() {
         let mask = |mask, value, action| agreeing(&option(kind::INT), &set(value, mask, action));
         assert_eq!(mask(u32::MAX, 7, on_conflict::DENY), Some(7));
         assert_eq!(mask(0xff, 7, on_conflict::REWRITE), Some(7));
         assert_eq!(mask(u32::MAX, 7, on_conflict::ALLOW), None);
-        // Read as true, which is 1.
+        // Interpreted as true, which is 1.
         assert_eq!(agreeing(&option(kind::BOOL), &set(7, u32::MAX, on_conflict::DENY)), None);
         let text = Setting { text: words(b"bbr"), is_text: 1, ..set(0, u32::MAX, on_conflict::DENY) };
         assert_eq!(agreeing(&option(kind::TEXT), &text), None);
@@ -396,45 +395,45 @@ mod tests {
 
     #[test]
     fn each_action_gives_its_verdict() {
-        for (action, verdict, given) in [
+        for (action, verdict, applied) in [
             (on_conflict::ALLOW, verdict::ALLOWED, Value::UNKNOWN),
             (on_conflict::REWRITE, verdict::REWRITTEN, Value::int(1)),
             (on_conflict::IGNORE, verdict::IGNORED, Value::UNKNOWN),
             (on_conflict::DENY, verdict::DENIED, Value::UNKNOWN),
         ] {
-            let judgement = judge(&option(kind::BOOL), &set(1, u32::MAX, action), &asked(0));
-            assert_eq!(judgement, Judgement { verdict, given });
+            let judgement = judge(&option(kind::BOOL), &set(1, u32::MAX, action), &requested(0));
+            assert_eq!(judgement, Judgement { verdict, applied });
         }
     }
 
     #[test]
     fn bits_outside_the_mask_stay_the_applications() {
         let setting = set(0x20, 0xff, on_conflict::REWRITE);
-        assert_eq!(judge(&option(kind::UNSIGNED), &setting, &asked(0x1120)).verdict, verdict::NONE);
-        assert_eq!(judge(&option(kind::UNSIGNED), &setting, &asked(0x1133)).given, Value::int(0x1120));
+        assert_eq!(judge(&option(kind::UNSIGNED), &setting, &requested(0x1120)).verdict, verdict::NONE);
+        assert_eq!(judge(&option(kind::UNSIGNED), &setting, &requested(0x1133)).applied, Value::int(0x1120));
     }
 
     #[test]
     fn limit_clamps_to_the_nearer_end() {
         let setting =
             Setting { form: form::LIMIT, min: 10, max: 20, on_conflict: on_conflict::REWRITE, ..Setting::default() };
-        assert_eq!(judge(&option(kind::INT), &setting, &asked(15)).verdict, verdict::NONE);
+        assert_eq!(judge(&option(kind::INT), &setting, &requested(15)).verdict, verdict::NONE);
         assert_eq!(
-            judge(&option(kind::INT), &setting, &asked(9)),
-            Judgement { verdict: verdict::CLAMPED, given: Value::int(10) }
+            judge(&option(kind::INT), &setting, &requested(9)),
+            Judgement { verdict: verdict::CLAMPED, applied: Value::int(10) }
         );
         assert_eq!(
-            judge(&option(kind::INT), &setting, &asked(99)),
-            Judgement { verdict: verdict::CLAMPED, given: Value::int(20) }
+            judge(&option(kind::INT), &setting, &requested(99)),
+            Judgement { verdict: verdict::CLAMPED, applied: Value::int(20) }
         );
     }
 
     #[test]
-    fn times_in_structures_are_limited_as_times() {
+    fn linger_and_timeval_are_limited_by_their_duration() {
         let limit =
             |min, max| Setting { form: form::LIMIT, min, max, on_conflict: on_conflict::REWRITE, ..Setting::default() };
         let judged = |kind, setting: &Setting, words, len| {
-            judge_argument(&option(kind), setting, len, &words).map(|judgement| judgement.given)
+            judge_argument(&option(kind), setting, len, &words).map(|judgement| judgement.applied)
         };
         let linger = |on: u64, seconds: u64| [on | seconds << 32, 0];
         let five_seconds = limit(0, 5);
@@ -442,28 +441,32 @@ mod tests {
         assert_eq!(judged(kind::LINGER, &five_seconds, linger(1, 3), 8), Some(Value::UNKNOWN));
         assert_eq!(judged(kind::LINGER, &five_seconds, linger(0, 9), 8), Some(Value::UNKNOWN), "it does not wait");
         let negative = linger(1, 0xffff_ffff);
-        assert_eq!(judged(kind::LINGER, &five_seconds, negative, 8), Some(Value::new(linger(1, 5), 8)), "for ever");
+        assert_eq!(
+            judged(kind::LINGER, &five_seconds, negative, 8),
+            Some(Value::new(linger(1, 5), 8)),
+            "waits for ever"
+        );
         assert_eq!(judged(kind::LINGER, &limit(2, 5), linger(0, 9), 8), Some(Value::new(linger(1, 2), 8)));
         assert_eq!(judged(kind::LINGER, &five_seconds, linger(1, 9), 4), None, "the kernel refuses it");
         let setting = limit(1_000_000, 2_500_000);
-        let given = |words| judged(kind::TIMEVAL, &setting, words, 16);
-        assert_eq!(given([9, 0]), Some(Value::new([2, 500_000], 16)));
-        assert_eq!(given([0, 0]), Some(Value::new([2, 500_000], 16)), "for ever");
-        assert_eq!(given([0, 5]), Some(Value::new([1, 0], 16)));
-        assert_eq!(given([u64::MAX, 0]), Some(Value::new([1, 0], 16)), "not at all");
-        assert_eq!(given([2, 0]), Some(Value::UNKNOWN));
-        assert_eq!(given([i64::MAX as u64, 0]), Some(Value::new([2, 500_000], 16)));
+        let applied = |words| judged(kind::TIMEVAL, &setting, words, 16);
+        assert_eq!(applied([9, 0]), Some(Value::new([2, 500_000], 16)));
+        assert_eq!(applied([0, 0]), Some(Value::new([2, 500_000], 16)), "no time-out");
+        assert_eq!(applied([0, 5]), Some(Value::new([1, 0], 16)));
+        assert_eq!(applied([u64::MAX, 0]), Some(Value::new([1, 0], 16)), "zero");
+        assert_eq!(applied([2, 0]), Some(Value::UNKNOWN));
+        assert_eq!(applied([i64::MAX as u64, 0]), Some(Value::new([2, 500_000], 16)));
         for (words, len) in [([9, 0], 8), ([9, 1_000_000], 16)] {
             assert_eq!(judged(kind::TIMEVAL, &setting, words, len), None, "the kernel refuses it");
         }
     }
 
     #[test]
-    fn limit_compares_what_a_value_stands_for() {
+    fn limit_compares_the_effective_value() {
         let limit =
             |min, max| Setting { form: form::LIMIT, min, max, on_conflict: on_conflict::REWRITE, ..Setting::default() };
         let judged = |zero, negative, setting: &Setting, number| {
-            judge(&OptionRow { zero, negative, ..option(kind::INT) }, setting, &asked(number)).given
+            judge(&OptionRow { zero, negative, ..option(kind::INT) }, setting, &requested(number)).applied
         };
         let (at_most, at_least) = (limit(i64::MIN, 8), limit(100, i64::MAX));
         // A default of 64.
@@ -471,13 +474,13 @@ mod tests {
         assert_eq!(judged(64, effective::SAME, &at_least, 0), Value::int(100));
         assert_eq!(judged(effective::SAME, 64, &at_most, -1), Value::int(8));
         assert_eq!(judged(effective::SAME, 4, &at_most, -1), Value::UNKNOWN);
-        // No limit of its own.
+        // Unlimited.
         assert_eq!(judged(i64::MAX, effective::SAME, &at_most, 0), Value::int(8));
         assert_eq!(judged(i64::MAX, effective::SAME, &at_least, 0), Value::UNKNOWN);
-        // Either.
+        // Unknown: violates both bounds.
         assert_eq!(judged(effective::UNCERTAIN, effective::SAME, &at_most, 0), Value::int(8));
         assert_eq!(judged(effective::UNCERTAIN, effective::SAME, &at_least, 0), Value::int(100));
-        // Itself.
+        // The value itself.
         assert_eq!(judged(effective::SAME, effective::SAME, &at_most, 0), Value::UNKNOWN);
         assert_eq!(judged(effective::SAME, effective::SAME, &at_least, -1), Value::int(100));
     }
@@ -490,23 +493,23 @@ mod tests {
             Setting { form: form::LIMIT, on_conflict: on_conflict::REWRITE, ..Setting::default() },
         );
         for (setting, verdict) in [(set, verdict::REWRITTEN), (limit, verdict::CLAMPED)] {
-            assert_eq!(judge(&lock, &setting, &asked(2)), Judgement { verdict, given: Value::int(3) });
-            assert_eq!(judge(&lock, &setting, &asked(3)).verdict, verdict::NONE);
+            assert_eq!(judge(&lock, &setting, &requested(2)), Judgement { verdict, applied: Value::int(3) });
+            assert_eq!(judge(&lock, &setting, &requested(3)).verdict, verdict::NONE);
         }
     }
 
     #[test]
     fn name_and_index_of_a_device_disagree() {
         let by_name = Setting { is_text: 1, text: words(b"eth0"), ..set(0, u32::MAX, on_conflict::REWRITE) };
-        let judgement = judge(&option(kind::INT), &by_name, &asked(3));
-        assert_eq!(judgement, Judgement { verdict: verdict::REWRITTEN, given: Value::text(words(b"eth0")) });
+        let judgement = judge(&option(kind::INT), &by_name, &requested(3));
+        assert_eq!(judgement, Judgement { verdict: verdict::REWRITTEN, applied: Value::text(words(b"eth0")) });
         let by_index = set(3, u32::MAX, on_conflict::REWRITE);
         let name = Argument { text: words(b"eth0"), ..Argument::default() };
-        assert_eq!(judge(&option(kind::TEXT), &by_index, &name).given, Value::int(3));
+        assert_eq!(judge(&option(kind::TEXT), &by_index, &name).applied, Value::int(3));
     }
 
     #[test]
-    fn deny_denies_whatever_is_asked() {
+    fn deny_denies_every_argument() {
         let setting = Setting { form: form::DENY, ..Setting::default() };
         for kind in [kind::OPAQUE, kind::INT, kind::TEXT, kind::LINGER, kind::TIMEVAL] {
             for len in [0, 1, 3, 4, 8, 16, 4097, i32::MAX] {
@@ -519,6 +522,6 @@ mod tests {
 
     #[test]
     fn zeroed_setting_is_inert() {
-        assert_eq!(judge(&option(kind::INT), &Setting::default(), &asked(5)).verdict, verdict::NONE);
+        assert_eq!(judge(&option(kind::INT), &Setting::default(), &requested(5)).verdict, verdict::NONE);
     }
 }

@@ -1,30 +1,30 @@
-//! Where the kernel keeps what the audit looks at: byte offsets in its structures.
+//! Byte offsets in the kernel's structures that the programs read.
 //!
-//! They differ from kernel to kernel and from build to build. The agent takes them from the kernel's own
-//! description of its types (BTF) before it loads the programs, to which they are constants.
+//! They differ between kernels and between builds. The agent reads them from the kernel's description of its types (BTF)
+//! before it loads the programs. For the programs they are constants.
 
 use crate::shared;
 
-/// Bits of [`Layout::known`]: what can be looked at. Zero: nothing.
+/// Bits of [`Layout::known`]: what can be read. Zero: nothing.
 pub mod known {
     /// A `struct sock`: family, protocol, addresses, cookie, cgroup.
     pub const SOCKET: u32 = 1;
-    /// The socket behind a descriptor.
+    /// The socket of a descriptor.
     pub const DESCRIPTOR: u32 = 2;
-    /// The cgroups above a task's, for kernels that have no helper for it.
+    /// The ancestors of a task's cgroup, for kernels that have no helper for them.
     pub const ANCESTORS: u32 = 4;
-    /// The system call that a task is in: its number, what it was given, and whether it is a 32-bit one.
+    /// The system call that a task is in: its number, its arguments, and whether it is a 32-bit one.
     pub const SYSCALL: u32 = 8;
-    /// What tells a task's process from others before and after it, and the file that it runs.
+    /// What identifies a task's process, and the file that it runs.
     pub const EXECUTABLE: u32 = 16;
     /// The devices of a socket's network namespace, by index.
     pub const DEVICES: u32 = 32;
 }
 
-/// The arguments of setsockopt and getsockopt.
+/// The number of arguments of setsockopt and getsockopt.
 pub const ARGUMENTS: usize = 5;
 
-/// Offsets in bytes, each from the beginning of the structure that its name starts with.
+/// Offsets in bytes, each from the beginning of the structure with which its name starts.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Layout {
@@ -32,7 +32,7 @@ pub struct Layout {
     pub known: u32,
     /// `struct socket`
     pub socket_sk: u32,
-    /// `struct sock`, its `__sk_common` included
+    /// `struct sock`, including its `__sk_common`
     pub sock_family: u32,
     pub sock_state: u32,
     pub sock_num: u32,
@@ -48,14 +48,14 @@ pub struct Layout {
     /// `struct cgroup`
     pub cgroup_kn: u32,
     pub cgroup_parent: u32,
-    /// Ids of the cgroups from the root to this one, where the kernel keeps them so.
+    /// Ids of the cgroups from the root to this one, if the kernel keeps them in this form.
     pub cgroup_ancestor_ids: u32,
     /// `struct kernfs_node`
     pub kernfs_node_id: u32,
     /// `struct task_struct`
     pub task_files: u32,
     pub task_cgroups: u32,
-    /// thread_info.status, which tells 32-bit system calls from others on x86.
+    /// thread_info.status, which distinguishes 32-bit system calls on x86.
     pub task_status: u32,
     /// `struct files_struct`
     pub files_fdt: u32,
@@ -72,12 +72,12 @@ pub struct Layout {
     pub css_set_cgroup: u32,
     /// `struct cgroup`: its level, counted from the root.
     pub cgroup_level: u32,
-    /// `struct pt_regs`: the number of the system call, what it returns, and what it was given.
+    /// `struct pt_regs`: the number of the system call, its result, and its arguments.
     pub regs_syscall: u32,
     pub regs_result: u32,
     pub regs_arguments: [u32; ARGUMENTS],
-    /// `struct task_struct`: its number; its process's number; the process's first thread; when a thread was made; how many
-    /// programs it has been; its memory.
+    /// `struct task_struct`: its thread id; its process id; the process's first thread; when a thread was created; how often
+    /// the process called exec; its memory.
     pub task_pid: u32,
     pub task_tgid: u32,
     pub task_leader: u32,
@@ -100,16 +100,16 @@ pub struct Layout {
     pub mount_point: u32,
     /// `struct sock`
     pub sock_net: u32,
-    /// `struct net`: its table of lists of devices, by the lowest eight bits of their index.
+    /// `struct net`: its hash table of device lists, by the lowest eight bits of the device index.
     pub net_devices: u32,
-    /// `struct net_device`: its place in such a list, and its index.
+    /// `struct net_device`: its node in such a list, and its index.
     pub device_node: u32,
     pub device_index: u32,
 }
 shared!(Layout, size 51 * 4 + ARGUMENTS * 4);
 
 impl Layout {
-    /// Whether it has all offsets for `what`: bits of [`known`].
+    /// Returns whether the layout has all offsets for `what`: bits of [`known`].
     #[must_use]
     pub fn knows(&self, what: u32) -> bool {
         self.known & what == what
@@ -118,17 +118,17 @@ impl Layout {
 
 /// Values of [`Member::of`]: which sockets have the structure.
 pub mod of {
-    /// All: `struct sock`.
+    /// All sockets: `struct sock`.
     pub const SOCK: u32 = 0;
-    /// Those of IPv4 and IPv6: `struct inet_sock`.
+    /// IPv4 and IPv6 sockets: `struct inet_sock`.
     pub const INET: u32 = 1;
-    /// Those of TCP: `struct tcp_sock`.
+    /// TCP sockets: `struct tcp_sock`.
     pub const TCP: u32 = 2;
 }
 
 /// Where a socket keeps the value of an option. Map `MEMBERS`, by option.
 ///
-/// All three structures begin where the socket does.
+/// All three structures begin at the address of the socket.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Member {

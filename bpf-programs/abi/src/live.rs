@@ -1,7 +1,7 @@
-//! What sockets that are there are to be given: decided by the agent, done by a program that the kernel runs for each TCP
-//! socket of a network namespace.
+//! Values for existing sockets: the agent decides, and a program sets them that the kernel runs for each TCP socket of a
+//! network namespace.
 //!
-//! In two steps, for what a socket has is to be written down before it is changed.
+//! There are two steps, because the old values must be written to the journal before the new ones are set.
 
 use crate::{
     SETTABLE_MAX,
@@ -11,15 +11,15 @@ use crate::{
 
 /// Values of [`IterControl::step`]: what the program does with sockets that have a [`SocketJob`].
 pub mod step {
-    /// A zeroed map: nothing.
+    /// A zeroed map: the program does nothing.
     pub const NONE: u32 = 0;
-    /// Reads what they have.
+    /// Reads the current values.
     pub const READ: u32 = 1;
-    /// Gives them what they are to have.
+    /// Sets the new values.
     pub const SET: u32 = 2;
 }
 
-/// What a walk is for. Map `ITER_CONTROL`.
+/// What the program does in one iteration. Map `ITER_CONTROL`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct IterControl {
@@ -30,39 +30,39 @@ pub struct IterControl {
 }
 shared!(IterControl, size 4 + 4);
 
-/// How many places a job can stand at. With four for each job there is a free one, as good as always.
+/// The number of places of a job. With four places for each job in the table, one of these is free in practice.
 pub const REACH: u32 = 16;
 
-/// The indices of map `JOBS` at which the job of a socket can stand: in a table of `1 << (64 - shift)`, and as many more as the
-/// last of them reaches beyond.
+/// Returns the indices into map `JOBS` at which the job of a socket can be. The table has `1 << (64 - shift)` entries, and
+/// one less than [`REACH`] more for the places of the last entries.
 #[inline(always)]
 pub fn places(cookie: u64, shift: u32) -> impl Iterator<Item = u32> {
-    // Cookies come in long rows: multiplied by the golden ratio they lie far from each other.
+    // Cookies are consecutive numbers: multiplication by the golden ratio spreads them.
     const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
     let first = cookie.wrapping_mul(GOLDEN).wrapping_shr(shift) as u32;
     (0..REACH).map(move |step| first.wrapping_add(step))
 }
 
-/// What is to be done with one socket. Map `JOBS`, at the first of its [`places`] that was free: what an array in the agent's own
-/// memory takes no time to write, a hash map takes two calls for each.
+/// The job of one socket. Map `JOBS`, at the first of its [`places`] that was free. The agent writes the array through mmap,
+/// at almost no cost; a hash map would take two system calls for each job.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SocketJob {
-    /// The socket's; 0 where there is no job.
+    /// The socket's cookie; 0 if there is no job.
     pub cookie: u64,
-    /// Index of map `ASSIGNMENT_LISTS`: what it is to be given.
+    /// Index into map `ASSIGNMENT_LISTS`.
     pub list: u32,
-    /// Index of map `OUTCOMES` of what comes of the first of these; those of the others follow.
+    /// Index into map `OUTCOMES` of the outcome of the first assignment; the others follow.
     pub first: u32,
 }
 shared!(SocketJob, size 8 + 4 + 4);
 
-/// What one or more sockets are to be given. Map `ASSIGNMENT_LISTS`.
+/// The values for one or more sockets. Map `ASSIGNMENT_LISTS`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct AssignmentList {
     pub len: u32,
-    /// Indices of map `ASSIGNMENTS`, in the order in which to set them.
+    /// Indices into map `ASSIGNMENTS`, in the order in which to set them.
     pub assignments: [u32; SETTABLE_MAX],
 }
 shared!(AssignmentList, size 4 + 4 * SETTABLE_MAX);
@@ -73,27 +73,27 @@ impl Default for AssignmentList {
     }
 }
 
-/// A value that an option is to have. Map `ASSIGNMENTS`.
+/// A value to set on an option. Map `ASSIGNMENTS`.
 ///
-/// As the bytes lie in memory, so that a number and a text are one to the program: each branch in it counts as often as
-/// there can be assignments.
+/// The value is bytes as in memory, so that the program treats numbers and texts alike: the verifier follows each branch for
+/// each possible assignment.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Assignment {
     pub key: OptionKey,
     /// What to set; bits outside `mask` are 0.
     pub value: Words,
-    /// The bits that are to be set; the others stay as they are.
+    /// The bits to set; the others stay unchanged.
     pub mask: Words,
-    /// Whether it is a text, of [`TEXT_LEN`](crate::setting::TEXT_LEN) bytes, and not an `int` (0 or 1).
+    /// Whether the value is a text of [`TEXT_LEN`](crate::setting::TEXT_LEN) bytes, and not an `int` (0 or 1).
     pub is_text: u32,
-    /// Whether the kernel shows twice the number that it was given (0 or 1).
+    /// Whether the kernel shows twice the number that was set (0 or 1).
     pub is_doubled: u32,
 }
 shared!(Assignment, size 8 + 16 + 16 + 4 + 4);
 
 impl Assignment {
-    /// What a setting says of an option.
+    /// Makes the assignment of a setting to an option.
     #[must_use]
     pub fn new(option: &OptionRow, setting: &Setting) -> Self {
         let is_text = setting.is_text();
@@ -105,28 +105,28 @@ impl Assignment {
         Self { key: option.helper_key(setting), value, mask, is_text: is_text.into(), is_doubled: is_doubled.into() }
     }
 
-    /// How many bytes the value has.
+    /// Returns the length of the value in bytes.
     #[inline(always)]
     #[must_use]
     pub fn bytes(&self) -> i32 {
         4 + (self.is_text & 1) as i32 * 12
     }
 
-    /// What to set on a socket that shows `now`.
+    /// Returns the value to set on a socket that shows `now`.
     #[inline(always)]
     #[must_use]
     pub fn given(&self, now: &Words) -> Words {
         [(now[0] & !self.mask[0]) | self.value[0], (now[1] & !self.mask[1]) | self.value[1]]
     }
 
-    /// What the socket shows when it has that. Not doubled beyond an `int`: no buffer is as large.
+    /// Returns what the socket shows after `given` was set. Doubling beyond an `int` is ignored: no buffer is as large.
     #[inline(always)]
     #[must_use]
     pub fn shown(&self, given: &Words) -> Words {
         [given[0] << (self.is_doubled & 1), given[1]]
     }
 
-    /// Words as what the option shows.
+    /// Returns words as a value that the option shows.
     #[must_use]
     pub fn shows(&self, words: Words) -> Value {
         Value::new(words, self.bytes() as u32)
@@ -135,44 +135,44 @@ impl Assignment {
 
 /// Values of [`Outcome::state`].
 pub mod state {
-    /// No such socket has come by.
+    /// The program has not seen the socket.
     pub const NONE: u32 = 0;
-    /// The option was read, or could not be.
-    pub const LOOKED_AT: u32 = 1;
-    /// The socket had the value when it was to be set.
+    /// The option was read, or could not be read.
+    pub const READ: u32 = 1;
+    /// The socket already had the value that was to be set.
     pub const UNCHANGED: u32 = 2;
-    /// It was set, or could not be.
+    /// The option was set, or could not be set.
     pub const SET: u32 = 3;
 }
 
-/// What came of one assignment on one socket. Map `OUTCOMES`: written by the program, read and zeroed by the agent.
+/// The result of one assignment on one socket. Map `OUTCOMES`: written by the program, read and zeroed by the agent.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Outcome {
-    /// What getsockopt showed when it was looked at.
+    /// The value in the step [`step::READ`].
     pub before: Words,
-    /// What it shows since it was set.
+    /// The value after it was set.
     pub after: Words,
     /// See [`state`].
     pub state: u32,
-    /// Why it could not be read or set; positive, 0 if it could.
+    /// The errno of the failed read or write; positive, 0 if it succeeded.
     pub errno: u32,
 }
 shared!(Outcome, size 16 + 16 + 4 + 4);
 
 impl Outcome {
-    /// Whether `before` has been read.
+    /// Returns whether `before` was read.
     #[must_use]
     pub fn is_read(&self) -> bool {
-        self.state == state::LOOKED_AT && self.errno == 0
+        self.state == state::READ && self.errno == 0
     }
 }
 
-/// A descriptor of a process that is a socket: what the program tells that is run for each file of each process.
+/// A descriptor of a socket: the program writes one record for each such file of each process.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FdEntry {
-    /// What `/proc/PID/fd` calls the socket.
+    /// The inode number of the socket in `/proc/PID/fd`.
     pub inode: u64,
     pub process: u32,
     pub descriptor: u32,
@@ -185,7 +185,7 @@ mod tests {
     use crate::setting::{kind, words_of_text};
 
     #[test]
-    fn places_are_within_the_table_and_what_it_has_beyond() {
+    fn places_are_within_the_table_and_its_extension() {
         for bits in [1, 6, 18] {
             let mut all = (1..10_000).flat_map(|cookie| places(cookie, 64 - bits));
             assert!(all.all(|place| place < (1 << bits) + REACH - 1));
@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn doubled_value_shows_twice_what_was_given() {
+    fn doubled_value_shows_twice_the_number() {
         let setting = Setting { value: 4096, mask: u32::MAX, ..Setting::default() };
         let buffer = Assignment::new(&OptionRow { read_back: read_back::DOUBLED, ..option() }, &setting);
         let given = buffer.given(&words_of(87380));
@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn text_takes_the_place_of_what_was_there() {
+    fn text_replaces_the_whole_value() {
         let setting = Setting { text: words_of_text(b"bbr"), is_text: 1, ..Setting::default() };
         let text = Assignment::new(&OptionRow { kind: kind::TEXT, ..option() }, &setting);
         let given = text.given(&words_of_text(b"cubic-and-more"));

@@ -1,25 +1,25 @@
-//! Policies as the programs see them: options, and for each rule that names one, a setting.
+//! Policies as the programs see them: options, and a setting for each rule that names an option.
 
 use crate::{judge, select::Candidates, shared};
 
-/// Longest text an option takes: a congestion control or a device name with its NUL
-/// (`TCP_CA_NAME_MAX` and `IFNAMSIZ` are both 16).
+/// The longest text of an option: the name of a congestion control or of a device, with its NUL (`TCP_CA_NAME_MAX` and
+/// `IFNAMSIZ` are both 16).
 pub const TEXT_LEN: usize = 16;
 
-/// The first [`TEXT_LEN`] bytes of a value as they lie in memory. Words, because a program that
-/// moves them byte by byte runs out of registers.
+/// The first [`TEXT_LEN`] bytes of a value as they are in memory. Words, because a program that copies bytes runs out of
+/// registers.
 pub type Words = [u64; 2];
 
-/// Length of a `struct linger`: whether close waits, and for how many seconds; two `int`s.
+/// Length of a `struct linger`: whether close waits, and the seconds; two `int`s.
 pub const LINGER_LEN: i32 = 8;
 
 /// Length of a `struct timeval`: seconds and microseconds; two `long`s.
 pub const TIMEVAL_LEN: i32 = 16;
 
-/// In a second.
+/// Microseconds in a second.
 pub(crate) const MICROSECONDS: u64 = 1_000_000;
 
-/// What the kernel calls an option. Key of map `OPTION_INDEX`.
+/// The level and name of an option in the kernel. Key of map `OPTION_INDEX`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct OptionKey {
@@ -28,24 +28,24 @@ pub struct OptionKey {
 }
 shared!(OptionKey, size 4 + 4);
 
-/// The numbers of the options that rules name, by a hash of level and name: for the calls on options that no rule names, which are
-/// most of them, and for all others but a few a map need not be searched.
+/// The numbers of the options that rules name, by a hash of level and name. With it, most calls need no map lookup: those on
+/// options that no rule names, and most of the others.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OptionFilter {
-    /// 0: none; [`OptionFilter::ELSEWHERE`]; or the number plus one.
+    /// 0: absent; [`OptionFilter::FALLBACK`]; or the number plus one.
     bytes: [u8; Self::LEN],
 }
 shared!(OptionFilter, size OptionFilter::LEN);
 
-/// What [`OptionFilter`] say of an option.
+/// The result of a lookup in an [`OptionFilter`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lookup {
-    /// No rule names it.
+    /// No rule names the option.
     Absent,
-    /// If a rule names it, this is its number. It may be that of another option.
+    /// If a rule names the option, this is its number. It may be the number of another option.
     Maybe(u32),
-    /// If a rule names it, map `OPTION_INDEX` has its number.
+    /// If a rule names the option, map `OPTION_INDEX` has its number.
     Fallback,
 }
 
@@ -56,61 +56,63 @@ impl Default for OptionFilter {
 }
 
 impl OptionFilter {
-    /// A power of two. No two of the options that we know have the same place among so many.
+    /// A power of two. With this length, no two of the known options have the same index.
     const LEN: usize = 512;
-    const ELSEWHERE: u8 = u8::MAX;
+    const FALLBACK: u8 = u8::MAX;
 
     pub fn add(&mut self, key: OptionKey, number: u32) {
-        let place = &mut self.bytes[Self::place(key)];
-        let is_free = *place == 0 && number < u32::from(Self::ELSEWHERE) - 1;
-        *place = if is_free { number as u8 + 1 } else { Self::ELSEWHERE };
+        let entry = &mut self.bytes[Self::index(key)];
+        let is_free = *entry == 0 && number < u32::from(Self::FALLBACK) - 1;
+        *entry = if is_free { number as u8 + 1 } else { Self::FALLBACK };
     }
 
     #[inline(always)]
     #[must_use]
     pub fn get(&self, key: OptionKey) -> Lookup {
-        match self.bytes[Self::place(key)] {
+        match self.bytes[Self::index(key)] {
             0 => Lookup::Absent,
-            Self::ELSEWHERE => Lookup::Fallback,
+            Self::FALLBACK => Lookup::Fallback,
             number => Lookup::Maybe(u32::from(number) - 1),
         }
     }
 
-    /// The names of a level are small numbers in a row. By this factor the rows of all levels lie beside one another.
+    /// Returns the index of an option. The names of a level are small consecutive numbers. This factor puts the ranges of all
+    /// levels side by side.
     #[inline(always)]
-    fn place(key: OptionKey) -> usize {
+    fn index(key: OptionKey) -> usize {
         (key.level as u32).wrapping_mul(135).wrapping_add(key.name as u32) as usize & (Self::LEN - 1)
     }
 }
 
-/// Values of [`OptionRow::kind`]: how the bytes of a value are read.
+/// Values of [`OptionRow::kind`]: how the bytes of a value are interpreted.
 pub mod kind {
-    /// No value that we understand: the option can only be denied.
+    /// Not interpreted: the option can only be denied.
     pub const OPAQUE: u8 = 0;
     /// `int`
     pub const INT: u8 = 1;
     /// `unsigned int`
     pub const UNSIGNED: u8 = 2;
-    /// `int`, where everything but 0 means on
+    /// `int`, where every value except 0 means on
     pub const BOOL: u8 = 3;
     /// Up to [`super::TEXT_LEN`] bytes, ended by NUL or by the length
     pub const TEXT: u8 = 4;
-    /// `struct linger`, as its seconds: 0 where it is off, and the most where they are negative
+    /// `struct linger`, as its seconds: 0 if it is off, and the maximum if they are negative
     pub const LINGER: u8 = 5;
-    /// `struct timeval`, as microseconds; zero, which means for ever, is more than any
+    /// `struct timeval`, as microseconds; zero, which means no time-out, is greater than every other value
     pub const TIMEVAL: u8 = 6;
-    /// SO_BUF_LOCK under a setting of a buffer: the bit [`super::OptionRow::lock`] must stay set, or the kernel tunes the buffer
+    /// SO_BUF_LOCK under a setting of a buffer: the bit [`super::OptionRow::lock`] must stay set, or the kernel tunes the
+    /// buffer
     pub const LOCK: u8 = 7;
-    /// SO_RCVLOWAT under a rule for SO_RCVBUF: an `int`, for which the kernel makes room in the buffer of a TCP socket
+    /// SO_RCVLOWAT under a rule for SO_RCVBUF: an `int`, for which the kernel enlarges the buffer of a TCP socket
     pub const ROOM: u8 = 8;
 }
 
-/// The largest SO_RCVLOWAT for which no receive buffer is too small: half of SOCK_MIN_RCVBUF (include/net/sock.h).
+/// The largest SO_RCVLOWAT for which every receive buffer is large enough: half of SOCK_MIN_RCVBUF (include/net/sock.h).
 pub const ROOM_ALWAYS: u32 = 1152;
 
 /// Values of [`OptionRow::argument`]: which lengths of an argument the kernel accepts, and which of the bytes it reads.
 ///
-/// Each has been tried on 5.10, 6.1, 6.12, 6.18 and 7.2; other lengths fail with EINVAL.
+/// Each was tested on 5.10, 6.1, 6.12, 6.18 and 7.2; other lengths fail with EINVAL.
 pub mod argument {
     /// Four bytes or more: an `int` in the first four (`sk_setsockopt`, net/core/sock.c; `do_tcp_setsockopt`, net/ipv4/tcp.c;
     /// `udp_lib_setsockopt`, net/ipv4/udp.c).
@@ -129,11 +131,11 @@ pub mod argument {
     pub const RATE: u8 = 5;
 }
 
-/// Values of [`OptionRow::zero`] and [`OptionRow::negative`] that are no numbers: what a limit compares in place of a value.
+/// Values of [`OptionRow::zero`] and [`OptionRow::negative`] that are no numbers: how a limit compares such an argument.
 pub mod effective {
     /// The value itself.
     pub const SAME: i64 = i64::MIN;
-    /// Depends on the kernel or on the queueing discipline: the value violates each bound.
+    /// Depends on the kernel or on the queueing discipline: the value violates every bound.
     pub const UNCERTAIN: i64 = i64::MIN + 1;
 }
 
@@ -141,8 +143,7 @@ pub mod effective {
 pub mod traits {
     /// Exists on TCP sockets only.
     pub const TCP: u8 = 1;
-    /// Matters to IPv4 traffic only: that of AF_INET sockets, and of AF_INET6 sockets with an
-    /// IPv4-mapped peer.
+    /// Affects IPv4 traffic only: that of AF_INET sockets, and of AF_INET6 sockets with an IPv4-mapped peer.
     pub const INET: u8 = 2;
     /// Exists on AF_INET6 sockets only.
     pub const INET6: u8 = 4;
@@ -150,25 +151,25 @@ pub mod traits {
     pub const LOW_BYTE: u8 = 8;
     /// The kernel reads -1 as 0 (IPV6_TCLASS, `do_ipv6_setsockopt` in net/ipv6/ipv6_sockglue.c).
     pub const MINUS_ONE_IS_ZERO: u8 = 16;
-    /// Names the device that a socket is bound to: the kernel may refuse another one (`sock_bindtoindex_locked`,
+    /// Names the device to which a socket is bound: the kernel may refuse another one (`sock_bindtoindex_locked`,
     /// net/core/sock.c).
     pub const DEVICE: u8 = 32;
-    /// Programs can read and set the option: a value that the application asked for before the facts were known is corrected
-    /// when the facts are known. A limit or a deny of an option without this trait holds while it may yet match.
+    /// Programs can read and set the option. A value that the application requested before the facts were known is corrected
+    /// when they are known. For an option without this trait, a limit or a deny applies while its rule may still match.
     pub const CORRECTED: u8 = 64;
 }
 
 /// Values of [`OptionRow::read_back`]: what getsockopt shows after the option was set to v.
 pub mod read_back {
-    /// Nothing: the option cannot be read by a program, or what it shows says nothing about v.
+    /// Nothing: a program cannot read the option, or the result does not depend on v.
     pub const NONE: u8 = 0;
     /// v
     pub const SAME: u8 = 1;
-    /// 2v: the kernel doubles buffer sizes to have room for its own bookkeeping.
+    /// 2v: the kernel doubles buffer sizes, for its own bookkeeping.
     pub const DOUBLED: u8 = 2;
 }
 
-/// Which of an alias's two keys names a device (see [`OptionRow::set_as`]).
+/// The keys of a device by name and by index (see [`OptionRow::helper_key`]).
 pub const DEVICE_BY_NAME: OptionKey = OptionKey { level: 1, name: 25 };
 pub const DEVICE_BY_INDEX: OptionKey = OptionKey { level: 1, name: 62 };
 
@@ -185,7 +186,7 @@ impl OptionKey {
     }
 }
 
-/// IP_TOS, with which the kernel sets SO_PRIORITY.
+/// IP_TOS, with which the kernel also sets SO_PRIORITY.
 pub const TYPE_OF_SERVICE: OptionKey = OptionKey { level: 0, name: 1 };
 
 /// Returns the SO_PRIORITY that the kernel sets with an IP_TOS (`rt_tos2priority`, include/net/route.h; `ip_tos2prio`,
@@ -198,35 +199,36 @@ pub fn priority_of_tos(tos: u32) -> i64 {
     i64::from(PRIORITIES >> (4 * (tos >> 3 & 3)) & 0xf)
 }
 
-/// IPV6_FLOWLABEL_MGR, whose handler writes the label into the caller's memory (`ipv6_flowlabel_get`, net/ipv6/ip6_flowlabel.c).
+/// IPV6_FLOWLABEL_MGR, whose handler writes the label into the caller's memory (`ipv6_flowlabel_get`,
+/// net/ipv6/ip6_flowlabel.c).
 pub const FLOW_LABEL_MANAGER: OptionKey = OptionKey { level: 41, name: 32 };
 
-/// How one option of the socket API is read, and the rules of one scope that govern it. Map `OPTIONS`.
+/// How one option of the socket API is interpreted, and the rules of one scope that govern it. Map `OPTIONS`.
 ///
 /// An option that has several names or levels has a row for each of them. The rows share the settings.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct OptionRow {
-    /// The rules that name the option, in any way and under any of its names.
+    /// The rules that name the option, in any form and under any of its names.
     pub names: u64,
-    /// Those of them that set it (and do not limit or deny it).
+    /// The rules that set the option, and do not limit or deny it.
     pub sets: u64,
     pub key: OptionKey,
-    /// What the helpers set in place of the option: the name of the same value that they know.
+    /// The option that the helpers set instead: a name of the same value that they know.
     pub set_as: OptionKey,
-    /// The value that a limit compares where the application passes 0. See [`effective`].
+    /// The value that a limit compares if the application passes 0. See [`effective`].
     pub zero: i64,
-    /// The value that a limit compares where the application passes a negative number. See [`effective`].
+    /// The value that a limit compares if the application passes a negative number. See [`effective`].
     pub negative: i64,
-    /// Index in map `SETTINGS` of the setting of the first rule that names the option; those of
-    /// the others follow in the order of the rules.
+    /// Index into map `SETTINGS` of the setting of the first rule that names the option. Those of the other rules follow in
+    /// the order of the rules.
     pub first_setting: u32,
     /// Number plus one of the row that also governs calls on this option; 0: there is none.
     pub next: u32,
     /// Number plus one of the row of the option that the kernel resets when it sets this one; 0: there is none.
     pub resets: u32,
-    /// The argument of four bytes that most of the calls have which agree with the first setting, and of which nothing is to be
-    /// noted ([`crate::judge::agreeing`]).
+    /// The four-byte argument of most calls that agree with the first setting, and of which nothing must be recorded
+    /// ([`crate::judge::agreeing`]).
     pub agreeing: u32,
     /// See [`kind`].
     pub kind: u8,
@@ -236,36 +238,36 @@ pub struct OptionRow {
     pub traits: u8,
     /// See [`read_back`].
     pub read_back: u8,
-    /// Which bit of [`crate::socket::State`] this is, if any rule sets it.
+    /// The bit for this option in [`crate::socket::State`], if any rule sets the option.
     pub bit: u8,
-    /// Whether the first rule that names the option matches every socket (0 or 1): then nobody has to look at the socket.
+    /// Whether the first rule that names the option matches every socket (0 or 1): then the socket need not be read.
     pub certain: u8,
-    /// Whether moreover `agreeing` says something (0 or 1).
+    /// Whether `certain` is set and `agreeing` is valid (0 or 1).
     pub has_agreeing: u8,
     /// The bit of SO_BUF_LOCK, for [`kind::LOCK`].
     pub lock: u8,
-    /// Whether no rule names the option under this name (0 or 1): the row is here to judge calls.
+    /// Whether no rule names the option under this name (0 or 1): the row exists to judge calls.
     pub is_alias: u32,
     pub _pad: u32,
 }
 shared!(OptionRow, size 6 * 8 + 4 * 4 + 8 + 2 * 4);
 
 impl OptionRow {
-    /// Whether the option's first setting governs it on every socket.
+    /// Returns whether the option's first setting governs it on every socket.
     #[inline(always)]
     #[must_use]
     pub fn is_certain(&self) -> bool {
         self.certain != 0
     }
 
-    /// Whether no rule names the option under this name.
+    /// Returns whether no rule names the option under this name.
     #[inline(always)]
     #[must_use]
     pub fn is_alias(&self) -> bool {
         self.is_alias != 0
     }
 
-    /// What the helpers set to apply a setting of this option.
+    /// Returns the option that the helpers set to apply a setting of this option.
     ///
     /// A device has two options of different kinds, which share their settings.
     #[inline(always)]
@@ -278,14 +280,14 @@ impl OptionRow {
         }
     }
 
-    /// Whether the option takes a text.
+    /// Returns whether the option takes a text.
     #[inline(always)]
     #[must_use]
     pub fn is_text(&self) -> bool {
         self.kind == kind::TEXT
     }
 
-    /// Returns the least number of bytes with which the kernel reads all of an argument that it accepts; 0 where it accepts only
+    /// Returns the minimum length with which the kernel reads the whole of an argument that it accepts; 0 if it accepts only
     /// the length that the application passed.
     #[inline(always)]
     #[must_use]
@@ -301,21 +303,20 @@ impl OptionRow {
         }
     }
 
-    /// Whether a call with this argument agrees with what governs it, for all that can be told without the setting. What else
-    /// agrees is found by judging it.
+    /// Returns whether a call with this argument agrees with its setting, as far as this row shows. Judging finds the other
+    /// calls that agree.
     #[inline(always)]
     #[must_use]
     pub fn fast_match(&self, len: i32, words: &Words) -> bool {
         self.has_agreeing != 0 && len == 4 && word_in(words) == self.agreeing
     }
 
-    /// The setting that governs this option on a socket that `rules` may match: an index of map
-    /// `SETTINGS`, or `None` where no rule decides (yet).
+    /// Returns the setting that governs this option on a socket that `rules` may match: an index into map `SETTINGS`, or
+    /// `None` if no rule decides (yet).
     ///
-    /// The first rule that names the option and surely matches wins. Where an earlier rule may yet
-    /// turn out to match and does not set but limit or deny the option, nothing is decided: what
-    /// this rule would set now, that rule would never have set. (An earlier rule that *sets* it
-    /// comes into its own at a later hook and overwrites.)
+    /// The first rule that names the option and surely matches wins. If an earlier rule may still match and limits or denies
+    /// the option, nothing is decided: the later rule could set a value that the earlier one forbids. An earlier rule that
+    /// *sets* the option does so at a later hook, and overwrites the value.
     #[inline(always)]
     #[must_use]
     pub fn winner(&self, rules: Candidates) -> Option<u32> {
@@ -331,8 +332,8 @@ impl OptionRow {
         Some(self.first_setting + (self.names & earlier).count_ones())
     }
 
-    /// The setting that governs a call, if what the call sets cannot be corrected later: as [`Self::winner`], but a limit or a
-    /// deny of a rule that may yet match holds.
+    /// Returns the setting that governs a call, if the value that the call sets cannot be corrected later. As
+    /// [`Self::winner`], but a limit or a deny of a rule that may still match applies.
     #[inline(always)]
     #[must_use]
     pub fn cautious_winner(&self, rules: Candidates) -> Option<u32> {
@@ -356,7 +357,7 @@ pub mod form {
 
 /// Values of [`Setting::on_conflict`].
 pub mod on_conflict {
-    /// The application wins; it is reported.
+    /// The application wins; the call is reported.
     pub const ALLOW: u8 = 0;
     /// The application's value is replaced; its call succeeds.
     pub const REWRITE: u8 = 1;
@@ -366,7 +367,7 @@ pub mod on_conflict {
     pub const DENY: u8 = 3;
 }
 
-/// What one rule says about one option. Map `SETTINGS`.
+/// The setting of one rule for one option. Map `SETTINGS`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Setting {
@@ -376,7 +377,7 @@ pub struct Setting {
     pub max: i64,
     /// The value to set; bits outside `mask` are 0.
     pub value: u32,
-    /// The bits of the value that are the policy's; the others stay the application's.
+    /// The bits of the value that the policy sets; the others stay the application's.
     pub mask: u32,
     /// The text to set, padded with NUL.
     pub text: Words,
@@ -384,9 +385,9 @@ pub struct Setting {
     pub form: u8,
     /// See [`on_conflict`].
     pub on_conflict: u8,
-    /// What a denied call fails with; positive.
+    /// The errno of a denied call; positive.
     pub errno: u16,
-    /// Whether the setting is tried only: decided and reported, but nothing done (0 or 1).
+    /// Whether this is a dry run: the setting is evaluated and reported, but changes nothing (0 or 1).
     pub dry_run: u16,
     /// Whether the value to set is `text` (0 or 1).
     pub is_text: u16,
@@ -394,14 +395,14 @@ pub struct Setting {
 shared!(Setting, size 8 + 8 + 4 + 4 + 16 + 4 + 4);
 
 impl Setting {
-    /// The value that an option which now has `current` is to be given.
+    /// Returns the value to set on an option that has `current`.
     #[inline(always)]
     #[must_use]
     pub fn apply_to(&self, current: u32) -> u32 {
         (current & !self.mask) | self.value
     }
 
-    /// A number for the device that the setting names, by which devices are told apart; never 0.
+    /// Returns a number that distinguishes the device that the setting names from others; never 0.
     #[inline(always)]
     #[must_use]
     pub fn device(&self) -> u32 {
@@ -422,15 +423,14 @@ impl Setting {
         self.is_text != 0
     }
 
-    /// The value to set, where no bit of it is the application's.
+    /// Returns the value to set, if no bit of it is the application's.
     #[inline(always)]
     #[must_use]
     pub fn whole_value(&self) -> Value {
         if self.is_text() { Value::text(self.text) } else { Value::int(self.value) }
     }
 
-    /// Whether setting the option leaves some of its bits as they are, so that its current value
-    /// must be known first.
+    /// Returns whether setting the option leaves some of its bits unchanged, so that its current value must be read first.
     #[inline(always)]
     #[must_use]
     pub fn is_partial(&self) -> bool {
@@ -438,14 +438,14 @@ impl Setting {
     }
 }
 
-/// A value of an option as it crosses to user space: its length and, as far as they fit, its bytes.
-/// A length of 0 means that the value is not known.
+/// A value of an option as it is passed to user space: its length, and as many of its bytes as fit. A length of 0 means that
+/// the value is unknown.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Value {
     pub words: Words,
     pub len: u32,
-    /// How many of the first bytes are known, where an argument ends before its length says; 0: all that there is room for.
+    /// How many of the first bytes are known, if an argument ends before its length; 0: as many as fit.
     pub known: u32,
 }
 shared!(Value, size 16 + 4 + 4);
@@ -465,7 +465,7 @@ impl Value {
         Self::new(words_of(value), 4)
     }
 
-    /// A number as an option of this kind takes it.
+    /// Returns a number as a value of an option of this kind.
     #[inline(always)]
     #[must_use]
     pub fn number(kind: u8, number: i64) -> Self {
@@ -485,20 +485,20 @@ impl Value {
         Self::new(text, TEXT_LEN as u32)
     }
 
-    /// What the policy wants of an option that the application would give `requested`.
+    /// Returns the value that the policy wants for an option that the application sets to `requested`.
     #[inline(always)]
     #[must_use]
-    pub fn wanted(option: &OptionRow, setting: &Setting, asked: &judge::Argument) -> Self {
+    pub fn wanted(option: &OptionRow, setting: &Setting, requested: &judge::Argument) -> Self {
         if option.kind == kind::LOCK && setting.form != form::DENY {
-            return Self::int(asked.number as u32 | u32::from(option.lock));
+            return Self::int(requested.number as u32 | u32::from(option.lock));
         }
         if setting.form != form::SET {
             return Self::UNKNOWN;
         }
-        if setting.is_text() { setting.whole_value() } else { Self::int(setting.apply_to(asked.number as u32)) }
+        if setting.is_text() { setting.whole_value() } else { Self::int(setting.apply_to(requested.number as u32)) }
     }
 
-    /// The bytes as they lie in memory.
+    /// Returns the bytes as they are in memory.
     #[must_use]
     pub fn bytes(&self) -> [u8; TEXT_LEN] {
         let mut bytes = [0; TEXT_LEN];
@@ -508,7 +508,7 @@ impl Value {
     }
 }
 
-/// An `int` as the first bytes of a value.
+/// Returns an `int` as the first bytes of a value.
 #[inline(always)]
 #[must_use]
 pub fn words_of(value: u32) -> Words {
@@ -516,7 +516,7 @@ pub fn words_of(value: u32) -> Words {
     [u64::from_ne_bytes([a, b, c, d, 0, 0, 0, 0]), 0]
 }
 
-/// The `int` in the first bytes of a value.
+/// Returns the `int` in the first bytes of a value.
 #[inline(always)]
 #[must_use]
 pub fn word_in(words: &Words) -> u32 {
@@ -524,7 +524,7 @@ pub fn word_in(words: &Words) -> u32 {
     u32::from_ne_bytes([a, b, c, d])
 }
 
-/// A text as the first bytes of a value; what is longer than a name can be is cut.
+/// Returns a text as the first bytes of a value. A text that is longer than a name can be is truncated.
 #[must_use]
 pub fn words_of_text(text: &[u8]) -> Words {
     let mut bytes = [[0; 8]; 2];
@@ -539,7 +539,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn options_that_were_added_are_found_and_their_neighbours_are_not() {
+    fn added_options_are_found_and_others_are_absent() {
         let mut numbers = OptionFilter::default();
         let keys = [(0, 1), (1, 12), (6, 1), (41, 67), (-1, i32::MIN)].map(|(level, name)| OptionKey { level, name });
         assert!(keys.iter().all(|key| numbers.get(*key) == Lookup::Absent));
@@ -556,7 +556,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_is_elsewhere() {
+    fn number_that_does_not_fit_is_in_the_map() {
         let mut numbers = OptionFilter::default();
         let [one, same, other] = [1, 513, 2].map(|name| OptionKey { level: 0, name });
         numbers.add(one, 3);
@@ -569,7 +569,7 @@ mod tests {
     }
 
     #[test]
-    fn priority_is_that_of_the_type_of_service() {
+    fn priority_follows_the_type_of_service() {
         // Read from sockets of 6.18.
         for (tos, priority) in [(0, 0), (0x10, 6), (0x08, 2), (0xb8, 4), (0x48, 2), (0xff, 4), (0x03, 0)] {
             assert_eq!(priority_of_tos(tos), priority, "{tos:#x}");
@@ -594,17 +594,17 @@ mod tests {
     }
 
     #[test]
-    fn earlier_rule_that_may_set_it_later_does_not_hold_it_up() {
+    fn earlier_rule_that_may_set_the_option_later_does_not_block_it() {
         assert_eq!(winner(0b1000, 0b0010), Some(102));
     }
 
     #[test]
-    fn earlier_rule_that_may_forbid_it_holds_it_up() {
+    fn earlier_rule_that_may_forbid_the_option_blocks_it() {
         assert_eq!(winner(0b1000, 0b0100), None);
     }
 
     #[test]
-    fn rule_that_may_forbid_it_governs_a_call_that_cannot_be_corrected() {
+    fn rule_that_may_forbid_the_option_governs_a_call_that_cannot_be_corrected() {
         let option = OptionRow { names: 0b1110, sets: 0b1010, first_setting: 100, ..OptionRow::default() };
         let winner = |sure: u64, possible: u64| option.cautious_winner(Candidates { sure, possible: sure | possible });
         assert_eq!(winner(0b1000, 0b0100), Some(101));
@@ -614,7 +614,7 @@ mod tests {
     }
 
     #[test]
-    fn zeroed_option_is_governed_by_nobody() {
+    fn zeroed_option_is_not_governed() {
         let rules = Candidates { sure: u64::MAX, possible: u64::MAX };
         assert_eq!(OptionRow::default().winner(rules), None);
     }

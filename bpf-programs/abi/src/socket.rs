@@ -1,16 +1,15 @@
-//! What a program knows about a socket when it has to decide.
+//! What a program knows about a socket when it decides.
 //!
-//! Each hook knows a part: at birth there is no address, at listen no peer. What is not known is
-//! *unknown*, never a default; [`crate::select`] treats it as "may yet be anything".
+//! Each hook knows a part: at creation there is no address, at listen no peer. A fact that is not known is *unknown*, and has
+//! no default: for [`crate::select`], it can still become anything.
 
 use crate::{Target, shared};
 
-/// An IPv6 address, or an IPv4 address in the first word: 32-bit words in network byte order, as the
-/// kernel's contexts have them.
+/// An IPv6 address, or an IPv4 address in the first word: 32-bit words in network byte order, as in the kernel's contexts.
 pub type Address = [u32; 4];
 
-/// Values of [`Facts::family`]. A socket of AF_INET6 that talks to an IPv4-mapped peer is
-/// [`IPV4`](family::IPV4); one that may do either is [`UNKNOWN`](family::UNKNOWN).
+/// Values of [`Facts::family`]. A socket of AF_INET6 with an IPv4-mapped peer is [`IPV4`](family::IPV4); one that can use
+/// either is [`UNKNOWN`](family::UNKNOWN).
 pub mod family {
     pub const UNKNOWN: u8 = 0;
     pub const IPV4: u8 = 1;
@@ -24,7 +23,7 @@ pub mod protocol {
     pub const UDP: u8 = 2;
     pub const ICMP: u8 = 3;
     pub const SCTP: u8 = 4;
-    /// Raw sockets and every protocol without a name of its own here.
+    /// Raw sockets and every protocol without a value of its own here.
     pub const OTHER: u8 = 5;
 }
 
@@ -41,11 +40,11 @@ pub mod direction {
 pub mod known {
     pub const LOCAL_ADDRESS: u8 = 1;
     pub const LOCAL_PORT: u8 = 2;
-    /// Remote address and remote port come together.
+    /// Remote address and remote port become known together.
     pub const REMOTE: u8 = 4;
 }
 
-/// One socket, as far as it is known.
+/// What is known of one socket.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Facts {
@@ -73,11 +72,11 @@ pub mod sk_family {
 }
 
 impl Facts {
-    /// Settles the family from the socket's own (`sk_family`) and the addresses noted so far, and
-    /// turns IPv4-mapped addresses into IPv4 ones. Call it last.
+    /// Sets the family from the socket's own (`sk_family`) and the addresses in the facts, and turns IPv4-mapped addresses
+    /// into IPv4 addresses. Callers call it last.
     ///
-    /// An AF_INET6 socket without a peer and without a specific address of its own may still
-    /// carry IPv4 (unless it is IPV6_V6ONLY, which programs cannot see): its family stays unknown.
+    /// An AF_INET6 socket without a peer and without a specific address of its own may still carry IPv4: its family stays
+    /// unknown. Programs cannot see IPV6_V6ONLY.
     #[inline(always)]
     pub fn set_family(&mut self, sk_family: u32) {
         if sk_family == sk_family::INET {
@@ -96,7 +95,7 @@ impl Facts {
     }
 }
 
-/// Whether an IPv6 address is `::ffff:a.b.c.d`.
+/// Returns whether an IPv6 address is `::ffff:a.b.c.d`.
 #[inline(always)]
 fn is_mapped(address: &Address) -> bool {
     address[0] == 0 && address[1] == 0 && address[2] == MAPPED
@@ -109,15 +108,16 @@ fn unmap(address: &mut Address) {
 }
 
 impl Facts {
-    /// Replaces a remote address of zeros by the address that the kernel connects to instead. `local` is the socket's own
-    /// address: zeros if the socket has none. Call it before [`Self::set_family`].
+    /// Replaces a remote address of zeros by the address to which the kernel connects instead. `local` is the socket's own
+    /// address: zeros if the socket has none. Callers call it before [`Self::set_family`].
     ///
-    /// IPv4: the socket's own address, or 127.0.0.1 if it has none (`ip_route_output_key_hash_rcu`, net/ipv4/route.c, 6.18).
-    /// IPv6: `::` is ::1, or ::ffff:127.0.0.1 if the socket is bound to an IPv4-mapped address (`tcp_v6_connect`,
-    /// net/ipv6/tcp_ipv6.c; `__ip6_datagram_connect`, net/ipv6/datagram.c), and ::ffff:0.0.0.0 is as 0.0.0.0.
+    /// - IPv4: the socket's own address, or 127.0.0.1 if it has none (`ip_route_output_key_hash_rcu`, net/ipv4/route.c,
+    ///   6.18).
+    /// - IPv6: `::` is ::1, or ::ffff:127.0.0.1 if the socket is bound to an IPv4-mapped address (`tcp_v6_connect`,
+    ///   net/ipv6/tcp_ipv6.c; `__ip6_datagram_connect`, net/ipv6/datagram.c). ::ffff:0.0.0.0 is as 0.0.0.0.
     ///
-    /// The kernel takes the first address of the device for an IPv4 socket that has a device and no address. Programs cannot
-    /// read that address: then the remote address is not known.
+    /// For an IPv4 socket with a device and without an address, the kernel takes the first address of the device. Programs
+    /// cannot read that address: then the remote address is unknown.
     #[inline(always)]
     pub fn set_remote(&mut self, inet6: bool, local: &Address, has_device: bool) {
         let is_mapped_any = inet6 && is_mapped(&self.remote) && self.remote[3] == 0;
@@ -140,7 +140,8 @@ impl Facts {
             self.known &= !known::REMOTE;
             return;
         }
-        // A multicast address is no source: the kernel does as if the socket had no address (`__inet_bind`, net/ipv4/af_inet.c).
+        // A multicast address cannot be a source: the kernel then treats the socket as one without an address (`__inet_bind`,
+        // net/ipv4/af_inet.c).
         let is_source = own != 0 && own != u32::MAX && u32::from_be(own) >> 28 != 0xe;
         let peer = if is_source { own } else { LOOPBACK4 };
         self.remote = if inet6 { [0, 0, MAPPED, peer] } else { [peer, 0, 0, 0] };
@@ -158,29 +159,29 @@ const LOOPBACK6: Address = [0, 0, 0, 1_u32.to_be()];
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Notes {
-    /// Bit n: the application asked for another value of option n where the policy lets it win
-    /// (`on_conflict = "allow"`), so that the policy no longer sets it on this socket.
+    /// Bit n: the application requested another value of option n, and the policy lets the application win (`on_conflict =
+    /// "allow"`). The policy no longer sets the option on this socket.
     pub app_override: u64,
     /// Bit n: option n was counted as set or unchanged on this socket.
     pub applied: u64,
     /// Bit n: option n was counted as failed on this socket.
     pub failed: u64,
-    /// Bit n: the application asked for a value of option n that a rule which may yet match does not allow, or that another
-    /// rule does not allow if the peer changes. [`SavedValues::asked`] has the value from before.
+    /// Bit n: the application requested a value of option n that a rule may forbid later: a rule that may still match, or one
+    /// that matches if the peer changes. [`SavedValues::before_request`] has the value from before.
     pub requested: u64,
-    /// Bit n: [`SavedValues::before`] has the value that option n had before a rule set it.
+    /// Bit n: [`SavedValues::before_rule`] has the value that option n had before a rule set it.
     pub changed: u64,
     /// The socket's cookie, as in `ss -e` (SO_COOKIE); 0 until known.
     pub cookie: u64,
-    /// The interface index that the socket had after a program bound the socket to a device.
+    /// The interface index of the socket after a program bound it to a device.
     pub device: u32,
-    /// What names that device in the policy, as a number ([`crate::setting::Setting::device`]); 0: no program bound the socket.
+    /// The device that the policy names, as a number ([`crate::setting::Setting::device`]); 0: no program bound the socket.
     pub device_wanted: u32,
 }
 shared!(Notes, size 8 * 6 + 4 * 2);
 
 impl Notes {
-    /// None.
+    /// Empty notes.
     pub const NONE: Self = Self {
         app_override: 0,
         applied: 0,
@@ -193,50 +194,50 @@ impl Notes {
     };
 }
 
-/// Notes kept with each governed socket, in the socket's own storage (map `SOCKETS`). If the kernel has no memory for this
-/// storage, map `FALLBACK_STATES` has the notes, as long as the notes find room there.
+/// Notes on each governed socket, in the socket's own storage (map `SOCKETS`). If the kernel has no memory for this storage,
+/// the notes are in map `FALLBACK_STATES` until they are evicted.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct State {
     pub notes: Notes,
-    /// Of the deepest target that the socket is in, as far as a program of that target has met the socket.
+    /// The deepest target of the socket, of those whose programs have run for the socket.
     pub target: Target,
-    /// The generation of policies by which the socket is set up, from the first hook to the last; 0 until it comes by one.
+    /// The generation of policies that sets up the socket, from the first hook to the last; 0 until the first hook.
     pub generation: u32,
-    /// Whether the socket was made under the policies and has not been bound or connected since, nor sent anything (0 or 1):
-    /// what is set at [`crate::apply_point::SEND`] is for such.
+    /// Whether the socket was created under the policies and was neither bound nor connected since, nor sent anything (0 or
+    /// 1): the options of [`crate::apply_point::SEND`] are set on such sockets.
     pub is_fresh: u32,
     /// Whether the notes are in map `FALLBACK_STATES` (0 or 1).
-    pub is_unstored: u32,
-    /// Whether the socket had a peer when its options were last set (0 or 1). [`Self::facts`] do not tell: calls of setsockopt and
-    /// getsockopt also write them.
+    pub is_fallback: u32,
+    /// Whether the socket had a peer when its options were last set (0 or 1). [`Self::facts`] do not show this: setsockopt
+    /// and getsockopt calls update them too.
     pub has_peer: u32,
-    /// What was last known of the socket. In memory that the verifier does not look into, so that
-    /// the many ways to come to know it are one to it afterwards.
+    /// What was last known of the socket. In memory whose contents the verifier does not track: it then follows one path for
+    /// the many ways in which facts become known.
     pub facts: Facts,
 }
 shared!(State, size size_of::<Notes>() + size_of::<Target>() + 4 * 4 + size_of::<Facts>());
 
-/// Values that are kept of a socket, to give them back to its options. In storage of its own (map `SAVED_VALUES`), because few
-/// sockets need it. The kernel copies a listener's values to each accepted socket (`BPF_F_CLONE`).
+/// Values of a socket that may be restored. In separate storage (map `SAVED_VALUES`), because few sockets need it. The kernel
+/// copies a listener's values to each accepted socket (`BPF_F_CLONE`).
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct SavedValues {
-    /// As [`Notes::app_override`], for the sockets that a listener accepts.
-    pub yielded: u64,
-    /// As [`Notes::requested`].
-    pub has_asked: u64,
-    /// As [`Notes::changed`].
-    pub has_before: u64,
-    /// By bit of an option that is a number, as getsockopt shows it: the value before the application asked for another one.
-    pub asked: [u32; crate::SETTABLE_MAX],
-    /// By bit of an option that is a number, as getsockopt shows it: the value before a rule set the option. Of a device, its
-    /// interface index.
-    pub before: [u32; crate::SETTABLE_MAX],
-    /// As `requested`, for TCP_CONGESTION.
-    pub asked_text: crate::setting::Words,
-    /// As `before`, for TCP_CONGESTION.
-    pub before_text: crate::setting::Words,
+    /// [`Notes::app_override`] for the sockets that a listener accepts.
+    pub app_override: u64,
+    /// [`Notes::requested`] for the sockets that a listener accepts.
+    pub has_before_request: u64,
+    /// [`Notes::changed`] for the sockets that a listener accepts.
+    pub has_before_rule: u64,
+    /// By bit of an option that is a number: the value before the application requested another one, as getsockopt shows it.
+    pub before_request: [u32; crate::SETTABLE_MAX],
+    /// By bit of an option that is a number: the value before a rule set the option, as getsockopt shows it. For a device,
+    /// the interface index.
+    pub before_rule: [u32; crate::SETTABLE_MAX],
+    /// `before_request` for TCP_CONGESTION.
+    pub before_request_text: crate::setting::Words,
+    /// `before_rule` for TCP_CONGESTION.
+    pub before_rule_text: crate::setting::Words,
     /// SO_PRIORITY before a rule set IP_TOS, which also sets the priority (`__ip_sock_set_tos`, net/ipv4/ip_sockglue.c).
     pub priority: u32,
     /// Whether `priority` is set (0 or 1).
@@ -245,26 +246,27 @@ pub struct SavedValues {
 shared!(SavedValues, size 8 * 3 + 2 * 4 * crate::SETTABLE_MAX + 2 * 16 + 4 * 2);
 
 impl SavedValues {
-    /// Nothing.
+    /// No values.
     pub const NONE: Self = Self {
-        yielded: 0,
-        has_asked: 0,
-        has_before: 0,
-        asked: [0; crate::SETTABLE_MAX],
-        before: [0; crate::SETTABLE_MAX],
-        asked_text: [0; 2],
-        before_text: [0; 2],
+        app_override: 0,
+        has_before_request: 0,
+        has_before_rule: 0,
+        before_request: [0; crate::SETTABLE_MAX],
+        before_rule: [0; crate::SETTABLE_MAX],
+        before_request_text: [0; 2],
+        before_rule_text: [0; 2],
         priority: 0,
         has_priority: 0,
     };
 }
 
-/// The notes of a socket for whose storage the kernel has no memory. Map `FALLBACK_STATES`, by the socket's address in the kernel.
+/// The notes of a socket for whose storage the kernel has no memory. Map `FALLBACK_STATES`, by the socket's address in the
+/// kernel.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct FallbackState {
     pub state: State,
-    pub kept: SavedValues,
+    pub saved: SavedValues,
 }
 shared!(FallbackState, size size_of::<State>() + size_of::<SavedValues>());
 
@@ -276,7 +278,7 @@ impl FallbackState {
             target: Target { place: 0, id: 0 },
             generation: 0,
             is_fresh: 0,
-            is_unstored: 1,
+            is_fallback: 1,
             has_peer: 0,
             facts: Facts {
                 local: [0; 4],
@@ -289,7 +291,7 @@ impl FallbackState {
                 known: 0,
             },
         },
-        kept: SavedValues::NONE,
+        saved: SavedValues::NONE,
     };
 }
 
@@ -322,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn any_address_is_what_the_kernel_connects_to() {
+    fn any_address_becomes_the_address_that_the_kernel_connects_to() {
         let v4 = |address: [u8; 4]| [u32::from_ne_bytes(address), 0, 0, 0];
         let (any, bound, loopback) = (v4([0; 4]), v4([10, 1, 2, 3]), v4([127, 0, 0, 1]));
         assert_eq!(remote(false, any, any, false), Some(loopback));

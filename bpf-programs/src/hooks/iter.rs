@@ -1,9 +1,9 @@
-//! iter/tcp: TCP sockets that are there, each visited once when the agent reads from the iterator. And iter/task_file: who has
-//! which sockets.
+//! iter/tcp: existing TCP sockets, each visited once when the agent reads from the iterator. iter/task_file: which processes
+//! have which sockets.
 //!
-//! The kernel runs this for every TCP socket of the network namespace in which the iterator was made, and holds the socket's
-//! lock meanwhile (`bpf_iter_tcp_seq_show`, net/ipv4/tcp_ipv4.c, 5.15). What is to become of it has been decided: it stands in
-//! the maps, by the socket's cookie. Sockets without a job are left alone.
+//! The kernel runs the first program for every TCP socket of the iterator's network namespace, and holds the socket's lock
+//! meanwhile (`bpf_iter_tcp_seq_show`, net/ipv4/tcp_ipv4.c, 5.15). The agent has decided what to do with a socket: the maps
+//! contain it, by the socket's cookie. Sockets without a job are skipped.
 
 use abi::{
     SETTABLE_MAX,
@@ -21,12 +21,12 @@ use crate::{ctx::Socket, kernel, maps};
 #[repr(C)]
 pub(crate) struct Context {
     meta: *mut c_void,
-    /// NULL at the end.
+    /// NULL at the end of the iteration.
     sock_common: *mut c_void,
     uid: u32,
 }
 
-/// Goes on with the next socket: 1 would ask for this one again.
+/// Continues with the next socket: 1 would repeat this one.
 const NEXT: i32 = 0;
 
 // aya-ebpf has no macro for iterators.
@@ -37,7 +37,7 @@ pub(crate) extern "C" fn sp_iter_tcp(ctx: *mut Context) -> i32 {
     NEXT
 }
 
-/// A TCP socket as tracing programs have it.
+/// A TCP socket as tracing programs get it.
 struct LiveTcp(*mut c_void);
 
 impl Socket for LiveTcp {
@@ -54,15 +54,15 @@ impl Socket for LiveTcp {
 
 #[inline(always)]
 fn visit(ctx: *mut Context) -> Option<()> {
-    let turn = maps::iter_control();
+    let control = maps::iter_control();
     // SAFETY: the kernel's context.
     let sock_common = unsafe { core::ptr::read_volatile(&raw const (*ctx).sock_common) };
-    if turn.step == step::NONE || sock_common.is_null() {
+    if control.step == step::NONE || sock_common.is_null() {
         return None;
     }
     // SAFETY: the context's socket, checked for NULL.
-    let job = maps::job(unsafe { bpf_get_socket_cookie(sock_common) }, &turn)?;
-    // SAFETY: as above. NULL for a request, and for what is left of a closed socket.
+    let job = maps::job(unsafe { bpf_get_socket_cookie(sock_common) }, &control)?;
+    // SAFETY: as above. NULL for a connection request, and for a socket in TIME_WAIT.
     let tcp = LiveTcp(unsafe { bpf_skc_to_tcp_sock(sock_common) }.cast());
     if tcp.0.is_null() {
         return None;
@@ -74,43 +74,43 @@ fn visit(ctx: *mut Context) -> Option<()> {
         }
         let assignment = maps::assignment(list.assignments[position])?;
         let outcome = maps::outcome(job.first + position as u32)?;
-        if turn.step == step::READ {
-            look(&tcp, assignment, outcome);
-        } else if outcome.state == state::LOOKED_AT && outcome.errno == 0 {
-            set(&tcp, assignment, outcome);
+        if control.step == step::READ {
+            read_option(&tcp, assignment, outcome);
+        } else if outcome.state == state::READ && outcome.errno == 0 {
+            set_option(&tcp, assignment, outcome);
         }
     }
     Some(())
 }
 
-// What is read goes to the map at once, and so does what the helpers return: the verifier follows neither. On the stack each
-// could be another for every option before this one.
+// The values that are read and the results of the helpers go directly to the map, whose contents the verifier does not track.
+// On the stack, each value could differ for every earlier option.
 
 #[inline(always)]
-fn look(tcp: &LiveTcp, assignment: &Assignment, outcome: &mut Outcome) {
+fn read_option(tcp: &LiveTcp, assignment: &Assignment, outcome: &mut Outcome) {
     let key = assignment.key;
     outcome.errno = errno(tcp.get(key.level, key.name, &mut outcome.before, assignment.bytes()));
-    outcome.state = state::LOOKED_AT;
+    outcome.state = state::READ;
 }
 
 #[inline(always)]
-fn set(tcp: &LiveTcp, assignment: &Assignment, outcome: &mut Outcome) {
+fn set_option(tcp: &LiveTcp, assignment: &Assignment, outcome: &mut Outcome) {
     let (level, name, len) = (assignment.key.level, assignment.key.name, assignment.bytes());
     outcome.errno = errno(tcp.get(level, name, &mut outcome.after, len));
-    let given = assignment.given(&outcome.after);
-    // A buffer of the same size may be one that the kernel tunes: setting it turns that off.
-    if assignment.is_doubled == 0 && outcome.after == assignment.shown(&given) {
+    let value = assignment.given(&outcome.after);
+    // The kernel may tune a buffer of the same size: setting the size turns that off.
+    if assignment.is_doubled == 0 && outcome.after == assignment.shown(&value) {
         outcome.state = state::UNCHANGED;
         return;
     }
     let result = if assignment.key == DEVICE_BY_INDEX {
-        tcp.set_device(word_in(&given))
+        tcp.set_device(word_in(&value))
     } else {
-        tcp.set(level, name, &given, len)
+        tcp.set(level, name, &value, len)
     };
     outcome.errno = errno(result);
     outcome.state = state::SET;
-    // It could be read a moment ago.
+    // The read above succeeded.
     let _ = tcp.get(level, name, &mut outcome.after, len);
 }
 
@@ -124,16 +124,16 @@ fn errno(result: Result<(), i32>) -> u32 {
 pub(crate) struct FileContext {
     meta: *mut Meta,
     task: *mut c_void,
-    /// Pointers begin at multiples of eight bytes.
+    /// Followed by padding: the kernel aligns pointers to eight bytes.
     descriptor: u32,
-    /// NULL at the end.
+    /// NULL at the end of the iteration.
     file: *mut c_void,
 }
 
 /// `struct bpf_iter_meta` (include/linux/bpf.h).
 #[repr(C)]
 struct Meta {
-    /// Takes what the agent reads.
+    /// Receives what the agent reads.
     seq: *mut c_void,
     session: u64,
     number: u64,
@@ -142,13 +142,13 @@ struct Meta {
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/task_file")]
 pub(crate) extern "C" fn sp_iter_file(ctx: *mut FileContext) -> i32 {
-    tell_holder(ctx);
+    emit_fd_entry(ctx);
     NEXT
 }
 
-/// Threads that have descriptors of their own are left out, as they are in `/proc/PID/fd`.
+/// Writes one record for each descriptor of a socket. Skips threads with descriptors of their own, as `/proc/PID/fd` does.
 #[inline(always)]
-fn tell_holder(ctx: *mut FileContext) -> Option<()> {
+fn emit_fd_entry(ctx: *mut FileContext) -> Option<()> {
     // SAFETY: the kernel's context.
     let (task, file) =
         unsafe { (core::ptr::read_volatile(&raw const (*ctx).task), core::ptr::read_volatile(&raw const (*ctx).file)) };
@@ -157,16 +157,16 @@ fn tell_holder(ctx: *mut FileContext) -> Option<()> {
     }
     let inode = kernel::socket_inode(file as u64)?;
     let process = kernel::process_of(task as u64)?;
-    // SAFETY: as above; the kernel's own structure, which is always there.
+    // SAFETY: as above; the kernel's own structure, which is always present.
     let (descriptor, seq) = unsafe {
         (
             core::ptr::read_volatile(&raw const (*ctx).descriptor),
             core::ptr::read_volatile(&raw const (*(*ctx).meta).seq),
         )
     };
-    let mut held = FdEntry { inode, process, descriptor };
-    // Where there is no room left, the kernel has it read, and comes by again.
-    // SAFETY: reads the bytes of `held`.
-    unsafe { bpf_seq_write(seq.cast(), (&raw mut held).cast(), size_of::<FdEntry>() as u32) };
+    let mut entry = FdEntry { inode, process, descriptor };
+    // If there is no room left, the kernel returns the buffer to the reader and runs this program again.
+    // SAFETY: reads the bytes of `entry`.
+    unsafe { bpf_seq_write(seq.cast(), (&raw mut entry).cast(), size_of::<FdEntry>() as u32) };
     Some(())
 }

@@ -1,5 +1,5 @@
-//! cgroup/bind4, bind6, connect4, connect6, sendmsg4, sendmsg6: what must hold before an address is taken or a route
-//! looked up, and everything for datagram sockets, which have no later turn.
+//! cgroup/bind4, bind6, connect4, connect6, sendmsg4, sendmsg6: options that must be set before an address is bound or a
+//! route is looked up, and all options of datagram sockets, which have no later hook.
 
 use abi::{
     SETTABLE_MAX, apply_point,
@@ -9,11 +9,11 @@ use aya_ebpf::{helpers::generated::bpf_get_socket_cookie, macros::cgroup_sock_ad
 
 use crate::{
     apply::{POSTPONED, apply, apply_sock_addr, check_sock_addr},
-    ctx::{Bound as _, SockAddr, Socket as _},
+    ctx::{HasDevice as _, SockAddr, Socket as _},
     storage::{self, Scope},
 };
 
-/// Lets every call go on.
+/// Lets the call continue.
 const GO_ON: i32 = 1;
 
 #[cgroup_sock_addr(bind4)]
@@ -56,22 +56,24 @@ pub(crate) fn sp_sendmsg6(ctx: SockAddrContext) -> i32 {
 fn bind(ctx: &SockAddrContext, inet6: bool) {
     let Some(socket) = SockAddr::new(ctx.sock_addr) else { return };
     let facts = socket.bind_facts(inet6);
-    let site = if facts.protocol == protocol::TCP { apply_point::BIND_STREAM } else { apply_point::BIND_DATAGRAM };
-    apply_at(site, &socket, facts, if inet6 && socket.is_link_local() { POSTPONED } else { 0 });
+    let point = if facts.protocol == protocol::TCP { apply_point::BIND_STREAM } else { apply_point::BIND_DATAGRAM };
+    apply_at(point, &socket, facts, if inet6 && socket.is_link_local() { POSTPONED } else { 0 });
 }
 
 #[inline(always)]
 fn connect(ctx: &SockAddrContext, inet6: bool) {
     let Some(socket) = SockAddr::new(ctx.sock_addr) else { return };
     let facts = socket.connect_facts(inet6);
-    let site =
+    let point =
         if facts.protocol == protocol::TCP { apply_point::CONNECT_STREAM } else { apply_point::CONNECT_DATAGRAM };
-    apply_at(site, &socket, facts, 0);
+    apply_at(point, &socket, facts, 0);
 }
 
-/// Comes by with every datagram that is sent to an address: most are let through at once. What a socket is to have is looked at
-/// with its first datagram, unless it was bound or connected or was there before the policies; and again when the kernel has
-/// taken its peer or its device from it (`connect` with AF_UNSPEC, `__udp_disconnect` in net/ipv4/udp.c, which no hook sees).
+/// Runs for every datagram that is sent to an address, and returns early for most. Applies the options with the first
+/// datagram of a socket that was created under the policies and was not bound or connected.
+///
+/// Applies the options again if the kernel has removed the socket's peer or device. No hook sees this (`connect` with
+/// AF_UNSPEC, `__udp_disconnect` in net/ipv4/udp.c).
 #[inline(always)]
 fn send(ctx: &SockAddrContext) {
     let Some(socket) = SockAddr::new(ctx.sock_addr) else { return };
@@ -85,14 +87,14 @@ fn send(ctx: &SockAddrContext) {
 }
 
 #[inline(always)]
-fn apply_at(site: u32, socket: &SockAddr, facts: Facts, how: u32) {
+fn apply_at(point: u32, socket: &SockAddr, facts: Facts, extra: u32) {
     // SAFETY: the context's socket, checked for NULL.
     let Some((state, scope)) = (unsafe { storage::enter_scope(socket.sk(), |_| false) }) else { return };
-    apply_to(facts, site, socket, state, scope, how);
+    apply_to(facts, point, socket, state, scope, extra);
 }
 
 #[inline(always)]
-fn apply_to(facts: Facts, site: u32, socket: &SockAddr, state: &'static mut State, scope: Scope, how: u32) {
+fn apply_to(facts: Facts, point: u32, socket: &SockAddr, state: &'static mut State, scope: Scope, extra: u32) {
     state.is_fresh = 0;
     state.has_peer = u32::from(facts.known & known::REMOTE != 0);
     if state.notes.cookie == 0 {
@@ -100,8 +102,8 @@ fn apply_to(facts: Facts, site: u32, socket: &SockAddr, state: &'static mut Stat
         state.notes.cookie = unsafe { bpf_get_socket_cookie(socket.as_ptr()) };
     }
     let state = storage::update_facts(state, facts);
-    apply::<SETTABLE_MAX>(scope, site, state, socket.is_inet6(), |index, rules, missing, _| {
-        let missing = missing | how;
+    apply::<SETTABLE_MAX>(scope, point, state, socket.is_inet6(), |index, rules, missing, _| {
+        let missing = missing | extra;
         if apply_sock_addr(socket.ctx(), index, rules.sure, rules.possible, missing) != 0 {
             check_sock_addr(socket.ctx(), index, rules.sure, rules.possible, missing);
         }

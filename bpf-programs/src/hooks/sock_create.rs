@@ -1,7 +1,7 @@
-//! cgroup/sock_create: what holds from a socket's first moment, UDP and raw sockets included.
+//! cgroup/sock_create: options that must be set when a socket is created, UDP and raw sockets included.
 //!
-//! No helper can set options here; the kernel lets a program write three fields of the new socket
-//! instead (`cg_sock_filter`'s `sock_filter_is_valid_access`, net/core/filter.c).
+//! No helper can set options here. Instead, the kernel lets a program write three fields of the new socket
+//! (`sock_filter_is_valid_access` of `cg_sock_filter`, net/core/filter.c).
 
 use abi::{
     SOCK_CREATE_MAX, apply_point,
@@ -19,7 +19,7 @@ use crate::{
 const SO_PRIORITY: i32 = 12;
 const SO_MARK: i32 = 36;
 
-/// Lets every socket be made: 1 means "go on".
+/// Returns 1 always: creating the socket succeeds.
 #[cgroup_sock(sock_create)]
 pub(crate) fn sp_sock_create(ctx: SockContext) -> i32 {
     apply_at_creation(&SockCreate(ctx.sock));
@@ -27,26 +27,26 @@ pub(crate) fn sp_sock_create(ctx: SockContext) -> i32 {
 }
 
 #[inline(always)]
-fn apply_at_creation(birth: &SockCreate) {
+fn apply_at_creation(sock: &SockCreate) {
     // SAFETY: the context of cgroup/sock_create.
-    let cookie = unsafe { bpf_get_socket_cookie(birth.sk()) };
-    let begins = |state: &mut State| {
+    let cookie = unsafe { bpf_get_socket_cookie(sock.sk()) };
+    let is_new = |state: &mut State| {
         storage::reset_for_new_socket(state, cookie);
         true
     };
     // SAFETY: as above.
-    let Some((state, scope)) = (unsafe { storage::enter_scope(birth.sk(), begins) }) else { return };
+    let Some((state, scope)) = (unsafe { storage::enter_scope(sock.sk(), is_new) }) else { return };
     state.notes.cookie = cookie;
     state.is_fresh = 1;
-    let state = storage::update_facts(state, birth.facts());
-    let mut fields = birth.fields();
-    // The options that only one family has are not among those of this site.
+    let state = storage::update_facts(state, sock.facts());
+    let mut fields = sock.fields();
+    // This apply point has no option that only one family has.
     apply::<SOCK_CREATE_MAX>(scope, apply_point::SOCK_CREATE, state, false, |index, rules, missing, state| {
         apply_option(index, rules, missing, &mut state.notes, |option, setting, notes| {
-            set_field(birth.sk(), &mut fields, option, setting, notes)
+            set_field(sock.sk(), &mut fields, option, setting, notes)
         });
     });
-    birth.set_fields(&fields);
+    sock.set_fields(&fields);
 }
 
 #[inline(always)]
@@ -61,7 +61,7 @@ fn set_field(
         SO_MARK => &mut fields.mark,
         SO_PRIORITY => &mut fields.priority,
         _ => {
-            // SO_BINDTOIFINDEX: the site has these three.
+            // SO_BINDTOIFINDEX: this apply point has three options.
             (notes.device, notes.device_wanted) = (setting.value, setting.device());
             &mut fields.device
         }

@@ -1,4 +1,4 @@
-//! sock_ops: a TCP socket calls, listens, or is connected.
+//! sock_ops: a TCP socket connects, listens, or has a connection.
 
 use abi::{
     SETTABLE_MAX, apply_point,
@@ -20,7 +20,7 @@ use crate::{
     storage,
 };
 
-/// Returns 1 always: 0 would make `tcp_call_bpf` discard other programs' replies.
+/// Returns 1 always: 0 would make `tcp_call_bpf` discard the replies of other programs.
 #[sock_ops]
 pub(crate) fn sp_sock_ops(ctx: SockOpsContext) -> u32 {
     apply_to_event(&ctx);
@@ -29,59 +29,59 @@ pub(crate) fn sp_sock_ops(ctx: SockOpsContext) -> u32 {
 
 #[inline(always)]
 fn apply_to_event(ctx: &SockOpsContext) {
-    let (site, direction, peer) = match ctx.op() {
+    let (point, direction, peer) = match ctx.op() {
         BPF_SOCK_OPS_TCP_CONNECT_CB => (apply_point::SYN, direction::OUTBOUND, true),
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => (apply_point::ACTIVE, direction::OUTBOUND, true),
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => (apply_point::PASSIVE, direction::INBOUND, true),
         BPF_SOCK_OPS_TCP_LISTEN_CB => (apply_point::LISTEN, direction::INBOUND, false),
         _ => return,
     };
-    let Some(turn) = SockOps::new(ctx.ops) else { return };
+    let Some(socket) = SockOps::new(ctx.ops) else { return };
     let mut is_accepted = false;
-    let begins = |state: &mut State| {
-        is_accepted = site == apply_point::PASSIVE && is_accepted_now(&turn, state);
+    let is_new = |state: &mut State| {
+        is_accepted = point == apply_point::PASSIVE && was_accepted(&socket, state);
         is_accepted
     };
     // SAFETY: the context's socket, checked for NULL.
-    let Some((state, scope)) = (unsafe { storage::enter_scope(turn.sk(), begins) }) else { return };
-    let (site, direction) = match (site, is_accepted) {
+    let Some((state, scope)) = (unsafe { storage::enter_scope(socket.sk(), is_new) }) else { return };
+    let (point, direction) = match (point, is_accepted) {
         (apply_point::PASSIVE, false) => (apply_point::ACTIVE, direction::OUTBOUND),
-        _ => (site, direction),
+        _ => (point, direction),
     };
     if state.notes.cookie == 0 {
         // SAFETY: the helper takes this context.
-        state.notes.cookie = unsafe { bpf_get_socket_cookie(turn.as_ptr()) };
+        state.notes.cookie = unsafe { bpf_get_socket_cookie(socket.as_ptr()) };
     }
-    let state = storage::update_facts(state, turn.facts(direction, peer));
-    apply::<SETTABLE_MAX>(scope, site, state, turn.is_inet6(), |index, rules, missing, _| {
+    let state = storage::update_facts(state, socket.facts(direction, peer));
+    apply::<SETTABLE_MAX>(scope, point, state, socket.is_inet6(), |index, rules, missing, _| {
         if apply_sock_ops(ctx.ops, index, rules.sure, rules.possible, missing) != 0 {
             check_sock_ops(ctx.ops, index, rules.sure, rules.possible, missing);
         }
     });
 }
 
-/// Whether a socket that is connected without having been answered is accepted from a listener, and not connected by a
-/// simultaneous open: then the socket has called connect. Begins the notes of an accepted socket.
+/// Returns whether a connected socket was accepted from a listener, and not connected by a simultaneous open, which is
+/// preceded by a connect call. Initialises the notes of an accepted socket.
 ///
-/// The kernel has the same callback for both (`tcp_rcv_state_process`, TCP_SYN_RECV, net/ipv4/tcp_input.c).
+/// The kernel runs the same callback for both (`tcp_rcv_state_process`, TCP_SYN_RECV, net/ipv4/tcp_input.c).
 #[inline(always)]
-fn is_accepted_now(turn: &SockOps, state: &mut State) -> bool {
-    if state.is_unstored != 0 {
+fn was_accepted(socket: &SockOps, state: &mut State) -> bool {
+    if state.is_fallback != 0 {
         // SAFETY: the helper takes this context.
-        let cookie = unsafe { bpf_get_socket_cookie(turn.as_ptr()) };
-        if storage::reset_for_new_socket(state, cookie) && turn.has_sent() {
+        let cookie = unsafe { bpf_get_socket_cookie(socket.as_ptr()) };
+        if storage::reset_for_new_socket(state, cookie) && socket.has_sent() {
             state.facts.direction = direction::OUTBOUND;
         }
     }
     if state.facts.direction == direction::OUTBOUND {
         return false;
     }
-    // Of the listener's notes only what the application asked for on the listener goes for this socket too.
+    // Of the listener's notes, only what the application requested on the listener applies to this socket too.
     // SAFETY: the context's socket, checked for NULL.
-    if let Some(kept) = unsafe { storage::saved_values(turn.sk(), false) } {
-        state.notes.app_override = kept.yielded;
-        state.notes.requested = kept.has_asked;
-        state.notes.changed = kept.has_before;
+    if let Some(saved) = unsafe { storage::saved_values(socket.sk(), false) } {
+        state.notes.app_override = saved.app_override;
+        state.notes.requested = saved.has_before_request;
+        state.notes.changed = saved.has_before_rule;
     }
     true
 }

@@ -1,12 +1,14 @@
-//! The audit's records of calls, as the cgroup's hooks come upon them, or begin them.
+//! The audit's records of calls, as the cgroup hooks use or create them.
 //!
-//! Where only conflicts are reported, the audit need not see calls begin: a conflict is found by a hook, which knows all that
-//! there is to note. Then the audit sees their ends alone ([`audit::ENDS`]), and of most calls there is nothing to be found at
-//! the end.
+//! If only conflicts are reported, the audit need not see the entries of calls: a hook finds the conflict, and knows
+//! everything that a record needs. Then the audit sees only exits ([`audit::ENDS`]), and most calls have no record there.
 //!
-//! Invariant: as the audit's. A hook decides once about a call, within the function that is handed the socket: so a record that is
-//! decided already or begun by a hook, or in which that function has ended, is of an earlier one. So is one that was given
-//! something else than the call has that its thread is in.
+//! Invariant: as in the audit. A hook decides about a call once, within the function that gets the socket. So a record
+//! belongs to an earlier call in each of these cases:
+//! - it is already decided;
+//! - a hook created it;
+//! - that function has exited;
+//! - the current system call of its thread has other arguments.
 
 use abi::{
     audit,
@@ -21,47 +23,48 @@ use crate::{
     maps::{self, count_loss},
 };
 
-/// Whether programs at cgroup/setsockopt can tell which system call a task is in and what it was given, and others then which
-/// socket is meant by that: `bpf_task_pt_regs`, and [`LAYOUT`](abi::layout). As in `calls`, a constant to the verifier.
+/// Whether programs at cgroup/setsockopt can read the system call of a task and its arguments, and other programs then the
+/// socket of that call. Needs `bpf_task_pt_regs` and [`LAYOUT`](abi::layout). As in `sockopt`, a constant for the verifier.
 #[unsafe(no_mangle)]
 pub(super) static CAN_BEGIN_CALLS: Global<u8> = Global::new(0);
 
-/// What the audit sees of calls.
+/// Returns what the audit sees of calls.
 #[inline(always)]
-fn seen() -> u32 {
+fn sees() -> u32 {
     maps::config().map_or(audit::NONE, |config| config.audit)
 }
 
-/// Drops what a thread, which is in a call that a hook has not decided about yet, has left of an earlier one, whose end was then
-/// not seen.
+/// Drops the record that an earlier call of a thread left because its exit was missed. The thread is in a call about which no
+/// hook has decided yet.
 #[inline(always)]
-pub(in crate::hooks) fn drop_unended(thread: u64) {
-    let seen = seen();
-    if seen != audit::NONE
+pub(in crate::hooks) fn discard_unfinished(thread: u64) {
+    let sees = sees();
+    if sees != audit::NONE
         && thread != 0
         && let Some(call) = maps::call(thread)
-        && (seen & audit::ENDS != 0 || call.flags & (flags::DECIDED | flags::COMPLETE) != 0)
+        && (sees & audit::ENDS != 0 || call.flags & (flags::DECIDED | flags::COMPLETE) != 0)
     {
         super::discard_stale(thread, call);
     }
 }
 
-/// Whether the audit judges the call that a thread is in. A hook is there for a while yet when policies that it was for are in
-/// force no more, and judges the calls that began under them.
+/// Returns whether the audit judges the call that a thread is in. A hook stays attached for a while after the policies that
+/// need it, and judges the calls that started under them.
 #[inline(always)]
-pub(in crate::hooks) fn is_judged_at_its_end(thread: u64, key: OptionKey) -> bool {
+pub(in crate::hooks) fn is_judged_at_exit(thread: u64, key: OptionKey) -> bool {
     thread != 0 && maps::call(thread).is_some_and(|call| call.flags & flags::UNHOOKED != 0 && call.key == key)
 }
 
-/// The record of a call that a hook has found in conflict. `None` where the audit does not see it, or there is no room.
+/// Returns the record of a call that a hook has found in conflict. `None` if the audit does not see the call, or if there is
+/// no room.
 #[inline(always)]
-pub(in crate::hooks) fn record(thread: u64, kind: u32, key: OptionKey) -> Option<&'static mut Call> {
-    let seen = seen();
-    if CAN_BEGIN_CALLS.load() != 0 && seen & audit::ENDS != 0 {
-        let is_seen_to_its_end = kind == call::SETSOCKOPT || seen & audit::READ_ENDS != 0;
-        return if is_seen_to_its_end { begin(thread, kind, key) } else { None };
+pub(in crate::hooks) fn record_of_conflict(thread: u64, kind: u32, key: OptionKey) -> Option<&'static mut Call> {
+    let sees = sees();
+    if CAN_BEGIN_CALLS.load() != 0 && sees & audit::ENDS != 0 {
+        let sees_exit = kind == call::SETSOCKOPT || sees & audit::READ_ENDS != 0;
+        return if sees_exit { create_record(thread, kind, key) } else { None };
     }
-    let call = maps::call_of(thread, kind, key)?;
+    let call = maps::call_matching(thread, kind, key)?;
     if CAN_BEGIN_CALLS.load() != 0 && call.flags & flags::SYSCALL != 0 && !super::args_match(call) {
         super::discard_stale(thread, call);
         return None;
@@ -70,11 +73,11 @@ pub(in crate::hooks) fn record(thread: u64, kind: u32, key: OptionKey) -> Option
 }
 
 #[inline(always)]
-fn begin(thread: u64, kind: u32, key: OptionKey) -> Option<&'static mut Call> {
+fn create_record(thread: u64, kind: u32, key: OptionKey) -> Option<&'static mut Call> {
     if kernel::via(system_call(kind)) != flags::SYSCALL {
         return None;
     }
-    let Some(call) = maps::begin_call(thread) else {
+    let Some(call) = maps::reserve_call(thread) else {
         count_loss(|losses| &mut losses.calls_full);
         return None;
     };

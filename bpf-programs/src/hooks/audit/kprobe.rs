@@ -1,6 +1,6 @@
 //! The audit by kprobe and kretprobe, on the same functions as [`super::fentry`].
 //!
-//! What the kernel passes in registers is read from there, the rest from the stack.
+//! Arguments in registers are read from there, the others from the stack.
 
 use abi::{
     event::{call, source},
@@ -12,14 +12,16 @@ use aya_ebpf::{
     programs::{ProbeContext, RetProbeContext},
 };
 
-use super::{CallEntry, CallExit, Pointer, Subject, begin, end, end_with_socket, is_set, record_socket, via};
+use super::{
+    CallEntry, CallExit, Pointer, Subject, handle_entry, handle_exit, handle_socket_exit, is_set, record_socket, via,
+};
 
 // match-proto: 6.7: int do_sock_setsockopt(struct socket *sock, bool compat, int level, int optname,
 //                                           sockptr_t optval, int optlen)
 #[kprobe]
 pub(crate) fn sp_kprobe_set(ctx: ProbeContext) -> u32 {
-    if let Some(begun) = socket_call(call::SETSOCKOPT, &ctx) {
-        begin(begun);
+    if let Some(entry) = socket_call(call::SETSOCKOPT, &ctx) {
+        handle_entry(entry);
     }
     0
 }
@@ -28,8 +30,8 @@ pub(crate) fn sp_kprobe_set(ctx: ProbeContext) -> u32 {
 //                                           sockptr_t optval, sockptr_t optlen)
 #[kprobe]
 pub(crate) fn sp_kprobe_get(ctx: ProbeContext) -> u32 {
-    if let Some(begun) = socket_call(call::GETSOCKOPT, &ctx) {
-        begin(begun);
+    if let Some(entry) = socket_call(call::GETSOCKOPT, &ctx) {
+        handle_entry(entry);
     }
     0
 }
@@ -37,8 +39,8 @@ pub(crate) fn sp_kprobe_get(ctx: ProbeContext) -> u32 {
 // match-proto: 5.10: int __sys_setsockopt(int fd, int level, int optname, char __user *optval, int optlen)
 #[kprobe]
 pub(crate) fn sp_kprobe_set_fd(ctx: ProbeContext) -> u32 {
-    if let Some(begun) = descriptor_call(call::SETSOCKOPT, &ctx) {
-        begin(begun);
+    if let Some(entry) = descriptor_call(call::SETSOCKOPT, &ctx) {
+        handle_entry(entry);
     }
     0
 }
@@ -46,8 +48,8 @@ pub(crate) fn sp_kprobe_set_fd(ctx: ProbeContext) -> u32 {
 // match-proto: 5.10: int __sys_getsockopt(int fd, int level, int optname, char __user *optval, int __user *optlen)
 #[kprobe]
 pub(crate) fn sp_kprobe_get_fd(ctx: ProbeContext) -> u32 {
-    if let Some(begun) = descriptor_call(call::GETSOCKOPT, &ctx) {
-        begin(begun);
+    if let Some(entry) = descriptor_call(call::GETSOCKOPT, &ctx) {
+        handle_entry(entry);
     }
     0
 }
@@ -55,39 +57,39 @@ pub(crate) fn sp_kprobe_get_fd(ctx: ProbeContext) -> u32 {
 // match-proto: 5.10: int security_socket_setsockopt(struct socket *sock, int level, int optname)
 #[kprobe]
 pub(crate) fn sp_kprobe_set_found(ctx: ProbeContext) -> u32 {
-    found(call::SETSOCKOPT, &ctx);
+    handle_found(call::SETSOCKOPT, &ctx);
     0
 }
 
 // match-proto: 5.10: int security_socket_getsockopt(struct socket *sock, int level, int optname)
 #[kprobe]
 pub(crate) fn sp_kprobe_get_found(ctx: ProbeContext) -> u32 {
-    found(call::GETSOCKOPT, &ctx);
+    handle_found(call::GETSOCKOPT, &ctx);
     0
 }
 
-/// The end of the first two.
+/// The exit of the first two functions.
 #[kretprobe]
 pub(crate) fn sp_kretprobe(ctx: RetProbeContext) -> u32 {
-    end_with_socket(ended(&ctx));
+    handle_socket_exit(call_exit(&ctx));
     0
 }
 
-/// The end of the system calls.
+/// The exit of the system calls.
 #[kretprobe]
 pub(crate) fn sp_kretprobe_fd(ctx: RetProbeContext) -> u32 {
-    end(ended(&ctx));
+    handle_exit(call_exit(&ctx));
     0
 }
 
-/// A return does not say of which call it is.
+/// Returns a result without the kind and option of the call, which a return probe does not know.
 #[inline(always)]
-fn ended(ctx: &RetProbeContext) -> CallExit {
+fn call_exit(ctx: &RetProbeContext) -> CallExit {
     CallExit { source: source::KPROBE, result: ctx.ret::<i32>().into(), kind: 0, key: None }
 }
 
 #[inline(always)]
-fn found(kind: u32, ctx: &ProbeContext) {
+fn handle_found(kind: u32, ctx: &ProbeContext) {
     if let (Some(socket), Some(level), Some(name)) = (ctx.arg(0), ctx.arg(1), ctx.arg(2)) {
         record_socket(socket, kind, OptionKey { level, name });
     }
@@ -121,16 +123,16 @@ fn socket_call(kind: u32, ctx: &ProbeContext) -> Option<CallEntry> {
     })
 }
 
-/// An argument after the sixth: by the System V ABI it is on the stack, above the return address.
+/// Reads an argument after the sixth: by the System V ABI it is on the stack, above the return address.
 #[cfg(bpf_target_arch = "x86_64")]
 #[inline(always)]
 fn late_argument(ctx: &ProbeContext, n: u64) -> Option<u64> {
-    // SAFETY: the kernel's registers, for as long as the program runs.
+    // SAFETY: the kernel's registers, valid while the program runs.
     let stack = unsafe { (*ctx.regs).rsp };
     crate::kernel::read(stack + 8 + 8 * n)
 }
 
-/// An argument after the sixth: where eight go in registers, that is still one of these.
+/// Reads an argument after the sixth: on architectures that pass eight arguments in registers, it is in one of these.
 #[cfg(not(bpf_target_arch = "x86_64"))]
 #[inline(always)]
 fn late_argument(ctx: &ProbeContext, n: u64) -> Option<u64> {

@@ -1,21 +1,19 @@
 //! The audit: setsockopt and getsockopt calls of the targets' tasks, from entry to exit.
 //!
-//! Three kinds of hook run the same code, each in a file of its own: [`fentry`], [`kprobe`], [`tracepoint`].
-//! Each hands over what it sees of a call in the same form ([`CallEntry`]), and its result.
+//! Three kinds of hook run the same code, each in a file of its own: [`fentry`], [`kprobe`], [`tracepoint`]. Each passes what
+//! it sees of a call in the same form ([`CallEntry`]), and the call's result.
 //!
-//! A call is seen where the kernel has its socket in hand ([`Subject::Socket`]): there its socket is certain. Around
-//! that, it is seen by the number of a descriptor ([`Subject::Descriptor`]), also where that stands for no socket. Where
-//! both are seen they make one record, which the outer begins and ends. Tracepoints have the number alone
-//! ([`Subject::DescriptorAlone`]).
+//! Some functions get the socket as an argument ([`Subject::Socket`]): there the socket is certain. The functions around them
+//! get a descriptor ([`Subject::Descriptor`]), also one that is no socket. If both run, they share one record, which the
+//! outer function creates and removes. Tracepoints get only the descriptor ([`Subject::DescriptorAlone`]).
 //!
-//! Where only conflicts are reported, the beginning of a call may be left to the cgroup's hooks ([`hooked`]).
+//! If only conflicts are reported, the cgroup hooks may create the records ([`cgroup_hook`]).
 //!
-//! The audit changes nothing. It decides only what no other hook gets to see: the calls of 32-bit programs,
-//! for which the kernel does not run the cgroup hooks.
+//! The audit changes nothing. It judges only the calls that no other hook sees: those of 32-bit programs, for which the
+//! kernel does not run the cgroup hooks, and all calls of a dry run without hooks ([`without_hook`]).
 //!
-//! Invariant: what is reported of a call is of that call. The record of one whose end was not seen is dropped and counted
-//! when its thread is seen in another, and a socket that the kernel does not hold is looked at only while the descriptor
-//! stands for it.
+//! Invariant: an event describes one call. If the exit of a call was missed, its record is dropped and counted at the next
+//! call of the thread. A socket that the kernel does not hold is read only while the descriptor refers to it.
 
 pub(super) mod cgroup_hook;
 mod fentry;
@@ -47,12 +45,12 @@ use crate::{
     maps::{self, count_loss},
 };
 
-// As in `calls`, constants to the verifier.
+// As in `sockopt`, constants for the verifier.
 
 /// Whether calls are timed.
 #[unsafe(no_mangle)]
 static TIMING: Global<u8> = Global::new(0);
-/// `bpf_get_current_ancestor_cgroup_id` in programs like these: 5.15 and later.
+/// `bpf_get_current_ancestor_cgroup_id` in tracing programs: 5.15 and later.
 #[unsafe(no_mangle)]
 static CAN_SEE_ANCESTORS: Global<u8> = Global::new(0);
 
@@ -69,18 +67,18 @@ impl Pointer {
     }
 }
 
-/// What a call is about.
+/// The object of a call.
 #[derive(Clone, Copy)]
 enum Subject {
-    /// A `struct socket`, held by the kernel for as long as the function runs.
+    /// A `struct socket`, which the kernel holds while the function runs.
     Socket(*const c_void),
-    /// A descriptor of the task's. Another hook is handed the socket.
+    /// A descriptor of the task. Another hook gets the socket.
     Descriptor(i32),
-    /// A descriptor of the task's, and no more will be known.
+    /// A descriptor of the task. No other hook gets the socket.
     DescriptorAlone(i32),
 }
 
-/// A call as it begins.
+/// A call at its entry.
 struct CallEntry {
     /// See [`call`].
     kind: u32,
@@ -89,100 +87,102 @@ struct CallEntry {
     subject: Subject,
     key: OptionKey,
     optval: Pointer,
-    /// setsockopt: the length of the argument, as an address of no memory; getsockopt: the address of it.
+    /// setsockopt: the length of the argument, in the address field. getsockopt: the address of the length.
     optlen: Pointer,
 }
 
-/// A call as it ends.
+/// A call at its exit.
 struct CallExit {
     /// See [`event::source`](abi::event::source).
     source: u32,
     result: i64,
-    /// What the backend knows of which call it is: its kind, 0 if not known, and its option.
+    /// What the backend knows about which call this is: its kind, 0 if unknown, and its option.
     kind: u32,
     key: Option<OptionKey>,
 }
 
-/// A `bool` among arguments, or the bit that says of which memory a `sockptr_t` is; what is beside it means nothing.
+/// Returns the value of a `bool` argument, or of the bit that tells which memory a `sockptr_t` is in. The other bits of the
+/// register are undefined.
 #[inline(always)]
 fn is_set(argument: u64) -> bool {
     argument & 1 != 0
 }
 
-/// What the argument `compat` tells of how a call was made.
+/// Returns the flags for the argument `compat` of a call.
 #[inline(always)]
 fn via(compat: u64) -> u32 {
     if is_set(compat) { flags::COMPAT } else { 0 }
 }
 
-/// The numbers of setsockopt and getsockopt: by these they are told from one another, and from a call made through io_uring.
+/// The system call numbers of setsockopt and getsockopt. They distinguish the two calls from each other, and from a call by
+/// io_uring.
 #[cfg(bpf_target_arch = "x86_64")]
 const SYSTEM_CALLS: [i64; 2] = [54, 55];
 #[cfg(not(bpf_target_arch = "x86_64"))]
 const SYSTEM_CALLS: [i64; 2] = [208, 209];
 
-/// The number of the system call of a kind.
+/// Returns the system call number of a kind of call.
 #[inline(always)]
 fn system_call(kind: u32) -> i64 {
     SYSTEM_CALLS[if kind == call::SETSOCKOPT { 0 } else { 1 }]
 }
 
-/// Notes a call that the audit is to follow.
+/// Creates a record of a call that the audit follows.
 ///
-/// Where only conflicts are reported, whose call it is and what it asks for is left to the cgroup's hooks, if there are any to
-/// see it: in most calls they find no conflict, and most callers are in no target.
+/// If only conflicts are reported, the cgroup hooks decide which calls and arguments matter, if they see the call. They find
+/// no conflict in most calls, and most callers are in no target.
 #[inline(always)]
-fn begin(begun: CallEntry) {
+fn handle_entry(entry: CallEntry) {
     let Some(config) = maps::config() else { return };
     let thread = bpf_get_current_pid_tgid();
     if let Some(call) = maps::call(thread) {
-        if let Subject::Socket(socket) = begun.subject
-            && is_within(&begun, call)
+        if let Subject::Socket(socket) = entry.subject
+            && is_inner_of(&entry, call)
         {
             call.sk = kernel::sock_of(socket);
             call.flags |= flags::HELD;
-            if begun.via != 0 {
-                // The kernel's word against ours, which does not know x32.
-                call.flags = call.flags & !flags::SYSCALL | begun.via | flags::UNHOOKED;
+            if entry.via != 0 {
+                // The kernel's argument has precedence over our own test, which does not recognise x32.
+                call.flags = call.flags & !flags::SYSCALL | entry.via | flags::UNHOOKED;
             }
             return;
         }
         discard_stale(thread, call);
     }
-    if config.calls != calls::ALL && !config.may_name(begun.key) {
+    if config.calls != calls::ALL && !config.may_name(entry.key) {
         return;
     }
-    let via = via_of(&begun);
+    let via = via_of(&entry);
     let is_unhooked = via & flags::COMPAT != 0 || config.audit_judges != 0;
     let is_hooked = config.calls == calls::CONFLICTS && !is_unhooked;
     let is_certain = !is_hooked || TIMING.load() != 0;
-    if is_certain && !is_wanted(config, &begun) {
+    if is_certain && !must_record(config, &entry) {
         return;
     }
-    let Some(call) = maps::begin_call(thread) else {
-        // Of most callers nothing would have been told.
-        if is_certain || is_wanted(config, &begun) {
+    let Some(call) = maps::reserve_call(thread) else {
+        // Most callers would not have been reported.
+        if is_certain || must_record(config, &entry) {
             count_loss(|losses| &mut losses.calls_full);
         }
         return;
     };
     *call = Call {
-        key: begun.key,
-        kind: begun.kind,
+        key: entry.key,
+        kind: entry.kind,
         flags: if is_unhooked { via | flags::UNHOOKED } else { via },
         fd: -1,
-        optval: begun.optval.address,
-        optlen: begun.optlen.address,
+        optval: entry.optval.address,
+        optlen: entry.optlen.address,
         thread,
         ..Call::default()
     };
-    if begun.optval.in_kernel {
+    if entry.optval.in_kernel {
         call.flags |= flags::OPTVAL_IN_KERNEL;
     }
-    if begun.optlen.in_kernel {
+    if entry.optlen.in_kernel {
         call.flags |= flags::OPTLEN_IN_KERNEL;
     }
-    match begun.subject {
+    match entry.subject {
         Subject::Socket(socket) => {
             call.sk = kernel::sock_of(socket);
             call.flags |= flags::HELD;
@@ -198,8 +198,8 @@ fn begin(begun: CallEntry) {
             }
         }
     }
-    if !is_hooked && begun.kind == call::SETSOCKOPT {
-        read_requested(call, begun.optlen.address as i32);
+    if !is_hooked && entry.kind == call::SETSOCKOPT {
+        read_requested(call, entry.optlen.address as i32);
     }
     if TIMING.load() != 0 {
         // SAFETY: has no arguments.
@@ -207,92 +207,92 @@ fn begin(begun: CallEntry) {
     }
 }
 
-/// Whether there is anything to do about a call: one of a task that the audit follows, or, where the audit judges, one on a socket
-/// of a target.
+/// Returns whether the audit must record a call. This holds for a call of a task that the audit follows. If the audit judges
+/// calls, it also holds for a call on a socket of a target.
 #[inline(always)]
-fn is_wanted(config: &Config, begun: &CallEntry) -> bool {
-    let is_named = maps::option_number(config.generation, begun.key).is_some();
-    let is_followed = (is_named || config.calls == calls::ALL) && followed(config).is_some();
-    (is_followed || (is_named && config.audit_judges != 0 && may_be_governed(config, begun.subject)))
+fn must_record(config: &Config, entry: &CallEntry) -> bool {
+    let is_named = maps::option_number(config.generation, entry.key).is_some();
+    let is_followed = (is_named || config.calls == calls::ALL) && followed_slot(config).is_some();
+    (is_followed || (is_named && config.audit_judges != 0 && may_be_governed(config, entry.subject)))
         && !kernel::is_agent(config)
 }
 
-/// Whether the socket of a call may be one of a target's.
+/// Returns whether the socket of a call may belong to a target.
 #[inline(always)]
 fn may_be_governed(config: &Config, subject: Subject) -> bool {
     match subject {
-        Subject::Socket(socket) => kernel::place_of_sock(config.generation, kernel::sock_of(socket)) != 0,
-        Subject::DescriptorAlone(fd) => kernel::place_of_descriptor(config.generation, fd) != 0,
+        Subject::Socket(socket) => kernel::slot_of_sock(config.generation, kernel::sock_of(socket)) != 0,
+        Subject::DescriptorAlone(fd) => kernel::slot_of_descriptor(config.generation, fd) != 0,
         Subject::Descriptor(_) => true,
     }
 }
 
-/// How a call was made: bits of [`flags`].
+/// Returns how a call was made: bits of [`flags`].
 #[inline(always)]
-fn via_of(begun: &CallEntry) -> u32 {
-    match begun.subject {
-        _ if begun.via != 0 => begun.via,
-        Subject::Socket(_) => kernel::via(system_call(begun.kind)),
+fn via_of(entry: &CallEntry) -> u32 {
+    match entry.subject {
+        _ if entry.via != 0 => entry.via,
+        Subject::Socket(_) => kernel::via(system_call(entry.kind)),
         _ => kernel::via_by_descriptor(),
     }
 }
 
-/// Whether a call that begins with its socket is the one that began with a descriptor.
+/// Returns whether a call that starts with its socket is the call that started with a descriptor.
 #[inline(always)]
-fn is_within(begun: &CallEntry, outer: &Call) -> bool {
+fn is_inner_of(entry: &CallEntry, outer: &Call) -> bool {
     outer.flags & flags::OUTER != 0
         && outer.sk == 0
-        && outer.kind == begun.kind
-        && outer.key == begun.key
-        && outer.optval == begun.optval.address
-        && outer.optlen == begun.optlen.address
-        && via_of(begun) & flags::RING == 0
+        && outer.kind == entry.kind
+        && outer.key == entry.key
+        && outer.optval == entry.optval.address
+        && outer.optlen == entry.optlen.address
+        && via_of(entry) & flags::RING == 0
 }
 
-/// Notes the socket of the call that the current task is in, which the kernel has just found.
+/// Records the socket of the current task's call, which the kernel has just found.
 #[inline(always)]
 fn record_socket(socket: *const c_void, kind: u32, key: OptionKey) {
     let thread = bpf_get_current_pid_tgid();
-    let Some(call) = maps::call_of(thread, kind, key) else { return };
-    // The cgroup hook knows the sockets of the others.
+    let Some(call) = maps::call_matching(thread, kind, key) else { return };
+    // For all other calls, the cgroup hook knows the socket.
     if reports_everything() || call.flags & flags::UNHOOKED != 0 {
         call.sk = kernel::sock_of(socket);
         fill_socket(thread);
     }
 }
 
-/// The end of the function that was handed the socket.
+/// Handles the exit of the function that got the socket as an argument.
 #[inline(always)]
-fn end_with_socket(ended: CallExit) {
-    let Some((thread, call)) = current_record(&ended) else { return };
+fn handle_socket_exit(exit: CallExit) {
+    let Some((thread, call)) = current_record(&exit) else { return };
     if call.flags & flags::OUTER == 0 {
-        finish(thread, call, &ended);
+        finish(thread, call, &exit);
         return;
     }
-    // The system call goes on to its end, and may let go of the socket before that.
+    // The system call continues, and may release the socket before its exit.
     if should_report(call) {
-        complete(thread, call.kind, call.flags, ended.result);
+        complete(thread, call.kind, call.flags, exit.result);
     }
     if let Some(call) = maps::call(thread) {
         call.flags = (call.flags | flags::COMPLETE) & !flags::HELD;
     }
 }
 
-/// The end of the function that a call began with.
+/// Handles the exit of the function that started the call.
 #[inline(always)]
-fn end(ended: CallExit) {
-    let Some((thread, call)) = current_record(&ended) else { return };
+fn handle_exit(exit: CallExit) {
+    let Some((thread, call)) = current_record(&exit) else { return };
     if call.flags & flags::OUTER != 0 {
-        // Also where the end of the function that was handed it was not seen.
+        // Also if the exit of the function that got the socket was missed.
         call.flags &= !flags::HELD;
     }
-    finish(thread, call, &ended);
+    finish(thread, call, &exit);
 }
 
-/// Reports a call that `begin` noted, now that its result is known.
+/// Reports a recorded call with its result, and removes the record.
 #[inline(always)]
-fn finish(thread: u64, call: &Call, ended: &CallExit) {
-    let CallExit { source, result, .. } = *ended;
+fn finish(thread: u64, call: &Call, exit: &CallExit) {
+    let CallExit { source, result, .. } = *exit;
     if (should_report(call) || TIMING.load() != 0) && record_matches_syscall(thread, result) == 0 {
         discard_stale(thread, call);
         return;
@@ -304,7 +304,7 @@ fn finish(thread: u64, call: &Call, ended: &CallExit) {
     } else {
         0
     };
-    if (reports_everything() || TIMING.load() != 0) && is_told_of() {
+    if (reports_everything() || TIMING.load() != 0) && is_counted() {
         maps::tally(&TallyKey { key: call.key, kind: call.kind, _pad: 0 }, result < 0, duration_ns);
     }
     if should_report(call) {
@@ -313,18 +313,18 @@ fn finish(thread: u64, call: &Call, ended: &CallExit) {
         }
         emit_call(thread, source, result, duration_ns);
     }
-    maps::end_call(thread);
+    maps::release_call(thread);
 }
 
-/// The current thread, and the record of the call that it is in.
+/// Returns the current thread, and the record of its call.
 ///
-/// The kernel may have left out the end of one call and the beginning of the next, which may be that of another thread with the
-/// same number. The record of the former is then dropped and counted, as far as it can be told from the latter.
+/// The kernel may skip the exit of one call and the entry of the next, which may be in another thread with the same number.
+/// The record of the first call is then dropped and counted, if it can be distinguished from the second.
 #[inline(always)]
-fn current_record(ended: &CallExit) -> Option<(u64, &'static mut Call)> {
+fn current_record(exit: &CallExit) -> Option<(u64, &'static mut Call)> {
     let thread = bpf_get_current_pid_tgid();
     let call = maps::call(thread)?;
-    let is_this = (ended.kind == 0 || ended.kind == call.kind) && ended.key.is_none_or(|key| key == call.key);
+    let is_this = (exit.kind == 0 || exit.kind == call.kind) && exit.key.is_none_or(|key| key == call.key);
     if !is_this {
         discard_stale(thread, call);
         return None;
@@ -332,17 +332,17 @@ fn current_record(ended: &CallExit) -> Option<(u64, &'static mut Call)> {
     Some((thread, call))
 }
 
-/// Whether a thread's record is of the system call that it is at the end of, as far as that can be told: 1 or 0.
+/// Returns whether a thread's record belongs to the system call that exits, as far as this is known (0 or 1).
 ///
-/// What was given is known by the registers with which the thread came into the kernel, from 5.15 on. Of two calls that were given
-/// the same place in memory, what stands there tells. Where a hook has decided about the first it need not: if the second comes to
-/// a hook, that drops the record; and if its descriptor stands for no socket, or it is a read that failed, the result says so. On a
-/// socket of no target it is not told from the first.
+/// From 5.15 on, the arguments come from the registers with which the thread entered the kernel. If two calls have the same
+/// address as argument, the memory at that address is compared. After a hook has judged the first call, this is not needed.
+/// If the second call reaches a hook, the hook drops the record. If its descriptor is no socket, or it is a read that failed,
+/// the result shows that. On a socket of no target, the second call cannot be distinguished from the first.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn record_matches_syscall(thread: u64, result: i64) -> u32 {
     let Some(call) = maps::call(thread) else { return 0 };
-    // Of calls that are made in other ways these registers tell nothing.
+    // The registers are those of a system call, and say nothing about calls that are made in other ways.
     if CAN_BEGIN_CALLS.load() == 0 || call.flags & flags::SYSCALL == 0 {
         return 1;
     }
@@ -354,53 +354,53 @@ extern "C" fn record_matches_syscall(thread: u64, result: i64) -> u32 {
     } else {
         call.kind == call::SETSOCKOPT || result >= 0
     };
-    (may_be && (!is_of_no_socket(result) || call.sk == 0 || is_reference_held(call))).into()
+    (may_be && (!means_no_socket(result) || call.sk == 0 || is_reference_held(call))).into()
 }
 
-/// Whether a result is what the kernel says of a descriptor that stands for no socket.
+/// Returns whether the kernel returns a result for a descriptor that is no socket.
 #[inline(always)]
-fn is_of_no_socket(result: i64) -> bool {
+fn means_no_socket(result: i64) -> bool {
     const EBADF: i64 = 9;
     const ENOTSOCK: i64 = 88;
     result == -EBADF || result == -ENOTSOCK
 }
 
-/// Whether a result is what the kernel says of an argument that it cannot read.
+/// Returns whether the kernel returns a result for an argument that it cannot read.
 #[inline(always)]
-fn is_of_no_argument(result: i64) -> bool {
+fn means_unreadable(result: i64) -> bool {
     const EFAULT: i64 = 14;
     result == -EFAULT
 }
 
-/// Whether the system call that the current task is in was given what that of a record was.
+/// Returns whether the system call of the current task has the arguments of a record.
 #[inline(always)]
 fn args_match(call: &Call) -> bool {
     let [fd, level, name, optval, optlen] = kernel::arguments();
-    // A record that came with the socket has no descriptor.
+    // A record that started with the socket has no descriptor.
     (call.fd < 0 || call.fd == fd as i32)
         && call.key == OptionKey { level: level as i32, name: name as i32 }
         && call.optval == optval
-        // A length is an int, and what a register has beside it means nothing.
+        // A length is an int, and the upper bits of its register are undefined.
         && call.optlen as u32 == optlen as u32
 }
 
-/// Whether what a call asks for stands where it was read.
+/// Returns whether the memory of a call's argument still has the value that was read.
 #[inline(always)]
 fn optval_unchanged(call: &Call) -> bool {
     let was_read = call.requested.len != 0 && call.flags & flags::UNREADABLE == 0;
     if call.kind != call::SETSOCKOPT || !was_read {
         return true;
     }
-    read_value(optval(call), call.optlen as i32).is_none_or(|asks| asks.words == call.requested.words)
+    read_value(optval(call), call.optlen as i32).is_none_or(|value| value.words == call.requested.words)
 }
 
-/// Drops the record of a call whose end was not seen: it must not be taken for another's.
+/// Drops the record of a call whose exit was missed, so that it is not taken for another call.
 #[inline(always)]
 fn discard_stale(thread: u64, call: &Call) {
     if should_report(call) || TIMING.load() != 0 {
         count_loss(|losses| &mut losses.exit_missed);
     }
-    maps::end_call(thread);
+    maps::release_call(thread);
 }
 
 #[inline(always)]
@@ -408,10 +408,10 @@ fn should_report(call: &Call) -> bool {
     maps::config().is_none_or(|config| call.should_report(config.calls))
 }
 
-/// Adds to the record of a thread's call what can be read now that it is over.
+/// Adds to the record of a thread's call what can be read at its exit.
 #[inline(always)]
 fn complete(thread: u64, kind: u32, call_flags: u32, result: i64) {
-    // What most calls do not need is not called for: each function looks for the record anew.
+    // Only the functions that the call needs are called, because each function looks up the record again.
     if kind == call::GETSOCKOPT || call_flags & flags::UNREADABLE != 0 {
         complete_argument(thread, result);
     }
@@ -424,23 +424,23 @@ fn complete(thread: u64, kind: u32, call_flags: u32, result: i64) {
     }
 }
 
-/// Whether the audit counts, and reports if that is wanted, a call that conflicts with nothing. Where it judges, it also has
-/// records of calls of tasks that are in no target.
+/// Returns whether the audit counts a call without a conflict, and reports it if requested. If the audit judges calls, it
+/// also has records of tasks that are in no target.
 #[inline(always)]
-fn is_told_of() -> bool {
-    maps::config().is_none_or(|config| config.audit_judges == 0 || followed(config).is_some())
+fn is_counted() -> bool {
+    maps::config().is_none_or(|config| config.audit_judges == 0 || followed_slot(config).is_some())
 }
 
-/// Whether calls are reported that conflict with nothing.
+/// Returns whether calls without a conflict are reported.
 #[inline(always)]
 fn reports_everything() -> bool {
     maps::config().is_some_and(|config| config.calls != calls::CONFLICTS)
 }
 
-// The verifier checks each of the functions below once and on its own. In one piece they took kernels before 6.3 half a
-// million steps, for their branches multiply.
+// The verifier checks each of the functions below once. As one function, they took half a million steps before 6.3, because
+// their branches multiply.
 
-/// Adds to the record of a thread's call what could not be read of its argument before.
+/// Adds to the record of a thread's call the argument, if it could not be read at the entry.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn complete_argument(thread: u64, result: i64) -> u32 {
@@ -451,20 +451,20 @@ extern "C" fn complete_argument(thread: u64, result: i64) -> u32 {
     if call.kind == call::GETSOCKOPT && result == 0 {
         read_shown(call);
     } else if call.flags & flags::UNREADABLE != 0 {
-        // At the entry the page may not have been there. The kernel has looked at it since.
+        // The page may have been absent at the entry. The kernel has accessed it since.
         read_requested(call, call.optlen as i32);
-        if call.flags & flags::UNREADABLE != 0 && !is_of_no_argument(result) {
+        if call.flags & flags::UNREADABLE != 0 && !means_unreadable(result) {
             read_part(call);
         }
     }
-    // A call that the kernel could not read either has done nothing.
-    if call.flags & flags::UNREADABLE != 0 && (reports_everything() || !is_of_no_argument(result)) {
+    // A call whose argument the kernel could not read either has done nothing.
+    if call.flags & flags::UNREADABLE != 0 && (reports_everything() || !means_unreadable(result)) {
         count_loss(|losses| &mut losses.unreadable);
     }
     0
 }
 
-/// Adds to the record of a thread's call what its socket says of itself, if that is still there and was not asked before.
+/// Adds to the record of a thread's call what its socket shows, if the socket still exists and was not read before.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn complete_socket(thread: u64) -> u32 {
@@ -476,27 +476,27 @@ extern "C" fn complete_socket(thread: u64) -> u32 {
         call.sk = kernel::sock_of_file(call.file);
     }
     if call.sk != 0 {
-        look_at_socket(call);
+        read_socket(call);
     }
     0
 }
 
-/// Adds to the record of a thread's call what its socket says of itself. The kernel holds the socket.
+/// Adds to the record of a thread's call what its socket shows. The kernel holds the socket.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn fill_socket(thread: u64) -> u32 {
     let Some(call) = maps::call(thread) else { return 0 };
-    look_at_socket(call);
+    read_socket(call);
     0
 }
 
 #[inline(always)]
-fn look_at_socket(call: &mut Call) {
+fn read_socket(call: &mut Call) {
     call.flags |= flags::VALUES_READ;
-    kernel::describe(call, call.sk);
+    kernel::fill_socket(call, call.sk);
 }
 
-/// Adds to the record of a thread's setsockopt call the value that its socket has now.
+/// Adds to the record of a thread's setsockopt call the current value of its socket.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn complete_value(thread: u64) -> u32 {
@@ -521,13 +521,13 @@ extern "C" fn emit_call(thread: u64, source: u32, result: i64, duration_ns: u64)
     if emit::is_conflict(call) {
         let (setting, verdict, place) = (call.setting, call.verdict, call.place);
         emit::conflict(head, setting, verdict, place, Task::current(), executable, |record| *record = *call);
-    } else if reports_everything() && is_told_of() {
-        emit::call(head, slot_of_task_at, Task::current(), executable, |record| *record = *call);
+    } else if reports_everything() && is_counted() {
+        emit::call(head, slot_index_of_task, Task::current(), executable, |record| *record = *call);
     }
     0
 }
 
-/// The executable that the current task runs, of which the agent is told what file it is.
+/// Returns the executable of the current task, after sending its path to the agent.
 #[inline(always)]
 fn executable() -> Executable {
     let executable = kernel::current_executable();
@@ -537,15 +537,15 @@ fn executable() -> Executable {
     executable
 }
 
-/// Tells which file the current task runs, for the executable that these numbers make up.
+/// Sends the path of the file that the current task runs, for the executable with these numbers.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn emit_exe_path(start_ns: u64, pid: u32, exec_id: u32) -> u32 {
-    emit::executable_file(&Executable { start_ns, pid, exec_id }, kernel::name_executable);
+    emit::executable_file(&Executable { start_ns, pid, exec_id }, kernel::write_exe_path);
     0
 }
 
-/// Whether the socket of a call is still what it was: held by the kernel, or by a descriptor. Cookies are given once.
+/// Returns whether the socket of a call is unchanged: held by the kernel, or by a descriptor. Cookies are unique.
 #[inline(always)]
 fn is_reference_held(call: &Call) -> bool {
     if call.flags & flags::HELD != 0 {
@@ -557,33 +557,32 @@ fn is_reference_held(call: &Call) -> bool {
     is_same && (call.sk == 0 || call.cookie == 0 || kernel::cookie_of(call.sk) == call.cookie)
 }
 
-/// What holds on the deepest target that the current task is in; `None` where it is not one of those that the audit is
-/// about.
+/// Returns the slot of the deepest target of the current task; `None` if the audit does not follow the task.
 #[inline(always)]
-fn followed(config: &Config) -> Option<&'static TargetSlot> {
-    slot_of_task(config).map(|(_, place)| place)
+fn followed_slot(config: &Config) -> Option<&'static TargetSlot> {
+    slot_of_task(config).map(|(_, slot)| slot)
 }
 
-/// The same, behind the place.
+/// Returns the index of that slot too.
 #[inline(always)]
 fn slot_of_task(config: &Config) -> Option<(u32, &'static TargetSlot)> {
-    if config.by_process != 0 && !maps::is_process((bpf_get_current_pid_tgid() >> 32) as u32) {
+    if config.by_process != 0 && !maps::is_followed_process((bpf_get_current_pid_tgid() >> 32) as u32) {
         return None;
     }
     let place = find_slot(config.generation, config.target_levels).checked_sub(1)?;
-    maps::slot_at(config.generation, place).map(|holds| (place, holds))
+    maps::slot_at(config.generation, place).map(|slot| (place, slot))
 }
 
-/// The place of the target that the audit follows the current task for.
+/// Returns the index of the slot of the target for which the audit follows the current task.
 #[inline(always)]
-fn slot_of_task_at() -> u32 {
+fn slot_index_of_task() -> u32 {
     maps::config().and_then(slot_of_task).map_or(0, |(place, _)| place)
 }
 
-/// The place of the deepest target that the current task is in, plus one; 0 where there is none. `levels` are those that
-/// targets are at.
+/// Returns the index of the slot of the deepest target of the current task, plus one; 0 if there is none. `levels` are the
+/// levels at which targets are.
 ///
-/// The verifier checks it once and on its own.
+/// A global function, so that the verifier checks it once.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn find_slot(generation: u32, levels: u64) -> u32 {
@@ -602,33 +601,33 @@ extern "C" fn find_slot(generation: u32, levels: u64) -> u32 {
     place
 }
 
-/// The id of the cgroup above the current task's at a level counted from the root; 0 where there is none.
+/// Returns the id of the ancestor of the current task's cgroup at a level counted from the root; 0 if there is none.
 #[inline(always)]
 fn ancestor(level: u32) -> u64 {
     if CAN_SEE_ANCESTORS.load() != 0 {
-        // SAFETY: takes a number.
+        // SAFETY: the helper takes a number.
         unsafe { bpf_get_current_ancestor_cgroup_id(level as i32) }
     } else {
         kernel::ancestor_cgroup(level)
     }
 }
 
-/// The argument of a call.
+/// Returns the address of a call's argument.
 #[inline(always)]
 fn optval(call: &Call) -> Pointer {
     Pointer { address: call.optval, in_kernel: call.flags & flags::OPTVAL_IN_KERNEL != 0 }
 }
 
-/// Reads what the application asks for.
+/// Reads the value that the application requests.
 #[inline(always)]
 fn read_requested(call: &mut Call, len: i32) {
-    record_requested(call, read_value(optval(call), len));
+    store_requested(call, read_value(optval(call), len));
 }
 
-/// Whether all of an argument can be read that the kernel copies for hooks, by its first byte and its last.
+/// Returns whether the kernel can read the part of an argument that it copies for hooks, by the first byte and the last.
 #[inline(always)]
-fn is_whole(call: &Call) -> bool {
-    /// Of a longer argument the kernel copies no more (PAGE_SIZE).
+fn is_readable(call: &Call) -> bool {
+    /// Of a longer argument, the kernel copies no more than this (PAGE_SIZE).
     const COPIED_MAX: i32 = 4096;
     let len = call.optlen as i32;
     let Pointer { address, in_kernel } = optval(call);
@@ -638,14 +637,14 @@ fn is_whole(call: &Call) -> bool {
     let last = if len < COPIED_MAX { len } else { COPIED_MAX } - 1;
     let mut byte = 0u8;
     let mut can_read = |place: u64| {
-        // SAFETY: writes one byte, and the helper checks the address.
+        // SAFETY: the helper writes one byte, and checks the address.
         unsafe { bpf_probe_read_user((&raw mut byte).cast(), 1, place as *const c_void) == 0 }
     };
     can_read(address) && can_read(address.wrapping_add(last as u64))
 }
 
-/// Reads what there is of an argument that ends before its length says, as far as the kernel's handler reads it: a byte, a number
-/// of four bytes or eight, or a text up to its NUL.
+/// Reads the available part of an argument whose memory ends before its length. Reads what the kernel's handler reads: a
+/// byte, a number of four or eight bytes, or a text up to its NUL.
 #[inline(always)]
 fn read_part(call: &mut Call) {
     let Pointer { address, in_kernel } = optval(call);
@@ -654,21 +653,21 @@ fn read_part(call: &mut Call) {
         return;
     }
     let room = if len < TEXT_LEN as i32 { len as u32 } else { TEXT_LEN as u32 };
-    let place = address as *const c_void;
+    let from = address as *const c_void;
     let mut words: Words = [0; 2];
     let mut text: Words = [0; 2];
-    // SAFETY: each has room for what is read, and the helpers check the address.
+    // SAFETY: each buffer has room for what is read, and the helpers check the address.
     let (known, text_len) = unsafe {
-        let known = if len >= 8 && bpf_probe_read_user((&raw mut words).cast(), 8, place) == 0 {
+        let known = if len >= 8 && bpf_probe_read_user((&raw mut words).cast(), 8, from) == 0 {
             8
-        } else if len >= 4 && bpf_probe_read_user((&raw mut words).cast(), 4, place) == 0 {
+        } else if len >= 4 && bpf_probe_read_user((&raw mut words).cast(), 4, from) == 0 {
             4
-        } else if bpf_probe_read_user((&raw mut words).cast(), 1, place) == 0 {
+        } else if bpf_probe_read_user((&raw mut words).cast(), 1, from) == 0 {
             1
         } else {
             0
         };
-        (known, bpf_probe_read_user_str((&raw mut text).cast(), room, place))
+        (known, bpf_probe_read_user_str((&raw mut text).cast(), room, from))
     };
     let (words, known) = if text_len > known { (text, text_len) } else { (words, known) };
     if known > 0 {
@@ -677,16 +676,16 @@ fn read_part(call: &mut Call) {
     }
 }
 
-/// Reads what the application was shown.
+/// Reads the value that the application got.
 #[inline(always)]
 fn read_shown(call: &mut Call) {
     let optlen = Pointer { address: call.optlen, in_kernel: call.flags & flags::OPTLEN_IN_KERNEL != 0 };
     let shown = read_value(optlen, 4).and_then(|len| read_value(optval(call), word_in(&len.words) as i32));
-    record_requested(call, shown);
+    store_requested(call, shown);
 }
 
 #[inline(always)]
-fn record_requested(call: &mut Call, value: Option<Value>) {
+fn store_requested(call: &mut Call, value: Option<Value>) {
     match value {
         Some(value) => {
             call.requested = value;
@@ -696,7 +695,7 @@ fn record_requested(call: &mut Call, value: Option<Value>) {
     }
 }
 
-/// The first bytes of an argument. `None` where they cannot be read.
+/// Returns the first bytes of an argument. `None` if they cannot be read.
 #[inline(always)]
 fn read_value(pointer: Pointer, len: i32) -> Option<Value> {
     if len <= 0 || pointer.address == 0 {
@@ -704,13 +703,13 @@ fn read_value(pointer: Pointer, len: i32) -> Option<Value> {
     }
     let mut words: Words = [0; 2];
     let read = if len < TEXT_LEN as i32 { len as u32 } else { TEXT_LEN as u32 };
-    let place = pointer.address as *const c_void;
+    let from = pointer.address as *const c_void;
     // SAFETY: `words` has room for 16 bytes, and the helpers check the address.
     let ret = unsafe {
         if pointer.in_kernel {
-            bpf_probe_read_kernel((&raw mut words).cast(), read, place)
+            bpf_probe_read_kernel((&raw mut words).cast(), read, from)
         } else {
-            bpf_probe_read_user((&raw mut words).cast(), read, place)
+            bpf_probe_read_user((&raw mut words).cast(), read, from)
         }
     };
     (ret == 0).then(|| Value::new(words, len as u32))
