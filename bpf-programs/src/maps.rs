@@ -203,7 +203,7 @@ fn row<T, const BYTES: usize>(tables: &'static Table<BYTES>, index: u32) -> Opti
 fn row_ptr<T, const BYTES: usize>(tables: &'static Table<BYTES>, index: u32) -> Option<*mut T> {
     // The kernel aligns values to eight bytes.
     const { assert!(BYTES == size_of::<T>() && align_of::<T>() <= 8) };
-    tables.get_value_ptr_mut(index::slot(index), &index::within(index)).map(|bytes| bytes.cast())
+    tables.get_value_ptr_mut(index::slot(index), &index::within(index)).map(<*mut [u8; BYTES]>::cast)
 }
 
 /// Returns the slot of a target in a generation, if the generation covers the target.
@@ -217,7 +217,7 @@ pub(crate) fn target_slot(generation: u32, target: &Target) -> Option<&'static T
 pub(crate) fn cgroup_slot(generation: u32, cgroup: u64) -> Option<u32> {
     // SAFETY: when the agent removes an entry, another entry can reuse its memory at once: then the index is that of another
     // target.
-    unsafe { CGROUP_SLOTS.get(index::slot_of(generation))?.get(&cgroup) }.copied()
+    unsafe { CGROUP_SLOTS.get(index::slot_of(generation))?.get(cgroup) }.copied()
 }
 
 /// Returns a slot in a generation, if a target is there.
@@ -258,7 +258,7 @@ pub(crate) fn option_named(
 #[inline(always)]
 pub(crate) fn option_number(generation: u32, key: OptionKey) -> Option<u32> {
     // SAFETY: the agent does not write this map while it is in force.
-    unsafe { OPTION_INDEX.get(index::slot_of(generation))?.get(&key) }.copied()
+    unsafe { OPTION_INDEX.get(index::slot_of(generation))?.get(key) }.copied()
 }
 
 #[inline(always)]
