@@ -101,9 +101,29 @@ pub(crate) fn has_offsets(what: u32) -> bool {
     layout!(known) & what == what
 }
 
+/// Types without padding that are valid for all bytes, so that they can be read from kernel memory. Sealed, because `bool` and
+/// enums must not implement it.
+pub(crate) trait Plain: plain::Sealed + Copy + Default {}
+
+mod plain {
+    /// See [`super::Plain`].
+    pub(crate) trait Sealed {}
+
+    macro_rules! plain {
+        ($($type:ty),+) => {
+            $(
+                impl Sealed for $type {}
+                impl super::Plain for $type {}
+            )+
+        };
+    }
+
+    plain!(u8, u16, u32, u64, i64, [u32; 4]);
+}
+
 /// Reads a value from kernel memory.
 #[inline(always)]
-pub(crate) fn read<T: Copy + Default>(address: u64) -> Option<T> {
+pub(crate) fn read<T: Plain>(address: u64) -> Option<T> {
     let mut value = T::default();
     // SAFETY: writes as many bytes as the value has, and `Plain` types are valid for all bytes.
     let ret =
@@ -114,7 +134,7 @@ pub(crate) fn read<T: Copy + Default>(address: u64) -> Option<T> {
 /// Reads a value from kernel memory; 0 if it cannot be read. For code that reads many values: the verifier follows both
 /// results of each [`read`], and the paths multiply.
 #[inline(always)]
-fn read_or_zero<T: Copy + Default>(address: u64) -> T {
+fn read_or_zero<T: Plain>(address: u64) -> T {
     let mut value = T::default();
     // SAFETY: as in `read`.
     unsafe { bpf_probe_read_kernel((&raw mut value).cast(), size_of::<T>() as u32, address as *const c_void) };
@@ -277,7 +297,7 @@ impl SockHead {
 
     /// Returns a member; a member beyond this beginning is read from the kernel.
     #[inline(always)]
-    fn member<T: Copy + Default>(&self, sk: u64, offset: u32) -> T {
+    fn member<T: Plain>(&self, sk: u64, offset: u32) -> T {
         let offset = offset as usize;
         if offset > Self::LEN - size_of::<T>() {
             return read_or_zero(sk.wrapping_add(offset as u64));
