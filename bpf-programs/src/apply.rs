@@ -25,6 +25,7 @@ use crate::{
     ctx::{HasDevice, PostCreate, SockAddr, SockOps, Socket},
     emit,
     maps::{self, PrefixMap, count, count_loss},
+    record::{CountersRef, LossesRef},
     storage::{self, Scope},
 };
 
@@ -43,8 +44,7 @@ pub(crate) mod outcome {
 }
 
 /// Applies the policies of a scope at an apply point, which has at most `MAX` options, to a socket with the notes `state`.
-/// `apply` gets the index of an option, the matching rules, the traits of options that the socket does not have with the bits
-/// of [`entry`], and the notes.
+/// `apply_one` gets the index of an option, the matching rules, the missing traits with the bits of [`entry`], and the notes.
 ///
 /// `is_inet6` is the socket's own family, which decides what options the socket has; `state.facts.family` is that of its
 /// traffic.
@@ -141,21 +141,21 @@ fn record_outcome(notes: &mut Notes, bit: u64, winner: u32, outcome: u32) -> boo
     if outcome < outcome::FAILED {
         notes.applied |= bit;
         if outcome == outcome::SET {
-            count(winner, |counters| &mut counters.set);
+            count(winner, CountersRef::set);
         } else {
-            count(winner, |counters| &mut counters.unchanged);
+            count(winner, CountersRef::unchanged);
         }
         return true;
     }
     if notes.applied & bit != 0 {
         notes.applied &= !bit;
-        count(winner, |counters| &mut counters.undone);
+        count(winner, CountersRef::undone);
     }
     if notes.failed & bit == 0 {
         notes.failed |= bit;
         count(winner, |counters| {
-            counters.failed_errno = u64::from(outcome - outcome::FAILED);
-            &mut counters.failed
+            counters.failed_errno().set(u64::from(outcome - outcome::FAILED));
+            counters.failed()
         });
     }
     true
@@ -403,7 +403,7 @@ impl<S: HasDevice> OptionTask<'_, S> {
         let Some(index) = self.saved_index() else { return };
         // SAFETY: the context's socket, checked for NULL.
         let Some(saved) = (unsafe { storage::saved_values(self.sk, true) }) else {
-            count_loss(|losses| &mut losses.no_storage);
+            count_loss(LossesRef::no_storage);
             return;
         };
         self.notes.changed |= self.bit;
@@ -429,7 +429,7 @@ impl<S: HasDevice> OptionTask<'_, S> {
         self.notes.changed &= !self.bit;
         self.is_changed = true;
         if self.try_restore_value().is_none_or(|result| result.is_err()) {
-            count_loss(|losses| &mut losses.not_restored);
+            count_loss(LossesRef::not_restored);
         }
     }
 
@@ -480,10 +480,10 @@ impl<S: HasDevice> OptionTask<'_, S> {
         self.notes.requested &= !self.bit;
         self.is_changed = true;
         count(winner, |counters| match judgement.verdict {
-            verdict::ALLOWED => &mut counters.verdicts[0],
-            verdict::CLAMPED => &mut counters.verdicts[2],
-            verdict::IGNORED => &mut counters.verdicts[3],
-            _ => &mut counters.verdicts[4],
+            verdict::ALLOWED => counters.verdict_at::<0>(),
+            verdict::CLAMPED => counters.verdict_at::<2>(),
+            verdict::IGNORED => counters.verdict_at::<3>(),
+            _ => counters.verdict_at::<4>(),
         });
         if setting.is_dry_run() || judgement.verdict == verdict::ALLOWED {
             return;

@@ -18,6 +18,7 @@ use crate::{
     facts::{IPPROTO_MPTCP, apply_state, is_connected, is_inet, mark_local, protocol},
     kernel,
     maps::count_loss,
+    record::LossesRef,
 };
 
 /// Reads one field of a context or of a socket.
@@ -529,7 +530,7 @@ impl Sockopt {
         let value = field!(self.ctx, __bindgen_anon_2.optval).cast::<u8>();
         let end = field!(self.ctx, __bindgen_anon_3.optval_end).cast::<u8>();
         if value.wrapping_add(TEXT_LEN) > end {
-            count_loss(|losses| &mut losses.no_room);
+            count_loss(LossesRef::no_room);
             return false;
         }
         // SAFETY: within the buffer by the comparison above, which the verifier sees too.

@@ -13,7 +13,10 @@ use aya_ebpf::{
     },
 };
 
-use crate::maps::{self, count, count_loss};
+use crate::{
+    maps::{self, count, count_loss},
+    record::{BudgetRef, CountersRef, LossesRef},
+};
 
 /// The task that an event is about.
 #[derive(Clone, Copy)]
@@ -77,19 +80,19 @@ pub(crate) fn conflict(
     let suppressed = if config.event_interval_ns == 0 {
         // Every call is requested.
         if !has_room(|| place) {
-            count_loss(|losses| &mut losses.ring_full);
+            count_loss(LossesRef::ring_full);
             return;
         }
         0
     } else {
         let Some(suppressed) = admit(&key, config.event_interval_ns, task.cgroup, place) else {
-            count(setting, |counters| &mut counters.suppressed);
+            count(setting, CountersRef::suppressed);
             return;
         };
         suppressed
     };
     if send(head, kind::CONFLICT, task, executable(), suppressed, fill) {
-        count(setting, |counters| &mut counters.reported);
+        count(setting, CountersRef::reported);
     }
 }
 
@@ -104,7 +107,7 @@ pub(crate) fn call(
     fill: impl FnOnce(&mut Call),
 ) {
     if !has_room(place) {
-        count_loss(|losses| &mut losses.ring_full);
+        count_loss(LossesRef::ring_full);
         return;
     }
     let executable = executable();
@@ -140,13 +143,13 @@ fn admit(key: &LimitKey, interval_ns: u64, cgroup: u64, place: u32) -> Option<u6
         maps::insert_limit(key, &Limit { sent_ns: now, suppressed: 0 });
         return Some(0);
     };
-    if now.wrapping_sub(limit.sent_ns) < interval_ns || spend_budgets(cgroup, place) == 0 {
-        maps::increment(&mut limit.suppressed);
+    if now.wrapping_sub(limit.sent_ns().get()) < interval_ns || spend_budgets(cgroup, place) == 0 {
+        limit.suppressed().increment();
         return None;
     }
-    limit.sent_ns = now;
-    let suppressed = limit.suppressed;
-    limit.suppressed = 0;
+    limit.sent_ns().set(now);
+    let suppressed = limit.suppressed().get();
+    limit.suppressed().set(0);
     Some(suppressed)
 }
 
@@ -162,7 +165,7 @@ pub(crate) extern "C" fn spend_budgets(cgroup: u64, place: u32) -> u32 {
     if spend_all(cgroup, place, now) {
         return 1;
     }
-    count_loss(|losses| &mut losses.over_budget);
+    count_loss(LossesRef::over_budget);
     0
 }
 
@@ -176,7 +179,7 @@ fn spend_all(cgroup: u64, place: u32, now: u64) -> bool {
         return false;
     }
     let Some(target) = maps::target_budget(place) else { return false };
-    let is_quiet = target.is_full(now);
+    let is_quiet = used(target).is_full(now);
     if !spend(target, Rate::TARGET, now) {
         return false;
     }
@@ -185,15 +188,21 @@ fn spend_all(cgroup: u64, place: u32, now: u64) -> bool {
 }
 
 #[inline(always)]
-fn spend(budget: &mut Budget, rate: Rate, now: u64) -> bool {
-    if !budget.has_room(rate, now) {
+fn spend(budget: BudgetRef, rate: Rate, now: u64) -> bool {
+    let used = used(budget);
+    if !used.has_room(rate, now) {
         return false;
     }
-    if budget.is_full(now) {
-        budget.until_ns = now;
+    if used.is_full(now) {
+        budget.until_ns().set(now);
     }
-    maps::add(&mut budget.until_ns, rate.interval_ns);
+    budget.until_ns().add(rate.interval_ns);
     true
+}
+
+#[inline(always)]
+fn used(budget: BudgetRef) -> Budget {
+    Budget { until_ns: budget.until_ns().get() }
 }
 
 /// Returns whether there is room for an event of a target for which every call is requested. Each target may use a small
@@ -227,7 +236,7 @@ fn send(
     fill: impl FnOnce(&mut Call),
 ) -> bool {
     let Some(mut entry) = maps::EVENTS.reserve::<Event>(0) else {
-        count_loss(|losses| &mut losses.ring_full);
+        count_loss(LossesRef::ring_full);
         return false;
     };
     let event = entry.as_mut_ptr();

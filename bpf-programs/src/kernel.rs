@@ -588,8 +588,8 @@ fn write_path(file: &mut ExecutableFile, mut node: PathNode) -> bool {
 
 #[inline(always)]
 fn write_name(file: &mut ExecutableFile, name: u64) -> bool {
-    // The length is kept in memory whose contents the verifier does not track. As a number in a register, it would differ on
-    // each path that leads here, and the verifier would follow all these paths to the end.
+    // The length is kept in memory whose contents the verifier does not track. In a register, it would differ on each path that
+    // leads here, and the verifier would follow all paths to the end.
     // SAFETY: reads through a valid reference.
     let len = unsafe { core::ptr::read_volatile(&raw const file.len) } as usize;
     if len >= PATH_MAX {

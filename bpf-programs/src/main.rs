@@ -19,6 +19,7 @@ mod facts;
 mod hooks;
 mod kernel;
 mod maps;
+mod record;
 mod storage;
 
 /// Never runs: the verifier rejects a program that can reach a panic, because it cannot prove that this loop ends.

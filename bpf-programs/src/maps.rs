@@ -6,8 +6,6 @@
 //! target slots and counters are written. An outer map is empty at first, so lookups find nothing. The sizes of inner maps in
 //! this file are placeholders.
 
-use core::arch::asm;
-
 use abi::{
     ApplyList, Config, Counters, FALLBACK_MAX, GENERATIONS, Losses, Target, TargetSlot,
     event::{
@@ -29,6 +27,8 @@ use aya_ebpf::{
     macros::{btf_map, map},
     maps::{self, Array, HashMap, LruHashMap, PerCpuHashMap, RingBuf, lpm_trie::Key},
 };
+
+use crate::record::{BudgetRef, Cell, CountersRef, LimitRef, LossesRef, SlotRef, TallyRef};
 
 /// A table of each generation, by index, with rows of `BYTES` bytes. Inner arrays can differ in length.
 ///
@@ -288,19 +288,18 @@ pub(crate) fn member(key: OptionKey) -> Option<&'static Member> {
 #[inline(always)]
 pub(crate) fn tally(key: &TallyKey, failed: bool, duration_ns: u64) {
     let Some(tally) = TALLIES.get_ptr_mut(key).or_else(|| unknown_tally(key)).or_else(|| other_tally(key)) else {
-        count_loss(|losses| &mut losses.tallies_full);
+        count_loss(LossesRef::tallies_full);
         return;
     };
     // SAFETY: the entry is valid while the program runs.
-    let tally = unsafe { &mut *tally };
-    increment(&mut tally.calls);
+    let tally = unsafe { TallyRef::new(tally) };
+    tally.calls().increment();
     if failed {
-        increment(&mut tally.failed);
+        tally.failed().increment();
     }
     if duration_ns != 0 {
-        add(&mut tally.total_ns, duration_ns);
-        // The mask proves to the verifier that the index is within the bounds.
-        increment(&mut tally.buckets[bucket(duration_ns) & (abi::event::BUCKETS - 1)]);
+        tally.total_ns().add(duration_ns);
+        tally.bucket(bucket(duration_ns)).increment();
     }
 }
 
@@ -323,58 +322,37 @@ static EMPTY_TALLY: &Tally = &Tally { calls: 0, failed: 0, total_ns: 0, buckets:
 
 /// Adds one to a counter of a setting.
 #[inline(always)]
-pub(crate) fn count(setting: u32, field: impl FnOnce(&mut Counters) -> &mut u64) {
+pub(crate) fn count(setting: u32, field: impl FnOnce(CountersRef) -> Cell) {
     // SAFETY: has no arguments.
     let cpu = unsafe { bpf_get_smp_processor_id() };
     let counters = index::of(index::slot(setting), index::within(setting) * CPUS.load() + cpu);
     if let Some(counters) = row_ptr(&COUNTERS, counters) {
         // SAFETY: the entry is valid while the program runs.
-        increment(field(unsafe { &mut *counters }));
+        field(unsafe { CountersRef::new(counters) }).increment();
     }
 }
 
 /// Adds one to a count of losses.
 #[inline(always)]
-pub(crate) fn count_loss(field: impl FnOnce(&mut Losses) -> &mut u64) {
+pub(crate) fn count_loss(field: impl FnOnce(LossesRef) -> Cell) {
     if let Some(losses) = LOSSES.get_ptr_mut(0) {
         // SAFETY: as in `count`.
-        increment(field(unsafe { &mut *losses }));
-    }
-}
-
-/// Adds one atomically. Per-CPU entries need this too: on the same CPU, a program can be preempted by a program of another
-/// task, or interrupted by sock_ops in softirq.
-///
-/// In assembly, because the target declares no compare-and-swap (the first instruction set had none), and `core` then
-/// provides no `fetch_add` either. All kernels have had this instruction.
-#[inline(always)]
-pub(crate) fn increment(counter: &mut u64) {
-    add(counter, 1);
-}
-
-/// Adds to a counter atomically.
-#[inline(always)]
-pub(crate) fn add(counter: &mut u64, amount: u64) {
-    // SAFETY: a reference is valid and aligned. All writers of the counter use this instruction.
-    unsafe {
-        asm!(
-            "lock *(u64 *)({counter} + 0) += {amount}",
-            counter = in(reg) counter,
-            amount = in(reg) amount,
-        );
+        field(unsafe { LossesRef::new(losses) }).increment();
     }
 }
 
 #[inline(always)]
-fn call_slot(thread: u64) -> Option<&'static mut Slot> {
-    // SAFETY: only the holding thread writes to the slot, and a thread is in one call at a time.
-    CALLS.get_ptr_mut(Slot::index(thread)).map(|slot| unsafe { &mut *slot })
+fn call_slot(thread: u64) -> Option<SlotRef> {
+    // SAFETY: the entry is valid while the program runs.
+    CALLS.get_ptr_mut(Slot::index(thread)).map(|slot| unsafe { SlotRef::new(slot) })
 }
 
 /// Returns the record of the call that a thread is in. `thread` is the value of `bpf_get_current_pid_tgid`.
 #[inline(always)]
 pub(crate) fn call(thread: u64) -> Option<&'static mut Call> {
-    call_slot(thread).map(|slot| &mut slot.call).filter(|call| call.thread == thread)
+    let slot = call_slot(thread).filter(|slot| slot.thread().get() == thread)?;
+    // SAFETY: the thread holds the slot, so no other thread accesses the record, and a thread is in one call at a time.
+    Some(unsafe { &mut *slot.call() })
 }
 
 /// Returns the record of a thread's call, if its kind and option match. The exit of an earlier call may have been missed.
@@ -388,13 +366,13 @@ pub(crate) fn call_matching(thread: u64, kind: u32, key: OptionKey) -> Option<&'
 pub(crate) fn reserve_call(thread: u64) -> Option<&'static mut Call> {
     let slot = call_slot(thread)?;
     // If another thread holds the slot, `holders` does not change: the agent clears the slot of a thread that has exited.
-    if slot.call.thread == 0 {
-        increment(&mut slot.holders);
-        // SAFETY: reads through a reference. Volatile, because other CPUs write the field.
-        if unsafe { (&raw const slot.holders).read_volatile() } == 1 {
-            return Some(&mut slot.call);
+    if slot.thread().get() == 0 {
+        slot.holders().increment();
+        if slot.holders().get() == 1 {
+            // SAFETY: the thread now holds the slot, so no other thread accesses the record.
+            return Some(unsafe { &mut *slot.call() });
         }
-        add(&mut slot.holders, 1u64.wrapping_neg());
+        slot.holders().add(1u64.wrapping_neg());
     }
     None
 }
@@ -403,14 +381,14 @@ pub(crate) fn reserve_call(thread: u64) -> Option<&'static mut Call> {
 #[inline(always)]
 pub(crate) fn release_call(thread: u64) {
     let Some(slot) = call_slot(thread) else { return };
-    slot.call.thread = 0;
-    add(&mut slot.holders, 1u64.wrapping_neg());
+    slot.thread().set(0);
+    slot.holders().add(1u64.wrapping_neg());
 }
 
 #[inline(always)]
-pub(crate) fn limit(key: &LimitKey) -> Option<&'static mut Limit> {
-    // SAFETY: a race between CPUs can at worst send one event too many; see `emit`.
-    RATE_LIMITS.get_ptr_mut(key).map(|limit| unsafe { &mut *limit })
+pub(crate) fn limit(key: &LimitKey) -> Option<LimitRef> {
+    // SAFETY: the entry is valid while the program runs. Evicted entries are not freed, but reused.
+    RATE_LIMITS.get_ptr_mut(key).map(|limit| unsafe { LimitRef::new(limit) })
 }
 
 #[inline(always)]
@@ -421,9 +399,9 @@ pub(crate) fn insert_limit(key: &LimitKey, limit: &Limit) {
 
 /// Returns the notes of a socket without storage. Creates them if there are none.
 #[inline(always)]
-pub(crate) fn fallback_state(sk: u64) -> Option<&'static mut FallbackState> {
+pub(crate) fn fallback_state(sk: u64) -> Option<*mut FallbackState> {
     existing_fallback_state(sk).or_else(|| {
-        count_loss(|losses| &mut losses.no_storage);
+        count_loss(LossesRef::no_storage);
         // Fails only if another CPU holds the last free entries.
         let _ = FALLBACK_STATES.insert(sk, NEW_FALLBACK_STATE, 0);
         existing_fallback_state(sk)
@@ -432,9 +410,8 @@ pub(crate) fn fallback_state(sk: u64) -> Option<&'static mut FallbackState> {
 
 /// Returns the notes of a socket without storage, if there are any.
 #[inline(always)]
-pub(crate) fn existing_fallback_state(sk: u64) -> Option<&'static mut FallbackState> {
-    // SAFETY: two CPUs that write at once can at worst lose a note.
-    FALLBACK_STATES.get_ptr_mut(sk).map(|fallback| unsafe { &mut *fallback })
+pub(crate) fn existing_fallback_state(sk: u64) -> Option<*mut FallbackState> {
+    FALLBACK_STATES.get_ptr_mut(sk)
 }
 
 /// The initial notes of a socket without storage. Static, because the stack has no room for them.
@@ -442,32 +419,32 @@ static NEW_FALLBACK_STATE: &FallbackState = &FallbackState::NEW;
 
 /// Returns the budget of a cgroup; `None` if another CPU holds the last free entries.
 #[inline(always)]
-pub(crate) fn cgroup_budget(cgroup: u64) -> Option<&'static mut Budget> {
+pub(crate) fn cgroup_budget(cgroup: u64) -> Option<BudgetRef> {
     let budget = CGROUP_BUDGETS.get_ptr_mut(cgroup).or_else(|| {
         // Fails if another CPU was first, which is fine.
         let _ = CGROUP_BUDGETS.insert(cgroup, Budget { until_ns: 0 }, BPF_NOEXIST.into());
         CGROUP_BUDGETS.get_ptr_mut(cgroup)
     });
-    // SAFETY: a race between CPUs can at worst send one event too many; see `emit`.
-    budget.map(|budget| unsafe { &mut *budget })
+    // SAFETY: the entry is valid while the program runs. Evicted entries are not freed, but reused.
+    budget.map(|budget| unsafe { BudgetRef::new(budget) })
 }
 
 /// Returns the budget of a target.
 #[inline(always)]
-pub(crate) fn target_budget(place: u32) -> Option<&'static mut Budget> {
+pub(crate) fn target_budget(place: u32) -> Option<BudgetRef> {
     budget(place & (BUDGETS_MAX - 1))
 }
 
 /// Returns the budget of all targets that use less than their own rate (`is_quiet`), or that of all other targets.
 #[inline(always)]
-pub(crate) fn shared_budget(is_quiet: bool) -> Option<&'static mut Budget> {
+pub(crate) fn shared_budget(is_quiet: bool) -> Option<BudgetRef> {
     budget(if is_quiet { BUDGETS_MAX } else { BUDGETS_MAX + 1 })
 }
 
 #[inline(always)]
-fn budget(index: u32) -> Option<&'static mut Budget> {
+fn budget(index: u32) -> Option<BudgetRef> {
     // SAFETY: as in `cgroup_budget`.
-    BUDGETS.get_ptr_mut(index).map(|budget| unsafe { &mut *budget })
+    BUDGETS.get_ptr_mut(index).map(|budget| unsafe { BudgetRef::new(budget) })
 }
 
 #[inline(always)]
@@ -515,9 +492,8 @@ pub(crate) fn assignment(index: u32) -> Option<&'static Assignment> {
 }
 
 #[inline(always)]
-pub(crate) fn outcome(index: u32) -> Option<&'static mut Outcome> {
-    // SAFETY: each outcome belongs to one socket, and one CPU at a time visits that socket.
-    OUTCOMES.get_ptr_mut(index).map(|outcome| unsafe { &mut *outcome })
+pub(crate) fn outcome(index: u32) -> Option<*mut Outcome> {
+    OUTCOMES.get_ptr_mut(index)
 }
 
 /// The prefix table of `abi::select`: the map of the generation to which the scope belongs.

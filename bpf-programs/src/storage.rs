@@ -156,7 +156,8 @@ pub(crate) unsafe fn state(sk: *mut c_void) -> Option<&'static mut State> {
     // SAFETY: the caller fulfils the contract of this function.
     let state = unsafe { SOCKETS.get(sk, BPF_SK_STORAGE_GET_F_CREATE) };
     if state.is_null() {
-        return maps::fallback_state(sk as u64).map(|fallback| &mut fallback.state);
+        // SAFETY: the entry is valid while the program runs. Two CPUs that write at once can at worst lose a note.
+        return maps::fallback_state(sk as u64).map(|fallback| unsafe { &mut (*fallback).state });
     }
     // SAFETY: not NULL, so this is the value of the socket. Two CPUs that write at once can at worst lose a note, and count a
     // socket twice.
@@ -184,7 +185,8 @@ pub(crate) unsafe fn saved_values(sk: *mut c_void, create: bool) -> Option<&'sta
     // SAFETY: the caller fulfils the contract of `state`.
     let saved = unsafe { SAVED_VALUES.get(sk, if create { BPF_SK_STORAGE_GET_F_CREATE } else { 0 }) };
     if saved.is_null() {
-        return maps::existing_fallback_state(sk as u64).map(|fallback| &mut fallback.saved);
+        // SAFETY: as in `state`.
+        return maps::existing_fallback_state(sk as u64).map(|fallback| unsafe { &mut (*fallback).saved });
     }
     // SAFETY: as in `state`.
     Some(unsafe { &mut *saved })

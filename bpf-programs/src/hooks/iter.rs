@@ -74,6 +74,8 @@ fn visit(ctx: *mut Context) -> Option<()> {
         }
         let assignment = maps::assignment(list.assignments[position])?;
         let outcome = maps::outcome(job.first + position as u32)?;
+        // SAFETY: each outcome belongs to one socket, and one CPU at a time visits that socket.
+        let outcome = unsafe { &mut *outcome };
         if control.step == step::READ {
             read_option(&tcp, assignment, outcome);
         } else if outcome.state == state::READ && outcome.errno == 0 {

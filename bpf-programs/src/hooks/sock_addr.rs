@@ -1,5 +1,5 @@
 //! cgroup/bind4, bind6, connect4, connect6, sendmsg4, sendmsg6: options that must be set before an address is bound or a
-//! route is looked up, and all options of datagram sockets, which have no later hook.
+//! route is looked up. Datagram sockets have no later hook, so all their options are set here.
 
 use abi::{
     SETTABLE_MAX, apply_point,

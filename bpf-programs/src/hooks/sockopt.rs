@@ -29,6 +29,7 @@ use crate::{
     emit::{self, Head, Task},
     kernel,
     maps::{self, PrefixMap, count},
+    record::{CountersRef, LossesRef},
     storage::{self, Scope},
 };
 
@@ -297,7 +298,7 @@ fn save_requested(call: &Sockopt, option: &OptionRow) {
     let Some(current) = read_current(call, option) else { return };
     // SAFETY: the context's socket, which is never NULL.
     let Some(saved) = (unsafe { storage::saved_values(call.sk(), true) }) else {
-        maps::count_loss(|losses| &mut losses.no_storage);
+        maps::count_loss(LossesRef::no_storage);
         return;
     };
     if index < SETTABLE_MAX {
@@ -375,7 +376,7 @@ pub(crate) extern "C" fn has_room(ctx: *mut bpf_sockopt, winner: u32) -> u32 {
 #[inline(always)]
 fn judge_governed(call: &Sockopt, governed: SettingRef, option: &'static OptionRow) -> Option<CallVerdict> {
     if option.fast_match(call.len(), &call.argument()) {
-        count(option.first_setting, |counters| &mut counters.agreed);
+        count(option.first_setting, CountersRef::agreed);
         return Some(CallVerdict::new(governed, verdict::NONE, false));
     }
     let GoverningRows { setting, winner, .. } = GoverningRows::new(option, governed.rank)?;
@@ -396,12 +397,12 @@ fn judge_governed(call: &Sockopt, governed: SettingRef, option: &'static OptionR
         record_requested(call.as_context(), governed.index);
     }
     count(winner, |counters| match verdict {
-        verdict::NONE => &mut counters.agreed,
-        verdict::ALLOWED => &mut counters.verdicts[0],
-        verdict::REWRITTEN => &mut counters.verdicts[1],
-        verdict::CLAMPED => &mut counters.verdicts[2],
-        verdict::IGNORED => &mut counters.verdicts[3],
-        _ => &mut counters.verdicts[4],
+        verdict::NONE => counters.agreed(),
+        verdict::ALLOWED => counters.verdict_at::<0>(),
+        verdict::REWRITTEN => counters.verdict_at::<1>(),
+        verdict::CLAMPED => counters.verdict_at::<2>(),
+        verdict::IGNORED => counters.verdict_at::<3>(),
+        _ => counters.verdict_at::<4>(),
     });
     Some(CallVerdict::new(governed, verdict, is_done))
 }
@@ -446,8 +447,8 @@ fn rewrite(call: &Sockopt, option: &OptionRow, setting: &Setting, winner: u32, j
         Err(EINVAL) => by_argument,
         Err(errno) => {
             count(winner, |counters| {
-                counters.failed_errno = errno as u64;
-                &mut counters.failed
+                counters.failed_errno().set(errno as u64);
+                counters.failed()
             });
             (verdict::ALLOWED, false)
         }
@@ -545,10 +546,10 @@ fn judge_reset(option: &OptionRow, judged: CallVerdict, saved: &SavedValue, int:
         return judged;
     }
     if setting.form == form::DENY || setting.on_conflict == on_conflict::DENY {
-        count(winner, |counters| &mut counters.verdicts[4]);
+        count(winner, CountersRef::verdict_at::<4>);
         return CallVerdict::new(governed, verdict::DENIED, false);
     }
-    count(winner, |counters| &mut counters.verdicts[3]);
+    count(winner, CountersRef::verdict_at::<3>);
     CallVerdict::new(governed, verdict::IGNORED, false)
 }
 
@@ -774,7 +775,7 @@ fn compare_row(call: &Sockopt) -> Option<CallVerdict> {
     {
         return None;
     }
-    count(winner, |counters| &mut counters.reads);
+    count(winner, CountersRef::reads);
     Some(CallVerdict::new(governed, verdict::ALLOWED, false))
 }
 

@@ -21,6 +21,7 @@ use super::system_call;
 use crate::{
     kernel,
     maps::{self, count_loss},
+    record::LossesRef,
 };
 
 /// Whether programs at cgroup/setsockopt can read the system call of a task and its arguments, and other programs then the
@@ -78,7 +79,7 @@ fn create_record(thread: u64, kind: u32, key: OptionKey) -> Option<&'static mut 
         return None;
     }
     let Some(call) = maps::reserve_call(thread) else {
-        count_loss(|losses| &mut losses.calls_full);
+        count_loss(LossesRef::calls_full);
         return None;
     };
     let [fd, _, _, optval, optlen] = kernel::arguments();

@@ -43,6 +43,7 @@ use crate::{
     emit::{self, Head, Task},
     kernel,
     maps::{self, count_loss},
+    record::LossesRef,
 };
 
 // As in `sockopt`, constants for the verifier.
@@ -162,7 +163,7 @@ fn handle_entry(entry: CallEntry) {
     let Some(call) = maps::reserve_call(thread) else {
         // Most callers would not have been reported.
         if is_certain || must_record(config, &entry) {
-            count_loss(|losses| &mut losses.calls_full);
+            count_loss(LossesRef::calls_full);
         }
         return;
     };
@@ -398,7 +399,7 @@ fn optval_unchanged(call: &Call) -> bool {
 #[inline(always)]
 fn discard_stale(thread: u64, call: &Call) {
     if should_report(call) || TIMING.load() != 0 {
-        count_loss(|losses| &mut losses.exit_missed);
+        count_loss(LossesRef::exit_missed);
     }
     maps::release_call(thread);
 }
@@ -459,7 +460,7 @@ extern "C" fn complete_argument(thread: u64, result: i64) -> u32 {
     }
     // A call whose argument the kernel could not read either has done nothing.
     if call.flags & flags::UNREADABLE != 0 && (reports_everything() || !means_unreadable(result)) {
-        count_loss(|losses| &mut losses.unreadable);
+        count_loss(LossesRef::unreadable);
     }
     0
 }

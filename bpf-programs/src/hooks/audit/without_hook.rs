@@ -24,6 +24,7 @@ use crate::{
     hooks::sockopt::{read_verdict, shown_argument},
     kernel,
     maps::{self, PrefixMap, count, count_loss},
+    record::{CountersRef, LossesRef},
 };
 
 /// Rows that can govern one call, as in `sockopt`.
@@ -74,7 +75,7 @@ fn judge_call(call: &mut Call, result: i64, row: u32) -> Option<u32> {
         return None;
     }
     if call.flags & flags::SOCKET == 0 {
-        count_loss(|losses| &mut losses.unjudged);
+        count_loss(LossesRef::unjudged);
         return None;
     }
     let rules = select(&call.facts, maps::selectors(scope)?, &PrefixMap { scope });
@@ -100,9 +101,9 @@ fn judge_set(call: &mut Call, place: u32, option: &OptionRow, winner: u32, is_co
     let verdict = if verdict != verdict::NONE && is_compat { verdict::ALLOWED } else { verdict };
     // Otherwise the compiler compares one register and adds another, for which the verifier knows no bound.
     let index = black_box(usize::from(verdict.wrapping_sub(verdict::ALLOWED)));
-    count(winner, |counters| match counters.verdicts.get_mut(index) {
+    count(winner, |counters| match counters.verdict(index) {
         Some(counter) => counter,
-        None => &mut counters.agreed,
+        None => counters.agreed(),
     });
     if verdict != verdict::NONE {
         record_verdict(call, place, winner, verdict);
@@ -121,7 +122,7 @@ fn judge_read(call: &mut Call, place: u32, option: &OptionRow, winner: u32) -> O
     if setting.is_text() != option.is_text() || read_verdict(option, setting, len, &words)? == verdict::NONE {
         return None;
     }
-    count(winner, |counters| &mut counters.reads);
+    count(winner, CountersRef::reads);
     record_verdict(call, place, winner, verdict::ALLOWED);
     if let Some(shown) = shown_argument(option, setting, len, &words) {
         call.wanted = Value::wanted(option, setting, &shown);
@@ -149,7 +150,7 @@ fn slot_of_socket(config: &Config, call: &Call, result: i64) -> Option<(u32, &'s
     // Another thread has closed or replaced the descriptor since.
     let is_lost = call.sk == 0 && !means_no_socket(result);
     if place == kernel::TOO_DEEP || is_lost {
-        count_loss(|losses| &mut losses.unjudged);
+        count_loss(LossesRef::unjudged);
         return None;
     }
     let place = place.checked_sub(1)?;
