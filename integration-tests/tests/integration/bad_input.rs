@@ -173,8 +173,8 @@ fn more_rules_than_a_policy_can_hold_are_refused() {
     // Two files that are too large together only.
     let (one, other) = (PolicyFile::named("a.toml", rules(60)), PolicyFile::named("b.toml", rules_from(100, 5)));
     let [one, other] = [&one, &other].map(|policy| policy.path().to_str().unwrap());
-    let error = "error: the policies a, b have 65 rules together, but those that cover one cgroup can have 64\n  help: put them on \
-                 different targets, or merge rules that match the same sockets\n";
+    let error = "error: policies a, b have 65 rules together: policies that cover the same cgroup can have at most 64\n  \
+                 help: put them on different targets, or merge rules that match the same sockets\n";
     fails(agent::command(&["exec", one, other, "--", "echo", MARK]), 125, error);
     // As many as there can be.
     let policy = PolicyFile::new(rules(64));

@@ -143,7 +143,7 @@ fn rest_is_in_force_beside_a_gap() {
     let [entry] = &report.unsupported[..] else { panic!("{:?}", report.unsupported) };
     assert_eq!(
         (&entry.options[..], &*entry.remedy),
-        (&["TCP_CONGESTION = \"no-such-cc\"".to_owned()][..], "modprobe tcp_no-such-cc loads it")
+        (&["TCP_CONGESTION = \"no-such-cc\"".to_owned()][..], "load it: modprobe tcp_no-such-cc")
     );
     assert!(report.setting("TCP_CONGESTION").sockets.failed > 0);
 }
