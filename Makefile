@@ -13,10 +13,10 @@ KERNELS ?= 5.10 6.1 6.12 6.18 7.2
 # comparisons with strace on real programs, storms, every bad argument, every way of calling `audit`, Docker, agents that are
 # killed at each step, builds that take over from each other, bars and journals of hundreds of sockets, the differential test, and
 # what concerns the agent rather than its programs (hostile tenants, files, bad input, explanations). `make vm-test` leaves out
-# nothing, and makes over a million calls for the differential test (integration-tests/tests/integration/product.rs).
+# nothing, and makes over a million calls for the differential test (integration-tests/tests/integration/differential.rs).
 FAST_KERNELS ?= 6.1 6.12
-FAST := $(addprefix --skip ,compared::programs pressure storm faults audit::command docker killed builds progress:: grown_long \
-	product:: neighbours:: isolation:: impostors:: output:: files:: bad_input:: journal:: explain:: \
+FAST := $(addprefix --skip ,strace_parity::programs pressure storm faults audit::command docker killed builds progress:: \
+	differential:: foreign_programs:: isolation:: impostors:: output:: files:: bad_input:: journal:: explain:: \
 	plan:: come_and_go start_at_once audit_judges hook_stays)
 # How many virtual machines at a time.
 VM_JOBS ?= 2
@@ -86,7 +86,7 @@ integration: debug-build ## the tests on this machine's kernel, as root
 
 vm-test: debug-build ## the same tests on other kernels (KERNELS), in virtual machines: an hour and more
 	@echo 'vm-test: the same on $(KERNELS), in virtual machines'
-	@cargo test $(CARGO_FLAGS) $(INTEGRATION) $(call run_tests_by,$(call matrix,7200 -e SOCKPOLICY_PRODUCT=24,$(KERNELS)))
+	@cargo test $(CARGO_FLAGS) $(INTEGRATION) $(call run_tests_by,$(call matrix,7200 -e SOCKPOLICY_DIFFERENTIAL=24,$(KERNELS)))
 
 vm-test-fast: debug-build ## the quicker ones of them, on two kernels (FAST_KERNELS)
 	@echo 'vm-test-fast: the same on $(FAST_KERNELS), in virtual machines, but for the slowest'

@@ -1,4 +1,4 @@
-//! The agent: a process of the built `sockpolicy`, in a cgroup of its own.
+//! The agent: a process of the built `sockpolicy`, in a new cgroup.
 
 use std::{
     env,
@@ -20,80 +20,83 @@ use nix::{
 use serde_json::Value;
 
 use crate::{
-    built,
+    bpf_objects::BpfObjects,
+    built_binary,
     cgroup::Cgroup,
     must,
-    policy::{Folder, PolicyFile},
+    policy::{PolicyFile, TempDir},
     probe::{self, Probe},
-    process::Spoken,
+    process::PipeReader,
     report::Report,
-    residue::Residue,
     wait,
 };
 
-/// Kernels of the matrix lack some of what policies of tests say; what a test cannot do without it requires (`require!`).
+/// Some kernels of the matrix do not support all settings of the tests' policies. Tests that need a setting check it
+/// with `require!`.
 pub const ALLOW_UNSUPPORTED: &str = "--allow-unsupported";
 
-/// What `run` logs when its policy is in force.
+/// The text that `run` logs when its policy is in force.
 const IN_FORCE: &str = "in force";
 
-/// The agent's program: SOCKPOLICY_BIN, or what cargo has built.
+/// Returns the path of the agent's binary: SOCKPOLICY_BIN, or the one that cargo has built.
 #[must_use]
 pub fn program() -> PathBuf {
-    heed_signals();
+    reset_signals();
     match env::var_os("SOCKPOLICY_BIN") {
         Some(path) => {
             let path = PathBuf::from(path);
-            assert!(path.is_file(), "SOCKPOLICY_BIN is {}, which is not there", path.display());
+            assert!(path.is_file(), "SOCKPOLICY_BIN is {}, which does not exist", path.display());
             path
         }
-        None => built("sockpolicy"),
+        None => built_binary("sockpolicy"),
     }
 }
 
-/// Has what the tests start heed every signal, whatever nohup or a shell's `&` has had the tests ignore.
-fn heed_signals() {
+/// Resets the signals that nohup or a shell's `&` makes the tests ignore. Child processes would inherit these
+/// dispositions.
+fn reset_signals() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         for signal in [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM] {
             // SAFETY: sets no handler.
-            must(unsafe { nix::sys::signal::signal(signal, SigHandler::SigDfl) }, "heed a signal");
+            must(unsafe { nix::sys::signal::signal(signal, SigHandler::SigDfl) }, "reset a signal");
         }
     });
 }
 
-/// The agent with these arguments, not started yet.
+/// Returns the agent's command with these arguments, not yet started.
 pub fn command<A: AsRef<OsStr>>(arguments: &[A]) -> Command {
-    Build::ours().command(arguments)
+    Build::under_test().command(arguments)
 }
 
-/// A build of the agent.
+/// A binary of the agent.
 #[derive(Debug)]
 pub struct Build {
     program: PathBuf,
-    /// Where `program` is, if it is one of the tests' own.
-    _folder: Option<Folder>,
+    /// The directory of `program`, if the tests have created it.
+    _dir: Option<TempDir>,
 }
 
 impl Build {
-    /// The one that is tested.
+    /// Returns the binary under test.
     #[must_use]
-    pub fn ours() -> Self {
-        Self { program: program(), _folder: None }
+    pub fn under_test() -> Self {
+        Self { program: program(), _dir: None }
     }
 
-    /// The same in another file, as a package that is installed anew without a change of layout.
+    /// Returns a copy of the binary under test, like a package that is reinstalled without a change of the map
+    /// layout.
     #[must_use]
     #[track_caller]
     pub fn copy() -> Self {
         Self::with(&must(fs::read(program()), "read the agent's program"))
     }
 
-    /// One for which all that is pinned of `layout`, which is ours, is another's. The layout is a word in the program, from
-    /// sources of which nothing else can be told: with another one it is what a build from other sources is.
+    /// Returns a copy for which the pinned maps of `layout` have a foreign layout. The layout is a word in the
+    /// binary. A copy with another word behaves like a build from other sources.
     #[must_use]
     #[track_caller]
-    pub fn of_another_layout(layout: &str) -> Self {
+    pub fn with_other_layout(layout: &str) -> Self {
         let mut bytes = must(fs::read(program()), "read the agent's program");
         let other: Vec<u8> = layout.bytes().map(|digit| if digit == b'0' { b'1' } else { b'0' }).collect();
         let mut is_there = false;
@@ -101,25 +104,25 @@ impl Build {
             bytes[place..place + other.len()].copy_from_slice(&other);
             is_there = true;
         }
-        assert!(is_there, "layout {layout} does not stand in the agent's program");
+        assert!(is_there, "the agent's binary does not contain the layout {layout}");
         Self::with(&bytes)
     }
 
     #[track_caller]
     fn with(program: &[u8]) -> Self {
-        let folder = Folder::new();
-        let path = folder.write("sockpolicy", program);
+        let dir = TempDir::new();
+        let path = dir.write("sockpolicy", program);
         must(fs::set_permissions(&path, fs::Permissions::from_mode(0o755)), "make a program of a file");
-        // A child that another test has just forked has it open to be written until it becomes another program.
+        // Until it calls execve, a child that another test has just forked has this file open for writing.
         let can_be_run = || {
             let output = Command::new(&path).arg("--version").output();
             !output.is_err_and(|error| error.kind() == io::ErrorKind::ExecutableFileBusy)
         };
-        assert!(wait::until(wait::PATIENCE, can_be_run), "{} stays open to be written", path.display());
-        Self { program: path, _folder: Some(folder) }
+        assert!(wait::until(wait::TIMEOUT, can_be_run), "{} stays open for writing", path.display());
+        Self { program: path, _dir: Some(dir) }
     }
 
-    /// It with these arguments, not started yet.
+    /// Returns a command of this binary with these arguments, not yet started.
     pub fn command<A: AsRef<OsStr>>(&self, arguments: &[A]) -> Command {
         let mut command = Command::new(&self.program);
         command.args(arguments).stdin(Stdio::null());
@@ -127,103 +130,102 @@ impl Build {
     }
 }
 
-/// Runs the agent to its end, in a cgroup of its own that must be empty afterwards.
+/// Runs the agent to its end in a new cgroup. Panics if it leaves a child cgroup behind.
 #[track_caller]
 pub fn output<A: AsRef<OsStr>>(arguments: &[A]) -> Output {
     crate::require_root();
     let home = Cgroup::new();
     let mut command = command(arguments);
-    home.enclose(&mut command);
+    home.run_inside(&mut command);
     let output = must(command.output(), "run the agent");
     assert_no_children(&home);
     output
 }
 
-/// Where bytes stand among others.
+/// Returns the position of `wanted` in `among`.
 fn find(among: &[u8], wanted: &[u8]) -> Option<usize> {
-    // SAFETY: as many bytes as there are of each.
+    // SAFETY: both lengths are those of the slices.
     let found = unsafe { libc::memmem(among.as_ptr().cast(), among.len(), wanted.as_ptr().cast(), wanted.len()) };
     (!found.is_null()).then(|| found.addr() - among.as_ptr().addr())
 }
 
 /// `sockpolicy exec` of a probe.
 ///
-/// Dropped without [`Exec::finish`], it is ended and nothing is checked.
+/// Dropping it without [`Exec::finish`] ends it without checks.
 #[derive(Debug)]
 pub struct Exec {
     pub probe: Probe,
     process: Process,
-    /// The cgroup that the agent itself is in: the parent of the target's.
+    /// The cgroup of the agent itself, which is the parent of the target.
     pub home: Cgroup,
     report: PathBuf,
-    /// Where `report` is.
-    _folder: Folder,
-    held: Residue,
+    /// The directory of `report`.
+    _dir: TempDir,
+    held: BpfObjects,
 }
 
 impl Exec {
-    /// Starts the agent and the probe under a policy, which is in force when this returns.
+    /// Starts the agent and the probe. The policy is in force when this returns.
     #[must_use]
     #[track_caller]
     pub fn start(policy: &PolicyFile) -> Self {
         Self::with(policy, &[])
     }
 
-    /// The same with more arguments for `exec`.
+    /// Like [`Self::start`], with more arguments for `exec`.
     #[must_use]
     #[track_caller]
     pub fn with(policy: &PolicyFile, arguments: &[&str]) -> Self {
         crate::require_root();
         let home = Cgroup::new();
-        let folder = Folder::new();
-        let report = folder.path.join("report.jsonl");
+        let dir = TempDir::new();
+        let report = dir.path.join("report.jsonl");
         let mut command = Command::new(program());
         command.args(["exec", ALLOW_UNSUPPORTED]).args(arguments).args(["--output", "json", "--report"]).arg(&report);
         command.arg(policy.path()).arg("--").arg(probe::program()).stdin(Stdio::piped()).stdout(Stdio::piped());
-        home.enclose(&mut command);
+        home.run_inside(&mut command);
         let mut process = Process::start(command);
         let (input, output) = (process.child.stdin.take(), process.child.stdout.take());
-        let probe = match Probe::of(input, output) {
+        let probe = match Probe::from_pipes(input, output) {
             Ok(probe) => probe,
             Err(reason) => {
                 let status = process.wait();
                 panic!("no probe under the agent: {reason}\n{status}: {}", process.stderr());
             }
         };
-        let held = Residue::of(process.child.id());
-        Self { probe, process, home, report, _folder: folder, held }
+        let held = BpfObjects::of(process.child.id());
+        Self { probe, process, home, report, _dir: dir, held }
     }
 
-    /// The agent's process.
+    /// Returns the process id of the agent.
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.process.child.id()
     }
 
-    /// The cgroup of the probe, which is the target.
+    /// Returns the cgroup of the probe, which is the target.
     #[must_use]
     #[track_caller]
     pub fn target(&self) -> PathBuf {
         match self.home.children().as_slice() {
             [only] => self.home.path().join(only),
-            others => panic!("the agent has made {others:?}, not one cgroup"),
+            others => panic!("the agent has created {others:?}, not one cgroup"),
         }
     }
 
-    /// Waits until the agent has reported a line that contains `text`. What the agent says of a
-    /// process is only complete while that runs.
+    /// Waits until the report contains `text`. Some facts about a process are reported only while it runs.
     #[track_caller]
     pub fn wait_for_report_of(&self, text: &str) {
         let mut lines = String::new();
-        let is_there = wait::until(wait::PATIENCE, || {
+        let is_there = wait::until(wait::TIMEOUT, || {
             lines = fs::read_to_string(&self.report).unwrap_or_default();
             lines.contains(text)
         });
         assert!(is_there, "no report of {text}:\n{lines}\n{}", self.process.stderr());
     }
 
-    /// Lets the probe end, and gives the report once the agent has ended too: with the probe's
-    /// status, and leaving nothing behind.
+    /// Closes the probe's input, waits for the agent to end, and returns the report. Panics if the exit status is not
+    /// 0, or if programs, links or cgroups remain.
     #[track_caller]
     pub fn finish(self) -> Report {
         let (status, report) = self.finish_with_status();
@@ -231,7 +233,7 @@ impl Exec {
         report
     }
 
-    /// The same, whatever the agent's exit status.
+    /// Like [`Self::finish`], for any exit status of the agent.
     #[track_caller]
     pub fn finish_with_status(mut self) -> (ExitStatus, Report) {
         self.probe.end();
@@ -254,55 +256,55 @@ impl Drop for Exec {
 
 /// `sockpolicy run` on a cgroup, or `sockpolicy audit`.
 ///
-/// Dropped without [`Run::finish`], it is ended and nothing is checked.
+/// Dropping it without [`Run::finish`] ends it without checks.
 #[derive(Debug)]
 pub struct Run {
     process: Process,
     home: Cgroup,
-    lines: Spoken,
-    held: Residue,
+    lines: PipeReader,
+    held: BpfObjects,
 }
 
 impl Run {
-    /// Starts the agent with a policy on a target, where it is in force when this returns.
+    /// Starts the agent on a target. The policy is in force when this returns.
     #[must_use]
     #[track_caller]
     pub fn start(policy: &PolicyFile, target: &Cgroup) -> Self {
         Self::with(policy, target, &[])
     }
 
-    /// The same with more arguments for `run`.
+    /// Like [`Self::start`], with more arguments for `run`.
     #[must_use]
     #[track_caller]
     pub fn with(policy: &PolicyFile, target: &Cgroup, arguments: &[&str]) -> Self {
         let target = target.path().display().to_string();
-        Self::started(policy, &[&["--cgroup", &target], arguments].concat())
+        Self::start_with(policy, &[&["--cgroup", &target], arguments].concat())
     }
 
-    /// With these arguments only: the policy names its target, or they do.
+    /// Starts `run` with only these arguments. The policy or the arguments name the target.
     #[must_use]
     #[track_caller]
-    pub fn started(policy: &PolicyFile, arguments: &[&str]) -> Self {
-        Self::of(policy.path(), arguments)
+    pub fn start_with(policy: &PolicyFile, arguments: &[&str]) -> Self {
+        Self::on_path(policy.path(), arguments)
     }
 
-    /// The same of a file or a folder of policies.
+    /// Like [`Self::start_with`], for a file or a directory of policies.
     #[must_use]
     #[track_caller]
-    pub fn of(policies: &Path, arguments: &[&str]) -> Self {
-        Self::by(&Build::ours(), policies, arguments)
+    pub fn on_path(policies: &Path, arguments: &[&str]) -> Self {
+        Self::with_build(&Build::under_test(), policies, arguments)
     }
 
-    /// The same by another build.
+    /// Like [`Self::on_path`], with another binary.
     #[must_use]
     #[track_caller]
-    pub fn by(build: &Build, policies: &Path, arguments: &[&str]) -> Self {
+    pub fn with_build(build: &Build, policies: &Path, arguments: &[&str]) -> Self {
         let mut command = build.command(&["run", ALLOW_UNSUPPORTED]);
         command.args(arguments).args(["--output", "json"]).arg(policies);
         Self::launch(command)
     }
 
-    /// `sockpolicy audit` with these arguments, which sees calls when this returns.
+    /// Starts `sockpolicy audit` with these arguments. It sees calls when this returns.
     #[must_use]
     #[track_caller]
     pub fn audit<A: AsRef<OsStr>>(arguments: &[A]) -> Self {
@@ -311,7 +313,7 @@ impl Run {
         Self::launch(command)
     }
 
-    /// `run` of a policy, started by a program with these arguments, which runs what follows them.
+    /// Starts `run` through the wrapper command `wrapper`.
     #[must_use]
     #[track_caller]
     pub fn wrapped(wrapper: &[&str], policy: &PolicyFile, arguments: &[&str]) -> Self {
@@ -326,22 +328,22 @@ impl Run {
         crate::require_root();
         let home = Cgroup::new();
         command.stdout(Stdio::piped()).env("SOCKPOLICY_LOG", "info");
-        home.enclose(&mut command);
+        home.run_inside(&mut command);
         let mut process = Process::start(command);
-        let lines = Spoken::from(process.child.stdout.take());
-        let is_in_force = wait::until(wait::PATIENCE, || process.stderr().contains(IN_FORCE) || process.has_ended());
+        let lines = PipeReader::from(process.child.stdout.take());
+        let is_in_force = wait::until(wait::TIMEOUT, || process.stderr().contains(IN_FORCE) || process.has_ended());
         assert!(is_in_force && !process.has_ended(), "the policy did not come in force: {}", process.stderr());
-        let held = Residue::of(process.child.id());
+        let held = BpfObjects::of(process.child.id());
         Self { home, process, lines, held }
     }
 
-    /// What it has reported by now.
+    /// Returns the standard output up to now.
     #[must_use]
     pub fn lines(&self) -> String {
         self.lines.text()
     }
 
-    /// What it has said of this kind beside events by now: `reload` or `targets`.
+    /// Returns the events of this kind up to now, such as `reload` or `targets`.
     #[must_use]
     pub fn notices(&self, kind: &str) -> Vec<Value> {
         let text = self.lines();
@@ -350,11 +352,11 @@ impl Run {
         values.filter(|value| value["event"] == kind).collect()
     }
 
-    /// Waits until it has said so many, and gives the last of these.
+    /// Waits until there are `count` events of this kind, and returns the last of these.
     #[track_caller]
     pub fn notice(&self, kind: &str, count: usize) -> Value {
-        let is_there = wait::until(wait::PATIENCE, || self.notices(kind).len() >= count);
-        assert!(is_there, "not {count} of {kind}: {}{}", self.lines(), self.process.stderr());
+        let is_there = wait::until(wait::TIMEOUT, || self.notices(kind).len() >= count);
+        assert!(is_there, "fewer than {count} events {kind}: {}{}", self.lines(), self.process.stderr());
         self.notices(kind).swap_remove(count - 1)
     }
 
@@ -362,25 +364,26 @@ impl Run {
         self.process.signal(signal);
     }
 
-    /// What it has complained of by now.
+    /// Returns the standard error up to now.
     #[must_use]
     pub fn stderr(&self) -> String {
         self.process.stderr()
     }
 
-    /// The agent's process.
+    /// Returns the process id of the agent.
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.process.child.id()
     }
 
-    /// What the agent holds in the kernel.
+    /// Returns the BPF programs and links that the agent held when its policy came in force.
     #[must_use]
-    pub fn held(&self) -> &Residue {
+    pub fn bpf_objects(&self) -> &BpfObjects {
         &self.held
     }
 
-    /// Ends the agent with SIGTERM, and gives its report: status 0, and nothing left behind.
+    /// Sends SIGTERM, and returns the report. Panics if the exit status is not 0, or if anything remains in the
+    /// kernel.
     #[track_caller]
     pub fn finish(self) -> Report {
         self.process.signal(Signal::SIGTERM);
@@ -389,7 +392,7 @@ impl Run {
         report
     }
 
-    /// Waits for the end of an agent whose policies stay in force. Gives its output.
+    /// Waits for the end of an agent whose policies are persistent, and returns its output.
     #[track_caller]
     pub fn wait_for_end(mut self) -> Output {
         let status = self.process.wait();
@@ -398,16 +401,16 @@ impl Run {
         Output { status, stdout, stderr: self.process.stderr().into_bytes() }
     }
 
-    /// Ends an agent whose policies stay in force with SIGTERM, and gives its report.
+    /// Sends SIGTERM to an agent whose policies are persistent, and returns its report.
     #[track_caller]
-    pub fn finish_and_stay(self) -> Report {
+    pub fn finish_persistent(self) -> Report {
         self.signal(Signal::SIGTERM);
         let output = self.wait_for_end();
         let lines = String::from_utf8_lossy(&output.stdout).into_owned();
         Report::read(&lines, output)
     }
 
-    /// Waits for the agent's end, which somebody else has brought about.
+    /// Waits for the end of an agent that something else ends, and returns its status and report.
     #[track_caller]
     pub fn finish_with_status(mut self) -> (ExitStatus, Report) {
         let status = self.process.wait();
@@ -426,7 +429,7 @@ fn assert_no_children(home: &Cgroup) {
     assert!(left.is_empty(), "the agent left cgroups behind: {left:?}");
 }
 
-/// A child and what it says on standard error. Ended when dropped.
+/// A child process with its standard error. Ended when dropped.
 #[derive(Debug)]
 struct Process {
     child: Child,
@@ -462,15 +465,15 @@ impl Process {
 
     fn signal(&self, signal: Signal) {
         if let Ok(pid) = i32::try_from(self.child.id()) {
-            // Fails only where it has ended.
+            // Fails only if the process has ended.
             let _ = kill(Pid::from_raw(pid), signal);
         }
     }
 
-    /// Waits for the end, of the process and of what it says.
+    /// Waits for the process to end, and for the end of its standard error.
     #[track_caller]
     fn wait(&mut self) -> ExitStatus {
-        let has_ended = wait::until(wait::PATIENCE, || self.has_ended());
+        let has_ended = wait::until(wait::TIMEOUT, || self.has_ended());
         assert!(has_ended, "the agent did not end: {}", self.stderr());
         let status = must(self.child.wait(), "wait for the agent");
         if let Some(reader) = self.reader.take() {

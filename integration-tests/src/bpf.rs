@@ -1,35 +1,35 @@
-//! bpf(2) as it is, for programs that are not the agent's: an oracle must not go by the same library.
+//! bpf(2) without a library, for programs that are not the agent's. A test oracle must not use the agent's library.
 
 use std::{
     io,
     os::fd::{FromRawFd, OwnedFd},
 };
 
-/// Commands that more than one of us gives (include/uapi/linux/bpf.h).
+/// A command that several modules use (include/uapi/linux/bpf.h).
 pub const LINK_CREATE: libc::c_int = 28;
 const PROG_LOAD: libc::c_int = 5;
 
-/// Gives a command. The attributes are words of 32 bits, and are what the kernel has made of them afterwards.
+/// Calls bpf(2). The attributes are 32-bit words. Afterwards they contain what the kernel has written.
 ///
 /// # Errors
 ///
-/// The kernel's.
+/// The error of the kernel.
 pub fn bpf(command: libc::c_int, attributes: &mut [u32]) -> io::Result<i32> {
     #[repr(C, align(8))]
     struct Aligned([u32; 32]);
     let mut aligned = Aligned([0; 32]);
     aligned.0[..attributes.len()].copy_from_slice(attributes);
     let len = size_of_val(attributes);
-    // SAFETY: attributes of the length that is given, which these commands read and, at the most, write.
+    // SAFETY: the attributes have the length that is passed. These commands read them, and write at most to them.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut aligned, len) };
     attributes.copy_from_slice(&aligned.0[..attributes.len()]);
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(i32::try_from(result).unwrap_or(-1)) }
 }
 
-/// A descriptor that the kernel has just made.
+/// Takes ownership of a new descriptor.
 #[must_use]
 pub fn descriptor(number: i32) -> OwnedFd {
-    // SAFETY: just made, and nobody else's.
+    // SAFETY: the descriptor is new and has no other owner.
     unsafe { OwnedFd::from_raw_fd(number) }
 }
 
@@ -37,13 +37,13 @@ pub fn descriptor(number: i32) -> OwnedFd {
 ///
 /// # Errors
 ///
-/// The kernel's.
+/// The error of the kernel.
 pub fn load(program_type: u32, attach_type: u32, name: &str, program: &[u64]) -> io::Result<OwnedFd> {
     let halves = |address: usize| [address as u32, (address as u64 >> 32) as u32];
     let [code_low, code_high] = halves(program.as_ptr().expose_provenance());
     let licence = c"GPL";
     let [licence_low, licence_high] = halves(licence.as_ptr().expose_provenance());
-    // prog_type, insn_cnt, insns, license, then zeroes up to prog_name (16 bytes), and up to expected_attach_type
+    // prog_type, insn_cnt, insns, license, then zeroes up to prog_name (16 bytes) and expected_attach_type
     let mut attributes = [0; 18];
     attributes[..6].copy_from_slice(&[
         program_type,

@@ -18,14 +18,15 @@ use crate::{
 
 const PATH: &str = "/sys/fs/bpf";
 
-/// An instance of sockpolicy whose policies stay. What is left of it is removed when dropped.
+/// An instance of sockpolicy with persistent policies. Its remains are removed when this value is dropped.
 #[derive(Debug)]
 pub struct Instance {
     pub name: String,
 }
 
 impl Instance {
-    /// A name that no other has, on a host that has a BPF file system: it is mounted where it belongs if it is not, and stays.
+    /// Returns an instance with a unique name. Mounts the BPF file system at /sys/fs/bpf if it is not mounted; it
+    /// stays mounted.
     #[must_use]
     pub fn new() -> Self {
         static MOUNT: Once = Once::new();
@@ -37,40 +38,40 @@ impl Instance {
                     "mount a BPF file system",
                 );
             }
-            assert!(is_mounted(), "there is no BPF file system at {PATH}");
+            assert!(is_mounted(), "no BPF file system is mounted at {PATH}");
         });
         Self { name: unique_name() }
     }
 
-    /// Where its pins are.
+    /// Returns the directory of its pins.
     #[must_use]
-    pub fn folder(&self) -> PathBuf {
+    pub fn dir(&self) -> PathBuf {
         Path::new(PATH).join("sockpolicy").join(&self.name)
     }
 
-    /// What is left of it: pins, a record, a lock.
+    /// Returns the files that remain of it: pins, a record, a lock.
     #[must_use]
     pub fn left(&self) -> Vec<PathBuf> {
         let run = |kind: &str| Path::new("/run/sockpolicy").join(format!("{}.{kind}", self.name));
-        [self.folder(), run("json"), run("lock"), run("new"), run("before")]
+        [self.dir(), run("json"), run("lock"), run("new"), run("before")]
             .into_iter()
             .filter(|path| path.exists())
             .collect()
     }
 
-    /// `sockpolicy COMMAND --instance NAME …`, run to its end.
+    /// Runs `sockpolicy COMMAND --instance NAME …` to its end.
     #[track_caller]
     pub fn run(&self, command: &str, arguments: &[&str]) -> std::process::Output {
         agent::output(&[&[command, "--instance", &self.name], arguments].concat())
     }
 
-    /// `sockpolicy attach`, which succeeds.
+    /// Runs `sockpolicy attach`, which must succeed.
     #[track_caller]
     pub fn attach(&self, policy: &Path) {
-        self.attach_by(&Build::ours(), policy);
+        self.attach_by(&Build::under_test(), policy);
     }
 
-    /// The same by another build.
+    /// Like [`Self::attach`], with another binary.
     #[track_caller]
     pub fn attach_by(&self, build: &Build, policy: &Path) {
         let mut command = build.command(&["attach", "--instance", &self.name, agent::ALLOW_UNSUPPORTED]);
@@ -79,7 +80,7 @@ impl Instance {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
 
-    /// `sockpolicy detach`, which succeeds and leaves nothing.
+    /// Runs `sockpolicy detach`, which must succeed and leave nothing behind.
     #[track_caller]
     pub fn detach(&self) {
         let output = agent::output(&["detach", &self.name]);
@@ -87,10 +88,10 @@ impl Instance {
         assert!(self.left().is_empty(), "{:?}", self.left());
     }
 
-    /// The layouts of which it has pins.
+    /// Returns the map layouts of its pins.
     #[must_use]
     pub fn layouts(&self) -> Vec<String> {
-        let entries = must(fs::read_dir(self.folder()), "list pins");
+        let entries = must(fs::read_dir(self.dir()), "list pins");
         entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
     }
 }

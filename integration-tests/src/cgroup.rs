@@ -1,4 +1,4 @@
-//! Cgroups of our own.
+//! Cgroups that the tests create.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -22,7 +22,7 @@ use nix::{
 
 use crate::{must, policy::unique_name, wait};
 
-/// Where cgroup2 is mounted, found in the kernel's own list.
+/// Returns the mount point of cgroup2, from /proc/self/mounts.
 pub fn mount() -> &'static Path {
     static MOUNT: LazyLock<PathBuf> = LazyLock::new(|| {
         let mounts = must(fs::read_to_string("/proc/self/mounts"), "read /proc/self/mounts");
@@ -36,36 +36,36 @@ pub fn mount() -> &'static Path {
     &MOUNT
 }
 
-/// The folders of this name right below the mounts of the hierarchies of version 1, where there are any.
-pub(crate) fn of_version_1(name: &str) -> Vec<PathBuf> {
+/// Returns the directories of this name directly below the mount points of cgroup v1 hierarchies.
+pub(crate) fn in_v1_hierarchies(name: &str) -> Vec<PathBuf> {
     let mounts = must(fs::read_to_string("/proc/self/mounts"), "read /proc/self/mounts");
     let words = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
     let mounted = words.filter(|words| words.get(2) == Some(&"cgroup")).filter_map(|words| words.get(1).copied());
     mounted.map(|mount| Path::new(mount).join(name)).filter(|path| path.is_dir()).collect()
 }
 
-/// A cgroup. Dropping it kills who is in it and removes it and those below it.
+/// A cgroup. Dropping it kills its processes, and removes it with its descendants.
 #[derive(Debug)]
 pub struct Cgroup {
     path: PathBuf,
 }
 
 impl Cgroup {
-    /// Makes one right below the mount.
+    /// Creates a cgroup directly below the mount point.
     #[must_use]
     pub fn new() -> Self {
         Self::at(mount().join(unique_name()))
     }
 
-    /// Makes one below this one.
+    /// Creates a child cgroup.
     #[must_use]
     pub fn child(&self, name: &str) -> Self {
         Self::at(self.path.join(name))
     }
 
-    /// One that is there. It goes with this value.
+    /// Takes ownership of an existing cgroup, which is removed when this value is dropped.
     #[must_use]
-    pub fn of(path: &Path) -> Self {
+    pub fn adopt(path: &Path) -> Self {
         Self { path: path.to_owned() }
     }
 
@@ -80,46 +80,46 @@ impl Cgroup {
         &self.path
     }
 
-    /// As events name it: the path below the mount, with a leading `/`.
+    /// Returns the name that events have for it: the path below the mount point, with a leading `/`.
     #[must_use]
     pub fn name(&self) -> String {
         format!("/{}", self.path.strip_prefix(mount()).unwrap_or(&self.path).display())
     }
 
-    /// The names of the cgroups right below it.
+    /// Returns the names of the child cgroups.
     #[must_use]
     pub fn children(&self) -> Vec<OsString> {
         let entries = must(fs::read_dir(&self.path), format_args!("list cgroup {}", self.path.display()));
-        let folders = entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-        folders.map(|entry| entry.file_name()).collect()
+        let dirs = entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        dirs.map(|entry| entry.file_name()).collect()
     }
 
-    /// Has a command run in it from its first moment.
-    pub fn enclose(&self, command: &mut Command) {
+    /// Makes a command start in this cgroup.
+    pub fn run_inside(&self, command: &mut Command) {
         let procs = self.path.join("cgroup.procs");
         let mut file = must(File::options().write(true).open(&procs), format_args!("open {}", procs.display()));
         // SAFETY: only makes a system call on a descriptor that the closure owns.
         unsafe {
-            // 0 is the process that writes.
+            // 0 stands for the writing process.
             command.pre_exec(move || file.write_all(b"0"));
         }
     }
 }
 
-/// Cgroups one in the other below another one, however long their path is. Removed when this is dropped.
+/// Nested cgroups below another one. Their path can have any length. They are removed when this value is dropped.
 #[derive(Debug)]
-pub struct Chain {
+pub struct NestedCgroups {
     top: File,
     names: Vec<OsString>,
 }
 
-impl Chain {
-    /// Makes a cgroup of each of these names in the one before.
+impl NestedCgroups {
+    /// Creates a chain of cgroups with these names, each inside the previous one.
     #[must_use]
     pub fn below(cgroup: &Cgroup, names: impl IntoIterator<Item = impl Into<OsString>>) -> Self {
         let top = must(File::open(cgroup.path()), "open a cgroup");
         let mut chain = Self { top, names: Vec::new() };
-        let mut at = must(chain.top.try_clone(), "open a cgroup anew");
+        let mut at = must(chain.top.try_clone(), "open a cgroup again");
         for name in names.into_iter().map(Into::into) {
             must(mkdirat(&at, name.as_os_str(), Mode::S_IRWXU), "make a cgroup");
             at = open_in(&at, &name);
@@ -128,29 +128,29 @@ impl Chain {
         chain
     }
 
-    /// The deepest one.
+    /// Opens the deepest cgroup.
     #[must_use]
     pub fn deepest(&self) -> File {
-        let top = must(self.top.try_clone(), "open a cgroup anew");
+        let top = must(self.top.try_clone(), "open a cgroup again");
         self.names.iter().fold(top, |at, name| open_in(&at, name))
     }
 }
 
-fn open_in(folder: &File, name: &OsStr) -> File {
-    must(openat(folder, name, OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty()), "open a cgroup").into()
+fn open_in(dir: &File, name: &OsStr) -> File {
+    must(openat(dir, name, OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty()), "open a cgroup").into()
 }
 
-impl Drop for Chain {
+impl Drop for NestedCgroups {
     fn drop(&mut self) {
-        let mut folders = vec![must(self.top.try_clone(), "open a cgroup anew")];
+        let mut dirs = vec![must(self.top.try_clone(), "open a cgroup again")];
         for name in self.names.iter().rev().skip(1).rev() {
-            folders.push(open_in(&folders[folders.len() - 1], name));
+            dirs.push(open_in(&dirs[dirs.len() - 1], name));
         }
-        for (folder, name) in folders.iter().zip(&self.names).rev() {
-            let is_gone = wait::until(wait::PATIENCE, || {
-                matches!(unlinkat(folder, name.as_os_str(), UnlinkatFlags::RemoveDir), Ok(()) | Err(Errno::ENOENT))
+        for (dir, name) in dirs.iter().zip(&self.names).rev() {
+            let is_gone = wait::until(wait::TIMEOUT, || {
+                matches!(unlinkat(dir, name.as_os_str(), UnlinkatFlags::RemoveDir), Ok(()) | Err(Errno::ENOENT))
             });
-            assert!(is_gone || std::thread::panicking(), "cannot remove a cgroup called {name:?}");
+            assert!(is_gone || std::thread::panicking(), "cannot remove cgroup {name:?}");
         }
     }
 }
@@ -164,8 +164,8 @@ impl Default for Cgroup {
 impl Drop for Cgroup {
     fn drop(&mut self) {
         let mut last = Ok(());
-        // A worker of an agent's can hang in the kernel for as long as a test lets it.
-        let is_gone = wait::until(wait::PATIENCE, || {
+        // A worker process of an agent can hang in the kernel as long as a test keeps a socket locked.
+        let is_gone = wait::until(wait::TIMEOUT, || {
             last = remove(&self.path);
             last.is_ok()
         });
@@ -175,7 +175,7 @@ impl Drop for Cgroup {
     }
 }
 
-/// Kills who is in a cgroup and removes it and those below it.
+/// Kills the processes of a cgroup, and removes it with its descendants.
 pub(crate) fn remove(path: &Path) -> io::Result<()> {
     let entries = match fs::read_dir(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -186,10 +186,10 @@ pub(crate) fn remove(path: &Path) -> io::Result<()> {
             remove(&entry.path())?;
         }
     }
-    // Threaded cgroups do not tell; then the one that they are threads of does.
+    // cgroup.procs of a threaded cgroup cannot be read. The domain cgroup above it lists the processes.
     let members = fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default();
     for pid in members.lines().filter_map(|line| line.parse().ok()) {
-        // One that has just ended needs no killing.
+        // Fails if the process has ended, which is fine.
         let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
     }
     fs::remove_dir(path)

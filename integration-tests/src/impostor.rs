@@ -1,4 +1,5 @@
-//! A user's process that poses as one that watches a container: sockprobe by another name, with arguments of the test's choice.
+//! A user's process that poses as the monitor of a container: sockprobe under another name, with arguments that the
+//! test chooses.
 
 use std::{
     env,
@@ -23,31 +24,32 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{cgroup::Cgroup, must, policy::Folder, probe, wait};
+use crate::{cgroup::Cgroup, must, policy::TempDir, probe, wait};
 
-/// Has sockprobe pose as another program.
-pub const ORDER: &str = "SOCKPROBE_IMPOSTOR";
+/// The environment variable that makes sockprobe pose as another program.
+pub const DISGUISE_VAR: &str = "SOCKPROBE_IMPOSTOR";
 
 /// What to pose as.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Disguise {
     /// The user that the process runs as.
     pub uid: u32,
-    /// The name of the program's file.
+    /// The file name of the program.
     pub program: String,
-    /// A name that the process gives itself.
+    /// The command name that the process sets for itself.
     pub comm: Option<String>,
     pub arguments: Vec<String>,
-    pub folder: PathBuf,
-    /// Where to write the number of the child.
+    pub dir: PathBuf,
+    /// The file to which the process writes the process id of its child.
     pub pid_file: Option<PathBuf>,
-    /// Where the child goes.
+    /// The cgroup that the child joins.
     pub cgroup: Option<PathBuf>,
-    /// Whether root gives up what root can do.
+    /// Whether root gives up its capabilities.
     pub without_capabilities: bool,
-    /// How many more processes of the kind there are.
+    /// The number of additional processes of the same kind.
     pub copies: u32,
-    /// Where to mount a file system that answers nothing. Other processes do not see it, but by this process's root.
+    /// Where to mount a FUSE file system that answers no request. Only this mount namespace has it; others reach it
+    /// through this process's /proc/PID/root.
     pub blocked_by: Option<PathBuf>,
 }
 
@@ -55,29 +57,29 @@ pub struct Disguise {
 #[derive(Debug)]
 pub struct Impostor {
     process: Child,
-    /// Of the process's child.
+    /// The process id of the child.
     pub child: u32,
-    _program: Folder,
+    _program: TempDir,
 }
 
 impl Disguise {
-    /// A conmon that claims to watch a container with this id and name.
+    /// Returns a conmon that claims to monitor a container with this id and name.
     #[must_use]
     pub fn conmon(tenant: &Tenant, id: &str, name: &str) -> Self {
         let pid_file = tenant.path("pidfile");
-        let [folder, pid] = [tenant.folder(), &pid_file].map(|path| path.display().to_string());
-        let words = ["-c", id, "-n", name, "-b", &folder, "-p", &pid];
+        let [dir, pid] = [tenant.dir(), &pid_file].map(|path| path.display().to_string());
+        let words = ["-c", id, "-n", name, "-b", &dir, "-p", &pid];
         Self {
             uid: tenant.uid,
             program: "conmon".to_owned(),
             arguments: words.map(str::to_owned).to_vec(),
-            folder: tenant.folder().to_owned(),
+            dir: tenant.dir().to_owned(),
             pid_file: Some(pid_file),
             ..Self::default()
         }
     }
 
-    /// The child joins a cgroup.
+    /// Makes the child join a cgroup.
     #[must_use]
     pub fn in_cgroup(self, cgroup: &Path) -> Self {
         Self { cgroup: Some(cgroup.to_owned()), ..self }
@@ -87,17 +89,17 @@ impl Disguise {
     #[must_use]
     #[track_caller]
     pub fn start(&self) -> Impostor {
-        let folder = Folder::new();
-        must(fs::set_permissions(&folder.path, fs::Permissions::from_mode(0o755)), "open a folder to all");
-        let program = folder.path.join(&self.program);
+        let dir = TempDir::new();
+        must(fs::set_permissions(&dir.path, fs::Permissions::from_mode(0o755)), "open a directory to all");
+        let program = dir.path.join(&self.program);
         must(fs::copy(probe::program(), &program), "copy sockprobe");
-        let order = must(serde_json::to_string(self), "write an order");
+        let order = must(serde_json::to_string(self), "serialize a disguise");
         let mut command = Command::new(&program);
-        command.arg0(&self.program).args(&self.arguments).env(ORDER, order).current_dir(&self.folder);
+        command.arg0(&self.program).args(&self.arguments).env(DISGUISE_VAR, order).current_dir(&self.dir);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut started = command.spawn();
-        // A child that another test has just forked has the copy open to be written until it becomes another program.
-        wait::until(wait::PATIENCE, || {
+        // Until it calls execve, a child that another test has just forked has the copy open for writing.
+        wait::until(wait::TIMEOUT, || {
             let is_busy = matches!(&started, Err(error) if error.kind() == io::ErrorKind::ExecutableFileBusy);
             if is_busy {
                 started = command.spawn();
@@ -107,9 +109,12 @@ impl Disguise {
         let mut process = must(started, format_args!("start {}", self.program));
         let mut line = String::new();
         let output = process.stdout.take().map(BufReader::new);
-        must(output.ok_or(io::ErrorKind::BrokenPipe.into()).and_then(|mut output| output.read_line(&mut line)), "hear");
-        let child = must(line.trim().parse(), format_args!("be {}: {line}", self.program));
-        Impostor { process, child, _program: folder }
+        must(
+            output.ok_or(io::ErrorKind::BrokenPipe.into()).and_then(|mut output| output.read_line(&mut line)),
+            "read a child's process id",
+        );
+        let child = must(line.trim().parse(), format_args!("pose as {}: {line}", self.program));
+        Impostor { process, child, _program: dir }
     }
 }
 
@@ -127,11 +132,12 @@ impl Drop for Impostor {
     }
 }
 
-/// A user of no account, and of no other test: with a folder, and cgroups in one that is not his.
+/// A user without an account, which no other test uses. It has a directory, and cgroups in a cgroup that is not its
+/// own.
 #[derive(Debug)]
 pub struct Tenant {
     pub uid: u32,
-    folder: Folder,
+    dir: TempDir,
     home: Cgroup,
 }
 
@@ -140,60 +146,60 @@ impl Tenant {
     pub fn new() -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let uid = 1_000_000 + std::process::id() % 1_000_000 * 100 + COUNT.fetch_add(1, Ordering::Relaxed);
-        let tenant = Self { uid, folder: Folder::new(), home: Cgroup::new() };
-        must(fs::set_permissions(tenant.folder(), fs::Permissions::from_mode(0o755)), "open a folder to all");
-        tenant.own(tenant.folder());
+        let tenant = Self { uid, dir: TempDir::new(), home: Cgroup::new() };
+        must(fs::set_permissions(tenant.dir(), fs::Permissions::from_mode(0o755)), "open a directory to all");
+        tenant.chown_to(tenant.dir());
         tenant
     }
 
     #[must_use]
-    pub fn folder(&self) -> &Path {
-        &self.folder.path
+    pub fn dir(&self) -> &Path {
+        &self.dir.path
     }
 
     #[must_use]
     pub fn path(&self, name: &str) -> PathBuf {
-        self.folder().join(name)
+        self.dir().join(name)
     }
 
-    /// The parent of the user's cgroups, which is root's.
+    /// Returns the parent of the user's cgroups, which belongs to root.
     #[must_use]
     pub fn home(&self) -> &Cgroup {
         &self.home
     }
 
-    /// Makes a cgroup of this user's.
+    /// Creates a cgroup that belongs to this user.
     #[must_use]
     pub fn cgroup(&self, name: &str) -> Cgroup {
         let cgroup = self.home.child(name);
-        self.own(cgroup.path());
+        self.chown_to(cgroup.path());
         cgroup
     }
 
-    /// What this user calls containers.
+    /// Returns the name that this user gives to containers.
     #[must_use]
-    pub fn claim(&self) -> String {
+    pub fn container_name(&self) -> String {
         self.home.name().trim_start_matches('/').to_owned()
     }
 
-    /// A policy's target by that name.
+    /// Returns a policy's target with that name.
     #[must_use]
     pub fn selector(&self) -> String {
-        format!("container = {{ name = \"{}\" }}", self.claim())
+        format!("container = {{ name = \"{}\" }}", self.container_name())
     }
 
-    /// Makes a file this user's.
+    /// Changes the owner of a file to this user.
     #[track_caller]
-    pub fn own(&self, path: &Path) {
+    pub fn chown_to(&self, path: &Path) {
         let (uid, gid) = (Uid::from_raw(self.uid), Gid::from_raw(self.uid));
-        must(chown(path, Some(uid), Some(gid)), format_args!("give {}", path.display()));
+        must(chown(path, Some(uid), Some(gid)), format_args!("change the owner of {}", path.display()));
     }
 
-    /// Writes a file of this user's.
+    /// Writes a file that belongs to this user.
     pub fn write(&self, name: &str, content: &str) -> PathBuf {
         let path = self.path(name);
         must(fs::write(&path, content), format_args!("write {}", path.display()));
-        self.own(&path);
+        self.chown_to(&path);
         path
     }
 }
@@ -204,21 +210,22 @@ impl Default for Tenant {
     }
 }
 
-/// Is what an [`ORDER`] says, if there is one, until standard input ends.
+/// Poses as the program that [`DISGUISE_VAR`] describes, until standard input ends. Returns false if the variable is
+/// not set.
 ///
 /// # Errors
 ///
-/// If the process cannot be that.
-pub fn pose() -> io::Result<bool> {
-    let Ok(order) = env::var(ORDER) else { return Ok(false) };
+/// If the process cannot take on the disguise.
+pub fn run_as_impostor() -> io::Result<bool> {
+    let Ok(order) = env::var(DISGUISE_VAR) else { return Ok(false) };
     let disguise: Disguise = serde_json::from_str(&order)?;
-    if let Some(folder) = &disguise.blocked_by {
-        mount_without_answers(folder)?;
+    if let Some(dir) = &disguise.blocked_by {
+        mount_unresponsive(dir)?;
     }
     let child = start_child(&disguise)?;
     disguise.drop_rights()?;
     for _ in 0..disguise.copies {
-        copy()?;
+        fork_copy()?;
     }
     if let Some(path) = &disguise.pid_file {
         fs::write(path, child.to_string())?;
@@ -248,9 +255,9 @@ impl Disguise {
 }
 
 fn drop_capabilities() -> io::Result<()> {
-    // _LINUX_CAPABILITY_VERSION_3 and this process; then none, three times two words (capset(2)).
+    // _LINUX_CAPABILITY_VERSION_3 and this process; then empty sets, three times two words (capset(2)).
     let (mut header, none) = ([0x2008_0522_u32, 0], [0_u32; 6]);
-    // SAFETY: of the sizes that this version has.
+    // SAFETY: both have the size of this version.
     let result = unsafe { libc::syscall(libc::SYS_capset, header.as_mut_ptr(), none.as_ptr()) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
@@ -260,7 +267,7 @@ fn start_child(disguise: &Disguise) -> io::Result<i32> {
     match unsafe { fork() }? {
         ForkResult::Parent { child } => Ok(child.as_raw()),
         ForkResult::Child => {
-            // The file system ends with its server only if nobody else has its device.
+            // The connection of a FUSE file system ends with its server only if no other process has the device open.
             // SAFETY: the child uses none of the parent's descriptors.
             unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 0) };
             let begun = disguise.join().and_then(|()| disguise.drop_rights());
@@ -278,7 +285,7 @@ impl Disguise {
     }
 }
 
-fn copy() -> io::Result<()> {
+fn fork_copy() -> io::Result<()> {
     // SAFETY: the child makes system calls only.
     match unsafe { fork() }? {
         ForkResult::Parent { .. } => Ok(()),
@@ -297,18 +304,19 @@ fn wait_for_end() -> ! {
     }
 }
 
-/// Mounts a file system that answers nothing, in this process's own mounts.
-fn mount_without_answers(folder: &Path) -> io::Result<()> {
+/// Mounts a file system that answers no request, in a new mount namespace of this process.
+fn mount_unresponsive(dir: &Path) -> io::Result<()> {
     let device = File::options().read(true).write(true).open("/dev/fuse")?;
     unshare(CloneFlags::CLONE_NEWNS)?;
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;
     let options = format!("fd={},rootmode=40000,user_id=0,group_id=0,allow_other", device.as_raw_fd());
-    mount(Some("none"), folder, Some("fuse"), MsFlags::empty(), Some(options.as_str()))?;
+    mount(Some("none"), dir, Some("fuse"), MsFlags::empty(), Some(options.as_str()))?;
     thread::spawn(move || serve(device));
     Ok(())
 }
 
-/// Serves it (include/uapi/linux/fuse.h), until its last descriptor is closed.
+/// Serves the FUSE protocol (include/uapi/linux/fuse.h) until the last descriptor of the device is closed. Answers
+/// only INIT.
 fn serve(mut device: File) {
     const INIT: u32 = 26;
     let mut request = vec![0; 1 << 20];

@@ -1,4 +1,4 @@
-//! What kernels.toml expects of the kernel that runs.
+//! What kernels.toml expects of the running kernel.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,99 +16,101 @@ const TABLE: &str = include_str!("../kernels.toml");
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Table {
-    abilities: Abilities,
+    features: Features,
     kernel: Vec<Row>,
 }
 
-/// Names of abilities, by what they are abilities for.
+/// The names of features, by kind.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Abilities {
+pub struct Features {
     /// Kernel hooks that the agent can attach to.
     pub hooks: BTreeSet<String>,
-    /// The agent's backends for the audit.
+    /// Backends of the agent's audit.
     pub audit: BTreeSet<String>,
     /// Options that BPF programs can set.
     pub options: BTreeSet<String>,
-    /// What the tests look at beside these.
+    /// Other properties that the tests check.
     pub sockets: BTreeSet<String>,
-    /// What BPF programs can ask the kernel for.
+    /// Functions that the kernel offers to BPF programs.
     pub helpers: BTreeSet<String>,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Row {
-    /// What `uname -r` starts with.
+    /// The prefix of `uname -r`.
     release: String,
     without: BTreeSet<String>,
 }
 
-/// The kernel that runs, as the table has it.
+/// The running kernel, as the table describes it.
 #[derive(Debug)]
 pub struct Kernel {
     pub release: String,
-    /// Everything that the table knows.
-    pub known: Abilities,
+    /// All features that the table knows.
+    pub known: Features,
     without: BTreeSet<String>,
 }
 
 impl Kernel {
-    /// Finds it in the table.
+    /// Finds the running kernel in the table. Panics if the table does not have it.
     #[must_use]
     pub fn current() -> &'static Self {
         static CURRENT: LazyLock<Kernel> = LazyLock::new(|| {
-            let Table { abilities, kernel } = must(toml::from_str(TABLE), "read kernels.toml");
-            let release = must(fs::read_to_string("/proc/sys/kernel/osrelease"), "tell which kernel this is");
+            let Table { features, kernel } = must(toml::from_str(TABLE), "read kernels.toml");
+            let release = must(fs::read_to_string("/proc/sys/kernel/osrelease"), "read the kernel release");
             let release = release.trim().to_owned();
             let Some(row) = kernel.into_iter().find(|row| release.starts_with(&row.release)) else {
-                panic!("kernel {release} is not in integration-tests/kernels.toml\n  help: add what it can do")
+                panic!(
+                    "kernel {release} is not in integration-tests/kernels.toml\n  help: add a [[kernel]] with the features that it lacks"
+                )
             };
-            Kernel { release, known: abilities, without: row.without }
+            Kernel { release, known: features, without: row.without }
         });
         &CURRENT
     }
 
-    /// Whether the table says that it has this ability, which the table must know.
+    /// Returns whether the kernel has a feature. Panics if the table does not know the feature.
     #[must_use]
     #[track_caller]
-    pub fn has(&self, ability: &str) -> bool {
-        let Abilities { hooks, audit, options, sockets, helpers } = &self.known;
-        let is_known = [hooks, audit, options, sockets, helpers].into_iter().any(|names| names.contains(ability));
-        assert!(is_known, "kernels.toml knows no ability `{ability}`");
-        !self.without.contains(ability)
+    pub fn has(&self, feature: &str) -> bool {
+        let Features { hooks, audit, options, sockets, helpers } = &self.known;
+        let is_known = [hooks, audit, options, sockets, helpers].into_iter().any(|names| names.contains(feature));
+        assert!(is_known, "kernels.toml has no feature `{feature}`");
+        !self.without.contains(feature)
     }
 }
 
-/// Notes that a test is skipped, for the list at the end.
-pub fn skip(test: &str, ability: &str) {
-    /// Tests, by the ability that they want.
+/// Records that a test is skipped. The skipped tests are listed when the process exits.
+pub fn skip(test: &str, feature: &str) {
+    /// Tests by the feature that they need.
     static SKIPPED: Mutex<BTreeMap<String, BTreeSet<String>>> = Mutex::new(BTreeMap::new());
-    extern "C" fn tell() {
+    extern "C" fn print_skipped() {
         let skipped = SKIPPED.lock().unwrap_or_else(PoisonError::into_inner);
         let kernel = &Kernel::current().release;
-        for (ability, tests) in &*skipped {
+        for (feature, tests) in &*skipped {
             let tests = tests.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
-            // Not by eprintln, which the test harness keeps to itself. vm/matrix shows these lines, too.
-            let _ = writeln!(io::stderr(), "skipped on {kernel}, no {ability}: {tests}");
+            // Not eprintln, whose output libtest captures. vm/matrix shows these lines too.
+            let _ = writeln!(io::stderr(), "skipped on {kernel}, no {feature}: {tests}");
         }
     }
     let mut skipped = SKIPPED.lock().unwrap_or_else(PoisonError::into_inner);
     if skipped.is_empty() {
-        // SAFETY: a function of the kind that exit calls.
-        unsafe { libc::atexit(tell) };
+        // SAFETY: the function has the type that atexit expects.
+        unsafe { libc::atexit(print_skipped) };
     }
-    skipped.entry(ability.to_owned()).or_default().insert(test.to_owned());
+    skipped.entry(feature.to_owned()).or_default().insert(test.to_owned());
 }
 
-/// The first line of a test that not every kernel can pass: skips it where kernels.toml says that this
-/// kernel has not got the ability.
+/// Skips the rest of a test if kernels.toml says that the running kernel does not have the feature. Must be the first
+/// line of the test.
 #[macro_export]
 macro_rules! require {
-    ($ability:expr) => {
-        if !$crate::kernels::Kernel::current().has($ability) {
+    ($feature:expr) => {
+        if !$crate::kernels::Kernel::current().has($feature) {
             let thread = std::thread::current();
-            $crate::kernels::skip(thread.name().unwrap_or("a test"), $ability);
+            $crate::kernels::skip(thread.name().unwrap_or("a test"), $feature);
             return;
         }
     };

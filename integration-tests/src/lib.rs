@@ -1,27 +1,28 @@
-//! Fixtures of the integration tests: each owns what it makes and removes it when dropped.
+//! Fixtures of the integration tests. Each fixture owns the objects that it creates, and removes them when it is
+//! dropped.
 //!
-//! | fixture | is |
+//! | fixture | what it is |
 //! | --- | --- |
-//! | [`cgroup::Cgroup`] | a cgroup of our own below the cgroup2 mount |
-//! | [`policy::PolicyFile`] | a policy in a folder of its own |
-//! | [`agent::Exec`] | `sockpolicy exec POLICY -- sockprobe`, with the [`probe::Probe`] to talk to |
+//! | [`cgroup::Cgroup`] | a new cgroup below the cgroup2 mount |
+//! | [`policy::PolicyFile`] | a policy in a new directory |
+//! | [`agent::Exec`] | `sockpolicy exec POLICY -- sockprobe`, with a [`probe::Probe`] that controls sockprobe |
 //! | [`agent::Run`] | `sockpolicy run POLICY --cgroup TARGET` |
-//! | [`agent::output`] | any other command, to its end |
-//! | [`agent::Build`] | another build of the agent |
-//! | [`probe::Probe`] | a process that opens sockets and calls setsockopt and getsockopt as it is told |
-//! | [`report::Report`] | what the agent reported: events and the summary |
-//! | [`residue::Residue`] | the BPF programs and links of an agent, and whether they are gone |
-//! | [`kernels::Kernel`] | what kernels.toml expects of this kernel; [`require!`] skips by it |
-//! | [`product::Product`] | calls of many kinds, and what came of each |
-//! | [`process::Running`] | any command line, what it says and how it ends |
-//! | [`terminal::Terminal`] | the same in the foreground of a terminal |
-//! | [`container::Podman`], `Docker`, `Alone` | engines of our own, and their containers, each with a probe in it |
-//! | [`bpffs::Instance`] | a name under which policies stay in force without an agent |
-//! | [`foreign::Foreign`] | somebody else's program on a cgroup |
-//! | [`impostor::Impostor`] | a user's process that poses as one that watches a container |
-//! | [`wait::until`] | waiting for something to become true |
+//! | [`agent::output`] | any other command of sockpolicy, run to its end |
+//! | [`agent::Build`] | a binary of the agent |
+//! | [`probe::Probe`] | a process that opens sockets and calls setsockopt and getsockopt on request |
+//! | [`report::Report`] | the events and the summary that the agent reported |
+//! | [`bpf_objects::BpfObjects`] | the BPF programs and links of an agent, and whether the kernel still has them |
+//! | [`kernels::Kernel`] | what kernels.toml expects of the running kernel; [`require!`] skips tests by it |
+//! | [`differential::CaseSet`] | many combinations of calls, and the outcome of each |
+//! | [`process::Running`] | a running command line, with its output and its exit status |
+//! | [`terminal::Terminal`] | a process in the foreground of a pseudoterminal |
+//! | [`container::Podman`], `Docker`, `BareRuntime` | separate container engines, whose containers each run a probe |
+//! | [`bpffs::Instance`] | the name of an instance whose policies stay without an agent |
+//! | [`foreign_program::ForeignProgram`] | a BPF program of another owner on a cgroup |
+//! | [`impostor::Impostor`] | a user's process that poses as the monitor of a container |
+//! | [`wait::until`] | waits until a condition holds |
 //!
-//! A test is then:
+//! An example of a test:
 //!
 //! ```no_run
 //! use sockpolicy_integration_tests::{agent::Exec, options::TCP_NODELAY, policy::PolicyFile, script::{Family, Kind}};
@@ -35,41 +36,41 @@
 //! assert_eq!(report.conflict("TCP_NODELAY").verdict.as_deref(), Some("rewritten"));
 //! ```
 //!
-//! Invariants: what a socket has is what its owning process is told by getsockopt, never what the
-//! agent says; the fixtures share no code with the agent. Tests may run at the same time: every
-//! agent has a cgroup of its own to work in, and every probe a network namespace.
+//! Invariants: tests take the value of a socket option from getsockopt in the process that owns the socket, never
+//! from the agent's reports. The fixtures share no code with the agent. Tests can run in parallel: each agent works
+//! in its own cgroup, and each probe has its own network namespace.
 
-#![expect(clippy::panic, reason = "what fails in a fixture fails the test")]
+#![expect(clippy::panic, reason = "a failure in a fixture fails the test")]
 
 pub mod agent;
 pub mod bpf;
+pub mod bpf_objects;
 pub mod bpffs;
 pub mod cgroup;
 pub mod container;
-pub mod foreign;
+pub mod differential;
+pub mod foreign_program;
 pub mod impostor;
 pub mod kernels;
 pub mod options;
+pub mod pidfd_sockets;
 pub mod policy;
 pub mod probe;
 pub mod process;
-pub mod product;
 pub mod report;
-pub mod residue;
 pub mod script;
-pub mod taken;
 pub mod terminal;
 pub mod wait;
 
 use std::{fmt::Display, path::PathBuf};
 
-/// The value, or the end of the test.
+/// Returns the value of `result`. Panics with `cannot WHAT: ERROR` if it is an error.
 #[track_caller]
 pub(crate) fn must<T, E: Display>(result: Result<T, E>, what: impl Display) -> T {
     result.unwrap_or_else(|error| panic!("cannot {what}: {error}"))
 }
 
-/// Ends the test unless it may do as it likes.
+/// Panics unless the process runs as root.
 #[track_caller]
 pub fn require_root() {
     // SAFETY: has no arguments and cannot fail.
@@ -77,14 +78,14 @@ pub fn require_root() {
     assert!(user == 0, "these tests attach BPF programs and make cgroups\n  help: run them as root: make integration");
 }
 
-/// A binary that cargo has built beside the tests'.
+/// Returns the path of a binary that cargo has built next to the test binary. Panics if there is none.
 #[track_caller]
 #[must_use]
-pub fn built(name: &str) -> PathBuf {
+pub fn built_binary(name: &str) -> PathBuf {
     let tests = must(std::env::current_exe(), "find the test binary's own path");
     // target/debug/deps/integration-0123456789abcdef, or target/debug/soak
-    let folders = tests.ancestors().skip(1).take(2);
-    let path = folders.map(|folder| folder.join(name)).find(|path| path.is_file()).unwrap_or_else(|| name.into());
+    let dirs = tests.ancestors().skip(1).take(2);
+    let path = dirs.map(|dir| dir.join(name)).find(|path| path.is_file()).unwrap_or_else(|| name.into());
     assert!(path.is_file(), "{} is not there\n  help: cargo build --workspace", path.display());
     path
 }

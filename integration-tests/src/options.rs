@@ -1,4 +1,4 @@
-//! Options by their numbers in the C library and the kernel's headers, not in the agent's table.
+//! Options with their numbers from the C library and the kernel's headers, not from the agent's table.
 
 /// A socket option.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -8,11 +8,11 @@ pub struct SocketOption {
     pub number: i32,
 }
 
-/// Declares options: the level, and each option's number.
+/// Declares options with their levels and numbers.
 macro_rules! options {
     ($($name:ident = $level:ident, $number:expr;)*) => {
         $(pub const $name: SocketOption = SocketOption { name: stringify!($name), level: libc::$level, number: $number };)*
-        /// All of them.
+        /// All options.
         pub const ALL: &[SocketOption] = &[$($name),*];
     };
 }

@@ -9,22 +9,22 @@ use std::{
 
 use crate::{cgroup::Cgroup, must};
 
-/// The text of a policy that gives each socket of a cgroup a mark, and says nothing else: where it matters only whether one is in
-/// force, and which.
+/// Returns a policy that sets a mark on each socket of a cgroup, and nothing else. It shows whether a policy is in
+/// force, and which one.
 #[must_use]
 pub fn sets_mark(target: &Cgroup, mark: i32) -> String {
     format!("[target]\ncgroup = {:?}\n[[rule]]\nset = {{ SO_MARK = {mark} }}\n", target.name())
 }
 
-/// A policy in a folder of its own, which goes with it.
+/// A policy in a new directory, which is removed with this value.
 #[derive(Debug)]
 pub struct PolicyFile {
-    folder: Folder,
+    dir: TempDir,
     path: PathBuf,
 }
 
 impl PolicyFile {
-    /// A policy of this text, as `policy.toml`.
+    /// Creates `policy.toml` with this text.
     #[must_use]
     pub fn new(text: impl AsRef<[u8]>) -> Self {
         Self::named("policy.toml", text)
@@ -32,9 +32,9 @@ impl PolicyFile {
 
     #[must_use]
     pub fn named(name: &str, text: impl AsRef<[u8]>) -> Self {
-        let folder = Folder::new();
-        let path = folder.write(name, text);
-        Self { folder, path }
+        let dir = TempDir::new();
+        let path = dir.write(name, text);
+        Self { dir, path }
     }
 
     #[must_use]
@@ -42,25 +42,25 @@ impl PolicyFile {
         &self.path
     }
 
-    /// Puts another file beside it, which goes with this one, and gives its path.
+    /// Creates another file in the same directory, and returns its path.
     pub fn add(&self, name: &str, text: impl AsRef<[u8]>) -> PathBuf {
-        self.folder.write(name, text)
+        self.dir.write(name, text)
     }
 
-    /// Where there is room for more files, which go with this one.
+    /// Returns the directory. Files in it are removed with this value.
     #[must_use]
-    pub fn folder(&self) -> &Path {
-        &self.folder.path
+    pub fn dir(&self) -> &Path {
+        &self.dir.path
     }
 }
 
-/// A new folder, which goes with this value.
+/// A new directory, which is removed with this value.
 #[derive(Debug)]
-pub(crate) struct Folder {
+pub(crate) struct TempDir {
     pub(crate) path: PathBuf,
 }
 
-impl Folder {
+impl TempDir {
     pub(crate) fn new() -> Self {
         let path = std::env::temp_dir().join(unique_name());
         must(fs::create_dir(&path), format_args!("make {}", path.display()));
@@ -76,7 +76,7 @@ impl Folder {
     }
 }
 
-/// Sets the mode of a file, whatever the umask has made of it.
+/// Sets the mode of a file, regardless of the umask.
 pub fn set_mode(path: &Path, mode: u32) {
     must(
         fs::set_permissions(path, Permissions::from_mode(mode)),
@@ -84,13 +84,13 @@ pub fn set_mode(path: &Path, mode: u32) {
     );
 }
 
-impl Drop for Folder {
+impl Drop for TempDir {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.path);
     }
 }
 
-/// A name that nothing else of this machine has.
+/// Returns a name that is unique on this machine.
 pub(crate) fn unique_name() -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     format!("sockpolicy-test-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))

@@ -1,4 +1,4 @@
-//! A running sockprobe: the process whose sockets the policies are about.
+//! A running sockprobe: the process whose sockets the tests examine.
 
 use std::{
     io::{BufRead, BufReader, Write},
@@ -10,7 +10,7 @@ use std::{
 use nix::errno::Errno;
 
 use crate::{
-    built,
+    built_binary,
     cgroup::Cgroup,
     must,
     options::SocketOption,
@@ -18,13 +18,13 @@ use crate::{
     script::{Answer, Argument, Family, Fd, Hello, Kind, Step},
 };
 
-/// Ends with this value.
+/// A sockprobe, which ends when this value is dropped.
 #[derive(Debug)]
 pub struct Probe {
     pub pid: u32,
     input: Option<ChildStdin>,
     output: BufReader<ChildStdout>,
-    /// The process, where it is this fixture's own and not the agent's.
+    /// The child process, if this fixture has started it and not the agent.
     child: Option<Child>,
 }
 
@@ -32,7 +32,7 @@ pub struct Probe {
 #[derive(Clone, Copy, Debug)]
 pub struct Pair {
     pub listener: Fd,
-    /// Where `listener` listens.
+    /// The address of `listener`.
     pub address: SocketAddr,
     /// The outbound end.
     pub client: Fd,
@@ -40,53 +40,53 @@ pub struct Pair {
     pub server: Fd,
 }
 
-/// The probe's program.
+/// Returns the path of the binary.
 #[must_use]
 pub fn program() -> PathBuf {
-    built("sockprobe")
+    built_binary("sockprobe")
 }
 
 impl Probe {
-    /// Starts one in a cgroup, without an agent.
+    /// Starts a probe in a cgroup, without an agent.
     #[must_use]
     pub fn start(cgroup: &Cgroup) -> Self {
-        Self::start_by(&program(), cgroup)
+        Self::start_copy(&program(), cgroup)
     }
 
-    /// Starts a copy of the program.
+    /// Starts a probe from a copy of the binary.
     #[must_use]
-    pub fn start_by(program: &Path, cgroup: &Cgroup) -> Self {
+    pub fn start_copy(program: &Path, cgroup: &Cgroup) -> Self {
         let mut command = Command::new(program);
-        cgroup.enclose(&mut command);
+        cgroup.run_inside(&mut command);
         Self::launch(&mut command)
     }
 
-    /// Starts one that has this number, which no process has.
+    /// Starts a probe with this process id, which must be unused.
     #[must_use]
     #[track_caller]
-    pub fn start_as(pid: u32, cgroup: &Cgroup) -> Self {
+    pub fn start_with_pid(pid: u32, cgroup: &Cgroup) -> Self {
         let mut command = Command::new(workload());
         command.args(["as", &pid.to_string()]).arg(program());
-        cgroup.enclose(&mut command);
+        cgroup.run_inside(&mut command);
         let probe = Self::launch(&mut command);
         assert_eq!(probe.pid, pid);
         probe
     }
 
-    /// Starts the one that a command runs, or has others run.
+    /// Starts a command that becomes a probe, or starts one.
     #[track_caller]
     pub(crate) fn launch(command: &mut Command) -> Self {
         let started = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
         let mut child = must(started, format_args!("start {command:?}"));
         let (input, output) = (child.stdin.take(), child.stdout.take());
-        let mut probe =
-            Self::of(input, output).unwrap_or_else(|reason| panic!("no sockprobe by {command:?}: {reason}"));
+        let mut probe = Self::from_pipes(input, output)
+            .unwrap_or_else(|reason| panic!("{command:?} did not start sockprobe: {reason}"));
         probe.child = Some(child);
         probe
     }
 
-    /// Takes over one that somebody else has started.
-    pub(crate) fn of(input: Option<ChildStdin>, output: Option<ChildStdout>) -> Result<Self, String> {
+    /// Connects to a probe that another process has started.
+    pub(crate) fn from_pipes(input: Option<ChildStdin>, output: Option<ChildStdout>) -> Result<Self, String> {
         let mut output = BufReader::new(output.ok_or("no standard output")?);
         let mut line = String::new();
         output.read_line(&mut line).map_err(|error| error.to_string())?;
@@ -94,26 +94,26 @@ impl Probe {
         Ok(Self { pid, input, output, child: None })
     }
 
-    /// Does one step.
+    /// Performs one request.
     #[track_caller]
     pub fn perform(&mut self, step: &Step) -> Answer {
         let line = must(serde_json::to_string(step), "write a step");
         let Some(input) = &mut self.input else { panic!("the probe has ended") };
-        must(writeln!(input, "{line}"), format_args!("tell the probe {line}"));
+        must(writeln!(input, "{line}"), format_args!("send {line} to the probe"));
         let mut line = String::new();
-        must(self.output.read_line(&mut line), format_args!("read what came of {step:?}"));
+        must(self.output.read_line(&mut line), format_args!("read the answer to {step:?}"));
         assert!(!line.is_empty(), "the probe ended at {step:?}");
-        must(serde_json::from_str(&line), format_args!("understand {line:?}"))
+        must(serde_json::from_str(&line), format_args!("parse {line:?}"))
     }
 
-    /// Does a step, and gives what the system call returned.
+    /// Performs a request, and returns the error of its system call.
     #[track_caller]
     fn call(&mut self, step: &Step) -> Result<Answer, Errno> {
         let answer = self.perform(step);
         if answer.result < 0 { Err(Errno::from_raw(answer.errno)) } else { Ok(answer) }
     }
 
-    /// Does a step that must succeed.
+    /// Performs a request that must succeed.
     #[track_caller]
     fn succeed(&mut self, step: &Step) -> Answer {
         match self.call(step) {
@@ -131,7 +131,7 @@ impl Probe {
         descriptor(&self.succeed(&Step::Socket { family, kind }))
     }
 
-    /// Binds a socket, and gives the address that it has then.
+    /// Binds a socket, and returns its address.
     #[track_caller]
     pub fn bind(&mut self, fd: Fd, to: SocketAddr) -> SocketAddr {
         self.succeed(&Step::Bind { fd, to });
@@ -148,7 +148,7 @@ impl Probe {
         self.succeed(&Step::PeerAddress { fd }).address.unwrap_or_else(|| panic!("socket {fd} has no peer"))
     }
 
-    /// Writes a file as the probe sees it, such as one of its network namespace's below /proc/sys.
+    /// Writes a file as the probe sees it, such as a file of its network namespace below /proc/sys.
     pub fn try_write(&mut self, path: &str, text: &str) -> Result<(), Errno> {
         self.call(&Step::Write { path: path.to_owned(), text: text.to_owned() }).map(drop)
     }
@@ -183,13 +183,13 @@ impl Probe {
         self.call(&Step::Send { fd, to: Some(to) }).map(drop)
     }
 
-    /// Gives up root and every capability, for good.
+    /// Permanently gives up root and every capability.
     #[track_caller]
-    pub fn become_nobody(&mut self) {
-        self.succeed(&Step::BecomeNobody);
+    pub fn drop_privileges(&mut self) {
+        self.succeed(&Step::DropPrivileges);
     }
 
-    /// connect(AF_UNSPEC)
+    /// Disconnects a socket: connect(2) with AF_UNSPEC.
     #[track_caller]
     pub fn disconnect(&mut self, fd: Fd) {
         self.succeed(&Step::Disconnect { fd });
@@ -210,7 +210,7 @@ impl Probe {
     #[track_caller]
     pub fn receive(&mut self, fd: Fd) {
         let answer = self.succeed(&Step::Receive { fd });
-        assert_eq!(answer.result, 1, "nothing came, the connection is closed");
+        assert_eq!(answer.result, 1, "received nothing: the connection is closed");
     }
 
     #[track_caller]
@@ -218,27 +218,27 @@ impl Probe {
         self.succeed(&Step::Close { fd });
     }
 
-    /// Sockets opened from now on belong to `cgroup`.
+    /// Moves the probe to `cgroup`. Sockets that are opened afterwards belong to it.
     #[track_caller]
     pub fn enter(&mut self, cgroup: &Cgroup) {
         self.succeed(&Step::EnterCgroup { path: cgroup.path().display().to_string() });
     }
 
-    /// setsockopt
+    /// Calls setsockopt.
     #[track_caller]
     pub fn set(&mut self, fd: Fd, option: SocketOption, argument: impl Into<Argument>) -> Result<(), Errno> {
         let SocketOption { level, number: name, .. } = option;
         self.call(&Step::Set { fd, level, name, argument: argument.into() }).map(drop)
     }
 
-    /// getsockopt, with room for `len` bytes.
+    /// Calls getsockopt with a buffer of `len` bytes.
     #[track_caller]
     pub fn get(&mut self, fd: Fd, option: SocketOption, len: u32) -> Result<Vec<u8>, Errno> {
         let SocketOption { level, number: name, .. } = option;
         self.call(&Step::Get { fd, level, name, len, bad_pointer: false }).map(|answer| answer.value)
     }
 
-    /// getsockopt of an `int`, which must succeed.
+    /// Returns the value of an `int` option. Panics if getsockopt fails.
     #[track_caller]
     pub fn int(&mut self, fd: Fd, option: SocketOption) -> i32 {
         let value = self.get(fd, option, 4).unwrap_or_else(|errno| panic!("{} cannot be read: {errno:?}", option.name));
@@ -246,7 +246,7 @@ impl Probe {
         i32::from_ne_bytes(bytes.unwrap_or_else(|_| panic!("{} is no int: {value:?}", option.name)))
     }
 
-    /// getsockopt of a name, which must succeed.
+    /// Returns the value of an option that is a name. Panics if getsockopt fails.
     #[track_caller]
     pub fn text(&mut self, fd: Fd, option: SocketOption) -> String {
         let value =
@@ -255,14 +255,14 @@ impl Probe {
         String::from_utf8_lossy(text).into_owned()
     }
 
-    /// What a new TCP socket has.
+    /// Returns the value that a new TCP socket has.
     #[track_caller]
-    pub fn fresh(&mut self, option: SocketOption) -> i32 {
+    pub fn value_on_new_socket(&mut self, option: SocketOption) -> i32 {
         let fd = self.open(Family::Inet, Kind::Tcp);
         self.int(fd, option)
     }
 
-    /// A listener on a loopback address.
+    /// Opens a listener on a loopback address.
     #[track_caller]
     pub fn listener(&mut self, family: Family, kind: Kind) -> (Fd, SocketAddr) {
         let fd = self.open(family, kind);
@@ -271,7 +271,7 @@ impl Probe {
         (fd, address)
     }
 
-    /// A connection over a loopback address.
+    /// Opens a connection over a loopback address.
     #[track_caller]
     pub fn pair(&mut self, family: Family, kind: Kind) -> Pair {
         let (listener, address) = self.listener(family, kind);
@@ -281,22 +281,22 @@ impl Probe {
         Pair { listener, address, client, server }
     }
 
-    /// Sends a byte each way.
+    /// Sends a byte in each direction.
     #[track_caller]
-    pub fn talk(&mut self, one: Fd, other: Fd) {
+    pub fn exchange_bytes(&mut self, one: Fd, other: Fd) {
         self.send(one, None);
         self.receive(other);
         self.send(other, None);
         self.receive(one);
     }
 
-    /// Sends many bytes one way, as fast as they are received.
+    /// Sends many bytes in one direction, as fast as they are received.
     #[track_caller]
-    pub fn pour(&mut self, from: Fd, to: Fd, len: usize) {
-        self.succeed(&Step::Pour { from, to, len });
+    pub fn transfer(&mut self, from: Fd, to: Fd, len: usize) {
+        self.succeed(&Step::Transfer { from, to, len });
     }
 
-    /// Lets the process end: closes its input.
+    /// Closes the probe's input, which makes it end.
     pub fn end(&mut self) {
         drop(self.input.take());
     }
@@ -306,7 +306,7 @@ impl Drop for Probe {
     fn drop(&mut self) {
         self.end();
         if let Some(child) = &mut self.child {
-            // It does not wait for anything but its input, or ends by its own alarm.
+            // The probe waits only for its input, and its alarm ends it otherwise.
             let _ = child.wait();
         }
     }

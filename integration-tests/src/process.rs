@@ -1,4 +1,4 @@
-//! A child, what it says, and its end: for tests of the command line itself.
+//! Child processes with their output and exit status, for tests of the command line.
 
 use std::{
     fs,
@@ -14,53 +14,54 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::{agent, cgroup::Cgroup, must, policy::PolicyFile, report::Report, residue::Residue, wait};
+use crate::{agent, bpf_objects::BpfObjects, cgroup::Cgroup, must, policy::PolicyFile, report::Report, wait};
 
-/// A process in a cgroup of its own, its output read as it comes. Killed when dropped.
+/// A process in a new cgroup. Threads read its output while it runs. The process is killed when this value is
+/// dropped.
 #[derive(Debug)]
 pub struct Running {
     child: Child,
-    stdout: Spoken,
-    stderr: Spoken,
-    /// What it is in: sockpolicy makes the cgroups of its commands below it.
+    stdout: PipeReader,
+    stderr: PipeReader,
+    /// The cgroup that the process starts in. sockpolicy creates the cgroups of its commands below it.
     pub home: Cgroup,
 }
 
 impl Running {
-    /// Starts it, with no standard input unless the command says otherwise.
+    /// Starts the command. Its standard input is inherited unless the command sets it.
     #[must_use]
     #[track_caller]
     pub fn start(command: Command) -> Self {
         Self::start_in(command, Cgroup::new())
     }
 
-    /// Starts it in this cgroup.
+    /// Starts the command in this cgroup.
     #[must_use]
     #[track_caller]
     pub fn start_in(mut command: Command, home: Cgroup) -> Self {
-        home.enclose(&mut command);
+        home.run_inside(&mut command);
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = must(command.spawn(), format_args!("start {command:?}"));
-        let (stdout, stderr) = (Spoken::from(child.stdout.take()), Spoken::from(child.stderr.take()));
+        let (stdout, stderr) = (PipeReader::from(child.stdout.take()), PipeReader::from(child.stderr.take()));
         Self { child, stdout, stderr, home }
     }
 
-    /// Starts an agent that stops at a step (`fault::point` in its sources), until it is told to go on.
+    /// Starts an agent that stops at a step (`fault::point` in the agent's sources) until [`Self::resume`].
     #[must_use]
     #[track_caller]
-    pub fn start_held(mut command: Command, step: &str) -> Self {
-        hold(&mut command, step, 0);
+    pub fn start_stopped_at(mut command: Command, step: &str) -> Self {
+        stop_at(&mut command, step, 0);
         let held = Self::start(command);
         wait_for_stop(held.pid(), step);
         held
     }
 
-    /// Lets it go on that was held.
-    pub fn go_on(&self) {
+    /// Resumes an agent that has stopped at a step.
+    pub fn resume(&self) {
         self.signal(Signal::SIGCONT);
     }
 
-    /// `sockpolicy exec POLICY -- COMMAND`, with arguments before the policy.
+    /// Starts `sockpolicy exec ARGUMENTS POLICY -- COMMAND`.
     #[must_use]
     #[track_caller]
     pub fn exec(arguments: &[&str], policy: &PolicyFile, command: &[&str]) -> Self {
@@ -72,7 +73,7 @@ impl Running {
         self.child.id()
     }
 
-    /// What it has said by now.
+    /// Returns the standard output up to now.
     #[must_use]
     pub fn stdout(&self) -> String {
         self.stdout.text()
@@ -83,18 +84,18 @@ impl Running {
         self.stderr.text()
     }
 
-    /// Waits until it has written this many whole lines to its standard output, and gives these.
+    /// Waits until the standard output has `count` complete lines, and returns these.
     #[track_caller]
     pub fn lines(&mut self, count: usize) -> Vec<String> {
         let lines = |text: &str| text.split_inclusive('\n').filter(|line| line.ends_with('\n')).count();
-        let is_there = wait::until(wait::PATIENCE, || lines(&self.stdout()) >= count);
-        assert!(is_there, "not {count} lines: {:?}; it complains: {}", self.stdout(), self.stderr());
+        let is_there = wait::until(wait::TIMEOUT, || lines(&self.stdout()) >= count);
+        assert!(is_there, "fewer than {count} lines: {:?}; standard error: {}", self.stdout(), self.stderr());
         self.stdout().lines().take(count).map(str::to_owned).collect()
     }
 
     pub fn signal(&self, signal: Signal) {
         if let Ok(pid) = i32::try_from(self.child.id()) {
-            // Fails only where it has ended.
+            // Fails only if the process has ended.
             let _ = kill(Pid::from_raw(pid), signal);
         }
     }
@@ -104,18 +105,18 @@ impl Running {
         matches!(self.child.try_wait(), Ok(Some(_)))
     }
 
-    /// Lets its standard input end, if that is a pipe.
+    /// Closes the standard input of the process if it is a pipe.
     pub fn close_stdin(&mut self) {
         drop(self.child.stdin.take());
     }
 
-    /// What it holds in the kernel.
+    /// Returns the BPF programs and links that the process holds.
     #[must_use]
-    pub fn held(&self) -> Residue {
-        Residue::of(self.pid())
+    pub fn bpf_objects(&self) -> BpfObjects {
+        BpfObjects::of(self.pid())
     }
 
-    /// Its children, by their command lines.
+    /// Returns the child processes, with their command lines.
     #[must_use]
     pub fn children(&self) -> Vec<(u32, String)> {
         let pid = self.pid();
@@ -124,30 +125,30 @@ impl Running {
         children.map(|pid| (pid, command_line(pid))).collect()
     }
 
-    /// The cgroup below [`Self::home`], where there is exactly one.
+    /// Returns the only child of [`Self::home`]. Panics if there is not exactly one.
     #[must_use]
     #[track_caller]
     pub fn target(&self) -> PathBuf {
         match self.home.children().as_slice() {
             [only] => self.home.path().join(only),
-            others => panic!("there are cgroups {others:?}, not one"),
+            others => panic!("expected one cgroup, found {others:?}"),
         }
     }
 
-    /// Waits for its end. It must not have left a cgroup behind.
+    /// Waits for the process to end. Panics if it has left a cgroup behind.
     #[track_caller]
     pub fn finish(mut self) -> Output {
         let status = self.wait();
         let left = self.home.children();
-        assert!(left.is_empty(), "cgroups left behind: {left:?}; it said: {}", self.stderr());
+        assert!(left.is_empty(), "cgroups left behind: {left:?}; standard error: {}", self.stderr());
         Output { status, stdout: self.stdout.end().into_bytes(), stderr: self.stderr.end().into_bytes() }
     }
 
-    /// Waits for the process to end, however long others keep its output open.
+    /// Waits for the process to end, even if other processes keep its output open.
     #[track_caller]
     pub fn wait(&mut self) -> ExitStatus {
-        let has_ended = wait::until(wait::PATIENCE, || self.has_ended());
-        assert!(has_ended, "it did not end: {}{}", self.stdout(), self.stderr());
+        let has_ended = wait::until(wait::TIMEOUT, || self.has_ended());
+        assert!(has_ended, "the process did not end: {}{}", self.stdout(), self.stderr());
         must(self.child.wait(), "wait for a child")
     }
 }
@@ -159,19 +160,19 @@ impl Drop for Running {
     }
 }
 
-/// Has an agent stop at a step when it has passed that so many times.
-pub fn hold(agent: &mut Command, step: &str, times: u32) {
+/// Makes an agent stop at a step once it has passed the step `times` times.
+pub fn stop_at(agent: &mut Command, step: &str, times: u32) {
     agent.env("SOCKPOLICY_FAULT", format!("{step}:{times}:stop"));
 }
 
-/// Waits until it has.
+/// Waits until the agent has stopped at a step.
 #[track_caller]
 pub fn wait_for_stop(pid: u32, step: &str) {
-    let is_held = wait::until(wait::PATIENCE, || state(pid) == Some('T') || !is_alive(pid));
-    assert!(is_held && is_alive(pid), "the agent does not stop at {step}");
+    let is_held = wait::until(wait::TIMEOUT, || state(pid) == Some('T') || !is_alive(pid));
+    assert!(is_held && is_alive(pid), "the agent did not stop at {step}");
 }
 
-/// `sockpolicy exec POLICY -- COMMAND`, with arguments before the policy, not started yet.
+/// Returns the command `sockpolicy exec ARGUMENTS POLICY -- COMMAND`, not yet started.
 #[must_use]
 pub fn exec(arguments: &[&str], policy: &PolicyFile, command: &[&str]) -> Command {
     let mut agent = agent::command(&["exec", agent::ALLOW_UNSUPPORTED]);
@@ -185,42 +186,42 @@ pub fn output(command: Command) -> Output {
     Running::start(command).finish()
 }
 
-/// The tests' own program with the calls and signals that shells cannot make.
+/// Returns the path of `workload`, a test program for calls and signals that shells cannot make.
 #[must_use]
 pub fn workload() -> String {
-    crate::built("workload").display().to_string()
+    crate::built_binary("workload").display().to_string()
 }
 
-/// The arguments of a process, with spaces between them; empty if it is gone.
+/// Returns the arguments of a process, separated by spaces; empty if the process is gone.
 #[must_use]
 pub fn command_line(pid: u32) -> String {
     let bytes = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     String::from_utf8_lossy(&bytes).trim_end_matches('\0').replace('\0', " ")
 }
 
-/// The cgroup of a process, as the kernel names it; `None` if the process is gone.
+/// Returns the cgroup of a process from /proc/PID/cgroup; `None` if the process is gone.
 #[must_use]
 pub fn cgroup_of(pid: u32) -> Option<String> {
     let list = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
     list.lines().find_map(|line| line.strip_prefix("0::")).map(str::to_owned)
 }
 
-/// Whether a process is there and not a zombie.
+/// Returns whether a process exists and is not a zombie.
 #[must_use]
 pub fn is_alive(pid: u32) -> bool {
     state(pid).is_some_and(|state| !['Z', 'X'].contains(&state))
 }
 
-/// Whether a process waits for a lock that another has.
+/// Returns whether a process waits for a file lock that another process holds.
 #[must_use]
 pub fn waits_for_lock(pid: u32) -> bool {
     let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
-    // Those who wait stand below who has it, with an arrow.
+    // In /proc/locks, a line with an arrow names a waiting process, below the line of the lock.
     let waits = |line: &str| line.contains("->") && line.split_whitespace().any(|word| word == pid.to_string());
     locks.lines().any(waits)
 }
 
-/// Whether a signal waits for a process to heed it.
+/// Returns whether a signal is pending for a process.
 #[must_use]
 pub fn has_pending(pid: u32, signal: Signal) -> bool {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
@@ -229,14 +230,14 @@ pub fn has_pending(pid: u32, signal: Signal) -> bool {
     pending.is_some_and(|bits| bits & 1 << (signal as u32 - 1) != 0)
 }
 
-/// What a process does, in the letters of proc(5); `None` if it is gone.
+/// Returns the state letter of a process (proc(5)); `None` if the process is gone.
 fn state(pid: u32) -> Option<char> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name is in parentheses and may contain anything.
+    // The command name is in parentheses and can contain any character.
     stat.rsplit_once(") ")?.1.chars().next()
 }
 
-/// What `--output json --report FILE` left there.
+/// Reads the report that `--output json --report FILE` has written.
 #[must_use]
 #[track_caller]
 pub fn read_report(path: &str) -> Report {
@@ -245,9 +246,9 @@ pub fn read_report(path: &str) -> Report {
     Report::read(&lines, output)
 }
 
-/// Runs in a mount namespace of its own, which a shell script prepares first.
+/// Returns a command that runs `command` in a new mount namespace, after the shell script `prepare`.
 #[must_use]
-pub fn with_mounts(prepare: &str, command: &Command) -> Command {
+pub fn in_mount_namespace(prepare: &str, command: &Command) -> Command {
     let mut outer = Command::new("unshare");
     outer.args(["--mount", "--propagation", "private", "sh", "-c"]);
     outer.arg(format!("{prepare} && exec \"$0\" \"$@\""));
@@ -255,7 +256,7 @@ pub fn with_mounts(prepare: &str, command: &Command) -> Command {
     outer
 }
 
-/// What each descriptor of a process is, by number.
+/// Returns the descriptors of a process, with the targets of their links in /proc/PID/fd.
 #[must_use]
 pub fn descriptors(pid: u32) -> Vec<(String, PathBuf)> {
     let entries = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
@@ -266,14 +267,14 @@ pub fn descriptors(pid: u32) -> Vec<(String, PathBuf)> {
     links.collect()
 }
 
-/// What comes out of a pipe, read by a thread.
+/// The output of a process, which a thread reads from a pipe.
 #[derive(Debug)]
-pub(crate) struct Spoken {
+pub(crate) struct PipeReader {
     text: Arc<Mutex<Vec<u8>>>,
     reader: Option<JoinHandle<()>>,
 }
 
-impl<P: Read + Send + 'static> From<Option<P>> for Spoken {
+impl<P: Read + Send + 'static> From<Option<P>> for PipeReader {
     fn from(pipe: Option<P>) -> Self {
         let text = Arc::new(Mutex::new(Vec::new()));
         let reader = pipe.map(|mut pipe| {
@@ -289,16 +290,16 @@ impl<P: Read + Send + 'static> From<Option<P>> for Spoken {
     }
 }
 
-impl Spoken {
+impl PipeReader {
     pub(crate) fn text(&self) -> String {
         String::from_utf8_lossy(&self.text.lock().unwrap_or_else(PoisonError::into_inner)).into_owned()
     }
 
-    /// Waits until nobody holds the pipe open.
+    /// Waits until all processes have closed the pipe.
     #[track_caller]
     pub(crate) fn end(&mut self) -> String {
-        let has_ended = wait::until(wait::PATIENCE, || self.reader.as_ref().is_none_or(JoinHandle::is_finished));
-        assert!(has_ended, "somebody holds the output open; so far: {}", self.text());
+        let has_ended = wait::until(wait::TIMEOUT, || self.reader.as_ref().is_none_or(JoinHandle::is_finished));
+        assert!(has_ended, "a process keeps the output open; output so far: {}", self.text());
         self.text()
     }
 }

@@ -1,11 +1,11 @@
-//! What the agent reports with `--output json`: events, and a summary as the last line.
+//! The output of the agent with `--output json`: events, and a summary as the last line.
 
 use std::{collections::BTreeMap, process::Output};
 
 use serde::Deserialize;
 use serde_json::Value;
 
-/// An event that is not the summary. Fields as in the agent's documentation.
+/// An event other than the summary. The fields are those of docs/guide.md.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Event {
     pub schema: u32,
@@ -45,7 +45,7 @@ pub struct Event {
     pub missing: BTreeMap<String, String>,
 }
 
-/// An event that says what was lost.
+/// An event that reports lost events.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Loss {
     pub reason: String,
@@ -77,7 +77,7 @@ pub struct Summary {
     pub losses: BTreeMap<String, u64>,
 }
 
-/// What a policy asks for and the kernel cannot do.
+/// A setting of a policy that the kernel does not support.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Unsupported {
     pub options: Vec<String>,
@@ -86,7 +86,7 @@ pub struct Unsupported {
     pub remedy: String,
 }
 
-/// What the audit counted of one kind of call on one option.
+/// The calls of one kind on one option that the audit counted.
 #[derive(Clone, Debug, Deserialize)]
 pub struct CallLine {
     pub option: String,
@@ -103,7 +103,7 @@ pub struct Bucket {
     pub count: u64,
 }
 
-/// What became of one option of one rule.
+/// The counters of one option of one rule.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Setting {
     #[serde(default)]
@@ -148,7 +148,7 @@ pub struct Sockets {
 #[derive(Clone, Debug, Deserialize)]
 pub struct Calls {
     pub agreed: u64,
-    /// By verdict; all five are there.
+    /// Counts by verdict, with all five verdicts.
     pub verdicts: BTreeMap<String, u64>,
     pub reads: u64,
 }
@@ -160,41 +160,42 @@ pub struct Events {
 }
 
 impl Calls {
-    /// Those verdicts that were given.
+    /// Returns the verdicts whose count is not 0.
     #[must_use]
     pub fn verdicts(&self) -> BTreeMap<&str, u64> {
-        let given = self.verdicts.iter().filter(|(_, count)| **count > 0);
-        given.map(|(verdict, count)| (verdict.as_str(), *count)).collect()
+        let nonzero = self.verdicts.iter().filter(|(_, count)| **count > 0);
+        nonzero.map(|(verdict, count)| (verdict.as_str(), *count)).collect()
     }
 }
 
-/// All that an agent said.
+/// The whole output of an agent.
 #[derive(Debug)]
 pub struct Report {
     pub events: Vec<Event>,
-    /// As they were told, before the end.
+    /// In the order of the report, before the summary.
     pub losses: Vec<Loss>,
-    /// As they were told, at the beginning.
+    /// In the order of the report, at its beginning.
     pub unsupported: Vec<Unsupported>,
-    /// Of reloads and of targets, as they were told.
+    /// The events `reload`, `targets` and `apply-summary`.
     pub notices: Vec<Value>,
     pub summary: Summary,
-    /// Of the agent's process; `stdout` is empty where the probe had it.
+    /// The output of the agent's process. `stdout` is empty if the probe used it.
     pub output: Output,
 }
 
 impl Report {
-    /// Reads JSON lines.
+    /// Parses JSON lines.
     #[track_caller]
     pub(crate) fn read(lines: &str, output: Output) -> Self {
         let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-        let fail = |line: &str, why: String| -> ! { panic!("not a line of a report: {why}\n{line}\nagent: {stderr}") };
+        let fail =
+            |line: &str, why: String| -> ! { panic!("not a valid line of a report: {why}\n{line}\nagent: {stderr}") };
         let (mut events, mut losses, mut unsupported) = (Vec::new(), Vec::new(), Vec::new());
         let (mut notices, mut summary) = (Vec::new(), None);
         for line in lines.lines() {
             let value: Value = serde_json::from_str(line).unwrap_or_else(|error| fail(line, error.to_string()));
             if summary.is_some() {
-                fail(line, "it comes after the summary".to_owned());
+                fail(line, "the line comes after the summary".to_owned());
             }
             if value["event"] == "summary" {
                 summary = Some(serde_json::from_value(value).unwrap_or_else(|error| fail(line, error.to_string())));
@@ -208,34 +209,34 @@ impl Report {
                 events.push(serde_json::from_value(value).unwrap_or_else(|error| fail(line, error.to_string())));
             }
         }
-        let Some(summary) = summary else { panic!("no summary, {}; the agent said: {stderr}", output.status) };
+        let Some(summary) = summary else { panic!("no summary, {}; standard error: {stderr}", output.status) };
         Self { events, losses, unsupported, notices, summary, output }
     }
 
-    /// Whether the audit says that it does not see such calls.
+    /// Returns whether the audit reports that it does not see calls of this kind.
     #[must_use]
     pub fn does_not_cover(&self, what: &str) -> bool {
-        self.summary.not_covered.iter().flatten().any(|blind_to| blind_to == what)
+        self.summary.not_covered.iter().flatten().any(|not_covered| not_covered == what)
     }
 
-    /// The events of this kind about this option.
+    /// Returns the events of this kind for this option.
     pub fn of(&self, event: &str, option: &str) -> Vec<&Event> {
         self.events.iter().filter(|found| found.event == event && found.option == option).collect()
     }
 
-    /// The conflicts about this option by this call.
+    /// Returns the conflicts of this call for this option.
     pub fn conflicts(&self, call: &str, option: &str) -> Vec<&Event> {
         self.of("conflict", option).into_iter().filter(|event| event.call.as_deref() == Some(call)).collect()
     }
 
-    /// The only setsockopt call in conflict about this option.
+    /// Returns the only conflicting setsockopt call for this option.
     #[track_caller]
     #[must_use]
     pub fn conflict(&self, option: &str) -> &Event {
         self.only("setsockopt", option)
     }
 
-    /// The only getsockopt call in conflict about this option.
+    /// Returns the only conflicting getsockopt call for this option.
     #[track_caller]
     #[must_use]
     pub fn read_conflict(&self, option: &str) -> &Event {
@@ -248,29 +249,29 @@ impl Report {
             [event] => event,
             found => {
                 let all: Vec<String> = self.events.iter().map(|event| format!("\n{event:?}")).collect();
-                panic!("{} conflicts by {call} about {option}, not one; all events: {}", found.len(), all.concat())
+                panic!("{} conflicts of {call} for {option}, expected one; all events: {}", found.len(), all.concat())
             }
         }
     }
 
-    /// The verdicts on setsockopt calls about this option, as they were reported.
+    /// Returns the reported verdicts on setsockopt calls for this option.
     pub fn verdicts(&self, option: &str) -> Vec<&str> {
         let conflicts = self.conflicts("setsockopt", option).into_iter();
         conflicts.filter_map(|event| event.verdict.as_deref()).collect()
     }
 
-    /// The only setting of this option.
+    /// Returns the only setting of this option.
     #[track_caller]
     #[must_use]
     pub fn setting(&self, option: &str) -> &Setting {
         let found: Vec<&Setting> = self.summary.settings.iter().filter(|setting| setting.option == option).collect();
         match found.as_slice() {
             [setting] => setting,
-            found => panic!("{} settings of {option}, not one: {found:#?}", found.len()),
+            found => panic!("{} settings of {option}, expected one: {found:#?}", found.len()),
         }
     }
 
-    /// The setting of this option by this rule.
+    /// Returns the setting of this option in this rule.
     #[track_caller]
     #[must_use]
     pub fn setting_of(&self, rule: &str, option: &str) -> &Setting {
@@ -279,7 +280,7 @@ impl Report {
         found.unwrap_or_else(|| panic!("rule {rule} has no setting of {option}: {:#?}", self.summary.settings))
     }
 
-    /// Nothing was lost.
+    /// Panics if the report counts lost events.
     #[track_caller]
     pub fn assert_nothing_lost(&self) {
         let lost: Vec<_> = self.summary.losses.iter().filter(|(_, count)| **count > 0).collect();

@@ -1,11 +1,11 @@
-//! What sockprobe is told to do, and what it answers: a JSON line each.
+//! The protocol of sockprobe: requests and answers, one JSON line each.
 
 use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
-/// What the probe is told by its argument: to stay in the network namespace that it is started in.
-pub const STAY: &str = "stay";
+/// The argument that makes the probe stay in the network namespace in which it starts.
+pub const KEEP_NETNS: &str = "stay";
 
 /// A descriptor in the probe.
 pub type Fd = i32;
@@ -19,7 +19,7 @@ pub enum Family {
 impl Family {
     pub const BOTH: [Self; 2] = [Self::Inet, Self::Inet6];
 
-    /// The loopback address, any port.
+    /// Returns the loopback address with port 0.
     #[must_use]
     pub fn loopback(self) -> SocketAddr {
         match self {
@@ -34,30 +34,30 @@ pub enum Kind {
     Tcp,
     Mptcp,
     Udp,
-    /// ICMP, by a raw socket.
+    /// ICMP, with a raw socket.
     Raw,
-    /// ICMP, by a datagram socket.
+    /// ICMP, with a datagram socket.
     Ping,
     UdpLite,
-    /// AF_UNIX, of which policies know nothing.
+    /// AF_UNIX, which policies do not cover.
     Unix,
 }
 
-/// An argument of setsockopt: memory, and what the kernel is told of its length.
+/// An argument of setsockopt: the memory, and the length that is passed to the kernel.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Argument {
-    /// `None`: an address where nothing is, NULL or another.
+    /// `None` stands for an unmapped address: NULL, or another one.
     pub bytes: Option<Vec<u8>>,
     pub len: i32,
-    /// Whether nothing is mapped behind the bytes.
+    /// Whether the page after the bytes is unmapped.
     pub ends_with_memory: bool,
     pub is_null: bool,
 }
 
 impl Argument {
-    /// A value at the start of `len` bytes, the others 0.
+    /// Returns a value at the start of `len` bytes; the other bytes are 0.
     #[must_use]
-    pub fn long(value: i32, len: usize) -> Self {
+    pub fn padded(value: i32, len: usize) -> Self {
         let mut bytes = value.to_ne_bytes().to_vec();
         bytes.resize(len, 0);
         Self::from(bytes)
@@ -73,15 +73,15 @@ impl Argument {
         Self { is_null: true, ..Self::bad_pointer(len) }
     }
 
-    /// A value with nothing mapped behind it, of which the kernel is told that it has `len` bytes.
+    /// Returns a value that ends at an unmapped page, with a passed length of `len`.
     #[must_use]
-    pub fn cut_off(value: i32, len: i32) -> Self {
-        Self::cut_off_bytes(&value.to_ne_bytes(), len)
+    pub fn truncated(value: i32, len: i32) -> Self {
+        Self::truncated_bytes(&value.to_ne_bytes(), len)
     }
 
-    /// The same of any bytes.
+    /// Like [`Self::truncated`], for any bytes.
     #[must_use]
-    pub fn cut_off_bytes(bytes: &[u8], len: i32) -> Self {
+    pub fn truncated_bytes(bytes: &[u8], len: i32) -> Self {
         Self { len, ends_with_memory: true, ..Self::from(bytes) }
     }
 }
@@ -123,7 +123,7 @@ impl From<u64> for Argument {
     }
 }
 
-/// One thing to do.
+/// A request to the probe.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Step {
     Socket {
@@ -141,8 +141,8 @@ pub enum Step {
         fd: Fd,
         to: SocketAddr,
     },
-    /// Gives up root and every capability, for good.
-    BecomeNobody,
+    /// Permanently gives up root and every capability.
+    DropPrivileges,
     /// connect(AF_UNSPEC)
     Disconnect {
         fd: Fd,
@@ -156,7 +156,7 @@ pub enum Step {
         name: i32,
         argument: Argument,
     },
-    /// With room for `len` bytes, or at an address where nothing is.
+    /// With a buffer of `len` bytes, or an unmapped address.
     Get {
         fd: Fd,
         level: i32,
@@ -170,48 +170,48 @@ pub enum Step {
     PeerAddress {
         fd: Fd,
     },
-    /// Writes a file as the probe sees it, such as one of its network namespace's below /proc/sys.
+    /// Writes a file as the probe sees it, such as a file of its network namespace below /proc/sys.
     Write {
         path: String,
         text: String,
     },
-    /// One byte, to the peer or to an address.
+    /// Sends one byte, to the peer or to an address.
     Send {
         fd: Fd,
         to: Option<SocketAddr>,
     },
-    /// As many bytes from one end of a connection to the other, both of which the probe has.
-    Pour {
+    /// Sends `len` bytes from one end of a connection to the other. The probe has both ends.
+    Transfer {
         from: Fd,
         to: Fd,
         len: usize,
     },
-    /// One byte.
+    /// Receives one byte.
     Receive {
         fd: Fd,
     },
     Close {
         fd: Fd,
     },
-    /// Sockets opened from now on belong to this cgroup.
+    /// Sockets that are opened afterwards belong to this cgroup.
     EnterCgroup {
         path: String,
     },
 }
 
-/// What a step came to.
+/// The result of a request.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer {
-    /// What the system call returned.
+    /// The return value of the system call.
     pub result: i64,
     /// 0 unless `result` is -1.
     pub errno: i32,
-    /// What getsockopt left.
+    /// The value that getsockopt returned.
     pub value: Vec<u8>,
     pub address: Option<SocketAddr>,
 }
 
-/// What the probe says first.
+/// The first message of the probe.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Hello {
     pub pid: u32,

@@ -1,4 +1,4 @@
-//! A terminal with a process in its foreground.
+//! A pseudoterminal with a process in its foreground.
 
 use std::{
     fs::File,
@@ -22,7 +22,7 @@ use crate::{cgroup::Cgroup, must, wait};
 /// vhangup(2) for any terminal (include/uapi/asm-generic/ioctls.h).
 const TIOCVHANGUP: libc::c_ulong = 0x5437;
 
-/// A process that leads the session of a terminal of its own. Killed when dropped.
+/// A process that leads a session with its own controlling terminal. Killed when dropped.
 #[derive(Debug)]
 pub struct Terminal {
     child: Child,
@@ -37,7 +37,7 @@ impl Terminal {
     pub fn start(mut command: Command) -> Self {
         let (master, slave) = must(open(), "open a terminal");
         let home = Cgroup::new();
-        home.enclose(&mut command);
+        home.run_inside(&mut command);
         let stdio = || Stdio::from(must(slave.try_clone(), "share a terminal"));
         command.stdin(stdio()).stdout(stdio()).stderr(stdio()).env("TERM", "xterm");
         // SAFETY: only makes system calls.
@@ -52,7 +52,7 @@ impl Terminal {
         let (shown, mut output) = (Arc::clone(&screen), must(master.try_clone(), "share a terminal"));
         thread::spawn(move || {
             let mut part = [0; 4096];
-            // Fails once nobody has the terminal open.
+            // Fails once no process has the terminal open.
             while let Ok(len @ 1..) = output.read(&mut part) {
                 shown.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(&part[..len]);
             }
@@ -71,43 +71,43 @@ impl Terminal {
         must(kill(Pid::from_raw(pid), signal), "send a signal");
     }
 
-    /// Types.
+    /// Types these bytes.
     #[track_caller]
     pub fn press(&mut self, keys: &[u8]) {
         must(self.keyboard.write_all(keys), "type");
     }
 
-    /// Is gone, as a window that is closed, or a line that breaks.
+    /// Hangs up the terminal, like a closed window or a broken line.
     #[track_caller]
     pub fn hang_up(&self) {
         // SAFETY: takes numbers.
         let slave = unsafe { libc::ioctl(self.keyboard.as_raw_fd(), libc::TIOCGPTPEER, libc::O_RDWR | libc::O_NOCTTY) };
         assert!(slave >= 0, "open the terminal: {}", io::Error::last_os_error());
-        // SAFETY: just made, and nobody else's.
+        // SAFETY: the descriptor is new and has no other owner.
         let slave = unsafe { OwnedFd::from_raw_fd(slave) };
         // SAFETY: takes a number.
         let result = unsafe { libc::ioctl(slave.as_raw_fd(), TIOCVHANGUP) };
         assert!(result == 0, "hang up the terminal: {}", io::Error::last_os_error());
     }
 
-    /// What it shows.
+    /// Returns everything that the terminal has shown.
     #[must_use]
     pub fn screen(&self) -> String {
         String::from_utf8_lossy(&self.screen.lock().unwrap_or_else(PoisonError::into_inner)).into_owned()
     }
 
-    /// Waits until it shows this.
+    /// Waits until the terminal has shown this text.
     #[track_caller]
     pub fn wait_for(&self, text: &str) {
-        let is_shown = wait::until(wait::PATIENCE, || self.screen().contains(text));
-        assert!(is_shown, "{text:?} is not shown: {}", self.screen());
+        let is_shown = wait::until(wait::TIMEOUT, || self.screen().contains(text));
+        assert!(is_shown, "the terminal does not show {text:?}: {}", self.screen());
     }
 
     /// Waits for the process to end.
     #[track_caller]
     pub fn wait(&mut self) -> ExitStatus {
-        let has_ended = wait::until(wait::PATIENCE, || matches!(self.child.try_wait(), Ok(Some(_))));
-        assert!(has_ended, "it did not end: {}", self.screen());
+        let has_ended = wait::until(wait::TIMEOUT, || matches!(self.child.try_wait(), Ok(Some(_))));
+        assert!(has_ended, "the process did not end: {}", self.screen());
         must(self.child.wait(), "wait for a child")
     }
 }
@@ -122,11 +122,11 @@ impl Drop for Terminal {
 fn open() -> io::Result<(File, OwnedFd)> {
     let (mut master, mut slave) = (-1, -1);
     let none = std::ptr::null_mut();
-    // SAFETY: room for two descriptors; nothing else is asked for.
+    // SAFETY: there is room for two descriptors; the other pointers are null.
     if unsafe { libc::openpty(&raw mut master, &raw mut slave, none, none.cast(), none.cast()) } < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: just made, and nobody else's.
+    // SAFETY: the descriptors are new and have no other owner.
     let (master, slave) = unsafe { (File::from_raw_fd(master), OwnedFd::from_raw_fd(slave)) };
     for fd in [master.as_raw_fd(), slave.as_raw_fd()] {
         // SAFETY: takes numbers.

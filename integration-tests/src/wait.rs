@@ -1,17 +1,17 @@
-//! Waiting for something to become true.
+//! Waits until a condition holds.
 
 use std::{
     thread,
     time::{Duration, Instant},
 };
 
-/// Longer than anything that works takes, also on an emulated processor.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+/// Longer than any operation of these tests takes, also on an emulated processor.
+pub const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How often to look.
-const PAUSE: Duration = Duration::from_millis(5);
+/// The time between two checks of a condition.
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// Waits until `is_true`. Whether it became so before the deadline.
+/// Waits until `is_true` returns true. Returns whether it did so before the deadline.
 pub fn until(deadline: Duration, mut is_true: impl FnMut() -> bool) -> bool {
     let end = Instant::now() + deadline;
     loop {
@@ -21,6 +21,6 @@ pub fn until(deadline: Duration, mut is_true: impl FnMut() -> bool) -> bool {
         if Instant::now() >= end {
             return false;
         }
-        thread::sleep(PAUSE);
+        thread::sleep(POLL_INTERVAL);
     }
 }

@@ -1,7 +1,8 @@
-//! Holds the lock of a connected TCP socket for as long as it runs: send(2) copies from a page that is missing, and nobody
-//! gives it (userfaultfd(2)). `tcp_sendmsg` copies while it holds the socket's lock (net/ipv4/tcp.c).
+//! Holds the lock of a connected TCP socket as long as it runs. send(2) copies from a page that is missing and that
+//! this program never provides (userfaultfd(2)). `tcp_sendmsg` copies while it holds the socket lock
+//! (net/ipv4/tcp.c).
 //!
-//! Says `held` once the lock is held, with the socket's descriptor. The sockets beside it are not locked.
+//! Prints `held DESCRIPTOR` once the lock is held. Its other sockets are not locked.
 
 #![expect(clippy::panic, reason = "a helper of tests")]
 
@@ -42,7 +43,8 @@ fn check(what: &str, result: i64) -> i64 {
 }
 
 fn missing_page() -> *mut libc::c_void {
-    // SAFETY: makes a descriptor, memory of our own, and registers that; the structures are as long as the kernel takes them.
+    // SAFETY: creates a descriptor and new memory, and registers that memory; the structures are those that the
+    // kernel expects.
     unsafe {
         let faults = check("userfaultfd", libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC)) as i32;
         let mut api = Api { api: UFFD_API, features: 0, ioctls: 0 };
@@ -63,10 +65,10 @@ fn main() {
     let descriptor = stream.as_raw_fd();
     let page = missing_page() as usize;
     thread::spawn(move || {
-        // SAFETY: a page of our own.
+        // SAFETY: the page belongs to this process.
         unsafe { libc::send(descriptor, page as *const libc::c_void, PAGE, 0) };
     });
-    // It holds the lock once the kernel waits for the page.
+    // The thread holds the lock once the kernel waits for the page.
     let is_held = || {
         let mut tasks = std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
         tasks.any(|task| {

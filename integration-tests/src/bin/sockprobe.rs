@@ -1,8 +1,8 @@
-//! The owning process: does with sockets what it is told on standard input, a JSON line a step, and
-//! says on standard output what came of each.
+//! The process that owns the sockets of a test. It reads requests from standard input, one JSON line each, and writes
+//! an answer to each to standard output.
 //!
-//! It works in a network namespace of its own in which the loopback interface is up, or, as
-//! `sockprobe stay`, in the one that it is started in. It ends with its input, or after [`LIFE_S`] seconds.
+//! It creates a network namespace and brings its loopback interface up. With `sockprobe stay`, it stays in its
+//! network namespace. It ends with its input, or after [`LIFE_S`] seconds.
 
 use std::{
     fs,
@@ -19,10 +19,10 @@ use nix::{
 };
 use sockpolicy_integration_tests::{
     impostor,
-    script::{Answer, Argument, Family, Fd, Hello, Kind, STAY, Step},
+    script::{Answer, Argument, Family, Fd, Hello, KEEP_NETNS, Kind, Step},
 };
 
-/// Nobody waits that long for a step. A probe that hangs ends, and the test sees it.
+/// The lifetime in seconds, which is longer than any test waits. A probe that hangs then ends, and the test fails.
 const LIFE_S: u32 = 240;
 
 const IPPROTO_MPTCP: i32 = 262;
@@ -39,22 +39,22 @@ fn main() -> ExitCode {
 
 fn serve() -> io::Result<()> {
     nix::unistd::alarm::set(LIFE_S);
-    if impostor::pose()? {
+    if impostor::run_as_impostor()? {
         return Ok(());
     }
-    if std::env::args().nth(1).as_deref() != Some(STAY) {
+    if std::env::args().nth(1).as_deref() != Some(KEEP_NETNS) {
         unshare(CloneFlags::CLONE_NEWNET)?;
         bring_loopback_up()?;
     }
-    say(&Hello { pid: std::process::id() })?;
+    write_message(&Hello { pid: std::process::id() })?;
     for line in io::stdin().lock().lines() {
         let step: Step = serde_json::from_str(&line?)?;
-        say(&perform(step))?;
+        write_message(&perform(step))?;
     }
     Ok(())
 }
 
-fn say(what: &impl serde::Serialize) -> io::Result<()> {
+fn write_message(what: &impl serde::Serialize) -> io::Result<()> {
     let mut out = io::stdout().lock();
     serde_json::to_writer(&mut out, what)?;
     out.write_all(b"\n")?;
@@ -62,13 +62,13 @@ fn say(what: &impl serde::Serialize) -> io::Result<()> {
 }
 
 fn bring_loopback_up() -> io::Result<()> {
-    // Any kind will do: one that policies are not about.
+    // Any kind of socket works; policies do not cover AF_UNIX.
     let socket = socket(AddressFamily::Unix, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
     // SAFETY: zero is valid for each field.
     let mut request: libc::ifreq = unsafe { mem::zeroed() };
     request.ifr_name[..2].copy_from_slice(&[b'l' as libc::c_char, b'o' as libc::c_char]);
     request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
-    // SAFETY: the request is of the kind that this ioctl takes.
+    // SAFETY: the request has the type that this ioctl takes.
     let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
@@ -77,39 +77,39 @@ fn perform(step: Step) -> Answer {
     match step {
         Step::Socket { family, kind } => open(family, kind),
         Step::Bind { fd, to } => with_address(to, |address, len| {
-            // SAFETY: `len` bytes of address.
+            // SAFETY: the address has `len` bytes.
             unsafe { libc::bind(fd, address, len) }.into()
         }),
         // SAFETY: takes numbers.
         Step::Listen { fd } => answer(unsafe { libc::listen(fd, 16) }.into()),
         Step::Connect { fd, to } => with_address(to, |address, len| {
-            // SAFETY: `len` bytes of address.
+            // SAFETY: the address has `len` bytes.
             unsafe { libc::connect(fd, address, len) }.into()
         }),
         // SAFETY: takes a number.
-        Step::BecomeNobody => answer(unsafe { libc::setuid(65534) }.into()),
+        Step::DropPrivileges => answer(unsafe { libc::setuid(65534) }.into()),
         Step::Disconnect { fd } => disconnect(fd),
-        // SAFETY: no address is asked for.
+        // SAFETY: no address is requested.
         Step::Accept { fd } => answer(unsafe { libc::accept(fd, std::ptr::null_mut(), std::ptr::null_mut()) }.into()),
         Step::Set { fd, level, name, argument } => set(fd, level, name, &argument),
         Step::Get { fd, level, name, len, bad_pointer } => get(fd, level, name, len, bad_pointer),
-        Step::LocalAddress { fd } => addressed(nix::sys::socket::getsockname(fd)),
-        Step::PeerAddress { fd } => addressed(nix::sys::socket::getpeername(fd)),
-        Step::Write { path, text } => written(fs::write(path, text)),
+        Step::LocalAddress { fd } => address_answer(nix::sys::socket::getsockname(fd)),
+        Step::PeerAddress { fd } => address_answer(nix::sys::socket::getpeername(fd)),
+        Step::Write { path, text } => io_answer(fs::write(path, text)),
         Step::Send { fd, to } => send(fd, to),
-        Step::Pour { from, to, len } => pour(from, to, len),
+        Step::Transfer { from, to, len } => transfer(from, to, len),
         Step::Receive { fd } => {
             let mut byte = [0; 1];
-            // SAFETY: a buffer of one byte.
+            // SAFETY: the buffer has one byte.
             answer(unsafe { libc::recv(fd, byte.as_mut_ptr().cast(), 1, 0) } as i64)
         }
-        // SAFETY: of a descriptor that only the script uses.
+        // SAFETY: only the test uses this descriptor.
         Step::Close { fd } => answer(unsafe { libc::close(fd) }.into()),
-        Step::EnterCgroup { path } => written(fs::write(format!("{path}/cgroup.procs"), "0")),
+        Step::EnterCgroup { path } => io_answer(fs::write(format!("{path}/cgroup.procs"), "0")),
     }
 }
 
-fn written(result: io::Result<()>) -> Answer {
+fn io_answer(result: io::Result<()>) -> Answer {
     match result {
         Ok(()) => Answer::default(),
         Err(error) => Answer { result: -1, errno: error.raw_os_error().unwrap_or(libc::EIO), ..Answer::default() },
@@ -149,7 +149,7 @@ fn with_address(to: SocketAddr, call: impl FnOnce(*const libc::sockaddr, libc::s
 
 fn disconnect(fd: Fd) -> Answer {
     let address = libc::sockaddr { sa_family: libc::AF_UNSPEC as libc::sa_family_t, sa_data: [0; 14] };
-    // SAFETY: an address of the length that is given.
+    // SAFETY: the address has the length that is passed.
     answer(unsafe { libc::connect(fd, &raw const address, size_of_val(&address) as libc::socklen_t) }.into())
 }
 
@@ -157,18 +157,18 @@ fn set(fd: Fd, level: i32, name: i32, argument: &Argument) -> Answer {
     let value = match &argument.bytes {
         None if argument.is_null => std::ptr::null(),
         None => BAD_POINTER,
-        Some(bytes) if argument.ends_with_memory => at_the_end_of_memory(bytes),
+        Some(bytes) if argument.ends_with_memory => at_end_of_mapping(bytes),
         Some(bytes) => bytes.as_ptr().cast(),
     };
-    // SAFETY: goes to the kernel, which checks what it is given. It may read beyond the bytes where
-    // the script gives a greater length, but not change them.
+    // SAFETY: the kernel checks the pointer. It may read beyond the bytes if the test passes a greater length, but
+    // writes nothing.
     answer(unsafe { libc::setsockopt(fd, level, name, value, argument.len as libc::socklen_t) }.into())
 }
 
-/// Copies bytes to the end of a page behind which nothing can be read. The page stays until the process ends.
-fn at_the_end_of_memory(bytes: &[u8]) -> *const libc::c_void {
+/// Copies bytes to the end of a page that an unreadable page follows. The pages stay until the process ends.
+fn at_end_of_mapping(bytes: &[u8]) -> *const libc::c_void {
     const PAGE: usize = 4096;
-    // SAFETY: two new pages, of which the second is made unreadable; the bytes fit into the first.
+    // SAFETY: two new pages, of which the second becomes unreadable; the bytes fit into the first.
     unsafe {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         let pages = libc::mmap(std::ptr::null_mut(), 2 * PAGE, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
@@ -180,14 +180,14 @@ fn at_the_end_of_memory(bytes: &[u8]) -> *const libc::c_void {
     }
 }
 
-/// In the first page, where nothing is ever mapped.
+/// An address in the first page, which is never mapped.
 const BAD_POINTER: *const libc::c_void = std::ptr::without_provenance(8);
 
 fn get(fd: Fd, level: i32, name: i32, len: u32, bad_pointer: bool) -> Answer {
     let mut value = vec![0u8; len as usize];
     let mut left: libc::socklen_t = len;
     let room = if bad_pointer { BAD_POINTER.cast_mut() } else { value.as_mut_ptr().cast() };
-    // SAFETY: `left` bytes of room, or an address that the kernel refuses.
+    // SAFETY: the buffer has `left` bytes, or the kernel rejects the address.
     let result = unsafe { libc::getsockopt(fd, level, name, room, &raw mut left) };
     let mut answer = answer(result.into());
     if answer.result == 0 {
@@ -197,7 +197,7 @@ fn get(fd: Fd, level: i32, name: i32, len: u32, bad_pointer: bool) -> Answer {
     answer
 }
 
-fn addressed(address: nix::Result<SockaddrStorage>) -> Answer {
+fn address_answer(address: nix::Result<SockaddrStorage>) -> Answer {
     match address {
         Ok(address) => Answer { address: socket_address(&address), ..Answer::default() },
         Err(errno) => Answer { result: -1, errno: errno as i32, ..Answer::default() },
@@ -209,20 +209,20 @@ fn socket_address(address: &SockaddrStorage) -> Option<SocketAddr> {
     four.or_else(|| address.as_sockaddr_in6().map(|address| SocketAddr::new(address.ip().into(), address.port())))
 }
 
-/// Keeps the connection as full as it gets.
-fn pour(from: Fd, to: Fd, len: usize) -> Answer {
+/// Sends and receives `len` bytes, and keeps the connection's buffers full.
+fn transfer(from: Fd, to: Fd, len: usize) -> Answer {
     let mut room = vec![0u8; 1 << 16];
     let (mut sent, mut received) = (0, 0);
     while received < len {
         let left = room.len().min(len - sent);
-        // SAFETY: no more bytes than there are.
+        // SAFETY: the buffer has at least `left` bytes.
         let count = unsafe { libc::send(from, room.as_ptr().cast(), left, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) };
         if count > 0 {
             sent += count as usize;
             continue;
         }
-        // Without waiting, which takes as many bytes as SO_RCVLOWAT says.
-        // SAFETY: as many bytes of room.
+        // Does not wait: a blocking recv would wait for SO_RCVLOWAT bytes.
+        // SAFETY: the buffer has the length that is passed.
         let count = unsafe { libc::recv(to, room.as_mut_ptr().cast(), room.len(), libc::MSG_DONTWAIT) };
         match count {
             1.. => received += count as usize,
@@ -237,11 +237,11 @@ fn pour(from: Fd, to: Fd, len: usize) -> Answer {
 fn send(fd: Fd, to: Option<SocketAddr>) -> Answer {
     let byte = [b'x'];
     let Some(to) = to else {
-        // SAFETY: a buffer of one byte.
+        // SAFETY: the buffer has one byte.
         return answer(unsafe { libc::send(fd, byte.as_ptr().cast(), 1, libc::MSG_NOSIGNAL) } as i64);
     };
     with_address(to, |address, len| {
-        // SAFETY: a buffer of one byte, and `len` bytes of address.
+        // SAFETY: the buffer has one byte, and the address `len` bytes.
         unsafe { libc::sendto(fd, byte.as_ptr().cast(), 1, libc::MSG_NOSIGNAL, address, len) as i64 }
     })
 }

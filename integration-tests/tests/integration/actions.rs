@@ -1,5 +1,4 @@
-//! Each action on an application's call that disagrees with the policy: what becomes of the socket,
-//! of the call, and what is reported.
+//! Each action on a conflicting call: the value of the socket, the result of the call, and the report.
 
 use std::collections::BTreeMap;
 
@@ -20,18 +19,18 @@ use sockpolicy_integration_tests::{
 
 use crate::number;
 
-/// The number of the process's own socket cookie, as `ss -e` shows it.
+/// Returns the cookie of a socket, from SO_COOKIE.
 fn cookie(exec: &mut Exec, fd: i32) -> u64 {
     u64::from_ne_bytes(exec.probe.get(fd, SO_COOKIE, 8).unwrap().try_into().unwrap())
 }
 
-/// wanted, asked, now, result of an event.
+/// Returns the fields wanted, asked, now and result of an event.
 fn values(event: &Event) -> [Value; 4] {
     [event.wanted.clone(), event.requested.clone(), event.current.clone(), json!(event.result)]
 }
 
 #[test]
-fn rewritten_call_succeeds_and_the_socket_has_the_policys_value() {
+fn rewritten_call_succeeds_and_sets_the_policys_value() {
     require!("cgroup/bind4");
     let policy = PolicyFile::new(
         "name = \"demo\"\n\
@@ -47,7 +46,7 @@ fn rewritten_call_succeeds_and_the_socket_has_the_policys_value() {
     assert_eq!(exec.probe.int(pair.client, TCP_NODELAY), 1);
     assert_eq!(exec.probe.set(pair.client, TCP_KEEPIDLE, 44), Ok(()));
     assert_eq!(exec.probe.int(pair.client, TCP_KEEPIDLE), 33);
-    assert_eq!(exec.probe.set(pair.client, TCP_KEEPIDLE, 33), Ok(()), "this one agrees");
+    assert_eq!(exec.probe.set(pair.client, TCP_KEEPIDLE, 33), Ok(()), "this call agrees");
     exec.wait_for_report_of("TCP_NODELAY");
     let (pid, target) = (exec.probe.pid, exec.target());
     let home = exec.home.name();
@@ -80,7 +79,7 @@ fn rewritten_call_succeeds_and_the_socket_has_the_policys_value() {
     let setting = report.setting("TCP_KEEPIDLE");
     assert_eq!(setting.calls.verdicts(), BTreeMap::from([("rewritten", 1)]));
     assert_eq!((setting.calls.agreed, setting.calls.reads), (1, 0));
-    // The listener and the client; the accepted socket inherits the value.
+    // The listener and the client are set; the accepted socket inherits the value.
     assert_eq!(setting.sockets, Sockets { set: 2, unchanged: 1, ..Sockets::default() });
     assert_eq!(report.summary.conflicts, 2);
     assert_eq!(report.summary.mode, "enforce");
@@ -89,7 +88,7 @@ fn rewritten_call_succeeds_and_the_socket_has_the_policys_value() {
 }
 
 #[test]
-fn clamped_call_succeeds_with_the_nearer_end_of_the_limit() {
+fn clamped_call_succeeds_with_the_nearest_permitted_value() {
     let policy = PolicyFile::new(
         "[[rule]]\n\
          limit = { TCP_KEEPCNT = { min = 5, max = 10 }, SO_SNDBUF = { max = \"32KiB\" }, TCP_SYNCNT = { min = 3 } }\n",
@@ -98,7 +97,7 @@ fn clamped_call_succeeds_with_the_nearer_end_of_the_limit() {
     let fd = exec.probe.open(Family::Inet6, Kind::Tcp);
     for (asked, left) in [(2, 5), (7, 7), (99, 10)] {
         assert_eq!(exec.probe.set(fd, TCP_KEEPCNT, asked), Ok(()));
-        assert_eq!(exec.probe.int(fd, TCP_KEEPCNT), left, "asked for {asked}");
+        assert_eq!(exec.probe.int(fd, TCP_KEEPCNT), left, "requested {asked}");
     }
     assert_eq!(exec.probe.set(fd, SO_SNDBUF, 64 * 1024), Ok(()));
     assert_eq!(exec.probe.int(fd, SO_SNDBUF), 2 * 32 * 1024, "the kernel doubles it");
@@ -118,7 +117,7 @@ fn clamped_call_succeeds_with_the_nearer_end_of_the_limit() {
 }
 
 #[test]
-fn ignored_call_succeeds_and_does_nothing() {
+fn ignored_call_succeeds_without_effect() {
     require!("cgroup/bind4");
     let policy = PolicyFile::new(
         "[[rule]]\n\
@@ -144,7 +143,7 @@ fn ignored_call_succeeds_and_does_nothing() {
 }
 
 #[test]
-fn denied_call_fails_with_the_errno_that_the_policy_chose() {
+fn denied_call_fails_with_the_errno_of_the_policy() {
     require!("errno");
     let policy = PolicyFile::new(
         "[[rule]]\n\
@@ -162,7 +161,7 @@ fn denied_call_fails_with_the_errno_that_the_policy_chose() {
     assert_eq!(exec.probe.int(fd, TCP_NODELAY), 1);
     assert_eq!(exec.probe.set(fd, SO_MARK, 33), Err(Errno::EACCES));
     assert_eq!(exec.probe.int(fd, SO_MARK), 32);
-    assert_eq!(exec.probe.set(fd, SO_MARK, 32), Ok(()), "what the policy wants is not denied");
+    assert_eq!(exec.probe.set(fd, SO_MARK, 32), Ok(()), "the policy's value is not denied");
     assert_eq!(exec.probe.set(fd, SO_RCVBUF, 1 << 20), Err(Errno::ENOBUFS));
     assert_eq!(exec.probe.int(fd, SO_RCVBUF), buffer);
     assert_eq!(exec.probe.set(fd, SO_BINDTODEVICE, "lo"), Err(Errno::EPERM));
@@ -192,7 +191,7 @@ fn denied_call_fails_with_the_errno_that_the_policy_chose() {
 }
 
 #[test]
-fn option_that_can_only_be_guarded_is_limited() {
+fn option_without_set_support_can_be_limited() {
     let policy = PolicyFile::new("[[rule]]\nlimit = { IP_TTL = { min = 10, max = 40 } }\n");
     let mut exec = Exec::start(&policy);
     let fd = exec.probe.open(Family::Inet, Kind::Udp);
@@ -204,9 +203,9 @@ fn option_that_can_only_be_guarded_is_limited() {
     assert_eq!(report.setting("IP_TTL").calls.verdicts(), BTreeMap::from([("clamped", 2)]));
 }
 
-/// As long as a structure holds a time.
+/// struct linger and struct timeval.
 #[test]
-fn times_in_structures_are_limited() {
+fn durations_in_structures_are_limited() {
     let policy = PolicyFile::new(
         "[[rule]]\nmatch = { protocol = \"tcp\" }\n\
          limit = { SO_LINGER = { max = \"5s\" }, SO_RCVTIMEO = { min = \"1s\", max = \"2500ms\" } }\n",
@@ -215,18 +214,18 @@ fn times_in_structures_are_limited() {
     let probe = &mut exec.probe;
     let fd = probe.open(Family::Inet, Kind::Tcp);
     let linger = |on: i32, seconds: i32| [on.to_ne_bytes(), seconds.to_ne_bytes()].concat();
-    // One that is off keeps the time that it had.
+    // A linger that is off keeps its former time.
     for (asked, expected) in [((1, 60), (1, 5)), ((1, 3), (1, 3)), ((0, 60), (0, 3))] {
         probe.set(fd, SO_LINGER, linger(asked.0, asked.1)).unwrap();
         assert_eq!(probe.get(fd, SO_LINGER, 8), Ok(linger(expected.0, expected.1)), "{asked:?}");
     }
     let time = |seconds: i64, microseconds: i64| [seconds.to_ne_bytes(), microseconds.to_ne_bytes()].concat();
-    // The first one is for ever. The kernel keeps ticks, of 4 ms at the most.
+    // 0 means no timeout. The kernel rounds to ticks of at most 4 ms.
     for (asked, expected) in [((0, 0), (2, 500_000)), ((9, 0), (2, 500_000)), ((0, 8000), (1, 0)), ((2, 0), (2, 0))] {
         probe.set(fd, SO_RCVTIMEO, time(asked.0, asked.1)).unwrap();
         assert_eq!(probe.get(fd, SO_RCVTIMEO, 16), Ok(time(expected.0, expected.1)), "{asked:?}");
     }
-    // What the kernel refuses it still refuses.
+    // Values that the kernel rejects are still rejected.
     assert_eq!(probe.set(fd, SO_RCVTIMEO, time(1, 2_000_000)), Err(Errno::EDOM));
     assert_eq!(probe.set(fd, SO_LINGER, vec![1, 0, 0, 0]), Err(Errno::EINVAL));
     let report = exec.finish();
@@ -240,9 +239,9 @@ fn times_in_structures_are_limited() {
     assert_eq!((&event.requested, event.applied.clone()), (&json!("0"), Some(json!("2500ms"))));
 }
 
-/// The values that an application has chosen under `on_conflict = "allow"`.
+/// With `on_conflict = "allow"`, later hooks keep the values that the application has set.
 #[test]
-fn application_wins_where_the_policy_allows_it_also_later() {
+fn allowed_values_of_the_application_stay() {
     require!("cgroup/bind4");
     let policy = PolicyFile::new(
         "[[rule]]\n\
@@ -252,10 +251,10 @@ fn application_wins_where_the_policy_allows_it_also_later() {
     let mut exec = Exec::start(&policy);
     let probe = &mut exec.probe;
     let (listener, address) = probe.listener(Family::Inet, Kind::Tcp);
-    assert_eq!(probe.int(listener, SO_MARK), 32, "until the application says otherwise");
+    assert_eq!(probe.int(listener, SO_MARK), 32, "before the application sets it");
     assert_eq!(probe.set(listener, TCP_KEEPCNT, 77), Ok(()));
     let client = probe.open(Family::Inet, Kind::Tcp);
-    assert_eq!(probe.int(client, SO_PRIORITY), 3, "from birth");
+    assert_eq!(probe.int(client, SO_PRIORITY), 3, "set at creation");
     assert_eq!(probe.set(client, SO_PRIORITY, 5), Ok(()));
     assert_eq!(probe.set(client, SO_MARK, 7), Ok(()));
     assert_eq!(probe.set(client, TCP_KEEPCNT, 9), Ok(()));
@@ -263,12 +262,12 @@ fn application_wins_where_the_policy_allows_it_also_later() {
     probe.connect(client, address);
     let server = probe.accept(listener);
 
-    assert_eq!(probe.int(client, SO_PRIORITY), 5, "connect does not bring the policy's value back");
+    assert_eq!(probe.int(client, SO_PRIORITY), 5, "connect does not set the policy's value again");
     assert_eq!(probe.int(client, SO_MARK), 7);
     assert_eq!(probe.int(client, TCP_KEEPCNT), 9);
     assert_eq!(probe.text(client, TCP_CONGESTION), "cubic");
-    assert_eq!(probe.int(client, SO_KEEPALIVE), 1, "of this the application said nothing");
-    assert_eq!(probe.int(server, TCP_KEEPCNT), 77, "accepted sockets have what the application gave their listener");
+    assert_eq!(probe.int(client, SO_KEEPALIVE), 1, "the application has not set this option");
+    assert_eq!(probe.int(server, TCP_KEEPCNT), 77, "accepted sockets have the application's value of their listener");
     assert_eq!(probe.int(server, SO_KEEPALIVE), 1);
     assert_eq!(probe.text(server, TCP_CONGESTION), "reno");
     probe.set(client, TCP_KEEPCNT, 5).unwrap();
@@ -289,7 +288,7 @@ fn application_wins_where_the_policy_allows_it_also_later() {
 }
 
 #[test]
-fn setting_of_its_own_overrides_the_action_of_the_rule() {
+fn action_of_a_setting_overrides_the_action_of_its_rule() {
     require!("cgroup/bind4");
     let policy = PolicyFile::new(
         "[[rule]]\n\
@@ -306,7 +305,7 @@ fn setting_of_its_own_overrides_the_action_of_the_rule() {
 }
 
 #[test]
-fn repeated_calls_are_counted_each_and_reported_now_and_then() {
+fn repeated_conflicts_are_all_counted_and_reported_at_a_limited_rate() {
     const CALLS: u64 = 300;
     let policy = PolicyFile::new("[[rule]]\nset = { TCP_NODELAY = true }\n");
     let mut exec = Exec::start(&policy);
@@ -320,6 +319,6 @@ fn repeated_calls_are_counted_each_and_reported_now_and_then() {
     let events = report.of("conflict", "TCP_NODELAY");
     assert_eq!(setting.events.reported, events.len() as u64);
     assert_eq!(setting.events.reported + setting.events.suppressed, CALLS);
-    assert_eq!(events[0].suppressed, 0, "the first is reported at once");
+    assert_eq!(events[0].suppressed, 0, "the first conflict is reported at once");
     report.assert_nothing_lost();
 }

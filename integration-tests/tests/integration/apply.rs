@@ -1,4 +1,4 @@
-//! Sockets that were there before: brought in line with policies, and given back what they had.
+//! `sockpolicy apply`: existing sockets get the values of policies, and `--restore` gives them their former values.
 
 mod running;
 
@@ -21,7 +21,7 @@ use sockpolicy_integration_tests::{
 
 use crate::{stderr, stdout};
 
-/// Set in the order of the option table, in which IP_TOS comes before SO_PRIORITY, which it resets.
+/// Options are set in the order of the option table. IP_TOS comes before SO_PRIORITY, which it resets.
 const SET: &str = "set = { SO_MARK = 7, IP_TOS = \"AF21\", SO_PRIORITY = 5, SO_SNDBUF = \"32KiB\" }\n";
 const SET_TCP: &str = "set = { TCP_NODELAY = true, TCP_KEEPIDLE = \"61s\", TCP_CONGESTION = \"reno\" }\n";
 const OF_ALL: [SocketOption; 4] = [SO_MARK, IP_TOS, SO_PRIORITY, SO_SNDBUF];
@@ -32,14 +32,14 @@ fn policy(target: &Cgroup, more: &str) -> PolicyFile {
     PolicyFile::new(format!("{more}[target]\ncgroup = {:?}\n{rules}", target.name()))
 }
 
-/// What a socket has of the options, as its owner is told.
+/// Returns the values of a socket, from getsockopt in its owner.
 fn values(probe: &mut Probe, socket: Fd, is_tcp: bool) -> (Vec<i32>, Option<String>) {
     let numbers = OF_ALL.iter().chain(OF_TCP.iter().filter(|_| is_tcp));
     let numbers = numbers.map(|option| probe.int(socket, *option)).collect();
     (numbers, is_tcp.then(|| probe.text(socket, TCP_CONGESTION)))
 }
 
-/// A socket of each kind, and whether it is one of TCP.
+/// Opens a socket of each kind; the bool is whether it is a TCP socket.
 fn sockets(probe: &mut Probe) -> Vec<(Fd, bool)> {
     let (listener, _) = probe.listener(Family::Inet, Kind::Tcp);
     let connection = probe.pair(Family::Inet, Kind::Tcp);
@@ -59,7 +59,7 @@ fn apply(instance: &Instance, policy: &PolicyFile, arguments: &[&str]) -> String
 }
 
 #[test]
-fn sockets_that_were_there_before_are_brought_in_line_and_given_back_what_they_had() {
+fn existing_sockets_get_the_policys_values_and_restore_undoes_that() {
     let (target, instance) = (Cgroup::new(), Instance::new());
     let policy = policy(&target, "");
     let elsewhere = Cgroup::new();
@@ -70,17 +70,20 @@ fn sockets_that_were_there_before_are_brought_in_line_and_given_back_what_they_h
         |probe: &mut Probe| -> Vec<_> { sockets.iter().map(|(socket, tcp)| values(probe, *socket, *tcp)).collect() };
     let before = all(&mut probe);
 
-    let said = apply(&instance, &policy, &["--dry-run"]);
-    assert!(said.contains("SO_MARK: 0x0 -> 0x7 (dry run)") && said.contains("dry run: would change "), "{said}");
+    let printed = apply(&instance, &policy, &["--dry-run"]);
+    assert!(
+        printed.contains("SO_MARK: 0x0 -> 0x7 (dry run)") && printed.contains("dry run: would change "),
+        "{printed}"
+    );
     assert_eq!(all(&mut probe), before);
 
-    let said = apply(&instance, &policy, &["--quiet"]);
-    assert!(said.starts_with("sockets: 7, changed: 7, in "), "{said}");
-    // AF21 is 18, six bits from the second on; the kernel doubles buffers.
+    let printed = apply(&instance, &policy, &["--quiet"]);
+    assert!(printed.starts_with("sockets: 7, changed: 7, in "), "{printed}");
+    // AF21 is 18, in the upper six bits; the kernel doubles buffers.
     let common = [7, 18 << 2, 5, 2 * 32 * 1024];
     for ((socket, is_tcp), (numbers, congestion)) in sockets.iter().zip(all(&mut probe)) {
         if !is_tcp && *socket == sockets[5].0 {
-            // Neither bound nor connected: what is set at birth, no more.
+            // Neither bound nor connected: only options that are set at creation.
             assert_eq!((numbers[0], numbers[2]), (7, 5));
         } else if *is_tcp {
             assert_eq!((numbers, congestion.as_deref()), ([&common[..], &[1, 61]].concat(), Some("reno")));
@@ -92,7 +95,7 @@ fn sockets_that_were_there_before_are_brought_in_line_and_given_back_what_they_h
     let again = apply(&instance, &policy, &["--quiet"]);
     assert!(again.contains(", changed: 0, in 0 options\n"), "{again}");
 
-    // What somebody has changed since is left.
+    // A value that the application has changed since is not restored.
     let (client, _) = sockets[1];
     probe.set(client, TCP_KEEPIDLE, 99).unwrap();
     let output = instance.run("apply", &["--restore"]);
@@ -103,17 +106,17 @@ fn sockets_that_were_there_before_are_brought_in_line_and_given_back_what_they_h
         stderr(&output)
     );
     assert_eq!(probe.int(client, TCP_KEEPIDLE), 99);
-    let default = probe.fresh(TCP_KEEPIDLE);
+    let default = probe.value_on_new_socket(TCP_KEEPIDLE);
     probe.set(client, TCP_KEEPIDLE, default).unwrap();
     assert_eq!(all(&mut probe), before);
     assert!(instance.left().is_empty(), "{:?}", instance.left());
 }
 
-/// More than are worth a walk over all of them.
+/// More than are worth a walk over all sockets.
 const MANY: usize = 150;
 
 #[test]
-fn many_tcp_sockets_are_brought_in_line_without_a_look_into_any() {
+fn many_tcp_sockets_are_set_without_duplicating_a_descriptor() {
     require!("iter/tcp");
     let (target, instance) = (Cgroup::new(), Instance::new());
     let mut probe = Probe::start(&target);
@@ -139,7 +142,7 @@ fn many_tcp_sockets_are_brought_in_line_without_a_look_into_any() {
     assert_eq!(all(&mut probe), before);
 }
 
-/// Applies a policy, and gives the calls by which a socket of another process was taken or set meanwhile.
+/// Applies a policy. Returns the calls that duplicated or set sockets of other processes.
 fn calls_on_sockets(instance: &Instance, policy: &PolicyFile) -> Vec<String> {
     let of_netlink = |line: &&str| line.contains("SOL_NETLINK");
     traced("pidfd_getfd,setsockopt", instance, policy)
@@ -150,7 +153,7 @@ fn calls_on_sockets(instance: &Instance, policy: &PolicyFile) -> Vec<String> {
         .collect()
 }
 
-/// Applies a policy, and gives what strace says of these calls of the agent's.
+/// Applies a policy. Returns strace's output for these calls of the agent.
 fn traced(calls: &str, instance: &Instance, policy: &PolicyFile) -> String {
     let mut command = Command::new("strace");
     command.args(["-f", "-e", &format!("trace={calls}")]).arg(agent::program());
@@ -160,12 +163,12 @@ fn traced(calls: &str, instance: &Instance, policy: &PolicyFile) -> String {
     stderr(&output)
 }
 
-/// Keeps so many files open that it is worth a program to tell who has which sockets.
+/// Keeps so many files open that finding sockets with a BPF program is faster than reading /proc/PID/fd.
 const MANY_FILES: &str =
     "ulimit -n 10000; for ((file = 0; file < 8500; file++)); do exec {descriptor}< /dev/null; done; echo there; read";
 
 #[test]
-fn who_has_sockets_is_told_without_a_look_at_files_where_many_are_open() {
+fn socket_owners_are_found_without_reading_fd_directories_if_many_files_are_open() {
     require!("iter/tcp");
     let (target, instance) = (Cgroup::new(), Instance::new());
     let mut probe = Probe::start(&target);
@@ -174,9 +177,9 @@ fn who_has_sockets_is_told_without_a_look_at_files_where_many_are_open() {
     let policy = policy(&target, "");
     let mut bash = Command::new("bash");
     let mut many = bash.args(["-c", MANY_FILES]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-    let mut said = String::new();
-    BufReader::new(many.stdout.take().unwrap()).read_line(&mut said).unwrap();
-    assert_eq!(said, "there\n");
+    let mut printed = String::new();
+    BufReader::new(many.stdout.take().unwrap()).read_line(&mut printed).unwrap();
+    assert_eq!(printed, "there\n");
     assert!(!traced("%file", &instance, &policy).contains(&files));
     assert_eq!([pair.client, pair.server].map(|socket| probe.int(socket, SO_MARK)), [7, 7]);
     drop(many.stdin.take());
@@ -184,7 +187,7 @@ fn who_has_sockets_is_told_without_a_look_at_files_where_many_are_open() {
 }
 
 #[test]
-fn connection_that_nobody_has_accepted_yet_is_brought_in_line_and_given_back_what_it_had() {
+fn connection_in_the_accept_queue_is_set_and_restored() {
     require!("iter/tcp");
     let (target, instance) = (Cgroup::new(), Instance::new());
     let mut probe = Probe::start(&target);
@@ -193,7 +196,7 @@ fn connection_that_nobody_has_accepted_yet_is_brought_in_line_and_given_back_wha
     for client in clients {
         probe.connect(client, address);
     }
-    // No buffer: what the kernel has tuned beyond what may be set takes a descriptor to be put back.
+    // No buffer size: restoring a size beyond the configured maximum, which the kernel has tuned, needs a descriptor.
     let set = "set = { SO_MARK = 7, TCP_CONGESTION = \"reno\" }";
     let text = format!("[target]\ncgroup = {:?}\n[[rule]]\n{set}\n", target.name());
     apply(&instance, &PolicyFile::new(text), &[]);
@@ -211,23 +214,23 @@ fn connection_that_nobody_has_accepted_yet_is_brought_in_line_and_given_back_wha
 }
 
 #[test]
-fn value_that_the_kernel_refuses_on_many_sockets_is_told_and_counted_and_the_rest_is_set() {
+fn refused_value_is_reported_and_counted_and_other_options_are_set() {
     require!("iter/tcp");
     let (target, instance) = (Cgroup::new(), Instance::new());
     let mut probe = Probe::start(&target);
     let (listener, address) = probe.listener(Family::Inet, Kind::Tcp);
     let client = probe.open(Family::Inet, Kind::Tcp);
     probe.connect(client, address);
-    // Whoever is not accepted yet has it done by the iterator.
+    // The iterator sets options of a socket in the accept queue.
     let set = "set = { TCP_CONGESTION = \"no-such\", TCP_KEEPIDLE = \"61s\" }";
     let text = format!("[target]\ncgroup = {:?}\n[[rule]]\n{set}\n", target.name());
     let before = probe.text(client, TCP_CONGESTION);
     let policy = PolicyFile::new(text);
     let output = instance.run("apply", &[policy.path().to_str().unwrap()]);
-    let said = stdout(&output);
-    assert_eq!(output.status.code(), Some(2), "{said}{}", stderr(&output));
-    assert_eq!(said.matches("ENOENT").count(), 3, "{said}");
-    assert!(said.contains("3 values were refused by the kernel"), "{said}");
+    let printed = stdout(&output);
+    assert_eq!(output.status.code(), Some(2), "{printed}{}", stderr(&output));
+    assert_eq!(printed.matches("ENOENT").count(), 3, "{printed}");
+    assert!(printed.contains("3 values were refused by the kernel"), "{printed}");
     let server = probe.accept(listener);
     for socket in [listener, client, server] {
         assert_eq!(probe.int(socket, TCP_KEEPIDLE), 61);
@@ -236,9 +239,9 @@ fn value_that_the_kernel_refuses_on_many_sockets_is_told_and_counted_and_the_res
 }
 
 #[test]
-fn what_only_programs_can_read_and_set_is_set_and_put_back() {
+fn options_that_only_programs_can_access_are_set_and_restored() {
     require!("iter/tcp");
-    require!("TCP_RTO_MAX_MS"); // From 6.15 on, as what can be read of TCP_BPF_RTO_MIN.
+    require!("TCP_RTO_MAX_MS"); // Since 6.15, as is reading TCP_BPF_RTO_MIN.
     let (target, instance) = (Cgroup::new(), Instance::new());
     let mut probe = Probe::start(&target);
     let (listener, address) = probe.listener(Family::Inet, Kind::Tcp);
@@ -246,20 +249,21 @@ fn what_only_programs_can_read_and_set_is_set_and_put_back() {
     probe.connect(client, address);
     let text = format!("[target]\ncgroup = {:?}\n[[rule]]\nset = {{ TCP_BPF_RTO_MIN = \"40ms\" }}\n", target.name());
     let policy = PolicyFile::new(text);
-    let said = apply(&instance, &policy, &[]);
-    assert!(said.contains("TCP_BPF_RTO_MIN: 200ms -> 40ms"), "{said}");
-    assert!(said.contains("changed: 3, in 3 options"), "{said}");
-    // Its owner is not told, but `ss` knows for how long the kernel waits: with each round trip more of what it is to.
+    let printed = apply(&instance, &policy, &[]);
+    assert!(printed.contains("TCP_BPF_RTO_MIN: 200ms -> 40ms"), "{printed}");
+    assert!(printed.contains("changed: 3, in 3 options"), "{printed}");
+    // getsockopt does not show the value, but `ss` shows the kernel's timeout, which approaches the new value with
+    // each round trip.
     let server = probe.accept(listener);
-    // The probe has a network of its own.
+    // The probe has its own network namespace.
     let network = format!("--net=/proc/{}/ns/net", probe.pid);
     let mut ss = Command::new("nsenter");
     ss.args([&network, "ss", "--tcp", "--info", "--numeric", "--no-header"]);
     let mut waits_less = || {
-        probe.talk(client, server);
+        probe.exchange_bytes(client, server);
         stdout(&ss.output().unwrap()).contains(" rto:4")
     };
-    assert!(wait::until(wait::PATIENCE, &mut waits_less), "it waits as long as it did");
+    assert!(wait::until(wait::TIMEOUT, &mut waits_less), "the retransmission timeout does not change");
     let again = apply(&instance, &policy, &[]);
     assert!(again.contains("changed: 0, in 0 options"), "{again}");
     let output = instance.run("apply", &["--restore"]);
@@ -269,7 +273,7 @@ fn what_only_programs_can_read_and_set_is_set_and_put_back() {
 }
 
 #[test]
-fn option_that_cannot_be_changed_on_a_live_socket_is_told_of_each() {
+fn option_that_cannot_be_read_from_an_existing_socket_is_reported_for_each_socket() {
     let (target, instance) = (Cgroup::new(), Instance::new());
     let mut probe = Probe::start(&target);
     let pair = probe.pair(Family::Inet, Kind::Tcp);
@@ -277,21 +281,21 @@ fn option_that_cannot_be_changed_on_a_live_socket_is_told_of_each() {
         "[target]\ncgroup = {:?}\n[[rule]]\nmatch = {{ protocol = \"tcp\" }}\nset = {{ TCP_BPF_IW = 20, SO_MARK = 7 }}\n",
         target.name()
     );
-    let said = apply(&instance, &PolicyFile::new(text), &[]);
-    let untold: Vec<&str> = said.lines().filter(|line| line.starts_with("unknown ")).collect();
-    assert_eq!(untold.len(), 2, "{said}");
-    assert!(untold[0].contains("TCP_BPF_IW: getsockopt does not show it"), "{said}");
-    assert!(said.contains("2 options are in an unknown state"), "{said}");
+    let printed = apply(&instance, &PolicyFile::new(text), &[]);
+    let unknown: Vec<&str> = printed.lines().filter(|line| line.starts_with("unknown ")).collect();
+    assert_eq!(unknown.len(), 2, "{printed}");
+    assert!(unknown[0].contains("TCP_BPF_IW: getsockopt does not show it"), "{printed}");
+    assert!(printed.contains("2 options are in an unknown state"), "{printed}");
     assert_eq!([pair.client, pair.server].map(|socket| probe.int(socket, SO_MARK)), [7, 7]);
 }
 
 #[test]
-fn value_that_the_system_does_not_allow_is_set_once_and_is_no_change_then() {
+fn value_beyond_a_system_limit_is_set_once_and_not_reported_as_a_change_again() {
     require!("iter/tcp");
     let (target, instance) = (Cgroup::new(), Instance::new());
     let mut probe = Probe::start(&target);
     let (_, address) = probe.listener(Family::Inet, Kind::Tcp);
-    // Nobody accepts it: the iterator does it all.
+    // No process accepts the connection, so the iterator sets all options.
     let client = probe.open(Family::Inet, Kind::Tcp);
     probe.connect(client, address);
     let text = format!("[target]\ncgroup = {:?}\n[[rule]]\nset = {{ SO_SNDBUF = \"300MiB\" }}\n", target.name());
@@ -303,10 +307,10 @@ fn value_that_the_system_does_not_allow_is_set_once_and_is_no_change_then() {
 }
 
 #[test]
-fn sockets_are_brought_in_line_in_each_network_namespace() {
+fn sockets_are_set_in_each_network_namespace() {
     require!("iter/tcp");
     let (target, instance) = (Cgroup::new(), Instance::new());
-    // Each probe has a network of its own.
+    // Each probe has its own network namespace.
     let mut probes = [(); 2].map(|()| Probe::start(&target));
     let connect = |probe: &mut Probe| {
         let (listener, address) = probe.listener(Family::Inet, Kind::Tcp);
@@ -323,7 +327,7 @@ fn sockets_are_brought_in_line_in_each_network_namespace() {
 }
 
 #[test]
-fn what_policies_in_force_set_again_is_kept_to_be_put_back_when_they_end() {
+fn journal_is_kept_while_policies_in_force_set_their_values_again() {
     let (target, instance) = (Cgroup::new(), Instance::new());
     let policy = policy(&target, "");
     let mut probe = Probe::start(&target);
@@ -345,7 +349,7 @@ fn what_policies_in_force_set_again_is_kept_to_be_put_back_when_they_end() {
 }
 
 #[test]
-fn option_that_another_one_resets_is_given_back_too() {
+fn option_that_another_option_resets_is_restored_too() {
     let (target, instance) = (Cgroup::new(), Instance::new());
     let mut probe = Probe::start(&target);
     let pair = probe.pair(Family::Inet, Kind::Tcp);
@@ -358,7 +362,7 @@ fn option_that_another_one_resets_is_given_back_too() {
 }
 
 #[test]
-fn limits_bring_within_bounds() {
+fn apply_brings_values_within_limits() {
     let (target, instance) = (Cgroup::new(), Instance::new());
     let text =
         format!("[target]\ncgroup = {:?}\n[[rule]]\nlimit = {{ TCP_KEEPIDLE = {{ max = \"60s\" }} }}\n", target.name());
@@ -373,34 +377,34 @@ fn limits_bring_within_bounds() {
 }
 
 #[test]
-fn policy_of_a_dry_run_is_not_applied() {
+fn dry_run_policy_is_not_applied() {
     let (target, instance) = (Cgroup::new(), Instance::new());
     let policy = policy(&target, "mode = \"dry-run\"\n");
     let mut probe = Probe::start(&target);
     let pair = probe.pair(Family::Inet, Kind::Tcp);
-    let said = apply(&instance, &policy, &[]);
-    assert!(said.contains("(dry run)"), "{said}");
+    let printed = apply(&instance, &policy, &[]);
+    assert!(printed.contains("(dry run)"), "{printed}");
     assert_eq!(probe.int(pair.client, SO_MARK), 0);
 }
 
 #[test]
-fn detach_gives_back_what_sockets_had_if_it_is_asked_to() {
-    for is_asked in [true, false] {
+fn detach_restores_values_if_requested() {
+    for restores in [true, false] {
         let (target, instance) = (Cgroup::new(), Instance::new());
         let policy = policy(&target, "");
         let mut probe = Probe::start(&target);
         let pair = probe.pair(Family::Inet, Kind::Tcp);
         instance.attach(policy.path());
-        assert_eq!(probe.int(pair.client, SO_MARK), 0, "attach leaves live sockets alone");
+        assert_eq!(probe.int(pair.client, SO_MARK), 0, "attach does not change existing sockets");
         apply(&instance, &policy, &[]);
         assert_eq!(probe.int(pair.client, SO_MARK), 7);
         let kept = format!("\nkept with instance {}: ", instance.name);
         let status = || stdout(&agent::output(&["status"]));
         assert!(status().contains(&kept), "{}", status());
-        let arguments: &[&str] = if is_asked { &["detach", "--restore"] } else { &["detach"] };
+        let arguments: &[&str] = if restores { &["detach", "--restore"] } else { &["detach"] };
         let output = agent::output(&[arguments, &[&instance.name]].concat());
         assert!(output.status.success(), "{}", stderr(&output));
-        assert_eq!(probe.int(pair.client, SO_MARK), if is_asked { 0 } else { 7 });
+        assert_eq!(probe.int(pair.client, SO_MARK), if restores { 0 } else { 7 });
         assert!(instance.left().is_empty(), "{:?}", instance.left());
         assert!(!status().contains(&kept), "{}", status());
     }

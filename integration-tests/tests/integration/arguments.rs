@@ -1,5 +1,5 @@
-//! Arguments of unusual length, and addresses where nothing is: a policy changes what it is about,
-//! and of the rest not even the errno.
+//! Arguments of unusual length, and unmapped addresses. A policy changes only calls that it covers; all other calls
+//! keep their errno.
 
 use nix::errno::Errno;
 use sockpolicy_integration_tests::{
@@ -10,7 +10,7 @@ use sockpolicy_integration_tests::{
     script::{Argument, Family, Kind, Step},
 };
 
-/// More than the kernel hands to programs.
+/// More than the kernel passes to programs.
 const LONG: usize = 8192;
 
 const POLICY: &str = "[[rule]]\n\
@@ -29,19 +29,19 @@ fn long_arguments_are_judged_by_their_first_bytes() {
     let fd = pair.client;
     let buffer = probe.int(fd, SO_RCVBUF);
     for len in [4096, 4097, LONG] {
-        assert_eq!(probe.set(fd, TCP_NODELAY, Argument::long(0, len)), Ok(()), "{len}");
+        assert_eq!(probe.set(fd, TCP_NODELAY, Argument::padded(0, len)), Ok(()), "{len}");
         assert_eq!(probe.int(fd, TCP_NODELAY), 1, "{len}: rewritten");
-        assert_eq!(probe.set(fd, TCP_NODELAY, Argument::long(1, len)), Ok(()), "{len}: agrees");
+        assert_eq!(probe.set(fd, TCP_NODELAY, Argument::padded(1, len)), Ok(()), "{len}: agrees");
         assert_eq!(probe.int(fd, TCP_NODELAY), 1, "{len}: agrees");
-        assert_eq!(probe.set(fd, TCP_KEEPCNT, Argument::long(99, len)), Ok(()), "{len}");
+        assert_eq!(probe.set(fd, TCP_KEEPCNT, Argument::padded(99, len)), Ok(()), "{len}");
         assert_eq!(probe.int(fd, TCP_KEEPCNT), 10, "{len}: clamped");
-        assert_eq!(probe.set(fd, TCP_KEEPCNT, Argument::long(8, len)), Ok(()), "{len}: within the limit");
+        assert_eq!(probe.set(fd, TCP_KEEPCNT, Argument::padded(8, len)), Ok(()), "{len}: within the limit");
         assert_eq!(probe.int(fd, TCP_KEEPCNT), 8, "{len}: within the limit");
-        assert_eq!(probe.set(fd, SO_RCVBUF, Argument::long(1 << 20, len)), Ok(()), "{len}");
+        assert_eq!(probe.set(fd, SO_RCVBUF, Argument::padded(1 << 20, len)), Ok(()), "{len}");
         assert_eq!(probe.int(fd, SO_RCVBUF), buffer, "{len}: ignored");
-        assert_eq!(probe.set(fd, SO_KEEPALIVE, Argument::long(1, len)), Err(Errno::EPERM), "{len}: denied");
+        assert_eq!(probe.set(fd, SO_KEEPALIVE, Argument::padded(1, len)), Err(Errno::EPERM), "{len}: denied");
         let mark = 1000 + i32::try_from(len).unwrap();
-        assert_eq!(probe.set(fd, SO_MARK, Argument::long(mark, len)), Ok(()), "{len}: allowed");
+        assert_eq!(probe.set(fd, SO_MARK, Argument::padded(mark, len)), Ok(()), "{len}: allowed");
         assert_eq!(probe.int(fd, SO_MARK), mark, "{len}: allowed");
         let mut name = b"cubic".to_vec();
         name.resize(len, 0);
@@ -63,17 +63,17 @@ fn long_arguments_are_judged_by_their_first_bytes() {
 }
 
 #[test]
-fn long_arguments_of_other_options_reach_the_kernel_as_they_are() {
+fn long_arguments_of_other_options_are_unchanged() {
     require!("cgroup/bind4");
     let policy = PolicyFile::new("[[rule]]\nset = { TCP_NODELAY = true }\n");
     let mut exec = Exec::start(&policy);
     let pair = exec.probe.pair(Family::Inet, Kind::Tcp);
-    assert_eq!(exec.probe.set(pair.client, TCP_KEEPCNT, Argument::long(7, LONG)), Ok(()));
+    assert_eq!(exec.probe.set(pair.client, TCP_KEEPCNT, Argument::padded(7, LONG)), Ok(()));
     assert_eq!(exec.probe.int(pair.client, TCP_KEEPCNT), 7);
     let value = exec.probe.get(pair.client, TCP_KEEPCNT, LONG as u32);
-    assert_eq!(value, Ok(7i32.to_ne_bytes().to_vec()), "nor is a read with a long buffer affected");
+    assert_eq!(value, Ok(7i32.to_ne_bytes().to_vec()), "a read with a long buffer is not affected");
     let value = exec.probe.get(pair.client, TCP_NODELAY, LONG as u32);
-    assert_eq!(value, Ok(1i32.to_ne_bytes().to_vec()), "of a governed option neither");
+    assert_eq!(value, Ok(1i32.to_ne_bytes().to_vec()), "nor is a read of a covered option");
     drop(exec.finish());
 }
 
@@ -86,14 +86,14 @@ fn type_of_service_of_one_byte_is_judged_and_rewritten() {
     assert_eq!(exec.probe.set(fd, IP_TOS, 0xb8u8), Ok(()));
     assert_eq!(exec.probe.int(fd, IP_TOS), 0x48);
     assert_eq!(exec.probe.set(fd, IP_TOS, 0x48u8), Ok(()));
-    assert_eq!(exec.probe.get(fd, IP_TOS, 1), Ok(vec![0x48]), "a read of one byte agrees too");
+    assert_eq!(exec.probe.get(fd, IP_TOS, 1), Ok(vec![0x48]), "a read of one byte agrees");
     let report = exec.finish();
     let calls = &report.setting("IP_TOS").calls;
     assert_eq!((calls.verdicts()["rewritten"], calls.agreed, calls.reads), (1, 1, 0));
     assert_eq!(report.conflict("IP_TOS").requested, 0xb8);
 }
 
-/// Applications read names into buffers of their own size.
+/// Applications read names into buffers of any size.
 #[test]
 fn name_read_into_a_short_buffer_is_no_conflict() {
     let policy = PolicyFile::new("[[rule]]\nset = { TCP_CONGESTION = \"cubic\" }\n");
@@ -109,9 +109,9 @@ fn name_read_into_a_short_buffer_is_no_conflict() {
     assert_eq!(report.summary.conflicts, 0, "{:?}", report.events);
 }
 
-/// The same calls with and without a policy fail the same way.
+/// Invalid calls fail in the same way with and without a policy.
 #[test]
-fn bad_calls_fail_with_the_kernels_own_errno() {
+fn invalid_calls_fail_with_the_kernels_errno() {
     require!("cgroup/bind4");
     let policy = PolicyFile::new(POLICY);
     let mut exec = Exec::start(&policy);
@@ -132,21 +132,17 @@ fn bad_calls_fail_with_the_kernels_own_errno() {
     assert_eq!(probe.set(99, TCP_NODELAY, 0), Err(Errno::EBADF));
     let unknown = SocketOption { name: "an unknown option", level: libc::SOL_TCP, number: 999 };
     assert_eq!(probe.set(fd, unknown, 0), Err(Errno::ENOPROTOOPT));
-    assert_eq!(probe.int(fd, TCP_NODELAY), 1, "nothing of this changed the socket");
+    assert_eq!(probe.int(fd, TCP_NODELAY), 1, "these calls did not change the socket");
     assert_eq!(probe.int(fd, SO_MARK), 32);
     let report = exec.finish();
     for option in ["TCP_NODELAY", "TCP_KEEPCNT", "SO_MARK"] {
-        assert_eq!(
-            report.setting(option).calls.verdicts().len(),
-            0,
-            "{option}: calls that do nothing are no conflicts"
-        );
+        assert_eq!(report.setting(option).calls.verdicts().len(), 0, "{option}: calls without effect are no conflicts");
     }
 }
 
-/// What the kernel would refuse is not hidden by the rewriting of another value.
+/// A value that the kernel would reject is rewritten too.
 #[test]
-fn value_out_of_the_kernels_range_is_rewritten_like_any_other() {
+fn value_out_of_the_kernels_range_is_rewritten() {
     let policy = PolicyFile::new("[[rule]]\nset = { TCP_KEEPCNT = 5 }\n");
     let mut exec = Exec::start(&policy);
     let fd = exec.probe.open(Family::Inet, Kind::Tcp);

@@ -1,11 +1,11 @@
-//! The audit: which calls are reported, and what of them.
+//! The audit: which calls are reported, and with which facts.
 
 mod command;
-mod compared;
 mod facts;
 mod faults;
+mod io_uring_compat32;
 mod pressure;
-mod unusual;
+mod strace_parity;
 
 use std::{fs, process::Command};
 
@@ -24,18 +24,18 @@ use sockpolicy_integration_tests::{
 
 use crate::stderr;
 
-/// A policy that nothing here disagrees with.
+/// Returns a policy with which no call of this file conflicts, except values above 100.
 fn auditing(settings: &str) -> PolicyFile {
     PolicyFile::new(format!("[audit]\n{settings}\n[[rule]]\nlimit = {{ TCP_SYNCNT = {{ max = 100 }} }}\n"))
 }
 
-/// The backends that this kernel has.
+/// Returns the audit backends of this kernel.
 fn backends() -> impl Iterator<Item = &'static str> {
     let kernel = Kernel::current();
     kernel.known.audit.iter().map(String::as_str).filter(|backend| kernel.has(backend))
 }
 
-/// Event, call, option and result of each.
+/// Returns event, call, option and result of each event.
 fn summed(events: &[Event]) -> Vec<String> {
     let sum = |event: &Event| {
         let Event { event, call, option, result, .. } = event;
@@ -45,17 +45,17 @@ fn summed(events: &[Event]) -> Vec<String> {
     events.iter().map(sum).collect()
 }
 
-/// Time as events give it.
+/// Returns the current time in the format of events.
 fn now() -> String {
     let output = Command::new("date").args(["-u", "+%FT%T.%6NZ"]).output().unwrap();
     crate::stdout(&output).trim().to_owned()
 }
 
-/// Makes the same calls each time.
+/// Makes a fixed sequence of calls.
 fn make_calls(probe: &mut Probe) {
     let socket = probe.open(Family::Inet, Kind::Tcp);
     probe.set(socket, TCP_SYNCNT, 3).unwrap();
-    assert_eq!(probe.set(socket, TCP_SYNCNT, 1000), Ok(()), "it is clamped");
+    assert_eq!(probe.set(socket, TCP_SYNCNT, 1000), Ok(()), "the call is clamped");
     probe.set(socket, TCP_NODELAY, 1).unwrap();
     assert_eq!(probe.set(-1, TCP_SYNCNT, 1), Err(Errno::EBADF));
     probe.get(socket, TCP_SYNCNT, 4).unwrap();
@@ -63,7 +63,7 @@ fn make_calls(probe: &mut Probe) {
 }
 
 #[test]
-fn policy_chooses_which_calls_are_reported() {
+fn policy_selects_the_reported_calls() {
     let conflict = "conflict setsockopt TCP_SYNCNT 0";
     let governed = ["call setsockopt TCP_SYNCNT 0", conflict, "call setsockopt TCP_SYNCNT -9"];
     let reads = ["call getsockopt TCP_SYNCNT 0", "call getsockopt TCP_NODELAY 0"];
@@ -88,7 +88,7 @@ fn policy_chooses_which_calls_are_reported() {
 }
 
 #[test]
-fn event_says_who_called_when_and_where() {
+fn event_has_time_caller_and_cgroup() {
     let mut exec = Exec::start(&auditing("calls = \"all\""));
     let before = now();
     let socket = exec.probe.open(Family::Inet, Kind::Tcp);
@@ -110,7 +110,7 @@ fn event_says_who_called_when_and_where() {
 }
 
 #[test]
-fn now_is_what_the_socket_has_and_not_what_was_asked_for() {
+fn event_shows_the_value_of_the_socket_and_not_the_requested_one() {
     let mut exec = Exec::start(&auditing("calls = \"all\""));
     let socket = exec.probe.open(Family::Inet, Kind::Tcp);
     exec.probe.set(socket, TCP_NODELAY, 7).unwrap();
@@ -121,7 +121,7 @@ fn now_is_what_the_socket_has_and_not_what_was_asked_for() {
 }
 
 #[test]
-fn task_is_audited_while_it_is_in_the_target() {
+fn task_is_audited_only_while_it_is_in_the_target() {
     let (target, sibling) = (Cgroup::new(), Cgroup::new());
     let below = target.child("below");
     let mut probe = Probe::start(&sibling);
@@ -149,7 +149,7 @@ fn task_is_audited_while_it_is_in_the_target() {
 }
 
 #[test]
-fn socket_is_judged_where_it_was_opened_whoever_calls() {
+fn socket_is_judged_by_the_cgroup_in_which_it_was_created() {
     let (target, elsewhere) = (Cgroup::new(), Cgroup::new());
     let mut probe = Probe::start(&target);
     let policy = PolicyFile::new("[[rule]]\nset = { TCP_NODELAY = true }\n");
@@ -166,13 +166,13 @@ fn socket_is_judged_where_it_was_opened_whoever_calls() {
     assert_eq!(probe.int(other, TCP_NODELAY), 0);
     let report = run.finish();
     assert_eq!(report.setting("TCP_NODELAY").calls.verdicts()["rewritten"], 1);
-    // Its task is not the target's, but it was seen to return all the same.
+    // The calling task is not in the target, but its return was seen nevertheless.
     let event = report.conflict("TCP_NODELAY");
     assert_eq!((event.pid, event.result, &event.backend), (Some(probe.pid), Some(0), &report.summary.backend));
 }
 
 #[test]
-fn without_an_audit_conflicts_are_reported_without_their_results() {
+fn conflicts_without_an_audit_are_reported_without_results() {
     let policy = PolicyFile::new("[[rule]]\nset = { TCP_NODELAY = true }\ndeny = [\"SO_KEEPALIVE\"]\n");
     let mut exec = Exec::with(&policy, &["--audit-backend", "none"]);
     let pid = exec.probe.pid;
@@ -198,22 +198,22 @@ fn without_an_audit_conflicts_are_reported_without_their_results() {
 }
 
 #[test]
-fn audit_that_is_off_says_which_calls_nobody_will_see() {
+fn disabled_audit_warns_of_unreported_calls() {
     let policy = auditing("calls = \"governed\"");
     let mut exec = Exec::with(&policy, &["--audit-backend", "none"]);
     make_calls(&mut exec.probe);
     let report = exec.finish();
     assert_eq!(summed(&report.events), ["conflict setsockopt TCP_SYNCNT unknown"]);
-    let said = stderr(&report.output);
-    assert!(said.contains("without an audit, only conflicts are reported"), "{said}");
+    let printed = stderr(&report.output);
+    assert!(printed.contains("without an audit, only conflicts are reported"), "{printed}");
 }
 
 #[test]
-fn backend_is_the_one_asked_for_or_refused() {
+fn requested_backend_is_used_or_refused() {
     let kernel = Kernel::current();
     for backend in &kernel.known.audit {
         let policy = auditing("calls = \"all\"");
-        let report = policy.folder().join("report").display().to_string();
+        let report = policy.dir().join("report").display().to_string();
         let arguments = ["-o", "json", "--report", &report, "--audit-backend", backend];
         let output = Running::exec(&arguments, &policy, &[&workload(), "calls"]).finish();
         if kernel.has(backend) {
@@ -224,21 +224,21 @@ fn backend_is_the_one_asked_for_or_refused() {
             assert!(report.events.iter().all(|event| event.backend.as_deref() == Some(backend)));
             continue;
         }
-        // Another test may have the whole host audited.
-        let said = stderr(&output);
-        let said: String =
-            said.split_inclusive('\n').filter(|line| !line.starts_with("warning: another sockpolicy")).collect();
+        // Another test may be auditing the whole host.
+        let printed = stderr(&output);
+        let printed: String =
+            printed.split_inclusive('\n').filter(|line| !line.starts_with("warning: another sockpolicy")).collect();
         let start = format!("error: cannot attach the audit by {backend}: ");
         let end = "\n  help: leave out --audit-backend to use the best backend that this kernel supports; `sockpolicy doctor` \
                    lists them\n";
-        assert!(said.starts_with(&start) && said.ends_with(end), "{said}");
-        assert_eq!(said.lines().count(), 2, "{said}");
+        assert!(printed.starts_with(&start) && printed.ends_with(end), "{printed}");
+        assert_eq!(printed.lines().count(), 2, "{printed}");
         assert_eq!(output.status.code(), Some(125));
     }
 }
 
 #[test]
-fn tracefs_is_mounted_afterwards_only_if_it_was_before() {
+fn audit_does_not_leave_tracefs_mounted() {
     let mounts = || {
         let all = fs::read_to_string("/proc/self/mountinfo").unwrap();
         all.lines().filter(|line| line.contains(" - tracefs ")).map(str::to_owned).collect::<Vec<_>>()
@@ -247,7 +247,7 @@ fn tracefs_is_mounted_afterwards_only_if_it_was_before() {
     let mut exec = Exec::with(&auditing("calls = \"all\""), &["--audit-backend", "tracepoint"]);
     make_calls(&mut exec.probe);
     assert_eq!(mounts(), before);
-    // Nor for the command.
+    // Nor in the mount namespace of the command.
     let seen = fs::read_to_string(format!("/proc/{}/mountinfo", exec.probe.pid)).unwrap();
     assert_eq!(seen.lines().filter(|line| line.contains(" - tracefs ")).count(), before.len());
     let report = exec.finish();

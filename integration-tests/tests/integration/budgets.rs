@@ -1,4 +1,5 @@
-//! What our programs cost the verifier, against what they did: a count, which does not depend on the machine's speed.
+//! The cost of sockpolicy's programs for the verifier, compared with their budgets. The cost is a count, which does
+//! not depend on the machine's speed.
 
 use std::collections::BTreeMap;
 
@@ -17,14 +18,14 @@ struct Budgets {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Row {
-    /// What `uname -r` starts with.
+    /// The prefix of `uname -r`.
     release: String,
     /// Instructions, by program.
     programs: BTreeMap<String, u64>,
 }
 
 #[test]
-fn no_program_has_grown_by_more_than_a_tenth() {
+fn no_program_exceeds_its_budget_by_more_than_a_tenth() {
     require!("verified");
     let release = &Kernel::current().release;
     let Budgets { kernel } = toml::from_str(BUDGETS).unwrap();
@@ -39,21 +40,24 @@ fn no_program_has_grown_by_more_than_a_tenth() {
         .collect();
     let lines: Vec<String> = taken.iter().map(|(program, count)| format!("{program} = {count}")).collect();
     let now = lines.join("\n");
-    assert!(taken.keys().eq(budget.keys()), "other programs than in budgets.toml for {release}; now it is\n{now}");
+    assert!(
+        taken.keys().eq(budget.keys()),
+        "budgets.toml lists other programs for {release}; the current counts are\n{now}"
+    );
     for (program, count) in &taken {
         let most = budget[program] + budget[program] / 10;
         assert!(
             *count <= most,
-            "{program} takes {count} instructions, and {most} at the most on {release}; now it is\n{now}"
+            "{program} takes {count} instructions, at most {most} are permitted on {release}; the current counts are\n{now}"
         );
     }
 }
 
 #[test]
-fn kernel_tells_what_it_verified_if_kernels_toml_says_so() {
+fn kernel_reports_verified_instructions_if_kernels_toml_says_so() {
     let doctor: Value = serde_json::from_slice(&agent::output(&["doctor", "-o", "json"]).stdout).unwrap();
     let programs = doctor["programs"].as_array().unwrap();
     assert!(!programs.is_empty());
-    let told = programs.iter().all(|line| line["verified_instructions"].is_u64());
-    assert_eq!(told, Kernel::current().has("verified"), "{programs:?}");
+    let reported = programs.iter().all(|line| line["verified_instructions"].is_u64());
+    assert_eq!(reported, Kernel::current().has("verified"), "{programs:?}");
 }

@@ -1,11 +1,11 @@
-//! Targets that are containers: real ones, each in a network namespace of its own.
+//! Targets that are containers: real containers, each in its own network namespace.
 
 use std::net::SocketAddr;
 
 use serde_json::Value;
 use sockpolicy_integration_tests::{
     agent::{self, Run},
-    container::{Alone, Container, Docker, Podman, runtime},
+    container::{BareRuntime, Container, Docker, Podman, runtime},
     options::{SO_MARK, SO_PRIORITY, TCP_KEEPCNT, TCP_SYNCNT, TCP_USER_TIMEOUT},
     policy::PolicyFile,
     script::{Family, Kind},
@@ -14,10 +14,10 @@ use sockpolicy_integration_tests::{
 
 use crate::{stderr, stdout};
 
-/// Where the server listens.
+/// The address of the server.
 const SERVER: ([u8; 4], u16) = ([192, 0, 2, 1], 8080);
 
-/// The cgroups that `plan` would attach to for this target.
+/// Returns the cgroups to which `plan` would attach programs for this target.
 pub(crate) fn planned(target: &str) -> Vec<String> {
     let policy = PolicyFile::new(format!("[target]\n{target}\n[[rule]]\nset = {{ SO_MARK = 1 }}\n"));
     let output = agent::output(&["plan", "--output", "json", policy.path().to_str().unwrap()]);
@@ -55,7 +55,7 @@ fn server_and_client_have_the_policies_of_their_containers() {
         podman.name("client")
     );
     let of_client = web.add("client.toml", of_client);
-    let run = Run::started(&web, &[of_client.to_str().unwrap()]);
+    let run = Run::start_with(&web, &[of_client.to_str().unwrap()]);
 
     let listener = server.probe.open(Family::Inet, Kind::Tcp);
     server.probe.bind(listener, SERVER.into());
@@ -94,7 +94,7 @@ fn server_and_client_have_the_policies_of_their_containers() {
     assert_eq!(targets, sorted([&server, &client]));
     report.assert_nothing_lost();
 
-    // What is said beforehand is what was done.
+    // `explain` shows what was enforced.
     let explain = |container: &Container| {
         let [web, of_client] = [web.path(), &of_client].map(|path| path.to_str().unwrap());
         stdout(&agent::output(&["explain", web, of_client, "--cgroup", &container.cgroup]))
@@ -122,7 +122,7 @@ fn server_and_client_have_the_policies_of_their_containers() {
 }
 
 #[test]
-fn containers_are_selected_by_what_people_know_of_them() {
+fn containers_are_selected_by_name_image_id_and_runtime() {
     let podman = Podman::new();
     let other = "quay.io/sockpolicy/probe:2";
     podman.tag(Podman::IMAGE, other);
@@ -139,7 +139,7 @@ fn containers_are_selected_by_what_people_know_of_them() {
     podman.rename(&one, "three");
     assert_eq!(planned(&format!("container = {{ name = \"{}\" }}", podman.name("three"))), sorted([&one]));
 
-    // Cgroups beside them, and a selector that matches nothing.
+    // A cgroup next to a selector that matches no container.
     let home = podman.home().name();
     let target = format!("cgroup = \"{home}\"\ncontainer = {{ name = \"{}\" }}", one.name);
     assert_eq!(planned(&target), [home]);
@@ -149,17 +149,17 @@ fn containers_are_selected_by_what_people_know_of_them() {
     ));
     let output = agent::output(&["plan", policy.path().to_str().unwrap()]);
     assert_eq!(output.status.code(), Some(0));
-    let said = stderr(&output);
+    let printed = stderr(&output);
     let wanted = format!("container = {{ name = \"{}\", runtime = \"docker\" }}", two.name);
     let warning = format!("warning: `run` would wait for a target: no cgroup and no container matches {wanted}\n");
-    assert!(said.starts_with(&warning), "{said}");
-    assert!(said.contains(&format!("podman:{} ({other}) in {}", two.name, two.cgroup)), "{said}");
+    assert!(printed.starts_with(&warning), "{printed}");
+    assert!(printed.contains(&format!("podman:{} ({other}) in {}", two.name, two.cgroup)), "{printed}");
 }
 
-/// Has a container whose sockets are under a policy disagree with it, and looks at what is reported of that.
+/// Makes a conflicting call in a container under a policy, and checks the report.
 fn assert_held(target: &str, container: &mut Container) {
     let policy = PolicyFile::new(format!("[target]\n{target}\n[[rule]]\nset = {{ TCP_KEEPCNT = 5 }}\n"));
-    let run = Run::started(&policy, &[]);
+    let run = Run::start_with(&policy, &[]);
     let socket = container.probe.open(Family::Inet, Kind::Tcp);
     container.probe.set(socket, TCP_KEEPCNT, 9).unwrap();
     assert_eq!(container.probe.int(socket, TCP_KEEPCNT), 5);
@@ -170,7 +170,7 @@ fn assert_held(target: &str, container: &mut Container) {
 }
 
 #[test]
-fn containers_of_docker_and_containerd_are_known() {
+fn containers_of_docker_and_containerd_are_found() {
     let docker = Docker::new();
     let mut of_docker = docker.run("web");
     let name = docker.name("*");
@@ -182,34 +182,34 @@ fn containers_of_docker_and_containerd_are_known() {
 }
 
 #[test]
-fn container_that_starts_later_comes_under_its_policy() {
+fn container_that_starts_later_gets_its_policy() {
     let podman = Podman::new();
     let policy = PolicyFile::new(format!(
         "target.container = {{ name = \"{}\" }}\n[[rule]]\nset = {{ SO_MARK = 32 }}\n",
         podman.name("later")
     ));
-    let run = Run::started(&policy, &[]);
+    let run = Run::start_with(&policy, &[]);
     let (mut other, mut later) = (podman.run("other", Podman::IMAGE), podman.run("later", Podman::IMAGE));
-    assert!(wait::until(wait::PATIENCE, || later.probe.fresh(SO_MARK) == 32));
-    assert_eq!(other.probe.fresh(SO_MARK), 0);
-    assert!(wait::until(wait::PATIENCE, || run.lines().contains(&later.cgroup)), "{}", run.lines());
+    assert!(wait::until(wait::TIMEOUT, || later.probe.value_on_new_socket(SO_MARK) == 32));
+    assert_eq!(other.probe.value_on_new_socket(SO_MARK), 0);
+    assert!(wait::until(wait::TIMEOUT, || run.lines().contains(&later.cgroup)), "{}", run.lines());
     assert!(!run.lines().contains(&other.cgroup), "{}", run.lines());
 }
 
 #[test]
-fn container_of_an_engine_with_mounts_and_processes_of_its_own_is_known() {
+fn container_of_an_engine_in_other_mount_and_pid_namespaces_is_found() {
     let podman = Podman::new();
-    let mut container = podman.run_apart("web");
+    let mut container = podman.run_in_other_namespaces("web");
     assert_held(
         &format!("container = {{ name = \"{}\", image = \"*/sockpolicy-probe:1\" }}", container.name),
         &mut container,
     );
 }
 
-/// Also in a cgroup that is not named after it.
+/// Also in a cgroup whose name is not that of the container.
 #[test]
-fn container_that_nobody_watches_over_is_known_by_its_id() {
-    let alone = Alone::new();
+fn container_without_a_monitor_is_found_by_its_id() {
+    let alone = BareRuntime::new();
     let mut container = alone.run("web");
     let target = format!("container = {{ name = \"{}\", runtime = \"{}\" }}", container.name, runtime());
     assert_held(&target, &mut container);

@@ -1,4 +1,4 @@
-//! Datagram sockets that are neither bound nor connected: reached with their first datagram, once.
+//! Datagram sockets that are neither bound nor connected: their options are set once, with the first datagram.
 
 use std::net::SocketAddr;
 
@@ -20,7 +20,7 @@ fn receiver(probe: &mut Probe, family: Family) -> (Fd, SocketAddr) {
 }
 
 #[test]
-fn options_are_set_with_the_first_datagram_and_not_again() {
+fn options_are_set_only_with_the_first_datagram() {
     require!("cgroup/sendmsg4");
     let policy = PolicyFile::new(
         "[[rule]]\nmatch = { protocol = \"udp\" }\n\
@@ -33,13 +33,14 @@ fn options_are_set_with_the_first_datagram_and_not_again() {
         let sender = probe.open(family, Kind::Udp);
         let before = probe.int(sender, SO_SNDBUF);
         let is_set = Kernel::current().has("lsm_cgroup/socket_post_create");
-        assert_eq!(before == 8192, is_set, "{family:?}: when it was made");
+        assert_eq!(before == 8192, is_set, "{family:?}: set at creation");
         for _ in 0..3 {
             probe.send(sender, Some(address));
             probe.receive(receiver);
         }
         assert_eq!((probe.int(sender, SO_SNDBUF), probe.int(sender, SO_RCVLOWAT)), (8192, 3), "{family:?}");
-        // The application wins where the policy lets it, also if it asks before it sends.
+        // With `on_conflict = "allow"`, the application's value is kept, also if it was set before the first
+        // datagram.
         probe.set(sender, SO_SNDBUF, 10_000).unwrap();
         let other = probe.open(family, Kind::Udp);
         probe.set(other, SO_SNDBUF, 10_000).unwrap();
@@ -50,15 +51,15 @@ fn options_are_set_with_the_first_datagram_and_not_again() {
         }
     }
     let report = exec.finish();
-    // The receiver, which is bound, and the two senders.
+    // The bound receiver and the two senders.
     let sockets = &report.setting("SO_RCVLOWAT").sockets;
     assert_eq!((sockets.set, sockets.unchanged, sockets.failed), (6, 0, 0));
     report.assert_nothing_lost();
 }
 
-/// What was decided when it connected is not decided anew, without its peer, when it sends to an address all the same.
+/// The decision at connect is not repeated without the peer when the socket also sends to an address.
 #[test]
-fn connected_socket_that_sends_to_an_address_keeps_what_it_has() {
+fn connected_socket_that_sends_to_an_address_keeps_its_values() {
     require!("cgroup/sendmsg4");
     let policy = PolicyFile::new(
         "[[rule]]\nmatch = { protocol = \"udp\", remote = \"127.0.0.0/8\" }\nset = { SO_RCVBUF = 4096 }\n\
@@ -75,7 +76,7 @@ fn connected_socket_that_sends_to_an_address_keeps_what_it_has() {
 }
 
 #[test]
-fn socket_that_was_there_before_is_left_as_it_is() {
+fn socket_older_than_the_policy_is_not_changed() {
     require!("cgroup/sendmsg4");
     let target = Cgroup::new();
     let mut probe = Probe::start(&target);
@@ -84,18 +85,18 @@ fn socket_that_was_there_before_is_left_as_it_is() {
     let policy = PolicyFile::new("[[rule]]\nmatch = { protocol = \"udp\" }\nset = { SO_RCVLOWAT = 3 }\n");
     let run = Run::start(&policy, &target);
     let after = probe.open(Family::Inet, Kind::Udp);
-    let told = [before, after].map(|fd| {
+    let reported = [before, after].map(|fd| {
         probe.send(fd, Some(address));
         probe.int(fd, SO_RCVLOWAT)
     });
-    assert_eq!(told, [1, 3]);
+    assert_eq!(reported, [1, 3]);
     drop(probe);
     drop(run.finish());
 }
 
-/// It has many peers, or may have.
+/// Such a socket can have many peers.
 #[test]
-fn rule_about_the_peer_is_not_for_a_socket_without_one() {
+fn rule_about_the_peer_does_not_match_a_socket_without_a_peer() {
     require!("cgroup/sendmsg4");
     let policy = PolicyFile::new(
         "[[rule]]\nmatch = { protocol = \"udp\", remote = \"127.0.0.0/8\" }\nset = { SO_RCVBUF = 4096 }\n\
@@ -109,13 +110,13 @@ fn rule_about_the_peer_is_not_for_a_socket_without_one() {
     probe.send(sender, Some(address));
     assert_eq!((probe.int(sender, SO_RCVBUF), probe.int(sender, SO_RCVLOWAT)), (before, 3));
     probe.connect(sender, address);
-    assert_eq!(probe.int(sender, SO_RCVBUF), 8192, "now it has one");
+    assert_eq!(probe.int(sender, SO_RCVBUF), 8192, "now it has a peer");
     drop(exec.finish());
 }
 
-/// An IPv6 socket without an address of its own may carry both.
+/// An IPv6 socket without a local address can carry both families.
 #[test]
-fn socket_that_may_carry_both_has_the_code_points_of_both() {
+fn socket_that_can_carry_both_families_has_both_code_points() {
     require!("cgroup/sendmsg6");
     let policy = PolicyFile::new("[[rule]]\nset = { IP_TOS = \"AF21\", IPV6_TCLASS = \"AF22\" }\n");
     let mut exec = Exec::start(&policy);

@@ -1,12 +1,13 @@
-//! A dry run decides as enforcement does, and does nothing.
+//! A dry run decides as enforcement does, and changes nothing.
 
-mod unhooked;
+mod without_hooks;
 
 use std::collections::BTreeMap;
 
 use nix::errno::Errno;
 use sockpolicy_integration_tests::{
     agent::Exec,
+    bpf_objects::attach_types_of_links,
     cgroup::Cgroup,
     options::{
         IP_TOS, IP_TTL, SO_KEEPALIVE, SO_LINGER, SO_MARK, SO_PRIORITY, SO_RCVBUF, SocketOption, TCP_CONGESTION,
@@ -16,7 +17,6 @@ use sockpolicy_integration_tests::{
     probe::Probe,
     report::Report,
     require,
-    residue::attach_types_of_links,
     script::{Argument, Family, Kind},
 };
 
@@ -29,7 +29,7 @@ const POLICY: &str = "[[rule]]\n\
     limit = { TCP_KEEPCNT = { max = 10 }, SO_RCVBUF = { max = \"32KiB\" } }\n\
     deny = [\"SO_LINGER\"]\n";
 
-/// What an application asks for, and what it would have then.
+/// Returns the calls of an application, with the values that they would set without a policy.
 fn calls() -> Vec<(SocketOption, Argument, Vec<u8>)> {
     let int = |value: i32| value.to_ne_bytes().to_vec();
     let linger: Vec<u8> = [1i32, 5].into_iter().flat_map(i32::to_ne_bytes).collect();
@@ -42,13 +42,13 @@ fn calls() -> Vec<(SocketOption, Argument, Vec<u8>)> {
         (TCP_KEEPIDLE, 99.into(), int(99)),
         (TCP_USER_TIMEOUT, 1234.into(), int(1234)),
         (SO_KEEPALIVE, 0.into(), int(0)),
-        (TCP_KEEPCNT, Argument::long(99, 8192), int(99)),
+        (TCP_KEEPCNT, Argument::padded(99, 8192), int(99)),
         (SO_RCVBUF, 65536.into(), int(2 * 65536)),
         (SO_LINGER, linger.clone().into(), linger),
     ]
 }
 
-/// Asks for all of it on a connected socket. Gives what the calls returned and what is there then.
+/// Makes these calls on a connected socket. Returns their results, and the values of the socket afterwards.
 fn ask(probe: &mut Probe) -> Vec<(&'static str, Result<(), Errno>, Vec<u8>)> {
     let pair = probe.pair(Family::Inet, Kind::Tcp);
     let calls = calls().into_iter();
@@ -62,7 +62,7 @@ fn ask(probe: &mut Probe) -> Vec<(&'static str, Result<(), Errno>, Vec<u8>)> {
         .collect()
 }
 
-/// Conflicts by option and verdict.
+/// Returns the number of conflicts by option and verdict.
 fn decisions(report: &Report) -> BTreeMap<(String, String), u64> {
     let all = report.summary.settings.iter().flat_map(|setting| {
         let verdicts = setting.calls.verdicts().into_iter();
@@ -83,7 +83,7 @@ fn would(verdict: &str) -> String {
 }
 
 #[test]
-fn dry_run_leaves_the_sockets_alone_and_decides_the_same() {
+fn dry_run_changes_no_socket_and_has_the_same_verdicts_as_enforcement() {
     require!("cgroup/bind4");
     let policy = PolicyFile::new(POLICY);
     let mut enforced = Exec::start(&policy);
@@ -94,10 +94,10 @@ fn dry_run_leaves_the_sockets_alone_and_decides_the_same() {
     let dry = dry.finish();
 
     for ((option, result, value), (_, _, wish)) in unheld.iter().zip(calls()) {
-        assert_eq!((result, value), (&Ok(()), &wish), "{option}: the application has its way");
+        assert_eq!((result, value), (&Ok(()), &wish), "{option}: the application's value is set");
     }
     let unlike = held.iter().zip(&unheld).filter(|(held, unheld)| held != unheld).count();
-    assert_eq!(unlike, unheld.len() - 1, "all but the one that is allowed come out differently when enforced");
+    assert_eq!(unlike, unheld.len() - 1, "when enforced, all but the allowed call have a different effect");
 
     let expected: BTreeMap<_, _> =
         decisions(&enforced).into_iter().map(|((option, verdict), count)| ((option, would(&verdict)), count)).collect();
@@ -116,19 +116,19 @@ fn dry_run_leaves_the_sockets_alone_and_decides_the_same() {
         );
         assert_eq!(other.result, Some(0), "{}", option.name);
     }
-    // It also counts the sockets that would have been set.
+    // A dry run also counts the sockets that would have been set.
     for setting in &enforced.summary.settings {
         assert_eq!(dry.setting(&setting.option).sockets, setting.sockets, "{}", setting.option);
     }
 }
 
 #[test]
-fn policy_can_ask_for_a_dry_run_itself() {
+fn policy_can_request_a_dry_run() {
     require!("cgroup/bind4");
     let policy = PolicyFile::new(format!("mode = \"dry-run\"\n{POLICY}"));
     let mut exec = Exec::start(&policy);
     let fd = exec.probe.open(Family::Inet, Kind::Tcp);
-    assert_eq!(exec.probe.int(fd, SO_MARK), 0, "not from birth either");
+    assert_eq!(exec.probe.int(fd, SO_MARK), 0, "not at creation either");
     let pair = exec.probe.pair(Family::Inet, Kind::Tcp);
     assert_eq!(exec.probe.set(pair.client, TCP_NODELAY, 0), Ok(()));
     assert_eq!(exec.probe.int(pair.client, TCP_NODELAY), 0);
@@ -137,7 +137,7 @@ fn policy_can_ask_for_a_dry_run_itself() {
 }
 
 #[test]
-fn call_that_fails_for_other_reasons_is_decided_alike() {
+fn call_that_fails_for_other_reasons_has_the_same_verdict() {
     let policy = PolicyFile::new("[[rule]]\nset = { TCP_KEEPCNT = 5 }\n");
     let mut exec = Exec::with(&policy, &["--dry-run"]);
     let fd = exec.probe.open(Family::Inet, Kind::Tcp);
@@ -146,10 +146,10 @@ fn call_that_fails_for_other_reasons_is_decided_alike() {
     let event = report.conflict("TCP_KEEPCNT");
     assert_eq!(event.verdict.as_deref(), Some("would-rewrite"));
     assert_eq!(event.result, Some(-(Errno::EINVAL as i64)));
-    assert_ne!(event.current, 4000, "the socket does not have what the kernel refused");
+    assert_ne!(event.current, 4000, "the socket does not have the refused value");
 }
 
-/// A policy of which the audit can judge calls as well as a hook: it asks about nothing but the protocol.
+/// A policy for which the audit can judge calls as well as a hook: its rule matches only the protocol.
 const PLAIN: &str = "[[rule]]\n\
     match = { protocol = \"tcp\" }\n\
     set = { TCP_NODELAY = true, SO_MARK = \"0x20/0xff\", SO_PRIORITY = { value = 3, on_conflict = \"ignore\" }, \
@@ -161,7 +161,7 @@ const PLAIN: &str = "[[rule]]\n\
 /// BPF_CGROUP_GETSOCKOPT and BPF_CGROUP_SETSOCKOPT.
 const SOCKOPT: [u64; 2] = [21, 22];
 
-/// Makes calls of every kind on TCP and UDP sockets. Gives what they returned.
+/// Makes calls of every kind on TCP and UDP sockets. Returns their results.
 fn ask_in_every_way(probe: &mut Probe) -> Vec<Result<(), Errno>> {
     let mut results = Vec::new();
     for (family, kind) in [(Family::Inet, Kind::Tcp), (Family::Inet6, Kind::Tcp), (Family::Inet, Kind::Udp)] {
@@ -190,19 +190,19 @@ fn ask_in_every_way(probe: &mut Probe) -> Vec<Result<(), Errno>> {
                 results.push(probe.set(fd, option, argument));
             }
             results.push(probe.set(fd, option, Argument { len: -1, ..Argument::from(1) }));
-            results.push(probe.set(fd, option, Argument::long(1, 4097)));
+            results.push(probe.set(fd, option, Argument::padded(1, 4097)));
         }
         probe.close(fd);
-        // A descriptor of nothing.
+        // A closed descriptor.
         results.push(probe.set(fd, TCP_NODELAY, 0));
     }
     results
 }
 
-/// Calls on an option: conflicts by verdict, those that agreed, and reads.
+/// Calls on an option: conflicts by verdict, agreeing calls, and reads.
 type Counts = (Vec<(String, u64)>, u64, u64);
 
-/// Counts of calls by option.
+/// Returns the counters of calls by option.
 fn counts(report: &Report) -> BTreeMap<String, Counts> {
     let of = |calls: &sockpolicy_integration_tests::report::Calls| {
         (
@@ -235,26 +235,23 @@ fn audit_judges_calls_of_a_dry_run_as_the_hook_does() {
 }
 
 #[test]
-fn dry_run_does_not_fail_a_call_whose_argument_is_cut_off() {
+fn dry_run_does_not_fail_a_call_with_a_truncated_argument() {
     let policy = PolicyFile::new(PLAIN);
     let mut exec = Exec::with(&policy, &["--dry-run"]);
     let fd = exec.probe.open(Family::Inet, Kind::Tcp);
     assert_eq!(exec.probe.set(fd, TCP_NODELAY, 1), Ok(()));
-    assert_eq!(exec.probe.set(fd, TCP_NODELAY, Argument::cut_off(0, 64)), Ok(()), "as without a policy");
+    assert_eq!(exec.probe.set(fd, TCP_NODELAY, Argument::truncated(0, 64)), Ok(()), "as without a policy");
     assert_eq!(exec.probe.int(fd, TCP_NODELAY), 0);
     let report = exec.finish();
     assert_eq!(report.verdicts("TCP_NODELAY"), ["would-rewrite"]);
 }
 
 #[test]
-fn rule_about_the_peer_keeps_the_hook_in_a_dry_run() {
+fn rule_about_the_peer_needs_the_hook_in_a_dry_run() {
     require!("cgroup/bind4");
     let policy =
         PolicyFile::new("[[rule]]\nmatch = { remote = \"127.0.0.0/8\" }\nlimit = { TCP_KEEPCNT = { max = 10 } }\n");
     let exec = Exec::with(&policy, &["--dry-run"]);
-    assert!(
-        attach_types_of_links(exec.pid()).contains(&SOCKOPT[1]),
-        "what is asked for before is judged when it connects"
-    );
+    assert!(attach_types_of_links(exec.pid()).contains(&SOCKOPT[1]), "calls before connect are judged at connect");
     exec.finish();
 }

@@ -1,8 +1,7 @@
-//! Every option that can be set is set, on every kind of socket that has it, and the process that
-//! owns the socket is told so by getsockopt.
+//! Every option that can be set is set on every kind of socket that has it, as getsockopt in the owner shows.
 //!
-//! One run of the agent has sockets of all kinds made under a policy of all options; the tests look
-//! at what they had. Another run without an agent shows that they would not have had it anyway.
+//! One run of the agent creates sockets of all kinds under a policy of all options, and the tests examine their
+//! values. Another run without an agent shows that the sockets would not have had these values anyway.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -27,7 +26,7 @@ use crate::{
     settings::{Place, SETTINGS, Seen, Setting},
 };
 
-/// What the owning process was told: by socket and option.
+/// The values that the owner has read, by socket and option.
 pub(crate) type Observed = BTreeMap<(Family, Place), BTreeMap<&'static str, Result<Vec<u8>, Errno>>>;
 
 static ENFORCED: LazyLock<(Observed, Report)> = LazyLock::new(|| {
@@ -39,18 +38,18 @@ static ENFORCED: LazyLock<(Observed, Report)> = LazyLock::new(|| {
     (observed, exec.finish())
 });
 
-/// A policy that sets every option that this kernel can set.
+/// Returns a policy that sets every option that this kernel can set.
 pub(crate) fn policy_of_all() -> PolicyFile {
     let settings = SETTINGS.iter().filter(|setting| is_here(setting) && setting.option != SO_BINDTOIFINDEX);
     let lines: Vec<String> = settings.map(|setting| format!("{} = {}", setting.option.name, setting.policy)).collect();
-    // Without these hooks there is no place at which to set the options of datagram sockets.
+    // Without these hooks, the options of datagram sockets cannot be set.
     let matches = if Kernel::current().has("cgroup/bind4") { "" } else { "match = { protocol = \"tcp\" }\n" };
     PolicyFile::new(format!("[[rule]]\n{matches}set = {{ {} }}\n", lines.join(", ")))
 }
 
 fn is_here(setting: &Setting) -> bool {
     let kernel = Kernel::current();
-    // The interface is set at bind too, or not at all.
+    // The device is also set at bind, or not at all.
     kernel.has(setting.option.name) && (setting.option != SO_BINDTODEVICE || kernel.has("cgroup/bind4"))
 }
 
@@ -58,7 +57,7 @@ fn has(setting: &Setting, family: Family, place: Place) -> bool {
     is_here(setting) && setting.families.contains(&family) && setting.places.contains(&place)
 }
 
-/// Makes sockets of every kind, which stay, and reads every option of each.
+/// Opens sockets of every kind, which stay open, and reads every option of each.
 pub(crate) fn observe(probe: &mut Probe) -> Observed {
     let mut observed = Observed::new();
     for family in Family::BOTH {
@@ -81,7 +80,7 @@ pub(crate) fn observe(probe: &mut Probe) -> Observed {
             let values = of_this.map(|setting| (setting.option.name, read(probe, fd, setting))).collect();
             observed.insert((family, place), values);
         }
-        probe.talk(pair.client, pair.server);
+        probe.exchange_bytes(pair.client, pair.server);
     }
     observed
 }
@@ -96,7 +95,7 @@ fn read(probe: &mut Probe, fd: Fd, setting: &Setting) -> Result<Vec<u8>, Errno> 
     probe.get(fd, option, len)
 }
 
-/// The sockets at `place` that do not have what the policy wants.
+/// Returns the options at `place` for which `is_wrong` returns true, and those that could not be read.
 fn wrong(observed: &Observed, place: Place, is_wrong: impl Fn(&Setting, &[u8]) -> bool) -> Vec<String> {
     let mut found = Vec::new();
     for family in Family::BOTH {
@@ -129,40 +128,40 @@ fn assert_enforced(place: Place) {
 }
 
 #[test]
-fn every_option_holds_on_outbound_tcp() {
+fn every_option_is_set_on_outbound_tcp() {
     assert_enforced(Place::Client);
 }
 
 #[test]
-fn every_option_holds_on_inbound_tcp() {
+fn every_option_is_set_on_inbound_tcp() {
     assert_enforced(Place::Server);
 }
 
 #[test]
-fn every_option_holds_on_listeners() {
+fn every_option_is_set_on_listeners() {
     assert_enforced(Place::Listener);
 }
 
 #[test]
-fn every_option_holds_on_bound_udp() {
+fn every_option_is_set_on_bound_udp() {
     require!("cgroup/bind4");
     assert_enforced(Place::UdpBound);
 }
 
 #[test]
-fn every_option_holds_on_connected_udp() {
+fn every_option_is_set_on_connected_udp() {
     require!("cgroup/bind4");
     assert_enforced(Place::UdpConnected);
 }
 
 #[test]
-fn every_option_holds_on_udp_that_only_sends() {
+fn every_option_is_set_on_udp_that_only_sends() {
     require!("cgroup/sendmsg4");
     assert_enforced(Place::UdpSent);
 }
 
 #[test]
-fn no_socket_would_have_these_values_without_a_policy() {
+fn no_socket_has_these_values_without_a_policy() {
     let cgroup = Cgroup::new();
     let observed = observe(&mut Probe::start(&cgroup));
     let places = [Place::Client, Place::Server, Place::Listener, Place::UdpBound, Place::UdpConnected, Place::UdpSent];
@@ -171,7 +170,7 @@ fn no_socket_would_have_these_values_without_a_policy() {
     assert!(same.is_empty(), "these settings prove nothing: {same:#?}");
 }
 
-/// Also the proof for the options that no process can read (TCP_BPF_DELACK_MAX, the *_CB_FLAGS).
+/// This also proves the options that no process can read (TCP_BPF_DELACK_MAX, the *_CB_FLAGS).
 #[test]
 fn every_option_is_counted_as_set_and_none_as_failed() {
     let report = &ENFORCED.1;
@@ -179,7 +178,7 @@ fn every_option_is_counted_as_set_and_none_as_failed() {
         let counted = report.setting(setting.option.name).sockets;
         assert!(counted.set > 0 && counted.failed == 0, "{}: {counted:?}", setting.option.name);
     }
-    assert_eq!(report.summary.conflicts, 0, "the sockets' owner was shown other values: {:?}", report.events);
+    assert_eq!(report.summary.conflicts, 0, "the owner of the sockets read other values: {:?}", report.events);
     report.assert_nothing_lost();
 }
 
@@ -189,9 +188,9 @@ fn every_option_of_the_table_is_tested() {
     assert_eq!(tested, Kernel::current().known.options);
 }
 
-/// By itself, because SO_BINDTODEVICE is another name for it.
+/// In a separate test, because SO_BINDTODEVICE is another name for the option.
 #[test]
-fn interface_by_index_holds_on_every_kind_of_socket() {
+fn interface_by_index_is_set_on_every_kind_of_socket() {
     require!("cgroup/bind4");
     let policy = PolicyFile::new("[[rule]]\nset = { SO_BINDTOIFINDEX = 1 }\n");
     let mut exec = Exec::start(&policy);
@@ -205,7 +204,7 @@ fn interface_by_index_holds_on_every_kind_of_socket() {
 }
 
 #[test]
-fn saved_syn_is_there_for_who_accepts() {
+fn saved_syn_is_available_on_the_accepted_socket() {
     let policy = PolicyFile::new("[[rule]]\nset = { TCP_SAVE_SYN = 1 }\n");
     let mut exec = Exec::start(&policy);
     for family in Family::BOTH {
@@ -217,7 +216,7 @@ fn saved_syn_is_there_for_who_accepts() {
 }
 
 #[test]
-fn raw_sockets_have_what_can_be_set_at_birth() {
+fn raw_sockets_have_the_options_that_are_set_at_creation() {
     require!("cgroup/bind4");
     let policy = PolicyFile::new("[[rule]]\nset = { SO_MARK = 7, SO_PRIORITY = 5, SO_BINDTOIFINDEX = 1 }\n");
     let mut exec = Exec::start(&policy);
@@ -231,7 +230,7 @@ fn raw_sockets_have_what_can_be_set_at_birth() {
 }
 
 #[test]
-fn address_can_be_taken_again_where_the_policy_says_reuse() {
+fn address_can_be_bound_twice_if_the_policy_sets_reuse() {
     require!("cgroup/bind4");
     let policy = PolicyFile::new("[[rule]]\nset = { SO_REUSEADDR = true, SO_REUSEPORT = true }\n");
     let mut exec = Exec::start(&policy);
@@ -254,8 +253,7 @@ impl Setting {
         }
     }
 
-    /// Whether this is what the owning process sees where the policy holds; `None` where nothing
-    /// can be seen.
+    /// Returns whether the owner reads the policy's value; `None` if the option cannot be read.
     fn is_seen_in(&self, value: &[u8]) -> Option<bool> {
         match self.seen {
             Seen::Int(wanted) => Some(value == wanted.to_ne_bytes()),

@@ -1,4 +1,4 @@
-//! `sockpolicy explain` and `sockpolicy test`, against what sockets have.
+//! `sockpolicy explain` and `sockpolicy test`, compared with the values of sockets.
 
 use serde_json::Value;
 use sockpolicy_integration_tests::{
@@ -27,7 +27,7 @@ match = { protocol = \"tcp\" }
 set = { TCP_KEEPCNT = 33, TCP_SYNCNT = 4 }
 ";
 
-/// What the policy decides of each of the options, as `explain` tells.
+/// Returns the deciding value of each option, from `explain`.
 fn explained(policy: &PolicyFile, socket: &[&str]) -> [String; 2] {
     let path = policy.path().to_str().unwrap();
     let output = agent::output(&[&["explain", "-o", "json", path], socket].concat());
@@ -40,7 +40,7 @@ fn explained(policy: &PolicyFile, socket: &[&str]) -> [String; 2] {
 }
 
 #[test]
-fn what_is_explained_is_what_the_owner_is_told() {
+fn explained_values_are_those_that_the_owner_reads() {
     let policy = PolicyFile::new(POLICY);
     let mut exec = Exec::start(&policy);
     let probe = &mut exec.probe;
@@ -53,20 +53,20 @@ fn what_is_explained_is_what_the_owner_is_told() {
         let server = probe.accept(listener);
         let ends = [(client, "outbound", local, address), (server, "inbound", address, local)];
         for ((fd, direction, local, remote), expected) in ends.into_iter().zip(expected) {
-            let told = OPTIONS.map(|option| probe.int(fd, option).to_string());
-            assert_eq!(told, expected, "{direction} from {local}");
+            let reported = OPTIONS.map(|option| probe.int(fd, option).to_string());
+            assert_eq!(reported, expected, "{direction} from {local}");
             let (local, remote, pid) = (local.to_string(), remote.to_string(), probe.pid.to_string());
             let described = ["--direction", direction, "--local", &local, "--remote", &remote];
-            assert_eq!(explained(&policy, &described), told, "{direction} from {local}");
+            assert_eq!(explained(&policy, &described), reported, "{direction} from {local}");
             let found = [&["--pid", &pid], &described[..]].concat();
-            assert_eq!(explained(&policy, &found), told, "{direction} from {local}, found in its process");
+            assert_eq!(explained(&policy, &found), reported, "{direction} from {local}, found in its process");
         }
     }
     drop(exec.finish());
 }
 
 #[test]
-fn tests_of_a_policy_pass_or_fail_without_any_rights() {
+fn policy_tests_pass_or_fail() {
     let case = |set: &str| {
         format!(
             "[[test]]\nsocket = {{ direction = \"inbound\", remote = \"127.1.0.1:5\" }}\nset = {{ {set} }}\nfree = \
@@ -76,16 +76,16 @@ fn tests_of_a_policy_pass_or_fail_without_any_rights() {
     for (set, failed) in [("TCP_KEEPCNT = 22", None), ("TCP_KEEPCNT = 22, TCP_SYNCNT = 4", Some("TCP_SYNCNT: 4"))] {
         let policy = PolicyFile::new(format!("{POLICY}{}", case(set)));
         let output = agent::output(&["test", policy.path().to_str().unwrap()]);
-        let said = stdout(&output);
-        assert_eq!(output.status.code(), Some(i32::from(failed.is_some())), "{said}{}", stderr(&output));
+        let printed = stdout(&output);
+        assert_eq!(output.status.code(), Some(i32::from(failed.is_some())), "{printed}{}", stderr(&output));
         match failed {
-            None => assert_eq!(said, "passed: 1\n"),
+            None => assert_eq!(printed, "passed: 1\n"),
             Some(failed) => {
                 assert!(
-                    said.contains(&format!("\n  expected {failed}\n  found TCP_SYNCNT: 3, by rule near (")),
-                    "{said}"
+                    printed.contains(&format!("\n  expected {failed}\n  found TCP_SYNCNT: 3, by rule near (")),
+                    "{printed}"
                 );
-                assert!(said.ends_with("\npassed: 0, failed: 1\n"), "{said}");
+                assert!(printed.ends_with("\npassed: 0, failed: 1\n"), "{printed}");
             }
         }
     }

@@ -1,4 +1,4 @@
-//! What is known of a socket, when it is known, and what happens when it changes.
+//! Facts about a socket: when they become known, and what happens when they change.
 
 mod any_address;
 mod before_known;

@@ -1,4 +1,4 @@
-//! Files that decide what root does: pins, records, journals and policies, with what other users may do to them.
+//! Files that decide what root does (pins, records, journals and policies), and what other users can do to them.
 
 mod policies;
 
@@ -15,16 +15,18 @@ use sockpolicy_integration_tests::{
     options::SO_MARK,
     policy::{PolicyFile, sets_mark},
     probe::Probe,
-    process::{self, with_mounts},
+    process::{self, in_mount_namespace},
     script::{Family, Kind},
 };
 
 use crate::{bad_input::rights::with_capabilities, stderr, stdout};
 
-/// A host of its own: no /run/sockpolicy, and a BPF file system in which every user may make files, as its default mode says.
+/// Prepares a separate host environment: an empty /run, and a BPF file system in which every user can create files,
+/// as by default.
 const OWN: &str = "mount -t tmpfs -o mode=755 none /run && mount -t bpf -o mode=1777 none /sys/fs/bpf && umask 000";
 
-/// Runs a shell script on such a host, with `sockpolicy` and `$POLICY`; `nobody COMMAND` is run by another user.
+/// Runs a shell script in such an environment, with `sockpolicy` and `$POLICY`. `nobody COMMAND` runs a command as
+/// another user.
 #[track_caller]
 fn on_own_host(prepare: &str, policy: &Path, script: &str) -> Output {
     let mut shell = Command::new("sh");
@@ -35,7 +37,7 @@ fn on_own_host(prepare: &str, policy: &Path, script: &str) -> Output {
         policy.display()
     );
     shell.arg("-uc").arg(format!("{functions}; {script}"));
-    process::output(with_mounts(prepare, &shell))
+    process::output(in_mount_namespace(prepare, &shell))
 }
 
 #[track_caller]
@@ -44,7 +46,7 @@ fn succeeds(output: &Output) {
 }
 
 #[test]
-fn directories_are_private_whatever_the_umask_and_the_file_system() {
+fn directories_are_private_with_any_umask_and_file_system_mode() {
     let target = Cgroup::new();
     let policy = PolicyFile::new(sets_mark(&target, 1));
     let output = on_own_host(
@@ -58,40 +60,40 @@ fn directories_are_private_whatever_the_umask_and_the_file_system() {
 }
 
 #[test]
-fn link_that_another_user_put_in_the_place_of_pins_is_not_followed() {
+fn symbolic_link_of_another_user_in_place_of_pins_is_not_followed() {
     let target = Cgroup::new();
     let policy = PolicyFile::new(sets_mark(&target, 1));
-    let folder = policy.folder().join("precious");
+    let dir = policy.dir().join("precious");
     for (place, made) in [
         ("/sys/fs/bpf/sockpolicy", String::new()),
         ("/sys/fs/bpf/sockpolicy/default", "nobody mkdir /sys/fs/bpf/sockpolicy; ".to_owned()),
     ] {
-        fs::create_dir_all(folder.join("0123456789abcdef/links/empty")).unwrap();
-        fs::create_dir_all(folder.join("default/0123456789abcdef/maps")).unwrap();
-        fs::write(folder.join("default/0123456789abcdef/maps/FILE"), "kept").unwrap();
+        fs::create_dir_all(dir.join("0123456789abcdef/links/empty")).unwrap();
+        fs::create_dir_all(dir.join("default/0123456789abcdef/maps")).unwrap();
+        fs::write(dir.join("default/0123456789abcdef/maps/FILE"), "kept").unwrap();
         let output = on_own_host(
             OWN,
             policy.path(),
             &format!(
                 "{made}nobody ln -s {0} {place}; find {0} | sort; for command in status detach 'attach $POLICY' detach; do \
                  eval sockpolicy $command 2>&1; echo $?; done; find {0} | sort",
-                folder.display()
+                dir.display()
             ),
         );
-        let said = stdout(&output);
-        let tree: Vec<&str> = said.lines().take_while(|line| line.starts_with('/')).collect();
+        let printed = stdout(&output);
+        let tree: Vec<&str> = printed.lines().take_while(|line| line.starts_with('/')).collect();
         assert_eq!(tree.len(), 8);
-        assert!(said.ends_with(&(tree.join("\n") + "\n")), "{said}");
-        // `status` says that nothing is in force, and all of them that they cannot look.
-        assert_eq!(said.matches("cannot use /sys/fs/bpf/sockpolicy: it ").count(), 4, "{said}");
-        assert_eq!(said.matches("\n2\n").count(), 4, "{said}");
+        assert!(printed.ends_with(&(tree.join("\n") + "\n")), "{printed}");
+        // `status` says that no policy is in force; each command says that it cannot use the directory.
+        assert_eq!(printed.matches("cannot use /sys/fs/bpf/sockpolicy: it ").count(), 4, "{printed}");
+        assert_eq!(printed.matches("\n2\n").count(), 4, "{printed}");
         let why = if made.is_empty() { "it is a symbolic link\n" } else { "it belongs to user 65534\n  help: " };
-        assert!(said.contains(why), "{said}");
+        assert!(printed.contains(why), "{printed}");
     }
 }
 
 #[test]
-fn directory_of_another_user_does_not_keep_an_agent_from_its_work() {
+fn pin_directory_of_another_user_does_not_stop_run() {
     let target = Cgroup::new();
     let policy = PolicyFile::new(sets_mark(&target, 1));
     let output = on_own_host(
@@ -105,7 +107,7 @@ fn directory_of_another_user_does_not_keep_an_agent_from_its_work() {
 }
 
 #[test]
-fn file_system_for_pins_is_mounted_where_there_is_none() {
+fn bpf_file_system_is_mounted_if_missing() {
     let target = Cgroup::new();
     let policy = PolicyFile::new(sets_mark(&target, 1));
     let without = "mount -t tmpfs -o mode=755 none /run && umount /sys/fs/bpf";
@@ -122,58 +124,58 @@ fn file_system_for_pins_is_mounted_where_there_is_none() {
     let mut attach = agent::command(&["attach", "--allow-unsupported"]);
     attach.arg(policy.path());
     let rights = "-all,+bpf,+net_admin,+perfmon,+dac_override,+sys_resource";
-    let output = process::output(with_mounts(without, &with_capabilities(rights, &attach)));
+    let output = process::output(in_mount_namespace(without, &with_capabilities(rights, &attach)));
     let error = "error: cannot pin policies: there is no BPF file system at /sys/fs/bpf, and it cannot be mounted: Operation not \
                  permitted\n  help: mount -t bpf -o mode=0700 bpf /sys/fs/bpf\n";
     assert_eq!((stderr(&output).as_str(), output.status.code()), (error, Some(2)));
 }
 
 #[test]
-fn what_sockpolicy_did_not_make_among_pins_is_left_and_named_and_stops_nothing() {
+fn foreign_files_among_pins_are_left_and_named_and_stop_no_command() {
     let (target, instance) = (Cgroup::new(), Instance::new());
     let policy = PolicyFile::new(sets_mark(&target, 1));
     instance.attach(policy.path());
-    let layout = instance.folder().join(&instance.layouts()[0]);
+    let layout = instance.dir().join(&instance.layouts()[0]);
     let link = fs::read_dir(layout.join("links")).unwrap().next().unwrap().unwrap().file_name();
-    // Where a link of sockpolicy could be: a name of one, for a cgroup that it does not have.
+    // Names that a link of sockpolicy could have, for a cgroup that is not a target.
     let foreign: Vec<_> = ["foreign", "links", "maps", "0123456789abcdef"]
-        .map(|name| instance.folder().join(name))
+        .map(|name| instance.dir().join(name))
         .into_iter()
         .chain(["foreign", "links/foreign", "maps/sp_foreign", "links/1-2-3-sp_connect4"].map(|name| layout.join(name)))
         .collect();
     for path in &foreign {
         fs::create_dir(path).unwrap();
     }
-    // An empty directory of another layout looks like what an agent left when it was killed.
+    // An empty directory of another layout looks like the remains of a killed agent.
     let kept: Vec<_> = foreign.iter().filter(|path| !path.ends_with("0123456789abcdef")).collect();
-    // A map under the name of a link: `bpftool map pin` can do that.
+    // A map under the name of a link, as `bpftool map pin` can make it.
     let map = layout.join("links/1-2-3-sp_bind4");
     let pinned =
         Command::new("bpftool").args(["map", "pin", "pinned"]).args([&layout.join("maps/sp_config"), &map]).output();
     let has_map = pinned.is_ok_and(|output| output.status.success());
     for mark in [2, 3] {
         instance.attach(PolicyFile::new(sets_mark(&target, mark)).path());
-        assert_eq!(Probe::start(&target).fresh(SO_MARK), mark);
+        assert_eq!(Probe::start(&target).value_on_new_socket(SO_MARK), mark);
     }
     let output = agent::output(&["detach", &instance.name]);
     succeeds(&output);
-    let said = stderr(&output);
+    let printed = stderr(&output);
     for path in kept.iter().copied().chain(has_map.then_some(&map)) {
         let warning = format!("warning: left {} in place: sockpolicy did not make it\n", path.display());
-        assert!(said.contains(&warning), "{}: {said}", path.display());
+        assert!(printed.contains(&warning), "{}: {printed}", path.display());
         assert!(path.exists());
     }
     assert!(!layout.join("links").join(link).exists() && !layout.join("maps/sp_config").exists());
-    assert_eq!(Probe::start(&target).fresh(SO_MARK), 0);
-    // Nothing is in force by what is left.
+    assert_eq!(Probe::start(&target).value_on_new_socket(SO_MARK), 0);
+    // The remaining files put no policy in force.
     let status = agent::output(&["status", &instance.name]);
     assert_eq!(status.status.code(), Some(2), "{}", stdout(&status));
     instance.attach(PolicyFile::new(sets_mark(&target, 4)).path());
-    assert_eq!(Probe::start(&target).fresh(SO_MARK), 4);
+    assert_eq!(Probe::start(&target).value_on_new_socket(SO_MARK), 4);
     succeeds(&agent::output(&["detach", &instance.name]));
     let _ = fs::remove_file(map);
     for path in
-        kept.iter().rev().copied().chain([&layout.join("links"), &layout.join("maps"), &layout, &instance.folder()])
+        kept.iter().rev().copied().chain([&layout.join("links"), &layout.join("maps"), &layout, &instance.dir()])
     {
         let _ = fs::remove_dir(path);
     }
@@ -181,7 +183,7 @@ fn what_sockpolicy_did_not_make_among_pins_is_left_and_named_and_stops_nothing()
 }
 
 #[test]
-fn record_or_lock_of_another_kind_is_refused_without_waiting_and_named() {
+fn record_or_lock_that_is_no_regular_private_file_is_refused_and_named() {
     let target = Cgroup::new();
     let policy = PolicyFile::new(sets_mark(&target, 1));
     for (made, why) in [
@@ -195,30 +197,33 @@ fn record_or_lock_of_another_kind_is_refused_without_waiting_and_named() {
         let script =
             format!("mkdir -m 700 /run/sockpolicy; {made}; sockpolicy attach --allow-unsupported $POLICY; echo $?");
         let output = on_own_host(OWN, policy.path(), &script);
-        let said = stderr(&output);
+        let printed = stderr(&output);
         let start = "error: cannot use /run/sockpolicy/default.lock: ";
-        assert!(said.starts_with(start) && said.contains(why) && said.contains("\n  help: "), "{made}: {said}");
+        assert!(
+            printed.starts_with(start) && printed.contains(why) && printed.contains("\n  help: "),
+            "{made}: {printed}"
+        );
         assert_eq!(stdout(&output), "2\n");
     }
-    // A record that is none does not keep what it was about from being removed.
+    // An invalid record does not prevent the removal of the instance's pins.
     for made in ["rm $R && mkfifo $R", "rm $R && ln -s /dev/zero $R", "echo '{' >$R", "rm $R && mkdir $R"] {
         let script = format!(
             "R=/run/sockpolicy/default.json; sockpolicy attach --allow-unsupported $POLICY && {made} && timeout 20 $PROGRAM status \
              >/run/status 2>&1; cat /run/status; timeout 20 $PROGRAM detach && ls /sys/fs/bpf | grep sockpolicy"
         );
         let output = on_own_host(OWN, policy.path(), &script);
-        let said = stdout(&output);
+        let printed = stdout(&output);
         assert!(
-            said.contains("it has left no record, or one that this build cannot read"),
-            "{made}: {said}{}",
+            printed.contains("it has left no record, or one that this build cannot read"),
+            "{made}: {printed}{}",
             stderr(&output)
         );
-        assert!(!said.ends_with("sockpolicy\n"), "{made}: {said}");
+        assert!(!printed.ends_with("sockpolicy\n"), "{made}: {printed}");
     }
 }
 
 #[test]
-fn directory_of_records_that_others_can_write_to_is_refused() {
+fn record_directory_that_others_can_write_to_is_refused() {
     let target = Cgroup::new();
     let policy = PolicyFile::new(sets_mark(&target, 1));
     for (made, why) in [
@@ -237,7 +242,7 @@ fn directory_of_records_that_others_can_write_to_is_refused() {
 }
 
 #[test]
-fn name_that_is_no_name_of_an_instance_is_refused() {
+fn invalid_instance_name_is_refused() {
     let policy = PolicyFile::new("[[rule]]\nset = { SO_MARK = 1 }\n");
     let long = "a".repeat(65);
     for name in ["", "..", ".", "a/b", "../../etc", ".hidden", "a.b", &long, "a b", "\u{e4}", "a\nb"] {
@@ -254,8 +259,8 @@ fn name_that_is_no_name_of_an_instance_is_refused() {
     }
 }
 
-/// What sockets have after `apply` and `apply --restore`, between which the journal is changed so; the last has what the
-/// command said and whether there is a journal still.
+/// Returns the values of sockets after `apply`, a change to the journal, and `apply --restore`; the output of the
+/// latter; and whether the journal still exists.
 #[track_caller]
 fn restored_after(change: impl Fn(&mut Vec<u8>)) -> (Vec<i32>, Output, bool) {
     let (target, instance) = (Cgroup::new(), Instance::new());
@@ -276,7 +281,7 @@ fn restored_after(change: impl Fn(&mut Vec<u8>)) -> (Vec<i32>, Output, bool) {
     (values, output, fs::exists(&journal).unwrap())
 }
 
-/// Where lines are that say what sockets had.
+/// Returns the ranges of the lines with former values.
 fn lines_of(text: &[u8]) -> Vec<std::ops::Range<usize>> {
     let mut start = 0;
     let lines = text.split_inclusive(|byte| *byte == b'\n').map(|line| {
@@ -287,7 +292,7 @@ fn lines_of(text: &[u8]) -> Vec<std::ops::Range<usize>> {
 }
 
 #[test]
-fn damaged_line_of_a_journal_loses_its_own_value_only() {
+fn damaged_journal_line_loses_only_its_own_value() {
     type Damage<'a> = &'a dyn Fn(&mut Vec<u8>);
     let (values, output, is_kept) = restored_after(|_| {});
     assert_eq!((values, output.status.code(), is_kept), (vec![500, 501, 502, 503], Some(0), false));
@@ -297,7 +302,7 @@ fn damaged_line_of_a_journal_loses_its_own_value_only() {
             text[line.start + at] ^= 0x80;
         }
     };
-    // A digit of the value: without a sum, another value would be restored.
+    // A digit of the value: without a checksum, another value would be restored.
     let digit = |text: &mut Vec<u8>| {
         let at = text.windows(3).position(|word| word == b"500").unwrap();
         text[at] ^= 1;
@@ -323,15 +328,15 @@ fn damaged_line_of_a_journal_loses_its_own_value_only() {
         let others = values.iter().filter(|value| **value == 61).count();
         assert_eq!((restored, restored + others), (back, 4), "{number}: {values:?} {}", stderr(&output));
         assert!(stdout(&output).starts_with(&format!("restored: {back} options; ")), "{number}: {}", stdout(&output));
-        let said = stderr(&output);
-        assert!(said.contains("warning: damaged lines of /run/sockpolicy/"), "{number}: {said}");
-        assert!(said.contains("\n  help: the lines are kept; "), "{number}: {said}");
+        let printed = stderr(&output);
+        assert!(printed.contains("warning: damaged lines of /run/sockpolicy/"), "{number}: {printed}");
+        assert!(printed.contains("\n  help: the lines are kept; "), "{number}: {printed}");
         assert_eq!((output.status.code(), is_kept), (Some(2), true), "{number}");
     }
 }
 
 #[test]
-fn duplicated_lines_and_lines_after_one_that_was_cut_off_count() {
+fn duplicate_journal_lines_and_lines_after_a_truncated_line_are_used() {
     let (values, output, _) = restored_after(|text| text.extend(text.clone()));
     assert_eq!((values, output.status.code()), (vec![500, 501, 502, 503], Some(0)), "{}", stderr(&output));
     let (target, instance) = (Cgroup::new(), Instance::new());
@@ -352,24 +357,24 @@ fn duplicated_lines_and_lines_after_one_that_was_cut_off_count() {
 }
 
 #[test]
-fn socket_whose_value_cannot_be_recorded_stays_as_it_is() {
+fn socket_whose_value_cannot_be_recorded_is_not_changed() {
     let target = Cgroup::new();
     let policy = PolicyFile::new(sets_mark(&target, 7));
     let mut probe = Probe::start(&target);
     let sockets: Vec<_> = (0..300).map(|_| probe.open(Family::Inet, Kind::Udp)).collect();
-    // Room for the values of some, not of all.
+    // Space for the values of some sockets.
     let small = "mount -t tmpfs -o mode=755,size=16k none /run";
     let script =
         "sockpolicy apply --quiet $POLICY; echo $?; mount -o remount,size=10m /run; sockpolicy apply --restore";
     let output = on_own_host(small, policy.path(), script);
-    let (said, error) = (stdout(&output), stderr(&output));
+    let (printed, error) = (stdout(&output), stderr(&output));
     assert!(error.contains("No space left on device"), "{error}");
-    assert!(said.contains("\n2\n"), "{said}");
-    // What was changed was recorded, whole.
-    let changed: usize = said.split("changed: ").nth(1).unwrap().split(',').next().unwrap().parse().unwrap();
-    assert!(changed > 0 && changed < 300, "{said}");
+    assert!(printed.contains("\n2\n"), "{printed}");
+    // Every change was recorded completely.
+    let changed: usize = printed.split("changed: ").nth(1).unwrap().split(',').next().unwrap().parse().unwrap();
+    assert!(changed > 0 && changed < 300, "{printed}");
     let back = format!("restored: {changed} options; changed by others since: 0; refused: 0\n");
-    assert!(said.ends_with(&back), "{said}{error}");
+    assert!(printed.ends_with(&back), "{printed}{error}");
     assert!(sockets.iter().all(|socket| probe.int(*socket, SO_MARK) == 0));
     assert!(output.status.success(), "{error}");
 }

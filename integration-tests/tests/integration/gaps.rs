@@ -1,4 +1,4 @@
-//! What this kernel cannot do is found by trying, refused, or reported.
+//! Settings that this kernel does not support are found by probing, and are refused or reported.
 
 use std::{collections::BTreeSet, process::Command};
 
@@ -14,7 +14,7 @@ use sockpolicy_integration_tests::{
 
 use crate::stderr;
 
-/// A policy that sets every option, each to the example that the agent's table has.
+/// Returns a policy that sets every option to the example of the agent's table.
 fn everything() -> PolicyFile {
     let output = agent::output(&["options", "--output", "json"]);
     let lines = String::from_utf8(output.stdout).unwrap();
@@ -23,7 +23,7 @@ fn everything() -> PolicyFile {
     let settings: Vec<String> = settable
         .map(|line| format!("{} = {}", line["option"].as_str().unwrap(), line["example"].as_str().unwrap()))
         .collect();
-    // A device has two options, of which a rule may name one.
+    // A device has two options, of which a rule can name one.
     let (device, others): (Vec<_>, Vec<_>) =
         settings.into_iter().partition(|setting| setting.starts_with("SO_BINDTODEVICE "));
     let (device, others) = (device.join(", "), others.join(", "));
@@ -38,14 +38,15 @@ fn gaps_in(report: &Report) -> (BTreeSet<String>, BTreeSet<String>) {
     (at_hooks.into_iter().flat_map(|entry| entry.hooks.clone()).collect(), options)
 }
 
-/// The hooks that policies in force may need: what visits live sockets is none, and policies hold without the LSM hook.
+/// Returns the hooks that policies may need. Iterators are not hooks for new sockets, and policies also work without
+/// the LSM hook.
 fn policy_hooks(kernel: &Kernel) -> BTreeSet<String> {
     let is_needed = |name: &&String| !name.starts_with("iter/") && !name.starts_with("lsm_cgroup/");
     kernel.known.hooks.iter().filter(is_needed).cloned().collect()
 }
 
 #[test]
-fn gaps_are_what_kernels_toml_says_that_there_is_not() {
+fn unsupported_settings_are_those_that_kernels_toml_lists_as_missing() {
     let kernel = Kernel::current();
     let exec = Exec::start(&everything());
     let report = exec.finish();
@@ -64,7 +65,7 @@ fn gaps_are_what_kernels_toml_says_that_there_is_not() {
 }
 
 #[test]
-fn policy_with_gaps_is_refused_with_their_names_unless_it_is_a_dry_run() {
+fn policy_with_unsupported_settings_is_refused_except_in_a_dry_run() {
     let policy = everything();
     let report = Exec::start(&policy).finish();
     let output = process::output(agent::command(&["exec", "--quiet", policy.path().to_str().unwrap(), "--", "true"]));
@@ -73,26 +74,26 @@ fn policy_with_gaps_is_refused_with_their_names_unless_it_is_a_dry_run() {
         return;
     }
     assert_eq!(output.status.code(), Some(125));
-    let said = stderr(&output);
-    assert!(said.contains("error: cannot enforce the policies on this kernel:\n"), "{said}");
+    let printed = stderr(&output);
+    assert!(printed.contains("error: cannot enforce the policies on this kernel:\n"), "{printed}");
     for entry in &report.unsupported {
         let place = if entry.hooks.is_empty() { String::new() } else { format!(" at {}", entry.hooks.join(", ")) };
         let line = format!("\n  {}{place}: {} ({})\n", entry.options.join(", "), entry.reason, entry.remedy);
-        assert!(said.contains(&line), "{line} in {said}");
+        assert!(printed.contains(&line), "{line} in {printed}");
     }
     let dry = Exec::with(&policy, &["--dry-run"]).finish();
-    assert_eq!(dry.unsupported, report.unsupported, "told all the same");
+    assert_eq!(dry.unsupported, report.unsupported, "a dry run reports them too");
 }
 
-/// `check --kernel` goes by versions alone, and so knows this kernel too.
+/// `check --kernel` uses only versions, so it can check this kernel too.
 #[test]
-fn table_of_kernels_says_of_this_one_what_was_tried() {
+fn check_for_this_kernel_agrees_with_probing() {
     let kernel = Kernel::current();
     let policy = everything();
     let path = policy.path().to_str().unwrap();
     let output = agent::output(&["check", "-o", "json", "--kernel", &kernel.release, path]);
-    let said = String::from_utf8(output.stdout).unwrap();
-    let messages: Vec<String> = said
+    let printed = String::from_utf8(output.stdout).unwrap();
+    let messages: Vec<String> = printed
         .lines()
         .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap())
         .filter(|line| line["severity"] == "error")
@@ -111,7 +112,7 @@ fn table_of_kernels_says_of_this_one_what_was_tried() {
 }
 
 #[test]
-fn routes_that_lock_their_congestion_control_are_found() {
+fn routes_with_locked_congestion_control_are_found() {
     let policy = PolicyFile::new("[[rule]]\nset = { TCP_CONGESTION = \"cubic\" }\n");
     let mut shell = Command::new("unshare");
     shell.args(["--net", "sh", "-ec"]);
@@ -123,16 +124,16 @@ fn routes_that_lock_their_congestion_control_are_found() {
     );
     shell.arg(agent::program()).arg(policy.path());
     let output = process::output(shell);
-    let said = stderr(&output);
-    assert!(output.status.success(), "{said}");
+    let printed = stderr(&output);
+    assert!(output.status.success(), "{printed}");
     let expected =
         "connections over routes that lock another congestion control do not get `cubic`: 10.99.0.0/16, and 1 more\n";
-    assert!(said.contains(expected), "{said}");
+    assert!(printed.contains(expected), "{printed}");
 }
 
-/// One that no kernel has.
+/// An option value that no kernel supports.
 #[test]
-fn rest_is_in_force_beside_a_gap() {
+fn other_settings_are_enforced_next_to_an_unsupported_one() {
     let policy = PolicyFile::new(
         "[[rule]]\nmatch = { protocol = \"tcp\" }\nset = { TCP_CONGESTION = \"no-such-cc\", TCP_KEEPCNT = 5 }\n",
     );
@@ -148,9 +149,9 @@ fn rest_is_in_force_beside_a_gap() {
     assert!(report.setting("TCP_CONGESTION").sockets.failed > 0);
 }
 
-/// Sockets that a policy is tried on are not those that it is about.
+/// The sockets of the option probe do not count.
 #[test]
-fn trial_is_neither_counted_nor_reported() {
+fn option_probe_is_neither_counted_nor_reported() {
     let policy = PolicyFile::new("[[rule]]\nmatch = { protocol = \"tcp\" }\nset = { TCP_KEEPCNT = 5 }\n");
     let report = Exec::start(&policy).finish();
     let [line] = &report.summary.settings[..] else { panic!("{:?}", report.summary.settings) };

@@ -1,4 +1,4 @@
-//! Users who claim containers: a claim counts for cgroups of the user's own, and no claim stops the agent.
+//! Users who claim containers. A claim counts only for the user's own cgroups, and no claim stops the agent.
 
 use std::{
     fs,
@@ -15,7 +15,7 @@ use nix::{
 use sockpolicy_integration_tests::{
     agent::Run,
     cgroup::Cgroup,
-    container::{Alone, Container, Rootless},
+    container::{BareRuntime, Container, Rootless},
     impostor::{Disguise, Impostor, Tenant},
     options::SO_MARK,
     policy::PolicyFile,
@@ -29,7 +29,7 @@ use crate::containers::planned;
 
 const ID: &str = "4f7c2a9b01de53c86ae09b7d41f2c6580d3e9a17b4c85f6203ed91ab7c4f2e68";
 
-/// Whether this machine has file systems in user space, for a user to block readers with.
+/// Returns whether this machine has FUSE, with which a user can block readers.
 fn has_fuse() -> bool {
     Path::new("/dev/fuse").exists()
 }
@@ -43,12 +43,12 @@ macro_rules! require_fuse {
     };
 }
 
-/// A command that looks at all containers must not take longer, whatever users do. Far more than it takes.
+/// A time limit for commands that examine all containers, whatever users do. It is far longer than they take.
 const AT_ONCE: Duration = Duration::from_secs(40);
 
-/// Another user's container, which root runs, with a policy in force on it.
+/// A container that root runs, with a policy in force on it.
 struct Victim {
-    alone: Alone,
+    runtime: BareRuntime,
     container: Container,
     _policy: PolicyFile,
     run: Option<Run>,
@@ -56,23 +56,23 @@ struct Victim {
 
 impl Victim {
     fn new() -> Self {
-        let alone = Alone::new();
-        let container = alone.run("victim");
+        let runtime = BareRuntime::new();
+        let container = runtime.run("victim");
         let policy = PolicyFile::new(format!(
             "[target]\ncontainer = {{ name = \"{}\" }}\n[[rule]]\nset = {{ SO_MARK = 32 }}\n",
-            alone.name("*")
+            runtime.name("*")
         ));
-        let run = Some(Run::started(&policy, &[]));
-        Self { alone, container, _policy: policy, run }
+        let run = Some(Run::start_with(&policy, &[]));
+        Self { runtime, container, _policy: policy, run }
     }
 
     fn run(&self) -> &Run {
         self.run.as_ref().unwrap()
     }
 
-    /// Asserts that the agent has looked at what there is by now, and that the policy still covers the container.
+    /// Asserts that the agent has examined all containers by now, and that the policy still covers the container.
     fn assert_covered(&mut self, name: &str) {
-        let mut other = self.alone.run(name);
+        let mut other = self.runtime.run(name);
         let is_covered = || {
             let fd = other.probe.open(Family::Inet, Kind::Tcp);
             let mark = other.probe.int(fd, SO_MARK);
@@ -80,20 +80,20 @@ impl Victim {
             mark == 32
         };
         assert!(wait::until(AT_ONCE, is_covered), "{name}: {}", self.run().stderr());
-        assert_eq!(self.container.probe.fresh(SO_MARK), 32, "{name}: {}", self.run().stderr());
+        assert_eq!(self.container.probe.value_on_new_socket(SO_MARK), 32, "{name}: {}", self.run().stderr());
         for notice in self.run().notices("targets") {
             let removed = notice["removed"].as_array().unwrap();
             assert!(!removed.iter().any(|target| *target == self.container.cgroup), "{name}: {notice}");
         }
     }
 
-    /// Asserts that a command that looks at containers says so too.
+    /// Asserts that `plan` also finds the container.
     fn assert_planned(&self, name: &str) {
         let target = format!("container = {{ name = \"{}\" }}", self.container.name);
         assert_eq!(planned(&target), [self.container.cgroup.as_str()], "{name}");
     }
 
-    /// Asserts that the agent reads its policy anew when it is asked to.
+    /// Asserts that the agent reloads its policies on SIGHUP.
     fn assert_reloads(&self) {
         let begun = Instant::now();
         let before = self.run().notices("reload").len();
@@ -114,20 +114,20 @@ fn name_of(cgroup: &Cgroup) -> String {
 }
 
 #[test]
-fn name_of_a_process_says_nothing_of_a_container() {
+fn process_name_proves_no_container() {
     let mut victim = Victim::new();
     let tenant = Tenant::new();
     let id = victim.container.id.clone();
-    let conmon = Disguise::conmon(&tenant, &id, &tenant.claim());
+    let conmon = Disguise::conmon(&tenant, &id, &tenant.container_name());
     let pid = tenant.write("victim", &victim.container.pid.to_string()).display().to_string();
     let bundle = tenant.path("work").join(&id);
     fs::create_dir_all(&bundle).unwrap();
     tenant.write(&format!("work/{id}/init.pid"), &victim.container.pid.to_string());
     tenant.write(
         &format!("work/{id}/config.json"),
-        &format!(r#"{{"annotations":{{"nerdctl/name":"{}"}}}}"#, tenant.claim()),
+        &format!(r#"{{"annotations":{{"nerdctl/name":"{}"}}}}"#, tenant.container_name()),
     );
-    let shim = Disguise { uid: tenant.uid, folder: bundle.clone(), ..Disguise::default() };
+    let shim = Disguise { uid: tenant.uid, dir: bundle.clone(), ..Disguise::default() };
     let with_pid_of_victim = |disguise: &Disguise| {
         let mut arguments = disguise.arguments.clone();
         arguments[7].clone_from(&pid);
@@ -149,23 +149,23 @@ fn name_of_a_process_says_nothing_of_a_container() {
 }
 
 #[test]
-fn claim_counts_for_a_cgroup_of_the_users_own_only() {
+fn claim_counts_only_for_a_cgroup_of_the_user() {
     let tenant = Tenant::new();
     let (own, other) = (tenant.cgroup("own"), tenant.home().child("other"));
     let claimed = |id: &str, cgroup: &Cgroup| {
-        let _impostor = Disguise::conmon(&tenant, id, &tenant.claim()).in_cgroup(cgroup.path()).start();
+        let _impostor = Disguise::conmon(&tenant, id, &tenant.container_name()).in_cgroup(cgroup.path()).start();
         planned(&tenant.selector())
     };
     // The id is the name of an ancestor.
     assert_eq!(claimed(&name_of(tenant.home()), &own), [own.name()]);
     assert!(claimed("2", &other).is_empty());
 
-    // Root's, with a whole id.
+    // A cgroup of root, with a complete id.
     let named = tenant.home().child(&format!("libpod-{ID}.scope"));
     let below = named.child("below");
-    tenant.own(below.path());
+    tenant.chown_to(below.path());
     assert!(claimed(ID, &below).is_empty());
-    tenant.own(named.path());
+    tenant.chown_to(named.path());
     assert_eq!(claimed(ID, &below), [named.name()]);
 }
 
@@ -175,7 +175,7 @@ fn root_without_capabilities_claims_nothing() {
     let tenant = Tenant::new();
     let own = tenant.home().child("own");
     let claimed = |without_capabilities| {
-        let conmon = Disguise::conmon(&tenant, "2", &tenant.claim()).in_cgroup(own.path());
+        let conmon = Disguise::conmon(&tenant, "2", &tenant.container_name()).in_cgroup(own.path());
         let _impostor = Disguise { uid: 0, without_capabilities, ..conmon }.start();
         planned(&tenant.selector())
     };
@@ -184,12 +184,12 @@ fn root_without_capabilities_claims_nothing() {
 }
 
 #[test]
-fn claims_of_one_id_take_nothing_from_each_other() {
+fn claims_of_the_same_id_do_not_affect_each_other() {
     let tenant = Tenant::new();
     let cgroups = ["one", "two"].map(|name| tenant.cgroup(name));
     let claim = |cgroup: &Cgroup| {
         let pid_file = tenant.path(&name_of(cgroup));
-        let mut disguise = Disguise::conmon(&tenant, "same", &tenant.claim()).in_cgroup(cgroup.path());
+        let mut disguise = Disguise::conmon(&tenant, "same", &tenant.container_name()).in_cgroup(cgroup.path());
         disguise.arguments[7] = pid_file.display().to_string();
         Disguise { pid_file: Some(pid_file), ..disguise }.start()
     };
@@ -197,37 +197,38 @@ fn claims_of_one_id_take_nothing_from_each_other() {
     assert_eq!(planned(&tenant.selector()), cgroups.each_ref().map(Cgroup::name));
 }
 
-/// The cgroup is the user's, as it is where systemd delegates one.
+/// The cgroup belongs to the user, as a cgroup that systemd delegates does.
 #[test]
-fn container_of_a_user_is_known_by_its_name() {
+fn container_of_a_user_is_found_by_its_name() {
     let tenant = Tenant::new();
-    let mut container = Rootless::run(&tenant, &tenant.claim());
+    let mut container = Rootless::run(&tenant, &tenant.container_name());
     let policy = PolicyFile::new(format!("[target]\n{}\n[[rule]]\nset = {{ SO_MARK = 32 }}\n", tenant.selector()));
     assert_eq!(planned(&tenant.selector()), [container.cgroup.name()]);
-    let run = Run::started(&policy, &[]);
-    assert_eq!(container.probe.fresh(SO_MARK), 32);
+    let run = Run::start_with(&policy, &[]);
+    assert_eq!(container.probe.value_on_new_socket(SO_MARK), 32);
     let report = run.finish();
     assert_eq!(report.summary.targets, [container.cgroup.name()]);
 }
 
 #[test]
-fn pid_file_that_is_none_stops_nobody() {
+fn invalid_pid_file_affects_no_other_container() {
     let mut victim = Victim::new();
     let tenant = Tenant::new();
     let path = |name: &str| tenant.path(name);
     symlink(format!("/run/{}/{}/state.json", victim.container.runtime, victim.container.id), path("link")).unwrap();
     mkfifo(&path("fifo"), Mode::from_bits_truncate(0o666)).unwrap();
-    tenant.own(&path("fifo"));
+    tenant.chown_to(&path("fifo"));
     let _socket = UnixListener::bind(path("socket")).unwrap();
     let huge = fs::File::create(path("huge")).unwrap();
     huge.set_len(1 << 40).unwrap();
-    tenant.own(&path("huge"));
+    tenant.chown_to(&path("huge"));
     fs::create_dir(path("folder")).unwrap();
     let own = tenant.cgroup("own");
     let names = ["link", "fifo", "socket", "huge", "folder"].map(|name| path(name).display().to_string());
     let files = names.iter().map(String::as_str).chain(["/proc/kmsg", "/dev/zero", "/proc/self/fd/0", "/dev/tty"]);
     let impostors = files.map(|file| {
-        let mut disguise = Disguise::conmon(&tenant, &victim.container.id, &tenant.claim()).in_cgroup(own.path());
+        let mut disguise =
+            Disguise::conmon(&tenant, &victim.container.id, &tenant.container_name()).in_cgroup(own.path());
         disguise.arguments[7] = file.to_owned();
         disguise.start()
     });
@@ -240,20 +241,20 @@ fn pid_file_that_is_none_stops_nobody() {
 }
 
 #[test]
-fn huge_files_and_thousands_of_claims_keep_nobody_waiting() {
+fn huge_files_and_thousands_of_claims_delay_no_other_container() {
     let mut victim = Victim::new();
     let tenant = Tenant::new();
     let own = tenant.cgroup("own");
     tenant.write("config.json", &format!("{{\"annotations\":{{\"a\":\"{}\"}}}}", "x".repeat(15 << 20)));
-    let disguise = Disguise::conmon(&tenant, "many", &tenant.claim()).in_cgroup(own.path());
+    let disguise = Disguise::conmon(&tenant, "many", &tenant.container_name()).in_cgroup(own.path());
     let _impostor = Disguise { copies: 2000, ..disguise }.start();
-    // Each of them a namespace of containerd's with thousands of containers.
+    // Each process claims a containerd namespace with thousands of containers.
     for number in 0..2000 {
         let id = tenant.path("space").join(number.to_string());
         fs::create_dir_all(&id).unwrap();
         fs::write(id.join("init.pid"), number.to_string()).unwrap();
     }
-    let shim = Disguise { uid: tenant.uid, folder: tenant.path("space/0"), ..Disguise::default() };
+    let shim = Disguise { uid: tenant.uid, dir: tenant.path("space/0"), ..Disguise::default() };
     let _shim = Disguise { program: "containerd-shim".to_owned(), copies: 500, ..shim }.start();
     victim.assert_covered("many");
     victim.assert_planned("many");
@@ -261,28 +262,28 @@ fn huge_files_and_thousands_of_claims_keep_nobody_waiting() {
     victim.finish();
 }
 
-/// Blocks those who open the pid file.
+/// Returns a disguise whose pid file blocks processes that open it.
 fn blocking(tenant: &Tenant) -> Disguise {
     let mount = tenant.path("mount");
     fs::create_dir(&mount).unwrap();
-    let mut disguise = Disguise::conmon(tenant, ID, &tenant.claim());
+    let mut disguise = Disguise::conmon(tenant, ID, &tenant.container_name());
     disguise.arguments[7] = mount.join("pid").display().to_string();
     Disguise { blocked_by: Some(mount), ..disguise }
 }
 
-/// Processes that the agent has started.
+/// Returns the child processes of the agent.
 fn children(agent: u32) -> Vec<u32> {
     let processes = fs::read_dir("/proc").unwrap().flatten();
     let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     pids.filter(|pid| fields(*pid).is_some_and(|(_, parent)| parent == agent)).collect()
 }
 
-/// Those of them that hang in the kernel.
+/// Returns the children that hang in the kernel.
 fn stuck_children(agent: u32) -> Vec<u32> {
     children(agent).into_iter().filter(|child| fields(*child).is_some_and(|(state, _)| state == "D")).collect()
 }
 
-/// Waits until one of them hangs, and no other. A worker that goes on may sleep in the kernel for a moment too; one that hangs
+/// Waits until exactly one child hangs. Other workers can sleep in the kernel for a moment, but a worker that hangs
 /// stays.
 #[track_caller]
 fn stuck_child(run: &Run) -> u32 {
@@ -295,18 +296,18 @@ fn stuck_child(run: &Run) -> u32 {
     stuck[0]
 }
 
-/// The state of a process, and its parent.
+/// Returns the state of a process, and its parent.
 fn fields(pid: u32) -> Option<(String, u32)> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let mut fields = stat.rsplit_once(") ")?.1.split(' ');
     Some((fields.next()?.to_owned(), fields.next()?.parse().ok()?))
 }
 
-/// Processes that hang are not told apart by whose test they hang in.
+/// Tests with hanging processes run one at a time, since the processes of different tests cannot be distinguished.
 static HANGING: Mutex<()> = Mutex::new(());
 
 #[test]
-fn file_that_cannot_be_opened_stops_a_worker_only() {
+fn file_that_blocks_open_stops_only_a_worker() {
     require_fuse!();
     let _only = HANGING.lock();
     let mut victim = Victim::new();
@@ -317,16 +318,16 @@ fn file_that_cannot_be_opened_stops_a_worker_only() {
     // The agent warns when the worker's deadline has passed.
     let warnings = || victim.run().stderr().matches(&format!("user {}", tenant.uid)).count();
     assert!(wait::until(AT_ONCE, || warnings() == 1), "{}", victim.run().stderr());
-    // The search goes on, without another worker for this user.
+    // The search continues, without another worker for this user.
     victim.assert_covered("again");
     victim.assert_reloads();
     stuck_child(victim.run());
     let warnings = victim.run().stderr().matches(&format!("user {}", tenant.uid)).count();
     assert_eq!(warnings, 1, "{}", victim.run().stderr());
 
-    // One that starts is in force all the same.
+    // The policies of another agent come in force nevertheless.
     let policy = PolicyFile::new(format!("[target]\n{}\n[[rule]]\nset = {{ SO_MARK = 64 }}\n", tenant.selector()));
-    let another = Run::started(&policy, &[]);
+    let another = Run::start_with(&policy, &[]);
     another.signal(Signal::SIGTERM);
     assert!(wait::until(AT_ONCE, || !is_alive(another.pid())));
     drop(impostor);
@@ -335,7 +336,7 @@ fn file_that_cannot_be_opened_stops_a_worker_only() {
 }
 
 #[test]
-fn worker_that_hangs_holds_nothing_of_the_agents() {
+fn hanging_worker_holds_no_descriptors_of_the_agent() {
     require_fuse!();
     let _only = HANGING.lock();
     let mut victim = Victim::new();
@@ -352,19 +353,19 @@ fn worker_that_hangs_holds_nothing_of_the_agents() {
     };
     assert_eq!(descriptors.filter(held).collect::<Vec<_>>(), Vec::<String>::new());
 
-    // SIGKILL ends the agent, though the worker hangs; nothing stays attached.
+    // SIGKILL ends the agent although the worker hangs, and no program stays attached.
     run.signal(Signal::SIGKILL);
     assert!(wait::until(AT_ONCE, || !is_alive(run.pid())));
     assert!(is_alive(stuck), "{stuck} did not hang");
-    run.held().assert_gone();
-    assert_eq!(victim.container.probe.fresh(SO_MARK), 0);
+    run.bpf_objects().assert_gone();
+    assert_eq!(victim.container.probe.value_on_new_socket(SO_MARK), 0);
     drop(impostor);
     assert!(wait::until(AT_ONCE, || !is_alive(stuck)));
 }
 
 /// SIGTERM ends an agent whose worker hangs.
 #[test]
-fn agent_ends_though_a_worker_hangs() {
+fn agent_ends_although_a_worker_hangs() {
     require_fuse!();
     let _only = HANGING.lock();
     let mut victim = Victim::new();
@@ -375,13 +376,13 @@ fn agent_ends_though_a_worker_hangs() {
     stuck_child(&run);
     run.signal(Signal::SIGTERM);
     assert!(wait::until(AT_ONCE, || !is_alive(run.pid())));
-    run.held().assert_gone();
+    run.bpf_objects().assert_gone();
     drop(impostor);
     run.finish_with_status();
 }
 
 #[test]
-fn containers_are_looked_for_only_if_a_policy_names_any() {
+fn containers_are_searched_only_if_a_policy_names_any() {
     require_fuse!();
     let _only = HANGING.lock();
     let tenant = Tenant::new();

@@ -1,4 +1,4 @@
-//! What one tenant makes that cannot be handled is skipped, and takes nothing from others.
+//! Objects of one tenant that cannot be handled are skipped, and do not affect other tenants.
 
 use std::{
     ffi::OsString,
@@ -13,9 +13,9 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use sockpolicy_integration_tests::{
     agent::{self, Run},
-    built,
-    cgroup::{Cgroup, Chain},
-    foreign::{Foreign, Manner, attached, attached_at},
+    built_binary,
+    cgroup::{Cgroup, NestedCgroups},
+    foreign_program::{AttachMode, ForeignProgram, count_attached, count_attached_fd},
     options::{SO_MARK, SO_RCVLOWAT},
     policy::{PolicyFile, sets_mark},
     probe::Probe,
@@ -28,14 +28,14 @@ fn policy_on(glob: &str) -> PolicyFile {
     PolicyFile::new(format!("[target]\ncgroup = {glob:?}\n[[rule]]\nset = {{ SO_MARK = 7 }}\n"))
 }
 
-/// What `status` says of an instance.
+/// Returns the JSON output of `status` for an instance.
 fn status(instance: &str) -> Value {
     let output = agent::output(&["status", "--output", "json", instance]);
     assert!(output.status.success(), "{}", crate::stderr(&output));
     serde_json::from_str(&crate::stdout(&output)).unwrap()
 }
 
-/// The objects that `status` lists as skipped: kind, name and reason of each.
+/// Returns the objects that `status` lists as skipped: kind, name and reason.
 fn skipped(instance: &str) -> Vec<(String, String, String)> {
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let status = status(instance);
@@ -44,12 +44,12 @@ fn skipped(instance: &str) -> Vec<(String, String, String)> {
     objects.iter().map(|object| (text(&object["kind"]), text(&object["name"]), text(&object["reason"]))).collect()
 }
 
-/// A name for an instance that no other test has.
+/// Returns an instance name that no other test uses.
 fn instance_for(cgroup: &Cgroup) -> String {
     cgroup.name().trim_start_matches('/').to_owned()
 }
 
-/// Commands that look for the policies' targets and end.
+/// Runs the commands that search for the policies' targets.
 #[track_caller]
 fn assert_others_work(policy: &PolicyFile) {
     let path = policy.path().display().to_string();
@@ -60,96 +60,99 @@ fn assert_others_work(policy: &PolicyFile) {
 }
 
 #[test]
-fn path_longer_than_the_kernel_takes_is_governed_as_others_are() {
+fn cgroup_with_a_path_longer_than_path_max_is_covered() {
     let top = Cgroup::new();
     let (good, tenant) = (top.child("good"), top.child("tenant"));
     let app = good.child("app");
     let names = std::iter::repeat_n("n".repeat(250), 18).chain(["app".to_owned()]);
-    let chain = Chain::below(&tenant, names);
+    let chain = NestedCgroups::below(&tenant, names);
     let policy = policy_on(&format!("{}/**/app", top.name()));
     let instance = instance_for(&top);
-    let run = Run::started(&policy, &["--instance", &instance]);
-    assert_eq!(Probe::start(&app).fresh(SO_MARK), 7);
-    assert!(attached_at(&chain.deepest()) > 0, "{}", run.stderr());
-    // One that comes now is seen, and so is one deep in the long path.
+    let run = Run::start_with(&policy, &["--instance", &instance]);
+    assert_eq!(Probe::start(&app).value_on_new_socket(SO_MARK), 7);
+    assert!(count_attached_fd(&chain.deepest()) > 0, "{}", run.stderr());
+    // A new cgroup is found next to the long path.
     let later = top.child("later");
     let later_app = later.child("app");
-    assert!(wait::until(wait::PATIENCE, || attached(&later_app) > 0), "{}", run.stderr());
-    assert_eq!(Probe::start(&later_app).fresh(SO_MARK), 7);
+    assert!(wait::until(wait::TIMEOUT, || count_attached(&later_app) > 0), "{}", run.stderr());
+    assert_eq!(Probe::start(&later_app).value_on_new_socket(SO_MARK), 7);
     assert_others_work(&policy);
     assert_eq!(skipped(&instance), []);
     drop(chain);
-    assert!(wait::until(wait::PATIENCE, || run.notices("targets").last().is_some_and(|last| last["count"] == 2)));
+    assert!(wait::until(wait::TIMEOUT, || run.notices("targets").last().is_some_and(|last| last["count"] == 2)));
     run.finish();
 }
 
 #[test]
-fn cgroup_that_is_too_deep_is_skipped_and_governed_from_above() {
+fn too_deep_cgroup_is_skipped_and_covered_from_above() {
     let top = Cgroup::new();
     let (good, tenant) = (top.child("good"), top.child("tenant"));
     let app = good.child("app");
-    let chain = Chain::below(&tenant, std::iter::repeat_n("d", 40).chain(["app"]));
+    let chain = NestedCgroups::below(&tenant, std::iter::repeat_n("d", 40).chain(["app"]));
     let policy = policy_on(&format!("{}/**/app", top.name()));
     policy.add("tenant.toml", sets_mark(&tenant, 9));
     let instance = instance_for(&top);
-    let run = Run::of(policy.folder(), &["--instance", &instance]);
-    assert_eq!(Probe::start(&app).fresh(SO_MARK), 7);
+    let run = Run::on_path(policy.dir(), &["--instance", &instance]);
+    assert_eq!(Probe::start(&app).value_on_new_socket(SO_MARK), 7);
     let listed = skipped(&instance);
     assert_eq!(listed.len(), 1, "{listed:?}");
     let (kind, name, reason) = &listed[0];
     assert!(kind == "cgroup" && name.starts_with(&format!("{}/d/d/d", tenant.name())), "{listed:?}");
     assert!(reason.contains("more than 32 levels"), "{reason}");
-    // The policy of the tenant's own cgroup holds there.
+    // The policy of the tenant's cgroup covers it.
     let deepest = format!("{}/{}/app", tenant.path().display(), ["d"; 40].join("/"));
-    assert_eq!(Probe::start(&Cgroup::of(Path::new(&deepest))).fresh(SO_MARK), 9);
-    // It is logged once, however often cgroups are looked at.
+    assert_eq!(Probe::start(&Cgroup::adopt(Path::new(&deepest))).value_on_new_socket(SO_MARK), 9);
+    // The message is logged once, however often cgroups are examined.
     let later = good.child("later");
     let later_app = later.child("app");
-    assert!(wait::until(wait::PATIENCE, || attached(&later_app) > 0), "{}", run.stderr());
+    assert!(wait::until(wait::TIMEOUT, || count_attached(&later_app) > 0), "{}", run.stderr());
     assert_eq!(run.stderr().matches("skipped: ").count(), 1, "{}", run.stderr());
     assert_others_work(&policy);
     drop(chain);
-    assert!(wait::until(wait::PATIENCE, || skipped(&instance).is_empty()), "{:?}", skipped(&instance));
+    assert!(wait::until(wait::TIMEOUT, || skipped(&instance).is_empty()), "{:?}", skipped(&instance));
     run.finish();
 }
 
 #[test]
-fn cgroup_that_cannot_be_attached_to_is_skipped_until_it_can() {
+fn cgroup_that_rejects_programs_is_skipped_until_it_accepts_them() {
     let top = Cgroup::new();
     let (good, bad) = (top.child("app-good"), top.child("app-bad"));
-    let foreign = Foreign::attach(&bad, SO_RCVLOWAT, Manner::Exclusive);
+    let foreign = ForeignProgram::attach(&bad, SO_RCVLOWAT, AttachMode::Exclusive);
     let policy = policy_on(&format!("{}/app-*", top.name()));
     let instance = instance_for(&top);
-    let run = Run::started(&policy, &["--instance", &instance]);
-    assert_eq!(Probe::start(&good).fresh(SO_MARK), 7);
-    assert_eq!(Probe::start(&bad).fresh(SO_MARK), 0);
+    let run = Run::start_with(&policy, &["--instance", &instance]);
+    assert_eq!(Probe::start(&good).value_on_new_socket(SO_MARK), 7);
+    assert_eq!(Probe::start(&bad).value_on_new_socket(SO_MARK), 0);
     let listed = skipped(&instance);
     assert!(matches!(&listed[..], [(kind, name, _)] if kind == "cgroup" && *name == bad.name()), "{listed:?}");
-    // Others come.
+    // Other cgroups become targets.
     let later = top.child("app-later");
-    assert!(wait::until(wait::PATIENCE, || attached(&later) > 0), "{}", run.stderr());
-    assert_eq!(Probe::start(&later).fresh(SO_MARK), 7);
+    assert!(wait::until(wait::TIMEOUT, || count_attached(&later) > 0), "{}", run.stderr());
+    assert_eq!(Probe::start(&later).value_on_new_socket(SO_MARK), 7);
     let targets = || status(&instance)["cgroups"].as_array().map(Vec::len);
-    assert!(wait::until(wait::PATIENCE, || targets() == Some(2)), "{:?}", targets());
+    assert!(wait::until(wait::TIMEOUT, || targets() == Some(2)), "{:?}", targets());
     drop(foreign);
-    assert!(wait::until(wait::PATIENCE, || attached(&bad) > 0), "{}", run.stderr());
-    assert_eq!(Probe::start(&bad).fresh(SO_MARK), 7);
-    assert!(wait::until(wait::PATIENCE, || skipped(&instance).is_empty()), "{:?}", skipped(&instance));
+    assert!(wait::until(wait::TIMEOUT, || count_attached(&bad) > 0), "{}", run.stderr());
+    assert_eq!(Probe::start(&bad).value_on_new_socket(SO_MARK), 7);
+    assert!(wait::until(wait::TIMEOUT, || skipped(&instance).is_empty()), "{:?}", skipped(&instance));
     run.finish();
 }
 
 #[test]
-fn target_of_another_instance_is_left_to_it() {
+fn target_of_another_instance_is_skipped() {
     let top = Cgroup::new();
     let (one, other) = (policy_on(&format!("{}/app-*", top.name())), policy_on(&format!("{}/*-web", top.name())));
     let (first, second) = (instance_for(&top) + "-1", instance_for(&top) + "-2");
     let own = top.child("own-web");
-    let runs = (Run::started(&one, &["--instance", &first]), Run::started(&other, &["--instance", &second]));
+    let runs = (Run::start_with(&one, &["--instance", &first]), Run::start_with(&other, &["--instance", &second]));
     let both = top.child("app-web");
-    assert!(wait::until(wait::PATIENCE, || attached(&both) > 0));
+    assert!(wait::until(wait::TIMEOUT, || count_attached(&both) > 0));
     let later = top.child("later-web");
-    assert!(wait::until(wait::PATIENCE, || attached(&later) > 0), "{}", runs.1.stderr());
-    assert_eq!((Probe::start(&own).fresh(SO_MARK), Probe::start(&later).fresh(SO_MARK)), (7, 7));
+    assert!(wait::until(wait::TIMEOUT, || count_attached(&later) > 0), "{}", runs.1.stderr());
+    assert_eq!(
+        (Probe::start(&own).value_on_new_socket(SO_MARK), Probe::start(&later).value_on_new_socket(SO_MARK)),
+        (7, 7)
+    );
     let listed = [skipped(&first), skipped(&second)].concat();
     assert!(
         matches!(&listed[..], [(_, name, reason)] if *name == both.name() && reason.contains("instance")),
@@ -160,7 +163,7 @@ fn target_of_another_instance_is_left_to_it() {
 }
 
 #[test]
-fn targets_beyond_the_descriptors_are_skipped_until_there_are_some() {
+fn targets_without_descriptors_are_skipped_until_descriptors_are_free() {
     const CGROUPS: usize = 60;
     let top = Cgroup::new();
     let first = top.child("first");
@@ -173,38 +176,38 @@ fn targets_beyond_the_descriptors_are_skipped_until_there_are_some() {
     let apps: Vec<Cgroup> = (0..CGROUPS).map(|number| tenant.child(&format!("app-{number}"))).collect();
     let instance = instance_for(&top);
     let run = Run::wrapped(&["prlimit", "--nofile=400"], &policy, &["--instance", &instance]);
-    assert_eq!(Probe::start(&first).fresh(SO_MARK), 7);
-    let governed = || apps.iter().filter(|app| attached(app) > 0).count();
+    assert_eq!(Probe::start(&first).value_on_new_socket(SO_MARK), 7);
+    let governed = || apps.iter().filter(|app| count_attached(app) > 0).count();
     let at_first = governed();
-    assert!((1..CGROUPS).contains(&at_first), "{at_first} of {CGROUPS} are governed: {}", run.stderr());
+    assert!((1..CGROUPS).contains(&at_first), "{at_first} of {CGROUPS} cgroups are covered: {}", run.stderr());
     let listed = skipped(&instance);
     assert_eq!(listed.len(), CGROUPS - at_first, "{listed:?}");
-    // What goes makes room.
-    let (removed, left): (Vec<_>, Vec<_>) = apps.into_iter().partition(|app| attached(app) > 0);
+    // Removed targets free descriptors.
+    let (removed, left): (Vec<_>, Vec<_>) = apps.into_iter().partition(|app| count_attached(app) > 0);
     drop(removed);
-    let are_governed = || left.iter().filter(|app| attached(app) > 0).count() >= left.len().min(at_first);
-    assert!(wait::until(wait::PATIENCE, are_governed), "{}", run.stderr());
-    assert_eq!(Probe::start(&first).fresh(SO_MARK), 7);
+    let are_governed = || left.iter().filter(|app| count_attached(app) > 0).count() >= left.len().min(at_first);
+    assert!(wait::until(wait::TIMEOUT, are_governed), "{}", run.stderr());
+    assert_eq!(Probe::start(&first).value_on_new_socket(SO_MARK), 7);
     run.finish();
 }
 
 #[test]
-fn name_may_have_any_bytes() {
+fn cgroup_name_can_contain_any_bytes() {
     let top = Cgroup::new();
-    let chain = Chain::below(&top, [OsString::from_vec(b"\xff\x1b[2J-app".to_vec())]);
+    let chain = NestedCgroups::below(&top, [OsString::from_vec(b"\xff\x1b[2J-app".to_vec())]);
     let good = top.child("good-app");
     let policy = policy_on(&format!("{}/*-app", top.name()));
     let instance = instance_for(&top);
-    let run = Run::started(&policy, &["--instance", &instance]);
-    assert_eq!(Probe::start(&good).fresh(SO_MARK), 7);
-    assert!(attached_at(&chain.deepest()) > 0, "{}", run.stderr());
+    let run = Run::start_with(&policy, &["--instance", &instance]);
+    assert_eq!(Probe::start(&good).value_on_new_socket(SO_MARK), 7);
+    assert!(count_attached_fd(&chain.deepest()) > 0, "{}", run.stderr());
     assert_others_work(&policy);
     assert_eq!(skipped(&instance), []);
     run.finish();
 }
 
 #[test]
-fn cgroups_are_looked_at_now_and_then_where_the_kernel_watches_no_more() {
+fn cgroups_are_polled_if_inotify_watches_are_exhausted() {
     let top = Cgroup::new();
     let policy = policy_on(&format!("{}/**/app", top.name()));
     let (a, b) = (top.child("a"), top.child("b"));
@@ -212,41 +215,41 @@ fn cgroups_are_looked_at_now_and_then_where_the_kernel_watches_no_more() {
     let run = Run::wrapped(&wrapper, &policy, &[]);
     let apps = [a.child("app"), b.child("app")];
     for app in &apps {
-        assert!(wait::until(wait::PATIENCE, || attached(app) > 0), "{}", run.stderr());
-        assert_eq!(Probe::start(app).fresh(SO_MARK), 7);
+        assert!(wait::until(wait::TIMEOUT, || count_attached(app) > 0), "{}", run.stderr());
+        assert_eq!(Probe::start(app).value_on_new_socket(SO_MARK), 7);
     }
     assert_eq!(run.stderr().matches("looked at every").count(), 1, "{}", run.stderr());
 }
 
 #[test]
-fn line_of_targets_has_what_has_changed_and_no_more() {
+fn targets_event_lists_only_changes() {
     const CGROUPS: usize = 200;
     let top = Cgroup::new();
     let policy = policy_on(&format!("{}/app-*", top.name()));
-    let run = Run::started(&policy, &[]);
+    let run = Run::start_with(&policy, &[]);
     let apps: Vec<Cgroup> = (0..CGROUPS).map(|number| top.child(&format!("app-{number}"))).collect();
     let are_there = || run.notices("targets").last().is_some_and(|last| last["count"] == json!(CGROUPS));
-    assert!(wait::until(wait::PATIENCE, are_there), "{:?}", run.notices("targets").last());
+    assert!(wait::until(wait::TIMEOUT, are_there), "{:?}", run.notices("targets").last());
     let count = |notice: &Value, what: &str| notice[what].as_u64().unwrap();
     let notices = run.notices("targets");
     assert_eq!(notices.iter().map(|notice| count(notice, "added_count")).sum::<u64>(), CGROUPS as u64);
     assert!(notices.iter().all(|notice| notice["added"].as_array().unwrap().len() <= 64), "{notices:?}");
     fs::remove_dir(apps[7].path()).unwrap();
     let is_gone = || run.notices("targets").last().is_some_and(|last| last["removed"] == json!([apps[7].name()]));
-    assert!(wait::until(wait::PATIENCE, is_gone), "{:?}", run.notices("targets").last());
+    assert!(wait::until(wait::TIMEOUT, is_gone), "{:?}", run.notices("targets").last());
     drop(apps);
     run.finish();
 }
 
-/// A process in a cgroup that holds the lock of one of its TCP sockets until this is dropped.
-struct Hold(Running);
+/// A process in a cgroup that holds the lock of one of its TCP sockets, until this value is dropped.
+struct LockHolder(Running);
 
-impl Hold {
+impl LockHolder {
     #[track_caller]
     fn start(cgroup: Cgroup) -> Self {
-        let mut running = Running::start_in(Command::new(built("sockhold")), cgroup);
-        let said = running.lines(1);
-        assert!(said.first().is_some_and(|line| line.starts_with("held ")), "{said:?}: {}", running.stderr());
+        let mut running = Running::start_in(Command::new(built_binary("sockhold")), cgroup);
+        let printed = running.lines(1);
+        assert!(printed.first().is_some_and(|line| line.starts_with("held ")), "{printed:?}: {}", running.stderr());
         Self(running)
     }
 
@@ -256,12 +259,12 @@ impl Hold {
 }
 
 #[test]
-fn socket_whose_lock_is_held_is_named_and_no_other_is_kept_waiting() {
+fn locked_socket_is_named_and_delays_no_other_socket() {
     let top = Cgroup::new();
     let (victim, tenant) = (top.child("victim"), top.child("tenant"));
     let mut probe = Probe::start(&victim);
     let (socket, _) = probe.listener(Family::Inet, Kind::Tcp);
-    let held = Hold::start(tenant);
+    let held = LockHolder::start(tenant);
     let policy = PolicyFile::new(sets_mark(&top, 7));
     let path = policy.path().display().to_string();
     let instance = instance_for(&top);
@@ -273,9 +276,9 @@ fn socket_whose_lock_is_held_is_named_and_no_other_is_kept_waiting() {
         (&["apply", "--restore", "--instance", &instance], 0),
     ] {
         let began = Instant::now();
-        // Not in a cgroup of its own: a worker may be left behind there.
+        // Not in a new cgroup: a worker may remain in it.
         let output = agent::command(arguments).output().unwrap();
-        assert!(began.elapsed() < Duration::from_secs(30), "{arguments:?} takes {:?}", began.elapsed());
+        assert!(began.elapsed() < Duration::from_secs(30), "{arguments:?} took {:?}", began.elapsed());
         assert_eq!(
             output.status.code(),
             Some(status),
@@ -293,16 +296,16 @@ fn socket_whose_lock_is_held_is_named_and_no_other_is_kept_waiting() {
 }
 
 #[test]
-fn socket_whose_lock_is_held_delays_no_enforcement_and_keeps_nothing_attached() {
+fn locked_socket_delays_no_enforcement_and_keeps_no_program_attached() {
     let top = Cgroup::new();
     let (victim, tenant) = (top.child("victim"), top.child("tenant"));
     let mut probe = Probe::start(&victim);
     let (socket, _) = probe.listener(Family::Inet, Kind::Tcp);
-    let held = Hold::start(tenant);
+    let held = LockHolder::start(tenant);
     let policy = PolicyFile::new(sets_mark(&top, 7));
     let instance = instance_for(&top);
-    let run = Run::started(&policy, &["--apply", "--instance", &instance]);
-    assert_eq!(probe.fresh(SO_MARK), 7);
+    let run = Run::start_with(&policy, &["--apply", "--instance", &instance]);
+    assert_eq!(probe.value_on_new_socket(SO_MARK), 7);
     let live = run.notice("apply-summary", 1);
     assert!(live["unanswered"].as_u64().unwrap() > 0, "{live}");
     assert_eq!(probe.int(socket, SO_MARK), 7);
@@ -310,22 +313,22 @@ fn socket_whose_lock_is_held_delays_no_enforcement_and_keeps_nothing_attached() 
         kind == "socket" && name.ends_with(&format!("of process {}", held.pid()))
     };
     assert!(skipped(&instance).iter().any(of_held), "{:?}", skipped(&instance));
-    // The agent goes on, and a worker stays that does not end.
+    // The agent continues, and the worker that cannot end remains.
     let child = top.child("later");
     policy.add("later.toml", sets_mark(&child, 9));
     run.signal(Signal::SIGHUP);
-    assert_eq!(Probe::start(&victim).fresh(SO_MARK), 7);
-    assert!(workers_left() > 0, "no worker is left behind");
+    assert_eq!(Probe::start(&victim).value_on_new_socket(SO_MARK), 7);
+    assert!(workers_left() > 0, "no worker has been abandoned");
     run.signal(Signal::SIGKILL);
-    assert!(wait::until(wait::PATIENCE, || attached(&top) == 0), "something stays attached");
-    assert_eq!(probe.fresh(SO_MARK), 0);
-    assert!(workers_left() > 0, "no worker is left behind");
-    // Then the worker ends, and its cgroup is empty.
+    assert!(wait::until(wait::TIMEOUT, || count_attached(&top) == 0), "programs stay attached");
+    assert_eq!(probe.value_on_new_socket(SO_MARK), 0);
+    assert!(workers_left() > 0, "no worker has been abandoned");
+    // The worker now ends, and its cgroup is empty.
     drop(held);
     drop(run);
 }
 
-/// Processes that wait for a lock and can do nothing else, of the agent's program.
+/// Returns the number of worker processes of the agent that wait in the kernel and cannot be killed.
 fn workers_left() -> usize {
     let processes =
         fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());

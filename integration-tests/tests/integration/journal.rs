@@ -1,4 +1,5 @@
-//! What `apply` keeps of what sockets had: for one command at a time, and no longer than there are sockets.
+//! The journal of `apply`, which has the former values of sockets: used by one command at a time, and pruned of
+//! closed sockets.
 
 use std::{fs, process::Command};
 
@@ -21,7 +22,7 @@ fn apply(instance: &Instance, policy: &PolicyFile) -> Command {
     apply
 }
 
-/// A command that would use what another one works on.
+/// Asserts that a command is refused because another one uses the journal.
 #[track_caller]
 fn assert_refused(command: Command, instance: &Instance, holder: &Running) {
     let output = process::output(command);
@@ -36,29 +37,29 @@ fn assert_refused(command: Command, instance: &Instance, holder: &Running) {
 }
 
 #[test]
-fn of_two_commands_at_once_that_work_on_a_journal_the_second_is_refused() {
+fn command_that_needs_a_journal_in_use_is_refused() {
     let (target, instance) = (Cgroup::new(), Instance::new());
     let [one, other] = [7, 8].map(|mark| PolicyFile::new(sets_mark(&target, mark)));
     let mut probe = Probe::start(&target);
     let socket = probe.open(Family::Inet, Kind::Udp);
-    let held = Running::start_held(apply(&instance, &one), "journal-opened");
+    let held = Running::start_stopped_at(apply(&instance, &one), "journal-opened");
     let restore = || agent::command(&["apply", "--restore", "--instance", &instance.name]);
     assert_refused(apply(&instance, &other), &instance, &held);
     assert_refused(restore(), &instance, &held);
     assert_eq!(probe.int(socket, SO_MARK), 0);
-    held.go_on();
+    held.resume();
     assert!(held.finish().status.success());
     assert_eq!(probe.int(socket, SO_MARK), 7);
-    let held = Running::start_held(restore(), "journal-opened");
+    let held = Running::start_stopped_at(restore(), "journal-opened");
     assert_refused(apply(&instance, &other), &instance, &held);
-    held.go_on();
+    held.resume();
     assert!(held.finish().status.success());
     assert_eq!(probe.int(socket, SO_MARK), 0);
     assert!(instance.left().is_empty(), "{:?}", instance.left());
 }
 
 #[test]
-fn journal_that_has_grown_long_forgets_sockets_that_are_closed() {
+fn long_journal_drops_closed_sockets() {
     const MANY: usize = 500;
     let (target, instance) = (Cgroup::new(), Instance::new());
     let policy = PolicyFile::new(sets_mark(&target, 7));
@@ -73,15 +74,15 @@ fn journal_that_has_grown_long_forgets_sockets_that_are_closed() {
     assert!(len() > 64 * 1024, "{}", len());
     drop(ends);
     let more = [(); 2].map(|()| stays.open(Family::Inet, Kind::Udp));
-    // The first of these has been noted by then.
+    // The first of these sockets has been recorded by then.
     let mut last = apply(&instance, &policy);
-    process::hold(&mut last, "socket-taken", 2);
+    process::stop_at(&mut last, "socket-taken", 2);
     let held = Running::start(last);
     process::wait_for_stop(held.pid(), "socket-taken");
     assert!(len() < 1024, "{}", len());
-    // In the new file's place too.
+    // The lock also covers the new file.
     assert_refused(apply(&instance, &PolicyFile::new(sets_mark(&target, 8))), &instance, &held);
-    held.go_on();
+    held.resume();
     assert!(held.finish().status.success());
     let marks = |probe: &mut Probe| [first, more[0], more[1]].map(|socket| probe.int(socket, SO_MARK));
     assert_eq!(marks(&mut stays), [7, 7, 7]);

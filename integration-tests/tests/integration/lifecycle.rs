@@ -1,7 +1,7 @@
-//! `exec` and `run` as processes: what a command gets and gives, and what remains of an agent.
+//! `exec` and `run` as processes: the environment and results of a command, and what remains after an agent.
 
 mod ending;
-mod neighbours;
+mod foreign_programs;
 mod signals;
 mod storm;
 
@@ -19,14 +19,13 @@ use sockpolicy_integration_tests::{
 
 use crate::{stderr, stdout};
 
-/// A policy that the shells of these tests never meet.
-/// One that every kernel of the matrix can do.
+/// Returns a policy that the shells of these tests do not trigger, and that every kernel of the matrix supports.
 fn some_policy() -> PolicyFile {
     PolicyFile::new("name = \"some\"\n[[rule]]\nmatch = { protocol = \"tcp\" }\nset = { SO_KEEPALIVE = true }\n")
 }
 
 #[test]
-fn exit_status_is_the_commands() {
+fn exit_status_is_that_of_the_command() {
     let policy = some_policy();
     for (script, status) in [
         ("exit 0", 0),
@@ -42,9 +41,9 @@ fn exit_status_is_the_commands() {
 }
 
 #[test]
-fn command_that_cannot_be_run_has_the_status_of_env() {
+fn command_that_cannot_be_run_gives_the_status_of_env() {
     let policy = some_policy();
-    let folder = policy.folder().display().to_string();
+    let dir = policy.dir().display().to_string();
     let file = policy.path().display().to_string();
     let not_found = "No such file or directory (os error 2)\n  help: check the name, and that its folder is in PATH\n";
     let denied = "Permission denied (os error 13)\n  help: is it a program, and may it be executed?\n";
@@ -52,7 +51,7 @@ fn command_that_cannot_be_run_has_the_status_of_env() {
         ("no-such-command", 127, "no-such-command", not_found),
         ("/no/such/command", 127, "/no/such/command", not_found),
         ("", 127, "``", not_found),
-        (&folder, 126, &folder, denied),
+        (&dir, 126, &dir, denied),
         (&file, 126, &file, denied),
     ] {
         let output = Running::exec(&["--quiet"], &policy, &[command]).finish();
@@ -62,16 +61,15 @@ fn command_that_cannot_be_run_has_the_status_of_env() {
 }
 
 #[test]
-fn command_has_the_same_descriptors_environment_and_limits_as_without_us() {
+fn command_has_the_same_descriptors_environment_and_limits_as_without_sockpolicy() {
     let policy = some_policy();
-    let (script, given, taken) =
-        (policy.folder().join("script"), policy.folder().join("given"), policy.folder().join("taken"));
-    // Descriptor 9 is one that whoever started us left open.
+    let (script, given, taken) = (policy.dir().join("script"), policy.dir().join("given"), policy.dir().join("taken"));
+    // Descriptor 9 is one that the parent of sockpolicy has left open.
     let show = "cat; pwd; umask; env | grep -v ^_=; cat /proc/self/limits /proc/self/oom_score_adj; \
                 find /proc/self/fd /proc/self/ns -printf '%f %l\\n'\n";
     fs::write(&script, show).unwrap();
     fs::write(&given, "what is given\n").unwrap();
-    let report = policy.folder().join("report").display().to_string();
+    let report = policy.dir().join("report").display().to_string();
     let plain = Command::new("sh");
     let under_us = exec(&["--report", &report], &policy, &["sh"]);
     let answers = [plain, under_us].map(|mut command| {
@@ -91,16 +89,16 @@ fn command_has_the_same_descriptors_environment_and_limits_as_without_us() {
             });
         }
         assert!(command.status().unwrap().success());
-        // The folder that `find` reads is its own.
+        // The directory that `find` reads is its own.
         let answer = fs::read_to_string(&taken).unwrap();
         answer.lines().filter(|line| !line.contains("/fd")).map(str::to_owned).collect::<BTreeSet<_>>()
     });
     assert!(answers[0].iter().any(|line| line.starts_with("9 ")), "{answers:#?}");
-    assert_eq!(answers[0], answers[1], "without us on the left");
+    assert_eq!(answers[0], answers[1], "without sockpolicy on the left");
 }
 
 #[test]
-fn standard_output_is_the_commands_alone() {
+fn standard_output_has_only_the_commands_output() {
     let policy = some_policy();
     let output = Running::exec(&[], &policy, &["sh", "-c", "echo out; echo err >&2"]).finish();
     assert_eq!(stdout(&output), "out\n");
@@ -108,7 +106,7 @@ fn standard_output_is_the_commands_alone() {
     assert!(stderr.starts_with("sockpolicy: enforcing some on cgroup "), "{stderr}");
     assert!(stderr.contains("\nerr\n") && stderr.contains("no application call disagreed"), "{stderr}");
 
-    let report = policy.folder().join("report");
+    let report = policy.dir().join("report");
     let arguments = ["--report", report.to_str().unwrap()];
     let output = Running::exec(&arguments, &policy, &["sh", "-c", "echo out; echo err >&2"]).finish();
     assert_eq!((stdout(&output), self::stderr(&output)), ("out\n".into(), "err\n".into()));
@@ -116,7 +114,7 @@ fn standard_output_is_the_commands_alone() {
 }
 
 #[test]
-fn guard_holds_nothing_open_that_is_not_its_own() {
+fn guard_process_holds_only_its_own_descriptors() {
     let policy = some_policy();
     let mut command = exec(&["--quiet"], &policy, &["sh", "-c", "echo started; read line"]);
     command.stdin(Stdio::piped());
@@ -141,10 +139,10 @@ fn guard_holds_nothing_open_that_is_not_its_own() {
 }
 
 #[test]
-fn pipeline_ends_when_the_command_does() {
+fn pipeline_ends_with_the_command() {
     let policy = some_policy();
     let mut shell = Command::new("sh");
-    // What outlives the command has closed the pipe, as daemons do.
+    // The process that outlives the command has closed the pipe, as daemons do.
     shell.args(["-c", "\"$0\" exec --quiet \"$1\" -- sh -c 'sleep 300 >/dev/null 2>&1 & echo x' 2>&1 | cat"]);
     shell.arg(sockpolicy_integration_tests::agent::program()).arg(policy.path()).stdin(Stdio::null());
     let output = process::output(shell);
@@ -152,7 +150,7 @@ fn pipeline_ends_when_the_command_does() {
 }
 
 #[test]
-fn command_is_in_a_cgroup_of_its_own_from_its_first_instruction() {
+fn command_is_in_its_own_cgroup_from_its_first_instruction() {
     let policy = some_policy();
     let running = Running::exec(&["--quiet"], &policy, &["sh", "-c", "cat /proc/self/cgroup; (cat /proc/self/cgroup)"]);
     let expected = format!("0::{}/sockpolicy-{}", running.home.name(), running.pid());
@@ -163,14 +161,13 @@ fn command_is_in_a_cgroup_of_its_own_from_its_first_instruction() {
 }
 
 #[test]
-fn report_that_cannot_be_written_is_refused_before_the_command_starts() {
+fn unwritable_report_file_is_refused_before_the_command_starts() {
     let policy = some_policy();
-    let mark = policy.folder().join("mark").display().to_string();
-    let folder = policy.folder().display().to_string();
-    for (report, reason) in [
-        ("/no/such/folder/report", "No such file or directory (os error 2)"),
-        (&folder, "Is a directory (os error 21)"),
-    ] {
+    let mark = policy.dir().join("mark").display().to_string();
+    let dir = policy.dir().display().to_string();
+    for (report, reason) in
+        [("/no/such/folder/report", "No such file or directory (os error 2)"), (&dir, "Is a directory (os error 21)")]
+    {
         let output = Running::exec(&["--report", report], &policy, &["touch", &mark]).finish();
         assert_eq!(stderr(&output), format!("error: cannot write the report to {report}: {reason}\n"));
         assert_eq!(output.status.code(), Some(125));
@@ -179,7 +176,7 @@ fn report_that_cannot_be_written_is_refused_before_the_command_starts() {
 }
 
 #[test]
-fn report_that_cannot_be_written_to_its_end_is_said_and_changes_no_status() {
+fn incomplete_report_is_warned_of_and_does_not_change_the_status() {
     let policy = some_policy();
     let arguments = ["--report", "/dev/full", "--output", "json"];
     let output = Running::exec(&arguments, &policy, &["sh", "-c", "echo done; exit 7"]).finish();
@@ -190,7 +187,7 @@ fn report_that_cannot_be_written_to_its_end_is_said_and_changes_no_status() {
 }
 
 #[test]
-fn processes_that_outlive_the_command_go_back_to_where_it_came_from() {
+fn processes_that_outlive_the_command_return_to_the_parent_cgroup() {
     let policy = some_policy();
     let script = "sleep 300 >/dev/null 2>&1 & echo $!; sh -c 'sleep 300 >/dev/null 2>&1 & echo $!'";
     let mut running = Running::exec(&[], &policy, &["sh", "-c", script]);
@@ -206,9 +203,9 @@ fn processes_that_outlive_the_command_go_back_to_where_it_came_from() {
 }
 
 #[test]
-fn cgroups_that_the_command_makes_are_removed() {
+fn cgroups_that_the_command_creates_are_removed() {
     let policy = some_policy();
-    // Deep ones, one with a process, and threaded ones, which list no processes.
+    // Nested cgroups, one with a process, and threaded ones, whose cgroup.procs cannot be read.
     let script = "set -e; cd \"$0$(sed -n s/^0:://p /proc/self/cgroup)\"; mkdir -p a/b/c d t/u; \
                   sleep 300 >/dev/null 2>&1 & echo $! >a/b/cgroup.procs; \
                   sleep 300 >/dev/null 2>&1 & pid=$!; echo $pid >t/cgroup.procs; \

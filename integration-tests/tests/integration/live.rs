@@ -1,4 +1,4 @@
-//! `sockpolicy ls` and `sockpolicy verify`: what they say of live sockets, against what the owner is told and what `ss` shows.
+//! `sockpolicy ls` and `sockpolicy verify`, compared with getsockopt in the owner and with `ss`.
 
 mod drift;
 
@@ -25,7 +25,7 @@ use sockpolicy_integration_tests::{
 
 use crate::{stderr, stdout};
 
-/// What `sockpolicy ls` says of the sockets of a cgroup, with these arguments: a line each.
+/// Returns the JSON lines of `sockpolicy ls` for the sockets of a cgroup.
 #[track_caller]
 fn listed(cgroup: &Cgroup, arguments: &[&str]) -> Vec<Value> {
     let path = cgroup.path().display().to_string();
@@ -34,14 +34,14 @@ fn listed(cgroup: &Cgroup, arguments: &[&str]) -> Vec<Value> {
     stdout(&output).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
-/// The same by the descriptors that lead to them.
+/// Like [`listed`], by descriptor.
 #[track_caller]
 fn by_descriptor(cgroup: &Cgroup, arguments: &[&str]) -> BTreeMap<Fd, Value> {
     let open = listed(cgroup, arguments).into_iter().filter(|line| !line["values"].is_null());
     open.map(|line| (Fd::try_from(line["fd"].as_i64().unwrap()).unwrap(), line)).collect()
 }
 
-/// Sockets of every kind and state that stays, by what they are.
+/// Opens sockets of every kind and persistent state, each with a description.
 fn sockets(probe: &mut Probe) -> Vec<(String, Fd)> {
     let mut sockets = Vec::new();
     for family in Family::BOTH {
@@ -50,7 +50,7 @@ fn sockets(probe: &mut Probe) -> Vec<(String, Fd)> {
         for (what, fd) in [("listener", pair.listener), ("client", pair.client), ("server", pair.server)] {
             add(what, fd);
         }
-        probe.talk(pair.client, pair.server);
+        probe.exchange_bytes(pair.client, pair.server);
         for kind in [Kind::Tcp, Kind::Udp, Kind::Raw] {
             add(&format!("new {kind:?}"), probe.open(family, kind));
         }
@@ -79,7 +79,7 @@ fn sockets(probe: &mut Probe) -> Vec<(String, Fd)> {
     sockets.extend([("dual-stack listener", both), ("mapped client", client), ("mapped server", server)].map(named));
     if Kernel::current().has("mptcp") {
         let pair = probe.pair(Family::Inet, Kind::Mptcp);
-        probe.talk(pair.client, pair.server);
+        probe.exchange_bytes(pair.client, pair.server);
         let ends = [("listener", pair.listener), ("client", pair.client), ("server", pair.server)];
         sockets.extend(ends.map(|(what, fd)| named((&format!("Mptcp {what}"), fd))));
     }
@@ -90,7 +90,7 @@ fn named((what, fd): (&str, Fd)) -> (String, Fd) {
     (what.to_owned(), fd)
 }
 
-/// Every option that the agent knows, by its level and number.
+/// Returns every option that the agent knows, with its level and number.
 fn known_options() -> Vec<(String, SocketOption)> {
     let lines = stdout(&agent::output(&["options", "-o", "json"]));
     let number = |value: &Value| i32::try_from(value.as_i64().unwrap()).unwrap();
@@ -101,7 +101,7 @@ fn known_options() -> Vec<(String, SocketOption)> {
     options.collect()
 }
 
-/// Whether a value in JSON is what getsockopt left.
+/// Returns whether a JSON value is the value that getsockopt returned.
 fn is_same(shown: &Value, bytes: &[u8]) -> bool {
     let word = |at: usize| bytes.get(at..at + 4).map(|word| i32::from_ne_bytes(word.try_into().unwrap()));
     match shown {
@@ -110,7 +110,7 @@ fn is_same(shown: &Value, bytes: &[u8]) -> bool {
             (Some(number), 1) => number == i64::from(bytes[0]),
             (Some(number), 4) => {
                 let word = word(0).unwrap();
-                // An interface's index may be in the order of the network.
+                // The index of an interface can be in network byte order.
                 [i64::from(word), i64::from(word.cast_unsigned()), i64::from(i32::from_be(word))].contains(&number)
             }
             (_, 8) => {
@@ -121,7 +121,7 @@ fn is_same(shown: &Value, bytes: &[u8]) -> bool {
             _ => false,
         },
         Value::Object(fields) => {
-            // struct linger, and struct ucred.
+            // struct linger, or struct ucred.
             let names: &[&str] = if bytes.len() == 8 { &["onoff", "linger"] } else { &["pid", "uid", "gid"] };
             names.iter().enumerate().all(|(at, name)| {
                 let word = word(4 * at);
@@ -133,7 +133,7 @@ fn is_same(shown: &Value, bytes: &[u8]) -> bool {
             let hex: String = bytes.iter().take(16).map(|byte| format!("{byte:02x}")).collect();
             *text == format!("0x{hex}")
         }
-        // A time; an IPv4 address; a name.
+        // A duration, an IPv4 address, or a name.
         Value::String(text) if text == "0" => bytes.iter().all(|byte| *byte == 0),
         Value::String(text) => {
             let address = <[u8; 4]>::try_from(bytes).map(|octets| IpAddr::from(octets).to_string());
@@ -144,7 +144,7 @@ fn is_same(shown: &Value, bytes: &[u8]) -> bool {
     }
 }
 
-/// What reading takes from the socket, or what takes an argument.
+/// Options that `ls` does not read: reading changes the socket, or needs an argument.
 const NEVER_READ: [&str; 9] = [
     "SO_ERROR",
     "SO_ATTACH_FILTER",
@@ -158,7 +158,7 @@ const NEVER_READ: [&str; 9] = [
 ];
 
 #[test]
-fn every_option_is_shown_as_the_owner_is_told() {
+fn every_option_is_shown_as_its_owner_reads_it() {
     let cgroup = Cgroup::new();
     let mut probe = Probe::start(&cgroup);
     let sockets = sockets(&mut probe);
@@ -172,15 +172,15 @@ fn every_option_is_shown_as_the_owner_is_told() {
         for (((name, _), before), after) in options.iter().zip(before).zip(read(*fd)) {
             let shown = line["values"].get(name);
             match (shown, &after) {
-                // How it fares, which changes.
+                // Statistics of the connection, which change.
                 _ if before != after => {}
                 (Some(shown), Ok(value)) => {
-                    assert!(is_same(shown, value), "{what}: {name} is {shown}, its owner is told {value:?}");
+                    assert!(is_same(shown, value), "{what}: {name} is {shown}, its owner reads {value:?}");
                     compared.insert(name.as_str());
                 }
                 (None, Ok(_)) => assert!(NEVER_READ.contains(&name.as_str()), "{what}: {name} is not shown"),
                 (None, Err(_)) => {}
-                (Some(shown), Err(errno)) => panic!("{what}: {name} is {shown}, its owner is told {errno:?}"),
+                (Some(shown), Err(errno)) => panic!("{what}: {name} is {shown}, its owner gets {errno:?}"),
             }
         }
     }
@@ -191,19 +191,19 @@ fn every_option_is_shown_as_the_owner_is_told() {
     }
 }
 
-/// An end as `ss` writes it.
+/// Parses an endpoint in the format of `ss`.
 fn end(text: &str) -> (Option<IpAddr>, u16) {
     let (address, port) = text.rsplit_once(':').unwrap();
     let address = address.trim_start_matches('[').trim_end_matches(']');
-    // Dual-stack sockets have a star.
+    // Dual-stack sockets have an asterisk.
     let address = address.parse::<IpAddr>().ok().map(|address| address.to_canonical());
     (address.filter(|address| !address.is_unspecified()), port.parse().unwrap_or(0))
 }
 
-/// State and ends of sockets by their cookies; an address that is not a specific one is none.
+/// State and endpoints of sockets, by cookie. An unspecified address is `None`.
 type Sockets = BTreeMap<u64, (String, [(Option<IpAddr>, u16); 2])>;
 
-/// As `ss` has them in the network of a process.
+/// Returns the sockets that `ss` shows in the network namespace of a process.
 fn shown_by_ss(pid: u32) -> Sockets {
     let mut ss = Command::new("nsenter");
     ss.arg(format!("--net=/proc/{pid}/ns/net"));
@@ -219,7 +219,7 @@ fn shown_by_ss(pid: u32) -> Sockets {
 }
 
 #[test]
-fn states_and_addresses_and_cookies_are_those_of_ss() {
+fn states_addresses_and_cookies_are_those_of_ss() {
     let cgroup = Cgroup::new();
     let mut probe = Probe::start(&cgroup);
     let sockets = sockets(&mut probe);
@@ -240,7 +240,7 @@ fn states_and_addresses_and_cookies_are_those_of_ss() {
     for (cookie, shown) in &theirs {
         assert_eq!(ours.get(cookie), Some(shown), "cookie {cookie:#x}");
     }
-    // And those that ss does not show.
+    // Also the sockets that `ss` does not show.
     for (what, fd) in &sockets {
         let cookie = u64::from_ne_bytes(probe.get(*fd, SO_COOKIE, 8).unwrap().try_into().unwrap());
         assert!(ours.contains_key(&cookie), "{what}");
@@ -248,17 +248,17 @@ fn states_and_addresses_and_cookies_are_those_of_ss() {
 }
 
 #[test]
-fn sockets_that_nobody_set_anything_on_show_no_difference_however_much_they_carried() {
+fn unchanged_sockets_show_no_options_after_any_traffic() {
     const MUCH: usize = 8 << 20;
     let cgroup = Cgroup::new();
     let mut probe = Probe::start(&cgroup);
     let mut sockets = sockets(&mut probe);
-    let fresh = probe.fresh(SO_RCVBUF);
+    let fresh = probe.value_on_new_socket(SO_RCVBUF);
     let kinds = if Kernel::current().has("mptcp") { &[Kind::Tcp, Kind::Mptcp][..] } else { &[Kind::Tcp] };
     for kind in kinds {
         let pair = probe.pair(Family::Inet, *kind);
-        probe.pour(pair.client, pair.server, MUCH);
-        probe.pour(pair.server, pair.client, MUCH);
+        probe.transfer(pair.client, pair.server, MUCH);
+        probe.transfer(pair.server, pair.client, MUCH);
         sockets.extend([named(("busy client", pair.client)), named(("busy server", pair.server))]);
         if *kind == Kind::Tcp {
             assert_ne!(probe.int(pair.server, SO_RCVBUF), fresh, "the kernel tunes the buffer");
@@ -271,7 +271,7 @@ fn sockets_that_nobody_set_anything_on_show_no_difference_however_much_they_carr
 }
 
 #[test]
-fn what_the_owner_sets_is_shown_and_nothing_else() {
+fn only_options_that_the_owner_has_set_are_shown() {
     let cgroup = Cgroup::new();
     let mut probe = Probe::start(&cgroup);
     let pair = probe.pair(Family::Inet, Kind::Tcp);
@@ -285,7 +285,7 @@ fn what_the_owner_sets_is_shown_and_nothing_else() {
     let raw = probe.open(Family::Inet, Kind::Raw);
     let shown = by_descriptor(&cgroup, &[]);
     let mut client = json!({ "TCP_NODELAY": 1, "TCP_CONGESTION": "reno" });
-    // Before 5.15 nobody can tell that the kernel has not tuned the buffer.
+    // Before 5.15 (SO_BUF_LOCK), it is unknown whether the kernel has tuned the buffer.
     if probe.get(pair.client, SO_BUF_LOCK, 4).is_ok() {
         client["SO_SNDBUF"] = json!(100_000);
         client["SO_BUF_LOCK"] = json!(1);
@@ -303,21 +303,21 @@ fn what_the_owner_sets_is_shown_and_nothing_else() {
         assert_eq!(shown[&fd]["socket"]["cgroup"], cgroup.name());
     }
     assert_eq!(shown[&unbound]["socket"]["protocol"], "udp");
-    assert_eq!(shown[&raw]["socket"]["protocol"], "other", "as policies call raw sockets");
+    assert_eq!(shown[&raw]["socket"]["protocol"], "other", "the name of raw sockets in policies");
     let path = cgroup.path().display().to_string();
     let text = stdout(&agent::output(&["ls", "--cgroup", &path]));
     assert!(text.starts_with(&format!("{}\n  protocol  state", cgroup.name())), "{text}");
     assert!(text.contains(&format!("sockprobe[{}] fd {unbound}\n    SO_MARK = 0x7\n", probe.pid)), "{text}");
 }
 
-/// A `struct linger`.
+/// Returns a `struct linger`.
 fn linger(on: i32, seconds: i32) -> Vec<u8> {
     [on.to_ne_bytes(), seconds.to_ne_bytes()].concat()
 }
 
-/// One that is bound, by the kernel's word; one that is not, because its process is there.
+/// For a bound socket, the kernel reports its cgroup; for an unbound socket, the process's cgroup counts.
 #[test]
-fn socket_is_of_the_cgroup_that_it_was_made_in() {
+fn socket_belongs_to_the_cgroup_in_which_it_was_created() {
     let (one, other) = (Cgroup::new(), Cgroup::new());
     let below = one.child("below");
     let mut probe = Probe::start(&one);
@@ -332,11 +332,11 @@ fn socket_is_of_the_cgroup_that_it_was_made_in() {
     assert_eq!(found(&other), [unbound]);
     let host = agent::output(&["ls", "-o", "json"]);
     let ours = stdout(&host).lines().filter(|line| line.contains(&format!("\"pid\":{},", probe.pid))).count();
-    assert_eq!(ours, 5, "without a target all are shown");
+    assert_eq!(ours, 5, "without a target, all sockets are shown");
 }
 
 #[test]
-fn socket_of_several_processes_is_shown_once_with_all_of_them() {
+fn shared_socket_is_shown_once_with_all_its_processes() {
     let mut python = Command::new("python3");
     let script = "import os, signal, socket\n\
                   s = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen()\n\
@@ -345,19 +345,19 @@ fn socket_of_several_processes_is_shown_once_with_all_of_them() {
                   signal.pause()\n";
     python.args(["-c", script]);
     let mut running = Running::start(python);
-    let said = running.lines(1).remove(0);
-    let numbers: Vec<i64> = said.split_whitespace().map(|word| word.parse().unwrap()).collect();
+    let printed = running.lines(1).remove(0);
+    let numbers: Vec<i64> = printed.split_whitespace().map(|word| word.parse().unwrap()).collect();
     let lines = listed(&running.home, &[]);
-    let [line] = lines.as_slice() else { panic!("not one socket: {lines:#?}") };
-    let [parent, child, fd] = numbers[..] else { panic!("{said}") };
+    let [line] = lines.as_slice() else { panic!("expected one socket: {lines:#?}") };
+    let [parent, child, fd] = numbers[..] else { panic!("{printed}") };
     let (first, second) = (parent.min(child), parent.max(child));
     assert_eq!((&line["pid"], &line["fd"], &line["state"]), (&json!(first), &json!(fd), &json!("LISTEN")));
     assert_eq!(line["shared_with"], json!([{ "pid": second, "fd": fd }]));
 }
 
-/// The namespace lives by the socket alone.
+/// Only the socket keeps its network namespace alive.
 #[test]
-fn socket_in_a_network_that_no_process_is_in_is_found_with_its_state() {
+fn socket_in_a_network_namespace_without_processes_is_found_with_its_state() {
     let mut python = Command::new("unshare");
     let script = "import ctypes, signal, socket\n\
                   s = socket.socket(); s.bind(('0.0.0.0', 7)); s.listen()\n\
@@ -368,13 +368,13 @@ fn socket_in_a_network_that_no_process_is_in_is_found_with_its_state() {
     let mut running = Running::start(python);
     assert_eq!(running.lines(1), ["0"]);
     let lines = listed(&running.home, &[]);
-    let [line] = lines.as_slice() else { panic!("not one socket: {lines:#?}") };
+    let [line] = lines.as_slice() else { panic!("expected one socket: {lines:#?}") };
     assert_eq!((&line["state"], &line["socket"]["local"]), (&json!("LISTEN"), &json!("0.0.0.0:7")));
     assert_eq!((&line["pid"], &line["values"]), (&json!(running.pid()), &json!({})));
 }
 
 #[test]
-fn sockets_of_a_policy_are_those_of_its_targets() {
+fn ls_of_a_policy_shows_the_sockets_of_its_targets() {
     let (target, other) = (Cgroup::new(), Cgroup::new());
     let below = target.child("below");
     let mut probe = Probe::start(&other);

@@ -1,10 +1,12 @@
-//! The agent and its programs on a real kernel.
+//! Tests of the agent and its programs on a real kernel.
 //!
-//! Wants root. What a socket has is asked of the process that owns it, never of the agent.
+//! They need root. Tests take the value of a socket option from the process that owns the socket, never from the
+//! agent.
 
-#![expect(clippy::panic, clippy::unwrap_used, reason = "what fails in a test fails the test")]
+#![expect(clippy::panic, clippy::unwrap_used, reason = "a failed expectation fails the test")]
 
 mod actions;
+mod app_override;
 mod apply;
 mod arguments;
 mod audit;
@@ -12,8 +14,10 @@ mod bad_input;
 mod budgets;
 mod containers;
 mod datagrams;
+mod differential;
 mod dry_run;
 mod enforcement;
+mod environment;
 mod explain;
 mod facts;
 mod files;
@@ -24,16 +28,13 @@ mod journal;
 mod lifecycle;
 mod live;
 mod matching;
-mod meanwhile;
 mod output;
-mod overruling;
 mod persistence;
 mod plan;
 mod policies;
-mod preamble;
 mod precedence;
-mod product;
 mod progress;
+mod races;
 mod reload;
 mod settings;
 mod target;
@@ -44,17 +45,17 @@ use std::process::Output;
 
 use sockpolicy_integration_tests::options::SocketOption;
 
-/// An option that has no name here.
+/// Returns an option by level and number.
 fn number(level: i32, number: i32) -> SocketOption {
     SocketOption { name: "a numeric option", level, number }
 }
 
-/// What a command wrote to its standard output.
+/// Returns the standard output of a command.
 fn stdout(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// What it complained of.
+/// Returns the standard error of a command.
 fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }

@@ -1,4 +1,4 @@
-//! Which rule governs which socket.
+//! Which rule decides for which socket.
 
 use sockpolicy_integration_tests::{
     agent::Exec,
@@ -12,7 +12,7 @@ use sockpolicy_integration_tests::{
 };
 
 #[test]
-fn protocol_tells_tcp_from_udp_and_raw() {
+fn protocol_distinguishes_tcp_udp_and_raw() {
     require!("cgroup/bind4");
     let policy = PolicyFile::new(
         "[[rule]]\nmatch = { protocol = \"tcp\" }\nset = { SO_MARK = 6 }\n\
@@ -27,7 +27,7 @@ fn protocol_tells_tcp_from_udp_and_raw() {
         }
     }
     let unix = exec.probe.open(Family::Inet, Kind::Unix);
-    assert_eq!(exec.probe.int(unix, SO_MARK), 0, "policies are about IP sockets");
+    assert_eq!(exec.probe.int(unix, SO_MARK), 0, "policies cover IP sockets only");
     assert_eq!(exec.probe.set(unix, SO_MARK, 5), Ok(()));
     assert_eq!(exec.probe.int(unix, SO_MARK), 5);
     let report = exec.finish();
@@ -36,7 +36,7 @@ fn protocol_tells_tcp_from_udp_and_raw() {
 }
 
 #[test]
-fn direction_tells_who_connects_from_who_accepts() {
+fn direction_distinguishes_connecting_from_accepting_sockets() {
     require!("cgroup/bind4");
     let policy = PolicyFile::new(
         "[[rule]]\nmatch = { direction = \"outbound\" }\nset = { TCP_KEEPCNT = 11, SO_PRIORITY = 1 }\n\
@@ -70,7 +70,7 @@ fn family_is_that_of_the_traffic() {
         assert_eq!(probe.int(pair.client, TCP_KEEPCNT), count, "{family:?}");
         assert_eq!(probe.int(pair.server, TCP_KEEPCNT), count, "{family:?}");
     }
-    // A socket for both, called over IPv4, and one of AF_INET6 that calls an IPv4-mapped address.
+    // A dual-stack listener, and an AF_INET6 socket that connects to an IPv4-mapped address.
     let both = probe.open(Family::Inet6, Kind::Tcp);
     assert_eq!(probe.int(both, IPV6_V6ONLY), 0);
     let port = probe.bind(both, "[::]:0".parse().unwrap()).port();
@@ -118,7 +118,7 @@ fn remote_addresses_match_by_prefix_with_exceptions() {
 }
 
 #[test]
-fn remote_address_of_an_accepted_socket_is_its_peers() {
+fn remote_address_of_an_accepted_socket_is_that_of_its_peer() {
     require!("cgroup/bind4");
     let policy = PolicyFile::new(
         "[[rule]]\nmatch = { direction = \"inbound\", remote = \"127.1.0.0/16\" }\nset = { TCP_KEEPCNT = 10, SO_PRIORITY = 4 }\n\
@@ -183,7 +183,7 @@ fn ports_match_by_number_and_range() {
         let address = probe.bind(listener, ([127, 0, 0, 1], port).into());
         probe.listen(listener);
         let client = probe.open(Family::Inet, Kind::Tcp);
-        // Not of the ports that are matched.
+        // A local port that no rule matches.
         probe.bind(client, ([127, 0, 0, 1], port + 20_000).into());
         probe.connect(client, address);
         let server = probe.accept(listener);
@@ -222,7 +222,7 @@ fn first_rule_that_names_an_option_wins_for_that_option() {
 }
 
 #[test]
-fn rule_for_a_peer_overrides_what_a_later_rule_gave_the_listener() {
+fn rule_for_a_peer_overrides_the_value_that_a_later_rule_set_on_the_listener() {
     require!("cgroup/bind4");
     let policy = PolicyFile::new(
         "[[rule]]\nmatch = { remote = \"127.1.0.0/16\" }\nset = { TCP_USER_TIMEOUT = \"1s\", SO_KEEPALIVE = false }\n\
@@ -243,7 +243,7 @@ fn rule_for_a_peer_overrides_what_a_later_rule_gave_the_listener() {
 }
 
 #[test]
-fn rule_for_a_peer_holds_on_connected_udp() {
+fn rule_for_a_peer_applies_to_connected_udp() {
     require!("cgroup/bind4");
     let policy = PolicyFile::new(
         "[[rule]]\nmatch = { protocol = \"udp\", remote = \"127.7.0.0/16\", remote_port = 7777 }\nset = { SO_PRIORITY = 4 }\n\
@@ -254,7 +254,7 @@ fn rule_for_a_peer_holds_on_connected_udp() {
     for (remote, priority) in [("127.7.0.1:7777", 4), ("127.7.0.1:7778", 2), ("127.8.0.1:7777", 2)] {
         for (family, remote) in [(Family::Inet, remote.to_owned()), (Family::Inet6, mapped(remote))] {
             let fd = probe.open(family, Kind::Udp);
-            assert_eq!(probe.int(fd, SO_PRIORITY), 0, "nothing is known of its peer");
+            assert_eq!(probe.int(fd, SO_PRIORITY), 0, "its peer is unknown");
             probe.connect(fd, remote.parse().unwrap());
             assert_eq!(probe.int(fd, SO_PRIORITY), priority, "to {remote}");
             probe.set(fd, SO_PRIORITY, 6).unwrap();
@@ -264,14 +264,14 @@ fn rule_for_a_peer_holds_on_connected_udp() {
     drop(exec.finish());
 }
 
-/// An IPv4 address and port as an AF_INET6 socket calls it.
+/// Returns an IPv4 address and port as an AF_INET6 socket uses them.
 fn mapped(address: &str) -> String {
     let (address, port) = address.split_once(':').unwrap();
     format!("[::ffff:{address}]:{port}")
 }
 
 #[test]
-fn call_before_the_peer_is_known_gives_way_when_it_is() {
+fn connect_overrides_a_call_made_before_the_peer_was_known() {
     require!("cgroup/bind4");
     let policy =
         PolicyFile::new("[[rule]]\nmatch = { remote = \"127.0.0.0/8\" }\nset = { TCP_KEEPCNT = 5, SO_MARK = 32 }\n");
@@ -281,7 +281,7 @@ fn call_before_the_peer_is_known_gives_way_when_it_is() {
     let client = probe.open(Family::Inet, Kind::Tcp);
     for (option, asked) in [(TCP_KEEPCNT, 9), (SO_MARK, 7)] {
         probe.set(client, option, asked).unwrap();
-        assert_eq!(probe.int(client, option), asked, "{}: no rule is sure to match", option.name);
+        assert_eq!(probe.int(client, option), asked, "{}: no rule surely matches", option.name);
     }
     probe.connect(client, address);
     for (option, wanted) in [(TCP_KEEPCNT, 5), (SO_MARK, 32)] {

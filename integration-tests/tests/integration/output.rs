@@ -1,4 +1,5 @@
-//! Output that cannot be written, and readers that do not read: neither stops enforcement, a command or its status.
+//! Output that cannot be written, and readers that do not read: enforcement, commands and exit statuses are
+//! unaffected.
 
 mod escape;
 mod rates;
@@ -22,7 +23,7 @@ use sockpolicy_integration_tests::{
     options::SO_KEEPALIVE,
     policy::PolicyFile,
     probe::Probe,
-    process::{Running, with_mounts, workload},
+    process::{Running, in_mount_namespace, workload},
     script::{Family, Kind},
     wait,
 };
@@ -30,10 +31,10 @@ use sockpolicy_integration_tests::{
 use crate::{stderr, stdout};
 
 const POLICY: &str = "[[rule]]\nset = { SO_KEEPALIVE = true }\n";
-/// The same, with an event for each call.
+/// The same policy, with an event for each call.
 const CHATTY: &str = "[audit]\ncalls = \"all\"\n[[rule]]\nset = { SO_KEEPALIVE = true }\n";
 
-/// An agent whose output goes anywhere. Killed when dropped.
+/// An agent with any kind of output. Killed when dropped.
 struct Agent {
     child: Child,
     home: Cgroup,
@@ -42,7 +43,7 @@ struct Agent {
 impl Agent {
     fn start(mut command: Command) -> Self {
         let home = Cgroup::new();
-        home.enclose(&mut command);
+        home.run_inside(&mut command);
         Self { child: command.spawn().unwrap(), home }
     }
 
@@ -50,11 +51,11 @@ impl Agent {
         self.child.try_wait().unwrap().is_none()
     }
 
-    /// Its status, within the time that an agent may take to end.
+    /// Ends the agent with SIGTERM, and returns its status.
     #[track_caller]
     fn end(mut self) -> ExitStatus {
         kill(Pid::from_raw(self.child.id() as i32), Signal::SIGTERM).unwrap();
-        assert!(wait::until(wait::PATIENCE, || !self.is_running()), "SIGTERM does not end it");
+        assert!(wait::until(wait::TIMEOUT, || !self.is_running()), "SIGTERM does not end the agent");
         assert_eq!(self.home.children(), [""; 0]);
         self.child.wait().unwrap()
     }
@@ -67,40 +68,40 @@ impl Drop for Agent {
     }
 }
 
-/// Ways in which standard output and standard error are no use.
+/// Ways in which standard output and standard error can fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Useless {
+enum BadOutput {
     Full,
     Closed,
-    /// The reader is gone.
+    /// A pipe whose reader has closed it.
     Gone,
-    /// The reader is there, and does not read.
+    /// A pipe whose reader does not read.
     Stuck,
 }
 
-const ALL: [Useless; 4] = [Useless::Full, Useless::Closed, Useless::Gone, Useless::Stuck];
+const ALL: [BadOutput; 4] = [BadOutput::Full, BadOutput::Closed, BadOutput::Gone, BadOutput::Stuck];
 
-/// The command with such output; what keeps it stuck goes with the second value.
-fn with_output(words: &[&str], output: Useless, error: Useless) -> (Command, Vec<OwnedFd>) {
-    let redirection = |useless| match useless {
-        Useless::Full => "/dev/full",
-        Useless::Closed => "&-",
-        Useless::Gone | Useless::Stuck => "",
+/// Returns the command with such outputs. The second value keeps a stuck pipe open.
+fn with_output(words: &[&str], output: BadOutput, error: BadOutput) -> (Command, Vec<OwnedFd>) {
+    let redirection = |bad| match bad {
+        BadOutput::Full => "/dev/full",
+        BadOutput::Closed => "&-",
+        BadOutput::Gone | BadOutput::Stuck => "",
     };
     let mut script = "exec \"$0\" \"$@\"".to_owned();
-    for (number, useless) in [(1, output), (2, error)] {
-        if !redirection(useless).is_empty() {
-            script.push_str(&format!(" {number}>{}", redirection(useless)));
+    for (number, bad) in [(1, output), (2, error)] {
+        if !redirection(bad).is_empty() {
+            script.push_str(&format!(" {number}>{}", redirection(bad)));
         }
     }
     let mut command = Command::new("sh");
     command.args(["-c", &script]).arg(agent::program()).args(words).stdin(Stdio::null());
     let mut readers = Vec::new();
-    let mut stdio = |useless| match useless {
-        Useless::Full | Useless::Closed => Stdio::null(),
-        Useless::Gone | Useless::Stuck => {
+    let mut stdio = |bad| match bad {
+        BadOutput::Full | BadOutput::Closed => Stdio::null(),
+        BadOutput::Gone | BadOutput::Stuck => {
             let (reader, writer) = pipe().unwrap();
-            if useless == Useless::Stuck {
+            if bad == BadOutput::Stuck {
                 readers.push(reader);
             }
             writer.into()
@@ -110,7 +111,7 @@ fn with_output(words: &[&str], output: Useless, error: Useless) -> (Command, Vec
     (command, readers)
 }
 
-/// Whether the policy is in force, by what a socket of the cgroup has after its owner's call.
+/// Returns whether the policy is in force: whether a conflicting call in the cgroup is rewritten.
 fn is_enforced(probe: &mut Probe) -> bool {
     let socket = probe.open(Family::Inet, Kind::Tcp);
     probe.set(socket, SO_KEEPALIVE, 0).unwrap();
@@ -119,15 +120,15 @@ fn is_enforced(probe: &mut Probe) -> bool {
     is_on
 }
 
-/// So many calls that disagree, by a process of the cgroup.
+/// Makes two processes of the cgroup each make `calls` conflicting calls.
 fn storm(target: &Cgroup, calls: u64) {
     let mut command = Command::new(workload());
     command.args(["storm", "2", &calls.to_string()]).stdout(Stdio::null());
-    target.enclose(&mut command);
+    target.run_inside(&mut command);
     assert!(command.status().unwrap().success());
 }
 
-/// Waits until a process has used no time for a second.
+/// Waits until a process has used no CPU time for a second.
 fn wait_until_idle(pid: u32) {
     let used = || {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
@@ -136,48 +137,48 @@ fn wait_until_idle(pid: u32) {
         (fields[11].clone(), fields[12].clone())
     };
     let mut last = (used(), std::time::Instant::now());
-    let is_idle = wait::until(wait::PATIENCE, || {
+    let is_idle = wait::until(wait::TIMEOUT, || {
         let now = used();
         if now != last.0 {
             last = (now, std::time::Instant::now());
         }
         last.1.elapsed().as_secs() >= 1
     });
-    assert!(is_idle, "process {pid} is never idle");
+    assert!(is_idle, "process {pid} does not become idle");
 }
 
 #[test]
-fn run_goes_on_whatever_becomes_of_its_output() {
-    for useless in ALL {
+fn run_continues_whatever_happens_to_its_output() {
+    for bad in ALL {
         let policy = PolicyFile::new(CHATTY);
         let target = Cgroup::new();
         let path = target.path().display().to_string();
         let words = ["run", "-o", "json", "--cgroup", &path, policy.path().to_str().unwrap()];
-        let (command, readers) = with_output(&words, useless, useless);
+        let (command, readers) = with_output(&words, bad, bad);
         let mut agent = Agent::start(command);
         let mut probe = Probe::start(&target);
-        assert!(wait::until(wait::PATIENCE, || is_enforced(&mut probe)), "{useless:?}: not in force");
-        // More than a pipe and the queue hold.
+        assert!(wait::until(wait::TIMEOUT, || is_enforced(&mut probe)), "{bad:?}: not in force");
+        // More events than the pipe and the queue can hold.
         storm(&target, 3000);
-        assert!(is_enforced(&mut probe), "{useless:?}: after a storm");
-        // Files with errors have messages.
+        assert!(is_enforced(&mut probe), "{bad:?}: after a storm");
+        // An invalid file causes error messages.
         fs::write(policy.path(), "no policy").unwrap();
         storm(&target, 100);
-        // A reload takes effect: the loop is not stuck.
+        // A reload takes effect, so the main loop is not blocked.
         fs::write(policy.path(), format!("{POLICY}deny = [\"SO_DEBUG\"]\n")).unwrap();
         let debug = crate::number(libc::SOL_SOCKET, libc::SO_DEBUG);
         let socket = probe.open(Family::Inet, Kind::Tcp);
-        let is_denied = wait::until(wait::PATIENCE, || probe.set(socket, debug, 0).is_err());
-        assert!(is_denied && agent.is_running(), "{useless:?}: the changed policy is not in force");
+        let is_denied = wait::until(wait::TIMEOUT, || probe.set(socket, debug, 0).is_err());
+        assert!(is_denied && agent.is_running(), "{bad:?}: the changed policy is not in force");
         let status = agent.end();
-        let expected = if useless == Useless::Gone { 0 } else { 2 };
-        assert_eq!(status.code(), Some(expected), "{useless:?}");
+        let expected = if bad == BadOutput::Gone { 0 } else { 2 };
+        assert_eq!(status.code(), Some(expected), "{bad:?}");
         drop(readers);
     }
 }
 
 #[test]
-fn reader_that_reads_again_learns_how_many_lines_are_missing() {
+fn reader_that_resumes_gets_the_number_of_missing_lines() {
     let policy = PolicyFile::new(CHATTY);
     let target = Cgroup::new();
     let path = target.path().display().to_string();
@@ -186,8 +187,8 @@ fn reader_that_reads_again_learns_how_many_lines_are_missing() {
     let mut agent = Agent::start(command);
     let mut out = agent.child.stdout.take().unwrap();
     let mut probe = Probe::start(&target);
-    assert!(wait::until(wait::PATIENCE, || is_enforced(&mut probe)));
-    // Some 600 bytes each.
+    assert!(wait::until(wait::TIMEOUT, || is_enforced(&mut probe)));
+    // Some 600 bytes per event.
     storm(&target, 4000);
     wait_until_idle(agent.child.id());
     let reader = std::thread::spawn(move || {
@@ -199,32 +200,32 @@ fn reader_that_reads_again_learns_how_many_lines_are_missing() {
     let text = reader.join().unwrap();
     let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let losses = lines.iter().filter(|line| line["event"] == "loss" && line["reason"] == "output_blocked");
-    let told: u64 = losses.map(|line| line["count"].as_u64().unwrap()).sum();
+    let reported: u64 = losses.map(|line| line["count"].as_u64().unwrap()).sum();
     let summary = lines.iter().find(|line| line["event"] == "summary").unwrap();
-    assert!(told > 0, "{} lines, {summary}", lines.len());
-    assert_eq!(summary["losses"]["output_blocked"], told);
+    assert!(reported > 0, "{} lines, {summary}", lines.len());
+    assert_eq!(summary["losses"]["output_blocked"], reported);
 }
 
 #[test]
-fn disk_that_has_room_again_has_the_number_of_missing_lines() {
+fn report_has_the_number_of_missing_lines_once_the_disk_has_space() {
     let policy = PolicyFile::new(CHATTY);
     let target = Cgroup::new();
-    // A file system of a few pages, in a mount namespace of its own.
+    // A file system of a few pages, in a new mount namespace.
     let script = "mount -t tmpfs -o size=64k none /mnt && exec \"$0\" run -o json --cgroup \"$1\" \"$2\" >>/mnt/out";
     let mut command = Command::new("unshare");
     command.args(["--mount", "sh", "-c", script]).arg(agent::program()).arg(target.path()).arg(policy.path());
     let agent = Agent::start(command);
     let mut probe = Probe::start(&target);
-    assert!(wait::until(wait::PATIENCE, || is_enforced(&mut probe)));
+    assert!(wait::until(wait::TIMEOUT, || is_enforced(&mut probe)));
     storm(&target, 500);
     assert!(is_enforced(&mut probe));
     let out = format!("/proc/{}/root/mnt/out", agent.child.id());
     let read = || fs::read_to_string(&out).unwrap();
-    // Events come in order: after this one, there is none of the storm any more.
+    // Events are in order: no event of the storm comes after this one.
     let debug = crate::number(libc::SOL_SOCKET, libc::SO_DEBUG);
     let socket = probe.open(Family::Inet, Kind::Tcp);
     let mut before = String::new();
-    let is_marked = wait::until(wait::PATIENCE, || {
+    let is_marked = wait::until(wait::TIMEOUT, || {
         probe.set(socket, debug, 0).unwrap();
         let text = read();
         let is_marked = text.contains("SO_DEBUG");
@@ -239,52 +240,52 @@ fn disk_that_has_room_again_has_the_number_of_missing_lines() {
     assert!(agent.end().success(), "the end of the report was written");
     let report = before + &std::io::read_to_string(file).unwrap();
     let lines: Vec<Value> = report.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
-    let told = lines.iter().rfind(|line| line["event"] == "loss" && line["reason"] == "output_no_space");
-    let told = told.unwrap_or_else(|| panic!("{report}"));
+    let reported = lines.iter().rfind(|line| line["event"] == "loss" && line["reason"] == "output_no_space");
+    let reported = reported.unwrap_or_else(|| panic!("{report}"));
     let summary = lines.last().unwrap();
-    assert_eq!((&summary["event"], &summary["losses"]["output_no_space"]), (&"summary".into(), &told["total"]));
+    assert_eq!((&summary["event"], &summary["losses"]["output_no_space"]), (&"summary".into(), &reported["total"]));
 }
 
 #[test]
-fn full_disk_keeps_no_new_cgroup_from_being_governed() {
+fn full_disk_does_not_stop_enforcement_on_new_cgroups() {
     let parent = Cgroup::new();
     let instance = Instance::new();
     let policy = PolicyFile::new(format!("[target]\ncgroup = \"{}/**\"\n{POLICY}", parent.name()));
     let first = parent.child("first");
     let words = ["run", "--persist", "--instance", &instance.name, policy.path().to_str().unwrap()];
     let prepare = "mkdir -p /run/sockpolicy && mount -t tmpfs -o size=64k,mode=700 none /run/sockpolicy";
-    let mut command = with_mounts(prepare, &agent::command(&words));
+    let mut command = in_mount_namespace(prepare, &agent::command(&words));
     command.stdout(Stdio::null());
     let agent = Agent::start(command);
     let mut probe = Probe::start(&first);
-    assert!(wait::until(wait::PATIENCE, || is_enforced(&mut probe)));
-    let folder = format!("/proc/{}/root/run/sockpolicy", agent.child.id());
-    let record = format!("{folder}/{}.json", instance.name);
-    let full = format!("{folder}/full");
-    assert!(fs::write(&full, vec![0; 1 << 20]).is_err(), "there is no room left");
+    assert!(wait::until(wait::TIMEOUT, || is_enforced(&mut probe)));
+    let dir = format!("/proc/{}/root/run/sockpolicy", agent.child.id());
+    let record = format!("{dir}/{}.json", instance.name);
+    let full = format!("{dir}/full");
+    assert!(fs::write(&full, vec![0; 1 << 20]).is_err(), "there is no space left");
     let second = parent.child("second");
     let mut probe = Probe::start(&second);
-    assert!(wait::until(wait::PATIENCE, || is_enforced(&mut probe)), "the new cgroup is not governed");
-    // The record comes when there is room.
+    assert!(wait::until(wait::TIMEOUT, || is_enforced(&mut probe)), "the policy is not enforced on the new cgroup");
+    // The record is written once there is space.
     let names_it = || fs::read_to_string(&record).is_ok_and(|record| record.contains(&second.name()));
     assert!(!names_it());
     fs::remove_file(&full).unwrap();
-    assert!(wait::until(wait::PATIENCE, names_it));
+    assert!(wait::until(wait::TIMEOUT, names_it));
     assert!(agent.end().success());
 }
 
 #[test]
-fn exec_and_audit_give_the_commands_status_whatever_becomes_of_their_output() {
+fn exec_and_audit_return_the_commands_status_whatever_happens_to_their_output() {
     let policy = PolicyFile::new(POLICY);
     let file = policy.path().to_str().unwrap();
     let script = format!("{} storm 1 50 >/dev/null; exit 7", workload());
     let command = ["--", "sh", "-c", &script];
-    for useless in ALL {
+    for bad in ALL {
         for start in [&["exec", file][..], &["audit"]] {
-            let (command, readers) = with_output(&[start, &command].concat(), useless, useless);
+            let (command, readers) = with_output(&[start, &command].concat(), bad, bad);
             let mut agent = Agent::start(command);
-            assert!(wait::until(wait::PATIENCE, || !agent.is_running()), "{useless:?} {start:?}: does not end");
-            assert_eq!(agent.child.wait().unwrap().code(), Some(7), "{useless:?} {start:?}");
+            assert!(wait::until(wait::TIMEOUT, || !agent.is_running()), "{bad:?} {start:?}: does not end");
+            assert_eq!(agent.child.wait().unwrap().code(), Some(7), "{bad:?} {start:?}");
             drop(readers);
         }
     }
@@ -293,7 +294,7 @@ fn exec_and_audit_give_the_commands_status_whatever_becomes_of_their_output() {
     assert!(stderr(&output).contains("cannot write the report to /dev/full: No space left"), "{}", stderr(&output));
 }
 
-/// Commands that write to standard output and end.
+/// Returns commands that write to standard output and end.
 fn one_shots<'a>(policy: &'a str, cgroup: &'a str) -> Vec<Vec<&'a str>> {
     let commands: [&[&str]; 18] = [
         &["--help"],
@@ -319,29 +320,29 @@ fn one_shots<'a>(policy: &'a str, cgroup: &'a str) -> Vec<Vec<&'a str>> {
 }
 
 #[test]
-fn commands_that_end_fail_where_their_output_cannot_be_written_and_say_why() {
+fn one_shot_commands_fail_with_a_reason_if_their_output_cannot_be_written() {
     let policy = PolicyFile::new(POLICY);
     let target = Cgroup::new();
     for words in one_shots(policy.path().to_str().unwrap(), target.path().to_str().unwrap()) {
-        for (useless, reason) in [(Useless::Full, "No space left"), (Useless::Closed, "Bad file descriptor")] {
-            let (mut command, _) = with_output(&words, useless, Useless::Full);
+        for (bad, reason) in [(BadOutput::Full, "No space left"), (BadOutput::Closed, "Bad file descriptor")] {
+            let (mut command, _) = with_output(&words, bad, BadOutput::Full);
             command.stderr(Stdio::null());
-            assert_eq!(command.status().unwrap().code(), Some(2), "{useless:?} {words:?}, without standard error");
-            let redirection = if useless == Useless::Full { "/dev/full" } else { "&-" };
+            assert_eq!(command.status().unwrap().code(), Some(2), "{bad:?} {words:?}, without standard error");
+            let redirection = if bad == BadOutput::Full { "/dev/full" } else { "&-" };
             let mut command = Command::new("sh");
             command.args(["-c", &format!("exec \"$0\" \"$@\" >{redirection}")]).arg(agent::program()).args(&words);
             let output = command.output().unwrap();
-            assert_eq!(output.status.code(), Some(2), "{useless:?} {words:?}: {}", stderr(&output));
-            assert!(stderr(&output).contains(reason), "{useless:?} {words:?}: {}", stderr(&output));
+            assert_eq!(output.status.code(), Some(2), "{bad:?} {words:?}: {}", stderr(&output));
+            assert!(stderr(&output).contains(reason), "{bad:?} {words:?}: {}", stderr(&output));
         }
-        let (mut command, _) = with_output(&words, Useless::Gone, Useless::Gone);
+        let (mut command, _) = with_output(&words, BadOutput::Gone, BadOutput::Gone);
         let status = command.status().unwrap();
         assert!(matches!(status.code(), Some(0..=2)), "{words:?} without a reader: {status}");
     }
 }
 
 #[test]
-fn messages_that_cannot_be_written_change_no_status() {
+fn unwritable_messages_do_not_change_the_exit_status() {
     for words in [
         &["check", "/no/such/policy"][..],
         &["run", "/no/such/policy"],
@@ -353,22 +354,22 @@ fn messages_that_cannot_be_written_change_no_status() {
         &["attach", "/no/such/policy"],
     ] {
         let expected = agent::command(words).output().unwrap().status.code();
-        for useless in [Useless::Full, Useless::Closed, Useless::Gone] {
-            let (mut command, _) = with_output(words, useless, useless);
-            assert_eq!(command.status().unwrap().code(), expected, "{useless:?} {words:?}");
+        for bad in [BadOutput::Full, BadOutput::Closed, BadOutput::Gone] {
+            let (mut command, _) = with_output(words, bad, bad);
+            assert_eq!(command.status().unwrap().code(), expected, "{bad:?} {words:?}");
         }
     }
 }
 
 #[test]
-fn descriptor_that_does_not_block_is_waited_for() {
+fn nonblocking_standard_output_is_written_completely() {
     let (reader, writer) = pipe().unwrap();
     let flags = nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK);
     nix::fcntl::fcntl(&writer, flags).unwrap();
     let mut command = agent::command(&["options", "-o", "markdown"]);
     let mut child = command.stdout(writer).spawn().unwrap();
     drop(command);
-    // The pipe is full before this reads.
+    // The pipe fills up before this test reads from it.
     wait::until(std::time::Duration::from_millis(200), || false);
     let mut text = String::new();
     File::from(reader).read_to_string(&mut text).unwrap();

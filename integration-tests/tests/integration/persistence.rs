@@ -1,4 +1,4 @@
-//! Policies that stay in force when the agent is gone, and agents that take over.
+//! Policies that stay in force without an agent, and agents that take them over.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -11,14 +11,14 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use sockpolicy_integration_tests::{
     agent::{self, Build, Run},
+    bpf_objects::cgroups_of_links,
     bpffs::Instance,
     cgroup::Cgroup,
-    foreign::{Foreign, Manner, attached},
+    foreign_program::{AttachMode, ForeignProgram, count_attached},
     options::{SO_MARK, SO_RCVLOWAT},
     policy::PolicyFile,
     probe::Probe,
-    process::{self, Running, with_mounts, workload},
-    residue::cgroups_of_links,
+    process::{self, Running, in_mount_namespace, workload},
     script::{Family, Kind},
     wait,
 };
@@ -30,15 +30,15 @@ fn sets_mark(target: &Cgroup, mark: i32) -> String {
 }
 
 fn mark(target: &Cgroup) -> i32 {
-    Probe::start(target).fresh(SO_MARK)
+    Probe::start(target).value_on_new_socket(SO_MARK)
 }
 
 fn run_persistent(instance: &Instance, policy: &PolicyFile) -> Run {
-    Run::started(policy, &["--persist", "--instance", &instance.name])
+    Run::start_with(policy, &["--persist", "--instance", &instance.name])
 }
 
 #[test]
-fn attached_policies_hold_without_an_agent_until_they_are_detached() {
+fn attached_policies_are_enforced_without_an_agent_until_detach() {
     let (target, instance) = (Cgroup::new(), Instance::new());
     let policy = PolicyFile::new(sets_mark(&target, 1));
     instance.attach(policy.path());
@@ -48,80 +48,80 @@ fn attached_policies_hold_without_an_agent_until_they_are_detached() {
     probe.set(socket, SO_MARK, 9).unwrap();
     assert_eq!(probe.int(socket, SO_MARK), 1);
     instance.detach();
-    assert_eq!(attached(&target), 0);
-    // The socket keeps what it has, and is its owner's.
-    assert_eq!((probe.int(socket, SO_MARK), probe.fresh(SO_MARK)), (1, 0));
+    assert_eq!(count_attached(&target), 0);
+    // The socket keeps its value, and the application can change it.
+    assert_eq!((probe.int(socket, SO_MARK), probe.value_on_new_socket(SO_MARK)), (1, 0));
     probe.set(socket, SO_MARK, 9).unwrap();
     assert_eq!(probe.int(socket, SO_MARK), 9);
 }
 
 #[test]
-fn attached_policies_give_way_to_others_of_the_same_instance() {
+fn attach_replaces_the_policies_of_the_same_instance() {
     let (one, other, instance) = (Cgroup::new(), Cgroup::new(), Instance::new());
     instance.attach(PolicyFile::new(sets_mark(&one, 1)).path());
     instance.attach(PolicyFile::new(sets_mark(&one, 2)).path());
     assert_eq!(mark(&one), 2);
     instance.attach(PolicyFile::new(sets_mark(&other, 3)).path());
-    assert_eq!((mark(&one), mark(&other), attached(&one)), (0, 3, 0));
+    assert_eq!((mark(&one), mark(&other), count_attached(&one)), (0, 3, 0));
     instance.detach();
 }
 
 #[test]
-fn policies_of_a_persistent_run_stay_and_the_next_one_takes_over() {
+fn policies_of_a_persistent_run_stay_until_the_next_run_takes_over() {
     let (target, instance) = (Cgroup::new(), Instance::new());
     let policy = PolicyFile::new(sets_mark(&target, 1));
     let run = run_persistent(&instance, &policy);
     let mut probe = Probe::start(&target);
-    assert_eq!(probe.fresh(SO_MARK), 1);
+    assert_eq!(probe.value_on_new_socket(SO_MARK), 1);
     run.signal(Signal::SIGKILL);
     let killed = run.wait_for_end();
     assert_eq!(killed.status.signal(), Some(Signal::SIGKILL as i32));
     let socket = probe.open(Family::Inet, Kind::Tcp);
-    // What nobody has heard of yet.
+    // This conflict happens while no agent runs.
     probe.set(socket, SO_MARK, 9).unwrap();
     assert_eq!(probe.int(socket, SO_MARK), 1);
 
     let run = run_persistent(&instance, &policy);
     fs::write(policy.path(), sets_mark(&target, 2)).unwrap();
     run.notice("reload", 1);
-    assert_eq!(probe.fresh(SO_MARK), 2);
+    assert_eq!(probe.value_on_new_socket(SO_MARK), 2);
     run.signal(Signal::SIGTERM);
     let ended = run.wait_for_end();
     assert!(ended.status.success(), "{}", stderr(&ended));
     assert!(stderr(&ended).contains(&format!("`sockpolicy detach {}` ends that", instance.name)), "{}", stderr(&ended));
-    let told = stdout(&ended);
-    assert!(told.contains("\"event\":\"conflict\""), "the call between the two agents is not told of: {told}");
-    assert_eq!(probe.fresh(SO_MARK), 2);
+    let reported = stdout(&ended);
+    assert!(reported.contains("\"event\":\"conflict\""), "the call between the two agents is not reported: {reported}");
+    assert_eq!(probe.value_on_new_socket(SO_MARK), 2);
     instance.detach();
-    assert_eq!(attached(&target), 0);
+    assert_eq!(count_attached(&target), 0);
 }
 
-/// A process of its own asks for a mark that the policy does not want.
-fn disagree(target: &Cgroup, mark: i32) {
+/// Makes a new process set a mark that conflicts with the policy.
+fn set_conflicting_mark(target: &Cgroup, mark: i32) {
     let mut probe = Probe::start(target);
     let socket = probe.open(Family::Inet, Kind::Tcp);
     probe.set(socket, SO_MARK, mark).unwrap();
 }
 
 #[test]
-fn counts_go_on_where_each_agent_is_killed_before_it_retires_policies() {
-    // Twice as many as the kernel's side keeps the policies of (abi::GENERATIONS).
+fn counts_survive_agents_that_are_killed_before_they_retire_policies() {
+    // Twice the number of generations whose tables the kernel side keeps (abi::GENERATIONS).
     const AGENTS: i32 = 8;
     let (target, instance) = (Cgroup::new(), Instance::new());
     let policy = PolicyFile::new(sets_mark(&target, 1));
     for agent in 1..=AGENTS {
         let run = run_persistent(&instance, &policy);
-        disagree(&target, 10 + agent);
+        set_conflicting_mark(&target, 10 + agent);
         run.signal(Signal::SIGKILL);
         run.wait_for_end();
     }
-    let report = run_persistent(&instance, &policy).finish_and_stay();
+    let report = run_persistent(&instance, &policy).finish_persistent();
     assert_eq!(report.setting("SO_MARK").calls.verdicts(), BTreeMap::from([("rewritten", AGENTS as u64)]));
     instance.detach();
 }
 
 #[test]
-fn counts_and_what_nobody_has_read_go_on_from_policies_to_policies_and_from_agent_to_agent() {
+fn counts_and_unread_events_survive_attach_reload_and_takeover() {
     let (target, instance) = (Cgroup::new(), Instance::new());
     let policy = PolicyFile::new(sets_mark(&target, 1));
     let counted = || {
@@ -134,19 +134,19 @@ fn counts_and_what_nobody_has_read_go_on_from_policies_to_policies_and_from_agen
         run.signal(Signal::SIGTERM);
         run.wait_for_end().status.code()
     };
-    // Without an agent, and each time by the same policies put in force anew.
+    // Without an agent, after repeated `attach` of the same policies.
     for times in 1..=3 {
         instance.attach(policy.path());
-        disagree(&target, 10 + times);
+        set_conflicting_mark(&target, 10 + times);
         assert_eq!(counted(), [times as u64; 2]);
     }
     let run = run_persistent(&instance, &policy);
     assert_eq!(counted(), [3; 2]);
-    disagree(&target, 14);
+    set_conflicting_mark(&target, 14);
     run.signal(Signal::SIGHUP);
     run.notice("reload", 1);
     assert_eq!(counted(), [4; 2]);
-    let report = run.finish_and_stay();
+    let report = run.finish_persistent();
     let asked: Vec<_> =
         report.of("conflict", "SO_MARK").iter().map(|event| event.requested.as_u64().unwrap()).collect();
     assert_eq!(asked, [11, 12, 13, 14]);
@@ -154,26 +154,26 @@ fn counts_and_what_nobody_has_read_go_on_from_policies_to_policies_and_from_agen
     let setting = report.setting("SO_MARK");
     assert_eq!((setting.sockets.set, setting.calls.verdicts()), (4, BTreeMap::from([("rewritten", 4)])));
 
-    // What somebody has been told of is no failure of those who come after.
+    // Conflicts that one agent has reported do not fail later agents.
     let arguments = ["--persist", "--fail-on-conflict", "--instance", &instance.name];
-    assert_eq!(fails(Run::started(&policy, &arguments)), Some(0));
-    let run = Run::started(&policy, &arguments);
-    disagree(&target, 15);
+    assert_eq!(fails(Run::start_with(&policy, &arguments)), Some(0));
+    let run = Run::start_with(&policy, &arguments);
+    set_conflicting_mark(&target, 15);
     assert_eq!(fails(run), Some(1));
     let run = run_persistent(&instance, &policy);
-    disagree(&target, 16);
+    set_conflicting_mark(&target, 16);
     run.signal(Signal::SIGKILL);
     run.wait_for_end();
-    disagree(&target, 17);
+    set_conflicting_mark(&target, 17);
     assert_eq!(counted(), [7; 2]);
-    // As often as there are generations, each gone before it has summed up those before it.
+    // As many takeovers as there are generations, each killed before it has added up the earlier counts.
     for _ in 0..5 {
         assert!(attach_killed_at(&instance, &policy, "retired", 0));
         assert_eq!(counted(), [7; 2]);
     }
     instance.attach(policy.path());
     assert_eq!(counted(), [7; 2]);
-    // What is new begins anew.
+    // A changed setting starts at zero.
     fs::write(policy.path(), sets_mark(&target, 2)).unwrap();
     instance.attach(policy.path());
     assert_eq!(counted(), [0; 2]);
@@ -181,7 +181,7 @@ fn counts_and_what_nobody_has_read_go_on_from_policies_to_policies_and_from_agen
 }
 
 #[test]
-fn another_agent_for_the_same_cgroup_or_of_the_same_name_is_refused() {
+fn agent_for_a_covered_cgroup_or_a_running_instance_is_refused() {
     let (target, instance) = (Cgroup::new(), Instance::new());
     let policy = PolicyFile::new(sets_mark(&target, 1));
     let path = policy.path().to_str().unwrap();
@@ -212,7 +212,7 @@ fn another_agent_for_the_same_cgroup_or_of_the_same_name_is_refused() {
     instance.detach();
 }
 
-/// `run` of an instance, which says when it is in force.
+/// Returns the command `run` of an instance, with the log message for a policy in force.
 fn run_named(name: &str, policy: &PolicyFile) -> Command {
     let mut run = agent::command(&["run", agent::ALLOW_UNSUPPORTED, "--instance", name]);
     run.arg(policy.path()).env("SOCKPOLICY_LOG", "info");
@@ -232,17 +232,17 @@ fn assert_refused(refused: Running, holder: &Running) {
 }
 
 #[test]
-fn agent_that_starts_while_another_claims_the_same_cgroup_waits_for_it_and_is_refused() {
+fn agent_waits_for_another_that_is_starting_on_the_same_cgroup_and_is_refused() {
     let (target, one, other) = (Cgroup::new(), Instance::new(), Instance::new());
     let [first, second] = [1, 2].map(|value| PolicyFile::new(sets_mark(&target, value)));
-    let holder = Running::start_held(run_named(&one.name, &first), "others-checked");
+    let holder = Running::start_stopped_at(run_named(&one.name, &first), "others-checked");
     let mut refused = Running::start(run_named(&other.name, &second));
     let waits = || process::waits_for_lock(refused.pid()) || is_in_force(&refused);
-    assert!(wait::until(wait::PATIENCE, waits) && !is_in_force(&refused), "{}", refused.stderr());
+    assert!(wait::until(wait::TIMEOUT, waits) && !is_in_force(&refused), "{}", refused.stderr());
     assert!(!refused.has_ended());
-    holder.go_on();
+    holder.resume();
     assert_refused(refused, &holder);
-    assert!(wait::until(wait::PATIENCE, || is_in_force(&holder)), "{}", holder.stderr());
+    assert!(wait::until(wait::TIMEOUT, || is_in_force(&holder)), "{}", holder.stderr());
     assert_eq!(mark(&target), 1);
     holder.signal(Signal::SIGTERM);
     assert!(holder.finish().status.success());
@@ -250,18 +250,18 @@ fn agent_that_starts_while_another_claims_the_same_cgroup_waits_for_it_and_is_re
 }
 
 #[test]
-fn of_agents_that_start_at_once_for_the_same_cgroup_one_gets_it() {
+fn one_of_several_agents_that_start_at_once_on_a_cgroup_succeeds() {
     let target = Cgroup::new();
     let policy = PolicyFile::new(sets_mark(&target, 1));
     let instances = [(); 3].map(|()| Instance::new());
     let runs = instances.each_ref().map(|instance| Running::start(run_named(&instance.name, &policy)));
     let mut runs = Vec::from(runs);
-    let is_settled = wait::until(wait::PATIENCE, || {
+    let is_settled = wait::until(wait::TIMEOUT, || {
         runs.iter_mut().map(Running::has_ended).filter(|has_ended| !has_ended).count() == 1
             && runs.iter().any(is_in_force)
     });
-    let said: Vec<String> = runs.iter().map(Running::stderr).collect();
-    assert!(is_settled, "{said:#?}");
+    let printed: Vec<String> = runs.iter().map(Running::stderr).collect();
+    assert!(is_settled, "{printed:#?}");
     let holder = runs.swap_remove(runs.iter().position(is_in_force).unwrap());
     for refused in runs {
         assert_refused(refused, &holder);
@@ -271,33 +271,33 @@ fn of_agents_that_start_at_once_for_the_same_cgroup_one_gets_it() {
 }
 
 #[test]
-fn status_tells_of_instances_and_of_programs_of_others() {
+fn status_shows_an_instance_and_foreign_programs() {
     let (target, instance) = (Cgroup::new(), Instance::new());
     let policy = PolicyFile::new(sets_mark(&target, 1));
     let name = &instance.name;
     let status =
         || -> Value { serde_json::from_slice(&agent::output(&["status", "--output", "json", name]).stdout).unwrap() };
     instance.attach(policy.path());
-    let foreign = Foreign::attach(&target, SO_RCVLOWAT, Manner::Link);
+    let foreign = ForeignProgram::attach(&target, SO_RCVLOWAT, AttachMode::Link);
     let mut probe = Probe::start(&target);
     let socket = probe.open(Family::Inet, Kind::Tcp);
     probe.set(socket, SO_MARK, 9).unwrap();
-    let told = status();
+    let reported = status();
     assert_eq!(
-        (&told["instance"], &told["pid"], &told["persists"]),
+        (&reported["instance"], &reported["pid"], &reported["persists"]),
         (&name.as_str().into(), &Value::Null, &true.into())
     );
     assert_eq!(
-        (&told["cgroups"][0]["cgroup"], &told["cgroups"][0]["mode"]),
+        (&reported["cgroups"][0]["cgroup"], &reported["cgroups"][0]["mode"]),
         (&target.name().into(), &"enforce".into())
     );
-    let setting = &told["settings"][0];
+    let setting = &reported["settings"][0];
     assert_eq!(
         (&setting["option"], &setting["rule"], &setting["sockets"]["set"]),
         (&"SO_MARK".into(), &"r".into(), &1.into())
     );
     assert_eq!(setting["calls"]["verdicts"]["rewritten"], 1);
-    assert_eq!(told["foreign_programs"].as_array().unwrap().len(), 1, "{told}");
+    assert_eq!(reported["foreign_programs"].as_array().unwrap().len(), 1, "{reported}");
     drop(foreign);
 
     let run = run_persistent(&instance, &policy);
@@ -323,7 +323,7 @@ fn status_tells_of_instances_and_of_programs_of_others() {
 }
 
 #[test]
-fn status_tells_what_was_lost_in_a_storm_from_what_came_while_there_was_no_agent() {
+fn status_separates_events_lost_in_a_storm_from_unread_events() {
     let (target, instance) = (Cgroup::new(), Instance::new());
     let rule = "[[rule]]\nset = { TCP_NODELAY = true, SO_KEEPALIVE = true }\n";
     let policy = PolicyFile::new(format!("[target]\ncgroup = {:?}\n[audit]\ncalls = \"all\"\n{rule}", target.name()));
@@ -333,11 +333,11 @@ fn status_tells_what_was_lost_in_a_storm_from_what_came_while_there_was_no_agent
         let mut storm = Running::start_in(storm, target);
         assert!(storm.wait().success(), "{}", storm.stderr());
     };
-    // Lost, and not told of for want of an agent.
+    // Lost events, and events that no agent has read.
     let counted = || {
         let output = agent::output(&["status", "--output", "json", &instance.name]);
-        let told: Value = serde_json::from_slice(&output.stdout).unwrap();
-        (told["losses"]["ring_full"].as_u64().unwrap(), told["unread"].as_u64().unwrap())
+        let reported: Value = serde_json::from_slice(&output.stdout).unwrap();
+        (reported["losses"]["ring_full"].as_u64().unwrap(), reported["unread"].as_u64().unwrap())
     };
     instance.attach(policy.path());
     storm(target.child("one"));
@@ -349,7 +349,7 @@ fn status_tells_what_was_lost_in_a_storm_from_what_came_while_there_was_no_agent
 
     let run = run_persistent(&instance, &policy);
     assert_eq!(counted(), (0, unread));
-    // One that does not come to reading.
+    // A stopped agent does not read the ring buffer.
     run.signal(Signal::SIGSTOP);
     storm(target.child("two"));
     run.signal(Signal::SIGCONT);
@@ -365,7 +365,7 @@ fn status_tells_what_was_lost_in_a_storm_from_what_came_while_there_was_no_agent
 }
 
 #[test]
-fn status_tells_of_an_agent_whose_policies_do_not_stay() {
+fn status_shows_an_agent_without_persistent_policies() {
     let target = Cgroup::new();
     let run = Run::start(&PolicyFile::new("[[rule]]\nset = { SO_MARK = 1 }\n"), &target);
     let name = format!("run-{}", run.pid());
@@ -376,7 +376,7 @@ fn status_tells_of_an_agent_whose_policies_do_not_stay() {
 }
 
 #[test]
-fn plan_tells_what_would_be_different_from_what_is_in_force() {
+fn plan_shows_differences_from_the_policies_in_force() {
     let (target, instance) = (Cgroup::new(), Instance::new());
     let policy = PolicyFile::new(sets_mark(&target, 1));
     instance.attach(policy.path());
@@ -396,19 +396,20 @@ fn plan_tells_what_would_be_different_from_what_is_in_force() {
 }
 
 #[test]
-fn detach_of_nothing_says_so() {
+fn detach_without_an_instance_fails() {
     let instance = Instance::new();
     let output = agent::output(&["detach", &instance.name]);
     assert!(stderr(&output).starts_with("error: no instance `"), "{}", stderr(&output));
     assert_eq!(output.status.code(), Some(2));
     assert!(instance.left().is_empty(), "{:?}", instance.left());
-    // It does not take what it would then not find either.
-    let without = process::output(with_mounts("umount /sys/fs/bpf", &agent::command(&["detach", &instance.name])));
+    // Without the BPF file system, `detach` fails in the same way.
+    let without =
+        process::output(in_mount_namespace("umount /sys/fs/bpf", &agent::command(&["detach", &instance.name])));
     assert_eq!(stderr(&without).lines().next(), stderr(&output).lines().next());
 }
 
 #[test]
-fn detach_says_what_to_do_about_an_agent_that_runs_and_about_what_apply_has_changed() {
+fn detach_says_how_to_end_the_agent_and_how_to_restore_values() {
     let (target, instance) = (Cgroup::new(), Instance::new());
     let policy = PolicyFile::new(sets_mark(&target, 1));
     let detach = || stderr(&agent::output(&["detach", "--restore", &instance.name]));
@@ -422,72 +423,72 @@ fn detach_says_what_to_do_about_an_agent_that_runs_and_about_what_apply_has_chan
             instance.name
         )
     );
-    run.finish_and_stay();
+    run.finish_persistent();
     instance.detach();
     let mut probe = Probe::start(&target);
     let socket = probe.open(Family::Inet, Kind::Tcp);
     let applied = instance.run("apply", &[policy.path().to_str().unwrap()]);
     assert!(applied.status.success(), "{}", stderr(&applied));
     assert_eq!(probe.int(socket, SO_MARK), 1);
-    let said = detach();
+    let printed = detach();
     let help = format!(
         "\n  help: put back what `apply` has changed: sockpolicy apply --restore --instance {}\n",
         instance.name
     );
-    assert!(said.ends_with(&help), "{said}");
+    assert!(printed.ends_with(&help), "{printed}");
     assert_eq!(stdout(&instance.run("apply", &["--restore"])).split(';').next(), Some("restored: 1 options"));
     assert_eq!(probe.int(socket, SO_MARK), 0);
 }
 
-/// The layout of the build that is tested, and a build of another one.
+/// Returns the layout of the binary under test, and a binary with another layout.
 fn other_layout(instance: &Instance) -> (String, Build) {
     let [layout] = <[String; 1]>::try_from(instance.layouts()).unwrap();
-    let build = Build::of_another_layout(&layout);
+    let build = Build::with_other_layout(&layout);
     (layout, build)
 }
 
 #[test]
-fn pins_of_a_build_of_another_layout_are_replaced() {
+fn pins_of_a_build_with_another_layout_are_replaced() {
     let (target, instance) = (Cgroup::new(), Instance::new());
     let policy = PolicyFile::new(sets_mark(&target, 1));
     instance.attach(policy.path());
-    let before = attached(&target);
+    let before = count_attached(&target);
     let (ours, other) = other_layout(&instance);
     fs::write(policy.path(), sets_mark(&target, 2)).unwrap();
     instance.attach_by(&other, policy.path());
-    assert_eq!((mark(&target), attached(&target)), (2, before));
+    assert_eq!((mark(&target), count_attached(&target)), (2, before));
     assert!(instance.layouts().len() == 1 && instance.layouts() != [ours], "{:?}", instance.layouts());
-    // By ours, of which nothing is there.
+    // The binary under test detaches policies of the other layout only.
     instance.detach();
-    assert_eq!((mark(&target), attached(&target)), (0, 0));
+    assert_eq!((mark(&target), count_attached(&target)), (0, 0));
 }
 
 #[test]
-fn takeover_from_another_build_that_is_killed_at_any_step_has_the_old_or_the_new_in_force() {
+fn takeover_from_another_build_killed_at_any_step_leaves_the_old_or_the_new_policies_in_force() {
     let (target, instance) = (Cgroup::new(), Instance::new());
     let policy = PolicyFile::new(sets_mark(&target, 1));
     instance.attach(policy.path());
-    let before = attached(&target);
+    let before = count_attached(&target);
     let (ours, other) = other_layout(&instance);
     for (step, times) in STEPS.into_iter().filter(|(step, _)| *step != "link-taken-over") {
         fs::write(policy.path(), sets_mark(&target, 1)).unwrap();
         instance.attach_by(&other, policy.path());
         fs::write(policy.path(), sets_mark(&target, 2)).unwrap();
         assert!(attach_killed_at(&instance, &policy, step, times), "{step}");
-        // Of two that are attached the later one sets last.
+        // If programs of both builds are attached, the later one sets the final value.
         let is_new = ["enabled", "retired", "detached"].contains(&step);
         assert_eq!(mark(&target), if is_new { 2 } else { 1 }, "{step}");
         fs::write(policy.path(), sets_mark(&target, 3)).unwrap();
         instance.attach(policy.path());
         let layouts = instance.layouts();
-        assert_eq!((mark(&target), attached(&target), layouts), (3, before, vec![ours.clone()]), "{step}");
+        assert_eq!((mark(&target), count_attached(&target), layouts), (3, before, vec![ours.clone()]), "{step}");
     }
     instance.detach();
-    assert_eq!(attached(&target), 0);
+    assert_eq!(count_attached(&target), 0);
 }
 
 #[test]
-fn cgroup_that_is_removed_takes_nothing_else_with_it() {
+fn removing_a_cgroup_affects_no_other_target() {
     let (target, instance) = (Cgroup::new(), Instance::new());
     let child = target.child("child");
     let text = format!("[target]\ncgroup = {:?}\n[[rule]]\nset = {{ SO_MARK = 1 }}\n", format!("{}/*", target.name()));
@@ -499,19 +500,19 @@ fn cgroup_that_is_removed_takes_nothing_else_with_it() {
     let other = target.child("other");
     instance.attach(policy.path());
     assert_eq!(mark(&other), 1);
-    // What the kernel has let go of by then is gone from the next one's pins.
+    // The next `attach` removes pins of links that the kernel has released by then.
     let id = fs::metadata(other.path()).unwrap().ino();
     let is_of_other = |link: &fs::DirEntry| link.file_name().to_string_lossy().starts_with(&format!("{id}-"));
-    let is_let_go = wait::until(wait::PATIENCE, || {
+    let is_released = wait::until(wait::TIMEOUT, || {
         instance.attach(policy.path());
-        let layout = fs::read_dir(instance.folder()).unwrap().next().unwrap().unwrap().path();
+        let layout = fs::read_dir(instance.dir()).unwrap().next().unwrap().unwrap().path();
         fs::read_dir(layout.join("links")).unwrap().flatten().all(|link| is_of_other(&link))
     });
-    assert!(is_let_go, "links of the removed cgroup are still pinned");
+    assert!(is_released, "links of the removed cgroup are still pinned");
     instance.detach();
 }
 
-/// Steps of `attach`, and how many times to let each pass. Some are of the second attach only.
+/// Steps of `attach`, and how often to pass each one first. Some occur only in the second attach.
 const STEPS: [(&str, u32); 10] = [
     ("maps-made", 0),
     ("link-taken-over", 0),
@@ -525,7 +526,7 @@ const STEPS: [(&str, u32); 10] = [
     ("detached", 0),
 ];
 
-/// `attach` that is killed at this step. Gives whether it was.
+/// Runs `attach` with a kill at this step. Returns whether it was killed.
 fn attach_killed_at(instance: &Instance, policy: &PolicyFile, step: &str, times: u32) -> bool {
     let mut command = agent::command(&["attach", agent::ALLOW_UNSUPPORTED, "--instance", &instance.name]);
     command.arg(policy.path()).env("SOCKPOLICY_FAULT", format!("{step}:{times}"));
@@ -536,7 +537,7 @@ fn attach_killed_at(instance: &Instance, policy: &PolicyFile, step: &str, times:
 }
 
 #[test]
-fn attach_that_is_killed_at_any_step_has_all_in_force_or_nothing_and_the_next_one_goes_on() {
+fn attach_killed_at_any_step_leaves_all_policies_or_none_in_force_and_can_be_repeated() {
     for (step, times) in STEPS {
         let (target, instance) = (Cgroup::new(), Instance::new());
         let policy = PolicyFile::new(sets_mark(&target, 1));
@@ -548,17 +549,17 @@ fn attach_that_is_killed_at_any_step_has_all_in_force_or_nothing_and_the_next_on
         instance.attach(policy.path());
         assert_eq!(mark(&target), 2, "{step}");
         instance.detach();
-        assert_eq!(attached(&target), 0, "{step}");
+        assert_eq!(count_attached(&target), 0, "{step}");
     }
 }
 
 #[test]
-fn takeover_that_is_killed_at_any_step_has_the_old_or_the_new_in_force() {
+fn takeover_killed_at_any_step_leaves_the_old_or_the_new_policies_in_force() {
     for (step, times) in STEPS {
         let (target, other, instance) = (Cgroup::new(), Cgroup::new(), Instance::new());
         let policy = PolicyFile::new(sets_mark(&target, 1));
         instance.attach(policy.path());
-        // With a target more, so that there is something to attach.
+        // With an additional target, so that there is something to attach.
         let text = format!(
             "[target]\ncgroup = [{:?}, {:?}]\n[[rule]]\nset = {{ SO_MARK = 2 }}\n",
             target.name(),
@@ -574,13 +575,13 @@ fn takeover_that_is_killed_at_any_step_has_the_old_or_the_new_in_force() {
         instance.attach(policy.path());
         assert_eq!((mark(&target), mark(&other)), (3, 0), "{step}");
         instance.detach();
-        assert_eq!((attached(&target), attached(&other)), (0, 0), "{step}");
+        assert_eq!((count_attached(&target), count_attached(&other)), (0, 0), "{step}");
     }
 }
 
 #[test]
-fn reload_that_is_killed_at_any_step_has_the_old_or_the_new_in_force() {
-    // As in `attach`, once for the start.
+fn reload_killed_at_any_step_leaves_the_old_or_the_new_policies_in_force() {
+    // The steps of `attach`, passed once for the start.
     for (step, times) in
         [("tables-installed", 1), ("link-attached", 8), ("link-pinned", 9), ("recorded", 1), ("enabled", 1)]
     {
@@ -590,7 +591,7 @@ fn reload_that_is_killed_at_any_step_has_the_old_or_the_new_in_force() {
         command.arg(policy.path()).env("SOCKPOLICY_FAULT", format!("{step}:{times}")).env("SOCKPOLICY_LOG", "info");
         let mut running = Running::start(command);
         assert!(
-            wait::until(wait::PATIENCE, || running.stderr().contains("in force on")),
+            wait::until(wait::TIMEOUT, || running.stderr().contains("in force on")),
             "{step}: {}",
             running.stderr()
         );
@@ -607,11 +608,11 @@ fn reload_that_is_killed_at_any_step_has_the_old_or_the_new_in_force() {
         instance.attach(policy.path());
         assert_eq!((mark(&target), mark(&other)), (2, 2), "{step}");
         instance.detach();
-        assert_eq!((attached(&target), attached(&other)), (0, 0), "{step}");
+        assert_eq!((count_attached(&target), count_attached(&other)), (0, 0), "{step}");
     }
 }
 
-/// Sets options at hooks of all kinds, which `workload connections` looks at.
+/// Returns a policy with options that are set at hooks of all kinds. `workload connections` reads these options.
 fn sets_many(target: &Cgroup) -> PolicyFile {
     PolicyFile::new(format!(
         "[target]\ncgroup = {:?}\n[[rule]]\nset = {{ SO_MARK = 1, SO_PRIORITY = 1, TCP_KEEPIDLE = \"101s\", \
@@ -620,7 +621,7 @@ fn sets_many(target: &Cgroup) -> PolicyFile {
     ))
 }
 
-/// Connections to itself, as many as there can be, of a process of a cgroup.
+/// Starts a process in a cgroup that connects to itself as often as it can.
 fn connections(target: Cgroup) -> Running {
     let mut command = Command::new(workload());
     command.arg("connections").stdin(Stdio::piped());
@@ -629,9 +630,9 @@ fn connections(target: Cgroup) -> Running {
     running
 }
 
-/// Ends the connections, each of which has had its options.
+/// Ends the process, and checks that all of its connections had their options.
 #[track_caller]
-fn end_governed(mut connections: Running) {
+fn end_with_all_options(mut connections: Running) {
     connections.close_stdin();
     let text = stdout(&connections.finish());
     let seen: BTreeSet<String> = text.lines().skip(1).map(|line| line.rsplit_once(' ').unwrap().0.to_owned()).collect();
@@ -640,7 +641,7 @@ fn end_governed(mut connections: Running) {
 }
 
 #[test]
-fn no_connection_goes_without_its_options_while_agents_come_and_go() {
+fn every_connection_has_its_options_while_agents_come_and_go() {
     let (target, instance) = (Cgroup::new(), Instance::new());
     let policy = sets_many(&target);
     let run = run_persistent(&instance, &policy);
@@ -653,18 +654,18 @@ fn no_connection_goes_without_its_options_while_agents_come_and_go() {
         run.signal(signal);
         run.wait_for_end();
     }
-    end_governed(connections);
+    end_with_all_options(connections);
     instance.detach();
 }
 
 #[test]
-fn no_connection_goes_without_its_options_while_builds_take_over_from_each_other() {
+fn every_connection_has_its_options_while_builds_take_over_from_each_other() {
     let (target, instance) = (Cgroup::new(), Instance::new());
     let policy = sets_many(&target);
     let run = run_persistent(&instance, &policy);
     let (layout, other) = other_layout(&instance);
-    let (ours, copy) = (Build::ours(), Build::copy());
-    let hooks = attached(&target);
+    let (ours, copy) = (Build::under_test(), Build::copy());
+    let hooks = count_attached(&target);
     let connections = connections(target);
     run.signal(Signal::SIGKILL);
     run.wait_for_end();
@@ -675,19 +676,19 @@ fn no_connection_goes_without_its_options_while_builds_take_over_from_each_other
         (&other, false, Signal::SIGTERM),
         (&ours, true, Signal::SIGTERM),
     ] {
-        let run = Run::by(build, policy.path(), &["--persist", "--instance", &instance.name]);
+        let run = Run::with_build(build, policy.path(), &["--persist", "--instance", &instance.name]);
         let layouts = instance.layouts();
         assert!(layouts.len() == 1 && (layouts[0] == layout) == is_of_ours, "{layouts:?}");
-        assert_eq!(attached(&connections.home), hooks, "what the other build attached is gone");
+        assert_eq!(count_attached(&connections.home), hooks, "the programs of the other build are detached");
         run.signal(signal);
         run.wait_for_end();
     }
-    end_governed(connections);
+    end_with_all_options(connections);
     instance.detach();
 }
 
 #[test]
-fn cgroup_that_goes_in_the_moment_of_being_taken_over_takes_nothing_else_with_it() {
+fn removing_a_cgroup_during_takeover_affects_no_other_target() {
     let (target, instance) = (Cgroup::new(), Instance::new());
     let [goes, stays] = ["goes", "stays"].map(|name| target.child(name));
     let text = |mark| {
@@ -699,12 +700,12 @@ fn cgroup_that_goes_in_the_moment_of_being_taken_over_takes_nothing_else_with_it
     let id = fs::metadata(goes.path()).unwrap().ino();
     let mut attach = agent::command(&["attach", agent::ALLOW_UNSUPPORTED, "--instance", &instance.name]);
     attach.arg(policy.path());
-    let held = Running::start_held(attach, &format!("link-found={id}"));
+    let held = Running::start_stopped_at(attach, &format!("link-found={id}"));
     assert!(cgroups_of_links(held.pid()).contains(&id));
     drop(goes);
-    let is_gone = wait::until(wait::PATIENCE, || !cgroups_of_links(held.pid()).contains(&id));
-    assert!(is_gone, "the kernel does not let go of a removed cgroup");
-    held.go_on();
+    let is_gone = wait::until(wait::TIMEOUT, || !cgroups_of_links(held.pid()).contains(&id));
+    assert!(is_gone, "the kernel does not release a removed cgroup");
+    held.resume();
     let output = held.finish();
     assert!(output.status.success(), "{}", stderr(&output));
     assert_eq!(mark(&stays), 2);

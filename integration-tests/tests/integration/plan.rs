@@ -1,4 +1,4 @@
-//! `sockpolicy plan`, against what `run` does.
+//! `sockpolicy plan`, compared with what `run` does.
 
 use std::path::Path;
 
@@ -6,7 +6,7 @@ use serde_json::Value;
 use sockpolicy_integration_tests::{
     agent::{self, Run},
     cgroup::Cgroup,
-    foreign::{self, Foreign, Manner, attached},
+    foreign_program::{self, AttachMode, ForeignProgram, count_attached},
     options::SO_RCVLOWAT,
     policy::PolicyFile,
 };
@@ -18,7 +18,7 @@ fn some_policy() -> PolicyFile {
 }
 
 #[test]
-fn plan_has_as_many_steps_as_programs_come_to_be_attached() {
+fn plan_has_one_step_for_each_program_that_run_attaches() {
     let target = Cgroup::new();
     for (policy, hooks) in [
         (
@@ -37,20 +37,20 @@ fn plan_has_as_many_steps_as_programs_come_to_be_attached() {
         let planned = attach.iter().map(|step| step["hook"].as_str().unwrap().trim_start_matches("cgroup/"));
         assert_eq!(planned.collect::<Vec<_>>(), hooks);
         assert!(attach.iter().all(|step| step["cgroup"] == target.name().as_str()));
-        assert_eq!(attached(&target), 0, "a plan attaches nothing");
+        assert_eq!(count_attached(&target), 0, "a plan attaches nothing");
         let run = Run::start(&policy, &target);
-        assert_eq!(attached(&target) as usize, hooks.len());
+        assert_eq!(count_attached(&target) as usize, hooks.len());
         drop(run.finish());
     }
 }
 
 #[test]
-fn programs_of_others_are_named() {
+fn plan_names_foreign_programs() {
     let target = Cgroup::new();
     let below = target.child("below");
     let policy = some_policy();
     let path = policy.path().to_str().unwrap();
-    let _foreign = Foreign::attach(&target, SO_RCVLOWAT, Manner::Link);
+    let _foreign = ForeignProgram::attach(&target, SO_RCVLOWAT, AttachMode::Link);
     let hook = "cgroup/setsockopt";
     let plan = |cgroup: &Cgroup| {
         let output = agent::output(&["plan", "-o", "json", path, "--cgroup", &cgroup.path().display().to_string()]);
@@ -60,20 +60,20 @@ fn programs_of_others_are_named() {
     for (cgroup, runs) in [(&target, "before"), (&below, "after")] {
         let [other] = &plan(cgroup)[..] else { panic!("{:?}", plan(cgroup)) };
         assert_eq!((&other["hook"], &other["runs"]), (&hook.into(), &runs.into()));
-        assert_eq!((&other["cgroup"], &other["name"]), (&target.name().into(), &foreign::NAME.into()));
+        assert_eq!((&other["cgroup"], &other["name"]), (&target.name().into(), &foreign_program::NAME.into()));
     }
     let text = stdout(&agent::output(&["plan", path, "--cgroup", &below.path().display().to_string()]));
-    let expected = format!("{hook}   {} (program ", foreign::NAME);
+    let expected = format!("{hook}   {} (program ", foreign_program::NAME);
     assert!(text.contains(&expected) && text.contains(&format!(" on {}: runs after ours", target.name())), "{text}");
     let doctor: Value = serde_json::from_slice(&agent::output(&["doctor", "-o", "json"]).stdout).unwrap();
     let attached = doctor["attached_programs"].as_array().unwrap();
     let ours: Vec<_> = attached.iter().filter(|line| line["cgroup"] == target.name().as_str()).collect();
     assert_eq!(ours.len(), 1, "{attached:?}");
-    assert_eq!((&ours[0]["hook"], &ours[0]["name"]), (&hook.into(), &foreign::NAME.into()));
+    assert_eq!((&ours[0]["hook"], &ours[0]["name"]), (&hook.into(), &foreign_program::NAME.into()));
 }
 
 #[test]
-fn what_is_not_there_yet_is_waited_for_and_what_another_instance_has_is_refused() {
+fn plan_shows_missing_targets_and_targets_of_other_instances() {
     let target = Cgroup::new();
     let policy = PolicyFile::new(format!(
         "[target]\ncgroup = [{:?}, \"no-such-cgroup\"]\n[[rule]]\nset = {{ TCP_SYNCNT = 3 }}\n",
@@ -81,10 +81,13 @@ fn what_is_not_there_yet_is_waited_for_and_what_another_instance_has_is_refused(
     ));
     let later = policy.add("later.toml", "[target]\ncgroup = \"no-such-cgroup\"\n[[rule]]\nset = { SO_MARK = 3 }\n");
     let plan = |path: &Path| stdout(&agent::output(&["plan", path.to_str().unwrap()]));
-    let said = plan(&later);
-    assert!(said.contains("on no cgroup yet, and on those that come to be its targets: later (enforced)\n"), "{said}");
+    let printed = plan(&later);
+    assert!(
+        printed.contains("on no cgroup yet, and on those that come to be its targets: later (enforced)\n"),
+        "{printed}"
+    );
     assert!(!plan(policy.path()).contains("refused"));
-    let run = Run::started(&policy, &[]);
+    let run = Run::start_with(&policy, &[]);
     let refused = format!(
         "\nunless it takes over that instance, it would be refused as things are:\n  cgroup {} is already a target of \
          instance `run-{}`, which runs as process {}\n",
@@ -97,7 +100,7 @@ fn what_is_not_there_yet_is_waited_for_and_what_another_instance_has_is_refused(
 }
 
 #[test]
-fn another_sockpolicy_above_is_warned_of() {
+fn instance_above_is_warned_of() {
     let target = Cgroup::new();
     let below = target.child("below");
     let policy = some_policy();

@@ -1,4 +1,4 @@
-//! The ready-made policies, each on a real program.
+//! The example policies, each applied to a real program.
 
 mod library;
 
@@ -8,12 +8,12 @@ use sockpolicy_integration_tests::{agent, policy::PolicyFile, process::read_repo
 
 use super::{stderr, stdout};
 
-/// The top of the repository.
+/// Returns the root directory of the repository.
 fn repository() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().unwrap()
 }
 
-/// Seconds until the next keepalive probe, as ss shows them: `timer:(keepalive,59sec,0)` or
+/// Parses the seconds until the next keepalive probe from the output of ss: `timer:(keepalive,59sec,0)` or
 /// `timer:(keepalive,4min59sec,0)`.
 fn keepalive_seconds(ss: &str) -> u32 {
     let timer = ss.split("timer:(keepalive,").nth(1).and_then(|rest| rest.split(',').next());
@@ -23,11 +23,11 @@ fn keepalive_seconds(ss: &str) -> u32 {
     60 * minutes.parse::<u32>().unwrap() + if seconds.is_empty() { 0 } else { seconds.parse::<u32>().unwrap() }
 }
 
-/// Runs the Redis of the demo under a policy; gives what it printed and the report.
+/// Runs the demo's Redis under a policy. Returns its output, and the report.
 fn redis_under(policy: &str, arguments: &[&str]) -> (String, Report) {
-    // Only for its folder.
+    // Only its directory is used.
     let scratch = PolicyFile::new("");
-    let report = scratch.folder().join("report.json");
+    let report = scratch.dir().join("report.json");
     let report = report.to_str().unwrap();
     let policy = repository().join("policies").join(policy);
     let workload = repository().join("examples/redis-demo/workload");
@@ -40,20 +40,20 @@ fn redis_under(policy: &str, arguments: &[&str]) -> (String, Report) {
 }
 
 #[test]
-fn keepalive_below_nat_holds_on_a_redis_that_asks_for_five_minutes() {
+fn keepalive_below_nat_is_enforced_on_a_redis_that_requests_five_minutes() {
     let (printed, report) = redis_under("keepalive-below-nat.toml", &[]);
     assert!(keepalive_seconds(&printed) <= 60, "{printed}");
     let conflict = report.of("conflict", "TCP_KEEPIDLE").into_iter().find(|event| event.requested == 300).unwrap();
     assert_eq!(conflict.verdict.as_deref(), Some("rewritten"));
     assert_eq!(conflict.comm.as_deref(), Some("redis-server"));
     let setting = report.setting("TCP_KEEPIDLE");
-    assert!(setting.sockets.set > 20, "twenty clients and their server's sockets: {setting:?}");
+    assert!(setting.sockets.set > 20, "sockets of twenty clients and of their server: {setting:?}");
     assert_eq!(setting.sockets.failed, 0);
     report.assert_nothing_lost();
 }
 
 #[test]
-fn keepalive_below_nat_in_a_dry_run_leaves_redis_its_five_minutes() {
+fn keepalive_below_nat_in_a_dry_run_does_not_change_redis() {
     let (printed, report) = redis_under("keepalive-below-nat.toml", &["--dry-run"]);
     assert!(keepalive_seconds(&printed) > 240, "{printed}");
     assert!(report.verdicts("TCP_KEEPIDLE").contains(&"would-rewrite"));

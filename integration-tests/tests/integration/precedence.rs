@@ -1,4 +1,4 @@
-//! Targets within targets: the deepest decides, although the kernel runs the programs of the others after its own.
+//! Nested targets: the innermost one decides, although the kernel runs the programs of outer targets later.
 
 use nix::errno::Errno;
 use serde_json::Value;
@@ -15,13 +15,13 @@ use sockpolicy_integration_tests::{
 
 use crate::{stderr, stdout};
 
-/// Three cgroups in one another, and a policy for each. The files' names are in the other order.
+/// Three nested cgroups, and a policy for each. The names of the files are in the opposite order.
 struct Tree {
     top: Cgroup,
     middle: Cgroup,
     leaf: Cgroup,
     policies: PolicyFile,
-    /// The other two files.
+    /// The paths of the other two files.
     others: [String; 2],
 }
 
@@ -71,31 +71,31 @@ impl Tree {
     }
 
     fn run(&self) -> Run {
-        Run::started(&self.policies, &[&self.others[0], &self.others[1]])
+        Run::start_with(&self.policies, &[&self.others[0], &self.others[1]])
     }
 }
 
-/// SO_PRIORITY, TCP_KEEPCNT, TCP_KEEPIDLE and TCP_SYNCNT of a socket.
+/// Returns SO_PRIORITY, TCP_KEEPCNT, TCP_KEEPIDLE and TCP_SYNCNT of a socket.
 fn values(probe: &mut Probe, fd: i32) -> [i32; 4] {
     [SO_PRIORITY, TCP_KEEPCNT, TCP_KEEPIDLE, TCP_SYNCNT].map(|option| probe.int(fd, option))
 }
 
-/// What connections in a cgroup have: its own priority and count, idle times of both ends, and
-/// retries of the SYN.
+/// Asserts the values of connections in a cgroup: priority, keepalive count, idle times of both ends, and SYN
+/// retries.
 #[track_caller]
 fn assert_sockets(probe: &mut Probe, what: &str, [priority, count, idle_out, idle_in, retries]: [i32; 5]) {
     for family in Family::BOTH {
         let pair = probe.pair(family, Kind::Tcp);
-        let told = [pair.client, pair.server, pair.listener].map(|fd| values(probe, fd));
+        let reported = [pair.client, pair.server, pair.listener].map(|fd| values(probe, fd));
         let expected = [idle_out, idle_in, idle_in].map(|idle| [priority, count, idle, retries]);
-        assert_eq!(told, expected, "{what}, {family:?}");
+        assert_eq!(reported, expected, "{what}, {family:?}");
     }
 }
 
 #[test]
-fn deepest_target_decides_each_option_that_it_names() {
+fn innermost_target_decides_each_option_that_it_names() {
     let tree = Tree::new();
-    let retries = Probe::start(&tree.top).fresh(TCP_SYNCNT);
+    let retries = Probe::start(&tree.top).value_on_new_socket(TCP_SYNCNT);
     let run = tree.run();
     let beside = tree.middle.child("beside");
     let below = tree.leaf.child("below");
@@ -112,15 +112,15 @@ fn deepest_target_decides_each_option_that_it_names() {
     assert_eq!(report.summary.targets, [&tree.top, &tree.middle, &tree.leaf].map(Cgroup::name));
     assert_eq!(report.summary.conflicts, 0, "{:#?}", report.events);
     // Each socket is counted by the one rule that decided: 3 of each family in a cgroup.
-    let born = |rule| report.setting_of(rule, "SO_PRIORITY").sockets.set;
-    assert_eq!([born("top"), born("middle"), born("leaf")], [6, 12, 12]);
+    let counted_sockets = |rule| report.setting_of(rule, "SO_PRIORITY").sockets.set;
+    assert_eq!([counted_sockets("top"), counted_sockets("middle"), counted_sockets("leaf")], [6, 12, 12]);
     let refused: Vec<_> = report.summary.settings.iter().filter(|setting| setting.sockets.failed > 0).collect();
     assert!(refused.is_empty(), "{refused:#?}");
     report.assert_nothing_lost();
 }
 
 #[test]
-fn deepest_target_judges_calls_and_the_others_what_it_does_not_name() {
+fn innermost_target_judges_calls_on_the_options_that_it_names() {
     let tree = Tree::new();
     let run = tree.run();
     let ask = |cgroup, option: SocketOption, value: i32| {
@@ -133,13 +133,13 @@ fn deepest_target_judges_calls_and_the_others_what_it_does_not_name() {
     assert_eq!(ask(&tree.top, SO_PRIORITY, 6), (Ok(()), 1));
     assert_eq!(ask(&tree.middle, SO_PRIORITY, 6), (Ok(()), 2));
     assert_eq!(ask(&tree.leaf, SO_PRIORITY, 6), (Ok(()), 3));
-    assert_eq!(ask(&tree.leaf, TCP_KEEPCNT, 9), (Ok(()), 4), "by the middle");
-    assert_eq!(ask(&tree.leaf, TCP_KEEPIDLE, 99), (Ok(()), 10), "by the top");
-    assert_eq!(ask(&tree.leaf, TCP_USER_TIMEOUT, 99), (denied, 0), "by the top");
-    assert_eq!(ask(&tree.middle, SO_RCVLOWAT, 50), (denied, 1), "by the top");
-    assert_eq!(ask(&tree.leaf, SO_RCVLOWAT, 50), (Ok(()), 50), "the leaf lets it");
-    assert_eq!(ask(&tree.leaf, SO_RCVLOWAT, 200), (Ok(()), 100), "up to here");
-    // What the innermost agrees with, the others do not get to see.
+    assert_eq!(ask(&tree.leaf, TCP_KEEPCNT, 9), (Ok(()), 4), "the middle target decides");
+    assert_eq!(ask(&tree.leaf, TCP_KEEPIDLE, 99), (Ok(()), 10), "the top target decides");
+    assert_eq!(ask(&tree.leaf, TCP_USER_TIMEOUT, 99), (denied, 0), "the top target decides");
+    assert_eq!(ask(&tree.middle, SO_RCVLOWAT, 50), (denied, 1), "the top target decides");
+    assert_eq!(ask(&tree.leaf, SO_RCVLOWAT, 50), (Ok(()), 50), "the leaf permits it");
+    assert_eq!(ask(&tree.leaf, SO_RCVLOWAT, 200), (Ok(()), 100), "up to its limit");
+    // Outer targets do not judge a call with which the innermost one agrees.
     assert_eq!(ask(&tree.leaf, SO_PRIORITY, 3), (Ok(()), 3));
     let report = run.finish();
 
@@ -163,9 +163,10 @@ fn calls(report: &Report, rule: &str, option: &str) -> Vec<(String, u64)> {
     verdicts.into_iter().map(|(verdict, count)| (verdict.to_owned(), count)).collect()
 }
 
-/// An accepted socket belongs to the cgroup of its listener, a listener to the one that it was made in.
+/// An accepted socket belongs to the cgroup of its listener; a listener belongs to the cgroup in which it was
+/// created.
 #[test]
-fn accepted_socket_goes_by_the_cgroup_of_its_listener() {
+fn accepted_socket_has_the_policy_of_its_listeners_cgroup() {
     let tree = Tree::new();
     let run = tree.run();
     let mut probe = Probe::start(&tree.leaf);
@@ -181,7 +182,7 @@ fn accepted_socket_goes_by_the_cgroup_of_its_listener() {
 }
 
 #[test]
-fn policies_of_both_modes_stand_beside_each_other() {
+fn enforced_and_dry_run_policies_work_side_by_side() {
     let (one, other) = (Cgroup::new(), Cgroup::new());
     let text = |name: &str, mode: &str, cgroup: &Cgroup| {
         format!(
@@ -192,7 +193,7 @@ fn policies_of_both_modes_stand_beside_each_other() {
     };
     let policy = PolicyFile::named("1.toml", text("enforced", "enforce", &one));
     let dry = policy.add("2.toml", text("dry", "dry-run", &other));
-    let run = Run::started(&policy, &[dry.to_str().unwrap()]);
+    let run = Run::start_with(&policy, &[dry.to_str().unwrap()]);
     let ask = |cgroup| {
         let mut probe = Probe::start(cgroup);
         let pair = probe.pair(Family::Inet, Kind::Tcp);
@@ -208,7 +209,7 @@ fn policies_of_both_modes_stand_beside_each_other() {
 }
 
 #[test]
-fn datagram_sockets_go_by_the_deepest_target_too() {
+fn innermost_target_also_decides_for_datagram_sockets() {
     require!("cgroup/sendmsg4");
     let (outer, options) = (Cgroup::new(), [SO_PRIORITY, SO_RCVLOWAT]);
     let inner = outer.child("inner");
@@ -217,7 +218,7 @@ fn datagram_sockets_go_by_the_deepest_target_too() {
     };
     let policy = PolicyFile::named("1.toml", text("outer", &outer, "SO_PRIORITY = 1, SO_RCVLOWAT = 10"));
     let other = policy.add("2.toml", text("inner", &inner, "SO_PRIORITY = 2"));
-    let run = Run::started(&policy, &[other.to_str().unwrap()]);
+    let run = Run::start_with(&policy, &[other.to_str().unwrap()]);
     for (cgroup, expected) in [(&outer, [1, 10]), (&inner, [2, 10])] {
         let mut probe = Probe::start(cgroup);
         for family in Family::BOTH {
@@ -225,15 +226,15 @@ fn datagram_sockets_go_by_the_deepest_target_too() {
             let address = probe.bind(sockets[0], family.loopback());
             probe.connect(sockets[1], address);
             probe.send(sockets[2], Some(address));
-            let told = sockets.map(|fd| options.map(|option| probe.int(fd, option)));
-            assert_eq!(told, [expected; 3], "bound, connected, sending; {family:?}");
+            let reported = sockets.map(|fd| options.map(|option| probe.int(fd, option)));
+            assert_eq!(reported, [expected; 3], "bound, connected, sending; {family:?}");
         }
     }
     drop(run.finish());
 }
 
 #[test]
-fn plan_and_explain_know_the_order() {
+fn plan_and_explain_show_the_precedence() {
     let tree = Tree::new();
     let lines = |arguments: &[&str]| -> Vec<Value> {
         let output = agent::output(&[arguments, &tree.files()].concat());

@@ -1,4 +1,4 @@
-//! What is seen of work that takes its time, and how it is stopped in the middle.
+//! The progress bar of long operations, and their interruption.
 
 use nix::sys::signal::Signal;
 use sockpolicy_integration_tests::{
@@ -16,7 +16,7 @@ use sockpolicy_integration_tests::{
 
 use crate::{stderr, stdout};
 
-/// As many sockets as have a bar shown.
+/// The number of sockets from which a progress bar is shown.
 const MANY: usize = 500;
 
 fn many(probe: &mut Probe) -> Vec<Fd> {
@@ -27,19 +27,19 @@ fn marks(probe: &mut Probe, sockets: &[Fd]) -> Vec<i32> {
     sockets.iter().map(|socket| probe.int(*socket, SO_MARK)).collect()
 }
 
-/// What a screen shows in the end: what was erased is gone.
+/// Returns the final contents of a screen, without erased text.
 fn left(screen: &str) -> Vec<&str> {
     const ERASE_LINE: &str = "\u{1b}[2K";
     screen.lines().map(|line| line.rsplit(ERASE_LINE).next().unwrap_or_default().trim_end_matches('\r')).collect()
 }
 
-/// Whether it shows how far the work is.
+/// Returns whether a text contains the progress bar.
 fn has_bar(text: &str) -> bool {
     text.contains(&format!(" of {MANY} sockets"))
 }
 
 #[test]
-fn bar_is_shown_on_a_terminal_for_as_long_as_there_is_work_and_nothing_of_it_elsewhere() {
+fn progress_bar_is_shown_only_on_a_terminal_and_only_during_the_work() {
     let (target, instance) = (Cgroup::new(), Instance::new());
     let policy = PolicyFile::new(sets_mark(&target, 7));
     let path = policy.path().to_str().unwrap();
@@ -70,7 +70,7 @@ fn bar_is_shown_on_a_terminal_for_as_long_as_there_is_work_and_nothing_of_it_els
 }
 
 #[test]
-fn apply_that_is_interrupted_leaves_each_socket_as_it_was_or_as_is_wanted_and_all_can_be_put_back() {
+fn interrupted_apply_leaves_each_socket_unchanged_or_set_and_can_be_undone() {
     const DONE: u32 = 300;
     let (target, instance) = (Cgroup::new(), Instance::new());
     let policy = PolicyFile::new(sets_mark(&target, 7));
@@ -79,13 +79,13 @@ fn apply_that_is_interrupted_leaves_each_socket_as_it_was_or_as_is_wanted_and_al
     probe.set(sockets[0], SO_MARK, 3).unwrap();
     let mut apply = agent::command(&["apply", "--instance", &instance.name]);
     apply.arg(policy.path());
-    process::hold(&mut apply, "socket-taken", DONE);
+    process::stop_at(&mut apply, "socket-taken", DONE);
     let mut terminal = Terminal::start(apply);
     process::wait_for_stop(terminal.pid(), "socket-taken");
-    // Ctrl-C, of which the agent is told when it goes on.
+    // Ctrl-C, which the agent receives when it resumes.
     terminal.press(b"\x03");
     let is_sent = || process::has_pending(terminal.pid(), Signal::SIGINT);
-    assert!(wait::until(wait::PATIENCE, is_sent), "the terminal sends no SIGINT");
+    assert!(wait::until(wait::TIMEOUT, is_sent), "the terminal sends no SIGINT");
     terminal.signal(Signal::SIGCONT);
     let status = terminal.wait();
     let help = "do it again, or put back what they had: sockpolicy apply --restore";

@@ -1,4 +1,4 @@
-//! Policies that change while they are in force: at once, as a whole or not at all.
+//! Policies that change while they are in force: changes apply at once and completely, or not at all.
 
 use std::{
     collections::BTreeSet,
@@ -24,12 +24,12 @@ use sockpolicy_integration_tests::{
     wait,
 };
 
-/// The mark that a new socket has.
+/// Returns the mark of a new socket.
 fn mark(probe: &mut Probe) -> i32 {
-    probe.fresh(SO_MARK)
+    probe.value_on_new_socket(SO_MARK)
 }
 
-/// Puts a file in the place of another, as editors do.
+/// Replaces a file by renaming, as editors do.
 fn replace(path: &Path, text: &str) {
     let new = path.with_extension("new");
     fs::write(&new, text).unwrap();
@@ -37,10 +37,10 @@ fn replace(path: &Path, text: &str) {
 }
 
 #[test]
-fn file_that_is_changed_is_put_in_force() {
+fn changed_file_is_put_in_force() {
     let target = Cgroup::new();
     let policy = PolicyFile::new(sets_mark(&target, 1));
-    let run = Run::started(&policy, &[]);
+    let run = Run::start_with(&policy, &[]);
     let mut probe = Probe::start(&target);
     assert_eq!(mark(&mut probe), 1);
     fs::write(policy.path(), sets_mark(&target, 2)).unwrap();
@@ -56,10 +56,10 @@ fn file_that_is_changed_is_put_in_force() {
 }
 
 #[test]
-fn hooks_options_and_targets_of_the_new_policy_take_the_place_of_the_old() {
+fn hooks_options_and_targets_of_the_new_policy_replace_the_old_ones() {
     let (one, other) = (Cgroup::new(), Cgroup::new());
     let policy = PolicyFile::new(sets_mark(&one, 1));
-    let run = Run::started(&policy, &[]);
+    let run = Run::start_with(&policy, &[]);
     let (mut in_one, mut in_other) = (Probe::start(&one), Probe::start(&other));
     let text =
         format!("[target]\ncgroup = {:?}\n[[rule]]\nset = {{ TCP_KEEPCNT = 3, SO_PRIORITY = 2 }}\n", other.name());
@@ -70,7 +70,7 @@ fn hooks_options_and_targets_of_the_new_policy_take_the_place_of_the_old() {
     for socket in [pair.client, pair.server] {
         assert_eq!((in_other.int(socket, TCP_KEEPCNT), in_other.int(socket, SO_PRIORITY)), (3, 2));
     }
-    // A call that the old policy judged, and one that the new one does.
+    // A call that the old policy judged, and a call that the new policy judges.
     let socket = in_one.open(Family::Inet, Kind::Tcp);
     in_one.set(socket, SO_MARK, 9).unwrap();
     assert_eq!(in_one.int(socket, SO_MARK), 9);
@@ -82,10 +82,10 @@ fn hooks_options_and_targets_of_the_new_policy_take_the_place_of_the_old() {
 }
 
 #[test]
-fn hangup_has_the_files_read_and_says_so_also_where_nothing_is_new() {
+fn sighup_reloads_unchanged_files_and_reports_it() {
     let target = Cgroup::new();
     let policy = PolicyFile::new(sets_mark(&target, 1));
-    let run = Run::started(&policy, &[]);
+    let run = Run::start_with(&policy, &[]);
     run.signal(Signal::SIGHUP);
     assert_eq!(run.notice("reload", 1)["in_force"], true);
     assert_eq!(mark(&mut Probe::start(&target)), 1);
@@ -93,11 +93,11 @@ fn hangup_has_the_files_read_and_says_so_also_where_nothing_is_new() {
 }
 
 #[test]
-fn what_is_no_valid_set_of_policies_leaves_the_old_one_in_force() {
+fn invalid_policies_leave_the_old_ones_in_force() {
     let target = Cgroup::new();
     let policy = PolicyFile::new(sets_mark(&target, 1));
     let valid = policy.add("z.toml", sets_mark(&target, 5));
-    let run = Run::of(policy.folder(), &[]);
+    let run = Run::on_path(policy.dir(), &[]);
     let mut probe = Probe::start(&target);
     let path = policy.path();
     let remove = || drop(fs::remove_file(path).or_else(|_| fs::remove_dir(path)));
@@ -114,12 +114,12 @@ fn what_is_no_valid_set_of_policies_leaves_the_old_one_in_force() {
     ];
     for ((spoil, complaint), count) in bad.into_iter().zip(1..) {
         remove();
-        // A folder that lacks one of its policies is a valid set. It may be seen, or the two changes as one.
+        // A directory without one of its policies is valid. The agent may see it, or both changes as one.
         let before = run.notices("reload").len();
         spoil();
         let is_refused = || run.notices("reload")[before..].iter().any(|notice| notice["in_force"] == false);
-        assert!(wait::until(wait::PATIENCE, is_refused), "{count}");
-        assert!(wait::until(wait::PATIENCE, || run.stderr().contains(complaint)), "{complaint}: {}", run.stderr());
+        assert!(wait::until(wait::TIMEOUT, is_refused), "{count}");
+        assert!(wait::until(wait::TIMEOUT, || run.stderr().contains(complaint)), "{complaint}: {}", run.stderr());
         assert!([1, 5].contains(&mark(&mut probe)), "{complaint}");
     }
     remove();
@@ -127,15 +127,15 @@ fn what_is_no_valid_set_of_policies_leaves_the_old_one_in_force() {
     let count = run.notices("reload").len();
     fs::write(path, sets_mark(&target, 7)).unwrap();
     run.notice("reload", count + 1);
-    assert!(wait::until(wait::PATIENCE, || mark(&mut probe) == 7));
+    assert!(wait::until(wait::TIMEOUT, || mark(&mut probe) == 7));
     run.finish();
 }
 
 #[test]
-fn files_of_a_folder_come_and_go_and_decide_by_their_names() {
+fn files_of_a_directory_can_be_added_and_removed_and_their_names_decide() {
     let target = Cgroup::new();
     let policy = PolicyFile::named("m.toml", sets_mark(&target, 1));
-    let run = Run::of(policy.folder(), &[]);
+    let run = Run::on_path(policy.dir(), &[]);
     let mut probe = Probe::start(&target);
     policy.add("z.toml", sets_mark(&target, 2));
     assert_eq!(run.notice("reload", 1)["policies"], json!(["m", "z"]));
@@ -143,7 +143,7 @@ fn files_of_a_folder_come_and_go_and_decide_by_their_names() {
     let first = policy.add("a.toml", sets_mark(&target, 3));
     assert_eq!(run.notice("reload", 2)["policies"], json!(["a", "m", "z"]));
     assert_eq!(mark(&mut probe), 3);
-    // Neither of these is a policy.
+    // These files are not policies.
     policy.add(".hidden.toml", "garbage");
     policy.add("notes.txt", "garbage");
     fs::remove_file(first).unwrap();
@@ -153,32 +153,32 @@ fn files_of_a_folder_come_and_go_and_decide_by_their_names() {
 }
 
 #[test]
-fn swap_of_a_config_map_is_seen() {
+fn update_of_a_config_map_is_detected() {
     let target = Cgroup::new();
     let policy = PolicyFile::named("unused", "");
-    // As kubelet does (pkg/volume/util/atomic_writer.go): the files are links through one that is replaced.
+    // Like the kubelet (pkg/volume/util/atomic_writer.go): the files are links through a link that is replaced.
     let version = |number: i32| {
-        let folder = policy.folder().join(format!("..{number}"));
-        fs::create_dir(&folder).unwrap();
-        fs::write(folder.join("mark.toml"), sets_mark(&target, number)).unwrap();
-        symlink(format!("..{number}"), policy.folder().join("..data_tmp")).unwrap();
-        fs::rename(policy.folder().join("..data_tmp"), policy.folder().join("..data")).unwrap();
+        let dir = policy.dir().join(format!("..{number}"));
+        fs::create_dir(&dir).unwrap();
+        fs::write(dir.join("mark.toml"), sets_mark(&target, number)).unwrap();
+        symlink(format!("..{number}"), policy.dir().join("..data_tmp")).unwrap();
+        fs::rename(policy.dir().join("..data_tmp"), policy.dir().join("..data")).unwrap();
     };
     version(1);
-    symlink("..data/mark.toml", policy.folder().join("mark.toml")).unwrap();
-    for named in [policy.folder().to_owned(), policy.folder().join("mark.toml")] {
-        let run = Run::of(&named, &[]);
+    symlink("..data/mark.toml", policy.dir().join("mark.toml")).unwrap();
+    for named in [policy.dir().to_owned(), policy.dir().join("mark.toml")] {
+        let run = Run::on_path(&named, &[]);
         let mut probe = Probe::start(&target);
         let before = mark(&mut probe);
         version(before + 1);
         run.notice("reload", 1);
         assert_eq!(mark(&mut probe), before + 1);
-        fs::remove_dir_all(policy.folder().join(format!("..{before}"))).unwrap();
+        fs::remove_dir_all(policy.dir().join(format!("..{before}"))).unwrap();
         run.finish();
     }
 }
 
-/// Values that the workload's options have under a policy.
+/// Returns the values of the options of `workload connections` under a policy.
 fn values(policy: &str) -> [&str; 6] {
     match policy {
         "odd" => ["1", "1", "101", "11", "1", "10001"],
@@ -196,11 +196,11 @@ fn flipping(target: &Cgroup, policy: &str) -> String {
 }
 
 #[test]
-fn no_socket_has_a_mixture_of_policies_that_flip_all_the_time() {
+fn no_socket_has_a_mixture_of_alternating_policies() {
     const FLIPS: usize = 12;
     let target = Cgroup::new();
     let policy = PolicyFile::new(flipping(&target, "odd"));
-    let run = Run::started(&policy, &[]);
+    let run = Run::start_with(&policy, &[]);
     let mut command = Command::new(workload());
     command.arg("connections").stdin(Stdio::piped());
     let mut running = Running::start_in(command, target);

@@ -1,4 +1,4 @@
-//! A value for every option that can be set: none that the socket would have anyway.
+//! A value for every option that can be set, which differs from the value without a policy.
 
 use sockpolicy_integration_tests::{
     options::{
@@ -26,29 +26,29 @@ pub(crate) enum Place {
     UdpSent,
 }
 
-/// How the owning process sees the value.
+/// How the owner of the socket reads the value.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Seen {
-    /// By getsockopt.
+    /// With getsockopt.
     Int(i32),
-    /// By getsockopt, in these bounds.
+    /// With getsockopt, within these bounds.
     Between(i32, i32),
     Text(&'static str),
-    /// In these bounds, at a place in TCP_INFO (struct tcp_info, include/uapi/linux/tcp.h), which
-    /// is what `ss -ti` shows.
+    /// Within these bounds, at an offset in TCP_INFO (struct tcp_info, include/uapi/linux/tcp.h), which `ss -ti`
+    /// shows.
     Info {
         at: usize,
         min: u32,
         max: u32,
     },
-    /// Not at all: no system call shows it, only the agent's counters say that the kernel took it.
+    /// No system call shows the value. Only the agent's counters show that the kernel accepted it.
     Nowhere,
 }
 
 #[derive(Debug)]
 pub(crate) struct Setting {
     pub(crate) option: SocketOption,
-    /// In TOML.
+    /// The value in TOML.
     pub(crate) policy: &'static str,
     pub(crate) seen: Seen,
     pub(crate) families: &'static [Family],
@@ -59,7 +59,7 @@ use Place::{Client, Listener, Server, UdpBound, UdpConnected, UdpSent};
 use Seen::{Between, Info, Int, Nowhere, Text};
 
 const ALL: &[Place] = &[Client, Server, Listener, UdpBound, UdpConnected, UdpSent];
-/// What matters to bind, or connect.
+/// Options that affect bind or connect.
 const ADDRESSED: &[Place] = &[Client, Server, Listener, UdpBound, UdpConnected];
 const TCP: &[Place] = &[Client, Server, Listener];
 const CONNECTED_TCP: &[Place] = &[Client, Server];
@@ -109,13 +109,13 @@ pub(crate) const SETTINGS: &[Setting] = &[
     any(SK_BPF_CB_FLAGS, "1", Nowhere),
     tcp(TCP_CONGESTION, "\"reno\"", Text("reno")),
     tcp(TCP_NODELAY, "true", Int(1)),
-    // Connected sockets show what is left of it after the TCP options of each segment.
+    // Connected sockets show the size without the TCP options of each segment.
     tcp(TCP_MAXSEG, "1000", Between(960, 1000)),
     tcp(TCP_KEEPIDLE, "\"123s\"", Int(123)),
     tcp(TCP_KEEPINTVL, "\"45s\"", Int(45)),
     tcp(TCP_KEEPCNT, "7", Int(7)),
     tcp(TCP_SYNCNT, "4", Int(4)),
-    // Less than the receive buffer has room for, or the kernel would lower it.
+    // Less than the space in the receive buffer, since the kernel would lower it otherwise.
     tcp(TCP_WINDOW_CLAMP, "100000", Int(100_000)),
     tcp(TCP_THIN_LINEAR_TIMEOUTS, "true", Int(1)),
     tcp(TCP_USER_TIMEOUT, "\"21s\"", Int(21_000)),
@@ -125,7 +125,7 @@ pub(crate) const SETTINGS: &[Setting] = &[
     tcp(TCP_BPF_IW, "33", Info { at: SND_CWND, min: 33, max: 33 }).at(CONNECTED_TCP),
     tcp(TCP_BPF_SNDCWND_CLAMP, "50", Info { at: SND_SSTHRESH, min: 50, max: 50 }).at(CONNECTED_TCP),
     tcp(TCP_BPF_DELACK_MAX, "\"50ms\"", Nowhere),
-    // The timeout is this and the round trip; without a policy it is 200 ms and the round trip.
+    // The timeout is this value plus the round trip; without a policy, 200 ms plus the round trip.
     tcp(TCP_BPF_RTO_MIN, "\"40ms\"", Info { at: RTO_US, min: 40_000, max: 199_999 }).at(CONNECTED_TCP),
     tcp(TCP_BPF_SOCK_OPS_CB_FLAGS, "1", Nowhere),
 ];

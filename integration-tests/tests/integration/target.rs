@@ -1,4 +1,4 @@
-//! Whose sockets a policy is about, and when: the target's, its subtree's, nobody else's.
+//! Which sockets a policy covers, and when: those of the target and its descendants, and no others.
 
 use std::process::Command;
 
@@ -65,9 +65,9 @@ fn cgroups_below_the_target_are_covered() {
     assert_eq!(report.summary.targets, [target.name()]);
 }
 
-/// A socket belongs to the cgroup that it was made in, wherever its process goes.
+/// A socket belongs to the cgroup in which it was created, even if its process moves.
 #[test]
-fn socket_made_outside_stays_outside() {
+fn socket_created_outside_the_target_is_not_covered() {
     require!("cgroup/bind4");
     let (target, outside) = (Cgroup::new(), Cgroup::new());
     let policy = PolicyFile::new(POLICY);
@@ -82,28 +82,28 @@ fn socket_made_outside_stays_outside() {
     probe.connect(after, before.address);
     let accepted = probe.accept(before.listener);
     assert_eq!(probe.int(after, TCP_KEEPCNT), 5);
-    assert_eq!(probe.int(accepted, SO_MARK), 0, "it is its listener's");
+    assert_eq!(probe.int(accepted, SO_MARK), 0, "it belongs to the cgroup of its listener");
     drop(probe);
     let report = run.finish();
     assert_eq!(report.summary.conflicts, 0);
 }
 
 #[test]
-fn read_of_another_value_is_reported_and_not_falsified() {
+fn read_of_another_value_is_reported_and_unchanged() {
     require!("cgroup/bind4");
     let target = Cgroup::new();
     let mut probe = Probe::start(&target);
     let pair = probe.pair(Family::Inet, Kind::Tcp);
     let policy = PolicyFile::new(POLICY);
     let run = Run::start(&policy, &target);
-    assert_eq!(probe.int(pair.client, TCP_NODELAY), 0, "the socket was there before the policy");
+    assert_eq!(probe.int(pair.client, TCP_NODELAY), 0, "the socket is older than the policy");
     assert_eq!(probe.int(pair.client, TCP_NODELAY), 0);
     let fresh = probe.pair(Family::Inet, Kind::Tcp);
-    assert_eq!(probe.int(fresh.client, TCP_NODELAY), 1, "this one was not");
+    assert_eq!(probe.int(fresh.client, TCP_NODELAY), 1, "this socket is newer");
     // A call on an old socket is judged like any other.
     probe.set(pair.client, TCP_KEEPCNT, 7).unwrap();
     assert_eq!(probe.int(pair.client, TCP_KEEPCNT), 5);
-    // So is a connection to an old listener.
+    // A connection to an old listener gets the policy too.
     let client = probe.open(Family::Inet, Kind::Tcp);
     probe.connect(client, pair.address);
     let server = probe.accept(pair.listener);
@@ -122,7 +122,7 @@ fn read_of_another_value_is_reported_and_not_falsified() {
 }
 
 #[test]
-fn reads_are_left_alone_where_the_policy_says_so() {
+fn reads_are_not_judged_if_the_policy_says_so() {
     require!("cgroup/bind4");
     let target = Cgroup::new();
     let mut probe = Probe::start(&target);
@@ -144,7 +144,7 @@ fn policy_ends_with_the_agent() {
     let mut probe = Probe::start(&target);
     let pair = probe.pair(Family::Inet, Kind::Tcp);
     drop(run.finish());
-    assert_eq!(probe.int(pair.client, TCP_KEEPCNT), 5, "what was set stays");
+    assert_eq!(probe.int(pair.client, TCP_KEEPCNT), 5, "values that were set remain");
     probe.set(pair.client, TCP_NODELAY, 0).unwrap();
     assert_eq!(probe.int(pair.client, TCP_NODELAY), 0);
     let fresh = probe.open(Family::Inet, Kind::Tcp);
@@ -164,16 +164,16 @@ fn multipath_sockets_work_and_their_calls_are_judged() {
     for family in Family::BOTH {
         let probe = &mut exec.probe;
         let pair = probe.pair(family, Kind::Mptcp);
-        probe.talk(pair.client, pair.server);
-        assert_eq!(probe.int(pair.client, SO_MARK), 32, "{family:?}: from birth");
-        assert_eq!(probe.int(pair.client, SO_PRIORITY), 4, "{family:?}: from birth");
+        probe.exchange_bytes(pair.client, pair.server);
+        assert_eq!(probe.int(pair.client, SO_MARK), 32, "{family:?}: set at creation");
+        assert_eq!(probe.int(pair.client, SO_PRIORITY), 4, "{family:?}: set at creation");
         probe.set(pair.client, SO_MARK, 33).unwrap();
         assert_eq!(probe.int(pair.client, SO_MARK), 32, "{family:?}");
         probe.set(pair.client, TCP_NODELAY, 0).unwrap();
         assert_eq!(probe.int(pair.client, TCP_NODELAY), 1, "{family:?}");
-        // Not all kernels let an application set these on such a socket; they are judged all the same.
+        // Some kernels do not let applications set this option on such a socket; the call is judged nevertheless.
         let _ = probe.set(pair.client, TCP_SYNCNT, 9);
-        probe.talk(pair.client, pair.server);
+        probe.exchange_bytes(pair.client, pair.server);
     }
     let report = exec.finish();
     for (option, verdict) in [("SO_MARK", "rewritten"), ("TCP_NODELAY", "rewritten"), ("TCP_SYNCNT", "clamped")] {
@@ -183,18 +183,18 @@ fn multipath_sockets_work_and_their_calls_are_judged() {
     assert_eq!(event.socket.as_ref().and_then(|socket| socket.protocol.as_deref()), Some("tcp"));
 }
 
-/// The connections that an MPTCP socket consists of have no descriptor: `ss` shows what they have.
+/// The subflows of an MPTCP socket have no descriptor, so `ss` shows their options.
 #[test]
-fn subflows_have_what_the_policy_says_of_tcp() {
+fn subflows_have_the_policys_values_for_tcp() {
     require!("mptcp");
     let policy = PolicyFile::new(
         "[[rule]]\nmatch = { protocol = \"tcp\" }\nset = { TCP_CONGESTION = \"reno\", SO_SNDBUF = 30000, SO_MARK = 7 }\n",
     );
     let mut exec = Exec::start(&policy);
     let pair = exec.probe.pair(Family::Inet, Kind::Mptcp);
-    exec.probe.talk(pair.client, pair.server);
+    exec.probe.exchange_bytes(pair.client, pair.server);
     let port = pair.address.port();
-    // The probe has a network of its own.
+    // The probe has its own network namespace.
     let mut ss = Command::new("nsenter");
     ss.arg(format!("--net=/proc/{}/ns/net", exec.probe.pid));
     ss.args(["ss", "--tcp", "--info", "--memory", "--extended", "--no-header", "--oneline", "--numeric"]);

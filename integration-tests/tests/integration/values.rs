@@ -16,7 +16,7 @@ use sockpolicy_integration_tests::{
 };
 
 #[test]
-fn priority_holds_although_type_of_service_resets_it() {
+fn priority_is_kept_although_type_of_service_resets_it() {
     require!("cgroup/bind4");
     let policy = PolicyFile::new("[[rule]]\nset = { SO_PRIORITY = 5, IP_TOS = \"AF21\" }\n");
     let mut exec = Exec::start(&policy);
@@ -38,9 +38,9 @@ fn priority_holds_although_type_of_service_resets_it() {
     drop(exec.finish());
 }
 
-/// The kernel makes room for SO_RCVLOWAT in a buffer that is not locked, and moves the window clamp with it.
+/// For SO_RCVLOWAT, the kernel enlarges a buffer that is not locked, and the window clamp with it.
 #[test]
-fn low_water_mark_enlarges_no_buffer_and_no_window_beyond_the_policy() {
+fn low_water_mark_enlarges_no_buffer_or_window_beyond_the_policy() {
     require!("TCP_NODELAY");
     for (policy, errno, mark) in [
         ("limit = { SO_RCVBUF = { max = \"64KiB\" } }", None, 65536),
@@ -60,7 +60,7 @@ fn low_water_mark_enlarges_no_buffer_and_no_window_beyond_the_policy() {
                 assert!(probe.int(fd, SO_RCVBUF) <= before.max(131_072), "{policy}");
             }
         }
-        // Of other sockets the buffer stays as it is.
+        // The buffer of other sockets does not change.
         let udp = probe.open(Family::Inet, Kind::Udp);
         probe.set(udp, SO_RCVLOWAT, 1 << 20).unwrap();
         assert_eq!(probe.int(udp, SO_RCVLOWAT), 1 << 20, "{policy}");
@@ -78,7 +78,7 @@ fn low_water_mark_enlarges_no_buffer_and_no_window_beyond_the_policy() {
 }
 
 #[test]
-fn priority_holds_where_the_application_chooses_the_type_of_service() {
+fn priority_is_set_at_connect_if_the_application_has_set_the_type_of_service() {
     require!("cgroup/bind4");
     let policy = PolicyFile::new("[[rule]]\nset = { SO_PRIORITY = 5 }\n");
     let mut exec = Exec::start(&policy);
@@ -88,7 +88,7 @@ fn priority_holds_where_the_application_chooses_the_type_of_service() {
     probe.set(client, IP_TOS, 0x10).unwrap();
     probe.connect(client, address);
     assert_eq!(probe.int(client, IP_TOS), 0x10);
-    assert_eq!(probe.int(client, SO_PRIORITY), 5, "from connect on");
+    assert_eq!(probe.int(client, SO_PRIORITY), 5, "since connect");
     drop(exec.finish());
 }
 
@@ -100,13 +100,13 @@ fn masked_mark_leaves_the_other_bits_to_the_application() {
     let probe = &mut exec.probe;
     let (_, address) = probe.listener(Family::Inet, Kind::Tcp);
     let fd = probe.open(Family::Inet, Kind::Tcp);
-    assert_eq!(probe.int(fd, SO_MARK), 0x20, "from birth");
+    assert_eq!(probe.int(fd, SO_MARK), 0x20, "set at creation");
     probe.set(fd, SO_MARK, 0x1133).unwrap();
     assert_eq!(probe.int(fd, SO_MARK), 0x1120);
     probe.set(fd, SO_MARK, 0x2220).unwrap();
-    assert_eq!(probe.int(fd, SO_MARK), 0x2220, "this one agrees");
+    assert_eq!(probe.int(fd, SO_MARK), 0x2220, "this call agrees");
     probe.connect(fd, address);
-    assert_eq!(probe.int(fd, SO_MARK), 0x2220, "connect leaves them too");
+    assert_eq!(probe.int(fd, SO_MARK), 0x2220, "connect leaves these bits too");
     let report = exec.finish();
     let event = report.conflict("SO_MARK");
     assert_eq!((&event.wanted, &event.requested, &event.current), (&json!(0x1120), &json!(0x1133), &json!(0x1120)));
@@ -121,7 +121,7 @@ fn code_point_leaves_the_congestion_bits_to_the_kernel() {
     let mut exec = Exec::start(&policy);
     let probe = &mut exec.probe;
     for (family, option) in [(Family::Inet, IP_TOS), (Family::Inet6, IPV6_TCLASS)] {
-        // The kernel keeps a TCP socket's own ECN bits from the application, not a UDP socket's.
+        // The kernel does not let applications change the ECN bits of TCP sockets; it does for UDP sockets.
         let (_, address) = probe.listener(family, Kind::Tcp);
         let tcp = probe.open(family, Kind::Tcp);
         probe.connect(tcp, address);
@@ -133,10 +133,10 @@ fn code_point_leaves_the_congestion_bits_to_the_kernel() {
         probe.set(udp, option, 0xb8 | 0x2).unwrap();
         assert_eq!(probe.int(udp, option), 0x48 | 0x2, "{family:?}: code point the policy's, ECN the application's");
         probe.set(udp, option, 0x48 | 0x1).unwrap();
-        assert_eq!(probe.int(udp, option), 0x48 | 0x1, "{family:?}: this one agrees");
+        assert_eq!(probe.int(udp, option), 0x48 | 0x1, "{family:?}: this call agrees");
         let address = probe.bind(udp, family.loopback());
         probe.connect(udp, address);
-        assert_eq!(probe.int(udp, option), 0x48 | 0x1, "{family:?}: connect leaves them too");
+        assert_eq!(probe.int(udp, option), 0x48 | 0x1, "{family:?}: connect leaves these bits too");
     }
     let report = exec.finish();
     for option in ["IP_TOS", "IPV6_TCLASS"] {
@@ -146,7 +146,7 @@ fn code_point_leaves_the_congestion_bits_to_the_kernel() {
 }
 
 #[test]
-fn code_point_holds_for_ipv4_traffic_of_ipv6_sockets_where_the_kernel_lets_it() {
+fn code_point_applies_to_ipv4_traffic_of_ipv6_sockets_if_the_kernel_supports_that() {
     require!("cgroup/bind4");
     let policy = PolicyFile::new("[[rule]]\nset = { IP_TOS = \"AF21\" }\n");
     let mut exec = Exec::start(&policy);
@@ -157,30 +157,30 @@ fn code_point_holds_for_ipv4_traffic_of_ipv6_sockets_where_the_kernel_lets_it() 
     let client = probe.open(Family::Inet6, Kind::Tcp);
     probe.connect(client, format!("[::ffff:127.0.0.1]:{port}").parse().unwrap());
     let server = probe.accept(listener);
-    // What may carry either has it from the beginning.
+    // Sockets that may carry either family have it from the start.
     let seen = [listener, client, server].map(|fd| probe.int(fd, IP_TOS));
-    // Over IPv6 the option means nothing.
+    // Over IPv6, the option has no effect.
     let other = probe.open(Family::Inet6, Kind::Tcp);
     probe.connect(other, format!("[::1]:{port}").parse().unwrap());
     let report = exec.finish();
     let Sockets { set, failed, failed_errno, .. } = report.setting("IP_TOS").sockets;
     if Kernel::current().has("IP_TOS on AF_INET6") {
-        assert_eq!((seen, set, failed), ([0x48; 3], 2, 0), "the accepted one inherits it");
+        assert_eq!((seen, set, failed), ([0x48; 3], 2, 0), "the accepted socket inherits it");
     } else {
-        // That the listener cannot have it is not said: it may never carry IPv4.
-        assert_eq!((seen, set, failed, failed_errno), ([0; 3], 0, 2, Errno::EINVAL as u64), "it is said at least");
+        // A failure on the listener is not reported, since the listener may never carry IPv4.
+        assert_eq!((seen, set, failed, failed_errno), ([0; 3], 0, 2, Errno::EINVAL as u64), "the failures are counted");
     }
 }
 
 #[test]
-fn congestion_control_is_kept_whatever_the_application_asks_for() {
+fn congestion_control_is_kept_whatever_the_application_requests() {
     let policy = PolicyFile::new("[[rule]]\nset = { TCP_CONGESTION = \"reno\" }\n");
     let mut exec = Exec::start(&policy);
     for family in Family::BOTH {
         let pair = exec.probe.pair(family, Kind::Tcp);
         for fd in [pair.listener, pair.client, pair.server] {
             assert_eq!(exec.probe.text(fd, TCP_CONGESTION), "reno");
-            // Longer, and shorter, than what it is replaced by; and one that does not exist.
+            // Names that are longer and shorter than the policy's, and one that does not exist.
             for asked in ["cubic", "bbr", "none-such"] {
                 assert_eq!(exec.probe.set(fd, TCP_CONGESTION, asked), Ok(()), "{asked}");
                 assert_eq!(exec.probe.text(fd, TCP_CONGESTION), "reno", "{asked}");
@@ -188,7 +188,7 @@ fn congestion_control_is_kept_whatever_the_application_asks_for() {
             assert_eq!(exec.probe.set(fd, TCP_CONGESTION, "reno"), Ok(()));
             assert_eq!(exec.probe.set(fd, TCP_CONGESTION, "reno\0"), Ok(()), "with its NUL");
         }
-        exec.probe.talk(pair.client, pair.server);
+        exec.probe.exchange_bytes(pair.client, pair.server);
     }
     let report = exec.finish();
     let calls = &report.setting("TCP_CONGESTION").calls;
@@ -198,7 +198,7 @@ fn congestion_control_is_kept_whatever_the_application_asks_for() {
 }
 
 #[test]
-fn buffer_of_the_size_that_the_policy_wants_is_no_conflict_when_read() {
+fn reading_a_buffer_of_the_policys_size_is_no_conflict() {
     require!("cgroup/bind4");
     let policy = PolicyFile::new("[[rule]]\nset = { SO_SNDBUF = \"50KiB\", SO_RCVBUF = \"60KiB\" }\n");
     let mut exec = Exec::start(&policy);
@@ -211,7 +211,7 @@ fn buffer_of_the_size_that_the_policy_wants_is_no_conflict_when_read() {
 }
 
 #[test]
-fn pacing_rate_may_be_asked_for_in_eight_bytes() {
+fn pacing_rate_can_be_passed_as_eight_bytes() {
     require!("cgroup/bind4");
     let policy = PolicyFile::new("[[rule]]\nset = { SO_MAX_PACING_RATE = \"80mbit\" }\n");
     let mut exec = Exec::start(&policy);
@@ -220,16 +220,16 @@ fn pacing_rate_may_be_asked_for_in_eight_bytes() {
         assert_eq!(exec.probe.set(fd, SO_MAX_PACING_RATE, asked), Ok(()));
         assert_eq!(exec.probe.get(fd, SO_MAX_PACING_RATE, 8), Ok(10_000_000u64.to_ne_bytes().to_vec()), "{asked}");
     }
-    assert_eq!(exec.probe.set(fd, SO_MAX_PACING_RATE, 10_000_000u64), Ok(()), "this one agrees");
+    assert_eq!(exec.probe.set(fd, SO_MAX_PACING_RATE, 10_000_000u64), Ok(()), "this call agrees");
     let report = exec.finish();
     let calls = &report.setting("SO_MAX_PACING_RATE").calls;
     assert_eq!((calls.agreed, calls.verdicts()["rewritten"], calls.reads), (1, 3, 0));
     assert_eq!(report.of("conflict", "SO_MAX_PACING_RATE")[0].requested, json!(1u64 << 40));
 }
 
-/// connect(AF_UNSPEC) resets a good part of a socket (`tcp_disconnect`).
+/// connect(2) with AF_UNSPEC resets much of a socket (`tcp_disconnect`).
 #[test]
-fn values_hold_after_the_socket_is_connected_again() {
+fn values_are_set_after_the_socket_is_connected_again() {
     require!("cgroup/bind4");
     let policy = PolicyFile::new(
         "[[rule]]\n\
@@ -249,7 +249,7 @@ fn values_hold_after_the_socket_is_connected_again() {
         assert_eq!(probe.int(client, TCP_KEEPCNT), 5);
         assert_eq!(probe.int(client, SO_PRIORITY), priority);
         probe.disconnect(client);
-        // From now on the application has its way with this one.
+        // From here on, the application's value of this option stays.
         probe.set(client, SO_PRIORITY, 6).unwrap();
     }
     let report = exec.finish();
@@ -259,18 +259,18 @@ fn values_hold_after_the_socket_is_connected_again() {
 }
 
 #[test]
-fn setting_that_the_kernel_refuses_is_counted_and_breaks_nothing() {
+fn refused_setting_is_counted_and_breaks_no_connection() {
     require!("cgroup/bind4");
     let policy = PolicyFile::new("[[rule]]\nname = \"vpn\"\nset = { SO_BINDTODEVICE = \"none-such0\", SO_MARK = 5 }\n");
     let mut exec = Exec::start(&policy);
     let pair = exec.probe.pair(Family::Inet, Kind::Tcp);
-    exec.probe.talk(pair.client, pair.server);
-    assert_eq!(exec.probe.int(pair.client, SO_MARK), 5, "the other setting holds");
+    exec.probe.exchange_bytes(pair.client, pair.server);
+    assert_eq!(exec.probe.int(pair.client, SO_MARK), 5, "the other setting is applied");
     assert_eq!(exec.probe.text(pair.client, SO_BINDTODEVICE), "");
     let report = exec.finish();
     let Sockets { set, unchanged, failed, failed_errno } = report.setting("SO_BINDTODEVICE").sockets;
     assert_eq!((set, unchanged, failed_errno), (0, 0, Errno::ENODEV as u64));
-    // The listener and the client; accepted sockets have their listener's device.
+    // The listener and the client; accepted sockets have the device of their listener.
     assert_eq!(failed, 2);
     let [event] = report.of("outcome", "SO_BINDTODEVICE")[..] else { panic!("{:?}", report.events) };
     assert_eq!(event.outcome.as_deref(), Some("failed(ENODEV)"));

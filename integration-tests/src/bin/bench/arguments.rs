@@ -1,18 +1,18 @@
-//! What the benchmark is asked for.
+//! The command line of the benchmark.
 
 use std::{ffi::OsString, path::PathBuf};
 
 use crate::{
+    error::{BenchError, Result},
     parts::{self, Part},
-    trouble::{Result, Trouble},
 };
 
 #[derive(Debug, Default)]
 pub(crate) struct Arguments {
     pub(crate) wants_help: bool,
-    /// A folder of documentation to be written anew.
+    /// The documentation directory whose benchmark pages are rewritten.
     pub(crate) docs: Option<PathBuf>,
-    /// Parts by name; all if none is named.
+    /// The names of parts; empty for all parts.
     names: Vec<String>,
 }
 
@@ -24,19 +24,19 @@ impl Arguments {
             match word.to_str().unwrap_or_default() {
                 "-h" | "--help" => arguments.wants_help = true,
                 "--docs" => match words.next() {
-                    Some(folder) => arguments.docs = Some(folder.into()),
-                    None => return Err(Trouble::new("--docs needs a folder").help("bench --docs docs")),
+                    Some(dir) => arguments.docs = Some(dir.into()),
+                    None => return Err(BenchError::new("--docs needs a directory").help("bench --docs docs")),
                 },
                 name if parts::ALL.iter().any(|part| part.name == name) => arguments.names.push(name.to_owned()),
                 _ => {
-                    let what = format!("there is no part {}", word.display());
+                    let what = format!("no part is called {}", word.display());
                     let names: Vec<&str> = parts::ALL.iter().map(|part| part.name).collect();
-                    return Err(Trouble::new(what).help(format_args!("one of {}", names.join(", "))));
+                    return Err(BenchError::new(what).help(format_args!("one of {}", names.join(", "))));
                 }
             }
         }
         if arguments.docs.is_some() && !arguments.names.is_empty() {
-            return Err(Trouble::new("--docs publishes all parts").help("remove the names of parts"));
+            return Err(BenchError::new("--docs publishes all parts").help("remove the names of parts"));
         }
         Ok(arguments)
     }
@@ -48,12 +48,12 @@ impl Arguments {
 
 pub(crate) fn help() -> String {
     let mut text = "Measures what sockpolicy costs, compared with alternatives\n\n\
-        Usage: bench [PART]... [--docs FOLDER]\n\nParts (default: all):\n"
+        Usage: bench [PART]... [--docs DIRECTORY]\n\nParts (default: all):\n"
         .to_owned();
     for Part { name, what, .. } in &parts::ALL {
         text += &format!("  {name:<12} {what}\n");
     }
-    text + "\n  --docs FOLDER  also write the tables and plots of benchmarks.md in this folder\n"
+    text + "\n  --docs DIRECTORY  also write the tables and plots of benchmarks.md in this directory\n"
 }
 
 #[cfg(test)]
@@ -63,19 +63,19 @@ mod tests {
 
     fn parse(words: &[&str]) -> Result<Arguments, String> {
         let words: Vec<_> = words.iter().map(Into::into).collect();
-        Arguments::parse(&words).map_err(|trouble| trouble.to_string())
+        Arguments::parse(&words).map_err(|error| error.to_string())
     }
 
     #[test]
-    fn all_parts_are_meant_if_none_is_named() {
+    fn all_parts_are_selected_if_none_is_named() {
         assert_eq!(parse(&[]).unwrap().parts().count(), parts::ALL.len());
         let names: Vec<_> = parse(&["storm", "live"]).unwrap().parts().map(|part| part.name).collect();
         assert_eq!(names, ["live", "storm"]);
     }
 
     #[test]
-    fn mistakes_are_told_with_what_helps() {
-        assert!(parse(&["strom"]).unwrap_err().contains("no part strom\n  help: one of setsockopt"));
+    fn mistakes_are_reported_with_help() {
+        assert!(parse(&["strom"]).unwrap_err().contains("no part is called strom\n  help: one of setsockopt"));
         assert!(parse(&["--docs"]).is_err());
         assert!(parse(&["--docs", "docs", "live"]).is_err());
     }

@@ -1,6 +1,6 @@
-//! The least that can be on a hook: a program that does nothing, by bpf(2) alone.
+//! The lower bound of a hook's cost: a BPF program that does nothing, loaded with bpf(2) alone.
 //!
-//! What it costs is what any program on that hook costs before it has done anything. It is detached when it is dropped.
+//! Any program on the hook costs at least as much. The program is detached when its value is dropped.
 
 use std::{
     fs::{self, File},
@@ -12,7 +12,7 @@ use std::{
 
 use sockpolicy_integration_tests::bpf::{self, LINK_CREATE, bpf, descriptor};
 
-use crate::trouble::{Attempt, Result};
+use crate::error::{Attempt, Result};
 
 /// Commands of bpf(2) (include/uapi/linux/bpf.h).
 const PROG_GET_NEXT_ID: libc::c_int = 11;
@@ -22,7 +22,7 @@ const ENABLE_STATS: libc::c_int = 32;
 
 const PROG_TYPE_TRACEPOINT: u32 = 5;
 
-/// A hook on a cgroup.
+/// A hook of a cgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Hook {
     pub(crate) name: &'static str,
@@ -37,28 +37,28 @@ pub(crate) const CONNECT4: Hook = Hook { name: "cgroup/connect4", program_type: 
 pub(crate) const SENDMSG4: Hook = Hook { name: "cgroup/sendmsg4", program_type: 18, attach_type: 14 };
 pub(crate) const SOCK_OPS: Hook = Hook { name: "sock_ops", program_type: 13, attach_type: 3 };
 
-/// A program on a hook, until this is dropped.
+/// An attached program, until this value is dropped.
 #[derive(Debug)]
-pub(crate) struct Empty {
-    /// The link to a cgroup, or the event of a tracepoint.
+pub(crate) struct EmptyProgram {
+    /// The link to a cgroup, or the perf event of a tracepoint.
     _attached: OwnedFd,
     _program: OwnedFd,
 }
 
-impl Empty {
+impl EmptyProgram {
     pub(crate) fn on_cgroup(hook: Hook, cgroup: &Path) -> Result<Self> {
         let what = format!("attach an empty program to {} of {}", hook.name, cgroup.display());
         let attach = || {
-            let folder = File::open(cgroup)?;
+            let dir = File::open(cgroup)?;
             let program = load(hook.program_type, hook.attach_type, 1)?;
-            let mut attributes = [program.as_raw_fd() as u32, folder.as_raw_fd() as u32, hook.attach_type, 0];
+            let mut attributes = [program.as_raw_fd() as u32, dir.as_raw_fd() as u32, hook.attach_type, 0];
             let link = descriptor(bpf(LINK_CREATE, &mut attributes)?);
             io::Result::Ok(Self { _attached: link, _program: program })
         };
         attach().or_cannot(what)
     }
 
-    /// On a tracepoint, as `syscalls/sys_enter_setsockopt`.
+    /// Attaches an empty program to a tracepoint, such as `syscalls/sys_enter_setsockopt`.
     pub(crate) fn on_tracepoint(name: &str) -> Result<Self> {
         let attach = || {
             let id = fs::read_to_string(format!("/sys/kernel/tracing/events/{name}/id"))?;
@@ -71,7 +71,7 @@ impl Empty {
     }
 }
 
-/// `r0 = result; exit`
+/// Loads `r0 = result; exit`.
 fn load(program_type: u32, attach_type: u32, result: u32) -> io::Result<OwnedFd> {
     bpf::load(program_type, attach_type, "empty", &[0xb7 | u64::from(result) << 32, 0x95])
 }
@@ -85,14 +85,14 @@ fn tracepoint_event(id: u64, program: &OwnedFd) -> io::Result<OwnedFd> {
     let mut attributes = [0u64; SIZE / 8];
     attributes[0] = u64::from(TYPE_TRACEPOINT) | (SIZE as u64) << 32;
     attributes[1] = id;
-    // SAFETY: attributes of the size that they say. Any process, on CPU 0: the program runs on each.
+    // SAFETY: the attributes have the size that they state. Any process, on CPU 0: the program runs on every CPU.
     let event = unsafe { libc::syscall(libc::SYS_perf_event_open, attributes.as_ptr(), -1, 0, -1, 8) };
     if event < 0 {
         return Err(io::Error::last_os_error());
     }
     let event = descriptor(event as i32);
     for (request, argument) in [(IOC_SET_BPF, program.as_raw_fd()), (IOC_ENABLE, 0)] {
-        // SAFETY: these take a number.
+        // SAFETY: these requests take a number.
         if unsafe { libc::ioctl(event.as_raw_fd(), request, argument) } < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -100,7 +100,8 @@ fn tracepoint_event(id: u64, program: &OwnedFd) -> io::Result<OwnedFd> {
     Ok(event)
 }
 
-/// While this is there the kernel measures how long each program runs; that costs each run some 20 ns.
+/// Makes the kernel measure the run time of each program until this value is dropped; each run then takes some 20 ns
+/// longer.
 #[derive(Debug)]
 pub(crate) struct RunTimes {
     _descriptor: OwnedFd,
@@ -114,7 +115,7 @@ impl RunTimes {
     }
 }
 
-/// The programs that are newer than this one: numbers are not given out again soon (`idr_alloc_cyclic`).
+/// Returns the ids of the programs that are newer than `id`. The kernel does not reuse ids soon (`idr_alloc_cyclic`).
 pub(crate) fn ids_after(id: u32) -> Vec<u32> {
     let next = |id: &u32| {
         let mut attributes = [*id, 0, 0];
@@ -131,9 +132,9 @@ pub(crate) fn newest_program() -> u32 {
     ids_after(0).last().copied().unwrap_or_default()
 }
 
-/// The name of a program, for how many nanoseconds it has run, and how often.
+/// Returns the name of a program, its total run time in nanoseconds, and its number of runs.
 pub(crate) fn run_time(id: u32) -> io::Result<(String, u64, u64)> {
-    // struct bpf_prog_info, in words of 32 bits: up to recursion_misses.
+    // struct bpf_prog_info, in 32-bit words, up to recursion_misses.
     const WORDS: usize = 54;
     const NAME: usize = 16;
     const RUN_TIME: usize = 48;

@@ -1,8 +1,9 @@
-//! Whatever the benchmark makes is gone when it ends, however it ends.
+//! Removes everything that the benchmark creates, however it ends.
 //!
-//! All of it happens in a second process: in a cgroup of its own, with its own view of mounts. Processes, cgroups and the links
-//! to them go with that cgroup, pins and files below /run with that view, network namespaces with the processes in
-//! them. The first process does nothing but wait for the end, or for a signal, and remove that cgroup.
+//! A second process does all the work, in its own cgroup and mount namespace. When that cgroup is removed, its
+//! processes and the links to it are gone. The mount namespace ends with the processes, and with it the pins and the
+//! files below /run, as do their network namespaces. The first process only waits for the end or a signal, and then
+//! removes the cgroup.
 
 use std::{
     env,
@@ -21,20 +22,19 @@ use nix::{
 };
 use sockpolicy_integration_tests::{cgroup, wait};
 
-use crate::trouble::{Attempt, Result, Trouble};
+use crate::error::{Attempt, BenchError, Result};
 
-/// What the first process tells the second: which cgroup is theirs.
+/// The argument that tells the second process its cgroup.
 pub(crate) const WITHIN: &str = "within";
 
 const AWAITED: [Signal; 4] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGCHLD];
 
-/// Runs this program anew with these arguments, in a cgroup that is gone when this returns.
+/// Runs this program again with these arguments, in a cgroup that is removed before this returns.
 pub(crate) fn enclose(arguments: &[OsString]) -> Result<ExitCode> {
     // SAFETY: has no arguments and cannot fail.
     if unsafe { libc::geteuid() } != 0 {
-        return Err(
-            Trouble::new("attaching BPF programs and making cgroups takes root").help("run it as root: make bench")
-        );
+        return Err(BenchError::new("cannot attach BPF programs and create cgroups: not root")
+            .help("run it as root: make bench"));
     }
     let root = cgroup::mount().join(format!("sockpolicy-bench-{}", std::process::id()));
     fs::create_dir(&root).or_cannot(format_args!("make cgroup {}", root.display()))?;
@@ -56,23 +56,23 @@ fn spawn(root: &Path, arguments: &[OsString]) -> Result<Child> {
         command.pre_exec(move || {
             SigSet::all().thread_unblock()?;
             die_with_parent()?;
-            // Before whatever else the machine does; where that may not be, as all else.
+            // Run with priority over other processes, where that is permitted.
             libc::setpriority(libc::PRIO_PROCESS, 0, -20);
             home()
         });
     }
-    command.spawn().or_cannot("start this program anew")
+    command.spawn().or_cannot("start this program again")
 }
 
-/// What a process calls before `exec` to be in a cgroup.
+/// Returns a function that a child calls before `exec` to join a cgroup.
 pub(crate) fn enter(cgroup: &Path) -> Result<impl FnMut() -> io::Result<()> + Send + Sync + 'static> {
     let procs = cgroup.join("cgroup.procs");
     let mut file = File::options().write(true).open(&procs).or_cannot(format_args!("open {}", procs.display()))?;
-    // 0 is the process that writes.
+    // 0 stands for the writing process.
     Ok(move || file.write_all(b"0"))
 }
 
-/// What a process calls before `exec` so that it does not outlive the one that starts it.
+/// Makes the kernel kill the calling process when its parent ends. A child calls this before `exec`.
 pub(crate) fn die_with_parent() -> io::Result<()> {
     Ok(nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?)
 }
@@ -93,53 +93,53 @@ fn await_end(child: &mut Child, signals: &SigSet, root: &Path) -> Result<ExitCod
 }
 
 fn kill_all(root: &Path) -> Result<()> {
-    fs::write(root.join("cgroup.kill"), "1").or_cannot(format_args!("kill what is in cgroup {}", root.display()))
+    fs::write(root.join("cgroup.kill"), "1").or_cannot(format_args!("kill the processes of cgroup {}", root.display()))
 }
 
-/// Kills who is in a cgroup or below it, and removes all of it.
+/// Kills the processes of a cgroup and of its descendants, and removes them all.
 pub(crate) fn remove(root: &Path) -> Result<()> {
     kill_all(root)?;
     let mut last = Ok(());
-    wait::until(wait::PATIENCE, || {
-        last = remove_folders(root);
+    wait::until(wait::TIMEOUT, || {
+        last = remove_dirs(root);
         last.is_ok()
     });
     last.or_cannot(format_args!("remove cgroup {}", root.display()))
 }
 
-fn remove_folders(root: &Path) -> io::Result<()> {
+fn remove_dirs(root: &Path) -> io::Result<()> {
     for entry in fs::read_dir(root)?.flatten() {
         if entry.file_type()?.is_dir() {
-            remove_folders(&entry.path())?;
+            remove_dirs(&entry.path())?;
         }
     }
     fs::remove_dir(root)
 }
 
-/// Gives this process mounts of its own: a BPF file system, tracefs, and an empty /run.
+/// Gives this process its own mounts: a BPF file system, tracefs, and an empty /run.
 pub(crate) fn mount_privately() -> Result<()> {
     unshare(CloneFlags::CLONE_NEWNS).or_cannot("make a mount namespace")?;
     let nothing = None::<&str>;
-    mount(nothing, "/", nothing, MsFlags::MS_REC | MsFlags::MS_PRIVATE, nothing).or_cannot("keep mounts private")?;
+    mount(nothing, "/", nothing, MsFlags::MS_REC | MsFlags::MS_PRIVATE, nothing).or_cannot("make mounts private")?;
     for (kind, at) in [("bpf", "/sys/fs/bpf"), ("tracefs", "/sys/kernel/tracing"), ("tmpfs", "/run")] {
         mount(Some(kind), at, Some(kind), MsFlags::empty(), nothing).or_cannot(format_args!("mount {kind} at {at}"))?;
     }
     Ok(())
 }
 
-/// Where the second process may work.
+/// The working environment of the second process.
 #[derive(Debug)]
-pub(crate) struct Ground {
-    /// A cgroup that holds all others.
+pub(crate) struct Workspace {
+    /// The cgroup that contains all others.
     pub(crate) root: PathBuf,
-    /// A folder for files.
+    /// A directory for files.
     pub(crate) scratch: PathBuf,
     pub(crate) sockpolicy: PathBuf,
-    /// Itself, for the processes that do the measured work.
+    /// This program's binary, for the worker processes.
     pub(crate) bench: PathBuf,
 }
 
-impl Ground {
+impl Workspace {
     pub(crate) fn within(root: PathBuf) -> Result<Self> {
         mount_privately()?;
         let scratch = PathBuf::from("/run/bench");
@@ -147,27 +147,27 @@ impl Ground {
         let bench = env::current_exe().or_cannot("find this program's own path")?;
         let sockpolicy = bench.with_file_name("sockpolicy");
         if !sockpolicy.is_file() {
-            let missing = format_args!("{} is not there", sockpolicy.display()).to_string();
-            return Err(Trouble::new(missing).help("make build"));
+            let missing = format_args!("{} does not exist", sockpolicy.display()).to_string();
+            return Err(BenchError::new(missing).help("make build"));
         }
         Ok(Self { root, scratch, sockpolicy, bench })
     }
 
-    /// Makes a cgroup.
+    /// Creates a cgroup.
     pub(crate) fn cgroup(&self, name: &str) -> Result<PathBuf> {
         let path = self.root.join(name);
         fs::create_dir_all(&path).or_cannot(format_args!("make cgroup {}", path.display()))?;
         Ok(path)
     }
 
-    /// Makes a file.
+    /// Creates a file.
     pub(crate) fn file(&self, name: &str, text: &str) -> Result<PathBuf> {
         let path = self.scratch.join(name);
         fs::write(&path, text).or_cannot(format_args!("write {}", path.display()))?;
         Ok(path)
     }
 
-    /// A policy in a file: these rules, for a cgroup and all below it.
+    /// Creates a policy file with these rules, for a cgroup and its descendants.
     pub(crate) fn policy(&self, name: &str, target: &Path, rules: &str) -> Result<PathBuf> {
         let target = target.strip_prefix(cgroup::mount()).unwrap_or(target).display();
         self.file(&format!("{name}.toml"), &format!("name = \"{name}\"\n[target]\ncgroup = \"{target}\"\n{rules}\n"))

@@ -1,4 +1,4 @@
-//! The machine that was measured on: facts, as of the beginning.
+//! Facts about the machine, read when the benchmark starts.
 
 use std::fs;
 
@@ -8,20 +8,21 @@ use crate::bpf;
 
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Machine {
-    /// As `uname -r` has it.
+    /// From `uname -r`.
     pub(crate) kernel: String,
     pub(crate) architecture: &'static str,
     pub(crate) processors: usize,
     pub(crate) processor: String,
     pub(crate) memory_gib: f64,
-    /// Processes that wanted to run over the last minute: others disturb.
+    /// The load average over the last minute, which shows disturbance by other processes.
     pub(crate) load: f64,
-    /// BPF programs that others have loaded. Those on tracepoints of system calls cost every process.
+    /// The number of BPF programs that others have loaded. Programs on system-call tracepoints slow down every
+    /// process.
     pub(crate) programs_of_others: usize,
 }
 
 impl Machine {
-    pub(crate) fn look() -> Self {
+    pub(crate) fn read() -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let value = |path: &str, name: &str| {
             let text = read(path);
@@ -44,7 +45,7 @@ impl Machine {
         }
     }
 
-    /// In a line.
+    /// Returns a one-line description.
     pub(crate) fn text(&self) -> String {
         let Self { kernel, architecture, processors, processor, memory_gib, load, programs_of_others } = self;
         format!(

@@ -1,21 +1,21 @@
-//! `bench`: what sockpolicy costs, beside what people would use instead.
+//! `bench`: measures what sockpolicy costs, compared with alternative tools.
 //!
-//! Every figure is a ratio of runs that were made beside each other, in one go. It does not judge: budgets that are not met are
-//! said so, and the exit status is 0. See [`guard`] for what it leaves behind, which is nothing.
+//! Every figure is a ratio of interleaved runs. Budgets that are not met are marked in the table, and the exit status
+//! is still 0. [`guard`] removes everything that the benchmark creates.
 
 mod arguments;
 mod bpf;
+mod conditions;
+mod error;
 mod guard;
 mod machine;
 mod measure;
 mod output;
 mod parts;
-mod peers;
 mod plot;
 mod row;
 mod scene;
 mod table;
-mod trouble;
 mod work;
 
 use std::{
@@ -27,10 +27,10 @@ use std::{
 };
 
 use arguments::Arguments;
-use guard::Ground;
+use error::{Attempt, BenchError, Result};
+use guard::Workspace;
 use machine::Machine;
 use row::Findings;
-use trouble::{Attempt, Result, Trouble};
 
 fn main() -> ExitCode {
     let words: Vec<OsString> = std::env::args_os().skip(1).collect();
@@ -39,45 +39,46 @@ fn main() -> ExitCode {
         Some(guard::WITHIN) => within(&words[1..]).map(|()| ExitCode::SUCCESS),
         _ => begin(&words),
     };
-    result.unwrap_or_else(|trouble| {
-        let _ = writeln!(io::stderr(), "{trouble}");
+    result.unwrap_or_else(|error| {
+        let _ = writeln!(io::stderr(), "{error}");
         ExitCode::FAILURE
     })
 }
 
 fn begin(words: &[OsString]) -> Result<ExitCode> {
     if Arguments::parse(words)?.wants_help {
-        say(&arguments::help())?;
+        print(&arguments::help())?;
         return Ok(ExitCode::SUCCESS);
     }
     guard::enclose(words)
 }
 
-fn say(text: &str) -> Result<()> {
+fn print(text: &str) -> Result<()> {
     io::stdout().write_all(text.as_bytes()).or_cannot("write to standard output")
 }
 
-/// The measuring itself, in a cgroup that somebody else removes.
+/// Measures, in a cgroup that the first process removes.
 fn within(words: &[OsString]) -> Result<()> {
-    let (root, words) = words.split_first().ok_or_else(|| Trouble::new("there is no cgroup to work in"))?;
+    let (root, words) =
+        words.split_first().ok_or_else(|| BenchError::new("the argument that names the cgroup is missing"))?;
     let arguments = Arguments::parse(words)?;
-    let (begin, machine) = (Instant::now(), Machine::look());
-    let ground = Ground::within(PathBuf::from(root))?;
+    let (begin, machine) = (Instant::now(), Machine::read());
+    let ground = Workspace::within(PathBuf::from(root))?;
     let mut findings = Findings::default();
     for part in arguments.parts() {
-        // Somebody waits for minutes.
+        // Progress messages, since a part takes minutes.
         let _ = writeln!(io::stderr(), "bench: {}: {}", part.name, part.what);
-        if let Err(trouble) = (part.measure)(&ground, &mut findings) {
-            findings.leave_out(part.name, &trouble);
+        if let Err(error) = (part.measure)(&ground, &mut findings) {
+            findings.leave_out(part.name, &error);
         }
     }
     let took = begin.elapsed();
-    say(&table::text(&output::head(&machine, took), &findings.rows))?;
-    // target/bench, of target/release/bench.
+    print(&table::text(&output::head(&machine, took), &findings.rows))?;
+    // The parent of `release`, in target/release/bench.
     let target = ground.bench.ancestors().nth(2).unwrap_or(&ground.scratch);
     output::write(&target.join("bench"), &machine, took, &findings)?;
     match &arguments.docs {
-        Some(folder) => output::write_docs(folder, &machine, took, &findings),
+        Some(dir) => output::write_docs(dir, &machine, took, &findings),
         None => Ok(()),
     }
 }

@@ -1,11 +1,11 @@
-//! Statistics of samples, as functions of them: medians, spread, ratios of runs that were made beside each other.
+//! Statistics of samples: medians, quartiles, and ratios of interleaved runs.
 //!
-//! Samples of one round were taken within a second or so. What disturbs a machine for longer disturbs all of a round, so
-//! ratios are made within rounds, and the median is taken of these.
+//! The samples of one round are taken within about a second. A longer disturbance affects all samples of the round.
+//! Ratios are therefore computed within each round, and their median is reported.
 
 use serde::Serialize;
 
-/// What many runs came to.
+/// The distribution of many samples.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub(crate) struct Spread {
     pub(crate) median: f64,
@@ -16,7 +16,7 @@ pub(crate) struct Spread {
 }
 
 impl Spread {
-    /// `None` of no samples, or where one is no number.
+    /// Returns `None` if there are no samples, or if one is not finite.
     pub(crate) fn of(samples: &[f64]) -> Option<Self> {
         if samples.is_empty() || samples.iter().any(|sample| !sample.is_finite()) {
             return None;
@@ -27,35 +27,35 @@ impl Spread {
         Some(Self { median, low, high, runs: samples.len() })
     }
 
-    /// The same in another unit.
+    /// Returns the distribution in another unit.
     pub(crate) fn scaled(self, factor: f64) -> Self {
         Self { median: self.median * factor, low: self.low * factor, high: self.high * factor, runs: self.runs }
     }
 }
 
-/// Of sorted samples, between two of them where it lies there.
+/// Returns a quantile of sorted samples, interpolated between neighbouring samples.
 fn quantile(sorted: &[f64], part: f64) -> f64 {
     let place = part * (sorted.len() - 1) as f64;
     let (below, above) = (sorted[place.floor() as usize], sorted[place.ceil() as usize]);
     below + (above - below) * place.fract()
 }
 
-/// The median, or no number of nothing.
+/// Returns the median; NaN if there are no samples.
 pub(crate) fn median(samples: &[f64]) -> f64 {
     Spread::of(samples).map_or(f64::NAN, |spread| spread.median)
 }
 
-/// Round by round: how much more.
+/// Returns the difference of each round.
 pub(crate) fn differences(of: &[f64], less: &[f64]) -> Vec<f64> {
     of.iter().zip(less).map(|(of, less)| of - less).collect()
 }
 
-/// Round by round: how many times as much.
+/// Returns the ratio of each round.
 pub(crate) fn ratios(over: &[f64], under: &[f64]) -> Vec<f64> {
     over.iter().zip(under).map(|(over, under)| over / under).collect()
 }
 
-/// In which order a round takes so many, so that none is always first or always after the same.
+/// Returns the order in which a round visits `count` items. No item is always first, or always after the same item.
 pub(crate) fn order(count: usize, round: usize) -> Vec<usize> {
     let rotated = |place: usize| (place + round.wrapping_mul(7)) % count.max(1);
     let forth = (0..count).map(rotated);
@@ -77,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn spread_of_nothing_or_of_no_numbers_is_none() {
+    fn spread_of_no_samples_or_of_infinite_samples_is_none() {
         assert_eq!(Spread::of(&[]), None);
         assert_eq!(Spread::of(&[1.0, f64::NAN]), None);
         assert_eq!(Spread::of(&[f64::INFINITY]), None);
@@ -90,8 +90,8 @@ mod tests {
     }
 
     #[test]
-    fn ratios_are_made_within_rounds() {
-        // The machine is twice as slow in the second round: the ratio is the same.
+    fn ratios_are_computed_within_rounds() {
+        // The machine is half as fast in the second round: the ratio is the same.
         assert_eq!(ratios(&[30.0, 60.0], &[10.0, 20.0]), [3.0, 3.0]);
         assert_eq!(
             ratios(&differences(&[30.0, 60.0], &[20.0, 40.0]), &differences(&[25.0, 50.0], &[20.0, 40.0])),
@@ -100,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn each_round_takes_all_and_not_always_in_the_same_order() {
+    fn each_round_visits_all_items_in_varying_order() {
         for count in [1, 2, 5, 7, 14] {
             for round in 0..5 {
                 let mut places = order(count, round);

@@ -1,7 +1,6 @@
-//! What was found out, as files: JSON, plots, the table, and the tables of docs/benchmarks.md.
+//! Writes the results as files: JSON, plots, the text table, and the tables of docs/benchmarks.md.
 //!
-//! In docs/benchmarks.md only what stands between `<!-- bench: NAME -->` and `<!-- end -->` is replaced: the words around it
-//! are people's.
+//! In docs/benchmarks.md, only the text between `<!-- bench: NAME -->` and `<!-- end -->` is replaced.
 
 use std::{
     fs,
@@ -13,14 +12,14 @@ use std::{
 use serde_json::{Value, json};
 
 use crate::{
+    error::{Attempt, BenchError, Result},
     machine::Machine,
     plot,
     row::{Findings, Row},
     table,
-    trouble::{Attempt, Result, Trouble},
 };
 
-/// What stands above the table.
+/// Returns the heading of the table.
 pub(crate) fn head(machine: &Machine, took: Duration) -> String {
     format!(
         "{}\nEach ratio is the median over rounds, and comes from two runs of the same round. The benchmark took {:.0} s.",
@@ -29,37 +28,37 @@ pub(crate) fn head(machine: &Machine, took: Duration) -> String {
     )
 }
 
-/// Writes all that there is into a folder.
-pub(crate) fn write(folder: &Path, machine: &Machine, took: Duration, findings: &Findings) -> Result<()> {
-    make_folder(folder)?;
+/// Writes all files into a directory.
+pub(crate) fn write(dir: &Path, machine: &Machine, took: Duration, findings: &Findings) -> Result<()> {
+    make_dir(dir)?;
     let json = json(machine, took, findings).or_cannot("write JSON")?;
-    write_file(&folder.join("bench.json"), &json)?;
-    write_file(&folder.join("bench.txt"), &table::text(&head(machine, took), &findings.rows))?;
-    write_plots(folder, findings)
+    write_file(&dir.join("bench.json"), &json)?;
+    write_file(&dir.join("bench.txt"), &table::text(&head(machine, took), &findings.rows))?;
+    write_plots(dir, findings)
 }
 
-/// Writes the plots and the tables of the documentation.
-pub(crate) fn write_docs(folder: &Path, machine: &Machine, took: Duration, findings: &Findings) -> Result<()> {
-    let page = folder.join("benchmarks.md");
+/// Updates the plots and tables of the documentation.
+pub(crate) fn write_docs(dir: &Path, machine: &Machine, took: Duration, findings: &Findings) -> Result<()> {
+    let page = dir.join("benchmarks.md");
     let old = fs::read_to_string(&page).or_cannot(format_args!("read {}", page.display()))?;
     let head = format!("{}\n", head(machine, took).replace('\n', "\n\n"));
     let sections = [("machine", head), ("budgets", budgets(&findings.rows)), ("table", markdown(&findings.rows))];
     let mut new = old;
     for (name, text) in sections {
         new = replaced(&new, name, &text)
-            .ok_or_else(|| Trouble::new(format_args!("{} has no section {name}", page.display())))?;
+            .ok_or_else(|| BenchError::new(format_args!("{} has no section {name}", page.display())))?;
     }
     write_file(&page, &new)?;
-    let plots = folder.join("bench");
-    make_folder(&plots)?;
+    let plots = dir.join("bench");
+    make_dir(&plots)?;
     write_plots(&plots, findings)
 }
 
-fn write_plots(folder: &Path, findings: &Findings) -> Result<()> {
-    findings.plots.iter().try_for_each(|plot| write_file(&folder.join(format!("{}.svg", plot.name)), &plot::svg(plot)))
+fn write_plots(dir: &Path, findings: &Findings) -> Result<()> {
+    findings.plots.iter().try_for_each(|plot| write_file(&dir.join(format!("{}.svg", plot.name)), &plot::svg(plot)))
 }
 
-fn make_folder(path: &Path) -> Result<()> {
+fn make_dir(path: &Path) -> Result<()> {
     fs::create_dir_all(path).or_cannot(format_args!("make {}", path.display()))?;
     give_away(path)
 }
@@ -69,11 +68,11 @@ fn write_file(path: &Path, text: &str) -> Result<()> {
     give_away(path)
 }
 
-/// What root makes in somebody's folder is that one's.
+/// Gives a file that root has created to the owner of its directory.
 fn give_away(path: &Path) -> Result<()> {
     let owner = path.parent().map(fs::metadata).and_then(std::result::Result::ok);
     let Some(owner) = owner else { return Ok(()) };
-    chown(path, Some(owner.uid()), Some(owner.gid())).or_cannot(format_args!("give {} its owner", path.display()))
+    chown(path, Some(owner.uid()), Some(owner.gid())).or_cannot(format_args!("change the owner of {}", path.display()))
 }
 
 fn json(machine: &Machine, took: Duration, findings: &Findings) -> serde_json::Result<String> {
@@ -92,7 +91,7 @@ fn markdown_line(cells: &[String]) -> String {
     format!("| {} |\n", cells.join(" | "))
 }
 
-/// A table for each part.
+/// Returns a Markdown table for each part.
 fn markdown(rows: &[Row]) -> String {
     let mut text = String::new();
     let mut part = "";
@@ -107,7 +106,7 @@ fn markdown(rows: &[Row]) -> String {
     format!("{}\n", text.trim_start())
 }
 
-/// The rows that have a budget.
+/// Returns a Markdown table of the rows that have a budget.
 fn budgets(rows: &[Row]) -> String {
     let heads = ["part", "what", "compared with", "ratio", "absolute", "budget"].map(str::to_owned);
     let mut text = markdown_line(&heads) + "| --- | --- | --- | ---: | ---: | --- |\n";
@@ -118,7 +117,7 @@ fn budgets(rows: &[Row]) -> String {
     text + "\n"
 }
 
-/// A page with other text between the marks of this name.
+/// Replaces the text between the marks of this name. Returns `None` if the page does not have them.
 fn replaced(page: &str, name: &str, text: &str) -> Option<String> {
     let mark = format!("<!-- bench: {name} -->\n");
     let begin = page.find(&mark)? + mark.len();
@@ -144,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_is_between_the_marks_is_replaced() {
+    fn only_text_between_the_marks_is_replaced() {
         let page = "before\n<!-- bench: table -->\nold\n<!-- end -->\nafter <!-- end -->\n";
         let new = replaced(page, "table", "new\n").unwrap();
         assert_eq!(new, "before\n<!-- bench: table -->\n\nnew\n<!-- end -->\nafter <!-- end -->\n");
@@ -165,7 +164,7 @@ mod tests {
     #[test]
     fn json_says_whether_budgets_are_met() {
         let rows = vec![row("calls", None), row("calls", Some(Budget::AtLeast(1.0)))];
-        let text = json(&Machine::look(), Duration::from_secs(1), &Findings { rows, plots: Vec::new() }).unwrap();
+        let text = json(&Machine::read(), Duration::from_secs(1), &Findings { rows, plots: Vec::new() }).unwrap();
         let value: serde_json::Value = serde_json::from_str(&text).unwrap();
         assert_eq!(value["rows"][0]["met"], serde_json::Value::Null);
         assert_eq!(value["rows"][1]["met"], true);

@@ -1,4 +1,4 @@
-//! Plots as SVG, by hand: it is little, and colours have to go by the reader's scheme, light or dark.
+//! Writes plots as SVG. The colours follow the reader's colour scheme, light or dark.
 
 use crate::{
     measure::Spread,
@@ -11,21 +11,21 @@ const HEIGHT: f64 = 400.0;
 const LEFT: f64 = 80.0;
 const RIGHT: f64 = 20.0;
 const BOTTOM: f64 = 50.0;
-/// Below the title; each series has a line in the legend below that.
+/// The space below the title; each series has a legend line below that.
 const TOP: f64 = 44.0;
 const LEGEND: f64 = 18.0;
 const BAR: f64 = 26.0;
-/// Where bars begin, and how far they go, with room for their figures.
+/// The position and the greatest length of bars, with room for the figures.
 const BAR_LEFT: f64 = 260.0;
 const BAR_RIGHT: f64 = 100.0;
 
-/// Blue, orange and green that stand out from white and from black.
+/// Blue, orange and green that contrast with white and black.
 const STYLE: &str = "<style>text{font:13px system-ui,sans-serif;fill:#333}.title{font-weight:600;font-size:15px}\
     .axis{stroke:#777}.grid{stroke:#888;stroke-opacity:.25}.s0{stroke:#2a78d6;fill:#2a78d6}.s1{stroke:#d9730d;fill:#d9730d}\
     .s2{stroke:#2e9e5b;fill:#2e9e5b}polyline{fill:none!important;stroke-width:2}\
     @media(prefers-color-scheme:dark){text{fill:#ddd}.axis{stroke:#999}}</style>";
 
-/// The whole file.
+/// Returns the contents of the SVG file.
 pub(crate) fn svg(plot: &Plot) -> String {
     let (height, inside) = match &plot.kind {
         Kind::Curves { size, sizes, figure, figures, series } => {
@@ -54,7 +54,7 @@ fn line(class: &str, (x1, y1): (f64, f64), (x2, y2): (f64, f64)) -> String {
     format!("<line class=\"{class}\" x1=\"{x1:.1}\" y1=\"{y1:.1}\" x2=\"{x2:.1}\" y2=\"{y2:.1}\"/>\n")
 }
 
-/// From values to places between 0 and 1.
+/// Maps values to positions between 0 and 1.
 struct Axis {
     scale: Scale,
     from: f64,
@@ -68,7 +68,7 @@ impl Axis {
         let most = values.fold(f64::NEG_INFINITY, f64::max);
         match scale {
             Scale::Linear => {
-                // From zero, or what is small would look large.
+                // Starts at zero, since small differences would otherwise look large.
                 let step = step((most.max(0.0) - least.min(0.0)).max(1e-9));
                 let (first, last) = ((least.min(0.0) / step).floor() as i64, (most.max(step) / step).ceil() as i64);
                 let ticks: Vec<f64> = (first..=last).map(|number| number as f64 * step).collect();
@@ -92,14 +92,14 @@ impl Axis {
     }
 }
 
-/// 1, 2 or 5 of some power of ten, of which some five make up a range.
+/// Returns 1, 2 or 5 times a power of ten, such that about five steps make up a range.
 fn step(range: f64) -> f64 {
     let power = 10f64.powf((range / 5.0).log10().floor());
     let steps = [1.0, 2.0, 5.0, 10.0].map(|factor| factor * power);
     steps.into_iter().find(|step| range / step <= 6.0).unwrap_or(10.0 * power)
 }
 
-/// A size or a figure at an axis.
+/// Returns the label of a tick.
 fn tick(value: f64) -> String {
     if value == 0.0 || value.abs() >= 1.0 && value.fract().abs() < 1e-9 {
         let text = number(value.abs().max(100.0));
@@ -117,7 +117,7 @@ fn tick(value: f64) -> String {
 fn curves((size, sizes): (&str, Scale), (figure, figures): (&str, Scale), series: &[Series], top: f64) -> String {
     let points = || series.iter().flat_map(|series| &series.points);
     if points().next().is_none() {
-        return words("", LEFT, top, "start", "nothing was measured");
+        return words("", LEFT, top, "start", "no measurements");
     }
     let across = Axis::of(sizes, points().map(|(size, _)| *size));
     let up = Axis::of(figures, points().flat_map(|(_, spread)| [spread.low, spread.median, spread.high]));
@@ -130,7 +130,7 @@ fn curves((size, sizes): (&str, Scale), (figure, figures): (&str, Scale), series
     }
     for value in &across.ticks {
         text += &line("grid", (x(*value), top), (x(*value), HEIGHT - BOTTOM));
-        // The last one must not go over the edge.
+        // The last label must not extend over the edge.
         let anchor = if across.place(*value) < 1.0 { "middle" } else { "end" };
         text += &words("", x(*value), HEIGHT - BOTTOM + 18.0, anchor, &tick(*value));
     }
@@ -155,7 +155,7 @@ fn curves((size, sizes): (&str, Scale), (figure, figures): (&str, Scale), series
 
 fn bars(figure: &str, bars: &[(String, Spread)]) -> String {
     if bars.is_empty() {
-        return words("", LEFT, TOP, "start", "nothing was measured");
+        return words("", LEFT, TOP, "start", "no measurements");
     }
     let axis = Axis::of(Scale::Logarithmic, bars.iter().flat_map(|(_, spread)| [spread.low, spread.high]));
     let x = |value| BAR_LEFT + axis.place(value) * (WIDTH - BAR_LEFT - BAR_RIGHT);
@@ -211,12 +211,12 @@ mod tests {
     }
 
     #[test]
-    fn ticks_are_as_short_as_they_can_be() {
+    fn tick_labels_are_as_short_as_possible() {
         assert_eq!([0.0, 5.0, 20.0, 1000.0, -50.0, 0.25].map(tick), ["0", "5", "20", "1,000", "-50", "0.25"]);
     }
 
     #[test]
-    fn plots_have_every_name_escaped_and_every_point() {
+    fn plots_escape_names_and_have_every_point() {
         let points = vec![(1.0, spread(10.0)), (1000.0, spread(12.0))];
         let series = vec![Series { name: "a < b & c".to_owned(), points }];
         let (sizes, figures) = (Scale::Logarithmic, Scale::Linear);
@@ -233,8 +233,8 @@ mod tests {
     }
 
     #[test]
-    fn plot_of_nothing_says_so() {
+    fn plot_without_points_says_so() {
         let kind = Kind::Bars { figure: "ns", bars: Vec::new() };
-        assert!(svg(&Plot { name: "x", title: "t", kind }).contains("nothing was measured"));
+        assert!(svg(&Plot { name: "x", title: "t", kind }).contains("no measurements"));
     }
 }

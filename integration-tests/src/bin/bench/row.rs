@@ -1,22 +1,22 @@
-//! Rows of the table, and how they come of samples.
+//! The rows of the table, and how they are computed from samples.
 
 use serde::Serialize;
 
 use crate::{
+    error::{BenchError, Result},
     measure::{self, Spread},
     scene::Samples,
-    trouble::{Result, Trouble},
 };
 
-/// What a plain figure is in.
+/// The unit of an absolute figure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub(crate) enum Unit {
-    /// Nanoseconds each.
+    /// Nanoseconds per operation.
     #[serde(rename = "ns")]
     Nanoseconds,
     #[serde(rename = "ms")]
     Milliseconds,
-    /// How often a second.
+    /// Operations per second.
     #[serde(rename = "1/s")]
     Rate,
     #[serde(rename = "KiB")]
@@ -27,14 +27,14 @@ pub(crate) enum Unit {
     Percent,
 }
 
-/// What DESIGN.md allows.
+/// A performance budget.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub(crate) enum Budget {
     #[serde(rename = "ratio at most")]
     AtMost(f64),
     #[serde(rename = "ratio at least")]
     AtLeast(f64),
-    /// The plain figure, in its unit.
+    /// A limit on the absolute figure, in its unit.
     #[serde(rename = "plain at most")]
     PlainAtMost(f64),
 }
@@ -44,31 +44,31 @@ pub(crate) struct Row {
     pub(crate) part: &'static str,
     /// What was measured.
     pub(crate) what: String,
-    /// Against what.
+    /// What it was compared with.
     pub(crate) versus: String,
-    /// How many times as much. `None`: left out.
+    /// The ratio; `None` if it was left out.
     pub(crate) ratio: Option<Spread>,
-    /// What was measured, by itself.
+    /// The absolute figure.
     pub(crate) plain: Option<Spread>,
     pub(crate) unit: Unit,
     pub(crate) budget: Option<Budget>,
-    /// Why there is no ratio.
+    /// The reason why there is no ratio.
     pub(crate) left_out: Option<String>,
 }
 
 impl Row {
-    /// Whether the budget was kept in this run, if there is one.
+    /// Returns whether this run met the budget; `None` without a budget or a figure.
     pub(crate) fn is_met(&self) -> Option<bool> {
         match self.budget? {
             Budget::AtMost(most) => Some(self.ratio?.median <= most),
             Budget::AtLeast(least) => Some(self.ratio?.median >= least),
-            // It needs no peer.
+            // This budget needs no comparison.
             Budget::PlainAtMost(most) => Some(self.plain?.median <= most),
         }
     }
 }
 
-/// Samples of an arm, less those of another.
+/// The samples of an arm, or their difference from those of another arm.
 #[derive(Clone, Debug)]
 pub(crate) struct Term {
     of: String,
@@ -80,24 +80,24 @@ impl Term {
         [Some(&*self.of), self.less.as_deref()].into_iter().flatten()
     }
 
-    /// Of the samples of its arms, which come first.
+    /// Takes the samples of the arms from the front of the iterator.
     fn take(&self, samples: &mut impl Iterator<Item = Vec<f64>>) -> Vec<f64> {
         let of = samples.next().unwrap_or_default();
         if self.less.is_none() { of } else { measure::differences(&of, &samples.next().unwrap_or_default()) }
     }
 }
 
-/// All that an arm takes.
-pub(crate) fn whole(arm: impl Into<String>) -> Term {
+/// The total cost of an arm.
+pub(crate) fn total(arm: impl Into<String>) -> Term {
     Term { of: arm.into(), less: None }
 }
 
-/// What an arm takes more than another.
+/// The difference between an arm and another arm.
 pub(crate) fn added(arm: impl Into<String>, less: impl Into<String>) -> Term {
     Term { of: arm.into(), less: Some(less.into()) }
 }
 
-/// A row, before anything was measured.
+/// The definition of a row.
 #[derive(Clone, Debug)]
 pub(crate) struct Line {
     pub(crate) what: String,
@@ -105,13 +105,13 @@ pub(crate) struct Line {
     pub(crate) over: Term,
     pub(crate) under: Term,
     pub(crate) unit: Unit,
-    /// The arm that is shown by itself.
+    /// The arm that is shown as an absolute figure.
     pub(crate) plain: String,
     pub(crate) budget: Option<Budget>,
 }
 
 impl Line {
-    /// `over` in times of `under`. What is shown by itself is the arm of `over`.
+    /// Compares `over` with `under`. The arm of `over` is shown as an absolute figure.
     pub(crate) fn new(what: impl Into<String>, over: Term, versus: impl Into<String>, under: Term) -> Self {
         let plain = over.of.clone();
         Self { what: what.into(), versus: versus.into(), over, under, unit: Unit::Nanoseconds, plain, budget: None }
@@ -125,7 +125,7 @@ impl Line {
         Self { unit, ..self }
     }
 
-    /// Shows another arm by itself.
+    /// Shows another arm as an absolute figure.
     pub(crate) fn plain(self, arm: impl Into<String>) -> Self {
         Self { plain: arm.into(), ..self }
     }
@@ -135,7 +135,7 @@ impl Line {
         let plain = samples.of(&self.plain).ok().and_then(|samples| in_unit(samples, self.unit));
         let (ratio, left_out) = match ratio {
             Ok(ratio) => (Some(ratio), None),
-            Err(trouble) => (None, Some(trouble.in_short().to_owned())),
+            Err(error) => (None, Some(error.in_short().to_owned())),
         };
         let Self { what, versus, unit, budget, .. } = self.clone();
         Row { part, what, versus, ratio, plain, unit, budget, left_out }
@@ -144,18 +144,18 @@ impl Line {
     fn ratio(&self, samples: &Samples) -> Result<Spread> {
         let Self { over, under, .. } = self;
         let arms: Vec<&str> = over.arms().chain(under.arms()).collect();
-        // Differences are small beside what they are differences of: medians first.
+        // Differences are small compared with their operands, so medians come first.
         let by_round = over.less.is_some() || under.less.is_some();
-        let mut samples = samples.beside_each_other(&arms, by_round)?.into_iter();
+        let mut samples = samples.paired(&arms, by_round)?.into_iter();
         let (over, under) = (over.take(&mut samples), under.take(&mut samples));
-        // Where it may as well be nothing, any number can come out.
+        // A denominator that may be zero makes the ratio meaningless.
         let is_sound = Spread::of(&under).is_some_and(|under| under.low > 0.0);
         let ratio = if is_sound { Spread::of(&measure::ratios(&over, &under)) } else { None };
-        ratio.ok_or_else(|| Trouble::new("the reference was below the noise of the machine"))
+        ratio.ok_or_else(|| BenchError::new("the reference was below the noise of the machine"))
     }
 }
 
-/// Samples of nanoseconds, or of what the unit says by itself.
+/// Converts samples from nanoseconds, except those that already are in the unit.
 fn in_unit(samples: &[f64], unit: Unit) -> Option<Spread> {
     match unit {
         Unit::Rate => Spread::of(&samples.iter().map(|ns| 1e9 / ns).collect::<Vec<_>>()),
@@ -164,15 +164,15 @@ fn in_unit(samples: &[f64], unit: Unit) -> Option<Spread> {
     }
 }
 
-/// One figure against its size.
+/// A figure by size.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Series {
     pub(crate) name: String,
-    /// Size and figure.
+    /// Pairs of size and figure.
     pub(crate) points: Vec<(f64, Spread)>,
 }
 
-/// Of an axis.
+/// The scale of an axis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Scale {
@@ -180,10 +180,10 @@ pub(crate) enum Scale {
     Logarithmic,
 }
 
-/// What becomes a plot.
+/// The contents of a plot.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Plot {
-    /// The name of its file.
+    /// The name of the file, without its extension.
     pub(crate) name: &'static str,
     pub(crate) title: &'static str,
     pub(crate) kind: Kind,
@@ -199,14 +199,14 @@ pub(crate) enum Kind {
         figures: Scale,
         series: Vec<Series>,
     },
-    /// A logarithmic bar for each.
+    /// One logarithmic bar for each figure.
     Bars {
         figure: &'static str,
         bars: Vec<(String, Spread)>,
     },
 }
 
-/// All that was found out.
+/// The results of the benchmark.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct Findings {
     pub(crate) rows: Vec<Row>,
@@ -214,9 +214,9 @@ pub(crate) struct Findings {
 }
 
 impl Findings {
-    /// A part that could not be measured at all.
-    pub(crate) fn leave_out(&mut self, part: &'static str, reason: &Trouble) {
-        let (what, left_out) = ("all of it".to_owned(), Some(reason.in_short().to_owned()));
+    /// Records that a part could not be measured.
+    pub(crate) fn leave_out(&mut self, part: &'static str, reason: &BenchError) {
+        let (what, left_out) = ("the whole part".to_owned(), Some(reason.in_short().to_owned()));
         let (ratio, plain, versus) = (None, None, String::new());
         self.rows.push(Row { part, what, versus, ratio, plain, unit: Unit::Count, budget: None, left_out });
     }
@@ -228,8 +228,8 @@ impl Findings {
 
 #[cfg(test)]
 mod tests {
-    use super::{Budget, Line, Unit, added, whole};
-    use crate::{scene::Samples, trouble::Trouble};
+    use super::{Budget, Line, Unit, added, total};
+    use crate::{error::BenchError, scene::Samples};
 
     fn samples() -> Samples {
         let mut samples = Samples::default();
@@ -238,7 +238,7 @@ mod tests {
             samples.add("limit/set", limit);
             samples.add("ours/set", ours);
         }
-        samples.leave_out("other", Trouble::new("other is not installed"));
+        samples.leave_out("other", BenchError::new("other is not installed"));
         samples
     }
 
@@ -252,8 +252,8 @@ mod tests {
     }
 
     #[test]
-    fn budgets_can_be_about_the_plain_figure_or_a_least_ratio() {
-        let line = Line::new("ours", whole("ours/set"), "none", whole("none/set")).unit(Unit::Milliseconds);
+    fn budgets_limit_the_absolute_figure_or_the_ratio() {
+        let line = Line::new("ours", total("ours/set"), "none", total("none/set")).unit(Unit::Milliseconds);
         assert_eq!(line.clone().budget(Budget::PlainAtMost(0.001)).row("part", &samples()).is_met(), Some(true));
         assert_eq!(line.clone().budget(Budget::AtLeast(2.0)).row("part", &samples()).is_met(), Some(true));
         assert_eq!(line.clone().budget(Budget::AtLeast(2.1)).row("part", &samples()).is_met(), Some(false));
@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn what_may_be_nothing_is_no_measure() {
+    fn denominators_that_may_be_zero_give_no_ratio() {
         let mut samples = samples();
         samples.add("noise/set", 90.0);
         samples.add("noise/set", 210.0);
@@ -270,19 +270,19 @@ mod tests {
     }
 
     #[test]
-    fn what_was_not_measured_is_left_out_with_the_reason() {
-        let row = Line::new("other", whole("other/set"), "none", whole("none/set")).row("part", &samples());
+    fn unmeasured_rows_are_left_out_with_the_reason() {
+        let row = Line::new("other", total("other/set"), "none", total("none/set")).row("part", &samples());
         assert_eq!((row.ratio, row.left_out.as_deref()), (None, Some("other is not installed")));
         assert_eq!(row.is_met(), None);
-        // What is about the figure itself needs nothing to compare it with.
-        let line = Line::new("ours", whole("ours/set"), "other", whole("other/set")).budget(Budget::PlainAtMost(400.0));
+        // A budget on the absolute figure needs no comparison.
+        let line = Line::new("ours", total("ours/set"), "other", total("other/set")).budget(Budget::PlainAtMost(400.0));
         assert_eq!(line.row("part", &samples()).is_met(), Some(true));
     }
 
     #[test]
     fn rates_are_the_inverse_of_time() {
         let row =
-            Line::new("ours", whole("ours/set"), "none", whole("none/set")).unit(Unit::Rate).row("part", &samples());
+            Line::new("ours", total("ours/set"), "none", total("none/set")).unit(Unit::Rate).row("part", &samples());
         assert!((row.plain.unwrap().median - 3_750_000.0).abs() < 1.0);
     }
 }

@@ -1,8 +1,9 @@
-//! Scenes: work under a condition (a policy in force, a tracer, an empty program, nothing), and how they are run beside each other.
+//! Scenes: work under a condition (a policy in force, a tracer, an empty program, nothing), and how they are
+//! interleaved.
 //!
-//! What touches only its own processes stays in force for the whole comparison. What touches every process of the host,
-//! as programs on tracepoints do, comes in force for its own turn and goes after it, or it would be measured in all others
-//! too. A scene that cannot be set is left out, with the reason; the others go on.
+//! A condition that affects only its own processes stays in force for the whole comparison. A condition that affects
+//! every process of the host, such as a program on a tracepoint, is in force only during its turn, since the other
+//! scenes would measure it too. A scene that cannot be set up is left out with the reason.
 
 use std::{
     collections::BTreeMap,
@@ -19,55 +20,55 @@ use nix::{
 use sockpolicy_integration_tests::wait;
 
 use crate::{
-    bpf::{Empty, Hook},
-    guard::{self, Ground},
+    bpf::{EmptyProgram, Hook},
+    error::{Attempt, BenchError, Result},
+    guard::{self, Workspace},
     measure,
-    trouble::{Attempt, Result, Trouble},
     work::{Work, Worker},
 };
 
-/// Stands in a command for the path of the agent.
+/// Stands for the path of the agent in a command.
 pub(crate) const SOCKPOLICY: &str = "{sockpolicy}";
-/// Stands in a command for the file that has the scene's rules.
+/// Stands for the file with the scene's rules in a command.
 pub(crate) const POLICY: &str = "{policy}";
 
-/// What holds while the work is done.
+/// The condition under which work is measured.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Condition {
-    /// Programs that it takes, by the names that they have in PATH, or files.
+    /// Required programs: names that are found in PATH, or paths.
     pub(crate) needs: Vec<&'static str>,
-    /// Empty programs on the scene's cgroup.
+    /// Hooks of the scene's cgroup that get an empty program.
     pub(crate) empty: Vec<Hook>,
-    /// Tracepoints with an empty program each.
+    /// Tracepoints that get an empty program.
     pub(crate) traced: Vec<&'static str>,
     /// Rules of a policy for the scene's cgroup.
     pub(crate) rules: Option<String>,
-    /// Cgroups below the scene's that are targets, if not that one itself.
+    /// The number of child cgroups that are the targets; `None` if the scene's cgroup itself is the target.
     pub(crate) targets: Option<usize>,
-    /// A process that runs meanwhile, and what it says when it is ready.
-    pub(crate) beside: Vec<String>,
+    /// A process that runs in the background, and in `ready` the text that it prints when it is ready.
+    pub(crate) background: Vec<String>,
     pub(crate) ready: &'static str,
-    /// What the worker is run by, and whether that takes the worker's command line as one word.
+    /// The wrapper of the worker, and whether it takes the worker's command line as one word.
     pub(crate) wrap: Vec<String>,
     pub(crate) is_one_word: bool,
-    /// Variables of the worker.
+    /// Environment variables of the worker.
     pub(crate) variables: Vec<(String, String)>,
-    /// Whether it touches every process of the host.
+    /// Whether it affects every process of the host.
     pub(crate) is_everywhere: bool,
 }
 
-/// Where the sockets of the work are.
+/// Which sockets are in the scene's cgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Place {
-    /// Those of the work in the scene's cgroup, its listener's outside.
+pub(crate) enum Placement {
+    /// The sockets of the work are, and its listener is outside.
     Inside,
-    /// The listener's in the scene's cgroup, the others outside.
+    /// The listener is, and the other sockets are outside.
     Accepting,
     Outside,
 }
 
-impl Place {
-    /// Of the sockets of the work, and of its listener.
+impl Placement {
+    /// Returns the cgroup of the sockets, and that of the listener.
     pub(crate) fn cgroups<'a>(self, target: &'a Path, outside: &'a Path) -> (&'a Path, &'a Path) {
         match self {
             Self::Inside => (target, outside),
@@ -80,7 +81,7 @@ impl Place {
 #[derive(Clone, Debug)]
 pub(crate) struct Arm {
     pub(crate) name: &'static str,
-    pub(crate) place: Place,
+    pub(crate) placement: Placement,
     pub(crate) work: Work,
 }
 
@@ -88,34 +89,35 @@ pub(crate) struct Arm {
 pub(crate) struct Scene {
     pub(crate) name: String,
     pub(crate) condition: Condition,
-    /// Done once, before all else.
+    /// Performed once, before the measurements.
     pub(crate) setup: Vec<Work>,
     pub(crate) arms: Vec<Arm>,
 }
 
-/// What comes in force for its own turn has all its time there, and a machine that is shared with others is faster or slower for
-/// tenths of a second.
-const IN_ONE_PIECE: u64 = 5;
+/// The factor on the time of a condition that is in force only for one turn per round. A shared machine is faster or
+/// slower for tenths of a second, which this averages out.
+const SINGLE_TURN_FACTOR: u64 = 5;
 
 #[derive(Clone, Debug)]
 pub(crate) struct Comparison {
     pub(crate) rounds: usize,
-    /// For how long each arm works in each round; [`IN_ONE_PIECE`] times that where it does so in one.
+    /// The working time of each arm in each round, in milliseconds; [`SINGLE_TURN_FACTOR`] times that with a single
+    /// turn.
     pub(crate) millis: u64,
-    /// In how many turns each round goes over the scenes that stay: the shorter, the less changes within one.
+    /// The number of turns of each round for scenes that stay. Shorter turns reduce drift within a turn.
     pub(crate) turns: usize,
     pub(crate) scenes: Vec<Scene>,
 }
 
-/// What came of a comparison: nanoseconds for each arm (`SCENE/ARM`), one for each turn of each round; and why of some there are
-/// none.
+/// The samples of a comparison: nanoseconds for each arm (`SCENE/ARM`), one for each turn of each round. `left_out`
+/// has the reasons for missing arms.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Samples {
     by_arm: BTreeMap<String, Vec<f64>>,
     rounds: usize,
-    /// Turns in a round, of arms that have more than one; 0 if none has.
+    /// The turns in a round, for arms with more than one; 0 if no arm has more.
     turns: usize,
-    left_out: BTreeMap<String, Trouble>,
+    left_out: BTreeMap<String, BenchError>,
 }
 
 impl Samples {
@@ -125,12 +127,12 @@ impl Samples {
         }
         let scene = arm.split('/').next().unwrap_or(arm);
         let reason = self.left_out.get(arm).or_else(|| self.left_out.get(scene));
-        Err(reason.cloned().unwrap_or_else(|| Trouble::new(format_args!("{arm} was not measured"))))
+        Err(reason.cloned().unwrap_or_else(|| BenchError::new(format_args!("{arm} was not measured"))))
     }
 
-    /// The samples of several arms, as many of each: where some have one a round and some have turns, or if it is asked for, the
-    /// medians of these.
-    pub(crate) fn beside_each_other(&self, arms: &[&str], by_round: bool) -> Result<Vec<Vec<f64>>> {
+    /// Returns equally many samples for each of several arms. Uses the median of each round if some arms have one
+    /// sample per round, or if `by_round` is set.
+    pub(crate) fn paired(&self, arms: &[&str], by_round: bool) -> Result<Vec<Vec<f64>>> {
         let all = arms.iter().map(|arm| self.of(arm)).collect::<Result<Vec<_>>>()?;
         let least = all.iter().map(|samples| samples.len()).min().unwrap_or_default();
         let is_by_round = |samples: &[f64]| samples.len() == self.rounds;
@@ -145,7 +147,7 @@ impl Samples {
         self.by_arm.entry(arm.to_owned()).or_default().push(sample);
     }
 
-    pub(crate) fn leave_out(&mut self, what: &str, reason: Trouble) {
+    pub(crate) fn leave_out(&mut self, what: &str, reason: BenchError) {
         self.by_arm.retain(|arm, _| arm != what && arm.split('/').next() != Some(what));
         self.left_out.entry(what.to_owned()).or_insert(reason);
     }
@@ -156,7 +158,7 @@ impl Samples {
 }
 
 impl Comparison {
-    pub(crate) fn run(&self, ground: &Ground) -> Result<Samples> {
+    pub(crate) fn run(&self, ground: &Workspace) -> Result<Samples> {
         let mut samples = Samples { rounds: self.rounds, turns: self.turns, ..Samples::default() };
         let outside = ground.cgroup("outside")?;
         let mut stages = self.set(ground, &outside, &mut samples)?;
@@ -165,18 +167,19 @@ impl Comparison {
                 for place in measure::order(self.scenes.len(), round * self.turns + turn) {
                     let scene = &self.scenes[place];
                     if let Some(stage) = stages.get_mut(&scene.name).filter(|_| !samples.is_left_out(&scene.name)) {
-                        let result = self.play(stage, scene, &outside, self.millis / self.turns as u64, &mut samples);
-                        result.unwrap_or_else(|trouble| samples.leave_out(&scene.name, trouble));
+                        let result =
+                            self.run_arms(stage, scene, &outside, self.millis / self.turns as u64, &mut samples);
+                        result.unwrap_or_else(|error| samples.leave_out(&scene.name, error));
                     }
                 }
             }
             for place in measure::order(self.scenes.len(), round) {
                 let scene = &self.scenes[place];
                 if !stages.contains_key(&scene.name) && !samples.is_left_out(&scene.name) {
-                    let result = Stage::set(ground, scene, &outside).and_then(|mut stage| {
-                        self.play(&mut stage, scene, &outside, IN_ONE_PIECE * self.millis, &mut samples)
+                    let result = RunningScene::set(ground, scene, &outside).and_then(|mut stage| {
+                        self.run_arms(&mut stage, scene, &outside, SINGLE_TURN_FACTOR * self.millis, &mut samples)
                     });
-                    result.unwrap_or_else(|trouble| samples.leave_out(&scene.name, trouble));
+                    result.unwrap_or_else(|error| samples.leave_out(&scene.name, error));
                 }
             }
         }
@@ -190,23 +193,30 @@ impl Comparison {
         Ok(samples)
     }
 
-    /// Sets all scenes that stay, at the same time.
-    fn set(&self, ground: &Ground, outside: &Path, samples: &mut Samples) -> Result<BTreeMap<String, Stage>> {
+    /// Sets up all scenes that stay, in parallel.
+    fn set(&self, ground: &Workspace, outside: &Path, samples: &mut Samples) -> Result<BTreeMap<String, RunningScene>> {
         let staying = self.scenes.iter().filter(|scene| !scene.condition.is_everywhere);
-        let begun: Vec<_> = staying.map(|scene| (scene, InForce::begin(ground, scene))).collect();
+        let begun: Vec<_> = staying.map(|scene| (scene, ActiveCondition::begin(ground, scene))).collect();
         let mut stages = BTreeMap::new();
         for (scene, in_force) in begun {
-            match in_force.and_then(|in_force| Stage::on(ground, scene, outside, in_force)) {
+            match in_force.and_then(|in_force| RunningScene::on(ground, scene, outside, in_force)) {
                 Ok(stage) => drop(stages.insert(scene.name.clone(), stage)),
-                Err(trouble) => samples.leave_out(&scene.name, trouble),
+                Err(error) => samples.leave_out(&scene.name, error),
             }
         }
         Ok(stages)
     }
 
-    fn play(&self, stage: &mut Stage, scene: &Scene, outside: &Path, millis: u64, samples: &mut Samples) -> Result<()> {
+    fn run_arms(
+        &self,
+        stage: &mut RunningScene,
+        scene: &Scene,
+        outside: &Path,
+        millis: u64,
+        samples: &mut Samples,
+    ) -> Result<()> {
         for arm in &scene.arms {
-            let (at, listen_at) = arm.place.cgroups(&stage.target, outside);
+            let (at, listen_at) = arm.placement.cgroups(&stage.target, outside);
             let took = stage.worker.perform(at, listen_at, millis, &arm.work)?;
             samples.add(&format!("{}/{}", scene.name, arm.name), took.ns);
         }
@@ -214,20 +224,20 @@ impl Comparison {
     }
 }
 
-/// A scene that is set.
-struct Stage {
-    // Dropped in this order: the worker is in the cgroup that the policy is in force on.
+/// A scene that is set up.
+struct RunningScene {
+    // Dropped in this order: the worker is in the cgroup on which the policy is in force.
     worker: Worker,
-    _in_force: InForce,
+    _in_force: ActiveCondition,
     target: PathBuf,
 }
 
-impl Stage {
-    fn set(ground: &Ground, scene: &Scene, outside: &Path) -> Result<Self> {
-        Self::on(ground, scene, outside, InForce::begin(ground, scene)?)
+impl RunningScene {
+    fn set(ground: &Workspace, scene: &Scene, outside: &Path) -> Result<Self> {
+        Self::on(ground, scene, outside, ActiveCondition::begin(ground, scene)?)
     }
 
-    fn on(ground: &Ground, scene: &Scene, outside: &Path, mut in_force: InForce) -> Result<Self> {
+    fn on(ground: &Workspace, scene: &Scene, outside: &Path, mut in_force: ActiveCondition) -> Result<Self> {
         in_force.wait()?;
         let mut worker = Worker::start(ground, outside, &scene.condition)?;
         let target = in_force.target.clone();
@@ -238,18 +248,18 @@ impl Stage {
     }
 }
 
-/// What holds in a scene, until this is dropped.
+/// A condition in force, until this value is dropped.
 #[derive(Debug)]
-pub(crate) struct InForce {
-    _empty: Vec<Empty>,
-    beside: Option<Beside>,
-    /// A cgroup that the condition is about.
+pub(crate) struct ActiveCondition {
+    _empty: Vec<EmptyProgram>,
+    background: Option<BackgroundProcess>,
+    /// A cgroup that the condition covers.
     pub(crate) target: PathBuf,
 }
 
-impl InForce {
-    /// Begins; what takes its time is awaited by [`InForce::wait`].
-    pub(crate) fn begin(ground: &Ground, scene: &Scene) -> Result<Self> {
+impl ActiveCondition {
+    /// Starts the condition. [`ActiveCondition::wait`] waits until it is in force.
+    pub(crate) fn begin(ground: &Workspace, scene: &Scene) -> Result<Self> {
         let Scene { name, condition, .. } = scene;
         check_installed(&condition.needs)?;
         let home = ground.cgroup(name)?;
@@ -259,14 +269,14 @@ impl InForce {
         }
         let mut empty = Vec::new();
         for hook in &condition.empty {
-            empty.push(Empty::on_cgroup(*hook, &target)?);
+            empty.push(EmptyProgram::on_cgroup(*hook, &target)?);
         }
         for tracepoint in &condition.traced {
-            empty.push(Empty::on_tracepoint(tracepoint)?);
+            empty.push(EmptyProgram::on_tracepoint(tracepoint)?);
         }
         let covered = if condition.targets.is_some() { home.join("*") } else { home };
         let policy = condition.rules.as_ref().map(|rules| ground.policy(name, &covered, rules)).transpose()?;
-        let beside = match condition.beside.as_slice() {
+        let background = match condition.background.as_slice() {
             [] => None,
             words => {
                 let replaced = words.iter().map(|word| match word.as_str() {
@@ -275,51 +285,53 @@ impl InForce {
                     _ => word.clone(),
                 });
                 let words: Vec<String> = replaced.collect();
-                Some(Beside::start(ground, name, &words, condition.ready)?)
+                Some(BackgroundProcess::start(ground, name, &words, condition.ready)?)
             }
         };
-        Ok(Self { _empty: empty, beside, target })
+        Ok(Self { _empty: empty, background, target })
     }
 
-    /// The process that runs beside, alone.
-    pub(crate) fn into_beside(self) -> Option<Beside> {
-        self.beside
+    /// Returns the background process, and drops the rest.
+    pub(crate) fn into_background(self) -> Option<BackgroundProcess> {
+        self.background
     }
 
     pub(crate) fn wait(&mut self) -> Result<()> {
-        self.beside.as_mut().map_or(Ok(()), Beside::wait)
+        self.background.as_mut().map_or(Ok(()), BackgroundProcess::wait)
     }
 }
 
-/// That all of these are in PATH, or there.
+/// Checks that all of these programs are in PATH, or exist as files.
 pub(crate) fn check_installed(programs: &[&str]) -> Result<()> {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    // An absolute name stays what it is when it is joined.
-    let is_there = |program: &str| std::env::split_paths(&path).any(|folder| folder.join(program).is_file());
+    // Joining an absolute path replaces the directory.
+    let is_there = |program: &str| std::env::split_paths(&path).any(|dir| dir.join(program).is_file());
     match programs.iter().find(|program| !is_there(program)) {
         None => Ok(()),
-        Some(missing) => Err(Trouble::new(format_args!("{missing} is not installed, ./bootstrap --bench does that"))),
+        Some(missing) => {
+            Err(BenchError::new(format_args!("{missing} is not installed (./bootstrap --bench installs it)")))
+        }
     }
 }
 
-/// A process that runs while others work, until this is dropped.
+/// A background process, until this value is dropped.
 #[derive(Debug)]
-pub(crate) struct Beside {
+pub(crate) struct BackgroundProcess {
     child: Child,
     program: String,
-    /// What it says, on both ways.
+    /// The file with its standard output and standard error.
     pub(crate) log: PathBuf,
     ready: &'static str,
 }
 
-impl Beside {
-    pub(crate) fn start(ground: &Ground, name: &str, words: &[String], ready: &'static str) -> Result<Self> {
+impl BackgroundProcess {
+    pub(crate) fn start(ground: &Workspace, name: &str, words: &[String], ready: &'static str) -> Result<Self> {
         let log = ground.scratch.join(format!("{name}.log"));
         let out = fs::File::create(&log).or_cannot(format_args!("write {}", log.display()))?;
         let err = out.try_clone().or_cannot(format_args!("write {}", log.display()))?;
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]).stdin(Stdio::null()).stdout(out).stderr(err).env("SOCKPOLICY_LOG", "info");
-        let mut enter = guard::enter(&ground.cgroup("beside")?)?;
+        let mut enter = guard::enter(&ground.cgroup("background")?)?;
         // SAFETY: only makes system calls.
         unsafe {
             command.pre_exec(move || {
@@ -331,19 +343,19 @@ impl Beside {
         Ok(Self { child, program: words[..words.len().min(2)].join(" "), log, ready })
     }
 
-    /// Waits until it is ready.
+    /// Waits until the process is ready.
     pub(crate) fn wait(&mut self) -> Result<()> {
         let Self { child, log, ready, program } = self;
-        let mut said = String::new();
-        let is_ready = wait::until(wait::PATIENCE, || {
-            said = fs::read_to_string(&log).unwrap_or_default();
-            said.contains(*ready) || !matches!(child.try_wait(), Ok(None))
+        let mut printed = String::new();
+        let is_ready = wait::until(wait::TIMEOUT, || {
+            printed = fs::read_to_string(&log).unwrap_or_default();
+            printed.contains(*ready) || !matches!(child.try_wait(), Ok(None))
         });
         if is_ready && matches!(child.try_wait(), Ok(None)) {
             return Ok(());
         }
-        let why = said.lines().rfind(|line| line.contains("rror")).or(said.lines().last()).unwrap_or("it said nothing");
-        Err(Trouble::new(format_args!("{program} did not get ready: {why}")))
+        let why = printed.lines().rfind(|line| line.contains("rror")).or(printed.lines().last()).unwrap_or("no output");
+        Err(BenchError::new(format_args!("{program} did not become ready: {why}")))
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -351,11 +363,11 @@ impl Beside {
     }
 
     pub(crate) fn signal(&self, signal: Signal) {
-        // One that has ended needs no signal.
+        // Fails only if the process has ended.
         let _ = kill(Pid::from_raw(self.child.id() as i32), signal);
     }
 
-    /// Ends it as a user would, by Ctrl-C, and gives what it has said.
+    /// Ends the process with SIGINT, as Ctrl-C does, and returns its output.
     pub(crate) fn end(mut self) -> String {
         self.stop();
         fs::read_to_string(&self.log).unwrap_or_default()
@@ -363,14 +375,14 @@ impl Beside {
 
     fn stop(&mut self) {
         self.signal(Signal::SIGINT);
-        if !wait::until(wait::PATIENCE, || !matches!(self.child.try_wait(), Ok(None))) {
+        if !wait::until(wait::TIMEOUT, || !matches!(self.child.try_wait(), Ok(None))) {
             let _ = self.child.kill();
         }
         let _ = self.child.wait();
     }
 }
 
-impl Drop for Beside {
+impl Drop for BackgroundProcess {
     fn drop(&mut self) {
         self.stop();
     }

@@ -1,11 +1,11 @@
-//! The table for people.
+//! The table for readers.
 
 use crate::{
     measure::Spread,
     row::{Budget, Row, Unit},
 };
 
-/// Three digits that count.
+/// Formats a number with three significant digits.
 pub(crate) fn number(value: f64) -> String {
     let digits = match value.abs() {
         value if value >= 99.95 || value == 0.0 => 0,
@@ -17,7 +17,7 @@ pub(crate) fn number(value: f64) -> String {
     if digits == 0 { grouped(&text) } else { text }
 }
 
-/// Thousands apart.
+/// Separates thousands.
 fn grouped(digits: &str) -> String {
     let (sign, digits) = digits.strip_prefix('-').map_or(("", digits), |digits| ("-", digits));
     let mut text = String::new();
@@ -64,7 +64,7 @@ fn number_of_budget(value: f64) -> String {
     format!("{value}")
 }
 
-/// The words of a row, by column.
+/// Returns the cells of a row.
 pub(crate) fn cells(row: &Row) -> [String; 7] {
     let figure = row.plain.map_or_else(String::new, |figure| plain(figure.median, row.unit));
     let (what, versus) = (row.what.clone(), row.versus.clone());
@@ -84,7 +84,7 @@ pub(crate) fn cells(row: &Row) -> [String; 7] {
 
 pub(crate) const HEADS: [&str; 7] = ["what", "ratio", "quartiles", "runs", "compared with", "absolute", "budget"];
 
-/// All rows, each part under its name.
+/// Returns all rows, each part below its name.
 pub(crate) fn text(head: &str, rows: &[Row]) -> String {
     let lines: Vec<[String; 7]> = rows.iter().map(cells).collect();
     let heads = HEADS.map(str::to_owned);
@@ -119,13 +119,13 @@ mod tests {
     };
 
     #[test]
-    fn numbers_have_three_digits_that_count() {
+    fn numbers_have_three_significant_digits() {
         let shown = [0.0, 0.012_34, 0.5, 1.234, 12.34, 99.99, 1234.5, 1_234_567.0, -1234.0].map(number);
         assert_eq!(shown, ["0", "0.0123", "0.50", "1.23", "12.3", "100", "1,234", "1,234,567", "-1,234"]);
     }
 
     #[test]
-    fn rows_say_ratio_spread_runs_and_whether_the_budget_is_met() {
+    fn rows_have_ratio_quartiles_runs_and_whether_the_budget_is_met() {
         let spread = Spread { median: 1.5, low: 1.4, high: 1.6, runs: 7 };
         let row = Row {
             part: "calls",

@@ -1,11 +1,11 @@
-//! The work that is measured, and the process that does it.
+//! The measured work, and the worker process that performs it.
 //!
-//! A worker is this program as `bench work`: a process that other programs can wrap (strace, perf) or get into (LD_PRELOAD),
-//! in a network namespace of its own. It goes to the cgroups that it is told, does what it is told for so long, and says how
-//! long each time took: the median over pieces of a quarter of a millisecond, so that losing the CPU in one of them does not
-//! count. Lines of JSON go in and out.
+//! A worker is this program as `bench work`. Other programs can wrap it (strace, perf) or load into it (LD_PRELOAD),
+//! and it has its own network namespace. It joins the cgroup of each task, works for the given time, and reports the
+//! time per operation. That time is the median over pieces of 250 µs, so that preemption during a piece does not
+//! count. Tasks and answers are lines of JSON.
 //!
-//! The loops do what a C program would: the system calls and nothing else.
+//! The loops make the system calls of a C program and nothing else.
 
 mod loops;
 
@@ -25,18 +25,18 @@ use nix::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    guard::{self, Ground},
+    error::{Attempt, BenchError, Result},
+    guard::{self, Workspace},
     scene::Condition,
-    trouble::{Attempt, Result, Trouble},
 };
 
-/// The subcommand that is a worker.
+/// The subcommand that makes this program a worker.
 pub(crate) const WORK: &str = "work";
 
-/// Longer than any piece of work takes.
+/// A time limit that is longer than any task.
 const PATIENCE_MS: u16 = 60_000;
 
-/// A call of setsockopt with a number.
+/// A call of setsockopt with an int.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Call {
     pub(crate) level: i32,
@@ -46,53 +46,53 @@ pub(crate) struct Call {
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) enum Work {
-    /// setsockopt on a TCP socket, which fails with this errno, or else with 0.
+    /// setsockopt on a TCP socket; fails with `errno`, or succeeds if it is 0.
     Set { call: Call, errno: i32 },
-    /// getsockopt of the same.
+    /// getsockopt of the same option.
     Get { call: Call },
-    /// socket, these calls, connect, accept, close, close.
+    /// socket, these calls, connect, accept, and two closes.
     Connect { own: Vec<Call> },
-    /// sendto a UDP socket of its own, and recv there: `connected`, or not.
+    /// sendto a UDP socket of the same process and recv there; or send on a connected socket.
     Send { connected: bool },
-    /// Has so many connections to itself, from then on.
+    /// Keeps this number of connections to itself open.
     Hold { connections: usize },
-    /// Has a server from then on, which is there when it takes connections on this port of 127.0.0.1.
+    /// Starts a server, which is ready when it accepts connections on this port of 127.0.0.1.
     Serve { command: Vec<String>, port: u16 },
-    /// Runs a client to its end, which says how many requests it made a second.
-    Load { command: Vec<String>, says: Says },
+    /// Runs a client to its end, which prints its requests per second.
+    Load { command: Vec<String>, format: RateFormat },
     /// Runs a command to its end.
     Run { command: Vec<String> },
 }
 
-/// Where a client says how many requests it made a second.
+/// Where a client prints its requests per second.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-pub(crate) enum Says {
+pub(crate) enum RateFormat {
     /// redis-benchmark: the second column of the last line.
     SecondColumn,
-    /// wrk: behind `Requests/sec:`.
+    /// wrk: after `Requests/sec:`.
     RequestsPerSecond,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Task {
-    /// The cgroup of the process, and so of its sockets.
+    /// The cgroup of the process, and of its sockets.
     at: PathBuf,
-    /// That of its listener.
+    /// The cgroup of the listener.
     listen_at: PathBuf,
     millis: u64,
     work: Work,
 }
 
-/// How long the work took each time, and how often it was done.
+/// The time per operation, and the number of operations.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-pub(crate) struct Took {
+pub(crate) struct Timing {
     pub(crate) ns: f64,
     pub(crate) times: u64,
 }
 
-type Answer = std::result::Result<Took, String>;
+type Answer = std::result::Result<Timing, String>;
 
-/// The other end of a worker's pipes. It ends when this is dropped.
+/// A worker with its pipes. It ends when this value is dropped.
 #[derive(Debug)]
 pub(crate) struct Worker {
     child: Child,
@@ -102,17 +102,17 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    /// Starts one as a condition says: run by something else, with variables.
-    pub(crate) fn start(ground: &Ground, home: &Path, condition: &Condition) -> Result<Self> {
+    /// Starts a worker with the wrapper and the environment of a condition.
+    pub(crate) fn start(ground: &Workspace, home: &Path, condition: &Condition) -> Result<Self> {
         let Condition { wrap, is_one_word, variables, .. } = condition;
         let own = vec![ground.bench.display().to_string(), WORK.to_owned()];
         let own = if *is_one_word { vec![own.join(" ")] } else { own };
         let words: Vec<&String> = wrap.iter().chain(&own).collect();
         let log = ground.scratch.join("worker.log");
-        let said = fs::File::create(&log).or_cannot(format_args!("write {}", log.display()))?;
+        let printed = fs::File::create(&log).or_cannot(format_args!("write {}", log.display()))?;
         let mut command = Command::new(words[0]);
         command.args(&words[1..]).envs(variables.iter().cloned());
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(said);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(printed);
         let mut enter = guard::enter(home)?;
         // SAFETY: only makes system calls.
         unsafe {
@@ -123,23 +123,23 @@ impl Worker {
         }
         let mut child = command.spawn().or_cannot(format_args!("run {}", words[0]))?;
         let input = child.stdin.take();
-        let output = child.stdout.take().ok_or_else(|| Trouble::new("a worker has no output"))?;
+        let output = child.stdout.take().ok_or_else(|| BenchError::new("a worker has no output"))?;
         Ok(Self { child, input, output: BufReader::new(output), log })
     }
 
-    /// Has it do something for so long, in a cgroup and with its listener in another.
-    pub(crate) fn perform(&mut self, at: &Path, listen_at: &Path, millis: u64, work: &Work) -> Result<Took> {
+    /// Makes the worker perform a task for a time, in a cgroup, with its listener in another.
+    pub(crate) fn perform(&mut self, at: &Path, listen_at: &Path, millis: u64, work: &Work) -> Result<Timing> {
         let task = Task { at: at.to_owned(), listen_at: listen_at.to_owned(), millis, work: work.clone() };
-        let answer = self.ask(&task).or_cannot("talk to a worker").map_err(|trouble| self.explained(&trouble))?;
+        let answer = self.ask(&task).or_cannot("talk to a worker").map_err(|error| self.explained(&error))?;
         answer.or_cannot(format_args!("{work:?}"))
     }
 
-    /// What it said before it ended, if that is why.
-    fn explained(&self, trouble: &Trouble) -> Trouble {
-        let said = fs::read_to_string(&self.log).unwrap_or_default();
-        let error = said.lines().rfind(|line| line.contains("rror"));
-        let why = error.or_else(|| said.lines().rfind(|line| !line.trim().is_empty())).unwrap_or("it said nothing");
-        Trouble::new(format_args!("{}: {why}", trouble.in_short()))
+    /// Adds the last output of the worker to an error.
+    fn explained(&self, error: &BenchError) -> BenchError {
+        let printed = fs::read_to_string(&self.log).unwrap_or_default();
+        let with_error = printed.lines().rfind(|line| line.contains("rror"));
+        let why = with_error.or_else(|| printed.lines().rfind(|line| !line.trim().is_empty())).unwrap_or("no output");
+        BenchError::new(format_args!("{}: {why}", error.in_short()))
     }
 
     fn ask(&mut self, task: &Task) -> io::Result<Answer> {
@@ -158,7 +158,7 @@ impl Worker {
 }
 
 impl Worker {
-    /// Of what wraps it, if anything does.
+    /// Returns the process id of the wrapper, if there is one, or of the worker.
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
@@ -167,29 +167,30 @@ impl Worker {
 impl Drop for Worker {
     fn drop(&mut self) {
         drop(self.input.take());
-        // What wraps it ends with it.
+        // The wrapper ends with the worker.
         let _ = self.child.wait();
     }
 }
 
-/// The worker's own side: to the end of its input.
+/// Runs the worker until its input ends.
 pub(crate) fn serve() -> Result<()> {
     unshare(CloneFlags::CLONE_NEWNET).or_cannot("make a network namespace")?;
     bring_loopback_up().or_cannot("bring the loopback interface up")?;
-    let mut held = loops::Held::default();
+    let mut state = loops::WorkerState::default();
     let mut place = PathBuf::new();
     for line in io::stdin().lock().lines() {
         let line = line.or_cannot("read a task")?;
-        let task: Task = serde_json::from_str(&line).or_cannot(format_args!("understand {line}"))?;
-        let answer: Answer = perform(&task, &mut held, &mut place).map_err(|error| error.to_string());
+        let task: Task = serde_json::from_str(&line).or_cannot(format_args!("parse {line}"))?;
+        let answer: Answer = perform(&task, &mut state, &mut place).map_err(|error| error.to_string());
         let text = serde_json::to_string(&answer).or_cannot("write an answer")?;
         writeln!(io::stdout(), "{text}").or_cannot("write an answer")?;
     }
     Ok(())
 }
 
-/// `place` is the cgroup that this process is in: going to one waits for the kernel.
-fn perform(task: &Task, held: &mut loops::Held, place: &mut PathBuf) -> io::Result<Took> {
+/// `place` is the current cgroup of this process. Joining a cgroup waits for the kernel, so it is done only on a
+/// change.
+fn perform(task: &Task, state: &mut loops::WorkerState, place: &mut PathBuf) -> io::Result<Timing> {
     let Task { at, listen_at, millis, work } = task;
     let mut go_to = |cgroup: &Path| {
         if place != cgroup {
@@ -198,39 +199,39 @@ fn perform(task: &Task, held: &mut loops::Held, place: &mut PathBuf) -> io::Resu
         }
         io::Result::Ok(())
     };
-    if matches!(work, Work::Connect { .. }) && !held.has_listener(listen_at) {
+    if matches!(work, Work::Connect { .. }) && !state.has_listener(listen_at) {
         go_to(listen_at)?;
-        held.listen(listen_at)?;
+        state.listen(listen_at)?;
     }
     go_to(at)?;
     match work {
         Work::Set { call, errno } => loops::set(*call, *errno, *millis),
         Work::Get { call } => loops::get(*call, *millis),
-        Work::Connect { own } => held.listener(listen_at)?.connect(own, *millis),
+        Work::Connect { own } => state.listener(listen_at)?.connect(own, *millis),
         Work::Send { connected } => loops::send(*connected, *millis),
-        Work::Hold { connections } => timed(|| held.connect(*connections)),
-        Work::Serve { command, port } => timed(|| held.serve(command, *port)),
-        Work::Load { command, says } => load(command, *says),
+        Work::Hold { connections } => timed(|| state.connect(*connections)),
+        Work::Serve { command, port } => timed(|| state.serve(command, *port)),
+        Work::Load { command, format } => load(command, *format),
         Work::Run { command } => timed(|| output(command).map(drop)),
     }
 }
 
-fn timed(act: impl FnOnce() -> io::Result<()>) -> io::Result<Took> {
+fn timed(act: impl FnOnce() -> io::Result<()>) -> io::Result<Timing> {
     let begin = Instant::now();
     act()?;
-    Ok(Took { ns: begin.elapsed().as_nanos() as f64, times: 1 })
+    Ok(Timing { ns: begin.elapsed().as_nanos() as f64, times: 1 })
 }
 
-fn load(command: &[String], says: Says) -> io::Result<Took> {
-    let said = output(command)?;
-    let rate = rate(&said, says).ok_or_else(|| io::Error::other(format!("no rate in {said}")))?;
-    Ok(Took { ns: 1e9 / rate, times: 1 })
+fn load(command: &[String], format: RateFormat) -> io::Result<Timing> {
+    let printed = output(command)?;
+    let rate = rate(&printed, format).ok_or_else(|| io::Error::other(format!("no rate in {printed}")))?;
+    Ok(Timing { ns: 1e9 / rate, times: 1 })
 }
 
-fn rate(said: &str, says: Says) -> Option<f64> {
-    let word = match says {
-        Says::SecondColumn => said.lines().last()?.split(',').nth(1)?.trim_matches('"'),
-        Says::RequestsPerSecond => said.lines().find_map(|line| line.strip_prefix("Requests/sec:"))?,
+fn rate(printed: &str, format: RateFormat) -> Option<f64> {
+    let word = match format {
+        RateFormat::SecondColumn => printed.lines().last()?.split(',').nth(1)?.trim_matches('"'),
+        RateFormat::RequestsPerSecond => printed.lines().find_map(|line| line.strip_prefix("Requests/sec:"))?,
     };
     word.trim().parse().ok().filter(|rate| *rate > 0.0)
 }
@@ -238,23 +239,23 @@ fn rate(said: &str, says: Says) -> Option<f64> {
 fn output(command: &[String]) -> io::Result<String> {
     let (program, arguments) = command.split_first().ok_or(io::ErrorKind::InvalidInput)?;
     let output = Command::new(program).args(arguments).stdin(Stdio::null()).output()?;
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let printed = String::from_utf8_lossy(&output.stdout).into_owned();
     if output.status.success() {
-        return Ok(said);
+        return Ok(printed);
     }
     let error = String::from_utf8_lossy(&output.stderr);
     Err(io::Error::other(format!("{program}: {}: {}", output.status, error.trim())))
 }
 
 fn bring_loopback_up() -> io::Result<()> {
-    // Any kind will do: one that policies are not about.
+    // Any kind of socket works; policies do not cover AF_UNIX.
     // SAFETY: takes numbers.
     let socket = unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
     // SAFETY: zero is valid for each field.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     request.ifr_name[..2].copy_from_slice(&[b'l' as libc::c_char, b'o' as libc::c_char]);
     request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
-    // SAFETY: the request is of the kind that this ioctl takes, and nobody else has the socket.
+    // SAFETY: the request has the type that this ioctl takes, and the socket has no other owner.
     let result = unsafe {
         let result = libc::ioctl(socket, libc::SIOCSIFFLAGS, &raw const request);
         libc::close(socket);
@@ -265,15 +266,15 @@ fn bring_loopback_up() -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Says, rate};
+    use super::{RateFormat, rate};
 
     #[test]
-    fn rates_are_found_where_clients_say_them() {
+    fn rates_are_parsed_from_the_output_of_clients() {
         let redis = "\"test\",\"rps\",\"avg_latency_ms\"\n\"GET\",\"50000.50\",\"0.1\"\n";
-        assert_eq!(rate(redis, Says::SecondColumn), Some(50000.5));
+        assert_eq!(rate(redis, RateFormat::SecondColumn), Some(50000.5));
         let wrk = "Running 1s test\n  123 requests in 1.00s\nRequests/sec:  48312.07\nTransfer/sec: 7MB\n";
-        assert_eq!(rate(wrk, Says::RequestsPerSecond), Some(48312.07));
-        assert_eq!(rate("", Says::SecondColumn), None);
-        assert_eq!(rate("Requests/sec: 0.00", Says::RequestsPerSecond), None);
+        assert_eq!(rate(wrk, RateFormat::RequestsPerSecond), Some(48312.07));
+        assert_eq!(rate("", RateFormat::SecondColumn), None);
+        assert_eq!(rate("Requests/sec: 0.00", RateFormat::RequestsPerSecond), None);
     }
 }

@@ -1,4 +1,4 @@
-//! An agent, what it reports, and what it costs: samples of its memory, its descriptors and what it has in the kernel.
+//! An agent with its output, and samples of its memory, descriptors and BPF objects.
 
 use std::{
     collections::BTreeMap,
@@ -15,28 +15,28 @@ use nix::{
     unistd::Pid,
 };
 use serde_json::Value;
-use sockpolicy_integration_tests::{cgroup::Cgroup, process::descriptors, residue::Residue, wait};
+use sockpolicy_integration_tests::{bpf_objects::BpfObjects, cgroup::Cgroup, process::descriptors, wait};
 
-/// What has been read of an agent's output. Only counts are kept, because a run takes an hour.
+/// Counts of an agent's output. The output itself is not kept, because a run takes an hour.
 #[derive(Debug, Default)]
-pub(crate) struct Told {
+pub(crate) struct OutputStats {
     pub(crate) bytes: u64,
-    /// Lines by `event`.
+    /// Lines by event.
     pub(crate) events: BTreeMap<String, u64>,
-    /// Reloads that took effect, and those that did not.
+    /// Reloads that took effect, and reloads that did not.
     pub(crate) reloads: [u64; 2],
     pub(crate) summary: Value,
-    /// Lines that are no JSON, and messages that tell of a panic or have control characters: the first of them.
+    /// The first lines that are not JSON, and the first messages with a panic or control characters.
     pub(crate) wrong: Vec<String>,
     pub(crate) messages: u64,
     is_in_force: bool,
     last_messages: Vec<String>,
 }
 
-impl Told {
+impl OutputStats {
     fn line(&mut self, line: &str) {
         self.bytes += line.len() as u64 + 1;
-        let Ok(value) = serde_json::from_str::<Value>(line) else { return self.is_wrong(line) };
+        let Ok(value) = serde_json::from_str::<Value>(line) else { return self.record_wrong(line) };
         let event = value["event"].as_str().unwrap_or("none").to_owned();
         if event == "reload" {
             self.reloads[usize::from(value["in_force"] != true)] += 1;
@@ -52,7 +52,7 @@ impl Told {
         self.messages += 1;
         self.is_in_force |= line.contains("in force");
         if line.contains("panicked") || line.chars().any(char::is_control) {
-            self.is_wrong(line);
+            self.record_wrong(line);
         }
         self.last_messages.push(line.to_owned());
         if self.last_messages.len() > 40 {
@@ -60,7 +60,7 @@ impl Told {
         }
     }
 
-    fn is_wrong(&mut self, line: &str) {
+    fn record_wrong(&mut self, line: &str) {
         if self.wrong.len() < 10 {
             self.wrong.push(line.to_owned());
         }
@@ -71,7 +71,7 @@ impl Told {
     }
 }
 
-/// One look at an agent.
+/// A sample of an agent's resources.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sample {
     pub(crate) memory_kib: u64,
@@ -83,7 +83,7 @@ pub(crate) struct Sample {
 #[derive(Debug)]
 pub(crate) struct Agent {
     child: Child,
-    told: Arc<Mutex<Told>>,
+    stats: Arc<Mutex<OutputStats>>,
     readers: Vec<JoinHandle<()>>,
     _home: Cgroup,
 }
@@ -95,32 +95,32 @@ impl Agent {
         let words = [&["run", "--output", "json", "--allow-unsupported"], arguments].concat();
         let mut command: Command = sockpolicy_integration_tests::agent::command(&words);
         command.stdout(Stdio::piped()).stderr(Stdio::piped()).env("SOCKPOLICY_LOG", "info");
-        home.enclose(&mut command);
+        home.run_inside(&mut command);
         let mut child = command.spawn()?;
-        let told = Arc::new(Mutex::new(Told::default()));
+        let stats = Arc::new(Mutex::new(OutputStats::default()));
         let readers = vec![
-            read(child.stdout.take(), Arc::clone(&told), Told::line),
-            read(child.stderr.take(), Arc::clone(&told), Told::message),
+            read(child.stdout.take(), Arc::clone(&stats), OutputStats::line),
+            read(child.stderr.take(), Arc::clone(&stats), OutputStats::message),
         ];
-        Ok(Self { child, told, readers, _home: home })
+        Ok(Self { child, stats, readers, _home: home })
     }
 
-    pub(crate) fn told<T>(&self, look: impl FnOnce(&Told) -> T) -> T {
-        look(&self.told.lock().unwrap_or_else(PoisonError::into_inner))
+    pub(crate) fn with_stats<T>(&self, look: impl FnOnce(&OutputStats) -> T) -> T {
+        look(&self.stats.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     pub(crate) fn has_ended(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(Some(_)))
     }
 
-    /// Whether it has put its policies in force.
+    /// Returns whether its policies have come in force.
     pub(crate) fn is_in_force(&self) -> bool {
-        self.told(|told| told.is_in_force)
+        self.with_stats(|stats| stats.is_in_force)
     }
 
     /// Waits until its policies are in force.
     pub(crate) fn wait_in_force(&mut self) -> io::Result<()> {
-        if wait::until(wait::PATIENCE, || self.is_in_force()) {
+        if wait::until(wait::TIMEOUT, || self.is_in_force()) {
             Ok(())
         } else {
             Err(self.failure("did not put policies in force"))
@@ -128,11 +128,11 @@ impl Agent {
     }
 
     pub(crate) fn failure(&self, what: &str) -> io::Error {
-        io::Error::other(format!("the agent {what}:\n{}", self.told(Told::last_messages)))
+        io::Error::other(format!("the agent {what}:\n{}", self.with_stats(OutputStats::last_messages)))
     }
 
     pub(crate) fn signal(&self, signal: Signal) {
-        // Fails only where it has ended.
+        // Fails only if the process has ended.
         let _ = kill(Pid::from_raw(self.child.id() as i32), signal);
     }
 
@@ -141,17 +141,17 @@ impl Agent {
         let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
         let memory = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
         let memory_kib = memory.and_then(|rest| rest.split_whitespace().next()?.parse().ok()).unwrap_or(0);
-        let held = Residue::of(pid);
+        let held = BpfObjects::of(pid);
         let links_and_programs = (held.programs.len() + held.links.len()) as u64;
         Sample { memory_kib, descriptors: descriptors(pid).len() as u64, links_and_programs }
     }
 
-    /// What it holds in the kernel.
-    pub(crate) fn held(&self) -> Residue {
-        Residue::of(self.child.id())
+    /// Returns the BPF programs and links that it holds.
+    pub(crate) fn bpf_objects(&self) -> BpfObjects {
+        BpfObjects::of(self.child.id())
     }
 
-    /// Sends a signal, waits for the end, and for the end of its output.
+    /// Sends a signal, and waits for the end of the process and of its output.
     pub(crate) fn end(&mut self, signal: Signal) -> io::Result<ExitStatus> {
         self.signal(signal);
         if !wait::until(Duration::from_secs(60), || self.has_ended()) {
@@ -173,8 +173,8 @@ impl Drop for Agent {
 
 fn read<P: Read + Send + 'static>(
     pipe: Option<P>,
-    told: Arc<Mutex<Told>>,
-    take: fn(&mut Told, &str),
+    stats: Arc<Mutex<OutputStats>>,
+    take: fn(&mut OutputStats, &str),
 ) -> JoinHandle<()> {
     thread::spawn(move || {
         let mut pipe =
@@ -182,7 +182,7 @@ fn read<P: Read + Send + 'static>(
         let mut line = Vec::new();
         while pipe.read_until(b'\n', &mut line).is_ok_and(|len| len > 0) {
             let text = String::from_utf8_lossy(&line);
-            take(&mut told.lock().unwrap_or_else(PoisonError::into_inner), text.trim_end_matches('\n'));
+            take(&mut stats.lock().unwrap_or_else(PoisonError::into_inner), text.trim_end_matches('\n'));
             line.clear();
         }
     })

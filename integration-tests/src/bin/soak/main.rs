@@ -1,15 +1,17 @@
-//! `soak`: policies in force for minutes or hours, beside tenants that attack them, all at once.
+//! `soak`: policies in force for minutes or hours, next to hostile tenants that attack them.
 //!
-//! One agent, `run`, has the policies of a folder, which change each second. Another, `run --persist`, is killed again and again.
-//! Victims check their own sockets by getsockopt. Hostile tenants storm, fork, invent option numbers, use up descriptors,
-//! pose as containers, and use each way to reach an option that a policy governs. Cgroups come and go.
+//! One agent, `run`, has a directory of policies that change each second. Another one, `run --persist`, is killed
+//! repeatedly. Victims check their own sockets with getsockopt. Hostile tenants make many calls and processes, use
+//! invented option numbers, use up descriptors, pose as containers, and try every way to change an option of a
+//! policy. Cgroups are created and removed all the time.
 //!
-//! At the end: no socket differed from its policy, each conflict that a process caused is counted, each event is reported, held back or
-//! counted as lost, the agent's memory is flat, and nothing is left behind. The exit status says whether all this is so.
+//! At the end, no socket may differ from its policy. Each conflict that a process caused must be counted. Each event
+//! must be reported, suppressed or counted as lost. The agent's memory must not grow, and nothing may be left behind.
+//! The exit status is 0 if all this holds.
 
 mod agent;
 mod checks;
-mod judge;
+mod findings;
 mod policies;
 mod scene;
 mod sockets;
@@ -51,8 +53,8 @@ fn main() -> ExitCode {
 fn soak(minutes: f64) -> io::Result<bool> {
     sockpolicy_integration_tests::require_root();
     let length = Duration::try_from_secs_f64(minutes * 60.0).map_err(io::Error::other)?;
-    let mut findings = judge::Findings::default();
+    let mut findings = findings::Findings::default();
     let scene = scene::Scene::begin()?;
-    scene.last(length, &mut findings)?;
-    findings.say()
+    scene.run_for(length, &mut findings)?;
+    findings.print()
 }

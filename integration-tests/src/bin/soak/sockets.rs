@@ -1,4 +1,4 @@
-//! Calls on sockets, with the kernel's results.
+//! System calls on sockets.
 
 use std::{
     io, mem,
@@ -7,7 +7,7 @@ use std::{
     ptr,
 };
 
-/// An option by level and number, and the name that the report has for it.
+/// An option: level, number, and its name in the report.
 pub(crate) type Option = (i32, i32, &'static str);
 
 pub(crate) const TCP_NODELAY: Option = (libc::SOL_TCP, libc::TCP_NODELAY, "TCP_NODELAY");
@@ -18,9 +18,9 @@ pub(crate) const SO_MARK: Option = (libc::SOL_SOCKET, libc::SO_MARK, "SO_MARK");
 pub(crate) const SO_PRIORITY: Option = (libc::SOL_SOCKET, libc::SO_PRIORITY, "SO_PRIORITY");
 pub(crate) const IP_TOS: Option = (libc::SOL_IP, libc::IP_TOS, "IP_TOS");
 pub(crate) const SO_SNDBUF: Option = (libc::SOL_SOCKET, libc::SO_SNDBUF, "SO_SNDBUF");
-/// Another name of the same option.
+/// Sets the same value as SO_SNDBUF.
 pub(crate) const SO_SNDBUFFORCE: Option = (libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, "SO_SNDBUF");
-/// Another way to change it: without the lock of the buffer the kernel sizes it.
+/// Another way to change SO_SNDBUF: without the buffer lock, the kernel sizes the buffer.
 pub(crate) const SO_BUF_LOCK: Option = (libc::SOL_SOCKET, 72, "SO_SNDBUF");
 pub(crate) const IP_TTL: Option = (libc::SOL_IP, libc::IP_TTL, "IP_TTL");
 pub(crate) const TCP_QUICKACK: Option = (libc::SOL_TCP, libc::TCP_QUICKACK, "TCP_QUICKACK");
@@ -35,40 +35,40 @@ pub(crate) fn open(family: i32, kind: i32) -> io::Result<OwnedFd> {
 }
 
 pub(crate) fn set(fd: &impl AsRawFd, (level, name, _): Option, value: i32) -> io::Result<()> {
-    // SAFETY: a value of the length that is given.
+    // SAFETY: the value has the length that is passed.
     let result = unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, (&raw const value).cast(), 4) };
     checked(result).map(drop)
 }
 
 pub(crate) fn get(fd: &impl AsRawFd, (level, name, _): Option) -> io::Result<i32> {
     let (mut value, mut len) = (0, 4);
-    // SAFETY: room for a value of the length that is given.
+    // SAFETY: the buffer has the length that is passed.
     let result =
         unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, ptr::from_mut::<i32>(&mut value).cast(), &raw mut len) };
     checked(result).map(|_| value)
 }
 
-/// Has the socket send a reset when it is closed, so that no port stays in use.
+/// Makes the socket send a reset when it is closed, so that no port stays in use.
 pub(crate) fn reset_on_close(fd: &impl AsRawFd) -> io::Result<()> {
     let linger = libc::linger { l_onoff: 1, l_linger: 0 };
     let (value, len) = (&raw const linger, size_of_val(&linger) as u32);
-    // SAFETY: a value of the length that is given.
+    // SAFETY: the value has the length that is passed.
     checked(unsafe { libc::setsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, libc::SO_LINGER, value.cast(), len) }).map(drop)
 }
 
 pub(crate) fn connect(fd: &impl AsRawFd, to: SocketAddr) -> io::Result<()> {
     let (address, len) = raw(to);
-    // SAFETY: an address of the length that is given.
+    // SAFETY: the address has the length that is passed.
     checked(unsafe { libc::connect(fd.as_raw_fd(), (&raw const address).cast(), len) }).map(drop)
 }
 
 pub(crate) fn bind(fd: &impl AsRawFd, to: SocketAddr) -> io::Result<()> {
     let (address, len) = raw(to);
-    // SAFETY: an address of the length that is given.
+    // SAFETY: the address has the length that is passed.
     checked(unsafe { libc::bind(fd.as_raw_fd(), (&raw const address).cast(), len) }).map(drop)
 }
 
-/// The address as the kernel reads it; `libc::sockaddr_in6` is as long as either.
+/// Returns the address in the kernel's format, and its length.
 fn raw(address: SocketAddr) -> (libc::sockaddr_storage, u32) {
     // SAFETY: zero is valid for each field.
     let mut storage: libc::sockaddr_storage = unsafe { mem::zeroed() };
@@ -97,7 +97,7 @@ fn raw(address: SocketAddr) -> (libc::sockaddr_storage, u32) {
     }
 }
 
-/// A port of this host, by the address that stands for any.
+/// Returns the unspecified address of the same family with the same port, which connects to this host.
 pub(crate) fn any(address: SocketAddr) -> SocketAddr {
     match address {
         SocketAddr::V4(v4) => (Ipv4Addr::UNSPECIFIED, v4.port()).into(),

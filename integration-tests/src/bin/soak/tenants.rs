@@ -1,4 +1,5 @@
-//! Hostile tenants that need no process of their own: cgroups that come and go, and processes that pose as containers' monitors.
+//! Hostile tenants that run as threads of the test: cgroups that come and go, and processes that pose as container
+//! monitors.
 
 use std::{
     fs, io,
@@ -14,14 +15,14 @@ use std::{
 use sockpolicy_integration_tests::impostor::{Disguise, Tenant};
 
 const ID: &str = "4f7c2a9b01de53c86ae09b7d41f2c6580d3e9a17b4c85f6203ed91ab7c4f2e68";
-/// Deeper than the kernel's walk of a cgroup's ancestors in our programs.
+/// More levels than sockpolicy's programs examine of a cgroup's ancestors.
 const DEPTH: usize = 40;
-/// Of this many parts of 200 bytes the path is longer than PATH_MAX.
+/// With this many components of 200 bytes, a path is longer than PATH_MAX.
 const OVERLONG: usize = 24;
-/// Cgroups that are made and removed a second.
+/// The number of cgroups that are created and removed per second.
 const PER_SECOND: u64 = 100;
 
-/// Threads that end with this value.
+/// Threads, which end when this value is dropped.
 #[derive(Debug, Default)]
 pub(crate) struct Tenants {
     is_over: Arc<AtomicBool>,
@@ -29,7 +30,7 @@ pub(crate) struct Tenants {
 }
 
 impl Tenants {
-    /// Starts a thread that repeats this with its number until the end.
+    /// Starts a thread that repeats `work` until the end, with the number of the repetition.
     fn start(&mut self, pause: Duration, mut work: impl FnMut(u64) -> io::Result<()> + Send + 'static) {
         let is_over = Arc::clone(&self.is_over);
         self.threads.push(thread::spawn(move || {
@@ -38,7 +39,7 @@ impl Tenants {
             while !is_over.load(Ordering::Relaxed) {
                 match work(done) {
                     Ok(()) => done += 1,
-                    // The machine is out of something for a moment.
+                    // A resource of the machine is temporarily exhausted.
                     Err(_) => thread::yield_now(),
                 }
                 let due = pause.saturating_mul(done as u32);
@@ -48,7 +49,7 @@ impl Tenants {
         }));
     }
 
-    /// Makes and removes cgroups, of which one in a hundred is nested deeply.
+    /// Creates and removes cgroups. One in a hundred is deeply nested.
     pub(crate) fn churn(&mut self, below: PathBuf) {
         self.start(Duration::from_micros(1_000_000 / PER_SECOND), move |number| {
             let top = below.join(format!("c{number}"));
@@ -60,12 +61,12 @@ impl Tenants {
         });
     }
 
-    /// Makes paths of cgroups that no system call takes whole.
+    /// Creates cgroups whose paths are too long for a system call.
     pub(crate) fn overlong(&mut self, below: PathBuf) {
         self.start(Duration::from_secs(2), move |_| nest(&below, OVERLONG, &"x".repeat(200)));
     }
 
-    /// Has users pose as conmon, for containers that a policy names.
+    /// Makes users pose as conmon, for containers that a policy names.
     pub(crate) fn impostors(&mut self, claim: &'static str) {
         self.start(Duration::from_secs(5), move |number| {
             let tenant = Tenant::new();
@@ -81,7 +82,7 @@ impl Tenants {
         });
     }
 
-    /// Ends all, and gives how often each has done its work.
+    /// Ends all threads, and returns how often each one completed its work.
     pub(crate) fn end(&mut self) -> Vec<u64> {
         self.is_over.store(true, Ordering::Relaxed);
         self.threads.drain(..).map(|thread| thread.join().unwrap_or(0)).collect()
@@ -94,26 +95,26 @@ impl Drop for Tenants {
     }
 }
 
-/// Makes cgroups below each other, and removes them.
+/// Creates nested cgroups, and removes them.
 fn nest(below: &Path, depth: usize, name: &str) -> io::Result<()> {
-    let mut folders = vec![nix::dir::Dir::open(below, nix::fcntl::OFlag::O_RDONLY, nix::sys::stat::Mode::empty())?];
+    let mut dirs = vec![nix::dir::Dir::open(below, nix::fcntl::OFlag::O_RDONLY, nix::sys::stat::Mode::empty())?];
     let mut made = Ok(());
-    while let (Some(last), true) = (folders.last(), folders.len() <= depth) {
+    while let (Some(last), true) = (dirs.last(), dirs.len() <= depth) {
         let mode = nix::sys::stat::Mode::S_IRWXU;
         let open = || {
             nix::sys::stat::mkdirat(last, name, mode)?;
             nix::dir::Dir::openat(last, name, nix::fcntl::OFlag::O_RDONLY, mode)
         };
         match open() {
-            Ok(folder) => folders.push(folder),
+            Ok(dir) => dirs.push(dir),
             Err(error) => {
                 made = Err(error);
                 break;
             }
         }
     }
-    while folders.pop().is_some() {
-        if let Some(parent) = folders.last() {
+    while dirs.pop().is_some() {
+        if let Some(parent) = dirs.last() {
             nix::unistd::unlinkat(parent, name, nix::unistd::UnlinkatFlags::RemoveDir)?;
         }
     }

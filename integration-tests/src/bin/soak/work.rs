@@ -1,5 +1,5 @@
-//! `soak work KIND`: a process of a victim or of a hostile tenant. It repeats its work until its standard input ends, then
-//! writes its counts as JSON in the last line.
+//! `soak work KIND`: a process of a victim or of a hostile tenant. It repeats its work until its standard input ends.
+//! Then it prints its counters as JSON in the last line.
 
 use std::{
     fs,
@@ -22,7 +22,7 @@ use crate::{
 /// The argument that makes this program such a process.
 pub(crate) const WORK: &str = "work";
 
-/// Between rounds, so that nobody needs a whole processor.
+/// The pause between rounds, so that no process needs a whole CPU.
 const PAUSE: Duration = Duration::from_millis(20);
 
 pub(crate) fn serve(kind: &str) -> io::Result<()> {
@@ -49,15 +49,15 @@ pub(crate) fn serve(kind: &str) -> io::Result<()> {
 
 fn end_of_input() -> Arc<AtomicBool> {
     let is_over = Arc::new(AtomicBool::new(false));
-    let told = Arc::clone(&is_over);
+    let is_over_in_reader = Arc::clone(&is_over);
     thread::spawn(move || {
         let _ = io::stdin().read(&mut [0]);
-        told.store(true, Ordering::Relaxed);
+        is_over_in_reader.store(true, Ordering::Relaxed);
     });
     is_over
 }
 
-/// Many calls in conflict on one socket.
+/// Makes many conflicting calls on one socket.
 fn storm(counts: &mut Counts) -> io::Result<()> {
     let fd = sockets::open(libc::AF_INET, libc::SOCK_STREAM)?;
     for _ in 0..2000 {
@@ -69,7 +69,7 @@ fn storm(counts: &mut Counts) -> io::Result<()> {
     Ok(())
 }
 
-/// Processes that each make one call in conflict, under a name that would change a terminal's state.
+/// Starts processes that each make one conflicting call. Their command name contains terminal escape sequences.
 fn forks(counts: &mut Counts) -> io::Result<()> {
     for _ in 0..20 {
         // SAFETY: the child only makes system calls and ends.
@@ -79,7 +79,7 @@ fn forks(counts: &mut Counts) -> io::Result<()> {
                 let _ = prctl::set_name(c"\x1b[2J\n{\"x\":1}");
                 let done =
                     sockets::open(libc::AF_INET, libc::SOCK_STREAM).and_then(|fd| sockets::set(&fd, SO_KEEPALIVE, 0));
-                // SAFETY: ends without what the parent does at its end.
+                // SAFETY: ends the child without the parent's exit handlers.
                 unsafe { libc::_exit(i32::from(done.is_err())) }
             }
         }
@@ -88,7 +88,7 @@ fn forks(counts: &mut Counts) -> io::Result<()> {
     Ok(())
 }
 
-/// Options that do not exist, each time others.
+/// Uses options that do not exist, with new numbers each time.
 fn numbers(counts: &mut Counts) -> io::Result<()> {
     let fd = sockets::open(libc::AF_INET, libc::SOCK_STREAM)?;
     let round = *counts.0.get("rounds").unwrap_or(&0) as i32;
@@ -101,7 +101,7 @@ fn numbers(counts: &mut Counts) -> io::Result<()> {
     Ok(())
 }
 
-/// No descriptor is left in this process.
+/// Uses up the descriptors of this process.
 fn descriptors(counts: &mut Counts) -> io::Result<()> {
     let mut held = Vec::new();
     while let Ok(fd) = sockets::open(libc::AF_INET, libc::SOCK_STREAM) {

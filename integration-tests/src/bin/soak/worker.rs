@@ -1,4 +1,4 @@
-//! The processes that work under policies, each in a cgroup of its own.
+//! The processes that work under policies, each in its own cgroup.
 
 use std::{
     collections::BTreeMap,
@@ -12,18 +12,18 @@ use sockpolicy_integration_tests::{cgroup::Cgroup, wait};
 
 use crate::work::WORK;
 
-/// What a worker has counted, and what it has said beside that.
+/// The counters of a worker, and the rest of its output.
 #[derive(Debug)]
 pub(crate) struct Outcome {
     pub(crate) counts: BTreeMap<String, u64>,
     pub(crate) lines: String,
 }
 
-/// A `soak work KIND`. Killed when dropped.
+/// A process `soak work KIND`. Killed when dropped.
 #[derive(Debug)]
 pub(crate) struct Worker {
     pub(crate) kind: &'static str,
-    /// The policy that governs its cgroup.
+    /// The policy that covers its cgroup.
     pub(crate) policy: &'static str,
     child: Child,
     reader: Option<JoinHandle<String>>,
@@ -31,7 +31,7 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    /// Starts one. A script may prepare it, which becomes the worker by `exec "$@"`.
+    /// Starts a worker. A shell script can prepare it; the script becomes the worker with `exec "$@"`.
     pub(crate) fn start(
         kind: &'static str,
         policy: &'static str,
@@ -48,7 +48,7 @@ impl Worker {
             }
         };
         command.args([WORK, kind]).stdin(Stdio::piped()).stdout(Stdio::piped());
-        cgroup.enclose(&mut command);
+        cgroup.run_inside(&mut command);
         let mut child = command.spawn()?;
         let reader = child.stdout.take().map(|mut pipe| {
             thread::spawn(move || {
@@ -64,15 +64,15 @@ impl Worker {
         matches!(self.child.try_wait(), Ok(Some(_)))
     }
 
-    /// This one, if it has ended.
+    /// Returns `self` if the worker has ended.
     pub(crate) fn ended(&mut self) -> Option<&Self> {
         self.has_ended().then_some(self)
     }
 
-    /// Has it end, and gives its counts.
+    /// Ends the worker, and returns its counters.
     pub(crate) fn end(mut self) -> io::Result<Outcome> {
         drop(self.child.stdin.take());
-        if !wait::until(wait::PATIENCE, || self.has_ended()) {
+        if !wait::until(wait::TIMEOUT, || self.has_ended()) {
             return Err(io::Error::other(format!("{} under {} did not end", self.kind, self.policy)));
         }
         let status = self.child.wait()?;

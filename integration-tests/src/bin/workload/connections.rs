@@ -1,6 +1,6 @@
-//! `connections`: connects to itself as often as it can until its standard input ends, and has each socket's options looked
-//! at by itself. Then says which values came together and how often: `outbound|accepted VALUE… COUNT`, a line for each set
-//! of values. The options are those of [`VALUES_READ`].
+//! `connections`: connects to itself as often as possible until standard input ends, and reads the options of each
+//! socket. Then it prints `outbound|accepted VALUE… COUNT` for each combination of values. The options are those of
+//! [`OPTIONS_READ`].
 
 use std::{
     collections::BTreeMap,
@@ -14,10 +14,10 @@ use std::{
     thread,
 };
 
-use crate::{get_int, say};
+use crate::{get_int, print_line};
 
-/// Set at hooks of all kinds.
-const LOOKED_AT: [(i32, i32); 6] = [
+/// Options that are set at hooks of all kinds.
+const OPTIONS_READ: [(i32, i32); 6] = [
     (libc::SOL_SOCKET, libc::SO_MARK),
     (libc::SOL_SOCKET, libc::SO_PRIORITY),
     (libc::SOL_TCP, libc::TCP_KEEPIDLE),
@@ -26,20 +26,20 @@ const LOOKED_AT: [(i32, i32); 6] = [
     (libc::SOL_TCP, libc::TCP_USER_TIMEOUT),
 ];
 
-/// Connections to one listener.
+/// The number of connections to one listener.
 const PER_LISTENER: usize = 20;
 
 pub(crate) fn connections() -> io::Result<()> {
     let is_over = Arc::new(AtomicBool::new(false));
-    let told = Arc::clone(&is_over);
+    let is_over_in_reader = Arc::clone(&is_over);
     thread::spawn(move || {
         let _ = io::stdin().read(&mut [0]);
-        told.store(true, Ordering::Relaxed);
+        is_over_in_reader.store(true, Ordering::Relaxed);
     });
     let mut seen = BTreeMap::new();
-    // One that is older than every change, and others that are not.
+    // The first listener is older than every policy change; the others are new.
     let first = TcpListener::bind("127.0.0.1:0")?;
-    say("ready")?;
+    print_line("ready")?;
     while !is_over.load(Ordering::Relaxed) {
         let fresh = TcpListener::bind("127.0.0.1:0")?;
         for listener in [&first, &fresh] {
@@ -53,7 +53,7 @@ pub(crate) fn connections() -> io::Result<()> {
     }
     for ((which, values), count) in seen {
         let values: Vec<_> = values.iter().map(ToString::to_string).collect();
-        say(&format!("{which} {} {count}", values.join(" ")))?;
+        print_line(&format!("{which} {} {count}", values.join(" ")))?;
     }
     Ok(())
 }
@@ -63,5 +63,5 @@ fn values(socket: &TcpStream) -> io::Result<Vec<i32>> {
         let mut value = 0;
         get_int(socket.as_raw_fd(), *level, *name, &mut value).map(|()| value)
     };
-    LOOKED_AT.iter().map(value).collect()
+    OPTIONS_READ.iter().map(value).collect()
 }

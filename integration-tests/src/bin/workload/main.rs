@@ -1,19 +1,20 @@
-//! What the tests have run under the agent, where no script is followed:
+//! Programs that the tests run under the agent, where no shell script suffices:
 //!
-//! - `workload signals LAST`: waits for signals and says `NAME from kernel|process` for each, until LAST has come;
-//! - `workload storm PROCESSES CALLS`: each process disagrees CALLS times about TCP_NODELAY and as often about
-//!   SO_KEEPALIVE, then says `PID CALLS`;
-//! - `workload forks CHILDREN`: as many processes, one after the other, each of which disagrees once about SO_KEEPALIVE;
-//! - `workload calls`: calls of every kind, good and bad, by the process, a thread of it and a child;
-//! - `workload ring plain|polled|fixed|async|deferred`: calls through an io_uring, see [`ring`];
+//! - `workload signals LAST`: waits for signals and prints `NAME from kernel|process` for each, until LAST arrives;
+//! - `workload storm PROCESSES CALLS`: each process makes CALLS conflicting calls for TCP_NODELAY and as many for
+//!   SO_KEEPALIVE, then prints `PID CALLS`;
+//! - `workload forks CHILDREN`: starts CHILDREN processes, one after the other, each of which makes one conflicting
+//!   call for SO_KEEPALIVE;
+//! - `workload calls`: makes valid and invalid calls of every kind, in the process, in a thread and in a child;
+//! - `workload ring plain|polled|fixed|async|deferred`: makes calls through an io_uring, see [`ring`];
 //! - `workload connections`: see [`connections`];
-//! - `workload product SPEC OUT root|nobody`: see [`product`];
-//! - `workload as PID PROGRAM`: runs a program as the process of this number;
-//! - `workload threads|pairs|vfork|mark|race|faults …`: see [`odd`].
+//! - `workload differential SPEC OUT root|nobody`: see [`differential`];
+//! - `workload as PID PROGRAM`: runs a program with this process id;
+//! - `workload threads|pairs|vfork|mark|race|faults …`: see [`bad_arguments`].
 
+mod bad_arguments;
 mod connections;
-mod odd;
-mod product;
+mod differential;
 mod ring;
 
 use std::{
@@ -36,22 +37,27 @@ fn main() -> ExitCode {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let result = match *words.as_slice() {
         ["signals", last] => signals(last),
-        ["storm", processes, calls] => both(processes, calls).and_then(|(processes, calls)| storm(processes, calls)),
+        ["storm", processes, calls] => {
+            two_numbers(processes, calls).and_then(|(processes, calls)| storm(processes, calls))
+        }
         ["forks", children] => number(children).and_then(forks),
         ["calls"] => calls(),
         ["connections"] => connections::connections(),
-        ["as", pid, program] => number(pid).and_then(|pid| odd::run_as(pid, program)),
-        ["product", spec, out, user] => product::product(spec, out, user),
-        ["ring", manner] => ring::ring(manner),
-        ["threads", threads, calls] => both(threads, calls).and_then(|(threads, calls)| odd::threads(threads, calls)),
+        ["as", pid, program] => number(pid).and_then(|pid| bad_arguments::run_as(pid, program)),
+        ["differential", spec, out, user] => differential::differential(spec, out, user),
+        ["ring", mode] => ring::ring(mode),
+        ["threads", threads, calls] => {
+            two_numbers(threads, calls).and_then(|(threads, calls)| bad_arguments::threads(threads, calls))
+        }
         ["pairs", processes, calls, refused] => {
             let refused = number(refused);
-            both(processes, calls).and_then(|(processes, calls)| odd::pairs(processes, calls, refused?))
+            two_numbers(processes, calls)
+                .and_then(|(processes, calls)| bad_arguments::pairs(processes, calls, refused?))
         }
-        ["vfork", program, children] => number(children).and_then(|children| odd::vfork(program, children)),
-        ["mark", value] => number(value).and_then(odd::mark_once),
-        ["race", calls] => number(calls).and_then(odd::race),
-        ["faults", kind] => odd::faults(kind),
+        ["vfork", program, children] => number(children).and_then(|children| bad_arguments::vfork(program, children)),
+        ["mark", value] => number(value).and_then(bad_arguments::mark_once),
+        ["race", calls] => number(calls).and_then(bad_arguments::race),
+        ["faults", kind] => bad_arguments::faults(kind),
         _ => Err(io::ErrorKind::InvalidInput.into()),
     };
     match result {
@@ -67,12 +73,12 @@ fn number<T: FromStr>(word: &str) -> io::Result<T> {
     word.parse().ok().ok_or_else(|| io::ErrorKind::InvalidInput.into())
 }
 
-fn both<T: FromStr, U: FromStr>(one: &str, other: &str) -> io::Result<(T, U)> {
+fn two_numbers<T: FromStr, U: FromStr>(one: &str, other: &str) -> io::Result<(T, U)> {
     Ok((number(one)?, number(other)?))
 }
 
-fn say(line: &str) -> io::Result<()> {
-    // One write, so that lines of several processes do not mix.
+fn print_line(line: &str) -> io::Result<()> {
+    // A single write, so that the lines of several processes do not mix.
     io::stdout().lock().write_all(format!("{line}\n").as_bytes())
 }
 
@@ -80,14 +86,14 @@ fn signals(last: &str) -> io::Result<()> {
     let last: Signal = last.parse()?;
     let all = SigSet::all();
     all.thread_block()?;
-    say("ready")?;
+    print_line("ready")?;
     loop {
         // SAFETY: zero is valid for each field, and the kernel fills it.
         let mut info: libc::siginfo_t = unsafe { mem::zeroed() };
-        // SAFETY: both outlive the call.
+        // SAFETY: two_numbers outlive the call.
         let number = unsafe { libc::sigwaitinfo(all.as_ref(), &raw mut info) };
         let Ok(signal) = Signal::try_from(number) else { return Err(io::Error::last_os_error()) };
-        say(&format!("{signal} from {}", if info.si_code > 0 { "kernel" } else { "process" }))?;
+        print_line(&format!("{signal} from {}", if info.si_code > 0 { "kernel" } else { "process" }))?;
         if signal == last {
             return Ok(());
         }
@@ -102,7 +108,7 @@ fn storm(processes: u32, calls: u64) -> io::Result<()> {
                 set(socket, libc::SOL_TCP, libc::TCP_NODELAY, &0i32.to_ne_bytes())?;
                 set(socket, libc::SOL_SOCKET, libc::SO_KEEPALIVE, &0i32.to_ne_bytes())?;
             }
-            say(&format!("{} {calls}", std::process::id()))
+            print_line(&format!("{} {calls}", std::process::id()))
         })?;
     }
     for _ in 0..processes {
@@ -126,7 +132,7 @@ fn calls() -> io::Result<()> {
     reap()
 }
 
-/// Calls whose results are known to no one but who looks.
+/// Makes calls whose results only an observer of the process sees.
 fn make_calls() -> io::Result<()> {
     let socket = socket()?;
     for value in [1, 0, 7] {
@@ -138,7 +144,8 @@ fn make_calls() -> io::Result<()> {
     set(socket, libc::SOL_TCP, libc::TCP_CONGESTION, b"reno")?;
     get(socket, libc::SOL_TCP, libc::TCP_CONGESTION, 16);
     set(socket, libc::SOL_SOCKET, libc::SO_LINGER, &[int(1), int(5)].concat())?;
-    // None of these succeeds. Of some the kernel never looks at the argument: so it is on the stack, and its page there.
+    // None of these calls succeeds. The kernel does not read the argument of some; it is on the stack, so that its
+    // page is present.
     let refused = [
         set(socket, libc::SOL_TCP, libc::TCP_KEEPIDLE, &int(0)),
         set(socket, libc::SOL_TCP, 9999, &int(1)),
@@ -152,12 +159,12 @@ fn make_calls() -> io::Result<()> {
         set_at(socket, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 8, u32::MAX),
     ];
     if let Some(call) = refused.iter().position(Result::is_ok) {
-        return Err(io::Error::other(format!("call {call} succeeded, which cannot be")));
+        return Err(io::Error::other(format!("call {call} succeeded, but must fail")));
     }
     get(socket, libc::SOL_TCP, 9999, 4);
     get(-1, libc::SOL_TCP, libc::TCP_NODELAY, 4);
     get(socket, libc::SOL_TCP, libc::TCP_INFO, 104);
-    // A file is no socket.
+    // A file is not a socket.
     let file = fs::File::open("/proc/self/exe")?;
     let _ = set(std::os::fd::AsRawFd::as_raw_fd(&file), libc::SOL_SOCKET, libc::SO_KEEPALIVE, &int(1));
     Ok(())
@@ -177,9 +184,9 @@ fn set(fd: i32, level: i32, name: i32, value: &[u8]) -> io::Result<()> {
     set_at(fd, level, name, value.as_ptr().addr(), value.len() as u32)
 }
 
-/// With an argument at any address.
+/// Calls setsockopt with an argument at any address.
 fn set_at(fd: i32, level: i32, name: i32, address: usize, len: u32) -> io::Result<()> {
-    // SAFETY: goes to the kernel, which checks what it is given and does not write there.
+    // SAFETY: the kernel checks the pointer, and writes nothing.
     let result = unsafe { libc::setsockopt(fd, level, name, ptr::with_exposed_provenance(address), len) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
@@ -187,7 +194,7 @@ fn set_at(fd: i32, level: i32, name: i32, address: usize, len: u32) -> io::Resul
 fn get(fd: i32, level: i32, name: i32, len: u32) {
     let mut value = vec![0u8; len as usize];
     let mut left = len;
-    // SAFETY: `left` bytes of room.
+    // SAFETY: the buffer has `left` bytes.
     unsafe { libc::getsockopt(fd, level, name, value.as_mut_ptr().cast(), &raw mut left) };
 }
 
@@ -198,14 +205,14 @@ fn get_int(fd: i32, level: i32, name: i32, value: &mut i32) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Starts a child that does this and ends.
+/// Starts a child that performs `work` and ends.
 fn in_child(work: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
-    // SAFETY: this process has no other thread at that moment.
+    // SAFETY: this process has no other thread at this time.
     match unsafe { nix::unistd::fork() }? {
         nix::unistd::ForkResult::Parent { .. } => Ok(()),
         nix::unistd::ForkResult::Child => {
             let status = i32::from(work().is_err());
-            // SAFETY: ends without what the parent would do at its own end.
+            // SAFETY: ends the child without the parent's exit handlers.
             unsafe { libc::_exit(status) }
         }
     }

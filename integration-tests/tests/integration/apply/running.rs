@@ -1,4 +1,4 @@
-//! `run --apply`: sockets that are there follow the policies in force, and the agent's own looks are nobody's calls.
+//! `run --apply`: existing sockets follow the policies in force, and the agent's own calls are not reported.
 
 use std::fs;
 
@@ -23,7 +23,7 @@ fn text(target: &Cgroup, mark: i32) -> String {
     )
 }
 
-/// A connection with a count beyond the limit, and a datagram socket.
+/// Opens a connection with a keepalive count beyond the limit, and a datagram socket.
 fn sockets(probe: &mut Probe) -> [Fd; 3] {
     let pair = probe.pair(Family::Inet, Kind::Tcp);
     probe.set(pair.client, TCP_KEEPCNT, 8).unwrap();
@@ -43,30 +43,30 @@ fn assert_in_line(probe: &mut Probe, [client, server, datagram]: [Fd; 3], mark: 
     assert_eq!(probe.int(client, TCP_KEEPCNT), 4);
 }
 
-/// The files that instances of this name have.
+/// Returns the files of the instance with this name.
 fn files_of(name: &str) -> Vec<String> {
     let entries = fs::read_dir("/run/sockpolicy").into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().into_string().ok()).filter(|file| file.contains(name)).collect()
 }
 
 #[test]
-fn sockets_that_are_there_follow_the_policies_and_nobody_is_said_to_have_called() {
+fn existing_sockets_follow_the_policies_without_reported_calls() {
     let target = Cgroup::new();
     let policy = PolicyFile::new(text(&target, 7));
     let mut probe = Probe::start(&target);
     let sockets = sockets(&mut probe);
-    let run = Run::started(&policy, &["--apply"]);
+    let run = Run::start_with(&policy, &["--apply"]);
     let name = format!("run-{}", run.pid());
-    let said = run.notice("apply-summary", 1);
-    assert_eq!((&said["changed"], &said["failed"]), (&json!(5), &json!(0)), "{}", run.lines());
+    let printed = run.notice("apply-summary", 1);
+    assert_eq!((&printed["changed"], &printed["failed"]), (&json!(5), &json!(0)), "{}", run.lines());
     assert_in_line(&mut probe, sockets, 7);
     assert!(!files_of(&name).is_empty());
 
     fs::write(policy.path(), text(&target, 8)).unwrap();
-    let said = run.notice("apply-summary", 2);
-    assert_eq!(said["set"], json!(5), "{}", run.lines());
+    let printed = run.notice("apply-summary", 2);
+    assert_eq!(printed["set"], json!(5), "{}", run.lines());
     assert_in_line(&mut probe, sockets, 8);
-    // What its owner then reads of it is what the policy says, and what it asks for is not.
+    // The owner reads the policy's values without a conflict; a call with another value is a conflict.
     probe.set(sockets[0], TCP_KEEPIDLE, 99).unwrap();
 
     let report = run.finish();
@@ -80,23 +80,23 @@ fn sockets_that_are_there_follow_the_policies_and_nobody_is_said_to_have_called(
 }
 
 #[test]
-fn dry_run_says_what_it_would_set_and_leaves_sockets_as_they_are() {
+fn dry_run_reports_what_it_would_set_and_changes_no_socket() {
     let target = Cgroup::new();
     let policy = PolicyFile::new(text(&target, 7));
     let mut probe = Probe::start(&target);
     let sockets = sockets(&mut probe);
-    let run = Run::started(&policy, &["--apply", "--dry-run"]);
-    let said = run.notice("apply-summary", 1);
-    assert_eq!((&said["changed"], &said["set"]), (&json!(0), &json!(0)));
+    let run = Run::start_with(&policy, &["--apply", "--dry-run"]);
+    let printed = run.notice("apply-summary", 1);
+    assert_eq!((&printed["changed"], &printed["set"]), (&json!(0), &json!(0)));
     let would: Vec<Value> = run.notices("would-apply");
-    assert_eq!(Value::from(would.len()), said["would_set"]);
+    assert_eq!(Value::from(would.len()), printed["would_set"]);
     assert!(would.iter().any(|event| event["option"] == "SO_MARK" && event["pid"] == probe.pid), "{would:?}");
     assert_eq!(sockets.map(|socket| probe.int(socket, SO_MARK)), [0; 3]);
     run.finish();
 }
 
 #[test]
-fn what_an_agent_brought_in_line_is_given_back_when_its_policies_end() {
+fn detach_restores_values_that_run_has_applied() {
     let (target, instance) = (Cgroup::new(), Instance::new());
     let policy = PolicyFile::new(text(&target, 7));
     let mut probe = Probe::start(&target);
@@ -106,7 +106,7 @@ fn what_an_agent_brought_in_line_is_given_back_when_its_policies_end() {
         (of_all, [TCP_KEEPCNT, TCP_KEEPIDLE].map(|option| probe.int(sockets[0], option)))
     };
     let before = all(&mut probe);
-    let run = Run::started(&policy, &["--apply", "--persist", "--instance", &instance.name]);
+    let run = Run::start_with(&policy, &["--apply", "--persist", "--instance", &instance.name]);
     run.notice("apply-summary", 1);
     assert_in_line(&mut probe, sockets, 7);
     run.signal(nix::sys::signal::Signal::SIGTERM);
@@ -119,11 +119,11 @@ fn what_an_agent_brought_in_line_is_given_back_when_its_policies_end() {
 }
 
 #[test]
-fn without_being_asked_sockets_that_are_there_stay_as_they_are() {
+fn run_without_apply_changes_no_existing_socket() {
     let target = Cgroup::new();
     let mut probe = Probe::start(&target);
     let [client, ..] = sockets(&mut probe);
-    let run = Run::started(&PolicyFile::new(text(&target, 7)), &[]);
+    let run = Run::start_with(&PolicyFile::new(text(&target, 7)), &[]);
     let later = probe.open(Family::Inet, Kind::Tcp);
     assert_eq!([client, later].map(|socket| probe.int(socket, SO_MARK)), [0, 7]);
     assert_eq!(probe.int(client, TCP_NODELAY), 0);

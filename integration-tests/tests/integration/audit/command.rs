@@ -1,4 +1,4 @@
-//! `sockpolicy audit`: whose calls, which calls, and that nothing but the audit comes of it.
+//! `sockpolicy audit`: its targets and filters, and that it changes nothing.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -25,8 +25,8 @@ use sockpolicy_integration_tests::{
 use super::summed;
 use crate::{stderr, stdout};
 
-/// A policy that the probe's calls disagree with, in part.
-fn disagreeing() -> PolicyFile {
+/// Returns a policy with which some of the probe's calls conflict.
+fn conflicting_policy() -> PolicyFile {
     PolicyFile::new(
         "[[rule]]\nset = { TCP_NODELAY = true, SO_KEEPALIVE = true }\nlimit = { TCP_SYNCNT = { max = 9 } }\n",
     )
@@ -36,14 +36,14 @@ fn audit(arguments: &[&str]) -> Running {
     Running::start(agent::command(&[&["audit"], arguments].concat()))
 }
 
-/// `sockpolicy audit` that cannot be: what it complains of, and its status.
+/// Runs `sockpolicy audit` with invalid arguments. Returns its error message and its exit status.
 fn refused(arguments: &[&str]) -> (String, Option<i32>) {
     let output = agent::output(&[&["audit"], arguments].concat());
     assert_eq!(stdout(&output), "", "{arguments:?}");
     (stderr(&output), output.status.code())
 }
 
-/// Makes the same calls each time.
+/// Makes a fixed sequence of calls.
 fn make_calls(probe: &mut Probe) {
     let socket = probe.open(Family::Inet, Kind::Tcp);
     probe.set(socket, TCP_SYNCNT, 3).unwrap();
@@ -58,7 +58,7 @@ fn path_of(cgroup: &Cgroup) -> String {
     cgroup.path().display().to_string()
 }
 
-/// Each task of `workload calls` passes one bad pointer.
+/// Checks the losses. Each task of `workload calls` passes one unreadable pointer.
 #[track_caller]
 fn assert_lost_only(report: &Report, reason: &str, count: u64) {
     let lost: Vec<_> = report.summary.losses.iter().filter(|(_, count)| **count > 0).collect();
@@ -69,7 +69,7 @@ fn pids(events: &[Event]) -> BTreeSet<u32> {
     events.iter().map(|event| event.pid.unwrap()).collect()
 }
 
-/// The calls that `workload calls` makes in each of its three tasks.
+/// Checks that the report has the calls of all three tasks of `workload calls`.
 #[track_caller]
 fn assert_is_all_of_workload(report: &Report) {
     let mut by_thread: BTreeMap<u32, Vec<String>> = BTreeMap::new();
@@ -81,14 +81,14 @@ fn assert_is_all_of_workload(report: &Report) {
 }
 
 #[test]
-fn command_runs_in_a_cgroup_of_its_own_and_its_status_is_passed_on() {
-    let policy = disagreeing();
-    let (report, sign) = (policy.folder().join("report"), policy.folder().join("sign"));
+fn audited_command_runs_in_its_own_cgroup_and_its_status_is_returned() {
+    let policy = conflicting_policy();
+    let (report, sign) = (policy.dir().join("report"), policy.dir().join("sign"));
     let script = "echo ready; until [ -e \"$0\" ]; do sleep 0.01; done; \"$1\" calls; exit 7";
     let arguments = ["-o", "json", "--report", report.to_str().unwrap(), "--", "sh", "-c", script];
     let mut running = audit(&[&arguments[..], &[sign.to_str().unwrap(), &workload()]].concat());
     running.lines(1);
-    let (held, target) = (running.held(), running.target());
+    let (held, target) = (running.bpf_objects(), running.target());
     fs::write(sign, "").unwrap();
     let output = running.finish();
     assert_eq!((&*stdout(&output), &*stderr(&output), output.status.code()), ("ready\n", "", Some(7)));
@@ -101,7 +101,7 @@ fn command_runs_in_a_cgroup_of_its_own_and_its_status_is_passed_on() {
 }
 
 #[test]
-fn report_on_a_command_goes_to_standard_error() {
+fn report_of_an_audited_command_goes_to_standard_error() {
     let script = "echo mine; \"$0\" calls";
     let output = audit(&["-o", "json", "--", "sh", "-c", script, &workload()]).finish();
     assert_eq!((&*stdout(&output), output.status.code()), ("mine\n", Some(0)));
@@ -112,29 +112,29 @@ fn report_on_a_command_goes_to_standard_error() {
 
     let output = audit(&["--", "sh", "-c", script, &workload()]).finish();
     assert_eq!((&*stdout(&output), output.status.code()), ("mine\n", Some(0)));
-    let said = stderr(&output);
-    assert!(said.starts_with("sockpolicy: watching the calls of cgroup "), "{said}");
-    assert!(said.contains("TCP_NODELAY"), "{said}");
+    let printed = stderr(&output);
+    assert!(printed.starts_with("sockpolicy: watching the calls of cgroup "), "{printed}");
+    assert!(printed.contains("TCP_NODELAY"), "{printed}");
 }
 
 #[test]
-fn command_that_cannot_be_run_has_the_status_of_env() {
+fn command_that_cannot_be_run_gives_the_status_of_env() {
     for (command, status) in [("/no/such/command", 127), ("/", 126)] {
         let output = audit(&["--quiet", "--", command]).finish();
         assert_eq!(output.status.code(), Some(status), "{}", stderr(&output));
         assert!(stderr(&output).starts_with(&format!("error: cannot run {command}: ")), "{}", stderr(&output));
     }
-    let (said, status) = refused(&["no-such-policy.toml", "--", "true"]);
-    assert!(said.starts_with("error: "), "{said}");
+    let (printed, status) = refused(&["no-such-policy.toml", "--", "true"]);
+    assert!(printed.starts_with("error: "), "{printed}");
     assert_eq!(status, Some(125));
 }
 
 #[test]
-fn audit_of_a_process_sees_its_threads_and_no_one_else_and_ends_with_it() {
+fn audit_of_a_process_sees_only_its_threads_and_ends_with_it() {
     let cgroup = Cgroup::new();
     let mut bystander = Probe::start(&cgroup);
-    let (policy, home) = (disagreeing(), Cgroup::new());
-    let sign = policy.folder().join("sign");
+    let (policy, home) = (conflicting_policy(), Cgroup::new());
+    let sign = policy.dir().join("sign");
     let mut command = Command::new("sh");
     command.args(["-c", "echo ready; until [ -e \"$0\" ]; do sleep 0.01; done; exec \"$1\" calls"]);
     command.arg(&sign).arg(workload());
@@ -147,7 +147,7 @@ fn audit_of_a_process_sees_its_threads_and_no_one_else_and_ends_with_it() {
     assert!(audited.finish().status.success());
     let (status, report) = run.finish_with_status();
     assert!(status.success());
-    // Nor its child.
+    // Its child is not seen either.
     assert_eq!(pids(&report.events), [pid].into());
     let threads: BTreeSet<u32> = report.events.iter().map(|event| event.tid.unwrap()).collect();
     assert!(threads.len() == 2 && threads.contains(&pid), "{threads:?}");
@@ -156,7 +156,7 @@ fn audit_of_a_process_sees_its_threads_and_no_one_else_and_ends_with_it() {
 }
 
 #[test]
-fn audit_of_processes_ends_with_the_last_of_them() {
+fn audit_of_several_processes_ends_with_the_last_one() {
     let cgroup = Cgroup::new();
     let (mut first, mut second) = (Probe::start(&cgroup), Probe::start(&cgroup));
     let both = [first.pid, second.pid];
@@ -173,7 +173,7 @@ fn audit_of_processes_ends_with_the_last_of_them() {
 }
 
 #[test]
-fn process_that_is_not_there_is_refused() {
+fn missing_process_is_refused() {
     let mut child = Command::new("true").spawn().unwrap();
     child.wait().unwrap();
     let pid = child.id().to_string();
@@ -182,7 +182,7 @@ fn process_that_is_not_there_is_refused() {
          process, not of a thread\n"
     );
     assert_eq!(refused(&["--pid", &pid]), (error, Some(2)));
-    // Numbers are others there, and would be taken for the kernel's.
+    // In another PID namespace, the numbers differ from the kernel's.
     let mut command = Command::new("unshare");
     command.args(["--pid", "--fork", "--mount-proc"]).arg(agent::program()).args(["audit", "--pid", "1"]);
     let output = process::output(command);
@@ -192,7 +192,7 @@ fn process_that_is_not_there_is_refused() {
 }
 
 #[test]
-fn cgroups_made_below_the_target_later_are_seen_too() {
+fn cgroups_created_below_the_target_later_are_seen_too() {
     let (target, sibling) = (Cgroup::new(), Cgroup::new());
     let run = Run::audit(&["--cgroup", &path_of(&target)]);
     let child = target.child("later");
@@ -225,17 +225,17 @@ fn several_cgroups_are_seen_at_once() {
 }
 
 #[test]
-fn without_a_target_the_whole_host_is_seen() {
-    let (policy, home) = (disagreeing(), Cgroup::new());
-    // Of that name there is no other task.
+fn audit_without_a_target_sees_the_whole_host() {
+    let (policy, home) = (conflicting_policy(), Cgroup::new());
+    // No other task has this name.
     let name = format!("odd-{}", std::process::id());
-    let program = policy.folder().join(&name);
+    let program = policy.dir().join(&name);
     symlink(workload(), &program).unwrap();
     let run = Run::audit(&["--comm", &name]);
     let mut command = Command::new(program);
     command.arg("calls");
     assert!(Running::start_in(command, home.child("deep")).finish().status.success());
-    // One that the filter leaves out.
+    // The filter excludes this process.
     make_calls(&mut Probe::start(&home));
     let report = run.finish();
     assert_eq!(report.summary.targets, ["/"]);
@@ -243,7 +243,7 @@ fn without_a_target_the_whole_host_is_seen() {
     assert_is_all_of_workload(&report);
 }
 
-/// What `audit ARGUMENTS` reports of the probe's calls, and the probe's socket afterwards.
+/// Returns the events of `audit ARGUMENTS` for the probe's calls.
 fn seen_with(arguments: &[&str]) -> Vec<String> {
     let target = Cgroup::new();
     let run = Run::audit(&[&["--cgroup", &path_of(&target)], arguments].concat());
@@ -252,7 +252,7 @@ fn seen_with(arguments: &[&str]) -> Vec<String> {
 }
 
 #[test]
-fn filters_choose_among_calls() {
+fn filters_select_calls() {
     let all = [
         "call setsockopt TCP_SYNCNT 0",
         "call setsockopt TCP_SYNCNT 0",
@@ -281,7 +281,7 @@ fn filters_choose_among_calls() {
 }
 
 #[test]
-fn options_that_were_not_asked_for_are_neither_summed_up_nor_a_failure() {
+fn filtered_options_are_neither_summarized_nor_a_failure() {
     let policy = PolicyFile::new("[[rule]]\nlimit = { TCP_SYNCNT = { max = 9 } }\n");
     let (policy, target) = (policy.path().to_str().unwrap().to_owned(), Cgroup::new());
     let summed_up = |option: &str| {
@@ -298,13 +298,13 @@ fn options_that_were_not_asked_for_are_neither_summed_up_nor_a_failure() {
 }
 
 #[test]
-fn filters_choose_among_conflicts() {
+fn filters_select_conflicts() {
     let policy = PolicyFile::new(
         "[[rule]]\nset = { TCP_NODELAY = { value = false, on_conflict = \"deny\" } }\nlimit = { TCP_SYNCNT = { max = 9 } }\n",
     );
     let policy = policy.path().to_str().unwrap();
     let (conflict, denied) = ("conflict setsockopt TCP_SYNCNT 0", "conflict setsockopt TCP_NODELAY 0");
-    // Reads are held against what a policy sets, not against its limits.
+    // Reads are compared with the values that a policy sets, not with its limits.
     let reads = ["call getsockopt TCP_SYNCNT 0", "conflict getsockopt TCP_NODELAY 0"];
     let governed = ["call setsockopt TCP_SYNCNT 0", conflict, denied, "call setsockopt TCP_SYNCNT -22"];
     for (arguments, expected) in [
@@ -322,7 +322,7 @@ fn filters_choose_among_conflicts() {
 }
 
 #[test]
-fn filters_that_mean_nothing_are_refused() {
+fn invalid_filters_are_refused() {
     let verdicts = "the verdicts are allowed, rewritten, clamped, ignored, denied";
     let options = "no option of this name; `sockpolicy options` lists all, and LEVEL:NUMBER names any";
     let near = "no option of this name: did you mean TCP_NODELAY?";
@@ -336,25 +336,28 @@ fn filters_that_mean_nothing_are_refused() {
         ("--calls", "some", "one of conflicts, governed, all"),
         ("--pid", "self", "invalid digit"),
     ] {
-        let (said, status) = refused(&[flag, value]);
-        assert!(said.contains(&format!("'{value}'")) && said.contains(flag) && said.contains(why), "{said}");
+        let (printed, status) = refused(&[flag, value]);
+        assert!(
+            printed.contains(&format!("'{value}'")) && printed.contains(flag) && printed.contains(why),
+            "{printed}"
+        );
         assert_eq!(status, Some(2));
     }
-    let (said, _) = refused(&["redis-cli"]);
+    let (printed, _) = refused(&["redis-cli"]);
     assert_eq!(
-        said,
+        printed,
         "error: there is no policy file redis-cli\n  help: a command stands behind `--`: sockpolicy audit -- redis-cli\n"
     );
-    let (said, status) = refused(&["--pid", "1", "--", "true"]);
-    assert!(said.contains("cannot be used with"), "{said}");
+    let (printed, status) = refused(&["--pid", "1", "--", "true"]);
+    assert!(printed.contains("cannot be used with"), "{printed}");
     assert_eq!(status, Some(2));
 }
 
 #[test]
-fn conflicts_are_told_of_and_nothing_is_changed() {
+fn audit_reports_conflicts_and_changes_nothing() {
     require!("cgroup/bind4");
     let target = Cgroup::new();
-    let policy = disagreeing();
+    let policy = conflicting_policy();
     let run = Run::audit(&["--cgroup", &path_of(&target), policy.path().to_str().unwrap()]);
     let mut probe = Probe::start(&target);
     let socket = probe.open(Family::Inet, Kind::Tcp);
@@ -380,9 +383,9 @@ fn conflicts_are_told_of_and_nothing_is_changed() {
 }
 
 #[test]
-fn conflicts_can_be_made_a_failure_of_an_audit() {
+fn audit_fails_on_conflicts_if_requested() {
     require!("cgroup/bind4");
-    let policy = disagreeing();
+    let policy = conflicting_policy();
     let policy = policy.path().to_str().unwrap();
     for (calls, status) in [("1", 1), ("0", 0)] {
         let workload = workload();
@@ -393,11 +396,11 @@ fn conflicts_can_be_made_a_failure_of_an_audit() {
 }
 
 #[test]
-fn calls_are_timed_if_that_is_asked_for() {
+fn calls_are_timed_if_requested() {
     let policy =
         PolicyFile::new("[audit]\ncalls = \"all\"\ntiming = true\n[[rule]]\nlimit = { TCP_SYNCNT = { max = 9 } }\n");
     let plain = PolicyFile::new("[audit]\ncalls = \"all\"\n[[rule]]\nlimit = { TCP_SYNCNT = { max = 9 } }\n");
-    let report = policy.folder().join("report").display().to_string();
+    let report = policy.dir().join("report").display().to_string();
     let [timing, plain] = [&policy, &plain].map(|policy| policy.path().to_str().unwrap());
     for backend in super::backends() {
         for (arguments, is_timed) in [
@@ -447,45 +450,45 @@ fn is_of(event: &Event, call: &str, option: &str) -> bool {
 }
 
 #[test]
-fn losses_are_told_while_it_runs_and_add_up_to_the_summarys() {
+fn losses_reported_during_an_audit_add_up_to_those_of_the_summary() {
     const CALLS: u64 = 40_000;
     let target = Cgroup::new();
     let run = Run::audit(&["--cgroup", &path_of(&target)]);
     let agent = nix::unistd::Pid::from_raw(run.pid() as i32);
     for storm in 1..=2 {
-        // Nobody empties the ring buffer meanwhile.
+        // The stopped agent does not read the ring buffer.
         nix::sys::signal::kill(agent, Signal::SIGSTOP).unwrap();
         let mut command = Command::new(workload());
         command.args(["storm", "1", &(CALLS / 2).to_string()]);
         assert!(Running::start_in(command, target.child(&storm.to_string())).finish().status.success());
         nix::sys::signal::kill(agent, Signal::SIGCONT).unwrap();
         let losses = || run.lines().lines().filter(|line| line.contains("\"event\":\"loss\"")).count();
-        assert!(wait::until(wait::PATIENCE, || losses() >= storm), "no loss was told of");
+        assert!(wait::until(wait::TIMEOUT, || losses() >= storm), "no loss was reported");
     }
     let report = run.finish();
-    let mut told: BTreeMap<String, u64> = BTreeMap::new();
+    let mut reported: BTreeMap<String, u64> = BTreeMap::new();
     for loss in &report.losses {
-        let sum = told.entry(loss.reason.clone()).or_default();
+        let sum = reported.entry(loss.reason.clone()).or_default();
         *sum += loss.count;
         assert_eq!(*sum, loss.total, "{loss:?}");
     }
     let summed: BTreeMap<String, u64> = report.summary.losses.into_iter().filter(|(_, count)| *count > 0).collect();
-    assert_eq!(told, summed);
+    assert_eq!(reported, summed);
     assert_eq!(report.events.len() as u64 + summed["ring_full"], 2 * CALLS);
 }
 
 #[test]
-fn without_btf_events_say_why_they_do_not_know_the_socket() {
+fn events_without_btf_say_why_the_socket_is_unknown() {
     require!("ancestors");
     let target = Cgroup::new();
     let path = target.path().display().to_string();
-    let policy = disagreeing();
-    let report = policy.folder().join("report");
+    let policy = conflicting_policy();
+    let report = policy.dir().join("report");
     let command = agent::command(&["audit", "-o", "json", "--cgroup", &path, "--report", report.to_str().unwrap()]);
-    let mut command = process::with_mounts("mount -t tmpfs none /sys/kernel/btf", &command);
+    let mut command = process::in_mount_namespace("mount -t tmpfs none /sys/kernel/btf", &command);
     command.env("SOCKPOLICY_LOG", "info");
     let running = Running::start(command);
-    assert!(wait::until(wait::PATIENCE, || running.stderr().contains("in force")), "{}", running.stderr());
+    assert!(wait::until(wait::TIMEOUT, || running.stderr().contains("in force")), "{}", running.stderr());
     let mut probe = Probe::start(&target);
     make_calls(&mut probe);
     running.signal(Signal::SIGTERM);

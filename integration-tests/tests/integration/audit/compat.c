@@ -1,5 +1,5 @@
-// A 32-bit program without any library: makes calls by both ways that such programs have, and says of each
-// `CALL LEVEL OPTNAME RESULT VALUE`, after its number.
+// A 32-bit program without libraries. It makes calls by both kinds of system calls that such programs have. It prints
+// its process id, then `CALL LEVEL OPTNAME RESULT VALUE` for each call.
 
 enum { EXIT = 1, WRITE = 4, GETPID = 20, SOCKETCALL = 102, SOCKET = 359, GETSOCKOPT = 365, SETSOCKOPT = 366 };
 enum { IN_SOCKETCALL_SETSOCKOPT = 14, IN_SOCKETCALL_GETSOCKOPT = 15 };

@@ -1,4 +1,4 @@
-//! What events say of a socket and its options, against what its owner is told of it.
+//! Facts about sockets and options in events, compared with what the owner of the socket reads.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
@@ -18,7 +18,7 @@ use sockpolicy_integration_tests::{
 use super::backends;
 use crate::number;
 
-/// Has a probe in a cgroup do as it likes, and gives what it made of that, and the events.
+/// Performs `work` with a probe in a cgroup. Returns its result, and the events.
 fn audited<T>(backend: &str, target: &Cgroup, work: impl FnOnce(&mut Probe) -> T) -> (T, Vec<Event>) {
     let path = target.path().display().to_string();
     let run = Run::audit(&["--cgroup", &path, "--audit-backend", backend]);
@@ -30,7 +30,7 @@ fn audited<T>(backend: &str, target: &Cgroup, work: impl FnOnce(&mut Probe) -> T
 }
 
 #[test]
-fn now_is_what_the_owner_is_told_where_the_kernel_makes_something_of_a_value() {
+fn event_shows_the_value_that_the_owner_reads_if_the_kernel_changes_it() {
     const ASKED: [(SocketOption, i32); 10] = [
         (SO_SNDBUF, 100_001),
         (SO_SNDBUF, 1),
@@ -41,11 +41,11 @@ fn now_is_what_the_owner_is_told_where_the_kernel_makes_something_of_a_value() {
         (IP_TOS, 0x2f),
         (TCP_WINDOW_CLAMP, 1),
         (TCP_WINDOW_CLAMP, 12_345),
-        // Refused: what there was before is there still.
+        // Rejected: the former value remains.
         (SO_RCVLOWAT, -5),
     ];
     for backend in backends() {
-        let (told, events) = audited(backend, &Cgroup::new(), |probe| {
+        let (reported, events) = audited(backend, &Cgroup::new(), |probe| {
             let socket = probe.open(Family::Inet, Kind::Tcp);
             ASKED.map(|(option, value)| {
                 probe.set(socket, option, value).unwrap();
@@ -54,14 +54,14 @@ fn now_is_what_the_owner_is_told_where_the_kernel_makes_something_of_a_value() {
         });
         let sets = events.iter().filter(|event| event.call.as_deref() == Some("setsockopt"));
         let now: Vec<_> = sets.map(|event| (&*event.option, event.current.clone())).collect();
-        assert_eq!(now, told, "{backend}");
+        assert_eq!(now, reported, "{backend}");
         for (event, (_, value)) in events.chunks(2).zip(ASKED) {
             assert_eq!((&event[0].requested, &event[1].requested), (&value.into(), &event[0].current));
         }
     }
 }
 
-/// A socket as events describe it, the cookie being what its owner is told.
+/// Returns a socket as events describe it, with the cookie that its owner reads.
 fn described(
     probe: &mut Probe,
     fd: Fd,
@@ -84,9 +84,9 @@ fn described(
 }
 
 #[test]
-fn sockets_are_described_as_they_are() {
+fn events_describe_sockets_correctly() {
     let mapped = |address: SocketAddr| {
-        let IpAddr::V4(ip) = address.ip() else { panic!("{address} is no IPv4") };
+        let IpAddr::V4(ip) = address.ip() else { panic!("{address} is not an IPv4 address") };
         SocketAddr::new(ip.to_ipv6_mapped().into(), address.port())
     };
     for backend in backends() {
@@ -95,7 +95,7 @@ fn sockets_are_described_as_they_are() {
             let mut all = Vec::new();
             for (family, name) in [(Family::Inet, Some("ipv4")), (Family::Inet6, Some("ipv6"))] {
                 let pair = probe.pair(family, Kind::Tcp);
-                // One that is accepted has none before somebody asks.
+                // An accepted socket has no cookie until a process reads it.
                 probe.get(pair.server, SO_COOKIE, 8).unwrap();
                 let (client, server) = (probe.local_address(pair.client), pair.address);
                 for (fd, ends) in [
@@ -112,7 +112,7 @@ fn sockets_are_described_as_they_are() {
                 all.push(described(probe, one, Some("udp"), name, [Some(own), Some(peer)], &target));
                 all.push(described(probe, other, Some("udp"), name, [Some(peer), None], &target));
                 let fresh = probe.open(family, Kind::Tcp);
-                // It may come to carry IPv4 yet.
+                // It may still carry IPv4.
                 let name = name.filter(|_| family == Family::Inet);
                 all.push(described(probe, fresh, Some("tcp"), name, [None, None], &target));
             }
@@ -139,7 +139,7 @@ fn sockets_are_described_as_they_are() {
 }
 
 #[test]
-fn container_is_known_by_the_name_of_its_cgroup() {
+fn container_is_found_by_the_name_of_its_cgroup() {
     let id = format!("{:064x}", std::process::id());
     for backend in backends() {
         let target = Cgroup::new();
@@ -160,7 +160,7 @@ fn container_is_known_by_the_name_of_its_cgroup() {
 }
 
 #[test]
-fn values_are_shown_as_what_they_mean() {
+fn values_are_shown_by_their_meaning() {
     let ints = |numbers: &[i32]| Argument::from(numbers.iter().flat_map(|n| n.to_ne_bytes()).collect::<Vec<_>>());
     let longs = |numbers: &[i64]| Argument::from(numbers.iter().flat_map(|n| n.to_ne_bytes()).collect::<Vec<_>>());
     let (timeout, error) = (number(libc::SOL_SOCKET, libc::SO_RCVTIMEO), number(libc::SOL_SOCKET, libc::SO_ERROR));
@@ -177,7 +177,7 @@ fn values_are_shown_as_what_they_mean() {
             for (option, argument, _) in &sets {
                 probe.set(socket, *option, argument.clone()).unwrap();
             }
-            // Where nobody listens.
+            // An address where no socket listens.
             let (listener, address) = probe.listener(Family::Inet, Kind::Tcp);
             probe.close(listener);
             assert!(probe.try_connect(socket, address).is_err());

@@ -1,4 +1,4 @@
-//! Arguments that are none: the audit makes nothing of them, and no difference to them.
+//! Invalid arguments: the audit reports them as such, and does not change the results of the calls.
 
 use std::process::{Command, Output};
 
@@ -13,13 +13,13 @@ use super::backends;
 use crate::{stderr, stdout};
 
 #[test]
-fn calls_with_bad_arguments_come_to_the_same_as_without_an_audit_and_are_seen() {
+fn calls_with_bad_arguments_have_the_same_results_and_are_reported() {
     let (alone, seen) = (alone("sockets"), PolicyFile::new(""));
-    let report = seen.folder().join("report").display().to_string();
+    let report = seen.dir().join("report").display().to_string();
     for backend in backends() {
         assert_eq!(audited(backend, "sockets", &report), alone, "{backend}");
         let report = read_report(&report);
-        assert_eq!(report.events.iter().map(told).collect::<Vec<_>>(), alone, "{backend}");
+        assert_eq!(report.events.iter().map(reported).collect::<Vec<_>>(), alone, "{backend}");
         let unreadable = report.events.iter().filter(|event| event.missing.contains_key("requested")).count();
         assert!(unreadable > 100, "{unreadable}");
         assert_eq!(report.summary.losses["unreadable"], unreadable as u64);
@@ -33,13 +33,13 @@ fn calls_with_bad_arguments_come_to_the_same_as_without_an_audit_and_are_seen() 
 }
 
 #[test]
-fn calls_on_what_is_no_socket_come_to_the_same_as_without_an_audit() {
+fn calls_on_other_descriptors_have_the_same_results_and_are_reported() {
     let (alone, seen) = (alone("descriptors"), PolicyFile::new(""));
-    let report = seen.folder().join("report").display().to_string();
+    let report = seen.dir().join("report").display().to_string();
     for backend in backends() {
         assert_eq!(audited(backend, "descriptors", &report), alone, "{backend}");
         let events = read_report(&report).events;
-        assert_eq!(events.iter().map(told).collect::<Vec<_>>(), alone, "{backend}");
+        assert_eq!(events.iter().map(reported).collect::<Vec<_>>(), alone, "{backend}");
         assert!(events.iter().all(|event| event.socket.is_none()), "{backend}");
     }
 }
@@ -49,7 +49,7 @@ fn lines(output: &Output) -> Vec<String> {
     stdout(output).lines().map(str::to_owned).collect()
 }
 
-/// What comes of the calls, without an audit.
+/// Returns the results of the calls without an audit.
 fn alone(kind: &str) -> Vec<String> {
     let mut command = Command::new(workload());
     command.args(["faults", kind]);
@@ -63,8 +63,8 @@ fn audited(backend: &str, kind: &str, report: &str) -> Vec<String> {
     lines(&Running::start(command).finish())
 }
 
-/// An event in the words that the program uses.
-fn told(event: &Event) -> String {
+/// Returns an event in the output format of the program.
+fn reported(event: &Event) -> String {
     let Event { call, level, optname, result, .. } = event;
     format!("{} {level} {optname} {}", call.as_deref().unwrap(), result.unwrap())
 }

@@ -1,5 +1,5 @@
-//! Whose a call is, and on which socket: where many tasks make calls at once, where one becomes another, and where a
-//! descriptor stands now for this socket and now for that.
+//! The caller and the socket of a call, with many tasks at once, with tasks that execute another program, and with
+//! descriptors that change.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,30 +20,30 @@ use sockpolicy_integration_tests::{
 use super::backends;
 use crate::{stderr, stdout};
 
-/// Audits a command; gives the numbers on each line that it said, and the report.
+/// Audits a command. Returns the numbers on each line of its output, and the report.
 fn audited(backend: &str, command: &[&str]) -> (Vec<Vec<u64>>, Report) {
-    let folder = PolicyFile::new("");
-    let report = folder.folder().join("report").display().to_string();
+    let dir = PolicyFile::new("");
+    let report = dir.dir().join("report").display().to_string();
     let arguments = ["audit", "-o", "json", "--report", &report, "--audit-backend", backend, "--"];
     let output = Running::start(agent::command(&[&arguments, command].concat())).finish();
     assert!(output.status.success(), "{}", stderr(&output));
-    let said = stdout(&output);
-    let said = said.lines().map(|line| line.split(' ').map(|word| word.parse().unwrap()).collect()).collect();
-    (said, read_report(&report))
+    let printed = stdout(&output);
+    let printed = printed.lines().map(|line| line.split(' ').map(|word| word.parse().unwrap()).collect()).collect();
+    (printed, read_report(&report))
 }
 
 fn number(value: &serde_json::Value) -> u64 {
-    value.as_u64().unwrap_or_else(|| panic!("{value} is no number"))
+    value.as_u64().unwrap_or_else(|| panic!("{value} is not a number"))
 }
 
 #[test]
-fn calls_of_many_threads_are_each_their_own_and_none_is_lost_uncounted() {
+fn calls_of_many_threads_are_attributed_correctly_and_losses_are_counted() {
     const THREADS: u64 = 64;
     const CALLS: u64 = 200;
     const TOTAL: u64 = 2 * THREADS * CALLS;
     for backend in backends() {
-        let (said, report) = audited(backend, &[&workload(), "threads", &THREADS.to_string(), &CALLS.to_string()]);
-        let firsts: BTreeMap<u64, u64> = said.into_iter().map(|line| (line[0], line[1])).collect();
+        let (printed, report) = audited(backend, &[&workload(), "threads", &THREADS.to_string(), &CALLS.to_string()]);
+        let firsts: BTreeMap<u64, u64> = printed.into_iter().map(|line| (line[0], line[1])).collect();
         assert_eq!(firsts.len() as u64, 2 * THREADS);
         let mut last: BTreeMap<u64, u64> = BTreeMap::new();
         let mut cookies: BTreeMap<u64, BTreeSet<u64>> = BTreeMap::new();
@@ -51,7 +51,7 @@ fn calls_of_many_threads_are_each_their_own_and_none_is_lost_uncounted() {
             let thread = event.tid.unwrap().into();
             let (asked, first) = (number(&event.requested), firsts[&thread]);
             assert_eq!((&*event.option, event.result), ("SO_MARK", Some(0)), "{event:#?}");
-            assert!((first..first + CALLS).contains(&asked), "{backend}: thread {thread} did not ask for {asked}");
+            assert!((first..first + CALLS).contains(&asked), "{backend}: thread {thread} did not request {asked}");
             let before = last.insert(thread, asked);
             assert!(before.is_none_or(|before| before < asked), "thread {thread}: {asked} after {before:?}");
             let is_shared = (first >> 16) % 2 == 1;
@@ -59,10 +59,10 @@ fn calls_of_many_threads_are_each_their_own_and_none_is_lost_uncounted() {
                 Some(socket) => {
                     cookies.entry(if is_shared { 0 } else { thread }).or_default().insert(socket.cookie.unwrap());
                 }
-                // The program that is handed the socket was left out.
+                // The kernel skipped the program that gets the socket.
                 None => assert!(report.summary.losses["prog_missed"] > 0, "{event:#?}"),
             }
-            // On the shared socket another thread may have been faster.
+            // On the shared socket, another thread may have set a later value.
             assert!(is_shared || event.current == event.requested, "{event:#?}");
         }
         assert!(cookies.values().all(|cookies| cookies.len() == 1), "{cookies:?}");
@@ -72,7 +72,7 @@ fn calls_of_many_threads_are_each_their_own_and_none_is_lost_uncounted() {
     }
 }
 
-/// Every call has its event or is in the counts of what was lost.
+/// Checks that every call has an event or is counted as lost.
 #[track_caller]
 fn assert_accounted(backend: &str, report: &Report, calls: u64) {
     let losses = &report.summary.losses;
@@ -85,20 +85,20 @@ fn assert_accounted(backend: &str, report: &Report, calls: u64) {
     let tallied: u64 = report.summary.call_counts.iter().map(|line| line.count).sum();
     assert_eq!(tallied, events + ring_full, "{backend}: {losses:?}");
     assert!(report.summary.call_counts.iter().all(|line| line.failed == 0));
-    // A call is seen by several programs, each of which the kernel may leave out.
+    // Several programs see a call, and the kernel may have skipped each of them.
     let unseen = calls - tallied;
     let counted = calls_full + exit_missed + prog_missed;
-    assert!(unseen <= counted, "{backend}: {unseen} of {calls} calls not seen: {losses:?}");
+    assert!(unseen <= counted, "{backend}: {unseen} of {calls} calls unseen: {losses:?}");
     if prog_missed == 0 {
         assert_eq!(unseen, counted, "{backend}: {losses:?}");
     }
 }
 
 #[test]
-fn result_of_a_conflict_is_never_that_of_the_call_after_it() {
+fn conflict_never_has_the_result_of_the_next_call() {
     const TOTAL: u64 = 32 * 3000;
     let policy = PolicyFile::new("[[rule]]\non_conflict = \"deny\"\nlimit = { TCP_SYNCNT = { max = 9 } }\n");
-    let report = policy.folder().join("report").display().to_string();
+    let report = policy.dir().join("report").display().to_string();
     for backend in backends() {
         let arguments = ["-o", "json", "--report", &report, "--audit-backend", backend];
         let output = Running::exec(&arguments, &policy, &[&workload(), "pairs", "32", "3000", "20"]).finish();
@@ -106,46 +106,49 @@ fn result_of_a_conflict_is_never_that_of_the_call_after_it() {
         let report = read_report(&report);
         let calls = &report.setting("TCP_SYNCNT").calls;
         assert_eq!((calls.agreed, calls.verdicts()), (TOTAL, BTreeMap::from([("denied", TOTAL)])));
-        let told: BTreeSet<_> = report.events.iter().map(|event| (number(&event.requested), event.result)).collect();
-        // The kernel may leave out programs, so that no result is known; and then more than one call may have none.
-        assert!(told.contains(&(20, Some(-1))), "{backend}: {told:?}");
-        assert!(told.is_subset(&BTreeSet::from([(20, Some(-1)), (20, None)])), "{backend}: {told:?}");
+        let reported: BTreeSet<_> =
+            report.events.iter().map(|event| (number(&event.requested), event.result)).collect();
+        // The kernel may skip programs, so the result can be unknown, possibly for several calls.
+        assert!(reported.contains(&(20, Some(-1))), "{backend}: {reported:?}");
+        assert!(reported.is_subset(&BTreeSet::from([(20, Some(-1)), (20, None)])), "{backend}: {reported:?}");
     }
 }
 
 #[test]
-fn result_of_any_other_call_is_its_own_too() {
+fn every_other_call_has_its_own_result() {
     for backend in backends() {
-        // The kernel refuses what takes no byte.
+        // The kernel rejects values that do not fit into a byte.
         let (_, report) = audited(backend, &[&workload(), "pairs", "32", "500", "300"]);
-        let told: BTreeSet<_> = report.events.iter().map(|event| (number(&event.requested), event.result)).collect();
-        assert_eq!(told, BTreeSet::from([(5, Some(0)), (300, Some(-22))]), "{backend}");
+        let reported: BTreeSet<_> =
+            report.events.iter().map(|event| (number(&event.requested), event.result)).collect();
+        assert_eq!(reported, BTreeSet::from([(5, Some(0)), (300, Some(-22))]), "{backend}");
     }
 }
 
-/// What is known of who made a call, by the value that was asked for.
+/// Returns the caller of each call, by the requested value.
 fn callers(events: &[Event]) -> BTreeMap<u64, (u64, String, Option<String>)> {
     let caller = |event: &Event| (u64::from(event.pid.unwrap()), event.comm.clone().unwrap(), event.exe.clone());
     events.iter().map(|event| (number(&event.requested), caller(event))).collect()
 }
 
 #[test]
-fn calls_of_children_by_vfork_are_theirs_before_and_after_they_become_another_program() {
+fn calls_of_vfork_children_are_attributed_correctly_before_and_after_exec() {
     const CHILDREN: u64 = 40;
-    let folder = PolicyFile::new("");
-    let other = folder.folder().join("other");
+    let dir = PolicyFile::new("");
+    let other = dir.dir().join("other");
     fs::copy(workload(), &other).unwrap();
     let other = other.to_str().unwrap();
     for backend in backends() {
-        let (said, report) = audited(backend, &[&workload(), "vfork", other, &CHILDREN.to_string()]);
-        // The third of the values is that of the program. Most of the processes are gone before anybody reads of them.
+        let (printed, report) = audited(backend, &[&workload(), "vfork", other, &CHILDREN.to_string()]);
+        // A third of the values are from the executed program. Most processes have ended before their events are
+        // read.
         let workload = workload();
         let program = |value: u64| if value >> 17 == 1 { ("other", other) } else { ("workload", &*workload) };
         let caller = |pid, (comm, exe): (&str, &str)| (pid, comm.to_owned(), Some(exe.to_owned()));
-        let made: BTreeMap<_, _> = said.iter().map(|line| (line[1], caller(line[0], program(line[1])))).collect();
+        let made: BTreeMap<_, _> = printed.iter().map(|line| (line[1], caller(line[0], program(line[1])))).collect();
         assert_eq!(made.len() as u64, 3 * CHILDREN);
         for (value, caller) in callers(&report.events) {
-            assert_eq!(Some(&caller), made.get(&value), "{backend}: who asked for {value}");
+            assert_eq!(Some(&caller), made.get(&value), "{backend}: caller that requested {value}");
         }
         assert!(report.events.iter().all(|event| event.pid == event.tid));
         assert_accounted(backend, &report, 3 * CHILDREN);
@@ -153,33 +156,33 @@ fn calls_of_children_by_vfork_are_theirs_before_and_after_they_become_another_pr
 }
 
 #[test]
-fn program_has_the_path_that_it_was_started_by_from_the_root_of_its_mounts() {
-    let folder = PolicyFile::new("");
-    let folder = folder.folder().display().to_string();
+fn executable_has_the_path_in_the_mount_namespace_of_its_process() {
+    let dir = PolicyFile::new("");
+    let dir = dir.dir().display().to_string();
     let name = "n".repeat(200);
-    // As long as is told, and longer.
-    let long = format!("{folder}/long{}", format!("/{name}").repeat(4));
+    // A path of the greatest reported length, and a longer one.
+    let long = format!("{dir}/long{}", format!("/{name}").repeat(4));
     let longer = format!("{long}{}", format!("/{name}").repeat(2));
     fs::create_dir_all(&longer).unwrap();
     let script = format!(
         "set -e
-        cp {workload} {folder}/gone; cp {workload} {long}/there; cp {workload} {longer}/there
+        cp {workload} {dir}/gone; cp {workload} {long}/there; cp {workload} {longer}/there
         {workload} mark 1; {long}/there mark 2; {longer}/there mark 3
-        {folder}/gone mark 4; rm {folder}/gone
-        unshare --mount sh -c 'mount --bind {folder} /mnt; exec /mnt/long/{name}/{name}/{name}/{name}/there mark 5'",
+        {dir}/gone mark 4; rm {dir}/gone
+        unshare --mount sh -c 'mount --bind {dir} /mnt; exec /mnt/long/{name}/{name}/{name}/{name}/there mark 5'",
         workload = workload()
     );
     for backend in backends() {
-        let (said, report) = audited(backend, &["sh", "-c", &script]);
-        assert_eq!(said.len(), 5);
+        let (printed, report) = audited(backend, &["sh", "-c", &script]);
+        assert_eq!(printed.len(), 5);
         let exe: BTreeMap<_, _> =
             callers(&report.events).into_iter().map(|(value, (_, _, exe))| (value, exe)).collect();
-        let inside = long.replacen(&folder, "/mnt", 1);
+        let inside = long.replacen(&dir, "/mnt", 1);
         let expected = [
             (1, Some(workload())),
             (2, Some(format!("{long}/there"))),
             (3, None),
-            (4, Some(format!("{folder}/gone"))),
+            (4, Some(format!("{dir}/gone"))),
             (5, Some(format!("{inside}/there"))),
         ];
         assert_eq!(exe, BTreeMap::from(expected), "{backend}");
@@ -189,12 +192,12 @@ fn program_has_the_path_that_it_was_started_by_from_the_root_of_its_mounts() {
 }
 
 #[test]
-fn socket_of_a_call_is_never_that_which_the_descriptor_stood_for_at_another_time() {
-    // Tracepoints find the socket by its descriptor, and another may have stood there in between.
+fn event_never_has_the_socket_that_a_descriptor_had_at_another_time() {
+    // Tracepoints find the socket by its descriptor, which may have changed in between.
     require!("kprobe");
     for backend in backends().filter(|backend| *backend != "tracepoint") {
-        let (said, report) = audited(backend, &[&workload(), "race", "4000"]);
-        for line in said {
+        let (printed, report) = audited(backend, &[&workload(), "race", "4000"]);
+        for line in printed {
             let [level, succeeded, failed] = line[..] else { panic!("{line:?}") };
             let events: Vec<_> = report.events.iter().filter(|event| event.level as u64 == level).collect();
             let is_ok = |event: &&&Event| event.result == Some(0);
@@ -213,7 +216,7 @@ fn socket_of_a_call_is_never_that_which_the_descriptor_stood_for_at_another_time
 }
 
 #[test]
-fn invented_options_displace_no_count() {
+fn invented_options_displace_no_counter() {
     const INVENTED: i32 = 1500;
     let policy = PolicyFile::new("[audit]\ncalls = \"all\"\nreads = true\n[[rule]]\ndeny = [\"6:30001\"]\n");
     for backend in backends() {

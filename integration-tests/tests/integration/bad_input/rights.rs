@@ -1,4 +1,4 @@
-//! Without the rights that it takes.
+//! Commands without the required capabilities.
 
 use std::{
     fs,
@@ -12,12 +12,12 @@ use sockpolicy_integration_tests::{
     agent,
     bpffs::Instance,
     cgroup::Cgroup,
-    foreign::attached,
+    foreign_program::count_attached,
     kernels::Kernel,
     options::SO_MARK,
     policy::{PolicyFile, sets_mark},
     probe::Probe,
-    process::{self, Running, exec, with_mounts},
+    process::{self, Running, exec, in_mount_namespace},
     script::{Family, Kind},
     wait,
 };
@@ -25,7 +25,7 @@ use sockpolicy_integration_tests::{
 use super::{MARK, fails, policy, run_on};
 use crate::{stderr, stdout};
 
-/// Runs a command with fewer capabilities, as setpriv writes them: `-bpf`, or `-all,+bpf`.
+/// Runs a command with fewer capabilities, in the format of setpriv: `-bpf`, or `-all,+bpf`.
 pub(crate) fn with_capabilities(change: &str, command: &Command) -> Command {
     let mut setpriv = Command::new("setpriv");
     setpriv.args(["--bounding-set", change, "--inh-caps=-all", "--"]);
@@ -34,7 +34,7 @@ pub(crate) fn with_capabilities(change: &str, command: &Command) -> Command {
 }
 
 #[test]
-fn capabilities_that_are_missing_are_named() {
+fn missing_capabilities_are_named() {
     let policy = policy();
     let target = Cgroup::new();
     let path = target.path().display().to_string();
@@ -53,19 +53,19 @@ fn capabilities_that_are_missing_are_named() {
         fails(with_capabilities(change, &run_on(&path, &policy)), 2, &error);
         fails(with_capabilities(change, &agent::command(&["doctor"])), 2, &error);
     }
-    assert_eq!(attached(&target), 0);
+    assert_eq!(count_attached(&target), 0);
 }
 
-/// That the memory for the programs was not to be had, and what to do about it.
+/// Asserts the error for memory that programs could not get, with its help.
 fn assert_out_of_memory(output: &Output) {
-    let said = stderr(output);
-    assert!(said.contains("error: cannot prepare the BPF programs: map error: failed to create map"), "{said}");
-    assert!(said.contains("help: kernels before 5.11 count this as locked memory"), "{said}");
+    let printed = stderr(output);
+    assert!(printed.contains("error: cannot prepare the BPF programs: map error: failed to create map"), "{printed}");
+    assert!(printed.contains("help: kernels before 5.11 count this as locked memory"), "{printed}");
     assert_eq!((stdout(output).as_str(), output.status.code()), ("", Some(125)));
 }
 
 #[test]
-fn capabilities_that_others_stand_in_for_may_be_missing() {
+fn capabilities_that_others_imply_may_be_missing() {
     let policy = policy();
     for change in ["-bpf,-perfmon", "-sys_resource,-sys_ptrace,-dac_override"] {
         let output = process::output(with_capabilities(change, &exec(&["--quiet"], &policy, &["echo", MARK])));
@@ -78,7 +78,7 @@ fn capabilities_that_others_stand_in_for_may_be_missing() {
 }
 
 #[test]
-fn three_capabilities_are_enough_where_calls_can_be_seen() {
+fn three_capabilities_are_enough_if_the_audit_can_see_calls() {
     let policy = policy();
     let three = "-all,+bpf,+net_admin,+perfmon";
     let output = process::output(with_capabilities(three, &exec(&["--quiet"], &policy, &["echo", MARK])));
@@ -87,38 +87,38 @@ fn three_capabilities_are_enough_where_calls_can_be_seen() {
     }
     let paranoid: i32 = fs::read_to_string("/proc/sys/kernel/perf_event_paranoid").unwrap().trim().parse().unwrap();
     let help = if Kernel::current().has("fentry") {
-        // That asks for no more.
+        // fentry needs no other capability.
         None
     } else if paranoid > 2 {
         Some("unless sysctl kernel.perf_event_paranoid is 2 or less")
     } else if !Path::new("/sys/kernel/tracing/events").exists() {
-        // tracefs would have to be mounted, which takes a fourth.
+        // tracefs would have to be mounted, which needs CAP_SYS_ADMIN.
         Some("mount -t tracefs tracefs /sys/kernel/tracing")
     } else {
         None
     };
-    let said = stderr(&output);
+    let printed = stderr(&output);
     if let Some(help) = help {
-        assert!(said.starts_with("error: cannot attach the audit: "), "{said}");
-        assert!(said.contains(help), "{said}");
+        assert!(printed.starts_with("error: cannot attach the audit: "), "{printed}");
+        assert!(printed.contains(help), "{printed}");
         assert_eq!((stdout(&output).as_str(), output.status.code()), ("", Some(125)));
     } else {
-        assert_eq!((stdout(&output), output.status.code()), (format!("{MARK}\n"), Some(0)), "{said}");
+        assert_eq!((stdout(&output), output.status.code()), (format!("{MARK}\n"), Some(0)), "{printed}");
     }
     let arguments = ["--quiet", "--audit-backend", "none"];
     let output = process::output(with_capabilities(three, &exec(&arguments, &policy, &["echo", MARK])));
     assert_eq!((stdout(&output), output.status.code()), (format!("{MARK}\n"), Some(0)), "{}", stderr(&output));
 }
 
-/// What the README says that `run`, `attach`, `exec` and `audit` need, as root without all else.
+/// The capabilities that the README lists for `run`, `attach`, `exec` and `audit`, as root without any other.
 const DOCUMENTED: &str = "-all,+bpf,+net_admin,+perfmon,+dac_override";
-/// A tracefs, where the kernel has one and it is not mounted: to mount it would take another capability.
+/// Mounts tracefs if the kernel has it and it is not mounted, since mounting needs another capability.
 const WITH_TRACEFS: &str = "{ test -d /sys/kernel/tracing/events || mount -t tracefs none /sys/kernel/tracing; }";
 
 #[test]
 fn documented_capabilities_are_enough_for_each_command() {
     if !Kernel::current().has("memcg") {
-        // Kernels before 5.11 want CAP_SYS_RESOURCE too, as the README says.
+        // Kernels before 5.11 also need CAP_SYS_RESOURCE, as the README says.
         return documented_capabilities_with(&format!("{DOCUMENTED},+sys_resource"));
     }
     documented_capabilities_with(DOCUMENTED);
@@ -129,7 +129,7 @@ fn documented_capabilities_with(rights: &str) {
     let policy = PolicyFile::new(sets_mark(&target, 1));
     let path = policy.path().to_str().unwrap();
     let as_documented = |more: &str, arguments: &[&str]| {
-        process::output(with_mounts(
+        process::output(in_mount_namespace(
             WITH_TRACEFS,
             &with_capabilities(&format!("{rights}{more}"), &agent::command(arguments)),
         ))
@@ -142,22 +142,22 @@ fn documented_capabilities_with(rights: &str) {
     succeeds(&as_documented("", &["audit", "--quiet", "--", "true"]));
     let attach = as_documented("", &["attach", agent::ALLOW_UNSUPPORTED, "--instance", &instance.name, path]);
     succeeds(&attach);
-    assert_eq!(Probe::start(&target).fresh(SO_MARK), 1);
+    assert_eq!(Probe::start(&target).value_on_new_socket(SO_MARK), 1);
     let status = as_documented("", &["status", &instance.name]);
-    let said = stdout(&status);
+    let printed = stdout(&status);
     assert!(
-        said.contains("cannot be told: cannot open map sp_config of the policies in force: operation not permitted"),
-        "{said}"
+        printed.contains("cannot be told: cannot open map sp_config of the policies in force: operation not permitted"),
+        "{printed}"
     );
-    assert!(said.contains("  help: run sockpolicy as root, or give it CAP_SYS_ADMIN\n"), "{said}");
-    assert_eq!(status.status.code(), Some(2), "{said}");
+    assert!(printed.contains("  help: run sockpolicy as root, or give it CAP_SYS_ADMIN\n"), "{printed}");
+    assert_eq!(status.status.code(), Some(2), "{printed}");
     let status = as_documented(",+sys_admin", &["status", &instance.name]);
     succeeds(&status);
     assert!(stdout(&status).contains("(enforced)"), "{}", stdout(&status));
     succeeds(&as_documented("", &["detach", &instance.name]));
-    assert_eq!(attached(&target), 0);
+    assert_eq!(count_attached(&target), 0);
     let mut probe = Probe::start(&target);
-    probe.become_nobody();
+    probe.drop_privileges();
     let socket = probe.open(Family::Inet, Kind::Udp);
     for (command, shown) in [("verify", "drifted: 1"), ("apply", "changed: 1"), ("verify", "no drift")] {
         let output = as_documented(",+sys_ptrace,+sys_admin", &[command, path]);
@@ -166,18 +166,18 @@ fn documented_capabilities_with(rights: &str) {
     assert_eq!(probe.int(socket, SO_MARK), 1);
     let mut run = with_capabilities(rights, &agent::command(&["run", agent::ALLOW_UNSUPPORTED, path]));
     run.env("SOCKPOLICY_LOG", "info");
-    let run = Running::start(with_mounts(&format!("export SOCKPOLICY_LOG=info; {WITH_TRACEFS}"), &run));
-    let is_in_force = wait::until(wait::PATIENCE, || run.stderr().contains("in force on"));
+    let run = Running::start(in_mount_namespace(&format!("export SOCKPOLICY_LOG=info; {WITH_TRACEFS}"), &run));
+    let is_in_force = wait::until(wait::TIMEOUT, || run.stderr().contains("in force on"));
     assert!(is_in_force && !run.stderr().contains("warning"), "{}", run.stderr());
-    assert_eq!(Probe::start(&target).fresh(SO_MARK), 1);
+    assert_eq!(Probe::start(&target).value_on_new_socket(SO_MARK), 1);
     run.signal(Signal::SIGTERM);
     assert!(run.finish().status.success());
 }
 
 #[test]
-fn another_user_with_capabilities_is_told_what_cannot_be_read() {
+fn other_user_with_capabilities_gets_an_error_for_unreadable_files() {
     let policy = policy();
-    let copy = policy.folder().join("sockpolicy");
+    let copy = policy.dir().join("sockpolicy");
     fs::copy(agent::program(), &copy).unwrap();
     fs::set_permissions(&copy, fs::Permissions::from_mode(0o755)).unwrap();
     let as_nobody = |arguments: &[&str]| {
@@ -189,29 +189,29 @@ fn another_user_with_capabilities_is_told_what_cannot_be_read() {
             "--",
         ]);
         command.arg(&copy).args(arguments);
-        process::output(with_mounts(&format!("mkdir -pm 700 /run/sockpolicy; {WITH_TRACEFS}"), &command))
+        process::output(in_mount_namespace(&format!("mkdir -pm 700 /run/sockpolicy; {WITH_TRACEFS}"), &command))
     };
     let output = as_nobody(&["status"]);
-    let said = stderr(&output);
+    let printed = stderr(&output);
     assert!(
-        said.starts_with("error: cannot tell what is in force on this host: /run/sockpolicy: Permission denied"),
-        "{said}"
+        printed.starts_with("error: cannot tell what is in force on this host: /run/sockpolicy: Permission denied"),
+        "{printed}"
     );
-    assert_eq!((stdout(&output).as_str(), output.status.code()), ("", Some(2)), "{said}");
-    assert!(said.contains("\n  help: run it as root"), "{said}");
+    assert_eq!((stdout(&output).as_str(), output.status.code()), ("", Some(2)), "{printed}");
+    assert!(printed.contains("\n  help: run it as root"), "{printed}");
     if !Kernel::current().has("fentry") && !Kernel::current().has("kprobe") && Kernel::current().has("memcg") {
         let output = as_nobody(&["run", "--cgroup", &Cgroup::new().name(), policy.path().to_str().unwrap()]);
-        let said = stderr(&output);
-        assert!(said.contains("tracefs cannot be read without root or CAP_DAC_READ_SEARCH"), "{said}");
-        assert_eq!(output.status.code(), Some(2), "{said}");
+        let printed = stderr(&output);
+        assert!(printed.contains("tracefs cannot be read without root or CAP_DAC_READ_SEARCH"), "{printed}");
+        assert_eq!(output.status.code(), Some(2), "{printed}");
     }
 }
 
 #[test]
-fn nobody_may_check_and_nothing_else() {
+fn unprivileged_user_can_only_check() {
     let policy = policy();
-    // Where everybody can reach it.
-    let copy = policy.folder().join("sockpolicy");
+    // A directory that every user can reach.
+    let copy = policy.dir().join("sockpolicy");
     fs::copy(agent::program(), &copy).unwrap();
     let path = policy.path().to_str().unwrap();
     let as_nobody = |arguments: &[&str]| {
@@ -228,8 +228,8 @@ fn nobody_may_check_and_nothing_else() {
 
     fs::set_permissions(policy.path(), fs::Permissions::from_mode(0o600)).unwrap();
     let output = process::output(as_nobody(&["exec", path, "--", "echo", MARK]));
-    let said = stderr(&output);
-    assert!(said.starts_with(&format!("error: cannot read {path}: permission denied\n")), "{said}");
-    assert!(said.contains("= help: "), "{said}");
+    let printed = stderr(&output);
+    assert!(printed.starts_with(&format!("error: cannot read {path}: permission denied\n")), "{printed}");
+    assert!(printed.contains("= help: "), "{printed}");
     assert_eq!((stdout(&output).as_str(), output.status.code()), ("", Some(125)));
 }

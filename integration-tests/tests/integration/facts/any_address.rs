@@ -1,4 +1,4 @@
-//! A connect to an any-address is about the address that the kernel connects to.
+//! For a connect to an unspecified address, rules match the address that the kernel connects to.
 
 use std::net::SocketAddr;
 
@@ -11,7 +11,7 @@ use sockpolicy_integration_tests::{
     script::{Family, Fd, Kind},
 };
 
-/// A mark for each address that a socket here may have as its peer.
+/// A mark for each address that a peer can have here.
 const MARKS: [(&str, i32); 4] = [("127.0.0.1", 1), ("127.0.0.5", 5), ("127.0.0.6", 6), ("::1", 61)];
 
 fn policy() -> PolicyFile {
@@ -23,13 +23,13 @@ fn policy() -> PolicyFile {
     PolicyFile::new(MARKS.map(rule).concat())
 }
 
-/// What the peer of a socket asks for, by the kernel's word.
+/// Returns the mark for the peer of a socket, which the kernel reports.
 fn wanted(probe: &mut Probe, fd: Fd) -> i32 {
     let peer = probe.peer_address(fd).ip().to_canonical().to_string();
     MARKS.iter().find(|(address, _)| *address == peer).map_or(0, |(_, mark)| *mark)
 }
 
-/// Family of the socket, address to bind to, address to connect to.
+/// The family of the socket, the address to bind to, and the address to connect to.
 const CONNECTS: [(Family, &str, &str); 13] = [
     (Family::Inet, "", "0.0.0.0"),
     (Family::Inet, "0.0.0.0", "0.0.0.0"),
@@ -51,7 +51,7 @@ fn at(address: &str, port: u16) -> SocketAddr {
 }
 
 #[test]
-fn any_address_is_the_one_that_the_kernel_connects_to() {
+fn unspecified_address_matches_as_the_address_that_the_kernel_connects_to() {
     require!("cgroup/bind4");
     let mut exec = Exec::start(&policy());
     let probe = &mut exec.probe;
@@ -75,9 +75,9 @@ fn any_address_is_the_one_that_the_kernel_connects_to() {
     exec.finish().assert_nothing_lost();
 }
 
-/// The kernel takes an address of the device. Programs learn it with the SYN; of a datagram socket never.
+/// The kernel uses an address of the device. Programs learn it with the SYN, but never for a datagram socket.
 #[test]
-fn any_address_with_a_device_is_not_guessed() {
+fn unspecified_address_on_a_bound_device_is_not_guessed() {
     require!("cgroup/bind4");
     let mut exec = Exec::start(&policy());
     let probe = &mut exec.probe;
@@ -99,9 +99,10 @@ fn any_address_with_a_device_is_not_guessed() {
     drop(exec.finish());
 }
 
-/// A second connect of a datagram socket to an any-address is one to its own address, which the first connect chose.
+/// A second connect of a datagram socket to an unspecified address connects to its own address, which the first
+/// connect chose.
 #[test]
-fn any_address_of_a_connected_datagram_socket_is_its_own() {
+fn unspecified_address_of_a_connected_datagram_socket_is_its_own() {
     require!("cgroup/bind4");
     let mut exec = Exec::start(&policy());
     let probe = &mut exec.probe;
@@ -120,9 +121,9 @@ fn any_address_of_a_connected_datagram_socket_is_its_own() {
     drop(exec.finish());
 }
 
-/// It goes to this host: a rule about what leaves the host is not for it.
+/// An unspecified address leads to this host, so a rule for traffic that leaves the host does not match.
 #[test]
-fn rule_with_an_exception_for_loopback_is_not_for_any_addresses() {
+fn rule_with_an_exception_for_loopback_does_not_match_unspecified_addresses() {
     let policy = PolicyFile::new(
         "[[rule]]\nmatch = { direction = \"outbound\", not_remote = [\"127.0.0.0/8\", \"::1/128\"] }\n\
          set = { SO_KEEPALIVE = true }\nlimit = { SO_SNDBUF = { max = \"32KiB\" } }\n",

@@ -1,4 +1,4 @@
-//! What an application asks for before it is known which rules match its socket.
+//! Calls that an application makes before it is known which rules match its socket.
 
 use nix::errno::Errno;
 use sockpolicy_integration_tests::{
@@ -13,7 +13,7 @@ use sockpolicy_integration_tests::{
 };
 
 #[test]
-fn limit_holds_for_what_was_asked_for_before_listen() {
+fn limit_applies_to_values_set_before_listen() {
     require!("TCP_NODELAY");
     let policy = PolicyFile::new(
         "[[rule]]\nname = \"in\"\nmatch = { direction = \"inbound\" }\n\
@@ -44,7 +44,7 @@ fn limit_holds_for_what_was_asked_for_before_listen() {
             assert_eq!(probe.text(fd, TCP_CONGESTION), congestion, "{family:?}");
             assert_eq!(probe.set(fd, TCP_NODELAY, 1), Err(Errno::EPERM));
         }
-        // The rule is not about the client.
+        // The rule does not match the client.
         let got = [SO_SNDBUF, SO_RCVBUF, TCP_KEEPIDLE, TCP_NODELAY].map(|option| probe.int(client, option));
         assert_eq!(got, [200_000, 200_000, 5, 1], "{family:?}");
         assert_eq!(probe.text(client, TCP_CONGESTION), "reno");
@@ -55,7 +55,7 @@ fn limit_holds_for_what_was_asked_for_before_listen() {
 }
 
 #[test]
-fn limit_holds_for_what_was_asked_for_before_connect() {
+fn limit_applies_to_values_set_before_connect() {
     require!("TCP_NODELAY");
     let policy = PolicyFile::new(
         "[[rule]]\nmatch = { remote = [\"127.1.0.0/16\"] }\n\
@@ -84,10 +84,10 @@ fn limit_holds_for_what_was_asked_for_before_connect() {
     drop(exec.finish());
 }
 
-/// The kernel chooses the local end of a datagram socket that connects without one after the last hook: a rule that may match it
-/// holds then, and not before.
+/// For an unbound datagram socket, the kernel chooses the local address after the last hook of connect. A rule that
+/// may match this address applies at connect, and not before.
 #[test]
-fn limit_about_a_local_end_that_no_hook_is_told_holds() {
+fn limit_for_a_local_address_that_no_hook_sees_applies_at_connect() {
     require!("TCP_NODELAY");
     let policy = PolicyFile::new(
         "[[rule]]\nmatch = { local_port = \"1024-65535\" }\nlimit = { SO_SNDBUF = { max = \"8KiB\" } }\n\
@@ -104,11 +104,11 @@ fn limit_about_a_local_end_that_no_hook_is_told_holds() {
         probe.set(fd, SO_SNDBUF, 100_000).unwrap();
         probe.set(fd, SO_PRIORITY, 5).unwrap();
         probe.set(fd, SO_KEEPALIVE, 1).unwrap();
-        assert_eq!(options.map(|option| probe.int(fd, option)), [200_000, 5, 1], "it may yet have another address");
+        assert_eq!(options.map(|option| probe.int(fd, option)), [200_000, 5, 1], "it may still get another address");
         probe.connect(fd, there);
         assert_eq!(options.map(|option| probe.int(fd, option)), [16384, 2, 0], "{family:?}");
     }
-    // Where the local end is known, so is that the rule does not match.
+    // If the local address is known, it is also known that the rule does not match.
     let fd = probe.open(Family::Inet, Kind::Udp);
     probe.set(fd, SO_SNDBUF, 100_000).unwrap();
     probe.bind(fd, "0.0.0.0:999".parse().unwrap());
@@ -117,9 +117,9 @@ fn limit_about_a_local_end_that_no_hook_is_told_holds() {
     exec.finish().assert_nothing_lost();
 }
 
-/// Nobody chose the defaults: a limit is not about them.
+/// The application has not set the defaults, so a limit does not apply to them.
 #[test]
-fn limit_leaves_what_nobody_asked_for() {
+fn limit_does_not_change_defaults() {
     let policy = PolicyFile::new(
         "[[rule]]\nmatch = { direction = \"inbound\" }\nlimit = { SO_RCVBUF = { max = \"4KiB\" }, TCP_KEEPCNT = { max = 2 } }\n",
     );
@@ -133,9 +133,10 @@ fn limit_leaves_what_nobody_asked_for() {
     assert_eq!(exec.finish().summary.conflicts, 0);
 }
 
-/// What programs cannot set or read they cannot correct: a rule that may yet match holds at the call.
+/// Programs cannot correct an option that they cannot set or read. A rule that may still match therefore applies to
+/// the call.
 #[test]
-fn what_cannot_be_corrected_is_held_against_rules_that_may_yet_match() {
+fn rules_that_may_match_apply_to_calls_that_cannot_be_corrected_later() {
     require!("cgroup/bind4");
     let policy = PolicyFile::new(
         "[[rule]]\nmatch = { direction = \"outbound\" }\nlimit = { IP_TTL = { max = 8 } }\ndeny = [\"TCP_MAXSEG\"]\n",
@@ -149,7 +150,7 @@ fn what_cannot_be_corrected_is_held_against_rules_that_may_yet_match() {
     }
     let (listener, _) = probe.listener(Family::Inet, Kind::Tcp);
     probe.set(listener, IP_TTL, 200).unwrap();
-    assert_eq!(probe.int(listener, IP_TTL), 200, "it is known not to be outbound");
+    assert_eq!(probe.int(listener, IP_TTL), 200, "the listener is known not to be outbound");
     assert_eq!(probe.set(listener, TCP_MAXSEG, 600), Ok(()));
     let client = probe.open(Family::Inet, Kind::Tcp);
     assert_eq!(probe.set(client, TCP_MAXSEG, 600), Err(Errno::EPERM));

@@ -1,4 +1,4 @@
-//! A device that the policy wants, and that the kernel or the application takes from the socket.
+//! A device that the policy sets, and that the kernel or the application removes from the socket.
 
 use std::{net::SocketAddr, process::Command};
 
@@ -10,7 +10,8 @@ use sockpolicy_integration_tests::{
     script::{Family, Kind},
 };
 
-/// Makes two devices with link-local addresses in the probe's network namespace; gives the index and the address of the second.
+/// Creates two devices with link-local addresses in the probe's network namespace. Returns the index and the address
+/// of the second one.
 fn make_devices(pid: u32) -> (u32, String) {
     let inside = |arguments: &[&str]| {
         let output = Command::new("nsenter").args(["-t", &pid.to_string(), "-n"]).args(arguments).output().unwrap();
@@ -35,7 +36,7 @@ fn at(address: &str, port: u16, device: u32) -> SocketAddr {
 }
 
 #[test]
-fn device_of_a_link_local_address_does_not_count_as_the_policys() {
+fn device_of_a_link_local_address_does_not_count_as_set_by_the_policy() {
     require!("cgroup/bind4");
     for nobody in [false, true] {
         let policy = PolicyFile::new("[[rule]]\nset = { SO_BINDTODEVICE = \"blue\" }\n");
@@ -43,7 +44,7 @@ fn device_of_a_link_local_address_does_not_count_as_the_policys() {
         let (red, address) = make_devices(exec.probe.pid);
         let probe = &mut exec.probe;
         if nobody {
-            probe.become_nobody();
+            probe.drop_privileges();
         }
         let listener = probe.open(Family::Inet6, Kind::Tcp);
         probe.bind(listener, at(&address, 0, red));
@@ -54,7 +55,7 @@ fn device_of_a_link_local_address_does_not_count_as_the_policys() {
         let devices = [listener, sender].map(|fd| probe.text(fd, SO_BINDTODEVICE));
         let report = exec.finish();
         let counted = &report.setting("SO_BINDTODEVICE").sockets;
-        // Only who may use raw sockets may change the device of a socket that has one, and programs act with the caller's rights.
+        // Changing the device of a bound socket needs CAP_NET_RAW, and programs act with the rights of the caller.
         if nobody {
             assert_eq!(devices, ["red", "red"]);
             assert_eq!((counted.set, counted.failed), (0, 2));
@@ -64,15 +65,15 @@ fn device_of_a_link_local_address_does_not_count_as_the_policys() {
     }
 }
 
-/// connect(AF_UNSPEC) takes the device from a datagram socket, for everybody.
+/// connect(2) with AF_UNSPEC removes the device from a datagram socket, whatever the caller's rights.
 #[test]
-fn device_that_was_disconnected_is_set_again() {
+fn device_removed_by_disconnect_is_set_again() {
     require!("cgroup/sendmsg4");
     for option in ["SO_BINDTODEVICE = \"lo\"", "SO_BINDTOIFINDEX = 1"] {
         let policy = PolicyFile::new(format!("[[rule]]\nset = {{ {option} }}\n"));
         let mut exec = Exec::start(&policy);
         let probe = &mut exec.probe;
-        probe.become_nobody();
+        probe.drop_privileges();
         for (family, to) in [(Family::Inet, "127.0.0.1:9"), (Family::Inet6, "[::1]:9")] {
             let to: SocketAddr = to.parse().unwrap();
             let fd = probe.open(family, Kind::Udp);
@@ -80,7 +81,7 @@ fn device_that_was_disconnected_is_set_again() {
             for again in ["connect", "send", "bind"] {
                 assert_eq!(probe.text(fd, SO_BINDTODEVICE), "lo", "{family:?} {option}");
                 probe.disconnect(fd);
-                assert_eq!(probe.text(fd, SO_BINDTODEVICE), "", "the kernel took it");
+                assert_eq!(probe.text(fd, SO_BINDTODEVICE), "", "the kernel removed the device");
                 match again {
                     "connect" => probe.connect(fd, to),
                     "send" => probe.send(fd, Some(to)),

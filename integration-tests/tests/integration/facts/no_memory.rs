@@ -1,4 +1,5 @@
-//! Policies hold where the kernel grants sockets no memory for storage (`net.core.optmem_max` of a network namespace).
+//! Policies are enforced on sockets for which the kernel grants no storage memory (`net.core.optmem_max` of a network
+//! namespace).
 
 use nix::errno::Errno;
 use sockpolicy_integration_tests::{
@@ -14,7 +15,8 @@ use sockpolicy_integration_tests::{
 
 const OPTMEM: &str = "/proc/sys/net/core/optmem_max";
 
-/// Whether a network namespace has a limit of its own (6.8 and later), which a test can set. Where it has none, nor can a tenant.
+/// Returns whether a network namespace has its own limit (6.8 and later), which a test can set. If it has none, a
+/// tenant cannot set one either.
 fn has_limit(probe: &mut Probe) -> bool {
     let has = probe.try_write(OPTMEM, "131072").is_ok();
     if !has {
@@ -24,7 +26,7 @@ fn has_limit(probe: &mut Probe) -> bool {
 }
 
 #[test]
-fn rules_hold_on_sockets_without_storage() {
+fn rules_are_enforced_on_sockets_without_storage() {
     require!("TCP_NODELAY");
     let policy = PolicyFile::new(
         "[[rule]]\nname = \"out\"\nmatch = { direction = \"outbound\" }\nset = { TCP_KEEPIDLE = \"60s\" }\n\
@@ -62,7 +64,7 @@ fn rules_hold_on_sockets_without_storage() {
     }
     let raw = probe.open(Family::Inet, Kind::Raw);
     assert_eq!(probe.int(raw, SO_MARK), 0x20);
-    // What was asked for before the direction is known cannot be corrected there.
+    // Calls made before the direction is known cannot be corrected without storage.
     let client = probe.open(Family::Inet, Kind::Tcp);
     probe.set(client, SO_SNDBUF, 1 << 20).unwrap();
     assert_eq!(probe.int(client, SO_SNDBUF), 65536);
@@ -70,13 +72,13 @@ fn rules_hold_on_sockets_without_storage() {
     assert_eq!(probe.int(client, IP_TTL), 9);
     let report = exec.finish();
     let lost = report.summary.losses.get("no_storage").copied().unwrap_or(0);
-    assert!(lost > 0, "the report tells that sockets had no storage");
+    assert!(lost > 0, "the report counts sockets without storage");
     let (out, all) = (report.setting_of("out", "TCP_KEEPIDLE"), report.setting_of("all", "SO_MARK"));
     assert_eq!((out.sockets.set, all.sockets.failed), (4, 0));
 }
 
 #[test]
-fn peers_are_told_apart_without_storage() {
+fn peers_are_distinguished_without_storage() {
     require!("TCP_NODELAY");
     let policy = PolicyFile::new("[[rule]]\nmatch = { remote = \"127.1.0.1\" }\nset = { SO_MARK = 5 }\n");
     let mut exec = Exec::start(&policy);
@@ -94,9 +96,9 @@ fn peers_are_told_apart_without_storage() {
     drop(exec.finish());
 }
 
-/// A listener whose notes stand in its storage, and no memory for those of what it accepts.
+/// The notes of the listener are in its storage, and there is no memory for the notes of accepted sockets.
 #[test]
-fn connection_is_accepted_where_there_is_no_memory_any_more() {
+fn connection_is_accepted_without_memory_for_its_notes() {
     let policy = PolicyFile::new("[[rule]]\nset = { TCP_KEEPCNT = 4, TCP_KEEPIDLE = \"60s\" }\n");
     let mut exec = Exec::start(&policy);
     let probe = &mut exec.probe;
@@ -109,14 +111,14 @@ fn connection_is_accepted_where_there_is_no_memory_any_more() {
         let client = probe.open(Family::Inet, Kind::Tcp);
         probe.connect(client, address);
         let server = probe.accept(listener);
-        probe.talk(client, server);
+        probe.exchange_bytes(client, server);
         assert_eq!([client, server].map(|fd| probe.int(fd, TCP_KEEPCNT)), [4, 4]);
     }
     drop(exec.finish());
 }
 
 #[test]
-fn deepest_target_decides_without_storage() {
+fn innermost_target_decides_without_storage() {
     let target = Cgroup::new();
     let inner = target.child("inner");
     let text = |name: &str, cgroup: &Cgroup, rule: &str| {
@@ -124,7 +126,7 @@ fn deepest_target_decides_without_storage() {
     };
     let policies = PolicyFile::new(text("outer", &target, "set = { SO_MARK = 1, TCP_KEEPCNT = 11 }"));
     policies.add("inner.toml", text("inner", &inner, "set = { SO_MARK = 2 }\ndeny = [\"TCP_QUICKACK\"]"));
-    let run = Run::of(policies.folder(), &[]);
+    let run = Run::on_path(policies.dir(), &[]);
     let mut probe = Probe::start(&inner);
     if !has_limit(&mut probe) {
         return;

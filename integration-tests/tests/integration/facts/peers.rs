@@ -1,4 +1,4 @@
-//! An option that no rule sets any more, because the peer is another one, returns to what it had.
+//! If the peer changes and no rule sets an option any more, the option gets its former value again.
 
 use std::net::SocketAddr;
 
@@ -28,7 +28,7 @@ fn values(probe: &mut Probe, fd: Fd, options: &[SocketOption]) -> Vec<i32> {
 }
 
 #[test]
-fn datagram_socket_has_of_each_peer_what_its_rules_say() {
+fn datagram_socket_has_the_values_for_its_current_peer() {
     require!("TCP_NODELAY");
     let policy = PolicyFile::new(
         "[[rule]]\nmatch = { remote = [\"127.1.0.0/16\"] }\n\
@@ -38,7 +38,7 @@ fn datagram_socket_has_of_each_peer_what_its_rules_say() {
     let probe = &mut exec.probe;
     let options = [SO_MARK, IP_TOS, SO_PRIORITY, SO_RCVLOWAT, SO_SNDBUF];
     let fd = probe.open(Family::Inet, Kind::Udp);
-    // What the application chose is what it had.
+    // The application's values are the former values.
     probe.set(fd, SO_PRIORITY, 3).unwrap();
     probe.set(fd, SO_MARK, 7).unwrap();
     let before = values(probe, fd, &options);
@@ -48,7 +48,7 @@ fn datagram_socket_has_of_each_peer_what_its_rules_say() {
         probe.connect(fd, address(B));
         assert_eq!(values(probe, fd, &options), before);
     }
-    // What it chooses meanwhile stays, and is what it has from then on.
+    // A value that the application sets between peers becomes the former value.
     probe.set(fd, SO_MARK, 8).unwrap();
     probe.connect(fd, address(A));
     probe.connect(fd, address(B));
@@ -59,7 +59,7 @@ fn datagram_socket_has_of_each_peer_what_its_rules_say() {
 }
 
 #[test]
-fn datagram_socket_without_its_peer_has_nothing_of_it() {
+fn disconnected_datagram_socket_has_no_values_for_its_former_peer() {
     require!("TCP_NODELAY");
     let policy = PolicyFile::new(
         "[[rule]]\nmatch = { remote_port = 9 }\nset = { SO_MARK = 0x20, IPV6_TCLASS = \"EF\", SO_RCVLOWAT = 9 }\n\
@@ -71,7 +71,7 @@ fn datagram_socket_without_its_peer_has_nothing_of_it() {
     let there = probe.bind(receiver, address("[::1]:0"));
     let options = [SO_MARK, IPV6_TCLASS, SO_RCVLOWAT];
     let fd = probe.open(Family::Inet6, Kind::Udp);
-    // Calls tell the programs of the socket too, and what they tell then is without a peer.
+    // Calls also run programs for the socket, which then see it without a peer.
     for (next, call) in [("connect", ""), ("send", ""), ("send", "read"), ("send", "set")] {
         probe.connect(fd, address("[::1]:9"));
         assert_eq!(values(probe, fd, &options), [0x20, 0xb8, 9]);
@@ -91,9 +91,9 @@ fn datagram_socket_without_its_peer_has_nothing_of_it() {
     drop(exec.finish());
 }
 
-/// A connection is refused, and the application tries another peer with the same socket.
+/// A connection is refused, and the application connects the same socket to another peer.
 #[test]
-fn tcp_socket_that_was_refused_has_nothing_of_that_peer() {
+fn tcp_socket_has_no_values_for_a_peer_that_refused_it() {
     require!("TCP_NODELAY");
     let policy = PolicyFile::new(
         "[[rule]]\nmatch = { remote = [\"127.1.0.0/16\"] }\n\
@@ -140,9 +140,9 @@ fn tcp_socket_that_was_refused_has_nothing_of_that_peer() {
     exec.finish().assert_nothing_lost();
 }
 
-/// A socket of both families is of one at a time.
+/// A dual-stack socket has one family at a time.
 #[test]
-fn datagram_socket_that_changes_its_family_has_nothing_of_the_other() {
+fn datagram_socket_that_changes_its_family_has_no_values_for_the_former_family() {
     require!("TCP_NODELAY");
     let policy = PolicyFile::new(
         "[[rule]]\nmatch = { family = \"ipv4\" }\nset = { SO_MARK = 4 }\n\
@@ -170,7 +170,7 @@ fn device_of_a_peer_is_not_kept_for_another() {
         probe.connect(fd, address(peer));
         assert_eq!(probe.text(fd, SO_BINDTODEVICE), device, "{peer}");
     }
-    // connect(AF_UNSPEC) takes the device from the socket.
+    // connect(2) with AF_UNSPEC removes the device from the socket.
     probe.disconnect(fd);
     assert_eq!(probe.text(fd, SO_BINDTODEVICE), "");
     probe.connect(fd, address(A));
@@ -178,9 +178,9 @@ fn device_of_a_peer_is_not_kept_for_another() {
     drop(exec.finish());
 }
 
-/// The rule lets the application win, and so what the application asked for is not the rule's to take back.
+/// The rule permits the application's value, so the rule does not restore the former value.
 #[test]
-fn what_the_application_won_stays() {
+fn allowed_value_of_the_application_stays_when_the_peer_changes() {
     require!("TCP_NODELAY");
     let policy = PolicyFile::new(
         "[[rule]]\nmatch = { remote = \"127.1.0.1\" }\nset = { SO_MARK = { value = 5, on_conflict = \"allow\" } }\n",
@@ -198,9 +198,9 @@ fn what_the_application_won_stays() {
     drop(exec.finish());
 }
 
-/// A dry run sets nothing, and so gives nothing back.
+/// A dry run sets no values, so it restores none.
 #[test]
-fn dry_run_changes_nothing_at_any_peer() {
+fn dry_run_changes_no_value_for_any_peer() {
     let policy = PolicyFile::new(
         "mode = \"dry-run\"\n[[rule]]\nmatch = { remote = \"127.1.0.1\" }\nset = { SO_MARK = 5 }\n\
          limit = { SO_SNDBUF = { max = \"4KiB\" } }\n",

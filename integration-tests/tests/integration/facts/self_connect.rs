@@ -1,4 +1,4 @@
-//! A socket that called connect is outbound, also when it is connected by a simultaneous open.
+//! A socket that called connect is outbound, even if a simultaneous open connects it.
 
 use nix::errno::Errno;
 use sockpolicy_integration_tests::{
@@ -23,7 +23,7 @@ deny = [\"TCP_CORK\"]
 ";
 
 #[test]
-fn socket_that_connects_to_itself_is_outbound_and_counts_once() {
+fn self_connected_socket_is_outbound_and_counted_once() {
     let mut exec = Exec::start(&PolicyFile::new(POLICY));
     let probe = &mut exec.probe;
     for family in Family::BOTH {
@@ -45,9 +45,9 @@ fn socket_that_connects_to_itself_is_outbound_and_counts_once() {
     report.assert_nothing_lost();
 }
 
-/// The application wins where the rule lets it, before the connection and after it.
+/// With `on_conflict = "allow"`, the application's value stays, before and after the connection.
 #[test]
-fn socket_that_connects_to_itself_keeps_its_notes() {
+fn self_connected_socket_keeps_its_notes() {
     let policy = PolicyFile::new(
         "[[rule]]\nmatch = { direction = \"outbound\" }\n\
          set = { TCP_KEEPCNT = { value = 3, on_conflict = \"allow\" } }\nlimit = { IP_TTL = { max = 9 } }\n",
@@ -66,13 +66,13 @@ fn socket_that_connects_to_itself_keeps_its_notes() {
     drop(exec.finish());
 }
 
-/// A listener that was a client before has sent a segment; what it accepts has not.
+/// A listener that was a client before has sent a segment, but the sockets that it accepts have not.
 #[test]
 fn accepted_socket_of_a_former_client_is_inbound() {
     let mut exec = Exec::start(&PolicyFile::new(POLICY));
     let probe = &mut exec.probe;
     for memory in ["131072", "0"] {
-        // Only some kernels have it in network namespaces.
+        // Only some kernels have this limit in network namespaces.
         let is_limited = probe.try_write("/proc/sys/net/core/optmem_max", memory).is_ok();
         let listener = probe.open(Family::Inet, Kind::Tcp);
         assert_eq!(probe.try_connect(listener, "127.0.0.9:1".parse().unwrap()), Err(Errno::ECONNREFUSED));

@@ -1,4 +1,4 @@
-//! Sockets that the kernel's hooks do not reach: what is set on them, and that everything says so.
+//! Sockets that the kernel's hooks do not reach: which options are set, and where that is reported.
 
 use serde_json::Value;
 use sockpolicy_integration_tests::{
@@ -12,13 +12,13 @@ use sockpolicy_integration_tests::{
 
 use crate::{stderr, stdout};
 
-/// Where the BPF LSM is active, a program may set all options when a socket is made.
+/// Returns whether the BPF LSM is active. Then a program can set all options when a socket is created.
 fn has_lsm() -> bool {
     Kernel::current().has("lsm_cgroup/socket_post_create")
 }
 
 #[test]
-fn raw_ping_and_udp_lite_sockets_have_what_this_kernel_can_set_when_they_are_made() {
+fn raw_ping_and_udp_lite_sockets_have_the_options_that_this_kernel_sets_at_creation() {
     require!("cgroup/sendmsg4");
     let policy = PolicyFile::new(
         "[[rule]]\nname = \"icmp\"\nmatch = { protocol = [\"icmp\", \"other\"] }\n\
@@ -50,18 +50,18 @@ fn raw_ping_and_udp_lite_sockets_have_what_this_kernel_can_set_when_they_are_mad
     let setting = report.setting_of("icmp", "SO_RCVLOWAT");
     assert_eq!((setting.sockets.set, setting.sockets.failed), (bound, 0), "of {made}");
     let names = ["raw", "ping", "udp-lite"];
-    let told = |name: &&str| setting.limitations.iter().any(|told| told == *name);
+    let reported = |name: &&str| setting.limitations.iter().any(|reported| reported == *name);
     assert_eq!(
-        names.iter().filter(|name| told(name)).count(),
+        names.iter().filter(|name| reported(name)).count(),
         if has_lsm() { 0 } else { 3 },
         "{:?}",
         setting.limitations
     );
-    assert!(!report.setting_of("icmp", "SO_MARK").limitations.iter().any(|told| told == "raw"));
+    assert!(!report.setting_of("icmp", "SO_MARK").limitations.iter().any(|reported| reported == "raw"));
 }
 
 #[test]
-fn first_datagram_of_a_new_socket_has_the_policys_values_where_the_kernel_can_set_them() {
+fn new_udp_socket_has_the_policys_values_if_the_kernel_can_set_them_at_creation() {
     require!("cgroup/sendmsg4");
     let policy = PolicyFile::new("[[rule]]\nmatch = { protocol = \"udp\" }\nset = { SO_RCVLOWAT = 3 }\n");
     for arguments in [&[][..], &["--dry-run"]] {
@@ -72,7 +72,7 @@ fn first_datagram_of_a_new_socket_has_the_policys_values_where_the_kernel_can_se
             let is_set = has_lsm() && arguments.is_empty();
             assert_eq!(probe.int(fd, SO_RCVLOWAT), if is_set { 3 } else { 1 }, "{family:?} {arguments:?}");
             let tcp = probe.open(family, Kind::Tcp);
-            assert_eq!(probe.int(tcp, SO_RCVLOWAT), 1, "no rule is about it");
+            assert_eq!(probe.int(tcp, SO_RCVLOWAT), 1, "no rule matches it");
         }
         let report = exec.finish();
         assert_eq!(report.setting("SO_RCVLOWAT").sockets.set, if has_lsm() { 2 } else { 0 }, "{arguments:?}");
@@ -80,7 +80,7 @@ fn first_datagram_of_a_new_socket_has_the_policys_values_where_the_kernel_can_se
 }
 
 #[test]
-fn check_plan_and_explain_say_the_same() {
+fn check_and_explain_report_unsupported_sockets() {
     let policy = PolicyFile::new("[[rule]]\nmatch = { protocol = \"icmp\" }\nset = { SO_RCVLOWAT = 3 }\n");
     let path = policy.path().to_str().unwrap();
     let words = "ICMP datagram sockets";

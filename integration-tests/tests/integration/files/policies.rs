@@ -14,7 +14,7 @@ use sockpolicy_integration_tests::{
     options::SO_MARK,
     policy::{PolicyFile, set_mode, sets_mark},
     probe::Probe,
-    process::{self, with_mounts},
+    process::{self, in_mount_namespace},
     wait,
 };
 
@@ -23,7 +23,7 @@ use crate::{stderr, stdout};
 
 const NOBODY: Option<u32> = Some(65534);
 
-/// A policy in a directory in a directory, which go with the first value.
+/// A policy in nested directories, which are removed with the first field.
 struct Nested {
     _whole: PolicyFile,
     outer: PathBuf,
@@ -34,7 +34,7 @@ struct Nested {
 impl Nested {
     fn new(text: &str) -> Self {
         let whole = PolicyFile::named("other", "");
-        let outer = whole.folder().join("outer");
+        let outer = whole.dir().join("outer");
         let inner = outer.join("inner");
         for directory in [&outer, &inner] {
             fs::create_dir(directory).unwrap();
@@ -47,7 +47,8 @@ impl Nested {
     }
 }
 
-/// What makes a policy another user's to decide, and how that is said of it. Each gives the path to name to the agent.
+/// A way to let another user change a policy, with the reason that the agent reports. The function returns the path
+/// for the agent.
 type Weakening = (fn(&Nested) -> PathBuf, &'static str);
 
 const WEAK: [Weakening; 10] = [
@@ -67,7 +68,7 @@ const WEAK: [Weakening; 10] = [
     (|at| (chown(&at.inner, NOBODY, None).unwrap(), at.file.clone()).1, "/inner belongs to user 65534"),
     (|at| (chown(&at.outer, NOBODY, None).unwrap(), at.file.clone()).1, "/outer belongs to user 65534"),
     (
-        // The link and the file are root's, the directory that the link is in is not.
+        // Root owns the link and the file, but others can write to the directory of the link.
         |at| {
             let elsewhere = at.outer.join("elsewhere");
             fs::create_dir(&elsewhere).unwrap();
@@ -90,8 +91,8 @@ const WEAK: [Weakening; 10] = [
     ),
 ];
 
-/// Those that the kernel lets a command open: under fs.protected_symlinks it follows no link of another user in a sticky
-/// directory (Documentation/admin-guide/sysctl/fs.rst).
+/// The entries of [`WEAK`] that a command can open. With fs.protected_symlinks, the kernel follows no link of another
+/// user in a sticky directory (Documentation/admin-guide/sysctl/fs.rst).
 fn weak() -> impl Iterator<Item = (fn(&Nested) -> PathBuf, &'static str)> {
     let protects = fs::read_to_string("/proc/sys/fs/protected_symlinks").unwrap().trim() == "1";
     WEAK.iter().copied().filter(move |(_, why)| !protects || !why.starts_with("/link.toml"))
@@ -114,7 +115,7 @@ fn changing(instance: &Instance, path: &Path, flags: &[&str]) -> Vec<Command> {
 }
 
 #[test]
-fn policy_that_other_users_can_change_is_refused_by_commands_that_change_something() {
+fn commands_that_make_changes_refuse_policies_that_other_users_can_change() {
     let (target, instance) = (Cgroup::new(), Instance::new());
     for (weaken, why) in weak() {
         let at = Nested::new(&sets_mark(&target, 1));
@@ -122,11 +123,11 @@ fn policy_that_other_users_can_change_is_refused_by_commands_that_change_somethi
         for command in changing(&instance, &path, &[]) {
             let name = command.get_args().next().unwrap().to_owned();
             let output = process::output(command);
-            let said = stderr(&output);
-            assert!(said.starts_with("error: cannot use ") && said.contains(why), "{name:?} {why}: {said}");
-            assert!(said.contains("--insecure-policies"), "{name:?} {why}: {said}");
-            assert_eq!((stdout(&output).as_str(), said.matches("error: ").count()), ("", 1), "{said}");
-            assert_eq!(output.status.code(), Some(if name == "exec" { 125 } else { 2 }), "{said}");
+            let printed = stderr(&output);
+            assert!(printed.starts_with("error: cannot use ") && printed.contains(why), "{name:?} {why}: {printed}");
+            assert!(printed.contains("--insecure-policies"), "{name:?} {why}: {printed}");
+            assert_eq!((stdout(&output).as_str(), printed.matches("error: ").count()), ("", 1), "{printed}");
+            assert_eq!(output.status.code(), Some(if name == "exec" { 125 } else { 2 }), "{printed}");
         }
         for command in changing(&instance, &path, &["--insecure-policies"]).into_iter().skip(1) {
             let output = process::output(command);
@@ -138,7 +139,7 @@ fn policy_that_other_users_can_change_is_refused_by_commands_that_change_somethi
 }
 
 #[test]
-fn policy_that_other_users_can_change_is_warned_of_by_commands_that_change_nothing() {
+fn read_only_commands_warn_of_policies_that_other_users_can_change() {
     let target = Cgroup::new();
     let socket = ["--protocol", "tcp", "--cgroup", &target.name()];
     for (weaken, why) in weak() {
@@ -148,29 +149,29 @@ fn policy_that_other_users_can_change_is_warned_of_by_commands_that_change_nothi
             let with = |flags: &[&str]| {
                 let mut command = agent::command(&[name]);
                 command.args(flags).args(if name == "explain" { &socket[..] } else { &[] });
-                // Of a directory, these take the files.
+                // These commands take the file instead of the directory.
                 command.arg(if path.is_dir() { path.join("policy.toml") } else { path.clone() });
                 process::output(command)
             };
             let (output, accepted) = (with(&[]), with(&["--insecure-policies"]));
-            let said = stderr(&output);
+            let printed = stderr(&output);
             assert!(
-                said.contains("warning: `run`, `attach`, `exec` and `apply` refuse ") && said.contains(why),
-                "{name}: {said}"
+                printed.contains("warning: `run`, `attach`, `exec` and `apply` refuse ") && printed.contains(why),
+                "{name}: {printed}"
             );
             assert!(!stderr(&accepted).contains("`apply` refuse"), "{name}: {}", stderr(&accepted));
             assert_eq!(
                 (stdout(&output), output.status.code()),
                 (stdout(&accepted), accepted.status.code()),
-                "{name}: {said}"
+                "{name}: {printed}"
             );
-            assert_eq!(output.status.code(), Some(0), "{name}: {said}");
+            assert_eq!(output.status.code(), Some(0), "{name}: {printed}");
         }
     }
 }
 
 #[test]
-fn fault_of_a_directory_is_said_once_for_all_files_in_it() {
+fn unsafe_directory_is_reported_once_for_all_its_files() {
     let at = Nested::new("[[rule]]\nset = { SO_MARK = 1 }\n");
     for name in ["b.toml", "c.toml"] {
         fs::copy(&at.file, at.inner.join(name)).unwrap();
@@ -178,9 +179,9 @@ fn fault_of_a_directory_is_said_once_for_all_files_in_it() {
     set_mode(&at.inner, 0o777);
     set_mode(&at.inner.join("c.toml"), 0o666);
     let output = process::output(changing(&Instance::new(), &at.inner, &["--cgroup", "/none"]).swap_remove(0));
-    let said = stderr(&output);
-    assert_eq!((said.matches("error: ").count(), said.matches("(mode 0777)").count()), (2, 1), "{said}");
-    assert!(said.contains("c.toml: users other than its owner may write to it (mode 0666)\n"), "{said}");
+    let printed = stderr(&output);
+    assert_eq!((printed.matches("error: ").count(), printed.matches("(mode 0777)").count()), (2, 1), "{printed}");
+    assert!(printed.contains("c.toml: users other than its owner may write to it (mode 0666)\n"), "{printed}");
 }
 
 #[test]
@@ -196,7 +197,7 @@ fn sticky_directories_and_read_only_mounts_are_accepted() {
     };
     let output = process::output(exec(&at.file));
     assert_eq!(stdout(&output), "ran\n", "{}", stderr(&output));
-    // As the kubelet makes a ConfigMap's directory.
+    // Like the directory that the kubelet makes for a ConfigMap.
     let config = |flags: &str| {
         format!(
             "cd {} && mount -t tmpfs -o mode=1777 none inner && cd inner && chmod 0777 . && mkdir -m 0777 ..1 && \
@@ -205,18 +206,18 @@ fn sticky_directories_and_read_only_mounts_are_accepted() {
             at.outer.display()
         )
     };
-    let output = process::output(with_mounts(&config("ro"), &exec(&at.file)));
+    let output = process::output(in_mount_namespace(&config("ro"), &exec(&at.file)));
     assert_eq!(stdout(&output), "ran\n", "{}", stderr(&output));
-    let output = process::output(with_mounts(&config("rw"), &exec(&at.file)));
+    let output = process::output(in_mount_namespace(&config("rw"), &exec(&at.file)));
     assert_eq!((stdout(&output).as_str(), output.status.code()), ("", Some(125)), "{}", stderr(&output));
-    // Who owns it counts there too.
+    // The owner also counts on a read-only mount.
     let owned = config("rw") + " && chown nobody ..1/policy.toml && mount -o remount,ro ../inner";
-    let output = process::output(with_mounts(&owned, &exec(&at.file)));
+    let output = process::output(in_mount_namespace(&owned, &exec(&at.file)));
     assert!(stderr(&output).contains("belongs to user"), "{}", stderr(&output));
 }
 
 #[test]
-fn files_of_the_user_who_ran_sudo_are_accepted() {
+fn files_of_the_sudo_user_are_accepted() {
     let target = Cgroup::new();
     let at = Nested::new(&sets_mark(&target, 1));
     for path in [&at.file, &at.inner, &at.outer] {
@@ -244,25 +245,25 @@ fn files_of_the_user_who_ran_sudo_are_accepted() {
         assert_eq!((stdout(&output).as_str(), output.status.code()), ("", Some(125)), "{sudo:?} {real}");
         assert!(stderr(&output).contains("belongs to user 65534"), "{sudo:?} {real}: {}", stderr(&output));
     }
-    // Not also those of others.
+    // Files that others can change are still refused.
     set_mode(&at.inner, 0o777);
     assert_eq!(run(Some("65534"), "0").status.code(), Some(125));
 }
 
 #[test]
-fn file_that_other_users_can_change_by_now_is_not_reloaded() {
+fn file_that_other_users_can_now_change_is_not_reloaded() {
     let target = Cgroup::new();
     let policy = PolicyFile::new(sets_mark(&target, 1));
-    let run = Run::started(&policy, &[]);
+    let run = Run::start_with(&policy, &[]);
     set_mode(policy.path(), 0o666);
     assert_eq!(run.notice("reload", 1)["in_force"], false);
     fs::write(policy.path(), sets_mark(&target, 2)).unwrap();
-    assert_eq!(Probe::start(&target).fresh(SO_MARK), 1);
+    assert_eq!(Probe::start(&target).value_on_new_socket(SO_MARK), 1);
     assert!(run.stderr().contains("users other than its owner may write to it (mode 0666)"), "{}", run.stderr());
     set_mode(policy.path(), 0o644);
     let is_reloaded =
-        wait::until(wait::PATIENCE, || run.notices("reload").iter().any(|notice| notice["in_force"] == true));
+        wait::until(wait::TIMEOUT, || run.notices("reload").iter().any(|notice| notice["in_force"] == true));
     assert!(is_reloaded, "{}{}", run.lines(), run.stderr());
-    assert_eq!(Probe::start(&target).fresh(SO_MARK), 2);
+    assert_eq!(Probe::start(&target).value_on_new_socket(SO_MARK), 2);
     run.finish();
 }

@@ -5,10 +5,10 @@ use std::os::unix::process::CommandExt;
 use nix::sys::signal::{SigSet, Signal};
 use sockpolicy_integration_tests::{
     agent,
+    bpf_objects::BpfObjects,
     cgroup::Cgroup,
     policy::PolicyFile,
     process::{Running, exec, workload},
-    residue::Residue,
     terminal::Terminal,
     wait,
 };
@@ -17,7 +17,7 @@ use super::some_policy;
 use crate::{stderr, stdout};
 
 #[test]
-fn signals_from_processes_are_passed_on() {
+fn signals_from_processes_are_forwarded() {
     let policy = some_policy();
     let mut running = Running::exec(&["--quiet"], &policy, &[&workload(), "signals", "SIGUSR2"]);
     running.lines(1);
@@ -31,7 +31,7 @@ fn signals_from_processes_are_passed_on() {
 }
 
 #[test]
-fn command_that_a_passed_signal_kills_has_that_status() {
+fn command_killed_by_a_forwarded_signal_has_that_status() {
     let policy = some_policy();
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
         let mut running = Running::exec(&["--quiet"], &policy, &["sh", "-c", "echo ready; exec sleep 300"]);
@@ -44,13 +44,13 @@ fn command_that_a_passed_signal_kills_has_that_status() {
 #[test]
 fn interrupt_key_reaches_the_command_once() {
     let policy = some_policy();
-    let report = policy.folder().join("report").display().to_string();
+    let report = policy.dir().join("report").display().to_string();
     let command = exec(&["--report", &report], &policy, &[&workload(), "signals", "SIGUSR2"]);
     let mut terminal = Terminal::start(command);
     terminal.wait_for("ready");
     terminal.press(b"\x03");
     terminal.wait_for("SIGINT");
-    // A second one would come before these.
+    // A second SIGINT would come before these signals.
     for signal in [Signal::SIGUSR1, Signal::SIGUSR2] {
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(terminal.pid() as i32), signal).unwrap();
         terminal.wait_for(signal.as_str());
@@ -58,32 +58,32 @@ fn interrupt_key_reaches_the_command_once() {
     assert!(terminal.wait().success());
     let expected = ["^CSIGINT from kernel", "SIGUSR1 from process", "SIGUSR2 from process"];
     let is_all = || expected.iter().all(|line| terminal.screen().contains(line));
-    assert!(wait::until(wait::PATIENCE, is_all), "{}", terminal.screen());
+    assert!(wait::until(wait::TIMEOUT, is_all), "{}", terminal.screen());
     assert_eq!(terminal.screen().matches("SIGINT").count(), 1, "{}", terminal.screen());
 }
 
-/// What a process can be started with.
+/// The signal mask and dispositions with which a process starts.
 #[derive(Clone, Copy, Debug)]
-struct Manner {
+struct SignalState {
     blocked: &'static [Signal],
     ignored: &'static [Signal],
 }
 
-/// The signals that a command finds blocked and ignored.
+/// Returns the signals that a command finds blocked and ignored.
 #[track_caller]
-fn found(mut command: std::process::Command, manner: Manner) -> Vec<String> {
+fn found(mut command: std::process::Command, state: SignalState) -> Vec<String> {
     // SAFETY: only makes system calls.
     unsafe {
         command.pre_exec(move || {
-            manner.blocked.iter().copied().collect::<SigSet>().thread_set_mask()?;
-            for signal in manner.ignored {
+            state.blocked.iter().copied().collect::<SigSet>().thread_set_mask()?;
+            for signal in state.ignored {
                 nix::sys::signal::signal(*signal, nix::sys::signal::SigHandler::SigIgn)?;
             }
             Ok(())
         });
     }
     let output = Running::start(command).finish();
-    assert!(output.status.success(), "{manner:?}: {}", stderr(&output));
+    assert!(output.status.success(), "{state:?}: {}", stderr(&output));
     stdout(&output)
         .lines()
         .filter(|line| ["SigBlk", "SigIgn", "SigCgt"].iter().any(|key| line.starts_with(key)))
@@ -92,22 +92,22 @@ fn found(mut command: std::process::Command, manner: Manner) -> Vec<String> {
 }
 
 #[test]
-fn command_finds_signals_as_sockpolicy_found_them() {
+fn command_has_the_signal_mask_and_dispositions_of_sockpolicy() {
     let policy = some_policy();
     let cat = ["cat", "/proc/self/status"];
-    for manner in [
-        Manner { blocked: &[], ignored: &[] },
-        Manner { blocked: &[], ignored: &[Signal::SIGPIPE, Signal::SIGHUP, Signal::SIGINT, Signal::SIGCHLD] },
-        Manner { blocked: &[Signal::SIGUSR1, Signal::SIGTERM, Signal::SIGCHLD, Signal::SIGPIPE], ignored: &[] },
+    for state in [
+        SignalState { blocked: &[], ignored: &[] },
+        SignalState { blocked: &[], ignored: &[Signal::SIGPIPE, Signal::SIGHUP, Signal::SIGINT, Signal::SIGCHLD] },
+        SignalState { blocked: &[Signal::SIGUSR1, Signal::SIGTERM, Signal::SIGCHLD, Signal::SIGPIPE], ignored: &[] },
     ] {
         let mut plain = std::process::Command::new(cat[0]);
         plain.args(&cat[1..]);
-        let under_us = found(exec(&["--quiet"], &policy, &cat), manner);
-        assert_eq!(found(plain, manner), under_us, "without us on the left, {manner:?}");
+        let under_us = found(exec(&["--quiet"], &policy, &cat), state);
+        assert_eq!(found(plain, state), under_us, "without sockpolicy on the left, {state:?}");
     }
 }
 
-/// `run` in a cgroup of its own, in force.
+/// Starts `run` in a new cgroup, and waits until its policy is in force.
 fn run(policy: &PolicyFile, ignored: &'static [Signal]) -> Running {
     let home = Cgroup::new();
     let path = home.path().display().to_string();
@@ -128,11 +128,11 @@ fn run(policy: &PolicyFile, ignored: &'static [Signal]) -> Running {
 }
 
 #[test]
-fn run_ends_with_a_summary_when_it_is_asked_to() {
+fn run_ends_with_a_summary_on_termination_signals() {
     let policy = some_policy();
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGQUIT] {
         let running = run(&policy, &[]);
-        let held = running.held();
+        let held = running.bpf_objects();
         running.signal(signal);
         let output = running.finish();
         assert_eq!(output.status.code(), Some(0), "{signal}: {}", stderr(&output));
@@ -148,22 +148,22 @@ fn run_ends_with_its_terminal() {
     let path = target.path().display().to_string();
     let mut terminal = Terminal::start(agent::command(&["run", "--cgroup", &path, policy.path().to_str().unwrap()]));
     terminal.wait_for("enforcing");
-    let held = Residue::of(terminal.pid());
+    let held = BpfObjects::of(terminal.pid());
     terminal.hang_up();
     terminal.wait();
     held.assert_gone();
 }
 
 #[test]
-fn run_under_nohup_goes_on_when_the_terminal_is_gone() {
+fn run_under_nohup_survives_its_terminal() {
     let policy = some_policy();
     let mut running = run(&policy, &[Signal::SIGHUP]);
-    // Who ends at the first one does not take the second.
+    // A process that ends on the first signal does not receive the second one.
     for signal in [Signal::SIGHUP, Signal::SIGUSR1] {
         running.signal(signal);
         let status = || std::fs::read_to_string(format!("/proc/{}/status", running.pid())).unwrap();
         let is_taken = || status().lines().any(|line| line == "ShdPnd:\t0000000000000000");
-        assert!(wait::until(wait::PATIENCE, is_taken), "{signal}: {}", status());
+        assert!(wait::until(wait::TIMEOUT, is_taken), "{signal}: {}", status());
     }
     assert!(!running.has_ended(), "{}", running.stdout());
     running.signal(Signal::SIGTERM);

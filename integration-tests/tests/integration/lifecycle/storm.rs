@@ -1,4 +1,4 @@
-//! Far more conflicts than anybody reads: counts stay exact, events few.
+//! Far more conflicts than can be reported: counts stay exact, and events are few.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -19,7 +19,7 @@ use crate::{stderr, stdout};
 
 const OPTIONS: [&str; 2] = ["TCP_NODELAY", "SO_KEEPALIVE"];
 
-/// Conflicts that are counted but have no event.
+/// Returns the number of conflicts that are counted but have no event.
 fn unreported(report: &Report) -> u64 {
     report.summary.settings.iter().map(|setting| setting.events.suppressed).sum()
 }
@@ -28,9 +28,9 @@ fn storm_policy(head: &str) -> PolicyFile {
     PolicyFile::new(format!("{head}\n[[rule]]\nset = {{ TCP_NODELAY = true, SO_KEEPALIVE = true }}\n"))
 }
 
-/// Runs a storm; gives the processes' numbers, and the report.
+/// Runs a storm. Returns the process ids, and the report.
 fn storm(policy: &PolicyFile, processes: usize, calls: u64) -> (BTreeSet<u32>, Report) {
-    let report = policy.folder().join("report").display().to_string();
+    let report = policy.dir().join("report").display().to_string();
     let (processes, calls) = (processes.to_string(), calls.to_string());
     let workload = workload();
     let command = [&*workload, "storm", &processes, &calls];
@@ -44,19 +44,19 @@ fn storm(policy: &PolicyFile, processes: usize, calls: u64) -> (BTreeSet<u32>, R
 }
 
 #[test]
-fn report_says_how_many_events_were_held_back() {
+fn report_has_the_number_of_suppressed_events() {
     const CALLS: u64 = 100;
     let command = [&workload(), "storm", "1", &CALLS.to_string()];
     let output = Running::exec(&[], &storm_policy(""), &command).finish();
-    let said = stderr(&output);
-    let told = said.lines().filter(|line| line.starts_with("conflict ")).count() as u64;
-    let held_back = said.split("\nsuppressed: the events of ").nth(1).and_then(|rest| rest.split(' ').next());
-    let held_back: u64 = held_back.unwrap_or_else(|| panic!("{said}")).parse().unwrap();
+    let printed = stderr(&output);
+    let reported = printed.lines().filter(|line| line.starts_with("conflict ")).count() as u64;
+    let held_back = printed.split("\nsuppressed: the events of ").nth(1).and_then(|rest| rest.split(' ').next());
+    let held_back: u64 = held_back.unwrap_or_else(|| panic!("{printed}")).parse().unwrap();
     assert!(held_back > 0);
-    assert_eq!(told + held_back, OPTIONS.len() as u64 * CALLS, "{said}");
+    assert_eq!(reported + held_back, OPTIONS.len() as u64 * CALLS, "{printed}");
 }
 
-/// By (process, option): the events, in order.
+/// Returns the events by process and option, in order.
 fn by_source(report: &Report) -> BTreeMap<(u32, String), Vec<&Event>> {
     let mut found: BTreeMap<_, Vec<&Event>> = BTreeMap::new();
     for event in report.events.iter().filter(|event| event.event == "conflict") {
@@ -66,7 +66,7 @@ fn by_source(report: &Report) -> BTreeMap<(u32, String), Vec<&Event>> {
 }
 
 #[test]
-fn storm_is_counted_exactly_and_reported_a_few_times_a_second() {
+fn storm_is_counted_exactly_and_reported_at_a_limited_rate() {
     require!("cgroup/bind4");
     const PROCESSES: usize = 6;
     const CALLS: u64 = 4000;
@@ -85,7 +85,7 @@ fn storm_is_counted_exactly_and_reported_a_few_times_a_second() {
     let sources: BTreeSet<u32> = events.keys().map(|(pid, _)| *pid).collect();
     assert_eq!((sources, events.len()), (pids, PROCESSES * OPTIONS.len()));
     for (source, events) in events {
-        assert_eq!(events[0].suppressed, 0, "the first is always there: {source:?}");
+        assert_eq!(events[0].suppressed, 0, "the first event is always reported: {source:?}");
         assert!(events.len() as u128 <= 1 + intervals, "{source:?}: {} events", events.len());
         let suppressed: u64 = events.iter().map(|event| event.suppressed).sum();
         assert!(events.len() as u64 + suppressed <= CALLS, "{source:?}: {suppressed} suppressed");
@@ -93,7 +93,7 @@ fn storm_is_counted_exactly_and_reported_a_few_times_a_second() {
 }
 
 #[test]
-fn more_processes_at_once_than_the_kernel_has_probes_are_counted_all_the_same() {
+fn calls_of_more_processes_than_the_kernel_has_probes_are_counted() {
     require!("cgroup/bind4");
     const PROCESSES: usize = 60;
     const CALLS: u64 = 100;
@@ -114,11 +114,11 @@ fn full_ring_buffer_loses_events_and_counts_them() {
     require!("cgroup/bind4");
     const PROCESSES: usize = 4;
     const CALLS: u64 = 5000;
-    // Every call is an event, and the agent's report goes nowhere while it is stopped.
+    // Every call is an event, and the stopped agent reads none.
     let policy = PolicyFile::new(
         "[audit]\ncalls = \"all\"\nreads = false\n[[rule]]\nset = { TCP_NODELAY = true, SO_KEEPALIVE = false }\n",
     );
-    let report = policy.folder().join("report").display().to_string();
+    let report = policy.dir().join("report").display().to_string();
     let (processes, calls) = (PROCESSES.to_string(), CALLS.to_string());
     let script = "kill -STOP $PPID; \"$@\"; kill -CONT $PPID";
     let workload = workload();
@@ -137,7 +137,7 @@ fn full_ring_buffer_loses_events_and_counts_them() {
 }
 
 #[test]
-fn run_that_ends_in_a_storm_reports_what_it_says_it_reported() {
+fn run_that_ends_in_a_storm_has_reported_as_many_events_as_its_summary_says() {
     require!("cgroup/bind4");
     let policy = storm_policy("");
     let target = Cgroup::new();
@@ -146,7 +146,7 @@ fn run_that_ends_in_a_storm_reports_what_it_says_it_reported() {
     command.args(["storm", "3", "1000000000"]);
     let storm = Running::start_in(command, target);
     let has_begun = || std::fs::read_to_string(storm.home.path().join("cgroup.procs")).unwrap().lines().count() == 4;
-    assert!(wait::until(wait::PATIENCE, has_begun));
+    assert!(wait::until(wait::TIMEOUT, has_begun));
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(run.pid() as i32), Signal::SIGTERM).unwrap();
     let (status, report) = run.finish_with_status();
     assert!(status.success());
@@ -155,13 +155,13 @@ fn run_that_ends_in_a_storm_reports_what_it_says_it_reported() {
         assert_eq!(setting.events.reported, report.of("conflict", option).len() as u64, "{option}");
         let counted: u64 = setting.calls.verdicts().values().sum();
         let accounted = setting.events.reported + setting.events.suppressed;
-        // A call that is under way at the end is counted and not reported.
+        // A call in progress at the end is counted but not reported.
         assert!(counted.abs_diff(accounted) <= 3, "{option}: {counted} conflicts, {accounted} accounted for");
     }
 }
 
 #[test]
-fn conflicts_can_be_made_a_failure_of_run() {
+fn run_fails_on_conflicts_if_requested() {
     require!("cgroup/bind4");
     let policy = storm_policy("");
     for (calls, status) in [("1", 1), ("0", 0)] {
@@ -176,7 +176,7 @@ fn conflicts_can_be_made_a_failure_of_run() {
 }
 
 #[test]
-fn conflicts_can_be_made_a_failure() {
+fn exec_fails_on_conflicts_if_requested() {
     require!("cgroup/bind4");
     let policy = storm_policy("");
     let workload = workload();
@@ -185,7 +185,7 @@ fn conflicts_can_be_made_a_failure() {
         (&["--quiet", "--fail-on-conflict"][..], &conflicting[..], 1),
         (&["--quiet"], &conflicting, 0),
         (&["--quiet", "--fail-on-conflict"], &["true"], 0),
-        // The command's own failure says more.
+        // The command's own failure takes precedence.
         (&["--quiet", "--fail-on-conflict"], &["sh", "-c", "\"$0\" storm 1 1; exit 7", &workload], 7),
         (&["--quiet", "--fail-on-conflict", "--dry-run"], &conflicting, 1),
     ] {

@@ -22,7 +22,7 @@ use crate::{
     stderr, stdout,
 };
 
-/// Runs `sockpolicy verify` with these arguments; gives its exit status, and what it found.
+/// Runs `sockpolicy verify` with these arguments. Returns its exit status, the drift events, and the summary.
 #[track_caller]
 fn verify(arguments: &[&str]) -> (Option<i32>, Vec<Value>, Value) {
     report(&agent::output(&[&["verify", "-o", "json"], arguments].concat()))
@@ -30,11 +30,11 @@ fn verify(arguments: &[&str]) -> (Option<i32>, Vec<Value>, Value) {
 
 #[track_caller]
 fn report(output: &Output) -> (Option<i32>, Vec<Value>, Value) {
-    let said = stdout(output);
-    let mut lines: Vec<Value> = said.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    let summary = lines.pop().unwrap_or_else(|| panic!("it said nothing: {}", stderr(output)));
+    let printed = stdout(output);
+    let mut lines: Vec<Value> = printed.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let summary = lines.pop().unwrap_or_else(|| panic!("no output: {}", stderr(output)));
     assert_eq!(summary["event"], "verify-summary");
-    assert!(lines.iter().all(|line| line["event"] == "drift"), "{said}");
+    assert!(lines.iter().all(|line| line["event"] == "drift"), "{printed}");
     assert_eq!(summary["drifts"], lines.len());
     (output.status.code(), lines, summary)
 }
@@ -43,14 +43,14 @@ fn on(cgroup: &Cgroup) -> [String; 2] {
     ["--cgroup".to_owned(), cgroup.path().display().to_string()]
 }
 
-/// The same of a policy on a cgroup.
+/// Runs `verify` for a policy on a cgroup.
 #[track_caller]
 fn verify_on(cgroup: &Cgroup, policy: &PolicyFile) -> (Option<i32>, Vec<Value>, Value) {
     let [option, path] = on(cgroup);
     verify(&[&option, &path, policy.path().to_str().unwrap()])
 }
 
-/// The options that have drifted on a socket of the probe, by its cookie.
+/// Returns the options that have drifted on a socket of the probe, which is found by its cookie.
 fn drifted(events: &[Value], probe: &mut Probe, fd: Fd) -> Vec<String> {
     let cookie = probe.get(fd, SO_COOKIE, 8).unwrap();
     let cookie = u64::from_ne_bytes(cookie.try_into().unwrap());
@@ -59,7 +59,7 @@ fn drifted(events: &[Value], probe: &mut Probe, fd: Fd) -> Vec<String> {
 }
 
 #[test]
-fn drift_that_was_made_is_found_and_nothing_else() {
+fn verify_finds_exactly_the_existing_drift() {
     let cgroup = Cgroup::new();
     let mut probe = Probe::start(&cgroup);
     let pair = probe.pair(Family::Inet, Kind::Tcp);
@@ -127,24 +127,24 @@ fn drift_that_was_made_is_found_and_nothing_else() {
 
 /// All options at once, on sockets of every kind.
 #[test]
-fn sockets_that_a_policy_has_set_have_not_drifted() {
+fn sockets_set_by_a_policy_have_not_drifted() {
     let policy = policy_of_all();
     let mut exec = Exec::start(&policy);
     drop(observe(&mut exec.probe));
     let pair = exec.probe.pair(Family::Inet, Kind::Tcp);
-    exec.probe.pour(pair.client, pair.server, 1 << 20);
+    exec.probe.transfer(pair.client, pair.server, 1 << 20);
     let target = exec.target().display().to_string();
     let (status, events, summary) = verify(&["--cgroup", &target, policy.path().to_str().unwrap()]);
     assert_eq!((status, events.len()), (Some(0), 0), "{events:#?}");
     assert!(summary["checked"].as_u64().unwrap() >= 15, "{summary}");
-    // Not so without the policy: what has just been compared differs.
+    // Without the policy, the same sockets differ.
     let cgroup = Cgroup::new();
     let mut probe = Probe::start(&cgroup);
     drop(observe(&mut probe));
     let (status, events, _) = verify_on(&cgroup, &policy);
     assert_eq!(status, Some(1));
     assert!(events.len() > 50, "{events:#?}");
-    // What nobody can read; what the kernel does not keep; and what only counts where a socket is bound.
+    // Options that cannot be read, that the kernel does not keep, or that only matter at bind.
     let may_be = ["SK_BPF_CB_FLAGS", "TCP_WINDOW_CLAMP", "SO_REUSEADDR", "SO_REUSEPORT"];
     let untold: Vec<&str> =
         summary["unknown_options"].as_array().unwrap().iter().map(|it| it["option"].as_str().unwrap()).collect();
@@ -156,7 +156,7 @@ fn sockets_that_a_policy_has_set_have_not_drifted() {
 }
 
 #[test]
-fn connection_whose_listener_is_gone_is_told_by_which_end_began_it() {
+fn direction_of_a_connection_without_its_listener_is_known() {
     let cgroup = Cgroup::new();
     let mut probe = Probe::start(&cgroup);
     let policy = PolicyFile::new(
@@ -167,8 +167,8 @@ fn connection_whose_listener_is_gone_is_told_by_which_end_began_it() {
         let pair = probe.pair(Family::Inet, Kind::Tcp);
         probe.close(pair.listener);
         if carried > 0 {
-            probe.pour(pair.client, pair.server, carried);
-            probe.pour(pair.server, pair.client, carried / 2 + 1);
+            probe.transfer(pair.client, pair.server, carried);
+            probe.transfer(pair.server, pair.client, carried / 2 + 1);
         }
         let (_, events, summary) = verify_on(&cgroup, &policy);
         assert_eq!(drifted(&events, &mut probe, pair.client), ["TCP_KEEPIDLE"], "after {carried}: {summary}");
@@ -178,7 +178,7 @@ fn connection_whose_listener_is_gone_is_told_by_which_end_began_it() {
 }
 
 #[test]
-fn value_that_the_system_does_not_allow_is_no_drift_once_it_was_set() {
+fn value_beyond_a_system_limit_is_no_drift_once_set() {
     require!("cgroup/bind4");
     let policy = PolicyFile::new("[[rule]]\nset = { SO_SNDBUF = \"900MiB\", SO_RCVBUF = 1 }\n");
     let mut exec = Exec::start(&policy);
@@ -192,7 +192,7 @@ fn value_that_the_system_does_not_allow_is_no_drift_once_it_was_set() {
 }
 
 #[test]
-fn each_socket_is_held_against_the_policies_of_its_own_cgroup_also_in_a_dry_run() {
+fn each_socket_is_compared_with_the_policies_of_its_cgroup_also_in_a_dry_run() {
     let outer = Cgroup::new();
     let inner = outer.child("inner");
     let mut probe = Probe::start(&outer);
@@ -211,7 +211,7 @@ fn each_socket_is_held_against_the_policies_of_its_own_cgroup_also_in_a_dry_run(
 }
 
 #[test]
-fn sockets_that_were_there_before_have_drifted_and_later_ones_have_not() {
+fn sockets_older_than_the_policy_have_drifted_and_newer_ones_have_not() {
     require!("cgroup/bind4");
     let target = Cgroup::new();
     let mut probe = Probe::start(&target);
@@ -237,7 +237,7 @@ fn sockets_that_were_there_before_have_drifted_and_later_ones_have_not() {
 }
 
 #[test]
-fn connection_that_nobody_has_accepted_yet_is_counted_and_no_failure() {
+fn connection_in_the_accept_queue_is_counted_and_is_no_failure() {
     let cgroup = Cgroup::new();
     let mut probe = Probe::start(&cgroup);
     let (_, address) = probe.listener(Family::Inet, Kind::Tcp);
@@ -250,7 +250,7 @@ fn connection_that_nobody_has_accepted_yet_is_counted_and_no_failure() {
 }
 
 #[test]
-fn what_must_not_be_looked_into_is_a_failure_that_says_how_much() {
+fn verify_fails_with_the_number_of_unreadable_processes() {
     let cgroup = Cgroup::new();
     let mut probe = Probe::start(&cgroup);
     probe.listener(Family::Inet, Kind::Tcp);
@@ -263,11 +263,11 @@ fn what_must_not_be_looked_into_is_a_failure_that_says_how_much() {
 }
 
 #[test]
-fn policy_without_a_target_and_one_that_is_not_valid_are_failures() {
-    for (policy, said) in [("[[rule]]\nset = { TCP_KEEPCNT = 9 }\n", "no target"), ("nonsense\n", "error")] {
+fn policy_without_a_target_and_invalid_policy_are_failures() {
+    for (policy, printed) in [("[[rule]]\nset = { TCP_KEEPCNT = 9 }\n", "no target"), ("nonsense\n", "error")] {
         let policy = PolicyFile::new(policy);
         let output = agent::output(&["verify", policy.path().to_str().unwrap()]);
         assert_eq!((output.status.code(), stdout(&output).as_str()), (Some(2), ""));
-        assert!(stderr(&output).contains(said), "{}", stderr(&output));
+        assert!(stderr(&output).contains(printed), "{}", stderr(&output));
     }
 }

@@ -1,4 +1,4 @@
-//! Names that others chose, in everything that people read: no control characters, and no line that a name began.
+//! Names that others choose, in all output for people: no control characters, and no line that a name starts.
 
 use std::{
     ffi::OsStr,
@@ -16,7 +16,7 @@ use sockpolicy_integration_tests::{
     options::SO_KEEPALIVE,
     policy::PolicyFile,
     probe::{self, Probe},
-    process::{Running, with_mounts, workload},
+    process::{Running, in_mount_namespace, workload},
     script::{Family, Kind},
     wait,
 };
@@ -24,14 +24,15 @@ use sockpolicy_integration_tests::{
 use super::POLICY;
 use crate::{stderr, stdout};
 
-/// What a name may do to a terminal: colours, a line of its own, C1's introducer of sequences, a reordered line, nothing seen.
+/// Ways in which a name can affect a terminal: colours, a line of its own, the C1 control sequence introducer,
+/// reordered text, and invisible characters.
 const NAME: &str = "\u{1b}[31mx\nforged\u{9b}2J\u{202e}\u{2066}\u{200b}\u{2028}\u{7f}\r";
-/// The same for a cgroup, whose name the kernel lets have no line end (`cgroup_mkdir`, kernel/cgroup/cgroup.c).
+/// Like [`NAME`], for a cgroup. The kernel permits no newline in its name (`cgroup_mkdir`, kernel/cgroup/cgroup.c).
 const CGROUP: &str = "\u{1b}[31mx\u{9b}2J\u{202e}\u{2066}\u{200b}\u{2028}\u{7f}\r";
-/// For a task, which has 15 bytes.
+/// For the command name of a task, which has 15 bytes.
 const COMM: &str = "\u{1b}[1m\nforged\u{9b}";
 
-/// Fails where a text has what no name may add to it.
+/// Panics if a text has characters that no name may add to it.
 #[track_caller]
 fn assert_clean(what: &str, text: &str) {
     let is_strange = |c: &char| {
@@ -41,10 +42,10 @@ fn assert_clean(what: &str, text: &str) {
     let strange: Vec<char> = text.chars().filter(is_strange).collect();
     assert!(strange.is_empty(), "{what}: {strange:?} in {text:?}");
     let forged = text.lines().find(|line| line.starts_with("forged"));
-    assert!(forged.is_none(), "{what}: a line that a name began: {text:?}");
+    assert!(forged.is_none(), "{what}: a line that a name starts: {text:?}");
 }
 
-/// Where names are strange: a policy, programs, and a cgroup.
+/// An environment with hostile names: a policy, programs, and a cgroup.
 struct Place {
     policy: PolicyFile,
     parent: Cgroup,
@@ -59,13 +60,13 @@ impl Place {
     }
 
     fn program(&self, original: &Path) -> PathBuf {
-        let link = self.policy.folder().join(COMM);
-        // The task has the name of the link.
+        let link = self.policy.dir().join(COMM);
+        // The task gets the name of the link.
         symlink(original, &link).unwrap();
         link
     }
 
-    /// What a command says, to people.
+    /// Runs a command, checks its output, and returns it.
     #[track_caller]
     fn check<A: AsRef<OsStr>>(&self, words: &[A]) -> String {
         let mut command = agent::command(words);
@@ -82,7 +83,7 @@ const STRANGE_POLICY: &str = "name = \"some\"\n[[rule]]\nset = { SO_KEEPALIVE = 
      set = { SO_KEEPALIVE = false }\n";
 
 #[test]
-fn reports_of_commands_and_of_what_runs_show_names_escaped() {
+fn exec_and_audit_escape_names_in_reports() {
     let place = Place::new(STRANGE_POLICY);
     let program = place.program(Path::new(&workload()));
     let (program, policy) = (program.as_os_str(), place.policy.path().as_os_str());
@@ -98,11 +99,11 @@ fn reports_of_commands_and_of_what_runs_show_names_escaped() {
 }
 
 #[test]
-fn lists_of_what_there_is_show_names_escaped() {
+fn lists_and_plans_escape_names() {
     let place = Place::new(STRANGE_POLICY);
     let instance = Instance::new();
     let program = place.program(&probe::program());
-    let mut probe = Probe::start_by(&program, &place.target);
+    let mut probe = Probe::start_copy(&program, &place.target);
     let (socket, _) = probe.listener(Family::Inet, Kind::Tcp);
     probe.set(socket, SO_KEEPALIVE, 0).unwrap();
     let pid = probe.pid.to_string();
@@ -123,13 +124,13 @@ fn lists_of_what_there_is_show_names_escaped() {
     let text = place.check(&[word("status"), word(&instance.name)]);
     assert!(text.contains(r"\u{1b}[31mx"), "the name is shown: {text}");
     place.check(&[word("plan"), word("--instance"), word(&instance.name), word("--cgroup"), cgroup, policy]);
-    // What another instance has.
+    // Another instance has these targets.
     place.check(&[word("run"), word("--cgroup"), cgroup, policy]);
     place.check(&[word("detach"), word(&instance.name)]);
 }
 
 #[test]
-fn errors_show_names_escaped() {
+fn errors_escape_names() {
     let place = Place::new(&format!("{POLICY}\"{}\" = 1\n", "a\\u001b[31m\\nforged\\u009b"));
     let word = OsStr::new;
     let (policy, missing) = (place.policy.path().as_os_str(), format!("/no/{NAME}"));
@@ -165,12 +166,12 @@ fn errors_show_names_escaped() {
 }
 
 #[test]
-fn messages_of_run_show_names_escaped() {
+fn messages_of_run_escape_names() {
     let place = Place::new("");
     let text = format!("name = \"some\"\n[target]\ncgroup = {:?}\n{POLICY}", format!("{}/**", place.parent.name()));
     fs::write(place.policy.path(), &text).unwrap();
     let mut command = agent::command(&["run"]);
-    command.arg(place.policy.folder()).env("SOCKPOLICY_LOG", "debug").stdin(Stdio::null());
+    command.arg(place.policy.dir()).env("SOCKPOLICY_LOG", "debug").stdin(Stdio::null());
     let mut running = Running::start(command);
     running.lines(1);
     let other = place.parent.child(&format!("{CGROUP}other"));
@@ -178,12 +179,12 @@ fn messages_of_run_show_names_escaped() {
     let mut storm = Command::new(program);
     storm.args(["storm", "1", "5"]);
     let names_other = || running.stdout().contains("other");
-    assert!(wait::until(wait::PATIENCE, names_other), "{}", running.stdout());
+    assert!(wait::until(wait::TIMEOUT, names_other), "{}", running.stdout());
     assert!(Running::start_in(storm, other).finish().status.success());
-    assert!(wait::until(wait::PATIENCE, || running.stdout().contains("conflict")), "{}", running.stdout());
+    assert!(wait::until(wait::TIMEOUT, || running.stdout().contains("conflict")), "{}", running.stdout());
     fs::write(place.policy.path(), "no policy").unwrap();
     let is_refused = || running.stdout().contains("refused");
-    assert!(wait::until(wait::PATIENCE, is_refused), "{}", running.stderr());
+    assert!(wait::until(wait::TIMEOUT, is_refused), "{}", running.stderr());
     running.signal(Signal::SIGTERM);
     let output = running.finish();
     assert!(output.status.success());
@@ -191,15 +192,15 @@ fn messages_of_run_show_names_escaped() {
 }
 
 #[test]
-fn names_of_instances_are_escaped() {
-    let folder = PolicyFile::new("");
-    let name = folder.add("name", NAME).display().to_string();
+fn instance_names_are_escaped() {
+    let dir = PolicyFile::new("");
+    let name = dir.add("name", NAME).display().to_string();
     let prepare = format!(
         "mount -t tmpfs none /run && mkdir -p /run/sockpolicy && : >\"/run/sockpolicy/$(cat {name}).json\" && \
          mount -t bpf none /sys/fs/bpf && mkdir -p \"/sys/fs/bpf/sockpolicy/$(cat {name})\""
     );
     for words in [&["status"][..], &["status", "other"], &["detach", "other"], &["apply", "--restore"]] {
-        let output = with_mounts(&prepare, &agent::command(words)).output().unwrap();
+        let output = in_mount_namespace(&prepare, &agent::command(words)).output().unwrap();
         let text = stdout(&output) + &stderr(&output);
         assert!(!text.contains("unshare:") && !text.contains("mount:"), "{text}");
         assert_clean(&format!("{words:?}"), &text);

@@ -1,4 +1,4 @@
-//! Tenants that make many processes and cgroups: the lines are bounded, and those of others are still there.
+//! Tenants with many processes and cgroups: their lines are limited, and the lines of others are still reported.
 
 use std::process::{Command, Stdio};
 
@@ -25,11 +25,11 @@ fn forks(children: u64) -> Command {
 }
 
 #[test]
-fn forking_tenant_causes_a_bounded_number_of_lines_and_exact_counts() {
+fn forking_tenant_causes_limited_lines_and_exact_counts() {
     require!("cgroup/bind4");
     let target = Cgroup::new();
     let policy = policy_on(&[&target]);
-    let run = agent::Run::started(&policy, &[]);
+    let run = agent::Run::start_with(&policy, &[]);
     let begin = std::time::Instant::now();
     assert!(Running::start_in(forks(CHILDREN), target.child("a")).finish().status.success());
     let seconds = begin.elapsed().as_secs() + 2;
@@ -50,7 +50,7 @@ fn many_cgroups_of_a_target_share_its_budget() {
     require!("cgroup/bind4");
     let target = Cgroup::new();
     let policy = policy_on(&[&target]);
-    let run = agent::Run::started(&policy, &[]);
+    let run = agent::Run::start_with(&policy, &[]);
     let begin = std::time::Instant::now();
     for number in 0..12 {
         assert!(Running::start_in(forks(250), target.child(&number.to_string())).finish().status.success());
@@ -65,20 +65,20 @@ fn many_cgroups_of_a_target_share_its_budget() {
 }
 
 #[test]
-fn flood_of_one_target_leaves_the_events_of_others() {
+fn flood_of_one_target_does_not_suppress_events_of_others() {
     require!("cgroup/bind4");
     let (loud, quiet) = (Cgroup::new(), Cgroup::new());
     let policy = policy_on(&[&loud, &quiet]);
-    let run = agent::Run::started(&policy, &[]);
+    let run = agent::Run::start_with(&policy, &[]);
     let mut command = forks(u64::MAX);
     command.stdout(Stdio::null());
     let flood = Running::start_in(command, loud.child("a"));
     // The flood is over its budget by now.
     let is_over = || run.lines().contains("\"over_budget\"");
-    assert!(wait::until(wait::PATIENCE, is_over), "{}", run.lines());
+    assert!(wait::until(wait::TIMEOUT, is_over), "{}", run.lines());
     let name = quiet.name();
     assert!(Running::start_in(forks(3), quiet).finish().status.success());
     let events = || run.lines().lines().filter(|line| line.contains("\"conflict\"") && line.contains(&name)).count();
-    assert!(wait::until(wait::PATIENCE, || events() == 3), "{} events", events());
+    assert!(wait::until(wait::TIMEOUT, || events() == 3), "{} events", events());
     drop(flood);
 }

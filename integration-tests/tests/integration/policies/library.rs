@@ -1,4 +1,4 @@
-//! Each of the ready-made policies on a program from Debian's packages, in a network namespace of its own.
+//! Each of the example policies, applied to a program from Debian's packages in a new network namespace.
 
 use std::{
     fs,
@@ -18,18 +18,17 @@ use sockpolicy_integration_tests::{
         IP_TOS, SO_MAX_PACING_RATE, SO_PRIORITY, SO_RCVBUF, SO_SNDBUF, TCP_CONGESTION, TCP_NODELAY, TCP_NOTSENT_LOWAT,
         TCP_SYNCNT, TCP_THIN_LINEAR_TIMEOUTS, TCP_USER_TIMEOUT,
     },
+    pidfd_sockets::PidfdSocket,
     policy::PolicyFile,
     process::{self, Running, read_report},
     report::Report,
-    require,
-    taken::Taken,
-    wait,
+    require, wait,
 };
 
 use super::repository;
 use crate::{stderr, stdout};
 
-/// Does something in a new network namespace, which `prepare` sets up.
+/// Performs `work` in a new network namespace, which the script `prepare` sets up.
 fn in_a_network(prepare: &str, work: impl FnOnce() + Send) {
     let finished = thread::scope(|scope| {
         scope
@@ -45,7 +44,7 @@ fn in_a_network(prepare: &str, work: impl FnOnce() + Send) {
     }
 }
 
-/// Gives what a script says.
+/// Runs a script, and returns its output.
 #[track_caller]
 fn shell(script: &str) -> String {
     let mut command = Command::new("sh");
@@ -55,30 +54,30 @@ fn shell(script: &str) -> String {
     stdout(&output)
 }
 
-/// Runs a command under one of the policies.
+/// A command under one of the policies.
 struct UnderPolicy {
     running: Running,
     report: String,
-    /// For its folder.
+    /// Its directory is used for files.
     scratch: PolicyFile,
 }
 
 impl UnderPolicy {
     fn start(policy: &str, command: impl FnOnce(&str) -> Vec<String>) -> Self {
         let scratch = PolicyFile::new("");
-        let folder = scratch.folder().display().to_string();
-        let report = format!("{folder}/report");
+        let dir = scratch.dir().display().to_string();
+        let report = format!("{dir}/report");
         let policy = repository().join("policies").join(policy).display().to_string();
         let mut agent = agent::command(&["exec", "-o", "json", "--report", &report, &policy, "--"]);
-        agent.args(command(&folder));
+        agent.args(command(&dir));
         Self { running: Running::start(agent), report, scratch }
     }
 
-    /// The first process of this name that there comes to be.
+    /// Waits for the first child process of this name.
     #[track_caller]
     fn process(&self, name: &str) -> u32 {
         let mut found = None;
-        let is_there = wait::until(wait::PATIENCE, || {
+        let is_there = wait::until(wait::TIMEOUT, || {
             let children = self.running.children();
             found = children.into_iter().find(|(_, command)| command.contains(name)).map(|(pid, _)| pid);
             found.is_some()
@@ -87,7 +86,7 @@ impl UnderPolicy {
         found.unwrap()
     }
 
-    /// Ends the command, however it ends.
+    /// Waits for the end of the command, and returns the report.
     fn finish(self) -> Report {
         let Self { running, report, scratch } = self;
         drop(running.finish());
@@ -97,7 +96,7 @@ impl UnderPolicy {
     }
 }
 
-/// A connection with this congestion control, if somebody listens there.
+/// Connects with this congestion control. Returns `None` if no socket listens.
 fn connect(congestion: &str, to: SocketAddrV4) -> Option<TcpStream> {
     let socket = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
     setsockopt(&socket, sockopt::TcpCongestion, &congestion.into()).unwrap();
@@ -105,11 +104,11 @@ fn connect(congestion: &str, to: SocketAddrV4) -> Option<TcpStream> {
     Some(socket.into())
 }
 
-/// A Redis at PREFIX.1:6379, with a client, that replicates from PREFIX.3 at this port.
+/// A Redis server at PREFIX.1:6379 that has a client, and replicates from PREFIX.3 at this port.
 struct Redis {
     under: UnderPolicy,
-    inbound: Taken,
-    outbound: Taken,
+    inbound: PidfdSocket,
+    outbound: PidfdSocket,
     _ends: (TcpStream, TcpListener, TcpStream),
 }
 
@@ -122,21 +121,21 @@ impl Redis {
         Self::start_with("reno", policy, prefix, master_port)
     }
 
-    /// With peers that have this congestion control.
+    /// Starts it with peers that have this congestion control.
     #[track_caller]
     fn start_with(congestion: &str, policy: &str, prefix: &str, master_port: u16) -> Self {
         let master = TcpListener::bind((format!("{prefix}.3").as_str(), master_port)).unwrap();
         setsockopt(&master, sockopt::TcpCongestion, &congestion.into()).unwrap();
-        let under = UnderPolicy::start(policy, |folder| {
+        let under = UnderPolicy::start(policy, |dir| {
             let arguments = format!(
-                "redis-server --bind {prefix}.1 --port 6379 --protected-mode no --save  --appendonly no --dir {folder} \
+                "redis-server --bind {prefix}.1 --port 6379 --protected-mode no --save  --appendonly no --dir {dir} \
                  --replicaof {prefix}.3 {master_port}"
             );
             arguments.split(' ').map(str::to_owned).collect()
         });
         let server: SocketAddrV4 = format!("{prefix}.1:6379").parse().unwrap();
         let mut client = None;
-        let answers = wait::until(wait::PATIENCE, || {
+        let answers = wait::until(wait::TIMEOUT, || {
             client = connect(congestion, server);
             client.is_some()
         });
@@ -144,10 +143,10 @@ impl Redis {
         let client = client.unwrap();
         let (replica, from) = master.accept().unwrap();
         let pid = under.process("redis-server");
-        let taken = |is_it: &dyn Fn(&Taken) -> bool| {
+        let taken = |is_it: &dyn Fn(&PidfdSocket) -> bool| {
             let mut found = None;
-            let is_there = wait::until(wait::PATIENCE, || {
-                found = Taken::all_of(pid).into_iter().find(is_it);
+            let is_there = wait::until(wait::TIMEOUT, || {
+                found = PidfdSocket::all_of(pid).into_iter().find(is_it);
                 found.is_some()
             });
             assert!(is_there, "no such socket");
@@ -166,7 +165,7 @@ impl Redis {
 }
 
 #[test]
-fn hung_connections_are_given_up_in_half_a_minute() {
+fn hung_connections_time_out_after_half_a_minute() {
     in_a_network(Redis::NETWORKS, || {
         let redis = Redis::start("hung-connections.toml", "198.51.100", 6380);
         for socket in [&redis.inbound, &redis.outbound] {
@@ -177,7 +176,7 @@ fn hung_connections_are_given_up_in_half_a_minute() {
 }
 
 #[test]
-fn low_latency_holds_both_ways() {
+fn low_latency_applies_to_inbound_and_outbound_connections() {
     require!("TCP_NODELAY");
     in_a_network(Redis::NETWORKS, || {
         let redis = Redis::start("low-latency.toml", "198.51.100", 6380);
@@ -190,7 +189,7 @@ fn low_latency_holds_both_ways() {
 }
 
 #[test]
-fn bulk_over_long_paths_is_for_peers_beyond_the_private_networks() {
+fn bulk_over_long_paths_applies_only_to_public_peers() {
     for (prefix, is_far) in [("198.51.100", true), ("10.0.0", false)] {
         in_a_network(Redis::NETWORKS, || {
             let redis = Redis::start("bulk-over-long-paths.toml", prefix, 6380);
@@ -205,15 +204,15 @@ fn bulk_over_long_paths_is_for_peers_beyond_the_private_networks() {
     }
 }
 
-/// What nobody can read of these settings is in the report.
+/// The report shows the settings that getsockopt cannot read.
 #[test]
-fn data_centre_holds_both_ways_where_the_peers_have_it_too() {
+fn data_centre_applies_to_inbound_and_outbound_connections_with_dctcp_peers() {
     require!("dctcp");
     in_a_network(Redis::NETWORKS, || {
         let redis = Redis::start_with("dctcp", "data-centre.toml", "10.0.0", 6380);
         for socket in [&redis.inbound, &redis.outbound] {
             let name = socket.get(TCP_CONGESTION);
-            // Without ECN it would be dctcp-reno.
+            // Without ECN, the name would be dctcp-reno.
             assert!(name.starts_with(b"dctcp\0"), "{socket:?}: {}", String::from_utf8_lossy(&name));
         }
         let report = redis.finish();
@@ -226,7 +225,7 @@ fn data_centre_holds_both_ways_where_the_peers_have_it_too() {
 }
 
 #[test]
-fn dscp_goes_by_the_port_of_the_peer() {
+fn dscp_depends_on_the_port_of_the_peer() {
     require!("cgroup/bind4");
     for (port, code_point) in [(873, 10), (22, 18), (5060, 40), (6380, 0)] {
         in_a_network(Redis::NETWORKS, || {
@@ -239,7 +238,7 @@ fn dscp_goes_by_the_port_of_the_peer() {
 }
 
 #[test]
-fn tenant_pacing_holds_both_ways() {
+fn tenant_pacing_applies_to_inbound_and_outbound_connections() {
     in_a_network(Redis::NETWORKS, || {
         let redis = Redis::start("tenant-pacing.toml", "198.51.100", 6380);
         for socket in [&redis.inbound, &redis.outbound] {
@@ -250,9 +249,9 @@ fn tenant_pacing_holds_both_ways() {
 }
 
 #[test]
-fn marked_connections_take_the_other_way_out() {
+fn marked_connections_use_the_other_route() {
     require!("cgroup/bind4");
-    // Packets leave by `first`, or where they are marked by `second`. Nobody is there: what is sent is counted.
+    // Packets leave by `first`, and marked packets by `second`. No host receives them; the sent bytes are counted.
     const TWO_WAYS: &str = "
         echo 1 >/proc/sys/net/ipv6/conf/default/disable_ipv6
         ip link set lo up
@@ -270,7 +269,7 @@ fn marked_connections_take_the_other_way_out() {
     let sent = || {
         ["first", "second"].map(|device| {
             let words = shell(&format!("ip -s link show {device}"));
-            // The last line: bytes, packets …
+            // The last line has bytes, packets …
             words.lines().last().unwrap().split_whitespace().nth(1).unwrap().parse::<u64>().unwrap()
         })
     };
@@ -290,25 +289,25 @@ fn marked_connections_take_the_other_way_out() {
 }
 
 #[test]
-fn buffers_have_a_ceiling_also_for_those_who_ask_for_more() {
-    // What the host's own ceiling leaves of the policy's.
+fn buffers_are_limited_also_if_the_application_requests_more() {
+    // The limit is the lower of the host's and the policy's.
     let most: i32 = fs::read_to_string("/proc/sys/net/core/wmem_max").unwrap().trim().parse().unwrap();
     let most = most.min(256 << 10);
     in_a_network("ip link set lo up", || {
-        let under = UnderPolicy::start("buffer-ceilings.toml", |folder| {
-            let configuration = format!("{folder}/nginx.conf");
+        let under = UnderPolicy::start("buffer-ceilings.toml", |dir| {
+            let configuration = format!("{dir}/nginx.conf");
             let text = format!(
-                "daemon off; master_process off; pid {folder}/pid; error_log stderr; events {{ }}
+                "daemon off; master_process off; pid {dir}/pid; error_log stderr; events {{ }}
                  http {{ access_log off; server {{ listen 127.0.0.1:8080 sndbuf=4m rcvbuf=100k; }} }}"
             );
             fs::write(&configuration, text).unwrap();
             ["nginx", "-c", &configuration].map(str::to_owned).to_vec()
         });
         let address: SocketAddr = "127.0.0.1:8080".parse().unwrap();
-        assert!(wait::until(wait::PATIENCE, || TcpStream::connect(address).is_ok()), "{}", under.running.stderr());
-        let sockets = Taken::all_of(under.process("nginx"));
+        assert!(wait::until(wait::TIMEOUT, || TcpStream::connect(address).is_ok()), "{}", under.running.stderr());
+        let sockets = PidfdSocket::all_of(under.process("nginx"));
         let listener = sockets.iter().find(|socket| socket.local() == Some(address)).unwrap();
-        // The kernel doubles what it is given.
+        // The kernel doubles the value that is set.
         assert_eq!((listener.int(SO_SNDBUF), listener.int(SO_RCVBUF)), (2 * most, 200 << 10));
         under.running.signal(nix::sys::signal::Signal::SIGQUIT);
         let report = under.finish();
@@ -319,7 +318,7 @@ fn buffers_have_a_ceiling_also_for_those_who_ask_for_more() {
 }
 
 #[test]
-fn tenants_do_not_bind_to_devices() {
+fn tenants_cannot_bind_to_devices() {
     in_a_network("ip link set lo up", || {
         let server = TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}/", server.local_addr().unwrap());

@@ -1,26 +1,26 @@
-//! Connections over loopback, each socket, connect, accept and two closes: what policies add for the end that they are about.
+//! The cost of connections over loopback. One connection is socket, connect, accept and two closes. A policy covers
+//! one end.
 
 use super::call;
 use crate::{
-    bpf,
-    guard::Ground,
+    bpf, conditions,
+    error::Result,
+    guard::Workspace,
     measure::Spread,
-    peers,
-    row::{Budget, Findings, Kind, Line, Plot, Scale, Series, Unit, added, whole},
-    scene::{Arm, Comparison, Condition, Place, Samples, Scene},
-    trouble::Result,
+    row::{Budget, Findings, Kind, Line, Plot, Scale, Series, Unit, added, total},
+    scene::{Arm, Comparison, Condition, Placement, Samples, Scene},
     work::{Call, Work},
 };
 
 const PART: &str = "connections";
 
-/// A rule that governs nothing that these sockets have.
+/// A rule that sets no option of these sockets.
 const NOTHING: &str = "[[rule]]\nlimit = { SO_LINGER = { max = \"1h\" } }";
 const ONE: &str = "[[rule]]\nset = { SO_KEEPALIVE = true }";
 pub(crate) const TEN: &str = "[[rule]]\nset = { SO_KEEPALIVE = true, TCP_KEEPIDLE = \"60s\", TCP_KEEPINTVL = \"10s\", \
     TCP_KEEPCNT = 5, TCP_NODELAY = true, TCP_USER_TIMEOUT = \"30s\", SO_MARK = 32, SO_PRIORITY = 3, IP_TOS = \"AF21\", \
     TCP_NOTSENT_LOWAT = \"128KiB\" }";
-/// All that programs can set on a TCP socket of IPv4, at values with which it still connects.
+/// All options that programs can set on an IPv4 TCP socket, with values with which it still connects.
 const ALL: &str = "[[rule]]\nset = { SO_KEEPALIVE = true, TCP_KEEPIDLE = \"60s\", TCP_KEEPINTVL = \"10s\", \
     TCP_KEEPCNT = 5, TCP_NODELAY = true, TCP_USER_TIMEOUT = \"30s\", SO_MARK = 32, SO_PRIORITY = 3, IP_TOS = \"AF21\", \
     TCP_NOTSENT_LOWAT = \"128KiB\", SO_BINDTODEVICE = \"lo\", SO_REUSEADDR = true, SO_SNDBUF = \"64KiB\", \
@@ -30,11 +30,11 @@ const ALL: &str = "[[rule]]\nset = { SO_KEEPALIVE = true, TCP_KEEPIDLE = \"60s\"
     TCP_BPF_RTO_MIN = \"200ms\" }";
 const ALL_COUNT: f64 = 28.0;
 const CONGESTION: &str = "[[rule]]\nmatch = { remote = \"127.0.0.0/8\" }\nset = { TCP_CONGESTION = \"reno\" }";
-/// The same by a route. It stands in the table of local addresses, as these do.
+/// The same congestion control by a route. The addresses are local, so the route is in the local table.
 const ROUTE: &str =
     "ip route replace local 127.0.0.0/8 dev lo proto kernel scope host src 127.0.0.1 table local congctl reno";
 
-/// What `ONE` and `TEN` say, as the calls of an application.
+/// The settings of `ONE` and `TEN` as calls of an application.
 const OWN: [Call; 10] = [
     call(libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1),
     call(libc::SOL_TCP, libc::TCP_KEEPIDLE, 60),
@@ -48,21 +48,21 @@ const OWN: [Call; 10] = [
     call(libc::SOL_TCP, libc::TCP_NOTSENT_LOWAT, 128 << 10),
 ];
 
-pub(crate) fn measure(ground: &Ground, findings: &mut Findings) -> Result<()> {
+pub(crate) fn measure(ground: &Workspace, findings: &mut Findings) -> Result<()> {
     let samples = Comparison { rounds: 9, millis: 200, turns: 10, scenes: scenes() }.run(ground)?;
     findings.add(PART, &samples, &lines());
     findings.plots.push(plot(&samples));
     Ok(())
 }
 
-/// One that connects from a scene's cgroup.
+/// Returns the arm whose connecting sockets are in the scene's cgroup.
 pub(crate) fn outbound() -> Arm {
-    Arm { name: "outbound", place: Place::Inside, work: Work::Connect { own: Vec::new() } }
+    Arm { name: "outbound", placement: Placement::Inside, work: Work::Connect { own: Vec::new() } }
 }
 
-/// One whose connections are accepted in a scene's cgroup.
+/// Returns the arm whose accepted sockets are in the scene's cgroup.
 pub(crate) fn accepted() -> Arm {
-    Arm { name: "accepted", place: Place::Accepting, ..outbound() }
+    Arm { name: "accepted", placement: Placement::Accepting, ..outbound() }
 }
 
 fn scene(name: &str, condition: Condition, arms: Vec<Arm>) -> Scene {
@@ -77,19 +77,19 @@ fn scenes() -> Vec<Scene> {
     };
     let route = ROUTE.split(' ').map(str::to_owned).collect();
     vec![
-        scene("none", peers::nothing(), both()),
-        scene("empty", peers::empty(&[bpf::SOCK_CREATE, bpf::CONNECT4, bpf::SOCK_OPS]), both()),
-        scene("nothing", peers::policy(NOTHING), both()),
-        scene("one", peers::policy(ONE), both()),
-        scene("ten", peers::policy(TEN), both()),
-        scene("all", peers::policy(ALL), both()),
-        scene("congestion", peers::policy(CONGESTION), vec![outbound()]),
-        scene("own-one", peers::nothing(), own(1)),
-        scene("own-ten", peers::nothing(), own(10)),
-        scene("libkeepalive", peers::libkeepalive(), vec![outbound()]),
+        scene("none", conditions::nothing(), both()),
+        scene("empty", conditions::empty(&[bpf::SOCK_CREATE, bpf::CONNECT4, bpf::SOCK_OPS]), both()),
+        scene("nothing", conditions::policy(NOTHING), both()),
+        scene("one", conditions::policy(ONE), both()),
+        scene("ten", conditions::policy(TEN), both()),
+        scene("all", conditions::policy(ALL), both()),
+        scene("congestion", conditions::policy(CONGESTION), vec![outbound()]),
+        scene("own-one", conditions::nothing(), own(1)),
+        scene("own-ten", conditions::nothing(), own(10)),
+        scene("libkeepalive", conditions::libkeepalive(), vec![outbound()]),
         Scene {
             setup: vec![Work::Run { command: route }],
-            ..scene("route", Condition { needs: vec!["ip"], ..peers::nothing() }, vec![outbound()])
+            ..scene("route", Condition { needs: vec!["ip"], ..conditions::nothing() }, vec![outbound()])
         },
     ]
 }
@@ -97,12 +97,12 @@ fn scenes() -> Vec<Scene> {
 fn lines() -> Vec<Line> {
     let mut lines = Vec::new();
     for arm in ["outbound", "accepted"] {
-        for (scene, says) in [("empty", "empty programs on three hooks"), ("nothing", "policy of 0 options")]
+        for (scene, label) in [("empty", "empty programs on three hooks"), ("nothing", "policy of 0 options")]
             .into_iter()
             .chain([("one", "policy of 1 option"), ("ten", "policy of 10 options"), ("all", "policy of 28 options")])
         {
             let (over, under) = (format!("{scene}/{arm}"), format!("none/{arm}"));
-            lines.push(Line::new(format!("{arm}, {says}"), whole(over), "no tool", whole(under)).unit(Unit::Rate));
+            lines.push(Line::new(format!("{arm}, {label}"), total(over), "no tool", total(under)).unit(Unit::Rate));
         }
     }
     let more = |what: &str, over: &str, versus: &str, under: &str| {
@@ -117,9 +117,9 @@ fn lines() -> Vec<Line> {
         more("outbound, policy of 10 options: added", "ten", "empty programs on three hooks: added", "empty"),
         Line::new(
             "outbound, congestion control by policy",
-            whole("congestion/outbound"),
+            total("congestion/outbound"),
             "by ip route … congctl",
-            whole("route/outbound"),
+            total("route/outbound"),
         )
         .unit(Unit::Rate),
     ]);

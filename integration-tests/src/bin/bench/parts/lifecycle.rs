@@ -1,4 +1,5 @@
-//! Starting, coming in force, reloading and taking over, and what all of it takes up.
+//! The time to start, to put policies in force, to reload and to take over, and the memory and disk space that this
+//! needs.
 
 use std::{
     fs,
@@ -11,13 +12,13 @@ use sockpolicy_integration_tests::wait;
 
 use super::{connections, run};
 use crate::{
-    bpf::{self, Empty},
-    guard::{self, Ground},
+    bpf::{self, EmptyProgram},
+    conditions,
+    error::{Attempt, BenchError, Result},
+    guard::{self, Workspace},
     measure::{self, Spread},
-    peers,
-    row::{Budget, Findings, Kind, Line, Plot, Row, Scale, Series, Unit, whole},
-    scene::{Beside, Samples, check_installed},
-    trouble::{Attempt, Result, Trouble},
+    row::{Budget, Findings, Kind, Line, Plot, Row, Scale, Series, Unit, total},
+    scene::{BackgroundProcess, Samples, check_installed},
 };
 
 const PART: &str = "lifecycle";
@@ -26,7 +27,7 @@ const TARGETS: [usize; 4] = [1, 10, 100, 1000];
 const MANY: usize = 1000;
 const COUNTING: &str = "tracepoint:syscalls:sys_enter_setsockopt { @[pid, args->level, args->optname] = count(); }";
 
-pub(crate) fn measure(ground: &Ground, findings: &mut Findings) -> Result<()> {
+pub(crate) fn measure(ground: &Workspace, findings: &mut Findings) -> Result<()> {
     let mut samples = Samples::default();
     start_up(ground, &mut samples)?;
     attach(ground, &mut samples)?;
@@ -39,20 +40,20 @@ pub(crate) fn measure(ground: &Ground, findings: &mut Findings) -> Result<()> {
     Ok(())
 }
 
-/// Runs these commands in turn, and takes down how long each took. One that fails is left out.
-fn in_turn(ground: &Ground, rounds: usize, commands: &[(&str, Vec<&str>)], samples: &mut Samples) {
+/// Runs these commands in turn, and records the duration of each. A failing command is left out.
+fn in_turn(ground: &Workspace, rounds: usize, commands: &[(&str, Vec<&str>)], samples: &mut Samples) {
     for round in 0..rounds {
         for place in measure::order(commands.len(), round) {
             let (name, words) = &commands[place];
             match check_installed(&words[..1]).and_then(|()| run(ground, words)) {
                 Ok((took, _)) => samples.add(name, took.as_nanos() as f64),
-                Err(trouble) => samples.leave_out(name, trouble),
+                Err(error) => samples.leave_out(name, error),
             }
         }
     }
 }
 
-fn start_up(ground: &Ground, samples: &mut Samples) -> Result<()> {
+fn start_up(ground: &Workspace, samples: &mut Samples) -> Result<()> {
     let policy = ground.file("exec.toml", connections::TEN)?.display().to_string();
     let sockpolicy = ground.sockpolicy.display().to_string();
     let commands = [
@@ -67,8 +68,8 @@ fn start_up(ground: &Ground, samples: &mut Samples) -> Result<()> {
     Ok(())
 }
 
-/// Cgroups below one, and a policy for them.
-fn targets(ground: &Ground, name: &str, count: usize) -> Result<String> {
+/// Creates cgroups below a new one, and a policy for them.
+fn targets(ground: &Workspace, name: &str, count: usize) -> Result<String> {
     for number in 0..count {
         ground.cgroup(&format!("{name}/target-{number}"))?;
     }
@@ -76,7 +77,7 @@ fn targets(ground: &Ground, name: &str, count: usize) -> Result<String> {
     Ok(policy.display().to_string())
 }
 
-fn attach(ground: &Ground, samples: &mut Samples) -> Result<()> {
+fn attach(ground: &Workspace, samples: &mut Samples) -> Result<()> {
     let sockpolicy = ground.sockpolicy.display().to_string();
     let names = TARGETS.map(|count| format!("attach-{count}"));
     let policies: Vec<String> =
@@ -93,19 +94,19 @@ fn attach(ground: &Ground, samples: &mut Samples) -> Result<()> {
     names.iter().try_for_each(|name| guard::remove(&ground.root.join(name)))
 }
 
-/// `sockpolicy run` with these arguments, and how long it took to be in force.
-fn start(ground: &Ground, name: &str, arguments: &[&str], policy: &str) -> Result<(Beside, Duration)> {
+/// Starts `sockpolicy run` with these arguments, and returns the time until its policy was in force.
+fn start(ground: &Workspace, name: &str, arguments: &[&str], policy: &str) -> Result<(BackgroundProcess, Duration)> {
     let own = [&*ground.sockpolicy.display().to_string(), "run", "-o", "json"].map(str::to_owned);
     let more = arguments.iter().chain([&policy]).map(|word| (*word).to_owned());
     let words: Vec<String> = own.into_iter().chain(more).collect();
     let begin = Instant::now();
-    let mut agent = Beside::start(ground, name, &words, peers::IN_FORCE)?;
+    let mut agent = BackgroundProcess::start(ground, name, &words, conditions::IN_FORCE)?;
     agent.wait()?;
     Ok((agent, begin.elapsed()))
 }
 
-/// From a changed file to the agent's word that it is in force.
-fn reload(ground: &Ground, samples: &mut Samples) -> Result<()> {
+/// Measures the time from a changed policy file to the agent's `reload` event.
+fn reload(ground: &Workspace, samples: &mut Samples) -> Result<()> {
     for count in [1, MANY] {
         let name = format!("reload-{count}");
         let policy = targets(ground, &name, count)?;
@@ -117,8 +118,8 @@ fn reload(ground: &Ground, samples: &mut Samples) -> Result<()> {
             let new = ground.file("new", &changed)?;
             fs::rename(new, &policy).or_cannot(format_args!("replace {policy}"))?;
             let reloads = || fs::read_to_string(&agent.log).unwrap_or_default().matches("\"event\":\"reload\"").count();
-            if !wait::until(wait::PATIENCE, || reloads() > round) {
-                return Err(Trouble::new(format_args!("sockpolicy run did not reload {policy}")));
+            if !wait::until(wait::TIMEOUT, || reloads() > round) {
+                return Err(BenchError::new(format_args!("sockpolicy run did not reload {policy}")));
             }
             samples.add(&format!("{name}/reload"), begin.elapsed().as_nanos() as f64);
         }
@@ -128,8 +129,8 @@ fn reload(ground: &Ground, samples: &mut Samples) -> Result<()> {
     Ok(())
 }
 
-/// From the start of an agent to its word that it has what another left in force.
-fn take_over(ground: &Ground, samples: &mut Samples) -> Result<()> {
+/// Measures the time from the start of an agent until it has taken over the policies of another agent.
+fn take_over(ground: &Workspace, samples: &mut Samples) -> Result<()> {
     let sockpolicy = ground.sockpolicy.display().to_string();
     let policy = targets(ground, "taken", 1)?;
     let persist = ["--persist", "--instance", "taken"];
@@ -146,7 +147,8 @@ fn take_over(ground: &Ground, samples: &mut Samples) -> Result<()> {
     guard::remove(&ground.root.join("taken"))
 }
 
-/// What the kernel has in use for itself, in KiB: slabs, memory for each CPU, and areas such as programs and maps.
+/// Returns the memory in use by the kernel itself, in KiB: slabs, per-CPU memory, and vmalloc areas such as programs
+/// and maps.
 fn kernel_memory() -> Result<f64> {
     let text = fs::read_to_string("/proc/meminfo").or_cannot("read /proc/meminfo")?;
     let field = |name: &str| {
@@ -157,19 +159,18 @@ fn kernel_memory() -> Result<f64> {
     fields
         .into_iter()
         .sum::<Option<f64>>()
-        .ok_or_else(|| Trouble::new("/proc/meminfo does not say what the kernel has"))
+        .ok_or_else(|| BenchError::new("/proc/meminfo lacks Slab, Percpu or VmallocUsed"))
 }
 
-/// What a target takes: the difference that a thousand make, each.
-fn memory(ground: &Ground, samples: &mut Samples) -> Result<()> {
+/// Measures the kernel memory of one target, as the increase for 1000 targets divided by 1000.
+fn memory(ground: &Workspace, samples: &mut Samples) -> Result<()> {
     let policy = targets(ground, "memory", MANY)?;
     let sockpolicy = ground.sockpolicy.display().to_string();
-    let folders: Vec<_> = (0..MANY).map(|number| ground.root.join(format!("memory/target-{number}"))).collect();
+    let dirs: Vec<_> = (0..MANY).map(|number| ground.root.join(format!("memory/target-{number}"))).collect();
     for _ in 0..3 {
         settle();
         let before = kernel_memory()?;
-        let empty =
-            folders.iter().map(|folder| Empty::on_cgroup(bpf::SETSOCKOPT, folder)).collect::<Result<Vec<_>>>()?;
+        let empty = dirs.iter().map(|dir| EmptyProgram::on_cgroup(bpf::SETSOCKOPT, dir)).collect::<Result<Vec<_>>>()?;
         samples.add("memory/empty", (kernel_memory()? - before) / MANY as f64);
         drop(empty);
         settle();
@@ -181,7 +182,7 @@ fn memory(ground: &Ground, samples: &mut Samples) -> Result<()> {
     guard::remove(&ground.root.join("memory"))
 }
 
-/// Waits until the kernel has freed what it frees a moment later: until its memory is the same twice.
+/// Waits until the kernel has finished deferred freeing, which shows as the same memory use twice.
 fn settle() {
     let mut last = f64::NAN;
     wait::until(Duration::from_secs(2), || {
@@ -194,7 +195,7 @@ fn settle() {
 
 fn lines() -> Vec<Line> {
     let line = |what: &str, over: &str, versus: &str, under: &str| {
-        Line::new(what, whole(over), versus, whole(under)).unit(Unit::Milliseconds)
+        Line::new(what, total(over), versus, total(under)).unit(Unit::Milliseconds)
     };
     vec![
         line("exec … -- true", "exec/run", "true", "true/run").budget(Budget::PlainAtMost(150.0)),
@@ -214,8 +215,8 @@ fn lines() -> Vec<Line> {
     ]
 }
 
-/// Files, of which each has one size.
-fn sizes(ground: &Ground) -> Result<Vec<Row>> {
+/// Returns the sizes of files, each measured once.
+fn sizes(ground: &Workspace) -> Result<Vec<Row>> {
     let size = |path: &Path| Some(fs::metadata(path).ok()?.len() as f64 / 1024.0);
     let binary = size(&ground.sockpolicy);
     let row = |what: &str, over: Option<f64>, versus: &str, under: Option<f64>, missing: &str| {
@@ -235,12 +236,18 @@ fn sizes(ground: &Ground) -> Result<Vec<Row>> {
             peer("/usr/bin/bpftrace"),
             "bpftrace is not installed",
         ),
-        row("BPF object within it", object(ground), "the binary", binary, "the object is not where cargo leaves it"),
+        row(
+            "BPF object within it",
+            object(ground),
+            "the binary",
+            binary,
+            "the object is not in cargo's build directory",
+        ),
     ])
 }
 
-/// The BPF object's size in KiB: the newest that cargo has built for this binary.
-fn object(ground: &Ground) -> Option<f64> {
+/// Returns the size of the newest BPF object that cargo has built next to this binary, in KiB.
+fn object(ground: &Workspace) -> Option<f64> {
     let builds = fs::read_dir(ground.sockpolicy.parent()?.join("build")).ok()?;
     let outs = builds.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with("sockpolicy-"));
     let files = outs.flat_map(|entry| fs::read_dir(entry.path().join("out")).into_iter().flatten().flatten());

@@ -1,7 +1,7 @@
-//! Live sockets brought in line by `sockpolicy apply`, against the least that a program can do from user space.
+//! Setting options on existing sockets: `sockpolicy apply` compared with a minimal user-space loop.
 //!
-//! Both find the sockets of a cgroup's processes and set one option on each, or nine. Every run sets other values, so that all of
-//! them have to be changed. The loop does no more than that: it looks at nothing, and keeps nothing to be put back.
+//! Both find the sockets of a cgroup's processes and set one or nine options on each. Every run sets new values, so
+//! that every socket changes. The loop reads no values and keeps no journal.
 
 use std::{
     fs, io,
@@ -12,17 +12,17 @@ use std::{
 
 use super::run;
 use crate::{
-    guard::{self, Ground},
+    error::{Attempt, BenchError, Result},
+    guard::{self, Workspace},
     measure::{self, Spread},
-    row::{Budget, Findings, Kind, Line, Plot, Scale, Series, Unit, whole},
+    row::{Budget, Findings, Kind, Line, Plot, Scale, Series, Unit, total},
     scene::{Condition, Samples},
-    trouble::{Attempt, Result, Trouble},
     work::{Work, Worker},
 };
 
 const PART: &str = "live";
 
-/// Numbers that each value from 1 to 127 is valid for.
+/// Options for which every value from 1 to 127 is valid.
 const OPTIONS: [(&str, libc::c_int, libc::c_int); 9] = [
     ("TCP_KEEPIDLE", libc::SOL_TCP, libc::TCP_KEEPIDLE),
     ("TCP_KEEPINTVL", libc::SOL_TCP, libc::TCP_KEEPINTVL),
@@ -34,20 +34,20 @@ const OPTIONS: [(&str, libc::c_int, libc::c_int); 9] = [
     ("SO_PRIORITY", libc::SOL_SOCKET, libc::SO_PRIORITY),
     ("SO_RCVLOWAT", libc::SOL_SOCKET, libc::SO_RCVLOWAT),
 ];
-/// Of include/uapi/linux/tcp.h.
+/// From include/uapi/linux/tcp.h.
 const TCP_NOTSENT_LOWAT: libc::c_int = 25;
-/// How many of them are set.
+/// The numbers of options to set.
 const COUNTS: [usize; 2] = [1, OPTIONS.len()];
 
-/// Sockets, both ends of connections.
+/// The numbers of sockets. Both ends of each connection count.
 const SIZES: [usize; 3] = [1000, 10_000, 50_000];
-/// As many as a process may have open, with some left.
+/// The number of sockets of one process, which stays below the limit on open files.
 const PER_PROCESS: usize = 18_000;
 const ROUNDS: usize = 5;
-/// What one size may take. Where the last one was slow, the next has fewer rounds, or is left out.
+/// The time limit for one size. If the previous size was slow, the next one has fewer rounds, or is left out.
 const PATIENCE: Duration = Duration::from_secs(45);
 
-pub(crate) fn measure(ground: &Ground, findings: &mut Findings) -> Result<()> {
+pub(crate) fn measure(ground: &Workspace, findings: &mut Findings) -> Result<()> {
     let mut samples = Samples::default();
     let mut each = Duration::ZERO;
     for size in SIZES {
@@ -55,22 +55,22 @@ pub(crate) fn measure(ground: &Ground, findings: &mut Findings) -> Result<()> {
         let rounds = if expected.is_zero() { ROUNDS } else { PATIENCE.div_duration_f64(expected).min(5.0) as usize };
         if rounds == 0 {
             let reason = format!("would take {expected:.0?} a round");
-            leave_out(&mut samples, size, &Trouble::new(reason));
+            leave_out(&mut samples, size, &BenchError::new(reason));
             continue;
         }
         match of_size(ground, size, rounds, &mut samples) {
             Ok(took) => each = took / size as u32,
-            Err(trouble) => leave_out(&mut samples, size, &trouble),
+            Err(error) => leave_out(&mut samples, size, &error),
         }
     }
     let line = |count: usize, size: usize| {
         let key = |who: &str| format!("{who}-{count}-{size}/all");
-        // The rate, so the other way round.
+        // The unit is a rate, so the ratio is inverted.
         Line::new(
             format!("apply, {size} sockets, options: {count}"),
-            whole(key("loop")),
+            total(key("loop")),
             "rate of pidfd_getfd and setsockopt",
-            whole(key("apply")),
+            total(key("apply")),
         )
         .plain(key("apply"))
         .unit(Unit::Milliseconds)
@@ -82,7 +82,7 @@ pub(crate) fn measure(ground: &Ground, findings: &mut Findings) -> Result<()> {
     Ok(())
 }
 
-fn leave_out(samples: &mut Samples, size: usize, reason: &Trouble) {
+fn leave_out(samples: &mut Samples, size: usize, reason: &BenchError) {
     for count in COUNTS {
         for who in ["apply", "loop"] {
             samples.leave_out(&format!("{who}-{count}-{size}"), reason.clone());
@@ -90,8 +90,8 @@ fn leave_out(samples: &mut Samples, size: usize, reason: &Trouble) {
     }
 }
 
-/// Gives what a round takes.
-fn of_size(ground: &Ground, size: usize, rounds: usize, samples: &mut Samples) -> Result<Duration> {
+/// Returns the duration of one round.
+fn of_size(ground: &Workspace, size: usize, rounds: usize, samples: &mut Samples) -> Result<Duration> {
     let home = ground.cgroup(&format!("live-{size}"))?;
     let mut workers = Vec::new();
     let mut left = size;
@@ -123,30 +123,30 @@ fn of_size(ground: &Ground, size: usize, rounds: usize, samples: &mut Samples) -
     Ok(round_took)
 }
 
-fn apply(ground: &Ground, home: &Path, size: usize, count: usize, value: i32) -> Result<Duration> {
+fn apply(ground: &Workspace, home: &Path, size: usize, count: usize, value: i32) -> Result<Duration> {
     let settings = OPTIONS[..count].iter().map(|(name, ..)| format!("{name} = {value}"));
     let rules = format!("[[rule]]\nset = {{ {} }}", settings.collect::<Vec<_>>().join(", "));
     let policy = ground.policy("live", home, &rules)?;
     let program = ground.sockpolicy.display().to_string();
-    // What earlier rounds changed is not to be kept anew.
+    // A new instance, so that the journal does not contain earlier rounds.
     let instance = format!("live-{size}-{value}");
-    let (took, said) =
+    let (took, printed) =
         run(ground, &[&program, "apply", "--quiet", "--instance", &instance, &policy.display().to_string()])?;
-    // The listener is there too; it went with the setup.
-    let summary = said.lines().last().unwrap_or_default();
+    // The listener can be counted too; it is closed after the setup.
+    let summary = printed.lines().last().unwrap_or_default();
     let changed = summary.split("changed: ").nth(1).and_then(|rest| rest.split(',').next()?.parse().ok());
     match changed {
         Some(changed) if (size..=size + size / 10 + 10).contains(&changed) => Ok(took),
-        _ => Err(Trouble::new(format_args!("sockpolicy apply changed not {size} sockets: {summary}"))),
+        _ => Err(BenchError::new(format_args!("sockpolicy apply did not change {size} sockets: {summary}"))),
     }
 }
 
-/// What people write themselves: every process of the cgroup, every descriptor, every TCP socket.
+/// Sets options from user space: for every process of the cgroup, every descriptor, every TCP socket.
 fn set_all(home: &Path, size: usize, count: usize, value: i32) -> Result<Duration> {
     let begin = Instant::now();
     let found = try_set_all(home, &OPTIONS[..count], value).or_cannot("set options on sockets of other processes")?;
     if found < size {
-        return Err(Trouble::new(format_args!("{found} sockets found, of {size}")));
+        return Err(BenchError::new(format_args!("found {found} of {size} sockets")));
     }
     Ok(begin.elapsed())
 }
@@ -158,7 +158,7 @@ fn try_set_all(home: &Path, options: &[(&str, libc::c_int, libc::c_int)], value:
         // SAFETY: takes numbers.
         let process = descriptor(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
         for entry in fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
-            // One that is closed meanwhile is none.
+            // A descriptor that has been closed since.
             let Ok(target) = fs::read_link(entry.path()) else { continue };
             let number = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok());
             let Some(number) = number.filter(|_| target.as_os_str().as_encoded_bytes().starts_with(b"socket:")) else {
@@ -197,7 +197,7 @@ fn descriptor(result: libc::c_long) -> io::Result<OwnedFd> {
     if result < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: just made, and nobody else's.
+    // SAFETY: the descriptor is new and has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(result as i32) })
 }
 

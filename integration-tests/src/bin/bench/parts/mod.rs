@@ -1,4 +1,4 @@
-//! The parts of the benchmark: what is measured in each, as data.
+//! The parts of the benchmark, as data.
 
 mod connections;
 mod datagrams;
@@ -18,20 +18,20 @@ use std::{
 };
 
 use crate::{
-    guard::{self, Ground},
+    error::{Attempt, BenchError, Result},
+    guard::{self, Workspace},
     row::Findings,
-    trouble::{Attempt, Result, Trouble},
     work::Call,
 };
 
-/// A part that can be asked for by its name.
+/// A part, which the command line can select by its name.
 pub(crate) struct Part {
     pub(crate) name: &'static str,
     pub(crate) what: &'static str,
-    pub(crate) measure: fn(&Ground, &mut Findings) -> Result<()>,
+    pub(crate) measure: fn(&Workspace, &mut Findings) -> Result<()>,
 }
 
-const fn part(name: &'static str, what: &'static str, measure: fn(&Ground, &mut Findings) -> Result<()>) -> Part {
+const fn part(name: &'static str, what: &'static str, measure: fn(&Workspace, &mut Findings) -> Result<()>) -> Part {
     Part { name, what, measure }
 }
 
@@ -53,14 +53,14 @@ const fn call(level: i32, name: i32, value: i32) -> Call {
     Call { level, name, value }
 }
 
-/// Runs a command to its end; gives how long it took, and what it wrote to standard output.
-fn run(ground: &Ground, words: &[&str]) -> Result<(Duration, String)> {
+/// Runs a command to its end. Returns its duration and its standard output.
+fn run(ground: &Workspace, words: &[&str]) -> Result<(Duration, String)> {
     let what = words[..words.len().min(2)].join(" ");
     let (out_path, err_path) = (ground.scratch.join("run.out"), ground.scratch.join("run.err"));
     let create = |path| fs::File::create(path).or_cannot(format_args!("write for {what}"));
     let mut command = Command::new(words[0]);
     command.args(&words[1..]).stdin(Stdio::null()).stdout(create(&out_path)?).stderr(create(&err_path)?);
-    let mut enter = guard::enter(&ground.cgroup("beside")?)?;
+    let mut enter = guard::enter(&ground.cgroup("background")?)?;
     // SAFETY: only makes system calls.
     unsafe {
         command.pre_exec(move || {
@@ -71,11 +71,11 @@ fn run(ground: &Ground, words: &[&str]) -> Result<(Duration, String)> {
     let begin = Instant::now();
     let status = command.status().or_cannot(format_args!("run {what}"))?;
     let took = begin.elapsed();
-    let said = |path| fs::read_to_string(path).unwrap_or_default();
+    let printed = |path| fs::read_to_string(path).unwrap_or_default();
     if status.success() {
-        return Ok((took, said(&out_path)));
+        return Ok((took, printed(&out_path)));
     }
-    let errors = said(&err_path);
-    let why = errors.lines().find(|line| line.contains("rror")).unwrap_or("it said nothing");
-    Err(Trouble::new(format_args!("{what}: {status}: {why}")))
+    let errors = printed(&err_path);
+    let why = errors.lines().find(|line| line.contains("rror")).unwrap_or("no error message");
+    Err(BenchError::new(format_args!("{what}: {status}: {why}")))
 }

@@ -1,16 +1,15 @@
-//! Application calls: what each of them takes, under policies, tracers and nothing.
+//! The cost of application calls, under policies, under tracers, and without any tool.
 //!
-//! Budgets are about what is added to a call, in times of what an empty program on the same hook adds: no tool on that hook
-//! can be below 1.
+//! Budgets limit the cost added to a call, as a multiple of what an empty program on the same hook adds. No tool on
+//! that hook can be below 1.
 
 use super::call;
 use crate::{
-    bpf,
-    guard::Ground,
-    peers,
+    bpf, conditions,
+    error::Result,
+    guard::Workspace,
     row::{Budget, Findings, Kind, Line, Plot, added},
-    scene::{Arm, Comparison, Condition, Place, Samples, Scene},
-    trouble::Result,
+    scene::{Arm, Comparison, Condition, Placement, Samples, Scene},
     work::{Call, Work},
 };
 
@@ -33,7 +32,7 @@ const COUNTING_BY_KPROBE: &str = "kprobe:__sys_setsockopt { @[pid, arg1, arg2] =
 const PRINTING: &str = "tracepoint:syscalls:sys_enter_setsockopt \
     { printf(\"%d %d %d\\n\", pid, args->level, args->optname); }";
 
-pub(crate) fn measure(ground: &Ground, findings: &mut Findings) -> Result<()> {
+pub(crate) fn measure(ground: &Workspace, findings: &mut Findings) -> Result<()> {
     let comparison = Comparison { rounds: 9, millis: 60, turns: 5, scenes: scenes() };
     let samples = comparison.run(ground)?;
     findings.add(PART, &samples, &lines());
@@ -42,11 +41,11 @@ pub(crate) fn measure(ground: &Ground, findings: &mut Findings) -> Result<()> {
 }
 
 fn set(call: Call, errno: i32) -> Arm {
-    Arm { name: "set", place: Place::Inside, work: Work::Set { call, errno } }
+    Arm { name: "set", placement: Placement::Inside, work: Work::Set { call, errno } }
 }
 
 fn get() -> Arm {
-    Arm { name: "get", place: Place::Inside, work: Work::Get { call: ON } }
+    Arm { name: "get", placement: Placement::Inside, work: Work::Get { call: ON } }
 }
 
 fn scene(name: &str, condition: Condition, arms: Vec<Arm>) -> Scene {
@@ -56,33 +55,33 @@ fn scene(name: &str, condition: Condition, arms: Vec<Arm>) -> Scene {
 fn scenes() -> Vec<Scene> {
     let both = || vec![set(ON, 0), get()];
     let outside = || {
-        let outside = |arm: Arm, name| Arm { name, place: Place::Outside, ..arm };
+        let outside = |arm: Arm, name| Arm { name, placement: Placement::Outside, ..arm };
         vec![outside(set(ON, 0), "set-outside"), outside(get(), "get-outside")]
     };
     vec![
-        scene("none", peers::nothing(), both()),
-        scene("empty", peers::empty(&[bpf::SETSOCKOPT]), vec![set(ON, 0)]),
-        scene("empty-get", peers::empty(&[bpf::GETSOCKOPT]), vec![get()]),
-        scene("not-named", peers::policy(ANOTHER), both()),
-        scene("agreeing", peers::policy(THIS), both()),
-        scene("rewrite", peers::policy(REWRITE), vec![set(OFF, 0)]),
-        scene("ignore", peers::policy(IGNORE), vec![set(OFF, 0)]),
-        scene("deny", peers::policy(DENY), vec![set(OFF, libc::EPERM)]),
-        scene("allow", peers::policy(ALLOW), vec![set(OFF, 0)]),
-        scene("traced", peers::traced(&SET_TRACEPOINTS), vec![set(ON, 0)]),
-        scene("audit", peers::audit(THIS), [both(), outside()].concat()),
-        scene("audited", peers::audited(THIS), [both(), outside()].concat()),
-        scene("audited-other", peers::audited(ANOTHER), both()),
-        scene("audited-rewrite", peers::audited(REWRITE), vec![set(OFF, 0)]),
-        scene("strace", peers::strace(), both()),
-        scene("perf", peers::perf_trace(), both()),
-        scene("counting", peers::bpftrace(COUNTING), vec![set(ON, 0)]),
-        scene("kprobe", peers::bpftrace(COUNTING_BY_KPROBE), vec![set(ON, 0)]),
-        scene("printing", peers::bpftrace(PRINTING), vec![set(ON, 0)]),
+        scene("none", conditions::nothing(), both()),
+        scene("empty", conditions::empty(&[bpf::SETSOCKOPT]), vec![set(ON, 0)]),
+        scene("empty-get", conditions::empty(&[bpf::GETSOCKOPT]), vec![get()]),
+        scene("not-named", conditions::policy(ANOTHER), both()),
+        scene("agreeing", conditions::policy(THIS), both()),
+        scene("rewrite", conditions::policy(REWRITE), vec![set(OFF, 0)]),
+        scene("ignore", conditions::policy(IGNORE), vec![set(OFF, 0)]),
+        scene("deny", conditions::policy(DENY), vec![set(OFF, libc::EPERM)]),
+        scene("allow", conditions::policy(ALLOW), vec![set(OFF, 0)]),
+        scene("traced", conditions::traced(&SET_TRACEPOINTS), vec![set(ON, 0)]),
+        scene("audit", conditions::audit(THIS), [both(), outside()].concat()),
+        scene("audited", conditions::audited(THIS), [both(), outside()].concat()),
+        scene("audited-other", conditions::audited(ANOTHER), both()),
+        scene("audited-rewrite", conditions::audited(REWRITE), vec![set(OFF, 0)]),
+        scene("strace", conditions::strace(), both()),
+        scene("perf", conditions::perf_trace(), both()),
+        scene("counting", conditions::bpftrace(COUNTING), vec![set(ON, 0)]),
+        scene("kprobe", conditions::bpftrace(COUNTING_BY_KPROBE), vec![set(ON, 0)]),
+        scene("printing", conditions::bpftrace(PRINTING), vec![set(ON, 0)]),
     ]
 }
 
-/// What an arm adds to a call, in times of what another adds.
+/// Compares what one arm adds to a call with what another adds.
 fn line(what: &str, arm: &str, versus: &str, limit: &str) -> Line {
     let none = |arm: &str| if arm.contains("/get") { "none/get" } else { "none/set" };
     Line::new(what, added(arm, none(arm)), versus, added(limit, none(limit)))
@@ -107,7 +106,7 @@ fn lines() -> Vec<Line> {
         line("audit alone, caller inside, agreeing", "audit/set", "bpftrace counting", "counting/set")
             .budget(Budget::AtMost(1.0)),
         Line::new(
-            "audit beside a policy, inside, agreeing",
+            "audit next to a policy, inside, agreeing",
             added("audited/set", "agreeing/set"),
             "bpftrace counting",
             added("counting/set", "none/set"),

@@ -1,15 +1,16 @@
-//! A process that disagrees as often as it can: what the agent takes then, and what of it is told.
+//! A process that makes as many conflicting calls as it can: the cost of the agent, and the share of conflicts that
+//! it reports.
 
 use std::{fs, path::PathBuf, time::Instant};
 
 use serde_json::Value;
 
 use crate::{
-    guard::{self, Ground},
-    peers,
-    row::{Budget, Findings, Line, Unit, whole},
-    scene::{Beside, Condition, InForce, POLICY, SOCKPOLICY, Samples, Scene},
-    trouble::{Attempt, Result, Trouble},
+    conditions,
+    error::{Attempt, BenchError, Result},
+    guard::{self, Workspace},
+    row::{Budget, Findings, Line, Unit, total},
+    scene::{ActiveCondition, BackgroundProcess, Condition, POLICY, SOCKPOLICY, Samples, Scene},
     work::{Call, Work, Worker},
 };
 
@@ -22,17 +23,17 @@ const RULES: &str = "[[rule]]\nset = { TCP_NODELAY = true }";
 const PRINTING: &str = "tracepoint:syscalls:sys_enter_setsockopt \
     { printf(\"%d %d %d\\n\", pid, args->level, args->optname); }";
 
-pub(crate) fn measure(ground: &Ground, findings: &mut Findings) -> Result<()> {
+pub(crate) fn measure(ground: &Workspace, findings: &mut Findings) -> Result<()> {
     let mut samples = Samples::default();
     for _ in 0..ROUNDS {
-        let (said, called) = storm(ground, "ours", ours(), &mut samples)?;
-        tally(&said, called, &mut samples)?;
-        match storm(ground, "bpftrace", peers::bpftrace(PRINTING), &mut samples) {
+        let (printed, called) = storm(ground, "ours", ours(), &mut samples)?;
+        tally(&printed, called, &mut samples)?;
+        match storm(ground, "bpftrace", conditions::bpftrace(PRINTING), &mut samples) {
             Ok((_, called)) => samples.add("bpftrace/called", called),
-            Err(trouble) => samples.leave_out("bpftrace", trouble),
+            Err(error) => samples.leave_out("bpftrace", error),
         }
     }
-    let line = |what: &str, over: &str, versus: &str, under: &str| Line::new(what, whole(over), versus, whole(under));
+    let line = |what: &str, over: &str, versus: &str, under: &str| Line::new(what, total(over), versus, total(under));
     let counts = |what: &str, over: &str, versus: &str, under: &str| line(what, over, versus, under).unit(Unit::Count);
     findings.add(
         PART,
@@ -57,20 +58,20 @@ pub(crate) fn measure(ground: &Ground, findings: &mut Findings) -> Result<()> {
 
 fn ours() -> Condition {
     let words = [SOCKPOLICY, "run", "-o", "json", POLICY];
-    Condition { beside: words.map(str::to_owned).to_vec(), ..peers::audited(RULES) }
+    Condition { background: words.map(str::to_owned).to_vec(), ..conditions::audited(RULES) }
 }
 
-/// Has one storm; gives what was said of it, and how many calls it had.
-fn storm(ground: &Ground, name: &str, condition: Condition, samples: &mut Samples) -> Result<(String, f64)> {
+/// Runs one storm. Returns the output of the tool, and the number of calls.
+fn storm(ground: &Workspace, name: &str, condition: Condition, samples: &mut Samples) -> Result<(String, f64)> {
     let scene = Scene { name: format!("storm-{name}"), condition, setup: Vec::new(), arms: Vec::new() };
-    let mut in_force = InForce::begin(ground, &scene)?;
+    let mut in_force = ActiveCondition::begin(ground, &scene)?;
     in_force.wait()?;
     let target = in_force.target.clone();
     let mut worker = Worker::start(ground, &target, &scene.condition)?;
-    // What wraps the worker, if there is nothing beside it.
-    let tool = in_force.into_beside();
-    let pid = tool.as_ref().map_or(worker.pid(), Beside::pid);
-    // It is there when it has answered.
+    // Without a background process, the wrapper of the worker is the tool.
+    let tool = in_force.into_background();
+    let pid = tool.as_ref().map_or(worker.pid(), BackgroundProcess::pid);
+    // The tool is running once the worker has answered.
     worker.perform(&target, &target, 0, &Work::Hold { connections: 0 })?;
     let (before, begin) = (cpu_seconds(pid)?, Instant::now());
     let took = worker.perform(&target, &target, MILLIS, &Work::Set { call: STORM, errno: 0 })?;
@@ -78,14 +79,14 @@ fn storm(ground: &Ground, name: &str, condition: Condition, samples: &mut Sample
     samples.add(&format!("{name}/cpu"), cpu * 100.0);
     samples.add(&format!("{name}/memory"), peak_kib(pid)?);
     drop(worker);
-    let said = tool.map_or_else(String::new, Beside::end);
+    let printed = tool.map_or_else(String::new, BackgroundProcess::end);
     guard::remove(&target)?;
-    // The first is tried before the clock runs.
-    Ok((said, took.times as f64 + 1.0))
+    // One more call is made before the measurement.
+    Ok((printed, took.times as f64 + 1.0))
 }
 
-fn tally(said: &str, called: f64, samples: &mut Samples) -> Result<()> {
-    let last = said.lines().rfind(|line| line.contains("\"event\":\"summary\"")).unwrap_or_default();
+fn tally(printed: &str, called: f64, samples: &mut Samples) -> Result<()> {
+    let last = printed.lines().rfind(|line| line.contains("\"event\":\"summary\"")).unwrap_or_default();
     let summary: Value = serde_json::from_str(last).or_cannot("read the summary of a storm")?;
     let setting = &summary["settings"][0];
     let number = |value: &Value| value.as_f64().unwrap_or_default();
@@ -100,17 +101,17 @@ fn tally(said: &str, called: f64, samples: &mut Samples) -> Result<()> {
     Ok(())
 }
 
-/// How long the threads of a process have run by now.
+/// Returns the CPU time of the threads of a process, in seconds.
 fn cpu_seconds(pid: u32) -> Result<f64> {
     let path = format!("/proc/{pid}/task");
     let threads = fs::read_dir(&path).or_cannot(format_args!("list {path}"))?;
-    // Nanoseconds on a CPU, then two other numbers.
-    let ran = |folder: PathBuf| {
-        let text = fs::read_to_string(folder.join("schedstat")).ok()?;
+    // The first number is the time on a CPU, in nanoseconds.
+    let ran = |dir: PathBuf| {
+        let text = fs::read_to_string(dir.join("schedstat")).ok()?;
         text.split_whitespace().next()?.parse::<f64>().ok()
     };
     let times: Option<Vec<f64>> = threads.flatten().map(|thread| ran(thread.path())).collect();
-    let times = times.ok_or_else(|| Trouble::new(format_args!("{path} does not say how long threads ran")))?;
+    let times = times.ok_or_else(|| BenchError::new(format_args!("{path} has no run times of threads")))?;
     Ok(times.iter().sum::<f64>() / 1e9)
 }
 
@@ -119,5 +120,5 @@ fn peak_kib(pid: u32) -> Result<f64> {
     let text = fs::read_to_string(&path).or_cannot(format_args!("read {path}"))?;
     let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
     let peak = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
-    peak.ok_or_else(|| Trouble::new(format_args!("{path} says no VmHWM")))
+    peak.ok_or_else(|| BenchError::new(format_args!("{path} has no VmHWM")))
 }

@@ -1,4 +1,4 @@
-//! The loops themselves, and what a worker keeps open.
+//! The measured loops, and the state of a worker.
 
 use std::{
     collections::BTreeMap,
@@ -13,17 +13,17 @@ use std::{
 
 use sockpolicy_integration_tests::wait;
 
-use super::{Call, Took};
+use super::{Call, Timing};
 use crate::{guard, measure};
 
-/// A piece of work that is timed by itself.
+/// The shortest piece of work that is timed separately.
 const PIECE: Duration = Duration::from_micros(250);
 
-/// Repeats for so long.
-fn repeat(millis: u64, mut once: impl FnMut() -> io::Result<()>) -> io::Result<Took> {
+/// Repeats an operation for `millis` milliseconds.
+fn repeat(millis: u64, mut once: impl FnMut() -> io::Result<()>) -> io::Result<Timing> {
     let begin = Instant::now();
     let end = begin + Duration::from_millis(millis);
-    // How many make a piece is known after the first, which is left out: it finds the caches cold.
+    // The number of operations per piece is known after the first one, which is left out because the caches are cold.
     let (mut each, mut pieces, mut times) = (1u32, Vec::new(), 0);
     loop {
         let start = Instant::now();
@@ -38,7 +38,7 @@ fn repeat(millis: u64, mut once: impl FnMut() -> io::Result<()>) -> io::Result<T
             pieces.push(took.as_nanos() as f64 / f64::from(each));
         }
         if Instant::now() >= end && !pieces.is_empty() {
-            return Ok(Took { ns: measure::median(&pieces), times });
+            return Ok(Timing { ns: measure::median(&pieces), times });
         }
     }
 }
@@ -47,7 +47,7 @@ fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
-/// A descriptor of a socket of IPv4, closed when dropped.
+/// A descriptor of an IPv4 socket, closed when dropped.
 struct Socket(libc::c_int);
 
 impl Socket {
@@ -63,7 +63,7 @@ impl Socket {
     }
 
     fn connect(&self, address: &libc::sockaddr_in) -> io::Result<()> {
-        // SAFETY: the address is as long as is said.
+        // SAFETY: the address has the length that is passed.
         check(unsafe { libc::connect(self.0, ptr::from_ref(address).cast(), ADDRESS_LEN) }).map(drop)
     }
 
@@ -73,7 +73,7 @@ impl Socket {
         address.sin_family = libc::AF_INET as libc::sa_family_t;
         address.sin_addr.s_addr = u32::from(Ipv4Addr::LOCALHOST).to_be();
         let mut len = ADDRESS_LEN;
-        // SAFETY: both calls get an address, and how long it is.
+        // SAFETY: both calls get a valid address and its length.
         unsafe {
             check(libc::bind(self.0, (&raw const address).cast(), len))?;
             check(libc::getsockname(self.0, (&raw mut address).cast(), &raw mut len))?;
@@ -86,12 +86,12 @@ const ADDRESS_LEN: libc::socklen_t = size_of::<libc::sockaddr_in>() as libc::soc
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        // SAFETY: nobody else closes it.
+        // SAFETY: the descriptor has no other owner.
         unsafe { libc::close(self.0) };
     }
 }
 
-pub(super) fn set(call: Call, errno: i32, millis: u64) -> io::Result<Took> {
+pub(super) fn set(call: Call, errno: i32, millis: u64) -> io::Result<Timing> {
     let socket = Socket::new(libc::SOCK_STREAM)?;
     let got = if socket.set(call) < 0 { io::Error::last_os_error().raw_os_error().unwrap_or_default() } else { 0 };
     if got != errno {
@@ -103,7 +103,7 @@ pub(super) fn set(call: Call, errno: i32, millis: u64) -> io::Result<Took> {
     })
 }
 
-pub(super) fn get(call: Call, millis: u64) -> io::Result<Took> {
+pub(super) fn get(call: Call, millis: u64) -> io::Result<Timing> {
     let socket = Socket::new(libc::SOCK_STREAM)?;
     check(socket.set(call))?;
     repeat(millis, || {
@@ -115,7 +115,7 @@ pub(super) fn get(call: Call, millis: u64) -> io::Result<Took> {
     })
 }
 
-/// Takes connections.
+/// A listening socket.
 pub(super) struct Listener {
     socket: Socket,
     address: libc::sockaddr_in,
@@ -124,11 +124,11 @@ pub(super) struct Listener {
 impl Listener {
     pub(super) fn new() -> io::Result<Self> {
         let socket = Socket::new(libc::SOCK_STREAM)?;
-        // Accepted sockets inherit it, and are reset when they are closed: no port waits for a minute after that, and
-        // the tables that connections are looked up in stay as small as they are.
+        // Accepted sockets inherit this option. They are reset when they are closed, so no port stays in TIME_WAIT,
+        // and the connection tables stay small.
         let linger = libc::linger { l_onoff: 1, l_linger: 0 };
         let len = size_of_val(&linger) as libc::socklen_t;
-        // SAFETY: points to what this option takes; then takes numbers.
+        // SAFETY: points to the structure that this option takes.
         unsafe {
             check(libc::setsockopt(socket.0, libc::SOL_SOCKET, libc::SO_LINGER, (&raw const linger).cast(), len))?;
         }
@@ -138,17 +138,17 @@ impl Listener {
         Ok(Self { socket, address })
     }
 
-    pub(super) fn connect(&self, own: &[Call], millis: u64) -> io::Result<Took> {
+    pub(super) fn connect(&self, own: &[Call], millis: u64) -> io::Result<Timing> {
         repeat(millis, || {
             let client = Socket::new(libc::SOCK_STREAM)?;
             for call in own {
                 check(client.set(*call))?;
             }
             client.connect(&self.address)?;
-            // SAFETY: wants no address.
+            // SAFETY: no address is requested.
             let accepted =
                 unsafe { libc::accept4(self.socket.0, ptr::null_mut(), ptr::null_mut(), libc::SOCK_CLOEXEC) };
-            // The accepted one first: see the listener's SO_LINGER.
+            // The accepted socket is closed first, because of the listener's SO_LINGER.
             drop(Socket(check(accepted)?));
             drop(client);
             Ok(())
@@ -156,7 +156,7 @@ impl Listener {
     }
 }
 
-pub(super) fn send(connected: bool, millis: u64) -> io::Result<Took> {
+pub(super) fn send(connected: bool, millis: u64) -> io::Result<Timing> {
     let (sender, receiver) = (Socket::new(libc::SOCK_DGRAM)?, Socket::new(libc::SOCK_DGRAM)?);
     let address = receiver.bind()?;
     if connected {
@@ -166,25 +166,25 @@ pub(super) fn send(connected: bool, millis: u64) -> io::Result<Took> {
     let to_len = if connected { 0 } else { ADDRESS_LEN };
     let mut byte = [0u8; 64];
     repeat(millis, || {
-        // SAFETY: as many bytes as are said, and an address or none.
+        // SAFETY: the buffer has the length that is passed, and the address is valid or null.
         let sent = unsafe { libc::sendto(sender.0, byte.as_ptr().cast(), byte.len(), 0, to, to_len) };
         check(sent as libc::c_int)?;
-        // SAFETY: as much room as is said.
+        // SAFETY: the buffer has the length that is passed.
         let got = unsafe { libc::recv(receiver.0, byte.as_mut_ptr().cast(), byte.len(), 0) };
         check(got as libc::c_int).map(drop)
     })
 }
 
-/// What a worker has open, and whom it has started.
+/// The sockets and servers of a worker.
 #[derive(Default)]
-pub(super) struct Held {
-    /// By the cgroup that each was made in.
+pub(super) struct WorkerState {
+    /// By the cgroup in which each was created.
     listeners: BTreeMap<PathBuf, Listener>,
     connections: Vec<(TcpStream, TcpStream)>,
     servers: Vec<Child>,
 }
 
-impl Held {
+impl WorkerState {
     pub(super) fn has_listener(&self, cgroup: &Path) -> bool {
         self.listeners.contains_key(cgroup)
     }
@@ -226,7 +226,7 @@ impl Held {
     }
 }
 
-impl Drop for Held {
+impl Drop for WorkerState {
     fn drop(&mut self) {
         for server in &mut self.servers {
             let _ = server.kill();

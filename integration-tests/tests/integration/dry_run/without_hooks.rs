@@ -1,5 +1,5 @@
-//! A dry run without a hook at setsockopt: the audit judges, as the hook would, and no call comes out otherwise than without a
-//! policy.
+//! Dry runs without a program on cgroup/setsockopt. The audit judges calls as the hook would, and every call has the
+//! same result as without a policy.
 
 use std::{collections::BTreeMap, fs, path::Path};
 
@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use sockpolicy_integration_tests::{
     agent::{Exec, Run},
     cgroup::Cgroup,
-    foreign::{At, attached_to},
+    foreign_program::{Hook, count_attached_to_hook},
     kernels::Kernel,
     options::{
         IP_TOS, IP_TTL, IPV6_TCLASS, IPV6_V6ONLY, SO_BINDTODEVICE, SO_BINDTOIFINDEX, SO_BUF_LOCK, SO_KEEPALIVE,
@@ -22,7 +22,7 @@ use sockpolicy_integration_tests::{
     wait,
 };
 
-/// Nothing in it asks for what only the hooks note of a socket.
+/// No rule depends on facts that only the hooks record for a socket.
 const POLICY: &str = "[audit]\nreads = true\nCALLS\n\
     [[rule]]\nname = \"local\"\nmatch = { local = [\"127.0.0.0/8\"] }\nset = { TCP_KEEPIDLE = \"77s\", SO_PRIORITY = 3 }\n\
     [[rule]]\nname = \"udp\"\nmatch = { protocol = \"udp\" }\nset = { SO_MARK = 7 }\n\
@@ -41,7 +41,7 @@ fn policy(calls: &str) -> PolicyFile {
     PolicyFile::new(POLICY.replace("CALLS", calls))
 }
 
-/// All that the policy names, the options that are the same under another name, and two of which it says nothing.
+/// All options of the policy, other names of the same options, and two options that the policy does not name.
 const OPTIONS: [SocketOption; 23] = [
     TCP_KEEPIDLE,
     SO_PRIORITY,
@@ -68,16 +68,16 @@ const OPTIONS: [SocketOption; 23] = [
     TCP_CORK,
 ];
 
-/// What the calls returned, by what they were.
+/// The results of calls, with their descriptions.
 type Results = Vec<(String, Result<Vec<u8>, Errno>)>;
 
-/// Sets and reads each option with arguments of many values and lengths, on one socket.
+/// Sets and reads each option on one socket, with arguments of many values and lengths.
 fn make_calls(probe: &mut Probe, what: &str, fd: Fd, results: &mut Results) {
     let numbers = [0i32, 1, 77, -1, 1 << 20];
     let lengths = [4usize, 16];
     let mut arguments: Vec<Argument> =
-        numbers.iter().flat_map(|number| lengths.map(|len| Argument::long(*number, len))).collect();
-    arguments.push(Argument::long(99, 4097));
+        numbers.iter().flat_map(|number| lengths.map(|len| Argument::padded(*number, len))).collect();
+    arguments.push(Argument::padded(99, 4097));
     arguments.extend((0..4usize).map(|len| Argument::from(vec![9; len])));
     arguments.extend(["reno", "cubic\0then more", "lo", "no-such-name", "\0"].map(Argument::from));
     let ints = |ints: &[i64]| Argument::from(ints.iter().flat_map(|int| int.to_ne_bytes()).collect::<Vec<_>>());
@@ -110,7 +110,7 @@ fn make_all_calls(probe: &mut Probe) -> Results {
     results
 }
 
-/// What was counted of each setting.
+/// Returns the counters of each setting.
 fn counted(report: &Report) -> BTreeMap<String, String> {
     let count = |setting: &Setting| {
         let Setting { rule, option, calls, sockets, .. } = setting;
@@ -120,16 +120,16 @@ fn counted(report: &Report) -> BTreeMap<String, String> {
     report.summary.settings.iter().map(count).collect()
 }
 
-/// What events say of calls in conflict, but for what only an audit knows, or only a hook.
-fn told(report: &Report) -> Vec<String> {
+/// Returns the conflicts of a report, without the fields that only an audit or only a hook knows.
+fn reported(report: &Report) -> Vec<String> {
     let conflicts = report.events.iter().filter(|event| event.event == "conflict");
-    let tell = |event: &Event| {
+    let text = |event: &Event| {
         let Event { call, rule, option, optval, optlen, wanted, requested, verdict, socket, .. } = event;
         let protocol = socket.as_ref().map(|socket| (&socket.protocol, &socket.family));
         format!("{call:?} {rule:?} {option} {optval:?} {optlen:?} {wanted} {requested} {verdict:?} {protocol:?}")
     };
-    // Of a call that several settings govern, an audit reports one.
-    conflicts.filter(|event| event.option != "SO_BUF_LOCK").map(tell).collect()
+    // If several settings cover a call, an audit reports one of them.
+    conflicts.filter(|event| event.option != "SO_BUF_LOCK").map(text).collect()
 }
 
 fn backends() -> impl Iterator<Item = &'static str> {
@@ -141,7 +141,7 @@ fn backends() -> impl Iterator<Item = &'static str> {
 fn dry_run(policy: &PolicyFile, backend: &str, hooks: u32) -> (Results, Report) {
     let mut exec = Exec::with(policy, &["--dry-run", "--audit-backend", backend]);
     let target = exec.target();
-    let attached = [At::Setsockopt, At::Getsockopt].map(|hook| attached_to(&target, hook));
+    let attached = [Hook::Setsockopt, Hook::Getsockopt].map(|hook| count_attached_to_hook(&target, hook));
     assert_eq!(attached, [hooks; 2], "{backend}");
     let results = make_all_calls(&mut exec.probe);
     (results, exec.finish())
@@ -162,17 +162,17 @@ fn audit_judges_as_the_hook_does() {
         assert_eq!(counted(&hooked), counted(&unhooked), "{backend}, hook on the left");
         unhooked.assert_nothing_lost();
     }
-    // All backends have what is told from the same code.
+    // All backends share the code that fills in events, so one is enough.
     let backend = backends().next().unwrap();
     let (_, unhooked) = dry_run(&governed, backend, 0);
-    let (hooked, unhooked) = (told(&hooked), told(&unhooked));
+    let (hooked, unhooked) = (reported(&hooked), reported(&unhooked));
     for (hooked, unhooked) in hooked.iter().zip(&unhooked) {
         assert_eq!(hooked, unhooked, "{backend}, hook on the left");
     }
     assert_eq!(hooked.len(), unhooked.len());
 }
 
-/// Calls whose argument ends before its length says, and calls without one.
+/// Makes calls whose argument extends past mapped memory, and calls with a null argument.
 fn make_calls_at_edge(probe: &mut Probe) -> Results {
     let (tcp, tcp6) = (probe.open(Family::Inet, Kind::Tcp), probe.open(Family::Inet6, Kind::Tcp));
     let int = |value: i32| value.to_ne_bytes().to_vec();
@@ -195,7 +195,7 @@ fn make_calls_at_edge(probe: &mut Probe) -> Results {
         (tcp6, SO_MARK, None, 4),
     ];
     let perform = |(fd, option, bytes, len): (Fd, SocketOption, Option<Vec<u8>>, i32)| {
-        let argument = bytes.as_deref().map_or(Argument::null(len), |bytes| Argument::cut_off_bytes(bytes, len));
+        let argument = bytes.as_deref().map_or(Argument::null(len), |bytes| Argument::truncated_bytes(bytes, len));
         let set = probe.set(fd, option, argument);
         let result = set.map(|()| probe.get(fd, option, 16).unwrap());
         (format!("{} {bytes:?} of {len}", option.name), result)
@@ -204,7 +204,7 @@ fn make_calls_at_edge(probe: &mut Probe) -> Results {
 }
 
 #[test]
-fn argument_that_ends_before_its_length_says_fails_no_call() {
+fn argument_that_extends_past_mapped_memory_fails_no_call() {
     let without = make_calls_at_edge(&mut Probe::start(&Cgroup::new()));
     let failed: Vec<_> = without.iter().filter(|(_, result)| *result == Err(Errno::EFAULT)).collect();
     assert_eq!(failed.len(), 3, "{failed:?}");
@@ -212,7 +212,7 @@ fn argument_that_ends_before_its_length_says_fails_no_call() {
     let policy = policy("");
     for backend in backends() {
         let mut exec = Exec::with(&policy, &["--dry-run", "--audit-backend", backend]);
-        assert_eq!(attached_to(&exec.target(), At::Setsockopt), 0);
+        assert_eq!(count_attached_to_hook(&exec.target(), Hook::Setsockopt), 0);
         assert_eq!(make_calls_at_edge(&mut exec.probe), without, "{backend}, without a policy on the right");
         let report = exec.finish();
         report.assert_nothing_lost();
@@ -230,18 +230,18 @@ fn argument_that_ends_before_its_length_says_fails_no_call() {
             assert_eq!((calls.agreed, calls.verdicts()), (agreed, BTreeMap::from([(verdict, 1)])), "{option}");
         }
         let mark = report.conflict("SO_MARK");
-        assert_eq!((mark.optval.as_deref(), mark.optlen), (Some("0x33110000"), Some(16)), "no more than there is");
+        assert_eq!((mark.optval.as_deref(), mark.optlen), (Some("0x33110000"), Some(16)), "only the mapped bytes");
         assert_eq!(report.conflict("TCP_CONGESTION").requested, "cubic");
     }
 }
 
-/// The hook goes by the socket's cgroup, and so does the audit.
+/// As in the hook, the cgroup of the socket counts, not that of the caller.
 #[test]
-fn calls_are_judged_by_the_policies_of_the_sockets_cgroup() {
+fn calls_are_judged_by_the_cgroup_of_the_socket() {
     for backend in backends() {
         let (outer, elsewhere) = (Cgroup::new(), Cgroup::new());
         let (inner, beside) = (outer.child("inner"), outer.child("beside"));
-        let folder = PolicyFile::new(format!(
+        let dir = PolicyFile::new(format!(
             "name = \"outer\"\nmode = \"dry-run\"\n[target]\ncgroup = {:?}\n[[rule]]\nset = {{ TCP_KEEPCNT = 3, TCP_SYNCNT = 3 }}\n",
             outer.name()
         ));
@@ -249,10 +249,10 @@ fn calls_are_judged_by_the_policies_of_the_sockets_cgroup() {
             "name = \"inner\"\nmode = \"dry-run\"\n[target]\ncgroup = {:?}\n[[rule]]\nset = {{ TCP_KEEPCNT = 4 }}\n",
             inner.name()
         );
-        fs::write(folder.folder().join("inner.toml"), text).unwrap();
-        let run = Run::of(folder.folder(), &["--audit-backend", backend]);
+        fs::write(dir.dir().join("inner.toml"), text).unwrap();
+        let run = Run::on_path(dir.dir(), &["--audit-backend", backend]);
         for cgroup in [&outer, &inner] {
-            assert_eq!(attached_to(cgroup.path(), At::Setsockopt), 0);
+            assert_eq!(count_attached_to_hook(cgroup.path(), Hook::Setsockopt), 0);
         }
         let mut probe = Probe::start(&elsewhere);
         let mut open = |cgroup: &Cgroup| {
@@ -281,21 +281,21 @@ fn calls_are_judged_by_the_policies_of_the_sockets_cgroup() {
     }
 }
 
-/// Waits until as many programs are at cgroup/setsockopt.
+/// Waits until the number of programs on cgroup/setsockopt is `programs`.
 #[track_caller]
 fn wait_for(cgroup: &Path, programs: u32) {
-    let is_there = wait::until(wait::PATIENCE, || attached_to(cgroup, At::Setsockopt) == programs);
-    assert!(is_there, "{} programs, not {programs}", attached_to(cgroup, At::Setsockopt));
+    let is_there = wait::until(wait::TIMEOUT, || count_attached_to_hook(cgroup, Hook::Setsockopt) == programs);
+    assert!(is_there, "{} programs, expected {programs}", count_attached_to_hook(cgroup, Hook::Setsockopt));
 }
 
 #[test]
-fn hook_comes_with_enforcement_and_goes_with_it() {
+fn setsockopt_hook_is_attached_only_while_a_policy_is_enforced() {
     let target = Cgroup::new();
     let text = |mode: &str, value: u32| {
         format!("mode = {mode:?}\n[target]\ncgroup = {:?}\n[[rule]]\nset = {{ TCP_SYNCNT = {value} }}\n", target.name())
     };
     let policy = PolicyFile::new(text("dry-run", 3));
-    let run = Run::started(&policy, &[]);
+    let run = Run::start_with(&policy, &[]);
     let mut probe = Probe::start(&target);
     let fd = probe.open(Family::Inet, Kind::Tcp);
     let mut reloads = 0;
@@ -311,7 +311,7 @@ fn hook_comes_with_enforcement_and_goes_with_it() {
         probe.set(fd, TCP_SYNCNT, 9).unwrap();
         assert_eq!(probe.int(fd, TCP_SYNCNT), shown, "{mode}");
     }
-    // What the enforced policy was attached for goes when there is no room for more policies beside it.
+    // The programs of the enforced policy are detached when its generation is dropped for new ones.
     for value in 6..9 {
         fs::write(policy.path(), text("dry-run", value)).unwrap();
         reloads += 1;
@@ -328,11 +328,11 @@ fn hook_comes_with_enforcement_and_goes_with_it() {
     };
     assert_eq!(verdicts(3), ["would-rewrite 1"]);
     assert_eq!(verdicts(4), ["rewritten 1"]);
-    assert_eq!(verdicts(5), ["would-rewrite 1"], "the hook that is there yet does not count it again");
+    assert_eq!(verdicts(5), ["would-rewrite 1"], "the hook that is still attached does not count the call again");
     assert_eq!(verdicts(8), ["would-rewrite 1"]);
 }
 
-/// What the audit cannot know keeps the hook, and so does what is enforced beside a dry run.
+/// The hook is attached if the audit cannot know the facts of a rule, and if another policy is enforced.
 #[test]
 fn hook_stays_where_the_audit_cannot_judge() {
     for (rules, arguments) in [
@@ -347,7 +347,7 @@ fn hook_stays_where_the_audit_cannot_judge() {
         ("[[rule]]\nset = { TCP_SYNCNT = 3 }\n", &["--audit-backend", "none"]),
     ] {
         let exec = Exec::with(&PolicyFile::new(rules), &[&["--dry-run"], arguments].concat());
-        assert_eq!(attached_to(&exec.target(), At::Setsockopt), 1, "{rules}");
+        assert_eq!(count_attached_to_hook(&exec.target(), Hook::Setsockopt), 1, "{rules}");
         drop(exec.finish());
     }
     let (enforced, dry) = (Cgroup::new(), Cgroup::new());
@@ -357,11 +357,11 @@ fn hook_stays_where_the_audit_cannot_judge() {
             target.name()
         )
     };
-    let folder = PolicyFile::new(text("enforced", "enforce", &enforced));
-    fs::write(folder.folder().join("dry.toml"), text("dry", "dry-run", &dry)).unwrap();
-    let run = Run::of(folder.folder(), &[]);
+    let dir = PolicyFile::new(text("enforced", "enforce", &enforced));
+    fs::write(dir.dir().join("dry.toml"), text("dry", "dry-run", &dry)).unwrap();
+    let run = Run::on_path(dir.dir(), &[]);
     for cgroup in [&enforced, &dry] {
-        assert_eq!(attached_to(cgroup.path(), At::Setsockopt), 1);
+        assert_eq!(count_attached_to_hook(cgroup.path(), Hook::Setsockopt), 1);
     }
     drop(run.finish());
 }

@@ -1,4 +1,4 @@
-//! What changes on the host between two steps of a command: it is held there until that is done.
+//! Changes on the host between two steps of a command, which is stopped during the change.
 
 use std::fs;
 
@@ -16,7 +16,7 @@ use sockpolicy_integration_tests::{
 
 use crate::{stderr, stdout};
 
-/// A socket that the kernel lists, or one that is found with its process.
+/// Opens a socket that the kernel lists, or one that is only found through its process.
 fn socket(probe: &mut Probe, is_listed: bool) -> Fd {
     let socket = probe.open(Family::Inet, Kind::Tcp);
     if is_listed {
@@ -26,21 +26,21 @@ fn socket(probe: &mut Probe, is_listed: bool) -> Fd {
     socket
 }
 
-/// Has another process, of another cgroup, have the number of one that ends, and the number of its descriptor.
+/// Ends a probe, and starts another one in another cgroup with the same process id and the same descriptor number.
 fn succeed(probe: Probe, socket: Fd, elsewhere: &Cgroup) -> Probe {
     let pid = probe.pid;
     drop(probe);
-    let mut successor = Probe::start_as(pid, elsewhere);
+    let mut successor = Probe::start_with_pid(pid, elsewhere);
     assert_eq!(successor.open(Family::Inet, Kind::Tcp), socket);
     successor
 }
 
-/// Steps between listing sockets and taking a descriptor, and whether the socket is one that the kernel lists.
+/// Steps between listing sockets and duplicating a descriptor, and whether the kernel lists the socket.
 const BEFORE_TAKING: [(&str, bool); 4] =
     [("sockets-listed", true), ("sockets-listed", false), ("holders-listed", false), ("home-read", false)];
 
 #[test]
-fn process_that_has_the_number_of_one_that_ended_is_left_alone() {
+fn process_with_a_reused_pid_is_not_changed() {
     for (step, is_listed) in BEFORE_TAKING {
         let (target, elsewhere, instance) = (Cgroup::new(), Cgroup::new(), Instance::new());
         let policy = PolicyFile::new(sets_mark(&target, 7));
@@ -49,19 +49,22 @@ fn process_that_has_the_number_of_one_that_ended_is_left_alone() {
         let closed = socket(&mut ends, is_listed);
         let mut apply = agent::command(&["apply", "--instance", &instance.name]);
         apply.arg(policy.path());
-        let held = Running::start_held(apply, step);
+        let held = Running::start_stopped_at(apply, step);
         let mut successor = succeed(ends, closed, &elsewhere);
-        held.go_on();
+        held.resume();
         let output = held.finish();
         assert_eq!(successor.int(closed, SO_MARK), 0, "{step}: {}", stdout(&output));
         assert_eq!(stays.int(open, SO_MARK), 7, "{step}: {}", stderr(&output));
-        let said = stdout(&output);
-        assert!(output.status.success() && said.contains("sockets: 1, changed: 1, in 1 options\n"), "{step}: {said}");
+        let printed = stdout(&output);
+        assert!(
+            output.status.success() && printed.contains("sockets: 1, changed: 1, in 1 options\n"),
+            "{step}: {printed}"
+        );
     }
 }
 
 #[test]
-fn socket_that_has_the_descriptor_of_one_that_was_closed_is_left_alone() {
+fn socket_with_a_reused_descriptor_is_not_changed() {
     for (step, is_listed) in BEFORE_TAKING {
         let (target, instance) = (Cgroup::new(), Instance::new());
         let policy = PolicyFile::new(sets_mark(&target, 7));
@@ -70,17 +73,17 @@ fn socket_that_has_the_descriptor_of_one_that_was_closed_is_left_alone() {
         let closed = socket(&mut probe, is_listed);
         let mut apply = agent::command(&["apply", "--instance", &instance.name]);
         apply.arg(policy.path());
-        let held = Running::start_held(apply, step);
+        let held = Running::start_stopped_at(apply, step);
         probe.close(closed);
         assert_eq!(socket(&mut probe, is_listed), closed);
-        held.go_on();
+        held.resume();
         let output = held.finish();
         assert_eq!((probe.int(open, SO_MARK), probe.int(closed, SO_MARK)), (7, 0), "{step}: {}", stdout(&output));
         assert!(output.status.success(), "{step}: {}", stderr(&output));
     }
 }
 
-/// Whose a command says that sockets are, whatever comes of it.
+/// Returns the owners of sockets in the output of a command.
 fn owners(output: &std::process::Output) -> Vec<(Option<u64>, Option<String>)> {
     let lines = stdout(output);
     let lines = lines.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
@@ -89,7 +92,7 @@ fn owners(output: &std::process::Output) -> Vec<(Option<u64>, Option<String>)> {
 }
 
 #[test]
-fn socket_is_not_said_to_be_of_a_process_that_has_the_number_of_its_own() {
+fn socket_is_not_attributed_to_a_process_with_a_reused_pid() {
     for command in ["ls", "verify"] {
         for step in ["sockets-listed", "socket-taken"] {
             let (target, elsewhere) = (Cgroup::new(), Cgroup::new());
@@ -99,13 +102,13 @@ fn socket_is_not_said_to_be_of_a_process_that_has_the_number_of_its_own() {
             let pid = probe.pid;
             let mut agent = agent::command(&[command, "-o", "json"]);
             agent.arg(policy.path());
-            let held = Running::start_held(agent, step);
+            let held = Running::start_stopped_at(agent, step);
             let successor = succeed(probe, closed, &elsewhere);
-            held.go_on();
+            held.resume();
             let output = held.finish();
             let owners = owners(&output);
             match (command, step) {
-                // It was its own when it was taken.
+                // The process owned the socket when the descriptor was duplicated.
                 (_, "socket-taken") => assert_eq!(owners, [(Some(pid.into()), Some(target.name()))], "{command}"),
                 ("ls", _) => assert_eq!(owners, [(None, None)]),
                 _ => assert!(output.status.success() && owners.is_empty(), "{owners:?}{}", stderr(&output)),
@@ -116,7 +119,7 @@ fn socket_is_not_said_to_be_of_a_process_that_has_the_number_of_its_own() {
 }
 
 #[test]
-fn network_namespace_that_goes_while_it_is_visited_takes_nothing_else_with_it() {
+fn network_namespace_that_disappears_during_a_visit_affects_no_other() {
     for step in ["processes-listed", "namespace-found", "namespace-opened", "sockets-listed"] {
         let (target, instance) = (Cgroup::new(), Instance::new());
         let policy = PolicyFile::new(sets_mark(&target, 7));
@@ -130,9 +133,9 @@ fn network_namespace_that_goes_while_it_is_visited_takes_nothing_else_with_it() 
         let step = if step.starts_with("namespace") { format!("{step}={namespace}") } else { step.to_owned() };
         let mut apply = agent::command(&["apply", "--instance", &instance.name]);
         apply.arg(policy.path());
-        let held = Running::start_held(apply, &step);
+        let held = Running::start_stopped_at(apply, &step);
         drop(ends);
-        held.go_on();
+        held.resume();
         let output = held.finish();
         assert!(output.status.success(), "{step}: {}", stderr(&output));
         assert_eq!(stderr(&output), "", "{step}");

@@ -1,5 +1,5 @@
-//! Sockets of a program that takes no questions, asked through descriptors of our own for the same sockets
-//! (pidfd_getfd(2)): what getsockopt tells us it would tell the program.
+//! Sockets of programs that the tests cannot control. The tests call getsockopt on duplicates of their descriptors
+//! (pidfd_getfd(2)); the program itself would get the same values.
 
 use std::{
     io,
@@ -9,12 +9,12 @@ use std::{
 
 use crate::{must, options::SocketOption, process::descriptors};
 
-/// A socket of another process.
+/// A duplicate of the descriptor of another process's socket.
 #[derive(Debug)]
-pub struct Taken(TcpStream);
+pub struct PidfdSocket(TcpStream);
 
-impl Taken {
-    /// The sockets that a process has by now.
+impl PidfdSocket {
+    /// Duplicates the sockets that a process has now.
     #[must_use]
     #[track_caller]
     pub fn all_of(pid: u32) -> Vec<Self> {
@@ -27,7 +27,7 @@ impl Taken {
                 let number: i32 = number.parse().ok()?;
                 // SAFETY: takes numbers.
                 let taken = unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), number, 0) };
-                // It may be closed by now.
+                // The descriptor may be closed by now.
                 descriptor(taken).ok().map(|socket| Self(socket.into()))
             })
             .collect()
@@ -38,19 +38,19 @@ impl Taken {
         self.0.local_addr().ok()
     }
 
-    /// `None` also where it listens.
+    /// Returns the peer address. `None` if the socket is not connected.
     #[must_use]
     pub fn remote(&self) -> Option<SocketAddr> {
         self.0.peer_addr().ok()
     }
 
-    /// What the program would be told of an option.
+    /// Returns the value that getsockopt returns for an option.
     #[must_use]
     #[track_caller]
     pub fn get(&self, option: SocketOption) -> Vec<u8> {
         let mut value = vec![0; 16];
         let mut len = value.len() as libc::socklen_t;
-        // SAFETY: both point to what they are said to.
+        // SAFETY: both pointers are valid, and the length is that of the buffer.
         let result = unsafe {
             let value = value.as_mut_ptr().cast();
             libc::getsockopt(self.0.as_raw_fd(), option.level, option.number, value, &raw mut len)
@@ -60,7 +60,7 @@ impl Taken {
         value
     }
 
-    /// The same of an option that is a number.
+    /// Returns the value of an option that is an int.
     #[must_use]
     #[track_caller]
     pub fn int(&self, option: SocketOption) -> i32 {
@@ -74,6 +74,6 @@ fn descriptor(result: libc::c_long) -> io::Result<OwnedFd> {
     if result < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: just made, and nobody else's.
+    // SAFETY: the descriptor is new and has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(result as i32) })
 }

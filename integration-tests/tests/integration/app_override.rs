@@ -1,4 +1,4 @@
-//! Who is overruled by whom: applications by policies, whatever their rights, and rules by others.
+//! Which side overrides which: policies override applications, whatever their rights, and rules override other rules.
 
 use sockpolicy_integration_tests::{
     agent::Exec,
@@ -9,13 +9,13 @@ use sockpolicy_integration_tests::{
 };
 
 #[test]
-fn rewritten_call_succeeds_where_the_policys_value_is_beyond_the_callers_rights() {
+fn rewritten_call_succeeds_if_the_caller_may_not_set_the_policys_value() {
     require!("cgroup/bind4");
     let policy = PolicyFile::new("[[rule]]\nset = { SO_PRIORITY = 10, SO_MARK = 7 }\n");
     let mut exec = Exec::start(&policy);
-    exec.probe.become_nobody();
+    exec.probe.drop_privileges();
     let socket = exec.probe.open(Family::Inet, Kind::Tcp);
-    // Without the policy the first would succeed, and the second fail.
+    // Without the policy, the first call would succeed and the second fail.
     exec.probe.set(socket, SO_PRIORITY, 3).unwrap();
     exec.probe.set(socket, SO_MARK, 1).unwrap();
     assert_eq!(exec.probe.int(socket, SO_PRIORITY), 10);
@@ -26,7 +26,7 @@ fn rewritten_call_succeeds_where_the_policys_value_is_beyond_the_callers_rights(
 }
 
 #[test]
-fn application_has_its_way_where_the_kernel_refuses_the_policys_value() {
+fn application_can_set_a_value_if_the_kernel_refuses_the_policys() {
     require!("cgroup/bind4");
     let policy = PolicyFile::new("[[rule]]\nset = { SO_BINDTODEVICE = \"nosuch0\" }\n");
     let mut exec = Exec::start(&policy);
@@ -39,7 +39,7 @@ fn application_has_its_way_where_the_kernel_refuses_the_policys_value() {
 }
 
 #[test]
-fn rule_that_lets_the_application_win_does_not_weaken_one_before_it() {
+fn allow_in_a_later_rule_does_not_weaken_an_earlier_rule() {
     let policy = PolicyFile::new(
         "[[rule]]\nname = \"peer\"\nmatch = { remote = \"127.0.0.0/8\" }\nset = { TCP_KEEPCNT = 5 }\n\
          [[rule]]\nname = \"all\"\nset = { TCP_KEEPCNT = { value = 4, on_conflict = \"allow\" } }\n",
@@ -49,14 +49,14 @@ fn rule_that_lets_the_application_win_does_not_weaken_one_before_it() {
     let (_, address) = probe.listener(Family::Inet, Kind::Tcp);
     let client = probe.open(Family::Inet, Kind::Tcp);
     probe.set(client, TCP_KEEPCNT, 9).unwrap();
-    assert_eq!(probe.int(client, TCP_KEEPCNT), 9, "the peer is not known yet");
+    assert_eq!(probe.int(client, TCP_KEEPCNT), 9, "the peer is not yet known");
     probe.connect(client, address);
     assert_eq!(probe.int(client, TCP_KEEPCNT), 5);
     drop(exec.finish());
 }
 
 #[test]
-fn ipv6_datagram_socket_that_connects_to_an_ipv4_address_is_an_ipv4_one() {
+fn ipv6_datagram_socket_connected_to_an_ipv4_address_has_family_ipv4() {
     require!("cgroup/bind4");
     let policy = PolicyFile::new(
         "[[rule]]\nmatch = { family = \"ipv4\" }\nset = { SO_MARK = 4 }\n\
@@ -73,7 +73,7 @@ fn ipv6_datagram_socket_that_connects_to_an_ipv4_address_is_an_ipv4_one() {
 }
 
 #[test]
-fn unlimited_is_unlimited_in_four_bytes_and_in_eight() {
+fn unlimited_rate_agrees_as_four_and_as_eight_bytes() {
     require!("cgroup/bind4");
     let policy = PolicyFile::new("[[rule]]\nset = { SO_MAX_PACING_RATE = \"unlimited\" }\n");
     let mut exec = Exec::start(&policy);

@@ -1,4 +1,4 @@
-//! What is right and what is not at the end, as a table.
+//! The results of the soak test, as a table.
 
 use std::{
     fmt::Display,
@@ -7,13 +7,13 @@ use std::{
 
 use crate::agent::Sample;
 
-/// How much more the last quarter's median may be than the second quarter's, in percent.
+/// The permitted growth of the last quarter's median over the second quarter's, in percent.
 const GROWTH: u64 = 20;
 
-/// What is compared of a sample.
+/// A measured field of a sample.
 type Field = fn(&Sample) -> u64;
 
-/// Lines of the table.
+/// The lines of the table.
 #[derive(Debug, Default)]
 pub(crate) struct Findings {
     rows: Vec<(bool, String, String)>,
@@ -28,7 +28,7 @@ impl Findings {
         self.add(found == wanted, what, format_args!("{found} of {wanted}"));
     }
 
-    /// Whether numbers that were sampled are flat.
+    /// Checks that sampled numbers do not grow.
     pub(crate) fn flat(&mut self, name: &str, samples: &[Sample]) {
         let fields: [(&str, Field); 3] = [
             ("memory, KiB", |sample| sample.memory_kib),
@@ -56,8 +56,8 @@ impl Findings {
         }
     }
 
-    /// Writes the table. Whether all is right.
-    pub(crate) fn say(&self) -> io::Result<bool> {
+    /// Prints the table. Returns whether all checks passed.
+    pub(crate) fn print(&self) -> io::Result<bool> {
         let width = self.rows.iter().map(|(_, what, _)| what.len()).max().unwrap_or(0);
         let mut out = io::stdout().lock();
         for (is_right, what, found) in &self.rows {

@@ -1,17 +1,19 @@
-//! The differential test of calls: each option, under each of its names, on each kind of socket, with arguments of each length.
+//! The differential test of calls: each option, under each of its names, on each kind of socket, with arguments of
+//! each length.
 //!
-//! The oracle is the kernel without a policy: what a policy is not about has the same result, errno, lengths, memory and values.
-//! What a policy is about ends up within the policy, by the getsockopt of the owner.
+//! The oracle is the kernel without a policy. A call that no policy covers must have the same result, errno, lengths,
+//! memory and values. An option that a policy covers must stay within the policy, as getsockopt of the owner shows.
 //!
-//! One of so many cases runs, and all that are the only ones of their option, name and kind of socket. `SOCKPOLICY_PRODUCT` in the
-//! environment says of how many: 1 asks for all, some five million under all policies together. `make vm-test` asks for one of 24, which
-//! are over a million calls on each kernel.
+//! Only a sample of the cases runs: one of N, and all cases that are the only one of their option, name and kind of
+//! socket. `SOCKPOLICY_DIFFERENTIAL` in the environment is N. 1 selects all cases, some five million under all
+//! policies together. `make vm-test` uses 24, which makes over a million calls on each kernel.
 //!
-//! Effects that every program on a hook has, whatever the program does (kernel/bpf/cgroup.c):
+//! Two effects are common to all programs on a hook, whatever they do (kernel/bpf/cgroup.c):
 //!
-//! - `__cgroup_bpf_run_filter_setsockopt` copies the argument first. An argument that extends past mapped memory fails with EFAULT,
-//!   and so does NULL with a length where SOL_IPV6 and MPTCP accept it. The memory of all arguments here is mapped.
-//! - `__cgroup_bpf_run_filter_getsockopt` refuses a negative room with EINVAL, whatever the handler said of it.
+//! - `__cgroup_bpf_run_filter_setsockopt` copies the argument first. An argument that extends past mapped memory
+//!   fails with EFAULT. So does NULL with a length, which SOL_IPV6 and MPTCP accept. Therefore all arguments here are
+//!   mapped.
+//! - `__cgroup_bpf_run_filter_getsockopt` rejects a negative buffer size with EINVAL, whatever the handler returned.
 
 mod cases;
 mod tables;
@@ -26,23 +28,23 @@ use std::{
 use sockpolicy_integration_tests::{
     agent,
     cgroup::Cgroup,
+    differential::{Case, CaseSet, KINDS, Key, NO_OBSERVER, NO_SOCKET, Observation, Outcome, state},
     policy::PolicyFile,
     process,
-    product::{Case, KINDS, Key, NO_SOCKET, NOBODY, Outcome, Product, Seen, state},
 };
 
 use self::{
-    cases::{Agreeing, Listed, describe, is_governed_kind, is_named, product},
+    cases::{Agreeing, Listed, case_set, describe, is_governed_kind, is_named},
     tables::{DEVICES, LIMITS, NOT_LIMITED, SETS, SOCKET, TCP, UDP, UDP_LITE, VOLATILE},
 };
 use crate::{stderr, stdout};
 
 const EPERM: i32 = -libc::EPERM;
 
-/// Of how many cases one runs.
+/// Returns N: one of N cases runs.
 fn sample() -> u32 {
     const DEFAULT: u32 = 96;
-    env::var("SOCKPOLICY_PRODUCT").map_or(DEFAULT, |one_of| one_of.parse().unwrap())
+    env::var("SOCKPOLICY_DIFFERENTIAL").map_or(DEFAULT, |one_of| one_of.parse().unwrap())
 }
 
 fn options() -> Vec<Listed> {
@@ -50,31 +52,31 @@ fn options() -> Vec<Listed> {
     listed.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
-/// A product in a file, and what comes of it without a policy.
+/// Cases in a file, and their outcomes without a policy.
 struct Trial {
-    product: Product,
-    /// Where the files are.
+    case_set: CaseSet,
+    /// The directory of the files.
     files: PolicyFile,
-    /// Who makes the calls: `root` or `nobody`.
+    /// The user that makes the calls: `root` or `nobody`.
     user: &'static str,
     baseline: Vec<Outcome>,
 }
 
 impl Trial {
     fn new(options: &[Listed], agreeing: Agreeing, user: &'static str) -> Self {
-        let product = product(options, agreeing, sample());
+        let case_set = case_set(options, agreeing, sample());
         let files = PolicyFile::new("");
-        files.add("spec", product.encode());
-        let mut trial = Self { product, files, user, baseline: Vec::new() };
+        files.add("spec", case_set.encode());
+        let mut trial = Self { case_set, files, user, baseline: Vec::new() };
         trial.baseline = trial.run(None, &[]);
         trial
     }
 
-    /// What comes of all cases, under a policy if there is one.
+    /// Returns the outcomes of all cases, under a policy if there is one.
     fn run(&self, policy: Option<&PolicyFile>, arguments: &[&str]) -> Vec<Outcome> {
-        let path = |name: &str| self.files.folder().join(name).display().to_string();
+        let path = |name: &str| self.files.dir().join(name).display().to_string();
         let (spec, out) = (path("spec"), path("out"));
-        let workload = [&process::workload(), "product", &spec, &out, self.user];
+        let workload = [&process::workload(), "differential", &spec, &out, self.user];
         let arguments = [&["--quiet", "--report", "/dev/null"], arguments].concat();
         let command = match policy {
             Some(policy) => process::exec(&arguments, policy, &workload),
@@ -87,11 +89,11 @@ impl Trial {
         run(command);
         let outcomes = Outcome::decode_all(&fs::read(&out).unwrap());
         fs::remove_file(&out).unwrap();
-        assert_eq!(outcomes.len(), self.product.cases.len());
+        assert_eq!(outcomes.len(), self.case_set.cases.len());
         outcomes
     }
 
-    /// The cases for which a judge complains of what came of them, each with the complaint.
+    /// Panics with the cases for which `judge` returns an error, grouped by option and kind of socket.
     #[track_caller]
     fn assert(
         &self,
@@ -101,13 +103,13 @@ impl Trial {
     ) {
         let mut complaints: BTreeMap<(Key, i32), (usize, String)> = BTreeMap::new();
         let mut count = 0;
-        for ((case, before), outcome) in self.product.cases.iter().zip(&self.baseline).zip(outcomes) {
+        for ((case, before), outcome) in self.case_set.cases.iter().zip(&self.baseline).zip(outcomes) {
             if let Err(complaint) = judge(case, before, outcome) {
                 count += 1;
                 let entry = complaints.entry((case.key, case.kind)).or_default();
                 entry.0 += 1;
                 if entry.1.is_empty() {
-                    entry.1 = format!("{}: {complaint}", describe(&self.product, case));
+                    entry.1 = format!("{}: {complaint}", describe(&self.case_set, case));
                 }
             }
         }
@@ -117,11 +119,11 @@ impl Trial {
     }
 
     fn observers(&self, case: &Case) -> impl Iterator<Item = (usize, Key)> {
-        let keys = self.product.observers[case.observers as usize];
-        keys.into_iter().enumerate().filter(|(_, key)| *key != NOBODY)
+        let keys = self.case_set.observers[case.observers as usize];
+        keys.into_iter().enumerate().filter(|(_, key)| *key != NO_OBSERVER)
     }
 
-    /// Complains unless all that can be seen is as it is without a policy.
+    /// Returns an error unless all visible effects are those without a policy.
     fn same(&self, case: &Case, before: &Outcome, outcome: &Outcome) -> Result<(), String> {
         let head = |outcome: &Outcome| {
             let sum = if VOLATILE.contains(&case.key) { 0 } else { outcome.sum };
@@ -144,16 +146,16 @@ impl Trial {
     }
 }
 
-/// Whether the kernel has refused a negative room because there is a program on cgroup/getsockopt.
+/// Returns whether the kernel has rejected a negative buffer size because a program is on cgroup/getsockopt.
 fn is_refused_room(case: &Case, outcome: &Outcome) -> bool {
     case.reads != 0 && case.len < 0 && outcome.result == -libc::EINVAL
 }
 
-/// Runs a command to its end, however long that takes.
+/// Runs a command to its end, without a time limit.
 #[track_caller]
 fn run(mut command: Command) {
     let home = Cgroup::new();
-    home.enclose(&mut command);
+    home.run_inside(&mut command);
     let output = command.output().unwrap();
     assert!(output.status.success(), "{}: {}", output.status, stderr(&output));
 }
@@ -162,7 +164,8 @@ fn table(entries: impl Iterator<Item = String>) -> String {
     entries.collect::<Vec<_>>().join(", ")
 }
 
-/// Which rule a setting is in: one device has two names, and a rule can have one of these.
+/// Returns the rules that set all options. SO_BINDTODEVICE and SO_BINDTOIFINDEX set the same device, so they are in
+/// separate rules.
 fn set_policy(matching: &str, on_conflict: &str) -> String {
     let entry = |set: &&tables::Set| format!("{} = {}", set.name, set.toml);
     let is_second = |set: &&tables::Set| set.name == "SO_BINDTODEVICE";
@@ -184,7 +187,7 @@ fn deny_policy(matching: &str, options: &[Listed]) -> String {
 }
 
 #[test]
-fn tables_of_this_test_are_complete() {
+fn tables_of_the_differential_test_are_complete() {
     let options = options();
     let that_can = |what: &str| -> BTreeSet<String> {
         options.iter().filter(|option| option.can.contains(what)).map(|option| option.option.clone()).collect()
@@ -195,22 +198,23 @@ fn tables_of_this_test_are_complete() {
     assert_eq!(that_can("limit"), names(&mut limited.into_iter()));
 }
 
-/// No policy, a policy about other sockets or other options, and a dry run: the calls cannot tell which.
+/// Without a policy, under policies for other sockets or options, and in a dry run, all calls have the same effects.
 #[test]
-fn calls_that_no_policy_governs_are_as_without_one() {
+fn uncovered_calls_behave_as_without_a_policy() {
     let options = options();
     let trial = Trial::new(&options, Agreeing::Nothing, "root");
     assert_kinds(&trial);
     let again = trial.run(None, &[]);
     trial.assert("no policy, twice", &again, |case, before, outcome| trial.same(case, before, outcome));
-    // A rule about a peer may yet match a socket that has none: there a limit or a deny can hold already.
+    // A rule about a peer may still match a socket without a peer, so its limit or deny can apply already. No rule
+    // here is about a peer.
     let elsewhere = "match = { protocol = \"sctp\" }\n";
     let other_sockets =
         [set_policy(elsewhere, "rewrite"), limit_policy(elsewhere, "rewrite"), deny_policy(elsewhere, &options)];
     for (what, text, arguments) in [
         ("other options", "[[rule]]\ndeny = [\"6:77\"]\nset = { TCP_BPF_IW = 10 }\n".to_owned(), &[][..]),
         (
-            "other options, seen by the audit of all",
+            "other options, with an audit of all calls",
             "[audit]\ncalls = \"all\"\nreads = true\n[[rule]]\ndeny = [\"6:77\"]\n".to_owned(),
             &[],
         ),
@@ -224,10 +228,10 @@ fn calls_that_no_policy_governs_are_as_without_one() {
     }
 }
 
-/// Kinds of sockets that a kernel may lack: it says so for each case.
+/// Checks which kinds of sockets the kernel lacks. Each case reports that.
 fn assert_kinds(trial: &Trial) {
     let mut lacking = BTreeSet::new();
-    for (case, outcome) in trial.product.cases.iter().zip(&trial.baseline) {
+    for (case, outcome) in trial.case_set.cases.iter().zip(&trial.baseline) {
         if outcome.result <= NO_SOCKET && case.state == 0 {
             lacking.insert(KINDS[case.kind as usize].0);
         }
@@ -235,13 +239,13 @@ fn assert_kinds(trial: &Trial) {
     let may_lack = ["udplite4", "udplite6", "mptcp4", "mptcp6"];
     assert!(lacking.iter().all(|kind| may_lack.contains(kind)), "no sockets of {lacking:?}");
     if !lacking.is_empty() {
-        // Not by eprintln, which the test harness keeps to itself.
-        let _ = writeln!(io::stderr(), "not compared, for this kernel has none: sockets of {lacking:?}");
+        // Not eprintln, whose output libtest captures.
+        let _ = writeln!(io::stderr(), "not compared: this kernel has no sockets of {lacking:?}");
     }
 }
 
 #[test]
-fn value_that_a_policy_sets_stays_whatever_is_called() {
+fn set_value_stays_whatever_the_application_calls() {
     let trial = Trial::new(&options(), Agreeing::Sets, "root");
     for on_conflict in ["rewrite", "ignore", "deny"] {
         let policy = PolicyFile::new(set_policy("", on_conflict));
@@ -252,7 +256,7 @@ fn value_that_a_policy_sets_stays_whatever_is_called() {
                 let sets = SETS.iter().filter_map(|set| Some((set.shown?, set.mask)));
                 let mut wanted = sets.filter(|((shown, _), _)| *shown == key);
                 wanted.all(|((_, value), mask)| {
-                    let is_it = |seen: &Seen| seen.number().is_some_and(|number| (number ^ value) & mask == 0);
+                    let is_it = |seen: &Observation| seen.number().is_some_and(|number| (number ^ value) & mask == 0);
                     is_it(after) || !is_it(before) && before == after
                 })
             })
@@ -260,9 +264,9 @@ fn value_that_a_policy_sets_stays_whatever_is_called() {
     }
 }
 
-/// Where the application may win, it does.
+/// With `on_conflict = "allow"`, the application's value is effective.
 #[test]
-fn value_that_an_application_may_change_is_what_the_kernel_makes_of_it() {
+fn allowed_call_has_the_same_effect_as_without_a_policy() {
     let trial = Trial::new(&options(), Agreeing::Nothing, "root");
     let policy = PolicyFile::new(set_policy("", "allow"));
     let outcomes = trial.run(Some(&policy), &["--audit-backend", "none"]);
@@ -283,9 +287,9 @@ fn lost(trial: &Trial, case: &Case, is_lost: impl Fn(&usize) -> bool) -> Option<
     trial.observers(case).find(|(at, key)| !VOLATILE.contains(key) && is_lost(at)).map(|(_, key)| key)
 }
 
-/// A caller without rights has from a policy no value but the policy's own.
+/// A policy gives an unprivileged caller no value except the policy's own.
 #[test]
-fn unprivileged_caller_gains_nothing() {
+fn unprivileged_caller_gains_no_values() {
     let trial = Trial::new(&options(), Agreeing::Sets, "nobody");
     let masked = set_policy("", "rewrite").replace("SO_MARK = 0x21", "SO_MARK = \"0x21/0xff\"");
     let policy = PolicyFile::new(&masked);
@@ -305,8 +309,8 @@ fn unprivileged_caller_gains_nothing() {
                 after.number() == Some(value & mask | others)
             });
             let is_own = *after == outcome.before[at] || *after == before.after[at];
-            // A governed value is not the kernel's, but where the two low bits of DSCP are the application's.
-            // SO_BUF_LOCK: the buffers that the policy sets are locked.
+            // A covered value need not be the kernel's in two cases: the application owns the two low bits of DSCP,
+            // and SO_BUF_LOCK shows that the policy has locked the buffers.
             if !is_own && !is_policys && !is_dscp(key, after) && key != (SOCKET, 72) {
                 return Err(format!("result {}, {key:?} shows {after:?}, not {:?}", outcome.result, before.after[at]));
             }
@@ -315,13 +319,13 @@ fn unprivileged_caller_gains_nothing() {
     });
 }
 
-fn is_dscp(key: Key, seen: &Seen) -> bool {
+fn is_dscp(key: Key, seen: &Observation) -> bool {
     let mut values = SETS.iter().filter(|set| set.mask == 0xfc).filter_map(|set| set.shown);
     values.any(|(shown, value)| shown == key && seen.number().is_some_and(|number| number & 0xfc == value))
 }
 
 #[test]
-fn value_stays_within_a_limit_whatever_is_called() {
+fn value_stays_within_a_limit_whatever_the_application_calls() {
     let trial = Trial::new(&options(), Agreeing::Limits, "root");
     for on_conflict in ["rewrite", "ignore", "deny"] {
         let policy = PolicyFile::new(limit_policy("", on_conflict));
@@ -331,8 +335,8 @@ fn value_stays_within_a_limit_whatever_is_called() {
             trial.shown(case, outcome, |key, before, after| {
                 let mut limits = LIMITS.iter().filter(|limit| limit.shown == key);
                 limits.all(|limit| {
-                    let is_within = |seen: &Seen| {
-                        limit.worth.of(seen).is_none_or(|worth| (limit.range.0..=limit.range.1).contains(&worth))
+                    let is_within = |seen: &Observation| {
+                        limit.scale.of(seen).is_none_or(|scale| (limit.range.0..=limit.range.1).contains(&scale))
                     };
                     is_within(after) || !is_within(before) && before == after
                 })
@@ -342,7 +346,7 @@ fn value_stays_within_a_limit_whatever_is_called() {
 }
 
 #[test]
-fn denied_call_fails_whatever_its_argument() {
+fn denied_call_fails_with_any_argument() {
     let options = options();
     let trial = Trial::new(&options, Agreeing::Nothing, "root");
     let policy = PolicyFile::new(deny_policy("", &options));
@@ -360,7 +364,7 @@ fn denied_call_fails_whatever_its_argument() {
 }
 
 impl Trial {
-    /// Complains of what no policy of the test may do.
+    /// Returns an error for effects that no policy of the test may have.
     fn common(&self, case: &Case, before: &Outcome, outcome: &Outcome, on_conflict: &str) -> Result<(), String> {
         if !is_governed_kind(case) || before.result <= NO_SOCKET {
             return self.same(case, before, outcome);
@@ -368,11 +372,11 @@ impl Trial {
         if is_refused_room(case, outcome) {
             return Ok(());
         }
-        // What the policy sets is longer than nothing: the name of a device, or a SYN that the kernel has saved.
+        // The policy makes these values longer: the name of a device, and a SYN that the kernel has saved.
         let is_longer = case.reads != 0 && [(SOCKET, 25), (TCP, 28)].contains(&case.key);
         let is_failed = before.result >= 0 && outcome.result < 0 && !is_longer;
         let is_denied = on_conflict == "deny" && outcome.result == EPERM;
-        // Of a socket that the policy has bound to a device, the kernel refuses another choice of a device.
+        // The kernel rejects another device for a socket that the policy has bound to a device.
         let is_device = DEVICES.contains(&case.key) && outcome.result == -libc::EINVAL;
         if is_failed && !is_denied && !is_device {
             return Err(format!("result {}, not {}", outcome.result, before.result));
@@ -380,7 +384,7 @@ impl Trial {
         if before.is_changed != outcome.is_changed {
             return Err(format!("memory changed {}, not {}", outcome.is_changed, before.is_changed));
         }
-        // UDP_ENCAP: ENOPROTOOPT is about the value.
+        // For UDP_ENCAP, ENOPROTOOPT refers to the value.
         let is_about_value = matches!(case.key, (UDP | UDP_LITE, 100));
         let is_unknown = [-libc::ENOPROTOOPT, -libc::EOPNOTSUPP].contains(&before.result) && !is_about_value;
         if is_unknown && outcome.result != before.result && on_conflict == "rewrite" {
@@ -389,19 +393,20 @@ impl Trial {
         Ok(())
     }
 
-    /// Complains of an observer with which `is_right` does not agree: what it showed before the call and after.
+    /// Returns an error for an observer whose values before and after the call `is_right` rejects.
     fn shown(
         &self,
         case: &Case,
         outcome: &Outcome,
-        is_right: impl Fn(Key, &Seen, &Seen) -> bool,
+        is_right: impl Fn(Key, &Observation, &Observation) -> bool,
     ) -> Result<(), String> {
         if case.reads != 0 || !is_governed_kind(case) {
             return Ok(());
         }
         for (at, key) in self.observers(case) {
             let (before, after) = (&outcome.before[at], &outcome.after[at]);
-            // TCP_REPAIR, for which the kernel asks CAP_NET_ADMIN, sets SO_REUSEADDR. A policy sets it again at bind and connect.
+            // TCP_REPAIR, for which the kernel requires CAP_NET_ADMIN, sets SO_REUSEADDR. A policy sets it again at
+            // bind and connect.
             let is_repair = case.key == (TCP, 19) && key == (SOCKET, 2) && outcome.result == 0;
             if !is_right(key, before, after) && !is_repair {
                 return Err(format!("result {}, {key:?} shows {after:?}, before {before:?}", outcome.result));

@@ -1,4 +1,4 @@
-//! Calls that do not come by the system calls of a 64-bit program: through io_uring, and by 32-bit programs.
+//! Calls that are not system calls of 64-bit programs: calls through io_uring, and calls of 32-bit programs.
 
 use std::{collections::BTreeMap, fs, process::Command};
 
@@ -13,8 +13,8 @@ use sockpolicy_integration_tests::{
 use super::backends;
 use crate::{stderr, stdout};
 
-/// Whether a backend sees calls by their socket, as it must to see those of io_uring. 6.7 has the function to do so
-/// at, and the first of these calls.
+/// Returns whether a backend sees calls by their socket, as needed for calls through io_uring. Since 6.7, the kernel
+/// has the function to attach to, and also the first of these calls.
 fn sees_rings(backend: &str) -> bool {
     backend != "tracepoint" && Kernel::current().has("io_uring")
 }
@@ -26,10 +26,10 @@ fn policy() -> PolicyFile {
     )
 }
 
-/// Runs a command under a policy; gives what it said, and the report.
+/// Runs a command under a policy. Returns the lines of its output, and the report.
 fn audited(backend: &str, arguments: &[&str], command: &[&str]) -> (Vec<String>, Report) {
     let policy = policy();
-    let report = policy.folder().join("report").display().to_string();
+    let report = policy.dir().join("report").display().to_string();
     let arguments = [&["-o", "json", "--report", &report, "--audit-backend", backend], arguments].concat();
     let output = Running::exec(&arguments, &policy, command).finish();
     assert!(output.status.success(), "{}", stderr(&output));
@@ -37,20 +37,20 @@ fn audited(backend: &str, arguments: &[&str], command: &[&str]) -> (Vec<String>,
     (stdout(&output).lines().map(str::to_owned).collect(), read_report(&report))
 }
 
-/// An event in the words that these programs use.
-fn told(event: &Event) -> String {
+/// Returns an event in the output format of these programs.
+fn reported(event: &Event) -> String {
     let Event { call, level, optname, result, optval, .. } = event;
     let call = call.as_deref().unwrap();
     format!("{call} {level} {optname} {} {}", result.unwrap(), optval.as_deref().unwrap_or("-"))
 }
 
 #[test]
-fn calls_through_io_uring_are_seen_as_what_they_are() {
+fn audit_reports_calls_through_io_uring() {
     require!("io_uring");
     for backend in backends() {
-        for manner in ["plain", "fixed", "polled", "async", "deferred"] {
-            let (said, report) = audited(backend, &["--dry-run"], &[&workload(), "ring", manner]);
-            let (pid, calls) = said.split_first().unwrap();
+        for mode in ["plain", "fixed", "polled", "async", "deferred"] {
+            let (printed, report) = audited(backend, &["--dry-run"], &[&workload(), "ring", mode]);
+            let (pid, calls) = printed.split_first().unwrap();
             let (_, calls) = calls.split_last().unwrap();
             let events = report.events.iter().filter(|event| event.via.as_deref() == Some("io_uring"));
             let events: Vec<_> = events.collect();
@@ -60,16 +60,16 @@ fn calls_through_io_uring_are_seen_as_what_they_are() {
                 assert!(events.is_empty(), "{events:#?}");
                 continue;
             }
-            assert_eq!(events.iter().map(|event| told(event)).collect::<Vec<_>>(), calls, "{backend} {manner}");
+            assert_eq!(events.iter().map(|event| reported(event)).collect::<Vec<_>>(), calls, "{backend} {mode}");
             for event in events {
                 assert_eq!(event.pid.unwrap().to_string(), *pid);
-                // The kernel makes them by threads of its own, which belong to the process.
-                let (own, comm) = match manner {
+                // Kernel threads that belong to the process make these calls.
+                let (own, comm) = match mode {
                     "polled" => (false, format!("iou-sqp-{pid}")),
                     "async" => (false, format!("iou-wrk-{pid}")),
                     _ => (true, "workload".to_owned()),
                 };
-                assert_eq!((event.tid == event.pid, event.comm.as_deref()), (own, Some(&*comm)), "{manner}");
+                assert_eq!((event.tid == event.pid, event.comm.as_deref()), (own, Some(&*comm)), "{mode}");
                 assert_eq!(event.exe, Some(workload()), "{event:#?}");
                 let socket = event.socket.as_ref().unwrap();
                 assert_eq!((socket.protocol.as_deref(), socket.family.as_deref()), (Some("tcp"), Some("ipv4")));
@@ -81,14 +81,14 @@ fn calls_through_io_uring_are_seen_as_what_they_are() {
 }
 
 #[test]
-fn policy_holds_against_calls_through_io_uring() {
+fn policy_is_enforced_on_calls_through_io_uring() {
     require!("io_uring");
     for backend in backends() {
-        for manner in ["plain", "fixed", "polled", "async", "deferred"] {
-            let (said, report) = audited(backend, &[], &[&workload(), "ring", manner]);
-            assert_eq!(said[1], "setsockopt 6 1 0 0x00000000", "{backend} {manner}");
-            assert_eq!(said[2], "setsockopt 1 9 -1 0x01000000", "{backend} {manner}");
-            assert_eq!(said.last().unwrap(), "TCP_NODELAY 1", "{backend} {manner}");
+        for mode in ["plain", "fixed", "polled", "async", "deferred"] {
+            let (printed, report) = audited(backend, &[], &[&workload(), "ring", mode]);
+            assert_eq!(printed[1], "setsockopt 6 1 0 0x00000000", "{backend} {mode}");
+            assert_eq!(printed[2], "setsockopt 1 9 -1 0x01000000", "{backend} {mode}");
+            assert_eq!(printed.last().unwrap(), "TCP_NODELAY 1", "{backend} {mode}");
             for (option, verdict, asked, result) in
                 [("TCP_NODELAY", "rewritten", 0, 0), ("SO_KEEPALIVE", "denied", 1, -1)]
             {
@@ -96,15 +96,15 @@ fn policy_holds_against_calls_through_io_uring() {
                 let event = report.conflict(option);
                 assert_eq!((event.verdict.as_deref(), &event.requested), (Some(verdict), &asked.into()));
                 let seen = sees_rings(backend).then_some(("io_uring", result));
-                assert_eq!(event.via.as_deref().zip(event.result), seen, "{backend} {manner}");
+                assert_eq!(event.via.as_deref().zip(event.result), seen, "{backend} {mode}");
             }
         }
     }
 }
 
-/// A 32-bit program, compiled where the policy is.
+/// Compiles a 32-bit program in the directory of the policy.
 fn compiled(policy: &PolicyFile) -> String {
-    let (source, program) = (policy.folder().join("compat.c"), policy.folder().join("compat"));
+    let (source, program) = (policy.dir().join("compat.c"), policy.dir().join("compat"));
     fs::write(&source, include_str!("compat.c")).unwrap();
     let mut compiler = Command::new("gcc");
     compiler.args(["-m32", "-O1", "-static", "-nostdlib", "-no-pie", "-fno-pic", "-fno-stack-protector", "-o"]);
@@ -117,15 +117,15 @@ fn compiled(policy: &PolicyFile) -> String {
 }
 
 #[test]
-fn calls_of_32_bit_programs_are_seen_and_judged() {
-    let folder = policy();
-    let program = compiled(&folder);
+fn calls_of_32_bit_programs_are_reported_and_judged() {
+    let dir = policy();
+    let program = compiled(&dir);
     for backend in backends() {
-        // What a 64-bit program does beside it is seen by all.
+        // All backends see the calls of the 64-bit program.
         let script = "\"$0\"; \"$1\" storm 1 1 >/dev/null 2>&1 || true";
-        let (said, report) = audited(backend, &[], &["sh", "-c", script, &program, &workload()]);
-        let (pid, calls) = said.split_first().unwrap();
-        assert_eq!(calls.len(), 9, "{said:?}");
+        let (printed, report) = audited(backend, &[], &["sh", "-c", script, &program, &workload()]);
+        let (pid, calls) = printed.split_first().unwrap();
+        assert_eq!(calls.len(), 9, "{printed:?}");
         let is_its = |event: &&Event| event.pid.unwrap().to_string() == *pid;
         let (its, others): (Vec<_>, Vec<_>) = report.events.iter().partition(is_its);
         assert!(others.iter().all(|event| event.via.as_deref() == Some("syscall")), "{others:#?}");
@@ -139,7 +139,7 @@ fn calls_of_32_bit_programs_are_seen_and_judged() {
             assert_eq!(verdicts("TCP_NODELAY"), BTreeMap::from([storms]));
             continue;
         }
-        assert_eq!(its.iter().map(|event| told(event)).collect::<Vec<_>>(), calls, "{backend}");
+        assert_eq!(its.iter().map(|event| reported(event)).collect::<Vec<_>>(), calls, "{backend}");
         assert_eq!(verdicts("TCP_NODELAY"), BTreeMap::from([("allowed", 1), storms]));
         assert_eq!(verdicts("TCP_SYNCNT"), BTreeMap::from([("allowed", 1)]));
         assert_eq!(verdicts("SO_KEEPALIVE"), BTreeMap::from([("allowed", 1), ("denied", 1)]));

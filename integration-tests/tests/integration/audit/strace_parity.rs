@@ -1,4 +1,4 @@
-//! The audit against strace, on the same run: call by call, thread by thread.
+//! The audit compared with strace on the same run, call by call and thread by thread.
 
 mod programs;
 mod strace;
@@ -18,7 +18,7 @@ use super::backends;
 use super::auditing;
 use crate::{stderr, stdout};
 
-/// A call, as both see it.
+/// A call, as both tools report it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Seen {
     call: String,
@@ -26,36 +26,36 @@ struct Seen {
     optname: i32,
     /// The name of the errno, or empty.
     error: String,
-    /// The argument, where it could be read.
+    /// The argument; `None` if it could not be read.
     value: Option<Value>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Value {
-    /// Of all of it.
+    /// The length of the whole argument.
     len: u32,
-    /// The first, up to [`SHOWN`].
+    /// Its first bytes, up to [`SHOWN`].
     bytes: Vec<u8>,
 }
 
-/// By thread, in their order.
+/// Calls by thread, in order.
 type Calls = BTreeMap<u32, Vec<Seen>>;
 
-/// How many bytes of an argument events hold.
+/// The number of argument bytes in an event.
 const SHOWN: usize = 16;
 
-/// Longer than a JVM takes on an emulated processor that it shares.
+/// Longer than a JVM takes on a shared emulated processor.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// How the agent is told to report every call.
+/// How the agent is asked to report every call.
 #[derive(Clone, Copy)]
 enum By {
     Audit,
-    /// `exec`, with a policy that asks for it.
+    /// `exec`, with a policy that requests it.
     Policy,
 }
 
-/// What the events say, in strace's words.
+/// Converts an event to the form of strace's output.
 fn seen(event: &Event) -> Seen {
     let value = event.optval.as_deref().map(|hex| {
         let digits = hex.strip_prefix("0x").unwrap().as_bytes().chunks(2);
@@ -78,11 +78,11 @@ fn audited(report: &Report) -> Calls {
     calls
 }
 
-/// Runs a command under strace under the agent, and compares. Gives the agent's report.
+/// Runs a command under strace under the agent, and compares the two. Returns the agent's report.
 #[track_caller]
 fn compare(by: By, backend: &str, command: &[&str]) -> Report {
     let policy = auditing("calls = \"all\"");
-    let path = |name| policy.folder().join(name).display().to_string();
+    let path = |name| policy.dir().join(name).display().to_string();
     let (report, trace) = (path("report"), path("strace"));
     let arguments = ["-o", "json", "--report", &report, "--audit-backend", backend];
     let command = [&strace::command(&trace)[..], command].concat();
@@ -96,17 +96,17 @@ fn compare(by: By, backend: &str, command: &[&str]) -> Report {
     report
 }
 
-/// Runs a command that takes its time.
+/// Runs a command with a long time limit, which must succeed.
 #[track_caller]
 fn succeed(command: Command, what: &str) {
     let mut running = Running::start(command);
     let has_ended = wait::until(PATIENCE, || running.has_ended());
-    assert!(has_ended, "{what}: no end: {}{}", running.stdout(), running.stderr());
+    assert!(has_ended, "{what}: did not end: {}{}", running.stdout(), running.stderr());
     let output = running.finish();
     assert!(output.status.success(), "{what}: {}: {}{}", output.status, stdout(&output), stderr(&output));
 }
 
-/// What the agent says that it missed, by reason; without what comes of programs that the kernel left out.
+/// Returns the losses that the agent reports, by reason, except those of programs that the kernel skipped.
 fn lost(report: &Report) -> Vec<(&str, u64)> {
     let losses = &report.summary.losses;
     let is_left_out = |reason: &str| losses["prog_missed"] > 0 && ["prog_missed", "exit_missed"].contains(&reason);
@@ -118,7 +118,7 @@ fn lost(report: &Report) -> Vec<(&str, u64)> {
 fn assert_same(backend: &str, traced: &Calls, report: &Report) {
     let audited = audited(report);
     let lost = &report.summary.losses;
-    // Where the kernel left programs out, and says so, calls may be missing; none may be other than it was.
+    // If the kernel skipped programs and the agent reports that, calls may be missing, but no call may differ.
     let mut may_miss = report.summary.losses["prog_missed"];
     for (thread, traced) in traced {
         let mut audited = audited.get(thread).map_or(&[][..], Vec::as_slice).iter().peekable();
@@ -140,10 +140,10 @@ fn assert_same(backend: &str, traced: &Calls, report: &Report) {
 }
 
 #[test]
-fn every_call_of_processes_threads_and_children_is_seen_with_its_result() {
+fn every_call_of_processes_threads_and_children_is_reported_with_its_result() {
     for (backend, by) in backends().flat_map(|backend| [(backend, By::Audit), (backend, By::Policy)]) {
         let report = compare(by, backend, &[&workload(), "calls"]);
-        assert_eq!(lost(&report), [("unreadable", 3)], "each has an argument at a bad address");
+        assert_eq!(lost(&report), [("unreadable", 3)], "each task passes one unreadable pointer");
         let calls = audited(&report);
         assert_eq!(calls.len(), 3, "the process, its thread, its child");
         for calls in calls.values() {

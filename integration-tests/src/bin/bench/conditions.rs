@@ -1,23 +1,23 @@
-//! What is compared: sockpolicy, what people would use instead, and the least and the most that there could be.
+//! The conditions to compare: sockpolicy, alternative tools, an empty program, and no tool.
 
 use crate::{
     bpf::Hook,
     scene::{Condition, POLICY, SOCKPOLICY},
 };
 
-/// What `sockpolicy run` logs when its policy is in force.
+/// The text that `sockpolicy run` logs when its policy is in force.
 pub(crate) const IN_FORCE: &str = "in force";
 
 pub(crate) const LIBKEEPALIVE: &str = "/usr/lib/libkeepalive.so";
 
-/// The calls that tracers are asked for.
+/// The calls that tracers trace.
 const CALLS: &str = "setsockopt,getsockopt";
 
 fn words(text: &str) -> Vec<String> {
     text.split_whitespace().map(str::to_owned).collect()
 }
 
-/// Nothing at all.
+/// No tool.
 pub(crate) fn nothing() -> Condition {
     Condition::default()
 }
@@ -32,24 +32,32 @@ pub(crate) fn traced(tracepoints: &[&'static str]) -> Condition {
     Condition { traced: tracepoints.to_vec(), is_everywhere: true, ..Condition::default() }
 }
 
-/// A policy in force, whose agent sees calls only at the cgroup's hooks.
+/// A policy in force without an audit: the agent sees calls only at the cgroup's hooks.
 pub(crate) fn policy(rules: &str) -> Condition {
     Condition {
         rules: Some(rules.to_owned()),
-        beside: words(&format!("{SOCKPOLICY} run --audit-backend none -q -o json {POLICY}")),
+        background: words(&format!("{SOCKPOLICY} run --audit-backend none -q -o json {POLICY}")),
         ready: IN_FORCE,
         ..Condition::default()
     }
 }
 
-/// A policy in force, as `sockpolicy run` has it: with the audit that this kernel offers.
+/// A policy in force with the kernel's best audit backend, as `sockpolicy run` does by default.
 pub(crate) fn audited(rules: &str) -> Condition {
-    Condition { beside: words(&format!("{SOCKPOLICY} run -q -o json {POLICY}")), is_everywhere: true, ..policy(rules) }
+    Condition {
+        background: words(&format!("{SOCKPOLICY} run -q -o json {POLICY}")),
+        is_everywhere: true,
+        ..policy(rules)
+    }
 }
 
-/// The audit alone.
+/// The audit without a policy in force.
 pub(crate) fn audit(rules: &str) -> Condition {
-    Condition { beside: words(&format!("{SOCKPOLICY} audit -o json {POLICY}")), is_everywhere: true, ..policy(rules) }
+    Condition {
+        background: words(&format!("{SOCKPOLICY} audit -o json {POLICY}")),
+        is_everywhere: true,
+        ..policy(rules)
+    }
 }
 
 pub(crate) fn strace() -> Condition {
@@ -71,12 +79,12 @@ pub(crate) fn perf_trace() -> Condition {
 
 pub(crate) fn bpftrace(script: &str) -> Condition {
     let mut wrap = words("bpftrace -o /run/bench/bpftrace.out -e");
-    // It starts the worker when its probes are attached.
+    // bpftrace starts the worker when its probes are attached.
     wrap.extend([script.to_owned(), "-c".to_owned()]);
     Condition { needs: vec!["bpftrace"], wrap, is_one_word: true, is_everywhere: true, ..Condition::default() }
 }
 
-/// A library that sets SO_KEEPALIVE on every socket that is made.
+/// A library that sets SO_KEEPALIVE on every new socket.
 pub(crate) fn libkeepalive() -> Condition {
     Condition {
         needs: vec![LIBKEEPALIVE],

@@ -1,10 +1,11 @@
-//! What the test knows of options by itself: names of one value, values that a policy sets, bounds, and what numbers stand for.
+//! The test's own facts about options: other names of a value, values that a policy sets, bounds, and the meaning of
+//! numbers.
 //!
-//! Written from the kernel's handlers (`sk_setsockopt` in net/core/sock.c, `do_tcp_setsockopt` in net/ipv4/tcp.c,
-//! `do_ip_setsockopt` in net/ipv4/ip_sockglue.c, `do_ipv6_setsockopt` in net/ipv6/ipv6_sockglue.c; 5.10 to 7.2), not from the
-//! agent's table.
+//! They are written from the kernel's handlers (`sk_setsockopt` in net/core/sock.c, `do_tcp_setsockopt` in
+//! net/ipv4/tcp.c, `do_ip_setsockopt` in net/ipv4/ip_sockglue.c, `do_ipv6_setsockopt` in net/ipv6/ipv6_sockglue.c;
+//! 5.10 to 7.2), not from the agent's table.
 
-use sockpolicy_integration_tests::product::{Key, Seen};
+use sockpolicy_integration_tests::differential::{Key, Observation};
 
 pub(super) const SOCKET: i32 = 1;
 pub(super) const IP: i32 = 0;
@@ -14,7 +15,8 @@ pub(super) const IPV6: i32 = 41;
 pub(super) const UDP_LITE: i32 = 136;
 pub(super) const RAW: i32 = 255;
 
-/// Levels and numbers that `sockpolicy options` does not list: other spellings, and options that have no name.
+/// Levels and numbers that `sockpolicy options` does not list: other numbers of listed options, and options without a
+/// name.
 pub(super) const UNLISTED: &[Key] = &[
     (UDP_LITE, 1),
     (UDP_LITE, 10),
@@ -55,7 +57,7 @@ pub(super) const UNLISTED: &[Key] = &[
     (i32::MAX, i32::MIN),
 ];
 
-/// Spellings in [`UNLISTED`] that a policy reaches by no name.
+/// Entries of [`UNLISTED`] that no name in a policy covers.
 pub(super) const WITHOUT_NAME: &[Key] = &[
     (UDP_LITE, 10),
     (UDP_LITE, 11),
@@ -79,7 +81,7 @@ pub(super) const WITHOUT_NAME: &[Key] = &[
     (i32::MAX, i32::MIN),
 ];
 
-/// Options whose value shows what calls on an option of the list do; of the others that is their own.
+/// Returns the options whose values show the effect of a call on `key`: by default, only `key` itself.
 pub(super) fn observers(key: Key) -> Vec<Key> {
     const BUFFERS: &[i32] = &[7, 8, 32, 33, 72];
     const TIMESTAMPS: &[i32] = &[29, 35, 63, 64];
@@ -92,7 +94,7 @@ pub(super) fn observers(key: Key) -> Vec<Key> {
         (SOCKET, 21 | 67) => vec![(SOCKET, 21)],
         (SOCKET, 25 | 62) => vec![(SOCKET, 62), (SOCKET, 25)],
         (TCP, 10) => vec![key, (SOCKET, 8)],
-        // Reading gives a new descriptor, or maps memory.
+        // Reading returns a new descriptor, or maps memory.
         (SOCKET, 77) | (TCP, 35) => Vec::new(),
         (TCP, 19) => vec![key, (SOCKET, 2)],
         (TCP, 45 | 1004) => vec![(TCP, 45)],
@@ -108,13 +110,13 @@ pub(super) fn observers(key: Key) -> Vec<Key> {
     }
 }
 
-/// What a policy sets, and what getsockopt then shows.
+/// A setting of a policy, and the value that getsockopt then shows.
 pub(super) struct Set {
     pub(super) name: &'static str,
     pub(super) toml: &'static str,
-    /// The option that shows the value, and the value; `None` where nothing shows it.
+    /// The option that shows the value, and the value; `None` if no option shows it.
     pub(super) shown: Option<(Key, i64)>,
-    /// Bits of the value that the policy decides.
+    /// The bits of the value that the policy decides.
     pub(super) mask: i64,
 }
 
@@ -122,7 +124,7 @@ const fn set(name: &'static str, toml: &'static str, key: Key, value: i64) -> Se
     Set { name, toml, shown: Some((key, value)), mask: -1 }
 }
 
-/// The two lowest bits of these bytes are ECN, which is the application's.
+/// The two lowest bits of these bytes are ECN, which the application decides.
 const fn dscp(name: &'static str, key: Key) -> Set {
     Set { name, toml: "\"AF21\"", shown: Some((key, 0x48)), mask: 0xfc }
 }
@@ -131,7 +133,7 @@ const fn unseen(name: &'static str, toml: &'static str) -> Set {
     Set { name, toml, shown: None, mask: -1 }
 }
 
-/// `reno`, as a number of 64 bits.
+/// `reno`, as a 64-bit number.
 pub(super) const RENO: i64 = 0x6f6e_6572;
 
 pub(super) const SETS: &[Set] = &[
@@ -173,26 +175,26 @@ pub(super) const SETS: &[Set] = &[
 
 /// How a value that getsockopt shows is compared with bounds.
 #[derive(Clone, Copy)]
-pub(super) enum Worth {
-    /// As it is.
+pub(super) enum Scale {
+    /// The value itself.
     Number,
-    /// As 32 bits without a sign.
+    /// An unsigned 32-bit number.
     Unsigned,
-    /// Half of it.
+    /// Half of the value.
     Half,
-    /// As it is, but 0 is more than any bound.
+    /// The value itself, but 0 is above every bound.
     ZeroIsMost,
     /// `{on, seconds}`
     Linger,
-    /// `{seconds, microseconds}`, in microseconds; for ever where both are 0.
+    /// `{seconds, microseconds}`, in microseconds; no timeout if both are 0.
     Time,
-    /// Bytes a second, 64 bits; all ones is more than any bound.
+    /// Bytes per second, 64 bits; all ones is above every bound.
     Rate,
 }
 
-impl Worth {
-    /// `None` where nothing was shown.
-    pub(super) fn of(self, seen: &Seen) -> Option<i64> {
+impl Scale {
+    /// Returns `None` if the value could not be read.
+    pub(super) fn of(self, seen: &Observation) -> Option<i64> {
         let number = seen.number()?;
         Some(match self {
             Self::Half => number / 2,
@@ -213,14 +215,14 @@ impl Worth {
     }
 }
 
-/// A limit of a policy, and what getsockopt may then show.
+/// A limit of a policy, and the range that getsockopt may then show.
 pub(super) struct Limit {
     pub(super) name: &'static str,
     pub(super) toml: &'static str,
     pub(super) shown: Key,
-    pub(super) worth: Worth,
+    pub(super) scale: Scale,
     pub(super) range: (i64, i64),
-    /// A value within it, as the application passes it.
+    /// A value within the limit, as the application passes it.
     pub(super) within: i64,
 }
 
@@ -228,47 +230,47 @@ const fn limit(
     name: &'static str,
     toml: &'static str,
     shown: Key,
-    worth: Worth,
+    scale: Scale,
     range: (i64, i64),
     within: i64,
 ) -> Limit {
-    Limit { name, toml, shown, worth, range, within }
+    Limit { name, toml, shown, scale, range, within }
 }
 
 pub(super) const LIMITS: &[Limit] = &[
-    limit("SO_PRIORITY", "{ min = 2, max = 5 }", (SOCKET, 12), Worth::Unsigned, (2, 5), 4),
-    limit("SO_SNDBUF", "{ min = \"8KiB\", max = \"64KiB\" }", (SOCKET, 7), Worth::Half, (8192, 65_536), 16_384),
-    limit("SO_RCVBUF", "{ min = \"8KiB\", max = \"64KiB\" }", (SOCKET, 8), Worth::Half, (8192, 65_536), 16_384),
-    limit("SO_RCVLOWAT", "{ min = 16, max = 4096 }", (SOCKET, 18), Worth::Number, (16, 4096), 100),
+    limit("SO_PRIORITY", "{ min = 2, max = 5 }", (SOCKET, 12), Scale::Unsigned, (2, 5), 4),
+    limit("SO_SNDBUF", "{ min = \"8KiB\", max = \"64KiB\" }", (SOCKET, 7), Scale::Half, (8192, 65_536), 16_384),
+    limit("SO_RCVBUF", "{ min = \"8KiB\", max = \"64KiB\" }", (SOCKET, 8), Scale::Half, (8192, 65_536), 16_384),
+    limit("SO_RCVLOWAT", "{ min = 16, max = 4096 }", (SOCKET, 18), Scale::Number, (16, 4096), 100),
     limit(
         "SO_MAX_PACING_RATE",
         "{ min = \"8mbit\", max = \"80mbit\" }",
         (SOCKET, 47),
-        Worth::Rate,
+        Scale::Rate,
         (1_000_000, 10_000_000),
         2_000_000,
     ),
-    limit("SO_TXREHASH", "{ min = 0, max = 0 }", (SOCKET, 74), Worth::Number, (0, 0), 0),
-    // An unconnected socket without a limit of its own shows 536.
-    limit("TCP_MAXSEG", "{ min = 600, max = 1000 }", (TCP, 2), Worth::Number, (600, 1000), 800),
-    limit("TCP_KEEPIDLE", "{ min = \"10s\", max = \"100s\" }", (TCP, 4), Worth::Number, (10, 100), 20),
-    limit("TCP_KEEPINTVL", "{ min = \"10s\", max = \"100s\" }", (TCP, 5), Worth::Number, (10, 100), 20),
-    limit("TCP_KEEPCNT", "{ min = 3, max = 10 }", (TCP, 6), Worth::Number, (3, 10), 4),
-    limit("TCP_SYNCNT", "{ min = 2, max = 5 }", (TCP, 7), Worth::Number, (2, 5), 3),
+    limit("SO_TXREHASH", "{ min = 0, max = 0 }", (SOCKET, 74), Scale::Number, (0, 0), 0),
+    // An unconnected socket without its own limit shows 536.
+    limit("TCP_MAXSEG", "{ min = 600, max = 1000 }", (TCP, 2), Scale::Number, (600, 1000), 800),
+    limit("TCP_KEEPIDLE", "{ min = \"10s\", max = \"100s\" }", (TCP, 4), Scale::Number, (10, 100), 20),
+    limit("TCP_KEEPINTVL", "{ min = \"10s\", max = \"100s\" }", (TCP, 5), Scale::Number, (10, 100), 20),
+    limit("TCP_KEEPCNT", "{ min = 3, max = 10 }", (TCP, 6), Scale::Number, (3, 10), 4),
+    limit("TCP_SYNCNT", "{ min = 2, max = 5 }", (TCP, 7), Scale::Number, (2, 5), 3),
     limit(
         "TCP_WINDOW_CLAMP",
         "{ min = \"8KiB\", max = \"64KiB\" }",
         (TCP, 10),
-        Worth::ZeroIsMost,
+        Scale::ZeroIsMost,
         (8192, 65_536),
         16_384,
     ),
-    // 0 is net.ipv4.tcp_retries2: some 15 minutes.
+    // 0 stands for net.ipv4.tcp_retries2: some 15 minutes.
     limit(
         "TCP_USER_TIMEOUT",
         "{ min = \"10s\", max = \"60s\" }",
         (TCP, 18),
-        Worth::ZeroIsMost,
+        Scale::ZeroIsMost,
         (10_000, 60_000),
         20_000,
     ),
@@ -276,17 +278,17 @@ pub(super) const LIMITS: &[Limit] = &[
         "TCP_NOTSENT_LOWAT",
         "{ min = \"16KiB\", max = \"128KiB\" }",
         (TCP, 25),
-        Worth::ZeroIsMost,
+        Scale::ZeroIsMost,
         (16_384, 131_072),
         20_000,
     ),
-    limit("TCP_SAVE_SYN", "{ min = 1, max = 1 }", (TCP, 27), Worth::Number, (1, 1), 1),
-    limit("TCP_RTO_MAX_MS", "{ min = \"2s\", max = \"60s\" }", (TCP, 44), Worth::Number, (2000, 60_000), 4000),
+    limit("TCP_SAVE_SYN", "{ min = 1, max = 1 }", (TCP, 27), Scale::Number, (1, 1), 1),
+    limit("TCP_RTO_MAX_MS", "{ min = \"2s\", max = \"60s\" }", (TCP, 44), Scale::Number, (2000, 60_000), 4000),
     limit(
         "TCP_BPF_RTO_MIN",
         "{ min = \"20ms\", max = \"100ms\" }",
         (TCP, 45),
-        Worth::Number,
+        Scale::Number,
         (20_000, 100_000),
         40_000,
     ),
@@ -294,40 +296,41 @@ pub(super) const LIMITS: &[Limit] = &[
         "TCP_BPF_DELACK_MAX",
         "{ min = \"20ms\", max = \"100ms\" }",
         (TCP, 46),
-        Worth::Number,
+        Scale::Number,
         (20_000, 100_000),
         40_000,
     ),
-    limit("SO_LINGER", "{ min = \"2s\", max = \"10s\" }", (SOCKET, 13), Worth::Linger, (2, 10), 5 << 32 | 1),
-    limit("SO_RCVTIMEO", "{ min = \"1s\", max = \"30s\" }", (SOCKET, 20), Worth::Time, (1_000_000, 30_000_000), 5),
-    limit("SO_SNDTIMEO", "{ min = \"1s\", max = \"30s\" }", (SOCKET, 21), Worth::Time, (1_000_000, 30_000_000), 5),
-    limit("SO_PEEK_OFF", "{ min = 1, max = 100 }", (SOCKET, 42), Worth::Number, (1, 100), 50),
-    limit("SO_BUSY_POLL", "{ min = \"10us\", max = \"1000us\" }", (SOCKET, 46), Worth::Number, (10, 1000), 50),
-    limit("SO_INCOMING_CPU", "{ min = 0, max = 0 }", (SOCKET, 49), Worth::Number, (0, 0), 0),
+    limit("SO_LINGER", "{ min = \"2s\", max = \"10s\" }", (SOCKET, 13), Scale::Linger, (2, 10), 5 << 32 | 1),
+    limit("SO_RCVTIMEO", "{ min = \"1s\", max = \"30s\" }", (SOCKET, 20), Scale::Time, (1_000_000, 30_000_000), 5),
+    limit("SO_SNDTIMEO", "{ min = \"1s\", max = \"30s\" }", (SOCKET, 21), Scale::Time, (1_000_000, 30_000_000), 5),
+    limit("SO_PEEK_OFF", "{ min = 1, max = 100 }", (SOCKET, 42), Scale::Number, (1, 100), 50),
+    limit("SO_BUSY_POLL", "{ min = \"10us\", max = \"1000us\" }", (SOCKET, 46), Scale::Number, (10, 1000), 50),
+    limit("SO_INCOMING_CPU", "{ min = 0, max = 0 }", (SOCKET, 49), Scale::Number, (0, 0), 0),
     // Whole pages.
-    limit("SO_RESERVE_MEM", "{ min = \"8KiB\", max = \"64KiB\" }", (SOCKET, 73), Worth::Number, (8192, 65_536), 16_384),
+    limit("SO_RESERVE_MEM", "{ min = \"8KiB\", max = \"64KiB\" }", (SOCKET, 73), Scale::Number, (8192, 65_536), 16_384),
     // 0 shows net.ipv4.tcp_fin_timeout: 60.
-    limit("TCP_LINGER2", "{ min = \"5s\", max = \"30s\" }", (TCP, 8), Worth::Number, (5, 30), 10),
+    limit("TCP_LINGER2", "{ min = \"5s\", max = \"30s\" }", (TCP, 8), Scale::Number, (5, 30), 10),
     // The kernel rounds up to 1, 3, 7, 15 … seconds.
-    limit("TCP_DEFER_ACCEPT", "{ min = \"3s\", max = \"15s\" }", (TCP, 9), Worth::Number, (3, 15), 7),
-    limit("TCP_FASTOPEN", "{ min = 1, max = 100 }", (TCP, 23), Worth::Number, (1, 100), 50),
-    limit("TCP_TX_DELAY", "{ min = \"10us\", max = \"1000us\" }", (TCP, 37), Worth::Unsigned, (10, 1000), 100),
-    limit("TCP_REPAIR", "{ min = 0, max = 0 }", (TCP, 19), Worth::Number, (0, 0), 0),
-    limit("UDP_ENCAP", "{ min = 0, max = 0 }", (UDP, 100), Worth::Number, (0, 0), 0),
-    limit("UDP_SEGMENT", "{ min = 100, max = 1000 }", (UDP, 103), Worth::Number, (100, 1000), 500),
-    // -1 shows the system's: 64.
-    limit("IP_TTL", "{ min = 10, max = 50 }", (IP, 2), Worth::Number, (10, 50), 20),
-    limit("IP_MTU_DISCOVER", "{ min = 1, max = 3 }", (IP, 10), Worth::Number, (1, 3), 2),
-    limit("IP_MINTTL", "{ min = 5, max = 100 }", (IP, 21), Worth::Number, (5, 100), 50),
-    limit("IP_MULTICAST_TTL", "{ min = 2, max = 50 }", (IP, 33), Worth::Number, (2, 50), 20),
-    limit("IPV6_UNICAST_HOPS", "{ min = 10, max = 50 }", (IPV6, 16), Worth::Number, (10, 50), 20),
-    limit("IPV6_MULTICAST_HOPS", "{ min = 2, max = 50 }", (IPV6, 18), Worth::Number, (2, 50), 20),
-    limit("IPV6_MTU_DISCOVER", "{ min = 1, max = 3 }", (IPV6, 23), Worth::Number, (1, 3), 2),
-    limit("IPV6_MINHOPCOUNT", "{ min = 5, max = 100 }", (IPV6, 73), Worth::Number, (5, 100), 50),
-    limit("IPV6_CHECKSUM", "{ min = 0, max = 10 }", (IPV6, 7), Worth::Number, (0, 10), 4),
+    limit("TCP_DEFER_ACCEPT", "{ min = \"3s\", max = \"15s\" }", (TCP, 9), Scale::Number, (3, 15), 7),
+    limit("TCP_FASTOPEN", "{ min = 1, max = 100 }", (TCP, 23), Scale::Number, (1, 100), 50),
+    limit("TCP_TX_DELAY", "{ min = \"10us\", max = \"1000us\" }", (TCP, 37), Scale::Unsigned, (10, 1000), 100),
+    limit("TCP_REPAIR", "{ min = 0, max = 0 }", (TCP, 19), Scale::Number, (0, 0), 0),
+    limit("UDP_ENCAP", "{ min = 0, max = 0 }", (UDP, 100), Scale::Number, (0, 0), 0),
+    limit("UDP_SEGMENT", "{ min = 100, max = 1000 }", (UDP, 103), Scale::Number, (100, 1000), 500),
+    // -1 shows the system default: 64.
+    limit("IP_TTL", "{ min = 10, max = 50 }", (IP, 2), Scale::Number, (10, 50), 20),
+    limit("IP_MTU_DISCOVER", "{ min = 1, max = 3 }", (IP, 10), Scale::Number, (1, 3), 2),
+    limit("IP_MINTTL", "{ min = 5, max = 100 }", (IP, 21), Scale::Number, (5, 100), 50),
+    limit("IP_MULTICAST_TTL", "{ min = 2, max = 50 }", (IP, 33), Scale::Number, (2, 50), 20),
+    limit("IPV6_UNICAST_HOPS", "{ min = 10, max = 50 }", (IPV6, 16), Scale::Number, (10, 50), 20),
+    limit("IPV6_MULTICAST_HOPS", "{ min = 2, max = 50 }", (IPV6, 18), Scale::Number, (2, 50), 20),
+    limit("IPV6_MTU_DISCOVER", "{ min = 1, max = 3 }", (IPV6, 23), Scale::Number, (1, 3), 2),
+    limit("IPV6_MINHOPCOUNT", "{ min = 5, max = 100 }", (IPV6, 73), Scale::Number, (5, 100), 50),
+    limit("IPV6_CHECKSUM", "{ min = 0, max = 10 }", (IPV6, 7), Scale::Number, (0, 10), 4),
 ];
 
-/// Options that can be limited and are not: another name of one above, or nothing shows what a call did.
+/// Options that can be limited but are not in the table: other names of options above, or options whose value no
+/// option shows.
 pub(super) const NOT_LIMITED: &[&str] = &[
     // Other names.
     "SO_SNDBUFFORCE",
@@ -336,12 +339,12 @@ pub(super) const NOT_LIMITED: &[&str] = &[
     "SO_SNDTIMEO_NEW",
     "TCP_RTO_MIN_US",
     "TCP_DELACK_MAX_US",
-    // Programs alone can set them.
+    // Only programs can set these.
     "SK_BPF_CB_FLAGS",
     "TCP_BPF_IW",
     "TCP_BPF_SNDCWND_CLAMP",
     "TCP_BPF_SOCK_OPS_CB_FLAGS",
-    // getsockopt shows something else, or nothing outside of repair.
+    // getsockopt shows another value, or a value only during repair.
     "SO_CNX_ADVICE",
     "SO_BUSY_POLL_BUDGET",
     "TCP_QUICKACK",
@@ -351,7 +354,7 @@ pub(super) const NOT_LIMITED: &[&str] = &[
     "IPV6_ADDRFORM",
     "IPV6_MTU",
     "IPV6_ROUTER_ALERT",
-    // A set of bits, or the number of a device: in no order.
+    // A set of bits, or the number of a device, which have no order.
     "SO_BUF_LOCK",
     "IPV6_ADDR_PREFERENCES",
     "IPV6_MULTICAST_IF",
@@ -360,13 +363,14 @@ pub(super) const NOT_LIMITED: &[&str] = &[
 /// IP_MULTICAST_IF, IP_UNICAST_IF, IPV6_MULTICAST_IF, IPV6_PKTINFO and IPV6_UNICAST_IF.
 pub(super) const DEVICES: &[Key] = &[(IP, 32), (IP, 50), (IPV6, 17), (IPV6, 50), (IPV6, 76)];
 
-/// Options whose value is another each time, and why.
+/// Options whose value differs each time.
 pub(super) const VOLATILE: &[Key] = &[
-    // SO_MEMINFO: policies keep what they know of a socket in its option memory. SO_COOKIE, SO_NETNS_COOKIE: numbers.
+    // SO_MEMINFO: policies keep their notes of a socket in its option memory. SO_COOKIE, SO_NETNS_COOKIE: unique
+    // numbers.
     (SOCKET, 55),
     (SOCKET, 57),
     (SOCKET, 71),
-    // SO_INCOMING_CPU and SO_INCOMING_NAPI_ID: where packets came in.
+    // SO_INCOMING_CPU and SO_INCOMING_NAPI_ID: where packets arrived.
     (SOCKET, 49),
     (SOCKET, 56),
     // SO_PEERNAME, IP_PROTOCOL (the port, once there is one) and SO_ORIGINAL_DST: ports.

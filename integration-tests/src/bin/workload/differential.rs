@@ -1,4 +1,4 @@
-//! Calls of setsockopt and getsockopt from a file, each on a socket of its own, and all that can be seen of each.
+//! Makes the calls of setsockopt and getsockopt in a file, each on a new socket, and records their visible effects.
 
 use std::{
     fs,
@@ -7,23 +7,23 @@ use std::{
 };
 
 use nix::sched::{CloneFlags, unshare};
-use sockpolicy_integration_tests::product::{
-    Case, KINDS, Key, NO_SOCKET, NOBODY, OBSERVERS, Outcome, Product, Seen, state,
+use sockpolicy_integration_tests::differential::{
+    Case, CaseSet, KINDS, Key, NO_OBSERVER, NO_SOCKET, OBSERVERS, Observation, Outcome, state,
 };
 
-use super::say;
+use super::print_line;
 
-/// What an argument's memory has behind the value.
+/// The contents of the memory after the value.
 const PATTERN: u8 = 0xa5;
-/// The longest argument, and memory behind it.
+/// The longest argument, with the memory after it.
 const MEMORY: usize = 8192 + BEHIND;
 const BEHIND: usize = 256;
 const NOBODY_ID: u32 = 65534;
 
-/// Makes the calls of the file `spec` in a network namespace of its own, as root or as `nobody`, and writes the file `out`.
-/// Says how many calls it has made.
-pub(super) fn product(spec: &str, out: &str, user: &str) -> io::Result<()> {
-    let product = Product::decode(&fs::read(spec)?).ok_or(io::ErrorKind::InvalidData)?;
+/// Makes the calls of the file `spec` in a new network namespace, as root or as `nobody`. Writes the outcomes to the
+/// file `out`, and prints the number of calls.
+pub(super) fn differential(spec: &str, out: &str, user: &str) -> io::Result<()> {
+    let product = CaseSet::decode(&fs::read(spec)?).ok_or(io::ErrorKind::InvalidData)?;
     let mut out = fs::File::create(out)?;
     unshare(CloneFlags::CLONE_NEWNET)?;
     bring_loopback_up()?;
@@ -38,7 +38,7 @@ pub(super) fn product(spec: &str, out: &str, user: &str) -> io::Result<()> {
         caller.outcome(&product, case).encode(&mut outcomes);
     }
     out.write_all(&outcomes)?;
-    say(&caller.calls.to_string())
+    print_line(&caller.calls.to_string())
 }
 
 fn bring_loopback_up() -> io::Result<()> {
@@ -56,12 +56,12 @@ fn errno() -> i32 {
     io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)
 }
 
-/// A result, or a negative errno.
-fn came_of(result: i32) -> i32 {
+/// Returns a result, or a negative errno.
+fn result_or_errno(result: i32) -> i32 {
     if result < 0 { -errno() } else { result }
 }
 
-/// A descriptor, closed without a connection that lingers.
+/// A descriptor, closed without leaving a lingering connection.
 struct Socket {
     fd: i32,
     is_connected: bool,
@@ -72,22 +72,22 @@ impl Drop for Socket {
         if self.is_connected {
             // SAFETY: zero is valid for each field: AF_UNSPEC.
             let nowhere: libc::sockaddr = unsafe { mem::zeroed() };
-            // SAFETY: as long as its type says.
+            // SAFETY: the address has the length of its type.
             unsafe { libc::connect(self.fd, &raw const nowhere, size_of_val(&nowhere) as u32) };
         }
-        // SAFETY: a descriptor that nothing else closes.
+        // SAFETY: nothing else closes this descriptor.
         unsafe { libc::close(self.fd) };
     }
 }
 
-/// A socket, or the errno.
+/// Opens a socket, or returns the errno.
 fn open(domain: i32, kind: i32, protocol: i32) -> Result<Socket, i32> {
     // SAFETY: takes numbers.
     let fd = unsafe { libc::socket(domain, kind | libc::SOCK_CLOEXEC, protocol) };
     if fd < 0 { Err(errno()) } else { Ok(Socket { fd, is_connected: false }) }
 }
 
-/// A socket of a case, and the sockets that it needs beside it.
+/// The socket of a case, and the other sockets that it needs.
 struct Opened {
     socket: Socket,
     _others: Vec<Socket>,
@@ -127,13 +127,13 @@ fn open_for(case: &Case) -> Result<Opened, i32> {
     Ok(Opened { socket, _others: others })
 }
 
-/// An address as the kernel takes it.
+/// An address in the kernel's format.
 struct Address {
     bytes: [u8; 28],
     len: u32,
 }
 
-/// Binds to a free port of the loopback address.
+/// Binds a socket to a free port of the loopback address.
 fn bind(socket: &Socket, domain: i32) -> Result<Address, i32> {
     let mut address = Address { bytes: [0; 28], len: if domain == libc::AF_INET { 16 } else { 28 } };
     address.bytes[..2].copy_from_slice(&(domain as u16).to_ne_bytes());
@@ -142,9 +142,9 @@ fn bind(socket: &Socket, domain: i32) -> Result<Address, i32> {
     } else {
         address.bytes[23] = 1;
     }
-    // SAFETY: `len` bytes of address, here and below.
+    // SAFETY: the address has `len` bytes.
     must(unsafe { libc::bind(socket.fd, address.bytes.as_ptr().cast(), address.len) })?;
-    // SAFETY: room for `len` bytes.
+    // SAFETY: the buffer has `len` bytes.
     must(unsafe { libc::getsockname(socket.fd, address.bytes.as_mut_ptr().cast(), &raw mut address.len) })?;
     Ok(address)
 }
@@ -159,14 +159,14 @@ fn listen(socket: &Socket) -> Result<i32, i32> {
 }
 
 fn connect(socket: &mut Socket, address: &Address) -> Result<(), i32> {
-    // SAFETY: `len` bytes of address.
+    // SAFETY: the address has `len` bytes.
     must(unsafe { libc::connect(socket.fd, address.bytes.as_ptr().cast(), address.len) })?;
     socket.is_connected = true;
     Ok(())
 }
 
 fn accept(listener: &Socket) -> Result<Socket, i32> {
-    // SAFETY: no address is asked for.
+    // SAFETY: no address is requested.
     let fd = must(unsafe { libc::accept4(listener.fd, ptr::null_mut(), ptr::null_mut(), libc::SOCK_CLOEXEC) })?;
     Ok(Socket { fd, is_connected: true })
 }
@@ -174,13 +174,13 @@ fn accept(listener: &Socket) -> Result<Socket, i32> {
 /// The memory of the arguments.
 struct Caller {
     memory: Vec<u8>,
-    /// What the memory had before a call.
+    /// The contents of the memory before a call.
     copy: Vec<u8>,
     calls: u64,
 }
 
 impl Caller {
-    fn outcome(&mut self, product: &Product, case: &Case) -> Outcome {
+    fn outcome(&mut self, product: &CaseSet, case: &Case) -> Outcome {
         let opened = match open_for(case) {
             Ok(opened) => opened,
             Err(errno) => return Outcome { result: NO_SOCKET - errno, ..Outcome::default() },
@@ -190,7 +190,7 @@ impl Caller {
         if let Some(value) = product.values.get(case.prior_value as usize) {
             outcome.prior = self.set(fd, case.prior, value, value.len() as i32).0;
         }
-        let observers = product.observers.get(case.observers as usize).unwrap_or(&[NOBODY; OBSERVERS]);
+        let observers = product.observers.get(case.observers as usize).unwrap_or(&[NO_OBSERVER; OBSERVERS]);
         if case.reads != 0 {
             self.get(fd, case, &mut outcome);
             return outcome;
@@ -202,16 +202,16 @@ impl Caller {
         outcome
     }
 
-    /// The result, and whether the memory changed.
+    /// Returns the result, and whether the memory changed.
     fn set(&mut self, fd: i32, (level, name): Key, value: &[u8], len: i32) -> (i32, i32) {
         let end = value.len().max(len.max(0) as usize) + BEHIND;
         self.memory[..end].fill(PATTERN);
         self.memory[..value.len()].copy_from_slice(value);
         self.copy[..end].copy_from_slice(&self.memory[..end]);
         self.calls += 1;
-        // SAFETY: at least `len` bytes are there. A handler may write to them.
+        // SAFETY: at least `len` bytes are there. A BPF program may write to them.
         let result = unsafe { libc::setsockopt(fd, level, name, self.memory.as_mut_ptr().cast(), len as u32) };
-        (came_of(result), (self.memory[..end] != self.copy[..end]).into())
+        (result_or_errno(result), (self.memory[..end] != self.copy[..end]).into())
     }
 
     fn get(&mut self, fd: i32, case: &Case, outcome: &mut Outcome) {
@@ -221,30 +221,30 @@ impl Caller {
         let mut len = case.len as u32;
         self.calls += 1;
         let (level, name) = case.key;
-        // SAFETY: room for `len` bytes and more.
+        // SAFETY: the buffer has more than `len` bytes.
         let result = unsafe { libc::getsockopt(fd, level, name, self.memory.as_mut_ptr().cast(), &raw mut len) };
-        outcome.result = came_of(result);
+        outcome.result = result_or_errno(result);
         outcome.len = len as i32;
         let returned = if result < 0 { 0 } else { (len as usize).min(end) };
         outcome.is_changed = (self.memory[returned..end] != self.copy[returned..end]).into();
         outcome.sum = sum(&self.memory[..returned.min(512)]);
     }
 
-    fn observe(&mut self, fd: i32, (level, name): Key) -> Seen {
-        if (level, name) == NOBODY {
-            return Seen::default();
+    fn observe(&mut self, fd: i32, (level, name): Key) -> Observation {
+        if (level, name) == NO_OBSERVER {
+            return Observation::default();
         }
-        let mut seen = Seen::default();
+        let mut seen = Observation::default();
         let mut len = size_of_val(&seen.words) as u32;
         self.calls += 1;
-        // SAFETY: room for `len` bytes.
+        // SAFETY: the buffer has `len` bytes.
         let result = unsafe { libc::getsockopt(fd, level, name, seen.words.as_mut_ptr().cast(), &raw mut len) };
         seen.len = if result < 0 { -errno() } else { len as i32 };
         seen
     }
 }
 
-/// Another one for other bytes, most likely (FNV-1a, by words).
+/// Returns a checksum (FNV-1a over words), which very likely differs for other bytes.
 fn sum(bytes: &[u8]) -> i32 {
     let mut sum = 0x811c_9dc5_u32;
     for part in bytes.chunks(4) {

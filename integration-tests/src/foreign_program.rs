@@ -1,6 +1,7 @@
-//! Somebody else's BPF program on a cgroup, by bpf(2) alone.
+//! A BPF program of another owner on a cgroup, made with bpf(2) alone.
 //!
-//! It makes setsockopt of one option, or all that a hook sees, fail with EPERM: so whether it works is seen from outside.
+//! The program makes setsockopt of one option, or all calls of a hook, fail with EPERM. Its effect is therefore
+//! visible to a process.
 
 use std::{
     fs::File,
@@ -29,27 +30,27 @@ const PROG_TYPE_SOCK_OPS: u32 = 13;
 const PROG_TYPE_CGROUP_SOCK_ADDR: u32 = 18;
 const PROG_TYPE_CGROUP_SOCKOPT: u32 = 25;
 const CGROUP_SETSOCKOPT: u32 = 22;
-/// As many kinds of attaching to cgroups as any kernel here has; others are refused, which is fine.
+/// At least the attach types of every tested kernel. The kernel rejects the others, which is harmless.
 const ATTACH_TYPES: std::ops::Range<u32> = 0..64;
 
-/// What it is called. The kernel keeps 15 characters.
+/// The name of the program. The kernel keeps 15 characters.
 pub const NAME: &str = "refuse_option";
 
-/// How it is attached.
+/// How the program is attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Manner {
+pub enum AttachMode {
     Link,
-    /// BPF_F_ALLOW_MULTI: the way before there were links.
+    /// BPF_F_ALLOW_MULTI, which predates links.
     Multi,
-    /// BPF_F_ALLOW_OVERRIDE: what is attached below takes its place there.
+    /// BPF_F_ALLOW_OVERRIDE: a program on a descendant cgroup replaces this one there.
     Override,
-    /// No flag: nothing else may be attached, there or below.
+    /// No flag: no other program can be attached to this cgroup or its descendants.
     Exclusive,
 }
 
-/// A hook that sockpolicy uses too.
+/// A hook that sockpolicy also uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum At {
+pub enum Hook {
     SockCreate,
     Bind4,
     Bind6,
@@ -62,7 +63,7 @@ pub enum At {
     Getsockopt,
 }
 
-impl At {
+impl Hook {
     pub const ALL: [Self; 10] = [
         Self::SockCreate,
         Self::Bind4,
@@ -76,7 +77,7 @@ impl At {
         Self::Getsockopt,
     ];
 
-    /// Returns the types of the program and of its attaching (include/uapi/linux/bpf.h).
+    /// Returns the program type and the attach type (include/uapi/linux/bpf.h).
     fn types(self) -> (u32, u32) {
         match self {
             Self::SockCreate => (PROG_TYPE_CGROUP_SOCK, 2),
@@ -93,111 +94,111 @@ impl At {
     }
 }
 
-/// The program, until this is dropped.
+/// An attached program, which is detached when this value is dropped.
 #[derive(Debug)]
-pub struct Foreign {
+pub struct ForeignProgram {
     program: OwnedFd,
-    folder: File,
+    dir: File,
     attach_type: u32,
     link: Option<OwnedFd>,
 }
 
-impl Foreign {
-    /// Makes `option` fail on `cgroup`.
+impl ForeignProgram {
+    /// Attaches a program that makes setsockopt of `option` fail on `cgroup`.
     #[must_use]
     #[track_caller]
-    pub fn attach(cgroup: &Cgroup, option: SocketOption, manner: Manner) -> Self {
-        must(Self::try_attach(cgroup, option, manner), "attach a program of our own")
+    pub fn attach(cgroup: &Cgroup, option: SocketOption, mode: AttachMode) -> Self {
+        must(Self::try_attach(cgroup, option, mode), "attach a foreign program")
     }
 
-    /// Makes `option` fail on `cgroup`.
+    /// Attaches a program that makes setsockopt of `option` fail on `cgroup`.
     ///
     /// # Errors
     ///
-    /// The kernel's, EPERM where programs that are there forbid it.
+    /// The error of the kernel: EPERM if the attached programs forbid it.
     #[track_caller]
-    pub fn try_attach(cgroup: &Cgroup, option: SocketOption, manner: Manner) -> io::Result<Self> {
-        let program = must(load(option), "load a program of our own");
-        Self::hold(cgroup, program, CGROUP_SETSOCKOPT, manner)
+    pub fn try_attach(cgroup: &Cgroup, option: SocketOption, mode: AttachMode) -> io::Result<Self> {
+        let program = must(load(option), "load a foreign program");
+        Self::hold(cgroup, program, CGROUP_SETSOCKOPT, mode)
     }
 
-    /// Makes all that a hook sees on `cgroup` fail; at `sock_ops` nothing fails.
+    /// Attaches a program that makes all calls of a hook fail on `cgroup`; at `sock_ops`, nothing fails.
     #[must_use]
     #[track_caller]
-    pub fn refuse_all(cgroup: &Cgroup, at: At, manner: Manner) -> Self {
+    pub fn refuse_all(cgroup: &Cgroup, at: Hook, mode: AttachMode) -> Self {
         let (program_type, attach_type) = at.types();
-        let result = i32::from(at == At::SockOps);
+        let result = i32::from(at == Hook::SockOps);
         let program = [instruction(0xb7, 0x00, 0, result), instruction(0x95, 0x00, 0, 0)]; // r0 = result; exit
-        let program = must(loaded(program_type, attach_type, &program), "load a program of our own");
-        must(Self::hold(cgroup, program, attach_type, manner), "attach a program of our own")
+        let program = must(loaded(program_type, attach_type, &program), "load a foreign program");
+        must(Self::hold(cgroup, program, attach_type, mode), "attach a foreign program")
     }
 
-    fn hold(cgroup: &Cgroup, program: OwnedFd, attach_type: u32, manner: Manner) -> io::Result<Self> {
-        let folder = must(File::open(cgroup.path()), "open a cgroup");
-        let (program_fd, folder_fd) = (program.as_raw_fd() as u32, folder.as_raw_fd() as u32);
-        let attach = |flags| bpf(PROG_ATTACH, &mut [folder_fd, program_fd, attach_type, flags, 0]).map(|_| None);
-        let link = match manner {
-            Manner::Link => Some(descriptor(bpf(LINK_CREATE, &mut [program_fd, folder_fd, attach_type, 0])?)),
-            Manner::Exclusive => attach(0)?,
-            Manner::Override => attach(1)?,
-            Manner::Multi => attach(2)?,
+    fn hold(cgroup: &Cgroup, program: OwnedFd, attach_type: u32, mode: AttachMode) -> io::Result<Self> {
+        let dir = must(File::open(cgroup.path()), "open a cgroup");
+        let (program_fd, dir_fd) = (program.as_raw_fd() as u32, dir.as_raw_fd() as u32);
+        let attach = |flags| bpf(PROG_ATTACH, &mut [dir_fd, program_fd, attach_type, flags, 0]).map(|_| None);
+        let link = match mode {
+            AttachMode::Link => Some(descriptor(bpf(LINK_CREATE, &mut [program_fd, dir_fd, attach_type, 0])?)),
+            AttachMode::Exclusive => attach(0)?,
+            AttachMode::Override => attach(1)?,
+            AttachMode::Multi => attach(2)?,
         };
-        Ok(Self { program, folder, attach_type, link })
+        Ok(Self { program, dir, attach_type, link })
     }
 
-    /// Whether the program takes effect on a cgroup, as the kernel says.
+    /// Returns whether the program is in effect on a cgroup, from the kernel's list of effective programs.
     #[must_use]
     #[track_caller]
     pub fn is_effective(&self, cgroup: &Cgroup) -> bool {
         const QUERY_EFFECTIVE: u32 = 1;
-        let folder = must(File::open(cgroup.path()), "open a cgroup");
+        let dir = must(File::open(cgroup.path()), "open a cgroup");
         let mut info = [0u32; 64];
         let [low, high] = halves(info.as_mut_ptr().expose_provenance());
-        // bpf_fd, info_len, info; the second word of what comes is the id
+        // bpf_fd, info_len, info; the second word of the result is the id
         let mut attributes = [self.program.as_raw_fd() as u32, size_of_val(&info) as u32, low, high];
-        must(bpf(OBJ_GET_INFO_BY_FD, &mut attributes), "ask for a program's id");
+        must(bpf(OBJ_GET_INFO_BY_FD, &mut attributes), "get the id of a program");
         let mut ids = [0u32; 256];
         let [low, high] = halves(ids.as_mut_ptr().expose_provenance());
         let mut attributes =
-            [folder.as_raw_fd() as u32, self.attach_type, QUERY_EFFECTIVE, 0, low, high, ids.len() as u32, 0];
+            [dir.as_raw_fd() as u32, self.attach_type, QUERY_EFFECTIVE, 0, low, high, ids.len() as u32, 0];
         must(bpf(PROG_QUERY, &mut attributes), "query the programs of a cgroup");
         ids[..attributes[6] as usize].contains(&info[1])
     }
 }
 
-impl Drop for Foreign {
+impl Drop for ForeignProgram {
     fn drop(&mut self) {
         if self.link.is_none() {
-            let mut attributes = [self.folder.as_raw_fd() as u32, self.program.as_raw_fd() as u32, self.attach_type];
+            let mut attributes = [self.dir.as_raw_fd() as u32, self.program.as_raw_fd() as u32, self.attach_type];
             let _ = bpf(PROG_DETACH, &mut attributes);
         }
     }
 }
 
-/// How many programs are attached to a cgroup itself, of all kinds.
+/// Returns the number of programs that are attached to a cgroup itself, of all attach types.
 #[must_use]
 #[track_caller]
-pub fn attached(cgroup: &Cgroup) -> u32 {
-    attached_at(&must(File::open(cgroup.path()), "open a cgroup"))
+pub fn count_attached(cgroup: &Cgroup) -> u32 {
+    count_attached_fd(&must(File::open(cgroup.path()), "open a cgroup"))
 }
 
-/// The same of a cgroup that is open.
+/// Like [`count_attached`], for an open cgroup.
 #[must_use]
-pub fn attached_at(folder: &File) -> u32 {
-    ATTACH_TYPES.map(|attach_type| count(folder, attach_type)).sum()
+pub fn count_attached_fd(dir: &File) -> u32 {
+    ATTACH_TYPES.map(|attach_type| count(dir, attach_type)).sum()
 }
 
-/// How many programs the cgroup of this path has at a hook itself.
+/// Returns the number of programs that are attached to a hook of the cgroup at this path itself.
 #[must_use]
 #[track_caller]
-pub fn attached_to(cgroup: &Path, at: At) -> u32 {
+pub fn count_attached_to_hook(cgroup: &Path, at: Hook) -> u32 {
     let (_, attach_type) = at.types();
     count(&must(File::open(cgroup), "open a cgroup"), attach_type)
 }
 
-fn count(folder: &File, attach_type: u32) -> u32 {
+fn count(dir: &File, attach_type: u32) -> u32 {
     // target_fd, attach_type, query_flags, attach_flags, prog_ids (64 bits), prog_cnt
-    let mut attributes = [folder.as_raw_fd() as u32, attach_type, 0, 0, 0, 0, 0, 0];
+    let mut attributes = [dir.as_raw_fd() as u32, attach_type, 0, 0, 0, 0, 0, 0];
     if bpf(PROG_QUERY, &mut attributes).is_ok() { attributes[6] } else { 0 }
 }
 
@@ -226,7 +227,7 @@ fn halves(address: usize) -> [u32; 2] {
 fn loaded(program_type: u32, attach_type: u32, program: &[u64]) -> io::Result<OwnedFd> {
     let load = || bpf::load(program_type, attach_type, NAME, program);
     match load() {
-        // Before 5.11 it is charged to what a process may lock.
+        // Before 5.11, BPF memory counts against RLIMIT_MEMLOCK.
         Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
             let (soft, hard) = getrlimit(Resource::RLIMIT_MEMLOCK)?;
             setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY)?;

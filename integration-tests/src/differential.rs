@@ -1,21 +1,22 @@
-//! The cases of `workload product`, and what came of them: files of native `i32`, which an emulated processor reads fast.
+//! The cases of `workload differential` and their outcomes. Files contain native `i32`s, which an emulated processor
+//! reads fast.
 
-/// Options that a case reads before and after its call.
+/// The number of options that a case reads before and after its call.
 pub const OBSERVERS: usize = 4;
 
-/// A level and a number.
+/// The level and number of an option.
 pub type Key = (i32, i32);
 
-/// In place of an observer: none.
-pub const NOBODY: Key = (-1, -1);
+/// Stands for an unused observer.
+pub const NO_OBSERVER: Key = (-1, -1);
 
-/// Kinds of sockets, by their number in a case: name, domain, type and protocol of socket(2).
+/// The kinds of sockets, by their number in a case: name, then domain, type and protocol of socket(2).
 pub const KINDS: &[(&str, i32, i32, i32)] = &[
     ("tcp4", libc::AF_INET, libc::SOCK_STREAM, 0),
     ("tcp6", libc::AF_INET6, libc::SOCK_STREAM, 0),
     ("udp4", libc::AF_INET, libc::SOCK_DGRAM, 0),
     ("udp6", libc::AF_INET6, libc::SOCK_DGRAM, 0),
-    // A protocol for experiments (RFC 3692): nothing else receives it.
+    // A protocol number for experiments (RFC 3692): nothing else receives it.
     ("raw4", libc::AF_INET, libc::SOCK_RAW, 253),
     ("raw6", libc::AF_INET6, libc::SOCK_RAW, 253),
     ("ping4", libc::AF_INET, libc::SOCK_DGRAM, libc::IPPROTO_ICMP),
@@ -29,7 +30,7 @@ pub const KINDS: &[(&str, i32, i32, i32)] = &[
     ("netlink", libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_ROUTE),
 ];
 
-/// How far a socket has got before its case, by number.
+/// The state of a socket before the call of its case, by number.
 pub mod state {
     pub const FRESH: i32 = 0;
     pub const BOUND: i32 = 1;
@@ -44,26 +45,26 @@ pub mod state {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Case {
-    /// Index of [`KINDS`].
+    /// Index into [`KINDS`].
     pub kind: i32,
     /// One of [`state`].
     pub state: i32,
     /// Whether the call is getsockopt (0 or 1).
     pub reads: i32,
     pub key: Key,
-    /// Length of the argument; room for the value, of getsockopt.
+    /// setsockopt: length of the argument. getsockopt: size of the buffer.
     pub len: i32,
-    /// Index of [`Product::values`], of setsockopt.
+    /// setsockopt: index into [`CaseSet::values`].
     pub value: i32,
-    /// A call of setsockopt before: its option and the index of its value.
+    /// An earlier call of setsockopt: its option, and in `prior_value` the index of its value.
     pub prior: Key,
-    /// -1: no such call.
+    /// -1 if there is no such call.
     pub prior_value: i32,
-    /// Index of [`Product::observers`].
+    /// Index into [`CaseSet::observers`].
     pub observers: i32,
 }
 
-/// `i32`s of a [`Case`].
+/// The number of `i32`s of a [`Case`].
 const CASE: usize = 11;
 
 impl Case {
@@ -79,15 +80,15 @@ impl Case {
     }
 }
 
-/// Cases, and the values and observers that they name by index.
+/// Cases, with the values and observers that they refer to by index.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Product {
+pub struct CaseSet {
     pub values: Vec<Vec<u8>>,
     pub observers: Vec<[Key; OBSERVERS]>,
     pub cases: Vec<Case>,
 }
 
-impl Product {
+impl CaseSet {
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
@@ -104,7 +105,7 @@ impl Product {
         bytes
     }
 
-    /// `None`: the bytes are no product.
+    /// Returns `None` if the bytes do not encode a case set.
     #[must_use]
     pub fn decode(bytes: &[u8]) -> Option<Self> {
         let mut words = words(bytes);
@@ -116,7 +117,7 @@ impl Product {
             product.values.push(words.by_ref().take(len).map(|word| word as u8).collect());
         }
         for _ in 0..observers {
-            let mut keys = [NOBODY; OBSERVERS];
+            let mut keys = [NO_OBSERVER; OBSERVERS];
             for key in &mut keys {
                 *key = (words.next()?, words.next()?);
             }
@@ -137,16 +138,16 @@ fn words(bytes: &[u8]) -> impl Iterator<Item = i32> + '_ {
     bytes.chunks_exact(4).filter_map(|word| word.try_into().ok()).map(i32::from_ne_bytes)
 }
 
-/// What an observer read: the length that getsockopt returned, or a negative errno, and the first 16 bytes.
+/// A value that an observer read: the length that getsockopt returned, or a negative errno, and the first 16 bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
-pub struct Seen {
+pub struct Observation {
     pub len: i32,
     pub words: [i32; 4],
 }
 
-impl Seen {
-    /// The value as an `int` or, of eight bytes, as two; `None` where it cannot be read.
+impl Observation {
+    /// Returns a value of 4 bytes, or the first 8 bytes of a longer one, as a number; `None` if it could not be read.
     #[must_use]
     pub fn number(&self) -> Option<i64> {
         match self.len {
@@ -156,7 +157,7 @@ impl Seen {
         }
     }
 
-    /// The two 64-bit numbers of a value of 16 bytes.
+    /// Returns the two 64-bit numbers of a 16-byte value.
     #[must_use]
     pub fn pair(&self) -> Option<[i64; 2]> {
         let wide = |low: i32, high: i32| i64::from(high) << 32 | i64::from(low as u32);
@@ -165,25 +166,26 @@ impl Seen {
     }
 }
 
-/// What came of a case.
+/// The outcome of a case.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Outcome {
-    /// What the call returned, or a negative errno. `NO_SOCKET` and more: there was no socket.
+    /// The return value of the call, or a negative errno. At most `NO_SOCKET`: the socket could not be created.
     pub result: i32,
     /// The length that getsockopt returned.
     pub len: i32,
-    /// Whether any byte of the caller's memory changed: of getsockopt, beyond the returned length (0 or 1).
+    /// Whether the call changed any byte of the caller's memory (0 or 1). getsockopt: any byte beyond the returned
+    /// length.
     pub is_changed: i32,
-    /// A sum over the bytes that getsockopt returned.
+    /// A checksum of the bytes that getsockopt returned.
     pub sum: i32,
-    /// What the call before returned.
+    /// The return value of the earlier call.
     pub prior: i32,
-    pub before: [Seen; OBSERVERS],
-    pub after: [Seen; OBSERVERS],
+    pub before: [Observation; OBSERVERS],
+    pub after: [Observation; OBSERVERS],
 }
 
-/// A result below this, by as much as the errno, says that the socket could not be made.
+/// If a socket could not be created, `result` is this number minus the errno.
 pub const NO_SOCKET: i32 = -100_000;
 
 const OUTCOME: usize = 5 + 2 * OBSERVERS * 5;
@@ -198,7 +200,7 @@ impl Outcome {
         }
     }
 
-    /// All that a file has.
+    /// Decodes all outcomes of a file.
     #[must_use]
     pub fn decode_all(bytes: &[u8]) -> Vec<Self> {
         let words: Vec<i32> = words(bytes).collect();
@@ -211,7 +213,7 @@ impl Outcome {
         let [result, len, is_changed, sum, prior] = [next(), next(), next(), next(), next()];
         let mut outcome = Self { result, len, is_changed, sum, prior, ..Self::default() };
         for seen in outcome.before.iter_mut().chain(&mut outcome.after) {
-            *seen = Seen { len: next(), words: [next(), next(), next(), next()] };
+            *seen = Observation { len: next(), words: [next(), next(), next(), next()] };
         }
         outcome
     }

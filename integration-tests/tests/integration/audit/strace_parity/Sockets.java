@@ -1,4 +1,4 @@
-// A server and clients, for the calls that a JVM makes of itself and those that it is asked for.
+// A server and clients, for the calls that a JVM makes on its own and the calls that a program requests.
 
 import com.sun.net.httpserver.HttpServer;
 import java.io.InputStream;

@@ -1,13 +1,13 @@
-//! What strace writes, read to the byte: a line that is not understood fails the test.
+//! Parses strace's output strictly: an unexpected line fails the test.
 
 use std::{fs, path::Path};
 
 use super::{Calls, SHOWN, Seen, Value};
 
-/// strace for a command and all that it starts, with a file `TRACE.THREAD` for each thread.
+/// Returns the strace command for a command and all its children, with a file `TRACE.THREAD` for each thread.
 ///
-/// Numbers are raw and strings in hex, so that there are neither names nor escapes to read. With the filter, it stops
-/// threads only for the calls that it shows.
+/// Numbers are raw and strings in hexadecimal, so there are no names or escapes to parse. With the seccomp filter,
+/// strace stops threads only for the traced calls.
 pub(super) fn command(trace: &str) -> Vec<&str> {
     let calls = "trace=setsockopt,getsockopt";
     // As many bytes as `SHOWN`.
@@ -22,7 +22,7 @@ pub(super) fn read(trace: &Path) -> Calls {
         let file = entry.file_name().into_string().unwrap();
         let Some(thread) = file.strip_prefix(name).and_then(|rest| rest.strip_prefix('.')) else { continue };
         let text = fs::read_to_string(entry.path()).unwrap();
-        // Signals and ends are in the trace, too.
+        // The trace also has signals and exits.
         let lines = text.lines().filter(|line| !line.starts_with("---") && !line.starts_with("+++"));
         let seen: Vec<Seen> = lines.map(|line| call(line).unwrap_or_else(|| panic!("strace says: {line}"))).collect();
         if !seen.is_empty() {
@@ -32,7 +32,7 @@ pub(super) fn read(trace: &Path) -> Calls {
     calls
 }
 
-/// Reads a line such as `setsockopt(3, 0x6, 0x1, [1], 4) = -1 EINVAL (Invalid argument)`.
+/// Parses a line such as `setsockopt(3, 0x6, 0x1, [1], 4) = -1 EINVAL (Invalid argument)`.
 fn call(line: &str) -> Option<Seen> {
     let (call, rest) = line.split_once('(')?;
     let (arguments, result) = rest.split_once(" = ")?;
@@ -51,7 +51,7 @@ fn call(line: &str) -> Option<Seen> {
     Some(Seen { call: call.to_owned(), level, optname, error: error.to_owned(), value })
 }
 
-/// The length of an argument, after the call if that changed it: `4`, `[4]` or `[16 => 4]`.
+/// Parses the length of an argument, after the call if that changed it: `4`, `[4]` or `[16 => 4]`.
 fn length(text: &str) -> Option<u32> {
     let Some(list) = text.strip_prefix('[') else { return text.parse().ok() };
     let list = list.strip_suffix(']')?;
@@ -59,9 +59,9 @@ fn length(text: &str) -> Option<u32> {
 }
 
 enum Shown {
-    /// strace could not read the argument, or does not take a failed call to have written it.
+    /// strace could not read the argument, or shows only its address because the call failed.
     Address,
-    /// As many as there are, up to [`SHOWN`].
+    /// The bytes of the argument, up to [`SHOWN`].
     Bytes(Vec<u8>),
 }
 
@@ -80,7 +80,7 @@ fn bytes(value: &str) -> Option<Shown> {
     Some(Shown::Bytes(bytes))
 }
 
-/// Undoes `\x01\x02`.
+/// Parses `\x01\x02`.
 fn hex(text: &str) -> Option<Vec<u8>> {
     let mut digits = text.split("\\x");
     if digits.next() != Some("") {
@@ -89,7 +89,7 @@ fn hex(text: &str) -> Option<Vec<u8>> {
     digits.map(|digits| u8::from_str_radix(digits, 16).ok()).collect()
 }
 
-/// The structures of four-byte numbers: linger and ucred.
+/// Parses structures of four-byte numbers: linger and ucred.
 fn fields(text: &str) -> Option<Vec<u8>> {
     let (names, numbers): (Vec<&str>, Vec<&str>) = text.split(", ").filter_map(|field| field.split_once('=')).unzip();
     if names != ["l_onoff", "l_linger"] && names != ["pid", "uid", "gid"] {

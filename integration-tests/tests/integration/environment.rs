@@ -1,4 +1,4 @@
-//! What every other test takes for granted.
+//! Assumptions of all other tests.
 
 use std::{collections::BTreeSet, process::Command};
 
@@ -14,7 +14,7 @@ use sockpolicy_integration_tests::{
     script::{Family, Kind},
 };
 
-/// The names in a part of the doctor's answer.
+/// Returns the names in a part of doctor's output.
 fn names_of(doctor: &Value, part: &str, is_wanted: impl Fn(&Value) -> bool) -> BTreeSet<String> {
     let lines = doctor[part].as_array().unwrap().iter();
     lines.filter(|line| is_wanted(line)).map(|line| line["name"].as_str().unwrap().to_owned()).collect()
@@ -30,7 +30,7 @@ fn assert_same(found: &BTreeSet<String>, expected: &BTreeSet<String>, what: &str
 }
 
 #[test]
-fn doctor_says_what_kernels_toml_says() {
+fn doctor_agrees_with_kernels_toml() {
     let kernel = Kernel::current();
     let output = agent::output(&["doctor", "--output", "json"]);
     assert!(output.status.success(), "{output:?}");
@@ -48,7 +48,7 @@ fn doctor_says_what_kernels_toml_says() {
 }
 
 #[test]
-fn mptcp_is_there_if_kernels_toml_says_so() {
+fn mptcp_is_supported_if_kernels_toml_says_so() {
     let cgroup = Cgroup::new();
     let opened = Probe::start(&cgroup).try_open(Family::Inet, Kind::Mptcp);
     assert_eq!(opened.is_ok(), Kernel::current().has("mptcp"), "{opened:?}");
@@ -65,13 +65,13 @@ fn io_uring_has_socket_calls_if_kernels_toml_says_so() {
     let mut command = Command::new(workload());
     command.args(["ring", "plain"]);
     let output = process::output(command);
-    // SO_KEEPALIVE. A kernel that has rings and not these calls answers each with EOPNOTSUPP.
+    // SO_KEEPALIVE. A kernel with io_uring but without these calls fails each with EOPNOTSUPP.
     let works = crate::stdout(&output).contains("\nsetsockopt 1 9 0 ");
     assert_eq!(works, Kernel::current().has("io_uring"), "{output:?}");
 }
 
 #[test]
-fn denied_call_may_have_an_errno_of_its_own_if_kernels_toml_says_so() {
+fn denied_call_can_have_a_chosen_errno_if_kernels_toml_says_so() {
     let setting = "SO_KEEPALIVE = { value = true, on_conflict = \"deny\", errno = \"EACCES\" }";
     let policy = PolicyFile::new(format!("[[rule]]\nmatch = {{ protocol = \"tcp\" }}\nset = {{ {setting} }}\n"));
     let output = process::output(agent::command(&["exec", "--quiet", policy.path().to_str().unwrap(), "--", "true"]));
@@ -86,7 +86,7 @@ fn denied_call_may_have_an_errno_of_its_own_if_kernels_toml_says_so() {
 }
 
 #[test]
-fn options_that_can_be_set_have_the_numbers_of_the_kernels_headers() {
+fn settable_options_have_the_numbers_of_the_kernels_headers() {
     let output = agent::output(&["options", "--output", "json"]);
     let mut settable = BTreeSet::new();
     for line in String::from_utf8(output.stdout).unwrap().lines() {

@@ -1,12 +1,12 @@
-//! Which cases there are: options, spellings, kinds of sockets, lengths and values.
+//! The cases: options and their numbers, kinds of sockets, lengths and values.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Deserialize;
-use sockpolicy_integration_tests::product::{Case, KINDS, Key, NOBODY, OBSERVERS, Product, state};
+use sockpolicy_integration_tests::differential::{Case, CaseSet, KINDS, Key, NO_OBSERVER, OBSERVERS, state};
 
 use super::tables::{
-    IP, IPV6, LIMITS, Limit, RAW, SETS, SOCKET, Set, TCP, UDP, UDP_LITE, UNLISTED, WITHOUT_NAME, Worth, observers,
+    IP, IPV6, LIMITS, Limit, RAW, SETS, SOCKET, Scale, Set, TCP, UDP, UDP_LITE, UNLISTED, WITHOUT_NAME, observers,
 };
 
 /// An option as `sockpolicy options --output json` lists it.
@@ -26,7 +26,7 @@ impl Listed {
     }
 }
 
-/// What policies name, so that sockets get a value that agrees before a call.
+/// The options of the policy, for which a call that agrees precedes the case's call.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Agreeing {
     Nothing,
@@ -34,9 +34,9 @@ pub(super) enum Agreeing {
     Limits,
 }
 
-/// Arguments of setsockopt and rooms of getsockopt.
+/// Argument lengths of setsockopt, and buffer sizes of getsockopt.
 const LENGTHS: &[i32] = &[4, 0, 1, 2, 3, 5, 6, 7, 8, 16, 4096, 4097, 8192, -1];
-/// Lengths at which all values are tried; at the others only the first.
+/// Lengths for which all values are tried; for others, only the first ones.
 const WHOLE: &[i32] = &[4, 8, 16];
 const FIRST_VALUES: usize = 5;
 const FAR_VALUES: usize = 3;
@@ -60,7 +60,7 @@ fn levels(kind: &str) -> &'static [i32] {
     }
 }
 
-/// The states of a kind beside fresh.
+/// Returns the states of a kind other than fresh.
 fn states(kind: &str) -> &'static [i32] {
     match kind {
         "tcp4" | "tcp6" => &[state::BOUND, state::CONNECTED, state::ACCEPTED, state::LISTENING],
@@ -70,19 +70,19 @@ fn states(kind: &str) -> &'static [i32] {
     }
 }
 
-/// Whether policies are about sockets of this kind.
+/// Returns whether policies cover sockets of this kind.
 pub(super) fn is_governed_kind(case: &Case) -> bool {
     let (_, domain, ..) = KINDS[case.kind as usize];
     [libc::AF_INET, libc::AF_INET6].contains(&domain)
 }
 
-/// The setting that a spelling's value is of.
+/// Returns the setting of an option's value.
 pub(super) fn setting_of(key: Key) -> Option<&'static Set> {
     SETS.iter()
         .find(|set| set.shown.is_some_and(|(shown, _)| observers(key).first() == Some(&shown)) && owns(set.name, key))
 }
 
-/// Whether a spelling is of this value and not of its neighbour with the same observers.
+/// Returns whether an option belongs to this setting, and not to another one with the same observers.
 fn owns(name: &str, key: Key) -> bool {
     match key {
         (SOCKET, 7 | 32) => name == "SO_SNDBUF",
@@ -95,9 +95,9 @@ fn limit_of(key: Key) -> Option<&'static Limit> {
     LIMITS.iter().find(|limit| observers(key).contains(&limit.shown) && owns(limit.name, key))
 }
 
-/// What a case is, in words.
-pub(super) fn describe(product: &Product, case: &Case) -> String {
-    let value = product.values.get(case.value as usize);
+/// Describes a case.
+pub(super) fn describe(case_set: &CaseSet, case: &Case) -> String {
+    let value = case_set.values.get(case.value as usize);
     format!(
         "{} {} {} {:?} len {} value {:x?} prior {:?}",
         state::NAMES[case.state as usize],
@@ -106,22 +106,27 @@ pub(super) fn describe(product: &Product, case: &Case) -> String {
         case.key,
         case.len,
         value,
-        product.values.get(case.prior_value as usize).map(|value| (case.prior, value)),
+        case_set.values.get(case.prior_value as usize).map(|value| (case.prior, value)),
     )
 }
 
 struct Builder {
-    product: Product,
+    case_set: CaseSet,
     values: BTreeMap<Vec<u8>, i32>,
     observers: BTreeMap<Vec<Key>, i32>,
     sample: u32,
     number: u32,
 }
 
-/// One of so many cases, and one of each spelling and kind.
-pub(super) fn product(options: &[Listed], agreeing: Agreeing, sample: u32) -> Product {
-    let mut builder =
-        Builder { product: Product::default(), values: BTreeMap::new(), observers: BTreeMap::new(), sample, number: 0 };
+/// Returns one of `sample` cases, and at least one for each option and kind.
+pub(super) fn case_set(options: &[Listed], agreeing: Agreeing, sample: u32) -> CaseSet {
+    let mut builder = Builder {
+        case_set: CaseSet::default(),
+        values: BTreeMap::new(),
+        observers: BTreeMap::new(),
+        sample,
+        number: 0,
+    };
     let listed = options.iter().map(|option| (option.key(), Some(option)));
     let unlisted = UNLISTED.iter().chain(NETLINK).map(|key| (*key, None));
     let spellings: Vec<(Key, Option<&Listed>)> = listed.chain(unlisted).collect();
@@ -136,7 +141,7 @@ pub(super) fn product(options: &[Listed], agreeing: Agreeing, sample: u32) -> Pr
                 key,
                 len: 4,
                 value: 0,
-                prior: NOBODY,
+                prior: NO_OBSERVER,
                 prior_value: -1,
                 observers: builder.observers(key),
             };
@@ -160,14 +165,14 @@ pub(super) fn product(options: &[Listed], agreeing: Agreeing, sample: u32) -> Pr
             }
         }
     }
-    builder.product
+    builder.case_set
 }
 
 impl Builder {
     fn value(&mut self, value: &[u8]) -> i32 {
         let next = self.values.len() as i32;
         *self.values.entry(value.to_vec()).or_insert_with(|| {
-            self.product.values.push(value.to_vec());
+            self.case_set.values.push(value.to_vec());
             next
         })
     }
@@ -176,9 +181,9 @@ impl Builder {
         let next = self.observers.len() as i32;
         let keys = observers(key);
         *self.observers.entry(keys.clone()).or_insert_with(|| {
-            let mut padded = [NOBODY; OBSERVERS];
+            let mut padded = [NO_OBSERVER; OBSERVERS];
             padded[..keys.len()].copy_from_slice(&keys);
-            self.product.observers.push(padded);
+            self.case_set.observers.push(padded);
             next
         })
     }
@@ -202,10 +207,10 @@ impl Builder {
         }
     }
 
-    /// A case that is one of many.
+    /// Adds one of many cases.
     fn add(&mut self, case: Case, value: &[u8]) {
         self.number = self.number.wrapping_add(1);
-        // Multiples of a number that has no common factor with others visit all places (Knuth, volume 3, 6.4).
+        // Multiples of a number without common factors with others visit all values (Knuth, volume 3, 6.4).
         let place = self.number.wrapping_mul(0x9e37_79b1) >> 16;
         if place.is_multiple_of(self.sample) {
             self.add_always(case, value);
@@ -214,11 +219,11 @@ impl Builder {
 
     fn add_always(&mut self, case: Case, value: &[u8]) {
         let value = self.value(value);
-        self.product.cases.push(Case { value, ..case });
+        self.case_set.cases.push(Case { value, ..case });
     }
 }
 
-/// A call that agrees with a policy.
+/// Returns a call that agrees with the policy.
 fn prior(key: Key, agreeing: Agreeing) -> Option<(Key, Vec<u8>)> {
     match agreeing {
         Agreeing::Nothing => None,
@@ -233,10 +238,10 @@ fn prior(key: Key, agreeing: Agreeing) -> Option<(Key, Vec<u8>)> {
             Some((shown, bytes))
         }
         Agreeing::Limits => {
-            let Limit { shown, worth, within, .. } = limit_of(key)?;
-            let bytes = match worth {
-                Worth::Linger | Worth::Rate => within.to_ne_bytes().to_vec(),
-                Worth::Time => [within.to_ne_bytes(), [0; 8]].concat(),
+            let Limit { shown, scale, within, .. } = limit_of(key)?;
+            let bytes = match scale {
+                Scale::Linger | Scale::Rate => within.to_ne_bytes().to_vec(),
+                Scale::Time => [within.to_ne_bytes(), [0; 8]].concat(),
                 _ => int(*within),
             };
             Some((*shown, bytes))
@@ -256,7 +261,7 @@ fn ints(values: &[i32]) -> Vec<u8> {
     values.iter().flat_map(|value| value.to_ne_bytes()).collect()
 }
 
-/// Values of an option, those that matter most first.
+/// Returns values of an option, the most important ones first.
 fn values(key: Key, option: Option<&Listed>) -> Vec<Vec<u8>> {
     let mut values = structures(key);
     let mut numbers = vec![1, -1, 0];
@@ -282,7 +287,7 @@ const GROUP: [u8; 4] = [239, 1, 2, 3];
 const LOOPBACK: [u8; 4] = [127, 0, 0, 1];
 const GROUP6: [u8; 16] = [0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 3];
 
-/// Values that are no plain numbers, of the options that take such.
+/// Returns values that are not plain numbers, for options that take such values.
 fn structures(key: Key) -> Vec<Vec<u8>> {
     match key {
         (SOCKET, 13) => {
@@ -338,7 +343,7 @@ fn structures(key: Key) -> Vec<Vec<u8>> {
     }
 }
 
-/// A `struct group_source_req`, which begins as a `struct group_req`.
+/// Returns a `struct group_source_req`, which starts like a `struct group_req`.
 fn group_request((level, _): Key) -> Vec<u8> {
     let mut request = vec![0; 264];
     request[0] = 1;
@@ -356,7 +361,7 @@ fn group_request((level, _): Key) -> Vec<u8> {
     request
 }
 
-/// Whether a policy that names every option governs calls on this spelling.
+/// Returns whether a policy that names every option covers calls on this level and number.
 pub(super) fn is_named(options: &[Listed], key: Key) -> bool {
     let is_listed = options.iter().any(|option| option.key() == key);
     is_listed || UNLISTED.contains(&key) && !WITHOUT_NAME.contains(&key)

@@ -1,5 +1,5 @@
-//! Calls from many threads, from processes that become others, with arguments that are none, and on descriptors that
-//! change under the call.
+//! Calls from many threads, from processes that execute another program, with invalid arguments, and on descriptors
+//! that change during the call.
 
 use std::{
     ffi::CString,
@@ -22,17 +22,17 @@ use nix::{
     unistd,
 };
 
-use super::{in_child, int, reap, say, set, socket};
+use super::{in_child, int, print_line, reap, set, socket};
 
-/// Values of a thread begin here, times its number.
+/// The values of a thread begin at this number times the thread's number plus one.
 const STRIDE: u32 = 1 << 16;
 
 fn mark(socket: i32, value: u32) -> io::Result<()> {
     set(socket, libc::SOL_SOCKET, libc::SO_MARK, &value.to_ne_bytes())
 }
 
-/// So many threads on one socket, as many on sockets of their own, and so many calls of each, all with different
-/// values. Each thread says `TID FIRST_VALUE`.
+/// Starts `threads` threads on one socket and as many on their own sockets. Each thread makes `calls` calls, all with
+/// different values, and prints `TID FIRST_VALUE`.
 pub(super) fn threads(threads: u32, calls: u32) -> io::Result<()> {
     let shared = socket()?;
     let work = |number: u32| {
@@ -41,7 +41,7 @@ pub(super) fn threads(threads: u32, calls: u32) -> io::Result<()> {
         for call in 0..calls {
             mark(socket, first + call)?;
         }
-        say(&format!("{} {first}", unistd::gettid()))
+        print_line(&format!("{} {first}", unistd::gettid()))
     };
     thread::scope(|scope| {
         let threads: Vec<_> = (0..2 * threads).map(|number| scope.spawn(move || work(number))).collect();
@@ -49,19 +49,19 @@ pub(super) fn threads(threads: u32, calls: u32) -> io::Result<()> {
     })
 }
 
-/// So many processes, each of which asks in turns for a TCP_SYNCNT that is refused and for one that is not, so many times, and
-/// always by the same place in its memory.
+/// Starts `processes` processes. Each one alternates between a TCP_SYNCNT that is refused and one that is accepted,
+/// `calls` times each, always from the same memory address.
 pub(super) fn pairs(processes: u32, calls: u32, refused: u32) -> io::Result<()> {
     const TAKEN: u32 = 5;
     let work = || {
         let socket = socket()?;
         let mut value = int(0);
         for _ in 0..calls {
-            for asked in [refused, TAKEN] {
-                value.copy_from_slice(&int(asked as i32));
+            for requested in [refused, TAKEN] {
+                value.copy_from_slice(&int(requested as i32));
                 let set = set(socket, libc::SOL_TCP, libc::TCP_SYNCNT, &value);
-                if set.is_err() != (asked == refused) {
-                    return Err(io::Error::other(format!("{asked}: {set:?}")));
+                if set.is_err() != (requested == refused) {
+                    return Err(io::Error::other(format!("{requested}: {set:?}")));
                 }
             }
         }
@@ -71,8 +71,8 @@ pub(super) fn pairs(processes: u32, calls: u32, refused: u32) -> io::Result<()> 
     (0..processes).try_for_each(|_| reap())
 }
 
-/// So many children by vfork, each of which makes a call, becomes `program` and makes another; beside them the parent
-/// makes its own. Each process says `PID VALUE` of its calls.
+/// Starts `children` children with vfork. Each one makes a call, executes `program` and makes another call; the
+/// parent makes its own calls in between. Each process prints `PID VALUE` for its calls.
 pub(super) fn vfork(program: &str, children: u32) -> io::Result<()> {
     let socket = socket()?;
     let program = CString::new(program)?;
@@ -84,20 +84,20 @@ pub(super) fn vfork(program: &str, children: u32) -> io::Result<()> {
             let made = mark(socket, STRIDE + child).is_ok();
             isize::from(!made || unistd::execv(&program, &arguments).is_err())
         });
-        // SAFETY: the parent waits until the child has another memory, or none.
+        // SAFETY: the parent waits until the child has executed another program, or has ended.
         let pid = unsafe {
             clone(work, &mut stack, CloneFlags::CLONE_VM | CloneFlags::CLONE_VFORK, Some(Signal::SIGCHLD as i32))
         }?;
         mark(socket, child)?;
-        say(&format!("{pid} {}\n{} {child}", STRIDE + child, std::process::id()))?;
+        print_line(&format!("{pid} {}\n{} {child}", STRIDE + child, std::process::id()))?;
     }
     (0..children).try_for_each(|_| reap())
 }
 
-/// Runs a program as a process of this number, which nobody has (clone3(2), Linux 5.5), and waits for its end.
+/// Runs a program with this unused process id (clone3(2), Linux 5.5), and waits for its end.
 pub(super) fn run_as(pid: i32, program: &str) -> io::Result<()> {
     let wanted = [pid];
-    // SAFETY: zero is valid for each field, and asks for what fork(2) does.
+    // SAFETY: zero is valid for each field, and requests the behaviour of fork(2).
     let mut arguments: libc::clone_args = unsafe { mem::zeroed() };
     arguments.exit_signal = libc::SIGCHLD as u64;
     arguments.set_tid = wanted.as_ptr().expose_provenance() as u64;
@@ -110,29 +110,29 @@ pub(super) fn run_as(pid: i32, program: &str) -> io::Result<()> {
     }
 }
 
-/// Makes one call, says so, and ends with its input.
+/// Makes one call, prints `PID VALUE`, and ends when standard input ends.
 pub(super) fn mark_once(value: u32) -> io::Result<()> {
     mark(socket()?, value)?;
-    say(&format!("{} {value}", std::process::id()))?;
+    print_line(&format!("{} {value}", std::process::id()))?;
     io::stdin().read_to_end(&mut Vec::new()).map(drop)
 }
 
-/// Makes so many calls on a descriptor that another thread makes stand now for a TCP and now for a UDP socket, until
-/// the calls have come upon both. Each kind has an option that the other refuses. Says `LEVEL SUCCEEDED FAILED` of
-/// each.
+/// Makes calls on a descriptor that another thread alternates between a TCP and a UDP socket. Each kind has an option
+/// that the other refuses. Ends after `calls` calls, or later when each call has both succeeded and failed often
+/// enough. Prints `LEVEL SUCCEEDED FAILED` for each option.
 pub(super) fn race(calls: u32) -> io::Result<()> {
     // SAFETY: takes numbers.
     let (tcp, udp) = (socket()?, unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM, 0) });
     let descriptor = unistd::dup(borrowed(tcp))?;
     let is_over = AtomicBool::new(false);
-    // By level: calls that succeeded, and those that failed.
+    // By level: the numbers of successful and of failed calls.
     let mut results = [(libc::SOL_TCP, [0; 2]), (libc::SOL_UDP, [0; 2])];
     thread::scope(|scope| {
         let (raw, is_over) = (descriptor.as_raw_fd(), &is_over);
         scope.spawn(move || {
             while !is_over.load(Ordering::Relaxed) {
                 for socket in [tcp, udp] {
-                    // SAFETY: takes numbers, of descriptors that nobody else closes.
+                    // SAFETY: takes numbers; nothing else closes these descriptors.
                     unsafe { libc::dup2(socket, raw) };
                 }
             }
@@ -151,33 +151,33 @@ pub(super) fn race(calls: u32) -> io::Result<()> {
         is_over.store(true, Ordering::Relaxed);
     });
     for (level, [succeeded, failed]) in results {
-        say(&format!("{level} {succeeded} {failed}"))?;
+        print_line(&format!("{level} {succeeded} {failed}"))?;
     }
     Ok(())
 }
 
 fn borrowed<'fd>(fd: i32) -> std::os::fd::BorrowedFd<'fd> {
-    // SAFETY: for sockets that stay open to the end of the process.
+    // SAFETY: the sockets stay open until the process ends.
     unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) }
 }
 
-/// Memory of which only the beginning is there.
+/// Memory of which only the first pages can be used.
 struct Memory {
     start: usize,
     page: usize,
 }
 
 impl Memory {
-    /// Four pages that are there, one that is there and cannot be used, and nothing behind it.
+    /// Maps four readable and writable pages and an inaccessible page, followed by unmapped memory.
     fn new() -> io::Result<Self> {
         let page = 4096;
         let (none, anonymous) = (libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-        // SAFETY: new memory.
+        // SAFETY: maps new memory.
         let start = unsafe { libc::mmap(ptr::null_mut(), 6 * page, none, anonymous, -1, 0) };
         if start == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: within what has just been mapped.
+        // SAFETY: within the new mapping.
         let made = unsafe {
             libc::mprotect(start, 4 * page, libc::PROT_READ | libc::PROT_WRITE)
                 | libc::munmap(start.byte_add(5 * page), page)
@@ -185,7 +185,7 @@ impl Memory {
         if made == 0 { Ok(Self { start: start.expose_provenance(), page }) } else { Err(io::Error::last_os_error()) }
     }
 
-    /// Addresses good and bad.
+    /// Returns valid and invalid addresses.
     fn addresses(&self) -> [usize; 9] {
         let Self { start, page } = *self;
         let kernel = 0xffff_ffff_8100_0000;
@@ -195,12 +195,12 @@ impl Memory {
     }
 
     fn clear(&self) {
-        // SAFETY: the pages that are there, which nobody refers to.
+        // SAFETY: these pages are mapped, and nothing refers to them.
         unsafe { ptr::with_exposed_provenance_mut::<u8>(self.start).write_bytes(0, 4 * self.page) };
     }
 }
 
-/// Good ones, and such as there never will be.
+/// Options that exist, and options that never will.
 const OPTIONS: [(i32, i32); 8] = [
     (libc::SOL_TCP, libc::TCP_NODELAY),
     (libc::SOL_TCP, libc::TCP_CONGESTION),
@@ -212,7 +212,7 @@ const OPTIONS: [(i32, i32); 8] = [
     (-1, -1),
 ];
 
-/// Calls with all that can be wrong with arguments. Says of each `CALL LEVEL OPTNAME RESULT`.
+/// Makes calls with every kind of invalid argument. Prints `CALL LEVEL OPTNAME RESULT` for each.
 pub(super) fn faults(kind: &str) -> io::Result<()> {
     match kind {
         "sockets" => on_sockets(),
@@ -221,7 +221,7 @@ pub(super) fn faults(kind: &str) -> io::Result<()> {
     }
 }
 
-/// Bad addresses and lengths.
+/// Uses invalid addresses and lengths.
 fn on_sockets() -> io::Result<()> {
     const LENGTHS: [i32; 9] = [0, 1, 3, 4, 16, 1 << 20, i32::MAX, -1, i32::MIN];
     let memory = Memory::new()?;
@@ -243,7 +243,7 @@ fn on_sockets() -> io::Result<()> {
     Ok(())
 }
 
-/// On descriptors that are none, or no socket's.
+/// Uses descriptors that are not open, or are not sockets.
 fn on_descriptors() -> io::Result<()> {
     let memory = Memory::new()?;
     let (reader, _writer): (OwnedFd, OwnedFd) = unistd::pipe()?;
@@ -259,9 +259,9 @@ fn on_descriptors() -> io::Result<()> {
 
 fn set_raw(fd: i32, (level, name): (i32, i32), address: usize, len: i32) -> io::Result<()> {
     let value = ptr::with_exposed_provenance(address);
-    // SAFETY: goes to the kernel, which checks what it is given and does not write there.
+    // SAFETY: the kernel checks the pointer, and writes nothing.
     let result = unsafe { libc::setsockopt(fd, level, name, value, len as u32) };
-    came_of("setsockopt", level, name, result)
+    print_result("setsockopt", level, name, result)
 }
 
 fn get_raw(fd: i32, option: (i32, i32), address: usize, mut len: i32) -> io::Result<()> {
@@ -270,12 +270,12 @@ fn get_raw(fd: i32, option: (i32, i32), address: usize, mut len: i32) -> io::Res
 
 fn get_at(fd: i32, (level, name): (i32, i32), address: usize, len: usize) -> io::Result<()> {
     let (value, len) = (ptr::with_exposed_provenance_mut(address), ptr::with_exposed_provenance_mut(len));
-    // SAFETY: goes to the kernel, which checks what it is given. It writes to memory that nobody refers to.
+    // SAFETY: the kernel checks the pointers. It writes to memory that nothing refers to.
     let result = unsafe { libc::getsockopt(fd, level, name, value, len) };
-    came_of("getsockopt", level, name, result)
+    print_result("getsockopt", level, name, result)
 }
 
-fn came_of(call: &str, level: i32, name: i32, result: i32) -> io::Result<()> {
+fn print_result(call: &str, level: i32, name: i32, result: i32) -> io::Result<()> {
     let errno = if result < 0 { io::Error::last_os_error().raw_os_error().unwrap_or_default() } else { 0 };
-    say(&format!("{call} {level} {name} {}", -errno))
+    print_line(&format!("{call} {level} {name} {}", -errno))
 }

@@ -1,5 +1,5 @@
-//! Programs as people run them: a server, a client, a little work. Their calls differ from run to run, which does not
-//! matter: strace and the agent see the same run.
+//! Real programs: a server, a client, a little work. Their calls differ from run to run, but strace and the agent see
+//! the same run.
 
 use std::{collections::BTreeMap, process::Command};
 
@@ -8,9 +8,9 @@ use sockpolicy_integration_tests::policy::PolicyFile;
 use super::{By, compare, lost, succeed};
 use crate::audit::backends;
 
-/// How each script starts. It has a network of its own, in which every port is free, and mounts of its own.
+/// The start of each script. It runs in new network and mount namespaces, so every port is free.
 ///
-/// Its server is told to end when the script does, however that is; strace waits for the last process.
+/// The script ends its server on every exit, since strace waits for the last process.
 const START: &str = r#"
 set -e
 cd "$0"
@@ -27,31 +27,31 @@ serve() {
 }
 "#;
 
-/// Runs a script under every backend, in a folder that another has prepared, and compares. Tasks of these names must
-/// have made at least so many calls.
+/// Runs a script under every backend, in a directory that `prepare` sets up, and compares. Each of the named tasks
+/// must have made at least the given number of calls.
 #[track_caller]
 fn compare_script(prepare: &str, script: &str, expected: &[(&str, usize)]) {
     let place = PolicyFile::named("nothing", "");
-    let folder = place.folder().display().to_string();
+    let dir = place.dir().display().to_string();
     let mut preparation = Command::new("sh");
-    preparation.args(["-ec", prepare]).current_dir(&folder);
+    preparation.args(["-ec", prepare]).current_dir(&dir);
     succeed(preparation, "preparation");
     let script = format!("{START}{script}");
     for backend in backends() {
-        let report = compare(By::Audit, backend, &["unshare", "--net", "--mount", "sh", "-c", &script, &folder]);
+        let report = compare(By::Audit, backend, &["unshare", "--net", "--mount", "sh", "-c", &script, &dir]);
         assert_eq!(lost(&report), []);
         let mut calls = BTreeMap::<&str, usize>::new();
         for event in &report.events {
             *calls.entry(event.comm.as_deref().unwrap()).or_default() += 1;
         }
         for (comm, least) in expected {
-            assert!(calls.get(comm) >= Some(least), "not {least} calls by {comm} on {backend}: {calls:?}");
+            assert!(calls.get(comm) >= Some(least), "fewer than {least} calls by {comm} on {backend}: {calls:?}");
         }
     }
 }
 
 #[test]
-fn every_call_of_redis_is_seen_as_strace_sees_it() {
+fn every_call_of_redis_is_reported_as_by_strace() {
     let script = "
 serve redis-server --port 7000 --bind 127.0.0.1 --save '' --appendonly no
 redis-benchmark -q -p 7000 -c 5 -n 100 -t set,get
@@ -61,8 +61,8 @@ redis-cli -p 7000 ping
 }
 
 #[test]
-fn every_call_of_nginx_and_curl_is_seen_as_strace_sees_it() {
-    // Without folders for what it does not do, it takes those of its package.
+fn every_call_of_nginx_and_curl_is_reported_as_by_strace() {
+    // Without these paths, nginx would use the directories of its package.
     let prepare = "
 cat >nginx.conf <<END
 daemon off;
@@ -92,7 +92,7 @@ curl -sS --no-keepalive http://127.0.0.1:7000/
 }
 
 #[test]
-fn every_call_of_python_is_seen_as_strace_sees_it() {
+fn every_call_of_python_is_reported_as_by_strace() {
     let script = r#"
 serve /usr/bin/python3 -m http.server 7000 --bind 127.0.0.1
 /usr/bin/python3 -c 'import urllib.request; urllib.request.urlopen("http://127.0.0.1:7000/nothing").read()'
@@ -101,8 +101,8 @@ serve /usr/bin/python3 -m http.server 7000 --bind 127.0.0.1
 }
 
 #[test]
-fn every_call_of_postgres_and_psql_is_seen_as_strace_sees_it() {
-    // The server refuses to be root. Of several versions, one will do.
+fn every_call_of_postgres_and_psql_is_reported_as_by_strace() {
+    // The server refuses to run as root. The last of several installed versions is used.
     let start = "
 for bin in /usr/lib/postgresql/*/bin; do :; done
 as_nobody='setpriv --reuid nobody --regid nogroup --clear-groups'
@@ -127,7 +127,7 @@ done
 }
 
 #[test]
-fn every_call_of_node_is_seen_as_strace_sees_it() {
+fn every_call_of_node_is_reported_as_by_strace() {
     let script = r#"
 node -e '
 const http = require("http");
@@ -147,16 +147,16 @@ server.listen(7000, "127.0.0.1", () => {
 }
 
 #[test]
-fn every_call_of_java_is_seen_as_strace_sees_it() {
+fn every_call_of_java_is_reported_as_by_strace() {
     let source = PolicyFile::named("Sockets.java", include_str!("Sockets.java"));
     let prepare = format!("javac -d . {}", source.path().display());
-    // Of all these the slowest to start, on an emulated processor above all.
+    // Java starts slowest, especially on an emulated processor.
     let script = "java -XX:TieredStopAtLevel=1 -XX:+UseSerialGC -cp . Sockets";
     compare_script(&prepare, script, &[("java", 20)]);
 }
 
 #[test]
-fn every_call_of_iperf3_is_seen_as_strace_sees_it() {
+fn every_call_of_iperf3_is_reported_as_by_strace() {
     let script = "
 serve iperf3 -s -1 -B 127.0.0.1 -p 7000
 iperf3 -c 127.0.0.1 -p 7000 -n 100K -N -w 64K -C reno -M 1000
@@ -165,13 +165,13 @@ iperf3 -c 127.0.0.1 -p 7000 -n 100K -N -w 64K -C reno -M 1000
 }
 
 #[test]
-fn every_call_of_ssh_is_seen_as_strace_sees_it() {
+fn every_call_of_ssh_is_reported_as_by_strace() {
     let prepare = "
 ssh-keygen -q -t ed25519 -N '' -f host
 ssh-keygen -q -t ed25519 -N '' -f user
 sed 's/^root:[^:]*/root:*/' /etc/shadow >shadow
 ";
-    // Without PAM it lets nobody in whose password is locked; and its unprivileged part is to be in /run/sshd.
+    // Without PAM, sshd rejects users with a locked password. Its unprivileged part needs /run/sshd.
     let script = r#"
 mount --bind shadow /etc/shadow
 mount -t tmpfs run /run

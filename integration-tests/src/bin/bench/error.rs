@@ -1,19 +1,19 @@
-//! What went wrong: what, with which object and why, then what helps.
+//! Errors of the benchmark: the failed operation, its object and reason, and help.
 
 use std::{
     fmt::{self, Display},
     result,
 };
 
-pub(crate) type Result<T> = result::Result<T, Trouble>;
+pub(crate) type Result<T> = result::Result<T, BenchError>;
 
 #[derive(Clone, Debug)]
-pub(crate) struct Trouble {
+pub(crate) struct BenchError {
     what: String,
     help: Option<String>,
 }
 
-impl Trouble {
+impl BenchError {
     pub(crate) fn new(what: impl Display) -> Self {
         Self { what: what.to_string(), help: None }
     }
@@ -22,13 +22,13 @@ impl Trouble {
         Self { help: Some(help.to_string()), ..self }
     }
 
-    /// In one line, for a table.
+    /// Returns a one-line description for a table.
     pub(crate) fn in_short(&self) -> &str {
         &self.what
     }
 }
 
-impl Display for Trouble {
+impl Display for BenchError {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(out, "error: {}", self.what)?;
         match &self.help {
@@ -39,12 +39,12 @@ impl Display for Trouble {
 }
 
 pub(crate) trait Attempt<T> {
-    /// What could not be done, if it was an error.
+    /// Adds the operation that failed to an error.
     fn or_cannot(self, what: impl Display) -> Result<T>;
 }
 
 impl<T, E: Display> Attempt<T> for result::Result<T, E> {
     fn or_cannot(self, what: impl Display) -> Result<T> {
-        self.map_err(|error| Trouble::new(format_args!("cannot {what}: {error}")))
+        self.map_err(|error| BenchError::new(format_args!("cannot {what}: {error}")))
     }
 }
