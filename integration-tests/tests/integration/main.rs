@@ -21,7 +21,6 @@ mod environment;
 mod explain;
 mod facts;
 mod files;
-mod gaps;
 mod impostors;
 mod isolation;
 mod journal;
@@ -39,6 +38,7 @@ mod reload;
 mod settings;
 mod target;
 mod targets;
+mod unsupported;
 mod values;
 
 use std::process::Output;
