@@ -52,9 +52,9 @@ fn make_root(root: &Path) {
     for dir in ["bin", "dev", "etc", "proc", "run", "sys", "tmp"] {
         must(fs::create_dir_all(root.join(dir)), format_args!("make {dir} of a container"));
     }
-    must(fs::copy("/bin/busybox", root.join("bin/busybox")), "copy busybox");
+    crate::process::copy_program("/bin/busybox", root.join("bin/busybox"));
     must(symlink("busybox", root.join("bin/sh")), "make a shell of busybox");
-    must(fs::copy(probe::program(), root.join(PROBE.trim_start_matches('/'))), "copy sockprobe");
+    crate::process::copy_program(probe::program(), root.join(PROBE.trim_start_matches('/')));
     for library in libraries(&probe::program()) {
         let copy = root.join(library.strip_prefix("/").unwrap_or(&library));
         must(fs::create_dir_all(copy.parent().unwrap_or(root)), "make a directory for libraries");

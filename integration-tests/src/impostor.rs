@@ -92,7 +92,7 @@ impl Disguise {
         let dir = TempDir::new();
         must(fs::set_permissions(&dir.path, fs::Permissions::from_mode(0o755)), "open a directory to all");
         let program = dir.path.join(&self.program);
-        must(fs::copy(probe::program(), &program), "copy sockprobe");
+        crate::process::copy_program(probe::program(), &program);
         let order = must(serde_json::to_string(self), "serialize a disguise");
         let mut command = Command::new(&program);
         command.arg0(&self.program).args(&self.arguments).env(DISGUISE_VAR, order).current_dir(&self.dir);

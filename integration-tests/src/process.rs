@@ -186,6 +186,14 @@ pub fn output(command: Command) -> Output {
     Running::start(command).finish()
 }
 
+/// Copies a program. Another process writes the copy: a child that this process forks meanwhile in another thread would inherit
+/// a descriptor of a file that this process writes, and executing that file would fail with ETXTBSY (execve(2)).
+#[track_caller]
+pub fn copy_program(from: impl AsRef<Path>, to: impl AsRef<Path>) {
+    let copied = must(Command::new("cp").args([from.as_ref(), to.as_ref()]).status(), "run cp");
+    assert!(copied.success(), "cp: {copied}");
+}
+
 /// Returns the path of `workload`, a test program for calls and signals that shells cannot make.
 #[must_use]
 pub fn workload() -> String {

@@ -37,35 +37,35 @@ use crate::{
     targets::{ResolvedTargets, TargetError},
 };
 
-/// Bring sockets that are there already in line with policies
+/// Set the options of existing sockets
 ///
-/// What `verify` finds to disagree is set: on TCP sockets by a program of the kernel's, where it has that, on others through a
-/// descriptor of their process. What they had is kept, for `apply --restore` and `detach --restore`. Policies need not be in force
-/// for that, and do not come in force. Of a dry-run policy it is only said what would be set.
+/// Sets what `verify` finds to differ. TCP sockets are set by a BPF iterator if the kernel has it, other sockets through a file descriptor of their process. The old values are recorded for `apply --restore` and `detach --restore`. The policies need not be in force, and are not attached. Policies with mode = "dry-run" are only reported.
 #[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Examples:\n  sockpolicy apply --dry-run web.toml\n  sockpolicy apply web.toml\n  sockpolicy apply --restore"
+)]
 pub(super) struct Apply {
-    /// Policy files, and folders whose *.toml are policies
+    /// Policy files, and directories whose *.toml files are policies
     #[arg(required_unless_present = "restore", value_name = "FILE|DIR")]
     files: Vec<PathBuf>,
     #[command(flatten)]
     trust: TrustArgs,
-    /// Target, in place of the files' own: a cgroup's path below the cgroup2 mount, or absolute; can be given
-    /// several times
+    /// Cgroup to use instead of the targets of the policies: a path below the cgroup2 mount, or an absolute path. Can be repeated
     #[arg(long, value_name = "PATH")]
     cgroup: Vec<PathBuf>,
-    /// Change nothing; say what would be set
+    /// Change nothing; report what would be set
     #[arg(long)]
     dry_run: bool,
-    /// Put back what sockets had before, where nobody has changed it since
+    /// Restore the old values of options that nobody changed since
     #[arg(long, conflicts_with_all = ["files", "cgroup", "dry_run", "quiet"])]
     restore: bool,
-    /// Say how many were changed, and not which
+    /// Print the counts only
     #[arg(long, short)]
     quiet: bool,
-    /// The instance with which to keep what sockets had
+    /// Name of the instance with which the old values are recorded
     #[arg(long, value_name = "NAME", default_value = DEFAULT_INSTANCE)]
     instance: String,
-    /// Form of what is done
+    /// Output format
     #[arg(long, short, value_enum, default_value_t)]
     output: Format,
 }

@@ -25,22 +25,21 @@ use crate::{
     targets::ResolvedTargets,
 };
 
-/// Put policies in force and leave them so, without an agent
+/// Enforce policies on the cgroups that exist now, without an agent
 ///
-/// Nothing is reported and no new cgroup becomes a target; `run --persist` takes over and does both. Conflicts are counted:
-/// `status` shows them. What an instance of this name has in force is replaced, without a moment between.
+/// The policies stay until `detach`. They do not follow cgroups that are created later: a service restart makes a new cgroup, so use `run --persist` for services. Conflicts are counted, not reported; `status` shows the counts. Policies of an instance with this name are replaced without a gap.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  sockpolicy attach web.toml --cgroup system.slice/nginx.service")]
 pub(super) struct Attach {
-    /// Policy files, and folders whose *.toml are policies
+    /// Policy files, and directories whose *.toml files are policies
     #[arg(required = true, value_name = "FILE|DIR")]
     files: Vec<PathBuf>,
     #[command(flatten)]
     trust: TrustArgs,
-    /// Target, in place of the files' own: a cgroup's path below the cgroup2 mount, or absolute; can be given
-    /// several times
+    /// Cgroup to use instead of the targets of the policies: a path below the cgroup2 mount, or an absolute path. Can be repeated
     #[arg(long, value_name = "PATH")]
     cgroup: Vec<PathBuf>,
-    /// Change nothing; count what would be done
+    /// Change nothing; count what enforcement would do
     #[arg(long)]
     dry_run: bool,
     #[command(flatten)]
@@ -101,15 +100,16 @@ impl Attach {
     }
 }
 
-/// Take policies out of force that stay without an agent
+/// Remove persistent policies
 ///
-/// Programs, links and maps of the instance are gone afterwards. Sockets keep the values that they have.
+/// Removes the programs, links and maps of an instance. Sockets keep the values that they have.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  sockpolicy detach\n  sockpolicy detach --restore default")]
 pub(super) struct Detach {
     /// The instance, as `status` names it
     #[arg(value_name = "NAME", default_value = DEFAULT_INSTANCE)]
     instance: String,
-    /// Put back what sockets had before `apply` changed it, where nobody has since
+    /// Restore the values that `apply` replaced, if nobody changed them since
     #[arg(long)]
     restore: bool,
 }

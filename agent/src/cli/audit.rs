@@ -35,39 +35,40 @@ use crate::{
     targets::ResolvedTargets,
 };
 
-/// Show the setsockopt and getsockopt calls of a command, of processes, of cgroups or of the whole host
+/// Show setsockopt and getsockopt calls
 ///
-/// Nothing is changed. Without a policy every call is shown; with one, the calls that disagree with it, or whatever its
-/// `[audit]` table says. Ends with the command or the processes, else when interrupted.
+/// Shows the calls of a command, of processes, of cgroups or of the whole host. Changes nothing. Without a policy, every call is shown. With policies, the calls that conflict with them are shown, or what their `[audit]` table selects. Ends with the command or the processes, else when interrupted.
 #[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Examples:\n  sockpolicy audit -- curl https://example.com\n  sockpolicy audit --pid 812\n  sockpolicy audit web.toml --cgroup system.slice/nginx.service"
+)]
 pub(super) struct Audit {
-    /// Policy files to hold the calls against
+    /// Policy files to compare the calls with
     #[arg(value_name = "FILE")]
     files: Vec<PathBuf>,
     #[command(flatten)]
     trust: TrustArgs,
-    /// Only the calls of tasks in this cgroup: its path below the cgroup2 mount, or absolute; can be given several times
+    /// Only calls of tasks in this cgroup: a path below the cgroup2 mount, or an absolute path. Can be repeated
     #[arg(long, value_name = "PATH", conflicts_with = "command")]
     cgroup: Vec<PathBuf>,
-    /// Only the calls of this process, its threads included, its children not; can be given several times
+    /// Only calls of this process and its threads, without its children. Can be repeated
     #[arg(long, value_name = "PID", conflicts_with = "command")]
     pid: Vec<u32>,
-    /// Only calls on this option, by name or as LEVEL:NUMBER; can be given several times
+    /// Only calls on this option, by name or as LEVEL:NUMBER. Can be repeated
     #[arg(long, value_name = "NAME", value_parser = parse_option, allow_hyphen_values = true)]
     option: Vec<abi::setting::OptionKey>,
-    /// Only calls on which a policy has this verdict (the present tense of a dry run is meant too); can be given several
-    /// times
+    /// Only calls with this verdict. Also matches the dry-run verdicts (would-rewrite, ...). Can be repeated
     #[arg(long, value_name = "VERDICT", value_parser = parse_verdict)]
     verdict: Vec<Action>,
-    /// Only the calls of tasks of this name, as in /proc/PID/comm; can be given several times
+    /// Only calls of tasks with this name, as in /proc/PID/comm. Can be repeated
     #[arg(long, value_name = "NAME")]
     comm: Vec<String>,
-    /// Which calls to show: those that disagree with the policy, all on options that it names, or all
+    /// Calls to show: conflicts, governed (all calls on options that a policy names) or all
     #[arg(long, value_name = "CALLS", value_parser = parse_calls)]
     calls: Option<Calls>,
     #[command(flatten)]
     reporting: ReportArgs,
-    /// Write the report there rather than to standard output (or, with a command, to standard error)
+    /// Write the report to this file instead of standard output (with a command: standard error)
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
     /// A command to run and audit, after `--`

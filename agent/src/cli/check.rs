@@ -32,21 +32,23 @@ use crate::{
     unsupported::{Unsupported, UnsupportedList},
 };
 
-/// Check policy files: all mistakes at once, and what looks like one
+/// Check policy files for errors and likely mistakes
 ///
-/// Without --kernel, also against what this host has to offer: its congestion controls, routes and limits of buffers. What its
-/// kernel can do is tried by `run`, `exec` and `doctor`.
+/// Without --kernel, the policies are also compared with this host: its congestion controls, routes and buffer limits. `run`, `exec` and `doctor` probe what its kernel supports.
 #[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Examples:\n  sockpolicy check /etc/sockpolicy/policies.d/*.toml\n  sockpolicy check --kernel 5.15 web.toml"
+)]
 pub(super) struct Check {
     /// Policy files
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
     #[command(flatten)]
     trust: TrustArgs,
-    /// Check against what a kernel of this version can do, and not against this host: 5.15, say
+    /// Check against this kernel version instead of this host, such as 5.15
     #[arg(long, value_name = "VERSION")]
     kernel: Option<Version>,
-    /// Form of what is found: text to standard error, or a line of JSON for each to standard output
+    /// Output format. Text goes to standard error, JSON to standard output
     #[arg(long, short, value_enum, default_value_t)]
     output: Format,
 }

@@ -37,13 +37,13 @@ use crate::{
     trial::{self, Sample, TrialError},
 };
 
-/// Show what this kernel can do: hooks, audit backends, options
+/// Show what this kernel supports: hooks, audit backends, options
 ///
-/// Everything is tried: on a cgroup made for it, with sockets made for it, in a network namespace
-/// made for it, all of which are gone afterwards.
+/// Probes everything with sockets and programs of its own, in a cgroup and a network namespace that it creates and removes.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  sockpolicy doctor")]
 pub(super) struct Doctor {
-    /// Form of the answer
+    /// Output format
     #[arg(long, short, value_enum, default_value_t)]
     output: Format,
 }

@@ -42,21 +42,22 @@ const NOT_EXECUTABLE: u8 = 126;
 /// The command was not found.
 const NOT_FOUND: u8 = 127;
 
-/// Run a command in a fresh cgroup under a policy
+/// Run a command under policies
 ///
-/// The cgroup is made below the one that sockpolicy runs in, and is gone when the command has
-/// ended. Its exit status is the command's own; 128+N if signal N killed it; 125 if sockpolicy
-/// failed, 126 if the command cannot be run, 127 if it was not found.
+/// The command runs in a new cgroup below that of sockpolicy. The cgroup is removed when the command ends. Exit status: the command's own; 128+N if signal N killed it; 125 if sockpolicy failed; 126 if the command cannot be run; 127 if it was not found.
 #[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Examples:\n  sockpolicy exec web.toml -- nginx -g \"daemon off;\"\n  sockpolicy exec --dry-run web.toml -- curl https://example.com"
+)]
 pub(super) struct Exec {
-    /// Policy files; their targets give way to the command's cgroup
+    /// Policy files. The command's cgroup replaces their targets
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
     #[command(flatten)]
     trust: TrustArgs,
     #[command(flatten)]
     manner: EnforceArgs,
-    /// Write the report there rather than to standard error
+    /// Write the report to this file instead of standard error
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
     /// The command, after `--`

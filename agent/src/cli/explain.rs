@@ -31,43 +31,44 @@ use crate::{
     targets::containers,
 };
 
-/// Say which rule decides each option of a socket, and why the others do not
+/// Show which rule decides each option of a socket, and why other rules do not
 ///
-/// The socket is described by what is known of it, or is one that a process has. What is not known may yet be anything, as it
-/// is when a socket has just been made.
+/// The options below describe the socket, or select a socket of a process. Facts that are not given are unknown, as they are when a socket is created.
 #[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Examples:\n  sockpolicy explain web.toml --direction inbound --local :443\n  sockpolicy explain web.toml --pid 812 --fd 7"
+)]
 pub(super) struct Explain {
     /// Policy files
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
     #[command(flatten)]
     trust: TrustArgs,
-    /// A socket of this process. Where it has several, --fd, --local or --remote choose one
+    /// Use a socket of this process. If it has several, select one with --fd, --local or --remote
     #[arg(long, value_name = "PID", conflicts_with_all = ["protocol", "family"])]
     pid: Option<u32>,
-    /// The socket's descriptor in the process
+    /// File descriptor of the socket in the process
     #[arg(long, value_name = "NUMBER", requires = "pid")]
     fd: Option<i32>,
-    /// The socket's protocol: tcp (if this is left out), udp, icmp, sctp or other
+    /// Protocol: tcp (default), udp, icmp, sctp or other
     #[arg(long, value_name = "NAME", value_parser = one_of(Protocol::WORDS))]
     protocol: Option<Protocol>,
-    /// ipv4 or ipv6; addresses say it too
+    /// Address family: ipv4 or ipv6. An address implies it
     #[arg(long, value_name = "NAME", value_parser = one_of(Family::WORDS))]
     family: Option<Family>,
-    /// outbound (it connects) or inbound (it listens, or was accepted). A connected socket of a process does not say it
+    /// outbound (connects) or inbound (listens, or was accepted). It is unknown for a connected socket of a process
     #[arg(long, value_name = "WORD", value_parser = one_of(Direction::WORDS))]
     direction: Option<Direction>,
-    /// Its own address, port or both: 10.0.0.1, :443, 10.0.0.1:443, [::1]:443
+    /// Local address, port or both: 10.0.0.1, :443, 10.0.0.1:443, [::1]:443
     #[arg(long, value_name = "ADDRESS", value_parser = end)]
     local: Option<End>,
-    /// Its peer: 192.0.2.1:443, [2001:db8::1]:443
+    /// Remote address and port: 192.0.2.1:443, [2001:db8::1]:443
     #[arg(long, value_name = "ADDRESS:PORT")]
     remote: Option<SocketAddr>,
-    /// The cgroup that it was made in, which need not be there: a path below the cgroup2 mount. Of a process's socket, that of
-    /// the process, if this is left out
+    /// Cgroup in which the socket is created: a path below the cgroup2 mount. The cgroup need not exist. With --pid, the default is the cgroup of the process
     #[arg(long, value_name = "PATH")]
     cgroup: Option<PathBuf>,
-    /// Form of the answer
+    /// Output format
     #[arg(long, short, value_enum, default_value_t)]
     output: Format,
 }

@@ -21,25 +21,24 @@ use crate::{
     targets::ResolvedTargets,
 };
 
-/// List live sockets with their processes, and every option that differs from the default
+/// List sockets, their processes, and the options that differ from the default
 ///
-/// The default is what a new socket of the kind has in the same network namespace. What the kernel changes by itself, such as
-/// buffers that nobody has set, is no difference. A socket belongs to the cgroup that it was made in; one that is neither bound
-/// nor connected is taken to be of the cgroup that its process is in.
+/// The default is the value of a new socket of the same kind in the same network namespace. Values that the kernel changes by itself, such as buffer sizes that nobody set, are not listed. A socket belongs to the cgroup in which it was created; a socket that is neither bound nor connected counts as one of its process's cgroup.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  sockpolicy ls\n  sockpolicy ls --cgroup system.slice/nginx.service --all")]
 pub(super) struct Ls {
-    /// Policy files: the sockets of their targets. Without any, and without --cgroup, those of the whole host
+    /// Policy files: list the sockets of their targets. Without files and --cgroup, list all sockets of the host
     #[arg(value_name = "FILE")]
     files: Vec<PathBuf>,
     #[command(flatten)]
     trust: TrustArgs,
-    /// The sockets of this cgroup and all below it: a path below the cgroup2 mount, or absolute; can be given several times
+    /// List the sockets of this cgroup and of all cgroups below it: a path below the cgroup2 mount, or an absolute path. Can be repeated
     #[arg(long, value_name = "PATH")]
     cgroup: Vec<PathBuf>,
     /// Show every option that can be read
     #[arg(long)]
     all: bool,
-    /// Form of the list
+    /// Output format
     #[arg(long, short, value_enum, default_value_t)]
     output: Format,
 }

@@ -51,10 +51,18 @@ const FINDINGS: u8 = 1;
 /// Could not be done.
 const FAILURE: u8 = 2;
 
-/// Socket options as policy: the kernel makes it so, and every application call that disagrees is
-/// reported.
+/// Enforce socket options per cgroup
+///
+/// sockpolicy reads TOML policies and attaches BPF programs to cgroups. The programs set the options of sockets when these are
+/// created, connected or accepted, and decide calls of setsockopt that conflict with a policy.
 #[derive(Debug, Parser)]
-#[command(name = "sockpolicy", version, max_term_width = 100, disable_help_subcommand = true)]
+#[command(
+    name = "sockpolicy",
+    version,
+    max_term_width = 80,
+    disable_help_subcommand = true,
+    after_help = "Examples:\n  sockpolicy check web.toml\n  sockpolicy exec --dry-run web.toml -- nginx\n  sockpolicy run web.toml --cgroup system.slice/nginx.service"
+)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,

@@ -15,11 +15,12 @@ use crate::{
 
 /// List the socket options that policies can name
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  sockpolicy options KEEP\n  sockpolicy options --output json")]
 pub(super) struct Options {
-    /// Only options whose name contains this
+    /// List only options whose name contains this text
     #[arg(value_name = "NAME")]
     name: Option<String>,
-    /// Form of the list; markdown: the reference of the language and of all options, whatever NAME is
+    /// Output format. markdown ignores NAME
     #[arg(long, short, value_enum, default_value_t)]
     output: Form,
 }
@@ -27,7 +28,7 @@ pub(super) struct Options {
 /// The form of the list.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 enum Form {
-    /// For people.
+    /// Text for people
     #[default]
     Text,
     /// One JSON object a line.

@@ -27,29 +27,29 @@ use crate::{
 /// The form of the output.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub(super) enum Format {
-    /// For people.
+    /// Text for people
     #[default]
     Text,
-    /// One JSON object a line.
+    /// One JSON object per line
     Json,
 }
 
 /// How calls are seen and reported, for whatever command does so.
 #[derive(Debug, clap::Args)]
 pub(super) struct ReportArgs {
-    /// Report summary only, no events
+    /// Print the summary only
     #[arg(long, short)]
     quiet: bool,
-    /// Form of the report
+    /// Output format
     #[arg(long, short, value_enum, default_value_t)]
     pub(super) output: Format,
-    /// How to see the calls' results
+    /// How to observe calls
     #[arg(long, value_enum, default_value_t, value_name = "BACKEND")]
     pub(super) audit_backend: BackendChoice,
-    /// Measure how long each call takes
+    /// Measure the duration of calls
     #[arg(long)]
     pub(super) timing: bool,
-    /// Exit with 1 if a call disagreed with the policy (and the command, if any, succeeded)
+    /// Exit with status 1 if a call conflicted with a policy (and the command, if any, succeeded)
     #[arg(long)]
     pub(super) fail_on_conflict: bool,
 }
@@ -57,7 +57,7 @@ pub(super) struct ReportArgs {
 /// How a policy is put in force.
 #[derive(Debug, clap::Args)]
 pub(super) struct EnforceArgs {
-    /// Change nothing; report what would be done
+    /// Evaluate and report, without changing anything
     #[arg(long)]
     pub(super) dry_run: bool,
     #[command(flatten)]
@@ -69,7 +69,7 @@ pub(super) struct EnforceArgs {
 /// What to do about policy files that other users can change.
 #[derive(Debug, clap::Args)]
 pub(super) struct TrustArgs {
-    /// Use policy files although users other than root and the one who runs this own them or can change them
+    /// Accept policy files that users other than root and the caller own or can change
     #[arg(long)]
     insecure_policies: bool,
 }
@@ -89,7 +89,7 @@ impl TrustArgs {
 /// What to do about what this kernel cannot do.
 #[derive(Debug, clap::Args)]
 pub(super) struct UnsupportedArgs {
-    /// Go on without what this kernel cannot do of what the policies say; it is reported
+    /// Enforce what the kernel supports and report the rest
     #[arg(long)]
     allow_unsupported: bool,
 }

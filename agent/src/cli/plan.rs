@@ -31,30 +31,30 @@ use crate::{
     targets::{ResolvedTargets, containers},
 };
 
-/// Say what `run` would do: which programs it would attach where, and what for
+/// Show what `run` would do
 ///
-/// The steps are those that `run` takes, from the same data. Whether this kernel can take them `doctor` says.
+/// Lists the programs that `run` would attach, their cgroups and options, and programs of others that would prevent this. Changes nothing and needs no privileges. `doctor` shows whether this kernel supports it.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  sockpolicy plan web.toml\n  sockpolicy plan web.toml --instance default")]
 pub(super) struct Plan {
     /// Policy files
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
     #[command(flatten)]
     trust: TrustArgs,
-    /// Target, in place of the files' own: a cgroup's path below the cgroup2 mount, or absolute; can be given
-    /// several times
+    /// Cgroup to use instead of the targets of the policies: a path below the cgroup2 mount, or an absolute path. Can be repeated
     #[arg(long, value_name = "PATH")]
     cgroup: Vec<PathBuf>,
-    /// Say only what would be different from what this instance has in force
+    /// Show only the differences from what this instance enforces
     #[arg(long, value_name = "NAME")]
     instance: Option<String>,
-    /// Decide and report, but change nothing
+    /// Plan a dry run: evaluate and report, without changing anything
     #[arg(long)]
     dry_run: bool,
-    /// How calls are to be seen
+    /// How to observe calls
     #[arg(long, value_enum, default_value_t)]
     audit_backend: BackendChoice,
-    /// Form of the plan
+    /// Output format
     #[arg(long, short, value_enum, default_value_t)]
     output: Format,
 }

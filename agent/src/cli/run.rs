@@ -30,30 +30,28 @@ use crate::{
     targets::{ResolvedTargets, TargetError},
 };
 
-/// Put policies in force on cgroups, and report until interrupted
+/// Enforce policies on cgroups until interrupted
 ///
-/// The policies are in force while this runs, and end with it, however it ends. Sockets that were
-/// there before are left as they are, only their later calls are judged; unless --apply is given.
+/// The policies are detached when sockpolicy ends, for whatever reason. Existing sockets keep their values unless --apply is given; only their later calls are decided.
 ///
-/// When a policy file changes, one comes to a folder or goes, or on SIGHUP, all are read anew and put in force in place of the
-/// others: as a whole, or not at all where any has an error. Cgroups that match a target and are made later become targets.
+/// sockpolicy reads all policy files again when one changes, is added or removed, and on SIGHUP. It replaces the policies as a whole, or keeps the previous ones if a file has an error. Cgroups that are created later and match a target become targets.
 #[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Examples:\n  sockpolicy run --dry-run web.toml --cgroup system.slice/nginx.service\n  sockpolicy run /etc/sockpolicy/policies.d\n  sockpolicy run --persist --apply web.toml"
+)]
 pub(super) struct Run {
-    /// Policy files, and folders whose *.toml are policies
+    /// Policy files, and directories whose *.toml files are policies
     #[arg(required = true, value_name = "FILE|DIR")]
     files: Vec<PathBuf>,
     #[command(flatten)]
     trust: TrustArgs,
-    /// Target, in place of the files' own: a cgroup's path below the cgroup2 mount, or absolute; can be given
-    /// several times
+    /// Cgroup to use instead of the targets of the policies: a path below the cgroup2 mount, or an absolute path. Can be repeated
     #[arg(long, value_name = "PATH")]
     cgroup: Vec<PathBuf>,
-    /// Keep the policies in force when this has ended, however it ends; the next `run --persist` takes over, without a moment
-    /// between
+    /// Keep the policies in force after sockpolicy ends. The next `run --persist` takes over without a gap
     #[arg(long)]
     persist: bool,
-    /// Bring sockets that are there in line, too: when this starts, and after each change of the policies and their targets. With
-    /// --persist or --instance what they had is kept, for `detach --restore` and `apply --restore`
+    /// Also set the options of existing sockets, at the start and after each change of policies or targets. With --persist or --instance, the old values are recorded for `detach --restore` and `apply --restore`
     #[arg(long)]
     apply: bool,
     /// Name of this instance, for `status` and `detach` [default: `default` with --persist, else run-PID]

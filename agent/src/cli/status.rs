@@ -23,13 +23,16 @@ use crate::{
     skipped::SkippedList,
 };
 
-/// Show what is in force on this host: instances, targets, hooks, counters, and the programs of others beside ours
+/// Show the policies in force on this host
+///
+/// Shows the instances with their targets, hooks and counters, and the programs of others on the same cgroups.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  sockpolicy status\n  sockpolicy status default --output json")]
 pub(super) struct Status {
-    /// Only this instance
+    /// Show only this instance
     #[arg(value_name = "NAME")]
     instance: Option<String>,
-    /// Form of the answer: text, or a line of JSON for each instance
+    /// Output format: text, or one line of JSON for each instance
     #[arg(long, short, value_enum, default_value_t)]
     output: Format,
 }

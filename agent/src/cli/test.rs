@@ -15,18 +15,18 @@ use super::{
 };
 use crate::explain::{Trial, try_all};
 
-/// Hold policies against the tests that stand in their files
+/// Run the [[test]] tables of policy files
 ///
-/// Each test is tried on all the files that cover its socket together, as they would be in force, by the code that decides
-/// in the kernel: those that cover the socket's `cgroup`, or, if the test names none, those with the same target.
+/// Each test is evaluated with all policies that cover its socket, by the code that decides in the kernel. These are the policies that cover the test's `cgroup` or, without one, the policies with the same target.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  sockpolicy test web.toml")]
 pub(super) struct Test {
     /// Policy files
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
     #[command(flatten)]
     trust: TrustArgs,
-    /// Form of the answer
+    /// Output format
     #[arg(long, short, value_enum, default_value_t)]
     output: Format,
 }

@@ -33,23 +33,23 @@ use crate::{
     targets::ResolvedTargets,
 };
 
-/// Find live sockets that do not have what the policies say
+/// Compare existing sockets with policies
 ///
-/// Each socket of the targets is held against the rules that decide on it, whether the policies are in force or not; nothing
-/// is changed. A setting that a socket would not have been given yet, or never, is no drift, and a limit is about what somebody
-/// chose. Exit status: 0 no drift, 1 drift, 2 some sockets could not be looked into.
+/// Compares each socket of the targets with the rules that decide its options, whether or not the policies are in force. Changes nothing. A value that a policy in force would not have set is no drift. A limit applies only to values that somebody set. Exit status: 0 no drift, 1 drift, 2 some sockets could not be inspected.
 #[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Examples:\n  sockpolicy verify web.toml\n  sockpolicy verify web.toml --cgroup system.slice/nginx.service --output json"
+)]
 pub(super) struct Verify {
     /// Policy files
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
     #[command(flatten)]
     trust: TrustArgs,
-    /// Target, in place of the files' own: a cgroup's path below the cgroup2 mount, or absolute; can be given
-    /// several times
+    /// Cgroup to use instead of the targets of the policies: a path below the cgroup2 mount, or an absolute path. Can be repeated
     #[arg(long, value_name = "PATH")]
     cgroup: Vec<PathBuf>,
-    /// Form of what is found
+    /// Output format
     #[arg(long, short, value_enum, default_value_t)]
     output: Format,
 }

@@ -230,7 +230,7 @@ fn refused_value_is_reported_and_counted_and_other_options_are_set() {
     let printed = stdout(&output);
     assert_eq!(output.status.code(), Some(2), "{printed}{}", stderr(&output));
     assert_eq!(printed.matches("ENOENT").count(), 3, "{printed}");
-    assert!(printed.contains("3 values were refused by the kernel"), "{printed}");
+    assert!(printed.contains("3 options were refused by the kernel"), "{printed}");
     let server = probe.accept(listener);
     for socket in [listener, client, server] {
         assert_eq!(probe.int(socket, TCP_KEEPIDLE), 61);
@@ -341,7 +341,7 @@ fn journal_is_kept_while_policies_in_force_set_their_values_again() {
         "{}",
         stdout(&output)
     );
-    assert!(stderr(&output).contains("policies that are in force set their values again"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("policies in force set these options again"), "{}", stderr(&output));
     assert_eq!(probe.int(pair.client, SO_MARK), 7);
     let output = agent::output(&["detach", "--restore", &instance.name]);
     assert!(output.status.success(), "{}{}", stdout(&output), stderr(&output));

@@ -36,7 +36,7 @@ static void say(void) {
   end = line;
 }
 
-static void told(const char *name, int level, int option, int result, const unsigned char *value, int len) {
+static void print_call(const char *name, int level, int option, int result, const unsigned char *value, int len) {
   text(name);
   put(' '), number(level), put(' '), number(option), put(' '), number(result), put(' ');
   text(len ? "0x" : "-");
@@ -50,7 +50,7 @@ static void set(int fd, int level, int option, const void *value, int len) {
   long arguments[] = {fd, level, option, (long)value, len};
   int result = direct ? call(SETSOCKOPT, fd, level, option, (long)value, len)
                       : call(SOCKETCALL, IN_SOCKETCALL_SETSOCKOPT, (long)arguments, 0, 0, 0);
-  told("setsockopt", level, option, result, value, len);
+  print_call("setsockopt", level, option, result, value, len);
 }
 
 static void get(int fd, int level, int option) {
@@ -59,7 +59,7 @@ static void get(int fd, int level, int option) {
   long arguments[] = {fd, level, option, (long)value, (long)&len};
   int result = direct ? call(GETSOCKOPT, fd, level, option, (long)value, (long)&len)
                       : call(SOCKETCALL, IN_SOCKETCALL_GETSOCKOPT, (long)arguments, 0, 0, 0);
-  told("getsockopt", level, option, result, value, result < 0 ? 0 : len);
+  print_call("getsockopt", level, option, result, value, result < 0 ? 0 : len);
 }
 
 void _start(void) {

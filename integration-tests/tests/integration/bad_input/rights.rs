@@ -178,7 +178,7 @@ fn documented_capabilities_with(rights: &str) {
 fn other_user_with_capabilities_gets_an_error_for_unreadable_files() {
     let policy = policy();
     let copy = policy.dir().join("sockpolicy");
-    fs::copy(agent::program(), &copy).unwrap();
+    process::copy_program(agent::program(), &copy);
     fs::set_permissions(&copy, fs::Permissions::from_mode(0o755)).unwrap();
     let as_nobody = |arguments: &[&str]| {
         let mut command = Command::new("setpriv");
@@ -212,7 +212,7 @@ fn unprivileged_user_can_only_check() {
     let policy = policy();
     // A directory that every user can reach.
     let copy = policy.dir().join("sockpolicy");
-    fs::copy(agent::program(), &copy).unwrap();
+    process::copy_program(agent::program(), &copy);
     let path = policy.path().to_str().unwrap();
     let as_nobody = |arguments: &[&str]| {
         let mut command = Command::new("setpriv");

@@ -146,11 +146,11 @@ fn sockets_set_by_a_policy_have_not_drifted() {
     assert!(events.len() > 50, "{events:#?}");
     // Options that cannot be read, that the kernel does not keep, or that only matter at bind.
     let may_be = ["SK_BPF_CB_FLAGS", "TCP_WINDOW_CLAMP", "SO_REUSEADDR", "SO_REUSEPORT"];
-    let untold: Vec<&str> =
+    let unknown: Vec<&str> =
         summary["unknown_options"].as_array().unwrap().iter().map(|it| it["option"].as_str().unwrap()).collect();
-    assert!(untold.contains(&"TCP_BPF_IW"), "{untold:?}");
+    assert!(unknown.contains(&"TCP_BPF_IW"), "{unknown:?}");
     let others: Vec<_> =
-        untold.iter().filter(|option| !option.starts_with("TCP_BPF_") && !may_be.contains(option)).collect();
+        unknown.iter().filter(|option| !option.starts_with("TCP_BPF_") && !may_be.contains(option)).collect();
     assert!(others.is_empty(), "{others:?}");
     drop(exec.finish());
 }
