@@ -136,7 +136,7 @@ fn calls_of_vfork_children_are_attributed_correctly_before_and_after_exec() {
     const CHILDREN: u64 = 40;
     let dir = PolicyFile::new("");
     let other = dir.dir().join("other");
-    process::copy_program(workload(), &other);
+    sockpolicy_integration_tests::process::copy_program(workload(), &other);
     let other = other.to_str().unwrap();
     for backend in backends() {
         let (printed, report) = audited(backend, &[&workload(), "vfork", other, &CHILDREN.to_string()]);
