@@ -56,7 +56,7 @@ lint_bpf = RUSTC_BOOTSTRAP=1 cargo clippy --quiet --manifest-path $(BPF) --relea
 	-- -D warnings
 matrix = $(SUDO) $(CURDIR)/integration-tests/vm/matrix -j $(VM_JOBS) -t $(1) $(foreach kernel,$(2),-k $(kernel)) --
 
-.PHONY: help build demo test fuzz unit integration vm-test vm-test-fast soak bench bench-docs bench-build lint fmt docs clean \
+.PHONY: help build demo check test fuzz unit doc integration vm-test vm-test-fast soak bench bench-docs bench-build lint fmt docs clean \
 	bootstrap debug-build
 
 help: ## list the targets
@@ -72,7 +72,9 @@ demo: ## install what is needed, build, and try it on a Redis
 	@$(MAKE) build
 	@examples/redis-demo/run
 
-test: bootstrap lint unit integration vm-test-fast ## install what is needed, then lint and run the tests
+check: lint unit doc ## lint, the tests that need no kernel, and the documentation of the code: no root, two minutes
+
+test: bootstrap check integration vm-test-fast ## install what is needed, then lint and run the tests
 
 unit: ## the tests that need neither root nor BPF
 	@echo 'unit: tests without a kernel'
@@ -109,16 +111,21 @@ bench-docs: bench-build ## the same, and publish it in docs/benchmarks.md
 	@$(SUDO) target/release/bench --docs docs
 
 lint: ## check the format and look for doubtful code
-	@echo 'lint: format, then clippy and shellcheck'
+	@echo 'lint: format, then clippy, shellcheck and codespell'
 	@{ cargo fmt --all --check && cargo fmt --manifest-path $(BPF) --check && cargo fmt --manifest-path $(FUZZ) --check; } || { echo '  help: make fmt' >&2; exit 1; }
 	@cargo clippy --quiet --workspace --all-targets $(CARGO_FLAGS) -- -D warnings
 	@$(lint_bpf)
 	@shellcheck $(SCRIPTS)
+	@codespell
 
 fmt: ## format the code
 	@cargo fmt --all
 	@cargo fmt --manifest-path $(BPF)
 	@cargo fmt --manifest-path $(FUZZ)
+
+doc: ## the documentation of the code, in target/doc
+	@echo 'doc: rustdoc'
+	@RUSTDOCFLAGS='-D warnings' cargo doc --quiet --workspace --no-deps --document-private-items $(CARGO_FLAGS)
 
 docs: ## write docs/reference.md anew, from the code
 	@cargo run --quiet --package sockpolicy $(CARGO_FLAGS) -- options --output markdown >docs/reference.md.new

@@ -59,11 +59,15 @@ pub(super) struct Explain {
     /// outbound (connects) or inbound (listens, or was accepted). It is unknown for a connected socket of a process
     #[arg(long, value_name = "WORD", value_parser = one_of(Direction::WORDS))]
     direction: Option<Direction>,
-    /// Local address, port or both: 10.0.0.1, :443, 10.0.0.1:443, [::1]:443
-    #[arg(long, value_name = "ADDRESS", value_parser = end)]
+    // Not a doc comment: rustdoc takes the brackets for a link.
+    #[arg(
+        long,
+        value_name = "ADDRESS",
+        value_parser = end,
+        help = "Local address, port or both: 10.0.0.1, :443, 10.0.0.1:443, [::1]:443"
+    )]
     local: Option<End>,
-    /// Remote address and port: 192.0.2.1:443, [2001:db8::1]:443
-    #[arg(long, value_name = "ADDRESS:PORT")]
+    #[arg(long, value_name = "ADDRESS:PORT", help = "Remote address and port: 192.0.2.1:443, [2001:db8::1]:443")]
     remote: Option<SocketAddr>,
     /// Cgroup in which the socket is created: a path below the cgroup2 mount. The cgroup need not exist. With --pid, the default is the cgroup of the process
     #[arg(long, value_name = "PATH")]

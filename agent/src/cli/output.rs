@@ -2,6 +2,7 @@
 
 use std::{collections::HashSet, fmt, io, path::Path};
 
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use nix::errno::Errno;
 use serde_json::{Value, json};
 
@@ -34,6 +35,30 @@ pub(super) enum Format {
     Json,
 }
 
+/// The audit backends on the command line, with their help.
+const BACKENDS: [(&str, BackendChoice, &str); 5] = [
+    (
+        DEFAULT_BACKEND,
+        BackendChoice::Auto,
+        "The cheapest backend that this kernel supports; on preemptible kernels kprobe, which misses no calls there",
+    ),
+    ("fentry", BackendChoice::Fentry, "Programs at the entry and exit of kernel functions, since 5.5"),
+    ("kprobe", BackendChoice::Kprobe, "Probes at the entry and exit of kernel functions"),
+    ("tracepoint", BackendChoice::Tracepoint, "The tracepoints of system calls"),
+    ("none", BackendChoice::None, "No audit: conflicts are reported without the result of the call"),
+];
+
+pub(super) const DEFAULT_BACKEND: &str = "auto";
+
+/// Parses the name of an audit backend.
+pub(super) fn backend_parser() -> impl TypedValueParser<Value = BackendChoice> {
+    let values = BACKENDS.map(|(name, _, help)| PossibleValue::new(name).help(help));
+    PossibleValuesParser::new(values).map(|name| {
+        let found = BACKENDS.iter().find(|(known, ..)| *known == name);
+        found.map_or(BackendChoice::Auto, |(_, choice, _)| *choice)
+    })
+}
+
 /// How calls are seen and reported, for whatever command does so.
 #[derive(Debug, clap::Args)]
 pub(super) struct ReportArgs {
@@ -44,7 +69,7 @@ pub(super) struct ReportArgs {
     #[arg(long, short, value_enum, default_value_t)]
     pub(super) output: Format,
     /// How to observe calls
-    #[arg(long, value_enum, default_value_t, value_name = "BACKEND")]
+    #[arg(long, value_name = "BACKEND", value_parser = backend_parser(), default_value = DEFAULT_BACKEND)]
     pub(super) audit_backend: BackendChoice,
     /// Measure the duration of calls
     #[arg(long)]

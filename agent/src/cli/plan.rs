@@ -13,7 +13,7 @@ use super::{
     FAILURE, FINDINGS, check,
     descriptor::stdout,
     help, ignore_broken_pipe,
-    output::{Format, TrustArgs},
+    output::{DEFAULT_BACKEND, Format, TrustArgs, backend_parser},
     print_error,
     run::RunError,
     status,
@@ -52,7 +52,7 @@ pub(super) struct Plan {
     #[arg(long)]
     dry_run: bool,
     /// How to observe calls
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(long, value_name = "BACKEND", value_parser = backend_parser(), default_value = DEFAULT_BACKEND)]
     audit_backend: BackendChoice,
     /// Output format
     #[arg(long, short, value_enum, default_value_t)]

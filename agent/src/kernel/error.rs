@@ -2,7 +2,7 @@
 
 use std::{error::Error, io, path::PathBuf};
 
-use aya::programs::ProgramError;
+use aya::{programs::ProgramError, sys::SyscallError};
 
 use super::{Backend, ForeignConflict};
 use crate::{compile::Hook, escape::Escape, host::private::PrivateError};
@@ -14,7 +14,7 @@ pub enum KernelError {
          capabilities"
     )]
     Privileges { missing: String },
-    #[error("cannot prepare the BPF programs: {}{}", chain(.0), memory_help(&chain(.0)))]
+    #[error("cannot prepare the BPF programs: {}{}", chain(.0), memory_help(.0))]
     Object(#[from] aya::EbpfError),
     #[error("cannot use map {map} of the BPF object: {}\n  help: the build is faulty: build sockpolicy again", chain(.source))]
     Map { map: &'static str, source: aya::maps::MapError },
@@ -77,6 +77,30 @@ pub(super) fn chain(error: &(dyn Error + 'static)) -> String {
     text
 }
 
+/// Returns the errno of the first system call that failed, among an error and its causes.
+fn os_error(error: &(dyn Error + 'static)) -> Option<i32> {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if let Some(errno) = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
+            return Some(errno);
+        }
+        cause = error.source();
+    }
+    None
+}
+
+/// Returns the system call that failed, if it is an error of aya or one of its causes.
+pub(super) fn failed_call<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a SyscallError> {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if let Some(failed) = error.downcast_ref() {
+            return Some(failed);
+        }
+        cause = error.source();
+    }
+    None
+}
+
 /// Returns why a program could not be loaded: the errno, and the last line of the verifier's log before its statistics.
 pub(super) fn load_reason(error: &ProgramError) -> String {
     if let ProgramError::LoadError { io_error, verifier_log } = error {
@@ -91,8 +115,8 @@ pub(super) fn load_reason(error: &ProgramError) -> String {
 }
 
 /// Returns the help for EPERM. Capabilities have been checked before, so the cause is the limit of locked memory.
-fn memory_help(reason: &str) -> &'static str {
-    if reason.contains("os error 1)") {
+fn memory_help(error: &(dyn Error + 'static)) -> &'static str {
+    if os_error(error) == Some(libc::EPERM) {
         "\n  help: kernels before 5.11 count this as locked memory: give it CAP_SYS_RESOURCE, or raise the limit (ulimit -l \
          unlimited; LimitMEMLOCK=infinity in a unit)"
     } else {

@@ -17,13 +17,12 @@ use aya::{
     maps::Array,
     programs::{Iter, Program, ProgramError},
 };
-use nix::sys::mman::ProtFlags;
 
 use super::{
     Answer, KernelError, Probed,
     error::{chain, load_reason},
     layout::{Roots, layout},
-    maps::{MappedArray, with_map},
+    maps::{MappedArray, Writable, with_map},
     object::{self, ProbeObject},
 };
 use crate::host::{btf::Types, netns::Namespace, process, socket_table::FdRef};
@@ -120,8 +119,8 @@ pub struct SocketIter {
     ebpf: Ebpf,
     /// Whether the program that visits files is loaded.
     has_file_program: bool,
-    jobs: MappedArray<live::SocketJob>,
-    outcomes: MappedArray<Outcome>,
+    jobs: MappedArray<live::SocketJob, Writable>,
+    outcomes: MappedArray<Outcome, Writable>,
     /// The batch that is in the maps.
     batch: Batch,
 }
@@ -153,9 +152,7 @@ impl SocketIter {
         let types = types()?;
         load(&mut ebpf, &types)?;
         let has_file_program = layout.knows(FILE_PROGRAM_LAYOUT) && load_file_program(&mut ebpf, &types)?;
-        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        let (jobs, outcomes) =
-            (MappedArray::new(&ebpf, "sp_jobs", protection)?, MappedArray::new(&ebpf, "sp_outcomes", protection)?);
+        let (jobs, outcomes) = (MappedArray::new(&ebpf, "sp_jobs")?, MappedArray::new(&ebpf, "sp_outcomes")?);
         Ok(Self { ebpf, has_file_program, jobs, outcomes, batch: Batch::default() })
     }
 

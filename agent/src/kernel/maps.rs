@@ -110,24 +110,40 @@ pub(super) fn write_config(ebpf: &mut Ebpf, config: Config) -> Result<(), Kernel
     with_map::<Array<_, Config>>(ebpf, "sp_config", |map| map.set(0, config, 0))
 }
 
+/// How an array is mapped into the memory of this process.
+pub(super) trait Access {
+    const PROTECTION: ProtFlags;
+}
+
+pub(super) struct ReadOnly;
+pub(super) struct Writable;
+
+impl Access for ReadOnly {
+    const PROTECTION: ProtFlags = ProtFlags::PROT_READ;
+}
+
+impl Access for Writable {
+    const PROTECTION: ProtFlags = ProtFlags::PROT_READ.union(ProtFlags::PROT_WRITE);
+}
+
 /// The values of a BPF array that is mapped into the memory of this process.
-pub(super) struct MappedArray<T> {
+pub(super) struct MappedArray<T, A: Access> {
     memory: NonNull<c_void>,
     bytes: NonZeroUsize,
-    values: PhantomData<T>,
+    values: PhantomData<(T, A)>,
 }
 
 // SAFETY: the mapping is only read and written value by value.
-unsafe impl<T> Send for MappedArray<T> {}
+unsafe impl<T, A: Access> Send for MappedArray<T, A> {}
 
-impl<T: Pod> MappedArray<T> {
+impl<T: Pod, A: Access> MappedArray<T, A> {
     /// Maps an array into the memory of this process. The map must have BPF_F_MMAPABLE.
-    pub(super) fn new(ebpf: &Ebpf, name: &'static str, protection: ProtFlags) -> Result<Self, KernelError> {
+    pub(super) fn new(ebpf: &Ebpf, name: &'static str) -> Result<Self, KernelError> {
         let Some(Map::Array(map)) = ebpf.map(name) else { return Err(KernelError::Incomplete { what: name }) };
         let entries = map.info().map_err(map_error(name))?.max_entries() as usize;
         let bytes = NonZeroUsize::new(entries * size_of::<T>()).ok_or(KernelError::Incomplete { what: name })?;
         // SAFETY: a new mapping of a map that has this length: the kernel aligns values to eight bytes.
-        let memory = unsafe { mmap(None, bytes, protection, MapFlags::MAP_SHARED, map.fd(), 0) };
+        let memory = unsafe { mmap(None, bytes, A::PROTECTION, MapFlags::MAP_SHARED, map.fd(), 0) };
         let memory = memory.map_err(|errno| KernelError::View { map: name, source: errno.into() })?;
         const { assert!(size_of::<T>().is_multiple_of(8)) };
         Ok(Self { memory, bytes, values: PhantomData })
@@ -145,8 +161,10 @@ impl<T: Pod> MappedArray<T> {
         // programs may write to it at the same time, one number at a time.
         self.pointer(index).map(|pointer| unsafe { pointer.read_volatile() })
     }
+}
 
-    /// Writes a value of an array that was mapped writable. Does nothing if `index` is out of range.
+impl<T: Pod> MappedArray<T, Writable> {
+    /// Writes a value. Does nothing if `index` is out of range.
     pub(super) fn set(&self, index: usize, value: T) {
         if let Some(pointer) = self.pointer(index) {
             // SAFETY: as for `get`.
@@ -155,7 +173,7 @@ impl<T: Pod> MappedArray<T> {
     }
 }
 
-impl<T> Drop for MappedArray<T> {
+impl<T, A: Access> Drop for MappedArray<T, A> {
     fn drop(&mut self) {
         // SAFETY: there is no reference into the mapping.
         if let Err(errno) = unsafe { munmap(self.memory, self.bytes.get()) } {
@@ -166,7 +184,7 @@ impl<T> Drop for MappedArray<T> {
 
 /// The counters of losses that the programs write.
 pub(super) struct MappedLosses {
-    array: MappedArray<Losses>,
+    array: MappedArray<Losses, ReadOnly>,
     /// What was lost before this agent started. An earlier agent has reported it.
     baseline: Losses,
 }
@@ -174,7 +192,7 @@ pub(super) struct MappedLosses {
 impl MappedLosses {
     /// Maps the counters into the memory of this process.
     pub(super) fn new(ebpf: &Ebpf) -> Result<Self, KernelError> {
-        let array = MappedArray::new(ebpf, "sp_losses", ProtFlags::PROT_READ)?;
+        let array = MappedArray::new(ebpf, "sp_losses")?;
         let mut losses = Self { array, baseline: Losses::default() };
         losses.baseline = losses.all();
         Ok(losses)

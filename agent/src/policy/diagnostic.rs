@@ -247,7 +247,7 @@ fn with_place<'a>(group: Group<'a>, source: &'a Source, path: String, span: &Spa
     group.element(Snippet::source(line).line_start(number).path(path).annotation(underlined))
 }
 
-/// Quotes the user's text in a message: in backquotes, on one line, at most [`QUOTED_MAX`] characters.
+/// Quotes the user's text in a message: in backquotes, on one line, at most `QUOTED_MAX` characters.
 #[must_use]
 pub fn quote(text: &str) -> String {
     match text.char_indices().nth(QUOTED_MAX) {

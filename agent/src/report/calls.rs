@@ -13,7 +13,7 @@ const OTHER: &str = "other";
 /// One kind of call on one option.
 #[derive(Clone, Debug)]
 pub struct CallLine {
-    /// The name of the option, or [`OTHER`].
+    /// The name of the option, or `OTHER`.
     pub option: String,
     /// `setsockopt` or `getsockopt`.
     pub call: &'static str,

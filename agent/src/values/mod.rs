@@ -57,7 +57,7 @@ pub fn form_text(key: OptionKey, form: &Form) -> String {
     }
 }
 
-/// Returns the JSON fields for what a policy wants of an option: `form`, and either `wanted`, in the form that [`json`] uses,
+/// Returns the JSON fields for what a policy wants of an option: `form`, and either `wanted`, in the form that [`json()`] uses,
 /// or `limit`. A mark of which the policy sets only some bits also has `mask`.
 #[must_use]
 pub fn form_fields(key: OptionKey, form: &Form) -> Json {

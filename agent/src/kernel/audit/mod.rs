@@ -13,9 +13,14 @@ use std::{error::Error, fmt, thread};
 use aya::{
     Btf, Ebpf,
     programs::{FEntry, FExit, KProbe, Program, ProgramError, TracePoint},
+    sys::SyscallError,
 };
 
-use super::{KernelError, error::chain, syscall};
+use super::{
+    KernelError,
+    error::{chain, failed_call},
+    syscall,
+};
 use crate::{
     host::system,
     policy::model::{self, Calls},
@@ -33,7 +38,7 @@ pub enum Backend {
 }
 
 /// The backend to use.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum BackendChoice {
     /// The cheapest backend that this kernel supports. On preemptible kernels kprobes, which miss no calls because of
     /// preemption.
@@ -368,7 +373,10 @@ fn attach_reason(error: &(dyn Error + 'static)) -> String {
     const PARANOID_HELP: &str =
         " (this takes CAP_SYS_ADMIN here unless sysctl kernel.perf_event_paranoid is 2 or less)";
     let reason = chain(error);
-    let why = if reason.contains("perf_event_open") && reason.contains("os error 13)") { PARANOID_HELP } else { "" };
+    let is_refused = |failed: &SyscallError| {
+        failed.call == "perf_event_open" && failed.io_error.raw_os_error() == Some(libc::EACCES)
+    };
+    let why = if failed_call(error).is_some_and(is_refused) { PARANOID_HELP } else { "" };
     format!("{reason}{why}")
 }
 
