@@ -128,7 +128,7 @@ fn pure_modules_do_no_io() {
         "journal.rs",
         "kernel",
         "main.rs",
-        "session.rs",
+        "session",
         "trial.rs",
         "worker",
         "policy/model.rs",

@@ -108,8 +108,7 @@ impl Plan {
             };
             return Ok(ignore_broken_pipe(written)?);
         }
-        let needs_hook =
-            desired.needs_hook().or_else(|| session::needs_hook_for(self.audit_backend, false, &Filter::default()));
+        let needs_hook = session::needs_hook(&desired, self.audit_backend, false, &Filter::default());
         if needs_hook.is_none() {
             desired.judge_by_audit();
         }

@@ -22,8 +22,8 @@ use super::{
     Answer, KernelError, Probed,
     error::{chain, load_reason},
     layout::{Roots, layout},
+    loader::{self, ProbeObject},
     maps::{MappedArray, Writable, with_map},
-    object::{self, ProbeObject},
 };
 use crate::host::{btf::Types, netns::Namespace, process, socket_table::FdRef};
 
@@ -148,7 +148,7 @@ impl SocketIter {
             true => Types::of_kernel().map(|types| layout(&Roots::find(&types))).unwrap_or_default(),
             false => Layout::default(),
         };
-        let mut ebpf = object::sized(&[&sizes[..], &UNUSED_MAPS[..]].concat(), &layout)?;
+        let mut ebpf = loader::sized(&[&sizes[..], &UNUSED_MAPS[..]].concat(), &layout)?;
         let types = types()?;
         load(&mut ebpf, &types)?;
         let has_file_program = layout.knows(FILE_PROGRAM_LAYOUT) && load_file_program(&mut ebpf, &types)?;
@@ -268,7 +268,7 @@ fn load_file_program(ebpf: &mut Ebpf, types: &Btf) -> Result<bool, KernelError> 
 /// Probes whether this kernel loads and runs the program that visits sockets. Also loads the program that visits files, for its
 /// size.
 pub(super) fn probe() -> Result<Probed<&'static str, Answer>, KernelError> {
-    let ProbeObject { mut ebpf, .. } = object::load_for_probe()?;
+    let ProbeObject { mut ebpf, .. } = loader::load_for_probe()?;
     let tried = types().and_then(|types| {
         load(&mut ebpf, &types)?;
         load_file_program(&mut ebpf, &types)?;
@@ -279,7 +279,7 @@ pub(super) fn probe() -> Result<Probed<&'static str, Answer>, KernelError> {
         Err(KernelError::Iterator { reason }) => Answer::No(reason),
         Err(error) => return Err(error),
     };
-    Ok(Probed { answers: vec![(NAME, answer)], programs: object::sizes(&ebpf) })
+    Ok(Probed { answers: vec![(NAME, answer)], programs: loader::sizes(&ebpf) })
 }
 
 fn iterator<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Iter, KernelError> {

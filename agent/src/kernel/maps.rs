@@ -1,6 +1,6 @@
 //! Typed handles on the maps: writes them before the programs run, and reads them while the programs run.
 
-use std::{collections::BTreeMap, ffi::c_void, marker::PhantomData, num::NonZeroUsize, ptr::NonNull};
+use std::{collections::BTreeMap, ffi::c_void, marker::PhantomData, num::NonZeroUsize, ops::Deref, ptr::NonNull};
 
 use abi::{
     Config, Losses,
@@ -82,7 +82,7 @@ pub(super) fn is_in_force(pins: &Pins) -> Result<bool, KernelError> {
 }
 
 /// Reads the configuration.
-pub(super) fn config(ebpf: &Ebpf) -> Result<Config, KernelError> {
+fn config(ebpf: &Ebpf) -> Result<Config, KernelError> {
     let map = ebpf.map("sp_config").ok_or(KernelError::Incomplete { what: "sp_config" })?;
     let map = Array::<_, Config>::try_from(map).map_err(map_error("sp_config"))?;
     map.get(&0, 0).map_err(map_error("sp_config"))
@@ -105,9 +105,31 @@ pub(super) fn write_target(ebpf: &mut Ebpf, hook: Hook, cgroup: u64, target: abi
     with_map::<maps::CgroupStorage<_, abi::Target>>(ebpf, "sp_targets", |map| map.insert(key, target, 0))
 }
 
-/// Writes the configuration.
-pub(super) fn write_config(ebpf: &mut Ebpf, config: Config) -> Result<(), KernelError> {
-    with_map::<Array<_, Config>>(ebpf, "sp_config", |map| map.set(0, config, 0))
+/// The configuration of the programs: the copy of this process, and the map.
+pub(super) struct ConfigCell(Config);
+
+impl ConfigCell {
+    /// Reads the configuration from the map.
+    pub(super) fn read(ebpf: &Ebpf) -> Result<Self, KernelError> {
+        config(ebpf).map(Self)
+    }
+
+    /// Changes the configuration by one write of the map. If the write fails, the configuration is unchanged.
+    pub(super) fn update(&mut self, ebpf: &mut Ebpf, change: impl FnOnce(&mut Config)) -> Result<(), KernelError> {
+        let mut config = self.0;
+        change(&mut config);
+        with_map::<Array<_, Config>>(ebpf, "sp_config", |map| map.set(0, config, 0))?;
+        self.0 = config;
+        Ok(())
+    }
+}
+
+impl Deref for ConfigCell {
+    type Target = Config;
+
+    fn deref(&self) -> &Config {
+        &self.0
+    }
 }
 
 /// How an array is mapped into the memory of this process.

@@ -16,6 +16,7 @@ mod kernel_info;
 mod layout;
 mod links;
 mod live;
+mod loader;
 mod maps;
 mod memlock;
 mod misses;
@@ -33,7 +34,8 @@ pub use self::{
     error::KernelError,
     foreign_programs::{ForeignProgram, RunOrder, foreign_programs, overriding_programs},
     live::{ITERATOR_SINCE, Job, Outcomes, SocketIter},
-    object::{AuditConfig, FilledTables, Object, ProgramSize, Record, Staged},
+    loader::ProgramSize,
+    object::{AuditConfig, FilledTables, Object, Record, Staged},
     observe::{MapIds, Observed},
     pins::{Pins, is_instance_name},
     probe::{Answer, Probed, audit_backends, hooks, iterator},

@@ -10,7 +10,7 @@ use super::{
     error::{chain, load_reason},
     links::Link,
     live,
-    object::{self, ProbeObject, ProgramSize},
+    loader::{self, ProbeObject, ProgramSize},
 };
 use crate::{
     compile::Hook,
@@ -41,11 +41,11 @@ pub struct Probed<T, A> {
 ///
 /// Fails if the object cannot be loaded.
 pub fn hooks(cgroup: &Cgroup) -> Result<Probed<Hook, Answer>, KernelError> {
-    let ProbeObject { mut ebpf, .. } = object::load_for_probe()?;
+    let ProbeObject { mut ebpf, .. } = loader::load_for_probe()?;
     let mut answers = Vec::new();
     for hook in Hook::ALL {
         let program = ebpf.program_mut(hook.program()).ok_or(KernelError::Incomplete { what: hook.program() })?;
-        let answer = match object::load_program(program) {
+        let answer = match loader::load_program(program) {
             Ok(()) if hook == Hook::PostCreate && !lsm::is_bpf_active() => {
                 Answer::No("the BPF LSM is not active: `bpf` is not in the boot parameter lsm=".to_owned())
             }
@@ -60,7 +60,7 @@ pub fn hooks(cgroup: &Cgroup) -> Result<Probed<Hook, Answer>, KernelError> {
         };
         answers.push((hook, answer));
     }
-    Ok(Probed { answers, programs: object::sizes(&ebpf) })
+    Ok(Probed { answers, programs: loader::sizes(&ebpf) })
 }
 
 /// Probes whether a program that the kernel runs for each existing TCP socket can set options.
@@ -79,7 +79,7 @@ pub fn iterator() -> Result<Probed<&'static str, Answer>, KernelError> {
 /// Fails if the object cannot be loaded.
 pub fn audit_backends() -> Result<Probed<Backend, ProbeResult>, KernelError> {
     const ALL_CALLS: AuditRequest = AuditRequest { reads: true, visibility: Visibility::All };
-    let ProbeObject { mut ebpf, can_follow } = object::load_for_probe()?;
+    let ProbeObject { mut ebpf, can_follow } = loader::load_for_probe()?;
     let probe = |backend| {
         let attached = can_follow.clone().and_then(|()| audit::attach_backend(&mut ebpf, backend, ALL_CALLS));
         let answer = attached.map(|(audit, perf_links)| {
@@ -89,7 +89,7 @@ pub fn audit_backends() -> Result<Probed<Backend, ProbeResult>, KernelError> {
         (backend, answer)
     };
     let answers = Backend::ALL.map(probe).into();
-    Ok(Probed { answers, programs: object::sizes(&ebpf) })
+    Ok(Probed { answers, programs: loader::sizes(&ebpf) })
 }
 
 /// Returns the answer for a program that could not be loaded. Missing capabilities or memory say nothing about the kernel.

@@ -8,7 +8,7 @@ use super::{
     AttachVariant, attach_reason,
     functions::{Programs, variants},
 };
-use crate::kernel::{error::load_reason, object::load_once};
+use crate::kernel::{error::load_reason, loader::load_once};
 
 pub(super) static VARIANTS: [AttachVariant; 4] = variants(&SET, &GET);
 

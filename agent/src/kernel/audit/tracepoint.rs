@@ -13,7 +13,7 @@ use crate::{
     host::tracefs,
     kernel::{
         error::{chain, load_reason},
-        object::load_once,
+        loader::load_once,
         syscall,
     },
 };
