@@ -72,9 +72,17 @@ pub struct Summary {
     pub not_covered: Option<Vec<String>>,
     pub unsupported: Vec<Unsupported>,
     pub conflicts: u64,
+    pub repaired: Repaired,
     pub settings: Vec<Setting>,
     pub call_counts: Vec<CallLine>,
     pub losses: BTreeMap<String, u64>,
+}
+
+/// The sockets of new targets that were created before the programs were attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+pub struct Repaired {
+    pub sockets: u64,
+    pub listeners: u64,
 }
 
 /// A setting of a policy that the kernel does not support.
@@ -203,7 +211,10 @@ impl Report {
                 losses.push(serde_json::from_value(value).unwrap_or_else(|error| fail(line, error.to_string())));
             } else if value["event"] == "unsupported" {
                 unsupported.push(serde_json::from_value(value).unwrap_or_else(|error| fail(line, error.to_string())));
-            } else if ["reload", "targets", "apply-summary"].iter().any(|notice| value["event"] == *notice) {
+            } else if ["reload", "targets", "apply-summary", "repair-summary"]
+                .iter()
+                .any(|notice| value["event"] == *notice)
+            {
                 notices.push(value);
             } else {
                 events.push(serde_json::from_value(value).unwrap_or_else(|error| fail(line, error.to_string())));

@@ -342,6 +342,14 @@ impl Observer for Writer {
         );
     }
 
+    fn repaired(&self, tally: &Tally) {
+        if tally.is_without_findings() {
+            return;
+        }
+        let lines: Vec<String> = tally_text(tally).lines().map(|line| format!("repair    {line}")).collect();
+        self.notice(&lines.join("\n"), "repair-summary", tally.to_json());
+    }
+
     fn event(&self, event: &Event) {
         match self.format {
             _ if self.quiet => {}
@@ -382,7 +390,19 @@ pub(super) fn describe_audit(audit: Audit) -> String {
 
 /// Returns the counts of a reconciliation as lines, one for each kind of result.
 pub(super) fn tally_text(tally: &Tally) -> String {
-    let Tally { sockets, changed, set, would_set, would_change, failed, unknown, no_fd, denied, unanswered } = *tally;
+    let Tally {
+        sockets,
+        changed,
+        listeners: _,
+        set,
+        would_set,
+        would_change,
+        failed,
+        unknown,
+        no_fd,
+        denied,
+        unanswered,
+    } = *tally;
     let mut text = if would_set > 0 {
         format!("dry run: would change {would_set} options on {would_change} of {sockets} sockets\n")
     } else {

@@ -111,12 +111,12 @@ impl Run {
         process::raise_descriptor_limit();
         let mount = Mount::find()?;
         let name = self.name();
-        let journal = self.apply.then_some(name.as_str());
         if !self.cgroup.is_empty() {
             check::warn_of_replaced_targets(policies, "--cgroup");
         }
         let (cgroups, timing) = (&self.cgroup[..], reporting.timing);
-        let config = Config { sources, cgroups, dry_run: *dry_run, timing, mount: &mount, journal };
+        let config =
+            Config { sources, cgroups, dry_run: *dry_run, timing, mount: &mount, instance: &name, apply: self.apply };
         let mut daemon = Daemon::watch(config, texts, policies.to_owned())?;
         let ResolvedTargets { stacks, targets, containers, .. } = daemon.resolve_targets()?;
         let desired = session::prepare(policies, &stacks, *dry_run, reporting.timing)?;
@@ -140,7 +140,7 @@ impl Run {
         daemon.note_skipped(&mut session);
         let ended =
             finish(session, &mut signals, writer, |session, signals, writer| daemon.run(session, signals, writer));
-        if self.apply && !self.persist && self.instance.is_none() {
+        if !self.persist && self.instance.is_none() {
             // Nobody asks by this name any more.
             if let Err(error) = Journal::of(&name).remove() {
                 log::warn!("what sockets had before is still kept: {error}");

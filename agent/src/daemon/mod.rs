@@ -37,7 +37,7 @@ use crate::{
     kernel::Target,
     policy::{Policy, diagnostic::Diagnostic},
     reconcile::{Done, Message, ReconcileError, ReconcileThread, Selection, Tally, Task},
-    report::Loss,
+    report::{Loss, Repaired},
     session::{self, Session, SessionError},
     skipped::{self, Skip, SkippedList},
     sources::{Sources, Texts},
@@ -63,6 +63,9 @@ const FIRST_SEARCH: Duration = Duration::from_secs(3);
 const ROUNDS_MAX: usize = 4;
 /// How long to wait for the end of a reconciliation when the daemon ends.
 const LAST_SOCKET: Duration = Duration::from_secs(5);
+/// After a repair, no other repair starts for this many times as long as the repair took. The owners of cgroups decide how often
+/// targets appear.
+const REPAIR_REST: u32 = 4;
 /// How long to wait if another process uses the journal.
 const JOURNAL_BUSY: Duration = Duration::from_secs(5);
 
@@ -82,6 +85,8 @@ pub trait Observer {
     /// Receives the result of one option of one live socket.
     fn applied(&self, event: &Event);
     fn reconciled(&self, tally: &Tally);
+    /// Receives the end of a repair: the sockets of new targets that were created before the programs were attached.
+    fn repaired(&self, tally: &Tally);
 }
 
 /// The names of the targets' cgroups, by the id of the cgroup and the index of its policies.
@@ -112,8 +117,10 @@ pub struct Config<'a> {
     /// Whether to measure the duration of calls.
     pub timing: bool,
     pub mount: &'a Mount,
-    /// The instance whose journal records the values of live sockets, if these are reconciled.
-    pub journal: Option<&'a str>,
+    /// The instance whose journal records the values that live sockets had.
+    pub instance: &'a str,
+    /// Whether to reconcile the live sockets of all targets.
+    pub apply: bool,
 }
 
 impl Config<'_> {
@@ -167,6 +174,13 @@ pub struct Daemon<'a> {
     replaced: Instant,
     /// When to reconcile live sockets, if they are to be reconciled.
     reconcile_at: Option<Instant>,
+    /// The cgroup ids of targets that have appeared, with sockets that may be older than the programs there. Not used if all
+    /// targets are reconciled.
+    to_repair: BTreeSet<u64>,
+    /// When the last reconciliation started.
+    reconciliation_started: Instant,
+    /// No repair starts before this time.
+    no_repair_before: Instant,
 }
 
 /// What signals requested.
@@ -198,7 +212,8 @@ impl<'a> Daemon<'a> {
     /// Fails if a glob cannot be compiled, or if the kernel refuses inotify(7).
     pub fn watch(config: Config<'a>, texts: Texts, policies: Vec<Policy>) -> Result<Self, DaemonError> {
         let scope = SearchScope::of(&policies)?;
-        let reconcile_at = config.journal.map(|_| Instant::now());
+        let now = Instant::now();
+        let reconcile_at = config.apply.then_some(now);
         let mut daemon = Self {
             config,
             in_force: texts.clone(),
@@ -216,8 +231,11 @@ impl<'a> Daemon<'a> {
             skipped_cgroups: Vec::new(),
             skipped_sockets: Vec::new(),
             reconciliation: None,
-            replaced: Instant::now(),
+            replaced: now,
             reconcile_at,
+            to_repair: BTreeSet::new(),
+            reconciliation_started: now,
+            no_repair_before: now,
         };
         if containers::are_wanted_by(&daemon.policies) {
             let search = daemon.search.insert(Search::default());
@@ -344,19 +362,28 @@ impl<'a> Daemon<'a> {
         has_found
     }
 
-    /// Starts to reconcile live sockets with the policies in force.
+    /// Starts to reconcile live sockets with the policies in force: the sockets of all targets, or of those to repair.
     fn start_reconcile(&mut self, session: &Session) {
         self.reconcile_at = None;
-        let Config { mount, dry_run, journal: Some(journal), .. } = self.config else { return };
+        self.reconciliation_started = Instant::now();
+        let Config { mount, dry_run, instance, apply, .. } = self.config;
+        let selection = match apply {
+            true => Selection::of(session.targets()),
+            false => Selection::among(session.targets(), &self.to_repair),
+        };
         let task = Task {
             mount: mount.clone(),
             desired: session.desired().clone(),
-            selection: Selection::of(session.targets()),
+            selection,
             dry_run,
-            journal: Journal::of(journal),
+            keeps_allowed: !apply,
+            journal: Journal::of(instance),
         };
         match ReconcileThread::start(task) {
-            Ok(thread) => self.reconciliation = Some(thread),
+            Ok(thread) => {
+                self.reconciliation = Some(thread);
+                self.to_repair.clear();
+            }
             Err(error) => {
                 log::warn!("cannot start to reconcile live sockets: {error}");
                 self.reconcile_at = Some(Instant::now() + JOURNAL_BUSY);
@@ -411,15 +438,36 @@ impl<'a> Daemon<'a> {
                         }
                     }
                 }
-                observer.reconciled(&tally);
+                if self.config.apply {
+                    observer.reconciled(&tally);
+                } else {
+                    self.no_repair_before = Instant::now() + self.reconciliation_started.elapsed() * REPAIR_REST;
+                    session.note_repaired(Repaired { sockets: tally.changed, listeners: tally.listeners });
+                    observer.repaired(&tally);
+                }
             }
         }
         Ok(())
     }
 
-    /// Reconciles live sockets after [`DEBOUNCE`], if they are to be reconciled.
+    /// Reconciles the live sockets of all targets after [`DEBOUNCE`], if they are to be reconciled.
     fn schedule_reconcile(&mut self) {
-        self.reconcile_at = self.config.journal.map(|_| Instant::now() + DEBOUNCE);
+        if self.config.apply {
+            self.reconcile_at = Some(Instant::now() + DEBOUNCE);
+        }
+    }
+
+    /// Repairs the targets that are in `after` and not in `before`: their sockets may have been created before the programs were
+    /// attached.
+    fn schedule_repair(&mut self, before: &TargetNames, after: &TargetNames) {
+        if self.config.apply {
+            return self.schedule_reconcile();
+        }
+        let known: BTreeSet<u64> = before.keys().map(|(cgroup, _)| *cgroup).collect();
+        self.to_repair.extend(after.keys().map(|(cgroup, _)| *cgroup).filter(|cgroup| !known.contains(cgroup)));
+        if !self.to_repair.is_empty() {
+            self.reconcile_at = Some(Instant::now().max(self.no_repair_before));
+        }
     }
 
     /// Returns how long to wait for an event, in milliseconds.
@@ -458,7 +506,7 @@ impl<'a> Daemon<'a> {
         let is_new = match self.texts.policies() {
             Ok((policies, warnings)) => {
                 observer.diagnostics(&warnings);
-                self.replace(session, policies).inspect_err(|error| observer.error(error)).is_ok()
+                self.replace(session, observer, policies).inspect_err(|error| observer.error(error)).is_ok()
             }
             Err(errors) => {
                 observer.diagnostics(&errors.diagnostics);
@@ -471,7 +519,16 @@ impl<'a> Daemon<'a> {
         observer.reloaded(session, is_new);
     }
 
-    fn replace(&mut self, session: &mut Session, policies: Vec<Policy>) -> Result<(), DaemonError> {
+    fn replace(
+        &mut self,
+        session: &mut Session,
+        observer: &impl Observer,
+        policies: Vec<Policy>,
+    ) -> Result<(), DaemonError> {
+        // Sockets of a target of the previous policies are repaired, unlike those of a cgroup that the new policies cover.
+        if self.pace.has_changed() {
+            self.retarget(session, observer);
+        }
         let scope = SearchScope::of(&policies)?;
         let Config { mount, cgroups, .. } = self.config;
         let mut resolved = ResolvedTargets::find_or_wait(mount, cgroups, &policies, self.containers())?;
@@ -508,8 +565,7 @@ impl<'a> Daemon<'a> {
                 if before == after {
                     return;
                 }
-                // Sockets may have been created before the programs were attached.
-                self.schedule_reconcile();
+                self.schedule_repair(&before, &after);
                 observer.retargeted(&before, &after);
             }
             Err(error) => {

@@ -26,6 +26,11 @@ impl Pace {
     /// The interval of looks without a notification, if a look takes less than a tenth of that.
     pub(super) const POLL: Duration = Duration::from_secs(2);
 
+    /// Returns whether something changed since the last look began.
+    pub(super) fn has_changed(&self) -> bool {
+        self.has_changed
+    }
+
     pub(super) fn note_change(&mut self) {
         self.has_changed = true;
     }

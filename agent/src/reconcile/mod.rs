@@ -11,11 +11,14 @@ pub mod restore;
 mod sockets;
 mod thread;
 
-use std::{collections::HashSet, io};
+use std::{
+    collections::{HashMap, HashSet},
+    io,
+};
 
 use abi::{
     live::{Assignment, Outcome, state},
-    setting::{OptionKey, Value, word_in},
+    setting::{OptionKey, Value, on_conflict, word_in},
 };
 use serde_json::json;
 
@@ -28,7 +31,7 @@ pub use self::{
 use crate::{
     compile::Desired,
     events::{Event, Kind},
-    host::{netns::Namespace, socket_table::SurveyError},
+    host::{netns::Namespace, socket::State, socket_table::SurveyError},
     journal::{Journal, JournalError, Place},
     kernel::{Job, KernelError, Outcomes},
     live::{
@@ -72,6 +75,8 @@ pub struct Tally {
     pub sockets: u64,
     /// Sockets that were changed.
     pub changed: u64,
+    /// Listeners that were changed.
+    pub listeners: u64,
     /// Options that were set.
     pub set: u64,
     /// Options that a dry run would set.
@@ -91,12 +96,30 @@ pub struct Tally {
 }
 
 impl Tally {
+    /// Returns whether all sockets could be compared, and agree with the policies.
+    #[must_use]
+    pub fn is_without_findings(&self) -> bool {
+        Self { sockets: self.sockets, ..Self::default() } == *self
+    }
+
     /// Returns the fields of a JSON line.
     #[must_use]
     pub fn to_json(self) -> serde_json::Value {
-        let Self { sockets, changed, set, would_set, would_change, failed, unknown, no_fd, denied, unanswered } = self;
+        let Self {
+            sockets,
+            changed,
+            listeners,
+            set,
+            would_set,
+            would_change,
+            failed,
+            unknown,
+            no_fd,
+            denied,
+            unanswered,
+        } = self;
         json!({
-            "checked": sockets, "changed": changed, "set": set, "would_change": would_change, "would_set": would_set,
+            "checked": sockets, "changed": changed, "listeners": listeners, "set": set, "would_change": would_change, "would_set": would_set,
             "failed": failed, "unknown": unknown, "no_fd": no_fd, "denied": denied, "unanswered": unanswered,
         })
     }
@@ -146,12 +169,15 @@ pub trait SocketHandle {
 pub struct Reconciler<'a, J = Journal> {
     desired: &'a Desired,
     dry_run: bool,
+    /// Whether to keep values that the application chose and that a rule allows (`on_conflict = "allow"`). A repair keeps them:
+    /// some of its sockets are newer than the programs.
+    keeps_allowed: bool,
     journal: J,
     /// `None`: only the counts are wanted.
     report: Option<&'a mut Report<'a>>,
     tally: Tally,
-    /// The cookies of sockets that were changed.
-    changed: HashSet<u64>,
+    /// The cookies of sockets that were changed, and whether the socket listens.
+    changed: HashMap<u64, bool>,
 }
 
 /// Returns `None` if this kernel refuses the iterator: descriptors are used instead.
@@ -178,12 +204,27 @@ struct Planned {
 
 impl<'a, J: ChangeLog> Reconciler<'a, J> {
     pub fn new(desired: &'a Desired, dry_run: bool, journal: J, report: Option<&'a mut Report<'a>>) -> Self {
-        Self { desired, dry_run, journal, report, tally: Tally::default(), changed: HashSet::new() }
+        Self {
+            desired,
+            dry_run,
+            keeps_allowed: false,
+            journal,
+            report,
+            tally: Tally::default(),
+            changed: HashMap::new(),
+        }
+    }
+
+    /// Keeps values that the application chose and that a rule allows.
+    #[must_use]
+    pub fn keeping_allowed(self, keeps_allowed: bool) -> Self {
+        Self { keeps_allowed, ..self }
     }
 
     #[must_use]
     pub fn tally(&self) -> Tally {
-        Tally { changed: self.changed.len() as u64, ..self.tally }
+        let listeners = self.changed.values().filter(|is_listener| **is_listener).count();
+        Tally { changed: self.changed.len() as u64, listeners: listeners as u64, ..self.tally }
     }
 
     /// Reconciles all of these sockets. Calls `pause` between sockets with the number that were finished since the last call;
@@ -207,6 +248,21 @@ impl<'a, J: ChangeLog> Reconciler<'a, J> {
                 self.reconcile_inspected(inspected)
             },
         )
+    }
+
+    /// Returns whether the value that an application chose for the option of this setting is kept.
+    fn is_kept_if_chosen(&self, setting: u32) -> bool {
+        let setting = self.desired.settings.get(setting as usize);
+        self.keeps_allowed && setting.is_some_and(|setting| setting.on_conflict == on_conflict::ALLOW)
+    }
+
+    fn is_kept(&self, finding: &Finding, live: &SocketSnapshot, fresh: &mut impl Baseline) -> bool {
+        let Finding::Drift { setting, option, current, .. } = finding else { return false };
+        self.is_kept_if_chosen(*setting) && live.is_chosen(option, current, fresh.values())
+    }
+
+    fn note_changed(&mut self, live: &SocketSnapshot) {
+        self.changed.insert(live.entry.cookie, live.entry.state == State::Listening);
     }
 
     fn is_dry_run(&self, scope: usize) -> bool {
@@ -251,7 +307,9 @@ impl<'a, J: ChangeLog> Reconciler<'a, J> {
             }
             let Assigned { assignments, settings, is_part } =
                 drift::assign(self.desired, &self.desired.scopes[scope], &live);
-            if assignments.is_empty() {
+            // Only a descriptor shows what the application chose. Without a descriptor, the application cannot have chosen.
+            let may_be_kept = live.owner.is_some() && settings.iter().any(|setting| self.is_kept_if_chosen(*setting));
+            if assignments.is_empty() || may_be_kept {
                 continue;
             }
             // No descriptor refers to a connection that is not accepted yet, and only BPF programs can read some options.
@@ -309,7 +367,7 @@ impl<'a, J: ChangeLog> Reconciler<'a, J> {
                     return Ok(true);
                 }
                 self.tally.set += 1;
-                self.changed.insert(one.planned.job.cookie);
+                self.note_changed(&one.planned.live);
                 Kind::Applied { before: one.before, after }
             }
             state::SET if one.planned.live.owner.is_none() => {
@@ -354,8 +412,10 @@ impl<'a, J: ChangeLog> Reconciler<'a, J> {
                     self.report(&live, finding, Kind::Unknown { why })?;
                 }
             }
-            let drifts: Vec<&Finding> =
-                findings.iter().filter(|finding| is_drift(finding) && !refused.contains(&option_of(finding))).collect();
+            let is_to_set = |finding: &&Finding| {
+                is_drift(finding) && !refused.contains(&option_of(finding)) && !self.is_kept(finding, &live, fresh)
+            };
+            let drifts: Vec<&Finding> = findings.iter().filter(is_to_set).collect();
             if drifts.is_empty() {
                 break;
             }
@@ -396,7 +456,7 @@ impl<'a, J: ChangeLog> Reconciler<'a, J> {
                 let after = after.unwrap_or(wanted);
                 // Counted first: the socket is changed even if that cannot be recorded.
                 self.tally.set += 1;
-                self.changed.insert(place.cookie);
+                self.note_changed(live);
                 self.record_one(place, None, after)?;
                 self.report(live, finding, Kind::Applied { before: *current, after })?;
                 Ok(true)

@@ -2,7 +2,7 @@
 
 use std::{
     cell::RefCell,
-    collections::{HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
     io,
     path::{Path, PathBuf},
     rc::Rc,
@@ -42,6 +42,8 @@ pub struct TargetScope {
     cgroup: String,
     level: u32,
     scope: usize,
+    /// Whether the sockets of the target are selected. The sockets of a target do not belong to a target above it.
+    is_selected: bool,
 }
 
 impl Selection {
@@ -54,9 +56,21 @@ impl Selection {
     /// Selects the sockets of these targets.
     #[must_use]
     pub fn of(targets: &[Target]) -> Self {
-        let governed = |Target { cgroup, scope }: &Target| {
-            let (cgroup, level) = (cgroup.name.clone(), cgroup.level);
-            TargetScope { cgroup, level, scope: *scope }
+        Self::of_cgroups(targets, |_| true)
+    }
+
+    /// Selects the sockets of those of these targets whose cgroup ids are in `cgroups`.
+    #[must_use]
+    pub fn among(targets: &[Target], cgroups: &BTreeSet<u64>) -> Self {
+        Self::of_cgroups(targets, |cgroup| cgroups.contains(&cgroup))
+    }
+
+    fn of_cgroups(targets: &[Target], is_selected: impl Fn(u64) -> bool) -> Self {
+        let governed = |Target { cgroup, scope }: &Target| TargetScope {
+            cgroup: cgroup.name.clone(),
+            level: cgroup.level,
+            scope: *scope,
+            is_selected: is_selected(cgroup.id),
         };
         Self::Targets(targets.iter().map(governed).collect())
     }
@@ -70,13 +84,14 @@ impl Selection {
         cgroups.iter().map(|path| mount.open(path).map(|cgroup| Target { cgroup, scope: 0 })).collect()
     }
 
-    /// Returns the scope of the sockets of a cgroup: that of the deepest target that contains the cgroup.
+    /// Returns the scope of the sockets of a cgroup: that of the deepest target that contains the cgroup. `None`: that target
+    /// is not selected, or no target contains the cgroup.
     fn scope(&self, cgroup: Option<&Path>) -> Option<usize> {
         match self {
             Self::All => Some(0),
             Self::Targets(targets) => {
                 let around = targets.iter().filter(|target| cgroup.is_some_and(|it| it.starts_with(&target.cgroup)));
-                around.max_by_key(|target| target.level).map(|target| target.scope)
+                around.max_by_key(|target| target.level).filter(|target| target.is_selected).map(|target| target.scope)
             }
         }
     }

@@ -34,6 +34,8 @@ pub struct Task {
     pub desired: Desired,
     pub selection: Selection,
     pub dry_run: bool,
+    /// Whether to keep values that the application chose and that a rule allows.
+    pub keeps_allowed: bool,
     pub journal: Journal,
 }
 
@@ -127,7 +129,7 @@ impl Sender {
 }
 
 fn reconcile(task: Task, sender: &Sender, stop: &AtomicBool) {
-    let Task { mount, desired, selection, dry_run, journal } = task;
+    let Task { mount, desired, selection, dry_run, keeps_allowed, journal } = task;
     let announcer = sender.clone();
     let inspector = Inspector::announcing(move |worker| {
         let (answer, answered) = mpsc::channel();
@@ -139,7 +141,7 @@ fn reconcile(task: Task, sender: &Sender, stop: &AtomicBool) {
         Ok(())
     };
     let mut iter = LazyIter::begin();
-    let mut reconciler = Reconciler::new(&desired, dry_run, journal, Some(&mut report));
+    let mut reconciler = Reconciler::new(&desired, dry_run, journal, Some(&mut report)).keeping_allowed(keeps_allowed);
     let found = Sockets::find(mount, selection, || iter.fd_refs(), inspector).map_err(ReconcileError::from);
     let (skipped, error) = match found {
         Ok(mut sockets) => {

@@ -21,7 +21,8 @@ impl Summary {
     /// Returns the summary as one line of JSON, without the newline.
     #[must_use]
     pub fn to_json(&self, time: jiff::Timestamp) -> String {
-        let Self { policies, targets, audit, unsupported, lines: _, earlier_conflicts: _, calls, lost } = self;
+        let Self { policies, targets, audit, unsupported, lines: _, earlier_conflicts: _, repaired, calls, lost } =
+            self;
         let losses: Map<String, Value> =
             lost.by_reason().into_iter().map(|(reason, count)| (reason.name.to_owned(), count.into())).collect();
         let fields = json!({
@@ -32,6 +33,7 @@ impl Summary {
             "not_covered": audit.map(|audit| audit.not_covered),
             "unsupported": unsupported.iter().map(Unsupported::to_json).collect::<Vec<_>>(),
             "conflicts": self.conflicts(),
+            "repaired": { "sockets": repaired.sockets, "listeners": repaired.listeners },
             "settings": self.settings_json(),
             "call_counts": calls.iter().map(CallLine::to_json).collect::<Vec<_>>(),
             "losses": losses,

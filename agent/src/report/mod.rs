@@ -49,6 +49,15 @@ pub struct Report {
     before: Vec<SavedCounters>,
     /// All counters at the start of this report.
     at_first: Vec<SavedCounters>,
+    repaired: Repaired,
+}
+
+/// Sockets of new targets that were created before the programs were attached there, and that were set afterwards.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Repaired {
+    pub sockets: u64,
+    /// How many of the sockets are listeners.
+    pub listeners: u64,
 }
 
 /// How the audit sees calls.
@@ -71,6 +80,7 @@ pub struct Summary {
     pub lines: Vec<Line>,
     /// How many of the lines' conflicts are from before this report.
     pub earlier_conflicts: u64,
+    pub repaired: Repaired,
     /// The calls that the audit counted, if it covers more than conflicts.
     pub calls: Vec<CallLine>,
     pub lost: Lost,
@@ -136,6 +146,12 @@ impl Report {
         }
     }
 
+    /// Adds sockets of new targets that were repaired.
+    pub fn note_repaired(&mut self, repaired: Repaired) {
+        self.repaired.sockets += repaired.sockets;
+        self.repaired.listeners += repaired.listeners;
+    }
+
     /// Returns a report that continues from saved counters.
     #[must_use]
     pub fn resume(before: Vec<SavedCounters>) -> Self {
@@ -194,11 +210,11 @@ impl Report {
         unsupported: Vec<Unsupported>,
     ) -> Summary {
         let Counts { calls, lost } = counts;
-        let Self { mut lines, mut at_first, .. } = self;
+        let Self { mut lines, mut at_first, repaired, .. } = self;
         let policies = desired.policies().into_iter().map(|(name, mode)| (name.to_owned(), mode)).collect();
         lines.retain(|line| line.is_reported);
         let earlier = lines.iter().map(|line| conflicts(&saved_counters::take(&mut at_first, line))).sum();
-        Summary { policies, targets, audit, unsupported, lines, earlier_conflicts: earlier, calls, lost }
+        Summary { policies, targets, audit, unsupported, lines, earlier_conflicts: earlier, repaired, calls, lost }
     }
 }
 

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::{
-    Example, Line, Summary,
+    Example, Line, Repaired, Summary,
     calls::calls_table,
     common_mode,
     table::{align_right, table},
@@ -32,6 +32,13 @@ unsupported: {unsupported}"
             })?;
             self.write_unsupported(f)?;
         }
+        if let Repaired { sockets: sockets @ 1.., listeners } = self.repaired {
+            let [sockets, listeners] = [counted(sockets, "socket"), counted(listeners, "listener")];
+            writeln!(
+                f,
+                "\nrepaired: {sockets} ({listeners}), created before the programs were attached to their cgroup"
+            )?;
+        }
         if !self.calls.is_empty() {
             writeln!(f, "\n{}", calls_table(&self.calls))?;
         } else if self.policies.is_empty() {
@@ -46,6 +53,11 @@ unsupported: {unsupported}"
         }
         Ok(())
     }
+}
+
+/// Returns a count with its noun: `1 socket`, `2 sockets`.
+fn counted(count: u64, noun: &str) -> String {
+    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
 }
 
 /// The tables of settings and conflicts.

@@ -35,7 +35,7 @@ use crate::{
     instance::{Files, Instance, InstanceError},
     kernel::{self, Answer, Audit, AuditConfig, BackendChoice, KernelError, Object, Target},
     policy::model::Policy,
-    report::{AuditFacts, CallLine, Counts, Loss, Lost, Report, Summary},
+    report::{AuditFacts, CallLine, Counts, Loss, Lost, Repaired, Report, Summary},
     skipped::{Kind, Skip, SkippedList},
     unsupported::{Unsupported, UnsupportedList},
 };
@@ -284,6 +284,11 @@ impl Session {
         if let Some(record) = &mut self.record {
             record.note_skipped(skipped);
         }
+    }
+
+    /// Counts the sockets of new targets that were repaired, for the report.
+    pub fn note_repaired(&mut self, repaired: Repaired) {
+        self.report.note_repaired(repaired);
     }
 
     /// Makes the policies in force ignore the calls of one worker process, which inspects sockets; `None` ends the exemption.

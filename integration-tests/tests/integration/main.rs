@@ -35,6 +35,7 @@ mod precedence;
 mod progress;
 mod races;
 mod reload;
+mod restarts;
 mod settings;
 mod target;
 mod targets;
