@@ -157,6 +157,24 @@ pub fn all(policies: &[Policy]) -> Stack {
     (0..policies.len()).collect()
 }
 
+/// Returns the glob that matches only this name.
+fn escaped(name: &str) -> String {
+    let escaped = |character: char| {
+        let is_special = matches!(character, '*' | '?' | '[' | ']' | '{' | '}' | ',' | '!' | '\\');
+        is_special.then_some('\\').into_iter().chain([character])
+    };
+    // A name that is no glob is found without a search of the cgroup tree.
+    if is_glob(name) { name.chars().flat_map(escaped).collect() } else { name.to_owned() }
+}
+
+/// Returns the policies with these cgroups, which are paths below the mount, as their targets.
+#[must_use]
+pub fn with_targets(policies: Vec<Policy>, cgroups: &[PathBuf]) -> Vec<Policy> {
+    let cgroups = cgroups.iter().map(|path| escaped(&path.to_string_lossy())).collect();
+    let target = Target { cgroups, ..Target::default() };
+    policies.into_iter().map(|policy| Policy { target: target.clone(), ..policy }).collect()
+}
+
 /// Returns the policies that cover a cgroup, whether the cgroup exists or not. A policy without a target covers all
 /// cgroups, with the lowest precedence.
 ///
@@ -320,6 +338,18 @@ mod tests {
             policy::parse(Path::new(&format!("{at}.toml")), &text).unwrap().0
         };
         targets.iter().enumerate().map(policy).collect()
+    }
+
+    #[test]
+    fn escaped_name_matches_only_itself() {
+        for name in ["a", "a*", "server[1]\\x2d*", "{a,b}", "a,b!", "?", "]", "a b"] {
+            let globs = Globs::new([(escaped(name).as_str(), 0)]).unwrap();
+            let matches = |other: &str| !globs.matching(Path::new(other)).is_empty();
+            assert!(matches(name), "{name}");
+            for other in ["b", "ab", "server1x2d", "server1-2", "{a", "a,b", "x"] {
+                assert!(other == name || !matches(other), "{name} {other}");
+            }
+        }
     }
 
     #[test]

@@ -271,6 +271,13 @@ impl Probe {
         (fd, address)
     }
 
+    /// Returns the value of an option that is an int on a new TCP listener.
+    #[track_caller]
+    pub fn value_on_listener(&mut self, option: SocketOption) -> i32 {
+        let (listener, _) = self.listener(Family::Inet, Kind::Tcp);
+        self.int(listener, option)
+    }
+
     /// Opens a connection over a loopback address.
     #[track_caller]
     pub fn pair(&mut self, family: Family, kind: Kind) -> Pair {

@@ -86,8 +86,11 @@ impl Plan {
             check::warn_of_replaced_targets(policies, "--cgroup");
         }
         let containers = if self.cgroup.is_empty() { containers::wanted_by(policies).running } else { Vec::new() };
-        let ResolvedTargets { stacks, targets, .. } =
-            ResolvedTargets::find_or_wait(&mount, &self.cgroup, policies, containers).map_err(RunError::from)?;
+        let ResolvedTargets { stacks, targets, .. } = match self.cgroup.is_empty() {
+            true => ResolvedTargets::find_or_wait(&mount, policies, containers),
+            false => ResolvedTargets::find(&mount, &self.cgroup, policies),
+        }
+        .map_err(RunError::from)?;
         let mut desired = session::prepare(policies, &stacks, self.dry_run, false).map_err(RunError::from)?;
         if let Some(name) = &self.instance {
             let in_force = status::in_force(name).map_err(Box::new)?;

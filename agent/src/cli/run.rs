@@ -114,9 +114,17 @@ impl Run {
         if !self.cgroup.is_empty() {
             check::warn_of_replaced_targets(policies, "--cgroup");
         }
-        let (cgroups, timing) = (&self.cgroup[..], reporting.timing);
-        let config =
-            Config { sources, cgroups, dry_run: *dry_run, timing, mount: &mount, instance: &name, apply: self.apply };
+        let below = |path: &PathBuf| mount.open(path).map(|cgroup| mount.below(&cgroup));
+        let cgroups = self.cgroup.iter().map(below).collect::<Result<Vec<_>, _>>()?;
+        let config = Config {
+            sources,
+            cgroups: &cgroups,
+            dry_run: *dry_run,
+            timing: reporting.timing,
+            mount: &mount,
+            instance: &name,
+            apply: self.apply,
+        };
         let mut daemon = Daemon::watch(config, texts, policies.to_owned())?;
         let ResolvedTargets { stacks, targets, containers, .. } = daemon.resolve_targets()?;
         let desired = session::prepare(policies, &stacks, *dry_run, reporting.timing)?;

@@ -25,7 +25,7 @@ pub use self::signals::{Received, Signals};
 use self::{pace::Pace, watch::WatchError};
 use crate::{
     container::Running,
-    coverage::{GlobError, SearchScope, Stack},
+    coverage::{GlobError, SearchScope, Stack, with_targets},
     events::Event,
     host::{
         cgroup::Mount,
@@ -111,7 +111,7 @@ impl From<GlobError> for DaemonError {
 /// The policies to keep in force, and where.
 pub struct Config<'a> {
     pub sources: Sources,
-    /// Targets that replace those of the policies, if there are any.
+    /// Cgroups that replace the targets of the policies, if there are any: paths below the mount.
     pub cgroups: &'a [PathBuf],
     pub dry_run: bool,
     /// Whether to measure the duration of calls.
@@ -124,6 +124,11 @@ pub struct Config<'a> {
 }
 
 impl Config<'_> {
+    /// Replaces the targets of policies by those of the configuration, if there are any.
+    fn with_targets(&self, policies: Vec<Policy>) -> Vec<Policy> {
+        if self.cgroups.is_empty() { policies } else { with_targets(policies, self.cgroups) }
+    }
+
     fn files(&self, texts: &Texts, stacks: &[Stack]) -> Files {
         Files::new(texts, self.dry_run, stacks)
     }
@@ -211,6 +216,7 @@ impl<'a> Daemon<'a> {
     ///
     /// Fails if a glob cannot be compiled, or if the kernel refuses inotify(7).
     pub fn watch(config: Config<'a>, texts: Texts, policies: Vec<Policy>) -> Result<Self, DaemonError> {
+        let policies = config.with_targets(policies);
         let scope = SearchScope::of(&policies)?;
         let now = Instant::now();
         let reconcile_at = config.apply.then_some(now);
@@ -529,9 +535,9 @@ impl<'a> Daemon<'a> {
         if self.pace.has_changed() {
             self.retarget(session, observer);
         }
+        let policies = self.config.with_targets(policies);
         let scope = SearchScope::of(&policies)?;
-        let Config { mount, cgroups, .. } = self.config;
-        let mut resolved = ResolvedTargets::find_or_wait(mount, cgroups, &policies, self.containers())?;
+        let mut resolved = ResolvedTargets::find_or_wait(self.config.mount, &policies, self.containers())?;
         resolved.skipped.extend(session.leave_to_others(&mut resolved.targets));
         let skipped = mem::take(&mut resolved.skipped);
         let stacks = self.config.enforce(session, &policies, &self.texts, resolved)?;
@@ -577,9 +583,6 @@ impl<'a> Daemon<'a> {
     }
 
     fn attach_to_new(&mut self, session: &mut Session) -> Result<(), DaemonError> {
-        if !self.config.cgroups.is_empty() {
-            return Ok(());
-        }
         let mount = self.config.mount;
         // A target whose parent cannot be listed stays a target.
         let known = session.targets().iter().map(|target| mount.below(&target.cgroup)).collect();
@@ -604,12 +607,9 @@ impl<'a> Daemon<'a> {
     /// Resolves the targets that exist now, and watches the directories in which targets can appear. Repeats this for directories
     /// that were not watched before, so that no cgroup is missed.
     fn look(&mut self, known: &BTreeSet<PathBuf>) -> Result<ResolvedTargets, DaemonError> {
-        let Config { mount, cgroups, .. } = self.config;
+        let mount = self.config.mount;
         // Listed before the tree, so that the tree contains the cgroups of these containers.
         let containers = self.containers();
-        if !cgroups.is_empty() {
-            return Ok(ResolvedTargets::find_or_wait(mount, cgroups, &self.policies, containers)?);
-        }
         check_targets(&self.policies)?;
         let mut rounds = 0;
         loop {

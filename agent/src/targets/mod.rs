@@ -108,16 +108,8 @@ impl ResolvedTargets {
     ///
     /// # Errors
     ///
-    /// Fails if a requested cgroup does not exist, or if a policy has no target of its own.
-    pub fn find_or_wait(
-        mount: &Mount,
-        requested: &[PathBuf],
-        policies: &[Policy],
-        containers: Vec<Running>,
-    ) -> Result<Self, TargetError> {
-        if !requested.is_empty() {
-            return Self::find(mount, requested, policies);
-        }
+    /// Fails if a policy has no target of its own.
+    pub fn find_or_wait(mount: &Mount, policies: &[Policy], containers: Vec<Running>) -> Result<Self, TargetError> {
         check_targets(policies)?;
         let search = SearchScope::of(policies)?;
         let candidates = Candidates::find(mount, policies, &search, &containers, BTreeSet::new())?;

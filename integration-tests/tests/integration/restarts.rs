@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use sockpolicy_integration_tests::{
     agent::Run,
     cgroup::Cgroup,
@@ -61,17 +62,39 @@ fn every_listener_and_connection_of_a_restarted_server_is_governed() {
     assert_eq!(by_repairs("set"), applied);
 }
 
+#[test]
+fn cgroup_of_the_command_line_is_followed_too() {
+    let slice = Cgroup::new();
+    // A name with characters that mean something in a glob.
+    let first = slice.child("server[1]\\x2d*");
+    let policy = policy_on("/no/such/target");
+    let run = Run::start_with(&policy, &["--cgroup", &first.name()]);
+    assert_eq!(Probe::start(&first).value_on_listener(TCP_KEEPIDLE), 77);
+    drop(first);
+    run.notice("targets", 1);
+    let mut server = Probe::start(&slice);
+    let (second, other) = (slice.child("server[1]\\x2d*"), slice.child("server1-other"));
+    server.enter(&second);
+    let listener = server.listener(Family::Inet, Kind::Tcp).0;
+    assert!(is_governed(&mut server, listener, wait::TIMEOUT));
+    assert_eq!(Probe::start(&other).value_on_listener(TCP_KEEPIDLE), 7200);
+    run.finish();
+}
+
 /// A connection that nobody has accepted has no descriptor.
 #[test]
 fn connection_that_waits_in_the_queue_of_an_early_listener_is_repaired() {
     let slice = Cgroup::new();
-    let run = Run::start_with(&policy_on(&format!("{}/server", slice.name())), &[]);
+    let policy = policy_on(&format!("{}/server", slice.name()));
+    let run = Run::start_with(&policy, &[]);
     let mut server = Probe::start(&slice);
     let client = server.open(Family::Inet, Kind::Tcp);
+    run.signal(Signal::SIGSTOP);
     let service = slice.child("server");
     server.enter(&service);
     let (listener, address) = server.listener(Family::Inet, Kind::Tcp);
     server.connect(client, address);
+    run.signal(Signal::SIGCONT);
     assert!(is_governed(&mut server, listener, wait::TIMEOUT));
     run.notice("repair-summary", 1);
     let accepted = server.accept(listener);
@@ -95,10 +118,12 @@ fn repair_leaves_other_targets_and_allowed_values_alone() {
     ));
     let run = Run::start_with(&policy, &[]);
     let mut after = Probe::start(&slice);
+    run.signal(Signal::SIGSTOP);
     let new = slice.child("new");
     after.enter(&new);
     let listener = after.listener(Family::Inet, Kind::Tcp).0;
     after.set(listener, TCP_KEEPCNT, 3).unwrap();
+    run.signal(Signal::SIGCONT);
     assert!(wait::until(wait::TIMEOUT, || after.int(listener, TCP_KEEPIDLE) == 77));
     let repair = run.notice("repair-summary", 1);
     assert_eq!((&repair["changed"], &repair["listeners"]), (&1.into(), &1.into()), "{repair}");
@@ -110,11 +135,14 @@ fn repair_leaves_other_targets_and_allowed_values_alone() {
 #[test]
 fn dry_run_reports_what_a_repair_would_change() {
     let slice = Cgroup::new();
-    let run = Run::start_with(&policy_on(&format!("{}/server", slice.name())), &["--dry-run"]);
+    let policy = policy_on(&format!("{}/server", slice.name()));
+    let run = Run::start_with(&policy, &["--dry-run"]);
     let mut server = Probe::start(&slice);
+    run.signal(Signal::SIGSTOP);
     let service = slice.child("server");
     server.enter(&service);
     let listener = server.listener(Family::Inet, Kind::Tcp).0;
+    run.signal(Signal::SIGCONT);
     let repair = run.notice("repair-summary", 1);
     assert_eq!((&repair["would_change"], &repair["would_set"], &repair["changed"]), (&1.into(), &2.into(), &0.into()));
     assert_eq!(server.int(listener, TCP_KEEPIDLE), 7200);
