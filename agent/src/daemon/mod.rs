@@ -182,6 +182,8 @@ pub struct Daemon<'a> {
     /// The cgroup ids of targets that have appeared, with sockets that may be older than the programs there. Not used if all
     /// targets are reconciled.
     to_repair: BTreeSet<u64>,
+    /// Those of them that are repaired now.
+    in_repair: BTreeSet<u64>,
     /// When the last reconciliation started.
     reconciliation_started: Instant,
     /// No repair starts before this time.
@@ -240,6 +242,7 @@ impl<'a> Daemon<'a> {
             replaced: now,
             reconcile_at,
             to_repair: BTreeSet::new(),
+            in_repair: BTreeSet::new(),
             reconciliation_started: now,
             no_repair_before: now,
         };
@@ -302,6 +305,7 @@ impl<'a> Daemon<'a> {
         observer: &impl Observer,
     ) -> Result<(), WatchError> {
         let mut requested = SignalRequests::default();
+        self.schedule_repair(session.recreated().iter().copied());
         loop {
             if self.reconciliation.is_none() && self.reconcile_at.is_some_and(|at| at <= Instant::now()) {
                 self.start_reconcile(session);
@@ -388,7 +392,7 @@ impl<'a> Daemon<'a> {
         match ReconcileThread::start(task) {
             Ok(thread) => {
                 self.reconciliation = Some(thread);
-                self.to_repair.clear();
+                self.in_repair = mem::take(&mut self.to_repair);
             }
             Err(error) => {
                 log::warn!("cannot start to reconcile live sockets: {error}");
@@ -441,6 +445,7 @@ impl<'a> Daemon<'a> {
                         observer.error(&error);
                         if matches!(error, ReconcileError::Journal(JournalError::Busy { .. })) {
                             self.reconcile_at = Some(Instant::now() + JOURNAL_BUSY);
+                            self.to_repair.append(&mut self.in_repair);
                         }
                     }
                 }
@@ -463,15 +468,14 @@ impl<'a> Daemon<'a> {
         }
     }
 
-    /// Repairs the targets that are in `after` and not in `before`: their sockets may have been created before the programs were
-    /// attached.
-    fn schedule_repair(&mut self, before: &TargetNames, after: &TargetNames) {
+    /// Repairs the sockets of these targets, by the ids of their cgroups: the sockets may have been created before the programs
+    /// were attached.
+    fn schedule_repair(&mut self, cgroups: impl Iterator<Item = u64>) {
         if self.config.apply {
-            return self.schedule_reconcile();
+            return;
         }
-        let known: BTreeSet<u64> = before.keys().map(|(cgroup, _)| *cgroup).collect();
-        self.to_repair.extend(after.keys().map(|(cgroup, _)| *cgroup).filter(|cgroup| !known.contains(cgroup)));
-        if !self.to_repair.is_empty() {
+        self.to_repair.extend(cgroups);
+        if !self.to_repair.is_empty() && self.reconcile_at.is_none() {
             self.reconcile_at = Some(Instant::now().max(self.no_repair_before));
         }
     }
@@ -571,7 +575,9 @@ impl<'a> Daemon<'a> {
                 if before == after {
                     return;
                 }
-                self.schedule_repair(&before, &after);
+                let known: BTreeSet<u64> = before.keys().map(|(cgroup, _)| *cgroup).collect();
+                self.schedule_repair(after.keys().map(|(cgroup, _)| *cgroup).filter(|cgroup| !known.contains(cgroup)));
+                self.schedule_reconcile();
                 observer.retargeted(&before, &after);
             }
             Err(error) => {

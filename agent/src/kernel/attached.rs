@@ -109,6 +109,11 @@ impl Attached {
         Ok(())
     }
 
+    /// Returns whether programs are attached to this cgroup, by its id.
+    pub(super) fn is_attached_to(&self, cgroup: u64) -> bool {
+        self.targets.contains_key(&cgroup)
+    }
+
     /// Assigns slots to the targets. Targets that have a slot keep it.
     pub(super) fn assign_slots(&mut self, targets: &[Target]) -> Vec<SlotAssignment> {
         let used: BTreeSet<u32> = self.targets.values().map(|attached| attached.target.place).collect();

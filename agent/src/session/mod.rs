@@ -67,6 +67,8 @@ pub struct Session {
     /// Whether the ring buffer was empty at some time since the last of these was retired.
     was_drained: bool,
     targets: Vec<Target>,
+    /// The cgroup ids of targets that were removed and created again before this session took over.
+    recreated: BTreeSet<u64>,
     filter: Filter,
     backend: BackendChoice,
     audit: Option<Audit>,
@@ -284,6 +286,13 @@ impl Session {
         if let Some(record) = &mut self.record {
             record.note_skipped(skipped);
         }
+    }
+
+    /// Returns the cgroup ids of targets that were removed and created again while no agent ran. Their sockets may have been
+    /// created before the programs were attached.
+    #[must_use]
+    pub fn recreated(&self) -> &BTreeSet<u64> {
+        &self.recreated
     }
 
     /// Counts the sockets of new targets that were repaired, for the report.

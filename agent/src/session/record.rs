@@ -51,6 +51,11 @@ impl RecordWriter {
         Self { instance, record, is_behind: false }
     }
 
+    /// Returns the names of the targets of the generations that were taken over.
+    pub(super) fn targets(&self) -> BTreeSet<&str> {
+        self.record.targets().collect()
+    }
+
     /// Returns the generations that were taken over.
     pub(super) fn previous(&self) -> Vec<Generation> {
         readable(&self.record.generations)

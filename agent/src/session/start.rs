@@ -1,6 +1,6 @@
 //! Starts a session: loads the programs, probes options, resumes what earlier agents of the instance left, and enables the policies.
 
-use std::{panic::resume_unwind, thread};
+use std::{collections::BTreeSet, panic::resume_unwind, thread};
 
 use abi::GENERATIONS;
 
@@ -49,6 +49,7 @@ impl Session {
         }
         let mut held = Held { object, record: None, instance };
         let History { draining, retired, report } = held.resume(&desired)?;
+        let recreated = held.recreated(&targets);
         // The new tables use the slot of a retired generation, whose counters are in the record by now.
         let mut staged = held.object.stage(&desired, filled, &targets)?;
         let (targets, failed) = without_failed(targets, &staged.take_failed());
@@ -73,6 +74,7 @@ impl Session {
             retired,
             was_drained: false,
             targets,
+            recreated,
             filter,
             backend,
             audit,
@@ -111,6 +113,15 @@ struct History {
 }
 
 impl Held {
+    /// Returns the cgroup ids of targets that were removed and created again while no agent ran.
+    fn recreated(&self, targets: &[Target]) -> BTreeSet<u64> {
+        let known = self.record.as_ref().map(RecordWriter::targets).unwrap_or_default();
+        let cgroups = targets.iter().map(|target| &target.cgroup);
+        let recreated =
+            cgroups.filter(|cgroup| known.contains(cgroup.name.as_str()) && !self.object.is_attached_to(cgroup.id));
+        recreated.map(|cgroup| cgroup.id).collect()
+    }
+
     /// Makes the record of the instance, and resumes the generations and the counters of its earlier agents. Without an
     /// instance there are none.
     fn resume(&mut self, desired: &Desired) -> Result<History, SessionError> {

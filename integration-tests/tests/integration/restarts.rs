@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use sockpolicy_integration_tests::{
-    agent::Run,
+    agent::{self, Run},
     cgroup::Cgroup,
     options::{SO_KEEPALIVE, TCP_KEEPCNT, TCP_KEEPIDLE, TCP_NODELAY},
     policy::PolicyFile,
@@ -79,6 +79,33 @@ fn cgroup_of_the_command_line_is_followed_too() {
     assert!(is_governed(&mut server, listener, wait::TIMEOUT));
     assert_eq!(Probe::start(&other).value_on_listener(TCP_KEEPIDLE), 7200);
     run.finish();
+}
+
+/// The policies stay without the agent, but a new cgroup is not covered until the next agent starts.
+#[test]
+fn service_that_restarted_without_an_agent_is_repaired_by_the_next_agent() {
+    let slice = Cgroup::new();
+    let service = slice.child("server");
+    let policy = policy_on(&service.name());
+    let instance = format!("{}-restart", slice.name().trim_matches('/'));
+    let arguments = ["--persist", "--instance", &instance];
+    let run = Run::start_with(&policy, &arguments);
+    drop(run.finish_persistent());
+    drop(service);
+    let mut server = Probe::start(&slice);
+    let service = slice.child("server");
+    server.enter(&service);
+    let listener = server.listener(Family::Inet, Kind::Tcp).0;
+    assert_eq!(server.int(listener, TCP_KEEPIDLE), 7200);
+    let run = Run::start_with(&policy, &arguments);
+    assert!(is_governed(&mut server, listener, wait::TIMEOUT));
+    let repair = run.notice("repair-summary", 1);
+    assert_eq!(&repair["listeners"], &1, "{repair}");
+    // Nothing was removed before the next agent.
+    drop(run.finish_persistent());
+    let run = Run::start_with(&policy, &arguments);
+    assert_eq!(run.finish_persistent().summary.repaired.listeners, 0);
+    assert!(agent::output(&["detach", &instance]).status.success());
 }
 
 /// A connection that nobody has accepted has no descriptor.

@@ -293,6 +293,12 @@ impl Object {
         }
     }
 
+    /// Returns whether programs are attached to this cgroup, by its id.
+    #[must_use]
+    pub fn is_attached_to(&self, cgroup: u64) -> bool {
+        self.attached.is_attached_to(cgroup)
+    }
+
     /// Makes the programs ignore the calls of one worker process; `None` ends the exemption.
     ///
     /// # Errors
