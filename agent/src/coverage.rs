@@ -9,12 +9,14 @@
 
 mod containers;
 mod globs;
+mod instances;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
 };
 
+pub use self::instances::OtherInstance;
 use self::{containers::ContainerMatcher, globs::Globs};
 use crate::{
     container::Running,
