@@ -166,6 +166,9 @@ pub fn of_rule(selector: &Selector, option: Named, form: &Form) -> Vec<(&'static
 
 fn concern(entry: &Limitation, selector: &Selector, option: Named, form: &Form) -> Option<Concern> {
     let Named::Known(option) = option else { return None };
+    if *form == Form::Free {
+        return None;
+    }
     let sets = matches!(form, Form::Set(_));
     let by_protocol = |protocols: &[Protocol]| {
         if selector.protocols.is_empty() {

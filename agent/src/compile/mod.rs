@@ -262,7 +262,7 @@ struct ValueRules {
 /// The clauses of a rule, by [`Named::value_key`].
 type Clauses<'a> = BTreeMap<OptionKey, &'a Clause>;
 
-/// Adds the settings of one value: one for each rule that names it.
+/// Adds the settings of one value: one for each rule that names it. A value that rules only leave free has no settings.
 fn add_settings(
     desired: &mut Desired,
     value: SocketValue,
@@ -273,6 +273,9 @@ fn add_settings(
 ) -> ValueRules {
     let mut value_rules =
         ValueRules { names: 0, sets: 0, first_setting: desired.settings.len() as u32, is_certain: false };
+    if clauses.iter().all(|clauses| clauses.get(&value.key()).is_none_or(|clause| clause.form == Form::Free)) {
+        return value_rules;
+    }
     for (bit, rule) in rules.iter().enumerate() {
         let Some(clause) = clauses[bit].get(&value.key()) else { continue };
         value_rules.is_certain |= value_rules.names == 0 && rule.selector == Selector::default();
@@ -611,6 +614,7 @@ fn setting(clause: &Clause, mode: Mode) -> Setting {
             (setting.min, setting.max) = open_bounds(clause.option, *min, *max);
         }
         Form::Deny => setting.form = form::DENY,
+        Form::Free => setting.form = form::NONE,
     }
     setting
 }

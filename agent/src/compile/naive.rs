@@ -59,14 +59,14 @@ pub(crate) fn rule_matches(selector: &Selector, socket: &Socket) -> Matches {
     .unwrap_or(Matches::Yes)
 }
 
-/// Returns the number of the rule whose clause decides an option.
+/// Returns the number of the rule whose clause decides an option; `None` if no rule does, or if a rule leaves the option free.
 pub(crate) fn naive_winner(rules: &[Rule], named: Named, socket: &Socket) -> Option<usize> {
     for (number, rule) in rules.iter().enumerate() {
         let Some(clause) = rule.clauses.iter().find(|clause| clause.option.value_key() == named.value_key()) else {
             continue;
         };
         match rule_matches(&rule.selector, socket) {
-            Matches::Yes => return Some(number),
+            Matches::Yes => return (clause.form != Form::Free).then_some(number),
             // The rule may later forbid what a later rule would set now.
             Matches::Perhaps if !matches!(clause.form, Form::Set(_)) => return None,
             Matches::Perhaps | Matches::No => {}
@@ -75,7 +75,7 @@ pub(crate) fn naive_winner(rules: &[Rule], named: Named, socket: &Socket) -> Opt
     None
 }
 
-/// Returns the number of the rule that decides an option in a scope, by the compiled tables.
+/// Returns the number of the rule that decides an option in a scope, by the compiled tables; `None` as for [`naive_winner`].
 pub(crate) fn winner_in(desired: &Desired, scope: usize, named: Named, facts: &Facts) -> Option<usize> {
     let scope = &desired.scopes[scope];
     let option = scope.options.iter().find(|option| option.key == named.key())?;
@@ -84,7 +84,7 @@ pub(crate) fn winner_in(desired: &Desired, scope: usize, named: Named, facts: &F
     let winner = winner?;
     let source = &desired.sources[winner as usize];
     assert_eq!(source.option.value_key(), named.value_key(), "a setting of another value");
-    Some(source.rule)
+    (source.form != Form::Free).then_some(source.rule)
 }
 
 /// The values that a call on an option affects, by [`Named::value_key`], each with the rule that decides it.
@@ -97,8 +97,11 @@ pub(crate) fn naive_governing(rules: &[Rule], key: OptionKey, socket: &Socket) -
     let own = option.map_or(Named::Numeric(key), Named::Known);
     let guards = GUARDS.iter().filter(|guard| by_name(guard.option).is_some_and(|option| option.key() == key));
     let kept = guards.filter_map(|guard| by_name(guard.keeps).map(Named::Known));
-    let is_governed =
-        |value: OptionKey| rules.iter().flat_map(|rule| &rule.clauses).any(|clause| clause.option.value_key() == value);
+    let is_governed = |value: OptionKey| {
+        let clauses =
+            || rules.iter().flat_map(|rule| &rule.clauses).filter(|clause| clause.option.value_key() == value);
+        clauses().any(|clause| clause.form != Form::Free)
+    };
     let governing = [own].into_iter().chain(kept).filter(|named| is_governed(named.value_key()));
     governing.map(|named| (named.value_key(), naive_winner(rules, named, socket))).collect()
 }
@@ -115,7 +118,8 @@ pub(crate) fn governing_in(desired: &Desired, scope: usize, key: OptionKey, fact
             let value = desired.sources[option.first_setting as usize].option.value_key();
             let winner = option.winner(candidates).map(|setting| &desired.sources[setting as usize]);
             assert!(winner.is_none_or(|source| source.option.value_key() == value), "a setting of another value");
-            governing.push((value, winner.map(|source| source.rule)));
+            let deciding = winner.filter(|source| source.form != Form::Free);
+            governing.push((value, deciding.map(|source| source.rule)));
         }
         next = option.next.checked_sub(1).map(|row| row as usize);
     }

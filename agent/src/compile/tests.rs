@@ -82,6 +82,7 @@ fn clause() -> impl Strategy<Value = Option<Form>> {
         any::<u32>().prop_map(|value| Form::Set(Wanted::Number { value, mask: u32::MAX })),
         (0i64..9, 9i64..99).prop_map(|(min, max)| Form::Limit { min, max }),
         Just(Form::Deny),
+        Just(Form::Free),
     ])
 }
 

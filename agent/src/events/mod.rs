@@ -442,7 +442,7 @@ pub fn cause(desired: &Desired, setting: u32) -> Option<Cause> {
         place: format!("{}:{}", escape::plain(&rule.path), source.line),
         limit: match source.form {
             Form::Limit { min, max } => Some(Limit { min, max }),
-            Form::Set(_) | Form::Deny => None,
+            Form::Set(_) | Form::Deny | Form::Free => None,
         },
     })
 }

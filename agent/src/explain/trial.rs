@@ -11,7 +11,7 @@ use crate::{
     escape::{self, Escape},
     policy::{
         Policy,
-        model::{Expected, Test},
+        model::{Expected, Form, Test},
     },
     schema, values,
 };
@@ -69,6 +69,7 @@ pub fn try_all(policies: &[Policy]) -> Result<Vec<Trial>, CompileError> {
 fn failure(explanation: &Explanation, expected: &Expected) -> Option<Failure> {
     let found = explanation.options.iter().find(|option| option.value_key() == Some(expected.option.value_key()));
     let decided = found.and_then(|option| option.winner.as_ref()).map(|winner| &winner.source.form);
+    let decided = decided.filter(|form| **form != Form::Free);
     (decided != expected.form.as_ref()).then(|| Failure { expected: expected.clone(), found: found.cloned() })
 }
 

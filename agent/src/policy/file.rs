@@ -53,6 +53,7 @@ pub(crate) struct RuleFile<'a> {
     pub(crate) set: Vec<SettingFile<'a>>,
     pub(crate) limit: Vec<LimitFile<'a>>,
     pub(crate) deny: Vec<Text<'a>>,
+    pub(crate) free: Vec<Text<'a>>,
     pub(crate) on_conflict: Option<Text<'a>>,
     pub(crate) errno: Option<Value<'a>>,
     /// Whether the syntax of the whole rule is correct.
@@ -230,6 +231,7 @@ fn empty_rule<'a>(header: Span) -> RuleFile<'a> {
         set: Vec::new(),
         limit: Vec::new(),
         deny: Vec::new(),
+        free: Vec::new(),
         on_conflict: None,
         errno: None,
         complete: true,
@@ -246,6 +248,7 @@ fn rule<'a>(header: Span, table: DeTable<'a>, findings: &mut Findings) -> RuleFi
             "set" => rule.set = settings(&key, value, findings),
             "limit" => rule.limit = limits(&key, value, findings),
             "deny" => rule.deny = options(&key, value, findings),
+            "free" => rule.free = options(&key, value, findings),
             "on_conflict" => rule.on_conflict = findings.ok(text(&key, value)),
             "errno" => rule.errno = Some(value),
             _ => findings.error(unknown_key(&key, &RULE)),

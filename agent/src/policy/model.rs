@@ -272,6 +272,8 @@ pub enum Form {
         max: i64,
     },
     Deny,
+    /// No rule decides the option: the application's value is used, and calls are no conflicts.
+    Free,
 }
 
 /// A value that a policy wants.

@@ -54,6 +54,7 @@ pub fn form_text(key: OptionKey, form: &Form) -> String {
         Form::Set(Wanted::Number { value, .. }) => show(kind, number(kind, *value)),
         Form::Limit { min, max } => format!("{} to {}", show(kind, *min), show(kind, *max)),
         Form::Deny => "denied".to_owned(),
+        Form::Free => "free".to_owned(),
     }
 }
 
@@ -70,6 +71,7 @@ pub fn form_fields(key: OptionKey, form: &Form) -> Json {
         Form::Set(Wanted::Number { value, .. }) => json!({ "form": "set", "wanted": number(kind, *value) }),
         Form::Limit { min, max } => json!({ "form": "limit", "limit": { "min": min, "max": max } }),
         Form::Deny => json!({ "form": "deny" }),
+        Form::Free => json!({ "form": "free" }),
     }
 }
 

@@ -348,7 +348,7 @@ impl OptionRow {
 
 /// Values of [`Setting::form`].
 pub mod form {
-    /// A zeroed setting: decides nothing.
+    /// Decides nothing: a zeroed setting, or a rule that leaves the option free.
     pub const NONE: u8 = 0;
     pub const SET: u8 = 1;
     pub const LIMIT: u8 = 2;

@@ -21,6 +21,7 @@ mod environment;
 mod explain;
 mod facts;
 mod files;
+mod free;
 mod impostors;
 mod isolation;
 mod journal;

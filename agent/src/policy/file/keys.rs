@@ -20,7 +20,7 @@ pub(super) const TARGET: Section = Section { name: "[target]", keys: &["cgroup",
 pub(super) const CONTAINER: Section = Section { name: "`container`", keys: &["name", "image", "id", "runtime"] };
 pub(super) const AUDIT: Section = Section { name: "[audit]", keys: &["calls", "reads", "timing"] };
 pub(super) const RULE: Section =
-    Section { name: "[[rule]]", keys: &["name", "match", "set", "limit", "deny", "on_conflict", "errno"] };
+    Section { name: "[[rule]]", keys: &["name", "match", "set", "limit", "deny", "free", "on_conflict", "errno"] };
 pub(super) const MATCH: Section = Section {
     name: "`match`",
     keys: &["protocol", "family", "direction", "local", "remote", "not_remote", "local_port", "remote_port"],

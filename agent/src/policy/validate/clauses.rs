@@ -1,4 +1,4 @@
-//! `set`, `limit` and `deny` of one rule → one [`Clause`] for each option that it names.
+//! `set`, `limit`, `deny` and `free` of one rule → one [`Clause`] for each option that it names.
 
 use std::collections::BTreeMap;
 
@@ -32,6 +32,7 @@ pub(super) fn clauses(rule: &RuleFile<'_>, findings: &mut Findings) -> Vec<Claus
     clauses.extend(rule.set.iter().filter_map(|setting| set(setting, &defaults, findings)));
     clauses.extend(rule.limit.iter().filter_map(|limit| limited(limit, &defaults, findings)));
     clauses.extend(rule.deny.iter().filter_map(|option| denied(option, &defaults, findings)));
+    clauses.extend(rule.free.iter().filter_map(|option| freed(option, findings)));
     clauses.sort_by_key(|clause: &Clause| clause.span.start);
     refuse_duplicates(&clauses, findings);
     // After another error, the errno may have been meant for the faulty part.
@@ -144,6 +145,11 @@ fn denied(option: &Text<'_>, defaults: &Defaults, findings: &mut Findings) -> Op
     let named = findings.ok(option_named(option))?;
     let errno = defaults.errno.unwrap_or_default();
     Some(clause_at(option, named, Form::Deny, OnConflict::Deny, errno, findings))
+}
+
+fn freed(option: &Text<'_>, findings: &mut Findings) -> Option<Clause> {
+    let named = findings.ok(option_named(option))?;
+    Some(clause_at(option, named, Form::Free, OnConflict::Allow, Errno::default(), findings))
 }
 
 /// Returns the option with this name, or with this number.
