@@ -16,7 +16,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-pub use self::instances::OtherInstance;
+pub use self::instances::{OtherInstance, with_others};
 use self::{containers::ContainerMatcher, globs::Globs};
 use crate::{
     container::Running,

@@ -9,7 +9,7 @@
 //! write in between.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     fs::File,
     io::{self, Read as _, Seek as _, Write as _},
     path::{Path, PathBuf},
@@ -25,12 +25,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     compile::{CompileError, Desired, compile_in_force},
-    coverage::Stack,
+    coverage::{OtherInstance, Stack},
     escape::Escape,
     fault,
     host::private::{PrivateDir, PrivateError},
     kernel::{self, KernelError, MapIds, Pins, is_instance_name},
-    policy::{Policy, PolicyErrors},
+    policy::{Policy, PolicyErrors, model::Mode},
     report::SavedCounters,
     skipped::SkippedList,
     sources::Texts,
@@ -142,6 +142,9 @@ pub struct Generation {
     pub files: Files,
     /// Names of cgroups, each with the index of its stack.
     pub targets: Vec<(String, usize)>,
+    /// Names of cgroups that are targets of other instances below these targets, each with the index of its stack.
+    #[serde(default)]
+    pub boundaries: Vec<(String, usize)>,
     /// Whether the audit judges calls instead of the hooks.
     #[serde(default)]
     pub audit_judges: bool,
@@ -154,14 +157,26 @@ pub struct Files {
     pub texts: Vec<Text>,
     /// Whether the policies are a dry run, whatever their `mode` is.
     pub dry_run: bool,
+    /// Indices of the policies of `texts`, followed by those of `others`.
     pub stacks: Vec<Stack>,
+    /// The files of other instances, whose policies come first on deeper targets.
+    #[serde(default)]
+    pub others: Vec<OtherFiles>,
+}
+
+/// The policy files of another instance.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OtherFiles {
+    pub instance: String,
+    pub files: Vec<Text>,
 }
 
 impl Files {
     #[must_use]
-    pub fn new(texts: &Texts, dry_run: bool, stacks: &[Stack]) -> Self {
+    pub fn new(texts: &Texts, dry_run: bool, stacks: &[Stack], others: &[Other]) -> Self {
         let text = |(path, text): (&Path, &str)| Text { path: path.to_owned(), text: text.to_owned() };
-        Self { texts: texts.files().map(text).collect(), dry_run, stacks: stacks.to_vec() }
+        let others = others.iter().map(|other| OtherFiles { instance: other.name.clone(), files: other.texts.clone() });
+        Self { texts: texts.files().map(text).collect(), dry_run, stacks: stacks.to_vec(), others: others.collect() }
     }
 }
 
@@ -181,14 +196,13 @@ pub enum RecordError {
 }
 
 impl Generation {
-    /// Parses the policies again.
+    /// Parses the policies again, without those of other instances.
     ///
     /// # Errors
     ///
     /// Fails if this build does not accept them.
     pub fn policies(&self) -> Result<Vec<Policy>, PolicyErrors> {
-        let files = self.files.texts.iter().map(|Text { path, text }| (path.clone(), text.clone()));
-        Ok(Texts::of(files).policies()?.0)
+        parsed(&self.files.texts)
     }
 
     /// Compiles the policies again.
@@ -197,13 +211,73 @@ impl Generation {
     ///
     /// Fails if this build does not accept the policies or cannot compile them.
     pub fn desired(&self) -> Result<Desired, RecordError> {
-        let mut desired = compile_in_force(&self.policies()?, &self.files.stacks, self.files.dry_run)?;
+        let mut policies = self.policies()?;
+        for OtherFiles { instance, files } in &self.files.others {
+            policies.extend(parsed(files)?.iter().map(|policy| policy.freed(instance)));
+        }
+        let mut desired = compile_in_force(&policies, &self.files.stacks, self.files.dry_run)?;
         kernel::leave_out_absent_hooks(&mut desired);
         if self.audit_judges {
             desired.judge_by_audit();
         }
         Ok(desired)
     }
+}
+
+fn parsed(texts: &[Text]) -> Result<Vec<Policy>, PolicyErrors> {
+    let files = texts.iter().map(|Text { path, text }| (path.clone(), text.clone()));
+    Ok(Texts::of(files).policies()?.0)
+}
+
+/// Another instance, as its record has it: what it enforces.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Other {
+    pub name: String,
+    pub texts: Vec<Text>,
+    stacks: Vec<Stack>,
+    /// Names of cgroups, each with the index of its stack.
+    targets: Vec<(String, usize)>,
+}
+
+impl Other {
+    /// Returns the latest policies of an instance; `None` if the instance enforces none.
+    fn of(status: InstanceStatus) -> Option<Self> {
+        let InstanceStatus { name, record, .. } = status;
+        let Generation { files, targets, .. } = record?.generations.pop()?;
+        let Files { texts, dry_run, stacks, others: _ } = files;
+        (!dry_run).then_some(Self { name, texts, stacks, targets })
+    }
+
+    /// Returns the instance with its policies as rules that leave their options free. Policies that are a dry run decide nothing,
+    /// and are in no stack. An instance whose policies this build does not accept has no targets.
+    #[must_use]
+    pub fn freed(&self) -> OtherInstance {
+        let policies = parsed(&self.texts).unwrap_or_else(|error| {
+            log::warn!("cannot read the policies of instance `{}`: {error}", self.name.escaped());
+            Vec::new()
+        });
+        let is_enforced = |policy: &usize| policies.get(*policy).is_some_and(|policy| policy.mode == Mode::Enforce);
+        let stack = |scope: &usize| -> Stack {
+            self.stacks.get(*scope).into_iter().flatten().copied().filter(is_enforced).collect()
+        };
+        let targets = self.targets.iter().map(|(name, scope)| (name.trim_start_matches('/').into(), stack(scope)));
+        OtherInstance {
+            targets: targets.collect(),
+            policies: policies.iter().map(|policy| policy.freed(&self.name)).collect(),
+        }
+    }
+}
+
+/// Returns the instances other than `own` that enforce policies.
+#[must_use]
+pub fn others(own: &str) -> Vec<Other> {
+    all().into_iter().filter(|status| status.name != own).filter_map(Other::of).collect()
+}
+
+/// Returns the directory whose changes show that instances come, change or go; `None` if there is none.
+#[must_use]
+pub fn watched() -> Option<PathBuf> {
+    make_dir().inspect_err(|error| log::debug!("{error}")).ok().map(|dir| dir.path().to_owned())
 }
 
 /// The instance of this process, until this value is dropped.
@@ -333,6 +407,25 @@ impl Instance {
 }
 
 impl Instance {
+    /// Returns the targets of other instances that let this instance decide on its `targets`: the agent of the other instance runs,
+    /// and reads the record of this one, or the other instance has boundaries at all of these targets.
+    #[must_use]
+    pub fn yielding(&self, targets: &[&str]) -> BTreeSet<String> {
+        let mut yielding = BTreeSet::new();
+        for other in all().into_iter().filter(|other| other.name != self.name) {
+            let Some(latest) = other.record.as_ref().and_then(|record| record.generations.last()) else { continue };
+            let boundaries: HashSet<&str> = latest.boundaries.iter().map(|(name, _)| name.as_str()).collect();
+            for (name, _) in &latest.targets {
+                let is_above = |target: &&&str| Path::new(target).starts_with(name);
+                let has_boundaries = || targets.iter().filter(is_above).all(|target| boundaries.contains(target));
+                if other.is_running || has_boundaries() {
+                    yielding.insert(name.clone());
+                }
+            }
+        }
+        yielding
+    }
+
     /// Returns which cgroups with these names are targets of other instances, each with the name of the instance.
     #[must_use]
     pub fn governed_by_others(&self, cgroups: &HashSet<&str>) -> BTreeMap<String, String> {

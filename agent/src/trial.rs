@@ -127,7 +127,7 @@ pub fn try_options(
 ) -> Result<Vec<(&'static SocketOption, Answer)>, TrialError> {
     desired.keep_hooks(|hook| hooks.contains(&hook));
     let cgroup = mount.open(&sample.enclosure.cgroup.path).map_err(TransientCgroupError::from)?;
-    let target = Target { cgroup, scope: 0 };
+    let target = Target { cgroup, scope: 0, is_boundary: false };
     let (opened, counters) = object.in_force_on(&desired, tables, target, || sample.open_sockets())?;
     opened.map_err(TrialError::Sample)?;
     Ok(answers(&desired, &counters))

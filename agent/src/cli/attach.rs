@@ -11,10 +11,11 @@ use super::{
     run::{DEFAULT_INSTANCE, RunError},
 };
 use crate::{
+    coverage::{OtherInstance, with_others},
     escape::Escape,
     events::Filter,
     host::{cgroup::Mount, containers::Known, process},
-    instance::{Files, Instance, InstanceError},
+    instance::{self, Files, Instance, InstanceError, Other},
     journal::{self, Journal},
     kernel::{self, BackendChoice, KernelError, Pins},
     policy::Policy,
@@ -68,13 +69,15 @@ impl Attach {
         if !self.cgroup.is_empty() {
             check::warn_of_replaced_targets(policies, "--cgroup");
         }
+        let others = instance::others(&self.instance);
+        let freed: Vec<OtherInstance> = others.iter().map(Other::freed).collect();
         let ResolvedTargets { stacks, targets, skipped: mut skipped_objects, .. } =
-            ResolvedTargets::find(&mount, &self.cgroup, policies)?;
-        let desired = session::prepare(policies, &stacks, self.dry_run, false)?;
+            ResolvedTargets::find(&mount, &self.cgroup, policies)?.beside(&mount, policies, &freed);
+        let desired = session::prepare(&with_others(policies, &freed), &stacks, self.dry_run, false)?;
         kernel::check_privileges().map_err(SessionError::from)?;
         let instance = Instance::acquire(&self.instance, true)?;
         instance.check_others(&kernel::names(&targets))?;
-        let files = Files::new(texts, self.dry_run, &stacks);
+        let files = Files::new(texts, self.dry_run, &stacks, &others);
         let setup = Setup {
             desired,
             mount,

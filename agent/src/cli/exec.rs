@@ -148,7 +148,7 @@ impl TransientRun<'_> {
         let writer = self.writer()?;
         let mount = Mount::find()?;
         let enclosure = TransientCgroup::make(&mount, "")?;
-        let target = Target { cgroup: mount.open(&enclosure.cgroup.path)?, scope: 0 };
+        let target = Target { cgroup: mount.open(&enclosure.cgroup.path)?, scope: 0, is_boundary: false };
         let setup = Setup {
             desired,
             mount,

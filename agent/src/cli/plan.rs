@@ -253,7 +253,7 @@ impl Plan {
         }
         let scopes: Vec<_> = targets.iter().map(|target| target.scope).collect();
         for (hook, target) in desired.attachments(&scopes) {
-            let Target { cgroup, scope } = &targets[target];
+            let Target { cgroup, scope, .. } = &targets[target];
             let options: Vec<_> = desired.options_at(*scope, hook).iter().map(ToString::to_string).collect();
             let step = schema::line(
                 "plan",

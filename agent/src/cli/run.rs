@@ -127,7 +127,7 @@ impl Run {
         };
         let mut daemon = Daemon::watch(config, texts, policies.to_owned())?;
         let ResolvedTargets { stacks, targets, containers, .. } = daemon.resolve_targets()?;
-        let desired = session::prepare(policies, &stacks, *dry_run, reporting.timing)?;
+        let desired = session::prepare(&daemon.policies(), &stacks, *dry_run, reporting.timing)?;
         kernel::check_privileges().map_err(SessionError::from)?;
         let instance = self.become_instance(&targets)?.map(|instance| (instance, daemon.files()));
         let writer = Writer::to_standard(reporting, Standard::Output)?;

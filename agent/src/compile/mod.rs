@@ -74,7 +74,7 @@ pub struct Desired {
 /// The tables for the sockets of all targets with the same stack of policies.
 #[derive(Clone, Debug)]
 pub struct Scope {
-    /// The names of the policies, in order of precedence.
+    /// The names of the policies, in order of precedence. Without the policies of other instances.
     pub policies: Vec<String>,
     pub mode: Mode,
     pub selectors: Selectors,
@@ -90,6 +90,8 @@ pub struct Scope {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RuleSource {
     pub policy: String,
+    /// The other instance that has the policy in force, if the rule only leaves options free here.
+    pub instance: Option<String>,
     pub mode: Mode,
     pub path: PathBuf,
     pub rule: String,
@@ -194,6 +196,7 @@ pub fn compile(policies: &[Policy], stacks: &[Stack]) -> Result<Desired, Compile
         first_rules.push(desired.rules.len());
         desired.rules.extend(policy.rules.iter().map(|rule| RuleSource {
             policy: policy.name.clone(),
+            instance: policy.instance.clone(),
             mode: policy.mode,
             path: policy.path().to_owned(),
             rule: rule.name.clone(),
@@ -225,7 +228,8 @@ fn add_scope(
     numbers: &[usize],
 ) -> Result<(), CompileError> {
     let mode = common_mode(stack)?;
-    let policies: Vec<String> = stack.iter().map(|policy| policy.name.clone()).collect();
+    let own = stack.iter().filter(|policy| policy.instance.is_none());
+    let policies: Vec<String> = own.map(|policy| policy.name.clone()).collect();
     if rules.len() > RULES_MAX {
         return Err(CompileError::TooManyRules { policies, count: rules.len() });
     }
@@ -489,17 +493,19 @@ impl Desired {
         names
     }
 
-    /// Returns the policies that have rules, each once.
+    /// Returns the policies that have rules, each once. Leaves out the policies of other instances.
     #[must_use]
     pub fn policies(&self) -> Vec<(&str, Mode)> {
-        let mut policies: Vec<_> = self.rules.iter().map(|rule| (rule.policy.as_str(), rule.mode)).collect();
+        let own = self.rules.iter().filter(|rule| rule.instance.is_none());
+        let mut policies: Vec<_> = own.map(|rule| (rule.policy.as_str(), rule.mode)).collect();
         policies.dedup();
         policies
     }
 }
 
 fn common_mode(policies: &[&Policy]) -> Result<Mode, CompileError> {
-    let first = |mode| policies.iter().find(|policy| policy.mode == mode);
+    let own = || policies.iter().filter(|policy| policy.instance.is_none());
+    let first = |mode| own().find(|policy| policy.mode == mode);
     match (first(Mode::Enforce), first(Mode::DryRun)) {
         (Some(enforced), Some(dry)) => {
             Err(CompileError::MixedModes { enforced: enforced.name.clone(), dry: dry.name.clone() })

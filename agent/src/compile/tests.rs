@@ -132,6 +132,7 @@ fn policy(rules: Vec<Rule>) -> Policy {
         audit: Audit::default(),
         rules,
         tests: Vec::new(),
+        instance: None,
     }
 }
 

@@ -24,6 +24,12 @@ pub struct OtherInstance {
     pub targets: Vec<(PathBuf, Stack)>,
 }
 
+/// Returns the own policies, followed by those of the other instances.
+#[must_use]
+pub fn with_others(own: &[Policy], others: &[OtherInstance]) -> Vec<Policy> {
+    own.iter().chain(others.iter().flat_map(|other| &other.policies)).cloned().collect()
+}
+
 impl Coverage {
     /// Returns this coverage with the targets of other instances below its own ones. Its stacks contain indices of the `own`
     /// policies, followed by those of the other instances in their order.

@@ -25,14 +25,14 @@ pub use self::signals::{Received, Signals};
 use self::{pace::Pace, watch::WatchError};
 use crate::{
     container::Running,
-    coverage::{GlobError, SearchScope, Stack, with_targets},
+    coverage::{GlobError, OtherInstance, SearchScope, Stack, with_others, with_targets},
     events::Event,
     host::{
         cgroup::Mount,
         containers::{Known, Search},
         inotify::{self, Changes, Watch},
     },
-    instance::Files,
+    instance::{self, Files, Other},
     journal::{Journal, JournalError},
     kernel::Target,
     policy::{Policy, diagnostic::Diagnostic},
@@ -129,8 +129,8 @@ impl Config<'_> {
         if self.cgroups.is_empty() { policies } else { with_targets(policies, self.cgroups) }
     }
 
-    fn files(&self, texts: &Texts, stacks: &[Stack]) -> Files {
-        Files::new(texts, self.dry_run, stacks)
+    fn files(&self, texts: &Texts, stacks: &[Stack], others: &Others) -> Files {
+        Files::new(texts, self.dry_run, stacks, &others.instances)
     }
 
     /// Replaces the policies in force by those of `texts`. Returns their stacks.
@@ -138,14 +138,30 @@ impl Config<'_> {
         &self,
         session: &mut Session,
         policies: &[Policy],
+        others: &Others,
         texts: &Texts,
         resolved: ResolvedTargets,
     ) -> Result<Vec<Stack>, SessionError> {
         let ResolvedTargets { stacks, targets, containers, skipped: _ } = resolved;
-        let desired = session::prepare(policies, &stacks, self.dry_run, self.timing)?;
-        session.reload(desired, targets, self.files(texts, &stacks))?;
+        let desired = session::prepare(&with_others(policies, &others.freed), &stacks, self.dry_run, self.timing)?;
+        session.reload(desired, targets, self.files(texts, &stacks, others))?;
         session.set_containers(Known::new(&containers));
         Ok(stacks)
+    }
+}
+
+/// The other instances of this host, whose policies decide on deeper targets.
+#[derive(Debug, Default)]
+struct Others {
+    instances: Vec<Other>,
+    /// The policies of each, as rules that leave their options free.
+    freed: Vec<OtherInstance>,
+}
+
+impl Others {
+    fn of(instances: Vec<Other>) -> Self {
+        let freed = instances.iter().map(Other::freed).collect();
+        Self { instances, freed }
     }
 }
 
@@ -158,8 +174,13 @@ pub struct Daemon<'a> {
     in_force: Texts,
     policies: Vec<Policy>,
     stacks: Vec<Stack>,
+    others: Others,
+    /// Whether the policies of other instances have changed since the stacks were made.
+    has_new_others: bool,
     files: Watch,
     cgroups: Watch,
+    /// The directory of the records of instances.
+    instances: Watch,
     scope: SearchScope,
     pace: Pace,
     /// All that is skipped now.
@@ -228,6 +249,9 @@ impl<'a> Daemon<'a> {
             texts,
             policies,
             stacks: Vec::new(),
+            others: Others::default(),
+            has_new_others: false,
+            instances: Watch::new(Changes::Folders)?,
             files: Watch::new(Changes::Files)?,
             cgroups: Watch::new(Changes::Folders)?,
             scope,
@@ -252,6 +276,7 @@ impl<'a> Daemon<'a> {
             containers::warn_of_hidden(&search.listing());
         }
         daemon.follow_files();
+        daemon.follow_instances();
         Ok(daemon)
     }
 
@@ -290,7 +315,13 @@ impl<'a> Daemon<'a> {
     /// Returns the files of the policies in force, for the record of the instance.
     #[must_use]
     pub fn files(&self) -> Files {
-        self.config.files(&self.in_force, &self.stacks)
+        self.config.files(&self.in_force, &self.stacks, &self.others)
+    }
+
+    /// Returns the policies in force, followed by those of other instances, as the stacks count them.
+    #[must_use]
+    pub fn policies(&self) -> Vec<Policy> {
+        with_others(&self.policies, &self.others.freed)
     }
 
     /// Runs until a signal ends it: reports events, and follows changes of files, cgroups and containers.
@@ -334,6 +365,10 @@ impl<'a> Daemon<'a> {
             if self.search_containers(has_changed) {
                 self.pace.note_change();
             }
+            if self.instances.has_changed().map_err(WatchError::Wait)? && self.read_others() {
+                self.has_new_others = true;
+                self.pace.note_change();
+            }
             if self.pace.is_due(Instant::now()) {
                 self.retarget(session, observer);
             }
@@ -348,7 +383,9 @@ impl<'a> Daemon<'a> {
 
     fn wait(&self, session: &Session, signals: &Signals) -> Result<(), WatchError> {
         let mut polled = watch::sources(signals, session);
-        polled.extend([&self.files, &self.cgroups].map(|watch| PollFd::new(watch.as_fd(), PollFlags::POLLIN)));
+        polled.extend(
+            [&self.files, &self.cgroups, &self.instances].map(|watch| PollFd::new(watch.as_fd(), PollFlags::POLLIN)),
+        );
         let workers = self.search.iter().flat_map(Search::descriptors);
         polled.extend(workers.map(|worker| PollFd::new(worker, PollFlags::POLLIN)));
         let reconciliation = self.reconciliation.iter();
@@ -541,10 +578,13 @@ impl<'a> Daemon<'a> {
         }
         let policies = self.config.with_targets(policies);
         let scope = SearchScope::of(&policies)?;
-        let mut resolved = ResolvedTargets::find_or_wait(self.config.mount, &policies, self.containers())?;
+        let mount = self.config.mount;
+        let resolved = ResolvedTargets::find_or_wait(mount, &policies, self.containers())?;
+        let mut resolved = resolved.beside(mount, &policies, &self.others.freed);
         resolved.skipped.extend(session.leave_to_others(&mut resolved.targets));
         let skipped = mem::take(&mut resolved.skipped);
-        let stacks = self.config.enforce(session, &policies, &self.texts, resolved)?;
+        let stacks = self.config.enforce(session, &policies, &self.others, &self.texts, resolved)?;
+        self.has_new_others = false;
         self.replaced = Instant::now();
         if containers::are_wanted_by(&policies) {
             self.search.get_or_insert_default();
@@ -597,9 +637,10 @@ impl<'a> Daemon<'a> {
         self.skipped_cgroups = skipped;
         let scopes: Option<Vec<usize>> =
             stacks.iter().map(|stack| self.stacks.iter().position(|known| known == stack)).collect();
-        let Some(scopes) = scopes else {
+        let Some(scopes) = scopes.filter(|_| !self.has_new_others) else {
             let resolved = ResolvedTargets { stacks, targets, containers, skipped: Vec::new() };
-            self.stacks = self.config.enforce(session, &self.policies, &self.in_force, resolved)?;
+            self.stacks = self.config.enforce(session, &self.policies, &self.others, &self.in_force, resolved)?;
+            self.has_new_others = false;
             self.replaced = Instant::now();
             return Ok(());
         };
@@ -628,7 +669,8 @@ impl<'a> Daemon<'a> {
             if has_new {
                 self.pace.note_change();
             }
-            return Ok(ResolvedTargets::among(mount, &self.policies, containers, candidates)?);
+            let resolved = ResolvedTargets::among(mount, &self.policies, containers, candidates)?;
+            return Ok(resolved.beside(mount, &self.policies, &self.others.freed));
         }
     }
 
@@ -648,6 +690,26 @@ impl<'a> Daemon<'a> {
             }
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// Reads the records of the other instances. Returns whether their policies or targets have changed.
+    fn read_others(&mut self) -> bool {
+        let instances = instance::others(self.config.instance);
+        let has_changed = instances != self.others.instances;
+        if has_changed {
+            self.others = Others::of(instances);
+        }
+        has_changed
+    }
+
+    /// Watches for other instances. Without that, the programs of this instance override those on deeper targets.
+    fn follow_instances(&mut self) {
+        let directory: BTreeSet<PathBuf> = instance::watched().into_iter().collect();
+        if let Err(error) = self.instances.follow(&directory) {
+            log::warn!("{error}");
+        }
+        // Read afterwards, so that no change is missed.
+        self.read_others();
     }
 
     fn follow_files(&mut self) {

@@ -120,7 +120,7 @@ impl Attached {
         let mut free = (0..).filter(|place| !used.contains(place));
         targets
             .iter()
-            .map(|Target { cgroup, scope }| {
+            .map(|Target { cgroup, scope, .. }| {
                 let target = self.assign_slot(cgroup, || free.next().unwrap_or_default());
                 SlotAssignment { target, cgroup: cgroup.id, level: cgroup.level, scope: *scope }
             })

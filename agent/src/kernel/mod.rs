@@ -51,18 +51,31 @@ pub struct Target {
     pub cgroup: Cgroup,
     /// The scope that is in force there: an index of [`crate::compile::Desired::scopes`].
     pub scope: usize,
+    /// Whether the cgroup is a target only because it is one of another instance, below an own target.
+    pub is_boundary: bool,
 }
 
-/// Returns the names of the targets' cgroups.
+/// Returns the names of the targets' cgroups, without boundaries.
 #[must_use]
 pub fn names(targets: &[Target]) -> Vec<&str> {
-    targets.iter().map(|target| target.cgroup.name.as_str()).collect()
+    own(targets).map(|target| target.cgroup.name.as_str()).collect()
 }
 
-/// Returns the names of the targets' cgroups, each with the index of its scope.
+fn own(targets: &[Target]) -> impl Iterator<Item = &Target> {
+    targets.iter().filter(|target| !target.is_boundary)
+}
+
+/// Returns the names of the targets' cgroups, each with the index of its scope, without boundaries.
 #[must_use]
 pub fn names_and_scopes(targets: &[Target]) -> Vec<(String, usize)> {
-    targets.iter().map(|target| (target.cgroup.name.clone(), target.scope)).collect()
+    own(targets).map(|target| (target.cgroup.name.clone(), target.scope)).collect()
+}
+
+/// Returns the names of the cgroups of boundaries, each with the index of its scope.
+#[must_use]
+pub fn boundaries(targets: &[Target]) -> Vec<(String, usize)> {
+    let boundaries = targets.iter().filter(|target| target.is_boundary);
+    boundaries.map(|target| (target.cgroup.name.clone(), target.scope)).collect()
 }
 
 /// Returns whether a program at an LSM hook would run here: the BPF LSM is active, and the kernel lets this process load

@@ -27,6 +27,24 @@ pub struct Policy {
     pub rules: Vec<Rule>,
     /// The tests in the file: which settings sockets must get.
     pub tests: Vec<Test>,
+    /// The other instance that has the policy in force, if the rules only leave options free here: see [`Self::freed`].
+    pub instance: Option<String>,
+}
+
+impl Policy {
+    /// Returns the policy of another instance as rules that leave its options free.
+    #[must_use]
+    pub fn freed(&self, instance: &str) -> Self {
+        let clause = |clause: &Clause| Clause { form: Form::Free, on_conflict: OnConflict::Allow, ..clause.clone() };
+        let freed = |rule: &Rule| Rule { clauses: rule.clauses.iter().map(clause).collect(), ..rule.clone() };
+        Self {
+            audit: Audit { calls: Calls::Conflicts, reads: false, timing: false },
+            rules: self.rules.iter().map(freed).collect(),
+            tests: Vec::new(),
+            instance: Some(instance.to_owned()),
+            ..self.clone()
+        }
+    }
 }
 
 /// The cgroups and containers that a policy covers: all that any entry matches.

@@ -65,6 +65,7 @@ fn validate(file: &PolicyFile<'_>, source: &Arc<Source>, findings: &mut Findings
         audit: audit_of(audit, findings),
         rules,
         tests: tests::tests(tests, findings),
+        instance: None,
     };
     if shape_is_right && rule_files.is_empty() {
         refuse_inactive(audit, policy.audit.calls, findings);

@@ -66,7 +66,7 @@ impl Selection {
     }
 
     fn of_cgroups(targets: &[Target], is_selected: impl Fn(u64) -> bool) -> Self {
-        let governed = |Target { cgroup, scope }: &Target| TargetScope {
+        let governed = |Target { cgroup, scope, .. }: &Target| TargetScope {
             cgroup: cgroup.name.clone(),
             level: cgroup.level,
             scope: *scope,
@@ -81,7 +81,10 @@ impl Selection {
     ///
     /// Fails if a cgroup cannot be opened.
     pub fn open(mount: &Mount, cgroups: &[PathBuf]) -> Result<Vec<Target>, CgroupError> {
-        cgroups.iter().map(|path| mount.open(path).map(|cgroup| Target { cgroup, scope: 0 })).collect()
+        cgroups
+            .iter()
+            .map(|path| mount.open(path).map(|cgroup| Target { cgroup, scope: 0, is_boundary: false }))
+            .collect()
     }
 
     /// Returns the scope of the sockets of a cgroup: that of the deepest target that contains the cgroup. `None`: that target

@@ -264,10 +264,10 @@ impl Session {
     /// them as skipped.
     pub fn leave_to_others(&self, targets: &mut Vec<Target>) -> Vec<Skip> {
         let Some(record) = &self.record else { return Vec::new() };
-        let own: HashSet<&str> = self.targets.iter().map(|target| target.cgroup.name.as_str()).collect();
-        let new = targets.iter().map(|target| target.cgroup.name.as_str()).filter(|name| !own.contains(name));
+        let own: HashSet<&str> = kernel::names(&self.targets).into_iter().collect();
+        let new = kernel::names(targets).into_iter().filter(|name| !own.contains(name));
         let governed = record.governed_by_others(&new.collect());
-        targets.retain(|target| !governed.contains_key(&target.cgroup.name));
+        targets.retain(|target| target.is_boundary || !governed.contains_key(&target.cgroup.name));
         let skip = |(name, instance): (String, String)| {
             let reason = format!("it is already a target of instance `{}`", instance.escaped());
             Skip::new(Kind::Cgroup, name, reason).transient_if(true)

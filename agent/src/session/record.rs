@@ -6,7 +6,7 @@ use super::Generation;
 use crate::{
     fault,
     instance::{self, Files, Instance, InstanceError, Record, RingOverflow},
-    kernel::{MapIds, Target, names_and_scopes},
+    kernel::{MapIds, Target, boundaries, names_and_scopes},
     report::SavedCounters,
     skipped::SkippedList,
 };
@@ -81,7 +81,8 @@ impl RecordWriter {
         audit_judges: bool,
         is_first: bool,
     ) -> Result<(), InstanceError> {
-        let generation = instance::Generation { number, files, targets: names_and_scopes(targets), audit_judges };
+        let (targets, boundaries) = (names_and_scopes(targets), boundaries(targets));
+        let generation = instance::Generation { number, files, targets, boundaries, audit_judges };
         let mut record = self.record.clone();
         // An earlier generation with this number was never enabled.
         record.generations.retain(|other| other.number != number);
@@ -101,7 +102,7 @@ impl RecordWriter {
     pub(super) fn retarget(&mut self, targets: &[Target]) -> Result<(), InstanceError> {
         let mut record = self.record.clone();
         if let Some(last) = record.generations.last_mut() {
-            last.targets = names_and_scopes(targets);
+            (last.targets, last.boundaries) = (names_and_scopes(targets), boundaries(targets));
         }
         // A full disk does not keep policies from new cgroups.
         self.write(record, false)

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     compile::{Desired, Hook, NeedsHook},
-    escape::Escape,
+    escape,
     events::{Executables, Filter},
     host::cgroup::{Mount, Names},
     instance::Instance,
@@ -33,8 +33,8 @@ impl Session {
     pub fn start(setup: Setup) -> Result<Self, SessionError> {
         let Setup { desired, mount, targets, containers, backend, on_unsupported, on_blocked, filter, instance } =
             setup;
-        warn_of_overriding_programs(&mount, &targets);
         let (instance, files) = instance.unzip();
+        warn_of_overriding_programs(&mount, &targets, instance.as_ref());
         let pins = instance.as_ref().map_or(Ok(None), Instance::pins)?;
         let probes = on_unsupported != OnUnsupported::DoNotProbe;
         let Loaded { object, mut desired, needs_hook, filled, probed } =
@@ -193,17 +193,23 @@ fn load(
     Ok(Loaded { object, desired, needs_hook, filled, probed })
 }
 
-/// Warns of other sockpolicy processes on ancestors of the targets, whose programs override ours.
-fn warn_of_overriding_programs(mount: &Mount, targets: &[Target]) {
+/// Warns of other sockpolicy processes on ancestors of the targets whose programs override ours. Other instances do not if they
+/// know this one.
+fn warn_of_overriding_programs(mount: &Mount, targets: &[Target], instance: Option<&Instance>) {
     let paths: Vec<_> = targets.iter().map(|target| mount.below(&target.cgroup)).collect();
     match kernel::overriding_programs(mount, &paths) {
         Ok(found) => {
-            let mut ancestors: Vec<_> = found.iter().map(|program| format!("/{}", program.cgroup.escaped())).collect();
+            let mut ancestors: Vec<_> =
+                found.iter().map(|program| format!("/{}", escape::plain(&program.cgroup))).collect();
             ancestors.dedup();
+            if let Some(instance) = instance {
+                let yielding = instance.yielding(&kernel::names(targets));
+                ancestors.retain(|ancestor| !yielding.contains(ancestor));
+            }
             if !ancestors.is_empty() {
                 log::warn!(
                     "another sockpolicy is attached to ancestor {}: it overrides this one where both decide an option",
-                    ancestors.join(", ")
+                    escape::join(&ancestors, ", ")
                 );
             }
         }

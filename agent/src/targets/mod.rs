@@ -4,14 +4,17 @@ mod cgroups;
 pub mod containers;
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
+    mem,
     path::PathBuf,
 };
 
 pub use self::cgroups::Candidates;
+use abi::RULES_MAX;
+
 use crate::{
     container::Running,
-    coverage::{Coverage, GlobError, SearchScope, Stack, all, stacks_by_target, unmatched_targets},
+    coverage::{Coverage, GlobError, OtherInstance, SearchScope, Stack, all, stacks_by_target, unmatched_targets},
     escape::{self, Escape},
     host::cgroup::{Cgroup, CgroupError, Mount},
     kernel::Target,
@@ -78,7 +81,11 @@ impl ResolvedTargets {
     /// Returns all policies together, on one cgroup.
     #[must_use]
     pub fn alone(policies: &[Policy], cgroup: Cgroup) -> Self {
-        Self { stacks: vec![all(policies)], targets: vec![Target { cgroup, scope: 0 }], ..Self::default() }
+        Self {
+            stacks: vec![all(policies)],
+            targets: vec![Target { cgroup, scope: 0, is_boundary: false }],
+            ..Self::default()
+        }
     }
 
     /// Resolves the targets that exist now: the cgroups in `requested` if there are any, else the targets of the policies.
@@ -138,6 +145,50 @@ impl ResolvedTargets {
         Ok(Self::open(mount, coverage, &cgroups).with(containers, skipped))
     }
 
+    /// Adds a boundary at each target of another instance below an own one, and the policies of that instance to the stacks there:
+    /// the deepest target decides, whichever instance has it. In the stacks, the policies of the other instances follow the own
+    /// `policies`. Skips a boundary with too many rules.
+    #[must_use]
+    pub fn beside(mut self, mount: &Mount, policies: &[Policy], others: &[OtherInstance]) -> Self {
+        if others.is_empty() {
+            return self;
+        }
+        let mut known: BTreeMap<PathBuf, Target> =
+            mem::take(&mut self.targets).into_iter().map(|target| (mount.below(&target.cgroup), target)).collect();
+        let targets = known.iter().map(|(path, target)| (path.clone(), target.scope)).collect();
+        let own = policies.len();
+        let mut coverage = Coverage { stacks: mem::take(&mut self.stacks), targets }.beside(own, others);
+        let all = || policies.iter().chain(others.iter().flat_map(|other| &other.policies));
+        let rules: Vec<usize> = all().map(|policy| policy.rules.len()).collect();
+        for (path, scope) in mem::take(&mut coverage.targets) {
+            let mut scope = scope;
+            let count: usize = coverage.stacks[scope].iter().map(|policy| rules[*policy]).sum();
+            if count > RULES_MAX {
+                let reason = format!(
+                    "its policies and those of other instances have {count} rules together, more than {RULES_MAX}: this \
+                     instance overrides the others there"
+                );
+                self.skipped.push(skip(&path, reason));
+                if !known.contains_key(&path) {
+                    continue;
+                }
+                let own_stack = coverage.stacks[scope].iter().copied().filter(|policy| *policy < own).collect();
+                scope = coverage.intern(own_stack);
+            }
+            let target = match known.remove(&path) {
+                Some(target) => Ok(target),
+                None => mount.open_below(&path).map(|cgroup| Target { cgroup, scope, is_boundary: true }),
+            };
+            match target {
+                Ok(target) => self.targets.push(Target { scope, ..target }),
+                Err(error) if error.is_gone() => {}
+                Err(error) => self.skipped.push(skip(&path, error.to_string()).transient_if(error.is_transient())),
+            }
+        }
+        self.stacks = coverage.stacks;
+        self
+    }
+
     fn of_requested(mount: &Mount, requested: &[PathBuf], policies: &[Policy]) -> Result<Self, TargetError> {
         let below = |path: &PathBuf| mount.open(path).map(|cgroup| mount.below(&cgroup));
         let cgroups = requested.iter().map(below).collect::<Result<_, _>>()?;
@@ -176,7 +227,7 @@ impl ResolvedTargets {
         let mut resolved = Self { stacks, skipped, ..Self::default() };
         for (path, scope) in kept {
             match mount.open_below(&path) {
-                Ok(cgroup) => resolved.targets.push(Target { cgroup, scope }),
+                Ok(cgroup) => resolved.targets.push(Target { cgroup, scope, is_boundary: false }),
                 // The cgroup was removed after it was listed.
                 Err(error) if error.is_gone() => {}
                 Err(error) => {

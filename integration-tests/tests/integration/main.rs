@@ -23,6 +23,7 @@ mod facts;
 mod files;
 mod free;
 mod impostors;
+mod instances;
 mod isolation;
 mod journal;
 mod lifecycle;

@@ -1,11 +1,11 @@
 //! `sockpolicy plan`, compared with what `run` does.
 
-use std::path::Path;
+use std::{fs, path::Path};
 
 use serde_json::Value;
 use sockpolicy_integration_tests::{
-    agent::{self, Run},
-    cgroup::Cgroup,
+    agent::{self, Exec, Run},
+    cgroup::{self, Cgroup},
     foreign_program::{self, AttachMode, ForeignProgram, count_attached},
     options::SO_RCVLOWAT,
     policy::PolicyFile,
@@ -99,17 +99,19 @@ fn plan_shows_missing_targets_and_targets_of_other_instances() {
     run.finish();
 }
 
+/// `exec` does not follow the instances below its cgroup.
 #[test]
-fn instance_above_is_warned_of() {
-    let target = Cgroup::new();
-    let below = target.child("below");
+fn exec_above_is_warned_of() {
     let policy = some_policy();
-    let outer = Run::start(&policy, &target);
+    let outer = Exec::start(&policy);
+    let target = outer.target();
+    fs::create_dir(target.join("below")).unwrap();
+    let below = Cgroup::adopt(&target.join("below"));
     let inner = Run::start(&policy, &below).finish();
-    let warning = format!(
-        "another sockpolicy is attached to ancestor {}: it overrides this one where both decide an option",
-        target.name()
-    );
+    let name = format!("/{}", target.strip_prefix(cgroup::mount()).unwrap().display());
+    let warning =
+        format!("another sockpolicy is attached to ancestor {name}: it overrides this one where both decide an option");
     assert!(stderr(&inner.output).contains(&warning), "{}", stderr(&inner.output));
-    assert!(!stderr(&outer.finish().output).contains("another sockpolicy"));
+    drop(below);
+    outer.finish();
 }
