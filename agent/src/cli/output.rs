@@ -212,6 +212,9 @@ impl Writer {
         let desired = session.desired();
         let targets = escape::join(kernel::names(session.targets()), ", ");
         let audit = session.audit().map_or_else(|| "no audit".to_owned(), describe_audit);
+        if desired.scopes.is_empty() {
+            return self.line(&"sockpolicy: waiting for policies: there is none");
+        }
         if desired.rules.is_empty() {
             return self.line(&format_args!("sockpolicy: watching the calls of cgroup {targets}; {audit}"));
         }

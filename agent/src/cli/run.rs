@@ -91,7 +91,7 @@ impl From<CgroupError> for RunError {
 impl Run {
     pub(super) fn run(self) -> ExitCode {
         messages::start(self.manner.reporting.output);
-        let sources = Sources::new(&self.files, self.trust.or_refuse());
+        let sources = Sources::new(&self.files, self.trust.or_refuse()).may_be_empty();
         let texts = sources.read();
         let Some(policies) = check::shown(texts.policies()) else { return FAILURE.into() };
         match self.run_policies(sources, texts, &policies) {
@@ -194,7 +194,11 @@ pub(super) fn report(
 
 fn start(setup: Setup, writer: &Writer) -> Result<Session, RunError> {
     let session = Session::start(setup)?;
-    log::info!("in force on {}", escape::join(kernel::names(session.targets()), ", "));
+    match (session.desired().scopes.is_empty(), kernel::names(session.targets())) {
+        (true, _) => log::info!("no policy is in force on any cgroup: waiting for a policy"),
+        (false, targets) if targets.is_empty() => log::info!("in force on no cgroup: waiting for a target"),
+        (false, targets) => log::info!("in force on {}", escape::join(targets, ", ")),
+    }
     writer.announce(&session);
     Ok(session)
 }

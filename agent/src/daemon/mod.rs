@@ -586,6 +586,10 @@ impl<'a> Daemon<'a> {
         let stacks = self.config.enforce(session, &policies, &self.others, &self.texts, resolved)?;
         self.has_new_others = false;
         self.replaced = Instant::now();
+        if policies.is_empty() {
+            // The administrator has removed the last policy: also sockets that are being set up are left alone.
+            session.retire()?;
+        }
         if containers::are_wanted_by(&policies) {
             self.search.get_or_insert_default();
             self.next_search = Some(Backoff::restarted(self.next_search.take(), Instant::now()));

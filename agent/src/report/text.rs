@@ -17,6 +17,10 @@ use crate::{
 
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.policies.is_empty() && self.targets.is_empty() && self.calls.is_empty() {
+            writeln!(f, "sockpolicy: no policy is in force")?;
+            return self.write_lost(f);
+        }
         let targets = if self.targets.is_empty() { "no cgroup".to_owned() } else { escape::join(&self.targets, ", ") };
         if self.policies.is_empty() {
             writeln!(f, "sockpolicy: the calls of {targets}")?;
@@ -47,11 +51,7 @@ unsupported: {unsupported}"
         if self.audit.is_none() {
             writeln!(f, "\nno audit: results of calls are unknown")?;
         }
-        let lost = self.lost.by_reason();
-        for (reason, count) in lost.into_iter().filter(|(_, count)| *count > 0) {
-            writeln!(f, "\nlost: {count} {}", reason.what)?;
-        }
-        Ok(())
+        self.write_lost(f)
     }
 }
 
@@ -71,6 +71,13 @@ impl fmt::Display for Tables<'_> {
 }
 
 impl Summary {
+    fn write_lost(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let lost = self.lost.by_reason();
+        lost.into_iter()
+            .filter(|(_, count)| *count > 0)
+            .try_for_each(|(reason, count)| writeln!(f, "\nlost: {count} {}", reason.what))
+    }
+
     /// Returns only the tables of settings and conflicts.
     #[must_use]
     pub fn tables(&self) -> impl fmt::Display {

@@ -46,6 +46,8 @@ pub enum IfInsecure {
 pub struct Sources {
     named: Vec<Named>,
     insecure: IfInsecure,
+    /// Whether a folder without a policy is no error.
+    may_be_empty: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -115,7 +117,13 @@ impl Sources {
     #[must_use]
     pub fn new(paths: &[PathBuf], insecure: IfInsecure) -> Self {
         let named = |path: &PathBuf| Named { path: path.clone(), is_folder: path.is_dir() };
-        Self { named: paths.iter().map(named).collect(), insecure }
+        Self { named: paths.iter().map(named).collect(), insecure, may_be_empty: false }
+    }
+
+    /// Accepts folders without a policy: the caller waits for policies.
+    #[must_use]
+    pub fn may_be_empty(self) -> Self {
+        Self { may_be_empty: true, ..self }
     }
 
     /// Returns the policy files in the order of their names, and the errors of folders.
@@ -127,7 +135,7 @@ impl Sources {
                 continue;
             }
             match policies_in(path) {
-                Ok(found) if found.is_empty() => {
+                Ok(found) if found.is_empty() && !self.may_be_empty => {
                     let problem = Problem::new(format!("no policy in {}: it has no *.toml", path.escaped()))
                         .help("add one, or list the file itself");
                     errors.push(Diagnostic::without_source(problem));

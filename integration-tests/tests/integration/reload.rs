@@ -15,6 +15,7 @@ use nix::{
 use serde_json::json;
 use sockpolicy_integration_tests::{
     agent::Run,
+    bpf_objects::BpfObjects,
     cgroup::Cgroup,
     options::{SO_MARK, SO_PRIORITY, TCP_KEEPCNT},
     policy::{PolicyFile, sets_mark},
@@ -150,6 +151,28 @@ fn files_of_a_directory_can_be_added_and_removed_and_their_names_decide() {
     assert_eq!(run.notice("reload", 3)["policies"], json!(["m", "z"]));
     assert_eq!(mark(&mut probe), 1);
     run.finish();
+}
+
+/// GitOps tools create the directory before its files, and may remove the last file.
+#[test]
+fn run_waits_in_an_empty_directory_and_goes_on_without_the_last_file() {
+    let target = Cgroup::new();
+    let policy = PolicyFile::new(sets_mark(&target, 7));
+    fs::remove_file(policy.path()).unwrap();
+    let run = Run::on_path(policy.dir(), &[]);
+    assert!(run.stderr().contains("waiting for a policy"), "{}", run.stderr());
+    let mut probe = Probe::start(&target);
+    assert_eq!((mark(&mut probe), BpfObjects::of(run.pid()).links.len()), (0, 0));
+    for round in 1..=2 {
+        fs::write(policy.path(), sets_mark(&target, 7)).unwrap();
+        run.notice("reload", 2 * round - 1);
+        assert_eq!(mark(&mut probe), 7);
+        fs::remove_file(policy.path()).unwrap();
+        run.notice("reload", 2 * round);
+        assert_eq!((mark(&mut probe), BpfObjects::of(run.pid()).links.len()), (0, 0));
+    }
+    let report = run.finish();
+    assert_eq!((report.summary.policies.len(), report.summary.targets.len()), (0, 0));
 }
 
 #[test]

@@ -76,12 +76,15 @@ pub struct AuditConfig {
     pub audit: model::Audit,
     /// Whether the audit judges the calls instead of the hooks.
     pub judges: bool,
+    /// Whether there is anything to audit: not without policies and targets.
+    pub is_needed: bool,
 }
 
 impl AuditConfig {
     #[must_use]
     pub fn of(desired: &Desired) -> Self {
-        Self { audit: desired.audit, judges: desired.audit_judges }
+        let Desired { audit, audit_judges, scopes, .. } = desired;
+        Self { audit: *audit, judges: *audit_judges, is_needed: !scopes.is_empty() }
     }
 }
 
@@ -115,7 +118,7 @@ impl Object {
         // Nobody reads the audit's records of pinned policies after this process has exited.
         let is_pinned = pins.is_some();
         let can_begin_calls = info.can_begin_calls() && !is_pinned;
-        let AuditConfig { audit, judges } = audit;
+        let AuditConfig { audit, judges, .. } = audit;
         let mut loader = info.loader(audit.timing);
         loader.verifier_log_level(VerifierLogLevel::DEBUG);
         maps::set_sizes(&mut loader, audit.calls, processes, &info.members);
@@ -260,7 +263,8 @@ impl Object {
         requested: AuditConfig,
         choice: BackendChoice,
     ) -> Result<Option<Audit>, KernelError> {
-        let AuditConfig { audit: wanted, judges } = requested;
+        let AuditConfig { audit: wanted, judges, is_needed } = requested;
+        let choice = if is_needed { choice } else { BackendChoice::None };
         if choice != BackendChoice::None {
             self.can_follow.clone().map_err(|reasons| KernelError::NoBackend { reasons })?;
         }
