@@ -145,6 +145,9 @@ pub struct Generation {
     /// Names of cgroups that are targets of other instances below these targets, each with the index of its stack.
     #[serde(default)]
     pub boundaries: Vec<(String, usize)>,
+    /// The ids of the target cgroups, by name. A cgroup that is created again has another id.
+    #[serde(default)]
+    pub cgroup_ids: BTreeMap<String, u64>,
     /// Whether the audit judges calls instead of the hooks.
     #[serde(default)]
     pub audit_judges: bool,

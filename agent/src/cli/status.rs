@@ -1,6 +1,8 @@
 //! `sockpolicy status`: which policies are in force on this host, by whom, and what has come of them.
 
 use std::{
+    collections::BTreeSet,
+    fmt,
     io::{self, Write},
     path::{Path, PathBuf},
     process::ExitCode,
@@ -11,12 +13,12 @@ use serde_json::json;
 
 use super::{FAILURE, descriptor::stdout, ignore_broken_pipe, output::Format, print_error};
 use crate::{
-    compile::Desired,
+    compile::{Desired, Hook},
     escape::{self, Escape},
     host::{cgroup::Mount, private::PrivateError},
     instance::{self, Generation, InstanceError, InstanceStatus, RecordError},
     journal,
-    kernel::{self, AttachMode, ForeignProgram, KernelError},
+    kernel::{self, AttachMode, ForeignProgram, KernelError, MapIds},
     policy::model::Mode,
     report::{Counts, Lost, Report, Summary},
     schema,
@@ -85,8 +87,73 @@ pub(super) struct InForce {
     /// Whether the policies stay in force without an agent.
     pub(super) persists: bool,
     summary: Summary,
+    /// The state of each target, in the order of the generation.
+    targets: io::Result<Vec<TargetState>>,
     /// Events that came while there was no agent, and were more than the ring buffer holds.
     unread: u64,
+}
+
+/// What the kernel shows of a target.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum TargetState {
+    InForce,
+    /// The cgroup does not exist any more.
+    Removed,
+    /// The cgroup was created again, and no program is attached to the new one.
+    Recreated,
+    /// No program is attached to these hooks.
+    Missing(Vec<&'static str>),
+}
+
+impl TargetState {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::InForce => "in_force",
+            Self::Removed => "removed",
+            Self::Recreated => "recreated",
+            Self::Missing(_) => "not_attached",
+        }
+    }
+
+    /// Returns the hooks that no program is attached to.
+    fn missing(&self) -> &[&'static str] {
+        match self {
+            Self::Missing(hooks) => hooks,
+            _ => &[],
+        }
+    }
+}
+
+impl fmt::Display for TargetState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::InForce => Ok(()),
+            Self::Removed => f.write_str(": not in force, the cgroup was removed"),
+            Self::Recreated => f.write_str(": not in force, the cgroup was removed and created again"),
+            Self::Missing(hooks) => write!(f, ": no program is attached to {}", hooks.join(", ")),
+        }
+    }
+}
+
+/// Compares the targets of a generation with the kernel.
+fn target_states(generation: &Generation, desired: &Desired, maps: MapIds) -> io::Result<Vec<TargetState>> {
+    let mount = Mount::find().map_err(io::Error::other)?;
+    let below = |(name, _): &(String, usize)| PathBuf::from(name.trim_start_matches('/'));
+    let cgroups: Vec<PathBuf> = generation.targets.iter().map(below).collect();
+    let attached = maps.attached_hooks(&mount, &cgroups)?;
+    let state = |((name, scope), (cgroup, attached)): (&(String, usize), (&PathBuf, BTreeSet<Hook>))| {
+        let Ok(now) = mount.open_below(cgroup) else { return TargetState::Removed };
+        let hooks = desired.scopes.get(*scope).map(|scope| scope.hooks.as_slice()).unwrap_or_default();
+        // The kernel does not list attachments to the optional hook.
+        let expected = hooks.iter().filter(|hook| !hook.is_optional());
+        let missing: Vec<_> = expected.filter(|hook| !attached.contains(hook)).map(|hook| hook.name()).collect();
+        match generation.cgroup_ids.get(name) {
+            _ if missing.is_empty() => TargetState::InForce,
+            Some(recorded) if *recorded != now.id && attached.is_empty() => TargetState::Recreated,
+            _ => TargetState::Missing(missing),
+        }
+    };
+    Ok(generation.targets.iter().zip(cgroups.iter().zip(attached)).map(state).collect())
 }
 
 impl Status {
@@ -190,7 +257,8 @@ fn look_once(seen: &InstanceStatus) -> Result<InForce, Unknown> {
     losses.ring_full = losses.ring_full.saturating_sub(unread);
     let lost = Lost { losses, ..Lost::default() };
     let summary = report.summarize(&desired, Counts { calls: Vec::new(), lost }, targets, None, Vec::new());
-    Ok(InForce { generation, desired, persists: record.persists, summary, unread })
+    let targets = target_states(&generation, &desired, record.maps);
+    Ok(InForce { generation, desired, persists: record.persists, summary, targets, unread })
 }
 
 fn holder(seen: &InstanceStatus) -> String {
@@ -205,7 +273,7 @@ fn holder(seen: &InstanceStatus) -> String {
 
 fn write_text(out: &mut impl Write, seen: &InstanceStatus, looked: &Result<InForce, Unknown>) -> io::Result<()> {
     writeln!(out, "instance {}: {}", seen.name.escaped(), holder(seen))?;
-    let InForce { generation, desired, summary, unread, .. } = match looked {
+    let InForce { generation, desired, summary, targets, unread, .. } = match looked {
         Ok(in_force) => in_force,
         Err(error) => return writeln!(out, "  what it has in force cannot be told: {error}"),
     };
@@ -215,12 +283,22 @@ fn write_text(out: &mut impl Write, seen: &InstanceStatus, looked: &Result<InFor
             Mode::DryRun => "dry run",
         };
         writeln!(out, "  {} ({mode})", escape::join(&scope.policies, ", then "))?;
-        for (target, _) in generation.targets.iter().filter(|(_, scope)| *scope == number) {
-            writeln!(out, "    on {}", target.escaped())?;
+        let mut is_somewhere = false;
+        for (at, (target, _)) in generation.targets.iter().enumerate().filter(|(_, (_, scope))| *scope == number) {
+            is_somewhere = true;
+            let state = targets.as_ref().ok().and_then(|states| states.get(at));
+            writeln!(out, "    on {}{}", target.escaped(), state.unwrap_or(&TargetState::InForce))?;
+        }
+        if !is_somewhere {
+            let waits = if seen.is_running { "waiting for a target" } else { "no cgroup matched when it was attached" };
+            writeln!(out, "    on no cgroup: {waits}")?;
         }
         let mut hooks: Vec<_> = scope.hooks.iter().map(|hook| hook.name()).collect();
         hooks.extend(desired.audit_judges.then_some("the audit"));
         writeln!(out, "    by {}", hooks.join(", "))?;
+    }
+    if let Err(error) = targets {
+        writeln!(out, "  which programs are attached is unknown: {error}")?;
     }
     if let Some(record) = &seen.record {
         write_skipped(out, &record.skipped)?;
@@ -274,18 +352,21 @@ fn write_json(out: &mut impl Write, seen: &InstanceStatus, looked: &Result<InFor
     );
     match looked {
         Err(error) => line["error"] = error.to_string().into(),
-        Ok(InForce { generation, desired, summary, unread, .. }) => {
-            let target = |(name, scope): &(String, usize)| {
+        Ok(InForce { generation, desired, summary, targets, unread, .. }) => {
+            let target = |(at, (name, scope)): (usize, &(String, usize))| {
+                let state = targets.as_ref().ok().and_then(|states| states.get(at));
                 let scope = desired.scopes.get(*scope);
                 json!({
                     "cgroup": name,
+                    "state": state.map(TargetState::name),
+                    "missing_hooks": state.map(TargetState::missing),
                     "policies": scope.map(|scope| &scope.policies),
                     "mode": scope.map(|scope| scope.mode.name()),
                     "hooks": scope.map(|scope| scope.hooks.iter().map(|hook| hook.name()).collect::<Vec<_>>()),
                 })
             };
             line["generation"] = generation.number.into();
-            line["cgroups"] = generation.targets.iter().map(target).collect();
+            line["cgroups"] = generation.targets.iter().enumerate().map(target).collect();
             line["settings"] = summary.settings_json().into();
             let lost = summary.lost.by_reason().into_iter();
             line["losses"] = lost.map(|(reason, count)| (reason.name.to_owned(), json!(count))).collect();

@@ -138,7 +138,7 @@ fn foreign_programs_on<'a>(
     Ok(found)
 }
 
-fn attached_to(mount: &Mount, path: &Path) -> io::Result<Vec<ForeignProgram>> {
+pub(super) fn attached_to(mount: &Mount, path: &Path) -> io::Result<Vec<ForeignProgram>> {
     let folder = match open_directory(&mount.path.join(path)) {
         Ok(folder) => folder,
         // The cgroup was removed after it had been listed.

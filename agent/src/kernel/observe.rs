@@ -1,15 +1,17 @@
 //! Reads from the maps of an instance what is in force, in a process that is not its agent.
 
-use std::io;
+use std::{collections::BTreeSet, io, path::PathBuf};
 
 use abi::{Config, Counters, Losses};
 use aya::{
     Ebpf, Pod,
     maps::{Array, Map, MapData, MapError},
+    programs::loaded_programs,
 };
 use serde::{Deserialize, Serialize};
 
-use super::{KernelError, maps::map_error, tables::PreviousTables};
+use super::{KernelError, foreign_programs::attached_to, maps::map_error, tables::PreviousTables};
+use crate::{compile::Hook, host::cgroup::Mount};
 
 /// The kernel's ids of the maps that contain the configuration and the counters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,6 +54,26 @@ impl MapIds {
             losses: first(self.losses, "sp_losses")?,
             counters: open(self.counters, "sp_counters")?,
         })
+    }
+
+    /// Returns the hooks of each of these cgroups that a program of the instance is attached to. The cgroups are paths relative to
+    /// the mount; one that does not exist has no hooks. The kernel does not list attachments to the LSM hook
+    /// (`cgroup_bpf_prog_query`, kernel/bpf/cgroup.c: the query needs the id of a BTF type).
+    ///
+    /// # Errors
+    ///
+    /// Fails if this process may not query the programs.
+    pub fn attached_hooks(self, mount: &Mount, cgroups: &[PathBuf]) -> io::Result<Vec<BTreeSet<Hook>>> {
+        let uses_config =
+            |maps: Option<Option<Vec<u32>>>| maps.flatten().is_some_and(|maps| maps.contains(&self.config));
+        let programs = loaded_programs().filter_map(Result::ok);
+        let own: BTreeSet<u32> =
+            programs.filter(|program| uses_config(program.map_ids().ok())).map(|program| program.id()).collect();
+        let hooks = |cgroup: &PathBuf| {
+            let attached = attached_to(mount, cgroup)?.into_iter();
+            Ok(attached.filter(|program| own.contains(&program.id)).map(|program| program.hook).collect())
+        };
+        cgroups.iter().map(hooks).collect()
     }
 }
 

@@ -81,8 +81,14 @@ impl RecordWriter {
         audit_judges: bool,
         is_first: bool,
     ) -> Result<(), InstanceError> {
-        let (targets, boundaries) = (names_and_scopes(targets), boundaries(targets));
-        let generation = instance::Generation { number, files, targets, boundaries, audit_judges };
+        let generation = instance::Generation {
+            number,
+            files,
+            targets: names_and_scopes(targets),
+            boundaries: boundaries(targets),
+            cgroup_ids: ids(targets),
+            audit_judges,
+        };
         let mut record = self.record.clone();
         // An earlier generation with this number was never enabled.
         record.generations.retain(|other| other.number != number);
@@ -103,6 +109,7 @@ impl RecordWriter {
         let mut record = self.record.clone();
         if let Some(last) = record.generations.last_mut() {
             (last.targets, last.boundaries) = (names_and_scopes(targets), boundaries(targets));
+            last.cgroup_ids = ids(targets);
         }
         // A full disk does not keep policies from new cgroups.
         self.write(record, false)
@@ -183,6 +190,10 @@ impl RecordWriter {
     pub(super) fn persistent_name(&self) -> Option<&str> {
         self.instance.persists().then(|| self.instance.name())
     }
+}
+
+fn ids(targets: &[Target]) -> BTreeMap<String, u64> {
+    targets.iter().map(|target| (target.cgroup.name.clone(), target.cgroup.id)).collect()
 }
 
 /// Returns the generations whose policies this build can compile.

@@ -4,11 +4,12 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     os::unix::{fs::MetadataExt, process::ExitStatusExt},
+    path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
 use nix::sys::signal::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 use sockpolicy_integration_tests::{
     agent::{self, Build, Run},
     bpf_objects::cgroups_of_links,
@@ -268,6 +269,43 @@ fn one_of_several_agents_that_start_at_once_on_a_cgroup_succeeds() {
     }
     holder.signal(Signal::SIGTERM);
     assert!(holder.finish().status.success());
+}
+
+/// The kernel decides: programs may be detached by others, and cgroups removed and created again.
+#[test]
+fn status_shows_what_the_kernel_has_attached() {
+    let (slice, instance) = (Cgroup::new(), Instance::new());
+    let service = slice.child("service");
+    let policy = PolicyFile::new(sets_mark(&service, 1));
+    instance.attach(policy.path());
+    let state = || {
+        let output = agent::output(&["status", "--output", "json", &instance.name]);
+        let status: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let cgroup = &status["cgroups"][0];
+        assert_eq!(cgroup["cgroup"], format!("{}/service", slice.name()));
+        (cgroup["state"].as_str().unwrap().to_owned(), cgroup["missing_hooks"].clone())
+    };
+    let text = || stdout(&agent::output(&["status", &instance.name]));
+    assert_eq!(state(), ("in_force".to_owned(), json!([])));
+    assert!(text().contains(&format!("    on {}/service\n", slice.name())), "{}", text());
+    // Another administrator removes a pin, and with it the link.
+    let pins = Path::new("/sys/fs/bpf/sockpolicy").join(&instance.name);
+    let pin = files_below(&pins).into_iter().find(|file| file.to_string_lossy().ends_with("sp_connect4")).unwrap();
+    fs::remove_file(pin).unwrap();
+    assert_eq!(state(), ("not_attached".to_owned(), json!(["cgroup/connect4"])));
+    assert!(text().contains("service: no program is attached to cgroup/connect4\n"), "{}", text());
+    drop(service);
+    assert_eq!(state().0, "removed");
+    assert!(text().contains("not in force, the cgroup was removed\n"), "{}", text());
+    let _service = slice.child("service");
+    assert_eq!(state().0, "recreated");
+    assert!(text().contains("not in force, the cgroup was removed and created again\n"), "{}", text());
+    instance.detach();
+}
+
+fn files_below(directory: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+    entries.flat_map(|entry| if entry.is_dir() { files_below(&entry) } else { vec![entry] }).collect()
 }
 
 #[test]
