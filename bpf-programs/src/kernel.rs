@@ -1,10 +1,10 @@
 //! Reads the kernel's own structures at the offsets of [`LAYOUT`]. The audit does this. Other hooks get what they need from
-//! their contexts, except who makes a call ([`is_agent`]) and its arguments ([`arguments`]).
+//! their contexts, except who makes a call ([`is_exempt`]) and its arguments ([`arguments`]).
 //!
 //! Nothing here can fault: reading an invalid address returns `None`.
 
 use abi::{
-    Config, TICK_NS,
+    TICK_NS,
     event::{Call, Executable, ExecutableFile, NAME_MAX, PATH_MAX, flags},
     layout::{ARGUMENTS, Layout, Member, known, of},
     setting::{Value, Words},
@@ -508,16 +508,31 @@ fn is_compat() -> bool {
     read_or_zero::<u32>(member!(current_task(), task_status)) & TS_COMPAT != 0
 }
 
-/// Returns whether the current task is the agent, which makes calls on sockets of targets itself.
+/// Returns whether the current task belongs to a process of sockpolicy that inspects sockets. Its call is not an application's.
 #[inline(always)]
-pub(crate) fn is_agent(config: &Config) -> bool {
-    if config.agent == 0 || !has_offsets(known::EXECUTABLE) {
-        return false;
+pub(crate) fn is_exempt(is_read: bool) -> bool {
+    maps::exemptions().is_some() && is_exempt_process(is_read.into()) != 0
+}
+
+/// See [`is_exempt`] (0 or 1). The verifier checks the function once, and not for each of its calls.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn is_exempt_process(is_read: u32) -> u32 {
+    if !has_offsets(known::EXECUTABLE) {
+        return 0;
     }
+    let Some(exemptions) = maps::exemptions() else { return 0 };
     let task = current_task();
+    let process: u32 = read_or_zero(member!(task, task_tgid));
     let leader: u64 = read_or_zero(member!(task, task_leader));
     let start = read_or_zero::<u64>(member!(leader, task_start)) / TICK_NS;
-    read_or_zero::<u32>(member!(task, task_tgid)) == config.agent && start == config.agent_start
+    let mut found = 0;
+    for entry in &exemptions.entries {
+        if entry.process == process && entry.start == start && is_read >= entry.reads_only {
+            found = 1;
+        }
+    }
+    found
 }
 
 /// Returns the executable that the current task runs; zero if unknown.

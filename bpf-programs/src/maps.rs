@@ -7,7 +7,7 @@
 //! this file are placeholders.
 
 use abi::{
-    ApplyList, Config, Counters, FALLBACK_MAX, GENERATIONS, Losses, Target, TargetSlot,
+    ApplyList, Config, Counters, Exemptions, FALLBACK_MAX, GENERATIONS, Losses, Target, TargetSlot,
     event::{
         BUDGETS_MAX, Budget, CALLS_MAX, Call, EXES_SENT_MAX, Executable, Limit, LimitKey, Slot, Tally, TallyKey,
         UNKNOWN_TALLIES_MAX, bucket,
@@ -44,6 +44,10 @@ type Dictionary<K, V> = ArrayOfMaps<btf_maps::HashMap<K, V, 1>, { GENERATIONS as
 /// Index 0: the configuration. Written last: until then nothing is in force.
 #[map(name = "sp_config")]
 static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
+
+/// Index 0: the processes of sockpolicy that inspect sockets. Not pinned: every process of sockpolicy finds the map by its name.
+#[map(name = "sp_exempt")]
+static EXEMPT: Array<Exemptions> = Array::with_max_entries(1, 0);
 
 /// By target: which policies apply there. The agent also writes to the table that is in force, when a cgroup appears or
 /// disappears.
@@ -181,6 +185,12 @@ pub(crate) static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
 #[inline(always)]
 pub(crate) fn config() -> Option<&'static Config> {
     CONFIG.get(0).filter(|config| config.in_force != 0)
+}
+
+/// Returns the processes that are exempt; `None` if there are none.
+#[inline(always)]
+pub(crate) fn exemptions() -> Option<&'static Exemptions> {
+    EXEMPT.get(0).filter(|exemptions| exemptions.is_used != 0)
 }
 
 /// Returns the target of the cgroup for which the kernel runs the program.

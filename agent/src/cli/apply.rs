@@ -22,7 +22,6 @@ use crate::{
     events::Event,
     host::{
         cgroup::{CgroupError, Mount},
-        inspect::Inspector,
         socket_table::SurveyError,
     },
     instance::{self, InstanceError},
@@ -127,7 +126,7 @@ impl Apply {
         let ResolvedTargets { stacks, targets, .. } = ResolvedTargets::find(&mount, &self.cgroup, policies)?;
         let mut desired = compile(policies, &stacks)?;
         kernel::leave_out_absent_hooks(&mut desired);
-        let mut sockets = Sockets::find(mount, Selection::of(&targets), || iter.fd_refs(), Inspector::default())?;
+        let mut sockets = Sockets::find(mount, Selection::of(&targets), || iter.fd_refs(), kernel::inspector())?;
         let progress = Progress::of(sockets.count());
         let mut out = BufWriter::new(stdout(self.output));
         let mut write_event = |event: &Event| {

@@ -21,8 +21,9 @@ use crate::{
     explain::{Explanation, explain},
     host::{
         cgroup::{self, Mount},
-        inspect::{InspectError, Inspector},
+        inspect::InspectError,
     },
+    kernel,
     policy::{
         End, Policy, Socket, TwoFamilies,
         model::{Direction, Family, Protocol},
@@ -168,7 +169,7 @@ impl Explain {
         let described = Socket::new(protocol, self.family, self.direction, local, self.remote)?;
         let asked = self.cgroup.as_deref().map(below_mount);
         let Some(pid) = self.pid else { return Ok(Socket { cgroup: asked, ..described }) };
-        let all = Inspector::default().all_of(pid).map_err(|source| NoSocket::Process { pid, source })?;
+        let all = kernel::inspector().all_of(pid).map_err(|source| NoSocket::Process { pid, source })?;
         let sockets = all.into_iter().filter_map(|(fd, entry)| Some((fd, entry.facts()?)));
         let is_meant = |(fd, socket): &(i32, Socket)| {
             self.fd.is_none_or(|asked| asked == *fd)

@@ -12,7 +12,8 @@ use super::{
     progress::Progress,
 };
 use crate::{
-    host::{cgroup::Mount, inspect::Inspector},
+    host::cgroup::Mount,
+    kernel,
     live::{OptionRead, Table, Values, drift::Baseline},
     options::OPTIONS,
     policy::Policy,
@@ -67,7 +68,7 @@ impl Ls {
             }
             ResolvedTargets::find(&mount, &self.cgroup, policies)?.targets
         };
-        let mut sockets = Sockets::find(mount, Selection::all_or(&targets), || None, Inspector::default())?;
+        let mut sockets = Sockets::find(mount, Selection::all_or(&targets), || None, kernel::inspector())?;
         let mut out = stdout(self.output);
         let mut table = Table::default();
         let progress = Progress::of(sockets.count());

@@ -21,7 +21,7 @@ use super::{
 use crate::{
     compile::{Desired, compile},
     events::Event,
-    host::{cgroup::Mount, inspect::Inspector},
+    host::cgroup::Mount,
     kernel,
     live::{
         OptionRead,
@@ -95,7 +95,7 @@ impl Verify {
         let ResolvedTargets { stacks, targets, .. } = ResolvedTargets::find(&mount, &self.cgroup, policies)?;
         let mut desired = compile(policies, &stacks)?;
         kernel::leave_out_absent_hooks(&mut desired);
-        let mut sockets = Sockets::find(mount, Selection::of(&targets), || None, Inspector::default())?;
+        let mut sockets = Sockets::find(mount, Selection::of(&targets), || None, kernel::inspector())?;
         let mut tally = Tally { unread: sockets.unread(), ..Tally::default() };
         let progress = Progress::of(sockets.count());
         let mut out = stdout(self.output);

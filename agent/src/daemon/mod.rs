@@ -464,16 +464,10 @@ impl<'a> Daemon<'a> {
         observer: &impl Observer,
     ) -> Result<(), WatchError> {
         match message {
-            Message::Worker(worker, answer) => {
-                session.exempt_process(Some(worker))?;
-                // The thread may have ended.
-                let _ = answer.send(());
-            }
             Message::Event(event) => observer.applied(&event),
             Message::Done(done) => {
                 let Done { tally, skipped, error } = *done;
                 self.reconciliation = None;
-                session.exempt_process(None)?;
                 self.skipped_sockets = skipped;
                 self.note_skipped(session);
                 match error {

@@ -7,6 +7,7 @@
 //! killed and abandoned. It holds no other resource than that socket.
 
 use std::{
+    any::Any,
     cell::RefCell,
     collections::HashMap,
     io,
@@ -156,13 +157,18 @@ pub struct Inspector {
     stalls: HashMap<u32, u32>,
     skipped: Vec<Skip>,
     /// Called with the process id of each worker that is started, before the worker inspects any socket.
-    announce: Option<Box<dyn FnMut(u32) + Send>>,
+    announce: Option<Announce>,
+    /// What `announce` returned for the current worker.
+    announced: Option<Box<dyn Any + Send>>,
 }
 
+type Announce = Box<dyn FnMut(u32) -> Box<dyn Any + Send> + Send>;
+
 impl Inspector {
-    /// Returns an inspector that calls `announce` with the process id of each worker that it starts.
+    /// Returns an inspector that calls `announce` with the process id of each worker that it starts, and keeps the result until the
+    /// worker is abandoned.
     #[must_use]
-    pub fn announcing(announce: impl FnMut(u32) + Send + 'static) -> Self {
+    pub fn announcing(announce: impl FnMut(u32) -> Box<dyn Any + Send> + Send + 'static) -> Self {
         let mut inspector = Self::default();
         inspector.announce = Some(Box::new(announce));
         inspector
@@ -355,6 +361,7 @@ impl Inspector {
         if let Some(service) = self.service.take() {
             service.abandon();
         }
+        self.announced = None;
     }
 
     fn service(&mut self) -> Result<&mut Service, InspectError> {
@@ -365,7 +372,7 @@ impl Inspector {
             let own = std::process::id().to_string();
             let service = Service::start(&[INSPECT, &own]).map_err(InspectError::Start)?;
             if let Some(announce) = &mut self.announce {
-                announce(service.id());
+                self.announced = Some(announce(service.id()));
             }
             self.service = Some(service);
         }

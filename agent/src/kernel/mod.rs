@@ -11,6 +11,7 @@ mod attach_conflict;
 mod attached;
 mod audit;
 mod error;
+mod exempt;
 mod foreign_programs;
 mod kernel_info;
 mod layout;
@@ -32,6 +33,7 @@ pub use self::{
     attached::Failed,
     audit::{Audit, Backend, BackendChoice, ProbeResult, candidates},
     error::KernelError,
+    exempt::{governed_inspector, inspector},
     foreign_programs::{ForeignProgram, RunOrder, foreign_programs, overriding_programs},
     live::{ITERATOR_SINCE, Job, Outcomes, SocketIter},
     loader::ProgramSize,

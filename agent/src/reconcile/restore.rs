@@ -20,12 +20,9 @@ use super::{
     iter_worker::{IterWorker, LazyIter},
 };
 use crate::{
-    host::{
-        inspect::{Inspector, Remote},
-        socket_table::SocketTable,
-    },
+    host::{inspect::Remote, socket_table::SocketTable},
     journal::{Change, Contents, Journal, Place},
-    kernel::{Job, KernelError},
+    kernel::{self, Job, KernelError},
     options::{self, SocketOption},
     skipped::Skip,
 };
@@ -66,7 +63,7 @@ pub fn restore(instance: &str) -> Result<Restored, ReconcileError> {
     let Contents { changes, damaged } = journal.contents()?;
     let mut by_socket = by_socket(changes);
     let mut iter = LazyIter::begin();
-    let inspector = RefCell::new(Inspector::default());
+    let inspector = RefCell::new(kernel::governed_inspector());
     let table = SocketTable::read(|_| true, || iter.fd_refs(), &mut inspector.borrow_mut())?;
     let mut work = Work::default();
     let mut left = Vec::new();

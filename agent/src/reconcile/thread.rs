@@ -10,20 +10,14 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
-        mpsc::{self, Receiver, SyncSender, sync_channel},
+        mpsc::{Receiver, SyncSender, sync_channel},
     },
     thread,
     time::{Duration, Instant},
 };
 
 use super::{LazyIter, ReconcileError, Reconciler, Selection, Sockets, Tally};
-use crate::{
-    compile::Desired,
-    events::Event,
-    host::{cgroup::Mount, inspect::Inspector},
-    journal::Journal,
-    skipped::Skip,
-};
+use crate::{compile::Desired, events::Event, host::cgroup::Mount, journal::Journal, kernel, skipped::Skip};
 
 /// Messages that can wait for the loop. With more, the thread waits.
 const WAITING_MAX: usize = 256;
@@ -41,8 +35,6 @@ pub struct Task {
 
 /// A message of the thread to the loop.
 pub enum Message {
-    /// This process is about to inspect sockets. It waits for an answer, so that the audit can exempt its calls first.
-    Worker(u32, mpsc::Sender<()>),
     Event(Box<Event>),
     Done(Box<Done>),
 }
@@ -130,19 +122,13 @@ impl Sender {
 
 fn reconcile(task: Task, sender: &Sender, stop: &AtomicBool) {
     let Task { mount, desired, selection, dry_run, keeps_allowed, journal } = task;
-    let announcer = sender.clone();
-    let inspector = Inspector::announcing(move |worker| {
-        let (answer, answered) = mpsc::channel();
-        announcer.send(Message::Worker(worker, answer));
-        let _ = answered.recv();
-    });
     let mut report = |event: &Event| {
         sender.send(Message::Event(Box::new(event.clone())));
         Ok(())
     };
     let mut iter = LazyIter::begin();
     let mut reconciler = Reconciler::new(&desired, dry_run, journal, Some(&mut report)).keeping_allowed(keeps_allowed);
-    let found = Sockets::find(mount, selection, || iter.fd_refs(), inspector).map_err(ReconcileError::from);
+    let found = Sockets::find(mount, selection, || iter.fd_refs(), kernel::inspector()).map_err(ReconcileError::from);
     let (skipped, error) = match found {
         Ok(mut sockets) => {
             let pause = |_| if stop.load(Ordering::Relaxed) { Err(ReconcileError::Stopped) } else { Ok(()) };

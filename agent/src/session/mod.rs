@@ -300,15 +300,6 @@ impl Session {
         self.report.note_repaired(repaired);
     }
 
-    /// Makes the policies in force ignore the calls of one worker process, which inspects sockets; `None` ends the exemption.
-    ///
-    /// # Errors
-    ///
-    /// Fails if the configuration cannot be written.
-    pub fn exempt_process(&mut self, process: Option<u32>) -> Result<(), SessionError> {
-        Ok(self.object.exempt_process(process)?)
-    }
-
     /// Returns whether a target's cgroup has been removed. The caller should then call [`Self::detach_removed`] from time to
     /// time.
     #[must_use]

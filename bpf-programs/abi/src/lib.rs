@@ -92,23 +92,18 @@ pub struct Config {
     pub oldest: u32,
     /// The last [`Target::id`] that was assigned, for the next agent.
     pub last_target: u32,
-    /// The process id of the agent in the initial namespace, while the agent reads or sets options of targets' sockets: its
-    /// calls are not an application's. 0: none.
-    pub agent: u32,
     /// What the audit sees of calls. See [`audit`].
     pub audit: u32,
     /// Whether a target may be below another (0 or 1), so that a socket can belong to both.
     pub are_nested: u32,
     /// Whether the audit judges all calls (0 or 1) and the cgroup hooks none: in a dry run.
     pub audit_judges: u32,
-    /// The start time of process `agent`, which distinguishes it from other processes with the same id. CLOCK_BOOTTIME, in
-    /// units of [`TICK_NS`].
-    pub agent_start: u64,
+    pub _pad: u32,
     /// By slot of a generation ([`index::slot_of`]): the options that rules of any scope name. Written before its generation
     /// comes into force, because the write is not atomic.
     pub numbers: [setting::OptionFilter; GENERATIONS as usize],
 }
-shared!(Config, size 4 + 4 + 8 + 8 + 4 * 4 + 4 * 4 + 8 + GENERATIONS as usize * size_of::<setting::OptionFilter>());
+shared!(Config, size 4 + 4 + 8 + 8 + 4 * 4 + 4 * 4 + GENERATIONS as usize * size_of::<setting::OptionFilter>());
 
 impl Config {
     /// Returns whether a rule of the generation in force may name an option. `false` is certain.
@@ -125,6 +120,32 @@ impl Config {
         self.numbers[index::slot_of(generation) as usize].get(key)
     }
 }
+
+/// How many processes can be exempt at a time.
+pub const EXEMPT_MAX: usize = 4;
+
+/// A process of sockpolicy that inspects sockets: its calls are not an application's.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Exempt {
+    /// The process id in the initial namespace; 0: none.
+    pub process: u32,
+    /// Whether only reads are exempt (0 or 1): a policy in force decides what the process sets.
+    pub reads_only: u32,
+    /// The start time, which distinguishes the process from others with the same id. CLOCK_BOOTTIME, in units of [`TICK_NS`].
+    pub start: u64,
+}
+
+/// The processes that are exempt. Map `sp_exempt`, which any process of sockpolicy writes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Exemptions {
+    /// Whether an entry is used (0 or 1).
+    pub is_used: u32,
+    pub _pad: u32,
+    pub entries: [Exempt; EXEMPT_MAX],
+}
+shared!(Exemptions, size 4 + 4 + EXEMPT_MAX * (4 + 4 + 8));
 
 /// Nanoseconds in a tick, the unit in which the kernel shows the start times of processes (`nsec_to_clock_t`, USER_HZ:
 /// kernel/time/time.c).

@@ -196,9 +196,9 @@ struct FoundRow {
 
 /// Finds a row that governs a call. Drops the audit's record of an earlier call of the thread.
 #[inline(always)]
-fn find_row(call: &Sockopt, row: u32) -> Option<FoundRow> {
+fn find_row(call: &Sockopt, row: u32, is_read: bool) -> Option<FoundRow> {
     let config = maps::config()?;
-    if kernel::is_agent(config) {
+    if kernel::is_exempt(is_read) {
         return None;
     }
     // SAFETY: the context's socket, which is never NULL.
@@ -344,7 +344,7 @@ pub(crate) extern "C" fn judge_call(ctx: *mut bpf_sockopt, row: u32) -> u64 {
 
 #[inline(always)]
 fn judge_row(call: &Sockopt, row: u32) -> Option<CallVerdict> {
-    let FoundRow { scope, index, option } = find_row(call, row)?;
+    let FoundRow { scope, index, option } = find_row(call, row, false)?;
     let saved = saved_value(call, scope, option);
     let judged = match rank(call, scope, index, option, true) {
         Some(rank) => judge_governed(call, SettingRef { index, rank }, option),
@@ -767,7 +767,7 @@ pub(crate) extern "C" fn compare_read(ctx: *mut bpf_sockopt) -> u64 {
 
 #[inline(always)]
 fn compare_row(call: &Sockopt) -> Option<CallVerdict> {
-    let FoundRow { scope, index, option } = find_row(call, FIRST_ROW)?;
+    let FoundRow { scope, index, option } = find_row(call, FIRST_ROW, true)?;
     let governed = SettingRef { index, rank: rank(call, scope, index, option, false)? };
     let GoverningRows { setting, winner, .. } = GoverningRows::new(option, governed.rank)?;
     if setting.is_text() != option.is_text()

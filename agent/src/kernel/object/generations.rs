@@ -215,7 +215,6 @@ impl Object {
             audit: self.config.audit,
             are_nested,
             numbers,
-            // No exempt process: the worker of an earlier agent may have been killed.
             ..Config::default()
         };
         self.config.update(&mut self.ebpf, |config| *config = enabled)?;

@@ -31,7 +31,6 @@ use super::{
 use crate::{
     compile::{Desired, Hook},
     fault,
-    host::process,
     policy::model,
 };
 
@@ -301,21 +300,6 @@ impl Object {
     #[must_use]
     pub fn is_attached_to(&self, cgroup: u64) -> bool {
         self.attached.is_attached_to(cgroup)
-    }
-
-    /// Makes the programs ignore the calls of one worker process; `None` ends the exemption.
-    ///
-    /// # Errors
-    ///
-    /// Fails if the configuration cannot be written.
-    pub fn exempt_process(&mut self, process: Option<u32>) -> Result<(), KernelError> {
-        let process = process.filter(|_| process::is_initial_namespace());
-        let started = process.and_then(|process| Some((process, process::start(process)?)));
-        let (agent, agent_start) = started.unwrap_or_default();
-        self.config.update(&mut self.ebpf, |config| {
-            config.agent = agent;
-            config.agent_start = agent_start;
-        })
     }
 }
 

@@ -215,7 +215,7 @@ fn must_record(config: &Config, entry: &CallEntry) -> bool {
     let is_named = maps::option_number(config.generation, entry.key).is_some();
     let is_followed = (is_named || config.calls == calls::ALL) && followed_slot(config).is_some();
     (is_followed || (is_named && config.audit_judges != 0 && may_be_governed(config, entry.subject)))
-        && !kernel::is_agent(config)
+        && !kernel::is_exempt(entry.kind == call::GETSOCKOPT)
 }
 
 /// Returns whether the socket of a call may belong to a target.
