@@ -72,6 +72,7 @@ pub struct Summary {
     pub not_covered: Option<Vec<String>>,
     pub unsupported: Vec<Unsupported>,
     pub conflicts: u64,
+    pub mismatches: u64,
     pub repaired: Repaired,
     pub settings: Vec<Setting>,
     pub call_counts: Vec<CallLine>,
@@ -129,7 +130,10 @@ pub struct Setting {
     pub sockets: Sockets,
     pub calls: Calls,
     pub events: Events,
-    pub examples: Vec<Example>,
+    /// Examples of requested values.
+    pub requested: Vec<Example>,
+    /// Examples of values that were read.
+    pub read: Vec<Example>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -138,10 +142,11 @@ pub struct Limit {
     pub max: i64,
 }
 
-/// A value that an application requested, and the application's name.
+/// A value that an application requested or read, and the application's name.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Example {
-    pub requested: Value,
+    pub value: Value,
+    pub verdict: Option<String>,
     pub comm: String,
 }
 
@@ -157,6 +162,7 @@ pub struct Sockets {
 pub struct Calls {
     pub agreed: u64,
     /// Counts by verdict, with all five verdicts.
+    #[serde(rename = "conflicts")]
     pub verdicts: BTreeMap<String, u64>,
     pub reads: u64,
 }
@@ -237,7 +243,8 @@ impl Report {
 
     /// Returns the conflicts of this call for this option.
     pub fn conflicts(&self, call: &str, option: &str) -> Vec<&Event> {
-        self.of("conflict", option).into_iter().filter(|event| event.call.as_deref() == Some(call)).collect()
+        let kinds = ["conflict", "mismatch"].map(|kind| self.of(kind, option));
+        kinds.concat().into_iter().filter(|event| event.call.as_deref() == Some(call)).collect()
     }
 
     /// Returns the only conflicting setsockopt call for this option.

@@ -21,8 +21,9 @@ impl Filter {
     pub fn admits(&self, event: &Event) -> bool {
         let Self { options: _, verdicts, processes, comms } = self;
         let verdict = match event.kind {
-            Kind::Conflict { verdict, .. } => Some(verdict.what),
-            Kind::Call(_)
+            Kind::Conflict { verdict } => Some(verdict.what),
+            Kind::Mismatch
+            | Kind::Call(_)
             | Kind::Outcome { .. }
             | Kind::Drift
             | Kind::Applied { .. }

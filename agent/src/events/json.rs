@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 use serde_json::Value as Json;
 
-use super::{Event, Kind, Limit, Socket, Via};
+use super::{Call, Event, Kind, Limit, Socket, Via};
 use crate::{container::Container, errno, options::display_name, schema, values};
 
 #[derive(Serialize)]
@@ -60,7 +60,8 @@ impl Event {
     #[must_use]
     pub fn to_json(&self) -> String {
         let (event, call, verdict, outcome) = match self.kind {
-            Kind::Conflict { call, verdict } => ("conflict", Some(call.name()), Some(verdict.to_string()), None),
+            Kind::Conflict { verdict } => ("conflict", Some(Call::Set.name()), Some(verdict.to_string()), None),
+            Kind::Mismatch => ("mismatch", Some(Call::Get.name()), None, None),
             Kind::Call(call) => ("call", Some(call.name()), None, None),
             Kind::Drift => ("drift", None, None, None),
             Kind::Applied { .. } => ("applied", None, None, None),

@@ -86,8 +86,10 @@ pub enum Via {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// A call that conflicts with the policy.
-    Conflict { call: Call, verdict: Verdict },
+    /// A setsockopt call that conflicts with the policy.
+    Conflict { verdict: Verdict },
+    /// A getsockopt call that shows another value than the policy's.
+    Mismatch,
     /// A call without a conflict.
     Call(Call),
     /// A setting that the kernel refused.
@@ -249,7 +251,11 @@ fn decode_kind(event: &raw::Event, dry_run: bool) -> Result<Kind, UnknownRecord>
     };
     match event.kind {
         raw::kind::CONFLICT => {
-            Ok(Kind::Conflict { call: call()?, verdict: decode_verdict(event.call.verdict, dry_run)? })
+            let verdict = decode_verdict(event.call.verdict, dry_run)?;
+            Ok(match call()? {
+                Call::Set => Kind::Conflict { verdict },
+                Call::Get => Kind::Mismatch,
+            })
         }
         raw::kind::CALL => Ok(Kind::Call(call()?)),
         raw::kind::OUTCOME => {
@@ -386,10 +392,9 @@ fn decode_source(code: u32) -> Result<Source, UnknownRecord> {
 /// Returns the value that the kernel received in place of the application's.
 fn applied_value(call: &raw::Call, kind: Kind) -> Value {
     match kind {
-        Kind::Conflict {
-            call: Call::Set,
-            verdict: Verdict { what: Action::Rewritten | Action::Clamped, dry_run: false },
-        } => call.applied,
+        Kind::Conflict { verdict: Verdict { what: Action::Rewritten | Action::Clamped, dry_run: false } } => {
+            call.applied
+        }
         _ => Value::UNKNOWN,
     }
 }
@@ -410,9 +415,9 @@ fn current_value(call: &raw::Call, kind: Kind, result: Option<i64>) -> Value {
         Kind::Outcome { .. } | Kind::Drift | Kind::Applied { .. } | Kind::WouldApply | Kind::Unknown { .. } => {
             Value::UNKNOWN
         }
-        Kind::Conflict { call: Call::Get, .. } | Kind::Call(Call::Get) => call.requested,
+        Kind::Mismatch | Kind::Call(Call::Get) => call.requested,
         Kind::Call(Call::Set) => passed(call.requested),
-        Kind::Conflict { call: Call::Set, verdict } => match (verdict.what, verdict.dry_run) {
+        Kind::Conflict { verdict } => match (verdict.what, verdict.dry_run) {
             (Action::Allowed, _) | (_, true) => passed(call.requested),
             (Action::Rewritten | Action::Clamped, false) => passed(call.applied),
             (Action::Ignored | Action::Denied, false) => before,

@@ -4,7 +4,7 @@ use std::fmt;
 
 use abi::setting::read_back;
 
-use super::{Action, Call, Event, Kind, Limit, Socket, Via};
+use super::{Action, Event, Kind, Limit, Socket, Via};
 use crate::{
     errno,
     escape::Escape,
@@ -25,20 +25,19 @@ impl fmt::Display for Event {
                 write!(f, "call      {} {} {option} = {}", self.actor(), call.name(), shown(&self.requested))?;
                 self.write_result(f)?;
             }
-            Kind::Conflict { call, verdict } => {
-                let verb = match call {
-                    Call::Set => "requested",
-                    Call::Get => "read",
-                };
-                write!(f, "conflict  {} {verb} {option} = {}", self.actor(), shown(&self.requested))?;
-                if self.wanted.len > 0 {
-                    write!(f, " (policy: {})", shown(&self.wanted))?;
-                }
+            Kind::Mismatch => {
+                write!(f, "mismatch  {} read {option} = {}", self.actor(), shown(&self.requested))?;
+                self.write_policy(f)?;
+                self.write_result(f)?;
+            }
+            Kind::Conflict { verdict } => {
+                write!(f, "conflict  {} requested {option} = {}", self.actor(), shown(&self.requested))?;
+                self.write_policy(f)?;
                 write!(f, ": {verdict}")?;
                 if self.applied.len > 0 && verdict.what == Action::Clamped {
                     write!(f, " to {}", shown(&self.applied))?;
                 }
-                if self.current.len > 0 && call == Call::Set {
+                if self.current.len > 0 {
                     write!(f, ", now {}", shown(&self.current))?;
                 }
                 self.write_result(f)?;
@@ -92,11 +91,18 @@ impl Event {
         if options::by_key(self.key).is_some_and(is_doubled) {
             f.write_str(" (doubled by the kernel)")?;
         }
-        let wanted = match self.cause.as_ref().and_then(|cause| cause.limit) {
-            Some(Limit { min, max }) => values::form_text(self.key, &Form::Limit { min, max }),
-            None => values::text(self.key, &self.wanted),
-        };
-        write!(f, " (policy: {wanted})")
+        self.write_policy(f)
+    }
+
+    /// Writes what the policy wants: a limit or a value. Writes nothing if the policy denies all calls.
+    fn write_policy(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.cause.as_ref().and_then(|cause| cause.limit) {
+            Some(Limit { min, max }) => {
+                write!(f, " (policy: {})", values::form_text(self.key, &Form::Limit { min, max }))
+            }
+            None if self.wanted.len > 0 => write!(f, " (policy: {})", values::text(self.key, &self.wanted)),
+            None => Ok(()),
+        }
     }
 
     fn write_result(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -33,6 +33,7 @@ impl Summary {
             "not_covered": audit.map(|audit| audit.not_covered),
             "unsupported": unsupported.iter().map(Unsupported::to_json).collect::<Vec<_>>(),
             "conflicts": self.conflicts(),
+            "mismatches": self.mismatches(),
             "repaired": { "sockets": repaired.sockets, "listeners": repaired.listeners },
             "settings": self.settings_json(),
             "call_counts": calls.iter().map(CallLine::to_json).collect::<Vec<_>>(),
@@ -63,6 +64,10 @@ fn line_json(line: &Line) -> Value {
         .map(|(what, count)| (Verdict { what, dry_run }.to_string(), count.into()))
         .collect();
     let key = line.option.key();
+    let examples = |is_wanted: fn(&Example) -> bool| -> Vec<Value> {
+        let examples = line.requested.iter().filter(|example| is_wanted(example));
+        examples.map(|example| example.to_json(line.mode)).collect()
+    };
     let mut fields = json!({
         "policy": line.policy,
         "rule": line.rule,
@@ -73,9 +78,10 @@ fn line_json(line: &Line) -> Value {
         "optname": key.name,
         "unit": values::unit(key),
         "sockets": { "set": set, "unchanged": unchanged, "failed": failed, "failed_errno": failed_errno },
-        "calls": { "agreed": agreed, "verdicts": verdicts, "reads": reads },
+        "calls": { "agreed": agreed, "conflicts": verdicts, "reads": reads },
         "events": { "reported": reported, "suppressed": suppressed },
-        "examples": line.requested.iter().map(Example::to_json).collect::<Vec<_>>(),
+        "requested": examples(|example| example.verdict.is_some()),
+        "read": examples(|example| example.verdict.is_none()),
         "limitations": line.unsupported.iter().map(|(entry, _)| entry.name).collect::<Vec<_>>(),
     });
     if let (Value::Object(fields), Value::Object(form)) = (&mut fields, values::form_fields(key, &line.form)) {

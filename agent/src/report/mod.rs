@@ -31,7 +31,7 @@ use crate::{
     values,
 };
 
-/// How many examples of requested values are kept for each setting.
+/// How many examples are kept for each setting and verdict.
 const EXAMPLES_MAX: usize = 4;
 
 /// The option and the rule of a line.
@@ -98,6 +98,8 @@ pub struct Counts {
 pub struct Example {
     /// The value as text and as JSON; `None` if it was not seen.
     requested: Option<(String, Value)>,
+    /// What was done about the call; `None` if the value was read.
+    verdict: Option<Action>,
     /// The name of the task.
     task_name: String,
 }
@@ -108,8 +110,16 @@ impl Example {
         self.requested.as_ref().map_or_else(|| task_name.to_string(), |(text, _)| format!("{text} by {task_name}"))
     }
 
-    fn to_json(&self) -> Value {
-        json!({ "requested": self.requested.as_ref().map(|(_, json)| json), "comm": self.task_name })
+    fn to_json(&self, mode: Mode) -> Value {
+        let value = self.requested.as_ref().map(|(_, json)| json);
+        match self.verdict {
+            Some(_) => json!({ "value": value, "verdict": self.verdict_name(mode), "comm": self.task_name }),
+            None => json!({ "value": value, "comm": self.task_name }),
+        }
+    }
+
+    fn verdict_name(&self, mode: Mode) -> Option<String> {
+        self.verdict.map(|what| Verdict { what, dry_run: mode == Mode::DryRun }.to_string())
     }
 }
 
@@ -135,13 +145,18 @@ pub struct Line {
 impl Report {
     /// Adds an event caused by policies of this generation.
     pub fn fold(&mut self, generation: u32, event: &Event) {
-        let (Kind::Conflict { .. }, Some(cause)) = (event.kind, &event.cause) else { return };
+        let Some(cause) = &event.cause else { return };
+        let verdict = match event.kind {
+            Kind::Conflict { verdict } => Some(verdict.what),
+            Kind::Mismatch => None,
+            _ => return,
+        };
         let task_name = event.task.as_ref().map_or("a process", |task| task.comm.as_str());
         let value = &event.requested;
         let requested = (value.len > 0).then(|| (values::text(event.key, value), values::json(event.key, value)));
-        let example = Example { requested, task_name: task_name.to_owned() };
+        let example = Example { requested, verdict, task_name: task_name.to_owned() };
         let examples = self.requested.entry((generation, cause.setting)).or_default();
-        if examples.len() < EXAMPLES_MAX && !examples.contains(&example) {
+        if has_room(examples, verdict) && !examples.contains(&example) {
             examples.push(example);
         }
     }
@@ -233,10 +248,18 @@ impl Summary {
         self.conflicts().saturating_sub(self.earlier_conflicts)
     }
 
-    /// Returns how many calls conflicted with the policy, reads included.
+    /// Returns how many setsockopt calls conflicted with the policy.
     #[must_use]
     pub fn conflicts(&self) -> u64 {
         self.lines.iter().map(Line::conflicts).sum()
+    }
+}
+
+impl Summary {
+    /// Returns how many reads showed another value than the policy's.
+    #[must_use]
+    pub fn mismatches(&self) -> u64 {
+        self.lines.iter().map(|line| line.counters.reads).sum()
     }
 }
 
@@ -272,9 +295,11 @@ impl Line {
     fn add(&mut self, other: Self) {
         self.counters = self.counters.plus(&other.counters);
         self.is_reported |= other.is_reported;
-        let new: Vec<_> = other.requested.into_iter().filter(|example| !self.requested.contains(example)).collect();
-        self.requested.extend(new);
-        self.requested.truncate(EXAMPLES_MAX);
+        for example in other.requested {
+            if has_room(&self.requested, example.verdict) && !self.requested.contains(&example) {
+                self.requested.push(example);
+            }
+        }
     }
 
     fn conflicts(&self) -> u64 {
@@ -297,6 +322,11 @@ impl Line {
     }
 }
 
+/// Returns whether another example with this verdict is kept.
+fn has_room(examples: &[Example], verdict: Option<Action>) -> bool {
+    examples.iter().filter(|example| example.verdict == verdict).count() < EXAMPLES_MAX
+}
+
 fn conflicts(counters: &Counters) -> u64 {
-    counters.verdicts.iter().sum::<u64>() + counters.reads
+    counters.verdicts.iter().sum()
 }

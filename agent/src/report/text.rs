@@ -11,6 +11,7 @@ use super::{
 use crate::{
     errno,
     escape::{self, Escape},
+    events::Action,
     limitations::{self, Concern},
     policy::model::Mode,
 };
@@ -66,7 +67,8 @@ struct Tables<'a>(&'a Summary);
 impl fmt::Display for Tables<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.write_settings(f)?;
-        self.0.write_conflicts(f)
+        self.0.write_conflicts(f)?;
+        self.0.write_mismatches(f)
     }
 }
 
@@ -156,28 +158,18 @@ impl Summary {
     fn write_conflicts(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let lines: Vec<&Line> = self.lines.iter().filter(|line| line.conflicts() > 0).collect();
         if lines.is_empty() {
-            return writeln!(f, "\nno application call disagreed with the policy");
+            return writeln!(f, "\nno call conflicted with the policy");
         }
-        let mut table = table(&["option", "policy", "applications asked for", "calls", "verdict", "who won"]);
+        let mut table = table(&["option", "policy", "requested by applications", "calls", "verdict", "winner"]);
         for line in lines {
             for (verdict, count) in line.verdicts() {
                 table.add_row([
                     line.option.to_string(),
                     line.wanted(),
-                    examples(line),
+                    examples(line, Some(verdict.what)),
                     count.to_string(),
                     verdict.to_string(),
                     winner(verdict.what, line.mode).to_owned(),
-                ]);
-            }
-            if line.counters.reads > 0 {
-                table.add_row([
-                    line.option.to_string(),
-                    line.wanted(),
-                    examples(line),
-                    line.counters.reads.to_string(),
-                    "read another value".to_owned(),
-                    String::new(),
                 ]);
             }
         }
@@ -194,11 +186,29 @@ impl Summary {
     }
 }
 
-/// Returns the requested values, one on each line.
-fn examples(line: &Line) -> String {
-    line.requested.iter().map(Example::text).collect::<Vec<_>>().join("\n")
+impl Summary {
+    /// Writes which reads showed another value than the policy's.
+    fn write_mismatches(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let lines: Vec<&Line> = self.lines.iter().filter(|line| line.counters.reads > 0).collect();
+        if lines.is_empty() {
+            return Ok(());
+        }
+        let mut table = table(&["option", "policy", "read by applications", "reads"]);
+        for line in lines {
+            let read = [line.option.to_string(), line.wanted(), examples(line, None), line.counters.reads.to_string()];
+            table.add_row(read);
+        }
+        align_right(&mut table, 3);
+        writeln!(f, "\n{table}")
+    }
 }
 
-fn winner(action: crate::events::Action, mode: Mode) -> &'static str {
-    if action == crate::events::Action::Allowed || mode == Mode::DryRun { "application" } else { "policy" }
+/// Returns the values that were requested with this verdict, or read if there is no verdict, one on each line.
+fn examples(line: &Line, verdict: Option<Action>) -> String {
+    let examples = line.requested.iter().filter(|example| example.verdict == verdict);
+    examples.map(Example::text).collect::<Vec<_>>().join("\n")
+}
+
+fn winner(action: Action, mode: Mode) -> &'static str {
+    if action == Action::Allowed || mode == Mode::DryRun { "application" } else { "policy" }
 }

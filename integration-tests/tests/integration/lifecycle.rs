@@ -104,13 +104,13 @@ fn standard_output_has_only_the_commands_output() {
     assert_eq!(stdout(&output), "out\n");
     let stderr = stderr(&output);
     assert!(stderr.starts_with("sockpolicy: enforcing some on cgroup "), "{stderr}");
-    assert!(stderr.contains("\nerr\n") && stderr.contains("no application call disagreed"), "{stderr}");
+    assert!(stderr.contains("\nerr\n") && stderr.contains("no call conflicted"), "{stderr}");
 
     let report = policy.dir().join("report");
     let arguments = ["--report", report.to_str().unwrap()];
     let output = Running::exec(&arguments, &policy, &["sh", "-c", "echo out; echo err >&2"]).finish();
     assert_eq!((stdout(&output), self::stderr(&output)), ("out\n".into(), "err\n".into()));
-    assert!(fs::read_to_string(report).unwrap().contains("no application call disagreed"));
+    assert!(fs::read_to_string(report).unwrap().contains("no call conflicted"));
 }
 
 #[test]

@@ -284,7 +284,7 @@ fn counts(summary: &Value, policy: &str, caused: &BTreeMap<&str, BTreeMap<String
     let Some(caused) = caused.get(policy) else { return };
     let mut counted: BTreeMap<&str, u64> = BTreeMap::new();
     for setting in settings(summary, policy) {
-        *counted.entry(setting["option"].as_str().unwrap_or("")).or_insert(0) += sum(&setting["calls"]["verdicts"]);
+        *counted.entry(setting["option"].as_str().unwrap_or("")).or_insert(0) += sum(&setting["calls"]["conflicts"]);
     }
     // An option without a line in the report was not counted.
     for option in caused.keys().map(String::as_str).filter(|what| !NOT_OPTIONS.contains(what)) {
@@ -305,13 +305,13 @@ fn conflicts(stats: &OutputStats, caused: &BTreeMap<&str, BTreeMap<String, u64>>
     let total = |field: &str| all().filter_map(|setting| setting["events"][field].as_u64()).sum::<u64>();
     // A read also conflicts if the socket still has the value of the policy before the last reload.
     let of_setting =
-        |setting: &Value| sum(&setting["calls"]["verdicts"]) + setting["calls"]["reads"].as_u64().unwrap_or(0);
+        |setting: &Value| sum(&setting["calls"]["conflicts"]) + setting["calls"]["reads"].as_u64().unwrap_or(0);
     let conflicts: u64 = all().map(of_setting).sum();
     let losses = &stats.summary["losses"];
     let lost = |reason: &str| losses[reason].as_u64().unwrap_or(0);
     let unwritten =
         ["output_blocked", "output_closed", "output_no_space", "output_failed"].map(lost).iter().sum::<u64>();
-    let lines = stats.events.get("conflict").copied().unwrap_or(0);
+    let lines: u64 = ["conflict", "mismatch"].iter().filter_map(|kind| stats.events.get(*kind)).sum();
     findings.equal(
         "conflicts reported, suppressed or lost in the ring",
         total("reported") + total("suppressed") + lost("ring_full"),

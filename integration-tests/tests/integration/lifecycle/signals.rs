@@ -136,7 +136,7 @@ fn run_ends_with_a_summary_on_termination_signals() {
         running.signal(signal);
         let output = running.finish();
         assert_eq!(output.status.code(), Some(0), "{signal}: {}", stderr(&output));
-        assert!(stdout(&output).contains("no application call disagreed"), "{}", stdout(&output));
+        assert!(stdout(&output).contains("no call conflicted"), "{}", stdout(&output));
         held.assert_gone();
     }
 }

@@ -93,7 +93,7 @@ fn tally(printed: &str, called: f64, samples: &mut Samples) -> Result<()> {
     let losses = summary["losses"].as_object().map_or(0.0, |losses| losses.values().map(number).sum());
     let (told, held) = (number(&setting["events"]["reported"]), number(&setting["events"]["suppressed"]));
     samples.add("ours/called", called);
-    samples.add("ours/counted", number(&setting["calls"]["verdicts"]["rewritten"]));
+    samples.add("ours/counted", number(&setting["calls"]["conflicts"]["rewritten"]));
     samples.add("ours/accounted", told + held + losses);
     samples.add("ours/told", told);
     samples.add("ours/held", held);
