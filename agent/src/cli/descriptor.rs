@@ -4,7 +4,8 @@
 //! This module does neither: every write reports what the kernel says.
 
 use std::{
-    io::{self, Write},
+    env,
+    io::{self, IsTerminal, Write},
     mem,
     os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
     sync::atomic::{AtomicBool, Ordering},
@@ -18,7 +19,7 @@ use nix::{
 };
 
 use super::output::Format;
-use crate::escape::visible;
+use crate::{escape::visible, wrap};
 
 /// One of the two descriptors that every process starts with for output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +48,29 @@ static NOTE_CLOSED: extern "C" fn() = {
 };
 
 impl Standard {
+    fn is_terminal(self) -> bool {
+        !self.was_closed() && self.as_fd().is_terminal()
+    }
+
+    /// Returns whether colours may be written: to a terminal that has them, unless NO_COLOR (no-color.org) forbids it.
+    pub(super) fn takes_colours(self) -> bool {
+        let is_set = |name| env::var_os(name).is_some_and(|value| !value.is_empty());
+        let is_dumb = env::var_os("TERM").is_none_or(|term| term == "dumb");
+        self.is_terminal() && !is_dumb && !is_set("NO_COLOR")
+    }
+
+    /// Returns the width to which text is wrapped, in columns: COLUMNS, or that of the terminal. Returns `None` for text that goes
+    /// elsewhere: programs read such text by lines.
+    pub(super) fn width(self) -> Option<usize> {
+        let given = env::var("COLUMNS").ok().and_then(|columns| columns.parse().ok());
+        given.or_else(|| terminal_width(self)).filter(|width| *width > 0)
+    }
+
+    /// Wraps text to [`Self::width`].
+    pub(super) fn wrapped(self, text: &str) -> String {
+        wrap::lines(text, self.width().unwrap_or(usize::MAX))
+    }
+
     fn was_closed(self) -> bool {
         WAS_CLOSED[self as usize].load(Ordering::Relaxed)
     }
@@ -73,6 +97,14 @@ impl AsFd for Standard {
         // SAFETY: Rust's runtime opens these descriptors where they are closed, and nothing here closes them.
         unsafe { BorrowedFd::borrow_raw(self.as_raw_fd()) }
     }
+}
+
+/// Returns the number of columns of a terminal (tty_ioctl(4)).
+fn terminal_width(standard: Standard) -> Option<usize> {
+    let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: there is room for the answer.
+    let result = unsafe { libc::ioctl(standard.as_raw_fd(), libc::TIOCGWINSZ, &raw mut size) };
+    (result == 0).then(|| size.ws_col.into())
 }
 
 /// Writes without a buffer.
@@ -131,7 +163,10 @@ pub(super) fn stdout(format: Format) -> Lines {
 impl Lines {
     fn write_all_of(&self, bytes: &[u8]) -> io::Result<()> {
         match self.format {
-            Format::Text => Standard::Output.write_all(visible(&String::from_utf8_lossy(bytes), true).as_bytes()),
+            Format::Text => {
+                let text = visible(&String::from_utf8_lossy(bytes), true);
+                Standard::Output.write_all(Standard::Output.wrapped(&text).as_bytes())
+            }
             Format::Json => Standard::Output.write_all(bytes),
         }
     }

@@ -35,6 +35,7 @@ use crate::{
     session::SessionError,
     transient_cgroup::{TransientCgroup, TransientCgroupError},
     trial::{self, Sample, TrialError},
+    wrap,
 };
 
 /// Show what this kernel supports: hooks, audit backends, options
@@ -169,7 +170,7 @@ impl Findings {
             let since = option.settable().map_or("", |settable| settable.since);
             table.add_row(row(&format!("set {}", option.name), answer, since));
         }
-        writeln!(out, "\n{table}\n")?;
+        writeln!(out, "\n{}\n", wrap::table(table))?;
         match backends.iter().find_map(|(_, found)| found.as_ref().ok()) {
             Some(audit) => writeln!(out, "applications' calls are seen: {}", describe_audit(*audit))?,
             None => writeln!(out, "the calls of applications cannot be seen: only conflicts, without their results")?,

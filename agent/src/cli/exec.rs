@@ -3,7 +3,7 @@
 use std::{
     ffi::{OsStr, OsString},
     io,
-    os::unix::process::ExitStatusExt,
+    os::unix::process::{CommandExt, ExitStatusExt},
     path::{Path, PathBuf},
     process::{Child, Command, ExitCode, ExitStatus},
 };
@@ -29,6 +29,7 @@ use crate::{
     host::{
         cgroup::{CgroupError, Mount},
         containers::Known,
+        process::{self, DescriptorLimits},
     },
     kernel::Target,
     session::{self, OnBlocked, OnUnsupported, Session, SessionError, Setup},
@@ -50,8 +51,8 @@ const NOT_FOUND: u8 = 127;
     after_help = "Examples:\n  sockpolicy exec web.toml -- nginx -g \"daemon off;\"\n  sockpolicy exec --dry-run web.toml -- curl https://example.com"
 )]
 pub(super) struct Exec {
-    /// Policy files. The command's cgroup replaces their targets
-    #[arg(required = true, value_name = "FILE")]
+    /// Policy files, and directories whose *.toml files are policies. The command's cgroup replaces their targets
+    #[arg(required = true, value_name = "FILE|DIR")]
     files: Vec<PathBuf>,
     #[command(flatten)]
     trust: TrustArgs,
@@ -79,21 +80,15 @@ pub(super) enum ExecError {
     Watch(#[from] WatchError),
     #[error("cannot watch the command: {0}")]
     Command(#[from] io::Error),
-    #[error("cannot run {}: {source}{}", shown(command), spawn_help(source))]
+    #[error("cannot run {}: {source}", shown(command))]
     Spawn { command: OsString, source: io::Error },
+    #[error("cannot run the command in cgroup {}: {source}", cgroup.escaped())]
+    Enter { cgroup: PathBuf, source: io::Error },
 }
 
 /// A command's name, visible also where it is empty.
 fn shown(command: &OsStr) -> String {
     if command.is_empty() { "``".to_owned() } else { command.escaped().to_string() }
-}
-
-fn spawn_help(error: &io::Error) -> &'static str {
-    match error.kind() {
-        io::ErrorKind::NotFound => "\n  help: check the name, and that its folder is in PATH",
-        io::ErrorKind::PermissionDenied => "\n  help: is it a program, and may it be executed?",
-        _ => "",
-    }
 }
 
 impl ExecError {
@@ -144,6 +139,7 @@ impl TransientRun<'_> {
 
     pub(super) fn run(&self, desired: Desired, filter: Filter) -> Result<ExitCode, ExecError> {
         let mut signals = Signals::watch()?;
+        let limits = process::raise_descriptor_limit();
         crate::kernel::check_privileges().map_err(SessionError::from)?;
         let writer = self.writer()?;
         let mount = Mount::find()?;
@@ -167,7 +163,7 @@ impl TransientRun<'_> {
             return Ok(ExitCode::from(128 + signal as u8));
         }
         writer.settle();
-        let mut child = self.spawn(&enclosure, &signals)?;
+        let mut child = self.spawn(&enclosure, &signals, limits)?;
         let status = follow(&mut child, &mut session, &mut signals, &writer)?;
         session.end()?;
         while tell(&mut session, &writer) {}
@@ -197,13 +193,23 @@ impl TransientRun<'_> {
         }
     }
 
-    fn spawn(&self, enclosure: &TransientCgroup, signals: &Signals) -> Result<Child, ExecError> {
+    fn spawn(
+        &self,
+        enclosure: &TransientCgroup,
+        signals: &Signals,
+        limits: Option<DescriptorLimits>,
+    ) -> Result<Child, ExecError> {
         let [name, arguments @ ..] = self.command else { unreachable_command() };
         let mut command = Command::new(name);
         command.args(arguments);
-        enclosure.enclose(&mut command)?;
+        let entry = enclosure.enclose(&mut command)?;
         signals.restore_in_child(&mut command);
-        command.spawn().map_err(|source| ExecError::Spawn { command: name.clone(), source })
+        // SAFETY: the closure only makes a system call.
+        unsafe { command.pre_exec(move || limits.map_or(Ok(()), DescriptorLimits::restore)) };
+        command.spawn().map_err(|source| match entry.has_failed() {
+            true => ExecError::Enter { cgroup: enclosure.cgroup.path.clone(), source },
+            false => ExecError::Spawn { command: name.clone(), source },
+        })
     }
 }
 

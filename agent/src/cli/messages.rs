@@ -7,7 +7,7 @@
 use std::{
     collections::HashMap,
     error::Error,
-    io::{self, IsTerminal, Write},
+    io::{self, Write},
     panic::Location,
     sync::{Mutex, MutexGuard, OnceLock, PoisonError},
     time::{Duration, Instant},
@@ -75,8 +75,9 @@ pub(super) fn write(lines: &str) {
     write_styled(&visible(lines, true));
 }
 
-/// Writes whole lines as they are.
-fn write_styled(lines: &str) {
+/// Writes whole lines with their escape sequences, wrapped.
+pub(super) fn write_styled(lines: &str) {
+    let lines = &Standard::Error.wrapped(lines);
     match QUEUE.get() {
         Some(queue) => queue.put(lines),
         None => {
@@ -114,7 +115,7 @@ pub(super) fn show(found: &[Diagnostic]) {
     if found.is_empty() {
         return;
     }
-    if io::stderr().is_terminal() {
+    if Standard::Error.takes_colours() {
         write_styled(&format!("{}\n", crate::policy::render(found, Style::Coloured)));
     } else {
         write(&format!("{}\n", crate::policy::render(found, Style::Plain)));

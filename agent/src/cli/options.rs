@@ -10,7 +10,7 @@ use crate::{
     escape::Escape,
     options::{Class, OPTIONS, SocketOption, ValueKind},
     reference::reference,
-    schema,
+    schema, wrap,
 };
 
 /// List the socket options that policies can name
@@ -45,9 +45,9 @@ impl Options {
             print_error(&NoOption(wanted));
             return FAILURE.into();
         }
-        let mut out = stdout(Format::Json);
+        let mut out = stdout(if self.output == Form::Text { Format::Text } else { Format::Json });
         let written = match self.output {
-            Form::Text => writeln!(out, "{}", table(&options)),
+            Form::Text => writeln!(out, "{}", wrap::table(table(&options))),
             Form::Json => options.iter().try_for_each(|option| writeln!(out, "{}", line(option))),
             Form::Markdown => write!(out, "{}", reference()),
         };

@@ -13,6 +13,7 @@ use crate::{
     escape::{self, Escape},
     limitations::{self, Concern},
     policy::model::Mode,
+    wrap,
 };
 
 impl fmt::Display for Summary {
@@ -33,7 +34,7 @@ unsupported: {unsupported}"
             self.write_unsupported(f)?;
         }
         if !self.calls.is_empty() {
-            writeln!(f, "\n{}", calls_table(&self.calls))?;
+            writeln!(f, "\n{}", wrap::table(calls_table(&self.calls)))?;
         } else if self.policies.is_empty() {
             writeln!(f, "\nno application called setsockopt or getsockopt")?;
         }
@@ -131,7 +132,7 @@ impl Summary {
         for column in 3..6 {
             align_right(&mut table, column);
         }
-        writeln!(f, "\n{table}")
+        writeln!(f, "\n{}", wrap::table(table))
     }
 
     fn write_conflicts(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -163,7 +164,7 @@ impl Summary {
             }
         }
         align_right(&mut table, 3);
-        writeln!(f, "\n{table}")?;
+        writeln!(f, "\n{}", wrap::table(table))?;
         let suppressed: u64 = self.lines.iter().map(|line| line.counters.suppressed).sum();
         if suppressed > 0 {
             writeln!(

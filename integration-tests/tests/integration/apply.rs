@@ -343,7 +343,7 @@ fn journal_is_kept_while_policies_in_force_set_their_values_again() {
     );
     assert!(stderr(&output).contains("policies in force set these options again"), "{}", stderr(&output));
     assert_eq!(probe.int(pair.client, SO_MARK), 7);
-    let output = agent::output(&["detach", "--restore", &instance.name]);
+    let output = agent::output(&["detach", "--restore", "--instance", &instance.name]);
     assert!(output.status.success(), "{}{}", stdout(&output), stderr(&output));
     assert_eq!(probe.int(pair.client, SO_MARK), 0);
 }

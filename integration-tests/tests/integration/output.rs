@@ -349,8 +349,8 @@ fn unwritable_messages_do_not_change_the_exit_status() {
         &["exec", "/no/such/policy", "--", "true"],
         &["no-such-command"],
         &["exec"],
-        &["status", "no-such-instance"],
-        &["detach", "no-such-instance"],
+        &["status", "--instance", "no-such-instance"],
+        &["detach", "--instance", "no-such-instance"],
         &["attach", "/no/such/policy"],
     ] {
         let expected = agent::command(words).output().unwrap().status.code();

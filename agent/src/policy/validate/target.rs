@@ -12,7 +12,7 @@ use crate::policy::{
 };
 
 /// The usual cgroup2 mounts, from which users copy paths.
-const USUAL_MOUNTS: [&str; 2] = ["/sys/fs/cgroup/unified/", "/sys/fs/cgroup/"];
+const USUAL_MOUNTS: [&str; 2] = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"];
 
 /// Longest path that the kernel accepts, from limits.h.
 const PATH_MAX: usize = 4096;
@@ -128,7 +128,8 @@ fn check_path(text: &str) -> Result<&str, Problem> {
     if text.is_empty() {
         return Err(Problem::new("this cgroup has no name").help("write \"/\" for every process of the machine"));
     }
-    if let Some(path) = USUAL_MOUNTS.iter().find_map(|mount| text.strip_prefix(mount)) {
+    let below = |mount| text.strip_prefix(mount).filter(|path: &&str| path.is_empty() || path.starts_with('/'));
+    if let Some(path) = USUAL_MOUNTS.into_iter().find_map(below).map(|path| path.trim_matches('/')) {
         return Err(Problem::new(format!("{} is a path in the file system, not in the cgroup hierarchy", quote(text)))
             .help(format!("write \"{}\"", if path.is_empty() { "/" } else { path })));
     }
