@@ -299,3 +299,35 @@ fn wait_for_change(cgroup: &Path) {
         Err(error) => log::debug!("cannot wait on {}: {error}", events.escaped()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failed_entry_is_distinguished_from_a_missing_program() {
+        let path = std::env::temp_dir().join(format!("sockpolicy-entry-{}", std::process::id()));
+        fs::create_dir(&path).unwrap();
+        let start = |procs: &str, program: &str| {
+            // Writes to /dev/full fail, as writes to `cgroup.procs` can.
+            std::os::unix::fs::symlink(procs, path.join("cgroup.procs")).unwrap();
+            let cgroup = Cgroup {
+                path: path.clone(),
+                name: "/x".to_owned(),
+                id: 1,
+                level: 1,
+                folder: File::open(&path).unwrap(),
+            };
+            let cgroup = TransientCgroup { cgroup, guard: Command::new("true").spawn().unwrap() };
+            let mut command = Command::new(program);
+            let entry = cgroup.enclose(&mut command).unwrap();
+            let started = command.spawn().map(|mut child| child.wait());
+            fs::remove_file(path.join("cgroup.procs")).unwrap();
+            (started.is_ok(), entry.has_failed())
+        };
+        let found = [("/dev/full", "true"), ("/dev/null", "/no/such/program"), ("/dev/null", "true")];
+        let found = found.map(|(procs, program)| start(procs, program));
+        fs::remove_dir(&path).unwrap();
+        assert_eq!(found, [(false, true), (false, false), (true, false)]);
+    }
+}

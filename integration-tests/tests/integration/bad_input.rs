@@ -1,5 +1,6 @@
 //! Invalid input: one clear error, the right exit status, and nothing left behind.
 
+mod environment;
 pub(crate) mod rights;
 
 use std::{
