@@ -92,22 +92,30 @@ fn columns(text: &str) -> usize {
     columns
 }
 
-/// Returns a table as text of [`WIDTH`] columns. Cells are wrapped at words. Lines have no spaces at their ends.
+/// Returns a table as text of [`WIDTH`] columns, or as wide as its longest words require. Cells are wrapped at words, and headers
+/// too if they do not fit otherwise. Lines have no spaces at their ends.
 #[must_use]
 pub fn table(mut table: Table) -> String {
-    let mut longest: Vec<usize> = Vec::new();
-    let header = table.header().into_iter();
-    let cells = header.chain(table.row_iter()).flat_map(|row| row.cell_iter().enumerate());
-    for (column, cell) in cells {
-        let content = cell.content();
-        let word = content.split([' ', '\n']).map(UnicodeWidthStr::width).max().unwrap_or(0);
-        longest.resize(longest.len().max(column + 1), 0);
-        longest[column] = longest[column].max(word);
+    /// The space on either side of a cell.
+    const PADDING: usize = 2;
+    let word = |text: &str| text.split([' ', '\n']).map(UnicodeWidthStr::width).max().unwrap_or(0) + PADDING;
+    let header: Vec<String> =
+        table.header().into_iter().flat_map(|row| row.cell_iter()).map(comfy_table::Cell::content).collect();
+    let mut words: Vec<usize> = header.iter().map(|text| word(text)).collect();
+    for (column, cell) in table.row_iter().flat_map(|row| row.cell_iter().enumerate()) {
+        words.resize(words.len().max(column + 1), 0);
+        words[column] = words[column].max(word(&cell.content()));
     }
-    table.set_content_arrangement(ContentArrangement::Dynamic).set_width(WIDTH as u16);
-    for (column, word) in table.column_iter_mut().zip(longest) {
-        // Includes the space on either side of a cell.
-        column.set_constraint(ColumnConstraint::LowerBoundary(Width::Fixed(word as u16 + 2)));
+    let headers = words.iter().enumerate().map(|(column, word)| {
+        let header = header.get(column).map_or(0, |text| text.width() + PADDING);
+        header.max(*word)
+    });
+    let headers: Vec<usize> = headers.collect();
+    let least = if headers.iter().sum::<usize>() > WIDTH { words } else { headers };
+    let width = least.iter().sum::<usize>().max(WIDTH);
+    table.set_content_arrangement(ContentArrangement::Dynamic).set_width(width as u16);
+    for (column, least) in table.column_iter_mut().zip(least) {
+        column.set_constraint(ColumnConstraint::LowerBoundary(Width::Fixed(least as u16)));
     }
     lines(&table.to_string(), usize::MAX)
 }

@@ -2,7 +2,7 @@
 
 use std::{error::Error, io};
 
-use super::exec::ExecError;
+use super::{exec::ExecError, options::NoOption};
 use crate::{
     container::Running,
     escape::Escape,
@@ -55,6 +55,8 @@ fn of_this(error: &(dyn Error + 'static)) -> Option<String> {
         of_kernel(error)
     } else if let Some(error) = error.downcast_ref() {
         of_private(error)
+    } else if error.is::<NoOption>() {
+        Some("`sockpolicy options` lists all".to_owned())
     } else {
         None
     }

@@ -1,6 +1,7 @@
 //! Output that cannot be written, and readers that do not read: enforcement, commands and exit statuses are
 //! unaffected.
 
+mod columns;
 mod escape;
 mod rates;
 

@@ -39,7 +39,28 @@ fn ordered<T: Ord>(mut items: Vec<T>) -> Vec<T> {
 
 fn cgroups(cgroups: Option<&List<Text<'_>>>, findings: &mut Findings) -> Vec<String> {
     let globs = cgroups.map(|cgroups| cgroups.get_ref().iter()).into_iter().flatten();
-    globs.filter_map(|glob| findings.ok(path_glob(glob))).collect()
+    globs
+        .filter_map(|glob| {
+            if let Some(problem) = hexadecimal_escape(glob, findings) {
+                findings.warning(problem);
+            }
+            findings.ok(path_glob(glob))
+        })
+        .collect()
+}
+
+/// Returns a warning about a name of systemd, such as `a\x2db`, in double quotes: TOML decodes the escape.
+fn hexadecimal_escape(glob: &Text<'_>, findings: &Findings) -> Option<Problem> {
+    let written = findings.text(&glob.span());
+    let without_backslashes = written.replace(r"\\", "");
+    (written.starts_with('"') && without_backslashes.contains(r"\x")).then(|| {
+        Problem::new(format!("TOML decodes the escape in {written}: the cgroup is {}", quote(glob.get_ref())))
+            .help(format!(
+                "for a cgroup whose name has a backslash, use single quotes: '{}'",
+                written.trim_matches('"')
+            ))
+            .at(glob.span())
+    })
 }
 
 fn container(file: &ContainerFile<'_>, findings: &mut Findings) -> ContainerSelector {
@@ -156,4 +177,27 @@ fn build_glob(glob: &GlobBuilder<'_>, text: &str) -> Result<(), Problem> {
         Problem::new(format!("{} is not a glob: {}", quote(text), error.kind()))
             .help("put [brackets] around a literal character, such as \"[*]\"")
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use crate::policy::{self, diagnostic::Style};
+
+    #[test]
+    fn escape_of_systemd_that_toml_decodes_is_a_warning() {
+        for (cgroup, expected) in [
+            (r#""a\x2db""#, Some(("a-b", true))),
+            (r"'a\x2db'", Some((r"a\x2db", false))),
+            (r#""a\\x2db""#, Some((r"a\x2db", false))),
+        ] {
+            let text = format!("[target]\ncgroup = {cgroup}\n[[rule]]\nset = {{ SO_MARK = 1 }}\n");
+            let parsed = policy::parse(Path::new("p.toml"), &text).ok();
+            let found = parsed.as_ref().map(|(policy, warnings)| {
+                (policy.target.cgroups[0].as_str(), policy::render(warnings, Style::Plain).contains("single quotes"))
+            });
+            assert_eq!(found, expected, "{cgroup}");
+        }
+    }
 }
