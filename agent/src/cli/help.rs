@@ -145,11 +145,15 @@ fn of_kernel(error: &KernelError) -> Option<String> {
     let help = match error {
         KernelError::Privileges { .. } => "run sockpolicy as root, or give it these capabilities".to_owned(),
         KernelError::DescriptorLimit { .. } => MORE_FILES.to_owned(),
-        // Capabilities have been checked before, so the limit of locked memory is the cause.
+        // Capabilities have been checked before.
         KernelError::Object(_) | KernelError::Map { .. } if os_error(error) == Some(libc::EPERM) => {
-            "kernels before 5.11 count this as locked memory: give it CAP_SYS_RESOURCE, or raise the limit (ulimit -l \
-             unlimited; LimitMEMLOCK=infinity in a unit)"
+            "this process has the capabilities for bpf(2). A seccomp filter can refuse the call, as in containers (grep \
+             Seccomp /proc/self/status). Kernels before 5.11 count locked memory: give it CAP_SYS_RESOURCE, or raise the \
+             limit (ulimit -l unlimited; LimitMEMLOCK=infinity in a unit)"
                 .to_owned()
+        }
+        KernelError::Object(_) | KernelError::Map { .. } if os_error(error) == Some(libc::ENOSYS) => {
+            "run a kernel with CONFIG_BPF_SYSCALL, without a seccomp filter that refuses bpf(2)".to_owned()
         }
         KernelError::MapRights { .. } => "run sockpolicy as root, or give it CAP_SYS_ADMIN".to_owned(),
         KernelError::Incomplete { .. } => {

@@ -203,6 +203,23 @@ fn mount_without_the_own_cgroup_is_reported() {
 }
 
 #[test]
+fn refused_bpf_call_is_reported_with_what_can_refuse_it() {
+    let policy = policy();
+    let agent = exec(&["--quiet"], &policy, &["echo", MARK]);
+    for (errno, help) in [
+        ("EPERM", "\n  help: this process has the capabilities for bpf(2). A seccomp filter can refuse the call, "),
+        ("ENOSYS", "\n  help: run a kernel with CONFIG_BPF_SYSCALL, without a seccomp filter that refuses bpf(2)\n"),
+    ] {
+        // strace changes the result of the call as a seccomp filter would.
+        let inject = format!("inject=bpf:error={errno}");
+        let output = process::output(wrapped(&["strace", "-f", "-qq", "-o", "/dev/null", "-e", &inject], &agent));
+        let printed = stderr(&output);
+        assert!(printed.starts_with("error: cannot prepare the BPF programs: ") && printed.contains(help), "{printed}");
+        assert_eq!((stdout(&output).as_str(), output.status.code()), ("", Some(125)));
+    }
+}
+
+#[test]
 fn missing_proc_is_reported() {
     let policy = policy();
     let path = policy.path().to_str().unwrap();
