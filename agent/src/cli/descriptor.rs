@@ -1,7 +1,7 @@
-//! Standard output and standard error as descriptors.
+//! Standard output and standard error as file descriptors.
 //!
 //! The standard library treats a write to a closed descriptor as a success, and its print macros panic where a write fails.
-//! This module does neither: every write reports what the kernel says.
+//! This module does neither: each write returns the error of write(2).
 
 use std::{
     env,
@@ -21,25 +21,25 @@ use nix::{
 use super::output::Format;
 use crate::{escape::visible, wrap};
 
-/// One of the two descriptors that every process starts with for output.
+/// One of the two standard descriptors for output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Standard {
     Output,
     Error,
 }
 
-/// Whether this process started with the descriptor closed. Rust's runtime then opens /dev/null in its place
+/// Whether each descriptor was closed when this process started. Rust's runtime opens /dev/null in its place
 /// (`sanitize_standard_fds`, library/std/src/sys/pal/unix/mod.rs).
 static WAS_CLOSED: [AtomicBool; 2] = [AtomicBool::new(false), AtomicBool::new(false)];
 
-/// Runs before Rust's runtime does.
+/// Runs before Rust's runtime.
 #[used]
-// SAFETY: the section holds functions that the C library calls, with arguments that this one leaves alone.
+// SAFETY: the C library calls each function in this section. This one ignores the arguments.
 #[unsafe(link_section = ".init_array")]
 static NOTE_CLOSED: extern "C" fn() = {
     extern "C" fn note() {
         for standard in [Standard::Output, Standard::Error] {
-            // SAFETY: only asks for the flags of the descriptor; where it is closed, the answer says so.
+            // SAFETY: only queries the flags of the descriptor. The call fails if the descriptor is closed.
             let is_closed = unsafe { libc::fcntl(standard.as_raw_fd(), libc::F_GETFD) } < 0;
             WAS_CLOSED[standard as usize].store(is_closed, Ordering::Relaxed);
         }
@@ -75,7 +75,7 @@ impl Standard {
         WAS_CLOSED[self as usize].load(Ordering::Relaxed)
     }
 
-    /// Whether both are the same open file, as after `2>&1`.
+    /// Returns whether both are the same open file, as after `2>&1`.
     pub(super) fn are_one() -> bool {
         let of = |standard: Self| fstat(standard).map(|stat| (stat.st_dev, stat.st_ino));
         let any_closed = [Self::Output, Self::Error].into_iter().any(Self::was_closed);
@@ -94,7 +94,7 @@ impl AsRawFd for Standard {
 
 impl AsFd for Standard {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: Rust's runtime opens these descriptors where they are closed, and nothing here closes them.
+        // SAFETY: Rust's runtime opens these descriptors if they are closed, and no code closes them.
         unsafe { BorrowedFd::borrow_raw(self.as_raw_fd()) }
     }
 }
@@ -111,8 +111,8 @@ fn terminal_width(standard: Standard) -> Option<usize> {
 ///
 /// # Errors
 ///
-/// Each of write(2), EBADF for a descriptor that was closed at the start among them. EAGAIN is none: the call waits until a
-/// descriptor that is set to O_NONBLOCK takes more.
+/// Fails as write(2) does, and with EBADF if the descriptor was closed when this process started. Does not fail with EAGAIN: waits
+/// until a descriptor with O_NONBLOCK can be written to.
 impl Write for Standard {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if self.was_closed() {
@@ -126,7 +126,7 @@ impl Write for Standard {
     }
 }
 
-/// Writes at least one of these bytes; gives how many. Waits where the descriptor is full.
+/// Writes at least one of these bytes, and returns how many. Waits while the descriptor is full.
 pub(super) fn write_some(descriptor: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
     loop {
         match write(descriptor, bytes) {
@@ -147,15 +147,14 @@ fn wait_for_room(descriptor: BorrowedFd<'_>) -> io::Result<()> {
 
 /// Standard output, a line at a time.
 ///
-/// In text, control characters other than line ends are escaped in all that is written. Flush it: what follows the last line end
-/// is written then.
+/// In text, control characters other than line ends are escaped, and lines are wrapped. `flush` writes an incomplete last line.
 pub(super) struct Lines {
     format: Format,
-    /// What follows the last line end.
+    /// The incomplete last line.
     rest: Vec<u8>,
 }
 
-/// Standard output, for a report of this form.
+/// Returns standard output, for a report in this format.
 pub(super) fn stdout(format: Format) -> Lines {
     Lines { format, rest: Vec::new() }
 }

@@ -36,11 +36,11 @@ use crate::{
     transient_cgroup::{TransientCgroup, TransientCgroupError},
 };
 
-/// Exit status where sockpolicy itself failed, as of `env` and `timeout`.
+/// Exit status if sockpolicy failed, as for env(1) and timeout(1).
 pub(super) const EXIT_INTERNAL: u8 = 125;
-/// The command cannot be run.
+/// Exit status if the command cannot be executed.
 const NOT_EXECUTABLE: u8 = 126;
-/// The command was not found.
+/// Exit status if the command was not found.
 const NOT_FOUND: u8 = 127;
 
 /// Run a command under policies
@@ -86,7 +86,7 @@ pub(super) enum ExecError {
     Enter { cgroup: PathBuf, source: io::Error },
 }
 
-/// A command's name, visible also where it is empty.
+/// Returns the name of a command for display, also if it is empty.
 fn shown(command: &OsStr) -> String {
     if command.is_empty() { "``".to_owned() } else { command.escaped().to_string() }
 }
@@ -119,17 +119,17 @@ impl Exec {
     }
 }
 
-/// A command to be run in a cgroup of its own.
+/// A command to run in a cgroup of its own.
 pub(super) struct TransientRun<'a> {
     pub(super) command: &'a [OsString],
     pub(super) reporting: &'a ReportArgs,
-    /// Where to write the report; to standard error if nowhere.
+    /// The file for the report; standard error if `None`.
     pub(super) report: Option<&'a Path>,
     pub(super) on_unsupported: OnUnsupported,
 }
 
 impl TransientRun<'_> {
-    /// The exit status to end with.
+    /// Prints an error, and returns the exit status.
     pub(super) fn finish(&self, result: Result<ExitCode, ExecError>) -> ExitCode {
         result.unwrap_or_else(|error| {
             print_error(&error);
@@ -166,16 +166,16 @@ impl TransientRun<'_> {
         let mut child = self.spawn(&enclosure, &signals, limits)?;
         let status = follow(&mut child, &mut session, &mut signals, &writer)?;
         session.end()?;
-        while tell(&mut session, &writer) {}
+        while report_events(&mut session, &writer) {}
         let left = enclosure.population();
         let summary = session.finish()?;
         let conflicts = summary.conflicts();
-        // The command's status says more.
+        // The status of the command matters more than a lost report.
         if let Err(error) = writer.summary(summary) {
             log::warn!("{error}");
         }
         if left > 0 {
-            log::warn!("{left} processes outlived the command; they go on without the policy");
+            log::warn!("{left} processes outlived the command; the policy does not apply to them any more");
         }
         if let Err(error) = enclosure.remove() {
             log::warn!("{error}");
@@ -213,13 +213,13 @@ impl TransientRun<'_> {
     }
 }
 
-/// clap has seen to it that there is one.
+/// clap refuses an empty command.
 #[expect(clippy::panic, reason = "clap refuses an empty command")]
 fn unreachable_command() -> ! {
     panic!("no command")
 }
 
-/// The signal that asked for an end before there was a command to pass it on to.
+/// Returns a signal that ends sockpolicy, if one arrived before the command was started.
 fn asked_to_end(signals: &mut Signals) -> io::Result<Option<nix::sys::signal::Signal>> {
     while let Some(received) = signals.receive()? {
         if received.asks_for_end() {
@@ -229,7 +229,7 @@ fn asked_to_end(signals: &mut Signals) -> io::Result<Option<nix::sys::signal::Si
     Ok(None)
 }
 
-/// Reports and passes signals on until the command has ended.
+/// Reports events and forwards signals until the command has ended.
 fn follow(
     child: &mut Child,
     session: &mut Session,
@@ -241,25 +241,25 @@ fn follow(
             return Ok(status);
         }
         watch::wait(signals, session, &[])?;
-        tell(session, writer);
+        report_events(session, writer);
         while let Some(received) = signals.receive()? {
             if received.signal != nix::sys::signal::Signal::SIGCHLD && received.is_from_process {
-                // Fails only where the command has just ended, which is seen next.
+                // Fails only if the command has just ended.
                 let _ = kill(Pid::from_raw(child.id() as i32), received.signal);
             }
         }
     }
 }
 
-/// Writes what there is to tell; gives whether there may be more. The command goes on also where that cannot be found out.
-fn tell(session: &mut Session, writer: &Writer) -> bool {
+/// Writes pending events. Returns whether there can be more. An error does not end the command.
+fn report_events(session: &mut Session, writer: &Writer) -> bool {
     watch::pass_on(session, writer).unwrap_or_else(|error| {
         log::warn!("{error}");
         false
     })
 }
 
-/// The command's own status; 128 and the signal's number where one killed it.
+/// Returns the exit status of the command, or 128 + N if signal N killed it.
 fn exit_code(status: ExitStatus) -> ExitCode {
     let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
     ExitCode::from(code.and_then(|code| u8::try_from(code).ok()).unwrap_or(EXIT_INTERNAL))

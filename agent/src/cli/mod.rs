@@ -45,9 +45,9 @@ use crate::{
     reconcile, transient_cgroup, trial, worker,
 };
 
-/// Done, and something was found that should not be.
+/// Exit status for findings: an invalid policy, drift, conflicts.
 const FINDINGS: u8 = 1;
-/// Could not be done.
+/// Exit status for a failure.
 const FAILURE: u8 = 2;
 
 /// Enforce socket options per cgroup
@@ -188,7 +188,7 @@ fn list_containers(agent: u32, account: &str) -> Result<(), Box<dyn Error>> {
     Ok(io::stdout().write_all(&worker::framed(&listing))?)
 }
 
-/// The exit status of a worker.
+/// Returns the exit status of a worker.
 fn ended(worked: io::Result<()>) -> ExitCode {
     match worked {
         Ok(()) => ExitCode::SUCCESS,
@@ -199,7 +199,7 @@ fn ended(worked: io::Result<()>) -> ExitCode {
     }
 }
 
-/// A result of writing to a pipe that nobody reads any more is not a failure.
+/// Accepts the error of a write to a pipe without a reader.
 fn ignore_broken_pipe(result: io::Result<()>) -> io::Result<()> {
     match result {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
