@@ -61,14 +61,14 @@ pub enum InstanceError {
     Governed { cgroup: String, name: String, holder: String, remedy: String },
     #[error(
         "cannot start instance `{name}`: it has persistent policies in force\n  help: take them over with --persist, remove them \
-         (sockpolicy detach {name}), or choose another name with --instance"
+         (sockpolicy detach --instance {name}), or choose another name with --instance"
     )]
     Pinned { name: String },
     #[error("cannot use `{}` as the name of an instance\n  help: use 1 to 64 letters, digits, `-` and `_`", .0.escaped())]
     Name(String),
-    #[error(transparent)]
+    #[error("{0}")]
     Kernel(#[from] KernelError),
-    #[error(transparent)]
+    #[error("{0}")]
     Private(#[from] PrivateError),
 }
 
@@ -458,7 +458,7 @@ pub fn check_others(own: Option<&str>, cgroups: &[&str]) -> Result<(), InstanceE
         let (holder, remedy) = match other.pid {
             Some(pid) => (format!("runs as process {pid}"), format!("kill {pid}")),
             None if other.is_running => ("is starting".to_owned(), "sockpolicy status".to_owned()),
-            None => ("is in force without an agent".to_owned(), format!("sockpolicy detach {}", other.name)),
+            None => ("is in force without an agent".to_owned(), format!("sockpolicy detach --instance {}", other.name)),
         };
         return Err(InstanceError::Governed { cgroup, name: other.name, holder, remedy });
     }

@@ -62,7 +62,7 @@ pub enum JournalError {
         path.escaped()
     )]
     Busy { path: PathBuf, holder: String },
-    #[error(transparent)]
+    #[error("{0}")]
     Private(#[from] PrivateError),
 }
 

@@ -45,3 +45,4 @@ pub mod trial;
 pub mod unsupported;
 pub mod values;
 pub mod worker;
+pub mod wrap;

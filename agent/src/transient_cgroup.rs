@@ -7,10 +7,11 @@
 //! Processes that outlive the command are moved to the cgroup of sockpolicy, to which the policy does not apply.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
     io::{self, Read},
     os::{
-        fd::AsFd,
+        fd::{AsFd, OwnedFd},
         unix::{ffi::OsStrExt, process::CommandExt},
     },
     path::{Path, PathBuf},
@@ -26,6 +27,7 @@ use nix::{
         signal::{SigSet, SigmaskHow, Signal, sigprocmask},
         stat::Mode,
     },
+    unistd::pipe2,
 };
 
 use crate::{
@@ -41,16 +43,16 @@ const RETRY_MS: u16 = 50;
 
 #[derive(Debug, thiserror::Error)]
 pub enum TransientCgroupError {
-    #[error(transparent)]
+    #[error("{0}")]
     Cgroup(#[from] CgroupError),
-    #[error("cannot make cgroup {}: {source}\n  help: run as root, with a writable cgroup2 mount", path.escaped())]
+    #[error("cannot make cgroup {}: {source}", path.escaped())]
     Make { path: PathBuf, source: io::Error },
+    /// The parent of the cgroup is threaded, so that only a threaded cgroup can have processes.
+    #[error("cannot make cgroup {} threaded, as its parent is: {source}", path.escaped())]
+    Threaded { path: PathBuf, source: io::Error },
     #[error("cannot start the guard of cgroup {}: {source}", path.escaped())]
     Guard { path: PathBuf, source: io::Error },
-    #[error(
-        "cannot remove cgroup {path}: {}\n  help: wait until its processes have ended, then: rmdir {path}",
-        reason.escaped(), path = path.escaped()
-    )]
+    #[error("cannot remove cgroup {}: {}", path.escaped(), reason.escaped())]
     Remove { path: PathBuf, reason: String },
 }
 
@@ -78,6 +80,9 @@ impl TransientCgroup {
             // If the cgroup exists already, another process has made it. The guard must not remove it.
             let _ = guard.kill();
         }
+        let made = made.and_then(|()| {
+            accept_processes(&path).map_err(|source| TransientCgroupError::Threaded { path: path.clone(), source })
+        });
         match made.and_then(|()| Ok(mount.open(&path)?)) {
             Ok(cgroup) => Ok(Self { cgroup, guard }),
             Err(error) => {
@@ -92,17 +97,22 @@ impl TransientCgroup {
     ///
     /// # Errors
     ///
-    /// Fails if `cgroup.procs` cannot be opened.
-    pub fn enclose(&self, command: &mut Command) -> io::Result<()> {
+    /// Fails if `cgroup.procs` cannot be opened, or if there can be no pipe.
+    pub fn enclose(&self, command: &mut Command) -> io::Result<Entry> {
         let procs = File::options().write(true).open(self.cgroup.path.join("cgroup.procs"))?;
-        // SAFETY: the closure only makes a system call on a descriptor that it owns.
+        let (failed, report) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+        // SAFETY: the closure only makes system calls on descriptors that it owns.
         unsafe {
             command.pre_exec(move || {
                 // 0 means the writing process (cgroups(7)).
-                nix::unistd::write(&procs, b"0").map_err(io::Error::from).map(drop)
+                let entered = nix::unistd::write(&procs, b"0");
+                if entered.is_err() {
+                    let _ = nix::unistd::write(&report, b"0");
+                }
+                entered.map_err(io::Error::from).map(drop)
             });
         }
-        Ok(())
+        Ok(Entry(failed))
     }
 
     /// Returns the number of processes in the cgroup and below.
@@ -148,6 +158,29 @@ impl Drop for TransientCgroup {
             log::warn!("{error}");
         }
     }
+}
+
+/// Distinguishes the two reasons why a command in a cgroup cannot be started.
+#[derive(Debug)]
+pub struct Entry(OwnedFd);
+
+impl Entry {
+    /// Returns whether the process of the command could not enter the cgroup, so that the command was not executed.
+    #[must_use]
+    pub fn has_failed(&self) -> bool {
+        nix::unistd::read(&self.0, &mut [0]).is_ok_and(|count| count > 0)
+    }
+}
+
+/// Makes a new cgroup accept processes. Below a threaded cgroup, it does so only once it is threaded itself (cgroups(7), "Thread
+/// mode").
+fn accept_processes(cgroup: &Path) -> io::Result<()> {
+    let kind = cgroup.join("cgroup.type");
+    // Only this type accepts no processes.
+    if fs::read_to_string(&kind).is_ok_and(|kind| kind.trim_end() == "domain invalid") {
+        fs::write(&kind, "threaded")?;
+    }
+    Ok(())
 }
 
 /// The hidden command that runs this binary as a guard.
@@ -203,7 +236,7 @@ fn close_inherited() {
 /// Moves all processes of a cgroup and its descendants to `parent`, and removes these cgroups.
 fn remove_tree(cgroup: &Path, parent: &Path) -> io::Result<()> {
     let tree = tree(cgroup);
-    // All processes are moved before any cgroup is removed: the processes of a threaded cgroup are listed only in an ancestor.
+    // All processes are moved before any cgroup is removed.
     for process in tree.iter().flat_map(|path| processes(path)) {
         // This fails if the process has just ended.
         let _ = fs::write(parent.join("cgroup.procs"), &process);
@@ -235,9 +268,20 @@ fn tree(cgroup: &Path) -> Vec<PathBuf> {
 }
 
 /// Returns the ids of the processes in a cgroup.
-fn processes(cgroup: &Path) -> Vec<String> {
-    let list = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
-    list.lines().map(str::to_owned).collect()
+fn processes(cgroup: &Path) -> BTreeSet<String> {
+    let list = |file| fs::read_to_string(cgroup.join(file));
+    match list("cgroup.procs") {
+        Ok(list) => list.lines().map(str::to_owned).collect(),
+        // A threaded cgroup lists only threads (EOPNOTSUPP).
+        Err(_) => list("cgroup.threads").unwrap_or_default().lines().map(process_of).collect(),
+    }
+}
+
+/// Returns the id of the process of a thread; the id of the thread if it has ended.
+fn process_of(thread: &str) -> String {
+    let status = fs::read_to_string(format!("/proc/{thread}/status")).unwrap_or_default();
+    let process = status.lines().find_map(|line| line.strip_prefix("Tgid:"));
+    process.map_or(thread, str::trim).to_owned()
 }
 
 /// Waits until `cgroup.events` changes, or [`RETRY_MS`] has passed.
@@ -253,5 +297,37 @@ fn wait_for_change(cgroup: &Path) {
     match poll(&mut polled, PollTimeout::from(RETRY_MS)) {
         Ok(_) | Err(Errno::EINTR) => {}
         Err(error) => log::debug!("cannot wait on {}: {error}", events.escaped()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failed_entry_is_distinguished_from_a_missing_program() {
+        let path = std::env::temp_dir().join(format!("sockpolicy-entry-{}", std::process::id()));
+        fs::create_dir(&path).unwrap();
+        let start = |procs: &str, program: &str| {
+            // Writes to /dev/full fail, as writes to `cgroup.procs` can.
+            std::os::unix::fs::symlink(procs, path.join("cgroup.procs")).unwrap();
+            let cgroup = Cgroup {
+                path: path.clone(),
+                name: "/x".to_owned(),
+                id: 1,
+                level: 1,
+                folder: File::open(&path).unwrap(),
+            };
+            let cgroup = TransientCgroup { cgroup, guard: Command::new("true").spawn().unwrap() };
+            let mut command = Command::new(program);
+            let entry = cgroup.enclose(&mut command).unwrap();
+            let started = command.spawn().map(|mut child| child.wait());
+            fs::remove_file(path.join("cgroup.procs")).unwrap();
+            (started.is_ok(), entry.has_failed())
+        };
+        let found = [("/dev/full", "true"), ("/dev/null", "/no/such/program"), ("/dev/null", "true")];
+        let found = found.map(|(procs, program)| start(procs, program));
+        fs::remove_dir(&path).unwrap();
+        assert_eq!(found, [(false, true), (false, false), (true, false)]);
     }
 }

@@ -29,11 +29,11 @@ pub const SAMPLE: &str = "sample-sockets";
 
 #[derive(Debug, thiserror::Error)]
 pub enum TrialError {
-    #[error(transparent)]
+    #[error("{0}")]
     Enclosure(#[from] TransientCgroupError),
     #[error(transparent)]
     Compile(#[from] CompileError),
-    #[error(transparent)]
+    #[error("{0}")]
     Kernel(#[from] KernelError),
     #[error("cannot open sockets to probe options: {0}")]
     Sample(io::Error),
@@ -79,7 +79,7 @@ impl Sample {
         let enclosure = TransientCgroup::make(mount, "-try")?;
         let mut command = Command::new("/proc/self/exe");
         command.arg(SAMPLE).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
-        let process = enclosure.enclose(&mut command).and_then(|()| command.spawn()).map_err(TrialError::Sample)?;
+        let process = enclosure.enclose(&mut command).and_then(|_| command.spawn()).map_err(TrialError::Sample)?;
         Ok(Self { enclosure, process })
     }
 

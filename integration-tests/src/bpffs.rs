@@ -83,7 +83,7 @@ impl Instance {
     /// Runs `sockpolicy detach`, which must succeed and leave nothing behind.
     #[track_caller]
     pub fn detach(&self) {
-        let output = agent::output(&["detach", &self.name]);
+        let output = agent::output(&["detach", "--instance", &self.name]);
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         assert!(self.left().is_empty(), "{:?}", self.left());
     }
@@ -105,7 +105,7 @@ impl Default for Instance {
 impl Drop for Instance {
     fn drop(&mut self) {
         if !self.left().is_empty() {
-            let _ = agent::command(&["detach", &self.name]).output();
+            let _ = agent::command(&["detach", "--instance", &self.name]).output();
             for path in self.left() {
                 let _ = fs::remove_file(path);
             }

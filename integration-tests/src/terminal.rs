@@ -1,4 +1,4 @@
-//! A pseudoterminal with a process in its foreground.
+//! A pseudoterminal of 80 columns with a process in its foreground.
 
 use std::{
     fs::File,
@@ -34,12 +34,20 @@ pub struct Terminal {
 impl Terminal {
     #[must_use]
     #[track_caller]
-    pub fn start(mut command: Command) -> Self {
+    pub fn start(command: Command) -> Self {
+        Self::start_with(command, &|_| ())
+    }
+
+    /// Like [`Self::start`], with a change to the command after its environment is set.
+    #[must_use]
+    #[track_caller]
+    pub fn start_with(mut command: Command, change: &dyn Fn(&mut Command)) -> Self {
         let (master, slave) = must(open(), "open a terminal");
         let home = Cgroup::new();
         home.run_inside(&mut command);
         let stdio = || Stdio::from(must(slave.try_clone(), "share a terminal"));
         command.stdin(stdio()).stdout(stdio()).stderr(stdio()).env("TERM", "xterm");
+        change(&mut command);
         // SAFETY: only makes system calls.
         unsafe {
             command.pre_exec(|| {
@@ -122,8 +130,9 @@ impl Drop for Terminal {
 fn open() -> io::Result<(File, OwnedFd)> {
     let (mut master, mut slave) = (-1, -1);
     let none = std::ptr::null_mut();
-    // SAFETY: there is room for two descriptors; the other pointers are null.
-    if unsafe { libc::openpty(&raw mut master, &raw mut slave, none, none.cast(), none.cast()) } < 0 {
+    let mut size = libc::winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: there is room for two descriptors; the other pointers are null, or point to a size.
+    if unsafe { libc::openpty(&raw mut master, &raw mut slave, none, none.cast(), &raw mut size) } < 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: the descriptors are new and have no other owner.

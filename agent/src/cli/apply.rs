@@ -183,7 +183,7 @@ pub(super) fn restore(instance: &str) -> Result<bool, ApplyError> {
     let Restored { failed, damaged, .. } = restored;
     if failed > 0 {
         log::warn!(
-            "policies in force set these options again\n  help: detach the policies first: sockpolicy detach --restore {}",
+            "policies in force set these options again\n  help: detach the policies first: sockpolicy detach --restore --instance {}",
             instance.escaped()
         );
     }

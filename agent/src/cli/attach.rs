@@ -107,10 +107,10 @@ impl Attach {
 ///
 /// Removes the programs, links and maps of an instance. Sockets keep the values that they have.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Examples:\n  sockpolicy detach\n  sockpolicy detach --restore default")]
+#[command(after_help = "Examples:\n  sockpolicy detach\n  sockpolicy detach --instance default --restore")]
 pub(super) struct Detach {
     /// The instance, as `status` names it
-    #[arg(value_name = "NAME", default_value = DEFAULT_INSTANCE)]
+    #[arg(long, value_name = "NAME", default_value = DEFAULT_INSTANCE)]
     instance: String,
     /// Restore the values that `apply` replaced, if nobody changed them since
     #[arg(long)]

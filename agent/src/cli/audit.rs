@@ -17,6 +17,7 @@ use super::{
     output::{ReportArgs, ReportError, TrustArgs, Writer},
     print_error,
     run::{self, RunError},
+    usage,
 };
 use crate::{
     compile::Desired,
@@ -43,8 +44,8 @@ use crate::{
     after_help = "Examples:\n  sockpolicy audit -- curl https://example.com\n  sockpolicy audit --pid 812\n  sockpolicy audit web.toml --cgroup system.slice/nginx.service"
 )]
 pub(super) struct Audit {
-    /// Policy files to compare the calls with
-    #[arg(value_name = "FILE")]
+    /// Policy files to compare the calls with, and directories of them
+    #[arg(value_name = "FILE|DIR")]
     files: Vec<PathBuf>,
     #[command(flatten)]
     trust: TrustArgs,
@@ -61,7 +62,7 @@ pub(super) struct Audit {
     #[arg(long, value_name = "VERDICT", value_parser = parse_verdict)]
     verdict: Vec<Action>,
     /// Only calls of tasks with this name, as in /proc/PID/comm. Can be repeated
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", value_parser = usage::comm)]
     comm: Vec<String>,
     /// Calls to show: conflicts, governed (all calls on options that a policy names) or all
     #[arg(long, value_name = "CALLS", value_parser = parse_calls)]

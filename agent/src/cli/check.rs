@@ -40,8 +40,8 @@ use crate::{
     after_help = "Examples:\n  sockpolicy check /etc/sockpolicy/policies.d/*.toml\n  sockpolicy check --kernel 5.15 web.toml"
 )]
 pub(super) struct Check {
-    /// Policy files
-    #[arg(required = true, value_name = "FILE")]
+    /// Policy files, and directories whose *.toml files are policies
+    #[arg(required = true, value_name = "FILE|DIR")]
     files: Vec<PathBuf>,
     #[command(flatten)]
     trust: TrustArgs,

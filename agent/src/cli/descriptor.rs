@@ -1,10 +1,11 @@
-//! Standard output and standard error as descriptors.
+//! Standard output and standard error as file descriptors.
 //!
 //! The standard library treats a write to a closed descriptor as a success, and its print macros panic where a write fails.
-//! This module does neither: every write reports what the kernel says.
+//! This module does neither: each write returns the error of write(2).
 
 use std::{
-    io::{self, Write},
+    env,
+    io::{self, IsTerminal, Write},
     mem,
     os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
     sync::atomic::{AtomicBool, Ordering},
@@ -18,27 +19,27 @@ use nix::{
 };
 
 use super::output::Format;
-use crate::escape::visible;
+use crate::{escape::visible, wrap};
 
-/// One of the two descriptors that every process starts with for output.
+/// One of the two standard descriptors for output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Standard {
     Output,
     Error,
 }
 
-/// Whether this process started with the descriptor closed. Rust's runtime then opens /dev/null in its place
+/// Whether each descriptor was closed when this process started. Rust's runtime opens /dev/null in its place
 /// (`sanitize_standard_fds`, library/std/src/sys/pal/unix/mod.rs).
 static WAS_CLOSED: [AtomicBool; 2] = [AtomicBool::new(false), AtomicBool::new(false)];
 
-/// Runs before Rust's runtime does.
+/// Runs before Rust's runtime.
 #[used]
-// SAFETY: the section holds functions that the C library calls, with arguments that this one leaves alone.
+// SAFETY: the C library calls each function in this section. This one ignores the arguments.
 #[unsafe(link_section = ".init_array")]
 static NOTE_CLOSED: extern "C" fn() = {
     extern "C" fn note() {
         for standard in [Standard::Output, Standard::Error] {
-            // SAFETY: only asks for the flags of the descriptor; where it is closed, the answer says so.
+            // SAFETY: only queries the flags of the descriptor. The call fails if the descriptor is closed.
             let is_closed = unsafe { libc::fcntl(standard.as_raw_fd(), libc::F_GETFD) } < 0;
             WAS_CLOSED[standard as usize].store(is_closed, Ordering::Relaxed);
         }
@@ -47,11 +48,34 @@ static NOTE_CLOSED: extern "C" fn() = {
 };
 
 impl Standard {
+    fn is_terminal(self) -> bool {
+        !self.was_closed() && self.as_fd().is_terminal()
+    }
+
+    /// Returns whether colours may be written: to a terminal that has them, unless NO_COLOR (no-color.org) forbids it.
+    pub(super) fn takes_colours(self) -> bool {
+        let is_set = |name| env::var_os(name).is_some_and(|value| !value.is_empty());
+        let is_dumb = env::var_os("TERM").is_none_or(|term| term == "dumb");
+        self.is_terminal() && !is_dumb && !is_set("NO_COLOR")
+    }
+
+    /// Returns the width to which text is wrapped, in columns: COLUMNS, or that of the terminal. Returns `None` for text that goes
+    /// elsewhere: programs read such text by lines.
+    pub(super) fn width(self) -> Option<usize> {
+        let given = env::var("COLUMNS").ok().and_then(|columns| columns.parse().ok());
+        given.or_else(|| terminal_width(self)).filter(|width| *width > 0)
+    }
+
+    /// Wraps text to [`Self::width`].
+    pub(super) fn wrapped(self, text: &str) -> String {
+        wrap::lines(text, self.width().unwrap_or(usize::MAX))
+    }
+
     fn was_closed(self) -> bool {
         WAS_CLOSED[self as usize].load(Ordering::Relaxed)
     }
 
-    /// Whether both are the same open file, as after `2>&1`.
+    /// Returns whether both are the same open file, as after `2>&1`.
     pub(super) fn are_one() -> bool {
         let of = |standard: Self| fstat(standard).map(|stat| (stat.st_dev, stat.st_ino));
         let any_closed = [Self::Output, Self::Error].into_iter().any(Self::was_closed);
@@ -70,17 +94,25 @@ impl AsRawFd for Standard {
 
 impl AsFd for Standard {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: Rust's runtime opens these descriptors where they are closed, and nothing here closes them.
+        // SAFETY: Rust's runtime opens these descriptors if they are closed, and no code closes them.
         unsafe { BorrowedFd::borrow_raw(self.as_raw_fd()) }
     }
+}
+
+/// Returns the number of columns of a terminal (tty_ioctl(4)).
+fn terminal_width(standard: Standard) -> Option<usize> {
+    let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: there is room for the answer.
+    let result = unsafe { libc::ioctl(standard.as_raw_fd(), libc::TIOCGWINSZ, &raw mut size) };
+    (result == 0).then(|| size.ws_col.into())
 }
 
 /// Writes without a buffer.
 ///
 /// # Errors
 ///
-/// Each of write(2), EBADF for a descriptor that was closed at the start among them. EAGAIN is none: the call waits until a
-/// descriptor that is set to O_NONBLOCK takes more.
+/// Fails as write(2) does, and with EBADF if the descriptor was closed when this process started. Does not fail with EAGAIN: waits
+/// until a descriptor with O_NONBLOCK can be written to.
 impl Write for Standard {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if self.was_closed() {
@@ -94,7 +126,7 @@ impl Write for Standard {
     }
 }
 
-/// Writes at least one of these bytes; gives how many. Waits where the descriptor is full.
+/// Writes at least one of these bytes, and returns how many. Waits while the descriptor is full.
 pub(super) fn write_some(descriptor: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
     loop {
         match write(descriptor, bytes) {
@@ -115,15 +147,14 @@ fn wait_for_room(descriptor: BorrowedFd<'_>) -> io::Result<()> {
 
 /// Standard output, a line at a time.
 ///
-/// In text, control characters other than line ends are escaped in all that is written. Flush it: what follows the last line end
-/// is written then.
+/// In text, control characters other than line ends are escaped, and lines are wrapped. `flush` writes an incomplete last line.
 pub(super) struct Lines {
     format: Format,
-    /// What follows the last line end.
+    /// The incomplete last line.
     rest: Vec<u8>,
 }
 
-/// Standard output, for a report of this form.
+/// Returns standard output, for a report in this format.
 pub(super) fn stdout(format: Format) -> Lines {
     Lines { format, rest: Vec::new() }
 }
@@ -131,7 +162,10 @@ pub(super) fn stdout(format: Format) -> Lines {
 impl Lines {
     fn write_all_of(&self, bytes: &[u8]) -> io::Result<()> {
         match self.format {
-            Format::Text => Standard::Output.write_all(visible(&String::from_utf8_lossy(bytes), true).as_bytes()),
+            Format::Text => {
+                let text = visible(&String::from_utf8_lossy(bytes), true);
+                Standard::Output.write_all(Standard::Output.wrapped(&text).as_bytes())
+            }
             Format::Json => Standard::Output.write_all(bytes),
         }
     }

@@ -1,6 +1,4 @@
-//! `sockpolicy doctor`: what this kernel can do, found by doing it.
-//!
-//! The options are tried by the real thing: see [`crate::trial`].
+//! `sockpolicy doctor`: shows what this kernel supports. [`crate::trial`] probes the options.
 
 use std::{
     fs,
@@ -22,9 +20,9 @@ use crate::{
     compile::Hook,
     escape::{self, Escape},
     host::{
-        btf::Types,
+        btf::{BtfError, Types},
         cgroup::{CgroupError, Mount},
-        privileges,
+        privileges, process,
     },
     kernel::{
         self, Answer, AttachMode, AuditConfig, Backend, BackendChoice, ForeignProgram, ITERATOR_SINCE, KernelError,
@@ -35,6 +33,7 @@ use crate::{
     session::SessionError,
     transient_cgroup::{TransientCgroup, TransientCgroupError},
     trial::{self, Sample, TrialError},
+    wrap,
 };
 
 /// Show what this kernel supports: hooks, audit backends, options
@@ -60,30 +59,31 @@ enum DoctorError {
     Session(#[from] SessionError),
     #[error("{0}")]
     Trial(#[from] TrialError),
-    #[error("cannot write the answer: {0}")]
+    #[error("cannot write the result: {0}")]
     Write(#[source] io::Error),
 }
 
-/// Everything that was found.
+/// The results of all probes.
 struct Findings {
-    kernel: String,
+    /// The release of the kernel; `None` if it is unknown.
+    kernel: Option<String>,
+    /// The mount point of cgroup2.
     cgroup2: String,
-    /// Why the kernel's types are not known, if they are not.
-    btf: Result<(), String>,
+    btf: Result<(), BtfError>,
     hooks: Vec<(Hook, Answer)>,
-    /// Those for live sockets, by name.
+    /// The iterators over existing sockets, by name.
     iterators: Vec<(&'static str, Answer)>,
     backends: Vec<(Backend, ProbeResult)>,
     options: Vec<(&'static SocketOption, Answer)>,
-    /// Our programs, as the kernel took them.
+    /// The programs of sockpolicy that the kernel has loaded for the probes.
     programs: Vec<ProgramSize>,
-    /// The programs that are attached to cgroups already.
-    neighbours: Result<Vec<ForeignProgram>, String>,
+    /// The programs that were attached to cgroups before; `Err` gives the reason why they are unknown.
+    foreign_programs: Result<Vec<ForeignProgram>, String>,
 }
 
 impl Doctor {
     pub(super) fn run(self) -> ExitCode {
-        match examine().and_then(|findings| self.tell(&findings)) {
+        match probe().and_then(|findings| self.write(&findings)) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 print_error(&error);
@@ -92,7 +92,7 @@ impl Doctor {
         }
     }
 
-    fn tell(&self, findings: &Findings) -> Result<(), DoctorError> {
+    fn write(&self, findings: &Findings) -> Result<(), DoctorError> {
         let mut out = stdout(self.output);
         let written = match self.output {
             Format::Text => findings.write_text(&mut out),
@@ -102,7 +102,8 @@ impl Doctor {
     }
 }
 
-fn examine() -> Result<Findings, DoctorError> {
+fn probe() -> Result<Findings, DoctorError> {
+    process::raise_descriptor_limit();
     kernel::check_privileges()?;
     let mount = Mount::find()?;
     let enclosure = TransientCgroup::make(&mount, "-doctor")?;
@@ -111,23 +112,23 @@ fn examine() -> Result<Findings, DoctorError> {
     let Probed { answers: iterators, programs: of_iterators } = kernel::iterator()?;
     let Probed { answers: backends, programs: of_audit } = kernel::audit_backends()?;
     programs.extend(of_iterators.into_iter().chain(of_audit));
-    let options = try_options(&mount).or_else(untried)?;
-    let neighbours = kernel::foreign_programs(&mount).map_err(|error| error.to_string());
+    let options = try_options(&mount).or_else(unknown_options)?;
+    let foreign_programs = kernel::foreign_programs(&mount).map_err(|error| error.to_string());
     Ok(Findings {
-        kernel: fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned(),
+        kernel: fs::read_to_string("/proc/sys/kernel/osrelease").ok().map(|release| release.trim().to_owned()),
         cgroup2: escape::plain(&mount.path),
-        btf: Types::of_kernel().map(drop).map_err(|error| error.to_string()),
+        btf: Types::of_kernel().map(drop),
         hooks,
         iterators,
         backends,
         options,
         programs,
-        neighbours,
+        foreign_programs,
     })
 }
 
-/// Sets every option on sockets of our own. One at a time would be exact about each, and slow; all at once disturb each
-/// other only where one option resets another.
+/// Probes all options at once, on sockets of this process. Probing one at a time would be slow. An option affects the probe of
+/// another one only if it resets the other one.
 fn try_options(mount: &Mount) -> Result<Vec<(&'static SocketOption, Answer)>, DoctorError> {
     let settable: Vec<_> = OPTIONS.iter().filter(|option| option.settable().is_some()).collect();
     let desired = trial::desired(&settable).map_err(TrialError::from)?;
@@ -137,25 +138,30 @@ fn try_options(mount: &Mount) -> Result<Vec<(&'static SocketOption, Answer)>, Do
     Ok(trial::try_options(&mut object, desired, None, &hooks, mount, Sample::start(mount)?)?)
 }
 
-/// Where a program of others forbids to attach where this process is, that says nothing about the options.
-fn untried(error: DoctorError) -> Result<Vec<(&'static SocketOption, Answer)>, DoctorError> {
+/// Returns the answers if a program of others prevents the probe: all options are unknown then.
+fn unknown_options(error: DoctorError) -> Result<Vec<(&'static SocketOption, Answer)>, DoctorError> {
     let DoctorError::Trial(TrialError::Kernel(KernelError::Foreign(conflict))) = error else { return Err(error) };
-    log::warn!("cannot try the options here: {conflict}");
+    log::warn!("cannot probe the options in this cgroup: {conflict}");
     let settable = OPTIONS.iter().filter(|option| option.settable().is_some());
-    Ok(settable.map(|option| (option, Answer::Unknown("a program of others is in the way".to_owned()))).collect())
+    Ok(settable.map(|option| (option, Answer::Unknown("a program of others prevents the probe".to_owned()))).collect())
 }
 
 impl Findings {
     fn write_text(&self, out: &mut impl Write) -> io::Result<()> {
-        let Self { kernel, cgroup2, btf, hooks, iterators, backends, options, neighbours, programs: _ } = self;
+        let Self { kernel, cgroup2, btf, hooks, iterators, backends, options, foreign_programs, programs: _ } = self;
         writeln!(
             out,
-            "kernel {kernel}, cgroup2 at {}, {}",
+            "kernel {}, cgroup2 at {}, {}",
+            kernel.as_deref().unwrap_or("unknown").escaped(),
             cgroup2.escaped(),
-            if btf.is_ok() { "BTF" } else { "no BTF" }
+            match btf {
+                Ok(()) => "BTF",
+                Err(error) if error.is_absent() => "no BTF",
+                Err(_) => "BTF unknown",
+            }
         )?;
         let mut table = Table::new();
-        table.load_preset(presets::NOTHING).set_header(["", "works", "why not", "since"]);
+        table.load_preset(presets::NOTHING).set_header(["", "works", "reason", "since"]);
         for (hook, answer) in hooks {
             table.add_row(row(hook.name(), answer, hook.since()));
         }
@@ -169,29 +175,29 @@ impl Findings {
             let since = option.settable().map_or("", |settable| settable.since);
             table.add_row(row(&format!("set {}", option.name), answer, since));
         }
-        writeln!(out, "\n{table}\n")?;
+        writeln!(out, "\n{}\n", wrap::table(table))?;
         match backends.iter().find_map(|(_, found)| found.as_ref().ok()) {
-            Some(audit) => writeln!(out, "applications' calls are seen: {}", describe_audit(*audit))?,
-            None => writeln!(out, "the calls of applications cannot be seen: only conflicts, without their results")?,
+            Some(audit) => writeln!(out, "default audit: {}", describe_audit(*audit))?,
+            None => writeln!(out, "no audit: events show only conflicts, without the results of the calls")?,
         }
         if let Err(reason) = btf {
-            writeln!(out, "events do not tell what sockets say of themselves: {reason}")?;
+            writeln!(out, "events do not describe the socket of a call: {reason}")?;
         }
         writeln!(
             out,
-            "no cgroup hook sees the setsockopt calls of 32-bit programs: they are judged by fentry and kprobe only, \
-             and never changed"
+            "setsockopt calls of 32-bit programs: no cgroup hook runs for them; fentry and kprobe report them, and \
+             nothing changes them"
         )?;
-        match neighbours {
-            Ok(neighbours) => neighbours.iter().try_for_each(|neighbour| {
-                writeln!(out, "attached already, at {}: {neighbour}{}", neighbour.hook, permits(neighbour))
+        match foreign_programs {
+            Ok(programs) => programs.iter().try_for_each(|program| {
+                writeln!(out, "attached before, at {}: {program}{}", program.hook, effect(program))
             }),
-            Err(error) => writeln!(out, "programs that are attached already: unknown: {error}"),
+            Err(error) => writeln!(out, "programs that were attached before: unknown: {error}"),
         }
     }
 
     fn write_json(&self, out: &mut impl Write) -> io::Result<()> {
-        let Self { kernel, cgroup2, btf, hooks, iterators, backends, options, programs, neighbours } = self;
+        let Self { kernel, cgroup2, btf, hooks, iterators, backends, options, programs, foreign_programs } = self;
         let of_hooks = hooks.iter().map(|(hook, answer)| (hook.name(), answer));
         let of_iterators = iterators.iter().map(|(name, answer)| (*name, answer));
         let missing = privileges::missing_capabilities();
@@ -200,33 +206,37 @@ impl Findings {
             json!({
                 "kernel": kernel,
                 "cgroup2": cgroup2,
-                "btf": btf.is_ok(),
+                "btf": match btf {
+                    Ok(()) => Some(true),
+                    Err(error) => error.is_absent().then_some(false),
+                },
                 "missing_capabilities": missing,
                 "hook_support": of_hooks.chain(of_iterators).map(|(name, answer)| line(name, answer)).collect::<Vec<_>>(),
                 "backend_support": backends.iter().map(|(backend, found)| backend_line(*backend, found)).collect::<Vec<_>>(),
                 "option_support": options.iter().map(|(option, answer)| line(option.name, answer)).collect::<Vec<_>>(),
                 "programs": programs.iter().map(program_line).collect::<Vec<_>>(),
-                "attached_programs": neighbours.as_ref().ok().map(|all| all.iter().map(ForeignProgram::to_json).collect::<Vec<_>>()),
+                "attached_programs": foreign_programs.as_ref().ok().map(|all| all.iter().map(ForeignProgram::to_json).collect::<Vec<_>>()),
             }),
         );
         writeln!(out, "{answer}")
     }
 }
 
-/// What the flags of a program of others mean for policies.
-fn permits(neighbour: &ForeignProgram) -> &'static str {
-    match neighbour.mode {
+/// Returns what the flags of a program of others prevent.
+fn effect(program: &ForeignProgram) -> &'static str {
+    match program.mode {
         AttachMode::Multi => "",
-        AttachMode::Override => ", with BPF_F_ALLOW_OVERRIDE: no policy can be in force there at this hook, or below",
-        AttachMode::Exclusive => ", without flags: no policy can be in force there at this hook, or below",
+        AttachMode::Override => ", with BPF_F_ALLOW_OVERRIDE: prevents policies at this hook on this cgroup and below",
+        AttachMode::Exclusive => ", without flags: prevents policies at this hook on this cgroup and below",
     }
 }
 
+/// Returns an answer as one word, and its reason.
 fn words(answer: &Answer) -> (&'static str, &str) {
     match answer {
         Answer::Yes => ("yes", ""),
         Answer::No(reason) => ("no", reason),
-        Answer::Unknown(reason) => ("could not tell", reason),
+        Answer::Unknown(reason) => ("unknown", reason),
     }
 }
 
@@ -248,7 +258,7 @@ fn backend_line(backend: Backend, found: &ProbeResult) -> serde_json::Value {
 
 fn row(name: &str, answer: &Answer, since: &str) -> [String; 4] {
     let (word, reason) = words(answer);
-    // Who has it need not know since when it is there.
+    // On a kernel that has the feature, its first kernel does not matter.
     let since = if *answer == Answer::Yes { "" } else { since };
     [name, word, reason, since].map(str::to_owned)
 }

@@ -3,7 +3,7 @@
 use std::{
     ffi::{OsStr, OsString},
     io,
-    os::unix::process::ExitStatusExt,
+    os::unix::process::{CommandExt, ExitStatusExt},
     path::{Path, PathBuf},
     process::{Child, Command, ExitCode, ExitStatus},
 };
@@ -29,17 +29,18 @@ use crate::{
     host::{
         cgroup::{CgroupError, Mount},
         containers::Known,
+        process::{self, DescriptorLimits},
     },
     kernel::Target,
     session::{self, OnBlocked, OnUnsupported, Session, SessionError, Setup},
     transient_cgroup::{TransientCgroup, TransientCgroupError},
 };
 
-/// Exit status where sockpolicy itself failed, as of `env` and `timeout`.
+/// Exit status if sockpolicy failed, as for env(1) and timeout(1).
 pub(super) const EXIT_INTERNAL: u8 = 125;
-/// The command cannot be run.
+/// Exit status if the command cannot be executed.
 const NOT_EXECUTABLE: u8 = 126;
-/// The command was not found.
+/// Exit status if the command was not found.
 const NOT_FOUND: u8 = 127;
 
 /// Run a command under policies
@@ -50,8 +51,8 @@ const NOT_FOUND: u8 = 127;
     after_help = "Examples:\n  sockpolicy exec web.toml -- nginx -g \"daemon off;\"\n  sockpolicy exec --dry-run web.toml -- curl https://example.com"
 )]
 pub(super) struct Exec {
-    /// Policy files. The command's cgroup replaces their targets
-    #[arg(required = true, value_name = "FILE")]
+    /// Policy files, and directories whose *.toml files are policies. The command's cgroup replaces their targets
+    #[arg(required = true, value_name = "FILE|DIR")]
     files: Vec<PathBuf>,
     #[command(flatten)]
     trust: TrustArgs,
@@ -79,21 +80,15 @@ pub(super) enum ExecError {
     Watch(#[from] WatchError),
     #[error("cannot watch the command: {0}")]
     Command(#[from] io::Error),
-    #[error("cannot run {}: {source}{}", shown(command), spawn_help(source))]
+    #[error("cannot run {}: {source}", shown(command))]
     Spawn { command: OsString, source: io::Error },
+    #[error("cannot run the command in cgroup {}: {source}", cgroup.escaped())]
+    Enter { cgroup: PathBuf, source: io::Error },
 }
 
-/// A command's name, visible also where it is empty.
+/// Returns the name of a command for display, also if it is empty.
 fn shown(command: &OsStr) -> String {
     if command.is_empty() { "``".to_owned() } else { command.escaped().to_string() }
-}
-
-fn spawn_help(error: &io::Error) -> &'static str {
-    match error.kind() {
-        io::ErrorKind::NotFound => "\n  help: check the name, and that its folder is in PATH",
-        io::ErrorKind::PermissionDenied => "\n  help: is it a program, and may it be executed?",
-        _ => "",
-    }
 }
 
 impl ExecError {
@@ -124,17 +119,17 @@ impl Exec {
     }
 }
 
-/// A command to be run in a cgroup of its own.
+/// A command to run in a cgroup of its own.
 pub(super) struct TransientRun<'a> {
     pub(super) command: &'a [OsString],
     pub(super) reporting: &'a ReportArgs,
-    /// Where to write the report; to standard error if nowhere.
+    /// The file for the report; standard error if `None`.
     pub(super) report: Option<&'a Path>,
     pub(super) on_unsupported: OnUnsupported,
 }
 
 impl TransientRun<'_> {
-    /// The exit status to end with.
+    /// Prints an error, and returns the exit status.
     pub(super) fn finish(&self, result: Result<ExitCode, ExecError>) -> ExitCode {
         result.unwrap_or_else(|error| {
             print_error(&error);
@@ -144,6 +139,7 @@ impl TransientRun<'_> {
 
     pub(super) fn run(&self, desired: Desired, filter: Filter) -> Result<ExitCode, ExecError> {
         let mut signals = Signals::watch()?;
+        let limits = process::raise_descriptor_limit();
         crate::kernel::check_privileges().map_err(SessionError::from)?;
         let writer = self.writer()?;
         let mount = Mount::find()?;
@@ -167,19 +163,19 @@ impl TransientRun<'_> {
             return Ok(ExitCode::from(128 + signal as u8));
         }
         writer.settle();
-        let mut child = self.spawn(&enclosure, &signals)?;
+        let mut child = self.spawn(&enclosure, &signals, limits)?;
         let status = follow(&mut child, &mut session, &mut signals, &writer)?;
         session.end()?;
-        while tell(&mut session, &writer) {}
+        while report_events(&mut session, &writer) {}
         let left = enclosure.population();
         let summary = session.finish()?;
         let conflicts = summary.conflicts();
-        // The command's status says more.
+        // The status of the command matters more than a lost report.
         if let Err(error) = writer.summary(summary) {
             log::warn!("{error}");
         }
         if left > 0 {
-            log::warn!("{left} processes outlived the command; they go on without the policy");
+            log::warn!("{left} processes outlived the command; the policy does not apply to them any more");
         }
         if let Err(error) = enclosure.remove() {
             log::warn!("{error}");
@@ -197,23 +193,33 @@ impl TransientRun<'_> {
         }
     }
 
-    fn spawn(&self, enclosure: &TransientCgroup, signals: &Signals) -> Result<Child, ExecError> {
+    fn spawn(
+        &self,
+        enclosure: &TransientCgroup,
+        signals: &Signals,
+        limits: Option<DescriptorLimits>,
+    ) -> Result<Child, ExecError> {
         let [name, arguments @ ..] = self.command else { unreachable_command() };
         let mut command = Command::new(name);
         command.args(arguments);
-        enclosure.enclose(&mut command)?;
+        let entry = enclosure.enclose(&mut command)?;
         signals.restore_in_child(&mut command);
-        command.spawn().map_err(|source| ExecError::Spawn { command: name.clone(), source })
+        // SAFETY: the closure only makes a system call.
+        unsafe { command.pre_exec(move || limits.map_or(Ok(()), DescriptorLimits::restore)) };
+        command.spawn().map_err(|source| match entry.has_failed() {
+            true => ExecError::Enter { cgroup: enclosure.cgroup.path.clone(), source },
+            false => ExecError::Spawn { command: name.clone(), source },
+        })
     }
 }
 
-/// clap has seen to it that there is one.
+/// clap refuses an empty command.
 #[expect(clippy::panic, reason = "clap refuses an empty command")]
 fn unreachable_command() -> ! {
     panic!("no command")
 }
 
-/// The signal that asked for an end before there was a command to pass it on to.
+/// Returns a signal that ends sockpolicy, if one arrived before the command was started.
 fn asked_to_end(signals: &mut Signals) -> io::Result<Option<nix::sys::signal::Signal>> {
     while let Some(received) = signals.receive()? {
         if received.asks_for_end() {
@@ -223,7 +229,7 @@ fn asked_to_end(signals: &mut Signals) -> io::Result<Option<nix::sys::signal::Si
     Ok(None)
 }
 
-/// Reports and passes signals on until the command has ended.
+/// Reports events and forwards signals until the command has ended.
 fn follow(
     child: &mut Child,
     session: &mut Session,
@@ -235,25 +241,25 @@ fn follow(
             return Ok(status);
         }
         watch::wait(signals, session, &[])?;
-        tell(session, writer);
+        report_events(session, writer);
         while let Some(received) = signals.receive()? {
             if received.signal != nix::sys::signal::Signal::SIGCHLD && received.is_from_process {
-                // Fails only where the command has just ended, which is seen next.
+                // Fails only if the command has just ended.
                 let _ = kill(Pid::from_raw(child.id() as i32), received.signal);
             }
         }
     }
 }
 
-/// Writes what there is to tell; gives whether there may be more. The command goes on also where that cannot be found out.
-fn tell(session: &mut Session, writer: &Writer) -> bool {
+/// Writes pending events. Returns whether there can be more. An error does not end the command.
+fn report_events(session: &mut Session, writer: &Writer) -> bool {
     watch::pass_on(session, writer).unwrap_or_else(|error| {
         log::warn!("{error}");
         false
     })
 }
 
-/// The command's own status; 128 and the signal's number where one killed it.
+/// Returns the exit status of the command, or 128 + N if signal N killed it.
 fn exit_code(status: ExitStatus) -> ExitCode {
     let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
     ExitCode::from(code.and_then(|code| u8::try_from(code).ok()).unwrap_or(EXIT_INTERNAL))

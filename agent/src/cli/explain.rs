@@ -40,8 +40,8 @@ use crate::{
     after_help = "Examples:\n  sockpolicy explain web.toml --direction inbound --local :443\n  sockpolicy explain web.toml --pid 812 --fd 7"
 )]
 pub(super) struct Explain {
-    /// Policy files
-    #[arg(required = true, value_name = "FILE")]
+    /// Policy files, and directories whose *.toml files are policies
+    #[arg(required = true, value_name = "FILE|DIR")]
     files: Vec<PathBuf>,
     #[command(flatten)]
     trust: TrustArgs,

@@ -28,8 +28,8 @@ use crate::{
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  sockpolicy ls\n  sockpolicy ls --cgroup system.slice/nginx.service --all")]
 pub(super) struct Ls {
-    /// Policy files: list the sockets of their targets. Without files and --cgroup, list all sockets of the host
-    #[arg(value_name = "FILE")]
+    /// Policy files, and directories of them: list the sockets of their targets. Without files and --cgroup, list all sockets of the host
+    #[arg(value_name = "FILE|DIR")]
     files: Vec<PathBuf>,
     #[command(flatten)]
     trust: TrustArgs,

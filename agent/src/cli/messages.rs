@@ -1,13 +1,13 @@
-//! Messages for people, on standard error: errors, warnings and what was found in files.
+//! Messages for people, on standard error: errors, warnings and diagnostics of files.
 //!
-//! A message never panics and is never an error of its own. In commands that keep running, a message waits in a queue
+//! Writing a message does not panic and returns no error. In commands that keep running, a message waits in a queue
 //! ([`start`]), and of messages from the same place in the code only the first ones and then one per second are written: what
-//! causes a message may be the doing of a tenant. The number of those left out is written.
+//! causes a message can be under the control of a tenant. The number of messages that were left out is written.
 
 use std::{
     collections::HashMap,
     error::Error,
-    io::{self, IsTerminal, Write},
+    io::{self, Write},
     panic::Location,
     sync::{Mutex, MutexGuard, OnceLock, PoisonError},
     time::{Duration, Instant},
@@ -25,18 +25,18 @@ use crate::{
     report::Unwritten,
 };
 
-/// Messages from one place that are written without a limit.
+/// The number of messages from one place that are written without a limit.
 const BURST: u32 = 20;
-/// How often one more is written after these.
+/// The interval of messages from one place after these.
 const INTERVAL: Duration = Duration::from_secs(1);
 
 static QUEUE: OnceLock<Sink> = OnceLock::new();
 static LIMITS: OnceLock<Mutex<Limits>> = OnceLock::new();
 
-/// By place in the code: file and line. As many as there are places.
+/// By place in the code: file and line.
 type Limits = HashMap<(String, u32), Throttle>;
 
-/// Has messages wait in a queue from now on, and limits their rate. `format` is that of the report, for where standard error
+/// Puts messages into a queue from now on, and limits their rate. `format` is that of the report, which is used if standard error
 /// and standard output are one file.
 pub(super) fn start(format: Format) {
     let target = Target::Standard(Standard::Error);
@@ -48,24 +48,24 @@ pub(super) fn start(format: Format) {
     }
 }
 
-/// The queue of standard error, if there is one.
+/// Returns the queue of standard error, if there is one.
 pub(super) fn queue() -> Option<Sink> {
     QUEUE.get().cloned()
 }
 
-/// Messages that could not be written.
+/// Returns the number of messages that could not be written, by reason.
 pub(super) fn lost() -> Unwritten {
     QUEUE.get().map_or_else(Unwritten::default, Sink::lost)
 }
 
-/// Writes what waits, and how many messages were left out.
+/// Writes the queued messages, and the number of messages that were left out.
 pub(super) fn finish() {
     let left_out: u64 = limits().map_or(0, |limits| limits.values().map(|throttle| throttle.left_out).sum());
     if left_out > 0 {
         write(&format!("warning: left out: {left_out} messages like earlier ones\n"));
     }
     if let Some(queue) = QUEUE.get() {
-        // There is nowhere to say it.
+        // A failure cannot be reported anywhere.
         let _ = queue.finish();
     }
 }
@@ -75,12 +75,13 @@ pub(super) fn write(lines: &str) {
     write_styled(&visible(lines, true));
 }
 
-/// Writes whole lines as they are.
-fn write_styled(lines: &str) {
+/// Writes whole lines with their escape sequences, wrapped.
+pub(super) fn write_styled(lines: &str) {
+    let lines = &Standard::Error.wrapped(lines);
     match QUEUE.get() {
         Some(queue) => queue.put(lines),
         None => {
-            // There is nowhere to say it.
+            // A failure cannot be reported anywhere.
             let _ = Standard::Error.write_all(lines.as_bytes());
         }
     }
@@ -95,7 +96,7 @@ pub(super) fn print_error(error: &(dyn Error + 'static)) {
     }
 }
 
-/// An error, and what its own text does not say of its causes. The help line stays last.
+/// Returns the text of an error, and of those causes that it does not contain.
 fn with_causes(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -114,14 +115,14 @@ pub(super) fn show(found: &[Diagnostic]) {
     if found.is_empty() {
         return;
     }
-    if io::stderr().is_terminal() {
+    if Standard::Error.takes_colours() {
         write_styled(&format!("{}\n", crate::policy::render(found, Style::Coloured)));
     } else {
         write(&format!("{}\n", crate::policy::render(found, Style::Plain)));
     }
 }
 
-/// Has the program's log go where messages go.
+/// Writes the log of the program as messages.
 pub(super) fn init_log() {
     env_logger::Builder::from_env(env_logger::Env::new().filter_or("SOCKPOLICY_LOG", "warn"))
         .target(env_logger::Target::Pipe(Box::new(Log)))
@@ -159,7 +160,7 @@ fn limits() -> Option<MutexGuard<'static, Limits>> {
     LIMITS.get().map(|limits| limits.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
-/// Whether a message from a place may be written, and how many before it were left out.
+/// Returns the number of messages that were left out before this one, or `None` to leave this one out too.
 fn admit(file: &str, line: u32) -> Option<u64> {
     let Some(mut limits) = limits() else { return Some(0) };
     limits.entry((file.to_owned(), line)).or_default().admit(Instant::now())
@@ -169,17 +170,17 @@ fn left_out_text(left_out: u64) -> String {
     if left_out == 0 { String::new() } else { format!(" (left out: {left_out} like this one)") }
 }
 
-/// Lets a burst pass, and then one in each interval.
+/// Passes a burst, and then one message per interval.
 #[derive(Clone, Copy, Debug, Default)]
 struct Throttle {
     passed: u32,
-    /// When the last one passed.
+    /// The time of the last message that passed.
     last: Option<Instant>,
     left_out: u64,
 }
 
 impl Throttle {
-    /// Whether one more may pass, and then how many were left out before it.
+    /// Returns the number of messages that were left out before this one, or `None` to leave this one out too.
     fn admit(&mut self, now: Instant) -> Option<u64> {
         let since = self.last.map_or(Duration::MAX, |last| now.saturating_duration_since(last));
         if since >= INTERVAL * BURST {

@@ -23,13 +23,13 @@ mod run;
 mod sink;
 mod status;
 mod test;
+mod usage;
 mod verify;
 
 use std::{
     env,
     error::Error,
-    ffi::OsString,
-    io::{self, IsTerminal, Write},
+    io::{self, Write},
     path::PathBuf,
     process::ExitCode,
 };
@@ -38,7 +38,6 @@ use clap::{Parser, Subcommand};
 
 use self::{descriptor::Standard, messages::print_error};
 use crate::{
-    escape::Escape,
     host::{
         containers::{self, LIST, Scope},
         inspect::{self, INSPECT},
@@ -46,9 +45,9 @@ use crate::{
     reconcile, transient_cgroup, trial, worker,
 };
 
-/// Done, and something was found that should not be.
+/// Exit status for findings: an invalid policy, drift, conflicts.
 const FINDINGS: u8 = 1;
-/// Could not be done.
+/// Exit status for a failure.
 const FAILURE: u8 = 2;
 
 /// Enforce socket options per cgroup
@@ -61,6 +60,7 @@ const FAILURE: u8 = 2;
     version,
     max_term_width = 80,
     disable_help_subcommand = true,
+    arg_required_else_help = true,
     after_help = "Examples:\n  sockpolicy check web.toml\n  sockpolicy exec --dry-run web.toml -- nginx\n  sockpolicy run web.toml --cgroup system.slice/nginx.service"
 )]
 struct Arguments {
@@ -85,6 +85,13 @@ enum Command {
     Verify(verify::Verify),
     Options(options::Options),
     Doctor(doctor::Doctor),
+    /// Print the help of sockpolicy or of a command
+    #[command(after_help = "Examples:\n  sockpolicy help exec")]
+    Help {
+        /// The command
+        #[arg(value_name = "COMMAND")]
+        command: Option<String>,
+    },
     /// Removes a cgroup when standard input ends. sockpolicy starts it for itself.
     #[command(name = transient_cgroup::GUARD, hide = true)]
     Guard {
@@ -116,9 +123,10 @@ enum Command {
 #[must_use]
 pub fn main() -> ExitCode {
     messages::init_log();
-    let status = match parse(env::args_os()) {
+    let words: Vec<_> = env::args_os().collect();
+    let status = match usage::parse(&words) {
         Ok(arguments) => run(arguments),
-        Err(error) => show_usage(&error),
+        Err(error) => usage::show(&error, &words),
     };
     messages::finish();
     status
@@ -141,6 +149,7 @@ fn run(arguments: Arguments) -> ExitCode {
         Command::Verify(verify) => verify.run(),
         Command::Options(options) => options.run(),
         Command::Doctor(doctor) => doctor.run(),
+        Command::Help { command } => usage::help(command.as_deref()),
         Command::Guard { cgroup, home } => match transient_cgroup::guard(&cgroup, &home) {
             Ok(()) => ExitCode::SUCCESS,
             Err(reason) => {
@@ -179,7 +188,7 @@ fn list_containers(agent: u32, account: &str) -> Result<(), Box<dyn Error>> {
     Ok(io::stdout().write_all(&worker::framed(&listing))?)
 }
 
-/// The exit status of a worker.
+/// Returns the exit status of a worker.
 fn ended(worked: io::Result<()>) -> ExitCode {
     match worked {
         Ok(()) => ExitCode::SUCCESS,
@@ -190,37 +199,7 @@ fn ended(worked: io::Result<()>) -> ExitCode {
     }
 }
 
-/// Parses the command line. An error repeats arguments: these are escaped.
-fn parse(words: impl Iterator<Item = OsString>) -> Result<Arguments, clap::Error> {
-    let words: Vec<OsString> = words.collect();
-    Arguments::try_parse_from(&words).map_err(|error| {
-        let escaped = words.iter().map(|word| OsString::from(word.escaped().to_string()));
-        Arguments::try_parse_from(escaped).err().unwrap_or(error)
-    })
-}
-
-/// Writes what clap has to say: help that was asked for is no failure.
-fn show_usage(error: &clap::Error) -> ExitCode {
-    let text = error.render();
-    let is_error = error.use_stderr();
-    let is_terminal = if is_error { io::stderr().is_terminal() } else { io::stdout().is_terminal() };
-    let text = if is_terminal { text.ansi().to_string() } else { text.to_string() };
-    if !is_error {
-        return match ignore_broken_pipe(Standard::Output.write_all(text.as_bytes())) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                print_error(&error);
-                FAILURE.into()
-            }
-        };
-    }
-    // There is nowhere to say it.
-    let _ = Standard::Error.write_all(text.as_bytes());
-    let is_exec = env::args_os().nth(1).is_some_and(|command| command == "exec");
-    if is_exec { exec::EXIT_INTERNAL.into() } else { FAILURE.into() }
-}
-
-/// A result of writing to a pipe that nobody reads any more is not a failure.
+/// Accepts the error of a write to a pipe without a reader.
 fn ignore_broken_pipe(result: io::Result<()>) -> io::Result<()> {
     match result {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),

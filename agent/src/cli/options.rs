@@ -1,8 +1,10 @@
 //! `sockpolicy options`: the option table.
 
-use std::{io::Write, process::ExitCode};
+use std::{
+    io::{self, Write},
+    process::ExitCode,
+};
 
-use comfy_table::{Table, presets};
 use serde_json::json;
 
 use super::{FAILURE, descriptor::stdout, ignore_broken_pipe, output::Format, print_error};
@@ -25,15 +27,15 @@ pub(super) struct Options {
     output: Form,
 }
 
-/// The form of the list.
+/// The output format.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 enum Form {
     /// Text for people
     #[default]
     Text,
-    /// One JSON object a line.
+    /// One JSON object per line
     Json,
-    /// The reference of policies and of all options.
+    /// The reference of the policy language and of all options
     Markdown,
 }
 
@@ -45,9 +47,9 @@ impl Options {
             print_error(&NoOption(wanted));
             return FAILURE.into();
         }
-        let mut out = stdout(Format::Json);
+        let mut out = stdout(if self.output == Form::Text { Format::Text } else { Format::Json });
         let written = match self.output {
-            Form::Text => writeln!(out, "{}", table(&options)),
+            Form::Text => write_text(&mut out, &options),
             Form::Json => options.iter().try_for_each(|option| writeln!(out, "{}", line(option))),
             Form::Markdown => write!(out, "{}", reference()),
         };
@@ -62,33 +64,24 @@ impl Options {
 }
 
 #[derive(Debug, thiserror::Error)]
-#[error("no option has `{}` in its name\n  help: `sockpolicy options` lists all", .0.escaped())]
-struct NoOption(String);
+#[error("no option has `{}` in its name", .0.escaped())]
+pub(super) struct NoOption(String);
 
-fn table(options: &[&SocketOption]) -> Table {
-    let mut table = Table::new();
-    table.load_preset(presets::NOTHING).set_header([
-        "option",
-        "number",
-        "policies can",
-        "value",
-        "since",
-        "what it does",
-    ]);
+/// Writes two lines for each option: its name, number, what policies can do with it and since which kernel; its values and what it
+/// does.
+fn write_text(out: &mut impl Write, options: &[&SocketOption]) -> io::Result<()> {
+    let name_width = options.iter().map(|option| option.name.len()).max().unwrap_or_default().max("option".len());
+    writeln!(out, "{:name_width$}  number  policies can      since", "option")?;
     for option in options {
-        table.add_row([
-            option.name.to_owned(),
-            format!("{}:{}", option.level.0, option.number),
-            verbs(option).join(", "),
-            value(option),
-            option.settable().map_or_else(String::new, |settable| settable.since.to_owned()),
-            option.about.to_owned(),
-        ]);
+        let number = format!("{}:{}", option.level.0, option.number);
+        let since = option.settable().map_or("", |settable| settable.since);
+        let row = format!("{:name_width$}  {number:6}  {:16}  {since}", option.name, verbs(option).join(", "));
+        writeln!(out, "{row}\n    {}: {}", value(option), option.about)?;
     }
-    table
+    Ok(())
 }
 
-/// What a policy can do with an option.
+/// Returns what a policy can do with an option.
 fn verbs(option: &SocketOption) -> Vec<&'static str> {
     let mut verbs = Vec::new();
     if matches!(option.class, Class::Settable(_)) {

@@ -23,6 +23,7 @@ use crate::{
     schema,
     session::{OnUnsupported, Session},
     sources::IfInsecure,
+    wrap,
 };
 
 /// The form of the output.
@@ -42,7 +43,7 @@ const BACKENDS: [(&str, BackendChoice, &str); 5] = [
         BackendChoice::Auto,
         "The cheapest backend that this kernel supports; on preemptible kernels kprobe, which misses no calls there",
     ),
-    ("fentry", BackendChoice::Fentry, "Programs at the entry and exit of kernel functions, since 5.5"),
+    ("fentry", BackendChoice::Fentry, "Programs at the entry and exit of kernel functions; needs BTF"),
     ("kprobe", BackendChoice::Kprobe, "Probes at the entry and exit of kernel functions"),
     ("tracepoint", BackendChoice::Tracepoint, "The tracepoints of system calls"),
     ("none", BackendChoice::None, "No audit: conflicts are reported without the result of the call"),
@@ -131,6 +132,8 @@ pub(super) struct Writer {
     /// Whether events are left out.
     quiet: bool,
     out: Sink,
+    /// The width to which text is wrapped, in columns.
+    width: usize,
     /// Where the report goes, for people.
     place: String,
 }
@@ -180,10 +183,15 @@ impl Writer {
     }
 
     fn start(reporting: &ReportArgs, target: Target, place: String, shared: Option<Sink>) -> Result<Self, ReportError> {
+        let width = match &target {
+            Target::Standard(standard) => standard.width(),
+            Target::File(_) | Target::Fifo { .. } => None,
+        };
+        let width = width.unwrap_or(usize::MAX);
         let started =
             || Sink::start(target, reporting.output).map_err(|source| ReportError { place: place.clone(), source });
         let out = shared.map_or_else(started, Ok)?;
-        Ok(Self { format: reporting.output, quiet: reporting.quiet, out, place })
+        Ok(Self { format: reporting.output, quiet: reporting.quiet, out, width, place })
     }
 
     fn line(&self, line: &dyn fmt::Display) {
@@ -193,7 +201,7 @@ impl Writer {
     /// In text, control characters are escaped in all that is written.
     fn lines(&self, lines: &dyn fmt::Display) -> String {
         match self.format {
-            Format::Text => visible(&format!("{lines}\n"), true),
+            Format::Text => wrap::lines(&visible(&format!("{lines}\n"), true), self.width),
             Format::Json => format!("{lines}\n"),
         }
     }
@@ -274,7 +282,7 @@ impl Writer {
             summary.lost.unwritten = summary.lost.unwritten.plus(&messages::lost());
         }
         self.out.put_last(&match self.format {
-            Format::Text => visible(&summary.to_string(), true),
+            Format::Text => wrap::lines(&visible(&summary.to_string(), true), self.width),
             Format::Json => format!("{}\n", summary.to_json(jiff::Timestamp::now())),
         });
         let reason = match self.out.finish() {

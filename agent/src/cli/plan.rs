@@ -37,8 +37,8 @@ use crate::{
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  sockpolicy plan web.toml\n  sockpolicy plan web.toml --instance default")]
 pub(super) struct Plan {
-    /// Policy files
-    #[arg(required = true, value_name = "FILE")]
+    /// Policy files, and directories whose *.toml files are policies
+    #[arg(required = true, value_name = "FILE|DIR")]
     files: Vec<PathBuf>,
     #[command(flatten)]
     trust: TrustArgs,

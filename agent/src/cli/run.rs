@@ -5,7 +5,7 @@ use std::{os::fd::BorrowedFd, path::PathBuf, process::ExitCode};
 use super::{
     FAILURE, FINDINGS, check,
     descriptor::Standard,
-    messages,
+    help, messages,
     output::{EnforceArgs, IncompleteReport, ReportError, TrustArgs, Writer},
     print_error,
 };
@@ -172,7 +172,7 @@ impl Run {
                 Ok(Some(instance))
             }
             Err(error @ (InstanceError::File { .. } | InstanceError::Private(_))) if !self.persist => {
-                log::warn!("`sockpolicy status` will not show this: {error}");
+                log::warn!("`sockpolicy status` will not show this: {error}{}", help::line(&error));
                 Ok(None)
             }
             Err(error) => Err(error.into()),
@@ -216,7 +216,7 @@ fn finish(
     let summary = session.finish()?;
     let conflicts = summary.new_conflicts();
     if let Some(name) = stays_as {
-        log::warn!("the policies stay in force; `sockpolicy detach {name}` ends that");
+        log::warn!("the policies stay in force; `sockpolicy detach --instance {name}` ends that");
     }
     writer.summary(summary)?;
     Ok(conflicts)

@@ -1,7 +1,7 @@
-//! Output that never makes its writer wait: a bounded queue, and a thread that empties it into a descriptor.
+//! Output whose writer never waits: a bounded queue, and a thread that writes the queue to a file descriptor.
 //!
-//! A reader may stop reading, go away, or leave a disk full. None of that reaches the code that writes here. Lines that could not be
-//! written are counted by reason; the count is written as soon as anything can be written again.
+//! A reader can stop or end, and a disk can be full. The code that writes to the queue is not affected. Lines that could not be
+//! written are counted by reason. The thread writes the count as soon as it can write again.
 //!
 //! Invariant: a line is written as a whole, or counted as lost. Where part of it was written already, a line end follows before
 //! the next line.
@@ -27,25 +27,25 @@ use super::{
 };
 use crate::report::{Loss, Lost, Unwritten};
 
-/// Bytes that may wait for a reader.
+/// The maximum size of the queue, in bytes.
 const WAITING_MAX: usize = 1 << 20;
-/// Writes of so many bytes, or of a line if that is longer: a pipe takes them as a whole (PIPE_BUF, pipe(7)).
+/// The size of one write, in bytes; more if a line is longer. A write to a pipe of at most PIPE_BUF bytes is atomic (pipe(7)).
 const PIECE: usize = 4096;
-/// How often to try to write what was lost, while nothing else is to be written.
+/// The interval of attempts to write the count of lost lines while the queue is empty.
 const RETRY: Duration = Duration::from_secs(1);
-/// How long to wait for a reader before something else is written to the same file.
+/// The time that [`Sink::settle`] waits for a reader.
 const MOMENT: Duration = Duration::from_millis(200);
-/// How long the end of the output waits for a reader that takes nothing.
+/// The time that [`Sink::finish`] waits for a reader that reads nothing.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// How long the end of the output waits for a reader that is slow.
+/// The time that [`Sink::finish`] waits for a slow reader.
 const PATIENCE_MAX: Duration = Duration::from_secs(10);
 
-/// Where to write.
+/// The destination of output.
 #[derive(Debug)]
 pub(super) enum Target {
     Standard(Standard),
     File(OwnedFd),
-    /// A named pipe that nobody reads yet. The thread opens it, which waits for a reader (fifo(7)).
+    /// A named pipe without a reader. The thread opens it, which waits for a reader (fifo(7)).
     Fifo {
         path: PathBuf,
         opened: OnceLock<OwnedFd>,
@@ -53,11 +53,11 @@ pub(super) enum Target {
 }
 
 impl Target {
-    /// A file, made anew where it is a regular one. Waits for nobody.
+    /// Opens a file, and truncates a regular one. Does not wait for the reader of a named pipe.
     ///
     /// # Errors
     ///
-    /// Where the file cannot be opened for writing.
+    /// Fails if the file cannot be opened for writing.
     pub(super) fn file(path: &Path) -> io::Result<Self> {
         let mut options = File::options();
         options.write(true).create(true).truncate(true);
@@ -91,14 +91,14 @@ fn is_fifo(path: &Path) -> bool {
     path.metadata().is_ok_and(|metadata| metadata.file_type().is_fifo())
 }
 
-/// A queue in front of a descriptor. Its clones are the same queue.
+/// A queue in front of a file descriptor. Clones share the queue.
 #[derive(Clone, Debug)]
 pub(super) struct Sink(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
     target: Target,
-    /// The form in which losses are written.
+    /// The format in which losses are written.
     format: Format,
     state: Mutex<State>,
     changed: Condvar,
@@ -108,34 +108,34 @@ struct Shared {
 struct State {
     waiting: Vec<u8>,
     is_writing: bool,
-    /// Pieces written so far.
+    /// The number of writes so far.
     progress: u64,
     lost: Unwritten,
-    /// What of that has been written.
-    told: Unwritten,
-    /// Whether the last thing that was written is no whole line.
+    /// The part of `lost` that has been written.
+    reported: Unwritten,
+    /// Whether the last write ended within a line.
     is_torn: bool,
-    /// Why the last write failed, if it did.
+    /// The error of the last write, if it failed.
     failure: Option<Errno>,
-    /// Whether the end of the output was waited for in vain.
+    /// Whether [`Sink::finish`] has waited in vain.
     is_given_up: bool,
 }
 
-/// What is written at a time.
+/// The content of one write.
 struct Batch {
     bytes: Vec<u8>,
-    /// Where the lines begin that were queued: behind the end of one that was written in part.
+    /// The start of the queued lines. A line end precedes them if the previous write ended within a line.
     head: usize,
-    /// Where they end; those that say what was lost come after them.
+    /// The end of the queued lines. The lines that report losses follow.
     lines: usize,
-    /// What was lost by what these say.
+    /// The losses that these lines report.
     lost: Unwritten,
 }
 
-/// Why the end of the output is missing.
+/// The reason why the end of the output is missing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Unfinished {
-    /// The reader takes nothing.
+    /// The reader reads nothing.
     Stuck,
     Failed(Errno),
 }
@@ -145,7 +145,7 @@ impl Sink {
     ///
     /// # Errors
     ///
-    /// Where there can be no more threads.
+    /// Fails if the thread cannot be started.
     pub(super) fn start(target: Target, format: Format) -> io::Result<Self> {
         let shared = Shared { target, format, state: Mutex::default(), changed: Condvar::new() };
         let sink = Self(Arc::new(shared));
@@ -157,7 +157,7 @@ impl Sink {
         started.map(|_| sink)
     }
 
-    /// Queues whole lines, or counts them as lost where too much waits already.
+    /// Queues whole lines, or counts them as lost if the queue is full.
     pub(super) fn put(&self, lines: &str) {
         let mut state = self.0.lock();
         if !state.waiting.is_empty() && state.waiting.len() + lines.len() > WAITING_MAX {
@@ -167,7 +167,7 @@ impl Sink {
         self.push(&mut state, lines);
     }
 
-    /// Queues whole lines, however much waits: for the last ones.
+    /// Queues whole lines even if the queue is full. For the last lines.
     pub(super) fn put_last(&self, lines: &str) {
         self.push(&mut self.0.lock(), lines);
     }
@@ -179,12 +179,12 @@ impl Sink {
         }
     }
 
-    /// The lines that could not be written.
+    /// Returns the number of lines that could not be written, by reason.
     pub(super) fn lost(&self) -> Unwritten {
         self.0.lock().lost
     }
 
-    /// Whether writing fails because the reader is gone.
+    /// Returns whether writes fail because the reader is gone.
     pub(super) fn is_closed(&self) -> bool {
         self.0.lock().failure == Some(Errno::EPIPE)
     }
@@ -193,7 +193,7 @@ impl Sink {
         Arc::ptr_eq(&self.0, &other.0)
     }
 
-    /// Waits a moment until everything is written: what others write to the same file then comes behind it.
+    /// Waits up to [`MOMENT`] until everything is written, so that the writes of other processes to the same file come later.
     pub(super) fn settle(&self) {
         let begin = Instant::now();
         let mut state = self.0.lock();
@@ -206,12 +206,13 @@ impl Sink {
     ///
     /// # Errors
     ///
-    /// Where the last lines could not be written, or the count of lost lines could not.
+    /// Fails if the last lines or the count of lost lines could not be written.
     pub(super) fn finish(&self) -> Result<(), Unfinished> {
         let begin = Instant::now();
         let mut state = self.0.lock();
         let (mut progress, mut since) = (state.progress, begin);
-        while state.is_writing || !state.waiting.is_empty() || (state.failure.is_none() && state.lost != state.told) {
+        while state.is_writing || !state.waiting.is_empty() || (state.failure.is_none() && state.lost != state.reported)
+        {
             if state.is_given_up || since.elapsed() >= PATIENCE || begin.elapsed() >= PATIENCE_MAX {
                 state.is_given_up = true;
                 return Err(Unfinished::Stuck);
@@ -248,7 +249,7 @@ impl Shared {
             state.failure = failure;
             state.is_torn = bytes[..written].last().map_or(state.is_torn, |last| *last != b'\n');
             match failure {
-                None => state.told = lost,
+                None => state.reported = lost,
                 Some(errno) => state.lost.add(errno as i32, count_lines(&bytes[written.clamp(head, lines)..lines])),
             }
             self.changed.notify_all();
@@ -259,7 +260,7 @@ impl Shared {
     fn take(&self) -> Batch {
         let mut state = self.lock();
         while state.waiting.is_empty() {
-            if state.lost == state.told {
+            if state.lost == state.reported {
                 state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
             } else if state.failure.is_some() {
                 state = self.wait(state, RETRY);
@@ -272,7 +273,7 @@ impl Shared {
         let head = usize::from(state.is_torn);
         bytes.splice(0..0, vec![b'\n'; head]);
         let lines = bytes.len();
-        let before = Lost { unwritten: state.told, ..Lost::default() };
+        let before = Lost { unwritten: state.reported, ..Lost::default() };
         for loss in (Lost { unwritten: state.lost, ..Lost::default() }).since(&before) {
             bytes.extend_from_slice(loss_line(&loss, self.format).as_bytes());
         }

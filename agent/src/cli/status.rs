@@ -11,7 +11,7 @@ use std::{
 use abi::GENERATIONS;
 use serde_json::json;
 
-use super::{FAILURE, descriptor::stdout, ignore_broken_pipe, output::Format, print_error};
+use super::{FAILURE, descriptor::stdout, help, ignore_broken_pipe, output::Format, print_error};
 use crate::{
     compile::{Desired, Hook},
     escape::{self, Escape},
@@ -29,10 +29,10 @@ use crate::{
 ///
 /// Shows the instances with their targets, hooks and counters, and the programs of others on the same cgroups.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Examples:\n  sockpolicy status\n  sockpolicy status default --output json")]
+#[command(after_help = "Examples:\n  sockpolicy status\n  sockpolicy status --instance default --output json")]
 pub(super) struct Status {
     /// Show only this instance
-    #[arg(value_name = "NAME")]
+    #[arg(long, value_name = "NAME")]
     instance: Option<String>,
     /// Output format: text, or one line of JSON for each instance
     #[arg(long, short, value_enum, default_value_t)]
@@ -57,8 +57,9 @@ pub(super) enum StatusError {
 fn visible_help(error: &InstanceError) -> &'static str {
     let is_refused = matches!(
         error,
-        InstanceError::Private(PrivateError::Io { .. })
-            | InstanceError::Kernel(KernelError::Private(PrivateError::Io { .. }))
+        InstanceError::Private(PrivateError::Io { source, .. })
+            | InstanceError::Kernel(KernelError::Private(PrivateError::Io { source, .. }))
+            if source.kind() == io::ErrorKind::PermissionDenied
     );
     if is_refused { "\n  help: run it as root" } else { "" }
 }
@@ -275,7 +276,7 @@ fn write_text(out: &mut impl Write, seen: &InstanceStatus, looked: &Result<InFor
     writeln!(out, "instance {}: {}", seen.name.escaped(), holder(seen))?;
     let InForce { generation, desired, summary, targets, unread, .. } = match looked {
         Ok(in_force) => in_force,
-        Err(error) => return writeln!(out, "  what it has in force cannot be told: {error}"),
+        Err(error) => return writeln!(out, "  what it has in force cannot be told: {error}{}", help::line(error)),
     };
     for (number, scope) in desired.scopes.iter().enumerate() {
         let mode = match scope.mode {

@@ -21,8 +21,8 @@ use crate::explain::{Trial, try_all};
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  sockpolicy test web.toml")]
 pub(super) struct Test {
-    /// Policy files
-    #[arg(required = true, value_name = "FILE")]
+    /// Policy files, and directories whose *.toml files are policies
+    #[arg(required = true, value_name = "FILE|DIR")]
     files: Vec<PathBuf>,
     #[command(flatten)]
     trust: TrustArgs,

@@ -41,8 +41,8 @@ use crate::{
     after_help = "Examples:\n  sockpolicy verify web.toml\n  sockpolicy verify web.toml --cgroup system.slice/nginx.service --output json"
 )]
 pub(super) struct Verify {
-    /// Policy files
-    #[arg(required = true, value_name = "FILE")]
+    /// Policy files, and directories whose *.toml files are policies
+    #[arg(required = true, value_name = "FILE|DIR")]
     files: Vec<PathBuf>,
     #[command(flatten)]
     trust: TrustArgs,

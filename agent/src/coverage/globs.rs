@@ -11,6 +11,10 @@
 //! - `[a-z]` and `[!a-z]` match one byte, and `{a,b}` one of several texts.
 //! - A backslash quotes the next character.
 //!
+//! A glob also matches the path that has exactly its text: systemd puts backslashes into names (`system-serial\x2dgetty.slice`).
+//! Such a path does not replace what the glob matches otherwise. If it did, a tenant could make a cgroup of this name and
+//! take all others out of the target.
+//!
 //! Unlike globset, classes do not match `/`, and `*` does not match the root. Globs that this module cannot translate
 //! are matched by globset, one at a time, if the names before their first special character match the path.
 
@@ -22,6 +26,9 @@ use std::{
 use globset::{Glob, GlobBuilder};
 
 use super::GlobError;
+
+/// The characters with a meaning in globs.
+const SPECIAL: [char; 7] = ['*', '?', '[', ']', '{', '}', '\\'];
 
 /// How many texts the braces of a glob may expand to.
 const TEXTS_MAX: usize = 256;
@@ -84,6 +91,9 @@ impl Globs {
             let glob = glob.trim_matches('/');
             // Also finds syntax errors.
             parsed(glob)?;
+            if let Some(parts) = literal(glob) {
+                tree.add(parts, End { number, whole: None });
+            }
             match translated(glob) {
                 Some(all) => all.into_iter().for_each(|parts| tree.add(parts, End { number, whole: None })),
                 None => tree.add(literal_start(glob), End { number, whole: Some(glob.into()) }),
@@ -330,13 +340,23 @@ fn class(bytes: &mut impl Iterator<Item = u8>) -> Option<Token> {
     (!ranges.is_empty()).then_some(Token::Class { is_negated, ranges })
 }
 
+/// Returns the names in a glob as if it had no special characters; `None` if the glob matches these names anyway: `*` and `?` match
+/// themselves.
+fn literal(glob: &str) -> Option<Vec<Part>> {
+    let is_needed = glob.contains(['[', ']', '{', '}', '\\']) && !glob.contains("//");
+    is_needed.then(|| glob.split('/').map(literal_name).collect())
+}
+
+fn literal_name(name: &str) -> Part {
+    Part::Name(name.bytes().map(Token::Byte).collect())
+}
+
 /// Returns the literal names before the first special character of a glob, followed by [`Part::AnyDepth`].
 fn literal_start(glob: &str) -> Vec<Part> {
-    let special = glob.find(['*', '?', '[', ']', '{', '}', '\\']).unwrap_or(glob.len());
+    let special = glob.find(SPECIAL).unwrap_or(glob.len());
     let names = glob[..special].rsplit_once('/').map_or("", |(names, _)| names);
     let names = names.split('/').filter(|name| !name.is_empty());
-    let literal = |name: &str| Part::Name(name.bytes().map(Token::Byte).collect());
-    names.map(literal).chain([Part::AnyDepth]).collect()
+    names.map(literal_name).chain([Part::AnyDepth]).collect()
 }
 
 #[cfg(test)]
@@ -411,6 +431,22 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn path_with_the_text_of_a_glob_is_matched_too() {
+        let globs = one(r"system-serial\x2dgetty.slice/a[1].service");
+        for (path, expected) in [
+            (r"system-serial\x2dgetty.slice/a[1].service", true),
+            ("system-serialx2dgetty.slice/a1.service", true),
+            (r"system-serial\x2dgetty.slice/a1.service", false),
+            (r"system-serial\x2dgetty.slice", false),
+        ] {
+            assert_eq!(matches(&globs, path), expected, "{path}");
+        }
+        assert!(globs.leads_below(Path::new(r"system-serial\x2dgetty.slice")));
+        // The name of a cgroup must not take others out of a target.
+        assert!(["a/*", "a/b"].iter().all(|path| matches(&one("a/*"), path)));
     }
 
     #[test]

@@ -96,7 +96,7 @@ pub type TargetNames = BTreeMap<(u64, usize), String>;
 pub enum DaemonError {
     #[error("{0}")]
     Target(#[from] TargetError),
-    #[error(transparent)]
+    #[error("{0}")]
     Session(#[from] SessionError),
     #[error(transparent)]
     Inotify(#[from] inotify::WatchError),

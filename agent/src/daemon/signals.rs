@@ -112,18 +112,25 @@ pub struct Received {
     pub signal: Signal,
     /// Whether a process sent it (kill(2)). A terminal sends its signals to a running command too.
     pub is_from_process: bool,
-    /// Whether the signal was ignored when this process started, as with nohup(1).
-    pub was_ignored: bool,
+    /// Whether the signal was ignored when this process started.
+    was_ignored: bool,
     /// Whether the terminal that this process was started from is gone.
     is_cut_off: bool,
 }
 
 impl Received {
     /// Returns whether the signal ends this process.
+    ///
+    /// A shell without job control starts background commands with SIGINT and SIGQUIT ignored, so that the keys of the terminal
+    /// do not end them. Such a signal ends this process only if a process sends it. nohup(1) ignores SIGHUP, which a shell sends
+    /// to its commands when the terminal closes: an ignored SIGHUP never ends this process.
     #[must_use]
     pub fn asks_for_end(&self) -> bool {
-        let ends = matches!(self.signal, Signal::SIGINT | Signal::SIGTERM | Signal::SIGHUP | Signal::SIGQUIT);
-        ends && !self.was_ignored
+        match self.signal {
+            Signal::SIGINT | Signal::SIGQUIT | Signal::SIGTERM => !self.was_ignored || self.is_from_process,
+            Signal::SIGHUP => !self.was_ignored,
+            _ => false,
+        }
     }
 
     /// Returns whether the signal is a SIGHUP that reloads the policies. A terminal sends SIGHUP when it closes.

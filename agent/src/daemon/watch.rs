@@ -25,7 +25,7 @@ const CALL_INTERVAL_MS: u16 = 50;
 /// Why reporting ended.
 #[derive(Debug, thiserror::Error)]
 pub enum WatchError {
-    #[error(transparent)]
+    #[error("{0}")]
     Session(#[from] SessionError),
     #[error("cannot wait for signals and events: {0}")]
     Wait(#[source] io::Error),

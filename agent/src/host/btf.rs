@@ -43,6 +43,14 @@ pub enum BtfError {
     Unreadable { path: String, source: btf_rs::Error },
 }
 
+impl BtfError {
+    /// Returns whether the kernel has no BTF. Otherwise it is unknown whether it has any.
+    #[must_use]
+    pub fn is_absent(&self) -> bool {
+        matches!(self, Self::Missing { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
+}
+
 impl Types {
     /// Reads the BTF of the running kernel.
     ///

@@ -6,6 +6,7 @@
 mod walk;
 
 use std::{
+    cmp::Reverse,
     ffi::{OsStr, OsString},
     fs::{self, File, OpenOptions},
     io, mem,
@@ -29,7 +30,7 @@ use nix::{
 };
 
 pub use self::walk::{Budget, Tree, Wanted};
-use super::process;
+use super::{netns, process};
 
 use crate::{
     escape::{self, Escape},
@@ -38,37 +39,28 @@ use crate::{
 
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
-    #[error(
-        "cgroup2 is not mounted on this host\n  help: mount it and repeat the command: \
-         mkdir -p {place} && mount -t cgroup2 none {place}"
-    )]
+    /// `place` is where to mount it.
+    #[error("cgroup2 is not mounted on this host")]
     NotMounted { place: &'static str },
+    /// `place` is where to mount it; `network` is the path of the network namespace of this process, if /run/netns names it.
+    #[error(
+        "cgroup2 is not mounted in the mount namespace of this process, but in that of process 1 (`ip netns exec` hides it)"
+    )]
+    Hidden { place: &'static str, network: Option<PathBuf> },
     #[error("cannot read {path}: {source}")]
     Proc { path: &'static str, source: io::Error },
-    #[error(
-        "cannot find cgroup {}: {source}\n  help: cgroups are the directories below {mount}: find {mount} -type d",
-        path.escaped(), mount = mount.escaped()
-    )]
+    #[error("cannot find cgroup {}: {source}", path.escaped())]
     Missing { path: PathBuf, mount: PathBuf, source: io::Error },
-    #[error(
-        "{} is a file, not a cgroup directory\n  help: use {}",
-        path.escaped(), folder.escaped()
-    )]
+    #[error("{} is a file, not a cgroup directory", path.escaped())]
     NotAFolder { path: PathBuf, folder: PathBuf },
-    #[error(
-        "{} is not in the cgroup2 hierarchy: it is a cgroup of version 1, or not a cgroup\n  help: use a \
-         directory below {}",
-        path.escaped(), mount.escaped()
-    )]
+    #[error("{} is not in the cgroup2 hierarchy: it is a cgroup of version 1, or not a cgroup", path.escaped())]
     NotCgroup2 { path: PathBuf, mount: PathBuf },
-    #[error(
-        "cgroup {} is {level} levels deep, and targets can be at most {max} levels deep\n  help: use one of its \
-         parents as the target",
-        path.escaped()
-    )]
+    #[error("cgroup {} is {level} levels deep, and targets can be at most {max} levels deep", path.escaped())]
     TooDeep { path: PathBuf, level: u32, max: u32 },
     #[error("cannot open cgroup {}: {source}", path.escaped())]
     Open { path: PathBuf, source: io::Error },
+    #[error("the cgroup of this process is not below {}: the mount shows another part of the hierarchy", mount.escaped())]
+    Outside { mount: PathBuf },
 }
 
 impl CgroupError {
@@ -150,9 +142,9 @@ pub fn id_at(path: &Path) -> Option<u64> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
     pub path: PathBuf,
-    /// The number of levels from the root of the hierarchy to the top of the mount. More than 0 if only a part of the hierarchy
-    /// is mounted.
-    depth: u32,
+    /// The cgroup at the top of the mount, relative to the root of the cgroup namespace of this process. Starts with `..` if it
+    /// is above that root.
+    root: PathBuf,
 }
 
 /// A cgroup. Its directory is kept open, so that it cannot be confused with a later cgroup of the same name.
@@ -179,10 +171,24 @@ impl Mount {
     pub fn find() -> Result<Self, CgroupError> {
         const PATH: &str = "/proc/self/mountinfo";
         let mountinfo = fs::read(PATH).map_err(|source| CgroupError::Proc { path: PATH, source })?;
-        mountinfo.split(|byte| *byte == b'\n').find_map(parse_mount).ok_or_else(not_mounted)
+        // Another file system can be mounted over a mount. Of several mounts, the one that shows most of the hierarchy is used.
+        let mounts = mounts(&mountinfo).filter(|mount| is_cgroup2(&mount.path));
+        mounts.min_by_key(Self::depth).ok_or_else(not_mounted)
     }
 
-    /// Opens the cgroup at a path that is absolute in the file system or relative to the mount.
+    /// Returns the number of levels from the root of the hierarchy to the top of the mount. More than 0 if only a part of the
+    /// hierarchy is mounted.
+    fn depth(&self) -> u32 {
+        self.root.components().filter(|part| matches!(part, Component::Normal(_))).count() as u32
+    }
+
+    /// Opens the cgroup at a path. Accepts these forms:
+    ///
+    /// - a path below the mount, also with a leading slash, as the kernel writes the names of cgroups
+    /// - an absolute path in the file system
+    /// - a path that starts with `.` or `..`, relative to the working directory
+    ///
+    /// Symbolic links are followed.
     ///
     /// # Errors
     ///
@@ -240,7 +246,7 @@ impl Mount {
 
     /// Returns the number of levels from the root of the hierarchy to a path below the mount.
     fn level_of(&self, below: &Path) -> u32 {
-        self.depth + below.components().count() as u32
+        self.depth() + below.components().count() as u32
     }
 
     /// Returns whether there is a cgroup at a path below the mount.
@@ -255,11 +261,11 @@ impl Mount {
         cgroup.path.strip_prefix(&self.path).unwrap_or(&cgroup.path).to_owned()
     }
 
-    /// Returns the path of a cgroup in the file system. Accepts the kernel's form of a name too: a path below the mount with a
-    /// leading slash.
+    /// Returns the path of a cgroup in the file system, from one of the forms that [`Self::open`] accepts.
     fn path_of(&self, path: &Path) -> PathBuf {
-        match path.strip_prefix("/") {
-            Ok(below) if !path.exists() && self.path.join(below).exists() => self.path.join(below),
+        match (path.components().next(), path.strip_prefix("/")) {
+            (Some(Component::CurDir | Component::ParentDir), _) => path.to_owned(),
+            (_, Ok(below)) if !is_cgroup2(path) && self.path.join(below).exists() => self.path.join(below),
             _ => self.path.join(path),
         }
     }
@@ -272,7 +278,29 @@ impl Mount {
     pub fn own(&self) -> Result<Cgroup, CgroupError> {
         const PATH: &str = "/proc/self/cgroup";
         let cgroups = fs::read(PATH).map_err(|source| CgroupError::Proc { path: PATH, source })?;
-        self.open(&unified(&cgroups).unwrap_or_default())
+        let own = unified(&cgroups).unwrap_or_default();
+        let outside = || CgroupError::Outside { mount: self.path.clone() };
+        match own.strip_prefix(&self.root) {
+            Ok(below) => self.open(&self.path.join(below)),
+            // Only the names above the root of the cgroup namespace are missing (`unshare -C` without a mount of its own).
+            Err(_) if self.root.starts_with("..") => self.open(&self.path.join(self.search_own().ok_or_else(outside)?)),
+            Err(_) => Err(outside()),
+        }
+    }
+
+    /// Returns the path of the cgroup that lists this process.
+    fn search_own(&self) -> Option<PathBuf> {
+        let own = std::process::id().to_string();
+        let lists_own = |below: &PathBuf| {
+            // A threaded cgroup lists only threads. The id of a process is that of its first thread.
+            let files = ["cgroup.procs", "cgroup.threads"].into_iter();
+            let lists = files.map(|file| fs::read_to_string(self.path.join(below).join(file)).unwrap_or_default());
+            lists.into_iter().any(|list| list.lines().any(|process| process == own))
+        };
+        let mut found = self.walk(|_| Wanted::WithChildren, &Budget::default()).found;
+        // The processes of threaded cgroups are also listed by the cgroup above these.
+        found.sort_by_key(|below| Reverse(below.components().count()));
+        found.into_iter().find(lists_own)
     }
 }
 
@@ -291,11 +319,26 @@ fn unified(cgroups: &[u8]) -> Option<PathBuf> {
     lines.into_iter().find_map(|line| line.strip_prefix(b"0::/")).map(|path| OsStr::from_bytes(path).into())
 }
 
-/// Returns the error for a host without a cgroup2 mount. The suggested mount point is beside the hierarchies of version 1 if
-/// the host has any.
+/// Returns the error for a process that has no cgroup2 mount. The suggested mount point is beside the hierarchies of version 1 if
+/// there are any.
 fn not_mounted() -> CgroupError {
     let has_v1 = statfs("/sys/fs/cgroup").is_ok_and(|stat| stat.filesystem_type() == TMPFS_MAGIC);
-    CgroupError::NotMounted { place: if has_v1 { "/sys/fs/cgroup/unified" } else { "/sys/fs/cgroup" } }
+    let place = if has_v1 { "/sys/fs/cgroup/unified" } else { "/sys/fs/cgroup" };
+    if fs::read("/proc/1/mountinfo").is_ok_and(|mountinfo| mounts(&mountinfo).next().is_some()) {
+        CgroupError::Hidden { place, network: netns::name_of_own() }
+    } else {
+        CgroupError::NotMounted { place }
+    }
+}
+
+/// Returns whether there is a directory of cgroup2 at a path.
+fn is_cgroup2(path: &Path) -> bool {
+    statfs(path).is_ok_and(|stat| stat.filesystem_type() == CGROUP2_SUPER_MAGIC)
+}
+
+/// Returns the cgroup2 mounts in the content of `/proc/PID/mountinfo`.
+fn mounts(mountinfo: &[u8]) -> impl Iterator<Item = Mount> {
+    mountinfo.split(|byte| *byte == b'\n').filter_map(parse_mount)
 }
 
 /// Parses a line of `/proc/self/mountinfo` (proc_pid_mountinfo(5)). Returns `None` if the line is not a cgroup2 mount.
@@ -307,8 +350,8 @@ fn parse_mount(line: &[u8]) -> Option<Mount> {
     if after_optional.nth(1)? != b"cgroup2" {
         return None;
     }
-    let depth = root.components().filter(|part| matches!(part, Component::Normal(_))).count() as u32;
-    Some(Mount { path, depth })
+    let root = root.strip_prefix("/").unwrap_or(&root).to_owned();
+    Some(Mount { path, root })
 }
 
 /// Decodes the octal escapes of space, tab, newline and backslash.
@@ -412,9 +455,13 @@ mod tests {
     #[test]
     fn cgroup2_mount_is_found_at_any_path() {
         let line = b"31 24 0:27 / /sys/fs/cgroup/unified rw,nosuid shared:9 - cgroup2 cgroup2 rw";
-        assert_eq!(parse_mount(line), Some(Mount { path: "/sys/fs/cgroup/unified".into(), depth: 0 }));
+        assert_eq!(parse_mount(line), Some(Mount { path: "/sys/fs/cgroup/unified".into(), root: "".into() }));
         let line = b"31 24 0:27 /a/b /my\\040cgroups rw - cgroup2 none rw";
-        assert_eq!(parse_mount(line), Some(Mount { path: "/my cgroups".into(), depth: 2 }));
+        assert_eq!(parse_mount(line), Some(Mount { path: "/my cgroups".into(), root: "a/b".into() }));
+        assert_eq!(parse_mount(line).map(|mount| mount.depth()), Some(2));
+        // In a cgroup namespace, the mount of the host has its root above that of the namespace.
+        let line = b"31 24 0:27 /../.. /sys/fs/cgroup rw - cgroup2 none rw";
+        assert_eq!(parse_mount(line).map(|mount| mount.depth()), Some(0));
     }
 
     #[test]

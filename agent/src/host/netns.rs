@@ -10,6 +10,7 @@ use std::{
         fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
         unix::fs::MetadataExt,
     },
+    path::PathBuf,
     thread,
 };
 
@@ -103,4 +104,14 @@ impl AsRawFd for Namespace {
 pub fn id_of_process(process: u32) -> Option<u64> {
     let link = fs::read_link(format!("/proc/{process}/ns/net")).ok()?;
     link.to_str()?.strip_prefix("net:[")?.strip_suffix(']')?.parse().ok()
+}
+
+/// Returns the path of the network namespace of this process below /run/netns, where ip-netns(8) mounts the namespaces that it
+/// makes. Returns `None` if there is none.
+#[must_use]
+pub fn name_of_own() -> Option<PathBuf> {
+    let own = id_of_process(std::process::id())?;
+    let entries = fs::read_dir("/run/netns").ok()?;
+    let mut paths = entries.flatten().map(|entry| entry.path());
+    paths.find(|path| fs::metadata(path).is_ok_and(|metadata| metadata.ino() == own))
 }

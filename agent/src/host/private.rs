@@ -31,7 +31,7 @@ const PRIVATE: Mode = Mode::S_IRWXU;
 pub enum PrivateError {
     #[error("cannot use {}: {why}\n  help: {help}", path.escaped())]
     Unsafe { path: PathBuf, why: String, help: String },
-    #[error("{}: {source}", path.escaped())]
+    #[error("cannot use {}: {source}", path.escaped())]
     Io { path: PathBuf, source: io::Error },
 }
 

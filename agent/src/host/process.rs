@@ -8,7 +8,10 @@ use std::{
     },
 };
 
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::{
+    errno::Errno,
+    sys::resource::{Resource, getrlimit, setrlimit},
+};
 
 use crate::escape;
 
@@ -125,13 +128,38 @@ pub fn open_files() -> Option<u64> {
     fs::read_to_string("/proc/sys/fs/file-nr").ok()?.split_whitespace().next()?.parse().ok()
 }
 
+/// Returns the soft limit of open descriptors of this process, or `None` if getrlimit(2) fails.
+#[must_use]
+pub fn descriptor_limit() -> Option<u64> {
+    getrlimit(Resource::RLIMIT_NOFILE).ok().map(|(soft, _)| soft)
+}
+
 /// Raises the soft limit of open descriptors to the hard limit, since each target needs about a dozen descriptors. Child
-/// processes inherit the limit.
-pub fn raise_descriptor_limit() {
-    let raised =
-        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
-    if let Err(errno) = raised {
-        log::debug!("cannot raise RLIMIT_NOFILE: {errno}");
+/// processes inherit the limit. Returns the limits from before.
+pub fn raise_descriptor_limit() -> Option<DescriptorLimits> {
+    let raise = || {
+        let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+        Ok(DescriptorLimits { soft, hard })
+    };
+    raise().inspect_err(|errno: &Errno| log::debug!("cannot raise RLIMIT_NOFILE: {errno}")).ok()
+}
+
+/// Limits of open descriptors.
+#[derive(Clone, Copy, Debug)]
+pub struct DescriptorLimits {
+    soft: u64,
+    hard: u64,
+}
+
+impl DescriptorLimits {
+    /// Gives these limits to this process. Only makes a system call, so that a child can call this before it executes a program.
+    ///
+    /// # Errors
+    ///
+    /// Fails as setrlimit(2) does.
+    pub fn restore(self) -> io::Result<()> {
+        Ok(setrlimit(Resource::RLIMIT_NOFILE, self.soft, self.hard)?)
     }
 }
 

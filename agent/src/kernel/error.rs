@@ -9,30 +9,26 @@ use crate::{compile::Hook, escape::Escape, host::private::PrivateError};
 
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
-    #[error(
-        "cannot load BPF programs: this process lacks {missing}\n  help: run sockpolicy as root, or give it these \
-         capabilities"
-    )]
+    #[error("cannot load BPF programs: this process lacks {missing}")]
     Privileges { missing: String },
-    #[error("cannot prepare the BPF programs: {}{}", chain(.0), memory_help(.0))]
+    #[error("cannot load BPF programs: this process can have {limit} open files, and needs {needed}")]
+    DescriptorLimit { limit: u64, needed: u64 },
+    #[error("cannot prepare the BPF programs: {}", chain(.0))]
     Object(#[from] aya::EbpfError),
-    #[error("cannot use map {map} of the BPF object: {}\n  help: the build is faulty: build sockpolicy again", chain(.source))]
+    #[error("cannot use BPF map {map}: {}", chain(.source))]
     Map { map: &'static str, source: aya::maps::MapError },
-    #[error("cannot map {map} of the BPF object into memory: {source}")]
+    #[error("cannot duplicate the file descriptor of BPF map {map}: {source}")]
+    Duplicate { map: &'static str, source: io::Error },
+    #[error("cannot map BPF map {map} into memory: {source}")]
     View { map: &'static str, source: io::Error },
     #[error("cannot read the number of possible CPUs: {path}: {source}")]
     Cpus { path: &'static str, source: io::Error },
-    #[error(
-        "cannot open map {map} of the policies in force: operation not permitted\n  help: run sockpolicy as root, or give it CAP_SYS_ADMIN"
-    )]
+    #[error("cannot open BPF map {map} of the policies in force: operation not permitted")]
     MapRights { map: &'static str },
-    #[error("the BPF object has no {what}\n  help: the build is faulty: build sockpolicy again")]
+    /// An assumption of the code does not hold: for example, the BPF object lacks a map.
+    #[error("internal error: missing {what}")]
     Incomplete { what: &'static str },
-    #[error(
-        "cannot load the program for {hook}: {reason}\n  help: `sockpolicy doctor` shows what this kernel supports; {hook} is \
-         known to work from {} on",
-        hook.since()
-    )]
+    #[error("cannot load the program for {hook}: {reason}")]
     Load { hook: Hook, reason: String },
     #[error("cannot attach to {hook} of cgroup {}: {reason}", cgroup.escaped())]
     Attach { hook: Hook, cgroup: PathBuf, reason: String },
@@ -42,23 +38,15 @@ pub enum KernelError {
     Iterator { reason: String },
     #[error("cannot take over the link at {hook}: {reason}")]
     TakeOver { hook: Hook, reason: String },
-    #[error(
-        "cannot pin policies: there is no BPF file system at /sys/fs/bpf{reason}\n  help: mount -t bpf -o mode=0700 bpf /sys/fs/bpf"
-    )]
+    #[error("cannot pin policies: there is no BPF file system at /sys/fs/bpf{reason}")]
     NoBpffs { reason: String },
-    #[error(transparent)]
+    #[error("{0}")]
     Private(#[from] PrivateError),
-    #[error("{}: {source}", path.escaped())]
+    #[error("cannot use pin {}: {source}", path.escaped())]
     Pin { path: PathBuf, source: io::Error },
-    #[error(
-        "cannot attach the audit by {backend}: {reason}\n  help: leave out --audit-backend to use the best backend that this \
-         kernel supports; `sockpolicy doctor` lists them"
-    )]
+    #[error("cannot attach the audit by {backend}: {reason}")]
     Backend { backend: Backend, reason: String },
-    #[error(
-        "cannot attach the audit: {reasons}\n  help: if tracefs is missing, mount -t tracefs tracefs /sys/kernel/tracing; or \
-         give --audit-backend none to report conflicts without the results of calls"
-    )]
+    #[error("cannot attach the audit: {reasons}")]
     NoBackend { reasons: String },
 }
 
@@ -78,7 +66,8 @@ pub(super) fn chain(error: &(dyn Error + 'static)) -> String {
 }
 
 /// Returns the errno of the first system call that failed, among an error and its causes.
-fn os_error(error: &(dyn Error + 'static)) -> Option<i32> {
+#[must_use]
+pub fn os_error(error: &(dyn Error + 'static)) -> Option<i32> {
     let mut cause = Some(error);
     while let Some(error) = cause {
         if let Some(errno) = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
@@ -112,14 +101,4 @@ pub(super) fn load_reason(error: &ProgramError) -> String {
         return last.map_or_else(|| io_error.to_string(), |line| format!("{io_error}: {line}"));
     }
     chain(error)
-}
-
-/// Returns the help for EPERM. Capabilities have been checked before, so the cause is the limit of locked memory.
-fn memory_help(error: &(dyn Error + 'static)) -> &'static str {
-    if os_error(error) == Some(libc::EPERM) {
-        "\n  help: kernels before 5.11 count this as locked memory: give it CAP_SYS_RESOURCE, or raise the limit (ulimit -l \
-         unlimited; LimitMEMLOCK=infinity in a unit)"
-    } else {
-        ""
-    }
 }

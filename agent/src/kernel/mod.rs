@@ -32,7 +32,7 @@ pub use self::{
     attach_conflict::{AttachMode, ForeignConflict, conflicts},
     attached::Failed,
     audit::{Audit, Backend, BackendChoice, ProbeResult, candidates},
-    error::KernelError,
+    error::{KernelError, os_error},
     exempt::{governed_inspector, inspector},
     foreign_programs::{ForeignProgram, RunOrder, foreign_programs, overriding_programs},
     live::{ITERATOR_SINCE, Job, Outcomes, SocketIter},
@@ -45,7 +45,7 @@ pub use self::{
 
 use std::sync::LazyLock;
 
-use crate::host::{cgroup::Cgroup, lsm, privileges};
+use crate::host::{cgroup::Cgroup, lsm, privileges, process};
 
 /// A cgroup to whose subtree policies apply.
 #[derive(Debug)]
@@ -100,6 +100,20 @@ pub fn check_privileges() -> Result<(), KernelError> {
     match privileges::missing_capabilities() {
         Some(missing) if !missing.is_empty() => Err(KernelError::Privileges { missing: missing.join(", ") }),
         // If the capabilities are unknown, the kernel will report missing ones.
+        _ => Ok(()),
+    }
+}
+
+/// The fewest open files with which one target can have all hooks: about 170 are used.
+const DESCRIPTORS_NEEDED: u64 = 256;
+
+/// Checks the limit of open files of this process.
+fn check_descriptor_limit() -> Result<(), KernelError> {
+    match process::descriptor_limit() {
+        Some(limit) if limit < DESCRIPTORS_NEEDED => {
+            Err(KernelError::DescriptorLimit { limit, needed: DESCRIPTORS_NEEDED })
+        }
+        // If the limit is unknown, the kernel will report that it is too low.
         _ => Ok(()),
     }
 }

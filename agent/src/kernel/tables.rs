@@ -212,7 +212,7 @@ impl<T: InnerMap> OuterMap<T> {
     fn open(ebpf: &Ebpf, name: &'static str) -> Result<Self, KernelError> {
         let Some(Map::ArrayOfMaps(map)) = ebpf.map(name) else { return Err(KernelError::Incomplete { what: name }) };
         let copy = map.fd().as_fd().try_clone_to_owned();
-        let copy = copy.map_err(|source| KernelError::View { map: name, source })?;
+        let copy = copy.map_err(|source| KernelError::Duplicate { map: name, source })?;
         let map = MapData::from_fd(copy).and_then(|map| Map::ArrayOfMaps(map).try_into());
         Ok(Self { name, map: map.map_err(map_error(name))? })
     }

@@ -330,6 +330,11 @@ impl Findings {
         end..end
     }
 
+    /// Returns the text of the file at a span.
+    pub(crate) fn text(&self, span: &Span) -> &str {
+        self.source.text.get(span.clone()).unwrap_or_default()
+    }
+
     pub(crate) fn line(&self, span: &Span) -> usize {
         self.source.line(span.start)
     }

@@ -49,10 +49,10 @@ pub enum ReconcileError {
     #[error("cannot record the values that sockets have, and so changes none: {0}")]
     Journal(#[from] JournalError),
     /// The iterator cannot be used. Descriptors can.
-    #[error(transparent)]
-    Iterator(KernelError),
-    #[error(transparent)]
-    Kernel(KernelError),
+    #[error("{0}")]
+    Iterator(#[source] KernelError),
+    #[error("{0}")]
+    Kernel(#[source] KernelError),
     #[error("cannot write the report: {0}")]
     Report(#[from] io::Error),
     #[error("stopped by a signal: some sockets are not changed")]

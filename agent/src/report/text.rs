@@ -14,6 +14,7 @@ use crate::{
     events::Action,
     limitations::{self, Concern},
     policy::model::Mode,
+    wrap,
 };
 
 impl fmt::Display for Summary {
@@ -45,7 +46,7 @@ unsupported: {unsupported}"
             )?;
         }
         if !self.calls.is_empty() {
-            writeln!(f, "\n{}", calls_table(&self.calls))?;
+            writeln!(f, "\n{}", wrap::table(calls_table(&self.calls)))?;
         } else if self.policies.is_empty() {
             writeln!(f, "\nno application called setsockopt or getsockopt")?;
         }
@@ -152,7 +153,7 @@ impl Summary {
         for column in 3..6 {
             align_right(&mut table, column);
         }
-        writeln!(f, "\n{table}")
+        writeln!(f, "\n{}", wrap::table(table))
     }
 
     fn write_conflicts(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -174,7 +175,7 @@ impl Summary {
             }
         }
         align_right(&mut table, 3);
-        writeln!(f, "\n{table}")?;
+        writeln!(f, "\n{}", wrap::table(table))?;
         let suppressed: u64 = self.lines.iter().map(|line| line.counters.suppressed).sum();
         if suppressed > 0 {
             writeln!(

@@ -44,9 +44,9 @@ use crate::{
 pub enum SessionError {
     #[error(transparent)]
     Compile(#[from] CompileError),
-    #[error(transparent)]
+    #[error("{0}")]
     Kernel(#[from] KernelError),
-    #[error(transparent)]
+    #[error("{0}")]
     Instance(#[from] InstanceError),
     #[error("cannot enforce the policies on this kernel:{0}")]
     Unsupported(UnsupportedList),

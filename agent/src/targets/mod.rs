@@ -31,7 +31,7 @@ const PATTERNS_SHOWN: usize = 10;
 
 #[derive(Debug, thiserror::Error)]
 pub enum TargetError {
-    #[error(transparent)]
+    #[error("{0}")]
     Cgroup(#[from] CgroupError),
     #[error("policy `{}` names no target", policy.escaped())]
     None { policy: String },

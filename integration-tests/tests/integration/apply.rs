@@ -343,7 +343,7 @@ fn journal_is_kept_while_policies_in_force_set_their_values_again() {
     );
     assert!(stderr(&output).contains("policies in force set these options again"), "{}", stderr(&output));
     assert_eq!(probe.int(pair.client, SO_MARK), 7);
-    let output = agent::output(&["detach", "--restore", &instance.name]);
+    let output = agent::output(&["detach", "--restore", "--instance", &instance.name]);
     assert!(output.status.success(), "{}{}", stdout(&output), stderr(&output));
     assert_eq!(probe.int(pair.client, SO_MARK), 0);
 }
@@ -402,7 +402,7 @@ fn detach_restores_values_if_requested() {
         let status = || stdout(&agent::output(&["status"]));
         assert!(status().contains(&kept), "{}", status());
         let arguments: &[&str] = if restores { &["detach", "--restore"] } else { &["detach"] };
-        let output = agent::output(&[arguments, &[&instance.name]].concat());
+        let output = agent::output(&[arguments, &["--instance", &instance.name]].concat());
         assert!(output.status.success(), "{}", stderr(&output));
         assert_eq!(probe.int(pair.client, SO_MARK), if restores { 0 } else { 7 });
         assert!(instance.left().is_empty(), "{:?}", instance.left());

@@ -1,10 +1,11 @@
 //! Invalid input: one clear error, the right exit status, and nothing left behind.
 
+mod environment;
 pub(crate) mod rights;
 
 use std::{
     fs,
-    process::{Command, Output},
+    process::{Command, Output, Stdio},
 };
 
 use serde_json::Value;
@@ -34,6 +35,13 @@ fn fails(command: Command, status: i32, error: &str) {
     let output = process::output(command);
     assert_eq!((stdout(&output), stderr(&output)), (String::new(), error.to_owned()), "{shown}");
     assert_eq!(output.status.code(), Some(status), "{shown}");
+}
+
+/// Returns a command that runs another command through a wrapper command.
+fn wrapped(wrapper: &[&str], command: &Command) -> Command {
+    let mut outer = Command::new(wrapper[0]);
+    outer.args(&wrapper[1..]).arg(command.get_program()).args(command.get_args()).stdin(Stdio::null());
+    outer
 }
 
 /// Asserts that `exec` and `run` of this policy both fail, each with its own status. `run` must leave no program on
@@ -114,17 +122,31 @@ fn missing_target_of_a_policy_is_named() {
 #[test]
 fn missing_cgroup2_mount_is_reported_with_help() {
     let policy = policy();
-    let unmount = format!("umount {}", mount().display());
-    let output = process::output(in_mount_namespace(&unmount, &exec(&["--quiet"], &policy, &["echo", MARK])));
-    let printed = stderr(&output);
-    let (error, help) = printed.split_once("\n  help: mount it and repeat the command: ").unwrap();
-    assert_eq!(error, "error: cgroup2 is not mounted on this host");
-    assert_eq!((stdout(&output).as_str(), output.status.code()), ("", Some(125)));
-    fails(in_mount_namespace(&unmount, &run_on("some", &policy)), 2, &printed);
-    // The suggested command works.
-    let prepare = format!("{unmount} && {}", help.trim_end());
-    let output = process::output(in_mount_namespace(&prepare, &exec(&["--quiet"], &policy, &["echo", MARK])));
-    assert_eq!((stdout(&output), output.status.code()), (format!("{MARK}\n"), Some(0)), "{}", stderr(&output));
+    let elsewhere = "error: cgroup2 is not mounted in the mount namespace of this process, but in that of process 1 (`ip netns exec` hides it)";
+    // With a PID namespace of its own, no process in another mount namespace is visible.
+    let alone = "mount -t proc proc /proc && ";
+    for (unmount, expected) in [
+        (format!("umount {}", mount().display()), elsewhere),
+        (format!("{alone}umount {}", mount().display()), "error: cgroup2 is not mounted on this host"),
+    ] {
+        let prepared = |prepare: &str, agent: &Command| {
+            let mut command = in_mount_namespace(prepare, agent);
+            if prepare.starts_with(alone) {
+                command = wrapped(&["unshare", "--pid", "--fork", "--kill-child"], &command);
+            }
+            command
+        };
+        let agent = exec(&["--quiet"], &policy, &["echo", MARK]);
+        let output = process::output(prepared(&unmount, &agent));
+        let printed = stderr(&output);
+        let (error, help) = printed.split_once("\n  help: mount it and repeat the command: ").unwrap();
+        assert_eq!(error, expected);
+        assert_eq!((stdout(&output).as_str(), output.status.code()), ("", Some(125)));
+        fails(prepared(&unmount, &run_on("some", &policy)), 2, &printed);
+        // The suggested command works.
+        let output = process::output(prepared(&format!("{unmount} && {}", help.trim_end()), &agent));
+        assert_eq!((stdout(&output), output.status.code()), (format!("{MARK}\n"), Some(0)), "{}", stderr(&output));
+    }
 }
 
 #[test]

@@ -157,7 +157,7 @@ fn foreign_files_among_pins_are_left_and_named_and_stop_no_command() {
         instance.attach(PolicyFile::new(sets_mark(&target, mark)).path());
         assert_eq!(Probe::start(&target).value_on_new_socket(SO_MARK), mark);
     }
-    let output = agent::output(&["detach", &instance.name]);
+    let output = agent::output(&["detach", "--instance", &instance.name]);
     succeeds(&output);
     let printed = stderr(&output);
     for path in kept.iter().copied().chain(has_map.then_some(&map)) {
@@ -168,11 +168,11 @@ fn foreign_files_among_pins_are_left_and_named_and_stop_no_command() {
     assert!(!layout.join("links").join(link).exists() && !layout.join("maps/sp_config").exists());
     assert_eq!(Probe::start(&target).value_on_new_socket(SO_MARK), 0);
     // The remaining files put no policy in force.
-    let status = agent::output(&["status", &instance.name]);
+    let status = agent::output(&["status", "--instance", &instance.name]);
     assert_eq!(status.status.code(), Some(2), "{}", stdout(&status));
     instance.attach(PolicyFile::new(sets_mark(&target, 4)).path());
     assert_eq!(Probe::start(&target).value_on_new_socket(SO_MARK), 4);
-    succeeds(&agent::output(&["detach", &instance.name]));
+    succeeds(&agent::output(&["detach", "--instance", &instance.name]));
     let _ = fs::remove_file(map);
     for path in
         kept.iter().rev().copied().chain([&layout.join("links"), &layout.join("maps"), &layout, &instance.dir()])
@@ -246,11 +246,9 @@ fn invalid_instance_name_is_refused() {
     let policy = PolicyFile::new("[[rule]]\nset = { SO_MARK = 1 }\n");
     let long = "a".repeat(65);
     for name in ["", "..", ".", "a/b", "../../etc", ".hidden", "a.b", &long, "a b", "\u{e4}", "a\nb"] {
-        for command in
-            [vec!["attach", "--instance", name], vec!["apply", "--instance", name], vec!["detach", "--", name]]
-        {
-            let mut command = agent::command(&command);
-            if command.get_args().any(|argument| argument == "--instance") {
+        for verb in ["attach", "apply", "detach"] {
+            let mut command = agent::command(&[verb, "--instance", name]);
+            if verb != "detach" {
                 command.arg(policy.path()).args(["--cgroup", "/none"]);
             }
             let output = process::output(command);

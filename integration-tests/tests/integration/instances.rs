@@ -85,10 +85,10 @@ fn instances_without_agents_keep_the_order_of_their_targets() {
     attach("out", &outer_policy);
     assert_eq!((values(&inner), values(&outer)), (DECIDED_INSIDE.to_vec(), DECIDED_OUTSIDE.to_vec()));
     // Without an agent, the outer instance cannot follow the inner one, and the inner one says so.
-    assert!(agent::output(&["detach", &name("in")]).status.success());
+    assert!(agent::output(&["detach", "--instance", &name("in")]).status.success());
     let warned = attach("in", &inner_policy);
     assert!(!warned.contains("overrides"), "the outer instance has a boundary there: {warned}");
-    assert!(agent::output(&["detach", &name("in")]).status.success());
+    assert!(agent::output(&["detach", "--instance", &name("in")]).status.success());
     attach("out", &outer_policy);
     assert_eq!(values(&inner), DECIDED_OUTSIDE);
     let warned = attach("in", &inner_policy);
@@ -97,7 +97,7 @@ fn instances_without_agents_keep_the_order_of_their_targets() {
     attach("out", &outer_policy);
     assert_eq!(values(&inner), DECIDED_INSIDE);
     for which in ["in", "out"] {
-        assert!(agent::output(&["detach", &name(which)]).status.success());
+        assert!(agent::output(&["detach", "--instance", &name(which)]).status.success());
     }
 }
 

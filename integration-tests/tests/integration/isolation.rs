@@ -30,7 +30,7 @@ fn policy_on(glob: &str) -> PolicyFile {
 
 /// Returns the JSON output of `status` for an instance.
 fn status(instance: &str) -> Value {
-    let output = agent::output(&["status", "--output", "json", instance]);
+    let output = agent::output(&["status", "--output", "json", "--instance", instance]);
     assert!(output.status.success(), "{}", crate::stderr(&output));
     serde_json::from_str(&crate::stdout(&output)).unwrap()
 }

@@ -1,6 +1,7 @@
 //! Output that cannot be written, and readers that do not read: enforcement, commands and exit statuses are
 //! unaffected.
 
+mod columns;
 mod escape;
 mod rates;
 
@@ -349,8 +350,8 @@ fn unwritable_messages_do_not_change_the_exit_status() {
         &["exec", "/no/such/policy", "--", "true"],
         &["no-such-command"],
         &["exec"],
-        &["status", "no-such-instance"],
-        &["detach", "no-such-instance"],
+        &["status", "--instance", "no-such-instance"],
+        &["detach", "--instance", "no-such-instance"],
         &["attach", "/no/such/policy"],
     ] {
         let expected = agent::command(words).output().unwrap().status.code();

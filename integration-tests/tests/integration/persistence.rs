@@ -89,7 +89,11 @@ fn policies_of_a_persistent_run_stay_until_the_next_run_takes_over() {
     run.signal(Signal::SIGTERM);
     let ended = run.wait_for_end();
     assert!(ended.status.success(), "{}", stderr(&ended));
-    assert!(stderr(&ended).contains(&format!("`sockpolicy detach {}` ends that", instance.name)), "{}", stderr(&ended));
+    assert!(
+        stderr(&ended).contains(&format!("`sockpolicy detach --instance {}` ends that", instance.name)),
+        "{}",
+        stderr(&ended)
+    );
     let reported = stdout(&ended);
     assert!(reported.contains("\"event\":\"conflict\""), "the call between the two agents is not reported: {reported}");
     assert_eq!(probe.value_on_new_socket(SO_MARK), 2);
@@ -126,7 +130,7 @@ fn counts_and_unread_events_survive_attach_reload_and_takeover() {
     let (target, instance) = (Cgroup::new(), Instance::new());
     let policy = PolicyFile::new(sets_mark(&target, 1));
     let counted = || {
-        let status = agent::output(&["status", "--output", "json", &instance.name]);
+        let status = agent::output(&["status", "--output", "json", "--instance", &instance.name]);
         let status: Value = serde_json::from_slice(&status.stdout).unwrap();
         let setting = &status["settings"][0];
         [&setting["sockets"]["set"], &setting["calls"]["verdicts"]["rewritten"]].map(|count| count.as_u64().unwrap())
@@ -279,13 +283,13 @@ fn status_shows_what_the_kernel_has_attached() {
     let policy = PolicyFile::new(sets_mark(&service, 1));
     instance.attach(policy.path());
     let state = || {
-        let output = agent::output(&["status", "--output", "json", &instance.name]);
+        let output = agent::output(&["status", "--output", "json", "--instance", &instance.name]);
         let status: Value = serde_json::from_slice(&output.stdout).unwrap();
         let cgroup = &status["cgroups"][0];
         assert_eq!(cgroup["cgroup"], format!("{}/service", slice.name()));
         (cgroup["state"].as_str().unwrap().to_owned(), cgroup["missing_hooks"].clone())
     };
-    let text = || stdout(&agent::output(&["status", &instance.name]));
+    let text = || stdout(&agent::output(&["status", "--instance", &instance.name]));
     assert_eq!(state(), ("in_force".to_owned(), json!([])));
     assert!(text().contains(&format!("    on {}/service\n", slice.name())), "{}", text());
     // Another administrator removes a pin, and with it the link.
@@ -313,8 +317,9 @@ fn status_shows_an_instance_and_foreign_programs() {
     let (target, instance) = (Cgroup::new(), Instance::new());
     let policy = PolicyFile::new(sets_mark(&target, 1));
     let name = &instance.name;
-    let status =
-        || -> Value { serde_json::from_slice(&agent::output(&["status", "--output", "json", name]).stdout).unwrap() };
+    let status = || -> Value {
+        serde_json::from_slice(&agent::output(&["status", "--output", "json", "--instance", name]).stdout).unwrap()
+    };
     instance.attach(policy.path());
     let foreign = ForeignProgram::attach(&target, SO_RCVLOWAT, AttachMode::Link);
     let mut probe = Probe::start(&target);
@@ -340,7 +345,7 @@ fn status_shows_an_instance_and_foreign_programs() {
 
     let run = run_persistent(&instance, &policy);
     assert_eq!((&status()["pid"], &status()["foreign_programs"]), (&run.pid().into(), &Value::Array(Vec::new())));
-    let text = stdout(&agent::output(&["status", name]));
+    let text = stdout(&agent::output(&["status", "--instance", name]));
     let first = format!(
         "instance {name}: runs as process {}, and stays in force when that ends\n  policy (enforced)\n",
         run.pid()
@@ -352,7 +357,7 @@ fn status_shows_an_instance_and_foreign_programs() {
     run.signal(Signal::SIGTERM);
     run.wait_for_end();
     instance.detach();
-    let output = agent::output(&["status", name]);
+    let output = agent::output(&["status", "--instance", name]);
     assert!(
         stderr(&output).starts_with(&format!("error: no instance `{name}` of sockpolicy is here")),
         "{}",
@@ -373,7 +378,7 @@ fn status_separates_events_lost_in_a_storm_from_unread_events() {
     };
     // Lost events, and events that no agent has read.
     let counted = || {
-        let output = agent::output(&["status", "--output", "json", &instance.name]);
+        let output = agent::output(&["status", "--output", "json", "--instance", &instance.name]);
         let reported: Value = serde_json::from_slice(&output.stdout).unwrap();
         (reported["losses"]["ring_full"].as_u64().unwrap(), reported["unread"].as_u64().unwrap())
     };
@@ -381,7 +386,7 @@ fn status_separates_events_lost_in_a_storm_from_unread_events() {
     storm(target.child("one"));
     let (lost, unread) = counted();
     assert!(lost == 0 && unread > 0, "{lost} {unread}");
-    let text = stdout(&agent::output(&["status", &instance.name]));
+    let text = stdout(&agent::output(&["status", "--instance", &instance.name]));
     assert!(text.contains(&format!("\nnot told: {unread} events that came while there was no agent")), "{text}");
     assert!(!text.contains("lost: "), "{text}");
 
@@ -407,10 +412,10 @@ fn status_shows_an_agent_without_persistent_policies() {
     let target = Cgroup::new();
     let run = Run::start(&PolicyFile::new("[[rule]]\nset = { SO_MARK = 1 }\n"), &target);
     let name = format!("run-{}", run.pid());
-    let text = stdout(&agent::output(&["status", &name]));
+    let text = stdout(&agent::output(&["status", "--instance", &name]));
     assert!(text.starts_with(&format!("instance {name}: runs as process {}\n", run.pid())), "{text}");
     run.finish();
-    assert_eq!(agent::output(&["status", &name]).status.code(), Some(2));
+    assert_eq!(agent::output(&["status", "--instance", &name]).status.code(), Some(2));
 }
 
 #[test]
@@ -436,13 +441,15 @@ fn plan_shows_differences_from_the_policies_in_force() {
 #[test]
 fn detach_without_an_instance_fails() {
     let instance = Instance::new();
-    let output = agent::output(&["detach", &instance.name]);
+    let output = agent::output(&["detach", "--instance", &instance.name]);
     assert!(stderr(&output).starts_with("error: no instance `"), "{}", stderr(&output));
     assert_eq!(output.status.code(), Some(2));
     assert!(instance.left().is_empty(), "{:?}", instance.left());
     // Without the BPF file system, `detach` fails in the same way.
-    let without =
-        process::output(in_mount_namespace("umount /sys/fs/bpf", &agent::command(&["detach", &instance.name])));
+    let without = process::output(in_mount_namespace(
+        "umount /sys/fs/bpf",
+        &agent::command(&["detach", "--instance", &instance.name]),
+    ));
     assert_eq!(stderr(&without).lines().next(), stderr(&output).lines().next());
 }
 
@@ -450,7 +457,7 @@ fn detach_without_an_instance_fails() {
 fn detach_says_how_to_end_the_agent_and_how_to_restore_values() {
     let (target, instance) = (Cgroup::new(), Instance::new());
     let policy = PolicyFile::new(sets_mark(&target, 1));
-    let detach = || stderr(&agent::output(&["detach", "--restore", &instance.name]));
+    let detach = || stderr(&agent::output(&["detach", "--restore", "--instance", &instance.name]));
     let run = run_persistent(&instance, &policy);
     let pid = run.pid();
     assert_eq!(
@@ -533,7 +540,7 @@ fn removing_a_cgroup_affects_no_other_target() {
     let policy = PolicyFile::new(text);
     instance.attach(policy.path());
     drop(child);
-    let output = agent::output(&["status", &instance.name]);
+    let output = agent::output(&["status", "--instance", &instance.name]);
     assert!(output.status.success(), "{}", stderr(&output));
     let other = target.child("other");
     instance.attach(policy.path());
@@ -607,7 +614,7 @@ fn takeover_killed_at_any_step_leaves_the_old_or_the_new_policies_in_force() {
         assert!(attach_killed_at(&instance, &policy, step, times), "{step}");
         let is_new = ["enabled", "retired", "detached"].contains(&step);
         assert_eq!((mark(&target), mark(&other)), if is_new { (2, 2) } else { (1, 0) }, "{step}");
-        let output = agent::output(&["status", &instance.name]);
+        let output = agent::output(&["status", "--instance", &instance.name]);
         assert!(stdout(&output).contains(if is_new { "0x2" } else { "0x1" }), "{step}: {}", stdout(&output));
         fs::write(policy.path(), sets_mark(&target, 3)).unwrap();
         instance.attach(policy.path());

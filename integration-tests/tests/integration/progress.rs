@@ -88,7 +88,7 @@ fn interrupted_apply_leaves_each_socket_unchanged_or_set_and_can_be_undone() {
     assert!(wait::until(wait::TIMEOUT, is_sent), "the terminal sends no SIGINT");
     terminal.signal(Signal::SIGCONT);
     let status = terminal.wait();
-    let help = "run the command again, or restore the old values: sockpolicy apply --restore";
+    let help = "run the command again, or restore the old values:";
     terminal.wait_for(help);
     let left = left(&terminal.screen()).join("\n");
     assert!(left.contains("sockets: 300, changed: 300, in 300 options\n"), "{left}");

@@ -105,7 +105,7 @@ fn service_that_restarted_without_an_agent_is_repaired_by_the_next_agent() {
     drop(run.finish_persistent());
     let run = Run::start_with(&policy, &arguments);
     assert_eq!(run.finish_persistent().summary.repaired.listeners, 0);
-    assert!(agent::output(&["detach", &instance]).status.success());
+    assert!(agent::output(&["detach", "--instance", &instance]).status.success());
 }
 
 /// A connection that nobody has accepted has no descriptor.

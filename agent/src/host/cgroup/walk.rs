@@ -233,7 +233,7 @@ mod tests {
         for path in paths {
             fs::create_dir_all(top.join(path)).unwrap();
         }
-        (top.clone(), Mount { path: top, depth: 0 })
+        (top.clone(), Mount { path: top, root: PathBuf::new() })
     }
 
     #[test]

@@ -76,7 +76,7 @@ pub struct Listing {
 pub enum ListError {
     #[error("cannot read /proc: {0}")]
     Processes(#[source] io::Error),
-    #[error(transparent)]
+    #[error("{0}")]
     Cgroup(#[from] CgroupError),
 }
 

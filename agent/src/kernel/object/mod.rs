@@ -112,6 +112,7 @@ impl Object {
         next: &[(&Desired, usize)],
     ) -> Result<(Self, Vec<FilledTables>), KernelError> {
         super::check_privileges()?;
+        super::check_descriptor_limit()?;
         let _memlock = Memlock::raise();
         let info = KernelInfo::gather()?;
         // Nobody reads the audit's records of pinned policies after this process has exited.

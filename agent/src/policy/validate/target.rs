@@ -12,7 +12,7 @@ use crate::policy::{
 };
 
 /// The usual cgroup2 mounts, from which users copy paths.
-const USUAL_MOUNTS: [&str; 2] = ["/sys/fs/cgroup/unified/", "/sys/fs/cgroup/"];
+const USUAL_MOUNTS: [&str; 2] = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"];
 
 /// Longest path that the kernel accepts, from limits.h.
 const PATH_MAX: usize = 4096;
@@ -39,7 +39,28 @@ fn ordered<T: Ord>(mut items: Vec<T>) -> Vec<T> {
 
 fn cgroups(cgroups: Option<&List<Text<'_>>>, findings: &mut Findings) -> Vec<String> {
     let globs = cgroups.map(|cgroups| cgroups.get_ref().iter()).into_iter().flatten();
-    globs.filter_map(|glob| findings.ok(path_glob(glob))).collect()
+    globs
+        .filter_map(|glob| {
+            if let Some(problem) = hexadecimal_escape(glob, findings) {
+                findings.warning(problem);
+            }
+            findings.ok(path_glob(glob))
+        })
+        .collect()
+}
+
+/// Returns a warning about a name of systemd, such as `a\x2db`, in double quotes: TOML decodes the escape.
+fn hexadecimal_escape(glob: &Text<'_>, findings: &Findings) -> Option<Problem> {
+    let written = findings.text(&glob.span());
+    let without_backslashes = written.replace(r"\\", "");
+    (written.starts_with('"') && without_backslashes.contains(r"\x")).then(|| {
+        Problem::new(format!("TOML decodes the escape in {written}: the cgroup is {}", quote(glob.get_ref())))
+            .help(format!(
+                "for a cgroup whose name has a backslash, use single quotes: '{}'",
+                written.trim_matches('"')
+            ))
+            .at(glob.span())
+    })
 }
 
 fn container(file: &ContainerFile<'_>, findings: &mut Findings) -> ContainerSelector {
@@ -128,7 +149,8 @@ fn check_path(text: &str) -> Result<&str, Problem> {
     if text.is_empty() {
         return Err(Problem::new("this cgroup has no name").help("write \"/\" for every process of the machine"));
     }
-    if let Some(path) = USUAL_MOUNTS.iter().find_map(|mount| text.strip_prefix(mount)) {
+    let below = |mount| text.strip_prefix(mount).filter(|path: &&str| path.is_empty() || path.starts_with('/'));
+    if let Some(path) = USUAL_MOUNTS.into_iter().find_map(below).map(|path| path.trim_matches('/')) {
         return Err(Problem::new(format!("{} is a path in the file system, not in the cgroup hierarchy", quote(text)))
             .help(format!("write \"{}\"", if path.is_empty() { "/" } else { path })));
     }
@@ -155,4 +177,27 @@ fn build_glob(glob: &GlobBuilder<'_>, text: &str) -> Result<(), Problem> {
         Problem::new(format!("{} is not a glob: {}", quote(text), error.kind()))
             .help("put [brackets] around a literal character, such as \"[*]\"")
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use crate::policy::{self, diagnostic::Style};
+
+    #[test]
+    fn escape_of_systemd_that_toml_decodes_is_a_warning() {
+        for (cgroup, expected) in [
+            (r#""a\x2db""#, Some(("a-b", true))),
+            (r"'a\x2db'", Some((r"a\x2db", false))),
+            (r#""a\\x2db""#, Some((r"a\x2db", false))),
+        ] {
+            let text = format!("[target]\ncgroup = {cgroup}\n[[rule]]\nset = {{ SO_MARK = 1 }}\n");
+            let parsed = policy::parse(Path::new("p.toml"), &text).ok();
+            let found = parsed.as_ref().map(|(policy, warnings)| {
+                (policy.target.cgroups[0].as_str(), policy::render(warnings, Style::Plain).contains("single quotes"))
+            });
+            assert_eq!(found, expected, "{cgroup}");
+        }
+    }
 }

@@ -250,7 +250,7 @@ impl Scene {
 
     /// Removes the persistent policies, and checks that nothing else is left.
     fn leave(self, findings: &mut Findings) {
-        let detached = fixtures::output(&["detach", &self.instance.name]);
+        let detached = fixtures::output(&["detach", "--instance", &self.instance.name]);
         let text = String::from_utf8_lossy(&detached.stderr).into_owned();
         findings.add(detached.status.success(), "detach", format_args!("{} {text}", detached.status));
         let left = self.instance.left();

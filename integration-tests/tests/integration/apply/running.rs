@@ -112,7 +112,7 @@ fn detach_restores_values_that_run_has_applied() {
     run.signal(nix::sys::signal::Signal::SIGTERM);
     assert!(run.wait_for_end().status.success());
     assert_in_line(&mut probe, sockets, 7);
-    let output = agent::output(&["detach", "--restore", &instance.name]);
+    let output = agent::output(&["detach", "--restore", "--instance", &instance.name]);
     assert!(output.status.success(), "{}", stderr(&output));
     assert_eq!(all(&mut probe), before);
     assert!(instance.left().is_empty(), "{:?}", instance.left());

@@ -277,7 +277,7 @@ fn status_shows_an_ineffective_program_attached_above_later() {
     let run = Run::start(&some_policy(), &target);
     let foreign = ForeignProgram::attach(&parent, SO_RCVLOWAT, AttachMode::Override);
     assert!(!foreign.is_effective(&target));
-    let printed = stdout(&agent::output(&["status", &format!("run-{}", run.pid())]));
+    let printed = stdout(&agent::output(&["status", "--instance", &format!("run-{}", run.pid())]));
     assert!(printed.contains(&format!("on {}: takes no effect on targets below", parent.name())), "{printed}");
     drop(run.finish());
     assert!(foreign.is_effective(&target));

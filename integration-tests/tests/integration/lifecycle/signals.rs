@@ -1,12 +1,13 @@
 //! Signals: which ones reach the command, and how often.
 
-use std::os::unix::process::CommandExt;
+use std::{os::unix::process::CommandExt, process::Command};
 
 use nix::sys::signal::{SigSet, Signal};
 use sockpolicy_integration_tests::{
     agent,
     bpf_objects::BpfObjects,
     cgroup::Cgroup,
+    foreign_program::count_attached,
     policy::PolicyFile,
     process::{Running, exec, workload},
     terminal::Terminal,
@@ -71,7 +72,7 @@ struct SignalState {
 
 /// Returns the signals that a command finds blocked and ignored.
 #[track_caller]
-fn found(mut command: std::process::Command, state: SignalState) -> Vec<String> {
+fn found(mut command: Command, state: SignalState) -> Vec<String> {
     // SAFETY: only makes system calls.
     unsafe {
         command.pre_exec(move || {
@@ -100,7 +101,7 @@ fn command_has_the_signal_mask_and_dispositions_of_sockpolicy() {
         SignalState { blocked: &[], ignored: &[Signal::SIGPIPE, Signal::SIGHUP, Signal::SIGINT, Signal::SIGCHLD] },
         SignalState { blocked: &[Signal::SIGUSR1, Signal::SIGTERM, Signal::SIGCHLD, Signal::SIGPIPE], ignored: &[] },
     ] {
-        let mut plain = std::process::Command::new(cat[0]);
+        let mut plain = Command::new(cat[0]);
         plain.args(&cat[1..]);
         let under_us = found(exec(&["--quiet"], &policy, &cat), state);
         assert_eq!(found(plain, state), under_us, "without sockpolicy on the left, {state:?}");
@@ -139,6 +140,35 @@ fn run_ends_with_a_summary_on_termination_signals() {
         assert!(stdout(&output).contains("no call conflicted"), "{}", stdout(&output));
         held.assert_gone();
     }
+}
+
+#[test]
+fn run_ends_on_a_signal_of_a_process_although_it_was_ignored() {
+    // As in the background commands of a shell without job control.
+    let policy = some_policy();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGQUIT] {
+        let running = run(&policy, &[Signal::SIGTERM, Signal::SIGINT, Signal::SIGQUIT]);
+        running.signal(signal);
+        assert_eq!(running.finish().status.code(), Some(0), "{signal}");
+    }
+}
+
+#[test]
+fn run_in_the_background_survives_the_interrupt_key() {
+    let policy = some_policy();
+    let target = Cgroup::new();
+    // The shell ignores SIGINT in the background command, and ends when the terminal sends it.
+    let script = "\"$@\" & trap 'echo interrupted; wait' INT; wait";
+    let mut command = Command::new("sh");
+    command.args(["-c", script, "sh"]).arg(agent::program());
+    command.arg("run").arg(policy.path()).args(["--cgroup", &target.path().display().to_string()]);
+    let mut terminal = Terminal::start(command);
+    terminal.wait_for("enforcing");
+    terminal.press(b"\x03");
+    terminal.wait_for("interrupted");
+    assert!(count_attached(&target) > 0, "{}", terminal.screen());
+    terminal.hang_up();
+    assert!(wait::until(wait::TIMEOUT, || count_attached(&target) == 0), "{}", terminal.screen());
 }
 
 #[test]

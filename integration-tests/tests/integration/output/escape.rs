@@ -121,12 +121,12 @@ fn lists_and_plans_escape_names() {
     place.check(&[word("explain"), word("--cgroup"), cgroup, word("--protocol"), word("tcp"), policy]);
     place.check(&[word("test"), policy]);
     place.check(&[word("attach"), word("--instance"), word(&instance.name), word("--cgroup"), cgroup, policy]);
-    let text = place.check(&[word("status"), word(&instance.name)]);
+    let text = place.check(&[word("status"), word("--instance"), word(&instance.name)]);
     assert!(text.contains(r"\u{1b}[31mx"), "the name is shown: {text}");
     place.check(&[word("plan"), word("--instance"), word(&instance.name), word("--cgroup"), cgroup, policy]);
     // Another instance has these targets.
     place.check(&[word("run"), word("--cgroup"), cgroup, policy]);
-    place.check(&[word("detach"), word(&instance.name)]);
+    place.check(&[word("detach"), word("--instance"), word(&instance.name)]);
 }
 
 #[test]
@@ -146,8 +146,8 @@ fn errors_escape_names() {
         &["audit", "--option", NAME],
         &["ls", "--cgroup", &missing],
         &["plan", "--cgroup", &missing, "/dev/null"],
-        &["status", NAME],
-        &["detach", NAME],
+        &["status", "--instance", NAME],
+        &["detach", "--instance", NAME],
         &["apply", "--restore", "--instance", NAME],
         &["run", "--instance", NAME, &missing],
         &["options", NAME],
@@ -199,7 +199,12 @@ fn instance_names_are_escaped() {
         "mount -t tmpfs none /run && mkdir -p /run/sockpolicy && : >\"/run/sockpolicy/$(cat {name}).json\" && \
          mount -t bpf none /sys/fs/bpf && mkdir -p \"/sys/fs/bpf/sockpolicy/$(cat {name})\""
     );
-    for words in [&["status"][..], &["status", "other"], &["detach", "other"], &["apply", "--restore"]] {
+    for words in [
+        &["status"][..],
+        &["status", "--instance", "other"],
+        &["detach", "--instance", "other"],
+        &["apply", "--restore"],
+    ] {
         let output = in_mount_namespace(&prepare, &agent::command(words)).output().unwrap();
         let text = stdout(&output) + &stderr(&output);
         assert!(!text.contains("unshare:") && !text.contains("mount:"), "{text}");

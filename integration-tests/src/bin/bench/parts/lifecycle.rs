@@ -87,7 +87,7 @@ fn attach(ground: &Workspace, samples: &mut Samples) -> Result<()> {
             let (name, policy) = (&names[place], &policies[place]);
             let (took, _) = run(ground, &[&sockpolicy, "attach", "--instance", name, policy])?;
             samples.add(&format!("{name}/attach"), took.as_nanos() as f64);
-            let (took, _) = run(ground, &[&sockpolicy, "detach", name])?;
+            let (took, _) = run(ground, &[&sockpolicy, "detach", "--instance", name])?;
             samples.add(&format!("{name}/detach"), took.as_nanos() as f64);
         }
     }
@@ -142,7 +142,7 @@ fn take_over(ground: &Workspace, samples: &mut Samples) -> Result<()> {
         let (agent, took) = start(ground, "taken", &persist, &policy)?;
         samples.add("taken/next", took.as_nanos() as f64);
         drop(agent);
-        run(ground, &[&sockpolicy, "detach", "taken"])?;
+        run(ground, &[&sockpolicy, "detach", "--instance", "taken"])?;
     }
     guard::remove(&ground.root.join("taken"))
 }
@@ -177,7 +177,7 @@ fn memory(ground: &Workspace, samples: &mut Samples) -> Result<()> {
         let before = kernel_memory()?;
         run(ground, &[&sockpolicy, "attach", "--instance", "memory", &policy])?;
         samples.add("memory/targets", (kernel_memory()? - before) / MANY as f64);
-        run(ground, &[&sockpolicy, "detach", "memory"])?;
+        run(ground, &[&sockpolicy, "detach", "--instance", "memory"])?;
     }
     guard::remove(&ground.root.join("memory"))
 }
