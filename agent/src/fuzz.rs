@@ -91,7 +91,7 @@ fn assert_same_decisions(policy: &Policy, desired: &Desired, socket: &Socket) {
             let explained = match why {
                 WhyNot::Unmet(_) => Matches::No,
                 WhyNot::NotYet(_) => Matches::Perhaps,
-                WhyNot::After(_) | WhyNot::Waits(_) => Matches::Yes,
+                WhyNot::Absent(_) | WhyNot::After(_) | WhyNot::Waits(_) => Matches::Yes,
             };
             let expected = rule_matches(&policy.rules[clause.source.rule].selector, socket);
             assert_eq!(explained, expected, "{clause:?} on {socket:?}");

@@ -29,6 +29,7 @@ pub mod limitations;
 pub mod lint;
 pub mod live;
 pub mod options;
+pub mod plural;
 pub mod policy;
 pub mod policy_diff;
 pub mod recent;

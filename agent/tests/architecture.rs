@@ -10,11 +10,11 @@ use std::{
 
 /// Each module of the agent, and the modules that it may import. A module imports modules in later rows only, so that there is no
 /// cycle. ARCHITECTURE.md has the same table (`UPDATE_GOLDENS=1 cargo test -p sockpolicy --test architecture` writes it there).
-const MODULES: [(&str, &str); 36] = [
+const MODULES: [(&str, &str); 37] = [
     (
         "cli",
         "compile container coverage daemon escape events explain host instance journal kernel lint live options policy \
-         policy_diff reconcile reference report schema session skipped sources targets transient_cgroup trial unsupported worker \
+         plural policy_diff reconcile reference report schema session skipped sources targets transient_cgroup trial unsupported worker \
          wrap",
     ),
     ("fuzz", "compile coverage events explain host instance journal kernel lint options policy sources worker"),
@@ -36,7 +36,7 @@ const MODULES: [(&str, &str); 36] = [
     ("transient_cgroup", "escape host"),
     ("live", "compile escape events host limitations options policy schema values"),
     ("host", "container escape fault options policy recent skipped worker"),
-    ("report", "compile errno escape events limitations options policy schema unsupported values wrap"),
+    ("report", "compile errno escape events limitations options plural policy schema unsupported values wrap"),
     ("events", "compile container errno escape options policy recent schema values"),
     ("unsupported", "compile escape options policy schema"),
     ("policy_diff", "compile escape policy schema values"),
@@ -55,6 +55,7 @@ const MODULES: [(&str, &str); 36] = [
     ("schema", ""),
     ("errno", ""),
     ("escape", ""),
+    ("plural", ""),
     ("recent", ""),
     ("wrap", ""),
     ("fault", ""),

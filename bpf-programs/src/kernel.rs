@@ -511,17 +511,14 @@ fn is_compat() -> bool {
 /// Returns whether the current task belongs to a process of sockpolicy that inspects sockets. Its call is not an application's.
 #[inline(always)]
 pub(crate) fn is_exempt(is_read: bool) -> bool {
-    maps::exemptions().is_some() && is_exempt_process(is_read.into()) != 0
+    is_exempt_process(is_read.into()) != 0
 }
 
 /// See [`is_exempt`] (0 or 1). The verifier checks the function once, and not for each of its calls.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn is_exempt_process(is_read: u32) -> u32 {
-    if !has_offsets(known::EXECUTABLE) {
-        return 0;
-    }
-    let Some(exemptions) = maps::exemptions() else { return 0 };
+    let Some(exemptions) = maps::exemptions().filter(|_| has_offsets(known::EXECUTABLE)) else { return 0 };
     let task = current_task();
     let process: u32 = read_or_zero(member!(task, task_tgid));
     let leader: u64 = read_or_zero(member!(task, task_leader));

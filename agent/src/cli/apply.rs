@@ -6,6 +6,8 @@ use std::{
     process::ExitCode,
 };
 
+use serde_json::json;
+
 use super::{
     FAILURE, check,
     descriptor::stdout,
@@ -18,7 +20,7 @@ use super::{
 use crate::{
     compile::{CompileError, compile},
     daemon::Signals,
-    escape::Escape as _,
+    escape::{self, Escape as _},
     events::Event,
     host::{
         cgroup::{CgroupError, Mount},
@@ -79,10 +81,19 @@ pub(super) enum ApplyError {
     Instance(#[from] InstanceError),
     #[error("{0}")]
     Reconcile(#[from] ReconcileError),
+    #[error("no values are recorded for instance `{}`{}", name.escaped(), list(recorded))]
+    NoJournal { name: String, recorded: Vec<String> },
     #[error("cannot watch for signals: {0}")]
     Signals(#[source] io::Error),
     #[error("cannot write the report: {0}")]
     Write(#[from] io::Error),
+}
+
+fn list(recorded: &[String]) -> String {
+    match recorded {
+        [] => "\n  help: `apply` records them; there is nothing to restore".to_owned(),
+        _ => format!("\n  help: instances with recorded values: {}", escape::join(recorded, ", ")),
+    }
 }
 
 impl From<CgroupError> for ApplyError {
@@ -100,10 +111,10 @@ impl From<SurveyError> for ApplyError {
 impl Apply {
     pub(super) fn run(self) -> ExitCode {
         let done = if self.restore {
-            restore(&self.instance)
+            self.restore()
         } else {
             let Some(policies) = check::load(&self.files, self.trust.or_refuse()) else { return FAILURE.into() };
-            self.apply(&policies).map(|tally| tally.failed == 0 && tally.denied == 0 && tally.unanswered == 0)
+            self.apply(&policies).map(|tally| tally.failed == 0 && tally.is_complete())
         };
         match done {
             Ok(true) => ExitCode::SUCCESS,
@@ -113,6 +124,17 @@ impl Apply {
                 FAILURE.into()
             }
         }
+    }
+
+    /// Restores the values of an instance that has recorded some.
+    fn restore(&self) -> Result<bool, ApplyError> {
+        instance::check_name(&self.instance)?;
+        let recorded = journal::instances();
+        if !recorded.contains(&self.instance) {
+            instance::check_visible()?;
+            return Err(ApplyError::NoJournal { name: self.instance.clone(), recorded });
+        }
+        restore(&self.instance, self.output)
     }
 
     fn apply(&self, policies: &[Policy]) -> Result<Tally, ApplyError> {
@@ -145,7 +167,8 @@ impl Apply {
             progress.step(sockets);
             Ok(())
         });
-        let tally = Tally { unanswered: sockets.skipped().len() as u64, ..reconciler.tally() };
+        let (unanswered, unread_processes) = (sockets.skipped().len() as u64, sockets.unread() as u64);
+        let tally = Tally { unanswered, unread_processes, ..reconciler.tally() };
         drop(progress);
         skipped::warn_of(&sockets.skipped());
         ignore_broken_pipe(write_tally(&tally, self.output, &mut out).and_then(|()| out.flush()))?;
@@ -174,12 +197,12 @@ fn write_tally(tally: &Tally, output: Format, out: &mut impl Write) -> io::Resul
 }
 
 /// Restores what the journal of an instance has, and prints the counts. Returns whether nothing remains to be restored.
-pub(super) fn restore(instance: &str) -> Result<bool, ApplyError> {
+pub(super) fn restore(instance: &str, output: Format) -> Result<bool, ApplyError> {
     instance::check_name(instance)?;
     let restored = restore::restore(instance)?;
     skipped::warn_of(&restored.skipped);
-    let mut out = stdout(Format::Text);
-    ignore_broken_pipe(write_restored(&restored, &mut out).and_then(|()| out.flush()))?;
+    let mut out = stdout(output);
+    ignore_broken_pipe(write_restored(&restored, output, &mut out).and_then(|()| out.flush()))?;
     let Restored { failed, damaged, .. } = restored;
     if failed > 0 {
         log::warn!(
@@ -199,8 +222,15 @@ pub(super) fn restore(instance: &str) -> Result<bool, ApplyError> {
     Ok(restored.is_complete())
 }
 
-fn write_restored(restored: &Restored, out: &mut impl Write) -> io::Result<()> {
-    let Restored { restored, changed_by_others, failed, unseen, .. } = restored;
+fn write_restored(restored: &Restored, output: Format, out: &mut impl Write) -> io::Result<()> {
+    let Restored { restored, changed_by_others, failed, unseen, damaged, .. } = restored;
+    if output == Format::Json {
+        let fields = json!({
+            "restored": restored, "changed_since": changed_by_others, "failed": failed, "unseen": unseen,
+            "damaged_lines": damaged,
+        });
+        return writeln!(out, "{}", schema::line_at(jiff::Timestamp::now(), "restore-summary", fields));
+    }
     writeln!(out, "restored: {restored} options; changed by others since: {changed_by_others}; refused: {failed}")?;
     if *unseen > 0 {
         writeln!(

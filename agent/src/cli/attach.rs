@@ -6,7 +6,7 @@ use super::{
     FAILURE,
     apply::{ApplyError, restore},
     check,
-    output::{TrustArgs, UnsupportedArgs},
+    output::{Format, TrustArgs, UnsupportedArgs},
     print_error,
     run::{DEFAULT_INSTANCE, RunError},
 };
@@ -191,7 +191,7 @@ impl Detach {
         pins.remove()?;
         // No sooner: the policies would set it again.
         if self.restore {
-            return Ok(restore(name).map_err(Box::new)?);
+            return Ok(restore(name, Format::Text).map_err(Box::new)?);
         }
         Journal::of(name).remove().map_err(|error| Box::new(ApplyError::from(ReconcileError::from(error))))?;
         Ok(true)

@@ -1,6 +1,7 @@
 //! `sockpolicy explain`: which rule decides each option of a socket, and why the others do not.
 
 use std::{
+    collections::HashMap,
     io::{self, Write},
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -13,6 +14,7 @@ use super::{
     ignore_broken_pipe,
     output::{Format, TrustArgs},
     print_error,
+    status::{self, InForce, StatusError},
 };
 use crate::{
     compile::{CompileError, compile},
@@ -24,11 +26,13 @@ use crate::{
         inspect::InspectError,
     },
     kernel,
+    live::SocketSnapshot,
     policy::{
         End, Policy, Socket, TwoFamilies,
         model::{Direction, Family, Protocol},
         parse_end,
     },
+    reconcile::{Selection, Sockets},
     targets::containers,
 };
 
@@ -37,12 +41,15 @@ use crate::{
 /// The options below describe the socket, or select a socket of a process. Facts that are not given are unknown, as they are when a socket is created.
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  sockpolicy explain web.toml --direction inbound --local :443\n  sockpolicy explain web.toml --pid 812 --fd 7"
+    after_help = "Examples:\n  sockpolicy explain web.toml --direction inbound --local :443\n  sockpolicy explain web.toml --pid 812 --fd 7\n  sockpolicy explain --instance default --pid 812 --fd 7"
 )]
 pub(super) struct Explain {
     /// Policy files, and directories whose *.toml files are policies
-    #[arg(required = true, value_name = "FILE|DIR")]
+    #[arg(required_unless_present = "instance", value_name = "FILE|DIR")]
     files: Vec<PathBuf>,
+    /// Use the policies that this instance has in force, instead of files
+    #[arg(long, value_name = "NAME", conflicts_with = "files")]
+    instance: Option<String>,
     #[command(flatten)]
     trust: TrustArgs,
     /// Use a socket of this process. If it has several, select one with --fd, --local or --remote
@@ -103,6 +110,12 @@ enum ExplainError {
          cgroup\n  help: say which one it is in: --cgroup PATH"
     )]
     WhichCgroup { one: String, other: String },
+    #[error(
+        "which policies of the instance cover the socket depends on its cgroup\n  help: say which one it is in: --cgroup PATH"
+    )]
+    NoCgroup,
+    #[error("{0}")]
+    InForce(#[from] Box<StatusError>),
     #[error("none of the policies covers cgroup /{}", .0.escaped())]
     Uncovered(PathBuf),
     #[error("cannot write the answer: {0}")]
@@ -131,6 +144,19 @@ fn explanation(policies: &[Policy], socket: &Socket) -> Result<Explanation, Expl
     Ok(explain(&desired, &desired.scopes[0], socket))
 }
 
+/// Explains a socket by the policies that an instance has in force.
+fn explanation_by(instance: &str, socket: &Socket) -> Result<Explanation, ExplainError> {
+    let InForce { generation, desired, .. } = status::in_force(instance).map_err(Box::new)?;
+    let Some(cgroup) = &socket.cgroup else { return Err(ExplainError::NoCgroup) };
+    let name = Path::new("/").join(cgroup);
+    let targets = generation.targets.iter().chain(&generation.boundaries);
+    let around = targets.filter(|(target, _)| name.starts_with(target));
+    let deepest = around.max_by_key(|(target, _)| Path::new(target).components().count());
+    let scope = deepest.and_then(|(_, scope)| desired.scopes.get(*scope));
+    let scope = scope.ok_or_else(|| ExplainError::Uncovered(cgroup.clone()))?;
+    Ok(explain(&desired, scope, socket))
+}
+
 /// The path of a cgroup below the mount, as people write it.
 fn below_mount(path: &Path) -> PathBuf {
     let in_mount = Mount::find().ok().and_then(|mount| path.strip_prefix(&mount.path).ok().map(Path::to_owned));
@@ -151,9 +177,15 @@ impl Explain {
                 return FAILURE.into();
             }
         };
-        let Some(policies) = check::load_compiled(&self.files, self.trust.or_warn()) else { return FINDINGS.into() };
-        let told = explanation(&policies, &socket)
-            .and_then(|explanation| ignore_broken_pipe(self.tell(&explanation)).map_err(ExplainError::Write));
+        let explained = match &self.instance {
+            Some(name) => explanation_by(name, &socket),
+            None => match check::load_compiled(&self.files, self.trust.or_warn()) {
+                Some(policies) => explanation(&policies, &socket),
+                None => return FINDINGS.into(),
+            },
+        };
+        let told =
+            explained.and_then(|explanation| ignore_broken_pipe(self.tell(&explanation)).map_err(ExplainError::Write));
         match told {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
@@ -170,6 +202,7 @@ impl Explain {
         let asked = self.cgroup.as_deref().map(below_mount);
         let Some(pid) = self.pid else { return Ok(Socket { cgroup: asked, ..described }) };
         let all = kernel::inspector().all_of(pid).map_err(|source| NoSocket::Process { pid, source })?;
+        let cookies: HashMap<i32, u64> = all.iter().map(|(fd, entry)| (*fd, entry.cookie)).collect();
         let sockets = all.into_iter().filter_map(|(fd, entry)| Some((fd, entry.facts()?)));
         let is_meant = |(fd, socket): &(i32, Socket)| {
             self.fd.is_none_or(|asked| asked == *fd)
@@ -179,11 +212,20 @@ impl Explain {
         };
         let (mut meant, others): (Vec<_>, Vec<_>) = sockets.partition(is_meant);
         match (meant.pop(), meant.is_empty()) {
-            (Some((_, socket)), true) => Ok(Socket {
-                direction: socket.direction.or(self.direction),
-                cgroup: asked.or_else(|| cgroup::of_process(pid)),
-                ..socket
-            }),
+            (Some((fd, socket)), true) => {
+                let listed = cookies.get(&fd).and_then(|cookie| listed(*cookie));
+                let (direction, home) = match listed {
+                    Some(SocketSnapshot { facts, cgroup, .. }) => (facts.direction, cgroup),
+                    None => (None, None),
+                };
+                // The kernel does not list a socket that is neither bound nor connected.
+                let home = home.map(|home| PathBuf::from(home.trim_start_matches('/')));
+                Ok(Socket {
+                    direction: self.direction.or(direction).or(socket.direction),
+                    cgroup: asked.or(home).or_else(|| cgroup::of_process(pid)),
+                    ..socket
+                })
+            }
             (Some(last), false) => {
                 meant.push(last);
                 Err(NoSocket::Several { pid, sockets: meant })
@@ -201,6 +243,13 @@ impl Explain {
         }
         out.flush()
     }
+}
+
+/// Returns the socket with this cookie, as `verify` describes it.
+fn listed(cookie: u64) -> Option<SocketSnapshot> {
+    let mount = Mount::find().inspect_err(|error| log::debug!("{error}")).ok()?;
+    let sockets = Sockets::find(mount, Selection::All, || None, kernel::inspector());
+    sockets.inspect_err(|error| log::debug!("{error}")).ok()?.find_by_cookie(cookie)
 }
 
 /// A word of policy files.

@@ -16,6 +16,7 @@ use crate::{
     kernel,
     live::{OptionRead, Table, Values, drift::Baseline},
     options::OPTIONS,
+    plural::counted,
     policy::Policy,
     reconcile::{InspectedSocket, Selection, Sockets},
     skipped,
@@ -87,10 +88,11 @@ impl Ls {
         drop(progress);
         ignore_broken_pipe(written.and_then(|()| write!(out, "{table}")).and_then(|()| out.flush()))?;
         if sockets.unread() > 0 {
-            log::warn!("{} processes skipped: permission denied\n  help: run sockpolicy as root", sockets.unread());
+            let processes = counted(sockets.unread() as u64, "process");
+            log::warn!("{processes} skipped: permission denied\n  help: run sockpolicy as root");
         }
         skipped::warn_of(&sockets.skipped());
-        Ok(sockets.skipped().is_empty())
+        Ok(sockets.skipped().is_empty() && sockets.unread() == 0)
     }
 
     fn options(&self, InspectedSocket { live, fresh, .. }: &mut InspectedSocket<'_>) -> Values {

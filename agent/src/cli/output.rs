@@ -17,6 +17,7 @@ use crate::{
     escape::{self, Escape, visible},
     events::{Event, Kind},
     kernel::{self, Audit, BackendChoice},
+    plural::counted,
     policy::{diagnostic::Diagnostic, model::Mode},
     reconcile::Tally,
     report::{Loss, Summary},
@@ -401,35 +402,27 @@ pub(super) fn describe_audit(audit: Audit) -> String {
 
 /// Returns the counts of a reconciliation as lines, one for each kind of result.
 pub(super) fn tally_text(tally: &Tally) -> String {
-    let Tally {
-        sockets,
-        changed,
-        listeners: _,
-        set,
-        would_set,
-        would_change,
-        failed,
-        unknown,
-        no_fd,
-        denied,
-        unanswered,
-    } = *tally;
-    let mut text = if would_set > 0 {
-        format!("dry run: would change {would_set} options on {would_change} of {sockets} sockets\n")
-    } else {
-        format!("sockets: {sockets}, changed: {changed}, in {set} options\n")
-    };
-    for (count, what) in [
-        (if would_set > 0 { set } else { 0 }, "options were set"),
-        (failed, "options were refused by the kernel"),
-        (unknown, "options are in an unknown state: whether they agree with the policy cannot be determined"),
-        (no_fd, "sockets were skipped: no file descriptor refers to them"),
-        (denied, "sockets were skipped: permission denied, or no answer"),
-        (unanswered, "sockets did not answer in time"),
+    let Tally { sockets, changed, set, would_set, would_change, .. } = *tally;
+    let Tally { listeners: _, failed, unknown, no_fd, denied, unanswered, unread_processes, .. } = *tally;
+    let sockets = counted(sockets, "socket");
+    let mut lines = Vec::new();
+    if would_set > 0 {
+        lines.push(format!("dry run: would change {} on {would_change} of {sockets}", counted(would_set, "option")));
+    }
+    if set > 0 || would_set == 0 {
+        lines.push(format!("changed {} on {changed} of {sockets}", counted(set, "option")));
+    }
+    for (count, noun, what) in [
+        (failed, "option", "refused by the kernel"),
+        (unknown, "option", "unknown: whether the value agrees with the policy cannot be determined"),
+        (no_fd, "socket", "skipped: no file descriptor refers to it"),
+        (denied, "socket", "skipped: permission denied, or no answer"),
+        (unanswered, "socket", "skipped: no answer in time"),
+        (unread_processes, "process", "skipped: permission denied (run sockpolicy as root)"),
     ] {
         if count > 0 {
-            text.push_str(&format!("{count} {what}\n"));
+            lines.push(format!("{} {what}", counted(count, noun)));
         }
     }
-    text
+    lines.iter().map(|line| format!("{line}\n")).collect()
 }

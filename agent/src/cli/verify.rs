@@ -27,6 +27,7 @@ use crate::{
         OptionRead,
         drift::{self, Finding},
     },
+    plural::counted,
     policy::Policy,
     reconcile::{InspectedSocket, Selection, Sockets},
     schema, skipped,
@@ -161,24 +162,28 @@ fn look(
 impl Tally {
     fn write_text(&self, out: &mut impl Write) -> io::Result<()> {
         let Self { sockets, drifted, drifts, no_fd, denied, unread, unanswered, unknown } = self;
+        let is_complete = *denied == 0 && *unread == 0 && *unanswered == 0;
+        let checked = counted(*sockets, "socket");
         match drifts {
-            0 => writeln!(out, "sockets: {sockets}, no drift")?,
-            _ => writeln!(out, "sockets: {sockets}, drifted: {drifted}, in {drifts} options")?,
+            0 if is_complete => writeln!(out, "checked {checked}: no drift")?,
+            0 => writeln!(out, "checked {checked}: no drift there")?,
+            _ => {
+                let drifted = counted(*drifted, "socket");
+                writeln!(out, "checked {checked}: drift of {} on {drifted}", counted(*drifts, "option"))?;
+            }
         }
         for ((option, why), sockets) in unknown {
-            writeln!(out, "cannot be told: {option} on {sockets}: {why}")?;
+            writeln!(out, "unknown: {option} on {}: {why}", counted(*sockets, "socket"))?;
         }
-        if *no_fd > 0 {
-            writeln!(out, "not looked into: {no_fd} to which no descriptor leads")?;
-        }
-        if *denied > 0 {
-            writeln!(out, "could not be looked into: {denied}: permission denied, or no answer")?;
-        }
-        if *unanswered > 0 {
-            writeln!(out, "do not answer: {unanswered}")?;
-        }
-        if *unread > 0 {
-            writeln!(out, "processes that this one must not look into: {unread}")?;
+        for (count, noun, why) in [
+            (*no_fd, "socket", "no file descriptor refers to it"),
+            (*denied, "socket", "permission denied"),
+            (*unanswered as u64, "socket", "no answer"),
+            (*unread as u64, "process", "permission denied (run sockpolicy as root)"),
+        ] {
+            if count > 0 {
+                writeln!(out, "skipped {}: {why}", counted(count, noun))?;
+            }
         }
         Ok(())
     }

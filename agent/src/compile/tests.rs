@@ -162,7 +162,7 @@ proptest! {
                     let explained = match why {
                         WhyNot::Unmet(_) => Matches::No,
                         WhyNot::NotYet(_) => Matches::Perhaps,
-                        WhyNot::After(_) | WhyNot::Waits(_) => Matches::Yes,
+                        WhyNot::Absent(_) | WhyNot::After(_) | WhyNot::Waits(_) => Matches::Yes,
                     };
                     prop_assert_eq!(explained, expected, "{:?} on {:?}", clause, socket);
                 }

@@ -10,7 +10,7 @@ mod trial;
 
 use abi::{
     select::Candidates,
-    setting::{OptionKey, OptionRow},
+    setting::{OptionKey, OptionRow, traits},
 };
 use serde_json::{Value, json};
 
@@ -22,7 +22,10 @@ use crate::{
     compile::{Desired, RuleSource, Scope, SettingSource, facts},
     escape,
     limitations::{self, Limitation},
-    policy::{Socket, model::Form},
+    policy::{
+        Socket,
+        model::{Family, Form, Protocol},
+    },
     schema, values,
 };
 
@@ -58,6 +61,8 @@ pub enum WhyNot {
     Unmet(Vec<Unmet>),
     /// The rule depends on facts that are unknown.
     NotYet(Vec<Unmet>),
+    /// The rule sets an option that such a socket does not have. The sockets that have it.
+    Absent(&'static str),
     /// The rule matches, but this rule has precedence.
     After(RuleSource),
     /// The rule matches, but this rule has precedence, may match later, and would then forbid the rule to set the
@@ -93,6 +98,7 @@ fn explain_option(desired: &Desired, socket: &Socket, option: &OptionRow, candid
         Some(Clause { source: source.clone(), rule: desired.rules.get(source.rule)?.clone() })
     };
     let decides = winner.and_then(clause);
+    let absent = only_on(option, socket).filter(|_| decides.as_ref().is_some_and(Clause::sets));
     // The first rule that may match later and forbid. If there is no winner, the other rules wait for it.
     let mut open = None;
     let mut others = Vec::new();
@@ -116,13 +122,36 @@ fn explain_option(desired: &Desired, socket: &Socket, option: &OptionRow, candid
         };
         others.push((other, why));
     }
+    let (decides, absent) = match absent {
+        Some(sockets) => (None, decides.map(|clause| (clause, WhyNot::Absent(sockets)))),
+        None => (decides, None),
+    };
+    others.splice(0..0, absent);
     let unsupported = decides.as_ref().map_or_else(Vec::new, |Clause { rule, source }| {
         limitations::of_socket(socket, &rule.selector, source.option, &source.form)
     });
     OptionExplained { winner: decides, others, unsupported }
 }
 
+/// Returns which sockets have an option, if such a socket does not have it.
+fn only_on(option: &OptionRow, socket: &Socket) -> Option<&'static str> {
+    let has = |bit| option.traits & bit != 0;
+    if has(traits::TCP) && socket.protocol.is_some_and(|protocol| protocol != Protocol::Tcp) {
+        Some("TCP sockets")
+    } else if has(traits::INET6) && socket.family() == Some(Family::Ipv4) {
+        Some("IPv6 sockets")
+    } else if has(traits::INET) && socket.family() == Some(Family::Ipv6) {
+        Some("IPv4 sockets")
+    } else {
+        None
+    }
+}
+
 impl Clause {
+    fn sets(&self) -> bool {
+        matches!(self.source.form, Form::Set(_))
+    }
+
     /// Returns the clause as written in a policy.
     #[must_use]
     pub fn says(&self) -> String {

@@ -43,6 +43,7 @@ impl fmt::Display for WhyNot {
         let list = |unmet: &[Unmet]| unmet.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
         match self {
             Self::Unmet(unmet) | Self::NotYet(unmet) => f.write_str(&list(unmet)),
+            Self::Absent(sockets) => write!(f, "only {sockets} have the option"),
             Self::After(rule) => {
                 write!(f, "rule {} of policy {} has precedence", rule.rule.escaped(), rule.policy.escaped())
             }

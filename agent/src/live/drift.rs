@@ -187,7 +187,8 @@ pub fn assign(desired: &Desired, scope: &Scope, socket: &SocketSnapshot) -> Assi
     for option_row in scope.options.iter().filter(|option| option.names != 0 && !option.is_alias()) {
         match decide(desired, &cases, option_row, socket) {
             None => {}
-            Some(Ok(Decision { row, due, .. })) if row.form == form::DENY || due == Due::No => {}
+            Some(Ok(Decision { row, due, .. }))
+                if row.form == form::DENY || row.form == form::NONE || due == Due::No => {}
             Some(Ok(Decision { setting, option, row, due: Due::Yes }))
                 if row.form == form::SET && keeps_value(option, socket) && !has_other_width(option_row) =>
             {

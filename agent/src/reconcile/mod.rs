@@ -93,9 +93,17 @@ pub struct Tally {
     pub denied: u64,
     /// Sockets that did not answer in time.
     pub unanswered: u64,
+    /// Processes whose sockets this process may not inspect.
+    pub unread_processes: u64,
 }
 
 impl Tally {
+    /// Returns whether every socket could be inspected.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        self.denied == 0 && self.unanswered == 0 && self.unread_processes == 0
+    }
+
     /// Returns whether all sockets could be compared, and agree with the policies.
     #[must_use]
     pub fn is_without_findings(&self) -> bool {
@@ -117,10 +125,12 @@ impl Tally {
             no_fd,
             denied,
             unanswered,
+            unread_processes,
         } = self;
         json!({
             "checked": sockets, "changed": changed, "listeners": listeners, "set": set, "would_change": would_change, "would_set": would_set,
             "failed": failed, "unknown": unknown, "no_fd": no_fd, "denied": denied, "unanswered": unanswered,
+            "unread_processes": unread_processes,
         })
     }
 }

@@ -3,6 +3,7 @@
 use std::{
     cell::RefCell,
     collections::{BTreeSet, HashMap, HashSet},
+    convert::Infallible,
     io,
     path::{Path, PathBuf},
     rc::Rc,
@@ -172,6 +173,23 @@ impl Sockets {
             set_aside: HashSet::new(),
             inspector: RefCell::new(inspector),
         })
+    }
+
+    /// Returns the socket with this cookie as `verify` describes it: the cgroup in which it was created, and its direction.
+    /// Returns `None` if the kernel lists no such socket.
+    pub fn find_by_cookie(mut self, cookie: u64) -> Option<SocketSnapshot> {
+        self.table.sockets.retain(|found| found.entry.cookie == cookie);
+        let mut snapshot = None;
+        let taken = self.each(
+            |_| Vec::new(),
+            |inspected| {
+                snapshot = Some(inspected.live);
+                Ok::<(), Infallible>(())
+            },
+        );
+        match taken {
+            Ok(()) => snapshot,
+        }
     }
 
     /// Returns the number of selected sockets.

@@ -129,15 +129,17 @@ fn reconcile(task: Task, sender: &Sender, stop: &AtomicBool) {
     let mut iter = LazyIter::begin();
     let mut reconciler = Reconciler::new(&desired, dry_run, journal, Some(&mut report)).keeping_allowed(keeps_allowed);
     let found = Sockets::find(mount, selection, || iter.fd_refs(), kernel::inspector()).map_err(ReconcileError::from);
+    let mut unread = 0;
     let (skipped, error) = match found {
         Ok(mut sockets) => {
             let pause = |_| if stop.load(Ordering::Relaxed) { Err(ReconcileError::Stopped) } else { Ok(()) };
             let reconciled = reconciler.run(&mut sockets, &mut iter, pause);
+            unread = sockets.unread();
             (sockets.skipped(), reconciled.err())
         }
         Err(error) => (Vec::new(), Some(error)),
     };
-    let tally = Tally { unanswered: skipped.len() as u64, ..reconciler.tally() };
+    let tally = Tally { unanswered: skipped.len() as u64, unread_processes: unread as u64, ..reconciler.tally() };
     sender.send(Message::Done(Box::new(Done { tally, skipped, error })));
 }
 

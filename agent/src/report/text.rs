@@ -13,6 +13,7 @@ use crate::{
     escape::{self, Escape},
     events::Action,
     limitations::{self, Concern},
+    plural::counted,
     policy::model::Mode,
     wrap,
 };
@@ -55,11 +56,6 @@ unsupported: {unsupported}"
         }
         self.write_lost(f)
     }
-}
-
-/// Returns a count with its noun: `1 socket`, `2 sockets`.
-fn counted(count: u64, noun: &str) -> String {
-    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
 }
 
 /// The tables of settings and conflicts.

@@ -210,10 +210,10 @@ fn invalid_policy_file_is_refused() {
     let dir = policy.dir().join("empty");
     fs::create_dir(&dir).unwrap();
     let dir = dir.to_str().unwrap();
-    both_fail(
-        dir,
-        &format!("error: no policy in {dir}: it has no *.toml\n |\n = help: add one, or list the file itself\n\n"),
-    );
+    // `run` waits there for a policy.
+    let error =
+        format!("error: no policy in {dir}: it has no *.toml\n |\n = help: add one, or list the file itself\n\n");
+    fails(agent::command(&["exec", dir, "--", "echo", MARK]), 125, &error);
     let missing = format!("{dir}/missing.toml");
     both_fail(
         &missing,

@@ -2,9 +2,11 @@
 
 use serde_json::Value;
 use sockpolicy_integration_tests::{
-    agent::{self, Exec},
+    agent::{self, Exec, Run},
+    cgroup::Cgroup,
     options::{SocketOption, TCP_KEEPCNT, TCP_SYNCNT},
     policy::PolicyFile,
+    probe::Probe,
     script::{Family, Kind},
 };
 
@@ -89,4 +91,49 @@ fn policy_tests_pass_or_fail() {
             }
         }
     }
+}
+
+/// A service manager creates a listener and passes it on (socket activation): the listener belongs to the manager's cgroup.
+#[test]
+fn inherited_socket_is_explained_by_the_cgroup_in_which_it_was_created() {
+    let (manager, service) = (Cgroup::new(), Cgroup::new());
+    let policy = PolicyFile::new(format!(
+        "[target]\ncgroup = {:?}\n[[rule]]\nname = \"theirs\"\nset = {{ TCP_KEEPCNT = 5 }}\ndeny = [\"SO_MARK\"]\n",
+        service.name()
+    ));
+    let mut probe = Probe::start(&manager);
+    let inherited = probe.listener(Family::Inet, Kind::Tcp).0;
+    probe.enter(&service);
+    let own = probe.listener(Family::Inet, Kind::Tcp).0;
+    let name = format!("{}-explain", service.name().trim_matches('/'));
+    let run = Run::start_with(&policy, &["--instance", &name]);
+    let pid = probe.pid.to_string();
+    for source in [&[policy.path().to_str().unwrap()][..], &["--instance", &name]] {
+        let explain = |fd: i32| {
+            let socket = ["explain", "-o", "json", "--pid", &pid, "--fd", &fd.to_string()].map(str::to_owned);
+            agent::output(&[socket.to_vec(), source.iter().map(|word| (*word).to_owned()).collect()].concat())
+        };
+        let output = explain(own);
+        assert!(
+            output.status.success() && stdout(&output).contains("theirs"),
+            "{}{}",
+            stdout(&output),
+            stderr(&output)
+        );
+        let output = explain(inherited);
+        assert!(!output.status.success() && !stdout(&output).contains("theirs"), "{}", stdout(&output));
+        assert!(stderr(&output).contains(&manager.name()), "{}", stderr(&output));
+    }
+    run.finish();
+}
+
+#[test]
+fn option_that_a_socket_does_not_have_is_not_set() {
+    let policy = PolicyFile::new(
+        "[[rule]]\nset = { TCP_KEEPCNT = 5, IP_TOS = 8, IPV6_TCLASS = 8 }\n\
+         [[test]]\nsocket = { protocol = \"udp\", remote = \"192.0.2.1:53\" }\nset = { IP_TOS = 8 }\nfree = [\"TCP_KEEPCNT\", \"IPV6_TCLASS\"]\n\
+         [[test]]\nsocket = { protocol = \"tcp\", remote = \"[2001:db8::1]:53\" }\nset = { TCP_KEEPCNT = 5, IPV6_TCLASS = 8 }\nfree = [\"IP_TOS\"]\n",
+    );
+    let output = agent::output(&["test", policy.path().to_str().unwrap()]);
+    assert!(output.status.success(), "{}{}", stdout(&output), stderr(&output));
 }

@@ -211,7 +211,7 @@ fn cgroups_are_polled_if_inotify_watches_are_exhausted() {
     let top = Cgroup::new();
     let policy = policy_on(&format!("{}/**/app", top.name()));
     let (a, b) = (top.child("a"), top.child("b"));
-    let wrapper = ["strace", "-qq", "-o", "/dev/null", "-e", "inject=inotify_add_watch:error=ENOSPC:when=4+"];
+    let wrapper = ["strace", "-qq", "-o", "/dev/null", "-e", "inject=inotify_add_watch:error=ENOSPC:when=5+"];
     let run = Run::wrapped(&wrapper, &policy, &[]);
     let apps = [a.child("app"), b.child("app")];
     for app in &apps {

@@ -133,7 +133,7 @@ fn counts_and_unread_events_survive_attach_reload_and_takeover() {
         let status = agent::output(&["status", "--output", "json", "--instance", &instance.name]);
         let status: Value = serde_json::from_slice(&status.stdout).unwrap();
         let setting = &status["settings"][0];
-        [&setting["sockets"]["set"], &setting["calls"]["verdicts"]["rewritten"]].map(|count| count.as_u64().unwrap())
+        [&setting["sockets"]["set"], &setting["calls"]["conflicts"]["rewritten"]].map(|count| count.as_u64().unwrap())
     };
     let fails = |run: Run| {
         run.signal(Signal::SIGTERM);
@@ -339,7 +339,7 @@ fn status_shows_an_instance_and_foreign_programs() {
         (&setting["option"], &setting["rule"], &setting["sockets"]["set"]),
         (&"SO_MARK".into(), &"r".into(), &1.into())
     );
-    assert_eq!(setting["calls"]["verdicts"]["rewritten"], 1);
+    assert_eq!(setting["calls"]["conflicts"]["rewritten"], 1);
     assert_eq!(reported["foreign_programs"].as_array().unwrap().len(), 1, "{reported}");
     drop(foreign);
 

@@ -35,7 +35,7 @@ fn left(screen: &str) -> Vec<&str> {
 
 /// Returns whether a text contains the progress bar.
 fn has_bar(text: &str) -> bool {
-    text.contains(&format!(" of {MANY} sockets"))
+    text.lines().any(|line| line.contains(&format!(" of {MANY} sockets")) && line.contains('['))
 }
 
 #[test]
@@ -49,7 +49,7 @@ fn progress_bar_is_shown_only_on_a_terminal_and_only_during_the_work() {
     probe.close(last_one);
     let mut few = Terminal::start(agent::command(&["verify", path]));
     few.wait();
-    few.wait_for("sockets: 499, ");
+    few.wait_for("checked 499 sockets");
     assert!(!few.screen().contains(" of 499 sockets"), "{}", few.screen());
     sockets.push(probe.open(Family::Inet, Kind::Udp));
     for command in [&["verify", path][..], &["ls", path], &["apply", "--instance", &instance.name, path]] {
@@ -59,7 +59,11 @@ fn progress_bar_is_shown_only_on_a_terminal_and_only_during_the_work() {
         }
         let mut terminal = Terminal::start(agent::command(command));
         terminal.wait();
-        let last = if command[0] == "ls" { format!("fd {}", sockets[MANY - 1]) } else { "sockets: 500, ".to_owned() };
+        let last = match command[0] {
+            "ls" => format!("fd {}", sockets[MANY - 1]),
+            "verify" => format!("checked {MANY} sockets"),
+            _ => "changed ".to_owned(),
+        };
         terminal.wait_for(&last);
         let screen = terminal.screen();
         assert!(has_bar(&screen), "{screen}");
@@ -91,7 +95,7 @@ fn interrupted_apply_leaves_each_socket_unchanged_or_set_and_can_be_undone() {
     let help = "run the command again, or restore the old values:";
     terminal.wait_for(help);
     let left = left(&terminal.screen()).join("\n");
-    assert!(left.contains("sockets: 300, changed: 300, in 300 options\n"), "{left}");
+    assert!(left.contains("changed 300 options on 300 of 300 sockets\n"), "{left}");
     assert!(left.contains("\nerror: stopped by a signal: some sockets are not changed\n"), "{left}");
     assert_eq!((status.code(), has_bar(&left)), (Some(2), false), "{left}");
     // In the order of descriptors.

@@ -57,7 +57,7 @@ fn process_with_a_reused_pid_is_not_changed() {
         assert_eq!(stays.int(open, SO_MARK), 7, "{step}: {}", stderr(&output));
         let printed = stdout(&output);
         assert!(
-            output.status.success() && printed.contains("sockets: 1, changed: 1, in 1 options\n"),
+            output.status.success() && printed.contains("changed 1 option on 1 of 1 socket\n"),
             "{step}: {printed}"
         );
     }
@@ -140,6 +140,6 @@ fn network_namespace_that_disappears_during_a_visit_affects_no_other() {
         assert!(output.status.success(), "{step}: {}", stderr(&output));
         assert_eq!(stderr(&output), "", "{step}");
         assert_eq!(open.map(|socket| stays.int(socket, SO_MARK)), [7, 7], "{step}");
-        assert!(stdout(&output).contains("sockets: 2, changed: 2, in 2 options\n"), "{step}: {}", stdout(&output));
+        assert!(stdout(&output).contains("changed 2 options on 2 of 2 sockets\n"), "{step}: {}", stdout(&output));
     }
 }

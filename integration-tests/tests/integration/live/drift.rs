@@ -122,7 +122,7 @@ fn verify_finds_exactly_the_existing_drift() {
         policy.path().display()
     );
     assert!(text.contains(&line), "{text}");
-    assert!(text.ends_with("sockets: 3, drifted: 3, in 5 options\n"), "{text}");
+    assert!(text.ends_with("checked 3 sockets: drift of 5 options on 3 sockets\n"), "{text}");
 }
 
 /// All options at once, on sockets of every kind.
