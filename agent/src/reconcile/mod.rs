@@ -38,7 +38,7 @@ use crate::{
         OptionRead, SocketSnapshot, Values,
         drift::{self, Assigned, Baseline, Finding},
     },
-    options::{self, SocketOption},
+    options::{self, Reading, Relation, SocketOption},
     policy::model::Mode,
 };
 
@@ -319,7 +319,13 @@ impl<'a, J: ChangeLog> Reconciler<'a, J> {
                 drift::assign(self.desired, &self.desired.scopes[scope], &live);
             // Only a descriptor shows what the application chose. Without a descriptor, the application cannot have chosen.
             let may_be_kept = live.owner.is_some() && settings.iter().any(|setting| self.is_kept_if_chosen(*setting));
-            if assignments.is_empty() || may_be_kept {
+            // The iterator reads only what it sets, and not what another option resets.
+            let is_assigned = |key: OptionKey| assignments.iter().any(|one| one.key == key);
+            let has_effect = live.owner.is_some()
+                && assignments.iter().any(|one| {
+                    reset_by(one.key).is_some_and(|other| other.reading == Reading::Chosen && !is_assigned(other.key()))
+                });
+            if assignments.is_empty() || may_be_kept || has_effect {
                 continue;
             }
             // No descriptor refers to a connection that is not accepted yet, and only BPF programs can read some options.
@@ -461,9 +467,19 @@ impl<'a, J: ChangeLog> Reconciler<'a, J> {
         let wanted = value_to_set(finding);
         let place = place_of(live, option.key());
         self.record_one(place, Some(*current), wanted)?;
+        // The kernel resets another option (IP_TOS: SO_PRIORITY), which is restored with this one.
+        let other = reset_by(option.key()).map(|other| (place_of(live, other.key()), socket.value(other.key())));
+        if let Some((other, Some(before))) = other {
+            self.record_one(other, Some(before), before)?;
+        }
         match socket.set(option.key(), &wanted) {
             Ok(after) => {
                 let after = after.unwrap_or(wanted);
+                if let Some((other, Some(_))) = other
+                    && let Some(reset) = socket.value(other.option)
+                {
+                    self.record_one(other, None, reset)?;
+                }
                 // Counted first: the socket is changed even if that cannot be recorded.
                 self.tally.set += 1;
                 self.note_changed(live);
@@ -544,6 +560,12 @@ impl ToSet<'_> {
 
 fn is_for_programs(assignment: &Assignment) -> bool {
     options::by_key(assignment.key).is_some_and(SocketOption::is_for_programs)
+}
+
+/// Returns the option that the kernel resets when this one is set, if there is one.
+fn reset_by(option: OptionKey) -> Option<&'static SocketOption> {
+    let Relation::Resets(other) = options::by_key(option)?.relation?;
+    options::by_name(other)
 }
 
 fn place_of(live: &SocketSnapshot, option: OptionKey) -> Place {

@@ -361,6 +361,34 @@ fn option_that_another_option_resets_is_restored_too() {
     assert_eq!([IP_TOS, SO_PRIORITY].map(|option| probe.int(pair.client, option)), [0, 3]);
 }
 
+/// The kernel sets SO_PRIORITY when IP_TOS is set. The application chose a priority afterwards.
+#[test]
+fn option_that_no_rule_names_is_restored_if_another_one_reset_it() {
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let policy =
+        PolicyFile::new(format!("[target]\ncgroup = {:?}\n[[rule]]\nset = {{ IP_TOS = \"EF\" }}\n", target.name()));
+    let mut probe = Probe::start(&target);
+    let pair = probe.pair(Family::Inet, Kind::Tcp);
+    let udp = probe.open(Family::Inet, Kind::Udp);
+    for socket in [pair.client, udp] {
+        probe.set(socket, IP_TOS, 0x28).unwrap();
+        probe.set(socket, SO_PRIORITY, 0).unwrap();
+    }
+    apply(&instance, &policy, &["--quiet"]);
+    assert_eq!(probe.int(pair.client, IP_TOS), 0xb8);
+    assert_ne!(probe.int(pair.client, SO_PRIORITY), 0, "the kernel has reset it");
+    let output = instance.run("apply", &["--restore", "-o", "json"]);
+    assert!(output.status.success(), "{}{}", stdout(&output), stderr(&output));
+    let summary: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&summary["event"], &summary["failed"]), (&"restore-summary".into(), &0.into()), "{summary}");
+    for socket in [pair.client, udp] {
+        assert_eq!([IP_TOS, SO_PRIORITY].map(|option| probe.int(socket, option)), [0x28, 0]);
+    }
+    let output = agent::output(&["apply", "--restore", "--instance", "no-such-instance"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("no values are recorded for instance `no-such-instance`"), "{}", stderr(&output));
+}
+
 #[test]
 fn apply_brings_values_within_limits() {
     let (target, instance) = (Cgroup::new(), Instance::new());
