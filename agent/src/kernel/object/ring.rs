@@ -46,7 +46,7 @@ impl Object {
         self.ring.next().map(|record| Record::read(&record))
     }
 
-    /// Returns the counters of each setting of the policies in force, in the order of [`Desired::settings`].
+    /// Returns the counters of each setting of the policies in force, in the order of [`crate::compile::Desired::settings`].
     ///
     /// # Errors
     ///
