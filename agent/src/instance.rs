@@ -93,6 +93,18 @@ pub struct Record {
     /// The objects that the instance cannot handle.
     #[serde(default)]
     pub skipped: SkippedList,
+    /// The last reload of the agent.
+    #[serde(default)]
+    pub reload: Option<Reload>,
+}
+
+/// The result of a reload.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reload {
+    /// RFC 3339, in UTC.
+    pub time: String,
+    /// Why the policies were not replaced.
+    pub refused: Option<String>,
 }
 
 /// The number of events that found the ring buffer full. Those that came without an agent are counted separately, because

@@ -20,7 +20,7 @@ const MODULES: [(&str, &str); 37] = [
     ("fuzz", "compile coverage events explain host instance journal kernel lint options policy sources worker"),
     (
         "daemon",
-        "container coverage events host instance journal kernel policy reconcile report session skipped sources targets",
+        "container coverage escape events host instance journal kernel policy reconcile report session skipped sources targets",
     ),
     (
         "session",

@@ -217,7 +217,7 @@ impl Report {
                 losses.push(serde_json::from_value(value).unwrap_or_else(|error| fail(line, error.to_string())));
             } else if value["event"] == "unsupported" {
                 unsupported.push(serde_json::from_value(value).unwrap_or_else(|error| fail(line, error.to_string())));
-            } else if ["reload", "targets", "apply-summary", "repair-summary"]
+            } else if ["started", "reload", "targets", "apply-summary", "repair-summary"]
                 .iter()
                 .any(|notice| value["event"] == *notice)
             {

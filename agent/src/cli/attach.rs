@@ -107,11 +107,16 @@ impl Attach {
 ///
 /// Removes the programs, links and maps of an instance. Sockets keep the values that they have.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Examples:\n  sockpolicy detach\n  sockpolicy detach --instance default --restore")]
+#[command(
+    after_help = "Examples:\n  sockpolicy detach\n  sockpolicy detach --instance default --restore\n  sockpolicy detach --all"
+)]
 pub(super) struct Detach {
     /// The instance, as `status` names it
     #[arg(long, value_name = "NAME", default_value = DEFAULT_INSTANCE)]
     instance: String,
+    /// Remove the policies of all instances
+    #[arg(long, conflicts_with = "instance")]
+    all: bool,
     /// Restore the values that `apply` replaced, if nobody changed them since
     #[arg(long)]
     restore: bool,
@@ -159,19 +164,36 @@ fn list(names: &[String]) -> String {
 
 impl Detach {
     pub(super) fn run(self) -> ExitCode {
-        match self.detach() {
-            Ok(true) => ExitCode::SUCCESS,
-            Ok(false) => FAILURE.into(),
+        let names = match self.names() {
+            Ok(names) => names,
             Err(error) => {
                 print_error(&error);
-                FAILURE.into()
+                return FAILURE.into();
             }
+        };
+        // Each instance is tried.
+        let mut is_complete = true;
+        for name in names {
+            is_complete &= self.detach(&name).unwrap_or_else(|error| {
+                print_error(&error);
+                false
+            });
         }
+        if is_complete { ExitCode::SUCCESS } else { FAILURE.into() }
     }
 
-    /// Gives whether all could be put back that was to be.
-    fn detach(&self) -> Result<bool, DetachError> {
-        let name = &self.instance;
+    /// Returns the instances to detach.
+    fn names(&self) -> Result<Vec<String>, DetachError> {
+        if !self.all {
+            return Ok(vec![self.instance.clone()]);
+        }
+        kernel::check_privileges()?;
+        Ok(Pins::instances()?)
+    }
+
+    /// Removes the policies of one instance. Returns whether everything was restored that was to be restored.
+    fn detach(&self, name: &str) -> Result<bool, DetachError> {
+        let name = &name.to_owned();
         kernel::check_privileges()?;
         let mut instance = Instance::acquire(name, true)?;
         let others = Pins::instances()?;

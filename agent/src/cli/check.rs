@@ -2,10 +2,13 @@
 
 use std::{
     collections::BTreeSet,
+    fmt,
     io::{self, Write},
     path::PathBuf,
     process::ExitCode,
 };
+
+use serde_json::json;
 
 pub(super) use super::messages::show;
 use super::{
@@ -17,27 +20,31 @@ use super::{
 };
 use crate::{
     compile::{CompileError, Desired, compile},
-    coverage::{Coverage, Stack, stacks_by_target},
+    coverage::{Coverage, Stack, named, stacks_by_target},
     escape::Escape,
     host::{
         routes::{self, Route},
         tcp,
     },
     lint::{self, Host, LockedRoute, Version},
+    plural::counted,
     policy::{
         self, Policy, PolicyErrors, Warnings,
         diagnostic::{Diagnostic, Problem, Severity},
     },
+    schema,
     sources::{self, IfInsecure},
     unsupported::{Unsupported, UnsupportedList},
 };
 
 /// Check policy files for errors and likely mistakes
 ///
+/// Prints errors and warnings, or `ok` with the numbers of policies, rules, settings and targets. The exit status is 0 if there is no error, and 1 otherwise.
+///
 /// Without --kernel, the policies are also compared with this host: its congestion controls, routes and buffer limits. `run`, `exec` and `doctor` probe what its kernel supports.
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  sockpolicy check /etc/sockpolicy/policies.d/*.toml\n  sockpolicy check --kernel 5.15 web.toml"
+    after_help = "Examples:\n  sockpolicy check /etc/sockpolicy/policies.d/*.toml\n  sockpolicy check --deny-warnings web.toml\n  sockpolicy check --kernel 5.15 web.toml"
 )]
 pub(super) struct Check {
     /// Policy files, and directories whose *.toml files are policies
@@ -45,6 +52,9 @@ pub(super) struct Check {
     files: Vec<PathBuf>,
     #[command(flatten)]
     trust: TrustArgs,
+    /// Exit with status 1 if there are warnings
+    #[arg(long)]
+    deny_warnings: bool,
     /// Check against this kernel version instead of this host, such as 5.15
     #[arg(long, value_name = "VERSION")]
     kernel: Option<Version>,
@@ -55,29 +65,35 @@ pub(super) struct Check {
 
 impl Check {
     pub(super) fn run(self) -> ExitCode {
-        let (found, is_valid) = self.find();
-        let told = match self.output {
+        let (found, counts) = self.find();
+        let number = |severity| found.iter().filter(|diagnostic| diagnostic.severity == severity).count();
+        let (errors, warnings) = (number(Severity::Error), number(Severity::Warning));
+        let is_refused = errors > 0 || counts.is_none() || (self.deny_warnings && warnings > 0);
+        let written = match self.output {
             Format::Text => {
                 show(&found);
-                Ok(())
+                match counts.filter(|_| !is_refused) {
+                    Some(counts) => writeln!(stdout(Format::Text), "ok: {counts}"),
+                    None => Ok(()),
+                }
             }
-            Format::Json => tell_programs(&found),
+            Format::Json => write_json(&found, errors, warnings, counts),
         };
-        match told {
+        match ignore_broken_pipe(written) {
             Err(error) => {
                 print_error(&error);
                 FAILURE.into()
             }
-            Ok(()) if is_valid => ExitCode::SUCCESS,
-            Ok(()) => FINDINGS.into(),
+            Ok(()) if is_refused => FINDINGS.into(),
+            Ok(()) => ExitCode::SUCCESS,
         }
     }
 
-    /// Everything there is to say, and whether the policies can be used.
-    fn find(&self) -> (Vec<Diagnostic>, bool) {
+    /// Returns all findings, and the counts if the files could be parsed.
+    fn find(&self) -> (Vec<Diagnostic>, Option<Counts>) {
         let (policies, mut found) = match sources::load_all(&self.files, self.trust.or_warn()) {
             Ok(loaded) => loaded,
-            Err(errors) => return (errors.diagnostics, false),
+            Err(errors) => return (errors.diagnostics, None),
         };
         found.extend(lint::caveats(&policies));
         match compile_together(&policies) {
@@ -85,17 +101,68 @@ impl Check {
                 Some(kernel) => found.extend(on_kernel(&policies, &desired, kernel)),
                 None => found.extend(on_this_host(&policies)),
             },
-            Err(error) => found.push(Diagnostic::without_source(Problem::new(error.to_string()))),
+            Err(error) => found.push(Diagnostic::without_source(problem_of(&error))),
         }
         policy::sort(&mut found);
-        let is_valid = found.iter().all(|diagnostic| diagnostic.severity != Severity::Error);
-        (found, is_valid)
+        (found, Some(Counts::of(&policies)))
     }
 }
 
-fn tell_programs(found: &[Diagnostic]) -> io::Result<()> {
+/// The size of valid policies.
+#[derive(Clone, Copy)]
+struct Counts {
+    policies: usize,
+    rules: usize,
+    settings: usize,
+    targets: usize,
+}
+
+impl Counts {
+    fn of(policies: &[Policy]) -> Self {
+        let rules = || policies.iter().flat_map(|policy| &policy.rules);
+        let targets = policies.iter().map(|policy| policy.target.cgroups.len() + policy.target.containers.len());
+        Self {
+            policies: policies.len(),
+            rules: rules().count(),
+            settings: rules().map(|rule| rule.clauses.len()).sum(),
+            targets: targets.sum(),
+        }
+    }
+}
+
+impl fmt::Display for Counts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { policies, rules, settings, targets } = *self;
+        let policies = match policies {
+            1 => "1 policy".to_owned(),
+            _ => format!("{policies} policies"),
+        };
+        let [rules, settings, targets] = [(rules, "rule"), (settings, "setting"), (targets, "target")]
+            .map(|(count, noun)| counted(count as u64, noun));
+        write!(f, "{policies}, {rules}, {settings}, {targets}")
+    }
+}
+
+/// Returns the problem of policies that cannot be in force together. The text of the error contains its help.
+fn problem_of(error: &CompileError) -> Problem {
+    let text = error.to_string();
+    match text.split_once("\n  help: ") {
+        Some((message, help)) => Problem::new(message.to_owned()).help(help.to_owned()),
+        None => Problem::new(text),
+    }
+}
+
+fn write_json(found: &[Diagnostic], errors: usize, warnings: usize, counts: Option<Counts>) -> io::Result<()> {
     let mut out = stdout(Format::Json);
-    ignore_broken_pipe(found.iter().try_for_each(|diagnostic| writeln!(out, "{}", diagnostic.to_json())))
+    found.iter().try_for_each(|diagnostic| writeln!(out, "{}", diagnostic.to_json()))?;
+    let mut fields = json!({ "errors": errors, "warnings": warnings });
+    if let Some(Counts { policies, rules, settings, targets }) = counts {
+        fields = json!({
+            "errors": errors, "warnings": warnings,
+            "policies": policies, "rules": rules, "settings": settings, "targets": targets,
+        });
+    }
+    writeln!(out, "{}", schema::line("check-summary", fields))
 }
 
 /// By the tables: what came with which version.
@@ -179,11 +246,13 @@ pub(super) fn load_compiled(files: &[PathBuf], insecure: IfInsecure) -> Option<V
     }
 }
 
-/// Which others they meet on this host depends on its cgroups.
+/// Compiles the policies that are in force together: those with the same target, and those whose targets are names of cgroups
+/// of which one contains the other. What a glob or a container matches depends on the host.
 fn compile_together(policies: &[Policy]) -> Result<Desired, CompileError> {
-    let mut coverage = Coverage::default();
+    let names = named(policies, &[])?.into_iter().collect();
+    let nested = Coverage::of_targets(policies, names, &[])?.stacks;
     // In the order of the first policy of each.
-    let stacks: BTreeSet<Stack> = stacks_by_target(policies).into_values().collect();
-    coverage.stacks = stacks.into_iter().collect();
-    compile(policies, &coverage.stacks)
+    let stacks: BTreeSet<Stack> = stacks_by_target(policies).into_values().chain(nested).collect();
+    let stacks: Vec<Stack> = stacks.into_iter().collect();
+    compile(policies, &stacks)
 }

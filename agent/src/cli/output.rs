@@ -207,18 +207,21 @@ impl Writer {
         }
     }
 
-    /// Says what has been put in force, before anything comes of it. JSON has events only.
+    /// Writes what is in force, before the first event.
     pub(super) fn announce(&self, session: &Session) {
+        if self.format == Format::Json {
+            self.notice("", "started", started_json(session));
+        }
         for unsupported in session.unsupported().iter().filter(|_| !self.quiet) {
             match self.format {
                 Format::Text => self.line(&format_args!("unsupported {unsupported}")),
                 Format::Json => self.line(&unsupported.to_event(jiff::Timestamp::now())),
             }
         }
+        let desired = session.desired();
         if self.format == Format::Json || self.quiet {
             return;
         }
-        let desired = session.desired();
         let targets = escape::join(kernel::names(session.targets()), ", ");
         let audit = session.audit().map_or_else(|| "no audit".to_owned(), describe_audit);
         if desired.scopes.is_empty() {
@@ -297,15 +300,22 @@ impl Writer {
 
 impl Observer for Writer {
     /// Says what is in force after the files were read again: the old policies where these are not valid.
-    fn reloaded(&self, session: &Session, is_new: bool) {
-        if self.format == Format::Text && is_new {
+    fn reloaded(&self, session: &Session, refused: Option<&str>) {
+        if self.format == Format::Text && refused.is_none() {
             return self.announce(session);
         }
         let policies: Vec<&str> = session.desired().policies().into_iter().map(|(name, _)| name).collect();
         self.notice(
-            &format!("reload    refused; still in force: {}", escape::join(&policies, ", ")),
+            &format!(
+                "reload    refused: {}; still in force: {}",
+                refused.unwrap_or_default().escaped(),
+                escape::join(&policies, ", ")
+            ),
             "reload",
-            json!({ "in_force": is_new, "policies": policies, "targets": kernel::names(session.targets()) }),
+            json!({
+                "in_force": refused.is_none(), "error": refused,
+                "policies": policies, "targets": kernel::names(session.targets()),
+            }),
         );
     }
 
@@ -388,6 +398,22 @@ impl Observer for Writer {
     fn error(&self, error: &(dyn std::error::Error + 'static)) {
         print_error(error);
     }
+}
+
+/// Returns the fields of the first line: what is in force.
+fn started_json(session: &Session) -> Value {
+    let desired = session.desired();
+    let policy = |(name, mode): (&str, Mode)| json!({ "policy": name, "mode": mode.name() });
+    let audit = session.audit();
+    json!({
+        "policies": desired.policies().into_iter().map(policy).collect::<Vec<_>>(),
+        "targets": kernel::names(session.targets()),
+        "hooks": desired.hooks().iter().map(|hook| hook.name()).collect::<Vec<_>>(),
+        "backend": audit.map(|audit| audit.backend.name()),
+        "not_covered": audit.map(Audit::not_covered),
+        "rules": desired.rules.iter().filter(|rule| rule.instance.is_none()).count(),
+        "options": desired.named,
+    })
 }
 
 /// How calls are seen, and which are not.

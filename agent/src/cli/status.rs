@@ -16,7 +16,7 @@ use crate::{
     compile::{Desired, Hook},
     escape::{self, Escape},
     host::{cgroup::Mount, private::PrivateError},
-    instance::{self, Generation, InstanceError, InstanceStatus, RecordError},
+    instance::{self, Generation, InstanceError, InstanceStatus, RecordError, Reload},
     journal,
     kernel::{self, AttachMode, ForeignProgram, KernelError, MapIds},
     policy::model::Mode,
@@ -302,6 +302,12 @@ fn write_text(out: &mut impl Write, seen: &InstanceStatus, looked: &Result<InFor
         writeln!(out, "  which programs are attached is unknown: {error}")?;
     }
     if let Some(record) = &seen.record {
+        if let Some(Reload { time, refused }) = &record.reload {
+            match refused {
+                None => writeln!(out, "  last reload {}: the policies were replaced", time.escaped())?,
+                Some(reason) => writeln!(out, "  last reload {}: refused: {}", time.escaped(), reason.escaped())?,
+            }
+        }
         write_skipped(out, &record.skipped)?;
     }
     write!(out, "{}", summary.tables())?;
@@ -328,6 +334,10 @@ fn write_text(out: &mut impl Write, seen: &InstanceStatus, looked: &Result<InFor
     }
 }
 
+fn reload_json(reload: &Reload) -> serde_json::Value {
+    json!({ "time": reload.time, "error": reload.refused })
+}
+
 fn write_skipped(out: &mut impl Write, skipped: &SkippedList) -> io::Result<()> {
     if skipped.is_empty() {
         return Ok(());
@@ -348,6 +358,7 @@ fn write_json(out: &mut impl Write, seen: &InstanceStatus, looked: &Result<InFor
             "pid": seen.pid,
             "persists": seen.record.as_ref().map(|record| record.persists),
             "version": seen.record.as_ref().map(|record| &record.version),
+            "reload": seen.record.as_ref().and_then(|record| record.reload.as_ref()).map(reload_json),
             "skipped": seen.record.as_ref().map(|record| record.skipped.to_json()),
         }),
     );

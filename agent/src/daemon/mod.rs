@@ -26,6 +26,7 @@ use self::{pace::Pace, watch::WatchError};
 use crate::{
     container::Running,
     coverage::{GlobError, OtherInstance, SearchScope, Stack, with_others, with_targets},
+    escape,
     events::Event,
     host::{
         cgroup::Mount,
@@ -35,7 +36,10 @@ use crate::{
     instance::{self, Files, Other},
     journal::{Journal, JournalError},
     kernel::Target,
-    policy::{Policy, diagnostic::Diagnostic},
+    policy::{
+        Policy,
+        diagnostic::{Diagnostic, Severity},
+    },
     reconcile::{Done, Message, ReconcileError, ReconcileThread, Selection, Tally, Task},
     report::{Loss, Repaired},
     session::{self, Session, SessionError},
@@ -79,8 +83,8 @@ pub trait Observer {
     fn diagnostics(&self, found: &[Diagnostic]);
     #[track_caller]
     fn error(&self, error: &(dyn Error + 'static));
-    /// Receives the end of a reload. `is_new`: the policies were replaced.
-    fn reloaded(&self, session: &Session, is_new: bool);
+    /// Receives the end of a reload. `refused`: why the policies were not replaced.
+    fn reloaded(&self, session: &Session, refused: Option<&str>);
     fn retargeted(&self, before: &TargetNames, after: &TargetNames);
     /// Receives the result of one option of one live socket.
     fn applied(&self, event: &Event);
@@ -544,20 +548,23 @@ impl<'a> Daemon<'a> {
             return;
         }
         self.texts = texts;
-        let is_new = match self.texts.policies() {
+        let replaced = match self.texts.policies() {
             Ok((policies, warnings)) => {
                 observer.diagnostics(&warnings);
-                self.replace(session, observer, policies).inspect_err(|error| observer.error(error)).is_ok()
+                let replaced = self.replace(session, observer, policies);
+                replaced.inspect_err(|error| observer.error(error)).map_err(|error| first_line(&error.to_string()))
             }
             Err(errors) => {
                 observer.diagnostics(&errors.diagnostics);
-                false
+                Err(first_of(&errors.diagnostics))
             }
         };
-        if !is_new {
-            log::error!("reload refused: the previous policies stay in force");
+        let refused = replaced.err();
+        if let Some(reason) = &refused {
+            log::error!("reload refused: {reason}: the previous policies stay in force");
         }
-        observer.reloaded(session, is_new);
+        session.note_reload(refused.clone());
+        observer.reloaded(session, refused.as_deref());
     }
 
     fn replace(
@@ -724,6 +731,25 @@ impl<'a> Daemon<'a> {
             }
         }
     }
+}
+
+/// Returns the first error of policy files, and the number of the others.
+fn first_of(found: &[Diagnostic]) -> String {
+    let mut errors = found.iter().filter(|diagnostic| diagnostic.severity == Severity::Error);
+    let text = |Diagnostic { source, message, .. }: &Diagnostic| match source {
+        Some(source) => format!("{}: {message}", escape::plain(source.path())),
+        None => message.clone(),
+    };
+    let first = errors.next().map(text).unwrap_or_default();
+    match errors.count() {
+        0 => first_line(&first),
+        others => format!("{} (and {others} more)", first_line(&first)),
+    }
+}
+
+/// Returns the first line of a text, which is the message of an error without its help.
+fn first_line(text: &str) -> String {
+    text.lines().next().unwrap_or_default().to_owned()
 }
 
 fn names(targets: &[Target]) -> TargetNames {

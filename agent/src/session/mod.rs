@@ -281,6 +281,13 @@ impl Session {
         &self.skipped
     }
 
+    /// Records the result of a reload. `refused`: why the policies were not replaced.
+    pub fn note_reload(&mut self, refused: Option<String>) {
+        if let Some(record) = &mut self.record {
+            record.note_reload(refused);
+        }
+    }
+
     /// Records the objects that are skipped now.
     pub fn note_skipped(&mut self, skipped: &SkippedList) {
         if let Some(record) = &mut self.record {

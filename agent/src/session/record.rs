@@ -33,6 +33,7 @@ impl RecordWriter {
             retired: Vec::new(),
             counted: Vec::new(),
             skipped: SkippedList::default(),
+            reload: None,
         };
         // A record with other maps is not about the policies that are taken over.
         let record = match before.filter(|before| before.maps == maps) {
@@ -118,6 +119,12 @@ impl RecordWriter {
     /// Returns which of these cgroups are targets of other instances, each with the name of the instance.
     pub(super) fn governed_by_others(&self, cgroups: &HashSet<&str>) -> BTreeMap<String, String> {
         self.instance.governed_by_others(cgroups)
+    }
+
+    /// Records the result of a reload.
+    pub(super) fn note_reload(&mut self, refused: Option<String>) {
+        self.record.reload = Some(instance::Reload { time: jiff::Timestamp::now().to_string(), refused });
+        self.write_if_possible();
     }
 
     /// Records what is skipped.

@@ -756,3 +756,25 @@ fn removing_a_cgroup_during_takeover_affects_no_other_target() {
     assert_eq!(mark(&stays), 2);
     instance.detach();
 }
+
+/// In a mount namespace of its own: it would remove the instances of other tests.
+#[test]
+fn detach_all_removes_every_instance() {
+    let (one, other) = (Cgroup::new(), Cgroup::new());
+    let policies = [&one, &other].map(|target| PolicyFile::new(sets_mark(target, 1)));
+    let agent = agent::program().display().to_string();
+    let [first, second] = policies.each_ref().map(|policy| policy.path().display().to_string());
+    let script = format!(
+        "{agent} attach --instance a {first} && {agent} attach --instance b {second} && {agent} status && \
+         {agent} detach --all && {agent} status && {agent} detach --all"
+    );
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", &script]);
+    let prepare = "mount -t tmpfs none /run && mount -t bpf -o mode=0700 none /sys/fs/bpf";
+    let output = process::output(in_mount_namespace(prepare, &command));
+    assert!(output.status.success(), "{}{}", stdout(&output), stderr(&output));
+    let printed = stdout(&output);
+    assert!(printed.contains("instance a:") && printed.contains("instance b:"), "{printed}");
+    assert!(printed.trim_end().ends_with("no policies are in force"), "{printed}");
+    assert_eq!((count_attached(&one), count_attached(&other)), (0, 0));
+}

@@ -14,7 +14,7 @@ use nix::{
 };
 use serde_json::json;
 use sockpolicy_integration_tests::{
-    agent::Run,
+    agent::{self, Run},
     bpf_objects::BpfObjects,
     cgroup::Cgroup,
     options::{SO_MARK, SO_PRIORITY, TCP_KEEPCNT},
@@ -44,6 +44,10 @@ fn changed_file_is_put_in_force() {
     let run = Run::start_with(&policy, &[]);
     let mut probe = Probe::start(&target);
     assert_eq!(mark(&mut probe), 1);
+    let lines = run.lines();
+    let first: serde_json::Value = serde_json::from_str(lines.lines().next().unwrap()).unwrap();
+    assert_eq!((&first["event"], &first["targets"]), (&json!("started"), &json!([target.name()])));
+    assert_eq!(first["policies"], json!([{ "policy": "policy", "mode": "enforce" }]));
     fs::write(policy.path(), sets_mark(&target, 2)).unwrap();
     let notice = run.notice("reload", 1);
     assert_eq!((&notice["in_force"], &notice["policies"]), (&json!(true), &json!(["policy"])));
@@ -118,10 +122,20 @@ fn invalid_policies_leave_the_old_ones_in_force() {
         // A directory without one of its policies is valid. The agent may see it, or both changes as one.
         let before = run.notices("reload").len();
         spoil();
-        let is_refused = || run.notices("reload")[before..].iter().any(|notice| notice["in_force"] == false);
+        let is_refused = || {
+            let reloads = run.notices("reload");
+            reloads[before..].iter().any(|reload| {
+                reload["in_force"] == false && reload["error"].as_str().is_some_and(|error| error.contains(complaint))
+            })
+        };
         assert!(wait::until(wait::TIMEOUT, is_refused), "{count}");
         assert!(wait::until(wait::TIMEOUT, || run.stderr().contains(complaint)), "{complaint}: {}", run.stderr());
         assert!([1, 5].contains(&mark(&mut probe)), "{complaint}");
+        let instance = format!("run-{}", run.pid());
+        let status = agent::output(&["status", "-o", "json", "--instance", &instance]);
+        let status: serde_json::Value = serde_json::from_slice(&status.stdout).unwrap();
+        let error = status["reload"]["error"].as_str().unwrap_or_default();
+        assert!(error.contains(complaint), "{complaint}: {status}");
     }
     remove();
     fs::remove_file(valid).unwrap();
