@@ -3,6 +3,7 @@
 use std::{collections::HashSet, fmt, io, path::Path};
 
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use jiff::tz::TimeZone;
 use nix::errno::Errno;
 use serde_json::{Value, json};
 
@@ -70,6 +71,9 @@ pub(super) struct ReportArgs {
     /// Output format
     #[arg(long, short, value_enum, default_value_t)]
     pub(super) output: Format,
+    /// Begin each line about a call or a socket with the local time of day, as `strace -tt` does. JSON always has the time
+    #[arg(long, short = 't')]
+    times: bool,
     /// How to observe calls
     #[arg(long, value_name = "BACKEND", value_parser = backend_parser(), default_value = DEFAULT_BACKEND)]
     pub(super) audit_backend: BackendChoice,
@@ -132,6 +136,8 @@ pub(super) struct Writer {
     format: Format,
     /// Whether events are left out.
     quiet: bool,
+    /// The time zone of the times before events, if these are written.
+    zone: Option<TimeZone>,
     out: Sink,
     /// The width to which text is wrapped, in columns.
     width: usize,
@@ -192,7 +198,8 @@ impl Writer {
         let started =
             || Sink::start(target, reporting.output).map_err(|source| ReportError { place: place.clone(), source });
         let out = shared.map_or_else(started, Ok)?;
-        Ok(Self { format: reporting.output, quiet: reporting.quiet, out, width, place })
+        let zone = reporting.times.then(TimeZone::system);
+        Ok(Self { format: reporting.output, quiet: reporting.quiet, zone, out, width, place })
     }
 
     fn line(&self, line: &dyn fmt::Display) {
@@ -375,7 +382,10 @@ impl Observer for Writer {
     fn event(&self, event: &Event) {
         match self.format {
             _ if self.quiet => {}
-            Format::Text => self.line(event),
+            Format::Text => match &self.zone {
+                Some(zone) => self.line(&format_args!("{} {event}", time_of_day(event.time, zone))),
+                None => self.line(event),
+            },
             Format::Json => self.line(&event.to_json()),
         }
     }
@@ -414,6 +424,11 @@ fn started_json(session: &Session) -> Value {
         "rules": desired.rules.iter().filter(|rule| rule.instance.is_none()).count(),
         "options": desired.named,
     })
+}
+
+/// Returns the time of day with microseconds.
+fn time_of_day(time: jiff::Timestamp, zone: &TimeZone) -> impl fmt::Display {
+    time.to_zoned(zone.clone()).strftime("%H:%M:%S%.6f").to_string()
 }
 
 /// How calls are seen, and which are not.

@@ -278,6 +278,16 @@ fn missing(event: &raw::Event, source: Source, socket: Option<&Socket>, blindnes
     if call.flags & flags::UNREADABLE != 0 {
         missing.push(Missing { what: "requested", why: "the argument was not in memory".to_owned() });
     }
+    if event.kind != raw::kind::OUTCOME && call.requested.len == 0 {
+        let why = match call.kind {
+            _ if call.flags & flags::UNREADABLE != 0 || *result == -i64::from(libc::EFAULT) => {
+                "the argument was not in memory"
+            }
+            raw::call::GETSOCKOPT if *result < 0 => "the call failed: no value was read",
+            _ => "the length was 0 or negative",
+        };
+        missing.push(Missing { what: "optlen", why: why.to_owned() });
+    }
     let is_no_socket = [-libc::EBADF, -libc::ENOTSOCK].map(i64::from).contains(result);
     if socket.is_none() && source != Source::Hook {
         let why = match blindness {

@@ -5,6 +5,7 @@ use std::{
     fs,
     os::unix::fs::symlink,
     process::{Command, Output},
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 use nix::{errno::Errno, sys::signal::Signal};
@@ -507,4 +508,50 @@ fn events_without_btf_say_why_the_socket_is_unknown() {
         assert_eq!(event.cgroup.as_deref(), Some(&*target.name()));
     }
     report.assert_nothing_lost();
+}
+
+#[test]
+fn text_can_begin_with_the_local_time_of_day() {
+    let mut command = agent::command(&["audit", "--times", "--", &process::workload(), "mark", "0"]);
+    command.env("TZ", "UTC");
+    let seconds_now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() % 86_400;
+    let before = seconds_now();
+    let output = process::output(command);
+    let took = (seconds_now() + 86_400 - before) % 86_400;
+    let printed = stderr(&output);
+    let line = printed.lines().find(|line| line.contains(" SO_MARK ")).unwrap_or_else(|| panic!("{printed}"));
+    let (time, event) = line.split_once(' ').unwrap();
+    assert!(event.starts_with("call      workload["), "{line}");
+    let (seconds, microseconds) = time.split_once('.').unwrap();
+    assert_eq!(microseconds.len(), 6, "{line}");
+    let parts: Vec<u64> = seconds.split(':').map(|part| part.parse().unwrap()).collect();
+    let [hours, minutes, seconds] = parts[..] else { panic!("{line}") };
+    let at = hours * 3600 + minutes * 60 + seconds;
+    assert!((at + 86_400 - before) % 86_400 <= took, "{line}: {at} is not within {took} s after {before}");
+}
+
+/// Lengths of 0 and below, and reads that fail.
+#[test]
+fn length_is_present_or_its_absence_is_explained() {
+    let script = "import ctypes, socket
+c, s, b = ctypes.CDLL(None), socket.socket(), ctypes.create_string_buffer(8)
+for length in (0, -1, 4): c.setsockopt(s.fileno(), 6, 1, b, length)
+c.setsockopt(s.fileno(), 6, 1, None, 4)
+for length, name in ((0, 1), (-1, 1), (4, 9999), (4, 1)):
+    c.getsockopt(s.fileno(), 6, name, b, ctypes.byref(ctypes.c_int(length)))
+";
+    let report = Running::start(agent::command(&["audit", "-o", "json", "--", "/usr/bin/python3", "-c", script]));
+    let output = report.finish();
+    let lines = String::from_utf8_lossy(&output.stderr).into_owned();
+    let calls: Vec<serde_json::Value> = lines
+        .lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+        .filter(|line| line["event"] == "call" && line["level"] == 6)
+        .collect();
+    assert_eq!(calls.len(), 8, "{lines}");
+    for call in &calls {
+        assert_ne!(call["optlen"].is_null(), call["missing"]["optlen"].is_null(), "{call}");
+    }
+    let known: Vec<_> = calls.iter().filter_map(|call| call["optlen"].as_u64()).collect();
+    assert_eq!(known, [4, 4], "{lines}");
 }
