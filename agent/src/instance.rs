@@ -263,6 +263,11 @@ impl Other {
         (!dry_run).then_some(Self { name, texts, stacks, targets })
     }
 
+    /// Returns the names of the target cgroups.
+    pub fn targets(&self) -> impl Iterator<Item = &str> {
+        self.targets.iter().map(|(name, _)| name.as_str())
+    }
+
     /// Returns the instance with its policies as rules that leave their options free. Policies that are a dry run decide nothing,
     /// and are in no stack. An instance whose policies this build does not accept has no targets.
     #[must_use]

@@ -11,11 +11,11 @@ mod signals;
 pub mod watch;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     error::Error,
     io, mem,
     os::fd::AsFd,
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -154,7 +154,7 @@ impl Config<'_> {
     }
 }
 
-/// The other instances of this host, whose policies decide on deeper targets.
+/// Other instances of this host that have targets below own ones: their policies decide there.
 #[derive(Debug, Default)]
 struct Others {
     instances: Vec<Other>,
@@ -163,7 +163,11 @@ struct Others {
 }
 
 impl Others {
-    fn of(instances: Vec<Other>) -> Self {
+    /// Keeps the instances that have a target below one of these.
+    fn below(instances: &[Other], targets: &[Target]) -> Self {
+        let own: HashSet<&Path> = targets.iter().map(|target| Path::new(&target.cgroup.name)).collect();
+        let is_below = |name: &str| Path::new(name).ancestors().skip(1).any(|ancestor| own.contains(ancestor));
+        let instances: Vec<Other> = instances.iter().filter(|other| other.targets().any(is_below)).cloned().collect();
         let freed = instances.iter().map(Other::freed).collect();
         Self { instances, freed }
     }
@@ -178,9 +182,10 @@ pub struct Daemon<'a> {
     in_force: Texts,
     policies: Vec<Policy>,
     stacks: Vec<Stack>,
+    /// All other instances, as their records were last read.
+    all_others: Vec<Other>,
+    /// Those of them that the stacks in force contain.
     others: Others,
-    /// Whether the policies of other instances have changed since the stacks were made.
-    has_new_others: bool,
     files: Watch,
     cgroups: Watch,
     /// The directory of the records of instances.
@@ -253,8 +258,8 @@ impl<'a> Daemon<'a> {
             texts,
             policies,
             stacks: Vec::new(),
+            all_others: Vec::new(),
             others: Others::default(),
-            has_new_others: false,
             instances: Watch::new(Changes::Folders)?,
             files: Watch::new(Changes::Files)?,
             cgroups: Watch::new(Changes::Folders)?,
@@ -293,7 +298,8 @@ impl<'a> Daemon<'a> {
         self.pace.begin(Instant::now());
         let resolved = self.look(&BTreeSet::new());
         self.pace.end(Instant::now());
-        let mut resolved = resolved?;
+        let (mut resolved, others) = resolved?;
+        self.others = others;
         self.stacks.clone_from(&resolved.stacks);
         self.skipped_cgroups.append(&mut resolved.skipped);
         Ok(resolved)
@@ -370,7 +376,6 @@ impl<'a> Daemon<'a> {
                 self.pace.note_change();
             }
             if self.instances.has_changed().map_err(WatchError::Wait)? && self.read_others() {
-                self.has_new_others = true;
                 self.pace.note_change();
             }
             if self.pace.is_due(Instant::now()) {
@@ -581,11 +586,12 @@ impl<'a> Daemon<'a> {
         let scope = SearchScope::of(&policies)?;
         let mount = self.config.mount;
         let resolved = ResolvedTargets::find_or_wait(mount, &policies, self.containers())?;
-        let mut resolved = resolved.beside(mount, &policies, &self.others.freed);
+        let others = Others::below(&self.all_others, &resolved.targets);
+        let mut resolved = resolved.beside(mount, &policies, &others.freed);
         resolved.skipped.extend(session.leave_to_others(&mut resolved.targets));
         let skipped = mem::take(&mut resolved.skipped);
-        let stacks = self.config.enforce(session, &policies, &self.others, &self.texts, resolved)?;
-        self.has_new_others = false;
+        let stacks = self.config.enforce(session, &policies, &others, &self.texts, resolved)?;
+        self.others = others;
         self.replaced = Instant::now();
         if policies.is_empty() {
             // The administrator has removed the last policy: also sockets that are being set up are left alone.
@@ -637,15 +643,15 @@ impl<'a> Daemon<'a> {
         let mount = self.config.mount;
         // A target whose parent cannot be listed stays a target.
         let known = session.targets().iter().map(|target| mount.below(&target.cgroup)).collect();
-        let ResolvedTargets { stacks, mut targets, containers, mut skipped } = self.look(&known)?;
+        let (ResolvedTargets { stacks, mut targets, containers, mut skipped }, others) = self.look(&known)?;
         skipped.extend(session.leave_to_others(&mut targets));
         self.skipped_cgroups = skipped;
         let scopes: Option<Vec<usize>> =
             stacks.iter().map(|stack| self.stacks.iter().position(|known| known == stack)).collect();
-        let Some(scopes) = scopes.filter(|_| !self.has_new_others) else {
+        let Some(scopes) = scopes.filter(|_| others.instances == self.others.instances) else {
             let resolved = ResolvedTargets { stacks, targets, containers, skipped: Vec::new() };
-            self.stacks = self.config.enforce(session, &self.policies, &self.others, &self.in_force, resolved)?;
-            self.has_new_others = false;
+            self.stacks = self.config.enforce(session, &self.policies, &others, &self.in_force, resolved)?;
+            self.others = others;
             self.replaced = Instant::now();
             return Ok(());
         };
@@ -658,7 +664,7 @@ impl<'a> Daemon<'a> {
 
     /// Resolves the targets that exist now, and watches the directories in which targets can appear. Repeats this for directories
     /// that were not watched before, so that no cgroup is missed.
-    fn look(&mut self, known: &BTreeSet<PathBuf>) -> Result<ResolvedTargets, DaemonError> {
+    fn look(&mut self, known: &BTreeSet<PathBuf>) -> Result<(ResolvedTargets, Others), DaemonError> {
         let mount = self.config.mount;
         // Listed before the tree, so that the tree contains the cgroups of these containers.
         let containers = self.containers();
@@ -675,7 +681,8 @@ impl<'a> Daemon<'a> {
                 self.pace.note_change();
             }
             let resolved = ResolvedTargets::among(mount, &self.policies, containers, candidates)?;
-            return Ok(resolved.beside(mount, &self.policies, &self.others.freed));
+            let others = Others::below(&self.all_others, &resolved.targets);
+            return Ok((resolved.beside(mount, &self.policies, &others.freed), others));
         }
     }
 
@@ -700,10 +707,8 @@ impl<'a> Daemon<'a> {
     /// Reads the records of the other instances. Returns whether their policies or targets have changed.
     fn read_others(&mut self) -> bool {
         let instances = instance::others(self.config.instance);
-        let has_changed = instances != self.others.instances;
-        if has_changed {
-            self.others = Others::of(instances);
-        }
+        let has_changed = instances != self.all_others;
+        self.all_others = instances;
         has_changed
     }
 

@@ -112,3 +112,30 @@ fn dry_run_of_an_inner_instance_decides_nothing() {
     inner_run.finish();
     outer_run.finish();
 }
+
+/// Each replacement of policies takes a slot of the tables, and sockets that are being set up are decided anew.
+#[test]
+fn instance_elsewhere_does_not_replace_the_policies() {
+    let (top, elsewhere) = (Cgroup::new(), Cgroup::new());
+    let policy = PolicyFile::new(format!("[target]\ncgroup = \"{}/*\"\n{OUTER}", top.name()));
+    let name = format!("{}-alone", top.name().trim_matches('/'));
+    let run = Run::start_with(&policy, &["--instance", &name]);
+    let first = top.child("first");
+    run.notice("targets", 1);
+    let generation = || {
+        let status = agent::output(&["status", "-o", "json", "--instance", &name]);
+        serde_json::from_slice::<serde_json::Value>(&status.stdout).unwrap()["generation"].clone()
+    };
+    let before = generation();
+    Run::start_with(&on(&elsewhere, INNER), &[]).finish();
+    // The agent looks at its targets again.
+    let _second = top.child("second");
+    run.notice("targets", 2);
+    assert_eq!(generation(), before);
+    let inner = first.child("inner");
+    let inner_policy = on(&inner, INNER);
+    let inner_run = Run::start_with(&inner_policy, &[]);
+    assert!(wait::until(wait::TIMEOUT, || generation() != before), "an instance below a target does");
+    inner_run.finish();
+    run.finish();
+}
