@@ -158,7 +158,7 @@ pub fn ring(input: &[u8]) {
                 container: None,
                 socket_cgroup: None,
                 monotonic_epoch_ns: 1 << 60,
-                blindness: None,
+                btf_error: None,
             };
             if let Ok(event) = decode(&event, desired, context) {
                 assert!(!event.to_string().is_empty());

@@ -98,7 +98,7 @@ impl TransientCgroup {
     /// # Errors
     ///
     /// Fails if `cgroup.procs` cannot be opened, or if there can be no pipe.
-    pub fn enclose(&self, command: &mut Command) -> io::Result<Entry> {
+    pub fn place_in(&self, command: &mut Command) -> io::Result<Entry> {
         let procs = File::options().write(true).open(self.cgroup.path.join("cgroup.procs"))?;
         let (failed, report) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
         // SAFETY: the closure only makes system calls on descriptors that it owns.
@@ -320,7 +320,7 @@ mod tests {
             };
             let cgroup = TransientCgroup { cgroup, guard: Command::new("true").spawn().unwrap() };
             let mut command = Command::new(program);
-            let entry = cgroup.enclose(&mut command).unwrap();
+            let entry = cgroup.place_in(&mut command).unwrap();
             let started = command.spawn().map(|mut child| child.wait());
             fs::remove_file(path.join("cgroup.procs")).unwrap();
             (started.is_ok(), entry.has_failed())

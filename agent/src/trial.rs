@@ -30,7 +30,7 @@ pub const SAMPLE: &str = "sample-sockets";
 #[derive(Debug, thiserror::Error)]
 pub enum TrialError {
     #[error("{0}")]
-    Enclosure(#[from] TransientCgroupError),
+    TransientCgroup(#[from] TransientCgroupError),
     #[error(transparent)]
     Compile(#[from] CompileError),
     #[error("{0}")]
@@ -65,7 +65,7 @@ pub fn policy_that_sets(options: &[&'static SocketOption]) -> Policy {
 
 /// A child process in a new cgroup, which opens sockets on request. The programs can be loaded while it starts.
 pub struct Sample {
-    enclosure: TransientCgroup,
+    transient: TransientCgroup,
     process: Child,
 }
 
@@ -76,11 +76,11 @@ impl Sample {
     ///
     /// Fails if the process or its cgroup cannot be made.
     pub fn start(mount: &Mount) -> Result<Self, TrialError> {
-        let enclosure = TransientCgroup::make(mount, "-try")?;
+        let transient = TransientCgroup::make(mount, "-try")?;
         let mut command = Command::new("/proc/self/exe");
         command.arg(SAMPLE).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
-        let process = enclosure.enclose(&mut command).and_then(|_| command.spawn()).map_err(TrialError::Sample)?;
-        Ok(Self { enclosure, process })
+        let process = transient.place_in(&mut command).and_then(|_| command.spawn()).map_err(TrialError::Sample)?;
+        Ok(Self { transient, process })
     }
 
     /// Makes the process open its sockets, and waits until it exits.
@@ -126,7 +126,7 @@ pub fn try_options(
     mut sample: Sample,
 ) -> Result<Vec<(&'static SocketOption, Answer)>, TrialError> {
     desired.keep_hooks(|hook| hooks.contains(&hook));
-    let cgroup = mount.open(&sample.enclosure.cgroup.path).map_err(TransientCgroupError::from)?;
+    let cgroup = mount.open(&sample.transient.cgroup.path).map_err(TransientCgroupError::from)?;
     let target = Target { cgroup, scope: 0, is_boundary: false };
     let (opened, counters) = object.in_force_on(&desired, tables, target, || sample.open_sockets())?;
     opened.map_err(TrialError::Sample)?;

@@ -54,7 +54,7 @@ enum DoctorError {
     #[error("{0}")]
     Cgroup(#[from] CgroupError),
     #[error("{0}")]
-    Enclosure(#[from] TransientCgroupError),
+    TransientCgroup(#[from] TransientCgroupError),
     #[error("{0}")]
     Session(#[from] SessionError),
     #[error("{0}")]
@@ -106,9 +106,9 @@ fn probe() -> Result<Findings, DoctorError> {
     process::raise_descriptor_limit();
     kernel::check_privileges()?;
     let mount = Mount::find()?;
-    let enclosure = TransientCgroup::make(&mount, "-doctor")?;
-    let Probed { answers: hooks, mut programs } = kernel::hooks(&enclosure.cgroup)?;
-    enclosure.remove()?;
+    let transient = TransientCgroup::make(&mount, "-doctor")?;
+    let Probed { answers: hooks, mut programs } = kernel::hooks(&transient.cgroup)?;
+    transient.remove()?;
     let Probed { answers: iterators, programs: of_iterators } = kernel::iterator()?;
     let Probed { answers: backends, programs: of_audit } = kernel::audit_backends()?;
     programs.extend(of_iterators.into_iter().chain(of_audit));

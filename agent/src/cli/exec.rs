@@ -57,7 +57,7 @@ pub(super) struct Exec {
     #[command(flatten)]
     trust: TrustArgs,
     #[command(flatten)]
-    manner: EnforceArgs,
+    enforce: EnforceArgs,
     /// Write the report to this file instead of standard error
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
@@ -73,7 +73,7 @@ pub(super) enum ExecError {
     #[error("{0}")]
     Cgroup(#[from] CgroupError),
     #[error("{0}")]
-    Enclosure(#[from] TransientCgroupError),
+    TransientCgroup(#[from] TransientCgroupError),
     #[error("{0}")]
     Session(#[from] SessionError),
     #[error("{0}")]
@@ -103,9 +103,9 @@ impl ExecError {
 
 impl Exec {
     pub(super) fn run(self) -> ExitCode {
-        messages::start(self.manner.reporting.output);
+        messages::start(self.enforce.reporting.output);
         let Some(policies) = check::load(&self.files, self.trust.or_refuse()) else { return EXIT_INTERNAL.into() };
-        let EnforceArgs { dry_run, reporting, .. } = &self.manner;
+        let EnforceArgs { dry_run, reporting, .. } = &self.enforce;
         let prepared = session::prepare(&policies, &[all(&policies)], *dry_run, reporting.timing);
         check::warn_of_replaced_targets(&policies, "the command's cgroup");
         let report = self.report.as_deref();
@@ -113,7 +113,7 @@ impl Exec {
             command: &self.command,
             reporting,
             report,
-            on_unsupported: self.manner.unsupported.choice(),
+            on_unsupported: self.enforce.unsupported.choice(),
         };
         enclosed.finish(prepared.map_err(ExecError::from).and_then(|desired| enclosed.run(desired, Filter::default())))
     }
@@ -143,8 +143,8 @@ impl TransientRun<'_> {
         crate::kernel::check_privileges().map_err(SessionError::from)?;
         let writer = self.writer()?;
         let mount = Mount::find()?;
-        let enclosure = TransientCgroup::make(&mount, "")?;
-        let target = Target { cgroup: mount.open(&enclosure.cgroup.path)?, scope: 0, is_boundary: false };
+        let transient = TransientCgroup::make(&mount, "")?;
+        let target = Target { cgroup: mount.open(&transient.cgroup.path)?, scope: 0, is_boundary: false };
         let setup = Setup {
             desired,
             mount,
@@ -163,11 +163,11 @@ impl TransientRun<'_> {
             return Ok(ExitCode::from(128 + signal as u8));
         }
         writer.settle();
-        let mut child = self.spawn(&enclosure, &signals, limits)?;
+        let mut child = self.spawn(&transient, &signals, limits)?;
         let status = follow(&mut child, &mut session, &mut signals, &writer)?;
         session.end()?;
         while report_events(&mut session, &writer) {}
-        let left = enclosure.population();
+        let left = transient.population();
         let summary = session.finish()?;
         let conflicts = summary.conflicts();
         // The status of the command matters more than a lost report.
@@ -177,7 +177,7 @@ impl TransientRun<'_> {
         if left > 0 {
             log::warn!("{left} processes outlived the command; the policy does not apply to them any more");
         }
-        if let Err(error) = enclosure.remove() {
+        if let Err(error) = transient.remove() {
             log::warn!("{error}");
         }
         if self.reporting.fail_on_conflict && conflicts > 0 && status.success() {
@@ -195,19 +195,19 @@ impl TransientRun<'_> {
 
     fn spawn(
         &self,
-        enclosure: &TransientCgroup,
+        transient: &TransientCgroup,
         signals: &Signals,
         limits: Option<DescriptorLimits>,
     ) -> Result<Child, ExecError> {
         let [name, arguments @ ..] = self.command else { unreachable_command() };
         let mut command = Command::new(name);
         command.args(arguments);
-        let entry = enclosure.enclose(&mut command)?;
+        let entry = transient.place_in(&mut command)?;
         signals.restore_in_child(&mut command);
         // SAFETY: the closure only makes a system call.
         unsafe { command.pre_exec(move || limits.map_or(Ok(()), DescriptorLimits::restore)) };
         command.spawn().map_err(|source| match entry.has_failed() {
-            true => ExecError::Enter { cgroup: enclosure.cgroup.path.clone(), source },
+            true => ExecError::Enter { cgroup: transient.cgroup.path.clone(), source },
             false => ExecError::Spawn { command: name.clone(), source },
         })
     }

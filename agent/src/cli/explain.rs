@@ -185,7 +185,7 @@ impl Explain {
             },
         };
         let told =
-            explained.and_then(|explanation| ignore_broken_pipe(self.tell(&explanation)).map_err(ExplainError::Write));
+            explained.and_then(|explanation| ignore_broken_pipe(self.write(&explanation)).map_err(ExplainError::Write));
         match told {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
@@ -204,14 +204,14 @@ impl Explain {
         let all = kernel::inspector().all_of(pid).map_err(|source| NoSocket::Process { pid, source })?;
         let cookies: HashMap<i32, u64> = all.iter().map(|(fd, entry)| (*fd, entry.cookie)).collect();
         let sockets = all.into_iter().filter_map(|(fd, entry)| Some((fd, entry.facts()?)));
-        let is_meant = |(fd, socket): &(i32, Socket)| {
+        let is_match = |(fd, socket): &(i32, Socket)| {
             self.fd.is_none_or(|asked| asked == *fd)
                 && described.local.is_none_or(|asked| socket.local == Some(asked))
                 && described.local_port.is_none_or(|asked| socket.local_port == Some(asked))
                 && described.remote.is_none_or(|asked| socket.remote == Some(asked))
         };
-        let (mut meant, others): (Vec<_>, Vec<_>) = sockets.partition(is_meant);
-        match (meant.pop(), meant.is_empty()) {
+        let (mut matching, others): (Vec<_>, Vec<_>) = sockets.partition(is_match);
+        match (matching.pop(), matching.is_empty()) {
             (Some((fd, socket)), true) => {
                 let listed = cookies.get(&fd).and_then(|cookie| listed(*cookie));
                 let (direction, home) = match listed {
@@ -227,15 +227,15 @@ impl Explain {
                 })
             }
             (Some(last), false) => {
-                meant.push(last);
-                Err(NoSocket::Several { pid, sockets: meant })
+                matching.push(last);
+                Err(NoSocket::Several { pid, sockets: matching })
             }
             (None, _) if others.is_empty() => Err(NoSocket::None { pid }),
             (None, _) => Err(NoSocket::Others { pid, sockets: others }),
         }
     }
 
-    fn tell(&self, explanation: &Explanation) -> io::Result<()> {
+    fn write(&self, explanation: &Explanation) -> io::Result<()> {
         let mut out = stdout(self.output);
         match self.output {
             Format::Text => write!(out, "{explanation}")?,

@@ -225,7 +225,7 @@ mod tests {
         let help = Some("cgroups are the directories below /sys/fs/cgroup: find /sys/fs/cgroup -type d".to_owned());
         let errors: [Box<dyn Error>; 3] = [
             Box::new(DaemonError::Target(TargetError::Cgroup(missing()))),
-            Box::new(ExecError::Enclosure(TransientCgroupError::Cgroup(missing()))),
+            Box::new(ExecError::TransientCgroup(TransientCgroupError::Cgroup(missing()))),
             Box::new(missing()),
         ];
         for error in errors {

@@ -437,7 +437,7 @@ pub(super) fn describe_audit(audit: Audit) -> String {
     let seen = format!("audit by {} of {}", audit.backend, points.join(" and "));
     match audit.not_covered() {
         [] => seen,
-        blind_to => format!("{seen} (does not see {})", blind_to.join(", ")),
+        not_covered => format!("{seen} (does not see {})", not_covered.join(", ")),
     }
 }
 

@@ -62,7 +62,7 @@ pub(super) struct Plan {
 impl Plan {
     pub(super) fn run(self) -> ExitCode {
         let Some(policies) = check::load(&self.files, self.trust.or_warn()) else { return FINDINGS.into() };
-        match self.tell(&policies) {
+        match self.print(&policies) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 print_error(&error);
@@ -71,7 +71,7 @@ impl Plan {
         }
     }
 
-    fn tell(&self, policies: &[Policy]) -> Result<(), PlanError> {
+    fn print(&self, policies: &[Policy]) -> Result<(), PlanError> {
         check::show(&check::on_this_host(policies));
         let mount = Mount::find().map_err(RunError::from)?;
         if self.cgroup.is_empty() {
@@ -121,7 +121,7 @@ impl Plan {
             targets: &targets,
             tried: desired.set_options().iter().map(|option| option.name).collect(),
             conflicts: kernel::conflicts(&desired, &targets),
-            others: neighbours(&mount, &targets),
+            others: foreign_beside(&mount, &targets),
             refused: instance::check_others(None, &kernel::names(&targets)).err(),
         };
         let written = match self.output {
@@ -174,8 +174,8 @@ impl Plan {
             ref backends => writeln!(out, "in the kernel:\n  attach to {calls}, by {}", backends.join(", or else ")),
         }?;
         if desired.audit_judges {
-            for (backend, blind_to) in self.blind_backends() {
-                writeln!(out, "  calls that {backend} would not see are not judged: {}", blind_to.join(", "))?;
+            for (backend, not_covered) in self.backends_with_gaps() {
+                writeln!(out, "  calls that {backend} would not see are not judged: {}", not_covered.join(", "))?;
             }
         }
         if let Some(error) = refused {
@@ -186,18 +186,18 @@ impl Plan {
             Err(error) => writeln!(out, "\nunknown: which programs of others are attached there: {error}"),
             Ok(others) if others.is_empty() => Ok(()),
             Ok(others) => {
-                let others = others.iter().filter(|(neighbour, _)| !is_in_conflict(neighbour, conflicts));
+                let others = others.iter().filter(|(foreign, _)| !is_in_conflict(foreign, conflicts));
                 let mut others = others.peekable();
                 if others.peek().is_some() {
                     writeln!(out, "\nattached there by others, and staying:")?;
                 }
-                others.try_for_each(|(neighbour, turn)| {
-                    let when = match turn {
+                others.try_for_each(|(foreign, order)| {
+                    let when = match order {
                         RunOrder::Before => "runs before ours",
                         RunOrder::After => "runs after ours",
                         RunOrder::Never => "takes no effect below it where programs are attached to this hook",
                     };
-                    writeln!(out, "  {:18}  {neighbour}: {when}", neighbour.hook.name())
+                    writeln!(out, "  {:18}  {foreign}: {when}", foreign.hook.name())
                 })
             }
         }
@@ -294,11 +294,11 @@ impl Plan {
             }),
         );
         writeln!(out, "{audit}")?;
-        let others = others.iter().flatten().filter(|(neighbour, _)| !is_in_conflict(neighbour, conflicts));
-        for (neighbour, turn) in others {
-            let mut line = schema::line("plan", neighbour.to_json());
+        let others = others.iter().flatten().filter(|(foreign, _)| !is_in_conflict(foreign, conflicts));
+        for (foreign, order) in others {
+            let mut line = schema::line("plan", foreign.to_json());
             line["step"] = "leave".into();
-            line["runs"] = match turn {
+            line["runs"] = match order {
                 RunOrder::Before => "before",
                 RunOrder::After => "after",
                 RunOrder::Never => "never",
@@ -310,9 +310,11 @@ impl Plan {
     }
 
     /// The backends that may be taken and that do not see all calls, with those that they do not see.
-    fn blind_backends(&self) -> impl Iterator<Item = (&'static str, &'static [&'static str])> {
+    fn backends_with_gaps(&self) -> impl Iterator<Item = (&'static str, &'static [&'static str])> {
         let backends = kernel::candidates(self.audit_backend).into_iter();
-        backends.map(|backend| (backend.name(), backend.never_sees())).filter(|(_, blind_to)| !blind_to.is_empty())
+        backends
+            .map(|backend| (backend.name(), backend.never_sees()))
+            .filter(|(_, not_covered)| !not_covered.is_empty())
     }
 
     fn backends(&self) -> Vec<&'static str> {
@@ -338,15 +340,15 @@ struct Steps<'a> {
 /// The programs of others that run for the same sockets, or why they cannot be told.
 type Others = io::Result<Vec<(ForeignProgram, RunOrder)>>;
 
-fn neighbours(mount: &Mount, targets: &[Target]) -> Others {
+fn foreign_beside(mount: &Mount, targets: &[Target]) -> Others {
     let paths: Vec<_> = targets.iter().map(|target| mount.below(&target.cgroup)).collect();
     let all = kernel::foreign_programs(mount)?.into_iter();
-    Ok(all.filter_map(|neighbour| neighbour.run_order(&paths).map(|turn| (neighbour, turn))).collect())
+    Ok(all.filter_map(|foreign| foreign.run_order(&paths).map(|order| (foreign, order))).collect())
 }
 
 /// Whether policies cannot be in force on a target because of this program.
-fn is_in_conflict(neighbour: &ForeignProgram, conflicts: &[(usize, ForeignConflict)]) -> bool {
-    conflicts.iter().any(|(_, conflict)| conflict.is_about(neighbour))
+fn is_in_conflict(foreign: &ForeignProgram, conflicts: &[(usize, ForeignConflict)]) -> bool {
+    conflicts.iter().any(|(_, conflict)| conflict.is_about(foreign))
 }
 
 /// Where the policies of a scope are to be in force, and in which order they decide.

@@ -58,7 +58,7 @@ pub(super) struct Run {
     #[arg(long, value_name = "NAME")]
     instance: Option<String>,
     #[command(flatten)]
-    manner: EnforceArgs,
+    enforce: EnforceArgs,
 }
 
 /// The name of an instance that nobody has given another.
@@ -90,12 +90,12 @@ impl From<CgroupError> for RunError {
 
 impl Run {
     pub(super) fn run(self) -> ExitCode {
-        messages::start(self.manner.reporting.output);
+        messages::start(self.enforce.reporting.output);
         let sources = Sources::new(&self.files, self.trust.or_refuse()).may_be_empty();
         let texts = sources.read();
         let Some(policies) = check::shown(texts.policies()) else { return FAILURE.into() };
         match self.run_policies(sources, texts, &policies) {
-            Ok(conflicts) if self.manner.reporting.fail_on_conflict && conflicts > 0 => FINDINGS.into(),
+            Ok(conflicts) if self.enforce.reporting.fail_on_conflict && conflicts > 0 => FINDINGS.into(),
             Ok(_) => ExitCode::SUCCESS,
             Err(error) => {
                 print_error(&error);
@@ -107,7 +107,7 @@ impl Run {
     /// Gives the number of conflicts.
     fn run_policies(&self, sources: Sources, texts: Texts, policies: &[Policy]) -> Result<u64, RunError> {
         let mut signals = Signals::watch().map_err(WatchError::Wait)?;
-        let EnforceArgs { dry_run, reporting, .. } = &self.manner;
+        let EnforceArgs { dry_run, reporting, .. } = &self.enforce;
         process::raise_descriptor_limit();
         let mount = Mount::find()?;
         let name = self.name();
@@ -131,7 +131,7 @@ impl Run {
         kernel::check_privileges().map_err(SessionError::from)?;
         let instance = self.become_instance(&targets)?.map(|instance| (instance, daemon.files()));
         let writer = Writer::to_standard(reporting, Standard::Output)?;
-        // A cgroup that was named is meant: one among those that a pattern matches concerns only itself.
+        // A cgroup of the command line must be attachable. A cgroup that a pattern matches is skipped if it is not.
         let blocked = if self.cgroup.is_empty() { OnBlocked::Skip } else { OnBlocked::Refuse };
         let setup = Setup {
             desired,
@@ -139,7 +139,7 @@ impl Run {
             targets,
             containers: Known::new(&containers),
             backend: reporting.audit_backend,
-            on_unsupported: self.manner.unsupported.choice(),
+            on_unsupported: self.enforce.unsupported.choice(),
             on_blocked: blocked,
             filter: Filter::default(),
             instance,
@@ -212,10 +212,10 @@ fn finish(
 ) -> Result<u64, RunError> {
     during(&mut session, signals, &writer)?;
     watch::end(&mut session, &writer)?;
-    let stays_as = session.persistent_name().map(str::to_owned);
+    let persistent_name = session.persistent_name().map(str::to_owned);
     let summary = session.finish()?;
     let conflicts = summary.new_conflicts();
-    if let Some(name) = stays_as {
+    if let Some(name) = persistent_name {
         log::warn!("the policies stay in force; `sockpolicy detach --instance {name}` ends that");
     }
     writer.summary(summary)?;

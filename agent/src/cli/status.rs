@@ -159,7 +159,7 @@ fn target_states(generation: &Generation, desired: &Desired, maps: MapIds) -> io
 
 impl Status {
     pub(super) fn run(self) -> ExitCode {
-        match self.tell() {
+        match self.print() {
             Ok(true) => ExitCode::SUCCESS,
             Ok(false) => FAILURE.into(),
             Err(error) => {
@@ -170,7 +170,7 @@ impl Status {
     }
 
     /// Gives whether all of it could be told.
-    fn tell(&self) -> Result<bool, StatusError> {
+    fn print(&self) -> Result<bool, StatusError> {
         kernel::check_privileges()?;
         let mut seen = instance::all();
         let visible = instance::check_visible().map_err(|cause| StatusError::Hidden { cause });
@@ -410,5 +410,5 @@ fn others_beside(generation: &Generation) -> io::Result<Vec<ForeignProgram>> {
     let targets: Vec<PathBuf> =
         generation.targets.iter().map(|(name, _)| name.trim_start_matches('/').into()).collect();
     let all = kernel::foreign_programs(&mount)?.into_iter();
-    Ok(all.filter(|neighbour| !neighbour.is_sockpolicy() && neighbour.run_order(&targets).is_some()).collect())
+    Ok(all.filter(|foreign| !foreign.is_sockpolicy() && foreign.run_order(&targets).is_some()).collect())
 }

@@ -41,14 +41,14 @@ impl Test {
                 return FINDINGS.into();
             }
         };
-        if let Err(error) = ignore_broken_pipe(self.tell(&trials)) {
+        if let Err(error) = ignore_broken_pipe(self.write(&trials)) {
             print_error(&error);
             return FAILURE.into();
         }
         if trials.iter().all(Trial::passed) { ExitCode::SUCCESS } else { FINDINGS.into() }
     }
 
-    fn tell(&self, trials: &[Trial]) -> io::Result<()> {
+    fn write(&self, trials: &[Trial]) -> io::Result<()> {
         let mut out = stdout(self.output);
         if self.output == Format::Json {
             return trials.iter().try_for_each(|trial| writeln!(out, "{}", trial.to_json()));

@@ -110,7 +110,7 @@ impl Verify {
         drop(progress);
         tally.unanswered = sockets.skipped().len();
         skipped::warn_of(&sockets.skipped());
-        ignore_broken_pipe(written.and_then(|()| self.tell(&tally, &mut out)))?;
+        ignore_broken_pipe(written.and_then(|()| self.write(&tally, &mut out)))?;
         Ok(tally)
     }
 
@@ -121,7 +121,7 @@ impl Verify {
         }
     }
 
-    fn tell(&self, tally: &Tally, out: &mut impl Write) -> io::Result<()> {
+    fn write(&self, tally: &Tally, out: &mut impl Write) -> io::Result<()> {
         match self.output {
             Format::Text => tally.write_text(out),
             Format::Json => writeln!(out, "{}", tally.to_json()),

@@ -194,7 +194,7 @@ pub struct HostContext {
     /// CLOCK_REALTIME minus CLOCK_MONOTONIC, in nanoseconds.
     pub monotonic_epoch_ns: i128,
     /// Why the programs cannot read sockets, if they cannot.
-    pub blindness: Option<String>,
+    pub btf_error: Option<String>,
 }
 
 /// The error for a record of a type that this build does not know.
@@ -217,7 +217,7 @@ pub fn decode(event: &raw::Event, desired: &Desired, context: HostContext) -> Re
     let decided = call.flags & flags::DECIDED != 0;
     let result = (source != Source::Hook).then_some(event.result);
     let socket = socket(call, context.socket_cgroup.as_deref());
-    let mut missing = missing(event, source, socket.as_ref(), context.blindness.as_deref());
+    let mut missing = missing(event, source, socket.as_ref(), context.btf_error.as_deref());
     if let Err(why) = context.exe
         && event.pid != 0
     {
@@ -272,7 +272,7 @@ fn via(call_flags: u32) -> Option<Via> {
 }
 
 /// Returns the unknown parts of an event, and why they are unknown.
-fn missing(event: &raw::Event, source: Source, socket: Option<&Socket>, blindness: Option<&str>) -> Vec<Missing> {
+fn missing(event: &raw::Event, source: Source, socket: Option<&Socket>, btf_error: Option<&str>) -> Vec<Missing> {
     let raw::Event { call, result, .. } = event;
     let mut missing = Vec::new();
     if call.flags & flags::UNREADABLE != 0 {
@@ -290,9 +290,9 @@ fn missing(event: &raw::Event, source: Source, socket: Option<&Socket>, blindnes
     }
     let is_no_socket = [-libc::EBADF, -libc::ENOTSOCK].map(i64::from).contains(result);
     if socket.is_none() && source != Source::Hook {
-        let why = match blindness {
+        let why = match btf_error {
             _ if is_no_socket => "the descriptor is not a socket",
-            Some(blindness) => blindness,
+            Some(btf_error) => btf_error,
             None if source == Source::Tracepoint => "the descriptor had changed when the call returned",
             None => "the kernel did not show the socket of the call",
         };

@@ -260,9 +260,9 @@ pub fn dscp_by_number(number: i64) -> Result<u32, Problem> {
     }
     let problem = Problem::new(format!("{number} sets one of the two lowest bits, which are ECN"));
     // Probably the six bits alone, as other tools write them.
-    let meant = i64::from(byte) << 2;
-    Err(if meant <= 0xff {
-        problem.help(format!("for the code point {number}, write {}", show_literal(ValueKind::Dscp, meant)))
+    let shifted = i64::from(byte) << 2;
+    Err(if shifted <= 0xff {
+        problem.help(format!("for the code point {number}, write {}", show_literal(ValueKind::Dscp, shifted)))
     } else {
         problem.help(format!("write {:#x}", byte & DSCP_MASK))
     })

@@ -86,7 +86,7 @@ impl Session {
             cgroup,
             socket_cgroup: self.names.name(raw.call.socket_cgroup).map(|name| name.to_string()),
             monotonic_epoch_ns: monotonic_epoch_ns(),
-            blindness: self.object.btf_error().map(str::to_owned),
+            btf_error: self.object.btf_error().map(str::to_owned),
         }
     }
 }

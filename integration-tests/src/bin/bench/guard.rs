@@ -30,7 +30,7 @@ pub(crate) const WITHIN: &str = "within";
 const AWAITED: [Signal; 4] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGCHLD];
 
 /// Runs this program again with these arguments, in a cgroup that is removed before this returns.
-pub(crate) fn enclose(arguments: &[OsString]) -> Result<ExitCode> {
+pub(crate) fn place_in_cgroup(arguments: &[OsString]) -> Result<ExitCode> {
     // SAFETY: has no arguments and cannot fail.
     if unsafe { libc::geteuid() } != 0 {
         return Err(BenchError::new("cannot attach BPF programs and create cgroups: not root")

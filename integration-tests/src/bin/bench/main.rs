@@ -50,7 +50,7 @@ fn begin(words: &[OsString]) -> Result<ExitCode> {
         print(&arguments::help())?;
         return Ok(ExitCode::SUCCESS);
     }
-    guard::enclose(words)
+    guard::place_in_cgroup(words)
 }
 
 fn print(text: &str) -> Result<()> {

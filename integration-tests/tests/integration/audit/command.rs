@@ -512,7 +512,7 @@ fn events_without_btf_say_why_the_socket_is_unknown() {
 
 #[test]
 fn text_can_begin_with_the_local_time_of_day() {
-    let mut command = agent::command(&["audit", "--times", "--", &process::workload(), "mark", "0"]);
+    let mut command = agent::command(&["audit", "--times", "--", &workload(), "mark", "0"]);
     command.env("TZ", "UTC");
     let seconds_now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() % 86_400;
     let before = seconds_now();
@@ -543,9 +543,9 @@ for length, name in ((0, 1), (-1, 1), (4, 9999), (4, 1)):
     let report = Running::start(agent::command(&["audit", "-o", "json", "--", "/usr/bin/python3", "-c", script]));
     let output = report.finish();
     let lines = String::from_utf8_lossy(&output.stderr).into_owned();
-    let calls: Vec<serde_json::Value> = lines
+    let calls: Vec<Value> = lines
         .lines()
-        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
         .filter(|line| line["event"] == "call" && line["level"] == 6)
         .collect();
     assert_eq!(calls.len(), 8, "{lines}");
