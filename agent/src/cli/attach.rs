@@ -28,7 +28,7 @@ use crate::{
 
 /// Enforce policies on the cgroups that exist now, without an agent
 ///
-/// The policies stay until `detach`. They do not follow cgroups that are created later: a service restart makes a new cgroup, so use `run --persist` for services. Conflicts are counted, not reported; `status` shows the counts. Policies of an instance with this name are replaced without a gap.
+/// The policies stay until `detach`. They do not follow cgroups that are created later: a service restart makes a new cgroup, so use `run --persist` for services. Conflicts are counted, not reported; `status` shows the counts. Policies of an instance with this name are replaced without an interruption.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  sockpolicy attach web.toml --cgroup system.slice/nginx.service")]
 pub(super) struct Attach {
@@ -207,11 +207,11 @@ impl Detach {
             return Err(DetachError::None { name: name.clone(), others, has_journal });
         }
         let pins = Pins::of(name)?;
-        // Whatever comes of it, what it says of itself is not true any more.
+        // From here on the record is wrong, whether the rest succeeds or not.
         instance.discard_record();
         pins.disable()?;
         pins.remove()?;
-        // No sooner: the policies would set it again.
+        // Restored last, because the policies would set the options again.
         if self.restore {
             return Ok(restore(name, Format::Text).map_err(Box::new)?);
         }

@@ -156,7 +156,7 @@ impl Audit {
         Ok(desired)
     }
 
-    /// Gives the number of conflicts.
+    /// Returns the number of conflicts.
     fn watch(&self, filter: Filter, policies: &[Policy]) -> Result<u64, AuditError> {
         let mut signals = Signals::watch().map_err(WatchError::Wait).map_err(RunError::from)?;
         process::raise_descriptor_limit();
@@ -193,7 +193,7 @@ impl Audit {
         self.pid.iter().map(open).collect()
     }
 
-    /// Those that were asked for, else those of the policies, else all there is.
+    /// Returns the cgroups of the command line, else the targets of the policies, else the root cgroup.
     fn placement(&self, mount: &Mount, policies: &[Policy]) -> Result<ResolvedTargets, RunError> {
         let names_none = policies.iter().all(|policy| policy.target.is_empty());
         if self.cgroup.is_empty() && names_none {

@@ -165,7 +165,7 @@ fn write_json(found: &[Diagnostic], errors: usize, warnings: usize, counts: Opti
     writeln!(out, "{}", schema::line("check-summary", fields))
 }
 
-/// By the tables: what came with which version.
+/// Returns what a kernel of this version does not support, by the tables.
 fn on_kernel(policies: &[Policy], desired: &Desired, kernel: Version) -> Vec<Diagnostic> {
     let mut found = lint::on_kernel(policies, kernel);
     let missing = desired.hooks().into_iter().filter(|hook| !hook.is_optional() && !kernel.has(hook.since()));
@@ -173,20 +173,20 @@ fn on_kernel(policies: &[Policy], desired: &Desired, kernel: Version) -> Vec<Dia
     let unsupported: UnsupportedList =
         missing.filter_map(|hook| Unsupported::of_hook(desired, hook, reason.clone())).collect();
     found.extend(unsupported.0.into_iter().map(|entry| {
-        let problem = Problem::new(entry.to_string())
-            .help("`run` and `exec` have the rest in force without it with --allow-unsupported");
+        let problem =
+            Problem::new(entry.to_string()).help("`run` and `exec` enforce the rest with --allow-unsupported");
         let severity = if entry.is_enforced { Severity::Error } else { Severity::Warning };
         Diagnostic { severity, ..Diagnostic::without_source(problem) }
     }));
     found
 }
 
-/// What the host of this process will not let policies have. What cannot be told of it is not held against anybody.
+/// Returns warnings about settings that this host does not permit. Facts about the host that cannot be read cause no warning.
 pub(super) fn on_this_host(policies: &[Policy]) -> Vec<Diagnostic> {
     let host = Host {
-        congestion_controls: known("its congestion controls", tcp::congestion_controls()),
+        congestion_controls: known("the congestion controls", tcp::congestion_controls()),
         locked_routes: if lint::asks_for_routes(policies) {
-            known("its routes", routes::with_locked_congestion_control())
+            known("the routes", routes::with_locked_congestion_control())
                 .unwrap_or_default()
                 .into_iter()
                 .map(locked)
@@ -194,8 +194,8 @@ pub(super) fn on_this_host(policies: &[Policy]) -> Vec<Diagnostic> {
         } else {
             Vec::new()
         },
-        wmem_max: known("its largest send buffer", tcp::buffer_max("wmem_max")),
-        rmem_max: known("its largest receive buffer", tcp::buffer_max("rmem_max")),
+        wmem_max: known("the limits of send buffers", tcp::buffer_max("wmem_max")),
+        rmem_max: known("the limits of receive buffers", tcp::buffer_max("rmem_max")),
     };
     lint::on_host(policies, &host)
 }
@@ -205,22 +205,22 @@ fn locked(Route { destination, congestion_control }: Route) -> LockedRoute {
 }
 
 fn known<T>(what: &str, answer: io::Result<T>) -> Option<T> {
-    answer.inspect_err(|error| log::debug!("cannot tell of this host {what}: {error}")).ok()
+    answer.inspect_err(|error| log::debug!("{what} of this host are unknown: {error}")).ok()
 }
 
-/// Says that policies with targets of their own are in force elsewhere.
+/// Warns that the targets of policies are replaced.
 pub(super) fn warn_of_replaced_targets(policies: &[Policy], by: &str) {
     for policy in policies.iter().filter(|policy| !policy.target.is_empty()) {
-        log::warn!("the target of policy `{}` gives way to {by}", policy.name.escaped());
+        log::warn!("{by} replaces the target of policy `{}`", policy.name.escaped());
     }
 }
 
-/// Reads policy files. Says what is wrong with them, and gives `None` if anything is.
+/// Reads policy files. Prints their errors and warnings. Returns `None` if there are errors.
 pub(super) fn load(files: &[PathBuf], insecure: IfInsecure) -> Option<Vec<Policy>> {
     shown(sources::load_all(files, insecure))
 }
 
-/// The policies that were loaded. Says what is wrong, and gives `None` if anything is.
+/// Prints the errors and warnings of loaded policies. Returns `None` if there are errors.
 pub(super) fn shown(loaded: Result<(Vec<Policy>, Warnings), PolicyErrors>) -> Option<Vec<Policy>> {
     match loaded {
         Ok((policies, warnings)) => {
@@ -234,7 +234,7 @@ pub(super) fn shown(loaded: Result<(Vec<Policy>, Warnings), PolicyErrors>) -> Op
     }
 }
 
-/// The same, and compiles those together that have the same target.
+/// Like [`load`]. Also compiles the policies that are in force together, and returns `None` if that fails.
 pub(super) fn load_compiled(files: &[PathBuf], insecure: IfInsecure) -> Option<Vec<Policy>> {
     let policies = load(files, insecure)?;
     match compile_together(&policies) {

@@ -89,15 +89,13 @@ pub(super) struct Explain {
 enum NoSocket {
     #[error("{0}\n  help: give addresses of one family; an IPv4-mapped address is an IPv4 one")]
     Impossible(#[from] TwoFamilies),
-    #[error(
-        "cannot look into process {pid}: {source}\n  help: see whether it is there: ps {pid}; it takes root to look into it"
-    )]
+    #[error("cannot inspect process {pid}: {source}\n  help: check that it exists: ps {pid}; run sockpolicy as root")]
     Process { pid: u32, source: InspectError },
     #[error("process {pid} has no IPv4 or IPv6 socket")]
     None { pid: u32 },
-    #[error("process {pid} has no such socket; it has{}\n  help: give one of these with --fd", list(.sockets))]
+    #[error("process {pid} has no such socket; it has{}\n  help: choose one with --fd", list(.sockets))]
     Others { pid: u32, sockets: Vec<(i32, Socket)> },
-    #[error("process {pid} has several such sockets:{}\n  help: give one of these with --fd", list(.sockets))]
+    #[error("process {pid} has several such sockets:{}\n  help: choose one with --fd", list(.sockets))]
     Several { pid: u32, sockets: Vec<(i32, Socket)> },
 }
 
@@ -107,11 +105,11 @@ enum ExplainError {
     Compile(#[from] CompileError),
     #[error(
         "policies `{one}` and `{other}` have different targets: which of them cover the socket depends on its \
-         cgroup\n  help: say which one it is in: --cgroup PATH"
+         cgroup\n  help: name the cgroup: --cgroup PATH"
     )]
     WhichCgroup { one: String, other: String },
     #[error(
-        "which policies of the instance cover the socket depends on its cgroup\n  help: say which one it is in: --cgroup PATH"
+        "which policies of the instance cover the socket depends on its cgroup\n  help: name the cgroup: --cgroup PATH"
     )]
     NoCgroup,
     #[error("{0}")]
@@ -157,7 +155,7 @@ fn explanation_by(instance: &str, socket: &Socket) -> Result<Explanation, Explai
     Ok(explain(&desired, scope, socket))
 }
 
-/// The path of a cgroup below the mount, as people write it.
+/// Returns the path of a cgroup below the mount, from a path on the command line.
 fn below_mount(path: &Path) -> PathBuf {
     let in_mount = Mount::find().ok().and_then(|mount| path.strip_prefix(&mount.path).ok().map(Path::to_owned));
     in_mount.unwrap_or_else(|| path.strip_prefix("/").unwrap_or(path).to_owned())

@@ -62,7 +62,7 @@ pub(super) fn backend_parser() -> impl TypedValueParser<Value = BackendChoice> {
     })
 }
 
-/// How calls are seen and reported, for whatever command does so.
+/// How a command observes and reports calls.
 #[derive(Debug, clap::Args)]
 pub(super) struct ReportArgs {
     /// Print the summary only
@@ -85,7 +85,7 @@ pub(super) struct ReportArgs {
     pub(super) fail_on_conflict: bool,
 }
 
-/// How a policy is put in force.
+/// How policies are enforced.
 #[derive(Debug, clap::Args)]
 pub(super) struct EnforceArgs {
     /// Evaluate and report, without changing anything
@@ -131,7 +131,7 @@ impl UnsupportedArgs {
     }
 }
 
-/// Where events and the summary go. Writing waits for nobody and cannot fail: see [`super::sink`].
+/// Writes events and the summary. Writing does not block and does not fail: see [`super::sink`].
 pub(super) struct Writer {
     format: Format,
     /// Whether events are left out.
@@ -235,7 +235,7 @@ impl Writer {
             return self.line(&"sockpolicy: waiting for policies: there is none");
         }
         if desired.rules.is_empty() {
-            return self.line(&format_args!("sockpolicy: watching the calls of cgroup {targets}; {audit}"));
+            return self.line(&format_args!("sockpolicy: observing the calls of cgroup {targets}; {audit}"));
         }
         let policies = |wanted| {
             let policies = desired.policies().into_iter().filter(|(_, mode)| *mode == wanted);
@@ -250,9 +250,9 @@ impl Writer {
         let hooks: Vec<&str> = desired.hooks().iter().map(|hook| hook.name()).collect();
         let targets = if targets.is_empty() { "no cgroup yet".to_owned() } else { format!("cgroup {targets}") };
         self.line(&format_args!(
-            "sockpolicy: {doing} on {targets}: {} rules, {} options; {}; {audit}",
-            desired.rules.len(),
-            desired.named,
+            "sockpolicy: {doing} on {targets}: {}, {}; {}; {audit}",
+            counted(desired.rules.len() as u64, "rule"),
+            counted(desired.named as u64, "option"),
             hooks.join(", "),
         ));
         if desired.audit_judges {
@@ -263,11 +263,11 @@ impl Writer {
         } else if let Some(reason) =
             session.needs_hook().filter(|_| desired.is_dry_run() && desired.is_judged_by_hook())
         {
-            self.line(&format_args!("sockpolicy: this dry run takes {}: {reason}", Hook::Setsockopt));
+            self.line(&format_args!("sockpolicy: this dry run attaches to {}: {reason}", Hook::Setsockopt));
         }
     }
 
-    /// Has what was said so far come before what others write, if there is a reader.
+    /// Writes what is queued, if there is a reader, so that it precedes what other processes write.
     pub(super) fn settle(&self) {
         self.out.settle();
     }
@@ -306,7 +306,7 @@ impl Writer {
 }
 
 impl Observer for Writer {
-    /// Says what is in force after the files were read again: the old policies where these are not valid.
+    /// Writes what is in force after a reload.
     fn reloaded(&self, session: &Session, refused: Option<&str>) {
         if self.format == Format::Text && refused.is_none() {
             return self.announce(session);
@@ -326,7 +326,7 @@ impl Observer for Writer {
         );
     }
 
-    /// Writes which targets have come and gone, cgroups having done so: the names, by ids, of those before and after.
+    /// Writes the new and the removed targets.
     fn retargeted(&self, before: &TargetNames, after: &TargetNames) {
         let only_in = |one: &TargetNames, other: &TargetNames| -> Vec<String> {
             let others: HashSet<u64> = other.keys().map(|(cgroup, _)| *cgroup).collect();
@@ -349,7 +349,7 @@ impl Observer for Writer {
         self.notice(&text, "targets", fields);
     }
 
-    /// Says what was done to one live socket: for people only where it could not be, for there may be thousands.
+    /// Writes what was done to one live socket. Text has only failures, since there may be thousands of sockets.
     fn applied(&self, event: &Event) {
         match (self.format, event.kind) {
             (Format::Text, Kind::Applied { .. } | Kind::WouldApply | Kind::Unknown { .. }) => {}
@@ -357,7 +357,7 @@ impl Observer for Writer {
         }
     }
 
-    /// Says what has come of bringing live sockets in line.
+    /// Writes the counts of a reconciliation.
     fn reconciled(&self, tally: &Tally) {
         let text = tally_text(tally);
         let lines: Vec<String> = text.lines().map(|line| format!("live      {line}")).collect();
@@ -390,7 +390,7 @@ impl Observer for Writer {
         }
     }
 
-    /// Says what was lost, also where events are left out: it is then the summary that is not whole.
+    /// Writes a loss, also with --quiet: the summary is then incomplete.
     fn loss(&self, loss: &Loss) {
         self.out.put(&loss_line(loss, self.format));
     }
@@ -431,7 +431,7 @@ fn time_of_day(time: jiff::Timestamp, zone: &TimeZone) -> impl fmt::Display {
     time.to_zoned(zone.clone()).strftime("%H:%M:%S%.6f").to_string()
 }
 
-/// How calls are seen, and which are not.
+/// Returns how calls are observed, and which calls are not.
 pub(super) fn describe_audit(audit: Audit) -> String {
     let points: Vec<_> = audit.points().collect();
     let seen = format!("audit by {} of {}", audit.backend, points.join(" and "));

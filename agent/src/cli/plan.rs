@@ -322,7 +322,7 @@ impl Plan {
     }
 }
 
-/// What there is to say.
+/// The contents of a plan.
 struct Steps<'a> {
     desired: &'a Desired,
     /// Why a dry run takes a hook at setsockopt, if it does.
@@ -337,7 +337,7 @@ struct Steps<'a> {
     refused: Option<InstanceError>,
 }
 
-/// The programs of others that run for the same sockets, or why they cannot be told.
+/// The foreign programs that run for the same sockets, or the reason why they are unknown.
 type Others = io::Result<Vec<(ForeignProgram, RunOrder)>>;
 
 fn foreign_beside(mount: &Mount, targets: &[Target]) -> Others {

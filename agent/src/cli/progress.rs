@@ -1,7 +1,7 @@
 //! How far work is that takes its time: a bar on a terminal, where there is so much to do that somebody waits for it.
 //!
 //! It is drawn to standard error, some twenty times a second at the most, and gone when the work is done or given up. Where
-//! standard error is no terminal, or one that cannot erase (TERM=dumb), there is nothing of it. What is written meanwhile may go to
+//! standard error is no terminal, or one that cannot erase (TERM=dumb), there is no progress bar. What is written meanwhile may go to
 //! the same terminal: it is written [`Progress::above`] the bar.
 
 use std::io::{self, IsTerminal};

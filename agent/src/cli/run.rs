@@ -1,4 +1,4 @@
-//! `sockpolicy run`: puts policies in force on cgroups and reports until it is told to end.
+//! `sockpolicy run`: enforces policies on cgroups and reports, until a signal ends it.
 
 use std::{os::fd::BorrowedFd, path::PathBuf, process::ExitCode};
 
@@ -61,7 +61,7 @@ pub(super) struct Run {
     enforce: EnforceArgs,
 }
 
-/// The name of an instance that nobody has given another.
+/// The default name of an instance.
 pub(super) const DEFAULT_INSTANCE: &str = "default";
 
 #[derive(Debug, thiserror::Error)]
@@ -104,7 +104,7 @@ impl Run {
         }
     }
 
-    /// Gives the number of conflicts.
+    /// Returns the number of conflicts.
     fn run_policies(&self, sources: Sources, texts: Texts, policies: &[Policy]) -> Result<u64, RunError> {
         let mut signals = Signals::watch().map_err(WatchError::Wait)?;
         let EnforceArgs { dry_run, reporting, .. } = &self.enforce;
@@ -149,9 +149,9 @@ impl Run {
         let ended =
             finish(session, &mut signals, writer, |session, signals, writer| daemon.run(session, signals, writer));
         if !self.persist && self.instance.is_none() {
-            // Nobody asks by this name any more.
+            // No later command can use this name.
             if let Err(error) = Journal::of(&name).remove() {
-                log::warn!("what sockets had before is still kept: {error}");
+                log::warn!("the recorded values of sockets are not removed: {error}");
             }
         }
         ended
@@ -172,7 +172,7 @@ impl Run {
                 Ok(Some(instance))
             }
             Err(error @ (InstanceError::File { .. } | InstanceError::Private(_))) if !self.persist => {
-                log::warn!("`sockpolicy status` will not show this: {error}{}", help::line(&error));
+                log::warn!("`sockpolicy status` will not show this instance: {error}{}", help::line(&error));
                 Ok(None)
             }
             Err(error) => Err(error.into()),
@@ -180,8 +180,8 @@ impl Run {
     }
 }
 
-/// Keeps policies in force and reports, until a signal asks for the end or all of `ends`, if there are any, have ended.
-/// Gives the number of conflicts.
+/// Enforces policies and reports, until a signal requests the end or all of `ends`, if there are any, have ended. Returns the
+/// number of conflicts.
 pub(super) fn report(
     setup: Setup,
     signals: &mut Signals,
@@ -203,7 +203,7 @@ fn start(setup: Setup, writer: &Writer) -> Result<Session, RunError> {
     Ok(session)
 }
 
-/// Keeps them in force for as long as `during` runs, then sums up.
+/// Enforces policies while `during` runs, then writes the summary. Returns the number of conflicts.
 fn finish(
     mut session: Session,
     signals: &mut Signals,

@@ -281,7 +281,7 @@ impl Shared {
         Batch { bytes, head, lines, lost: state.lost }
     }
 
-    /// Gives how many bytes were written, and what stopped that before the end.
+    /// Returns how many bytes were written, and the error that ended the write early, if any.
     fn write(&self, bytes: &[u8]) -> (usize, Option<Errno>) {
         let mut written = 0;
         while written < bytes.len() {

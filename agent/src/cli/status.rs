@@ -1,4 +1,4 @@
-//! `sockpolicy status`: which policies are in force on this host, by whom, and what has come of them.
+//! `sockpolicy status`: the policies in force on this host, their instances and their counters.
 
 use std::{
     collections::BTreeSet,
@@ -41,19 +41,19 @@ pub(super) struct Status {
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum StatusError {
-    #[error("no instance `{}` of sockpolicy is here{}", name.escaped(), list(.others))]
+    #[error("no instance `{}`{}", name.escaped(), list(.others))]
     None { name: String, others: Vec<String> },
     #[error("{0}")]
     Kernel(#[from] KernelError),
-    #[error("what instance `{}` has in force cannot be told: {source}", name.escaped())]
+    #[error("the policies of instance `{}` are unknown: {source}", name.escaped())]
     Unknown { name: String, source: Box<Unknown> },
-    #[error("cannot tell what is in force on this host: {cause}{}", visible_help(.cause))]
+    #[error("cannot read what is in force on this host: {cause}{}", visible_help(.cause))]
     Hidden { cause: InstanceError },
     #[error("cannot write the status: {0}")]
     Write(#[from] io::Error),
 }
 
-/// Other errors say by themselves what to do.
+/// Returns the help for a missing permission. The texts of other errors contain their help.
 fn visible_help(error: &InstanceError) -> &'static str {
     let is_refused = matches!(
         error,
@@ -65,15 +65,15 @@ fn visible_help(error: &InstanceError) -> &'static str {
 }
 
 fn list(names: &[String]) -> String {
-    if names.is_empty() { String::new() } else { format!("\n  help: these are: {}", escape::join(names, ", ")) }
+    if names.is_empty() { String::new() } else { format!("\n  help: the instances are: {}", escape::join(names, ", ")) }
 }
 
-/// Why less than all can be said of an instance.
+/// Why the policies of an instance are unknown.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Unknown {
-    #[error("it has left no record, or one that this build cannot read")]
+    #[error("there is no record that this build can read")]
     NoRecord,
-    #[error("its record says nothing of what is in force")]
+    #[error("the record does not contain the policies in force")]
     NotRecorded,
     #[error("{0}")]
     Record(#[from] RecordError),
@@ -81,7 +81,7 @@ pub(super) enum Unknown {
     Kernel(#[from] KernelError),
 }
 
-/// What an instance has in force.
+/// The policies that an instance has in force.
 pub(super) struct InForce {
     pub(super) generation: Generation,
     pub(super) desired: Desired,
@@ -90,7 +90,7 @@ pub(super) struct InForce {
     summary: Summary,
     /// The state of each target, in the order of the generation.
     targets: io::Result<Vec<TargetState>>,
-    /// Events that came while there was no agent, and were more than the ring buffer holds.
+    /// Number of events that found the ring buffer full while no agent ran.
     unread: u64,
 }
 
@@ -169,7 +169,7 @@ impl Status {
         }
     }
 
-    /// Gives whether all of it could be told.
+    /// Returns whether the state of every instance is known.
     fn print(&self) -> Result<bool, StatusError> {
         kernel::check_privileges()?;
         let mut seen = instance::all();
@@ -211,13 +211,13 @@ impl Status {
 fn write_kept(out: &mut impl Write, instance: &str) -> io::Result<()> {
     writeln!(
         out,
-        "\nkept with instance {instance}: what sockets had before `apply`; `sockpolicy apply --restore --instance {instance}` puts \
-         it back",
+        "\nrecorded values of instance {instance}: restore them with `sockpolicy apply --restore --instance \
+         {instance}`",
         instance = instance.escaped()
     )
 }
 
-/// What the instance of this name has in force.
+/// Returns what an instance has in force.
 pub(super) fn in_force(name: &str) -> Result<InForce, StatusError> {
     kernel::check_privileges()?;
     let Some(seen) = instance::inspect(name) else {
@@ -227,7 +227,7 @@ pub(super) fn in_force(name: &str) -> Result<InForce, StatusError> {
     look(&seen).map_err(|source| StatusError::Unknown { name: name.to_owned(), source: Box::new(source) })
 }
 
-/// Looks at what is in force now. Others may come in force between a look at the record and one at the kernel.
+/// Returns what is in force now. Reads the record again if a reload happened between reading the record and the kernel.
 fn look(seen: &InstanceStatus) -> Result<InForce, Unknown> {
     let again = || instance::inspect(&seen.name).ok_or(Unknown::NoRecord);
     match look_once(seen) {
@@ -242,7 +242,7 @@ fn look_once(seen: &InstanceStatus) -> Result<InForce, Unknown> {
     let is_in_force = |generation: &&Generation| Some(generation.number) == observed.generation;
     let generation = record.generations.iter().find(is_in_force).ok_or(Unknown::NotRecorded)?.clone();
     let desired = generation.desired()?;
-    // Those before it, that sockets may still be set up by, count until they are retired.
+    // Sockets may still be set up by earlier generations, which count until they are retired.
     let mut before = Report::resume(record.counted.clone());
     let is_former = |other: &&Generation| (1..GENERATIONS).contains(&generation.number.abs_diff(other.number));
     for former in record.generations.iter().filter(is_former) {
@@ -265,10 +265,10 @@ fn look_once(seen: &InstanceStatus) -> Result<InForce, Unknown> {
 fn holder(seen: &InstanceStatus) -> String {
     let persists = seen.record.as_ref().is_some_and(|record| record.persists);
     match seen.pid {
-        Some(pid) if persists => format!("runs as process {pid}, and stays in force when that ends"),
-        Some(pid) => format!("runs as process {pid}"),
-        None if seen.is_running => "is just being started".to_owned(),
-        None => "in force without an agent".to_owned(),
+        Some(pid) if persists => format!("process {pid}; the policies stay when it ends"),
+        Some(pid) => format!("process {pid}"),
+        None if seen.is_running => "starting".to_owned(),
+        None => "no agent".to_owned(),
     }
 }
 
@@ -276,7 +276,7 @@ fn write_text(out: &mut impl Write, seen: &InstanceStatus, looked: &Result<InFor
     writeln!(out, "instance {}: {}", seen.name.escaped(), holder(seen))?;
     let InForce { generation, desired, summary, targets, unread, .. } = match looked {
         Ok(in_force) => in_force,
-        Err(error) => return writeln!(out, "  what it has in force cannot be told: {error}{}", help::line(error)),
+        Err(error) => return writeln!(out, "  policies unknown: {error}{}", help::line(error)),
     };
     for (number, scope) in desired.scopes.iter().enumerate() {
         let mode = match scope.mode {
@@ -315,16 +315,13 @@ fn write_text(out: &mut impl Write, seen: &InstanceStatus, looked: &Result<InFor
         writeln!(out, "\nlost: {count} {}", reason.what)?;
     }
     if *unread > 0 {
-        writeln!(
-            out,
-            "\nnot told: {unread} events that came while there was no agent, more than are kept for the next one"
-        )?;
+        writeln!(out, "\nlost without an agent: {unread} events that found the buffer full")?;
     }
     match others_beside(generation) {
-        Err(error) => writeln!(out, "\nwhich programs of others are attached there cannot be told: {error}"),
+        Err(error) => writeln!(out, "\nforeign programs unknown: {error}"),
         Ok(others) if others.is_empty() => Ok(()),
         Ok(others) => {
-            writeln!(out, "\nattached there by others:")?;
+            writeln!(out, "\nforeign programs:")?;
             others.iter().try_for_each(|other| {
                 let effect =
                     if is_displaced(other, generation, desired) { ": takes no effect on targets below" } else { "" };
@@ -396,15 +393,15 @@ fn write_json(out: &mut impl Write, seen: &InstanceStatus, looked: &Result<InFor
     writeln!(out, "{line}")
 }
 
-/// Returns whether a program of others takes no effect on a target because a program of ours is attached there. Its owner has
-/// attached it above the target, after ours, and without BPF_F_ALLOW_MULTI.
+/// Returns whether a foreign program has no effect on a target because a program of ours is attached there. Its owner has attached
+/// it above the target, after ours, and without BPF_F_ALLOW_MULTI.
 fn is_displaced(other: &ForeignProgram, generation: &Generation, desired: &Desired) -> bool {
     let has_hook = |scope: &usize| desired.scopes.get(*scope).is_some_and(|scope| scope.hooks.contains(&other.hook));
     let is_below = |name: &str| other.is_above(Path::new(name.trim_start_matches('/')));
     other.mode != AttachMode::Multi && generation.targets.iter().any(|(name, scope)| is_below(name) && has_hook(scope))
 }
 
-/// The programs of others that run for sockets of these targets.
+/// Returns the foreign programs that run for sockets of these targets.
 fn others_beside(generation: &Generation) -> io::Result<Vec<ForeignProgram>> {
     let mount = Mount::find().map_err(io::Error::other)?;
     let targets: Vec<PathBuf> =

@@ -55,12 +55,12 @@ pub(super) struct Verify {
     output: Format,
 }
 
-/// What came of it, in numbers.
+/// The counts of a comparison.
 #[derive(Debug, Default)]
 struct Tally {
     /// Sockets that were looked into.
     sockets: u64,
-    /// Those of them that have drifted, and in how many options.
+    /// Sockets that drifted, and the number of their options that did.
     drifted: u64,
     drifts: u64,
     /// Sockets to which no descriptor leads.
@@ -70,7 +70,7 @@ struct Tally {
     unread: usize,
     /// Sockets that do not answer, of all that were to be looked into.
     unanswered: usize,
-    /// Options of which it cannot be told whether they agree, and why, with the number of sockets.
+    /// Options for which it is unknown whether they agree, with the reason and the number of sockets.
     unknown: BTreeMap<(&'static str, &'static str), u64>,
 }
 
@@ -129,7 +129,7 @@ impl Verify {
     }
 }
 
-/// Counts what comes of a socket, and says where it has drifted.
+/// Counts the findings of a socket, and reports its drift.
 fn look(
     desired: &Desired,
     seen: InspectedSocket<'_>,

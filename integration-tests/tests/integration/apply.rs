@@ -426,7 +426,7 @@ fn detach_restores_values_if_requested() {
         assert_eq!(probe.int(pair.client, SO_MARK), 0, "attach does not change existing sockets");
         apply(&instance, &policy, &[]);
         assert_eq!(probe.int(pair.client, SO_MARK), 7);
-        let kept = format!("\nkept with instance {}: ", instance.name);
+        let kept = format!("\nrecorded values of instance {}: ", instance.name);
         let status = || stdout(&agent::output(&["status"]));
         assert!(status().contains(&kept), "{}", status());
         let arguments: &[&str] = if restores { &["detach", "--restore"] } else { &["detach"] };

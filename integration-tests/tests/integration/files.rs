@@ -214,7 +214,7 @@ fn record_or_lock_that_is_no_regular_private_file_is_refused_and_named() {
         let output = on_own_host(OWN, policy.path(), &script);
         let printed = stdout(&output);
         assert!(
-            printed.contains("it has left no record, or one that this build cannot read"),
+            printed.contains("there is no record that this build can read"),
             "{made}: {printed}{}",
             stderr(&output)
         );

@@ -346,10 +346,8 @@ fn status_shows_an_instance_and_foreign_programs() {
     let run = run_persistent(&instance, &policy);
     assert_eq!((&status()["pid"], &status()["foreign_programs"]), (&run.pid().into(), &Value::Array(Vec::new())));
     let text = stdout(&agent::output(&["status", "--instance", name]));
-    let first = format!(
-        "instance {name}: runs as process {}, and stays in force when that ends\n  policy (enforced)\n",
-        run.pid()
-    );
+    let first =
+        format!("instance {name}: process {}; the policies stay when it ends\n  policy (enforced)\n", run.pid());
     assert!(
         text.starts_with(&first) && text.contains(&format!("    on {}\n    by cgroup/sock_create, ", target.name())),
         "{text}"
@@ -358,11 +356,7 @@ fn status_shows_an_instance_and_foreign_programs() {
     run.wait_for_end();
     instance.detach();
     let output = agent::output(&["status", "--instance", name]);
-    assert!(
-        stderr(&output).starts_with(&format!("error: no instance `{name}` of sockpolicy is here")),
-        "{}",
-        stderr(&output)
-    );
+    assert!(stderr(&output).starts_with(&format!("error: no instance `{name}`")), "{}", stderr(&output));
 }
 
 #[test]
@@ -387,7 +381,7 @@ fn status_separates_events_lost_in_a_storm_from_unread_events() {
     let (lost, unread) = counted();
     assert!(lost == 0 && unread > 0, "{lost} {unread}");
     let text = stdout(&agent::output(&["status", "--instance", &instance.name]));
-    assert!(text.contains(&format!("\nnot told: {unread} events that came while there was no agent")), "{text}");
+    assert!(text.contains(&format!("\nlost without an agent: {unread} events")), "{text}");
     assert!(!text.contains("lost: "), "{text}");
 
     let run = run_persistent(&instance, &policy);
@@ -413,7 +407,7 @@ fn status_shows_an_agent_without_persistent_policies() {
     let run = Run::start(&PolicyFile::new("[[rule]]\nset = { SO_MARK = 1 }\n"), &target);
     let name = format!("run-{}", run.pid());
     let text = stdout(&agent::output(&["status", "--instance", &name]));
-    assert!(text.starts_with(&format!("instance {name}: runs as process {}\n", run.pid())), "{text}");
+    assert!(text.starts_with(&format!("instance {name}: process {}\n", run.pid())), "{text}");
     run.finish();
     assert_eq!(agent::output(&["status", "--instance", &name]).status.code(), Some(2));
 }

@@ -258,6 +258,6 @@ fn plan_and_explain_show_the_precedence() {
     assert_eq!(decides("SO_PRIORITY", &tree.middle.name()), "middle");
     let output = agent::output(&[&["explain"][..], &tree.files()].concat());
     let expected = "error: policies `top` and `middle` have different targets: which of them cover the socket depends on \
-                    its cgroup\n  help: say which one it is in: --cgroup PATH\n";
+                    its cgroup\n  help: name the cgroup: --cgroup PATH\n";
     assert_eq!(stderr(&output), expected);
 }

@@ -114,7 +114,7 @@ fn report_of_an_audited_command_goes_to_standard_error() {
     let output = audit(&["--", "sh", "-c", script, &workload()]).finish();
     assert_eq!((&*stdout(&output), output.status.code()), ("mine\n", Some(0)));
     let printed = stderr(&output);
-    assert!(printed.starts_with("sockpolicy: watching the calls of cgroup "), "{printed}");
+    assert!(printed.starts_with("sockpolicy: observing the calls of cgroup "), "{printed}");
     assert!(printed.contains("TCP_NODELAY"), "{printed}");
 }
 

@@ -147,7 +147,7 @@ fn documented_capabilities_with(rights: &str) {
     let printed = stdout(&status);
     assert!(
         printed.contains(
-            "cannot be told: cannot open BPF map sp_config of the policies in force: operation not permitted"
+            "policies unknown: cannot open BPF map sp_config of the policies in force: operation not permitted"
         ),
         "{printed}"
     );
@@ -197,7 +197,7 @@ fn other_user_with_capabilities_gets_an_error_for_unreadable_files() {
     let printed = stderr(&output);
     assert!(
         printed.starts_with(
-            "error: cannot tell what is in force on this host: cannot use /run/sockpolicy: Permission denied"
+            "error: cannot read what is in force on this host: cannot use /run/sockpolicy: Permission denied"
         ),
         "{printed}"
     );
