@@ -70,6 +70,9 @@ const LAST_SOCKET: Duration = Duration::from_secs(5);
 /// After a repair, no other repair starts for this many times as long as the repair took. The owners of cgroups decide how often
 /// targets appear.
 const REPAIR_REST: u32 = 4;
+/// After the records of other instances were read, they are not read again for this many times as long as that took. Another
+/// instance writes its record at each change of its targets.
+const OTHERS_REST: u32 = 10;
 /// How long to wait if another process uses the journal.
 const JOURNAL_BUSY: Duration = Duration::from_secs(5);
 
@@ -190,6 +193,10 @@ pub struct Daemon<'a> {
     cgroups: Watch,
     /// The directory of the records of instances.
     instances: Watch,
+    /// When to read the records of other instances, if one has changed.
+    read_others_at: Option<Instant>,
+    /// The records are not read before this time.
+    no_others_before: Instant,
     scope: SearchScope,
     pace: Pace,
     /// All that is skipped now.
@@ -261,6 +268,8 @@ impl<'a> Daemon<'a> {
             all_others: Vec::new(),
             others: Others::default(),
             instances: Watch::new(Changes::Folders)?,
+            read_others_at: None,
+            no_others_before: now,
             files: Watch::new(Changes::Files)?,
             cgroups: Watch::new(Changes::Folders)?,
             scope,
@@ -375,7 +384,10 @@ impl<'a> Daemon<'a> {
             if self.search_containers(has_changed) {
                 self.pace.note_change();
             }
-            if self.instances.has_changed().map_err(WatchError::Wait)? && self.read_others() {
+            if self.instances.has_changed().map_err(WatchError::Wait)? {
+                self.read_others_at.get_or_insert(self.no_others_before);
+            }
+            if self.read_others_at.is_some_and(|at| at <= Instant::now()) && self.read_others() {
                 self.pace.note_change();
             }
             if self.pace.is_due(Instant::now()) {
@@ -529,7 +541,7 @@ impl<'a> Daemon<'a> {
         let worker = self.search.as_ref().and_then(Search::left).map(|left| now + left);
         let retire_at = session.has_draining().then(|| self.replaced + RETIRE_AFTER);
         let debounced = self.debounced_at();
-        let due = [reconcile_at, next_search, worker, self.pace.next(), retire_at, debounced];
+        let due = [reconcile_at, next_search, worker, self.pace.next(), retire_at, debounced, self.read_others_at];
         let until_due = due.into_iter().flatten().min().map_or(u16::MAX, |due| timeout_ms(now, due));
         let removed = if session.has_removed() { REMOVED_INTERVAL_MS } else { u16::MAX };
         watch::interval_ms(session).min(until_due).min(removed)
@@ -706,7 +718,10 @@ impl<'a> Daemon<'a> {
 
     /// Reads the records of the other instances. Returns whether their policies or targets have changed.
     fn read_others(&mut self) -> bool {
+        self.read_others_at = None;
+        let began = Instant::now();
         let instances = instance::others(self.config.instance);
+        self.no_others_before = Instant::now() + began.elapsed() * OTHERS_REST;
         let has_changed = instances != self.all_others;
         self.all_others = instances;
         has_changed
