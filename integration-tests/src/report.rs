@@ -19,9 +19,10 @@ pub struct Event {
     pub level: i32,
     pub optname: i32,
     pub optval: Option<String>,
-    pub optlen: Option<u32>,
+    pub optlen: Option<i32>,
     #[serde(default)]
     pub wanted: Value,
+    pub mask: Option<u32>,
     pub limit: Option<Limit>,
     pub unit: Option<String>,
     pub requested: Value,
@@ -153,6 +154,7 @@ pub struct Example {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 pub struct Sockets {
     pub set: u64,
+    pub capped: u64,
     pub unchanged: u64,
     pub failed: u64,
     pub failed_errno: u64,

@@ -159,7 +159,7 @@ fn write_json(found: &[Diagnostic], errors: usize, warnings: usize, counts: Opti
     if let Some(Counts { policies, rules, settings, targets }) = counts {
         fields = json!({
             "errors": errors, "warnings": warnings,
-            "policies": policies, "rules": rules, "settings": settings, "targets": targets,
+            "policy_count": policies, "rule_count": rules, "setting_count": settings, "target_count": targets,
         });
     }
     writeln!(out, "{}", schema::line("check-summary", fields))

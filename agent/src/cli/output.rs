@@ -21,7 +21,7 @@ use crate::{
     plural::counted,
     policy::{diagnostic::Diagnostic, model::Mode},
     reconcile::Tally,
-    report::{Loss, Summary},
+    report::{Loss, Summary, common_mode},
     schema,
     session::{OnUnsupported, Session},
     sources::IfInsecure,
@@ -413,16 +413,17 @@ impl Observer for Writer {
 /// Returns the fields of the first line: what is in force.
 fn started_json(session: &Session) -> Value {
     let desired = session.desired();
-    let policy = |(name, mode): (&str, Mode)| json!({ "policy": name, "mode": mode.name() });
+    let policies = desired.policies();
     let audit = session.audit();
     json!({
-        "policies": desired.policies().into_iter().map(policy).collect::<Vec<_>>(),
+        "mode": common_mode(&policies).map_or("mixed", Mode::name),
+        "policies": policies.iter().map(|(name, _)| name).collect::<Vec<_>>(),
         "targets": kernel::names(session.targets()),
         "hooks": desired.hooks().iter().map(|hook| hook.name()).collect::<Vec<_>>(),
         "backend": audit.map(|audit| audit.backend.name()),
         "not_covered": audit.map(Audit::not_covered),
-        "rules": desired.rules.iter().filter(|rule| rule.instance.is_none()).count(),
-        "options": desired.named,
+        "rule_count": desired.rules.iter().filter(|rule| rule.instance.is_none()).count(),
+        "option_count": desired.named,
     })
 }
 
@@ -443,17 +444,18 @@ pub(super) fn describe_audit(audit: Audit) -> String {
 
 /// Returns the counts of a reconciliation as lines, one for each kind of result.
 pub(super) fn tally_text(tally: &Tally) -> String {
-    let Tally { sockets, changed, set, would_set, would_change, .. } = *tally;
+    let Tally { sockets, changed, set, capped, would_set, would_change, .. } = *tally;
     let Tally { listeners: _, failed, unknown, no_fd, denied, unanswered, unread_processes, .. } = *tally;
     let sockets = counted(sockets, "socket");
     let mut lines = Vec::new();
     if would_set > 0 {
         lines.push(format!("dry run: would change {} on {would_change} of {sockets}", counted(would_set, "option")));
     }
-    if set > 0 || would_set == 0 {
-        lines.push(format!("changed {} on {changed} of {sockets}", counted(set, "option")));
+    if set + capped > 0 || would_set == 0 {
+        lines.push(format!("changed {} on {changed} of {sockets}", counted(set + capped, "option")));
     }
     for (count, noun, what) in [
+        (capped, "option", "capped: the kernel took less than the policy wants"),
         (failed, "option", "refused by the kernel"),
         (unknown, "option", "unknown: whether the value agrees with the policy cannot be determined"),
         (no_fd, "socket", "skipped: no file descriptor refers to it"),

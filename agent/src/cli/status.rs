@@ -21,7 +21,7 @@ use crate::{
     kernel::{self, AttachMode, ForeignProgram, KernelError, MapIds},
     policy::model::Mode,
     report::{Counts, Lost, Report, Summary},
-    schema,
+    schema, session,
     skipped::SkippedList,
 };
 
@@ -257,7 +257,8 @@ fn look_once(seen: &InstanceStatus) -> Result<InForce, Unknown> {
     let unread = record.unread.of(losses.ring_full, seen.is_running);
     losses.ring_full = losses.ring_full.saturating_sub(unread);
     let lost = Lost { losses, ..Lost::default() };
-    let summary = report.summarize(&desired, Counts { calls: Vec::new(), lost }, targets, None, Vec::new());
+    let counts = Counts { calls: Vec::new(), lost, buffer_max: session::buffer_max() };
+    let summary = report.summarize(&desired, counts, targets, None, Vec::new());
     let targets = target_states(&generation, &desired, record.maps);
     Ok(InForce { generation, desired, persists: record.persists, summary, targets, unread })
 }

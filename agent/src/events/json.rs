@@ -6,7 +6,12 @@ use serde::Serialize;
 use serde_json::Value as Json;
 
 use super::{Call, Event, Kind, Limit, Socket, Via};
-use crate::{container::Container, errno, options::display_name, schema, values};
+use crate::{
+    container::Container,
+    errno,
+    options::{self, display_name},
+    schema, values,
+};
 
 #[derive(Serialize)]
 struct Line<'a> {
@@ -23,12 +28,14 @@ struct Line<'a> {
     /// The first 16 bytes of the argument, in memory order, as hexadecimal digits.
     optval: Option<String>,
     /// The length of the whole argument.
-    optlen: Option<u32>,
+    optlen: Option<i32>,
     /// The unit of numbers in the fields below.
     #[serde(skip_serializing_if = "Option::is_none")]
     unit: Option<&'static str>,
     #[serde(skip_serializing_if = "Json::is_null")]
     wanted: Json,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mask: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     limit: Option<Limit>,
     requested: Json,
@@ -64,11 +71,15 @@ impl Event {
             Kind::Mismatch => ("mismatch", Some(Call::Get.name()), None, None),
             Kind::Call(call) => ("call", Some(call.name()), None, None),
             Kind::Drift => ("drift", None, None, None),
-            Kind::Applied { .. } => ("applied", None, None, None),
+            Kind::Applied { .. } => {
+                let outcome = if self.is_capped() { "capped" } else { "set" };
+                ("applied", None, None, Some(outcome.to_owned()))
+            }
             Kind::WouldApply => ("would-apply", None, None, None),
             Kind::Unknown { why } => ("unknown", None, None, Some(why.to_owned())),
             Kind::Outcome { errno } => ("outcome", None, None, Some(format!("failed({})", errno::name(errno)))),
         };
+        let shown = |value| values::json(self.key, &options::as_passed(self.key, value));
         let cause = self.cause.as_ref();
         let task = self.task.as_ref();
         let line = Line {
@@ -83,19 +94,20 @@ impl Event {
             level: self.key.level,
             optname: self.key.name,
             optval: (self.requested.len > 0).then(|| values::bytes_text(&self.requested)),
-            optlen: (self.requested.len > 0).then_some(self.requested.len),
+            optlen: self.optlen,
             unit: values::unit(self.key),
-            wanted: values::json(self.key, &self.wanted),
+            wanted: values::json(self.key, &self.wanted_bits()),
+            mask: cause.and_then(|cause| cause.mask),
             limit: cause.and_then(|cause| cause.limit),
-            requested: values::json(self.key, &self.requested),
+            requested: values::json(self.key, &self.requested()),
             applied: values::json(self.key, &self.applied),
             before: match &self.kind {
-                Kind::Applied { before, .. } => values::json(self.key, before),
+                Kind::Applied { before, .. } => shown(before),
                 _ => Json::Null,
             },
             current: match &self.kind {
-                Kind::Applied { after, .. } => values::json(self.key, after),
-                _ => values::json(self.key, &self.current),
+                Kind::Applied { after, .. } => shown(after),
+                _ => shown(&self.current),
             },
             verdict,
             outcome,

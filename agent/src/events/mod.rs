@@ -17,7 +17,7 @@ use abi::{
     event::{self as raw, flags, source},
     index,
     judge::verdict,
-    setting::{OptionKey, Value},
+    setting::{OptionKey, Value, word_in},
     socket::{Address, Facts, family, known},
 };
 
@@ -46,6 +46,9 @@ pub struct Event {
     pub wanted: Value,
     /// The value that the application passed to setsockopt, or received from getsockopt.
     pub requested: Value,
+    /// The length of the argument that the application passed to setsockopt, or received from getsockopt. Bytes; negative if
+    /// the application passed a negative length.
+    pub optlen: Option<i32>,
     /// The value that the kernel received instead, if any.
     pub applied: Value,
     /// The value that the socket has after the call, if known.
@@ -144,6 +147,8 @@ pub struct Cause {
     pub place: String,
     /// The limit, if the setting is one.
     pub limit: Option<Limit>,
+    /// The bits that the setting sets, if it sets only some.
+    pub mask: Option<u32>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -218,6 +223,10 @@ pub fn decode(event: &raw::Event, desired: &Desired, context: HostContext) -> Re
     let result = (source != Source::Hook).then_some(event.result);
     let socket = socket(call, context.socket_cgroup.as_deref());
     let mut missing = missing(event, source, socket.as_ref(), context.btf_error.as_deref());
+    let optlen = argument_len(event, kind, source);
+    if let Err(Some(why)) = optlen {
+        missing.push(Missing { what: "optlen", why: why.to_owned() });
+    }
     if let Err(why) = context.exe
         && event.pid != 0
     {
@@ -230,6 +239,7 @@ pub fn decode(event: &raw::Event, desired: &Desired, context: HostContext) -> Re
         cause: if decided { cause(desired, setting) } else { None },
         wanted: call.wanted,
         requested: call.requested,
+        optlen: optlen.ok(),
         applied: applied_value(call, kind),
         current: current_value(call, kind, result),
         result,
@@ -271,22 +281,32 @@ fn via(call_flags: u32) -> Option<Via> {
     ways.into_iter().find(|(flag, _)| call_flags & flag != 0).map(|(_, way)| way)
 }
 
+/// Returns the length of a call's argument, or why it is unknown; `Err(None)` if the event is not about a call.
+fn argument_len(event: &raw::Event, kind: Kind, source: Source) -> Result<i32, Option<&'static str>> {
+    let raw::Event { call, result, .. } = event;
+    match kind {
+        Kind::Conflict { .. } | Kind::Call(Call::Set) => {
+            // A record of the hook has the length only with the value.
+            let len = if source == Source::Hook { call.requested.len } else { call.optlen as u32 };
+            Ok(len as i32)
+        }
+        Kind::Mismatch | Kind::Call(Call::Get) => match *result {
+            _ if call.flags & flags::UNREADABLE != 0 => Err(Some("the argument was not in memory")),
+            result if result < 0 => Err(Some("the call failed: no value was read")),
+            _ => Ok(call.requested.len as i32),
+        },
+        Kind::Outcome { .. } | Kind::Drift | Kind::Applied { .. } | Kind::WouldApply | Kind::Unknown { .. } => {
+            Err(None)
+        }
+    }
+}
+
 /// Returns the unknown parts of an event, and why they are unknown.
 fn missing(event: &raw::Event, source: Source, socket: Option<&Socket>, btf_error: Option<&str>) -> Vec<Missing> {
     let raw::Event { call, result, .. } = event;
     let mut missing = Vec::new();
     if call.flags & flags::UNREADABLE != 0 {
         missing.push(Missing { what: "requested", why: "the argument was not in memory".to_owned() });
-    }
-    if event.kind != raw::kind::OUTCOME && call.requested.len == 0 {
-        let why = match call.kind {
-            _ if call.flags & flags::UNREADABLE != 0 || *result == -i64::from(libc::EFAULT) => {
-                "the argument was not in memory"
-            }
-            raw::call::GETSOCKOPT if *result < 0 => "the call failed: no value was read",
-            _ => "the length was 0 or negative",
-        };
-        missing.push(Missing { what: "optlen", why: why.to_owned() });
     }
     let is_no_socket = [-libc::EBADF, -libc::ENOTSOCK].map(i64::from).contains(result);
     if socket.is_none() && source != Source::Hook {
@@ -304,6 +324,31 @@ fn missing(event: &raw::Event, source: Source, socket: Option<&Socket>, btf_erro
 fn decode_verdict(code: u32, dry_run: bool) -> Result<Verdict, UnknownRecord> {
     let what = u8::try_from(code).ok().and_then(Action::from_code).ok_or(UnknownRecord)?;
     Ok(Verdict { what, dry_run })
+}
+
+impl Event {
+    /// Returns the requested value; a value from getsockopt as the one that setsockopt takes.
+    pub(crate) fn requested(&self) -> Value {
+        match self.kind {
+            Kind::Mismatch | Kind::Call(Call::Get) => options::as_passed(self.key, &self.requested),
+            _ => self.requested,
+        }
+    }
+
+    /// Returns the value that the policy wants, without the bits that it leaves to the application.
+    fn wanted_bits(&self) -> Value {
+        match self.cause {
+            Some(Cause { mask: Some(mask), .. }) if self.wanted.len == 4 => {
+                Value::int(word_in(&self.wanted.words) & mask)
+            }
+            _ => self.wanted,
+        }
+    }
+
+    /// Returns whether the kernel took less than the value that was set on an existing socket.
+    fn is_capped(&self) -> bool {
+        matches!(self.kind, Kind::Applied { after, .. } if options::is_capped(self.key, &self.wanted, &after))
+    }
 }
 
 impl Action {
@@ -459,6 +504,7 @@ pub fn cause(desired: &Desired, setting: u32) -> Option<Cause> {
             Form::Limit { min, max } => Some(Limit { min, max }),
             Form::Set(_) | Form::Deny | Form::Free => None,
         },
+        mask: values::mask(source.option.key(), &source.form),
     })
 }
 

@@ -412,6 +412,7 @@ pub fn event(desired: &Desired, live: &SocketSnapshot, finding: &Finding) -> Eve
         cause,
         wanted,
         requested: Value::UNKNOWN,
+        optlen: None,
         applied: Value::UNKNOWN,
         current,
         result: None,

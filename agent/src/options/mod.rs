@@ -15,7 +15,7 @@ mod aliases;
 mod names;
 mod table;
 
-use abi::setting::{OptionKey, effective, kind};
+use abi::setting::{OptionKey, Value, effective, kind, read_back, word_in};
 
 pub use self::{
     aliases::{GUARDS, Guard, by_spelling},
@@ -347,6 +347,12 @@ impl SocketOption {
         self.key().is_for_programs()
     }
 
+    /// Returns whether getsockopt shows twice the value that was set: the kernel doubles the sizes of buffers (socket(7)).
+    #[must_use]
+    pub fn is_doubled(&'static self) -> bool {
+        self.canonical().settable().is_some_and(|settable| settable.read_back == read_back::DOUBLED)
+    }
+
     #[must_use]
     pub fn settable(&self) -> Option<&Settable> {
         match &self.class {
@@ -427,13 +433,31 @@ pub const DSCP_MASK: u32 = 0xfc;
 /// The largest SO_MAX_PACING_RATE, which means no limit. Programs can pass only 32 bits.
 pub const UNLIMITED: u32 = u32::MAX;
 
+/// Returns a value from getsockopt as the value that setsockopt takes for it: the kernel shows twice the size of a buffer
+/// (socket(7)).
+#[must_use]
+pub fn as_passed(key: OptionKey, shown: &Value) -> Value {
+    let is_doubled = by_key(key).is_some_and(SocketOption::is_doubled);
+    if is_doubled && shown.len == 4 { Value::int(word_in(&shown.words) / 2) } else { *shown }
+}
+
+/// Returns whether the kernel took less than the wanted size of a buffer (net.core.wmem_max and rmem_max, socket(7)). `shown`
+/// is the value that getsockopt returns.
+#[must_use]
+pub fn is_capped(key: OptionKey, wanted: &Value, shown: &Value) -> bool {
+    let size = |value: &Value| (value.len == 4).then(|| word_in(&value.words));
+    let taken = as_passed(key, shown);
+    by_key(key).is_some_and(SocketOption::is_doubled)
+        && size(&taken).zip(size(wanted)).is_some_and(|(taken, wanted)| taken < wanted)
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
 
     use abi::{
         apply_point::{POST_CREATE, SOCK_CREATE},
-        setting::{Lookup, OptionFilter, read_back},
+        setting::{Lookup, OptionFilter},
     };
 
     use super::*;
@@ -499,8 +523,7 @@ mod tests {
     #[test]
     fn doubled_and_read_only_values_are_not_kept_as_given() {
         for option in OPTIONS {
-            let doubled = option.settable().is_some_and(|settable| settable.read_back == read_back::DOUBLED);
-            if doubled || option.class == Class::ReadOnly {
+            if option.is_doubled() || option.class == Class::ReadOnly {
                 assert_ne!(option.kept, Kept::AsGiven, "{}", option.name);
             }
         }

@@ -79,6 +79,8 @@ pub struct Tally {
     pub listeners: u64,
     /// Options that were set.
     pub set: u64,
+    /// Options of which the kernel took less than the policy wants (net.core.wmem_max and rmem_max, socket(7)).
+    pub capped: u64,
     /// Options that a dry run would set.
     pub would_set: u64,
     /// Sockets on which a dry run would set options.
@@ -118,6 +120,7 @@ impl Tally {
             changed,
             listeners,
             set,
+            capped,
             would_set,
             would_change,
             failed,
@@ -128,7 +131,8 @@ impl Tally {
             unread_processes,
         } = self;
         json!({
-            "checked": sockets, "changed": changed, "listeners": listeners, "set": set, "would_change": would_change, "would_set": would_set,
+            "checked": sockets, "changed": changed, "listeners": listeners, "set": set, "capped": capped,
+            "would_change": would_change, "would_set": would_set,
             "failed": failed, "unknown": unknown, "no_fd": no_fd, "denied": denied, "unanswered": unanswered,
             "unread_processes": unread_processes,
         })
@@ -271,6 +275,15 @@ impl<'a, J: ChangeLog> Reconciler<'a, J> {
         self.is_kept_if_chosen(*setting) && live.is_chosen(option, current, fresh.values())
     }
 
+    /// Counts an option that was set to `wanted`, and that getsockopt shows as `after`.
+    fn count_set(&mut self, option: OptionKey, wanted: &Value, after: &Value) {
+        if options::is_capped(option, wanted, after) {
+            self.tally.capped += 1;
+        } else {
+            self.tally.set += 1;
+        }
+    }
+
     fn note_changed(&mut self, live: &SocketSnapshot) {
         self.changed.insert(live.entry.cookie, live.entry.state == State::Listening);
     }
@@ -382,7 +395,7 @@ impl<'a, J: ChangeLog> Reconciler<'a, J> {
                 if after == one.before {
                     return Ok(true);
                 }
-                self.tally.set += 1;
+                self.count_set(one.option.key(), &one.wanted, &after);
                 self.note_changed(&one.planned.live);
                 Kind::Applied { before: one.before, after }
             }
@@ -481,7 +494,7 @@ impl<'a, J: ChangeLog> Reconciler<'a, J> {
                     self.record_one(other, None, reset)?;
                 }
                 // Counted first: the socket is changed even if that cannot be recorded.
-                self.tally.set += 1;
+                self.count_set(option.key(), &wanted, &after);
                 self.note_changed(live);
                 self.record_one(place, None, after)?;
                 self.report(live, finding, Kind::Applied { before: *current, after })?;

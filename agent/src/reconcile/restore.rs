@@ -12,7 +12,7 @@ use std::{
 
 use abi::{
     live::{Assignment, Outcome, state},
-    setting::{OptionKey, Value, read_back, word_in},
+    setting::{OptionKey, Value},
 };
 
 use super::{
@@ -252,20 +252,16 @@ impl PendingRestore {
                 value: given.words,
                 mask: [u64::MAX; 2],
                 is_text: is_text.into(),
-                is_doubled: option.is_some_and(is_doubled).into(),
+                is_doubled: option.is_some_and(SocketOption::is_doubled).into(),
             }
         });
         Self { job: Job { cookie, namespace, assignments: assignments.collect() }, changes }
     }
 }
 
-fn is_doubled(option: &SocketOption) -> bool {
-    option.settable().is_some_and(|settable| settable.read_back == read_back::DOUBLED)
-}
-
 /// Returns the value to set so that getsockopt returns `shown`. The kernel doubles the sizes of buffers.
 pub(super) fn settable_value(option: &SocketOption, shown: &Value) -> Value {
-    if is_doubled(option) { Value::int(word_in(&shown.words) / 2) } else { *shown }
+    options::as_passed(option.key(), shown)
 }
 
 /// Returns the option that sets another one without its bound: the kernel tunes buffers beyond the bound of SO_SNDBUF, and

@@ -57,6 +57,7 @@ fn line_json(line: &Line) -> Value {
         undone: _,
         _pad: _,
     } = line.counters;
+    let (set, capped) = if line.cap.is_some() { (0, set) } else { (set, 0) };
     let dry_run = line.mode == Mode::DryRun;
     let verdicts: Map<String, Value> = Action::ALL
         .into_iter()
@@ -77,7 +78,9 @@ fn line_json(line: &Line) -> Value {
         "level": key.level,
         "optname": key.name,
         "unit": values::unit(key),
-        "sockets": { "set": set, "unchanged": unchanged, "failed": failed, "failed_errno": failed_errno },
+        "sockets": {
+            "set": set, "capped": capped, "unchanged": unchanged, "failed": failed, "failed_errno": failed_errno,
+        },
         "calls": { "agreed": agreed, "conflicts": verdicts, "reads": reads },
         "events": { "reported": reported, "suppressed": suppressed },
         "requested": examples(|example| example.verdict.is_some()),

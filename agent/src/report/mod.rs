@@ -26,7 +26,8 @@ use crate::{
     escape::{self, Escape},
     events::{Action, Event, Kind, Verdict},
     limitations::{Concern, Limitation},
-    policy::model::{Form, Mode, Named},
+    options,
+    policy::model::{Form, Mode, Named, Wanted},
     unsupported::Unsupported,
     values,
 };
@@ -91,6 +92,36 @@ pub struct Summary {
 pub struct Counts {
     pub calls: Vec<CallLine>,
     pub lost: Lost,
+    pub buffer_max: BufferMax,
+}
+
+/// The largest buffers that setsockopt(2) and BPF programs can set (net.core.wmem_max and rmem_max), in bytes; `None` if
+/// unknown.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct BufferMax {
+    pub send: Option<i64>,
+    pub receive: Option<i64>,
+}
+
+/// A bound of the kernel that is below the value of a setting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Cap {
+    /// Bytes.
+    max: i64,
+    sysctl: &'static str,
+}
+
+impl BufferMax {
+    /// Returns the bound of the option if it is below the value that a setting wants.
+    fn cap(self, option: Named, form: &Form) -> Option<Cap> {
+        let Form::Set(Wanted::Number { value, .. }) = form else { return None };
+        let (max, sysctl) = match options::by_key(option.key())?.canonical().name {
+            "SO_SNDBUF" => (self.send?, "net.core.wmem_max"),
+            "SO_RCVBUF" => (self.receive?, "net.core.rmem_max"),
+            _ => return None,
+        };
+        (i64::from(*value) > max).then_some(Cap { max, sysctl })
+    }
 }
 
 /// A requested value and the task that requested it.
@@ -136,6 +167,8 @@ pub struct Line {
     pub counters: Counters,
     /// Examples of conflicting values and their tasks.
     pub requested: Vec<Example>,
+    /// The bound of the kernel that caps the setting's value.
+    cap: Option<Cap>,
     /// The limitations that apply to the setting.
     pub unsupported: Vec<(&'static Limitation, Concern)>,
     /// Whether the line is reported. False if only policies from before this report have the setting.
@@ -152,8 +185,8 @@ impl Report {
             _ => return,
         };
         let task_name = event.task.as_ref().map_or("a process", |task| task.comm.as_str());
-        let value = &event.requested;
-        let requested = (value.len > 0).then(|| (values::text(event.key, value), values::json(event.key, value)));
+        let value = event.requested();
+        let requested = (value.len > 0).then(|| (values::text(event.key, &value), values::json(event.key, &value)));
         let example = Example { requested, verdict, task_name: task_name.to_owned() };
         let examples = self.requested.entry((generation, cause.setting)).or_default();
         if has_room(examples, verdict) && !examples.contains(&example) {
@@ -224,10 +257,11 @@ impl Report {
         audit: Option<AuditFacts>,
         unsupported: Vec<Unsupported>,
     ) -> Summary {
-        let Counts { calls, lost } = counts;
+        let Counts { calls, lost, buffer_max } = counts;
         let Self { mut lines, mut at_first, repaired, .. } = self;
         let policies = desired.policies().into_iter().map(|(name, mode)| (name.to_owned(), mode)).collect();
         lines.retain(|line| line.is_reported);
+        lines.iter_mut().for_each(|line| line.cap = buffer_max.cap(line.option, &line.form));
         let earlier = lines.iter().map(|line| conflicts(&saved_counters::take(&mut at_first, line))).sum();
         Summary { policies, targets, audit, unsupported, lines, earlier_conflicts: earlier, repaired, calls, lost }
     }
@@ -276,6 +310,7 @@ impl Line {
             mode: rule.mode,
             counters: Counters::default(),
             requested: Vec::new(),
+            cap: None,
             unsupported: desired.unsupported_of(setting as usize),
             is_reported: false,
         })
@@ -286,8 +321,19 @@ impl Line {
     }
 
     fn is_of_same_setting(&self, other: &Self) -> bool {
-        let Self { policy, rule, place, option, form, mode, counters: _, requested: _, unsupported: _, is_reported: _ } =
-            self;
+        let Self {
+            policy,
+            rule,
+            place,
+            option,
+            form,
+            mode,
+            counters: _,
+            requested: _,
+            cap: _,
+            unsupported: _,
+            is_reported: _,
+        } = self;
         (policy, rule, place, option, form, mode)
             == (&other.policy, &other.rule, &other.place, &other.option, &other.form, &other.mode)
     }
@@ -311,6 +357,11 @@ impl Line {
         let dry_run = self.mode == Mode::DryRun;
         let all = Action::ALL.into_iter().zip(self.counters.verdicts);
         all.filter(|(_, count)| *count > 0).map(|(what, count)| (Verdict { what, dry_run }, count)).collect()
+    }
+
+    /// Returns the bound of the kernel because of which sockets got less than the setting's value, if there are such sockets.
+    fn cap_in_effect(&self) -> Option<Cap> {
+        self.cap.filter(|_| self.counters.set > 0)
     }
 
     fn is_set(&self) -> bool {

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::{
-    Example, Line, Repaired, Summary,
+    Cap, Example, Line, Repaired, Summary,
     calls::calls_table,
     common_mode,
     table::{align_right, table},
@@ -15,7 +15,7 @@ use crate::{
     limitations::{self, Concern},
     plural::counted,
     policy::model::Mode,
-    wrap,
+    values, wrap,
 };
 
 impl fmt::Display for Summary {
@@ -30,13 +30,7 @@ impl fmt::Display for Summary {
         } else {
             writeln!(f, "sockpolicy: {}", self.policies_on(&targets))?;
             self.tables().fmt(f)?;
-            self.unsupported.iter().try_for_each(|unsupported| {
-                writeln!(
-                    f,
-                    "
-unsupported: {unsupported}"
-                )
-            })?;
+            self.unsupported.iter().try_for_each(|unsupported| writeln!(f, "\nunsupported: {unsupported}"))?;
             self.write_unsupported(f)?;
         }
         if let Repaired { sockets: sockets @ 1.., listeners } = self.repaired {
@@ -65,7 +59,8 @@ impl fmt::Display for Tables<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.write_settings(f)?;
         self.0.write_conflicts(f)?;
-        self.0.write_mismatches(f)
+        self.0.write_mismatches(f)?;
+        self.0.write_suppressed(f)
     }
 }
 
@@ -125,10 +120,10 @@ impl Summary {
         }
         let mode = common_mode(&self.policies);
         let done = if mode == Some(Mode::DryRun) { "would set" } else { "set" };
-        let mut table = table(&["option", "value", "rule", &format!("sockets {done}"), "had it", "refused"]);
-        for line in set {
+        let mut table = table(&["option", "value", "rule", &format!("sockets {done}"), "unchanged", "failed"]);
+        for line in &set {
             let counters = &line.counters;
-            let refused = if counters.failed == 0 {
+            let failed = if counters.failed == 0 {
                 "0".to_owned()
             } else {
                 format!("{} ({})", counters.failed, errno::name(counters.failed_errno as i32))
@@ -137,25 +132,29 @@ impl Summary {
                 line.option.to_string(),
                 line.wanted(),
                 format!("{} ({})", line.rule.escaped(), line.place.escaped()),
-                if mode.is_none() && line.mode == Mode::DryRun {
-                    format!("{} (would be)", counters.set)
-                } else {
-                    counters.set.to_string()
-                },
+                sockets_set(line, mode.is_none()),
                 counters.unchanged.to_string(),
-                refused,
+                failed,
             ]);
         }
         for column in 3..6 {
             align_right(&mut table, column);
         }
-        writeln!(f, "\n{}", wrap::table(table))
+        writeln!(f, "\n{}", wrap::table(table))?;
+        let caps = set.into_iter().filter_map(|line| Some((line.option, line.cap_in_effect()?)));
+        caps.into_iter().try_for_each(|(option, Cap { max, sysctl })| {
+            let max = values::number_text(option.key(), max);
+            writeln!(f, "\ncapped: the kernel takes at most {max} for {option} ({sysctl})")
+        })
     }
 
     fn write_conflicts(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let lines: Vec<&Line> = self.lines.iter().filter(|line| line.conflicts() > 0).collect();
         if lines.is_empty() {
-            return writeln!(f, "\nno call conflicted with the policy");
+            return writeln!(
+                f,
+                "\nno call conflicted with the policy; calls on sockets of other cgroups are not judged"
+            );
         }
         let mut table = table(&["option", "policy", "requested by applications", "calls", "verdict", "winner"]);
         for line in lines {
@@ -171,19 +170,9 @@ impl Summary {
             }
         }
         align_right(&mut table, 3);
-        writeln!(f, "\n{}", wrap::table(table))?;
-        let suppressed: u64 = self.lines.iter().map(|line| line.counters.suppressed).sum();
-        if suppressed > 0 {
-            writeln!(
-                f,
-                "\nsuppressed: the events of {suppressed} of these calls, each of which repeats a recent event"
-            )?;
-        }
-        Ok(())
+        writeln!(f, "\n{}", wrap::table(table))
     }
-}
 
-impl Summary {
     /// Writes which reads showed another value than the policy's.
     fn write_mismatches(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let lines: Vec<&Line> = self.lines.iter().filter(|line| line.counters.reads > 0).collect();
@@ -196,8 +185,24 @@ impl Summary {
             table.add_row(read);
         }
         align_right(&mut table, 3);
-        writeln!(f, "\n{table}")
+        writeln!(f, "\n{}", wrap::table(table))
     }
+
+    fn write_suppressed(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.lines.iter().map(|line| line.counters.suppressed).sum() {
+            0 => Ok(()),
+            suppressed => {
+                writeln!(f, "\nsuppressed: {} of calls that repeat a recent one", counted(suppressed, "event"))
+            }
+        }
+    }
+}
+
+/// Returns the number of sockets on which the setting changed the value. `is_mixed`: policies have different modes.
+fn sockets_set(line: &Line, is_mixed: bool) -> String {
+    let dry_run = if is_mixed && line.mode == Mode::DryRun { " (dry run)" } else { "" };
+    let capped = if line.cap_in_effect().is_some() { " (capped)" } else { "" };
+    format!("{}{dry_run}{capped}", line.counters.set)
 }
 
 /// Returns the values that were requested with this verdict, or read if there is no verdict, one on each line.

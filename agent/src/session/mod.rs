@@ -30,12 +30,12 @@ use crate::{
     events::{Executables, Filter},
     host::{
         cgroup::{Mount, Names},
-        containers,
+        containers, tcp,
     },
     instance::{Files, Instance, InstanceError},
     kernel::{self, Answer, Audit, AuditConfig, BackendChoice, KernelError, Object, Target},
     policy::model::Policy,
-    report::{AuditFacts, CallLine, Counts, Loss, Lost, Repaired, Report, Summary},
+    report::{AuditFacts, BufferMax, CallLine, Counts, Loss, Lost, Repaired, Report, Summary},
     skipped::{Kind, Skip, SkippedList},
     unsupported::{Unsupported, UnsupportedList},
 };
@@ -448,13 +448,21 @@ impl Session {
         lost.losses.exit_missed += self.object.open_calls()?;
         let Self { object, current, targets, filter, audit, unsupported, mut report, .. } = self;
         let tallies = tallies.into_iter().filter(|(key, _)| filter.admits_option(key.key));
-        let counts = Counts { calls: tallies.filter_map(|(key, tally)| CallLine::new(key, tally)).collect(), lost };
+        let calls = tallies.filter_map(|(key, tally)| CallLine::new(key, tally)).collect();
+        let counts = Counts { calls, lost, buffer_max: buffer_max() };
         report.count(current.number, &current.desired, &object.counters()?, true);
         let targets = kernel::names(&targets).into_iter().map(str::to_owned).collect();
         let mut summary = report.summarize(&current.desired, counts, targets, audit.map(facts), unsupported);
         summary.lines.retain(|line| filter.admits_option(line.option.key()));
         Ok(summary)
     }
+}
+
+/// Returns the largest buffers that setsockopt(2) can set on this host.
+#[must_use]
+pub fn buffer_max() -> BufferMax {
+    let known = |name| tcp::buffer_max(name).inspect_err(|error| log::debug!("net.core.{name}: {error}")).ok();
+    BufferMax { send: known("wmem_max"), receive: known("rmem_max") }
 }
 
 /// The descriptor is readable when there are events.

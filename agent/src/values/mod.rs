@@ -48,14 +48,20 @@ pub fn form_text(key: OptionKey, form: &Form) -> String {
     let kind = kind_of(key);
     match form {
         Form::Set(Wanted::Text(text)) => text.escaped().to_string(),
-        Form::Set(Wanted::Number { value, mask }) if kind == ValueKind::Mark && *mask != u32::MAX => {
-            format!("{value:#x}/{mask:#x}")
-        }
-        Form::Set(Wanted::Number { value, .. }) => show(kind, number(kind, *value)),
+        Form::Set(Wanted::Number { value, .. }) => match mask(key, form) {
+            Some(mask) => format!("{value:#x}/{mask:#x}"),
+            None => show(kind, number(kind, *value)),
+        },
         Form::Limit { min, max } => format!("{} to {}", show(kind, *min), show(kind, *max)),
         Form::Deny => "denied".to_owned(),
         Form::Free => "free".to_owned(),
     }
+}
+
+/// Returns the text of a number of an option, as policies write it.
+#[must_use]
+pub fn number_text(key: OptionKey, number: i64) -> String {
+    show(kind_of(key), number)
 }
 
 /// Returns the JSON fields for what a policy wants of an option: `form`, and either `wanted`, in the form that [`json()`] uses,
@@ -65,13 +71,22 @@ pub fn form_fields(key: OptionKey, form: &Form) -> Json {
     let kind = kind_of(key);
     match form {
         Form::Set(Wanted::Text(text)) => json!({ "form": "set", "wanted": text }),
-        Form::Set(Wanted::Number { value, mask }) if kind == ValueKind::Mark && *mask != u32::MAX => {
-            json!({ "form": "set", "wanted": value, "mask": mask })
-        }
-        Form::Set(Wanted::Number { value, .. }) => json!({ "form": "set", "wanted": number(kind, *value) }),
+        Form::Set(Wanted::Number { value, .. }) => match mask(key, form) {
+            Some(mask) => json!({ "form": "set", "wanted": value, "mask": mask }),
+            None => json!({ "form": "set", "wanted": number(kind, *value) }),
+        },
         Form::Limit { min, max } => json!({ "form": "limit", "limit": { "min": min, "max": max } }),
         Form::Deny => json!({ "form": "deny" }),
         Form::Free => json!({ "form": "free" }),
+    }
+}
+
+/// Returns the bits that a policy sets, if it sets only some bits of an option (SO_MARK).
+#[must_use]
+pub fn mask(key: OptionKey, form: &Form) -> Option<u32> {
+    match form {
+        Form::Set(Wanted::Number { mask, .. }) if kind_of(key) == ValueKind::Mark && *mask != u32::MAX => Some(*mask),
+        _ => None,
     }
 }
 
@@ -81,7 +96,7 @@ pub fn unit(key: OptionKey) -> Option<&'static str> {
     match kind_of(key) {
         ValueKind::Seconds | ValueKind::Linger => Some("s"),
         ValueKind::Milliseconds => Some("ms"),
-        ValueKind::Microseconds => Some("us"),
+        ValueKind::Microseconds | ValueKind::Timeval => Some("us"),
         ValueKind::Bytes => Some("bytes"),
         ValueKind::Rate => Some("bytes/s"),
         _ => None,
@@ -277,6 +292,16 @@ mod tests {
         assert_eq!(json(key("TCP_INFO"), &info), "0x01070000000000000000000000000000");
         assert_eq!(text(key("TCP_INFO"), &info), "0x01070000000000000000000000000000…");
         assert_eq!(text(key("TCP_INFO"), &of(&[1, 7], 2)), "0x0107");
+    }
+
+    #[test]
+    fn limits_of_times_in_two_parts_have_a_unit() {
+        assert_eq!(unit(key("SO_RCVTIMEO")), Some("us"));
+        let limit = Form::Limit { min: 0, max: 5_000_000 };
+        assert_eq!(
+            form_fields(key("SO_RCVTIMEO"), &limit),
+            json!({ "form": "limit", "limit": { "min": 0, "max": 5_000_000 } })
+        );
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::{
     process::{Command, Stdio},
 };
 
+use serde_json::{Value, json};
 use sockpolicy_integration_tests::{
     agent,
     bpffs::Instance,
@@ -436,4 +437,27 @@ fn detach_restores_values_if_requested() {
         assert!(instance.left().is_empty(), "{:?}", instance.left());
         assert!(!status().contains(&kept), "{}", status());
     }
+}
+
+#[test]
+fn value_that_the_kernel_caps_is_reported_as_capped_in_the_unit_of_the_policy() {
+    let (target, instance) = (Cgroup::new(), Instance::new());
+    let mut probe = Probe::start(&target);
+    let socket = probe.open(Family::Inet, Kind::Udp);
+    probe.bind(socket, "127.0.0.1:0".parse().unwrap());
+    let before = probe.int(socket, SO_SNDBUF) / 2;
+    let text =
+        format!("[target]\ncgroup = {:?}\n[[rule]]\nset = {{ SO_SNDBUF = \"512MiB\", SO_MARK = 7 }}\n", target.name());
+    let printed = apply(&instance, &PolicyFile::new(text), &["--output", "json"]);
+    let lines: Vec<Value> = printed.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let event = lines.iter().find(|line| line["option"] == "SO_SNDBUF").unwrap();
+    let after = probe.int(socket, SO_SNDBUF) / 2;
+    assert!(after < 512 << 20, "this test needs net.core.wmem_max below 512 MiB");
+    let shown = ["event", "outcome", "wanted", "before", "current"].map(|key| &event[key]);
+    assert_eq!(shown, [&json!("applied"), &json!("capped"), &json!(512 << 20), &json!(before), &json!(after)]);
+    let summary = lines.last().unwrap();
+    assert_eq!(
+        [&summary["set"], &summary["capped"], &summary["changed"]],
+        [1, 1, 1].map(|count| json!(count)).each_ref()
+    );
 }

@@ -47,7 +47,7 @@ fn changed_file_is_put_in_force() {
     let lines = run.lines();
     let first: serde_json::Value = serde_json::from_str(lines.lines().next().unwrap()).unwrap();
     assert_eq!((&first["event"], &first["targets"]), (&json!("started"), &json!([target.name()])));
-    assert_eq!(first["policies"], json!([{ "policy": "policy", "mode": "enforce" }]));
+    assert_eq!((&first["policies"], &first["mode"]), (&json!(["policy"]), &json!("enforce")));
     fs::write(policy.path(), sets_mark(&target, 2)).unwrap();
     let notice = run.notice("reload", 1);
     assert_eq!((&notice["in_force"], &notice["policies"]), (&json!(true), &json!(["policy"])));

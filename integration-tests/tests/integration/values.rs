@@ -109,7 +109,8 @@ fn masked_mark_leaves_the_other_bits_to_the_application() {
     assert_eq!(probe.int(fd, SO_MARK), 0x2220, "connect leaves these bits too");
     let report = exec.finish();
     let event = report.conflict("SO_MARK");
-    assert_eq!((&event.wanted, &event.requested, &event.current), (&json!(0x1120), &json!(0x1133), &json!(0x1120)));
+    assert_eq!((&event.wanted, &event.requested, &event.current), (&json!(0x20), &json!(0x1133), &json!(0x1120)));
+    assert_eq!(event.mask, Some(0xff));
     let setting = report.setting("SO_MARK");
     assert_eq!((setting.calls.agreed, setting.calls.verdicts()["rewritten"]), (1, 1));
 }
@@ -268,7 +269,7 @@ fn refused_setting_is_counted_and_breaks_no_connection() {
     assert_eq!(exec.probe.int(pair.client, SO_MARK), 5, "the other setting is applied");
     assert_eq!(exec.probe.text(pair.client, SO_BINDTODEVICE), "");
     let report = exec.finish();
-    let Sockets { set, unchanged, failed, failed_errno } = report.setting("SO_BINDTODEVICE").sockets;
+    let Sockets { set, unchanged, failed, failed_errno, .. } = report.setting("SO_BINDTODEVICE").sockets;
     assert_eq!((set, unchanged, failed_errno), (0, 0, Errno::ENODEV as u64));
     // The listener and the client; accepted sockets have the device of their listener.
     assert_eq!(failed, 2);

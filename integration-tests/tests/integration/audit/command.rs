@@ -552,6 +552,6 @@ for length, name in ((0, 1), (-1, 1), (4, 9999), (4, 1)):
     for call in &calls {
         assert_ne!(call["optlen"].is_null(), call["missing"]["optlen"].is_null(), "{call}");
     }
-    let known: Vec<_> = calls.iter().filter_map(|call| call["optlen"].as_u64()).collect();
-    assert_eq!(known, [4, 4], "{lines}");
+    let known: Vec<_> = calls.iter().filter_map(|call| call["optlen"].as_i64()).collect();
+    assert_eq!(known, [0, -1, 4, 4, 0, 4], "{lines}");
 }

@@ -4,19 +4,22 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use serde_json::{Value, json};
 use sockpolicy_integration_tests::{
-    agent::Run,
+    agent::{Exec, Run},
     cgroup::Cgroup,
     options::{
         IP_TOS, SO_COOKIE, SO_LINGER, SO_PRIORITY, SO_RCVBUF, SO_RCVLOWAT, SO_SNDBUF, SocketOption, TCP_CONGESTION,
         TCP_WINDOW_CLAMP,
     },
+    policy::PolicyFile,
     probe::Probe,
+    process::Running,
     report::{Event, Socket},
+    require,
     script::{Argument, Family, Fd, Kind},
 };
 
 use super::backends;
-use crate::number;
+use crate::{number, stderr};
 
 /// Performs `work` with a probe in a cgroup. Returns its result, and the events.
 fn audited<T>(backend: &str, target: &Cgroup, work: impl FnOnce(&mut Probe) -> T) -> (T, Vec<Event>) {
@@ -49,7 +52,10 @@ fn event_shows_the_value_that_the_owner_reads_if_the_kernel_changes_it() {
             let socket = probe.open(Family::Inet, Kind::Tcp);
             ASKED.map(|(option, value)| {
                 probe.set(socket, option, value).unwrap();
-                (option.name, Value::from(probe.int(socket, option)))
+                let shown = probe.int(socket, option);
+                // Reports have the unit of setsockopt, and getsockopt returns twice the size of a buffer.
+                let is_buffer = [SO_SNDBUF, SO_RCVBUF].contains(&option);
+                (option.name, Value::from(if is_buffer { shown / 2 } else { shown }))
             })
         });
         let sets = events.iter().filter(|event| event.call.as_deref() == Some("setsockopt"));
@@ -189,4 +195,27 @@ fn values_are_shown_by_their_meaning() {
         let reads = [json!(0), sets[0].2.clone(), sets[2].2.clone()];
         assert_eq!(shown, [&sets.clone().map(|(_, _, value)| value)[..], &reads].concat(), "{backend}");
     }
+}
+
+#[test]
+fn buffers_that_the_kernel_caps_are_reported_as_capped() {
+    require!("cgroup/bind4");
+    const WANTED: i32 = 512 << 20;
+    let policy = PolicyFile::new("[[rule]]\nset = { SO_SNDBUF = \"512MiB\", SO_RCVBUF = \"16KiB\" }\n");
+    let mut exec = Exec::start(&policy);
+    let pair = exec.probe.pair(Family::Inet, Kind::Tcp);
+    let taken = exec.probe.int(pair.client, SO_SNDBUF) / 2;
+    assert!(taken < WANTED, "this test needs net.core.wmem_max below {WANTED}, and it is {taken}");
+    let report = exec.finish();
+    let [capped, set] = ["SO_SNDBUF", "SO_RCVBUF"].map(|option| report.setting(option).sockets);
+    assert!((capped.set, set.capped) == (0, 0) && capped.capped > 0 && set.set > 0, "{capped:?} {set:?}");
+    let [read] = report.of("mismatch", "SO_SNDBUF")[..] else { panic!("{:?}", report.events) };
+    assert_eq!((&read.wanted, &read.requested, &read.current), (&json!(WANTED), &json!(taken), &json!(taken)));
+
+    let printed = Running::exec(&[], &policy, &["/usr/bin/python3", "-c", "import socket; socket.socket().listen()"]);
+    let printed = stderr(&printed.finish());
+    let row = printed.lines().find(|line| line.contains("SO_SNDBUF") && line.contains("512MiB"));
+    assert!(row.is_some() && printed.contains("(capped)"), "{printed}");
+    let note = printed.lines().find(|line| line.starts_with("capped: the kernel takes at most "));
+    assert!(note.is_some_and(|note| note.contains("SO_SNDBUF (net.core.wmem_max)")), "{printed}");
 }

@@ -60,7 +60,7 @@ fn seen(event: &Event) -> Seen {
     let value = event.optval.as_deref().map(|hex| {
         let digits = hex.strip_prefix("0x").unwrap().as_bytes().chunks(2);
         let byte = |pair| u8::from_str_radix(str::from_utf8(pair).unwrap(), 16).unwrap();
-        Value { len: event.optlen.unwrap(), bytes: digits.map(byte).collect() }
+        Value { len: u32::try_from(event.optlen.unwrap()).unwrap(), bytes: digits.map(byte).collect() }
     });
     let error = match event.result.unwrap() {
         0 => String::new(),

@@ -50,7 +50,7 @@ fn report_has_the_number_of_suppressed_events() {
     let output = Running::exec(&[], &storm_policy(""), &command).finish();
     let printed = stderr(&output);
     let reported = printed.lines().filter(|line| line.starts_with("conflict ")).count() as u64;
-    let held_back = printed.split("\nsuppressed: the events of ").nth(1).and_then(|rest| rest.split(' ').next());
+    let held_back = printed.split("\nsuppressed: ").nth(1).and_then(|rest| rest.split(' ').next());
     let held_back: u64 = held_back.unwrap_or_else(|| panic!("{printed}")).parse().unwrap();
     assert!(held_back > 0);
     assert_eq!(reported + held_back, OPTIONS.len() as u64 * CALLS, "{printed}");

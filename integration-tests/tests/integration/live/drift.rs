@@ -103,10 +103,11 @@ fn verify_finds_exactly_the_existing_drift() {
         (&json!(probe.pid), &json!("sockprobe"), &json!(cgroup.name()))
     );
     assert_eq!(keep["socket"]["remote"], pair.address.to_string());
-    assert_eq!((&event("SO_MARK")["wanted"], &event("SO_MARK")["current"]), (&json!(0x1120), &json!(0x1121)));
+    assert_eq!((&event("SO_MARK")["wanted"], &event("SO_MARK")["current"]), (&json!(0x20), &json!(0x1121)));
     assert_eq!(
         (&event("SO_SNDBUF")["wanted"], &event("SO_SNDBUF")["current"]),
-        (&json!(50 * 1024), &json!(120 * 1024))
+        (&json!(50 * 1024), &json!(60 * 1024)),
+        "in the unit of setsockopt"
     );
     let limit = event("TCP_SYNCNT");
     assert_eq!(
