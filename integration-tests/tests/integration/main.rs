@@ -18,6 +18,7 @@ mod differential;
 mod dry_run;
 mod enforcement;
 mod environment;
+mod events_md;
 mod explain;
 mod facts;
 mod files;
