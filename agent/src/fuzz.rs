@@ -168,7 +168,7 @@ pub fn ring(input: &[u8]) {
         Record::File(file) => {
             let mut executables = Executables::default();
             executables.learn(&file);
-            assert!(executables.told(&file.executable).is_some());
+            assert!(executables.path_of(&file.executable).is_some());
         }
         Record::Unknown => {}
     }

@@ -1,6 +1,6 @@
 //! The journal: the values that `apply` replaced on existing sockets, so that they can be restored.
 //!
-//! The journal is a file of JSON lines in `/run/sockpolicy`, which like the sockets is gone after the next boot. A change is
+//! The journal is a file of JSON lines in `/run/sockpolicy`, which the next boot empties. A change is
 //! written before it is made, and its result afterwards, so that no value is lost whenever this process ends.
 //!
 //! Each line ends with a checksum. A line whose checksum is wrong is damaged: its values are not used, all other lines are, and

@@ -1,7 +1,7 @@
 //! What policies need and this kernel does not support.
 //!
-//! Pure: callers probe the kernel. The kernel version in messages only tells users which kernel they need; nothing
-//! depends on it.
+//! Pure: callers probe the kernel. Messages name kernel versions so that users know which kernel they need. Nothing else
+//! depends on versions.
 
 use std::fmt;
 
@@ -154,13 +154,7 @@ impl FromIterator<Unsupported> for UnsupportedList {
 
 impl fmt::Display for UnsupportedList {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|entry| {
-            write!(
-                f,
-                "
-  {entry}"
-            )
-        })
+        self.0.iter().try_for_each(|entry| write!(f, "\n  {entry}"))
     }
 }
 

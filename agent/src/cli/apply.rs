@@ -29,6 +29,7 @@ use crate::{
     instance::{self, InstanceError},
     journal::{self, Journal},
     kernel,
+    plural::counted,
     policy::Policy,
     reconcile::{
         LazyIter, ReconcileError, Reconciler, Report, Selection, Sockets, Tally,
@@ -57,7 +58,7 @@ pub(super) struct Apply {
     /// Change nothing; report what would be set
     #[arg(long)]
     dry_run: bool,
-    /// Restore the old values of options that nobody changed since
+    /// Restore the old values of options that have not changed since
     #[arg(long, conflicts_with_all = ["files", "cgroup", "dry_run", "quiet"])]
     restore: bool,
     /// Print the counts only
@@ -231,11 +232,13 @@ fn write_restored(restored: &Restored, output: Format, out: &mut impl Write) -> 
         });
         return writeln!(out, "{}", schema::line_at(jiff::Timestamp::now(), "restore-summary", fields));
     }
-    writeln!(out, "restored: {restored} options; changed by others since: {changed_by_others}; refused: {failed}")?;
+    let restored = counted(*restored as u64, "option");
+    writeln!(out, "restored: {restored}; changed by others since: {changed_by_others}; refused: {failed}")?;
     if *unseen > 0 {
+        let unseen = counted(*unseen as u64, "option");
         writeln!(
             out,
-            "not restored: {unseen} options of sockets that may be in network namespaces that this process must not enter"
+            "not restored: {unseen} of sockets that may be in network namespaces that this process must not enter"
         )?;
     }
     Ok(())

@@ -138,12 +138,12 @@ fn try_options(mount: &Mount) -> Result<Vec<(&'static SocketOption, Answer)>, Do
     Ok(trial::try_options(&mut object, desired, None, &hooks, mount, Sample::start(mount)?)?)
 }
 
-/// Returns the answers if a program of others prevents the probe: all options are unknown then.
+/// Returns the answers if a foreign program prevents the probe: all options are unknown then.
 fn unknown_options(error: DoctorError) -> Result<Vec<(&'static SocketOption, Answer)>, DoctorError> {
     let DoctorError::Trial(TrialError::Kernel(KernelError::Foreign(conflict))) = error else { return Err(error) };
     log::warn!("cannot probe the options in this cgroup: {conflict}");
     let settable = OPTIONS.iter().filter(|option| option.settable().is_some());
-    Ok(settable.map(|option| (option, Answer::Unknown("a program of others prevents the probe".to_owned()))).collect())
+    Ok(settable.map(|option| (option, Answer::Unknown("a foreign program prevents the probe".to_owned()))).collect())
 }
 
 impl Findings {
@@ -222,7 +222,7 @@ impl Findings {
     }
 }
 
-/// Returns what the flags of a program of others prevent.
+/// Returns what the flags of a foreign program prevent.
 fn effect(program: &ForeignProgram) -> &'static str {
     match program.mode {
         AttachMode::Multi => "",

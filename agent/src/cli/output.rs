@@ -117,7 +117,7 @@ impl TrustArgs {
     }
 }
 
-/// What to do about what this kernel cannot do.
+/// What to do about settings that this kernel does not support.
 #[derive(Debug, clap::Args)]
 pub(super) struct UnsupportedArgs {
     /// Enforce what the kernel supports and report the rest
@@ -141,13 +141,13 @@ pub(super) struct Writer {
     out: Sink,
     /// The width to which text is wrapped, in columns.
     width: usize,
-    /// Where the report goes, for people.
+    /// The name of the output, for messages.
     place: String,
 }
 
-/// Names of targets that are written when these change: as many that have come, and as many that have gone.
+/// The maximum number of new targets, and of removed targets, that a JSON line names.
 const TARGETS_SHOWN: usize = 64;
-/// Of these, for people.
+/// The maximum number of new targets, and of removed targets, that a line of text names.
 const TARGETS_WRITTEN: usize = 16;
 
 #[derive(Debug, thiserror::Error)]
@@ -157,7 +157,7 @@ pub(super) struct ReportError {
     pub(super) source: io::Error,
 }
 
-/// Why the report has no end.
+/// The end of the report could not be written.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot write the report to {place}: {reason}{}", lost_text(*.lost))]
 pub(super) struct IncompleteReport {
@@ -167,7 +167,7 @@ pub(super) struct IncompleteReport {
 }
 
 fn lost_text(lost: u64) -> String {
-    if lost == 0 { String::new() } else { format!("; lines that are missing: {lost}") }
+    if lost == 0 { String::new() } else { format!("; {} missing", counted(lost, "line")) }
 }
 
 impl Writer {
@@ -182,7 +182,7 @@ impl Writer {
         Self::start(reporting, Target::Standard(standard), place.to_owned(), messages)
     }
 
-    /// Writes to a file, made anew.
+    /// Writes to a file, which is created or replaced.
     pub(super) fn to_file(reporting: &ReportArgs, path: &Path) -> Result<Self, ReportError> {
         let place = path.escaped().to_string();
         let target = Target::file(path).map_err(|source| ReportError { place: place.clone(), source })?;
@@ -206,7 +206,7 @@ impl Writer {
         self.out.put(&self.lines(line));
     }
 
-    /// In text, control characters are escaped in all that is written.
+    /// Returns lines as they are written: text is wrapped, and its control characters are escaped.
     fn lines(&self, lines: &dyn fmt::Display) -> String {
         match self.format {
             Format::Text => wrap::lines(&visible(&format!("{lines}\n"), true), self.width),
@@ -286,7 +286,7 @@ impl Writer {
     ///
     /// # Errors
     ///
-    /// Where the end of the report could not be written. A reader that is gone is no error.
+    /// Fails if the end of the report cannot be written. It is no error that the reader has closed the output.
     pub(super) fn summary(self, mut summary: Summary) -> Result<(), IncompleteReport> {
         summary.lost.unwritten = self.out.lost();
         if messages::queue().is_some_and(|messages| !messages.is_same(&self.out)) {
@@ -298,7 +298,7 @@ impl Writer {
         });
         let reason = match self.out.finish() {
             Ok(()) | Err(Unfinished::Failed(Errno::EPIPE)) => return Ok(()),
-            Err(Unfinished::Stuck) => "nobody reads it".to_owned(),
+            Err(Unfinished::Stuck) => "the reader does not read it".to_owned(),
             Err(Unfinished::Failed(errno)) => io::Error::from(errno).to_string(),
         };
         Err(IncompleteReport { place: self.place, reason, lost: self.out.lost().total() })
@@ -361,14 +361,7 @@ impl Observer for Writer {
     fn reconciled(&self, tally: &Tally) {
         let text = tally_text(tally);
         let lines: Vec<String> = text.lines().map(|line| format!("live      {line}")).collect();
-        self.notice(
-            &lines.join(
-                "
-",
-            ),
-            "apply-summary",
-            tally.to_json(),
-        );
+        self.notice(&lines.join("\n"), "apply-summary", tally.to_json());
     }
 
     fn repaired(&self, tally: &Tally) {
@@ -395,7 +388,7 @@ impl Observer for Writer {
         self.out.put(&loss_line(loss, self.format));
     }
 
-    /// Whether the reader of the report is gone.
+    /// Returns whether the reader has closed the output.
     fn is_closed(&self) -> bool {
         self.out.is_closed()
     }

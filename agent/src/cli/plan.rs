@@ -33,7 +33,7 @@ use crate::{
 
 /// Show what `run` would do
 ///
-/// Lists the programs that `run` would attach, their cgroups and options, and programs of others that would prevent this. Changes nothing and needs no privileges. `doctor` shows whether this kernel supports it.
+/// Lists the programs that `run` would attach, their cgroups and options, and foreign programs that would prevent this. Changes nothing and needs no privileges. `doctor` shows whether this kernel supports it.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  sockpolicy plan web.toml\n  sockpolicy plan web.toml --instance default")]
 pub(super) struct Plan {
@@ -183,7 +183,7 @@ impl Plan {
         }
         self.write_conflicts(&mut out, conflicts, targets.len())?;
         match others {
-            Err(error) => writeln!(out, "\nunknown: which programs of others are attached there: {error}"),
+            Err(error) => writeln!(out, "\nunknown: which foreign programs are attached there: {error}"),
             Ok(others) if others.is_empty() => Ok(()),
             Ok(others) => {
                 let others = others.iter().filter(|(foreign, _)| !is_in_conflict(foreign, conflicts));
@@ -210,7 +210,7 @@ impl Plan {
         targets: usize,
     ) -> io::Result<()> {
         if let Some((_, unknown)) = conflicts.iter().find(|(_, conflict)| conflict.is_unknown()) {
-            writeln!(out, "\nunknown: whether programs of others permit that:\n  {unknown}")?;
+            writeln!(out, "\nunknown: whether foreign programs permit that:\n  {unknown}")?;
         }
         let known = conflicts.iter().rev().filter(|(_, conflict)| !conflict.is_unknown());
         let blocked: BTreeMap<usize, &ForeignConflict> = known.map(|(target, conflict)| (*target, conflict)).collect();
@@ -330,7 +330,7 @@ struct Steps<'a> {
     targets: &'a [Target],
     /// Names of the options that are tried first.
     tried: Vec<&'static str>,
-    /// Why it would be refused, or would skip targets, because of programs of others; each with the number of the target.
+    /// Why it would be refused, or would skip targets, because of foreign programs; each with the number of the target.
     conflicts: Vec<(usize, ForeignConflict)>,
     others: Others,
     /// Why it would be refused, as far as this process may know.

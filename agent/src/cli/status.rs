@@ -27,7 +27,7 @@ use crate::{
 
 /// Show the policies in force on this host
 ///
-/// Shows the instances with their targets, hooks and counters, and the programs of others on the same cgroups.
+/// Shows the instances with their targets, hooks and counters, and the foreign programs on the same cgroups.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  sockpolicy status\n  sockpolicy status --instance default --output json")]
 pub(super) struct Status {
@@ -313,7 +313,7 @@ fn write_text(out: &mut impl Write, seen: &InstanceStatus, looked: &Result<InFor
     }
     write!(out, "{}", summary.tables())?;
     for (reason, count) in summary.lost.by_reason().into_iter().filter(|(_, count)| *count > 0) {
-        writeln!(out, "\nlost: {count} {}", reason.what)?;
+        writeln!(out, "\nlost: {}", reason.counted(count))?;
     }
     if *unread > 0 {
         writeln!(out, "\nlost without an agent: {unread} events that found the buffer full")?;

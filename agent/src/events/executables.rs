@@ -27,7 +27,7 @@ impl Executables {
     }
 
     /// Returns the path of an executable; `None` if no path was sent, or if the path was forgotten.
-    pub fn told(&mut self, executable: &Executable) -> Option<ExePath> {
+    pub fn path_of(&mut self, executable: &Executable) -> Option<ExePath> {
         self.0.get(executable)
     }
 }
@@ -78,14 +78,14 @@ mod tests {
             executables.learn(&file(executable(pid), b"a\0"));
             // The first one makes a call from time to time.
             if pid % EXES_SENT_MAX == 0 {
-                assert!(executables.told(&executable(1)).is_some(), "after {pid}");
+                assert!(executables.path_of(&executable(1)).is_some(), "after {pid}");
             }
         }
-        assert!(executables.told(&executable(EXES_SENT_MAX * 3)).is_some());
+        assert!(executables.path_of(&executable(EXES_SENT_MAX * 3)).is_some());
         for pid in EXES_SENT_MAX * 4..EXES_SENT_MAX * 9 {
             executables.learn(&file(executable(pid), b"a\0"));
         }
-        assert_eq!(executables.told(&executable(EXES_SENT_MAX)), None);
+        assert_eq!(executables.path_of(&executable(EXES_SENT_MAX)), None);
         assert!(executables.0.len() <= 2 * GENERATION);
     }
 }

@@ -575,21 +575,21 @@ mod tests {
 
     const SET: Kind = Kind::Call(Call::Set);
 
-    fn call(option: &str, asked: Value) -> raw::Call {
+    fn call(option: &str, requested: Value) -> raw::Call {
         let key = options::by_name(option).unwrap().key();
-        raw::Call { key, requested: asked, before: Value::int(77), flags: flags::VALUE_BEFORE, ..raw::Call::default() }
+        raw::Call { key, requested, before: Value::int(77), flags: flags::VALUE_BEFORE, ..raw::Call::default() }
     }
 
     #[test]
     fn values_that_the_kernel_keeps_unchanged_are_known() {
-        for (option, asked, kept) in [
+        for (option, requested, kept) in [
             ("SO_MARK", 0x20, 0x20),
             ("TCP_NODELAY", 7, 1),
             ("TCP_NODELAY", 0, 0),
             ("TCP_KEEPIDLE", 60, 60),
             ("IP_MTU_DISCOVER", 2, 2),
         ] {
-            assert_eq!(current_value(&call(option, Value::int(asked)), SET, Some(0)), Value::int(kept), "{option}");
+            assert_eq!(current_value(&call(option, Value::int(requested)), SET, Some(0)), Value::int(kept), "{option}");
         }
         let byte = Value::new([2, 0], 1);
         assert_eq!(current_value(&call("IP_RECVTTL", byte), SET, Some(0)), Value::int(1));

@@ -1,6 +1,6 @@
 //! Reconciles live sockets with policies, for `apply` and `run --apply`, and restores the values that they had.
 //!
-//! A BPF iterator sets TCP sockets that listen or are connected, as far as their options can be decided without a descriptor.
+//! A BPF iterator sets TCP sockets that listen or are connected, and options that can be decided without a descriptor.
 //! The other sockets, and what the iterator cannot set, are set through a descriptor that is duplicated from the socket's process
 //! (pidfd_getfd(2)).
 //!
@@ -387,7 +387,7 @@ impl<'a, J: ChangeLog> Reconciler<'a, J> {
     /// the program failed (the kernel loads a congestion control for it), and so can a socket that the iterator did not visit.
     fn conclude(&mut self, one: &ToSet<'_>, outcome: &Outcome) -> Result<bool, ReconcileError> {
         let kind = match outcome.state {
-            // The socket got the value meanwhile.
+            // The socket got the value after it was read.
             state::UNCHANGED => return Ok(true),
             state::SET if outcome.errno == 0 => {
                 let after = one.after(outcome);

@@ -3,7 +3,7 @@
 //! Values are set through a descriptor of the socket's process. The BPF iterator sets what no descriptor reaches, and options that
 //! only BPF programs can read and set.
 //!
-//! Invariant: an option that no longer has the value that was applied was changed by somebody else, and is left alone.
+//! Invariant: an option that no longer has the value that was applied was changed by another process, and is not restored.
 
 use std::{
     cell::RefCell,
@@ -32,7 +32,7 @@ use crate::{
 pub struct Restored {
     /// Options that have their old value again.
     pub restored: usize,
-    /// Options that somebody else changed since.
+    /// Options that another process changed since.
     pub changed_by_others: usize,
     /// Options that the kernel refused to set, or whose socket could not be inspected.
     pub failed: usize,
@@ -52,7 +52,7 @@ impl Restored {
     }
 }
 
-/// Restores the values in the journal of an instance, of options that nobody changed since. What could not be restored stays in
+/// Restores the values in the journal of an instance, of options that no other process changed since. What could not be restored stays in
 /// the journal.
 ///
 /// # Errors
@@ -108,7 +108,7 @@ fn by_socket(changes: BTreeMap<Place, Change>) -> HashMap<u64, Vec<(Place, Chang
 #[derive(Default)]
 struct Work {
     restored: usize,
-    /// Options that somebody else changed since.
+    /// Options that another process changed since.
     others: Vec<(Place, Change)>,
     failed: BTreeMap<Place, Change>,
 }
@@ -122,7 +122,7 @@ struct PendingRestore {
 
 impl Work {
     /// Returns what stays in the journal. If lines of the journal are damaged, a value that differs from the journal may not be
-    /// the choice of somebody else, and its change stays too.
+    /// the choice of another process, and its change stays too.
     fn remaining(&self, unseen: &[(Place, Change)], damaged: usize) -> Contents {
         let others = self.others.iter().filter(|_| damaged > 0);
         let changes = others.chain(unseen).copied().chain(self.failed.iter().map(|(place, change)| (*place, *change)));

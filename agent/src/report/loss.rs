@@ -6,7 +6,7 @@ use std::fmt;
 use abi::Losses;
 use serde_json::json;
 
-use crate::schema;
+use crate::{plural::counted, schema};
 
 /// The losses since the programs were loaded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -72,11 +72,23 @@ pub struct Loss {
     pub total: u64,
 }
 
-/// Why something was lost: the name of the reason in JSON, and a description for messages.
+/// What was lost, and why.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reason {
+    /// The name of the reason in JSON.
     pub name: &'static str,
-    pub what: &'static str,
+    /// What was lost, in the singular.
+    noun: &'static str,
+    /// The description that follows the noun in messages.
+    why: &'static str,
+}
+
+impl Reason {
+    /// Returns a count of losses with this description.
+    #[must_use]
+    pub fn counted(&self, count: u64) -> String {
+        format!("{}{}", counted(count, self.noun), self.why)
+    }
 }
 
 impl Lost {
@@ -98,24 +110,24 @@ impl Lost {
             not_restored,
             over_budget,
         } = losses;
-        let reason = |name, what, count| (Reason { name, what }, count);
+        let reason = |name, noun, why, count| (Reason { name, noun, why }, count);
         [
-            reason("ring_full", "events: the ring buffer was full", ring_full),
-            reason("calls_full", "calls without a result: their table was full", calls_full),
-            reason("unreadable", "arguments: not readable", unreadable),
-            reason("no_storage", "sockets without notes (no memory): they may be counted more than once", no_storage),
-            reason("no_room", "values not rewritten: the kernel's buffer was too small", no_room),
-            reason("exit_missed", "calls whose return was not seen", exit_missed),
-            reason("tallies_full", "calls not counted by option: the table was full", tallies_full),
-            reason("unjudged", "calls not judged: the socket is unknown", unjudged),
-            reason("not_restored", "options not restored to the value from before a rule", not_restored),
-            reason("prog_missed", "runs of an audit program, skipped by the kernel", prog_missed),
-            reason("unknown_records", "records of an unknown type", unknown_records),
-            reason("over_budget", "events over the budget of a cgroup, a target or all targets", over_budget),
-            reason("output_blocked", "lines of output: the queue was full", blocked),
-            reason("output_no_space", "lines of output: no space was left", no_space),
-            reason("output_closed", "lines of output: the reader has closed it", closed),
-            reason("output_failed", "lines of output: writing failed", failed),
+            reason("ring_full", "event", ": the ring buffer was full", ring_full),
+            reason("calls_full", "call", " without a result: the table of calls was full", calls_full),
+            reason("unreadable", "argument", " not readable in the caller's memory", unreadable),
+            reason("no_storage", "socket", " without storage: can be counted more than once", no_storage),
+            reason("no_room", "value", " not rewritten: the kernel's buffer was too small", no_room),
+            reason("exit_missed", "call", " whose return was not seen", exit_missed),
+            reason("tallies_full", "call", " not counted by option: the table was full", tallies_full),
+            reason("unjudged", "call", " not judged: the socket is unknown", unjudged),
+            reason("not_restored", "option", " not restored to the value from before a rule", not_restored),
+            reason("prog_missed", "run", " of an audit program, skipped by the kernel", prog_missed),
+            reason("unknown_records", "record", " of an unknown type", unknown_records),
+            reason("over_budget", "event", " over the budget of a cgroup, a target or all targets", over_budget),
+            reason("output_blocked", "line", " of output: the queue was full", blocked),
+            reason("output_no_space", "line", " of output: no space was left", no_space),
+            reason("output_closed", "line", " of output: the reader has closed it", closed),
+            reason("output_failed", "line", " of output: writing failed", failed),
         ]
     }
 
@@ -146,7 +158,7 @@ impl Loss {
 impl fmt::Display for Loss {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { reason, count, total } = self;
-        write!(f, "lost      {count} {}", reason.what)?;
+        write!(f, "lost      {}", reason.counted(*count))?;
         if total > count { write!(f, " ({total} in total)") } else { Ok(()) }
     }
 }
@@ -165,7 +177,7 @@ mod tests {
             lines,
             [
                 "lost      7 events: the ring buffer was full (12 in total)",
-                "lost      1 runs of an audit program, skipped by the kernel",
+                "lost      1 run of an audit program, skipped by the kernel",
             ]
         );
     }

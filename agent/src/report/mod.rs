@@ -219,8 +219,8 @@ impl Report {
     pub fn count(&mut self, generation: u32, desired: &Desired, counters: &[Counters], is_reported: bool) {
         for (counters, setting) in counters.iter().zip(0..) {
             let Some(line) = Line::for_setting(desired, setting) else { continue };
-            let asked = self.requested.remove(&(generation, setting)).unwrap_or_default();
-            let line = Line { counters: *counters, requested: asked, is_reported, ..line };
+            let examples = self.requested.remove(&(generation, setting)).unwrap_or_default();
+            let line = Line { counters: *counters, requested: examples, is_reported, ..line };
             // A rule applies in each scope of its policy, and may be unchanged by a reload.
             let candidates = self.numbers.entry(line.key()).or_default();
             match candidates.iter().find(|other| self.lines[**other].is_of_same_setting(&line)) {

@@ -69,7 +69,7 @@ impl Summary {
         let lost = self.lost.by_reason();
         lost.into_iter()
             .filter(|(_, count)| *count > 0)
-            .try_for_each(|(reason, count)| writeln!(f, "\nlost: {count} {}", reason.what))
+            .try_for_each(|(reason, count)| writeln!(f, "\nlost: {}", reason.counted(count)))
     }
 
     /// Returns only the tables of settings and conflicts.
@@ -102,9 +102,9 @@ impl Summary {
     /// Writes the limitations for sockets that rules match explicitly.
     fn write_unsupported(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for entry in limitations::ALL {
-            let is_asked = |line: &&Line| line.unsupported.contains(&(entry, Concern::Asked));
+            let is_explicit = |line: &&Line| line.unsupported.contains(&(entry, Concern::Asked));
             let mut options: Vec<String> =
-                self.lines.iter().filter(is_asked).map(|line| line.option.to_string()).collect();
+                self.lines.iter().filter(is_explicit).map(|line| line.option.to_string()).collect();
             options.dedup();
             if !options.is_empty() {
                 writeln!(f, "\nunsupported: {}: {entry}", options.join(", "))?;
@@ -153,7 +153,7 @@ impl Summary {
         if lines.is_empty() {
             return writeln!(
                 f,
-                "\nno call conflicted with the policy; calls on sockets of other cgroups are not judged"
+                "\nno call conflicted with the policy\n(calls on sockets of other cgroups are not judged)"
             );
         }
         let mut table = table(&["option", "policy", "requested by applications", "calls", "verdict", "winner"]);

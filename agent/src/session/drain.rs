@@ -68,7 +68,7 @@ impl Session {
             // The kernel did not report the executable, so the current one is read.
             return process::executable(raw.pid).ok_or("the process had exited when the event was read");
         }
-        match self.executables.told(&raw.executable) {
+        match self.executables.path_of(&raw.executable) {
             Some(path) => path.ok_or("its path is unknown or too long"),
             None => {
                 self.object.request_exe_path(&raw.executable);

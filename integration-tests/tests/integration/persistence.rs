@@ -475,7 +475,7 @@ fn detach_says_how_to_end_the_agent_and_how_to_restore_values() {
         instance.name
     );
     assert!(printed.ends_with(&help), "{printed}");
-    assert_eq!(stdout(&instance.run("apply", &["--restore"])).split(';').next(), Some("restored: 1 options"));
+    assert_eq!(stdout(&instance.run("apply", &["--restore"])).split(';').next(), Some("restored: 1 option"));
     assert_eq!(probe.int(socket, SO_MARK), 0);
 }
 
