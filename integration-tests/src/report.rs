@@ -73,6 +73,7 @@ pub struct Summary {
     pub not_covered: Option<Vec<String>>,
     pub unsupported: Vec<Unsupported>,
     pub conflicts: u64,
+    pub other_cgroups: BTreeMap<String, u64>,
     pub mismatches: u64,
     pub repaired: Repaired,
     pub settings: Vec<Setting>,

@@ -21,8 +21,18 @@ impl Summary {
     /// Returns the summary as one line of JSON, without the newline.
     #[must_use]
     pub fn to_json(&self, time: jiff::Timestamp) -> String {
-        let Self { policies, targets, audit, unsupported, lines: _, earlier_conflicts: _, repaired, calls, lost } =
-            self;
+        let Self {
+            policies,
+            targets,
+            audit,
+            unsupported,
+            lines: _,
+            earlier_conflicts: _,
+            repaired,
+            other_cgroups,
+            calls,
+            lost,
+        } = self;
         let losses: Map<String, Value> =
             lost.by_reason().into_iter().map(|(reason, count)| (reason.name.to_owned(), count.into())).collect();
         let fields = json!({
@@ -35,6 +45,7 @@ impl Summary {
             "conflicts": self.conflicts(),
             "mismatches": self.mismatches(),
             "repaired": { "sockets": repaired.sockets, "listeners": repaired.listeners },
+            "other_cgroups": other_cgroups,
             "settings": self.settings_json(),
             "call_counts": calls.iter().map(CallLine::to_json).collect::<Vec<_>>(),
             "losses": losses,

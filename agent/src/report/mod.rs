@@ -35,6 +35,9 @@ use crate::{
 /// How many examples are kept for each setting and verdict.
 const EXAMPLES_MAX: usize = 4;
 
+/// How many cgroups of sockets outside the targets are listed.
+const OTHER_CGROUPS_MAX: usize = 16;
+
 /// The option and the rule of a line.
 type LineKey = (OptionKey, String);
 
@@ -43,6 +46,8 @@ type LineKey = (OptionKey, String);
 pub struct Report {
     /// Examples of conflicting values and their tasks, by generation and setting.
     requested: BTreeMap<(u32, u32), Vec<Example>>,
+    /// Calls without a conflict on sockets of another cgroup than the caller's, by the cgroup of the socket.
+    elsewhere: BTreeMap<String, u64>,
     lines: Vec<Line>,
     /// The lines of each option and rule. Narrows the search for the line of a setting.
     numbers: HashMap<LineKey, Vec<usize>>,
@@ -82,6 +87,8 @@ pub struct Summary {
     /// How many of the lines' conflicts are from before this report.
     pub earlier_conflicts: u64,
     pub repaired: Repaired,
+    /// Reported calls on sockets that no target covers, by the cgroup of the socket: at most 16 cgroups. They are not judged.
+    pub other_cgroups: BTreeMap<String, u64>,
     /// The calls that the audit counted, if it covers more than conflicts.
     pub calls: Vec<CallLine>,
     pub lost: Lost,
@@ -178,7 +185,7 @@ pub struct Line {
 impl Report {
     /// Adds an event caused by policies of this generation.
     pub fn fold(&mut self, generation: u32, event: &Event) {
-        let Some(cause) = &event.cause else { return };
+        let Some(cause) = &event.cause else { return self.note_cgroup(event) };
         let verdict = match event.kind {
             Kind::Conflict { verdict } => Some(verdict.what),
             Kind::Mismatch => None,
@@ -198,6 +205,17 @@ impl Report {
     pub fn note_repaired(&mut self, repaired: Repaired) {
         self.repaired.sockets += repaired.sockets;
         self.repaired.listeners += repaired.listeners;
+    }
+
+    /// Counts a call that no setting decided, if the socket belongs to another cgroup than the caller.
+    fn note_cgroup(&mut self, event: &Event) {
+        let (Some(task), Some(socket)) = (&event.task, &event.socket) else { return };
+        let Some(cgroup) = socket.cgroup.as_ref().filter(|cgroup| task.cgroup.as_ref() != Some(cgroup)) else { return };
+        if let Some(calls) = self.elsewhere.get_mut(cgroup) {
+            *calls += 1;
+        } else if self.elsewhere.len() < OTHER_CGROUPS_MAX {
+            self.elsewhere.insert(cgroup.clone(), 1);
+        }
     }
 
     /// Returns a report that continues from saved counters.
@@ -258,12 +276,24 @@ impl Report {
         unsupported: Vec<Unsupported>,
     ) -> Summary {
         let Counts { calls, lost, buffer_max } = counts;
-        let Self { mut lines, mut at_first, repaired, .. } = self;
+        let Self { mut lines, mut at_first, repaired, elsewhere: mut other_cgroups, .. } = self;
+        other_cgroups.retain(|cgroup, _| !targets.iter().any(|target| is_within(cgroup, target)));
         let policies = desired.policies().into_iter().map(|(name, mode)| (name.to_owned(), mode)).collect();
         lines.retain(|line| line.is_reported);
         lines.iter_mut().for_each(|line| line.cap = buffer_max.cap(line.option, &line.form));
         let earlier = lines.iter().map(|line| conflicts(&saved_counters::take(&mut at_first, line))).sum();
-        Summary { policies, targets, audit, unsupported, lines, earlier_conflicts: earlier, repaired, calls, lost }
+        Summary {
+            policies,
+            targets,
+            audit,
+            unsupported,
+            lines,
+            earlier_conflicts: earlier,
+            repaired,
+            other_cgroups,
+            calls,
+            lost,
+        }
     }
 }
 
@@ -376,6 +406,11 @@ impl Line {
 /// Returns whether another example with this verdict is kept.
 fn has_room(examples: &[Example], verdict: Option<Action>) -> bool {
     examples.iter().filter(|example| example.verdict == verdict).count() < EXAMPLES_MAX
+}
+
+/// Returns whether a cgroup is a target or below it.
+fn is_within(cgroup: &str, target: &str) -> bool {
+    cgroup.strip_prefix(target.trim_end_matches('/')).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
 fn conflicts(counters: &Counters) -> u64 {

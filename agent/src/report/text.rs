@@ -60,7 +60,8 @@ impl fmt::Display for Tables<'_> {
         self.0.write_settings(f)?;
         self.0.write_conflicts(f)?;
         self.0.write_mismatches(f)?;
-        self.0.write_suppressed(f)
+        self.0.write_suppressed(f)?;
+        self.0.write_other_cgroups(f)
     }
 }
 
@@ -186,6 +187,16 @@ impl Summary {
         }
         align_right(&mut table, 3);
         writeln!(f, "\n{}", wrap::table(table))
+    }
+
+    /// Writes which reported calls were on sockets that no target covers.
+    fn write_other_cgroups(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.other_cgroups.is_empty() {
+            return Ok(());
+        }
+        writeln!(f, "\nnot judged, on sockets of other cgroups:")?;
+        let mut cgroups = self.other_cgroups.iter();
+        cgroups.try_for_each(|(cgroup, calls)| writeln!(f, "  {}: {}", cgroup.escaped(), counted(*calls, "call")))
     }
 
     fn write_suppressed(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

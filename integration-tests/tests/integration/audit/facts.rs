@@ -219,3 +219,24 @@ fn buffers_that_the_kernel_caps_are_reported_as_capped() {
     let note = printed.lines().find(|line| line.starts_with("capped: the kernel takes at most "));
     assert!(note.is_some_and(|note| note.contains("SO_SNDBUF (net.core.wmem_max)")), "{printed}");
 }
+
+#[test]
+fn calls_on_sockets_of_other_cgroups_are_listed_and_not_judged() {
+    require!("cgroup/bind4");
+    let (target, other) = (Cgroup::new(), Cgroup::new());
+    let policy = PolicyFile::new("[audit]\ncalls = \"governed\"\n[[rule]]\nset = { SO_PRIORITY = 3 }\n");
+    let run = Run::start(&policy, &target);
+    let mut probe = Probe::start(&other);
+    let foreign = probe.open(Family::Inet, Kind::Tcp);
+    probe.enter(&target);
+    let own = probe.open(Family::Inet, Kind::Tcp);
+    for socket in [foreign, foreign, own] {
+        probe.set(socket, SO_PRIORITY, 5).unwrap();
+    }
+    assert_eq!([foreign, own].map(|socket| probe.int(socket, SO_PRIORITY)), [5, 3]);
+    drop(probe);
+    let report = run.finish();
+    // Two calls of setsockopt and one of getsockopt.
+    assert_eq!(report.summary.other_cgroups.into_iter().collect::<Vec<_>>(), [(other.name(), 3)]);
+    assert_eq!(report.summary.conflicts, 1);
+}
