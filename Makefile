@@ -17,7 +17,7 @@ KERNELS ?= 5.10 6.1 6.12 6.18 7.2
 FAST_KERNELS ?= 6.1 6.12
 FAST := $(addprefix --skip ,strace_parity::programs pressure storm faults audit::command docker killed builds progress:: \
 	differential:: foreign_programs:: isolation:: impostors:: output:: files:: bad_input:: journal:: explain:: \
-	plan:: come_and_go start_at_once audit_judges hook_stays restarted_server)
+	plan:: come_and_go start_at_once audit_judges hook_stays restarted_server events_md::)
 # The number of virtual machines that run at the same time.
 VM_JOBS ?= 2
 # The parts of the benchmark; empty for all. `target/release/bench --help` lists them.

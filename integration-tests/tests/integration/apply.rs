@@ -380,7 +380,7 @@ fn option_that_no_rule_names_is_restored_if_another_one_reset_it() {
     assert_ne!(probe.int(pair.client, SO_PRIORITY), 0, "the kernel has reset it");
     let output = instance.run("apply", &["--restore", "-o", "json"]);
     assert!(output.status.success(), "{}{}", stdout(&output), stderr(&output));
-    let summary: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let summary: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!((&summary["event"], &summary["failed"]), (&"restore-summary".into(), &0.into()), "{summary}");
     for socket in [pair.client, udp] {
         assert_eq!([IP_TOS, SO_PRIORITY].map(|option| probe.int(socket, option)), [0x28, 0]);

@@ -182,7 +182,7 @@ fn incomplete_report_is_warned_of_and_does_not_change_the_status() {
     let output = Running::exec(&arguments, &policy, &["sh", "-c", "echo done; exit 7"]).finish();
     let reason = "No space left on device (os error 28)";
     // The first and the last line.
-    let warning = format!("warning: cannot write the report to /dev/full: {reason}; lines that are missing: 2\n");
+    let warning = format!("warning: cannot write the report to /dev/full: {reason}; 2 lines missing\n");
     assert_eq!(stderr(&output), warning);
     assert_eq!((stdout(&output).as_str(), output.status.code()), ("done\n", Some(7)));
 }
